@@ -1,0 +1,5 @@
+"""Where a shield meets an agent."""
+
+from safeshield.policies.shielded import ShieldedPolicy
+
+__all__ = ["ShieldedPolicy"]

@@ -1,0 +1,69 @@
+"""Safety shields for reinforcement learning agents, learned from logged data.
+
+>>> import gymnasium
+>>> import safeshield                                       # registers safeshield/Boat-v0 and others
+>>> env = gymnasium.make("safeshield/Boat-v0")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from safeshield.envs.registration import register_envs
+
+if TYPE_CHECKING:
+    from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
+    from safeshield.calibration.record import CalibrationRecord
+    from safeshield.calibration.walk import CalibrationError
+    from safeshield.data.collect import collect
+    from safeshield.data.dataset import OfflineDataset
+    from safeshield.policies import ShieldedPolicy
+    from safeshield.shield.report import FilterReport
+    from safeshield.shield.shield import Shield, UncalibratedShieldWarning
+    from safeshield.wrappers import SafetyShield
+
+# Names are looked up on first use: `import gymnasium` loads this package to register its
+# environments, and must not pay for PyTorch.
+_HOMES = {
+    "CalibrationError": "safeshield.calibration.walk",
+    "CalibrationRecord": "safeshield.calibration.record",
+    "FilterReport": "safeshield.shield.report",
+    "OfflineDataset": "safeshield.data.dataset",
+    "SafeFQL": "safeshield.algorithms.safefql",
+    "SafeFQLConfig": "safeshield.algorithms.safefql",
+    "SafetyShield": "safeshield.wrappers",
+    "ShieldedPolicy": "safeshield.policies",
+    "Shield": "safeshield.shield.shield",
+    "UncalibratedShieldWarning": "safeshield.shield.shield",
+    "collect": "safeshield.data.collect",
+}
+
+__all__ = [
+    "CalibrationError",
+    "CalibrationRecord",
+    "FilterReport",
+    "OfflineDataset",
+    "SafeFQL",
+    "SafeFQLConfig",
+    "SafetyShield",
+    "Shield",
+    "ShieldedPolicy",
+    "UncalibratedShieldWarning",
+    "collect",
+]
+__version__ = "0.1.0"
+
+register_envs()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safeshield' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Offline trainers: one readable file for each algorithm, and what they share."""

@@ -1,0 +1,353 @@
+r"""The three updates of SafeFQL, each a pure function of (state, draw)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from safeshield.algorithms.tensors import LogTensors
+from safeshield.algorithms.training import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    Update,
+    descend,
+    learning_rate,
+)
+from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.optim import adam_init, polyak
+from safeshield.scaling import Scaling
+from safeshield.values.backup import RewardBackup, SafetyBackup, reward_backup, safety_backup
+from safeshield.values.reward import VALUE as REWARD_VALUE
+from safeshield.values.reward import RewardBatch, RewardCritics
+from safeshield.values.safety import VALUE_NETWORKS, SafetyBatch, SafetyCritics
+
+if TYPE_CHECKING:
+    from safeshield.algorithms.safefql import SafeFQLConfig
+
+TEACHER, STUDENT = "teacher", "student"
+_VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
+# Share of the critics' updates after which V stands still while the advantages catch up with it.
+_VALUES_END = 0.8
+# The states nearest to V_h = 0 are sought among this many, and one in eight of them is kept.
+_POOL, _KEPT = 65_536, 8_192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a log and a configuration fix besides the weights: spaces, widths, units."""
+
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.Box
+    scaling: Scaling
+    flow_hidden: tuple[int, ...]
+    student_hidden: tuple[int, ...]
+    safety: SafetyCritics
+    reward: RewardCritics
+
+    @property
+    def teacher(self) -> EnsembleMLP:
+        """Describe the velocity field."""
+        return velocity_network(
+            self.observation_space.shape[0], self.action_space.shape[0], self.flow_hidden
+        )
+
+    @property
+    def student(self) -> EnsembleMLP:
+        """Describe the one-step actor: (s, z) to an action."""
+        observation, action = self.observation_space.shape[0], self.action_space.shape[0]
+        return EnsembleMLP(observation + action, action, self.student_hidden)
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """Describe every network."""
+        critics = {**self.safety.parts(), **self.reward.parts()}
+        return {**critics, TEACHER: self.teacher, STUDENT: self.student}
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """The student's loss; the formula stands at the head of `algorithms.safefql`."""
+
+    model: Architecture
+    margin: float
+    """Of the gate, in units of h."""
+    safety_weight: float
+    distillation: float
+    flow_steps: int
+
+    def __call__(
+        self, networks: Networks, critics: Networks, observations: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss of the student in `networks` and what to log.
+
+        Args:
+            networks: holds the student, which gets the gradient, and the teacher.
+            critics: safety and reward critics, held fixed.
+            observations: (batch, obs) normalised.
+            noise: (batch, act) z.
+        """
+        model = self.model
+        with torch.no_grad():
+            taught = euler_sample(
+                model.teacher, networks[TEACHER], observations, noise, self.flow_steps
+            )
+        raw = model.student(networks[STUDENT], torch.cat([observations, noise], -1))[0]
+        action = raw.clamp(-1.0, 1.0)
+        unsafe = model.safety.action_value(critics, observations, action)
+        reward = model.reward.advantages(critics, observations, action).amin(0)
+        feasible = (unsafe < -self.margin).float()
+        excess = (unsafe + self.margin).relu() / model.safety.scale.step
+        distance = (raw - taught).square().sum(-1).mean()
+        gain = _mean_over(reward, feasible)
+        danger = _mean_over(excess, 1.0 - feasible)
+        loss = self.distillation * distance - gain + self.safety_weight * danger
+        return loss, {
+            "student/feasible_share": feasible.mean(),
+            "student/reward_advantage": gain.detach(),
+            "student/danger_steps": danger.detach(),
+            "student/distance_to_teacher": distance.detach(),
+        }
+
+
+def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+@dataclass(eq=False)
+class SafeFQLRun:
+    """One call of fit: the updates of its phases, closed over the log."""
+
+    model: Architecture
+    log: LogTensors
+    config: SafeFQLConfig
+    steps: int
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Draw all weights."""
+        critics = {**self.model.safety.init(generator), **self.model.reward.init(generator)}
+        teacher = {TEACHER: self.model.teacher.init(generator)}
+        student = {STUDENT: self.model.student.init(generator)}
+        device = generator.device
+        return TrainState(
+            networks={**critics, **teacher, **student},
+            targets=critics,
+            moments={
+                "critics": adam_init(critics),
+                TEACHER: adam_init(teacher),
+                STUDENT: adam_init(student),
+            },
+            scales={"reward": torch.full((), self.model.reward.spread, device=device)},
+            near=torch.zeros(0, dtype=torch.int64, device=device),
+        )
+
+    def phases(self) -> list[Phase]:
+        """List what to do, in order. The windows of the critics' targets get shorter in stages."""
+        size, near = self.config.batch_size, self.config.near_share
+        if self.config.phases == "joint":
+            return [
+                Phase(
+                    f"joint {i + 1}",
+                    count,
+                    self._joint(*lengths),
+                    size,
+                    near,
+                    self._refresh,
+                )
+                for i, (count, *lengths) in enumerate(self._stages(self.steps))
+            ]
+        critics, teacher, student = self._phase_steps()
+        stages = self._stages(critics)
+        return [
+            *(
+                Phase(
+                    f"critics {i + 1}", count, self._critics(*lengths), size, near, self._refresh
+                )
+                for i, (count, *lengths) in enumerate(stages)
+            ),
+            Phase(TEACHER, teacher, self._teacher, size),
+            # The critics stand still from here on, so one look at the log is enough.
+            Phase(STUDENT, student, self._student, size, near, self._refresh, student),
+        ]
+
+    def _phase_steps(self) -> tuple[int, int, int]:
+        if self.config.phases == "joint":
+            return self.steps, self.steps, self.steps
+        critics = max(1, round(self.config.phase_shares[0] * self.steps))
+        teacher = max(1, round(self.config.phase_shares[1] * self.steps))
+        critics = min(critics, self.steps - teacher - 1)
+        return critics, teacher, self.steps - critics - teacher
+
+    def _stages(self, steps: int) -> list[tuple[int, int, int]]:
+        """Cut `steps` where either window changes: (updates, safety window, reward window)."""
+        safety, reward = self.config.safety_backup_steps, self.config.reward_backup_steps
+        cuts = {i * steps // len(windows) for windows in (safety, reward)
+                for i in range(len(windows) + 1)}
+        edges = sorted(cuts)
+        return [
+            (
+                stop - start,
+                safety[start * len(safety) // steps],
+                reward[start * len(reward) // steps],
+            )
+            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        ]
+
+    # -- critics ------------------------------------------------------------------------------
+
+    def _critics(self, safety_steps: int, reward_steps: int) -> Update:
+        log, config = self.log, self.config
+        safety_window = safety_backup(
+            log.constraints,
+            log.next_constraints,
+            log.terminated,
+            log.episode_last,
+            config.safety_discount,
+            safety_steps,
+        )
+        reward_window = reward_backup(
+            log.rewards, log.terminated, log.episode_last, config.discount, reward_steps
+        )
+        names = (*self.model.safety.parts(), *self.model.reward.parts())
+        total = self._phase_steps()[0]
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            safety_batch = _safety_batch(log, safety_window, draw.rows)
+            reward_batch = _reward_batch(log, reward_window, draw.rows)
+            sigma = state.scales["reward"]
+            seen: list[Tensor] = []
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                safety, safety_metrics = self.model.safety.losses(
+                    networks,
+                    state.targets,
+                    safety_batch,
+                    discount=config.safety_discount,
+                    expectile=config.safety_expectile,
+                    one_step=safety_steps == 1,
+                )
+                reward, residual, reward_metrics = self.model.reward.losses(
+                    networks,
+                    state.targets,
+                    reward_batch,
+                    sigma,
+                    discount=config.discount,
+                    expectile=config.reward_expectile,
+                    one_step=reward_steps == 1,
+                )
+                seen.append(residual)
+                return safety + reward, {**safety_metrics, **reward_metrics}
+
+            count = state.moments["critics"].count
+            early = learning_rate(config.learning_rate, count, total, _VALUES_END)
+            values = torch.where(count < _VALUES_END * total, early, torch.zeros_like(early))
+            late = learning_rate(config.learning_rate, count, total)
+            rates = {name: values if name in _VALUES else late for name in names}
+            state, metrics = descend(state, "critics", names, loss, rates)
+            return (
+                state._replace(
+                    targets=polyak(state.targets, state.networks, config.polyak),
+                    scales={"reward": torch.lerp(sigma, seen[0], config.polyak)},
+                ),
+                metrics,
+            )
+
+        return update
+
+    def _refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
+        """Find the transitions that start nearest to V_h = 0.
+
+        Which states are drawn more often changes no fixed point: the expectile over actions is
+        taken in each state by itself. It puts the networks' accuracy where it decides something.
+        """
+        size = min(_POOL, len(self.log))
+        rows = torch.randint(len(self.log), (size,), generator=generator, device=generator.device)
+        with torch.no_grad():
+            value = self.model.safety.value(state.targets, self.log.observations[rows])
+        kept = max(1, size * _KEPT // _POOL)
+        nearest = value.abs().topk(kept, largest=False).indices
+        return state._replace(near=rows[nearest])
+
+    # -- teacher ------------------------------------------------------------------------------
+
+    def _teacher(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            value = flow_matching_loss(
+                self.model.teacher, networks[TEACHER], observations, actions, draw.noise, draw.time
+            )
+            return value, {"teacher/flow_matching_loss": value.detach()}
+
+        count = state.moments[TEACHER].count
+        rate = learning_rate(self.config.learning_rate, count, self._phase_steps()[1])
+        return descend(state, TEACHER, (TEACHER,), loss, {TEACHER: rate})
+
+    # -- student ------------------------------------------------------------------------------
+
+    def _student(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        config = self.config
+        student_loss = StudentLoss(
+            self.model,
+            config.margin_steps * self.model.safety.scale.step,
+            config.safety_weight,
+            config.distillation,
+            config.flow_steps,
+        )
+        observations = self.log.observations[draw.rows]
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            return student_loss(networks, state.targets, observations, draw.noise)
+
+        count = state.moments[STUDENT].count
+        rate = learning_rate(config.learning_rate, count, self._phase_steps()[2])
+        return descend(state, STUDENT, (STUDENT,), loss, {STUDENT: rate})
+
+    # -- all at once --------------------------------------------------------------------------
+
+    def _joint(self, safety_steps: int, reward_steps: int) -> Update:
+        critics = self._critics(safety_steps, reward_steps)
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            metrics: Metrics = {}
+            for part in (critics, self._teacher, self._student):
+                state, more = part(state, draw)
+                metrics |= more
+            return state, metrics
+
+        return update
+
+
+def _safety_batch(log: LogTensors, window: SafetyBackup, rows: Tensor) -> SafetyBatch:
+    last = window.last[rows]
+    return SafetyBatch(
+        observations=log.observations[rows],
+        actions=log.actions[rows],
+        next_observations=log.next_observations[rows],
+        constraints=log.constraints[rows],
+        next_constraints=log.next_constraints[rows],
+        terminated=log.terminated[rows],
+        floor=window.floor[rows],
+        offset=window.offset[rows],
+        slope=window.slope[rows],
+        window_observations=log.next_observations[last],
+        window_constraints=log.next_constraints[last],
+    )
+
+
+def _reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:
+    return RewardBatch(
+        observations=log.observations[rows],
+        actions=log.actions[rows],
+        next_observations=log.next_observations[rows],
+        rewards=log.rewards[rows],
+        terminated=log.terminated[rows],
+        window_rewards=window.reward[rows],
+        window_slope=window.slope[rows],
+        window_observations=log.next_observations[window.last[rows]],
+    )

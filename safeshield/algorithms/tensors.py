@@ -1,0 +1,116 @@
+"""A log as tensors on a device: normalised, and with the numbers that training reads off it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from safeshield.data.dataset import OfflineDataset
+from safeshield.scaling import SafetyScale, Scaling
+
+@dataclass(frozen=True)
+class LogTensors:
+    """The N transitions of a log on one device, as training draws from them."""
+
+    observations: Tensor
+    """(N, obs) normalised."""
+    actions: Tensor
+    """(N, act) in [-1, 1]."""
+    rewards: Tensor
+    next_observations: Tensor
+    """(N, obs) normalised."""
+    constraints: Tensor
+    next_constraints: Tensor
+    terminated: Tensor
+    """(N,) bool."""
+    episode_last: Tensor
+    """(N,) int64: the last transition of each transition's episode."""
+
+    @classmethod
+    def of(cls, dataset: OfflineDataset, scaling: Scaling, device: torch.device) -> LogTensors:
+        """Copy a log to a device."""
+        starts = dataset.episode_starts
+        lengths = dataset.episode_lengths
+        last = np.repeat(starts + lengths - 1, lengths)
+
+        def move(array: npt.NDArray[np.generic]) -> Tensor:
+            return torch.tensor(array, device=device)
+
+        return cls(
+            move(scaling.observations(dataset.observations)),
+            move(scaling.actions(dataset.actions)),
+            move(dataset.rewards),
+            move(scaling.observations(dataset.next_observations)),
+            move(dataset.constraints),
+            move(dataset.next_constraints),
+            move(dataset.terminated),
+            move(last.astype(np.int64)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+def fingerprint(config: Any, dataset: OfflineDataset, steps: int) -> str:  # noqa: ANN401
+    """Return a digest of a configuration (a dataclass), a log and a number of updates."""
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(config), steps]).encode())
+    for name in ("observations", "actions", "rewards", "next_constraints", "terminated"):
+        digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
+    return digest.hexdigest()
+
+
+def check_boundary(dataset: OfflineDataset) -> None:
+    """Refuse a log from which no boundary between safe and unsafe can be learned.
+
+    Raises:
+        ValueError: no logged state violates the constraint, or every one does.
+    """
+    unsafe = (dataset.next_constraints > 0) | (dataset.constraints > 0)
+    if not unsafe.any():
+        raise ValueError(
+            f"dataset has no violation (h > 0) in any of its {len(dataset)} transitions: nothing "
+            "can be learned about where safety ends. Log some careless episodes, or check that "
+            "'constraints' and 'costs' are what you meant"
+        )
+    if unsafe.all():
+        raise ValueError(
+            f"dataset has nothing but violations (h > 0 in all {len(dataset)} transitions): "
+            "nothing can be learned about where safety begins. Check the constraint's sign "
+            "(h <= 0 is safe), or log some careful episodes"
+        )
+
+
+def safety_scale(dataset: OfflineDataset) -> SafetyScale:
+    """Read the units of the safety critics off a log."""
+    h = dataset.constraints.astype(np.float64)
+    step = dataset.next_constraints.astype(np.float64) - h
+    rms = math.sqrt(float(np.mean(step**2)))
+    return SafetyScale(float(h.mean()), float(h.std()) or 1.0, rms or float(h.std()) or 1.0)
+
+
+def return_scale(dataset: OfflineDataset, discount: float) -> tuple[float, float]:
+    """Return mean and standard deviation of the discounted return-to-go over a log.
+
+    An episode that was truncated is continued with the log's mean reward for ever: only the size
+    matters here.
+    """
+    rewards = dataset.rewards.astype(np.float64)
+    rest = float(rewards.mean()) / max(1.0 - discount, 1e-6)
+    returns = np.empty_like(rewards)
+    value = 0.0
+    ends = dataset.terminated | dataset.truncated
+    for t in range(len(rewards) - 1, -1, -1):
+        if ends[t]:
+            value = 0.0 if dataset.terminated[t] else rest
+        value = rewards[t] + discount * value
+        returns[t] = value
+    return float(returns.mean()), max(float(returns.std()), 1e-6)

@@ -1,0 +1,79 @@
+"""What k violations in N independent episodes say about the next one (Clopper and Pearson 1934).
+
+    sum_{i=0..k} C(N, i) eps^i (1 - eps)^(N - i) = b    <=>    eps = 1 - Beta.ppf(b; N - k, k + 1)
+
+With confidence 1 - b over the draw of the N episodes, the probability that a new episode of the
+same kind violates is at most eps. N counts EPISODES: the steps of one episode depend on each other,
+and counting them as trials promises what nobody tested.
+"""
+
+from __future__ import annotations
+
+import math
+
+from scipy.stats import beta
+
+
+def upper_bound(episodes: int, violations: int, confidence: float) -> float:
+    """Return eps for k violations in N episodes.
+
+    Args:
+        episodes: N >= 1.
+        violations: 0 <= k <= N.
+        confidence: 1 - b, in (0, 1).
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> [round(upper_bound(n, k, 0.999), 4) for n, k in [(1000, 0), (1000, 5), (10_000, 5)]]
+    [0.0069, 0.0164, 0.0016]
+    >>> round(upper_bound(500, 0, 0.95), 4)
+    0.006
+    """
+    if episodes < 1 or not 0 <= violations <= episodes:
+        raise ValueError(
+            f"need 0 <= violations <= episodes and episodes >= 1, got {violations} and {episodes}"
+        )
+    _check_probability("confidence", confidence)
+    if violations == episodes:
+        return 1.0
+    return float(1.0 - beta.ppf(1.0 - confidence, episodes - violations, violations + 1))
+
+
+def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
+    """Return the largest k for which N episodes prove eps; -1 where not even k = 0 does.
+
+    >>> violations_allowed(458, 0.01, 0.99), violations_allowed(459, 0.01, 0.99)
+    (-1, 0)
+    """
+    _check_probability("epsilon", epsilon)
+    k = -1
+    while k < episodes and upper_bound(episodes, k + 1, confidence) <= epsilon:
+        k += 1
+    return k
+
+
+def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> int:
+    """Return the smallest N for which `violations` violations prove eps.
+
+    >>> episodes_needed(0.01, 0.99), episodes_needed(0.01, 0.99, violations=1)
+    (459, 662)
+    """
+    _check_probability("epsilon", epsilon)
+    _check_probability("confidence", confidence)
+    low = max(violations, 1)
+    high = max(low, math.ceil(math.log1p(-confidence) / math.log1p(-epsilon)))
+    while upper_bound(high, violations, confidence) > epsilon:
+        low, high = high, 2 * high
+    while low < high:
+        middle = (low + high) // 2
+        if upper_bound(middle, violations, confidence) <= epsilon:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value}")

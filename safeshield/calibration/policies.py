@@ -1,0 +1,98 @@
+"""Who proposes the actions while a shield is being calibrated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.rollout import BatchPolicy, as_batch_policy
+from safeshield.types import Actions, Observations
+
+if TYPE_CHECKING:
+    from safeshield.shield.shield import Shield
+
+RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
+
+
+class Adversary:
+    """The worst agent that the shield lets live.
+
+    In each state it proposes, of 65 actions (the fallback's, and points spread over the box),
+    the one with the highest Q_h that is still at most -delta; where there is none, the one with the
+    highest Q_h. So it drives along the edge of the accepted set wherever it can reach it, and finds
+    the places where the learned value is wrong. It is the strongest of the agents that look one
+    step ahead with the shield's own critics; an agent that knows the true dynamics may be worse.
+
+    Args:
+        shield: whose acceptance it exploits.
+        choices: how many actions it weighs.
+    """
+
+    batched = True
+
+    def __init__(self, shield: Shield, choices: int = 64) -> None:
+        self._shield = shield
+        rng = np.random.default_rng(0)
+        width = shield.action_space.shape[0]
+        points = rng.uniform(-1.0, 1.0, (choices, width))
+        if width == 1:
+            points = np.linspace(-1.0, 1.0, choices)[:, None]
+        elif width == 2:
+            angle = np.linspace(0.0, 2.0 * np.pi, choices, endpoint=False)
+            points = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+        self._points = shield.model.scaling.to_box(points)
+
+    def __call__(
+        self, observations: Observations, rng: np.random.Generator, /
+    ) -> npt.NDArray[np.float32]:
+        """Propose actions (n, act) for observations (n, obs)."""
+        model = self._shield.model
+        states = self._shield.states(observations)
+        points = np.broadcast_to(self._points, (len(observations), *self._points.shape))
+        candidates = np.concatenate(
+            [model.fallback(states, np.zeros((1, points.shape[-1]), np.float32)), points], axis=1
+        )
+        values = model.candidate_values(states, candidates)
+        good = values <= self._shield.threshold
+        masked = np.where(good, values, -np.inf)
+        best = np.where(good.any(axis=1), masked.argmax(axis=1), values.argmax(axis=1))
+        chosen: npt.NDArray[np.float32] = candidates[np.arange(len(best)), best]
+        return chosen
+
+
+class ShieldedProposals:
+    """A proposing policy with the shield behind it, as one batch policy; counts interventions."""
+
+    batched = True
+
+    def __init__(self, shield: Shield, proposals: BatchPolicy) -> None:
+        self._shield = shield
+        self._proposals = proposals
+        self.steps = 0
+        self.interventions = 0
+
+    def start_wave(self, num_envs: int) -> None:
+        """Forget recurrent state of the proposing policy."""
+        start = getattr(self._proposals, "start_wave", None)
+        if start is not None:
+            start(num_envs)
+
+    def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
+        """Return the executed actions (n, act)."""
+        proposed = self._proposals(observations, rng)
+        executed, report = self._shield.filter(observations, proposed)
+        self.steps += len(executed)
+        self.interventions += int(np.count_nonzero(report.intervened))
+        return executed
+
+
+def battery(shield: Shield, policy: object = None) -> dict[str, BatchPolicy]:
+    """Return who proposes: the user's `policy`, or by default random proposals and the adversary."""
+    if policy is not None:
+        return {CUSTOM: as_batch_policy(policy, shield.action_space)}
+    return {
+        RANDOM: as_batch_policy("random", shield.action_space),
+        ADVERSARY: Adversary(shield),
+    }

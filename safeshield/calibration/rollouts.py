@@ -1,0 +1,197 @@
+"""Calibration by rollouts: run the shielded agent, count violating episodes, choose delta."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.calibration.binomial import episodes_needed
+from safeshield.calibration.policies import ShieldedProposals, battery
+from safeshield.calibration.record import CalibrationRecord, PolicyResult
+from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
+from safeshield.rollout import Env, is_vector_env, run_episodes, vectorise
+from safeshield.spaces import check_same_space
+
+if TYPE_CHECKING:
+    from safeshield.rollout import VectorEnv
+    from safeshield.shield.shield import Shield
+
+DEFAULT_SHARES = (0.5, 0.7, 0.85, 0.92, 0.95, 0.965, 0.975, 0.98, 0.985, 0.99, 0.995)
+"""Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first; then all."""
+_STARTS = 2000
+_MOST_RESETS_PER_EPISODE = 20
+
+
+def start_observations(env: Env | VectorEnv, count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Return `count` first observations (count, obs) of the environment's own resets."""
+    envs = vectorise(env)
+    rng = np.random.default_rng(seed)
+    rows: list[npt.NDArray[np.float32]] = []
+    try:
+        while sum(map(len, rows)) < count:
+            observations, _ = envs.reset(seed=int(rng.integers(2**31 - 1)))
+            rows.append(np.asarray(observations, np.float32))
+    finally:
+        if envs is not env:
+            envs.close()
+    return np.concatenate(rows)[:count]
+
+
+def default_deltas(shield: Shield, observations: npt.NDArray[np.float32]) -> list[float]:
+    """Return the walk's thresholds: quantiles of -V_h over starts with V_h <= 0, then 0.
+
+    Raises:
+        CalibrationError: no start has V_h <= 0.
+    """
+    values = np.asarray(shield.value(observations), np.float64)
+    inside = -values[values <= 0]
+    if len(inside) == 0:
+        raise CalibrationError(
+            "no start of the environment has a learned value V_h <= 0: there is nothing to "
+            "certify. Train longer, or check the labels' sign (h <= 0 is safe)"
+        )
+    quantiles = np.quantile(inside, [1.0 - share for share in DEFAULT_SHARES])
+    return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
+
+
+class _Trials:
+    """Fresh shielded episodes from accepted starts; remembers what the record needs."""
+
+    def __init__(
+        self, shield: Shield, env: Env | VectorEnv, policy: object, seed: int, num_envs: int | None
+    ) -> None:
+        self.shield, self.env, self.policy, self.num_envs = shield, env, policy, num_envs
+        self.seeds = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+        self.intervention_rates: dict[tuple[float, str], float] = {}
+        self.start_shares: dict[float, float] = {}
+
+    def __call__(self, delta: float, name: str, episodes: int, most: int) -> tuple[int, int]:
+        with warnings.catch_warnings():
+            # It is not calibrated yet: that is why we are here.
+            warnings.simplefilter("ignore")
+            shield = self.shield.with_delta(delta)
+            acting = ShieldedProposals(shield, battery(shield, self.policy)[name])
+            accepted = violations = resets = 0
+            while accepted < episodes and violations <= most:
+                wanted = max(episodes - accepted, 1)
+                runs = run_episodes(
+                    self.env,
+                    acting,
+                    min(wanted, 256),
+                    int(self.seeds.integers(2**31 - 1)),
+                    num_envs=self.num_envs,
+                )
+                resets += len(runs)
+                first = np.stack([run.observations[0] for run in runs])
+                certain = np.asarray(shield.value(first)) <= -delta
+                for run, counts in zip(runs, certain, strict=True):
+                    if counts and accepted < episodes:
+                        accepted += 1
+                        violations += run.violated
+                if resets > _MOST_RESETS_PER_EPISODE * max(accepted, episodes // 10, 50):
+                    raise CalibrationError(
+                        f"only {accepted} of {resets} starts have V_h <= -{delta:.4g}: the "
+                        "environment starts almost everywhere outside the certified set"
+                    )
+        self.intervention_rates[delta, name] = acting.interventions / max(acting.steps, 1)
+        self.start_shares[delta] = accepted / resets
+        return accepted, violations
+
+
+def calibrate(
+    shield: Shield,
+    env: Env | VectorEnv,
+    *,
+    epsilon: float = 0.01,
+    confidence: float = 0.99,
+    policy: object = None,
+    deltas: Sequence[float] | None = None,
+    episodes: int | None = None,
+    seed: int = 0,
+    num_envs: int | None = None,
+) -> CalibrationRecord:
+    """Choose the most permissive delta whose promise holds, by rollouts with the shield on.
+
+    For delta from strict to permissive: run N fresh episodes for each policy, keep those that
+    start with V_h <= -delta until there are N, and test the number of violating ones against
+    the binomial tail; stop at the first failure (`walk`).
+
+    The promise: with the confidence asked for, over the draw of these episodes, an episode
+    from the same start distribution, in which one of these policies proposes and the shield
+    executes, violates with probability at most epsilon.
+
+    Args:
+        shield: any shield; its own delta and record are ignored.
+        env: the environment it will protect; with a vector entry point it runs in parallel. It must
+            report ``info["constraint"]`` or ``info["cost"]``.
+        epsilon: violation rate per episode to promise.
+        confidence: of the promise.
+        policy: who proposes the actions, anything `rollout.as_batch_policy` takes; the promise is
+            then for this policy alone. By default a battery: random proposals and an adversary that
+            always proposes the accepted action of highest Q_h.
+        deltas: strictly decreasing thresholds to walk; by default those that keep given shares of
+            the starts with V_h <= 0 (`DEFAULT_SHARES`), read off resets that test nothing.
+        episodes: N for each test; by default as many as allow two violations.
+        seed: of all draws.
+        num_envs: how many environments run side by side.
+
+    Raises:
+        ValueError: spaces differ, an argument is out of range, N is too small (the message says
+            how many are needed).
+        CalibrationError: no threshold meets the request; the message says what was reached.
+    """
+    prefix = "single_" if is_vector_env(env) else ""
+    for what, expected in (
+        ("observation_space", shield.observation_space),
+        ("action_space", shield.action_space),
+    ):
+        check_same_space(
+            expected,
+            getattr(env, prefix + what),
+            what,
+            unbounded_matches_any=what == "observation_space",
+        )
+    episodes = episodes or episodes_needed(epsilon, confidence, violations=2)
+    if deltas is None:
+        starts = start_observations(env, _STARTS, seed)
+        deltas = default_deltas(shield, starts)
+    names = list(battery(shield, policy))
+    trials = _Trials(shield, env, policy, seed, num_envs)
+    delta, rungs = fixed_sequence_walk(
+        trials, deltas, names, epsilon=epsilon, confidence=confidence, episodes=episodes
+    )
+    chosen = {rung.policy: rung for rung in rungs if rung.delta == delta}
+    results = tuple(
+        PolicyResult(
+            name,
+            chosen[name].episodes,
+            chosen[name].violations,
+            chosen[name].bound,
+            trials.intervention_rates[delta, name],
+        )
+        for name in names
+    )
+    spec = getattr(env, "spec", None)
+    return CalibrationRecord(
+        delta=delta,
+        epsilon=epsilon,
+        confidence=confidence,
+        policies=results,
+        environment=spec.id if spec is not None else type(getattr(env, "unwrapped", env)).__name__,
+        start_distribution="its own reset does, kept where V_h <= -delta",
+        start_share=trials.start_shares[delta],
+        walk=tuple(rungs),
+        seed=seed,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("safeshield", "gymnasium", "numpy")},
+        },
+    )

@@ -1,0 +1,90 @@
+"""Logging a policy: whole episodes of an environment as an `OfflineDataset`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from safeshield.data.dataset import OfflineDataset
+from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.rollout import Env, Episode, is_vector_env, run_episodes
+from safeshield.spaces import flat_box
+
+if TYPE_CHECKING:
+    from safeshield.rollout import VectorEnv
+
+
+def collect(
+    env: Env | VectorEnv,
+    policy: object,
+    episodes: int,
+    seed: int,
+    *,
+    num_envs: int | None = None,
+    label_magnitude: float = DEFAULT_MAGNITUDE,
+) -> OfflineDataset:
+    """Run whole episodes and log them.
+
+    Labels are ``info["constraint"]`` (continuous) where the environment reports it at reset and at
+    every step; else binary, from ``info["cost"]`` after every step (a cost that is missing at
+    reset is taken as 0: the start is safe). Where only the constraint is reported, the cost is 1
+    in a violation and 0 elsewhere. The logged action is ``info["action_executed"]`` where there is
+    one, which is what the dynamics saw.
+
+    Args:
+        env: a Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
+        policy: anything that `as_batch_policy` takes; ``"random"`` covers the action box. A model
+            of Stable-Baselines3 acts deterministically: for its noise pass
+            ``as_batch_policy(model, action_space, deterministic=False)``.
+        episodes: how many, at least 1.
+        seed: the same seed gives the same log.
+        num_envs: how many environments step together.
+        label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
+
+    Raises:
+        ValueError: the environment reports neither key, or one of them at some steps only.
+        TypeError: a space is not a Box of shape (width,).
+
+    >>> import gymnasium, safeshield.envs
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=3, seed=0)
+    >>> log
+    OfflineDataset(1200 transitions, 3 episodes, obs 2, act 2, continuous constraints)
+    """
+    runs = run_episodes(env, policy, episodes, seed, num_envs=num_envs)
+    labelled = [run.next_constraints is not None for run in runs]
+    if not all(labelled) and any(labelled):
+        raise ValueError("info['constraint'] must be reported in all episodes or in none")
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(run, name) for run in runs])
+        for name in (
+            "observations",
+            "actions",
+            "rewards",
+            "next_observations",
+            "terminated",
+            "truncated",
+            *(("constraints", "next_constraints") if labelled[0] else ()),
+        )
+    }
+    arrays["costs"] = np.concatenate([_costs(run) for run in runs])
+    if not labelled[0]:
+        arrays["initial_costs"] = np.array([run.initial_cost or 0.0 for run in runs])
+    prefix = "single_" if is_vector_env(env) else ""
+    return OfflineDataset.from_arrays(
+        **arrays,
+        observation_space=flat_box(getattr(env, f"{prefix}observation_space"), "observation_space"),
+        action_space=flat_box(getattr(env, f"{prefix}action_space"), "action_space"),
+        label_magnitude=label_magnitude,
+    )
+
+
+def _costs(run: Episode) -> np.ndarray:
+    if run.costs is not None:
+        return run.costs
+    if run.next_constraints is None:
+        raise ValueError(
+            "the environment must report info['constraint'] (h, positive is a violation) at reset "
+            "and every step, or info['cost'] at every step; add a wrapper that does"
+        )
+    return (run.next_constraints > 0).astype(np.float32)

@@ -1,0 +1,467 @@
+"""Logged transitions as one read-only record: `OfflineDataset`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self, cast, overload
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.data import storage
+from safeshield.data.labels import DEFAULT_MAGNITUDE, binary_labels
+from safeshield.data.validation import (
+    FLAG_FIELDS,
+    SCALAR_FIELDS,
+    VECTOR_FIELDS,
+    as_field,
+    check_log,
+    starts_of,
+)
+from safeshield.spaces import check_same_space, flat_box, space_from_json, space_to_json
+
+ConstraintKind = Literal["continuous", "binary"]
+Array = npt.NDArray[Any]
+
+_FIELDS = VECTOR_FIELDS + FLAG_FIELDS + SCALAR_FIELDS
+_DSRL_NAMES = {"terminated": "terminals", "truncated": "timeouts"}
+_FORMAT = "safeshield-dataset"
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class OfflineDataset:
+    """Whole episodes, one after the other, as read-only arrays of N transitions.
+
+    Row t is the step from s[t] by a[t] to s[t+1]. Rewards, costs and `next_constraints` of the row
+    belong to what the step led to, `constraints` to where it started. Floating arrays become
+    float32 and flags bool; a writeable array is copied. Every rule is checked at construction.
+
+    Attributes:
+        observations: (N, obs) s[t].
+        actions: (N, act) the action that was executed, inside `action_space`.
+        rewards: (N,).
+        next_observations: (N, obs) s[t+1], the true last one where the episode ends.
+        terminated: (N,) the episode ended in s[t+1]: cuts a bootstrap.
+        truncated: (N,) the episode was cut at s[t+1]: does not cut a bootstrap. Excludes
+            `terminated`.
+        costs: (N,) the cost reported after the step, of s[t+1].
+        constraints: (N,) h(s[t]), above 0 in a violation.
+        next_constraints: (N,) h(s[t+1]).
+        observation_space: Box of shape (obs,).
+        action_space: Box of shape (act,).
+        constraint_kind: "continuous" (in units of the constraint) or "binary" (+M and -1).
+
+    Raises:
+        ValueError: a rule is broken; the message names the key, the index, the episode, a repair.
+        TypeError: an array holds no numbers, or a space is not a Box of shape (width,).
+
+    >>> data = OfflineDataset.from_arrays(
+    ...     observations=[[0.0], [1.0], [0.0]], actions=[[0.5], [0.5], [0.0]],
+    ...     rewards=[1.0, 1.0, 0.0], next_observations=[[1.0], [2.0], [0.0]],
+    ...     terminated=[False, True, False], truncated=[False, False, True], costs=[0, 1, 0],
+    ... )
+    >>> data
+    OfflineDataset(3 transitions, 2 episodes, obs 1, act 1, binary constraints)
+    >>> data.constraints.tolist(), data.next_constraints.tolist()
+    ([-1.0, -1.0, -1.0], [-1.0, 25.0, -1.0])
+    >>> data.returns.tolist(), data.violating_episodes.tolist()
+    ([2.0, 0.0], [True, False])
+    """
+
+    observations: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.float32]
+    rewards: npt.NDArray[np.float32]
+    next_observations: npt.NDArray[np.float32]
+    terminated: npt.NDArray[np.bool_]
+    truncated: npt.NDArray[np.bool_]
+    costs: npt.NDArray[np.float32]
+    constraints: npt.NDArray[np.float32]
+    next_constraints: npt.NDArray[np.float32]
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.Box
+    constraint_kind: ConstraintKind
+
+    def __post_init__(self) -> None:
+        for name in _FIELDS:
+            object.__setattr__(self, name, as_field(name, getattr(self, name)))
+        check_log(self._arrays(), self.observation_space, self.action_space, self.constraint_kind)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # NumPy's pickle and deepcopy forget that an array is read-only.
+        self.__dict__.update(state)
+        for value in state.values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def __repr__(self) -> str:
+        return (
+            f"OfflineDataset({len(self)} transitions, {self.num_episodes} episodes, "
+            f"obs {self.observations.shape[1]}, act {self.actions.shape[1]}, "
+            f"{self.constraint_kind} constraints)"
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        *,
+        observations: npt.ArrayLike,
+        actions: npt.ArrayLike,
+        rewards: npt.ArrayLike,
+        next_observations: npt.ArrayLike,
+        terminated: npt.ArrayLike,
+        truncated: npt.ArrayLike,
+        costs: npt.ArrayLike,
+        constraints: npt.ArrayLike | None = None,
+        next_constraints: npt.ArrayLike | None = None,
+        observation_space: gym.spaces.Box | None = None,
+        action_space: gym.spaces.Box | None = None,
+        constraint_kind: ConstraintKind | None = None,
+        label_magnitude: float = DEFAULT_MAGNITUDE,
+        initial_costs: npt.ArrayLike | None = None,
+    ) -> OfflineDataset:
+        """Build a log, filling in what is missing.
+
+        Without `constraints` and `next_constraints` the labels are binary, from the costs (see
+        `binary_labels`, which `label_magnitude` and `initial_costs` go to). With them the kind is
+        continuous unless `constraint_kind` says otherwise. Absent spaces are Box(-inf, inf) for
+        observations and Box(-1, 1) for actions.
+
+        Raises:
+            ValueError: a rule is broken, or one of the two constraint arrays is missing.
+        """
+        flags = {
+            "terminated": as_field("terminated", terminated),
+            "truncated": as_field("truncated", truncated),
+        }
+        if (constraints is None) != (next_constraints is None):
+            raise ValueError(
+                "constraints and next_constraints must be given together, or neither: the label "
+                "of an episode's last state stands in next_constraints alone"
+            )
+        kind: ConstraintKind = constraint_kind or "continuous"
+        if constraints is None or next_constraints is None:
+            if constraint_kind == "continuous":
+                raise ValueError(
+                    "constraint_kind='continuous' needs constraints and next_constraints"
+                )
+            if np.shape(costs) != flags["terminated"].shape or not np.size(costs):
+                raise ValueError(
+                    f"costs and terminated must have the same shape (N,) with N >= 1, "
+                    f"got {np.shape(costs)} and {flags['terminated'].shape}"
+                )
+            kind = "binary"
+            constraints, next_constraints = binary_labels(
+                costs, starts_of(**flags), label_magnitude, initial_costs
+            )
+        return cls(
+            observations=as_field("observations", observations),
+            actions=as_field("actions", actions),
+            rewards=as_field("rewards", rewards),
+            next_observations=as_field("next_observations", next_observations),
+            costs=as_field("costs", costs),
+            constraints=as_field("constraints", constraints),
+            next_constraints=as_field("next_constraints", next_constraints),
+            observation_space=observation_space or _box(np.inf, observations, "observations"),
+            action_space=action_space or _box(1.0, actions, "actions"),
+            constraint_kind=kind,
+            **flags,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        observation_space: gym.spaces.Box | None = None,
+        action_space: gym.spaces.Box | None = None,
+        label_magnitude: float | None = None,
+    ) -> OfflineDataset:
+        """Read a log from .hdf5, .h5 or .npz: one of DSRL's, or one that `save` wrote.
+
+        A plain DSRL file has no labels and no spaces. Its labels are binary, from the costs; its
+        observation space is Box(-inf, inf) and its action space Box(-1, 1) unless they are given.
+        A file of ours holds both; a space given too must agree with the stored one.
+
+        Args:
+            path: the file. It can run no code, whoever made it.
+            observation_space: the space of the environment that was logged.
+            action_space: likewise; needed where actions leave [-1, 1].
+            label_magnitude: label of an unsafe state where labels are binary (25 unless the file
+                stores another). Continuous labels are left as they are. See `label_reach`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, keys are missing, or the log breaks a rule.
+        """
+        source = Path(path)
+        arrays, header = storage.read_log(source)
+        fields = {name: arrays.pop(_DSRL_NAMES.get(name, name), None) for name in _FIELDS}
+        try:
+            kind: ConstraintKind | None = None
+            if header is not None:
+                kind, stored_observations, stored_actions = _read_header(header)
+                for what, given, stored in (
+                    ("observation_space", observation_space, stored_observations),
+                    ("action_space", action_space, stored_actions),
+                ):
+                    if given is not None:
+                        check_same_space(stored, given, what)
+                observation_space, action_space = stored_observations, stored_actions
+                if fields["constraints"] is None:
+                    raise ValueError(f"missing keys {list(storage.LABEL_KEYS)}; save it again")
+            # A log just read belongs to nobody else: no copy is needed.
+            for array in fields.values():
+                if array is not None:
+                    array.flags.writeable = False
+            dataset = cls.from_arrays(
+                **cast(dict[str, Any], fields),
+                observation_space=observation_space,
+                action_space=action_space,
+                constraint_kind=kind,
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from error
+        if label_magnitude is None or dataset.constraint_kind == "continuous":
+            return dataset
+        return dataset.with_label_magnitude(label_magnitude)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a DSRL file, .hdf5, .h5 or .npz, that `load` reads back exactly.
+
+        Beside DSRL's keys it holds `constraints`, `next_constraints` and, as strict JSON, the
+        spaces and the kind of labels. The file appears whole or not at all.
+
+        Raises:
+            ValueError: the suffix is unknown.
+            FileNotFoundError: the folder does not exist.
+        """
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "constraint_kind": self.constraint_kind,
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+        }
+        arrays = {_DSRL_NAMES.get(name, name): array for name, array in self._arrays().items()}
+        storage.write_log(Path(path), arrays, header)
+
+    def with_label_magnitude(self, magnitude: float) -> OfflineDataset:
+        """Return the same log with binary labels of another magnitude.
+
+        Raises:
+            ValueError: the labels are continuous, or the magnitude is not above 0.
+        """
+        if self.constraint_kind != "binary":
+            raise ValueError("only binary labels have a magnitude, these are continuous")
+        # Through binary_labels, so that the magnitude is checked in one place.
+        initial = self.constraints[self.episode_starts] > 0
+        now, after = binary_labels(
+            self.next_constraints > 0, self.episode_starts, magnitude, initial
+        )
+        return dataclasses.replace(self, constraints=now, next_constraints=after)
+
+    @cached_property
+    def episode_starts(self) -> npt.NDArray[np.int64]:
+        """Index of the first step of each episode. (E,)."""
+        return _frozen(starts_of(self.terminated, self.truncated))
+
+    @cached_property
+    def episode_lengths(self) -> npt.NDArray[np.int64]:
+        """Steps of each episode. (E,)."""
+        return _frozen(np.diff(self.episode_starts, append=len(self)))
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of episodes, E."""
+        return len(self.episode_starts)
+
+    @property
+    def episodes(self) -> Episodes:
+        """The episodes as a sequence of datasets that share this one's memory."""
+        return Episodes(self)
+
+    @cached_property
+    def returns(self) -> npt.NDArray[np.float64]:
+        """Undiscounted sum of rewards of each episode. (E,)."""
+        return _frozen(np.add.reduceat(self.rewards.astype(np.float64), self.episode_starts))
+
+    @cached_property
+    def episode_costs(self) -> npt.NDArray[np.float64]:
+        """Undiscounted sum of costs of each episode. (E,)."""
+        return _frozen(np.add.reduceat(self.costs.astype(np.float64), self.episode_starts))
+
+    @cached_property
+    def violating_episodes(self) -> npt.NDArray[np.bool_]:
+        """Whether h > 0 at any state of the episode, the first and the last included. (E,)."""
+        unsafe = (self.constraints > 0) | (self.next_constraints > 0)
+        return _frozen(np.logical_or.reduceat(unsafe, self.episode_starts))
+
+    def select(self, episode_indices: npt.ArrayLike) -> OfflineDataset:
+        """Return the episodes with these indices, in this order; an index may repeat.
+
+        Raises:
+            ValueError: no index is given, or one is outside [0, num_episodes).
+        """
+        indices = np.asarray(episode_indices)
+        if indices.ndim != 1 or len(indices) == 0 or indices.dtype.kind not in "iu":
+            raise ValueError(
+                "episode_indices must be a list of at least one integer, got "
+                f"{episode_indices!r}; turn a mask into indices with numpy.flatnonzero"
+            )
+        if indices.min() < 0 or indices.max() >= self.num_episodes:
+            raise ValueError(
+                f"episode_indices must lie in [0, {self.num_episodes}), "
+                f"got {indices.min()} .. {indices.max()}"
+            )
+        lengths = self.episode_lengths[indices]
+        offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self._rows(np.repeat(self.episode_starts[indices], lengths) + offsets)
+
+    def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
+        """Part the episodes at random into ``(train, held_out)``, both in the log's order.
+
+        `train` gets ``round(fraction * num_episodes)`` episodes. No episode is cut: steps of one
+        episode on both sides would let a held-out check see what was trained on.
+
+        Raises:
+            ValueError: fraction is not inside (0, 1), or a part would be empty.
+        """
+        if not 0.0 < fraction < 1.0:
+            raise ValueError(f"fraction must lie inside (0, 1), got {fraction}")
+        count = round(fraction * self.num_episodes)
+        if not 0 < count < self.num_episodes:
+            raise ValueError(
+                f"split needs an episode on both sides, but fraction {fraction} of "
+                f"{self.num_episodes} episodes puts {count} in train; log more episodes or choose "
+                "a fraction nearer to 1/2"
+            )
+        order = np.random.default_rng(seed).permutation(self.num_episodes)
+        return self.select(np.sort(order[:count])), self.select(np.sort(order[count:]))
+
+    @classmethod
+    def concatenate(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
+        """Put logs of the same task one after the other.
+
+        Raises:
+            ValueError: there are none, or their spaces or kinds of labels differ.
+        """
+        parts = list(datasets)
+        if not parts:
+            raise ValueError("datasets must hold at least one dataset, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            check_same_space(first.observation_space, part.observation_space, "observation_space")
+            check_same_space(first.action_space, part.action_space, "action_space")
+            if part.constraint_kind != first.constraint_kind:
+                raise ValueError(
+                    f"datasets must have the same constraint_kind, got "
+                    f"{first.constraint_kind!r} and {part.constraint_kind!r}"
+                )
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS
+        }
+        return dataclasses.replace(first, **joined)
+
+    def summary(self) -> str:
+        """Describe the log in a few lines: sizes, returns, costs, labels and how episodes end."""
+        lengths, returns, costs = self.episode_lengths, self.returns, self.episode_costs
+        unsafe = float(np.mean(self.next_constraints > 0))
+        ended = float(np.mean(self.terminated[self.episode_starts + lengths - 1]))
+        low, high = self.next_constraints.min(), self.next_constraints.max()
+        return "\n".join(
+            [
+                f"transitions  {len(self)} in {self.num_episodes} episodes of "
+                f"{lengths.min()} to {lengths.max()} steps, {ended:.0%} of them terminated",
+                f"spaces       observations {self.observation_space}, actions {self.action_space}",
+                f"returns      {returns.min():.4g} .. {returns.max():.4g}, "
+                f"mean {returns.mean():.4g}",
+                f"costs        {costs.min():.4g} .. {costs.max():.4g} an episode, "
+                f"mean {costs.mean():.4g}",
+                f"constraints  {self.constraint_kind}, {low:.4g} .. {high:.4g}, above 0 in "
+                f"{unsafe:.1%} of states and {self.violating_episodes.mean():.1%} of episodes",
+            ]
+        )
+
+    def _arrays(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def _rows(self, rows: slice | npt.NDArray[np.int64]) -> Self:
+        # Whole episodes of a checked log need no second check: this makes episodes[i] cheap.
+        part = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(
+                part, field.name, _frozen(value[rows]) if field.name in _FIELDS else value
+            )
+        return part
+
+
+class Episodes(Sequence[OfflineDataset]):
+    """The episodes of a log, each an `OfflineDataset` of one episode, without copies."""
+
+    def __init__(self, dataset: OfflineDataset) -> None:
+        self._dataset = dataset
+
+    @overload
+    def __getitem__(self, index: int) -> OfflineDataset: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[OfflineDataset]: ...
+
+    def __getitem__(self, index: int | slice) -> OfflineDataset | list[OfflineDataset]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        try:
+            episode = range(len(self))[index]
+        except IndexError:
+            raise IndexError(f"there are {len(self)} episodes, got index {index}") from None
+        start = int(self._dataset.episode_starts[episode])
+        return self._dataset._rows(
+            slice(start, start + int(self._dataset.episode_lengths[episode]))
+        )
+
+    def __len__(self) -> int:
+        return self._dataset.num_episodes
+
+    def __iter__(self) -> Iterator[OfflineDataset]:
+        return (self[index] for index in range(len(self)))
+
+
+def _read_header(header: storage.Header) -> tuple[ConstraintKind, gym.spaces.Box, gym.spaces.Box]:
+    expected = {"format", "version", "constraint_kind", "observation_space", "action_space"}
+    if set(header) != expected:
+        raise ValueError(f"its header must have the fields {sorted(expected)}")
+    if (header["format"], header["version"]) != (_FORMAT, _VERSION):
+        raise ValueError(
+            f"its header must be {_FORMAT!r} version {_VERSION}; a newer safeshield may have "
+            "written it"
+        )
+    kind = header["constraint_kind"]
+    if kind not in ("continuous", "binary"):
+        raise ValueError("its constraint_kind must be 'continuous' or 'binary'")
+    return (
+        kind,
+        flat_box(space_from_json(header["observation_space"]), "its observation_space"),
+        flat_box(space_from_json(header["action_space"]), "its action_space"),
+    )
+
+
+def _box(bound: float, values: npt.ArrayLike, name: str) -> gym.spaces.Box:
+    shape = np.shape(values)
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have shape (N, width), got {shape}; reshape it")
+    return gym.spaces.Box(-bound, bound, (shape[1],), np.float32)
+
+
+def _frozen(array: Array) -> Array:
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,98 @@
+"""Constraint labels from costs: binary labels, and how far before a violation they are felt."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+DEFAULT_MAGNITUDE = 25.0
+"""Label of an unsafe state in FISOR and SafeFQL for DSRL's tasks (a safe state has -1)."""
+
+
+def binary_labels(
+    costs: npt.ArrayLike,
+    episode_starts: npt.ArrayLike,
+    magnitude: float = DEFAULT_MAGNITUDE,
+    initial_costs: npt.ArrayLike | None = None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Label the states of logged steps by their costs: ``+magnitude`` where cost > 0, else -1.
+
+    A cost is reported after the step, so it labels the state reached::
+
+        next_constraints[t] = label(costs[t])                       h(s[t+1])
+        constraints[t]      = label(costs[t-1])  inside an episode  h(s[t])
+                            = label(initial_costs[e])  at the first step of episode e
+
+    No log of DSRL's says whether an episode starts inside a violation: without `initial_costs`
+    the first state of every episode is taken as safe (-1).
+
+    Args:
+        costs: (N,) cost reported after each step.
+        episode_starts: (E,) index of the first step of each episode, ascending, beginning with 0.
+        magnitude: label of an unsafe state, above 0. `label_reach` says what it does.
+        initial_costs: (E,) cost of the first state of each episode.
+
+    Returns:
+        ``(constraints, next_constraints)``, each (N,) float32.
+
+    Raises:
+        ValueError: a shape is wrong, the starts are no starts, or the magnitude is not above 0.
+
+    >>> now, after = binary_labels([0, 1, 0], [0, 2])
+    >>> now.tolist(), after.tolist()
+    ([-1.0, -1.0, -1.0], [-1.0, 25.0, -1.0])
+    """
+    cost_array = np.asarray(costs)
+    starts = np.asarray(episode_starts, dtype=np.int64)
+    if cost_array.ndim != 1 or len(cost_array) == 0:
+        raise ValueError(f"costs must have shape (N,) with N >= 1, got {cost_array.shape}")
+    if (
+        starts.ndim != 1
+        or len(starts) == 0
+        or starts[0] != 0
+        or starts[-1] >= len(cost_array)
+        or (np.diff(starts) <= 0).any()
+    ):
+        raise ValueError(
+            f"episode_starts must ascend from 0 and stay below N = {len(cost_array)}, got {starts}"
+        )
+    _check_magnitude(magnitude)
+    first = np.zeros(len(starts)) if initial_costs is None else np.asarray(initial_costs)
+    if first.shape != starts.shape:
+        raise ValueError(
+            f"initial_costs must have one entry for each of the {len(starts)} episodes, "
+            f"got shape {first.shape}"
+        )
+    after = np.where(cost_array > 0, magnitude, -1.0).astype(np.float32)
+    now = np.roll(after, 1)
+    now[starts] = np.where(first > 0, magnitude, -1.0)
+    return now, after
+
+
+def label_reach(magnitude: float, discount: float) -> float:
+    """Steps before a violation at which a label of `magnitude` is still felt, others being -1.
+
+    With the discounted max backup of `safeshield.values`, the value k steps before an unavoidable
+    violation is ``(1 + M) g^k - 1``, which is above 0 for ``k < ln(1 + M) / -ln g``. This is the
+    knob to reach for: 324 steps for M = 25 and g = 0.99 (FISOR and SafeFQL on DSRL), 69 for M = 1.
+    A larger reach sees danger earlier and calls more of the state space unsafe.
+
+    Raises:
+        ValueError: magnitude is not above 0, or discount is not inside (0, 1).
+
+    >>> round(label_reach(25.0, 0.99)), round(label_reach(1.0, 0.99))
+    (324, 69)
+    """
+    _check_magnitude(magnitude)
+    if not 0.0 < discount < 1.0:
+        raise ValueError(f"discount must lie inside (0, 1), got {discount}")
+    return math.log1p(magnitude) / -math.log(discount)
+
+
+def _check_magnitude(magnitude: float) -> None:
+    if not (math.isfinite(magnitude) and magnitude > 0.0):
+        raise ValueError(
+            f"magnitude (the label of an unsafe state) must be finite and above 0, got {magnitude}"
+        )

@@ -1,0 +1,171 @@
+"""The rules a log must keep, each with an error that says where it is broken and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.spaces import flat_box
+
+Array = npt.NDArray[Any]
+
+VECTOR_FIELDS = ("observations", "actions", "next_observations")
+FLAG_FIELDS = ("terminated", "truncated")
+SCALAR_FIELDS = ("rewards", "costs", "constraints", "next_constraints")
+
+_ACTION_TOLERANCE = 1e-6
+
+
+def as_field(name: str, value: npt.ArrayLike) -> Array:
+    """Return `value` as the read-only float32 or bool array of field `name`.
+
+    A writeable array is copied, so that nobody changes a log from outside; a read-only one of the
+    right dtype is taken as it is.
+
+    Raises:
+        TypeError: it holds no numbers.
+        ValueError: a flag is neither 0 nor 1.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must hold numbers, got dtype {array.dtype}")
+    if name in FLAG_FIELDS:
+        if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+            raise ValueError(f"{name} must hold booleans (or 0 and 1 alone)")
+        dtype: type[np.generic] = np.bool_
+    else:
+        dtype = np.float32
+    if array.dtype != dtype or array.flags.writeable:
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+    array.flags.writeable = False
+    return array
+
+
+def check_log(
+    fields: Mapping[str, Array],
+    observation_space: gym.spaces.Box,
+    action_space: gym.spaces.Box,
+    constraint_kind: str,
+) -> None:
+    """Raise ValueError at the first rule that the fields of an `OfflineDataset` break."""
+    flat_box(observation_space, "observation_space")
+    flat_box(action_space, "action_space")
+    if constraint_kind not in ("continuous", "binary"):
+        raise ValueError(
+            f"constraint_kind must be 'continuous' or 'binary', got {constraint_kind!r}"
+        )
+    widths = {
+        "observations": int(observation_space.shape[0]),
+        "next_observations": int(observation_space.shape[0]),
+        "actions": int(action_space.shape[0]),
+    }
+    _check_shapes(fields, widths)
+    starts = starts_of(fields["terminated"], fields["truncated"])
+    _check_flags(fields, starts)
+    for name, array in fields.items():
+        finite = np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+        if not finite.all():
+            where = _place(int(np.argmin(finite)), name, array, starts)
+            raise ValueError(
+                f"{name} must be finite in float32, but {where}; drop that episode, or clean it"
+            )
+    _check_actions(fields["actions"], action_space, starts)
+    _check_labels(fields, constraint_kind, starts)
+
+
+def starts_of(terminated: Array, truncated: Array) -> npt.NDArray[np.int64]:
+    """Index of the first step of every episode: 0, and every step after an end. (E,) int64."""
+    ends = np.flatnonzero(terminated | truncated)
+    starts = np.concatenate([[0], ends + 1]).astype(np.int64)
+    return starts[starts < len(terminated)]
+
+
+def _check_shapes(fields: Mapping[str, Array], widths: Mapping[str, int]) -> None:
+    shapes = {name: array.shape for name, array in fields.items()}
+    steps = next(iter(shapes.values()), ())[:1]
+    for name, shape in shapes.items():
+        ndim = 2 if name in VECTOR_FIELDS else 1
+        if len(shape) != ndim:
+            wanted = "(N, width)" if ndim == 2 else "(N,)"
+            raise ValueError(f"{name} must have shape {wanted}, got {shape}; reshape it")
+        if shape[:1] != steps:
+            raise ValueError(
+                f"every key must have the same first axis N, got {name} {shape} beside {shapes}; "
+                "cut them to whole episodes of the same steps"
+            )
+        if ndim == 2 and shape[1] != widths[name]:
+            which = "action_space" if name == "actions" else "observation_space"
+            raise ValueError(
+                f"{name} must be as wide as {which} ({widths[name]}), got width {shape[1]}; "
+                f"pass the {which} of the environment that was logged"
+            )
+    if steps == (0,):
+        raise ValueError("a log must have at least 1 transition, got 0")
+
+
+def _check_flags(fields: Mapping[str, Array], starts: Array) -> None:
+    terminated, truncated = fields["terminated"], fields["truncated"]
+    both = terminated & truncated
+    if both.any():
+        index = int(np.argmax(both))
+        raise ValueError(
+            f"terminated and truncated exclude each other, but both are set at index {index} "
+            f"(episode {_episode(index, starts)}); keep terminated: truncated &= ~terminated"
+        )
+    if not (terminated[-1] or truncated[-1]):
+        raise ValueError(
+            f"the last step must end an episode, but index {len(terminated) - 1} (episode "
+            f"{len(starts) - 1}) has terminated and truncated false; drop that part of an "
+            "episode, or set truncated there"
+        )
+
+
+def _check_actions(actions: Array, space: gym.spaces.Box, starts: Array) -> None:
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounds = np.stack([low, high])
+    scale = np.max(np.abs(np.where(np.isfinite(bounds), bounds, 0.0)), axis=0)
+    slack = _ACTION_TOLERANCE * scale
+    inside = ((actions >= low - slack) & (actions <= high + slack)).all(axis=1)
+    if not inside.all():
+        where = _place(int(np.argmin(inside)), "actions", actions, starts)
+        raise ValueError(
+            f"actions must lie inside action_space {space}, but {where}; pass action_space= of "
+            "the environment, or clip the actions to what was executed"
+        )
+
+
+def _check_labels(fields: Mapping[str, Array], kind: str, starts: Array) -> None:
+    now, after = fields["constraints"], fields["next_constraints"]
+    inside = ~(fields["terminated"] | fields["truncated"])[:-1]
+    broken = inside & (after[:-1] != now[1:])
+    if broken.any():
+        index = int(np.argmax(broken))
+        raise ValueError(
+            "next_constraints[t] must equal constraints[t+1] inside an episode, but at index "
+            f"{index} (episode {_episode(index, starts)}) they are {after[index]} and "
+            f"{now[index + 1]}; label each state once and shift"
+        )
+    if kind == "binary":
+        unsafe = max(float(now.max()), float(after.max()), 0.0)
+        for name, array in (("constraints", now), ("next_constraints", after)):
+            wrong = (array != -1.0) & ((array != unsafe) | (array <= 0.0))
+            if wrong.any():
+                where = _place(int(np.argmax(wrong)), name, array, starts)
+                raise ValueError(
+                    "binary labels must be -1 or one value above 0 "
+                    f"(here {unsafe}), but {where}; use constraint_kind='continuous' for others"
+                )
+
+
+def _episode(index: int, starts: Array) -> int:
+    return int(np.searchsorted(starts, index, side="right")) - 1
+
+
+def _place(index: int, name: str, array: Array, starts: Array) -> str:
+    value = np.array2string(array[index], threshold=12, precision=6)
+    return f"{name}[{index}] (episode {_episode(index, starts)}) is {value}"

@@ -1,0 +1,1 @@
+"""The demonstration that `safeshield demo` runs: logs, training, calibration, four agents."""

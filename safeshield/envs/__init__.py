@@ -1,0 +1,42 @@
+"""Environments whose exact safety value is known, single and vectorised.
+
+Importing this package registers them with Gymnasium and loads none of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from safeshield.envs.registration import register_envs
+
+if TYPE_CHECKING:
+    from safeshield.envs.boat import BoatEnv, BoatVectorEnv
+    from safeshield.envs.double_integrator import DoubleIntegratorEnv, DoubleIntegratorVectorEnv
+
+__all__ = [
+    "BoatEnv",
+    "BoatVectorEnv",
+    "DoubleIntegratorEnv",
+    "DoubleIntegratorVectorEnv",
+    "register_envs",
+]
+
+_HOME = {
+    "BoatEnv": "boat",
+    "BoatVectorEnv": "boat",
+    "DoubleIntegratorEnv": "double_integrator",
+    "DoubleIntegratorVectorEnv": "double_integrator",
+}
+
+register_envs()
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

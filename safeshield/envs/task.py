@@ -1,0 +1,117 @@
+"""What a state-based environment is made of: pure functions over arrays of states."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Frame: TypeAlias = npt.NDArray[np.uint8]
+
+
+class StateTask(ABC):
+    """A task whose observation is its state, written for single states and batches alike.
+
+    Every function takes arrays with any number of leading axes; the single and the vector
+    environment call the same ones, which is why they agree to the last bit.
+    """
+
+    state_low: Array
+    state_high: Array
+    action_size: int
+    max_episode_steps: int
+    render_fps: int
+
+    @abstractmethod
+    def next_state(self, state: Array, action: Array) -> Array:
+        """Return the states (..., n) that actions (..., m) lead to."""
+
+    @abstractmethod
+    def constraint(self, state: Array) -> Array:
+        """Return h (...), positive where the state is a violation."""
+
+    @abstractmethod
+    def reward(self, state: Array) -> Array:
+        """Return the reward (...) of the step that leaves these states (..., n)."""
+
+    @abstractmethod
+    def draw_start(self, generator: np.random.Generator) -> Array:
+        """Return one random start (n,)."""
+
+    @abstractmethod
+    def picture(self, trail: Sequence[Array]) -> Frame:
+        """Return a picture of the last state of the trail, with the way that led there."""
+
+    def observation_space(self) -> spaces.Box:
+        """Return the box of states, as float32."""
+        low, high = self.state_low.astype(np.float32), self.state_high.astype(np.float32)
+        return spaces.Box(low, high, dtype=np.float32)
+
+    def action_space(self) -> spaces.Box:
+        """Return the box of actions, as float32."""
+        return spaces.Box(-1.0, 1.0, (self.action_size,), np.float32)
+
+    def checked_state(self, state: object) -> Array:
+        """Return states (..., n) in float64.
+
+        Raises:
+            ValueError: wrong last axis, not finite, or outside the box of states.
+        """
+        array = np.array(state, dtype=np.float64)
+        size = self.state_low.size
+        if array.ndim == 0 or array.shape[-1] != size:
+            raise ValueError(
+                f"options['state'] must have {size} entries on its last axis, got {array.shape}"
+            )
+        inside = np.isfinite(array) & (array >= self.state_low) & (array <= self.state_high)
+        if not inside.all():
+            bad = array[~inside.all(axis=-1)] if array.ndim > 1 else array
+            raise ValueError(
+                f"options['state'] must be finite and inside the box {self.state_low.tolist()} to "
+                f"{self.state_high.tolist()}, got {bad.tolist()}; clip it to the observation space"
+            )
+        return array
+
+    def checked_action(self, action: object, shape: tuple[int, ...]) -> Array:
+        """Return actions of this shape in float64.
+
+        Raises:
+            ValueError: another shape, or not finite.
+        """
+        array = np.asarray(action, dtype=np.float64)
+        if array.shape != shape:
+            raise ValueError(f"action must have shape {shape}, got {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"action must be finite, got {array.tolist()}; "
+                "look for a division by zero or a diverged policy where it was computed"
+            )
+        return array
+
+
+def positive(name: str, value: float) -> float:
+    """Return the value as a float.
+
+    Raises:
+        ValueError: it is not a positive, finite number.
+    """
+    number = float(value)
+    if not (np.isfinite(number) and number > 0.0):
+        raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
+    return number
+
+
+def checked_render_mode(render_mode: str | None) -> str | None:
+    """Return the render mode.
+
+    Raises:
+        ValueError: it is neither None nor "rgb_array".
+    """
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}')
+    return render_mode

@@ -1,0 +1,105 @@
+r"""The exact safety value of `safeshield.envs.double_integrator`, in closed form.
+
+V(p, v) = min over controls of the max over time of h = abs(p) - wall. Let v > 0 (v < 0 is its
+mirror image) and a the largest deceleration.
+
+Continuous time. Full braking gives the lowest position at every time, and stops at
+p + v^2 / (2 a), where the cart can stay:
+
+    V = max(abs(p), abs(p + v abs(v) / (2 a))) - wall.
+
+Discrete time, steps of dt, the acceleration held within a step (the environment's dynamics). Under
+any control the n-th sampled position is at least that of full braking,
+
+    p_n = p + n v dt - a n^2 dt^2 / 2,    n = 0, 1, 2, ...
+
+highest at the whole number m nearest to v / (a dt), so max over n of p_n is a lower bound. Braking
+for m steps attains it: the speed w left has abs(w) <= a dt / 2, so the accelerations -2 w / dt,
+2 w / dt, -2 w / dt, ... are allowed, and they return to p_m at every sample. Hence
+
+    V = max(abs(p), abs(p_m)) - wall,
+
+below the continuous value by at most a dt^2 / 8: between two samples the cart may pass the turning
+point unseen.
+
+The other wall plays no part: the positions rise from p to p_m, so that wall is nearest at the
+start, which V counts. The box clips positions to [-1.5, 1.5], so h never exceeds 1.5 - wall and
+neither does V. Clipped speeds play no part for states of the box, since braking slows down.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from safeshield.envs.double_integrator import MAX_ACCELERATION, POSITION_LIMIT, WALL, next_state
+from safeshield.envs.task import positive
+from safeshield.types import Actions, Observations, Scalars
+
+
+def value(
+    states: Observations,
+    wall: float = WALL,
+    max_acceleration: float = MAX_ACCELERATION,
+    dt: float | None = None,
+) -> Scalars:
+    """Return V (...) of states (..., 2) of the environment's box, metres, positive where doomed.
+
+    `dt` is the step in seconds; None stands for continuous time.
+
+    Raises:
+        ValueError: states without two finite entries on the last axis; a wall, acceleration or dt
+            that is not positive.
+
+    Example:
+        >>> states = np.array([[0.0, 1.0], [0.0, 2.0], [-1.2, 0.0]])
+        >>> value(states).round(3)
+        array([-0.5,  0.5,  0.2])
+        >>> float(value(np.array([0.0, 1.0]), dt=0.4).round(3))
+        -0.52
+    """
+    states = _checked_states(states)
+    wall = positive("wall", wall)
+    braking = positive("max_acceleration", max_acceleration)
+    position, speed = states[..., 0], np.abs(states[..., 1])
+    if dt is None:
+        travel = speed * speed / (2.0 * braking)
+    else:
+        dt = positive("dt", dt)
+        steps = np.floor(speed / (braking * dt) + 0.5)
+        travel = steps * dt * (speed - 0.5 * braking * steps * dt)
+    turning = position + np.sign(states[..., 1]) * travel
+    reached = np.minimum(np.maximum(np.abs(position), np.abs(turning)), POSITION_LIMIT)
+    return np.asarray(reached - wall)
+
+
+def action_value(states: Observations, actions: Actions, dt: float) -> Scalars:
+    """Return Q (...) = max(h(s), V(s')), s' one step of dt seconds later; actions (..., 1).
+
+    Since V >= h, that equals the max over time of h when the action comes first and the best
+    controls follow; its minimum over actions is `value` with the same dt.
+
+    Raises:
+        ValueError: as `value`.
+
+    Example:
+        >>> brake, push = np.array([-1.0]), np.array([1.0])
+        >>> state = np.array([0.5, 0.9])
+        >>> float(action_value(state, brake, dt=0.05).round(4))
+        -0.095
+        >>> float(action_value(state, push, dt=0.05).round(4))
+        -0.0025
+    """
+    states = _checked_states(states)
+    here = np.minimum(np.abs(states[..., 0]), POSITION_LIMIT) - WALL
+    after = value(next_state(states, actions, dt=positive("dt", dt)), dt=dt)
+    return np.asarray(np.maximum(here, after))
+
+
+def _checked_states(states: Observations) -> Observations:
+    array = np.asarray(states, dtype=np.float64)
+    if array.ndim == 0 or array.shape[-1] != 2 or not np.isfinite(array).all():
+        raise ValueError(
+            "states must be finite and have (position, speed) on the last axis, "
+            f"got shape {array.shape}"
+        )
+    return array

@@ -1,0 +1,1 @@
+"""What every algorithm's networks are made of."""

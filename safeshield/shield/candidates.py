@@ -1,0 +1,105 @@
+"""Where a shield looks for a replacement when it must not let an action pass.
+
+The noise behind the candidates is drawn once, from a fixed seed: a shield is a function of
+observation and action, so a decision can be replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.shield.model import SafetyModel, StateValue
+from safeshield.types import Actions
+
+_SEED = 20_260_315
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """How many replacements to weigh, of which kinds."""
+
+    fallback: int = 8
+    """Actions of the fallback actor: z = 0 and further draws of z."""
+    around: int = 24
+    """Points around the proposal, at distances from 5% to 200% of the box's half width."""
+    box: int = 32
+    """Points spread over the whole action box, corners and centre first."""
+
+    def __post_init__(self) -> None:
+        if self.fallback < 1 or self.around < 0 or self.box < 0:
+            raise ValueError(
+                "fallback must be at least 1, around and box at least 0, got "
+                f"{self.fallback}, {self.around}, {self.box}"
+            )
+
+    @property
+    def total(self) -> int:
+        """Candidates a state."""
+        return self.fallback + self.around + self.box
+
+    def actions(self, model: SafetyModel, states: StateValue, proposals: Actions) -> Actions:
+        """Return the candidates (n, total, act) for proposals (n, act), all inside the box."""
+        tables = _tables(self, model.action_space.shape[0])
+        parts = [model.fallback(states, tables.noise)]
+        if self.around:
+            near = model.scaling.actions(proposals)[:, None, :] + tables.around
+            parts.append(model.scaling.to_box(np.clip(near, -1.0, 1.0)))
+        if self.box:
+            points = model.scaling.to_box(tables.box)
+            parts.append(np.broadcast_to(points, (len(proposals), *points.shape)))
+        return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    candidates: CandidateSet
+    width: int
+
+    @cached_property
+    def noise(self) -> npt.NDArray[np.float32]:
+        rng = np.random.default_rng(_SEED)
+        noise = rng.standard_normal((self.candidates.fallback, self.width))
+        noise[0] = 0.0
+        return noise.astype(np.float32)
+
+    @cached_property
+    def around(self) -> npt.NDArray[np.float32]:
+        count = self.candidates.around
+        rng = np.random.default_rng(_SEED + 1)
+        if self.width == 1:
+            direction = np.where(np.arange(count) % 2 == 0, 1.0, -1.0)[:, None]
+        elif self.width == 2:
+            # A golden-angle fan covers the circle evenly at any count.
+            angle = np.arange(count) * np.pi * (3.0 - np.sqrt(5.0))
+            direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+        else:
+            direction = rng.standard_normal((count, self.width))
+            direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+        radius = np.geomspace(0.05, 2.0, max(count, 1))[:count, None]
+        return np.asarray(direction * radius, np.float32)
+
+    @cached_property
+    def box(self) -> npt.NDArray[np.float32]:
+        count = self.candidates.box
+        rng = np.random.default_rng(_SEED + 2)
+        points = rng.uniform(-1.0, 1.0, (count, self.width))
+        centre = np.zeros((1, self.width))
+        corners = min(2**self.width, count // 2) if self.width < 16 else 0
+        bits = (np.arange(corners)[:, None] >> np.arange(self.width)) & 1
+        special = np.concatenate([centre, 2.0 * bits - 1.0])[:count]
+        points[: len(special)] = special
+        return points.astype(np.float32)
+
+
+_CACHE: dict[tuple[CandidateSet, int], _Tables] = {}
+
+
+def _tables(candidates: CandidateSet, width: int) -> _Tables:
+    key = (candidates, width)
+    if key not in _CACHE:
+        _CACHE[key] = _Tables(candidates, width)
+    return _CACHE[key]

@@ -1,0 +1,35 @@
+"""What a shield says about each action that it has judged."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.types import Flags, Scalars
+
+
+class FilterReport(NamedTuple):
+    """The verdict on one action, or arrays of verdicts on n actions.
+
+    All values are in the constraint's units, positive is a violation.
+    """
+
+    intervened: Flags | np.bool_
+    """The executed action is not the proposed one."""
+    value: Scalars | np.floating
+    """Q_h of the executed action; infinity where the observation was not finite."""
+    proposed_value: Scalars | np.floating
+    """Q_h of the proposed action; infinity where it was not finite or outside the box."""
+    state_value: Scalars | np.floating
+    """V_h of the observation; infinity where it was not finite."""
+    acceptable: Flags | np.bool_
+    """value <= -delta. False: nothing acceptable was found and the least bad candidate ran."""
+    valid: Flags | np.bool_
+    """Observation and proposed action were finite."""
+
+    def row(self, index: int) -> FilterReport:
+        """Return the verdict on one action of a batch."""
+        fields: list[npt.NDArray[np.generic]] = [np.asarray(field) for field in self]
+        return FilterReport(*(field[index] for field in fields))

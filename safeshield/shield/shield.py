@@ -1,0 +1,290 @@
+r"""The shield itself: safety critics, a threshold, a fallback, and the promise that goes with them.
+
+A shield with threshold delta >= 0 accepts an action where
+
+    Q_h(s, a) <= -delta
+
+and executes it bit for bit. Elsewhere it executes the acceptable candidate nearest to the proposal
+(see `candidates`), and where no candidate is acceptable the one with the lowest Q_h, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.calibration.record import CalibrationRecord
+from safeshield.shield.candidates import CandidateSet
+from safeshield.shield.model import SafetyModel, StateValue
+from safeshield.shield.report import FilterReport
+from safeshield.types import Actions, Flags, Observations, Scalars
+
+if TYPE_CHECKING:
+    from safeshield.rollout import Env, VectorEnv
+
+
+class UncalibratedShieldWarning(UserWarning):
+    """A shield is used whose threshold has not been calibrated: it promises nothing."""
+
+
+@dataclass(eq=False)
+class Shield:
+    """A filter between an agent and a plant; immutable in use, NumPy in and out.
+
+    Args:
+        model: critics, fallback, spaces and units.
+        delta: threshold in units of h, at least 0.
+        record: what calibration promised; None for an uncalibrated shield.
+        trained_by: free text for the file.
+        candidates: where to look for replacements.
+    """
+
+    model: SafetyModel
+    delta: float = 0.0
+    record: CalibrationRecord | None = None
+    trained_by: str = ""
+    candidates: CandidateSet = field(default_factory=CandidateSet)
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.delta) and self.delta >= 0):
+            raise ValueError(f"delta must be finite and at least 0, got {self.delta}")
+        if self.record is not None and self.record.delta != self.delta:
+            raise ValueError(
+                f"record was made for delta {self.record.delta}, the shield has {self.delta}; "
+                "drop the record or calibrate again"
+            )
+        low, high = self.action_space.low, self.action_space.high
+        self._low, self._high = low.astype(np.float64), high.astype(np.float64)
+        self._warned = False
+
+    # -- what it knows ------------------------------------------------------------------------
+
+    @property
+    def observation_space(self) -> gym.spaces.Box:
+        """Space of the observations it was trained on."""
+        return self.model.observation_space
+
+    @property
+    def action_space(self) -> gym.spaces.Box:
+        """Space of the actions it was trained on."""
+        return self.model.action_space
+
+    @property
+    def threshold(self) -> float:
+        """The number that Q_h must not exceed: -delta."""
+        return -self.delta
+
+    def with_delta(self, delta: float) -> Self:
+        """Return a copy with another threshold, which no record vouches for."""
+        return replace(self, delta=float(delta), record=None)
+
+    def value(
+        self, observation: npt.ArrayLike, action: npt.ArrayLike | None = None
+    ) -> Scalars | np.floating:
+        """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
+
+        Args:
+            observation: (obs,) or (n, obs).
+            action: (act,) or (n, act), inside the box.
+
+        Raises:
+            ValueError: a wrong shape.
+
+        NaN or infinite entries give the value +infinity.
+        """
+        rows, single = self._rows(observation, self.observation_space, "observation")
+        finite = np.isfinite(rows).all(axis=-1)
+        states = self.model.states(self._filled(rows, finite))
+        if action is None:
+            values = states.value
+        else:
+            actions, _ = self._rows(action, self.action_space, "action")
+            if len(actions) != len(rows):
+                raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
+            finite = finite & np.isfinite(actions).all(axis=-1)
+            values = self.model.action_values(states, np.where(finite[:, None], actions, 0.0))
+        values = np.where(finite, values, np.float32(np.inf))
+        return values[0] if single else values
+
+    def certified(self, observation: npt.ArrayLike) -> Flags | np.bool_:
+        """Whether V_h(s) <= -delta AND the shield is calibrated: what its record speaks of."""
+        inside = np.asarray(self.value(observation)) <= self.threshold
+        flags = inside & (self.record is not None)
+        return flags if flags.ndim else np.bool_(flags)
+
+    # -- what it does -------------------------------------------------------------------------
+
+    def filter(
+        self, observation: npt.ArrayLike, action: npt.ArrayLike
+    ) -> tuple[npt.NDArray[Any], FilterReport]:
+        """Return the action to execute, and the verdict.
+
+        An accepted action is returned as it came, bit for bit. An action outside the box is
+        clipped into it first, which counts as an intervention. NaN anywhere never passes: with an
+        observation that is not finite the fallback acts on the log's mean in the entries' place
+        and the verdict is not `valid`.
+
+        Args:
+            observation: (obs,) or (n, obs).
+            action: (act,) or (n, act).
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        proposed = np.asarray(action)
+        actions, single = self._rows(proposed, self.action_space, "action")
+        rows, _ = self._rows(observation, self.observation_space, "observation")
+        if len(actions) != len(rows):
+            raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
+        executed, report = self.judge(self.states(rows), rows, actions)
+        if single:
+            one = report.row(0)
+            return (executed[0] if one.intervened else proposed), one
+        return executed, report
+
+    def states(self, rows: Observations) -> StateValue:
+        """Judge observations (n, obs), for `judge`."""
+        return self.model.states(self._filled(rows, np.isfinite(rows).all(axis=-1)))
+
+    def judge(
+        self, states: StateValue, rows: Observations, actions: Actions
+    ) -> tuple[npt.NDArray[Any], FilterReport]:
+        """`filter` for observations (n, obs) whose `states` are known already.
+
+        Args:
+            states: from `states`, of the same rows.
+            rows: (n, obs) the raw observations.
+            actions: (n, act).
+        """
+        if self.record is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this shield is not calibrated: it filters with delta "
+                f"{self.delta:g} and promises nothing; call calibrate()",
+                UncalibratedShieldWarning,
+                stacklevel=3,
+            )
+        seen = np.isfinite(rows).all(axis=-1)
+        known = np.isfinite(actions).all(axis=-1)
+        inside = known & (actions >= self._low).all(axis=-1) & (actions <= self._high).all(axis=-1)
+        values = self.model.action_values(states, np.where(inside[:, None], actions, 0.0))
+        proposed_values = np.where(inside & seen, values, np.float32(np.inf))
+        accepted = proposed_values <= self.threshold
+        executed = actions
+        acceptable = accepted
+        if not accepted.all():
+            reject = np.flatnonzero(~accepted)
+            # A replacement may lie between the integers of a proposal made of integers.
+            executed = actions.astype(np.result_type(actions, np.float32))
+            values = values.copy()
+            acceptable = accepted.copy()
+            picked, picked_values = self._replace(
+                StateValue(states.inputs[reject], states.raw[reject], states.floor[reject]),
+                actions[reject],
+                known[reject],
+            )
+            executed[reject] = picked
+            values[reject] = np.where(seen[reject], picked_values, np.inf)
+            acceptable[reject] = values[reject] <= self.threshold
+        return executed, FilterReport(
+            intervened=~accepted,
+            value=values,
+            proposed_value=proposed_values,
+            state_value=np.where(seen, states.value, np.float32(np.inf)),
+            acceptable=acceptable,
+            valid=seen & known,
+        )
+
+    def _replace(
+        self, states: StateValue, proposals: Actions, known: Flags
+    ) -> tuple[Actions, Scalars]:
+        # Without a proposal to stay near to, the fallback's own action is the one to stay near to.
+        default = self.model.fallback(states, np.zeros((1, proposals.shape[1]), np.float32))[:, 0]
+        wanted = np.where(known[:, None], np.clip(proposals, self._low, self._high), default)
+        wanted = wanted.astype(np.float32)
+        candidates = np.concatenate(
+            [wanted[:, None, :], self.candidates.actions(self.model, states, wanted)], axis=1
+        )
+        values = self.model.candidate_values(states, candidates)
+        scaled = self.model.scaling.actions(candidates)
+        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
+        good = values <= self.threshold
+        nearest = np.where(good, distance, np.inf).argmin(axis=1)
+        best = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
+        each = np.arange(len(best))
+        return candidates[each, best], values[each, best]
+
+    def _rows(
+        self, value: npt.ArrayLike, space: gym.spaces.Box, what: str
+    ) -> tuple[npt.NDArray[Any], bool]:
+        array = np.asarray(value)
+        width = space.shape[0]
+        if array.ndim not in (1, 2) or array.shape[-1] != width or array.dtype.kind not in "fiu":
+            raise ValueError(
+                f"{what} must be numbers of shape ({width},) or (n, {width}), got "
+                f"{array.dtype} {array.shape}; the shield was trained on {space}"
+            )
+        return (array[None], True) if array.ndim == 1 else (array, False)
+
+    def _filled(self, rows: Observations, finite: Flags) -> Observations:
+        if finite.all():
+            return rows
+        return np.where(np.isfinite(rows), rows, self.model.scaling.observation_mean)
+
+    # -- calibration and files ------------------------------------------------------------------
+
+    def calibrate(
+        self,
+        env: Env | VectorEnv,
+        *,
+        epsilon: float = 0.01,
+        confidence: float = 0.99,
+        policy: object = None,
+        deltas: Sequence[float] | None = None,
+        episodes: int | None = None,
+        seed: int = 0,
+        num_envs: int | None = None,
+    ) -> Self:
+        """Return a copy whose delta keeps a promise, tested by rollouts with the shield on.
+
+        See `calibration.rollouts.calibrate` for the arguments, the procedure and the promise.
+        """
+        from safeshield.calibration.rollouts import calibrate
+
+        record = calibrate(
+            self,
+            env,
+            epsilon=epsilon,
+            confidence=confidence,
+            policy=policy,
+            deltas=deltas,
+            episodes=episodes,
+            seed=seed,
+            num_envs=num_envs,
+        )
+        return replace(self, delta=record.delta, record=record)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the shield to ONE safetensors file, its configuration strict JSON inside."""
+        from safeshield.shield.storage import save_shield
+
+        save_shield(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a shield from a file; nothing in it can run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, hostile, or of another kind.
+        """
+        from safeshield.shield.storage import load_shield
+
+        return load_shield(cls, path)

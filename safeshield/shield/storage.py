@@ -1,0 +1,111 @@
+"""A shield's file: one safetensors file with strict JSON in its header."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from safeshield.calibration.record import CalibrationRecord
+from safeshield.files import read_tensors, write_tensors
+from safeshield.nn.forward import Weights
+from safeshield.scaling import ADVANTAGE, SAFETY_NETWORKS, SafetyScale, Scaling
+from safeshield.shield.candidates import CandidateSet
+from safeshield.shield.model import FALLBACK, SafetyModel
+from safeshield.spaces import flat_box, space_from_json, space_to_json
+
+if TYPE_CHECKING:
+    from safeshield.shield.shield import Shield
+
+    S = TypeVar("S", bound=Shield)
+
+FORMAT = "safeshield-shield"
+VERSION = 1
+_MAX_WIDTH, _MAX_LAYERS = 16_384, 32
+
+
+def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
+    """Write a shield, atomically."""
+    model = shield.model
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "observation_space": space_to_json(model.observation_space),
+        "action_space": space_to_json(model.action_space),
+        "scaling": model.scaling.to_json(),
+        "safety_scale": dataclasses.asdict(model.scale),
+        "hidden": {name: _hidden(weights) for name, weights in model.networks.items()},
+        "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
+        "delta": shield.delta,
+        "record": None if shield.record is None else shield.record.to_json(),
+        "trained_by": shield.trained_by,
+        "candidates": dataclasses.asdict(shield.candidates),
+    }
+    flat = {f"{n}/{k}": a for n, weights in model.networks.items() for k, a in weights.items()}
+    write_tensors(path, flat, header)
+
+
+def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
+    """Read a shield; every field of the header is checked before a tensor is read."""
+    file = read_tensors(path, FORMAT)
+    header = file.header
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: version {header.get('version')!r:.20} of the shield format is not known; "
+            f"this release reads version {VERSION}"
+        )
+    try:
+        observation = flat_box(space_from_json(header["observation_space"]), "observation_space")
+        action = flat_box(space_from_json(header["action_space"]), "action_space")
+        widths = observation.shape[0], action.shape[0]
+        scaling = Scaling.from_json(header["scaling"], *widths)
+        scale = SafetyScale.from_json(header["safety_scale"])
+        expected = _shapes(header["hidden"], header["members"], *widths)
+        delta = float(header["delta"])
+        record = header["record"]
+        record = None if record is None else CalibrationRecord.from_json(record)
+        candidates = CandidateSet(**header["candidates"])
+        if candidates.total > 4096:
+            raise ValueError(f"{candidates.total} candidates are more than 4096")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: the header does not describe a shield: {error}") from error
+    flat = file.load(expected)
+    networks: dict[str, dict[str, Any]] = {}
+    for name, array in flat.items():
+        network, key = name.split("/")
+        networks.setdefault(network, {})[key] = array
+    model = SafetyModel(observation, action, scaling, scale, networks)
+    return kind(
+        model,
+        delta=delta,
+        record=record,
+        trained_by=str(header.get("trained_by", "")),
+        candidates=candidates,
+    )
+
+
+def _hidden(weights: Weights) -> list[int]:
+    return [int(weights[f"{i}.weight"].shape[2]) for i in range(len(weights) // 2 - 1)]
+
+
+def _shapes(
+    hidden: dict[str, list[int]], members: int, observation: int, action: int
+) -> dict[str, tuple[int, ...]]:
+    if set(hidden) != {*SAFETY_NETWORKS, FALLBACK}:
+        raise ValueError(f"networks must be {[*SAFETY_NETWORKS, FALLBACK]}, got {sorted(hidden)}")
+    if type(members) is not int or not 1 <= members <= 64:
+        raise ValueError(f"members must be between 1 and 64, got {members!r}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, widths in hidden.items():
+        if not isinstance(widths, list) or not 1 <= len(widths) <= _MAX_LAYERS:
+            raise ValueError(f"'{name}' must have between 1 and {_MAX_LAYERS} hidden layers")
+        if not all(type(w) is int and 1 <= w <= _MAX_WIDTH for w in widths):
+            raise ValueError(f"widths of '{name}' must be between 1 and {_MAX_WIDTH}")
+        inputs = observation + (action if name in (ADVANTAGE, FALLBACK) else 0)
+        outputs = action if name == FALLBACK else 1
+        each = members if name == ADVANTAGE else 1
+        sizes = (inputs, *widths, outputs)
+        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            shapes[f"{name}/{i}.weight"] = (each, fan_in, fan_out)
+            shapes[f"{name}/{i}.bias"] = (each, 1, fan_out)
+    return shapes

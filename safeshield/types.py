@@ -1,0 +1,17 @@
+"""Shapes as types: the array aliases that every module shares.
+
+``*batch`` stands for any number of leading axes, none included; ``obs`` and ``act`` for the
+widths of one flat observation and one action. The test suite checks them at run time.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Num
+
+Observations: TypeAlias = Num[np.ndarray, "*batch obs"]
+Actions: TypeAlias = Num[np.ndarray, "*batch act"]
+Scalars: TypeAlias = Float[np.ndarray, "*batch"]
+Flags: TypeAlias = Bool[np.ndarray, "*batch"]

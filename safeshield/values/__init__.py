@@ -1,0 +1,1 @@
+"""Values learned from a log: backups, expectiles, safety critics and reward critics."""

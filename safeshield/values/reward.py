@@ -1,0 +1,116 @@
+r"""Reward critics: implicit Q-learning (Kostrikov et al. 2022), as in SafeFQL.
+
+    y = r + g (1 - terminated) V(s'),   Q_i regresses on y,
+    V leans to the HIGHER values of min_i Q_i by an expectile (weight 0.9).
+
+Learned, as the safety critics are, as Q_i(s, a) = V(s) + sigma A_i(s, a): where all rewards have
+one sign, what one action adds is a fraction of a percent of Q, and that fraction is all an actor
+needs. sigma is a running root mean square of y - V(s), so the advantages are of order one whatever
+the units of reward: that is the scale by which an actor balances reward and safety.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.values.expectile import expectile_loss
+
+VALUE, ADVANTAGE = "reward_value", "reward_advantage"
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Transitions for the reward critics; observations normalised, actions in [-1, 1]."""
+
+    observations: Tensor
+    actions: Tensor
+    next_observations: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    window_rewards: Tensor
+    window_slope: Tensor
+    window_observations: Tensor
+
+
+@dataclass(frozen=True)
+class RewardCritics:
+    """The networks of V_r and Q_r: pure functions of (networks, inputs)."""
+
+    observation: int
+    action: int
+    hidden: tuple[int, ...]
+    offset: float
+    """Mean discounted return-to-go of the log: where V starts."""
+    spread: float
+    """Its standard deviation: the unit of V's network."""
+    members: int = 2
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """Describe the two networks."""
+        return {
+            VALUE: EnsembleMLP(self.observation, 1, self.hidden),
+            ADVANTAGE: EnsembleMLP(self.observation + self.action, 1, self.hidden, self.members),
+        }
+
+    def init(self, generator: torch.Generator) -> Networks:
+        """Draw all weights."""
+        return {name: part.init(generator) for name, part in self.parts().items()}
+
+    def value(self, networks: Networks, observations: Tensor) -> Tensor:
+        """Return V_r(s), (batch,), discounted return."""
+        raw = self.parts()[VALUE](networks[VALUE], observations)[0, :, 0]
+        return self.offset + self.spread * raw
+
+    def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
+        """Return A_i(s, a), (members, batch), in units of sigma."""
+        inputs = torch.cat([observations, actions], -1)
+        return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
+
+    def losses(
+        self,
+        networks: Networks,
+        targets: Networks,
+        batch: RewardBatch,
+        sigma: Tensor,
+        *,
+        discount: float,
+        expectile: float,
+        one_step: bool,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the summed losses, the root mean square of y - V(s), and what to log.
+
+        Args:
+            networks: online weights; gradients flow into these.
+            targets: their slow copies: all values inside targets come from here.
+            batch: transitions and the many-step targets' coefficients.
+            sigma: () the unit of the advantages.
+            discount: g of the one-step backup of Q_r.
+            expectile: weight on targets above V, near 1.
+            one_step: fit V to Q_r of the slow copies instead of to the windows.
+        """
+        with torch.no_grad():
+            here = self.value(targets, batch.observations)
+            after = self.value(targets, batch.next_observations)
+            y = batch.rewards + discount * torch.where(batch.terminated, 0.0, after)
+            if one_step:
+                low = self.advantages(targets, batch.observations, batch.actions).amin(0)
+                goal = here + sigma * low
+            else:
+                end = self.value(targets, batch.window_observations)
+                goal = batch.window_rewards + batch.window_slope * end
+            residual = y - here
+        value = self.value(networks, batch.observations)
+        advantage = self.advantages(networks, batch.observations, batch.actions)
+        value_loss = expectile_loss((goal - value) / self.spread, expectile)
+        advantage_loss = (advantage - residual / sigma).square().mean(1).sum()
+        metrics = {
+            "reward/value_loss": value_loss.detach(),
+            "reward/advantage_loss": advantage_loss.detach(),
+            "reward/value": value.detach().mean(),
+            "reward/sigma": sigma,
+        }
+        return value_loss + advantage_loss, residual.square().mean().sqrt(), metrics

@@ -1,0 +1,172 @@
+r"""Safety critics: Hamilton-Jacobi values of a logged constraint.
+
+    V_h(s) = min over policies of the max over time of h,      V_h <= 0: some policy stays safe
+    Q_h(s, a) = the same after taking a first
+
+(FLRP eq. 7 to 9, R2PAC eq. 43, SafeFQL; the form of the papers' released codes.) All shared by
+SafeFQL, FLRP and R2PAC's feasibility variant. Three networks, all fed normalised observations and
+actions in [-1, 1]:
+
+    constraint   h^(s)     regression on the labels
+    excess       e(s)      V(s) = h^(s) + e(s), and never below h^(s):  V_h = max(V, h^)
+    advantage    A_i(s, a), i = 1, 2:   Q_i(s, a) = V(s) + sigma A_i(s, a),
+                           Q_h = max(max_i Q_i, h^)
+
+What differs from the papers, and why:
+
+- Q_h is learned as V plus a scaled advantage. In a step of dt seconds an action moves Q_h by
+  O(dt), V by O(1): one network for both has to see the difference behind the rest, and the ORDER of
+  the actions, all that a shield lives from, drowns as dt shrinks (Tallec et al. 2019). Here sigma
+  is the root mean square of h(s') - h(s) over the log, one step's worth of h, so that A is of
+  order one at every time step. A_i regresses on (y - V(s)) / sigma with y and V from the same
+  slowly moving copy of the networks.
+- V starts from many-step backups along the log and may end on several steps instead of one
+  (`backup_steps`). Each one-step backup goes through the network once more, which rounds off the
+  ridges where going left and going right are equally bad, some dozens of times in a row; the value
+  there comes out too low: "safe" in front of an obstacle. A window of n steps rounds n times less.
+  It follows the log's actions inside the window, so it errs towards "unsafe"; the expectile, taken
+  over the logged windows, takes most of that back. In a strongly random environment it would mistake
+  luck for skill: end on one step there, the papers' form.
+- h^ is a network of its own, so that a value can never be below the constraint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale
+from safeshield.values.expectile import expectile_loss
+
+VALUE_NETWORKS = (CONSTRAINT, EXCESS)
+
+
+@dataclass(frozen=True)
+class SafetyCritics:
+    """The networks of V_h and Q_h: pure functions of (networks, inputs).
+
+    `networks` is anything that holds the three names: the online weights, or their slow copies.
+    """
+
+    observation: int
+    action: int
+    hidden: tuple[int, ...]
+    scale: SafetyScale
+    members: int = 2
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """Describe the three networks."""
+        return {
+            CONSTRAINT: EnsembleMLP(self.observation, 1, self.hidden),
+            EXCESS: EnsembleMLP(self.observation, 1, self.hidden),
+            ADVANTAGE: EnsembleMLP(self.observation + self.action, 1, self.hidden, self.members),
+        }
+
+    def init(self, generator: torch.Generator) -> Networks:
+        """Draw all weights."""
+        return {name: part.init(generator) for name, part in self.parts().items()}
+
+    def constraint(self, networks: Networks, observations: Tensor) -> Tensor:
+        """Return h^(s), (batch,), in units of h."""
+        raw = self.parts()[CONSTRAINT](networks[CONSTRAINT], observations)[0, :, 0]
+        return self.scale.offset + self.scale.spread * raw
+
+    def excess(self, networks: Networks, observations: Tensor) -> Tensor:
+        """Return e(s), (batch,), in units of h."""
+        raw = self.parts()[EXCESS](networks[EXCESS], observations)[0, :, 0]
+        return self.scale.excess * raw
+
+    def raw_value(self, networks: Networks, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return V(s) before the floor, and h^(s), both (batch,)."""
+        constraint = self.constraint(networks, observations)
+        return constraint + self.excess(networks, observations), constraint
+
+    def value(self, networks: Networks, observations: Tensor) -> Tensor:
+        """Return V_h(s), (batch,), in units of h; at most 0 where some policy stays safe."""
+        raw, constraint = self.raw_value(networks, observations)
+        return torch.maximum(raw, constraint)
+
+    def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
+        """Return A_i(s, a), (members, batch), in steps' worth of h (sigma)."""
+        inputs = torch.cat([observations, actions], -1)
+        return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
+
+    def action_value(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
+        """Return Q_h(s, a), (batch,), in units of h: the larger of the two, at least h^(s)."""
+        raw, constraint = self.raw_value(networks, observations)
+        worst = self.advantages(networks, observations, actions).amax(0)
+        return torch.maximum(raw + self.scale.step * worst, constraint)
+
+    def losses(
+        self,
+        networks: Networks,
+        targets: Networks,
+        batch: SafetyBatch,
+        *,
+        discount: float,
+        expectile: float,
+        one_step: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the three networks' losses, and what to log.
+
+        Args:
+            networks: online weights; gradients flow into these.
+            targets: their slow copies: all values inside targets come from here.
+            batch: transitions and the many-step targets' coefficients.
+            discount: g of the one-step backup of Q_h.
+            expectile: weight on targets below V (FLRP eq. 8), near 1.
+            one_step: fit V to Q_h of the slow copies (FLRP eq. 8) instead of to the windows.
+        """
+        with torch.no_grad():
+            here, here_constraint = self.raw_value(targets, batch.observations)
+            # h(s') is known from the log: the value there is not below it.
+            after = torch.maximum(
+                self.raw_value(targets, batch.next_observations)[0], batch.next_constraints
+            )
+            m = torch.maximum(batch.constraints, batch.next_constraints)
+            later = torch.where(batch.terminated, m, torch.maximum(m, after))
+            y = (1.0 - discount) * m + discount * later
+            if one_step:
+                worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
+                goal = torch.maximum(here + self.scale.step * worst, batch.constraints)
+            else:
+                end = torch.maximum(
+                    self.raw_value(targets, batch.window_observations)[0],
+                    batch.window_constraints,
+                )
+                goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
+            residual = (y - here) / self.scale.step
+        constraint = self.constraint(networks, batch.observations)
+        value = constraint.detach() + self.excess(networks, batch.observations)
+        advantage = self.advantages(networks, batch.observations, batch.actions)
+        constraint_loss = ((constraint - batch.constraints) / self.scale.spread).square().mean()
+        value_loss = expectile_loss((value - goal) / self.scale.step, expectile)
+        advantage_loss = (advantage - residual).square().mean(1).sum()
+        metrics = {
+            "safety/constraint_loss": constraint_loss.detach(),
+            "safety/value_loss": value_loss.detach(),
+            "safety/advantage_loss": advantage_loss.detach(),
+            "safety/value": value.detach().mean(),
+            "safety/unsafe_share": (torch.maximum(here, here_constraint) > 0).float().mean(),
+        }
+        return constraint_loss + value_loss + advantage_loss, metrics
+
+
+@dataclass(frozen=True)
+class SafetyBatch:
+    """Transitions for the safety critics; observations normalised, actions in [-1, 1]."""
+
+    observations: Tensor
+    actions: Tensor
+    next_observations: Tensor
+    constraints: Tensor
+    next_constraints: Tensor
+    terminated: Tensor
+    floor: Tensor
+    offset: Tensor
+    slope: Tensor
+    window_observations: Tensor
+    window_constraints: Tensor

@@ -1,0 +1,5 @@
+"""Where a shield meets an environment."""
+
+from safeshield.wrappers.safety_shield import SafetyShield
+
+__all__ = ["SafetyShield"]
