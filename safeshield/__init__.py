@@ -1,7 +1,7 @@
 """Safety shields for reinforcement learning agents, learned from logged data.
 
 >>> import gymnasium
->>> import safeshield                                       # registers safeshield/Boat-v0 and others
+>>> import safeshield  # registers safeshield/Boat-v0 and others
 >>> env = gymnasium.make("safeshield/Boat-v0")
 """
 

@@ -2,16 +2,18 @@
 
 Nothing in such a file can run: no pickle, no YAML, no eval, no import by name. The header is read
 and checked first (its length, its JSON, every tensor's dtype, shape and place in the file against
-what the reader expects and against the file's size), and only then is anything allocated.
+what the reader expects and against the file's size), and only then is anything allocated. A SHA-256
+digest of the header and of every tensor shows a damaged file; it is no signature.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +27,13 @@ from safetensors.numpy import save as format_safetensors
 
 Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
+_MAX_DIMENSIONS = 8
 _KEY = "safeshield"
-_ITEM_SIZE = {"F32": 4, "I64": 8, "U8": 1, "BOOL": 1}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("f4"),
+    "I64": np.dtype("i8"),
+    "U8": np.dtype("u1"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class TensorFile:
     header: dict[str, Any]
     """The JSON object that was written with the tensors."""
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype[Any]]
+    digest: object
+    """What the file says that its SHA-256 digest is."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape that the header gives for one tensor."""
@@ -44,11 +54,20 @@ class TensorFile:
             raise ValueError(f"{self.path} has no tensor '{name}'")
         return self.shapes[name]
 
-    def load(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    def load(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, npt.DTypeLike] | None = None,
+    ) -> dict[str, Array]:
         """Read the tensors, which must be those of `expected` and of these shapes.
 
+        Args:
+            expected: shape of every tensor.
+            dtypes: of those that are not float32.
+
         Raises:
-            ValueError: a tensor is missing, unknown, of another shape, or not finite.
+            ValueError: a tensor is missing, unknown, of another shape or dtype, or not finite; or
+                the file is not what was written.
         """
         missing = sorted(set(expected) - set(self.shapes))
         unknown = sorted(set(self.shapes) - set(expected))
@@ -63,6 +82,11 @@ class TensorFile:
                     f"{self.path}: tensor '{name}' must have shape {tuple(shape)}, "
                     f"got {self.shapes[name]}"
                 )
+            dtype = np.dtype((dtypes or {}).get(name, np.float32))
+            if self.dtypes[name] != dtype:
+                raise ValueError(
+                    f"{self.path}: tensor '{name}' must be {dtype}, got {self.dtypes[name]}"
+                )
         try:
             arrays = parse_safetensors(self.path.read_bytes())
         except SafetensorError as error:
@@ -73,28 +97,39 @@ class TensorFile:
                     f"{self.path}: tensor '{name}' holds NaN or infinity; the file is damaged or "
                     "the training that wrote it diverged"
                 )
+        if _digest(self.header, arrays) != self.digest:
+            raise ValueError(
+                f"{self.path} is damaged or was edited: its contents do not have the SHA-256 "
+                "digest that it names; copy it again, or save it again with this release"
+            )
         return dict(arrays)
 
 
-def write_tensors(path: str | os.PathLike[str], arrays: Mapping[str, Array], header: object) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, Array], header: object
+) -> None:
     """Write tensors and a JSON header, atomically: a reader never sees half a file.
 
     Raises:
         ValueError: the header is not strict JSON.
+        FileNotFoundError: the folder does not exist.
     """
     path = Path(path)
-    text = json.dumps(header, allow_nan=False, sort_keys=True)
-    content = format_safetensors(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, {_KEY: text}
-    )
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
+    plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    # One key: with several their order, and so the file, would differ from run to run.
+    text = _dump({"header": header, "sha256": _digest(header, plain)})
+    content = format_safetensors(plain, {_KEY: text})
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with part.open("xb") as stream:
             stream.write(content)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> TensorFile:
@@ -124,12 +159,13 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> TensorFile:
     metadata = table.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
         raise ValueError(f"{path} is a safetensors file, but not one of safeshield's")
-    header = _parse_json(metadata[_KEY].encode(), path)
-    if header.get("format") != kind:
-        raise ValueError(
-            f"{path} must be a '{kind}' file, got '{str(header.get('format'))[:60]}'"
-        )
-    return TensorFile(path, header, _shapes(table, size - 8 - length, path))
+    contents = _parse_json(metadata[_KEY].encode(), path)
+    header = contents.get("header")
+    if not isinstance(header, dict) or header.get("format") != kind:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise ValueError(f"{path} must be a '{kind}' file, got '{str(found)[:60]}'")
+    shapes, dtypes = _layout(table, size - 8 - length, path)
+    return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
@@ -150,23 +186,28 @@ def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _shapes(table: dict[str, Any], room: int, path: Path) -> dict[str, tuple[int, ...]]:
+def _layout(
+    table: dict[str, Any], room: int, path: Path
+) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype[Any]]]:
+    """Check every tensor's entry; return shapes and dtypes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    spans = []
+    dtypes: dict[str, np.dtype[Any]] = {}
+    spans: list[tuple[int, ...]] = []
     for name, entry in table.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        span = entry.get("data_offsets") if isinstance(entry, dict) else None
-        item = _ITEM_SIZE.get(entry.get("dtype")) if isinstance(entry, dict) else None
+        fields = entry if isinstance(entry, dict) else {}
+        dtype = _DTYPES.get(str(fields.get("dtype")))
+        shape = _whole_numbers(fields.get("shape"))
+        span = _whole_numbers(fields.get("data_offsets"))
         if (
-            item is None
-            or not _whole_numbers(shape)
-            or not _whole_numbers(span)
+            dtype is None
+            or shape is None
+            or span is None
             or len(span) != 2
-            or span[1] - span[0] != item * math.prod(shape)
+            or span[1] - span[0] != dtype.itemsize * math.prod(shape)
         ):
             raise ValueError(f"{path}: the entry of tensor '{name[:80]}' does not hold together")
-        shapes[name] = tuple(shape)
-        spans.append(tuple(span))
+        shapes[name], dtypes[name] = shape, dtype
+        spans.append(span)
     end = 0
     for start, stop in sorted(spans):
         if start != end:
@@ -174,10 +215,25 @@ def _shapes(table: dict[str, Any], room: int, path: Path) -> dict[str, tuple[int
         end = stop
     if end != room:
         raise ValueError(f"{path} is truncated or has a tail: {end} bytes of tensors, {room} found")
-    return shapes
+    return shapes, dtypes
 
 
-def _whole_numbers(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 48 for x in value
-    )
+def _whole_numbers(value: object) -> tuple[int, ...] | None:
+    """Return a list of few whole numbers, none so large that a product of them takes long."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return None
+    fine = all(type(x) is int and 0 <= x < 1 << 48 for x in value)
+    return tuple(value) if fine else None
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, allow_nan=False, sort_keys=True)
+
+
+def _digest(header: object, arrays: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256(_dump(header).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

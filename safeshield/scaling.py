@@ -13,9 +13,21 @@ from safeshield.data.dataset import OfflineDataset
 
 # Below this share of its own size the spread of an observation entry is rounding, not information.
 _CONSTANT = 1e-6
+_LARGEST = float(np.finfo(np.float32).max)
 CONSTRAINT, EXCESS, ADVANTAGE = "constraint", "excess", "advantage"
 SAFETY_NETWORKS = (CONSTRAINT, EXCESS, ADVANTAGE)
 """Names of the safety critics' networks, in memory and in files; see `values.safety`."""
+
+
+def finite_number(value: object, what: str) -> float:
+    """Return a number read from a file's header as a float that float32 can hold, too.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        raise ValueError(f"{what} must be finite numbers below {_LARGEST:.1e}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -70,9 +82,8 @@ class Scaling:
             values = data.get(name)
             if not isinstance(values, list) or len(values) != width:
                 raise ValueError(f"scaling '{name}' must be a list of {width} numbers")
-            arrays[name] = np.array(values, dtype=np.float32)
-            if not np.isfinite(arrays[name]).all():
-                raise ValueError(f"scaling '{name}' must be finite")
+            numbers = [finite_number(value, f"scaling '{name}'") for value in values]
+            arrays[name] = np.array(numbers, dtype=np.float32)
         scaling = cls(**arrays)
         if (scaling.observation_spread <= 0).any():
             raise ValueError("scaling 'observation_spread' must be above 0")
@@ -122,8 +133,10 @@ class SafetyScale:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or set(data) != names:
-            raise ValueError(f"the units of h must be the numbers {sorted(names)}, got {data!r:.80}")
-        return cls(**{name: float(value) for name, value in data.items()})
+            raise ValueError(
+                f"the units of h must be the numbers {sorted(names)}, got {data!r:.80}"
+            )
+        return cls(**{name: finite_number(value, name) for name, value in data.items()})
 
     @property
     def excess(self) -> float:

@@ -15,3 +15,5 @@ Observations: TypeAlias = Num[np.ndarray, "*batch obs"]
 Actions: TypeAlias = Num[np.ndarray, "*batch act"]
 Scalars: TypeAlias = Float[np.ndarray, "*batch"]
 Flags: TypeAlias = Bool[np.ndarray, "*batch"]
+Candidates: TypeAlias = Num[np.ndarray, "states each act"]
+"""Several actions for each of several states."""

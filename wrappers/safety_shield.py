@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, runtime_checkable
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.shield.model import StateValue
-from safeshield.shield.shield import Shield
+from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces import check_same_space
 
 if TYPE_CHECKING:
@@ -22,32 +22,11 @@ else:
     _Env = gym.Env
 
 
-@runtime_checkable
-class HasShield(Protocol):
-    """An agent that can make a shield, such as `SafeFQL`."""
-
-    def shield(self) -> Shield:
-        """Return its shield."""
-        ...
-
-
-def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
-    """Return a shield from a shield, a path to its file, or an agent.
-
-    Raises:
-        TypeError: anything else.
-        ValueError: the file is damaged or of another kind.
-    """
-    if isinstance(shield, Shield):
-        return shield
-    if isinstance(shield, str | os.PathLike):
-        return Shield.load(shield)
-    if isinstance(shield, HasShield):
-        return shield.shield()
-    raise TypeError(
-        "shield must be a Shield, a path to a shield's file, or an agent with a shield() method, "
-        f"got {type(shield).__name__}"
-    )
+_SIX_VALUES = (
+    "the environment's step must return Gymnasium's 5 values (observation, reward, terminated, "
+    "truncated, info); for Safety-Gymnasium's native ids, which return the cost as a sixth, make "
+    "the '...Gymnasium-v0' id instead"
+)
 
 
 class SafetyShield(_Wrapper, RecordConstructorArgs):
@@ -97,6 +76,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         check_same_space(self.shield.action_space, env.action_space, "action_space")
         self._no_action = np.full(self.shield.action_space.shape, np.nan, np.float32)
         self._rows: npt.NDArray[Any] | None = None
+        self._finite = False
         self._states: StateValue | None = None
 
     def reset(
@@ -127,21 +107,21 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         if self._states is None or self._rows is None:
             raise gym.error.ResetNeeded("cannot step before the first call of reset()")
         proposed = np.asarray(action)
-        if proposed.shape != self._no_action.shape:
+        if proposed.shape != self._no_action.shape or proposed.dtype.kind not in "fiu":
             raise ValueError(
-                f"action must have shape {self._no_action.shape}, got {proposed.shape}"
+                f"action must be numbers of shape {self._no_action.shape}, got "
+                f"{proposed.dtype} {proposed.shape}"
             )
-        executed, report = self.shield.judge(self._states, self._rows, proposed[None])
-        intervened = bool(report.intervened[0])
-        # The very array the agent sent, where it passes.
-        sent = executed[0] if intervened else action
-        result = self.env.step(sent)
-        if len(result) != 5:
-            raise ValueError(
-                f"the environment's step returned {len(result)} values instead of Gymnasium's 5; "
-                "for Safety-Gymnasium's native 6 make its '...Gymnasium-v0' id instead"
-            )
-        observation, reward, terminated, truncated, info = result
+        self.shield.warn_if_uncalibrated()
+        accepted = self.shield.accepts(self._states, proposed) if self._finite else None
+        if accepted is not None:
+            # The very array the agent sent.
+            sent, value, intervened = action, accepted, False
+        else:
+            executed, report = self.shield.judge(self._states, self._rows, proposed[None])
+            verdict = report.row(0)
+            intervened, sent, value = bool(verdict.intervened), executed[0], float(verdict.value)
+        observation, reward, terminated, truncated, info = self._step_env(sent)
         reached = self._see(observation)
         threshold = self.shield.threshold
         return (
@@ -152,7 +132,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             {
                 **info,
                 "shield/intervened": intervened,
-                "shield/value": float(report.value[0]),
+                "shield/value": value,
                 "shield/threshold": threshold,
                 "shield/certified": self.shield.record is not None and reached <= threshold,
                 "action_proposed": proposed.copy(),
@@ -160,10 +140,28 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             },
         )
 
+    def _step_env(
+        self, action: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], SupportsFloat, bool, bool, dict[str, Any]]:
+        try:
+            result = self.env.step(action)
+        except ValueError as error:
+            # A wrapper in between stumbles first over a sixth value.
+            if "too many values to unpack" in str(error):
+                raise ValueError(_SIX_VALUES) from error
+            raise
+        if len(result) != 5:
+            raise ValueError(_SIX_VALUES)
+        return result
+
     def _see(self, observation: npt.NDArray[Any]) -> float:
         """Judge a state once, for its info and for the action to come; returns V_h."""
         self._rows = np.array(observation)[None]
+        if self._rows.shape[1:] != self.shield.observation_space.shape:
+            raise ValueError(
+                f"the environment returned an observation of shape {self._rows.shape[1:]}, its "
+                f"observation_space has {self.shield.observation_space.shape}"
+            )
+        self._finite = bool(self.shield.readable(self._rows)[0])
         self._states = self.shield.states(self._rows)
-        if not np.isfinite(self._rows).all():
-            return float("inf")
-        return float(self._states.value[0])
+        return float(self._states.value[0]) if self._finite else float("inf")

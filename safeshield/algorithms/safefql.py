@@ -40,7 +40,7 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.files import read_tensors, write_tensors
 from safeshield.nn.forward import forward
 from safeshield.nn.mlp import Networks
-from safeshield.scaling import SAFETY_NETWORKS, SafetyScale, Scaling
+from safeshield.scaling import SAFETY_NETWORKS, SafetyScale, Scaling, finite_number
 from safeshield.shield.model import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces import flat_box, space_from_json, space_to_json
@@ -81,6 +81,8 @@ class SafeFQLConfig:
     (the papers' form) where the environment is strongly random; see `values.safety`."""
     reward_backup_steps: tuple[int, ...] = (32, 1, 1, 1)
     """The same for V_r."""
+    safe_reward_value: bool = True
+    """Value states by the best SAFE way on (`values.reward`); the papers' critics by any."""
     polyak: float = 0.005
     """Share by which the slow copies move towards the critics at each update."""
     near_share: float = 0.5
@@ -115,8 +117,13 @@ class SafeFQLConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.phases not in ("sequential", "joint"):
             raise ValueError(f"phases must be 'sequential' or 'joint', got {self.phases!r}")
-        if min(self.phase_shares) <= 0 or abs(sum(self.phase_shares) - 1) > 1e-9:
-            raise ValueError(f"phase_shares must be above 0 and sum to 1, got {self.phase_shares}")
+        shares = self.phase_shares
+        if len(shares) != 3 or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-9:
+            raise ValueError(
+                f"phase_shares must be three numbers above 0 that sum to 1, got {shares}"
+            )
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         for name in ("critic_hidden", "flow_hidden", "student_hidden"):
             widths = getattr(self, name)
             if not widths or min(widths) < 1:
@@ -134,7 +141,10 @@ class SafeFQLConfig:
             TypeError: an unknown field.
             ValueError: a value out of range.
         """
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        return cls(**fields)
 
 
 class SafeFQL:
@@ -201,6 +211,10 @@ class SafeFQL:
             raise ValueError(f"steps must be at least 3, one for each phase, got {steps}")
         if stop_after is not None and checkpoint is None:
             raise ValueError("stop_after needs a checkpoint file to stop into")
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+            raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
         check_boundary(dataset)
         model = self._describe(dataset)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -334,11 +348,14 @@ class SafeFQL:
         file = read_tensors(path, _FORMAT)
         try:
             header = file.header
+            if header["version"] != _VERSION:
+                raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
             config = SafeFQLConfig.from_json(header["config"])
             observation = flat_box(space_from_json(header["observation_space"]), "observation")
             action = flat_box(space_from_json(header["action_space"]), "action")
             widths = observation.shape[0], action.shape[0]
             scale = SafetyScale.from_json(header["safety_scale"])
+            mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
             model = Architecture(
                 observation,
                 action,
@@ -346,7 +363,7 @@ class SafeFQL:
                 config.flow_hidden,
                 config.student_hidden,
                 SafetyCritics(*widths, config.critic_hidden, scale),
-                RewardCritics(*widths, config.critic_hidden, *header["reward_scale"]),
+                RewardCritics(*widths, config.critic_hidden, mean, spread),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: the header does not describe an agent: {error}") from error

@@ -2,6 +2,8 @@ r"""The three updates of SafeFQL, each a pure function of (state, draw)."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -186,16 +188,21 @@ class SafeFQLRun:
     def _stages(self, steps: int) -> list[tuple[int, int, int]]:
         """Cut `steps` where either window changes: (updates, safety window, reward window)."""
         safety, reward = self.config.safety_backup_steps, self.config.reward_backup_steps
-        cuts = {i * steps // len(windows) for windows in (safety, reward)
-                for i in range(len(windows) + 1)}
-        edges = sorted(cuts)
+        # Rounded up, so that the first step of part i counts as part i below.
+        edges = sorted(
+            {
+                math.ceil(i * steps / len(windows))
+                for windows in (safety, reward)
+                for i in range(len(windows) + 1)
+            }
+        )
         return [
             (
                 stop - start,
                 safety[start * len(safety) // steps],
                 reward[start * len(reward) // steps],
             )
-            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+            for start, stop in itertools.pairwise(edges)
         ]
 
     # -- critics ------------------------------------------------------------------------------
@@ -220,6 +227,7 @@ class SafeFQLRun:
             safety_batch = _safety_batch(log, safety_window, draw.rows)
             reward_batch = _reward_batch(log, reward_window, draw.rows)
             sigma = state.scales["reward"]
+            allowed = self._allowed(state.targets, draw.rows) if config.safe_reward_value else None
             seen: list[Tensor] = []
 
             def loss(networks: Networks) -> tuple[Tensor, Metrics]:
@@ -239,11 +247,12 @@ class SafeFQLRun:
                     discount=config.discount,
                     expectile=config.reward_expectile,
                     one_step=reward_steps == 1,
+                    allowed=allowed,
                 )
                 seen.append(residual)
                 return safety + reward, {**safety_metrics, **reward_metrics}
 
-            count = state.moments["critics"].count
+            count = state.moments["critics"].updates
             early = learning_rate(config.learning_rate, count, total, _VALUES_END)
             values = torch.where(count < _VALUES_END * total, early, torch.zeros_like(early))
             late = learning_rate(config.learning_rate, count, total)
@@ -258,6 +267,23 @@ class SafeFQLRun:
             )
 
         return update
+
+    def _allowed(self, critics: Networks, rows: Tensor) -> Tensor:
+        """Mark the logged actions that the student's gate would let pass.
+
+        Where it lets none pass, in a state that is itself too close, all count.
+        """
+        safety = self.model.safety
+        with torch.no_grad():
+            observations, actions = self.log.observations[rows], self.log.actions[rows]
+            here = safety.value(critics, observations)
+            worst = safety.advantages(critics, observations, actions).amax(0)
+            passes = here + safety.scale.step * worst < -self._margin
+            return (passes | (here >= -self._margin)).float()
+
+    @property
+    def _margin(self) -> float:
+        return self.config.margin_steps * self.model.safety.scale.step
 
     def _refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
         """Find the transitions that start nearest to V_h = 0.
@@ -284,7 +310,7 @@ class SafeFQLRun:
             )
             return value, {"teacher/flow_matching_loss": value.detach()}
 
-        count = state.moments[TEACHER].count
+        count = state.moments[TEACHER].updates
         rate = learning_rate(self.config.learning_rate, count, self._phase_steps()[1])
         return descend(state, TEACHER, (TEACHER,), loss, {TEACHER: rate})
 
@@ -294,7 +320,7 @@ class SafeFQLRun:
         config = self.config
         student_loss = StudentLoss(
             self.model,
-            config.margin_steps * self.model.safety.scale.step,
+            self._margin,
             config.safety_weight,
             config.distillation,
             config.flow_steps,
@@ -304,7 +330,7 @@ class SafeFQLRun:
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
             return student_loss(networks, state.targets, observations, draw.noise)
 
-        count = state.moments[STUDENT].count
+        count = state.moments[STUDENT].updates
         rate = learning_rate(config.learning_rate, count, self._phase_steps()[2])
         return descend(state, STUDENT, (STUDENT,), loss, {STUDENT: rate})
 

@@ -17,6 +17,18 @@ from torch import Tensor
 from safeshield.data.dataset import OfflineDataset
 from safeshield.scaling import SafetyScale, Scaling
 
+_LEARNED_FROM = (
+    "observations",
+    "actions",
+    "rewards",
+    "next_observations",
+    "constraints",
+    "next_constraints",
+    "terminated",
+    "truncated",
+)
+
+
 @dataclass(frozen=True)
 class LogTensors:
     """The N transitions of a log on one device, as training draws from them."""
@@ -63,7 +75,8 @@ class LogTensors:
 def fingerprint(config: Any, dataset: OfflineDataset, steps: int) -> str:  # noqa: ANN401
     """Return a digest of a configuration (a dataclass), a log and a number of updates."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(config), steps]).encode())
-    for name in ("observations", "actions", "rewards", "next_constraints", "terminated"):
+    digest.update(repr((dataset.observation_space, dataset.action_space)).encode())
+    for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
     return digest.hexdigest()
 

@@ -8,12 +8,14 @@ never stopped: all that a run depends on is the `TrainState` and the generator's
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -159,7 +161,9 @@ def run_phases(
     """
     done = 0
     if options.checkpoint is not None and options.checkpoint.exists():
-        state, done = load_checkpoint(options.checkpoint, state, generator, fingerprint)
+        state, done = load_checkpoint(
+            options.checkpoint, state, generator, fingerprint, transitions
+        )
     total = sum(phase.steps for phase in phases)
     writer = _writer(options.log_dir, done)
     bar = tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step")
@@ -224,11 +228,11 @@ def _writer(log_dir: Path | None, done: int) -> SummaryWriter | None:
 
 
 def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
-    bad = [key for key, value in values.items() if value != value]
+    bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"training diverged: {bad[0]} is NaN at step {step} (phase {phase}); lower "
-            "learning_rate, or check the log for extreme rewards or constraints"
+            f"training diverged: {bad[0]} is {values[bad[0]]} at step {step} (phase {phase}); "
+            "lower learning_rate, or check the log for extreme rewards or constraints"
         )
 
 
@@ -238,7 +242,7 @@ def _flatten(state: TrainState) -> dict[str, Tensor]:
         for name, params in networks.items():
             flat |= {f"{group}/{name}/{key}": tensor for key, tensor in params.items()}
     for phase, moments in state.moments.items():
-        flat[f"moments/{phase}/count"] = moments.count
+        flat[f"moments/{phase}/updates"] = moments.updates
         for group, networks in (("mean", moments.mean), ("square", moments.square)):
             for name, params in networks.items():
                 flat |= {f"moments/{phase}/{group}/{name}/{k}": t for k, t in params.items()}
@@ -260,7 +264,7 @@ def _unflatten(state: TrainState, flat: Mapping[str, Tensor]) -> TrainState:
             phase: AdamState(
                 take(f"moments/{phase}/mean", moments.mean),
                 take(f"moments/{phase}/square", moments.square),
-                flat[f"moments/{phase}/count"],
+                flat[f"moments/{phase}/updates"],
             )
             for phase, moments in state.moments.items()
         },
@@ -280,15 +284,27 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, state: TrainState, generator: torch.Generator, fingerprint: str
+    path: Path,
+    state: TrainState,
+    generator: torch.Generator,
+    fingerprint: str,
+    transitions: int,
 ) -> tuple[TrainState, int]:
     """Read a run's state back; returns it with the number of steps done.
+
+    Args:
+        path: what `save_checkpoint` wrote.
+        state: a state of the same networks; gives names and shapes.
+        generator: set to the state that it had then.
+        fingerprint: what the file must have been written with.
+        transitions: N, rows of the log.
 
     Raises:
         ValueError: the file is damaged, or is of another configuration, log or number of steps.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in _flatten(state).items()}
     shapes["generator"] = tuple(generator.get_state().shape)
+    dtypes = {"near": np.int64, "generator": np.uint8}
     file = read_tensors(path, "safeshield-checkpoint")
     if file.header.get("fingerprint") != fingerprint:
         raise ValueError(
@@ -296,11 +312,15 @@ def load_checkpoint(
             "pass the same ones, or another checkpoint file"
         )
     done = file.header.get("done")
-    if not isinstance(done, int):
+    if type(done) is not int or done < 0:
         raise ValueError(f"checkpoint {path} has no step count")
     # The number of rows near the boundary is fixed only once the log has been read.
     shapes["near"] = file.shape("near")
-    arrays = file.load(shapes)
+    if len(shapes["near"]) != 1:
+        raise ValueError(f"checkpoint {path}: 'near' must have one axis, got {shapes['near']}")
+    arrays = file.load(shapes, dtypes)
+    if not ((arrays["near"] >= 0) & (arrays["near"] < transitions)).all():
+        raise ValueError(f"checkpoint {path}: 'near' points outside the log")
     flat = {name: torch.from_numpy(array) for name, array in arrays.items()}
     generator.set_state(flat.pop("generator"))
     moved = {name: tensor.to(generator.device) for name, tensor in flat.items()}

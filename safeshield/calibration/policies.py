@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.rollout import BatchPolicy, as_batch_policy
-from safeshield.types import Actions, Observations
+from safeshield.types import Actions, Flags, Observations
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
@@ -19,7 +19,7 @@ RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
 class Adversary:
     """The worst agent that the shield lets live.
 
-    In each state it proposes, of 65 actions (the fallback's, and points spread over the box),
+    In each state it proposes, of 17 actions (the fallback's, and points spread over the box),
     the one with the highest Q_h that is still at most -delta; where there is none, the one with the
     highest Q_h. So it drives along the edge of the accepted set wherever it can reach it, and finds
     the places where the learned value is wrong. It is the strongest of the agents that look one
@@ -32,7 +32,7 @@ class Adversary:
 
     batched = True
 
-    def __init__(self, shield: Shield, choices: int = 64) -> None:
+    def __init__(self, shield: Shield, choices: int = 16) -> None:
         self._shield = shield
         rng = np.random.default_rng(0)
         width = shield.action_space.shape[0]
@@ -63,33 +63,47 @@ class Adversary:
 
 
 class ShieldedProposals:
-    """A proposing policy with the shield behind it, as one batch policy; counts interventions."""
+    """A proposing policy with the shield behind it, as one batch policy.
+
+    Remembers where the shield stepped in; `interventions` tells it episode by episode.
+    """
 
     batched = True
 
     def __init__(self, shield: Shield, proposals: BatchPolicy) -> None:
         self._shield = shield
         self._proposals = proposals
-        self.steps = 0
-        self.interventions = 0
+        self._waves: list[list[Flags]] = []
 
     def start_wave(self, num_envs: int) -> None:
-        """Forget recurrent state of the proposing policy."""
+        """Begin a new wave: recurrent state of the proposing policy is forgotten."""
+        self._waves.append([])
         start = getattr(self._proposals, "start_wave", None)
-        if start is not None:
+        if callable(start):
             start(num_envs)
 
     def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
         """Return the executed actions (n, act)."""
-        proposed = self._proposals(observations, rng)
+        # Rounded first: what is judged is what the environment gets.
+        proposed = np.asarray(self._proposals(observations, rng), np.float32)
         executed, report = self._shield.filter(observations, proposed)
-        self.steps += len(executed)
-        self.interventions += int(np.count_nonzero(report.intervened))
+        if not self._waves:
+            self._waves.append([])
+        self._waves[-1].append(np.asarray(report.intervened))
         return executed
+
+    def interventions(self) -> list[Flags]:
+        """Whether each step was interfered with, for each environment of each wave in order.
+
+        These are the episodes that `rollout.run_episodes` returned, in its order; one may be
+        shorter than its wave. What has been told is forgotten.
+        """
+        waves, self._waves = self._waves, []
+        return [column for wave in waves for column in np.stack(wave, axis=1)]
 
 
 def battery(shield: Shield, policy: object = None) -> dict[str, BatchPolicy]:
-    """Return who proposes: the user's `policy`, or by default random proposals and the adversary."""
+    """Return who proposes: `policy`, or by default random proposals and the adversary."""
     if policy is not None:
         return {CUSTOM: as_batch_policy(policy, shield.action_space)}
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from safeshield.calibration.walk import Rung
+from safeshield.scaling import finite_number
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ class CalibrationRecord:
             ValueError: a field is missing, unknown or of another type.
         """
         fields = _fields(cls, data)
-        fields["policies"] = tuple(PolicyResult(**_fields(PolicyResult, x)) for x in _list(fields["policies"]))
-        fields["walk"] = tuple(Rung(**_fields(Rung, x)) for x in _list(fields["walk"]))
-        if not isinstance(fields["versions"], dict):
-            raise ValueError("record: 'versions' must be an object")
+        policies, walk = _list(fields["policies"]), _list(fields["walk"])
+        fields["policies"] = tuple(PolicyResult(**_fields(PolicyResult, x)) for x in policies)
+        fields["walk"] = tuple(Rung(**_fields(Rung, x)) for x in walk)
+        versions = fields["versions"]
+        if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+            raise ValueError("record: 'versions' must be an object of strings")
         return cls(**fields)
 
 
@@ -108,6 +111,8 @@ def _fields(kind: type, data: object) -> dict[str, Any]:
         wrong_bool = isinstance(value, bool) and type_name != "bool"
         if allowed is not None and (wrong_bool or not isinstance(value, allowed)):
             raise ValueError(f"record: '{name}' must be {type_name}, got {value!r:.60}")
+        if type_name == "float":
+            finite_number(value, f"record: '{name}'")
     return dict(data)
 
 

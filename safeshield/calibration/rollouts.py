@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import warnings
 from collections.abc import Sequence
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from safeshield.rollout import VectorEnv
     from safeshield.shield.shield import Shield
 
-DEFAULT_SHARES = (0.5, 0.7, 0.85, 0.92, 0.95, 0.965, 0.975, 0.98, 0.985, 0.99, 0.995)
-"""Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first; then all."""
+DEFAULT_SHARES = (0.7, 0.85, 0.92, 0.95, 0.97, 0.98, 0.99)
+"""Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
 _STARTS = 2000
+_WAVE = 1024
 _MOST_RESETS_PER_EPISODE = 20
 
 
@@ -78,30 +80,37 @@ class _Trials:
             warnings.simplefilter("ignore")
             shield = self.shield.with_delta(delta)
             acting = ShieldedProposals(shield, battery(shield, self.policy)[name])
-            accepted = violations = resets = 0
+            accepted = violations = resets = eligible = steps = replaced = 0
             while accepted < episodes and violations <= most:
-                wanted = max(episodes - accepted, 1)
+                # A few more than are missing on average: the last are not worth waves of their own.
+                share = max(eligible / resets, 0.05) if resets else 1.0
+                wanted = math.ceil(1.05 * (episodes - accepted) / share)
                 runs = run_episodes(
                     self.env,
                     acting,
-                    min(wanted, 256),
+                    min(wanted, _WAVE),
                     int(self.seeds.integers(2**31 - 1)),
                     num_envs=self.num_envs,
                 )
                 resets += len(runs)
                 first = np.stack([run.observations[0] for run in runs])
-                certain = np.asarray(shield.value(first)) <= -delta
-                for run, counts in zip(runs, certain, strict=True):
+                certain = np.asarray(shield.value(first)) <= shield.threshold
+                eligible += int(np.count_nonzero(certain))
+                # The last wave may hold more environments than there are episodes left.
+                flags = acting.interventions()
+                for run, counts, replacements in zip(runs, certain, flags, strict=False):
                     if counts and accepted < episodes:
                         accepted += 1
                         violations += run.violated
+                        steps += len(run)
+                        replaced += int(replacements[: len(run)].sum())
                 if resets > _MOST_RESETS_PER_EPISODE * max(accepted, episodes // 10, 50):
                     raise CalibrationError(
                         f"only {accepted} of {resets} starts have V_h <= -{delta:.4g}: the "
                         "environment starts almost everywhere outside the certified set"
                     )
-        self.intervention_rates[delta, name] = acting.interventions / max(acting.steps, 1)
-        self.start_shares[delta] = accepted / resets
+        self.intervention_rates[delta, name] = replaced / max(steps, 1)
+        self.start_shares[delta] = eligible / resets
         return accepted, violations
 
 
@@ -138,7 +147,7 @@ def calibrate(
             always proposes the accepted action of highest Q_h.
         deltas: strictly decreasing thresholds to walk; by default those that keep given shares of
             the starts with V_h <= 0 (`DEFAULT_SHARES`), read off resets that test nothing.
-        episodes: N for each test; by default as many as allow two violations.
+        episodes: N for each test; by default as many as allow one violation.
         seed: of all draws.
         num_envs: how many environments run side by side.
 
@@ -158,8 +167,11 @@ def calibrate(
             what,
             unbounded_matches_any=what == "observation_space",
         )
-    episodes = episodes or episodes_needed(epsilon, confidence, violations=2)
-    if deltas is None:
+    if episodes is None:
+        episodes = episodes_needed(epsilon, confidence, violations=1)
+    if deltas is not None:
+        deltas = [float(delta) for delta in deltas]
+    else:
         starts = start_observations(env, _STARTS, seed)
         deltas = default_deltas(shield, starts)
     names = list(battery(shield, policy))
@@ -178,13 +190,14 @@ def calibrate(
         )
         for name in names
     )
-    spec = getattr(env, "spec", None)
+    inner = getattr(env, "unwrapped", env)
+    spec = getattr(inner, "spec", None)
     return CalibrationRecord(
         delta=delta,
         epsilon=epsilon,
         confidence=confidence,
         policies=results,
-        environment=spec.id if spec is not None else type(getattr(env, "unwrapped", env)).__name__,
+        environment=spec.id if spec is not None else type(inner).__name__,
         start_distribution="its own reset does, kept where V_h <= -delta",
         start_share=trials.start_shares[delta],
         walk=tuple(rungs),

@@ -12,6 +12,7 @@ them, again at the full level: that all of them were accepted wrongly is no like
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Rung:
 
 
 Trial = Callable[[float, str, int, int], tuple[int, int]]
-"""(delta, policy, episodes, most) -> (episodes run, violations): may stop once violations > most."""
+"""(delta, policy, episodes, most) -> (episodes run, violations); may stop at violations > most."""
 
 
 def fixed_sequence_walk(
@@ -64,7 +65,7 @@ def fixed_sequence_walk(
         ValueError: a wrong argument; too few episodes to prove epsilon even without a violation.
         CalibrationError: the strictest threshold fails.
     """
-    if not deltas or any(a <= b for a, b in zip(deltas[:-1], deltas[1:], strict=True)):
+    if not deltas or any(not a > b for a, b in itertools.pairwise(deltas)):
         raise ValueError(f"deltas must be strictly decreasing and not empty, got {list(deltas)}")
     if not deltas[-1] >= 0:
         raise ValueError(f"deltas must be at least 0, got {deltas[-1]}")

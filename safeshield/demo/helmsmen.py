@@ -8,13 +8,17 @@ from safeshield.envs.boat import GOAL, ROCK_CENTRES, ROCK_RADII
 from safeshield.types import Actions, Observations
 
 WANDERER, STRAIGHT, CAUTIOUS, RECKLESS = range(4)
+_CORRECTION = 1.0 / 32.0  # chance, at each step, of a new course or course error
 _KEEP_CLEAR = 0.35  # metres from a rock at which a cautious helmsman begins to turn away
 
 
 class Helmsmen:
     """A batch policy: every trip draws a helmsman, with an unsteady hand, and keeps him.
 
-    - wanderer: a random course, held for 20 steps on average;
+    Nobody corrects a tiller 200 times a second: course errors, and the wanderer's course, are held
+    for 32 steps (0.16 s) on average.
+
+    - wanderer: a random course;
     - straight: towards the goal, whatever lies between;
     - cautious: towards the goal, around the rocks on a side of his own;
     - reckless: at one of the rocks.
@@ -33,6 +37,7 @@ class Helmsmen:
         self._kind = rng.integers(0, 4, count)
         self._unsteady = rng.choice([0.1, 0.5, 1.0, 2.0], count)
         self._course = rng.uniform(0.0, 2.0 * np.pi, count)
+        self._error = rng.normal(0.0, 1.0, count)
         self._side = rng.choice([-1.0, 1.0], count)
         self._rock = ROCK_CENTRES[rng.integers(0, len(ROCK_CENTRES), count)]
 
@@ -41,8 +46,9 @@ class Helmsmen:
         count = len(observations)
         if len(self._kind) != count:
             self._board(count, rng)
-        turn = rng.random(count) < 0.05
+        turn = rng.random(count) < _CORRECTION
         self._course = np.where(turn, rng.uniform(0.0, 2.0 * np.pi, count), self._course)
+        self._error = np.where(turn, rng.normal(0.0, 1.0, count), self._error)
         goal = _unit(GOAL - observations)
         courses = np.stack(
             [
@@ -53,9 +59,8 @@ class Helmsmen:
             ]
         )
         chosen = courses[self._kind, np.arange(count)]
-        noise = rng.normal(0.0, 1.0, count) * self._unsteady
-        noise = np.where(self._kind == WANDERER, 0.0, noise)
-        angle = np.arctan2(chosen[:, 1], chosen[:, 0]) + noise
+        error = np.where(self._kind == WANDERER, 0.0, self._error * self._unsteady)
+        angle = np.arctan2(chosen[:, 1], chosen[:, 0]) + error
         strength = rng.uniform(0.3, 1.0, (count, 1))
         return np.stack([np.cos(angle), np.sin(angle)], -1) * strength
 

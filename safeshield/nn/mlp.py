@@ -7,6 +7,7 @@ later, of S seeds) is one `baddbmm` a layer and no loop.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -43,7 +44,7 @@ class EnsembleMLP:
         """Shape of every weight, by name, in the order of the layers."""
         sizes = (self.inputs, *self.hidden, self.outputs)
         shapes = {}
-        for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             shapes[f"{layer}.weight"] = (self.members, fan_in, fan_out)
             shapes[f"{layer}.bias"] = (self.members, 1, fan_out)
         return shapes

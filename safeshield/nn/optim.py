@@ -16,11 +16,11 @@ from safeshield.nn.mlp import Networks, like, tensors
 
 
 class AdamState(NamedTuple):
-    """Running moments of the gradient; `count` is the number of updates made, a () tensor."""
+    """Running moments of the gradient; `updates` is how many were made, a () tensor."""
 
     mean: Networks
     square: Networks
-    count: Tensor
+    updates: Tensor
 
 
 def adam_init(networks: Networks) -> AdamState:
@@ -50,7 +50,7 @@ def adam(
         betas: decay of the two moments.
         epsilon: added to the root of the second moment.
     """
-    count = state.count + 1
+    count = state.updates + 1
     mean = torch._foreach_lerp(tensors(state.mean), gradients, 1.0 - betas[0])
     square = torch._foreach_mul(tensors(state.square), betas[1])
     square = torch._foreach_addcmul(square, gradients, gradients, 1.0 - betas[1])

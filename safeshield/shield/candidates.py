@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.shield.model import SafetyModel, StateValue
-from safeshield.types import Actions
+from safeshield.types import Actions, Candidates
 
 _SEED = 20_260_315
 
@@ -41,7 +41,7 @@ class CandidateSet:
         """Candidates a state."""
         return self.fallback + self.around + self.box
 
-    def actions(self, model: SafetyModel, states: StateValue, proposals: Actions) -> Actions:
+    def actions(self, model: SafetyModel, states: StateValue, proposals: Actions) -> Candidates:
         """Return the candidates (n, total, act) for proposals (n, act), all inside the box."""
         tables = _tables(self, model.action_space.shape[0])
         parts = [model.fallback(states, tables.noise)]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from safeshield.nn.forward import Weights, forward, forward_layers, layers
 from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale, Scaling
-from safeshield.types import Actions, Observations, Scalars
+from safeshield.types import Actions, Candidates, Observations, Scalars
 
 FALLBACK = "student"
 """Name of the fallback actor's network."""
@@ -26,16 +26,8 @@ class StateValue:
 
     inputs: _Float
     """(n, obs) normalised observations."""
-    raw: _Float
-    """(n,) V before the floor, units of h."""
-    floor: _Float
-    """(n,) h^, the constraint as learned."""
-
-    @property
-    def value(self) -> _Float:
-        """V_h, (n,)."""
-        out: _Float = np.maximum(self.raw, self.floor)
-        return out
+    value: _Float
+    """(n,) V_h, units of h."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +48,10 @@ class SafetyModel:
     scale: SafetyScale
     networks: Mapping[str, Weights]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> SafetyModel:
+        # Nothing in it ever changes, and Gymnasium copies the specs of wrapped environments a lot.
+        return self
+
     @cached_property
     def _state_layers(self) -> list[tuple[_Float, _Float]]:
         # h^ and the excess have the same shape: one stack, one pass.
@@ -72,33 +68,44 @@ class SafetyModel:
         """Judge finite observations (n, obs)."""
         inputs = self.scaling.observations(observations)
         out = forward_layers(self._state_layers, inputs)
-        floor = out[0, :, 0] * np.float32(self.scale.spread) + np.float32(self.scale.offset)
-        raw = floor + out[1, :, 0] * np.float32(self.scale.excess)
-        return StateValue(inputs, raw, floor)
+        constraint = out[0, :, 0] * np.float32(self.scale.spread) + np.float32(self.scale.offset)
+        excess = np.maximum(out[1, :, 0], 0.0) * np.float32(self.scale.excess)
+        return StateValue(inputs, constraint + excess)
 
     def action_values(self, states: StateValue, actions: Actions) -> Scalars:
         """Return Q_h of one action (n, act) in each of n states: (n,)."""
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
-        value = states.raw + worst * np.float32(self.scale.step)
-        out: _Float = np.maximum(value, states.floor)
+        out: _Float = states.value + worst * np.float32(self.scale.step)
         return out
 
-    def candidate_values(self, states: StateValue, candidates: Actions) -> Scalars:
+    def action_value(self, states: StateValue, action: Actions) -> float:
+        """Return Q_h of one finite action (act,) in one state: `action_values` with less around it.
+
+        Most steps of a shielded agent need this number and nothing else.
+        """
+        width = states.inputs.shape[1]
+        inputs = np.empty((1, width + action.shape[0]), np.float32)
+        inputs[:, :width] = states.inputs
+        inputs[0, width:] = self.scaling.actions(action)
+        worst = float(forward_layers(self._advantage_layers, inputs).max())
+        return float(states.value[0]) + worst * self.scale.step
+
+    def candidate_values(self, states: StateValue, candidates: Candidates) -> Scalars:
         """Return Q_h of c actions (n, c, act) in each of n states: (n, c), in one pass."""
         count, each, width = candidates.shape
         actions = self.scaling.actions(candidates.reshape(count * each, width))
         inputs = np.concatenate([np.repeat(states.inputs, each, axis=0), actions], axis=-1)
         worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
-        value = states.raw[:, None] + worst.reshape(count, each) * np.float32(self.scale.step)
-        out: _Float = np.maximum(value, states.floor[:, None])
+        worst = worst.reshape(count, each)
+        out: _Float = states.value[:, None] + worst * np.float32(self.scale.step)
         return out
 
-    def fallback(self, states: StateValue, noise: Actions) -> Actions:
+    def fallback(self, states: StateValue, noise: Actions) -> Candidates:
         """Return the fallback actor's actions for noise (c, act): (n, c, act), in the box."""
         count, each = len(states.inputs), len(noise)
         inputs = np.concatenate(
             [np.repeat(states.inputs, each, axis=0), np.tile(noise, (count, 1))], axis=-1
         ).astype(np.float32)
-        scaled = np.clip(forward(self.networks[FALLBACK], inputs)[0], -1.0, 1.0)
+        scaled = np.clip(np.nan_to_num(forward(self.networks[FALLBACK], inputs)[0]), -1.0, 1.0)
         return self.scaling.to_box(scaled).reshape(count, each, -1)

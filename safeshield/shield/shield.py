@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -28,6 +28,11 @@ from safeshield.types import Actions, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
     from safeshield.rollout import Env, VectorEnv
+
+
+# Standard deviations from the log's mean beyond which a reading counts as broken, as NaN does: it
+# would overflow in the networks and come out as NaN.
+_READABLE = 1e6
 
 
 class UncalibratedShieldWarning(UserWarning):
@@ -61,7 +66,19 @@ class Shield:
                 "drop the record or calibrate again"
             )
         low, high = self.action_space.low, self.action_space.high
+        self.delta = float(self.delta)
         self._low, self._high = low.astype(np.float64), high.astype(np.float64)
+        # Replacements are float32, and the float32 next to a float64 bound may lie outside it.
+        inner_low, inner_high = low.astype(np.float32), high.astype(np.float32)
+        self._inner_low = np.where(
+            inner_low < self._low, np.nextafter(inner_low, np.float32(np.inf)), inner_low
+        )
+        self._inner_high = np.where(
+            inner_high > self._high, np.nextafter(inner_high, np.float32(-np.inf)), inner_high
+        )
+        mean = self.model.scaling.observation_mean.astype(np.float64)
+        reach = _READABLE * self.model.scaling.observation_spread.astype(np.float64)
+        self._readable_low, self._readable_high = mean - reach, mean + reach
         self._warned = False
 
     # -- what it knows ------------------------------------------------------------------------
@@ -79,7 +96,12 @@ class Shield:
     @property
     def threshold(self) -> float:
         """The number that Q_h must not exceed: -delta."""
-        return -self.delta
+        return 0.0 - self.delta
+
+    def readable(self, rows: Observations) -> Flags:
+        """Whether observations (n, obs) are finite, and not absurdly far from the log: (n,)."""
+        near = (rows >= self._readable_low) & (rows <= self._readable_high)
+        return np.asarray(near.all(axis=-1))
 
     def with_delta(self, delta: float) -> Self:
         """Return a copy with another threshold, which no record vouches for."""
@@ -92,25 +114,26 @@ class Shield:
 
         Args:
             observation: (obs,) or (n, obs).
-            action: (act,) or (n, act), inside the box.
+            action: (act,) or (n, act).
 
         Raises:
             ValueError: a wrong shape.
 
-        NaN or infinite entries give the value +infinity.
+        The value is +infinity where the observation is not finite, or the action is not finite or
+        outside the box.
         """
         rows, single = self._rows(observation, self.observation_space, "observation")
-        finite = np.isfinite(rows).all(axis=-1)
-        states = self.model.states(self._filled(rows, finite))
+        finite = self.readable(rows)
+        states = self.states(rows)
         if action is None:
             values = states.value
         else:
             actions, _ = self._rows(action, self.action_space, "action")
             if len(actions) != len(rows):
                 raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
-            finite = finite & np.isfinite(actions).all(axis=-1)
+            finite = finite & self._inside(actions)
             values = self.model.action_values(states, np.where(finite[:, None], actions, 0.0))
-        values = np.where(finite, values, np.float32(np.inf))
+        values = _where_known(finite, values)
         return values[0] if single else values
 
     def certified(self, observation: npt.ArrayLike) -> Flags | np.bool_:
@@ -151,7 +174,23 @@ class Shield:
 
     def states(self, rows: Observations) -> StateValue:
         """Judge observations (n, obs), for `judge`."""
-        return self.model.states(self._filled(rows, np.isfinite(rows).all(axis=-1)))
+        readable = self.readable(rows)
+        if not readable.all():
+            near = (rows >= self._readable_low) & (rows <= self._readable_high)
+            rows = np.where(near, rows, self.model.scaling.observation_mean)
+        return self.model.states(rows)
+
+    def accepts(self, states: StateValue, action: Actions) -> float | None:
+        """Return Q_h of one action (act,) in one state where it may pass, else None.
+
+        The short way for the common case; `judge` gives the whole verdict. The state must come
+        from a finite observation.
+        """
+        # Comparisons with NaN are false: no NaN gets past this line.
+        if not ((action >= self._low).all() and (action <= self._high).all()):
+            return None
+        value = self.model.action_value(states, action)
+        return value if value <= self.threshold else None
 
     def judge(
         self, states: StateValue, rows: Observations, actions: Actions
@@ -163,19 +202,12 @@ class Shield:
             rows: (n, obs) the raw observations.
             actions: (n, act).
         """
-        if self.record is None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "this shield is not calibrated: it filters with delta "
-                f"{self.delta:g} and promises nothing; call calibrate()",
-                UncalibratedShieldWarning,
-                stacklevel=3,
-            )
-        seen = np.isfinite(rows).all(axis=-1)
+        self.warn_if_uncalibrated()
+        seen = self.readable(rows)
         known = np.isfinite(actions).all(axis=-1)
-        inside = known & (actions >= self._low).all(axis=-1) & (actions <= self._high).all(axis=-1)
+        inside = self._inside(actions)
         values = self.model.action_values(states, np.where(inside[:, None], actions, 0.0))
-        proposed_values = np.where(inside & seen, values, np.float32(np.inf))
+        proposed_values = _where_known(inside & seen, values)
         accepted = proposed_values <= self.threshold
         executed = actions
         acceptable = accepted
@@ -186,33 +218,45 @@ class Shield:
             values = values.copy()
             acceptable = accepted.copy()
             picked, picked_values = self._replace(
-                StateValue(states.inputs[reject], states.raw[reject], states.floor[reject]),
+                StateValue(states.inputs[reject], states.value[reject]),
                 actions[reject],
-                known[reject],
+                (known & seen)[reject],
             )
             executed[reject] = picked
-            values[reject] = np.where(seen[reject], picked_values, np.inf)
+            values[reject] = _where_known(seen[reject], picked_values)
             acceptable[reject] = values[reject] <= self.threshold
         return executed, FilterReport(
             intervened=~accepted,
             value=values,
             proposed_value=proposed_values,
-            state_value=np.where(seen, states.value, np.float32(np.inf)),
+            state_value=_where_known(seen, states.value),
             acceptable=acceptable,
             valid=seen & known,
         )
 
+    def warn_if_uncalibrated(self) -> None:
+        """Warn, once for each shield, that nothing vouches for its threshold."""
+        if self.record is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this shield is not calibrated: it filters with delta "
+                f"{self.delta:g} and promises nothing; call calibrate()",
+                UncalibratedShieldWarning,
+                stacklevel=4,
+            )
+
     def _replace(
         self, states: StateValue, proposals: Actions, known: Flags
     ) -> tuple[Actions, Scalars]:
-        # Without a proposal to stay near to, the fallback's own action is the one to stay near to.
+        # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
         default = self.model.fallback(states, np.zeros((1, proposals.shape[1]), np.float32))[:, 0]
         wanted = np.where(known[:, None], np.clip(proposals, self._low, self._high), default)
         wanted = wanted.astype(np.float32)
         candidates = np.concatenate(
             [wanted[:, None, :], self.candidates.actions(self.model, states, wanted)], axis=1
         )
-        values = self.model.candidate_values(states, candidates)
+        candidates = np.clip(candidates, self._inner_low, self._inner_high)
+        values = _where_known(True, self.model.candidate_values(states, candidates))
         scaled = self.model.scaling.actions(candidates)
         distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
         good = values <= self.threshold
@@ -233,10 +277,10 @@ class Shield:
             )
         return (array[None], True) if array.ndim == 1 else (array, False)
 
-    def _filled(self, rows: Observations, finite: Flags) -> Observations:
-        if finite.all():
-            return rows
-        return np.where(np.isfinite(rows), rows, self.model.scaling.observation_mean)
+    def _inside(self, actions: Actions) -> Flags:
+        # Comparisons with NaN are false.
+        inside = (actions >= self._low) & (actions <= self._high)
+        return np.asarray(inside.all(axis=-1))
 
     # -- calibration and files ------------------------------------------------------------------
 
@@ -288,3 +332,36 @@ class Shield:
         from safeshield.shield.storage import load_shield
 
         return load_shield(cls, path)
+
+
+def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
+    """Return the values, infinity where they are not known or the networks overflowed."""
+    return np.where(known & ~np.isnan(values), values, np.float32(np.inf))
+
+
+@runtime_checkable
+class HasShield(Protocol):
+    """An agent that can make a shield, such as `SafeFQL`."""
+
+    def shield(self) -> Shield:
+        """Return its shield."""
+        ...
+
+
+def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
+    """Return a shield from a shield, a path to its file, or an agent.
+
+    Raises:
+        TypeError: anything else.
+        ValueError: the file is damaged or of another kind.
+    """
+    if isinstance(shield, Shield):
+        return shield
+    if isinstance(shield, str | os.PathLike):
+        return Shield.load(shield)
+    if isinstance(shield, HasShield):
+        return shield.shield()
+    raise TypeError(
+        "shield must be a Shield, a path to a shield's file, or an agent with a shield() method, "
+        f"got {type(shield).__name__}"
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safeshield.calibration.record import CalibrationRecord
 from safeshield.files import read_tensors, write_tensors
 from safeshield.nn.forward import Weights
-from safeshield.scaling import ADVANTAGE, SAFETY_NETWORKS, SafetyScale, Scaling
+from safeshield.scaling import ADVANTAGE, SAFETY_NETWORKS, SafetyScale, Scaling, finite_number
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.model import FALLBACK, SafetyModel
 from safeshield.spaces import flat_box, space_from_json, space_to_json
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = "safeshield-shield"
 VERSION = 1
-_MAX_WIDTH, _MAX_LAYERS = 16_384, 32
+_MAX_WIDTH, _MAX_LAYERS, _MAX_CANDIDATES = 16_384, 32, 4096
+_MAX_WEIGHTS = 1 << 28
 
 
 def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
@@ -61,12 +64,13 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         scaling = Scaling.from_json(header["scaling"], *widths)
         scale = SafetyScale.from_json(header["safety_scale"])
         expected = _shapes(header["hidden"], header["members"], *widths)
-        delta = float(header["delta"])
+        delta = finite_number(header["delta"], "delta")
         record = header["record"]
         record = None if record is None else CalibrationRecord.from_json(record)
-        candidates = CandidateSet(**header["candidates"])
-        if candidates.total > 4096:
-            raise ValueError(f"{candidates.total} candidates are more than 4096")
+        candidates = _candidates(header["candidates"])
+        trained_by = header["trained_by"]
+        if not isinstance(trained_by, str):
+            raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the header does not describe a shield: {error}") from error
     flat = file.load(expected)
@@ -79,9 +83,15 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         model,
         delta=delta,
         record=record,
-        trained_by=str(header.get("trained_by", "")),
+        trained_by=trained_by,
         candidates=candidates,
     )
+
+
+def _candidates(data: dict[str, int]) -> CandidateSet:
+    if not all(type(count) is int and count <= _MAX_CANDIDATES for count in data.values()):
+        raise ValueError(f"candidates must be counts of at most {_MAX_CANDIDATES}")
+    return CandidateSet(**data)
 
 
 def _hidden(weights: Weights) -> list[int]:
@@ -105,7 +115,10 @@ def _shapes(
         outputs = action if name == FALLBACK else 1
         each = members if name == ADVANTAGE else 1
         sizes = (inputs, *widths, outputs)
-        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             shapes[f"{name}/{i}.weight"] = (each, fan_in, fan_out)
             shapes[f"{name}/{i}.bias"] = (each, 1, fan_out)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    if count > _MAX_WEIGHTS:
+        raise ValueError(f"the networks have {count} weights, more than {_MAX_WEIGHTS}")
     return shapes

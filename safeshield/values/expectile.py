@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 
-def expectile_loss(error: Tensor, weight: float) -> Tensor:
+def expectile_loss(error: Tensor, weight: float, keep: Tensor | None = None) -> Tensor:
     """Return the mean of ``|weight - 1(error < 0)| error^2`` (Kostrikov et al. 2022, eq. 5).
 
     With ``error = target - prediction`` and a weight near 1 the prediction leans to the highest
     targets; a lean to the LOWEST, as safety values need it (FLRP eq. 8), is the same loss of
     ``error = prediction - target``.
 
+    Where `keep` (batch,) is given, rows with 0 there do not count.
+
     >>> round(expectile_loss(torch.tensor([1.0, -1.0]), 0.9).item(), 6)
     0.5
     """
-    return (torch.where(error < 0, 1.0 - weight, weight) * error.square()).mean()
+    loss = torch.where(error < 0, 1.0 - weight, weight) * error.square()
+    return loss.mean() if keep is None else (loss * keep).sum() / keep.sum().clamp(min=1.0)

@@ -3,6 +3,11 @@ r"""Reward critics: implicit Q-learning (Kostrikov et al. 2022), as in SafeFQL.
     y = r + g (1 - terminated) V(s'),   Q_i regresses on y,
     V leans to the HIGHER values of min_i Q_i by an expectile (weight 0.9).
 
+`allowed` keeps V to actions that an actor may take. Plain IQL values a state by the log's best way
+on, through an obstacle if need be; an actor that must not enter then presses against it from
+outside, held there by a value that promises the goal behind. With the infeasible actions left out of
+the expectile, V is the value of the best SAFE way on, and leads around.
+
 Learned, as the safety critics are, as Q_i(s, a) = V(s) + sigma A_i(s, a): where all rewards have
 one sign, what one action adds is a fraction of a percent of Q, and that fraction is all an actor
 needs. sigma is a running root mean square of y - V(s), so the advantages are of order one whatever
@@ -80,6 +85,7 @@ class RewardCritics:
         discount: float,
         expectile: float,
         one_step: bool,
+        allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the summed losses, the root mean square of y - V(s), and what to log.
 
@@ -91,6 +97,7 @@ class RewardCritics:
             discount: g of the one-step backup of Q_r.
             expectile: weight on targets above V, near 1.
             one_step: fit V to Q_r of the slow copies instead of to the windows.
+            allowed: (batch,) 1 where the action may count for V, 0 where not; all by default.
         """
         with torch.no_grad():
             here = self.value(targets, batch.observations)
@@ -105,7 +112,7 @@ class RewardCritics:
             residual = y - here
         value = self.value(networks, batch.observations)
         advantage = self.advantages(networks, batch.observations, batch.actions)
-        value_loss = expectile_loss((goal - value) / self.spread, expectile)
+        value_loss = expectile_loss((goal - value) / self.spread, expectile, allowed)
         advantage_loss = (advantage - residual / sigma).square().mean(1).sum()
         metrics = {
             "reward/value_loss": value_loss.detach(),

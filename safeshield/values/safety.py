@@ -8,9 +8,8 @@ SafeFQL, FLRP and R2PAC's feasibility variant. Three networks, all fed normalise
 actions in [-1, 1]:
 
     constraint   h^(s)     regression on the labels
-    excess       e(s)      V(s) = h^(s) + e(s), and never below h^(s):  V_h = max(V, h^)
-    advantage    A_i(s, a), i = 1, 2:   Q_i(s, a) = V(s) + sigma A_i(s, a),
-                           Q_h = max(max_i Q_i, h^)
+    excess       e(s)      V_h(s) = h^(s) + max(e(s), 0), never below the constraint
+    advantage    A_i(s, a), i = 1, 2:   Q_h(s, a) = V_h(s) + sigma max_i A_i(s, a)
 
 What differs from the papers, and why:
 
@@ -18,15 +17,16 @@ What differs from the papers, and why:
   O(dt), V by O(1): one network for both has to see the difference behind the rest, and the ORDER of
   the actions, all that a shield lives from, drowns as dt shrinks (Tallec et al. 2019). Here sigma
   is the root mean square of h(s') - h(s) over the log, one step's worth of h, so that A is of
-  order one at every time step. A_i regresses on (y - V(s)) / sigma with y and V from the same
-  slowly moving copy of the networks.
+  order one at every time step. A_i regresses on (y - V_h(s)) / sigma with y and V_h from the same
+  slowly moving copy of the networks. Q_h itself has no floor at h^: below it all actions would be
+  equal, and where they are, inside the danger, is where their order matters most.
 - V starts from many-step backups along the log and may end on several steps instead of one
   (`backup_steps`). Each one-step backup goes through the network once more, which rounds off the
   ridges where going left and going right are equally bad, some dozens of times in a row; the value
   there comes out too low: "safe" in front of an obstacle. A window of n steps rounds n times less.
   It follows the log's actions inside the window, so it errs towards "unsafe"; the expectile, taken
-  over the logged windows, takes most of that back. In a strongly random environment it would mistake
-  luck for skill: end on one step there, the papers' form.
+  over the logged windows, takes most of that back. In a strongly random environment it would
+  mistake luck for skill: end on one step there, the papers' form.
 - h^ is a network of its own, so that a value can never be below the constraint.
 """
 
@@ -79,15 +79,10 @@ class SafetyCritics:
         raw = self.parts()[EXCESS](networks[EXCESS], observations)[0, :, 0]
         return self.scale.excess * raw
 
-    def raw_value(self, networks: Networks, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return V(s) before the floor, and h^(s), both (batch,)."""
-        constraint = self.constraint(networks, observations)
-        return constraint + self.excess(networks, observations), constraint
-
     def value(self, networks: Networks, observations: Tensor) -> Tensor:
         """Return V_h(s), (batch,), in units of h; at most 0 where some policy stays safe."""
-        raw, constraint = self.raw_value(networks, observations)
-        return torch.maximum(raw, constraint)
+        constraint = self.constraint(networks, observations)
+        return constraint + self.excess(networks, observations).relu()
 
     def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
         """Return A_i(s, a), (members, batch), in steps' worth of h (sigma)."""
@@ -95,10 +90,9 @@ class SafetyCritics:
         return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
 
     def action_value(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return Q_h(s, a), (batch,), in units of h: the larger of the two, at least h^(s)."""
-        raw, constraint = self.raw_value(networks, observations)
+        """Return Q_h(s, a), (batch,), in units of h: the larger of the two."""
         worst = self.advantages(networks, observations, actions).amax(0)
-        return torch.maximum(raw + self.scale.step * worst, constraint)
+        return self.value(networks, observations) + self.scale.step * worst
 
     def losses(
         self,
@@ -121,10 +115,10 @@ class SafetyCritics:
             one_step: fit V to Q_h of the slow copies (FLRP eq. 8) instead of to the windows.
         """
         with torch.no_grad():
-            here, here_constraint = self.raw_value(targets, batch.observations)
+            here = self.value(targets, batch.observations)
             # h(s') is known from the log: the value there is not below it.
             after = torch.maximum(
-                self.raw_value(targets, batch.next_observations)[0], batch.next_constraints
+                self.value(targets, batch.next_observations), batch.next_constraints
             )
             m = torch.maximum(batch.constraints, batch.next_constraints)
             later = torch.where(batch.terminated, m, torch.maximum(m, after))
@@ -134,12 +128,12 @@ class SafetyCritics:
                 goal = torch.maximum(here + self.scale.step * worst, batch.constraints)
             else:
                 end = torch.maximum(
-                    self.raw_value(targets, batch.window_observations)[0],
-                    batch.window_constraints,
+                    self.value(targets, batch.window_observations), batch.window_constraints
                 )
                 goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
             residual = (y - here) / self.scale.step
         constraint = self.constraint(networks, batch.observations)
+        # Without the floor, which would cut the gradient where the value is not above h.
         value = constraint.detach() + self.excess(networks, batch.observations)
         advantage = self.advantages(networks, batch.observations, batch.actions)
         constraint_loss = ((constraint - batch.constraints) / self.scale.spread).square().mean()
@@ -150,7 +144,7 @@ class SafetyCritics:
             "safety/value_loss": value_loss.detach(),
             "safety/advantage_loss": advantage_loss.detach(),
             "safety/value": value.detach().mean(),
-            "safety/unsafe_share": (torch.maximum(here, here_constraint) > 0).float().mean(),
+            "safety/unsafe_share": (here > 0).float().mean(),
         }
         return constraint_loss + value_loss + advantage_loss, metrics
 

@@ -1,0 +1,59 @@
+"""What the benchmark scripts share: resumable results, the machine, helpers for the two tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Describe hardware and versions, for the record beside every figure."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
+        model = names[0] if names else model
+    packages = ("safeshield", "torch", "numpy", "gymnasium", "stable-baselines3")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def once(name: str, compute: Callable[[], dict[str, Any]], *, redo: bool = False) -> dict[str, Any]:
+    """Return the result kept under this name, computing it if need be: how a run resumes."""
+    path = RESULTS / f"{name}.json"
+    if path.exists() and not redo:
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    started = time.perf_counter()
+    result = {**compute(), "seconds": round(time.perf_counter() - started, 1), **machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(path)
+    return result
+
+
+def rank_correlation(learned: np.ndarray, exact: np.ndarray) -> float:
+    """Mean Spearman correlation over the rows (states) in which the exact values differ."""
+    from scipy.stats import spearmanr
+
+    rows = [
+        float(spearmanr(a, b).statistic)
+        for a, b in zip(learned, exact, strict=True)
+        if np.ptp(b) > 1e-7 and np.ptp(a) > 0
+    ]
+    return float(np.mean(rows))

@@ -1,0 +1,133 @@
+"""What the shield costs at a step, and how fast training goes; ratios to a reference beside it.
+
+    python benchmarks/speed.py filter       # SafetyShield.step beyond the env's own step
+    python benchmarks/speed.py train        # student updates a second, nets 256x256, batch 256
+
+Medians of several runs. The reference is measured in the same run: for the filter a bare NumPy
+forward of one (256, 256) network, for training a bare matrix product of the same size as a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import torch
+from common import machine
+
+import safeshield
+from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield
+from safeshield.algorithms.safefql_updates import SafeFQLRun
+from safeshield.algorithms.tensors import LogTensors
+from safeshield.algorithms.training import Draw
+
+REPEATS = 15
+
+
+def microseconds(function: Callable[[], object], count: int) -> float:
+    """Median over repeats of the mean time of a call, after a warm-up."""
+    times = []
+    for repeat in range(REPEATS + 1):
+        start = time.perf_counter()
+        for _ in range(count):
+            function()
+        if repeat:
+            times.append((time.perf_counter() - start) / count * 1e6)
+    return float(np.median(times))
+
+
+def filter_step() -> None:
+    """Time the step of a shielded boat, action accepted, against the bare boat's."""
+    warnings.simplefilter("ignore")
+    log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    shield = SafeFQL(SafeFQLConfig()).fit(log, steps=3).shield()
+    # A boat at rest in slack water: the episode never ends, the state never leaves the safe set.
+    bare = gym.make("safeshield/Boat-v0", current=0.0).unwrapped
+    wrapped = SafetyShield(gym.make("safeshield/Boat-v0", current=0.0).unwrapped, shield)
+    action = np.zeros(2, np.float32)
+    start = {"state": np.array([-2.0, 0.0])}
+    bare.reset(seed=0, options=start)
+    wrapped.reset(seed=0, options=start)
+    if wrapped.step(action)[4]["shield/intervened"]:
+        raise SystemExit("the test state is not accepted: this would time the wrong path")
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
+    x = rng.standard_normal((1, 4)).astype(np.float32)
+
+    def reference() -> np.ndarray:
+        return np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
+
+    rows = [
+        (
+            microseconds(lambda: bare.step(action), 200),
+            microseconds(lambda: wrapped.step(action), 200),
+            microseconds(reference, 200),
+        )
+        for _ in range(5)
+    ]
+    bare_us, wrapped_us, reference_us = np.median(np.array(rows), axis=0)
+    extra = wrapped_us - bare_us
+    print(
+        f"env step {bare_us:.1f} us, shielded step {wrapped_us:.1f} us: the shield adds "
+        f"{extra:.1f} us = {extra / reference_us:.1f} forwards of one NumPy network "
+        f"({reference_us:.1f} us)"
+    )
+
+
+def train_updates() -> None:
+    """Time updates of each phase on random data: obs 17, act 6, nets 256x256, batch 256."""
+    rng = np.random.default_rng(0)
+    count, length = 20_000, 500
+    observations = rng.standard_normal((count + 1, 17)).astype(np.float32)
+    constraints = observations[:, 0]
+    ends = np.arange(1, count + 1) % length == 0
+    before = constraints[:-1].copy()
+    log = OfflineDataset.from_arrays(
+        observations=observations[:-1],
+        actions=rng.uniform(-1, 1, (count, 6)),
+        rewards=rng.standard_normal(count),
+        next_observations=observations[1:],
+        terminated=np.zeros(count, bool),
+        truncated=ends,
+        costs=(constraints[1:] > 0).astype(np.float32),
+        constraints=before,
+        next_constraints=constraints[1:],
+        observation_space=gym.spaces.Box(-np.inf, np.inf, (17,)),
+        action_space=gym.spaces.Box(-1.0, 1.0, (6,)),
+    )
+    config = SafeFQLConfig(critic_hidden=(256, 256), flow_hidden=(256, 256))
+    model = SafeFQL(config, device="cpu")._describe(log)
+    tensors = LogTensors.of(log, model.scaling, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    run = SafeFQLRun(model, tensors, config, 1000)
+    state = run.initial(generator)
+    phases = {phase.name: phase for phase in run.phases()}
+    a, b = torch.randn(256, 256), torch.randn(256, 256)
+    product = microseconds(lambda: a @ b, 500)
+    print(f"threads {torch.get_num_threads()}, 256^3 product {product:.0f} us")
+    for name, phase in phases.items():
+        size = phase.batch_size
+        draw = Draw(
+            torch.randint(count, (size,), generator=generator),
+            torch.randn(size, 6, generator=generator),
+            torch.rand(size, 1, generator=generator),
+        )
+        each = microseconds(lambda phase=phase, draw=draw: phase.update(state, draw), 20)
+        print(f"{name:12} {1e6 / each:6.0f} updates/s  ({each / product:.0f} products an update)")
+
+
+def main() -> None:
+    """Run one of the two."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["filter", "train"])
+    what = parser.parse_args().what
+    print(machine())
+    {"filter": filter_step, "train": train_updates}[what]()
+
+
+if __name__ == "__main__":
+    main()

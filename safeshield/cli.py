@@ -1,0 +1,419 @@
+"""The command line: ``safeshield demo``, and each step on files of your own.
+
+Everything heavy is imported inside the commands, so that ``safeshield --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from safeshield.algorithms.safefql import SafeFQLConfig
+    from safeshield.rollout import Env
+    from safeshield.shield.shield import Shield
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="safeshield",
+    help="Safety shields for reinforcement learning agents, learned from logged data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(StrEnum):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Algorithm(StrEnum):
+    """What to train."""
+
+    safefql = "safefql"
+
+
+EnvId = Annotated[str, typer.Argument(help="Gymnasium id, or module:id.")]
+Out = Annotated[Path, typer.Argument(help="File to write.", dir_okay=False)]
+Seed = Annotated[int, typer.Option(help="Seed of all draws.", min=0)]
+Episodes = Annotated[int, typer.Option(help="Whole episodes.", min=1)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Load an SB3 zip: that runs what its maker put in it.")
+]
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``safeshield``."""
+    app()
+
+
+def _clear_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn what users do wrong into one line and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if kwargs.get("debug") or not _is_users(error):
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _is_users(error: Exception) -> bool:
+    import gymnasium as gym
+
+    kinds = (ValueError, TypeError, OSError, ImportError, FloatingPointError, gym.error.Error)
+    return isinstance(error, kinds)
+
+
+@app.command()
+@_clear_errors
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for log, agent, shield, table and pictures.")
+    ] = Path("safeshield-demo"),
+    seed: Seed = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every stage, too briefly to learn anything.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Log, learn, calibrate, and try four agents with the shield and without it."""
+    from safeshield.demo.run import hardware, run_demo, versions
+    from safeshield.demo.settings import DemoConfig
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, but {out} is a file")
+    typer.echo(f"seed {seed}; {hardware()}")
+    typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()))
+    config = DemoConfig.quick(seed) if quick else DemoConfig(seed=seed)
+    result = run_demo(out, config, say=typer.echo)
+    typer.echo(f"\n{result.table}\n\n{result.promise}\n")
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    typer.echo(f"{times}; {sum(result.seconds.values()):.0f} s in all")
+    typer.echo(f"Log, agent, shield, table and pictures are in {result.folder}")
+
+
+@app.command()
+@_clear_errors
+def collect(
+    env_id: EnvId,
+    out: Out,
+    policy: Annotated[
+        str, typer.Option(help="random, helmsmen (of the boat), an agent's .safetensors or .zip.")
+    ] = "random",
+    episodes: Episodes = 500,
+    seed: Seed = 0,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Log whole episodes of an environment to an HDF5 or NPZ file."""
+    from safeshield.data.collect import collect as collect_log
+
+    _check_output(out, (".hdf5", ".h5", ".npz"))
+    env = _make(env_id)
+    log = collect_log(env, _policy(policy, env, None, trust), episodes, seed)
+    log.save(out)
+    typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
+
+
+@app.command()
+@_clear_errors
+def train(
+    log: Annotated[Path, typer.Argument(help="Log, HDF5 or NPZ.", dir_okay=False)],
+    out: Out,
+    algorithm: Annotated[Algorithm, typer.Option(help="What to train.")] = Algorithm.safefql,
+    steps: Annotated[int, typer.Option(help="Updates in all.", min=3)] = 100_000,
+    seed: Seed = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting, name=value; lists as 256,256. Repeatable."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to go on from, and to keep up to date.")
+    ] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    debug: Debug = False,
+) -> None:
+    """Train an agent and its safety critics from a log."""
+    _check_output(out, (".safetensors",))
+    if checkpoint is not None:
+        _check_output(checkpoint, None)
+    import torch
+
+    from safeshield.algorithms.safefql import SafeFQL
+    from safeshield.data.dataset import OfflineDataset
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
+    config = _config(settings or [], seed)
+    agent = SafeFQL(config, device=device.value)
+    agent.fit(
+        OfflineDataset.load(log),
+        steps,
+        progress_bar=True,
+        log_dir=log_dir,
+        checkpoint=checkpoint,
+    )
+    agent.save(out)
+    typer.echo(f"{out}: {algorithm.value}, {steps} updates, seed {config.seed}")
+
+
+@app.command()
+@_clear_errors
+def calibrate(
+    source: Annotated[Path, typer.Argument(help="Agent or shield, .safetensors.")],
+    env_id: EnvId,
+    out: Out,
+    epsilon: Annotated[float, typer.Option(help="Violation rate per episode to promise.")] = 0.01,
+    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.99,
+    episodes: Annotated[
+        int | None,
+        typer.Option(help="Episodes of each test; default: as many as allow two violations."),
+    ] = None,
+    deltas: Annotated[
+        str | None,
+        typer.Option(help="Thresholds to test, decreasing, as 0.3,0.1,0; default: chosen for you."),
+    ] = None,
+    seed: Seed = 0,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Who proposes: random, or an agent's .safetensors or .zip. By default random "
+            "proposals and an adversary."
+        ),
+    ] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Choose a shield's threshold so that its promise holds, by rollouts with the shield on."""
+    _check_output(out, (".safetensors",))
+    if policy == "adversary":
+        raise ValueError("--policy adversary: leave --policy out, the adversary is then included")
+    env = _make(env_id)
+    shield = _shield(source).calibrate(
+        env,
+        epsilon=epsilon,
+        confidence=confidence,
+        policy=None if policy is None else _policy(policy, env, None, trust),
+        deltas=None if deltas is None else _parse("--deltas", deltas, tuple[float, ...]),
+        episodes=episodes,
+        seed=seed,
+    )
+    shield.save(out)
+    typer.echo(f"{out}: delta {shield.delta:.6g}")
+    if shield.record is not None:
+        typer.echo(shield.record.promise)
+
+
+@app.command()
+@_clear_errors
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="SHIELD", help="Shield, .safetensors.")],
+    env_id: EnvId,
+    policy: Annotated[
+        str, typer.Option(help="random, adversary, helmsmen, an agent's .safetensors or .zip.")
+    ] = "random",
+    episodes: Episodes = 1000,
+    seed: Seed = 0,
+    without: Annotated[
+        bool, typer.Option("--without", help="Also without the shield, from the same starts.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Count violations behind a shield, from starts that it certifies."""
+    from safeshield.evaluation import Saboteur, format_table
+    from safeshield.evaluation import evaluate as evaluate_policy
+
+    shield = _shield(source)
+    env = _make(env_id)
+    results = []
+    for shielded in (False, True) if without else (True,):
+        acting = _policy(policy, env, shield, trust)
+        if policy == "adversary" and not shielded:
+            acting = Saboteur(shield)
+        results.append(
+            evaluate_policy(
+                env,
+                acting,
+                episodes,
+                seed,
+                shield=shield if shielded else None,
+                starts="certified",
+                certified_by=shield,
+                name=Path(policy).name,
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps([result.to_json() for result in results], indent=2))
+    else:
+        typer.echo(format_table(results))
+
+
+@app.command()
+@_clear_errors
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Agent, shield, checkpoint or log.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a file is and holds; nothing in it is run."""
+    from safeshield.inspection import describe
+
+    description = describe(file)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+        return
+    # The promise says in words what the record says in numbers.
+    description.pop("record", None)
+    width = max(map(len, description))
+    for name, value in description.items():
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _check_output(path: Path, suffixes: tuple[str, ...] | None) -> None:
+    """Refuse before the work, not after it."""
+    if suffixes is not None and path.suffix.lower() not in suffixes:
+        raise ValueError(f"OUT must end in {' or '.join(suffixes)}, got '{path}'")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
+
+
+def _make(env_id: str) -> Env:
+    import gymnasium as gym
+
+    import safeshield.envs  # noqa: F401 - registers our environments
+
+    env: Env = gym.make(env_id)
+    return env
+
+
+def _shield(path: Path) -> Shield:
+    """Read a shield, or take that of an agent."""
+    from safeshield.inspection import AGENT, SHIELD, file_kind
+
+    kind = file_kind(path)
+    if kind == SHIELD:
+        from safeshield.shield.shield import Shield
+
+        return Shield.load(path)
+    if kind == AGENT:
+        from safeshield.algorithms.safefql import SafeFQL
+
+        return SafeFQL.load(path, device="cpu").shield()
+    raise ValueError(f"{path} must be an agent or a shield, but is a {kind}")
+
+
+def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
+    """Return who proposes; `shield` is what an adversary plays against."""
+    if name == "random":
+        return name
+    if name == "adversary" and shield is not None:
+        from safeshield.calibration.policies import Adversary
+
+        return Adversary(shield)
+    if name == "helmsmen":
+        from safeshield.demo.helmsmen import Helmsmen
+        from safeshield.envs.boat import BoatEnv
+
+        if not isinstance(env.unwrapped, BoatEnv):
+            raise ValueError(f"the helmsmen sail safeshield/Boat-v0 only, got {env}")
+        return Helmsmen()
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        from safeshield.algorithms.safefql import SafeFQL
+
+        return SafeFQL.load(path, device="cpu")
+    if path.suffix == ".zip":
+        from safeshield.inspection import load_sb3
+
+        return load_sb3(path, trust=trust)
+    known = ["random", "helmsmen", *(["adversary"] if shield is not None else [])]
+    raise ValueError(f"--policy must be one of {known}, or an agent's .safetensors or .zip file, "
+                     f"got '{name}'")  # fmt: skip
+
+
+def _config(settings: list[str], seed: int) -> SafeFQLConfig:
+    """Return SafeFQL's configuration from "name=value" texts.
+
+    Raises:
+        ValueError: no such setting, or a value of another type.
+    """
+    from typing import get_type_hints
+
+    from safeshield.algorithms.safefql import SafeFQLConfig
+
+    hints = get_type_hints(SafeFQLConfig)
+    known = [field.name for field in dataclasses.fields(SafeFQLConfig)]
+    values: dict[str, Any] = {"seed": seed}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip()
+        if not equals:
+            raise ValueError(f"--set takes name=value, got '{setting}'")
+        if name not in known:
+            raise ValueError(f"--set {name}: no such setting; known: {', '.join(known)}")
+        values[name] = _parse(f"--set {name}", text.strip(), hints[name])
+    return SafeFQLConfig(**values)
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
+    from typing import get_args, get_origin
+
+    origin = get_origin(hint)
+    if origin is tuple:
+        parts = [part for part in text.strip("()[] ").split(",") if part.strip()]
+        item = get_args(hint)[0]
+        fixed = [one for one in get_args(hint) if one is not ...]
+        if len(fixed) == len(get_args(hint)) and len(parts) != len(fixed):
+            raise ValueError(f"{name}: takes {len(fixed)} values, got '{text}'")
+        return tuple(_parse(name, part.strip(), item) for part in parts)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name}: must be true or false, got '{text}'")
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"{name}: must be {kind}, got '{text}'") from None
+    if origin is not None and text not in (choices := get_args(hint)):
+        raise ValueError(f"{name}: must be one of {list(choices)}, got '{text}'")
+    return text
+
+
+if __name__ == "__main__":
+    main()

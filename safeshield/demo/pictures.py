@@ -1,0 +1,225 @@
+"""The demonstration's pictures; colours that colour-blind readers can tell apart (Okabe, Ito)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Patch
+
+from safeshield.envs.boat import CURRENT, GOAL, ROCK_CENTRES, ROCK_RADII, STATE_HIGH, STATE_LOW
+from safeshield.evaluation import FilteredEpisode
+from safeshield.exact.boat import GridValue
+from safeshield.shield.shield import Shield
+
+WATER, ROCK, DOOMED, FLOW = "#eef5fa", "#6b655f", "#f3c9a5", "#a9c4d8"
+BLUE, ORANGE, GREEN, VERMILION, BLACK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#222222"
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+_DPI = 160
+
+
+def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
+    """Draw the learned safe set on the exact one."""
+    with mpl.rc_context(_STYLE):
+        figure = _figure(7.6, 6.6)
+        axes = figure.add_subplot()
+        _river(axes, exact)
+        xs, ys = np.linspace(-3, 2, 401), np.linspace(-2, 2, 321)
+        points = np.stack(np.meshgrid(xs, ys, indexing="ij"), axis=-1)
+        values = np.asarray(shield.value(points.reshape(-1, 2).astype(np.float32)))
+        values = values.reshape(len(xs), len(ys)).T
+        axes.contour(xs, ys, values, [0.0], colors=[BLUE], linewidths=2)
+        handles: list[Any] = [
+            Patch(color=ROCK, label="rock"),
+            Patch(color=DOOMED, label="exact unsafe set: no steering helps"),
+            Line2D([], [], color=BLUE, linewidth=2, label="learned boundary, $V_h = 0$"),
+        ]
+        if shield.delta > 0:
+            axes.contour(
+                xs, ys, values, [shield.threshold], colors=[VERMILION], linewidths=2,
+                linestyles=[(0, (4, 2))],
+            )  # fmt: skip
+            label = rf"certified boundary, $V_h = -\delta$, $\delta$ = {shield.delta:.3f} m"
+            handles.append(
+                Line2D([], [], color=VERMILION, linewidth=2, linestyle=(0, (4, 2)), label=label)
+            )
+        handles.append(_goal_handle())
+        axes.set_title("Learned from the log alone, against the exact safe set")
+        _legend(figure, handles, columns=2)
+        figure.savefig(path, dpi=_DPI)
+
+
+def trips(
+    path: Path,
+    shield: Shield,
+    exact: GridValue,
+    runs: Mapping[tuple[str, bool], Sequence[FilteredEpisode]],
+) -> None:
+    """Draw each agent's trips without the shield (left) and with it (right)."""
+    names = list(dict.fromkeys(name for name, _ in runs))
+    with mpl.rc_context(_STYLE):
+        figure = _figure(10.0, 4.1 * len(names) + 0.9)
+        grid = figure.subplots(len(names), 2, sharex=True, sharey=True, squeeze=False)
+        for row, name in zip(grid, names, strict=True):
+            for axes, shielded in zip(row, (False, True), strict=True):
+                _river(axes, exact)
+                some = runs[name, shielded]
+                hits = sum(_trip(axes, run) for run in some)
+                how = "with the shield" if shielded else "without shield"
+                axes.set_title(f"{name}, {how}: {hits} of {len(some)} trips hit a rock")
+        for axes in grid.flat:
+            axes.label_outer()
+        handles = [
+            Line2D([], [], color=BLUE, linewidth=1.2, label="trip"),
+            Line2D([], [], color=BLACK, marker=".", linestyle="", label="start, certified safe"),
+            Line2D([], [], color=VERMILION, linewidth=1.2, label="trip that hits a rock"),
+            _mark("X", VERMILION, "hits the rock", 8),
+            Line2D([], [], color=ORANGE, linewidth=3.2, label="the shield replaces the action"),
+            Patch(color=DOOMED, label="exact unsafe set"),
+            _goal_handle(),
+        ]
+        _legend(figure, handles, columns=4)
+        figure.savefig(path, dpi=_DPI)
+
+
+def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> None:
+    """Draw the walk: violation rates and bounds of each threshold, and the share of starts kept.
+
+    Raises:
+        ValueError: the shield is not calibrated.
+    """
+    record = shield.record
+    if record is None:
+        raise ValueError("the shield must be calibrated: call calibrate()")
+    values = np.asarray(shield.value(starts))
+    deltas = sorted({rung.delta for rung in record.walk})
+    with mpl.rc_context(_STYLE):
+        figure = _figure(7.6, 6.0)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
+        names = list(dict.fromkeys(rung.policy for rung in record.walk))
+        # The policies' marks stand side by side, not on top of each other.
+        shift = 0.012 * (max(deltas) - min(deltas) or 1.0)
+        for i, (name, colour, marker) in enumerate(
+            zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
+        ):
+            rungs = [rung for rung in record.walk if rung.policy == name]
+            offset = shift * (i - 0.5 * (len(names) - 1))
+            for rung in rungs:
+                x, rate = rung.delta + offset, 100 * rung.violations / rung.episodes
+                axes_style = {"color": colour, "markersize": 6}
+                above.plot([x, x], [rate, 100 * rung.bound], color=colour, linewidth=1.5)
+                above.plot(x, 100 * rung.bound, marker="_", mew=2, **axes_style)
+                face = colour if rung.passed else "white"
+                above.plot(x, rate, marker=marker, mfc=face, **axes_style)
+        epsilon = 100 * record.epsilon
+        above.axhline(epsilon, color=BLACK, linewidth=1.2, linestyle=(0, (5, 3)))
+        for axes in (above, below):
+            axes.axvline(record.delta, color=ORANGE, linewidth=6, alpha=0.35, zorder=0)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        top = max(100 * rung.bound for rung in record.walk)
+        above.set_ylim(min(0.0, -0.02 * top), max(1.15 * top, 1.6 * epsilon))
+        above.set_ylabel("violating episodes, %")
+        above.set_title("Calibration: thresholds tested from strict (right) to permissive (left)")
+        shares = [100 * float(np.mean(values <= -delta)) for delta in deltas]
+        below.plot(deltas, shares, color=GREEN, marker="o", markersize=5)
+        below.set_ylim(0, 105)
+        below.set_ylabel("starts kept, %")
+        below.set_xlabel(r"threshold $\delta$, metres: an action passes where $Q_h \leq -\delta$")
+        percent = f"{100 * record.confidence:g}%"
+        handles: list[Any] = [
+            _mark(marker, colour, f"{name}: observed, bar up to its {percent} bound", 6)
+            for name, colour, marker in zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
+        ]
+        handles.append(
+            Line2D(
+                [], [], color=BLACK, linestyle=(0, (5, 3)),
+                label=rf"promised rate, $\epsilon$ = {epsilon:g}%",
+            )
+        )  # fmt: skip
+        handles.append(
+            Line2D(
+                [], [], color=ORANGE, linewidth=6, alpha=0.35,
+                label=rf"chosen: $\delta$ = {record.delta:.3f} m",
+            )
+        )  # fmt: skip
+        if not all(rung.passed for rung in record.walk):
+            handles.append(_mark("o", BLACK, "failed: the walk stops (test cut short)", 6, "white"))
+        _legend(figure, handles, columns=2)
+        figure.savefig(path, dpi=_DPI)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _river(axes: Any, exact: GridValue) -> None:  # noqa: ANN401 - matplotlib has no types
+    """Water, current, exact unsafe set, rocks and goal."""
+    axes.set_facecolor(WATER)
+    unsafe = exact.values.T
+    axes.contourf(exact.xs, exact.ys, unsafe, [0.0, np.inf], colors=[DOOMED], zorder=1)
+    y, x = np.meshgrid(np.linspace(-1.8, 1.8, 10), np.linspace(-2.75, 1.5, 9))
+    speed = CURRENT - 0.5 * y**2
+    axes.quiver(
+        x, y, speed, np.zeros_like(y), color=FLOW, scale=22, width=0.0035, zorder=1.5, alpha=0.9
+    )
+    for centre, radius in zip(ROCK_CENTRES, ROCK_RADII, strict=True):
+        axes.add_patch(Circle(tuple(centre), radius, color=ROCK, zorder=2))
+    axes.plot(*GOAL, marker="*", markersize=16, color=GREEN, mec="white", zorder=6)
+    axes.set_xlim(STATE_LOW[0], STATE_HIGH[0])
+    axes.set_ylim(STATE_LOW[1], STATE_HIGH[1])
+    axes.set_aspect("equal")
+    axes.set_xlabel("x along the river, metres")
+    axes.set_ylabel("y across the river, metres")
+
+
+def _trip(axes: Any, run: FilteredEpisode) -> bool:  # noqa: ANN401
+    """Draw one trip up to the rock, where it hits one; returns whether it does."""
+    episode = run.episode
+    way = np.concatenate([episode.observations[:1], episode.next_observations])
+    hit = episode.violated
+    if hit and episode.next_constraints is not None:
+        way = way[: int(np.argmax(episode.next_constraints > 0)) + 2]
+        axes.plot(*way[-1], marker="X", markersize=8, color=VERMILION, mec="white", zorder=5)
+    axes.plot(*way.T, color=VERMILION if hit else BLUE, linewidth=1.0, alpha=0.8, zorder=3)
+    axes.plot(*way[0], marker=".", markersize=5, color=BLACK, zorder=4)
+    if run.intervened is not None:
+        for start, stop in _stretches(run.intervened[: len(way) - 1]):
+            part = way[start : stop + 1]
+            axes.plot(*part.T, color=ORANGE, linewidth=3.2, zorder=3.5, solid_capstyle="round")
+    return hit
+
+
+def _stretches(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return where the flags are set, as half-open ranges."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _mark(marker: str, colour: str, label: str, size: float, face: str | None = None) -> Line2D:
+    return Line2D(
+        [], [], linestyle="", marker=marker, color=colour, markersize=size, mfc=face or colour,
+        label=label,
+    )  # fmt: skip
+
+
+def _goal_handle() -> Line2D:
+    return _mark("*", GREEN, "goal", 13)
+
+
+def _legend(figure: Figure, handles: Sequence[object], columns: int) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)

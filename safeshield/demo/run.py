@@ -1,0 +1,326 @@
+"""The demonstration: from a log of reckless trips to a shield that keeps a tested promise.
+
+It logs trips of the boat, learns from the log alone, calibrates, and sends four agents out from
+the same certified starts, with the shield and without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safeshield.algorithms.safefql import SafeFQL
+from safeshield.calibration.policies import Adversary
+from safeshield.calibration.rollouts import start_observations
+from safeshield.data.collect import collect
+from safeshield.data.dataset import OfflineDataset
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.demo.settings import DemoConfig
+from safeshield.evaluation import (
+    Evaluation,
+    FilteredEpisode,
+    Saboteur,
+    draw_episodes,
+    format_table,
+    summarise,
+)
+from safeshield.exact.boat import boat_value
+from safeshield.shield.shield import Shield
+
+if TYPE_CHECKING:
+    from safeshield.exact.boat import GridValue
+
+AGENTS = ("straight to goal", "random", "adversary", "PPO")
+PICTURED = ("PPO", "adversary")
+ENVIRONMENT = "safeshield/Boat-v0"
+LOG, AGENT, SHIELD, TABLE = "boat.hdf5", "agent.safetensors", "boat.safetensors", "table.json"
+_PPO = "ppo.zip"
+_STARTS = 2000
+_PARTS = 4
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demonstration found; `table` and `promise` are what it prints at its end."""
+
+    shield: Shield
+    evaluations: list[Evaluation]
+    seconds: dict[str, float]
+    """Duration of each stage."""
+    folder: Path
+
+    @property
+    def table(self) -> str:
+        """All agents, with and without the shield."""
+        return format_table(self.evaluations)
+
+    @property
+    def promise(self) -> str:
+        """What the calibration promises, in words."""
+        return "" if self.shield.record is None else self.shield.record.promise
+
+
+@dataclass
+class _Stages:
+    """Says what is being done, and remembers how long it took."""
+
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, doing: str) -> Iterator[None]:
+        self.say(f"{doing} ...")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.say(f"    {self.seconds[name]:.1f} s")
+
+
+def run_demo(
+    folder: str | os.PathLike[str],
+    config: DemoConfig | None = None,
+    *,
+    say: Say = print,
+    progress_bar: bool = True,
+) -> DemoResult:
+    """Run every stage and write log, agent, shield, table and pictures into `folder`.
+
+    Other processes train PPO and run episodes: a script must call this below
+    ``if __name__ == "__main__":``.
+
+    Args:
+        folder: where to write; it is made if need be.
+        config: how much of everything.
+        say: takes lines of progress.
+        progress_bar: show one while training.
+
+    Raises:
+        CalibrationError: no threshold meets the promise asked for.
+    """
+    config = config or DemoConfig()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(say)
+    env = gym.make(ENVIRONMENT)
+    with _single_threads(), _pool(config) as pool:
+        # Learning needs one core: what does not wait for it runs beside it.
+        ppo = pool.submit(_train_ppo, str(folder / _PPO), config.ppo_steps, config.seed)
+        exact = pool.submit(boat_value, refine=config.grid_refinement)
+        with stages("collect", f"Logging {config.trips} trips of reckless helmsmen"):
+            log = collect(env, Helmsmen(), config.trips, config.seed)
+            log.save(folder / LOG)
+        say(f"    {len(log):,} steps; {log.violating_episodes.mean():.0%} of the trips hit a rock")
+        with stages("train", f"Learning from the log alone: SafeFQL, {config.steps:,} updates"):
+            agent = _train(log, config, progress_bar)
+            agent.save(folder / AGENT)
+        wanted = f"at most {config.epsilon:g} violations an episode, confidence {config.confidence}"
+        with stages("calibrate", f"Calibrating: {wanted}"):
+            shield, starts = _calibrate(agent.shield(), env, config)
+            shield.save(folder / SHIELD)
+        with stages("wait for PPO", "Waiting for PPO, which trains beside it for reward alone"):
+            ppo.result()
+        count = config.evaluation_episodes
+        with stages("evaluate", f"{len(AGENTS)} agents, with and without the shield, {count} each"):
+            results = _evaluate(pool, folder, config)
+        with stages("pictures", "Drawing"):
+            trips = _trips(pool, folder, config)
+            _draw(folder, shield, starts, exact, trips)
+    result = DemoResult(shield, results, stages.seconds, folder)
+    text = json.dumps(_report(result, config), indent=2, allow_nan=False)
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def hardware() -> str:
+    """Return processor, cores and system in a line."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the demonstration rests on."""
+    names = ("safeshield", "torch", "numpy", "gymnasium", "stable-baselines3")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> SafeFQL:
+    training = dataclasses.replace(config.training, seed=config.seed)
+    threads = torch.get_num_threads()
+    # Networks this small gain nothing from a second thread, and PPO needs its core.
+    torch.set_num_threads(1)
+    try:
+        return SafeFQL(training, device="cpu").fit(log, config.steps, progress_bar=progress_bar)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _calibrate(
+    shield: Shield, env: gym.Env[Any, Any], config: DemoConfig
+) -> tuple[Shield, npt.NDArray[np.float32]]:
+    """Return the calibrated shield, and the starts that its thresholds were read off."""
+    starts = start_observations(env, _STARTS, config.seed)
+    values = np.asarray(shield.value(starts), np.float64)
+    inside = -values[values <= 0]
+    deltas = None
+    if len(inside):
+        quantiles = np.quantile(inside, [1.0 - share for share in config.start_shares])
+        deltas = [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
+    calibrated = shield.calibrate(
+        env,
+        epsilon=config.epsilon,
+        confidence=config.confidence,
+        deltas=deltas,
+        episodes=config.calibration_episodes,
+        seed=config.seed,
+    )
+    return calibrated, starts
+
+
+def _policy(name: str, folder: Path, shield: Shield, shielded: bool) -> object:
+    if name == "random":
+        return "random"
+    if name == "adversary":
+        return Adversary(shield) if shielded else Saboteur(shield)
+    from stable_baselines3 import PPO
+
+    from safeshield.demo.agents import straight
+
+    return straight if name == "straight to goal" else PPO.load(folder / _PPO, device="cpu")
+
+
+def _episodes(
+    folder: Path, name: str, shielded: bool, episodes: int, seed: int
+) -> tuple[list[FilteredEpisode], float]:
+    """Run in a worker: episodes from certified starts, and the share of starts that is."""
+    shield = Shield.load(folder / SHIELD)
+    runs, share = draw_episodes(
+        gym.make(ENVIRONMENT),
+        _policy(name, folder, shield, shielded),
+        episodes,
+        seed,
+        shield=shield if shielded else None,
+        starts="certified",
+        certified_by=shield,
+    )
+    return runs, share or 0.0
+
+
+def _evaluate(pool: ProcessPoolExecutor, folder: Path, config: DemoConfig) -> list[Evaluation]:
+    order = [(name, shielded) for name in AGENTS for shielded in (False, True)]
+    # The slowest first, so that no process is left alone with it at the end.
+    slowest_first = sorted(order, key=lambda job: (job[0] != "adversary", not job[1]))
+    # Starts that calibration has not seen. Parts, so that all processes have work; always as many,
+    # so that the result does not depend on the number of processes.
+    seeds = [10 * config.seed + part + 1 for part in range(_PARTS)]
+    counts = [len(part) for part in np.array_split(np.arange(config.evaluation_episodes), _PARTS)]
+    jobs = {
+        job: [
+            pool.submit(_episodes, folder, *job, count, seed)
+            for count, seed in zip(counts, seeds, strict=True)
+        ]
+        for job in slowest_first
+    }
+    results = []
+    for job in order:
+        parts = [part.result() for part in jobs[job]]
+        results.append(
+            summarise(
+                [run for runs, _ in parts for run in runs],
+                policy=job[0],
+                environment=ENVIRONMENT,
+                start_share=float(np.mean([share for _, share in parts])),
+                seed=config.seed,
+            )
+        )
+    return results
+
+
+def _trips(
+    pool: ProcessPoolExecutor, folder: Path, config: DemoConfig
+) -> dict[tuple[str, bool], list[FilteredEpisode]]:
+    jobs = {
+        (name, shielded): pool.submit(
+            _episodes, folder, name, shielded, config.pictured_trips, 10 * config.seed + _PARTS + 1
+        )
+        for name in PICTURED
+        for shielded in (False, True)
+    }
+    return {job: future.result()[0] for job, future in jobs.items()}
+
+
+def _draw(
+    folder: Path,
+    shield: Shield,
+    starts: npt.NDArray[np.float32],
+    exact: Future[GridValue],
+    trips: dict[tuple[str, bool], list[FilteredEpisode]],
+) -> None:
+    from safeshield.demo import pictures
+
+    pictures.safe_set(folder / "safe-set.png", shield, exact.result())
+    pictures.trips(folder / "trips.png", shield, exact.result(), trips)
+    pictures.calibration(folder / "calibration.png", shield, starts)
+
+
+def _train_ppo(path: str, steps: int, seed: int) -> None:
+    from safeshield.demo.agents import train_ppo
+
+    torch.set_num_threads(1)
+    train_ppo(path, steps, seed)
+
+
+def _report(result: DemoResult, config: DemoConfig) -> dict[str, Any]:
+    record = result.shield.record
+    return {
+        "promise": result.promise,
+        "evaluations": [one.to_json() for one in result.evaluations],
+        "record": None if record is None else record.to_json(),
+        "seconds": {name: round(seconds, 2) for name, seconds in result.seconds.items()},
+        "config": dataclasses.asdict(config),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _pool(config: DemoConfig) -> ProcessPoolExecutor:
+    workers = config.workers or min(os.cpu_count() or 1, 8)
+    # Not fork: PyTorch's threads do not survive it.
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+@contextlib.contextmanager
+def _single_threads() -> Iterator[None]:
+    """Let processes that start meanwhile use one thread each for their linear algebra."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

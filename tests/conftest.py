@@ -1,0 +1,78 @@
+"""Shapes checked at run time, one thread, and the small shared fixtures."""
+
+# ruff: noqa: E402 (the hook must be in place before the package is imported)
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+# SAFESHIELD_CHECK_SHAPES=0 runs the code as it is shipped.
+if os.environ.get("SAFESHIELD_CHECK_SHAPES", "1") != "0":
+    from jaxtyping import install_import_hook
+
+    install_import_hook(
+        [
+            f"safeshield.{part}"
+            for part in (
+                "calibration", "data", "demo", "envs", "exact", "policies", "rollout", "scaling",
+                "shield", "wrappers",
+            )
+        ],
+        "shape_checks.shapes_only",
+    )  # fmt: skip
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from fitted import DT, fitted_shield
+
+from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
+from safeshield.data import OfflineDataset, collect
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.envs.boat import STATE_HIGH, STATE_LOW, constraint, next_state
+from safeshield.exact import boat_value
+from safeshield.shield import Shield
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def boat_log() -> OfflineDataset:
+    """200 trips of the helmsmen, 80,000 transitions."""
+    return collect(gym.make("safeshield/Boat-v0"), Helmsmen(), episodes=200, seed=3)
+
+
+@pytest.fixture(scope="session")
+def agent(boat_log: OfflineDataset) -> SafeFQL:
+    """A small agent whose safety values of states are roughly right (see test_values)."""
+    config = SafeFQLConfig(
+        critic_hidden=(48, 48),
+        flow_hidden=(16, 16),
+        student_hidden=(32, 32),
+        batch_size=128,
+        phase_shares=(0.8, 0.05, 0.15),
+    )
+    return SafeFQL(config, device="cpu").fit(boat_log, steps=2000)
+
+
+@pytest.fixture(scope="session")
+def shield() -> Shield:
+    """A shield of the boat that works, at delta 0.05: critics fitted to the exact values.
+
+    A test of shields should not wait for training, nor fail with it.
+    """
+    exact = boat_value()
+    rng = np.random.default_rng(0)
+    states = rng.uniform(STATE_LOW, STATE_HIGH, (60_000, 2))
+    states = np.concatenate([states, states[np.abs(exact(states)) < 0.3]])
+    actions = rng.uniform(-1, 1, states.shape)
+    q = np.maximum(exact(next_state(states, actions, dt=DT)), constraint(states))
+    space = gym.spaces.Box(STATE_LOW.astype("f4"), STATE_HIGH.astype("f4"))
+    return fitted_shield(space, states, actions, exact(states), q).with_delta(0.05)

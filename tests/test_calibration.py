@@ -1,0 +1,450 @@
+"""The promise: binomial tails, the walk, its validity over repeated draws, and the boat."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import pytest
+from fitted import DT, fitted_shield
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from safeshield.calibration import (
+    CalibrationError,
+    CalibrationRecord,
+    episodes_needed,
+    fixed_sequence_walk,
+    upper_bound,
+    violations_allowed,
+)
+from safeshield.calibration.policies import Adversary
+from safeshield.calibration.rollouts import (
+    DEFAULT_SHARES,
+    calibrate,
+    default_deltas,
+    start_observations,
+)
+from safeshield.envs.double_integrator import TIME_STEP, next_state
+from safeshield.exact import double_integrator as cart
+from safeshield.rollout import batch_policy, run_episodes
+from safeshield.shield import Shield
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::safeshield.shield.shield.UncalibratedShieldWarning"
+)
+
+# -- binomial tails -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("episodes", "violations", "confidence", "bound"),
+    [
+        (1000, 0, 0.999, 0.0069),
+        (1000, 5, 0.999, 0.0164),
+        (10_000, 5, 0.999, 0.0016),
+        (500, 0, 0.95, 0.0060),
+    ],
+)
+def test_known_bounds(episodes: int, violations: int, confidence: float, bound: float) -> None:
+    assert round(upper_bound(episodes, violations, confidence), 4) == bound
+
+
+@given(
+    episodes=st.integers(1, 3000),
+    share=st.floats(0, 1),
+    confidence=st.sampled_from([0.5, 0.9, 0.99, 0.999]),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_bound_solves_the_binomial_equation(
+    episodes: int, share: float, confidence: float
+) -> None:
+    violations = min(int(share * episodes), episodes - 1)
+    bound = upper_bound(episodes, violations, confidence)
+    assert binom.cdf(violations, episodes, bound) == pytest.approx(1 - confidence, rel=1e-6)
+    assert upper_bound(episodes, violations + 1, confidence) > bound
+    assert upper_bound(episodes + 1, violations, confidence) < bound
+
+
+@given(
+    epsilon=st.floats(0.003, 0.5),
+    confidence=st.sampled_from([0.8, 0.95, 0.99]),
+    violations=st.integers(0, 6),
+)
+@settings(max_examples=100, deadline=None)
+def test_needed_and_allowed_are_each_others_inverse(
+    epsilon: float, confidence: float, violations: int
+) -> None:
+    count = episodes_needed(epsilon, confidence, violations)
+    assert violations_allowed(count, epsilon, confidence) == violations
+    if count > max(violations, 1):
+        assert violations_allowed(count - 1, epsilon, confidence) < violations
+    assert upper_bound(count, violations, confidence) <= epsilon
+
+
+def test_all_episodes_violating_bounds_nothing() -> None:
+    assert upper_bound(7, 7, 0.9) == 1.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: upper_bound(0, 0, 0.9),
+        lambda: upper_bound(5, 6, 0.9),
+        lambda: upper_bound(5, -1, 0.9),
+        lambda: upper_bound(5, 0, 1.0),
+        lambda: episodes_needed(0.0, 0.9),
+        lambda: episodes_needed(0.1, float("nan")),
+        lambda: violations_allowed(5, 1.0, 0.9),
+    ],
+)
+def test_arguments_out_of_range_are_errors(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"must lie between|need 0 <="):
+        call()
+
+
+# -- the walk keeps its promise, and broken ones do not -------------------------------------------
+
+EPSILON, CONFIDENCE, EPISODES = 0.05, 0.8, 100
+DELTAS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+# Just above epsilon from the third threshold on: where wrong acceptance is likeliest.
+RATES = dict(zip(DELTAS, (0.002, 0.005, 0.0505, 0.052, 0.06, 0.2), strict=True))
+REPEATS = 3000
+
+
+def share_of_broken_promises(
+    walk: Callable[[np.random.Generator], float | None], repeats: int = REPEATS
+) -> float:
+    rng = np.random.default_rng(12)
+    chosen = [walk(rng) for _ in range(repeats)]
+    return float(np.mean([delta is not None and RATES[delta] > EPSILON for delta in chosen]))
+
+
+def allowed_share(repeats: int = REPEATS) -> float:
+    """1 - confidence, and what chance adds to it once in ten thousand tests."""
+    return float(binom.ppf(0.9999, repeats, 1 - CONFIDENCE)) / repeats
+
+
+def honest_walk(rng: np.random.Generator, policies: int = 1) -> float | None:
+    def trial(delta: float, policy: str, episodes: int, most: int) -> tuple[int, int]:
+        return episodes, int(rng.binomial(episodes, RATES[delta]))
+
+    names = [f"policy {i}" for i in range(policies)]
+    try:
+        return fixed_sequence_walk(
+            trial, DELTAS, names, epsilon=EPSILON, confidence=CONFIDENCE, episodes=EPISODES
+        )[0]
+    except CalibrationError:
+        return None
+
+
+def test_the_walk_breaks_its_promise_no_more_often_than_it_says() -> None:
+    share = share_of_broken_promises(honest_walk)
+    assert share <= allowed_share()
+    # And it is no idle promise: chosen at all, and wrong nearly as often as it may be.
+    assert share > 0.5 * (1 - CONFIDENCE)
+
+
+def test_a_second_policy_makes_it_no_likelier() -> None:
+    assert share_of_broken_promises(lambda rng: honest_walk(rng, 2), 1000) <= allowed_share(1000)
+
+
+def test_a_walk_that_sums_to_k_minus_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from safeshield.calibration import walk
+
+    real = violations_allowed
+    monkeypatch.setattr(walk, "violations_allowed", lambda *args: real(*args) + 1)
+    assert share_of_broken_promises(honest_walk, 1000) > allowed_share(1000)
+
+
+def test_a_walk_that_counts_steps_as_episodes_is_caught() -> None:
+    steps = 10
+
+    def walk(rng: np.random.Generator) -> float | None:
+        def trial(delta: float, policy: str, episodes: int, most: int) -> tuple[int, int]:
+            # Steps of one episode share its fate: a violating episode violates in all its steps,
+            # and each is counted as if it were drawn by itself.
+            violating = int(rng.binomial(episodes // steps, RATES[delta]))
+            return episodes, violating * steps
+
+        try:
+            return fixed_sequence_walk(
+                trial, DELTAS, ["p"], epsilon=EPSILON, confidence=CONFIDENCE, episodes=EPISODES
+            )[0]
+        except CalibrationError:
+            return None
+
+    assert share_of_broken_promises(walk, 1000) > allowed_share(1000)
+
+
+def test_a_walk_that_skips_failures_is_caught() -> None:
+    # Testing every threshold and taking the most permissive that passes needs a union bound.
+    def greedy(rng: np.random.Generator) -> float | None:
+        most = violations_allowed(EPISODES, EPSILON, CONFIDENCE)
+        passing = [d for d in DELTAS if rng.binomial(EPISODES, RATES[d]) <= most]
+        return passing[-1] if passing else None
+
+    assert share_of_broken_promises(greedy, 1000) > allowed_share(1000)
+
+
+# -- the walk itself ------------------------------------------------------------------------------
+
+
+def scripted(table: dict[tuple[float, str], int]) -> Any:  # noqa: ANN401
+    calls: list[tuple[float, str]] = []
+
+    def trial(delta: float, policy: str, episodes: int, most: int) -> tuple[int, int]:
+        calls.append((delta, policy))
+        return episodes, table.get((delta, policy), 0)
+
+    trial.calls = calls  # type: ignore[attr-defined]
+    return trial
+
+
+def run(trial: Any, deltas: tuple[float, ...] = (0.3, 0.2, 0.1), **changes: Any) -> Any:  # noqa: ANN401
+    arguments = {"epsilon": 0.1, "confidence": 0.9, "episodes": 60} | changes
+    return fixed_sequence_walk(trial, deltas, ["a", "b"], **arguments)
+
+
+def test_it_stops_at_the_first_failure_of_any_policy() -> None:
+    trial = scripted({(0.2, "b"): 50})
+    delta, rungs = run(trial)
+    assert delta == 0.3
+    assert trial.calls == [(0.3, "a"), (0.3, "b"), (0.2, "a"), (0.2, "b")]
+    assert [rung.passed for rung in rungs] == [True, True, True, False]
+    # Never looked at again, however well it would have done.
+    assert all(rung.delta != 0.1 for rung in rungs)
+
+
+def test_a_threshold_needs_every_policy() -> None:
+    with pytest.raises(CalibrationError, match=r"policy 'b' violated in 50 of 60"):
+        run(scripted({(0.3, "b"): 50}))
+
+
+def test_exactly_the_allowed_violations_pass_and_one_more_fails() -> None:
+    most = violations_allowed(60, 0.1, 0.9)
+    assert most >= 1
+    assert run(scripted({(0.1, "a"): most}))[0] == 0.1
+    assert run(scripted({(0.1, "a"): most + 1}))[0] == 0.2
+
+
+def test_a_trial_that_gives_up_early_does_not_pass() -> None:
+    with pytest.raises(CalibrationError):
+        run(lambda delta, policy, episodes, most: (episodes - 1, 0))
+
+
+def test_too_few_episodes_say_how_many_are_needed() -> None:
+    with pytest.raises(ValueError, match="at least 22 are needed"):
+        run(scripted({}), episodes=10)
+    assert episodes_needed(0.1, 0.9) == 22
+
+
+@pytest.mark.parametrize("deltas", [(), (0.1, 0.2), (0.2, 0.2), (0.1, -0.1), (0.2, np.nan)])
+def test_thresholds_must_fall_strictly(deltas: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="deltas must be"):
+        run(scripted({}), deltas)
+
+
+def test_nothing_passes_says_what_was_reached() -> None:
+    with pytest.raises(
+        CalibrationError, match=r"epsilon 0\.1 .* delta 0\.3, policy 'a' .* 60 of 60"
+    ):
+        run(scripted({(0.3, "a"): 60}))
+
+
+# -- on the boat ----------------------------------------------------------------------------------
+
+REQUEST: dict[str, Any] = {"epsilon": 0.15, "confidence": 0.9, "seed": 1}
+DELTAS_HERE = (0.3, 0.15, 0.08)
+
+
+def boat(steps: int = 100) -> gym.Env[Any, Any]:
+    return gym.make("safeshield/Boat-v0", dt=DT, max_episode_steps=steps)
+
+
+@pytest.fixture(scope="module")
+def calibrated(shield: Shield) -> Shield:
+    return shield.calibrate(boat(), deltas=DELTAS_HERE, **REQUEST)
+
+
+def test_the_record_says_what_was_done(calibrated: Shield) -> None:
+    record = calibrated.record
+    assert record is not None
+    needed = episodes_needed(0.15, 0.9, violations=1)
+    assert calibrated.delta == record.delta >= 0
+    assert (record.epsilon, record.confidence, record.seed) == (0.15, 0.9, 1)
+    assert record.environment == "safeshield/Boat-v0"
+    assert [result.policy for result in record.policies] == ["random", "adversary"]
+    for result in record.policies:
+        assert result.episodes == needed
+        assert result.violations <= 1
+        assert result.bound == upper_bound(needed, result.violations, 0.9) <= 0.15
+        assert 0 < result.intervention_rate < 1
+    deltas = [rung.delta for rung in record.walk]
+    assert deltas == sorted(deltas, reverse=True)
+    last = [rung for rung in record.walk if rung.delta == record.delta]
+    assert all(rung.passed for rung in last)
+    assert len(last) == 2
+    # The share of all starts of the river that are far enough from danger.
+    starts = start_observations(boat(), 2000, seed=77)
+    share = float(np.mean(np.asarray(calibrated.value(starts)) <= -record.delta))
+    assert record.start_share == pytest.approx(share, abs=0.15)
+    for words in ("confidence 0.9", "'random', 'adversary'", "safeshield/Boat-v0", "at most 0.15"):
+        assert words in record.promise
+    assert CalibrationRecord.from_json(record.to_json()) == record
+
+
+@batch_policy
+def into_the_rocks(
+    observations: npt.NDArray[Any], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    return np.array([-0.5, 0.5]) - observations
+
+
+def test_the_promise_holds_in_fresh_episodes(calibrated: Shield) -> None:
+    from safeshield.calibration.policies import ShieldedProposals
+
+    acting = ShieldedProposals(calibrated, Adversary(calibrated))
+    runs = run_episodes(boat(), acting, 200, seed=99)
+    certified = np.asarray(calibrated.certified(np.stack([r.observations[0] for r in runs])))
+    violated = np.array([run.violated for run in runs])
+    assert certified.sum() > 100
+    assert violated[certified].mean() <= 0.15
+    # Without the shield the same starts are far from safe.
+    free = run_episodes(boat(), into_the_rocks, 200, seed=99)
+    assert np.mean([run.violated for run in free]) > 0.4
+
+
+def test_the_same_seed_gives_the_same_record(shield: Shield, calibrated: Shield) -> None:
+    again = calibrate(shield, boat(), deltas=DELTAS_HERE, **REQUEST)
+    first = calibrated.record
+    assert first is not None
+    assert {**again.to_json(), "date": ""} == {**first.to_json(), "date": ""}
+
+
+def test_a_policy_of_ones_own_is_the_only_one_promised_for(shield: Shield) -> None:
+    record = calibrate(shield, boat(), policy=into_the_rocks, deltas=[0.5, 0.3], **REQUEST)
+    assert [result.policy for result in record.policies] == ["policy"]
+    assert record.policies[0].intervention_rate > 0
+    assert {rung.delta for rung in record.walk} <= {0.5, 0.3}
+    assert "proposed by one of 'policy'" in record.promise
+
+
+class Counting(gym.Wrapper):  # type: ignore[type-arg]
+    """Where every episode began and whether it went wrong, from the outside."""
+
+    starts: list[npt.NDArray[Any]] = []  # noqa: RUF012
+    bad: list[bool] = []  # noqa: RUF012
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        observation, info = self.env.reset(**kwargs)
+        self.starts.append(observation)
+        self.bad.append(info["constraint"] > 0)
+        return observation, info
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        result = self.env.step(action)
+        self.bad[-1] |= result[4]["constraint"] > 0
+        return result
+
+
+def test_only_accepted_starts_count(shield: Shield) -> None:
+    env = Counting(boat(3))
+    record = calibrate(
+        shield, env, epsilon=0.3, confidence=0.7, policy="random", deltas=[0.6], num_envs=1
+    )
+    starts, bad = np.array(env.starts), np.array(env.bad)
+    accepted = np.asarray(shield.value(starts)) <= -0.6
+    count = record.policies[0].episodes
+    assert count == episodes_needed(0.3, 0.7, violations=1)
+    assert count <= accepted.sum() < len(starts)
+    assert record.policies[0].violations == bad[accepted][:count].sum()
+    assert record.start_share == pytest.approx(accepted.mean())
+
+
+def test_a_request_out_of_reach_is_an_error(shield: Shield) -> None:
+    # A shield that believes all is safe: h is moved far down.
+    from dataclasses import replace
+
+    blind = replace(
+        shield, model=replace(shield.model, scale=replace(shield.model.scale, offset=-50.0))
+    )
+    with pytest.raises(CalibrationError, match="no threshold meets epsilon"):
+        blind.calibrate(boat(), policy=into_the_rocks, deltas=[0.2, 0.0], **REQUEST)
+    lost = replace(
+        shield, model=replace(shield.model, scale=replace(shield.model.scale, offset=50.0))
+    )
+    with pytest.raises(CalibrationError, match="no start of the environment"):
+        lost.calibrate(boat(2), **REQUEST)
+    with pytest.raises(CalibrationError, match="only 0 of"):
+        lost.calibrate(boat(2), policy="random", deltas=[0.0], **REQUEST)
+
+
+def test_arguments_of_calibrate(shield: Shield) -> None:
+    with pytest.raises(ValueError, match="at least 15 are needed"):
+        shield.calibrate(boat(), episodes=10, deltas=[0.1], **REQUEST)
+    with pytest.raises(ValueError, match="episodes"):
+        shield.calibrate(boat(), episodes=0, deltas=[0.1], **REQUEST)
+    with pytest.raises(ValueError, match="epsilon must lie between"):
+        shield.calibrate(boat(), epsilon=0.0)
+    with pytest.raises(ValueError, match="observation_space mismatch"):
+        shield.calibrate(gym.make("safeshield/DoubleIntegrator-v0"), **REQUEST)
+    with pytest.raises(ValueError, match="action_space mismatch"):
+        shield.calibrate(gym.wrappers.RescaleAction(boat(), 0.0, 1.0), **REQUEST)
+
+
+def test_default_thresholds_fall_from_a_share_of_the_starts_to_zero(shield: Shield) -> None:
+    starts = start_observations(boat(), 500, seed=0)
+    assert starts.shape == (500, 2)
+    deltas = default_deltas(shield, starts)
+    assert all(a > b for a, b in itertools.pairwise(deltas))
+    assert deltas[-1] == 0.0
+    value = np.asarray(shield.value(starts))
+    assert (value <= -deltas[0]).sum() == pytest.approx(
+        DEFAULT_SHARES[0] * (value <= 0).sum(), abs=2
+    )
+
+
+def test_calibrating_does_not_warn_and_keeps_no_state(shield: Shield) -> None:
+    fresh = shield.with_delta(0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = fresh.calibrate(boat(), policy="random", deltas=[0.4], **REQUEST)
+    assert fresh.record is None
+    assert fresh.delta == 0.3
+    assert result.delta == 0.4
+
+
+def test_the_adversary_drives_along_the_edge(shield: Shield) -> None:
+    rng = np.random.default_rng(0)
+    observations = rng.uniform([-3, -2], [2, 2], (300, 2)).astype(np.float32)
+    actions = Adversary(shield)(observations, rng)
+    q = np.asarray(shield.value(observations, actions))
+    others = rng.uniform(-1, 1, (300, 2))
+    other_q = np.asarray(shield.value(observations, others))
+    accepted = q <= shield.threshold
+    assert (q[accepted] >= other_q[accepted])[other_q[accepted] <= shield.threshold].mean() > 0.95
+    # Where it proposes what is not accepted, nothing is.
+    assert (other_q[~accepted] > shield.threshold).all()
+
+
+def test_the_double_integrator_too() -> None:
+    env = gym.make("safeshield/DoubleIntegrator-v0", max_episode_steps=80)
+    space = env.observation_space
+    assert isinstance(space, gym.spaces.Box)
+    rng = np.random.default_rng(0)
+    states = rng.uniform(space.low, space.high, (40_000, 2))
+    actions = rng.uniform(-1, 1, (len(states), 1))
+    after = cart.value(next_state(states, actions), dt=TIME_STEP)
+    value, q = cart.value(states, dt=TIME_STEP), np.maximum(after, np.abs(states[:, 0]) - 1)
+    cautious = fitted_shield(space, states, actions, value, q, steps=800)
+    record = calibrate(cautious, env, epsilon=0.2, confidence=0.9, deltas=[0.2, 0.1])
+    assert record.environment == "safeshield/DoubleIntegrator-v0"
+    assert all(result.bound <= 0.2 for result in record.policies)
+    assert 0 < record.start_share < 1

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from safeshield.cli import app
+
+BOAT = "safeshield/Boat-v0"
+SMALL = (
+    "--set", "critic_hidden=16,16", "--set", "flow_hidden=(16,)", "--set", "student_hidden=16",
+)  # fmt: skip
+# On numbers of this size a second thread only waits for the first.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with log.hdf5, agent.safetensors, checkpoint.safetensors and shield.safetensors."""
+    folder = tmp_path_factory.mktemp("cli")
+    run("collect", BOAT, folder / "log.hdf5", "--policy", "helmsmen", "--episodes", 40)
+    run(
+        "train", folder / "log.hdf5", folder / "agent.safetensors", "--steps", 60, "--device",
+        "cpu", "--seed", 3, "--checkpoint", folder / "checkpoint.safetensors", *SMALL,
+    )  # fmt: skip
+    run(
+        "calibrate", folder / "agent.safetensors", BOAT, folder / "shield.safetensors",
+        "--epsilon", 0.95, "--confidence", 0.6, "--episodes", 8,
+        "--deltas", "0.3",
+    )  # fmt: skip
+    return folder
+
+
+def test_each_step_leaves_the_file_that_the_next_one_takes(files: Path) -> None:
+    output = run("evaluate", files / "shield.safetensors", BOAT, "--episodes", 6, "--without")
+    lines = output.splitlines()
+    assert [line.split()[:3] for line in lines[-2:]] == [
+        ["random", "no", "6"],
+        ["random", "yes", "6"],
+    ]
+
+
+@pytest.mark.parametrize("policy", ["adversary", "helmsmen", "agent"])
+def test_who_proposes_can_be_chosen(files: Path, policy: str) -> None:
+    name = str(files / "agent.safetensors") if policy == "agent" else policy
+    output = run(
+        "evaluate", files / "shield.safetensors", BOAT, "--policy", name, "--episodes", 3, "--json"
+    )
+    (result,) = json.loads(output)
+    assert result["policy"] == Path(name).name
+    assert (result["episodes"], result["shielded"]) == (3, True)
+
+
+def test_settings_reach_the_agent_typed(files: Path) -> None:
+    data = json.loads(run("inspect", files / "agent.safetensors", "--json"))
+    assert data["kind"] == "agent"
+    assert data["config"]["critic_hidden"] == [16, 16]
+    assert data["config"]["flow_hidden"] == [16]
+    assert data["config"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "shows"),
+    [
+        ("log.hdf5", ["log", "16000", "violating episodes"]),
+        ("agent.safetensors", ["agent", "SafeFQL", "critic_hidden"]),
+        ("checkpoint.safetensors", ["checkpoint", "updates done", "60"]),
+        ("shield.safetensors", ["shield", "With confidence 0.6", "nothing is promised"]),
+    ],
+)
+def test_inspect_says_what_a_file_is(files: Path, file: str, shows: list[str]) -> None:
+    output = run("inspect", files / file)
+    for text in shows:
+        assert text in output
+    assert isinstance(json.loads(run("inspect", files / file, "--json")), dict)
+
+
+def test_an_env_id_may_name_its_module(tmp_path: Path) -> None:
+    run("collect", "safeshield.envs:safeshield/Boat-v0", tmp_path / "log.npz", "--episodes", 2)
+    assert (tmp_path / "log.npz").exists()
+
+
+def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
+    import gymnasium as gym
+    from stable_baselines3 import A2C, PPO, SAC, TD3
+
+    for kind in (A2C, PPO, SAC, TD3):
+        path = tmp_path / f"{kind.__name__}.zip"
+        sizes: dict[str, Any] = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu"}
+        kind("MlpPolicy", gym.make(BOAT), **sizes).save(path)
+        command = ("evaluate", files / "shield.safetensors", BOAT, "--policy", path)
+        refused = run(*command, "--episodes", 2, code=2)
+        assert "--trust" in refused
+        assert f"{kind.__name__}.zip" in run(*command, "--episodes", 2, "--trust")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("collect", "NoSuch-v7", "{tmp}/a.hdf5"), "NoSuch"),
+        (("collect", "nosuchmodule:Boat-v0", "{tmp}/a.hdf5"), "nosuchmodule"),
+        (("collect", BOAT, "{tmp}/a.csv"), "must end in .hdf5"),
+        (("collect", BOAT, "{tmp}/no/a.hdf5"), "make the folder"),
+        (("collect", BOAT, "{tmp}/a.hdf5", "--policy", "drunk"), "['random', 'helmsmen']"),
+        (
+            ("collect", "Pendulum-v1", "{tmp}/a.hdf5", "--policy", "helmsmen"),
+            "sail safeshield/Boat-v0 only",
+        ),
+        (("train", "{tmp}/none.hdf5", "{tmp}/a.safetensors"), "no such file"),
+        (
+            ("train", "{log}", "{tmp}/a.safetensors", "--set", "banana=1"),
+            "no such setting; known: seed, critic_hidden",
+        ),
+        (("train", "{log}", "{tmp}/a.safetensors", "--set", "seed"), "name=value"),
+        (("train", "{log}", "{tmp}/a.safetensors", "--set", "batch_size=x"), "a whole number"),
+        (("train", "{log}", "{tmp}/a.safetensors", "--set", "discount=2"), "between 0 and 1"),
+        (("train", "{log}", "{tmp}/a.safetensors", "--set", "phases=both"), "must be one of"),
+        (("train", "{log}", "{tmp}/a.safetensors", "--set", "phase_shares=1,2"), "takes 3 values"),
+        (("calibrate", "{log}", BOAT, "{tmp}/a.safetensors"), "but is a log"),
+        (("calibrate", "{agent}", "Pendulum-v1", "{tmp}/a.safetensors"), "observation_space"),
+        (
+            ("calibrate", "{agent}", BOAT, "{tmp}/a.safetensors", "--episodes", "3"),
+            "cannot show a violation rate",
+        ),
+        (
+            ("calibrate", "{agent}", BOAT, "{tmp}/a.safetensors", "--deltas", "0,1"),
+            "strictly decreasing",
+        ),
+        (("evaluate", "{tmp}/none.safetensors", BOAT), "no such file"),
+        (("inspect", "{tmp}/none.safetensors"), "no such file"),
+        (("inspect", "{text}"), "no file of safeshield's"),
+        (("demo", "--out", "{text}", "--quick"), "must be a folder"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    files: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "text").write_text("nothing to see here, and long enough")
+    places = {
+        "tmp": tmp_path,
+        "log": files / "log.hdf5",
+        "agent": files / "agent.safetensors",
+        "text": tmp_path / "text",
+    }
+    filled = [argument.format(**places) for argument in arguments]
+    output = run(*filled, code=2)
+    assert message in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output
+    assert line.isprintable()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "none.npz"), "--debug"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, safeshield.cli, typer.testing\n"
+        "result = typer.testing.CliRunner().invoke(safeshield.cli.app, ['--help'])\n"
+        "assert result.exit_code == 0 and 'calibrate' in result.output\n"
+        "print([m for m in ('torch', 'scipy', 'matplotlib', 'h5py') if m in sys.modules])"
+    )
+    started = time.perf_counter()
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+    assert output.strip() == "[]"
+    assert time.perf_counter() - started < 10
+
+
+def test_the_quick_demo_runs_every_stage(tmp_path: Path) -> None:
+    # In a process of its own, as a user runs it: its workers start from the command's module.
+    folder = tmp_path / "demo"
+    result = subprocess.run(
+        [sys.executable, "-m", "safeshield.cli", "demo", "--quick", "--out", str(folder)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "With confidence 0.9" in result.stdout
+    assert len(re.findall(r"^(?:straight to goal|random|adversary|PPO) ", result.stdout, re.M)) == 8
+    for picture in ("safe-set", "trips", "calibration"):
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    table = json.loads((folder / "table.json").read_text())
+    assert len(table["evaluations"]) == 8
+    assert {one["start_share"] for one in table["evaluations"]} == {
+        table["evaluations"][0]["start_share"]
+    }
+    assert table["promise"] in result.stdout
+    assert "SafeFQL" in run("inspect", folder / "agent.safetensors")
+    assert "calibrated" in run("inspect", folder / "boat.safetensors")
+    run("inspect", folder / "boat.hdf5")
+
+
+def test_pictured_trips_start_where_the_shield_certifies(files: Path) -> None:
+    import shutil
+
+    import numpy as np
+
+    from safeshield.demo import run as demo
+    from safeshield.shield.shield import Shield
+
+    shutil.copy(files / "shield.safetensors", files / demo.SHIELD)
+    shield = Shield.load(files / demo.SHIELD)
+    runs, _ = demo._episodes(files, "random", True, 4, 0)
+    for one in runs:
+        assert np.asarray(shield.value(one.episode.observations[0])) <= shield.threshold

@@ -1,0 +1,112 @@
+"""Who may import whom, and what the package puts where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import safeshield
+
+ROOT = Path(safeshield.__file__).parent
+OUTER = ("safeshield.wrappers", "safeshield.policies")
+FACES = {"__init__.py", "cli.py"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module a file names in an import, absolute or relative, wherever it stands."""
+    package = ("safeshield", *file.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def engine_files() -> list[Path]:
+    files = [file.relative_to(ROOT) for file in ROOT.rglob("*.py")]
+    return sorted(
+        file
+        for file in files
+        if file.parts[0] not in ("demo", "wrappers", "policies") and str(file) not in FACES
+    )
+
+
+def test_the_rule_below_looks_at_the_engine() -> None:
+    names = {str(file) for file in engine_files()}
+    assert {"shield/shield.py", "algorithms/safefql.py", "nn/mlp.py", "files.py"} <= names
+
+
+@pytest.mark.parametrize("file", engine_files(), ids=str)
+def test_the_engine_does_not_know_wrappers_and_policies(file: Path) -> None:
+    named = list(imports(ROOT / file))
+    assert not [name for name in named if name.startswith((*OUTER, "wrappers", "policies"))]
+
+
+def test_an_import_of_a_wrapper_would_be_seen(tmp_path: Path) -> None:
+    for text in (
+        "import safeshield.wrappers",
+        "from safeshield import wrappers",
+        "def f():\n    from ..wrappers.safety_shield import SafetyShield",
+    ):
+        file = ROOT / "shield" / "not_there.py"
+
+        class Fake:
+            relative_to = file.relative_to
+
+            def read_text(self, text: str = text) -> str:
+                return text
+
+        assert any(name.startswith(OUTER) for name in imports(Fake()))  # type: ignore[arg-type]
+
+
+def run(code: str, folder: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_it_loads_no_torch_and_registers_the_environments(tmp_path: Path) -> None:
+    code = (
+        "import sys, gymnasium, safeshield; gymnasium.spec('safeshield/Boat-v0');"
+        "print(sorted({'torch', 'stable_baselines3', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert run(code, tmp_path) == "[]"
+
+
+def test_nothing_is_called_wrappers_or_policies_at_the_top_level(tmp_path: Path) -> None:
+    code = (
+        "from importlib.util import find_spec as f;"
+        "print(f('wrappers'), f('policies'), f('tests'), f('safeshield.wrappers') is not None)"
+    )
+    assert run(code, tmp_path) == "None None None True"
+
+
+@pytest.mark.parametrize("name", safeshield.__all__)
+def test_every_name_of_the_face_resolves(name: str) -> None:
+    value = getattr(safeshield, name)
+    assert value.__module__.startswith("safeshield")
+    assert name in dir(safeshield)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'shiled'"):
+        safeshield.shiled  # noqa: B018
+    assert sorted(safeshield.__all__) == safeshield.__all__
+    assert set(safeshield._HOMES) == set(safeshield.__all__)
+
+
+def test_it_is_typed() -> None:
+    spec = find_spec("safeshield")
+    assert spec is not None
+    assert (ROOT / "py.typed").exists()

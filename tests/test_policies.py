@@ -1,0 +1,95 @@
+"""`ShieldedPolicy`: an agent's predict with the shield behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import pytest
+from fitted import DT
+from safeshield.policies import ShieldedPolicy
+
+from safeshield.shield import FilterReport, Shield
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::safeshield.shield.shield.UncalibratedShieldWarning"
+)
+
+
+class Downstream:
+    """Always with the current, whatever lies there; counts in its state."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, bool]] = []
+
+    def predict(
+        self,
+        observation: npt.NDArray[Any],
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
+        self.calls.append((episode_start, deterministic))
+        count = np.zeros(1) if state is None else state[0] + 1
+        action = np.tile(np.array([1.0, 0.0], np.float32), (*np.shape(observation)[:-1], 1))
+        return (action if np.ndim(observation) == 2 else action.reshape(2)), (count,)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 5])
+def test_it_returns_what_the_shield_makes_of_the_prediction(
+    shield: Shield, rows: int | None
+) -> None:
+    shape = (2,) if rows is None else (rows, 2)
+    observation = np.random.default_rng(0).uniform([-2, -1], [0, 1], shape).astype(np.float32)
+    model = Downstream()
+    policy = ShieldedPolicy(model, shield)
+    action, state = policy.predict(observation, (np.array([4.0]),), np.array([True]), True)
+    expected, report = shield.filter(observation, Downstream().predict(observation)[0])
+    np.testing.assert_array_equal(action, expected)
+    assert action.shape == shape
+    assert state is not None
+    assert state[0] == 5.0
+    assert model.calls[0][1] is True
+    assert isinstance(policy.report, FilterReport)
+    for mine, theirs in zip(policy.report, report, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_sb3_evaluates_it_and_it_keeps_off_the_rocks(shield: Shield) -> None:
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    costs: dict[str, float] = {}
+    for name, policy in (
+        ("bare", Downstream()),
+        ("shielded", ShieldedPolicy(Downstream(), shield)),
+    ):
+        seen: list[float] = []
+        envs = DummyVecEnv([lambda: Monitor(_Start(gym.make("safeshield/Boat-v0", dt=DT)))] * 2)
+        returns, lengths = evaluate_policy(
+            policy,  # type: ignore[arg-type]
+            envs,
+            n_eval_episodes=2,
+            return_episode_rewards=True,
+            callback=lambda scope, _, seen=seen: seen.append(scope["info"]["cost"]),
+        )
+        assert len(returns) == len(lengths) == 2  # type: ignore[arg-type]
+        costs[name] = sum(seen)
+    assert costs["bare"] > 0
+    assert costs["shielded"] == 0
+
+
+class _Start(gym.Wrapper):  # type: ignore[type-arg]
+    """Every episode upstream of a rock, and 80 steps long."""
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        self.steps = 0
+        return self.env.reset(**kwargs | {"options": {"state": [-2.0, -1.2]}})
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.steps += 1
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return observation, reward, terminated, truncated or self.steps >= 80, info

@@ -1,0 +1,438 @@
+"""SafeFQL: seeds, interruptions, purity, predictions, files, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
+from safeshield.algorithms.safefql_updates import SafeFQLRun
+from safeshield.algorithms.tensors import LogTensors, check_boundary
+from safeshield.algorithms.training import Draw, TrainState, _flatten
+from safeshield.data import OfflineDataset, collect
+
+TINY = SafeFQLConfig(
+    critic_hidden=(8,),
+    flow_hidden=(8,),
+    student_hidden=(8,),
+    batch_size=16,
+    flow_steps=3,
+    safety_backup_steps=(8, 1),
+    reward_backup_steps=(4, 1, 1),
+    phase_shares=(0.5, 0.2, 0.3),
+)
+STEPS = 60
+
+
+def tiny(**changes: Any) -> SafeFQL:  # noqa: ANN401
+    return SafeFQL(dataclasses.replace(TINY, **changes), device="cpu")
+
+
+def weights(agent: SafeFQL) -> dict[str, np.ndarray]:
+    return {f"{n}/{k}": a for n, params in agent._arrays.items() for k, a in params.items()}
+
+
+def assert_same(one: SafeFQL, other: SafeFQL) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def log() -> OfflineDataset:
+    return collect(gym.make("safeshield/Boat-v0"), "random", episodes=12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def fitted(log: OfflineDataset) -> SafeFQL:
+    return tiny().fit(log, steps=STEPS)
+
+
+# -- the same, and not the same -----------------------------------------------------------------
+
+
+def test_same_seed_same_weights(fitted: SafeFQL, log: OfflineDataset) -> None:
+    torch.manual_seed(99)  # nobody else's draws matter
+    np.random.seed(99)  # noqa: NPY002
+    assert_same(fitted, tiny().fit(log, steps=STEPS))
+
+
+def test_another_seed_changes_every_network(fitted: SafeFQL, log: OfflineDataset) -> None:
+    other = weights(tiny(seed=1).fit(log, steps=STEPS))
+    assert not any(np.array_equal(array, other[name]) for name, array in weights(fitted).items())
+
+
+@pytest.mark.parametrize("phases", ["sequential", "joint"])
+def test_a_run_in_instalments_ends_as_one_without(
+    phases: Any,  # noqa: ANN401
+    log: OfflineDataset,
+    tmp_path: Path,
+) -> None:
+    whole = tiny(phases=phases).fit(log, steps=STEPS)
+    file = tmp_path / "run.safetensors"
+    # Inside the critics, at a change of windows, inside teacher and student, at phases' ends.
+    for stop in (1, 7, 15, 20, 30, 35, 42, 43, 59):
+        tiny(phases=phases).fit(log, steps=STEPS, checkpoint=file, stop_after=stop)
+    assert_same(whole, tiny(phases=phases).fit(log, steps=STEPS, checkpoint=file))
+    # And once more: the run is over, nothing is left to do.
+    assert_same(whole, tiny(phases=phases).fit(log, steps=STEPS, checkpoint=file))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    fitted: SafeFQL, log: OfflineDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.safetensors"
+    calls = 0
+    real = SafeFQLRun._teacher
+
+    def dies(self: SafeFQLRun, state: TrainState, draw: Draw) -> Any:  # noqa: ANN401
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return real(self, state, draw)
+
+    monkeypatch.setattr(SafeFQLRun, "_teacher", dies)
+    with pytest.raises(KeyboardInterrupt):
+        tiny().fit(log, steps=STEPS, checkpoint=file, checkpoint_every=11)
+    monkeypatch.undo()
+    resumed = tiny().fit(log, steps=STEPS, checkpoint=file, checkpoint_every=11)
+    assert_same(fitted, resumed)
+
+
+def test_interruptions_are_felt_if_the_randomness_is_not_restored(
+    fitted: SafeFQL, log: OfflineDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # That the tests above can fail: the same without the generator's state.
+    file = tmp_path / "run.safetensors"
+    tiny().fit(log, steps=STEPS, checkpoint=file, stop_after=20)
+    from safeshield.algorithms import training
+
+    class Forgetful:
+        def __init__(self, inner: torch.Generator) -> None:
+            self.get_state = inner.get_state
+
+        def set_state(self, state: torch.Tensor) -> None:
+            return None
+
+        device = torch.device("cpu")
+
+    real = training.load_checkpoint
+    monkeypatch.setattr(
+        training,
+        "load_checkpoint",
+        lambda path, state, generator, *rest: real(path, state, Forgetful(generator), *rest),  # type: ignore[arg-type]
+    )
+    other = weights(tiny().fit(log, steps=STEPS, checkpoint=file))
+    assert any(not np.array_equal(array, other[n]) for n, array in weights(fitted).items())
+
+
+@pytest.mark.parametrize("change", ["config", "steps", "log"])
+def test_a_checkpoint_of_another_run_is_refused(
+    change: str, log: OfflineDataset, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.safetensors"
+    tiny().fit(log, steps=STEPS, checkpoint=file, stop_after=5)
+    agent, data, steps = tiny(), log, STEPS
+    if change == "config":
+        agent = tiny(margin_steps=1.0)
+    elif change == "steps":
+        steps += 1
+    else:
+        data = dataclasses.replace(log, rewards=log.rewards + np.float32(1e-3))
+    with pytest.raises(ValueError, match="another configuration, log or number of steps"):
+        agent.fit(data, steps=steps, checkpoint=file)
+
+
+def test_windows_change_at_their_shares_of_the_phase(log: OfflineDataset) -> None:
+    run = make_run(log, safety_backup_steps=(8, 4, 2, 1), reward_backup_steps=(3, 1))
+    for steps in (10, 37, 100):
+        stages = run._stages(steps)
+        assert sum(count for count, *_ in stages) == steps
+        per_step = [(safety, reward) for count, safety, reward in stages for _ in range(count)]
+        for step, (safety, reward) in enumerate(per_step):
+            assert safety == (8, 4, 2, 1)[4 * step // steps]
+            assert reward == (3, 1)[2 * step // steps]
+
+
+# -- purity -------------------------------------------------------------------------------------
+
+
+def make_run(log: OfflineDataset, steps: int = STEPS, **changes: Any) -> SafeFQLRun:  # noqa: ANN401
+    agent = tiny(**changes)
+    model = agent._describe(log)
+    return SafeFQLRun(
+        model, LogTensors.of(log, model.scaling, torch.device("cpu")), agent.config, steps
+    )
+
+
+def draw(log: OfflineDataset, seed: int = 4) -> Draw:
+    generator = torch.Generator().manual_seed(seed)
+    return Draw(
+        torch.randint(len(log), (16,), generator=generator),
+        torch.randn(16, 2, generator=generator),
+        torch.rand(16, 1, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("phases", ["sequential", "joint"])
+def test_updates_are_pure_functions(phases: Any, log: OfflineDataset) -> None:  # noqa: ANN401
+    run = make_run(log, phases=phases)
+    state = run.initial(torch.Generator().manual_seed(0))
+    for phase in run.phases():
+        before = {name: tensor.clone() for name, tensor in _flatten(state).items()}
+        given = draw(log)
+        one, metrics = phase.update(state, given)
+        two, _ = phase.update(state, given)
+        for name, tensor in _flatten(state).items():
+            assert torch.equal(tensor, before[name]), f"{phase.name} changed {name}"
+        for name, tensor in _flatten(one).items():
+            assert torch.equal(tensor, _flatten(two)[name]), f"{phase.name}: {name} differs"
+        assert all(isinstance(value, torch.Tensor) for value in metrics.values())
+        assert not all(torch.equal(t, before[n]) for n, t in _flatten(one).items())
+
+
+def test_each_phase_trains_its_own_networks_and_no_other(log: OfflineDataset) -> None:
+    run = make_run(log)
+    critics = {*run.model.safety.parts(), *run.model.reward.parts()}
+    expected = [critics] * (len(run.phases()) - 2) + [{"teacher"}, {"student"}]
+    for phase, names in zip(run.phases(), expected, strict=True):
+        state = run.initial(torch.Generator().manual_seed(0))
+        after, _ = phase.update(state, draw(log))
+        changed = {
+            name
+            for name, params in after.networks.items()
+            if any(not torch.equal(t, state.networks[name][k]) for k, t in params.items())
+        }
+        assert changed == names, phase.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_it_learns_what_it_learns_on_the_cpu(log: OfflineDataset) -> None:
+    agent = SafeFQL(TINY, device="cuda").fit(log, steps=STEPS)
+    again = SafeFQL(TINY, device="cuda").fit(log, steps=STEPS)
+    assert next(iter(agent._networks["student"].values())).is_cuda
+    assert_same(agent, again)
+    # The same update of the same state on both devices.
+    run = make_run(log)
+    state = run.initial(torch.Generator().manual_seed(0))
+    cuda = SafeFQLRun(
+        run.model, LogTensors.of(log, run.model.scaling, torch.device("cuda")), run.config, STEPS
+    )
+    for mine, theirs in zip(run.phases(), cuda.phases(), strict=True):
+        one, _ = mine.update(state, draw(log))
+        there = _to(state, "cuda")
+        two, _ = theirs.update(there, Draw(*(x.cuda() for x in draw(log))))
+        for name, tensor in _flatten(one).items():
+            torch.testing.assert_close(_flatten(two)[name].cpu(), tensor, rtol=1e-3, atol=1e-4)
+
+
+def _to(state: TrainState, device: str) -> TrainState:
+    from safeshield.algorithms.training import _unflatten
+
+    return _unflatten(state, {name: t.to(device) for name, t in _flatten(state).items()})
+
+
+# -- acting -------------------------------------------------------------------------------------
+
+
+def test_predict_takes_one_or_many_and_passes_the_state_through(fitted: SafeFQL) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(-2, 2, (7, 2)).astype(np.float32)
+    many, state = fitted.predict(rows, deterministic=True)
+    assert many.shape == (7, 2)
+    assert many.dtype == np.float32
+    assert state is None
+    for row, action in zip(rows, many, strict=True):
+        one, _ = fitted.predict(row, deterministic=True)
+        assert one.shape == (2,)
+        np.testing.assert_allclose(one, action, atol=1e-6)
+    kept = (np.zeros(3),)
+    _, state = fitted.predict(rows[0], kept, np.array([True]), True)
+    assert state is kept
+    again, _ = fitted.predict(rows.tolist(), deterministic=True)
+    np.testing.assert_array_equal(many, again)
+
+
+def test_predict_draws_noise_unless_told_not_to(log: OfflineDataset) -> None:
+    agents = [tiny(seed=3).fit(log, steps=10) for _ in range(2)]
+    draws = [np.stack([a.predict(np.zeros(2))[0] for _ in range(20)]) for a in agents]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert draws[0].std(axis=0).min() > 0.0
+
+
+def test_actions_stay_in_a_box_that_is_not_centred(log: OfflineDataset) -> None:
+    box = gym.spaces.Box(np.array([-0.1, 3.0]), np.array([0.3, 5.0]), dtype=np.float64)
+    unit = (log.actions + 1) / 2
+    moved = dataclasses.replace(
+        log, actions=box.low + unit * (box.high - box.low) * 0.999, action_space=box
+    )
+    agent = tiny().fit(moved, steps=10)
+    actions, _ = agent.predict(np.random.default_rng(0).normal(size=(500, 2)) * 100)
+    assert (actions >= box.low.astype("f4")).all()
+    assert (actions <= box.high.astype("f4")).all()
+    assert np.ptp(actions, axis=0).min() > 0.1
+
+
+@pytest.mark.parametrize(
+    "observation", [np.zeros(3), np.zeros((2, 3)), np.zeros((1, 1, 2)), 0.0, [np.nan, 0.0]]
+)
+def test_wrong_observations_are_named(observation: Any, fitted: SafeFQL) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match="observation must"):
+        fitted.predict(observation)
+
+
+def test_an_untrained_agent_says_so(tmp_path: Path) -> None:
+    for use in (lambda a: a.predict(np.zeros(2)), lambda a: a.shield(), lambda a: a.save(tmp_path)):
+        with pytest.raises(RuntimeError, match="call fit"):
+            use(tiny())
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def test_round_trip(fitted: SafeFQL, tmp_path: Path) -> None:
+    path = tmp_path / "agent.safetensors"
+    fitted.save(path)
+    loaded = SafeFQL.load(path, device="cpu")
+    assert loaded.config == fitted.config
+    assert_same(fitted, loaded)
+    rows = np.random.default_rng(0).uniform(-2, 2, (9, 2))
+    np.testing.assert_array_equal(
+        fitted.predict(rows, deterministic=True)[0], loaded.predict(rows, deterministic=True)[0]
+    )
+    np.testing.assert_array_equal(fitted.shield().value(rows), loaded.shield().value(rows))
+    assert loaded.shield().model.scale == fitted.shield().model.scale
+    assert loaded.shield().observation_space == fitted.shield().observation_space
+
+
+def test_a_shield_is_not_an_agent_nor_the_other_way_round(fitted: SafeFQL, tmp_path: Path) -> None:
+    from safeshield.shield import Shield
+
+    fitted.save(tmp_path / "agent")
+    fitted.shield().save(tmp_path / "shield")
+    with pytest.raises(ValueError, match="must be a 'safeshield-safefql' file"):
+        SafeFQL.load(tmp_path / "shield")
+    with pytest.raises(ValueError, match="must be a 'safeshield-shield' file"):
+        Shield.load(tmp_path / "agent")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", 2),
+        ("config", {"seed": 0, "unknown": 1}),
+        ("config", []),
+        ("reward_scale", [1.0]),
+        ("reward_scale", ["1", "2"]),
+        ("safety_scale", {"offset": 0.0}),
+        ("scaling", {}),
+        ("observation_space", None),
+    ],
+)
+def test_a_broken_agent_header_is_a_clear_error(
+    field: str,
+    value: Any,  # noqa: ANN401
+    fitted: SafeFQL,
+    tmp_path: Path,
+) -> None:
+    from safeshield.files import read_tensors, write_tensors
+
+    path = tmp_path / "agent"
+    fitted.save(path)
+    file = read_tensors(path, "safeshield-safefql")
+    arrays = file.load(file.shapes)
+    write_tensors(path, arrays, {**file.header, field: value})
+    with pytest.raises(ValueError, match="does not describe an agent"):
+        SafeFQL.load(path)
+
+
+def test_tensorboard_files_hold_finite_curves(log: OfflineDataset, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny().fit(log, steps=420, log_dir=tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"safety/value_loss", "reward/value_loss", "student/distance_to_teacher"} <= set(tags)
+    values = [event.value for tag in tags for event in events.Scalars(tag)]
+    assert np.isfinite(values).all()
+
+
+# -- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_size", 0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("discount", 1.0),
+        ("safety_discount", 0.0),
+        ("safety_expectile", 1.5),
+        ("near_share", 1.1),
+        ("polyak", -0.1),
+        ("distillation", -1.0),
+        ("phases", "both"),
+        ("phase_shares", (0.5, 0.5)),
+        ("phase_shares", (0.5, 0.5, 0.5)),
+        ("phase_shares", (0.0, 0.5, 0.5)),
+        ("critic_hidden", ()),
+        ("student_hidden", (8, 0)),
+        ("safety_backup_steps", ()),
+        ("reward_backup_steps", (0,)),
+        ("seed", -1),
+    ],
+)
+def test_a_wrong_setting_is_named(field: str, value: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match=field):
+        SafeFQLConfig(**{field: value})
+
+
+def test_config_survives_json() -> None:
+    config = dataclasses.replace(TINY, phases="joint", seed=7)
+    assert SafeFQLConfig.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(TypeError, match="colour"):
+        SafeFQLConfig.from_json({"colour": 1})
+
+
+def test_logs_without_a_boundary_are_refused(log: OfflineDataset) -> None:
+    zero = np.zeros(len(log), np.float32)
+    safe = dataclasses.replace(log, constraints=zero - 1, next_constraints=zero - 1, costs=zero)
+    with pytest.raises(ValueError, match="no violation"):
+        tiny().fit(safe, steps=STEPS)
+    lost = dataclasses.replace(log, constraints=zero + 1, next_constraints=zero + 1, costs=zero + 1)
+    with pytest.raises(ValueError, match="nothing but violations"):
+        tiny().fit(lost, steps=STEPS)
+    # A violation in the very last state alone is one.
+    last = zero - 1
+    last[-1] = 1
+    check_boundary(dataclasses.replace(safe, next_constraints=last))
+
+
+def test_arguments_of_fit(log: OfflineDataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps must be at least 3"):
+        tiny().fit(log, steps=2)
+    with pytest.raises(ValueError, match="stop_after needs a checkpoint"):
+        tiny().fit(log, steps=10, stop_after=5)
+    with pytest.raises(ValueError, match="checkpoint_every"):
+        tiny().fit(log, steps=10, checkpoint=tmp_path / "c", checkpoint_every=0)
+    with pytest.raises(FileNotFoundError, match="folder"):
+        tiny().fit(log, steps=10, checkpoint=tmp_path / "missing" / "c")
+    unbounded = dataclasses.replace(log, action_space=gym.spaces.Box(-np.inf, np.inf, (2,)))
+    with pytest.raises(ValueError, match="bounded box"):
+        tiny().fit(unbounded, steps=10)
+
+
+def test_a_diverged_run_stops(log: OfflineDataset) -> None:
+    with pytest.raises(FloatingPointError, match="diverged"):
+        tiny(learning_rate=1e30).fit(log, steps=200)

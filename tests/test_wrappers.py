@@ -1,0 +1,364 @@
+"""`SafetyShield`: the Gymnasium contract, what the dynamics see, and what `info` says of it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from fitted import DT
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils.env_checker import check_env
+from safeshield.wrappers import SafetyShield
+from test_shield import record
+
+from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
+from safeshield.data import collect
+from safeshield.shield import Shield, UncalibratedShieldWarning
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"
+)
+BOAT = "safeshield/Boat-v0"
+UPSTREAM = {"state": [-1.6, 0.5]}  # head-on towards a rock
+KEYS = {
+    "shield/intervened": bool,
+    "shield/value": float,
+    "shield/threshold": float,
+    "shield/certified": bool,
+    "action_proposed": np.ndarray,
+    "action_executed": np.ndarray,
+}
+Env = gym.Env[Any, Any]
+
+
+class Watch(gym.Wrapper):  # type: ignore[type-arg]
+    """Notes what reaches the dynamics; optionally breaks things."""
+
+    def __init__(self, env: Env, broken_at: int = -1, sixth: bool = False) -> None:
+        super().__init__(env)
+        self.seen: list[Any] = []
+        self.results: list[Any] = []
+        self.broken_at, self.sixth = broken_at, sixth
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.seen.append(action)
+        result = self.env.step(action)
+        if len(self.seen) == self.broken_at:
+            result = (np.full_like(result[0], np.nan), *result[1:])
+        self.results.append(result)
+        return (*result, 0.0) if self.sixth else result
+
+
+def boat(**kwargs: Any) -> Env:  # noqa: ANN401
+    return gym.make(BOAT, dt=DT, max_episode_steps=100, **kwargs)
+
+
+def watched(shield: Shield, **kwargs: Any) -> tuple[SafetyShield, Watch]:  # noqa: ANN401
+    watch = Watch(gym.make(BOAT, dt=DT).unwrapped, **kwargs)
+    return SafetyShield(watch, shield), watch
+
+
+@pytest.fixture(scope="module")
+def cart_agent() -> SafeFQL:
+    log = collect(gym.make("safeshield/DoubleIntegrator-v0"), "random", episodes=5, seed=0)
+    config = SafeFQLConfig(critic_hidden=(8,), flow_hidden=(8,), student_hidden=(8,))
+    return SafeFQL(config, device="cpu").fit(log, steps=20)
+
+
+@pytest.fixture(scope="module")
+def path(shield: Shield, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("shield") / "boat.safetensors"
+    shield.save(file)
+    return file
+
+
+def test_check_env(shield: Shield, cart_agent: SafeFQL) -> None:
+    check_env(SafetyShield(gym.make(BOAT).unwrapped, shield), skip_render_check=True)
+    cart = gym.make("safeshield/DoubleIntegrator-v0").unwrapped
+    check_env(SafetyShield(cart, cart_agent.shield()), skip_render_check=True)
+
+
+def assert_infos(info: dict[str, Any]) -> None:
+    for key, kind in KEYS.items():
+        assert type(info[key]) is kind, key
+    for key in ("action_proposed", "action_executed"):
+        assert info[key].shape == (2,)
+    assert info["shield/threshold"] == -0.05
+    assert isinstance(info["cost"], float)
+    assert isinstance(info["constraint"], float)
+
+
+def test_every_info_at_reset_and_at_every_step(shield: Shield) -> None:
+    env = SafetyShield(boat(), shield)
+    observation, info = env.reset(seed=0, options=UPSTREAM)
+    assert_infos(info)
+    assert not info["shield/intervened"]
+    assert info["shield/value"] == pytest.approx(float(shield.value(observation)), abs=1e-6)
+    assert np.isnan(info["action_proposed"]).all()
+    rng = np.random.default_rng(0)
+    intervened = []
+    for _ in range(60):
+        action = rng.uniform(-1, 1, 2).astype(np.float32)
+        expected, report = shield.filter(observation, action)
+        observation, _, _, _, info = env.step(action)
+        assert_infos(info)
+        intervened.append(info["shield/intervened"])
+        np.testing.assert_array_equal(info["action_proposed"], action)
+        np.testing.assert_allclose(info["action_executed"], expected, atol=1e-6)
+        assert info["shield/intervened"] == report.intervened
+        assert info["shield/value"] == pytest.approx(float(report.value), abs=1e-5)
+    assert True in intervened
+    assert False in intervened
+
+
+def test_the_dynamics_see_what_info_says_and_an_accepted_action_untouched(shield: Shield) -> None:
+    env, watch = watched(shield)
+    rng = np.random.default_rng(1)
+    env.reset(seed=0, options=UPSTREAM)
+    for _ in range(60):
+        action = rng.uniform(-1, 1, 2).astype(np.float32)
+        kept = action.copy()
+        info = env.step(action)[4]
+        np.testing.assert_array_equal(action, kept)
+        np.testing.assert_array_equal(watch.seen[-1], info["action_executed"])
+        if info["shield/intervened"]:
+            assert watch.seen[-1] in env.action_space
+            assert not np.array_equal(info["action_executed"], action)
+        else:
+            assert watch.seen[-1] is action
+        assert not np.shares_memory(info["action_executed"], action)
+        assert not np.shares_memory(info["action_proposed"], action)
+
+
+def test_it_changes_nothing_but_the_action(shield: Shield) -> None:
+    env, watch = watched(shield)
+    assert env.observation_space is watch.observation_space
+    assert env.action_space is watch.action_space
+    env.reset(seed=3)
+    for _ in range(50):
+        observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        own = watch.results[-1]
+        assert observation is own[0]
+        assert (reward, terminated, truncated) == own[1:4]
+        assert {key: info[key] for key in own[4]} == own[4]
+        assert set(info) == {*own[4], *KEYS}
+
+
+def test_it_never_ends_an_episode(shield: Shield) -> None:
+    env, _ = watched(shield)
+    env.reset(options={"state": [-0.5, 0.5]})  # inside a rock: nothing is acceptable
+    for _ in range(20):
+        _, _, terminated, truncated, info = env.step(np.zeros(2, np.float32))
+        assert not terminated
+        assert not truncated
+    # Nothing vouches for a shield without a record, wherever it is.
+    _, info = env.reset(options={"state": [1.9, 0.0]})
+    assert not info["shield/certified"]
+
+
+def test_it_keeps_the_boat_off_the_rocks(shield: Shield) -> None:
+    into = np.array([1.0, 0.0], np.float32)
+    env, watch = watched(shield)
+    hit = {}
+    for name, runner in (("shielded", env), ("bare", watch)):
+        _, info = runner.reset(options={"state": [-2.0, -1.2]})
+        hit[name] = info["cost"]
+        for _ in range(60):
+            hit[name] += runner.step(into)[4]["cost"]
+    assert hit["bare"] > 0
+    assert hit["shielded"] == 0
+
+
+def test_certified_needs_a_record_and_a_value_below_the_threshold(shield: Shield) -> None:
+    env, _ = watched(replace(shield, record=record(0.05)))
+    for state, inside in (([1.9, 0.0], True), ([-0.5, 0.5], False)):
+        _, info = env.reset(options={"state": state})
+        assert info["shield/certified"] is inside
+        assert env.step(np.zeros(2, np.float32))[4]["shield/certified"] is inside
+
+
+# -- specs --------------------------------------------------------------------------------------
+
+
+def test_the_spec_rebuilds_the_env_where_the_shield_is_a_path(path: Path) -> None:
+    env = SafetyShield(boat(), path)
+    assert env.spec is not None
+    texts = env.spec.to_json()
+    for spec in (env.spec, EnvSpec.from_json(texts)):
+        twin = gym.make(spec)
+        assert isinstance(twin, SafetyShield)
+        one, _ = env.reset(seed=5, options=UPSTREAM)
+        other, _ = twin.reset(seed=5, options=UPSTREAM)
+        for _ in range(30):
+            action = np.array([1.0, 0.3], np.float32)
+            one, _, _, _, info = env.step(action)
+            other, _, _, _, again = twin.step(action)
+            np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(info["action_executed"], again["action_executed"])
+
+
+def test_a_shield_in_memory_has_a_spec_too_and_is_not_copied(shield: Shield) -> None:
+    env = gym.wrappers.RecordEpisodeStatistics(SafetyShield(boat(), shield))
+    assert env.spec is not None
+    inner = [w for w in env.spec.additional_wrappers if w.name == "SafetyShield"]
+    assert len(inner) == 1
+    assert inner[0].kwargs is not None
+    assert inner[0].kwargs["shield"].model is shield.model
+    twin = gym.make(env.spec)
+    assert twin.get_wrapper_attr("shield").model is shield.model
+
+
+# -- composition --------------------------------------------------------------------------------
+
+
+def test_below_and_above_the_usual_wrappers(shield: Shield) -> None:
+    inside = SafetyShield(gym.wrappers.TimeLimit(gym.make(BOAT).unwrapped, 7), shield)
+    outer = gym.wrappers.RecordEpisodeStatistics(
+        gym.wrappers.TimeLimit(SafetyShield(boat().unwrapped, shield), 7)
+    )
+    for env in (inside, outer):
+        env.reset(seed=0)
+        ends = [env.step(np.zeros(2, np.float32))[3] for _ in range(7)]
+        assert ends == [False] * 6 + [True]
+    _, info = outer.reset(seed=0)
+    assert set(KEYS) <= set(info)
+
+
+def test_inside_rescale_action_it_sees_actions_in_the_units_of_its_training(shield: Shield) -> None:
+    env = gym.wrappers.RescaleAction(SafetyShield(boat(), shield), 0.0, 1.0)
+    env.reset(seed=0, options={"state": [1.5, 1.0]})
+    info = env.step(np.array([1.0, 0.5], np.float32))[4]
+    np.testing.assert_allclose(info["action_proposed"], [1.0, 0.0], atol=1e-7)
+    with pytest.raises(ValueError, match=r"action_space mismatch .*Box\(-1\.0.*Box\(0\.0"):
+        SafetyShield(gym.wrappers.RescaleAction(boat(), 0.0, 1.0), shield)
+
+
+def test_executed_actions_have_the_dtype_of_the_env_and_lie_in_its_box(shield: Shield) -> None:
+    class Double(gym.ActionWrapper):  # type: ignore[type-arg]
+        def __init__(self, env: Env) -> None:
+            super().__init__(env)
+            self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
+
+        def action(self, action: Any) -> Any:  # noqa: ANN401
+            assert action in self.action_space
+            return action
+
+    env = SafetyShield(Double(boat()), shield)
+    env.reset(seed=0, options={"state": [-0.8, 0.5]})
+    infos = [env.step(np.array([1.0, 0.1]))[4] for _ in range(5)]
+    assert any(info["shield/intervened"] for info in infos)
+    env.reset(seed=0, options={"state": [-0.8, 0.5]})
+    info = env.step(np.array([1.0, 0.1], np.float32))[4]
+    assert info["shield/intervened"]
+
+
+# -- what can go wrong --------------------------------------------------------------------------
+
+
+def test_another_environment_is_refused_by_name(shield: Shield) -> None:
+    with pytest.raises(ValueError, match=r"observation_space mismatch .*expected Box.*got Box"):
+        SafetyShield(gym.make("safeshield/DoubleIntegrator-v0"), shield)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_six_values_are_explained(shield: Shield, checked: bool) -> None:
+    inner: Env = Watch(gym.make(BOAT).unwrapped, sixth=True)
+    env = SafetyShield(gym.wrappers.TimeLimit(inner, 5) if checked else inner, shield)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="Safety-Gymnasium"):
+        env.step(np.zeros(2, np.float32))
+
+
+def test_stepping_before_reset(shield: Shield) -> None:
+    env, _ = watched(shield)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize("action", [0.0, [0.0], np.zeros(3), np.zeros((1, 2)), ["a", "b"]])
+def test_actions_of_another_shape_or_kind(shield: Shield, action: Any) -> None:  # noqa: ANN401
+    env, watch = watched(shield)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action must"):
+        env.step(action)
+    assert watch.seen == []
+
+
+@pytest.mark.parametrize("action", [[np.nan, 0.0], [np.inf, 0.0], [3.0, 0.0], [1e300, -1e300]])
+def test_no_broken_action_reaches_the_dynamics(shield: Shield, action: Any) -> None:  # noqa: ANN401
+    env, watch = watched(shield)
+    env.reset(seed=0, options={"state": [1.5, 0.0]})
+    info = env.step(np.array(action))[4]
+    assert info["shield/intervened"]
+    assert np.isfinite(watch.seen[-1]).all()
+    assert (np.abs(watch.seen[-1]) <= 1).all()
+
+
+def test_a_broken_observation_is_flagged_and_the_fallback_acts(shield: Shield) -> None:
+    env, watch = watched(replace(shield, record=record(0.05)), broken_at=2)
+    env.reset(seed=0, options={"state": [1.5, 0.0]})
+    proposal = np.array([0.25, 0.75], np.float32)
+    assert env.step(proposal)[4]["shield/certified"]
+    assert not env.step(proposal)[4]["shield/certified"]
+    info = env.step(proposal)[4]
+    assert info["shield/intervened"]
+    assert info["shield/value"] == np.inf
+    assert np.isfinite(watch.seen[-1]).all()
+    assert not np.array_equal(watch.seen[-1], proposal)
+    # And the next good observation is judged as ever.
+    assert env.step(proposal)[4]["shield/value"] < 0
+
+
+def test_an_observation_of_another_shape_is_an_error(shield: Shield) -> None:
+    class Narrow(gym.Wrapper):  # type: ignore[type-arg]
+        def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+            observation, info = self.env.reset(**kwargs)
+            return observation[:1], info
+
+    with pytest.raises(ValueError, match="observation of shape"):
+        SafetyShield(Narrow(gym.make(BOAT).unwrapped), shield).reset(seed=0)
+
+
+def test_a_path_a_shield_or_an_agent(
+    path: Path, shield: Shield, cart_agent: SafeFQL, tmp_path: Path
+) -> None:
+    for given in (path, str(path), shield):
+        assert SafetyShield(boat(), given).shield.delta == 0.05
+    cart = gym.make("safeshield/DoubleIntegrator-v0")
+    assert SafetyShield(cart, cart_agent).shield.delta == 0.0
+    for wrong in (None, 3, {"a": 1}, np.zeros(2)):
+        with pytest.raises(TypeError, match="shield must be a Shield, a path"):
+            SafetyShield(boat(), wrong)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError):
+        SafetyShield(boat(), tmp_path / "none")
+
+
+def test_uncalibrated_warns_once_an_env(shield: Shield) -> None:
+    env, _ = watched(shield.with_delta(0.05))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        env.reset(seed=0)
+        for _ in range(5):
+            env.step(np.array([0.9, 0.9], np.float32))
+    assert [w.category for w in caught] == [UncalibratedShieldWarning]
+
+
+# -- Stable-Baselines3 --------------------------------------------------------------------------
+
+
+def test_ppo_trains_in_a_shielded_env(shield: Shield) -> None:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    envs = DummyVecEnv([lambda: SafetyShield(boat(), shield) for _ in range(2)])
+    model = PPO("MlpPolicy", envs, n_steps=32, batch_size=32, n_epochs=1, device="cpu", seed=0)
+    model.learn(128)
+    observations = envs.reset()
+    assert not np.isnan(observations).any()
+    _, _, _, infos = envs.step(np.zeros((2, 2), np.float32))
+    assert all(set(KEYS) <= set(info) for info in infos)
