@@ -56,7 +56,7 @@ def config(dt: float, seed: int) -> SafeFQLConfig:
         seed=seed,
         safety_discount=float(np.exp(-dt / HORIZON)),
         safety_backup_steps=tuple(steps),
-        phase_shares=(0.9, 0.05, 0.05),
+        phase_shares=(0.96, 0.02, 0.02),
     )
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--dt", type=float, nargs="+", default=list(TIME_STEPS))
     parser.add_argument("--redo", action="store_true")
     arguments = parser.parse_args()

@@ -44,7 +44,7 @@ def filter_step() -> None:
     """Time the step of a shielded boat, action accepted, against the bare boat's."""
     warnings.simplefilter("ignore")
     log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
-    shield = SafeFQL(SafeFQLConfig()).fit(log, steps=3).shield()
+    shield = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
     # A boat at rest in slack water: the episode never ends, the state never leaves the safe set.
     bare = gym.make("safeshield/Boat-v0", current=0.0).unwrapped
     wrapped = SafetyShield(gym.make("safeshield/Boat-v0", current=0.0).unwrapped, shield)

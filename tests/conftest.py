@@ -1,16 +1,14 @@
 """Shapes checked at run time, one thread, and the small shared fixtures."""
 
-# ruff: noqa: E402 (the hook must be in place before the package is imported)
-
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # SAFESHIELD_CHECK_SHAPES=0 runs the code as it is shipped.
 if os.environ.get("SAFESHIELD_CHECK_SHAPES", "1") != "0":
@@ -41,6 +39,19 @@ from safeshield.exact import boat_value
 from safeshield.shield import Shield
 
 torch.set_num_threads(1)
+
+
+def _one_blas_thread() -> None:
+    # A pytest plugin has imported NumPy before this file could set OMP_NUM_THREADS, and threads
+    # that wait for each other on busy cores make small matrix products fifty times slower.
+    for library in Path(np.__file__).parent.with_name("numpy.libs").glob("*openblas*"):
+        for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):
+            function = getattr(ctypes.CDLL(str(library)), name, None)
+            if function is not None:
+                function(1)
+
+
+_one_blas_thread()
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def assemble(path: Path, table: Json, data: bytes, header: object = None) -> Non
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
 
 
-def refused(path: Path, match: str = "") -> None:
+def refused(path: Path, match: str | None = None) -> None:
     with pytest.raises(ValueError, match=match):
         Shield.load(path)
 

@@ -167,9 +167,7 @@ class SafeFQLRun:
         stages = self._stages(critics)
         return [
             *(
-                Phase(
-                    f"critics {i + 1}", count, self._critics(*lengths), size, near, self._refresh
-                )
+                Phase(f"critics {i + 1}", count, self._critics(*lengths), size, near, self._refresh)
                 for i, (count, *lengths) in enumerate(stages)
             ),
             Phase(TEACHER, teacher, self._teacher, size),
@@ -214,7 +212,7 @@ class SafeFQLRun:
             log.next_constraints,
             log.terminated,
             log.episode_last,
-            config.safety_discount,
+            self.model.safety.discount,
             safety_steps,
         )
         reward_window = reward_backup(
@@ -235,7 +233,6 @@ class SafeFQLRun:
                     networks,
                     state.targets,
                     safety_batch,
-                    discount=config.safety_discount,
                     expectile=config.safety_expectile,
                     one_step=safety_steps == 1,
                 )

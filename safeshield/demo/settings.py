@@ -9,7 +9,10 @@ from safeshield.algorithms.safefql import SafeFQLConfig
 
 def _training() -> SafeFQLConfig:
     return SafeFQLConfig(
-        critic_hidden=(128, 128, 128), flow_hidden=(128, 128), student_hidden=(128, 128)
+        critic_hidden=(128, 128, 128),
+        flow_hidden=(128, 128),
+        student_hidden=(128, 128),
+        phase_shares=(0.8, 0.08, 0.12),
     )
 
 
@@ -29,7 +32,7 @@ class DemoConfig:
     """Violation rate per episode to promise."""
     confidence: float = 0.99
     """Of the promise."""
-    start_shares: tuple[float, ...] = (0.7, 0.85, 0.93, 0.97, 0.99)
+    start_shares: tuple[float, ...] = (0.9, 0.95, 0.98)
     """The thresholds to test, strictest first, as shares of the starts with V_h <= 0 that they
     keep. Fewer than calibration's own, because each takes seconds."""
     calibration_episodes: int | None = None

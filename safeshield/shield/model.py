@@ -56,9 +56,7 @@ class SafetyModel:
     def _state_layers(self) -> list[tuple[_Float, _Float]]:
         # h^ and the excess have the same shape: one stack, one pass.
         pairs = zip(layers(self.networks[CONSTRAINT]), layers(self.networks[EXCESS]), strict=True)
-        return [
-            (np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])) for a, b in pairs
-        ]
+        return [(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])) for a, b in pairs]
 
     @cached_property
     def _advantage_layers(self) -> list[tuple[_Float, _Float]]:

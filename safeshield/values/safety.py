@@ -27,7 +27,10 @@ What differs from the papers, and why:
   It follows the log's actions inside the window, so it errs towards "unsafe"; the expectile, taken
   over the logged windows, takes most of that back. In a strongly random environment it would
   mistake luck for skill: end on one step there, the papers' form.
-- h^ is a network of its own, so that a value can never be below the constraint.
+- h^ is a network of its own, so that a value can never be below the constraint. At the log's own
+  states h is known: where it is continuous, the targets use it there in place of h^, whose errors,
+  though small, are as large as what one step changes. Binary labels jump; there h^ stays, so that
+  the sum V stays smooth.
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ class SafetyCritics:
     action: int
     hidden: tuple[int, ...]
     scale: SafetyScale
+    continuous: bool = True
+    """Whether the labels are samples of a continuous function of the state."""
+    discount: float = 0.99
+    """g of the safety backup."""
     members: int = 2
 
     def parts(self) -> dict[str, EnsembleMLP]:
@@ -94,13 +101,18 @@ class SafetyCritics:
         worst = self.advantages(networks, observations, actions).amax(0)
         return self.value(networks, observations) + self.scale.step * worst
 
+    def _log_value(self, networks: Networks, observations: Tensor, constraints: Tensor) -> Tensor:
+        """Return V_h at states of the log, where h is known."""
+        if self.continuous:
+            return constraints + self.excess(networks, observations).relu()
+        return torch.maximum(self.value(networks, observations), constraints)
+
     def losses(
         self,
         networks: Networks,
         targets: Networks,
         batch: SafetyBatch,
         *,
-        discount: float,
         expectile: float,
         one_step: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,33 +122,32 @@ class SafetyCritics:
             networks: online weights; gradients flow into these.
             targets: their slow copies: all values inside targets come from here.
             batch: transitions and the many-step targets' coefficients.
-            discount: g of the one-step backup of Q_h.
             expectile: weight on targets below V (FLRP eq. 8), near 1.
             one_step: fit V to Q_h of the slow copies (FLRP eq. 8) instead of to the windows.
         """
         with torch.no_grad():
-            here = self.value(targets, batch.observations)
-            # h(s') is known from the log: the value there is not below it.
-            after = torch.maximum(
-                self.value(targets, batch.next_observations), batch.next_constraints
-            )
+            here = self._log_value(targets, batch.observations, batch.constraints)
+            after = self._log_value(targets, batch.next_observations, batch.next_constraints)
             m = torch.maximum(batch.constraints, batch.next_constraints)
             later = torch.where(batch.terminated, m, torch.maximum(m, after))
-            y = (1.0 - discount) * m + discount * later
+            y = (1.0 - self.discount) * m + self.discount * later
             if one_step:
                 worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
                 goal = torch.maximum(here + self.scale.step * worst, batch.constraints)
             else:
-                end = torch.maximum(
-                    self.value(targets, batch.window_observations), batch.window_constraints
-                )
+                end = self._log_value(targets, batch.window_observations, batch.window_constraints)
                 goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
             residual = (y - here) / self.scale.step
-        constraint = self.constraint(networks, batch.observations)
+        # Both ends of a step: the state in which an episode ends is nobody's first end.
+        constraint = self.constraint(
+            networks, torch.cat([batch.observations, batch.next_observations])
+        )
+        labels = torch.cat([batch.constraints, batch.next_constraints])
+        base = batch.constraints if self.continuous else constraint[: len(goal)].detach()
         # Without the floor, which would cut the gradient where the value is not above h.
-        value = constraint.detach() + self.excess(networks, batch.observations)
+        value = base + self.excess(networks, batch.observations)
         advantage = self.advantages(networks, batch.observations, batch.actions)
-        constraint_loss = ((constraint - batch.constraints) / self.scale.spread).square().mean()
+        constraint_loss = ((constraint - labels) / self.scale.spread).square().mean()
         value_loss = expectile_loss((value - goal) / self.scale.step, expectile)
         advantage_loss = (advantage - residual).square().mean(1).sum()
         metrics = {

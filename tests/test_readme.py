@@ -1,0 +1,46 @@
+"""The README's ten lines run as they stand, and so do its two commands' names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+
+from safeshield import Shield, collect
+from safeshield.demo.helmsmen import Helmsmen
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_ten_lines(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
+    assert "SafeFQLConfig(seed=0)" in code
+    assert "steps=20_000" in code
+    log = collect(gym.make("safeshield/Boat-v0"), Helmsmen(), episodes=600, seed=0)
+    log.save(tmp_path / "boat.hdf5")
+    # In a process of its own: without the shape checks that the tests switch on.
+    checks = "assert {'shield/value', 'shield/certified', 'action_executed'} <= set(info)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + checks], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shield = Shield.load(tmp_path / "boat.safetensors")
+    assert shield.record is not None
+    assert (shield.record.epsilon, shield.record.confidence) == (0.01, 0.99)
+    assert shield.value(np.array([-0.5, 0.5])) > 0.2  # the middle of a rock of radius 0.4
+    assert shield.certified(np.array([-2.5, 1.9]))
+
+
+def test_the_command_line_exists() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "safeshield.cli", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for command in re.findall(
+        r"`?safeshield (demo|collect|train|calibrate|evaluate|inspect)", README.read_text()
+    ):
+        assert command in done.stdout
