@@ -5,8 +5,8 @@
 For each seed: 600 logged trips, 20,000 updates, calibration at epsilon 0.01 with confidence 0.99;
 then the learned unsafe set against the exact one on 251 x 201 points, the actor alone from 500
 uniform starts in the exact safe set (margin 0.02 m), and reckless agents behind the shield from
-certified starts. Settings were chosen on seed 100 and reported on seeds 0, 1, 2: other logs, other
-weights, other starts.
+certified starts. Settings (the defaults, but for a discount that looks 1.7 s ahead instead of 0.5 s)
+were chosen on another log, seed and set of starts than the three reported.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run(seed: int, steps: int, episodes: int) -> dict[str, Any]:
     """Train, calibrate, compare."""
     torch.set_num_threads(1)
     log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
-    agent = SafeFQL(SafeFQLConfig(seed=seed)).fit(log, steps=steps)
+    agent = SafeFQL(SafeFQLConfig(seed=seed, discount=0.997)).fit(log, steps=steps)
     agent.save(RESULTS / f"boat_{seed}.safetensors")
     shield = agent.shield().calibrate(gym.make(BOAT), epsilon=0.01, confidence=0.99, seed=seed)
     assert shield.record is not None

@@ -51,7 +51,7 @@ class HeldAccelerations:
 
 def config(dt: float, seed: int) -> SafeFQLConfig:
     """Return the settings for a time step: windows and discount are fixed in seconds."""
-    steps = [max(1, round(seconds / dt)) for seconds in (3.2, 1.6, 0.8, 0.8)]
+    steps = [max(1, round(seconds / dt)) for seconds in (3.2, 0.8, 0.2, 0.05)]
     return SafeFQLConfig(
         seed=seed,
         safety_discount=float(np.exp(-dt / HORIZON)),

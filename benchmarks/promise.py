@@ -2,12 +2,12 @@
 
     python benchmarks/promise.py              # resumes; prints the table
 
-A shield for the double integrator is trained too briefly on purpose, so that its true violation rate
-crosses epsilon somewhere along the walk. The true rate at each threshold is measured once on
-20,000 episodes. Then 300 calibrations, each with fresh episodes, choose a threshold; the share whose
-true rate exceeds epsilon must be at most 1 - confidence, up to binomial noise. Two broken
-calibrators judge the same episodes: one sums the binomial tail to k - 1, one counts steps as if they
-were episodes. Both must fail.
+A shield for the double integrator is trained too briefly on purpose, so that its true violation
+rate crosses epsilon somewhere along the walk. The true rate at each threshold is measured once on
+20,000 episodes. Then 300 calibrations, each with fresh episodes, choose a threshold; the share
+whose true rate exceeds epsilon must be at most 1 - confidence, up to binomial noise. Two broken
+calibrators judge the same episodes: one sums the binomial tail to k - 1, one counts steps as if
+they were episodes. Both must fail.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from scipy.stats import binom
 import safeshield
 from safeshield import CalibrationError, SafeFQL, SafeFQLConfig, Shield
 from safeshield.calibration import fixed_sequence_walk, upper_bound
-from safeshield.calibration.rollouts import start_observations
 from safeshield.calibration.policies import ShieldedProposals
+from safeshield.calibration.rollouts import start_observations
 from safeshield.calibration.walk import violations_allowed
 from safeshield.rollout import as_batch_policy, run_episodes
 

@@ -62,7 +62,7 @@ class SafeFQLConfig:
     two of 256 (the papers'), at half the cost."""
     flow_hidden: tuple[int, ...] = (256, 256)
     """Widths of the teacher's hidden layers (official code: four of 512)."""
-    student_hidden: tuple[int, ...] = (256, 256)
+    student_hidden: tuple[int, ...] = (128, 128, 128)
     """Widths of the student's hidden layers (official code: four of 512)."""
     batch_size: int = 256
     """Transitions in an update."""
@@ -94,7 +94,7 @@ class SafeFQLConfig:
     """Euler steps of the teacher."""
     distillation: float = 0.1
     """Weight of the student's distance to the teacher."""
-    margin_steps: float = 12.0
+    margin_steps: float = 8.0
     """Margin of the student's gate, in units of sigma_h (one step's worth of h): a gate
     thinner than one step's motion is never seen by the student."""
     safety_weight: float = 1.0

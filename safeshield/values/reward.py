@@ -5,8 +5,8 @@ r"""Reward critics: implicit Q-learning (Kostrikov et al. 2022), as in SafeFQL.
 
 `allowed` keeps V to actions that an actor may take. Plain IQL values a state by the log's best way
 on, through an obstacle if need be; an actor that must not enter then presses against it from
-outside, held there by a value that promises the goal behind. With the infeasible actions left out of
-the expectile, V is the value of the best SAFE way on, and leads around.
+outside, held there by a value that promises the goal behind. With the infeasible actions left out
+of the expectile, V is the value of the best SAFE way on, and leads around.
 
 Learned, as the safety critics are, as Q_i(s, a) = V(s) + sigma A_i(s, a): where all rewards have
 one sign, what one action adds is a fraction of a percent of Q, and that fraction is all an actor
