@@ -27,7 +27,7 @@ HORIZON = 20.0  # seconds: the discount is exp(-dt / HORIZON)
 
 
 class HeldAccelerations:
-    """Random accelerations, each held for half a second on average."""
+    """Random accelerations, every other one full, each held for half a second on average."""
 
     batched = True
 
@@ -43,6 +43,7 @@ class HeldAccelerations:
         """Return accelerations (n, 1)."""
         count = len(observations)
         fresh = rng.uniform(-1.0, 1.0, (count, 1))
+        fresh = np.where(rng.random((count, 1)) < 0.5, np.sign(fresh), fresh)
         if len(self._held) != count:
             self._held = fresh
         self._held = np.where(rng.random((count, 1)) < self._turn, fresh, self._held)

@@ -393,6 +393,10 @@ def _parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any typ
     from typing import get_args, get_origin
 
     origin = get_origin(hint)
+    if type(None) in get_args(hint):
+        if text.lower() == "none":
+            return None
+        return _parse(name, text, next(one for one in get_args(hint) if one is not type(None)))
     if origin is tuple:
         parts = [part for part in text.strip("()[] ").split(",") if part.strip()]
         item = get_args(hint)[0]
