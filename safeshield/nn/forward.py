@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+_CHUNK = 1024
 Weights = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -24,6 +25,10 @@ def forward_layers(
     x: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
     """Map (n, inputs) to (members, n, outputs) through ReLU layers."""
+    if len(x) > 2 * _CHUNK:
+        # Piece by piece the layers' outputs stay in the cache.
+        pieces = [forward_layers(stack, x[i : i + _CHUNK]) for i in range(0, len(x), _CHUNK)]
+        return np.concatenate(pieces, axis=1)
     hidden = x
     for weight, bias in stack[:-1]:
         hidden = np.matmul(hidden, weight)
