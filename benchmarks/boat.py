@@ -5,8 +5,8 @@
 For each seed: 600 logged trips, 20,000 updates, calibration at epsilon 0.01 with confidence 0.99;
 then the learned unsafe set against the exact one on 251 x 201 points, the actor alone from 500
 uniform starts in the exact safe set (margin 0.02 m), and reckless agents behind the shield from
-certified starts. Settings (the defaults, but for a discount that looks 1.7 s ahead instead of 0.5 s)
-were chosen on another log, seed and set of starts than the three reported.
+certified starts. Settings (the defaults, but for a discount of rewards that looks 1.7 s ahead
+instead of 0.5 s) were chosen on another log, seed and set of starts than the three reported.
 """
 
 from __future__ import annotations

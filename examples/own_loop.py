@@ -2,8 +2,8 @@
 
     python examples/own_loop.py          # about a minute
 
-A cart between two walls; the agent wants to go right, as fast as it can. The log comes from a driver
-who accelerates and brakes at random; the shield is calibrated for the agent it will protect.
+A cart between two walls; the agent wants to go right, as fast as it can. The log comes from a
+driver who accelerates and brakes at random; the shield is calibrated for the agent it will protect.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def main() -> None:
     assert shield.record is not None
     print(shield.record.promise)
 
-    observation, info = env.reset(seed=1, options={"state": np.array([-0.5, 0.0])})
+    observation, _ = env.reset(seed=1, options={"state": np.array([-0.5, 0.0])})
     furthest, replaced = -1.0, 0
     for _ in range(200):
         action, report = shield.filter(observation, full_throttle(observation))
-        observation, _, _, _, info = env.step(action)
+        observation, *_ = env.step(action)
         furthest = max(furthest, float(observation[0]))
         replaced += bool(report.intervened)
     print(f"wall at 1 m, the cart came to {furthest:.3f} m; {replaced} of 200 actions replaced")
