@@ -105,9 +105,15 @@ def reckless(shield: Shield, policy: BatchPolicy, episodes: int, seed: int) -> d
 def run(seed: int, steps: int, episodes: int) -> dict[str, Any]:
     """Train, calibrate, compare."""
     torch.set_num_threads(1)
-    log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
-    agent = SafeFQL(SafeFQLConfig(seed=seed, discount=0.997)).fit(log, steps=steps)
-    agent.save(RESULTS / f"boat_{seed}.safetensors")
+    path = RESULTS / f"boat_{steps}_{seed}.safetensors"
+    if path.exists():
+        agent = SafeFQL.load(path)
+    else:
+        log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
+        config = SafeFQLConfig(seed=seed, discount=0.997)
+        agent = SafeFQL(config, device="cpu").fit(log, steps=steps)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        agent.save(path)
     shield = agent.shield().calibrate(gym.make(BOAT), epsilon=0.01, confidence=0.99, seed=seed)
     assert shield.record is not None
     exact = boat_value()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from safeshield.rollout import VectorEnv
     from safeshield.shield.shield import Shield
 
-DEFAULT_SHARES = (0.9, 0.95, 0.98, 0.99)
+DEFAULT_SHARES = (0.9, 0.95, 0.965, 0.975, 0.985)
 """Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
 _STARTS = 2000
 _WAVE = 1024
