@@ -47,12 +47,14 @@ def make_shield() -> Shield:
     log = safeshield.collect(gym.make(TASK), HeldAccelerations(0.05), episodes=300, seed=77)
     config = SafeFQLConfig(
         seed=7,
-        critic_hidden=(32, 32),
-        flow_hidden=(32,),
-        student_hidden=(32,),
+        critic_hidden=(48, 48),
+        flow_hidden=(16,),
+        student_hidden=(16,),
         safety_discount=0.9975,
+        safety_backup_steps=(64, 16, 4, 1),
+        phase_shares=(0.9, 0.05, 0.05),
     )
-    shield = SafeFQL(config).fit(log, steps=3000).shield()
+    shield = SafeFQL(config, device="cpu").fit(log, steps=6000).shield()
     RESULTS.mkdir(exist_ok=True)
     shield.save(path)
     return shield

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.shield.shield import Shield
+from safeshield.shield.shield import HasShield, Shield, as_shield
 
 _State = tuple[npt.NDArray[Any], ...] | None
 
@@ -34,7 +35,11 @@ class ShieldedPolicy:
 
     Args:
         model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``.
-        shield: the filter; its spaces are the agent's.
+        shield: the filter, a path to its file, or an agent that has one; the spaces must be the
+            agent's.
+
+    Raises:
+        TypeError: `model` has no predict, or `shield` is none of these.
 
     >>> import gymnasium, safeshield
     >>> from safeshield import SafeFQL, SafeFQLConfig, ShieldedPolicy, collect
@@ -46,9 +51,13 @@ class ShieldedPolicy:
     (True, (2,))
     """
 
-    def __init__(self, model: Predictor, shield: Shield) -> None:
+    def __init__(
+        self, model: Predictor, shield: Shield | HasShield | str | os.PathLike[str]
+    ) -> None:
+        if not callable(getattr(model, "predict", None)):
+            raise TypeError(f"model must have a predict method, got {type(model).__name__}")
         self.model = model
-        self.shield = shield
+        self.shield = as_shield(shield)
         self.report: Any = None
         """The verdict on the last prediction, a `FilterReport`."""
 
@@ -60,8 +69,11 @@ class ShieldedPolicy:
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], _State]:
         """Return the actions to execute, and the agent's recurrent state."""
+        # Agents may refuse what is not a number; the shield does not act on their answer then.
+        mean = self.shield.model.scaling.observation_mean
+        seen = np.where(np.isfinite(observation), observation, mean).astype(observation.dtype)
         proposed, state = self.model.predict(
-            observation, state=state, episode_start=episode_start, deterministic=deterministic
+            seen, state=state, episode_start=episode_start, deterministic=deterministic
         )
         executed, self.report = self.shield.filter(observation, proposed)
         return executed, state

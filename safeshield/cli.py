@@ -191,7 +191,7 @@ def calibrate(
     confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.99,
     episodes: Annotated[
         int | None,
-        typer.Option(help="Episodes of each test; default: as many as allow two violations."),
+        typer.Option(help="Episodes of each test; default: as many as allow one violation."),
     ] = None,
     deltas: Annotated[
         str | None,

@@ -138,7 +138,10 @@ def _describe_log(path: Path) -> dict[str, Any]:
         "observation_space": str(log.observation_space),
         "action_space": str(log.action_space),
         "constraint_kind": log.constraint_kind,
-        "constraint_range": [float(log.constraints.min()), float(log.constraints.max())],
+        "constraint_range": [
+            float(min(log.constraints.min(), log.next_constraints.min())),
+            float(max(log.constraints.max(), log.next_constraints.max())),
+        ],
         "return_range": [float(log.returns.min()), float(log.returns.max())],
         "bytes": path.stat().st_size,
     }

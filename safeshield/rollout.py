@@ -194,10 +194,11 @@ class Episode:
             ValueError: the environment reports neither.
         """
         if self.constraints is not None and self.next_constraints is not None:
-            return bool(self.constraints[0] > 0 or (self.next_constraints > 0).any())
+            # Not "any above 0": a label that is not a number must not count as safe.
+            return not bool(self.constraints[0] <= 0 and (self.next_constraints <= 0).all())
         if self.costs is None:
             raise ValueError("the environment reports neither info['constraint'] nor info['cost']")
-        return bool((self.initial_cost or 0.0) > 0 or (self.costs > 0).any())
+        return not bool((self.initial_cost or 0.0) <= 0 and (self.costs <= 0).all())
 
 
 @dataclass(frozen=True)
@@ -713,4 +714,12 @@ def _one_number_each(array: Array, key: str) -> Array:
             f"info[{key!r}] must be one number, got shape {array.shape[1:]}; with several "
             "constraints report the largest"
         )
-    return array.reshape(len(array))
+    numbers = array.reshape(len(array))
+    bad = ~np.isfinite(numbers.astype(np.float64))
+    if key == "cost":
+        bad |= numbers < 0
+    if bad.any():
+        step = int(np.argmax(bad))
+        rule = "finite and at least 0 (0 is safe)" if key == "cost" else "finite"
+        raise ValueError(f"info[{key!r}] must be {rule}, got {numbers[step]} at entry {step}")
+    return numbers

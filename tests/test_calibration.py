@@ -14,6 +14,7 @@ import pytest
 from fitted import DT, fitted_shield
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safeshield.wrappers import SafetyShield
 from scipy.stats import binom
 
 from safeshield.calibration import (
@@ -354,8 +355,11 @@ class Counting(gym.Wrapper):  # type: ignore[type-arg]
         return result
 
 
-def test_only_accepted_starts_count(shield: Shield) -> None:
+def test_only_accepted_starts_count(shield: Shield, monkeypatch: pytest.MonkeyPatch) -> None:
     env = Counting(boat(3))
+    # The resets that only look where episodes start are not under test.
+    far = np.tile(np.array([[-2.9, 1.9]], np.float32), (20, 1))
+    monkeypatch.setattr("safeshield.calibration.rollouts.start_observations", lambda *_: far)
     record = calibrate(
         shield, env, epsilon=0.3, confidence=0.7, policy="random", deltas=[0.6], num_envs=1
     )
@@ -382,7 +386,7 @@ def test_a_request_out_of_reach_is_an_error(shield: Shield) -> None:
     )
     with pytest.raises(CalibrationError, match="no start of the environment"):
         lost.calibrate(boat(2), **REQUEST)
-    with pytest.raises(CalibrationError, match="only 0 of"):
+    with pytest.raises(CalibrationError, match="only 0.0% of"):
         lost.calibrate(boat(2), policy="random", deltas=[0.0], **REQUEST)
 
 
@@ -448,3 +452,36 @@ def test_the_double_integrator_too() -> None:
     assert record.environment == "safeshield/DoubleIntegrator-v0"
     assert all(result.bound <= 0.2 for result in record.policies)
     assert 0 < record.start_share < 1
+
+
+class _Relabelled(gym.Wrapper):  # type: ignore[type-arg]
+    """Reports something else than the truth."""
+
+    def __init__(self, env: gym.Env, **labels: float) -> None:  # type: ignore[type-arg]
+        super().__init__(env)
+        self._labels = labels
+
+    def reset(self, **kwargs: object) -> tuple[object, dict[str, object]]:
+        return self.env.reset(**kwargs)[0], dict(self._labels)  # type: ignore[arg-type]
+
+    def step(self, action: object) -> tuple[object, float, bool, bool, dict[str, object]]:  # type: ignore[override]
+        *result, _ = self.env.step(action)
+        return (*result, dict(self._labels))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("labels", [{"constraint": np.nan}, {"cost": np.nan}, {"cost": -1.0}])
+def test_labels_that_say_nothing_earn_no_promise(shield: Shield, labels: dict[str, float]) -> None:
+    env = _Relabelled(gym.make("safeshield/Boat-v0"), **labels)
+    with pytest.raises(ValueError, match="must be finite"):
+        shield.calibrate(env, epsilon=0.3, confidence=0.8, deltas=[0.3])
+
+
+def test_a_shield_inside_earns_no_promise_for_the_one_outside(shield: Shield) -> None:
+    env = SafetyShield(gym.make("safeshield/Boat-v0"), shield)
+    with pytest.raises(ValueError, match="already shielded"):
+        shield.calibrate(env, epsilon=0.3, confidence=0.8)
+
+
+def test_hopeless_thresholds_are_refused_at_once(shield: Shield) -> None:
+    with pytest.raises(CalibrationError, match="starts have V_h"):
+        shield.calibrate(gym.make("safeshield/Boat-v0"), epsilon=0.3, confidence=0.8, deltas=[50.0])

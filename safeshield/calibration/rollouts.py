@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_SHARES = (0.9, 0.95, 0.965, 0.975, 0.985)
 """Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
 _STARTS = 2000
+_STARTS_OF_SLOW = 400  # without a vectorised form a reset may take a second
 _WAVE = 1024
 _MOST_RESETS_PER_EPISODE = 20
 
@@ -167,13 +168,23 @@ def calibrate(
             what,
             unbounded_matches_any=what == "observation_space",
         )
+    _refuse_shielded(env)
     if episodes is None:
         episodes = episodes_needed(epsilon, confidence, violations=1)
+    spec = getattr(env, "spec", None)
+    fast = is_vector_env(env) or getattr(spec, "vector_entry_point", None) is not None
+    starts = start_observations(env, _STARTS if fast else _STARTS_OF_SLOW, seed)
     if deltas is not None:
         deltas = [float(delta) for delta in deltas]
     else:
-        starts = start_observations(env, _STARTS, seed)
         deltas = default_deltas(shield, starts)
+    share = float(np.mean(np.asarray(shield.value(starts)) <= -max(deltas, default=0.0)))
+    if share < 1.0 / _MOST_RESETS_PER_EPISODE:
+        raise CalibrationError(
+            f"only {share:.1%} of the environment's starts have V_h <= -{max(deltas):.4g}, the "
+            "strictest threshold: pass smaller deltas, or check the labels (with binary ones, how "
+            "far ahead a violation is felt: data.label_reach)"
+        )
     names = list(battery(shield, policy))
     trials = _Trials(shield, env, policy, seed, num_envs)
     delta, rungs = fixed_sequence_walk(
@@ -208,3 +219,18 @@ def calibrate(
             **{name: version(name) for name in ("safeshield", "gymnasium", "numpy")},
         },
     )
+
+
+def _refuse_shielded(env: object) -> None:
+    """Refuse an environment with a shield inside: that one would earn the promise."""
+    layers: list[object] = [env]
+    while layers:
+        layer = layers.pop()
+        fields = getattr(layer, "__dict__", {})
+        if type(fields.get("shield")).__name__ == "Shield":
+            raise ValueError(
+                "env is already shielded (" + type(layer).__name__ + "): calibrate on the plain "
+                "environment, the shield is put around it while it is tested"
+            )
+        layers += [fields[name] for name in ("env",) if name in fields]
+        layers += list(fields.get("envs", ()))

@@ -65,6 +65,12 @@ def binary_labels(
             f"initial_costs must have one entry for each of the {len(starts)} episodes, "
             f"got shape {first.shape}"
         )
+    if (cost_array < 0).any():
+        first = int(np.argmax(cost_array < 0))
+        raise ValueError(
+            f"costs must be at least 0 (0 is safe), got {cost_array[first]} at index {first}; "
+            "check the sign"
+        )
     after = np.where(cost_array > 0, magnitude, -1.0).astype(np.float32)
     now = np.roll(after, 1)
     now[starts] = np.where(first > 0, magnitude, -1.0)

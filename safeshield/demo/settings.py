@@ -36,7 +36,7 @@ class DemoConfig:
     """The thresholds to test, strictest first, as shares of the starts with V_h <= 0 that they
     keep. Fewer than calibration's own, because each takes seconds."""
     calibration_episodes: int | None = None
-    """Episodes in each test; None: as many as allow two violations."""
+    """Episodes in each test; None: as many as allow one violation."""
     evaluation_episodes: int = 1000
     """Episodes of each agent, with the shield and without."""
     ppo_steps: int = 400_000

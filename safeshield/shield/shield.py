@@ -39,7 +39,7 @@ class UncalibratedShieldWarning(UserWarning):
     """A shield is used whose threshold has not been calibrated: it promises nothing."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Shield:
     """A filter between an agent and a plant; immutable in use, NumPy in and out.
 
@@ -80,6 +80,13 @@ class Shield:
         reach = _READABLE * self.model.scaling.observation_spread.astype(np.float64)
         self._readable_low, self._readable_high = mean - reach, mean + reach
         self._warned = False
+
+    def __repr__(self) -> str:
+        promise = "uncalibrated" if self.record is None else f"epsilon {self.record.epsilon:g}"
+        return (
+            f"{type(self).__name__}(delta={self.delta:.4g}, {promise}, "
+            f"obs {self.observation_space.shape[0]}, act {self.action_space.shape[0]})"
+        )
 
     # -- what it knows ------------------------------------------------------------------------
 
