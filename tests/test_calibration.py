@@ -386,7 +386,7 @@ def test_a_request_out_of_reach_is_an_error(shield: Shield) -> None:
     )
     with pytest.raises(CalibrationError, match="no start of the environment"):
         lost.calibrate(boat(2), **REQUEST)
-    with pytest.raises(CalibrationError, match="only 0.0% of"):
+    with pytest.raises(CalibrationError, match=r"only 0\.0% of"):
         lost.calibrate(boat(2), policy="random", deltas=[0.0], **REQUEST)
 
 
