@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from safeshield.rollout import VectorEnv
     from safeshield.shield.shield import Shield
 
-DEFAULT_SHARES = (0.9, 0.95, 0.965, 0.975, 0.985)
+DEFAULT_SHARES = (0.8, 0.9, 0.95, 0.965, 0.975, 0.985)
 """Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
 _STARTS = 2000
 _STARTS_OF_SLOW = 400  # without a vectorised form a reset may take a second

@@ -32,7 +32,7 @@ class DemoConfig:
     """Violation rate per episode to promise."""
     confidence: float = 0.99
     """Of the promise."""
-    start_shares: tuple[float, ...] = (0.9, 0.95, 0.98)
+    start_shares: tuple[float, ...] = (0.8, 0.9, 0.95, 0.97)
     """The thresholds to test, strictest first, as shares of the starts with V_h <= 0 that they
     keep. Fewer than calibration's own, because each takes seconds."""
     calibration_episodes: int | None = None
