@@ -29,6 +29,8 @@ from safeshield.rollout import BatchPolicy, as_batch_policy, batch_policy, run_e
 
 BOAT = "safeshield/Boat-v0"
 STARTS, MARGIN = 500, 0.02
+# Three times the default: 11 violations are tolerated, not 1, and delta can be smaller.
+CALIBRATION_EPISODES = 2000
 
 
 def straight(observations: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -114,7 +116,13 @@ def run(seed: int, steps: int, episodes: int) -> dict[str, Any]:
         agent = SafeFQL(config, device="cpu").fit(log, steps=steps)
         RESULTS.mkdir(parents=True, exist_ok=True)
         agent.save(path)
-    shield = agent.shield().calibrate(gym.make(BOAT), epsilon=0.01, confidence=0.99, seed=seed)
+    shield = agent.shield().calibrate(
+        gym.make(BOAT),
+        epsilon=0.01,
+        confidence=0.99,
+        seed=seed,
+        episodes=CALIBRATION_EPISODES,
+    )
     assert shield.record is not None
     exact = boat_value()
     agents = {

@@ -87,3 +87,8 @@ def shield() -> Shield:
     q = np.maximum(exact(next_state(states, actions, dt=DT)), constraint(states))
     space = gym.spaces.Box(STATE_LOW.astype("f4"), STATE_HIGH.astype("f4"))
     return fitted_shield(space, states, actions, exact(states), q).with_delta(0.05)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the test that takes minutes, so that others run beside it."""
+    items.sort(key=lambda item: item.name != "test_ten_lines")
