@@ -66,9 +66,9 @@ def binary_labels(
             f"got shape {first.shape}"
         )
     if (cost_array < 0).any():
-        first = int(np.argmax(cost_array < 0))
+        row = int(np.argmax(cost_array < 0))
         raise ValueError(
-            f"costs must be at least 0 (0 is safe), got {cost_array[first]} at index {first}; "
+            f"costs must be at least 0 (0 is safe), got {cost_array[row]} at index {row}; "
             "check the sign"
         )
     after = np.where(cost_array > 0, magnitude, -1.0).astype(np.float32)
