@@ -29,8 +29,6 @@ from safeshield.rollout import BatchPolicy, as_batch_policy, batch_policy, run_e
 
 BOAT = "safeshield/Boat-v0"
 STARTS, MARGIN = 500, 0.02
-# Three times the default: 11 violations are tolerated, not 1, and delta can be smaller.
-CALIBRATION_EPISODES = 2000
 
 
 def straight(observations: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -121,7 +119,6 @@ def run(seed: int, steps: int, episodes: int) -> dict[str, Any]:
         epsilon=0.01,
         confidence=0.99,
         seed=seed,
-        episodes=CALIBRATION_EPISODES,
     )
     assert shield.record is not None
     exact = boat_value()
