@@ -99,7 +99,8 @@ def train_updates() -> None:
         observation_space=gym.spaces.Box(-np.inf, np.inf, (17,)),
         action_space=gym.spaces.Box(-1.0, 1.0, (6,)),
     )
-    config = SafeFQLConfig(critic_hidden=(256, 256), flow_hidden=(256, 256))
+    nets = (256, 256)
+    config = SafeFQLConfig(critic_hidden=nets, flow_hidden=nets, student_hidden=nets)
     model = SafeFQL(config, device="cpu")._describe(log)
     tensors = LogTensors.of(log, model.scaling, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
