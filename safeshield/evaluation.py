@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from safeshield.calibration.policies import ShieldedProposals
+from safeshield.calibration.policies import ShieldedProposals, spread_actions
 from safeshield.rollout import (
     Env,
     Episode,
@@ -102,14 +102,7 @@ class Saboteur:
 
     def __init__(self, shield: Shield, choices: int = 32) -> None:
         self._model = shield.model
-        width = shield.action_space.shape[0]
-        points = np.random.default_rng(0).uniform(-1.0, 1.0, (choices, width))
-        if width == 1:
-            points = np.linspace(-1.0, 1.0, choices)[:, None]
-        elif width == 2:
-            angle = np.linspace(0.0, 2.0 * np.pi, choices, endpoint=False)
-            points = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-        self._points = self._model.scaling.to_box(points)
+        self._points = spread_actions(shield, choices)
 
     def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
         """Propose actions (n, act) for observations (n, obs)."""

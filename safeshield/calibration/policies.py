@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
 
 
+def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
+    """Return `count` actions (count, act) spread over the box: evenly in one or two dimensions."""
+    width = shield.action_space.shape[0]
+    points = np.random.default_rng(0).uniform(-1.0, 1.0, (count, width))
+    if width == 1:
+        points = np.linspace(-1.0, 1.0, count)[:, None]
+    elif width == 2:
+        angle = np.linspace(0.0, 2.0 * np.pi, count, endpoint=False)
+        points = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    return shield.model.scaling.to_box(points)
+
+
 class Adversary:
     """The worst agent that the shield lets live.
 
@@ -34,15 +46,7 @@ class Adversary:
 
     def __init__(self, shield: Shield, choices: int = 16) -> None:
         self._shield = shield
-        rng = np.random.default_rng(0)
-        width = shield.action_space.shape[0]
-        points = rng.uniform(-1.0, 1.0, (choices, width))
-        if width == 1:
-            points = np.linspace(-1.0, 1.0, choices)[:, None]
-        elif width == 2:
-            angle = np.linspace(0.0, 2.0 * np.pi, choices, endpoint=False)
-            points = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-        self._points = shield.model.scaling.to_box(points)
+        self._points = spread_actions(shield, choices)
 
     def __call__(
         self, observations: Observations, rng: np.random.Generator, /
