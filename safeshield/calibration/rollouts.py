@@ -47,7 +47,11 @@ def start_observations(env: Env | VectorEnv, count: int, seed: int) -> npt.NDArr
     return np.concatenate(rows)[:count]
 
 
-def default_deltas(shield: Shield, observations: npt.NDArray[np.float32]) -> list[float]:
+def default_deltas(
+    shield: Shield,
+    observations: npt.NDArray[np.float32],
+    shares: Sequence[float] = DEFAULT_SHARES,
+) -> list[float]:
     """Return the walk's thresholds: quantiles of -V_h over starts with V_h <= 0, then 0.
 
     Raises:
@@ -60,7 +64,7 @@ def default_deltas(shield: Shield, observations: npt.NDArray[np.float32]) -> lis
             "no start of the environment has a learned value V_h <= 0: there is nothing to "
             "certify. Train longer, or check the labels' sign (h <= 0 is safe)"
         )
-    quantiles = np.quantile(inside, [1.0 - share for share in DEFAULT_SHARES])
+    quantiles = np.quantile(inside, [1.0 - share for share in shares])
     return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
 
 
@@ -223,11 +227,13 @@ def calibrate(
 
 def _refuse_shielded(env: object) -> None:
     """Refuse an environment with a shield inside: that one would earn the promise."""
+    from safeshield.shield.shield import Shield
+
     layers: list[object] = [env]
     while layers:
         layer = layers.pop()
         fields = getattr(layer, "__dict__", {})
-        if type(fields.get("shield")).__name__ == "Shield":
+        if isinstance(fields.get("shield"), Shield):
             raise ValueError(
                 "env is already shielded (" + type(layer).__name__ + "): calibrate on the plain "
                 "environment, the shield is put around it while it is tested"

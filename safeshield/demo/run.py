@@ -27,7 +27,7 @@ import torch
 
 from safeshield.algorithms.safefql import SafeFQL
 from safeshield.calibration.policies import Adversary
-from safeshield.calibration.rollouts import start_observations
+from safeshield.calibration.rollouts import default_deltas, start_observations
 from safeshield.data.collect import collect
 from safeshield.data.dataset import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
@@ -182,17 +182,11 @@ def _calibrate(
 ) -> tuple[Shield, npt.NDArray[np.float32]]:
     """Return the calibrated shield, and the starts that its thresholds were read off."""
     starts = start_observations(env, _STARTS, config.seed)
-    values = np.asarray(shield.value(starts), np.float64)
-    inside = -values[values <= 0]
-    deltas = None
-    if len(inside):
-        quantiles = np.quantile(inside, [1.0 - share for share in config.start_shares])
-        deltas = [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
     calibrated = shield.calibrate(
         env,
         epsilon=config.epsilon,
         confidence=config.confidence,
-        deltas=deltas,
+        deltas=default_deltas(shield, starts, config.start_shares),
         episodes=config.calibration_episodes,
         seed=config.seed,
     )
