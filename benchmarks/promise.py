@@ -1,18 +1,22 @@
 """Does the promise hold? 300 calibrations with fresh episodes, against the true violation rates.
 
-    python benchmarks/promise.py              # resumes; prints the table
+    python benchmarks/promise.py              # about 15 minutes; resumes; prints the table
 
 A shield for the double integrator is trained too briefly on purpose, so that its true violation
-rate crosses epsilon somewhere along the walk. The true rate at each threshold is measured once on
-20,000 episodes. Then 300 calibrations, each with fresh episodes, choose a threshold; the share
-whose true rate exceeds epsilon must be at most 1 - confidence, up to binomial noise. Two broken
-calibrators judge the same episodes: one sums the binomial tail to k - 1, one counts steps as if
-they were episodes. Both must fail.
+rate crosses epsilon along the walk. Three thresholds are tested: one far on the safe side, one
+whose true rate lies just ABOVE epsilon (so that choosing it breaks the promise, and an honest
+test has the hardest time to refuse it), and 0. The true rates are measured on 20,000 episodes
+each. Then 300 calibrations, each with fresh episodes, choose a threshold; the share whose true
+rate exceeds epsilon must be at most 1 - confidence, up to binomial noise. Two broken calibrators
+judge the same episodes: one sums the binomial tail to k - 1, one counts steps as if they were
+episodes. Both must fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,15 +30,16 @@ from scipy.stats import binom
 
 import safeshield
 from safeshield import CalibrationError, SafeFQL, SafeFQLConfig, Shield
-from safeshield.calibration import fixed_sequence_walk, upper_bound
+from safeshield.calibration import episodes_needed, fixed_sequence_walk, upper_bound
 from safeshield.calibration.policies import ShieldedProposals
-from safeshield.calibration.rollouts import start_observations
 from safeshield.calibration.walk import violations_allowed
 from safeshield.rollout import as_batch_policy, run_episodes
 
 TASK = "safeshield/DoubleIntegrator-v0"
-EPSILON, CONFIDENCE, EPISODES = 0.05, 0.9, 120
-REPEATS, TRUTH_EPISODES, LEVELS = 300, 20_000, 8
+EPSILON, CONFIDENCE = 0.05, 0.9
+EPISODES = episodes_needed(EPSILON, CONFIDENCE, violations=1)
+REPEATS, CHUNK, TRUTH_EPISODES = 300, 25, 20_000
+STRICT, SEARCH = 0.12, (0.054, 0.051, 0.048, 0.045, 0.042, 0.039)
 
 Sample = tuple[int, int, int, int]  # episodes, violating ones, steps, violating steps
 
@@ -94,74 +99,86 @@ def steps_for_episodes(sampled: Sample) -> tuple[int, int]:
 
 
 def chosen(
-    samples: list[Sample], deltas: list[float], view: Callable[[Sample], tuple[int, int]]
+    draw: Callable[[float], Sample], deltas: list[float], view: Callable[[Sample], tuple[int, int]]
 ) -> float | None:
     """Return the threshold that a calibrator with this view of the episodes chooses."""
-    counts = {delta: view(s) for delta, s in zip(deltas, samples, strict=True)}
     try:
         delta, _ = fixed_sequence_walk(
-            lambda delta, policy, episodes, most: counts[delta],
+            lambda delta, policy, episodes, most: view(draw(delta)),
             deltas,
             ["random"],
             epsilon=EPSILON,
             confidence=CONFIDENCE,
-            episodes=counts[deltas[0]][0],
+            episodes=view(draw(deltas[0]))[0],
         )
     except CalibrationError:
         return None
     return delta
 
 
-def run() -> dict[str, Any]:
-    """Measure the true rates, repeat the calibrations, count broken promises."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    shield = make_shield()
-    values = np.asarray(shield.value(start_observations(gym.make(TASK), 4000, seed=3)))
-    inside = -values[values <= 0]
-    deltas = [float(x) for x in np.quantile(inside, np.linspace(0.5, 0.0, LEVELS))]
-    deltas[-1] = 0.0
-    truth = [sample(shield, d, TRUTH_EPISODES, 9000 + i)[:2] for i, d in enumerate(deltas)]
-    rates = {d: k / n for d, (n, k) in zip(deltas, truth, strict=True)}
+def place(shield: Shield) -> list[float]:
+    """Return the three thresholds: strict, just beyond epsilon, 0."""
+    for i, delta in enumerate(SEARCH):
+        count, violating, *_ = sample(shield, delta, TRUTH_EPISODES // 2, 8000 + i)
+        error = math.sqrt(EPSILON * (1 - EPSILON) / count)
+        if violating / count > EPSILON + 2 * error:
+            return [STRICT, delta, 0.0]
+    raise RuntimeError(f"the true rate exceeds {EPSILON} at none of {SEARCH}: search elsewhere")
+
+
+def truth(shield: Shield) -> dict[str, Any]:
+    """Place the thresholds and measure their true rates, on episodes of their own."""
+    deltas = place(shield)
+    runs = [sample(shield, d, TRUTH_EPISODES, 9000 + i) for i, d in enumerate(deltas)]
+    return {"deltas": deltas, "rates": [run[1] / run[0] for run in runs]}
+
+
+def repeats(shield: Shield, known: dict[str, Any], first: int) -> dict[str, int]:
+    """Calibrate CHUNK times, each on fresh episodes; count the broken promises."""
+    deltas, rates = known["deltas"], dict(zip(known["deltas"], known["rates"], strict=True))
     views = {"honest": honest, "tail to k - 1": one_too_few, "steps counted": steps_for_episodes}
     broken = dict.fromkeys(views, 0)
-    for repeat in range(REPEATS):
-        samples = [
-            sample(shield, d, EPISODES, 100_000 + 1000 * repeat + i) for i, d in enumerate(deltas)
-        ]
+    for repeat in range(first, first + CHUNK):
+
+        @functools.cache
+        def draw(delta: float, repeat: int = repeat) -> Sample:
+            seed = 100_000 + 1000 * repeat + deltas.index(delta)
+            return sample(shield, delta, EPISODES, seed)
+
         for name, view in views.items():
-            delta = chosen(samples, deltas, view)
+            delta = chosen(draw, deltas, view)
             broken[name] += delta is not None and rates[delta] > EPSILON
-    return {
-        "deltas": deltas,
-        "true_rates": list(rates.values()),
-        "broken": broken,
-        "repeats": REPEATS,
-        "most_expected": int(binom.ppf(0.99, REPEATS, 1 - CONFIDENCE)),
-        "allowed": violations_allowed(EPISODES, EPSILON, CONFIDENCE),
-        "bound_at_allowed": upper_bound(
-            EPISODES, violations_allowed(EPISODES, EPSILON, CONFIDENCE), CONFIDENCE
-        ),
-    }
+    return broken
 
 
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--redo", action="store_true")
-    result = once("promise", run, redo=parser.parse_args().redo)
+    redo = parser.parse_args().redo
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    shield = make_shield()
+    known = once("promise_truth", lambda: truth(shield), redo=redo)
+    parts = [
+        once(f"promise_{i}", lambda i=i: repeats(shield, known, i), redo=redo)
+        for i in range(0, REPEATS, CHUNK)
+    ]
     print(machine())
-    for delta, rate in zip(result["deltas"], result["true_rates"], strict=True):
+    for delta, rate in zip(known["deltas"], known["rates"], strict=True):
         print(f"delta {delta:7.4f}  true violation rate {rate:7.2%}")
-    limit, repeats = result["most_expected"], result["repeats"]
+    limit = int(binom.ppf(0.99, REPEATS, 1 - CONFIDENCE))
+    most = violations_allowed(EPISODES, EPSILON, CONFIDENCE)
     print(
-        f"epsilon {EPSILON}, confidence {CONFIDENCE}, {EPISODES} episodes a test; promises broken "
-        f"in {repeats} calibrations (at most {(1 - CONFIDENCE) * repeats:.0f} expected, {limit} "
-        "with binomial noise at 99%):"
+        f"epsilon {EPSILON}, confidence {CONFIDENCE}, {EPISODES} episodes a test, of which {most} "
+        f"may violate (bound {upper_bound(EPISODES, most, CONFIDENCE):.4f}); promises broken in "
+        f"{REPEATS} calibrations (at most {(1 - CONFIDENCE) * REPEATS:.0f} expected, {limit} with "
+        "binomial noise at 99%):"
     )
-    for name, count in result["broken"].items():
+    for name in parts[0]:
+        count = sum(part[name] for part in parts)
         verdict = "holds" if count <= limit else "FAILS"
-        print(f"  {name:15} {count:4} of {repeats}: {verdict}")
+        print(f"  {name:15} {count:4} of {REPEATS}: {verdict}")
 
 
 if __name__ == "__main__":
