@@ -272,6 +272,18 @@ class Shield:
         each = np.arange(len(best))
         return candidates[each, best], values[each, best]
 
+    def observation_rows(self, observations: Any) -> tuple[npt.NDArray[Any], bool]:  # noqa: ANN401
+        """Return one observation or a batch of them as rows (n, obs), and whether it was one."""
+        return self._rows(observations, self.observation_space, "observation")
+
+    def action_rows(self, actions: Any) -> tuple[npt.NDArray[Any], bool]:  # noqa: ANN401
+        """Return one action or a batch of them as rows (n, act), and whether it was one."""
+        return self._rows(actions, self.action_space, "action")
+
+    def actions_from_rows(self, rows: Actions, like: Any) -> Any:  # noqa: ANN401
+        """Return rows (n, act) as a batch of actions of the kind that `like` is."""
+        return rows
+
     def _rows(
         self, value: npt.ArrayLike, space: gym.spaces.Box, what: str
     ) -> tuple[npt.NDArray[Any], bool]:

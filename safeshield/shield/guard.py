@@ -1,0 +1,74 @@
+"""A shield at work: what it has seen of n environments, and what it lets them do next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.shield.model import StateValue
+from safeshield.shield.report import FilterReport
+from safeshield.shield.shield import Shield
+from safeshield.types import Flags, Scalars
+
+Batch = Any
+"""n observations or actions as Gymnasium's vector environments batch them."""
+
+
+class Guard:
+    """The two halves of a shielded step, for n environments that act together.
+
+    `see` judges the states just reached, once, for their infos and for the actions to come; `act`
+    decides on those actions. Wrappers of all kinds stand on these two.
+
+    Args:
+        shield: the filter.
+
+    >>> import gymnasium, safeshield.envs
+    >>> from safeshield import SafeFQL, SafeFQLConfig, collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
+    >>> guard = Guard(agent.shield().with_delta(0.05))
+    >>> guard.see(log.observations[:3]).shape
+    (3,)
+    >>> executed, report = guard.act(log.actions[:3])
+    >>> executed.shape, report.intervened.shape
+    ((3, 2), (3,))
+    """
+
+    def __init__(self, shield: Shield) -> None:
+        self.shield = shield
+        self._rows: npt.NDArray[Any] | None = None
+        self._states: StateValue | None = None
+
+    @property
+    def threshold(self) -> float:
+        """What Q_h must not exceed now: -delta."""
+        return self.shield.threshold
+
+    def see(self, observations: Batch) -> Scalars:
+        """Judge the states that n environments are in: V_h (n,), infinity where not readable."""
+        rows, _ = self.shield.observation_rows(observations)
+        self._rows = rows
+        self._states = self.shield.states(rows)
+        return np.where(self.shield.readable(rows), self._states.value, np.float32(np.inf))
+
+    def certified(self, values: Scalars) -> Flags:
+        """Whether states of these values (n,) are what the shield's record speaks of."""
+        return (values <= self.shield.threshold) & (self.shield.record is not None)
+
+    def act(self, actions: Batch) -> tuple[Batch, FilterReport]:
+        """Return what to execute in the states last seen, and the verdicts.
+
+        Raises:
+            RuntimeError: nothing has been seen yet.
+            ValueError: not one action of the right shape for each state.
+        """
+        if self._rows is None or self._states is None:
+            raise RuntimeError("see() the states first: call reset()")
+        rows, _ = self.shield.action_rows(actions)
+        if len(rows) != len(self._rows):
+            raise ValueError(f"got {len(rows)} actions for {len(self._rows)} environments")
+        executed, report = self.shield.judge(self._states, self._rows, rows)
+        return self.shield.actions_from_rows(executed, actions), report
