@@ -1,6 +1,6 @@
 """Does the promise hold? 300 calibrations with fresh episodes, against the true violation rates.
 
-    python benchmarks/promise.py              # about 15 minutes; resumes; prints the table
+    python benchmarks/promise.py              # about 12 minutes; resumes; prints the table
 
 A shield for the double integrator is trained too briefly on purpose, so that its true violation
 rate crosses epsilon along the walk. Three thresholds are tested: one far on the safe side, one
@@ -37,7 +37,9 @@ from safeshield.rollout import as_batch_policy, run_episodes
 
 TASK = "safeshield/DoubleIntegrator-v0"
 EPSILON, CONFIDENCE = 0.05, 0.9
-EPISODES = episodes_needed(EPSILON, CONFIDENCE, violations=1)
+# As few as possible: there the tail to k and the tail to k - 1 differ most, so that the test tells
+# an honest calibrator from a broken one in 300 repeats.
+EPISODES = episodes_needed(EPSILON, CONFIDENCE)
 REPEATS, CHUNK, TRUTH_EPISODES = 300, 25, 20_000
 STRICT, SEARCH = 0.12, (0.054, 0.051, 0.048, 0.045, 0.042, 0.039)
 
@@ -98,6 +100,9 @@ def steps_for_episodes(sampled: Sample) -> tuple[int, int]:
     return sampled[2], sampled[3]
 
 
+VIEWS = {"honest": honest, "tail to k - 1": one_too_few, "steps counted": steps_for_episodes}
+
+
 def chosen(
     draw: Callable[[float], Sample], deltas: list[float], view: Callable[[Sample], tuple[int, int]]
 ) -> float | None:
@@ -136,16 +141,15 @@ def truth(shield: Shield) -> dict[str, Any]:
 def repeats(shield: Shield, known: dict[str, Any], first: int) -> dict[str, int]:
     """Calibrate CHUNK times, each on fresh episodes; count the broken promises."""
     deltas, rates = known["deltas"], dict(zip(known["deltas"], known["rates"], strict=True))
-    views = {"honest": honest, "tail to k - 1": one_too_few, "steps counted": steps_for_episodes}
-    broken = dict.fromkeys(views, 0)
+    broken = dict.fromkeys(VIEWS, 0)
     for repeat in range(first, first + CHUNK):
 
         @functools.cache
         def draw(delta: float, repeat: int = repeat) -> Sample:
-            seed = 100_000 + 1000 * repeat + deltas.index(delta)
+            seed = 1_000_000 + 1000 * repeat + deltas.index(delta)
             return sample(shield, delta, EPISODES, seed)
 
-        for name, view in views.items():
+        for name, view in VIEWS.items():
             delta = chosen(draw, deltas, view)
             broken[name] += delta is not None and rates[delta] > EPSILON
     return broken
@@ -161,7 +165,7 @@ def main() -> None:
     shield = make_shield()
     known = once("promise_truth", lambda: truth(shield), redo=redo)
     parts = [
-        once(f"promise_{i}", lambda i=i: repeats(shield, known, i), redo=redo)
+        once(f"promise_{EPISODES}_{i}", lambda i=i: repeats(shield, known, i), redo=redo)
         for i in range(0, REPEATS, CHUNK)
     ]
     print(machine())
@@ -175,7 +179,7 @@ def main() -> None:
         f"{REPEATS} calibrations (at most {(1 - CONFIDENCE) * REPEATS:.0f} expected, {limit} with "
         "binomial noise at 99%):"
     )
-    for name in parts[0]:
+    for name in VIEWS:
         count = sum(part[name] for part in parts)
         verdict = "holds" if count <= limit else "FAILS"
         print(f"  {name:15} {count:4} of {REPEATS}: {verdict}")

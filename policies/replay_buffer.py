@@ -1,0 +1,201 @@
+"""Replay buffers that choose which of two actions to learn from: the agent's or the shield's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+STORES = ("proposed", "executed", "both")
+"""What can be stored: see `ShieldedReplayBuffer`."""
+
+_Array = npt.NDArray[Any]
+_KEYS = ("shield/intervened", "action_proposed", "action_executed")
+
+
+class _ShieldedRows(ReplayBuffer):
+    """What the two buffers share; what they hold is described in `ShieldedReplayBuffer`."""
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        device: torch.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        *,
+        store: str = "proposed",
+    ) -> None:
+        if store not in STORES:
+            raise ValueError(f"store must be one of {list(STORES)}, got {store!r}")
+        super().__init__(
+            buffer_size,
+            observation_space,
+            action_space,
+            device,
+            n_envs,
+            optimize_memory_usage,
+            handle_timeout_termination,
+        )
+        self.store = store
+        if store == "both":
+            self.proposed_actions = np.zeros_like(self.actions)
+            self.penalties = np.zeros_like(self.rewards)
+
+    def add(
+        self,
+        obs: Any,  # noqa: ANN401
+        next_obs: Any,  # noqa: ANN401
+        action: _Array,
+        reward: _Array,
+        done: _Array,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Add one transition of each environment; actions (n_envs, act) as the policy scales them.
+
+        Raises:
+            ValueError: actions other than the proposed ones are to be stored and the infos do not
+                tell them, or tell them in other units.
+        """
+        if self.store == "proposed":
+            super().add(obs, next_obs, action, reward, done, infos)
+            return
+        proposed = np.array(action).reshape(self.n_envs, self.action_dim)
+        executed, penalties = self._executed(proposed, infos)
+        row = self.pos
+        super().add(obs, next_obs, executed, reward + penalties, done, infos)
+        if self.store == "both":
+            self.proposed_actions[row] = proposed
+            self.penalties[row] = penalties
+
+    def _executed(
+        self, proposed: _Array, infos: Sequence[Mapping[str, Any]]
+    ) -> tuple[_Array, npt.NDArray[np.float32]]:
+        """Return the scaled actions that ran (n_envs, act) and the penalties for replacing them."""
+        for info in infos:
+            missing = [key for key in _KEYS if key not in info]
+            if missing:
+                raise ValueError(
+                    f"store={self.store!r} needs {missing} in every info: put SafetyShield around "
+                    "each environment or VecSafetyShield around the vector environment"
+                )
+        if not self._same_actions(proposed, [info["action_proposed"] for info in infos]):
+            raise ValueError(
+                "the actions that the shield saw are not those of the agent, so what it executed "
+                "cannot be stored in the agent's units: put wrappers that change actions, such as "
+                "RescaleAction, inside the shield, and train the shield on their actions"
+            )
+        intervened = np.array([bool(info["shield/intervened"]) for info in infos])
+        ran = self._scaled([info["action_executed"] for info in infos])
+        # Where nothing was replaced the row stays as it came: scaling there and back rounds.
+        executed = np.where(intervened[:, None], ran, proposed)
+        penalties = [float(info.get("shield/penalty", 0.0)) for info in infos]
+        return executed, np.where(intervened, penalties, 0.0).astype(np.float32)
+
+    def _scaled(self, actions: Sequence[Any]) -> _Array:
+        """Return actions in the environment's units as `BasePolicy.scale_action` does: (n, act)."""
+        batch = np.stack([np.asarray(action) for action in actions])
+        if isinstance(self.action_space, gym.spaces.Box):
+            low, high = self.action_space.low, self.action_space.high
+            batch = 2.0 * ((batch - low) / (high - low)) - 1.0
+        return batch.reshape(self.n_envs, self.action_dim)
+
+    def _same_actions(self, stored: _Array, proposed: Sequence[Any]) -> bool:
+        """Whether these are the same actions, but for what scaling there and back rounds away."""
+        if any(np.shape(action) != self.action_space.shape for action in proposed):
+            return False
+        tolerance = np.zeros(self.action_dim)
+        if isinstance(self.action_space, gym.spaces.Box):
+            low, high = self.action_space.low.ravel(), self.action_space.high.ravel()
+            tolerance = 1e-4 + 1e-6 * np.maximum(np.abs(low), np.abs(high)) / (high - low)
+        return np.allclose(self._scaled(proposed), stored, rtol=0.0, atol=tolerance, equal_nan=True)
+
+    def _get_samples(self, batch_inds: _Array, env: VecNormalize | None = None) -> Any:  # noqa: ANN401
+        if self.store != "both":
+            return super()._get_samples(batch_inds, env)
+        # As in the base class, with one coin more; from the generator that `seed` has seeded.
+        count = len(batch_inds)
+        columns = np.random.randint(0, self.n_envs, size=count)  # noqa: NPY002
+        coin = np.random.randint(0, 2, size=count).astype(bool)  # noqa: NPY002
+        at = batch_inds, columns
+        actions = np.where(coin[:, None], self.proposed_actions[at], self.actions[at])
+        rewards = self.rewards[at] - coin * self.penalties[at]
+        if self.optimize_memory_usage:
+            after = _at(self.observations, ((batch_inds + 1) % self.buffer_size, columns))
+        else:
+            after = _at(self.next_observations, at)
+        dones = self.dones[at] * (1 - self.timeouts[at])
+        # Cast: a penalty must not turn float32 rewards into float64 ones.
+        rewards = self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env)
+        kind = DictReplayBufferSamples if isinstance(after, dict) else ReplayBufferSamples
+        return kind(
+            self._tensors(self._normalize_obs(_at(self.observations, at), env)),
+            self.to_torch(actions),
+            self._tensors(self._normalize_obs(after, env)),
+            self.to_torch(dones.reshape(-1, 1)),
+            self.to_torch(rewards),
+        )
+
+    def _tensors(self, points: Any) -> Any:  # noqa: ANN401
+        if isinstance(points, dict):
+            return {key: self.to_torch(part) for key, part in points.items()}
+        return self.to_torch(points)
+
+
+class ShieldedReplayBuffer(_ShieldedRows):
+    """A replay buffer for off-policy learning under a shield.
+
+    Pass it as ``SAC(..., replay_buffer_class=ShieldedReplayBuffer,
+    replay_buffer_kwargs=dict(store="executed"))``. In state s the agent proposed a, the shield
+    executed e, and reward r and state s' came of it. `store` says what to learn from:
+
+    ``"proposed"`` (default)
+        (s, a, r, s'): the shield is part of the environment. What the plain buffer stores.
+    ``"executed"``
+        (s, e, r, s'): what the dynamics did, also true without the shield. The critic learns
+        nothing about rejected actions, so the policy may go on proposing them.
+    ``"both"``
+        Both of these. Under a shield that accepts e both are true, and together they tell the
+        critic that a is worth as much as e. A transition is kept once, with its two actions, and
+        each time it is sampled a fair coin chooses one of them: replaced actions get no more
+        weight than others, and nothing changes in the buffer's size and order. Where the shield
+        did not intervene the two are the same. `actions` holds e, `proposed_actions` a.
+
+    Scaled actions are stored: boxes rescaled to [-1, 1] as the policy does, integers as they are.
+    A penalty on intervention (``shield/penalty`` in the infos) is for the proposal: rows with the
+    executed action get the reward without it. With ``"executed"`` a penalty is thus without effect.
+
+    On-policy algorithms (PPO, A2C) have no such choice: their ratios need the probability of the
+    action that the agent drew, so their buffers must keep the proposed one, as they do.
+
+    Raises:
+        ValueError: `store` is none of these; or, from `add`, the infos lack the shield's keys.
+
+    >>> box = gym.spaces.Box(0.0, 10.0, (1,))
+    >>> buffer = ShieldedReplayBuffer(4, box, box, store="executed")
+    >>> info = {"shield/intervened": True, "action_proposed": np.array([10.0], np.float32)}
+    >>> info["action_executed"] = np.array([2.5], np.float32)
+    >>> zero = np.zeros((1, 1))
+    >>> buffer.add(zero, zero, np.array([[1.0]]), np.zeros(1), np.zeros(1), [info])
+    >>> buffer.actions[0].tolist()
+    [[-0.5]]
+    """
+
+
+class ShieldedDictReplayBuffer(_ShieldedRows, DictReplayBuffer):
+    """`ShieldedReplayBuffer` for observations that are dicts (``MultiInputPolicy``)."""
+
+
+def _at(points: Any, index: tuple[_Array, _Array]) -> Any:  # noqa: ANN401
+    if isinstance(points, dict):
+        return {key: part[index] for key, part in points.items()}
+    return points[index]

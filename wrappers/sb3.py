@@ -1,0 +1,334 @@
+"""`VecSafetyShield`: one shield in front of all environments of a Stable-Baselines3 `VecEnv`."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from safeshield.wrappers.safety_shield import SafetyShield
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from safeshield.shield.guard import Guard
+from safeshield.shield.report import FilterReport
+from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces import check_same_space
+from safeshield.types import Flags, Scalars
+
+Infos = list[dict[str, Any]]
+_Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What was decided in `step_async`, until `step_wait` tells of it."""
+
+    proposed: _Array
+    executed: _Array
+    report: FilterReport
+    threshold: float
+
+
+class VecSafetyShield(VecEnvWrapper):
+    """Pass each environment's action on where the shield accepts it, else a replacement.
+
+    `SafetyShield` for a `VecEnv`, with one pass through the critics for all environments: the same
+    actions, infos (one dict an environment; `reset_infos` too) and ends of episodes.
+
+    A `VecEnv` resets an environment in the step that ends its episode. That step's
+    ``shield/certified`` speaks of the state reached, ``terminal_observation`` (False where the
+    `VecEnv` does not tell it); the shield itself looks at the new episode's first observation,
+    whose infos are in `reset_infos`.
+
+    The shield must see what it was trained on: `VecNormalize` and others that change observations
+    go around it, as in ``VecNormalize(VecSafetyShield(venv, shield))``. Random warm-up actions
+    (``learning_starts``) pass through it like all others.
+
+    Args:
+        venv: environments with the spaces that the shield was trained on.
+        shield: a path to its file, a `Shield`, or an agent.
+        intervention_penalty: subtracted from the reward of a step in which the shield intervened
+            (at least 0). With a penalty, the info ``shield/penalty`` says what this step's was. A
+            `Monitor` inside records returns without it, a `VecMonitor` outside with it.
+
+    Raises:
+        ValueError: the spaces differ, the file is damaged, the penalty is not a number of at least
+            0, `venv` normalises observations or is shielded already.
+        TypeError: `venv` is no `VecEnv`, or `shield` is none of the three.
+
+    >>> import gymnasium, safeshield
+    >>> from safeshield import SafeFQL, SafeFQLConfig, collect
+    >>> from stable_baselines3.common.vec_env import DummyVecEnv
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
+    >>> boats = DummyVecEnv([lambda: gymnasium.make("safeshield/Boat-v0")] * 3)
+    >>> envs = VecSafetyShield(boats, agent.shield().with_delta(0.05))
+    >>> observations = envs.reset()
+    >>> _, rewards, _, infos = envs.step(np.zeros((3, 2), np.float32))
+    >>> len(infos), infos[0]["shield/threshold"], infos[0]["action_executed"].shape
+    (3, -0.05, (2,))
+    """
+
+    def __init__(
+        self,
+        venv: VecEnv,
+        shield: Shield | HasShield | str | os.PathLike[str],
+        intervention_penalty: float = 0.0,
+    ) -> None:
+        _check_inner(venv)
+        if not 0.0 <= intervention_penalty < np.inf:
+            raise ValueError(
+                f"intervention_penalty must be finite and at least 0, got {intervention_penalty}; "
+                "it is subtracted from the reward"
+            )
+        super().__init__(venv)
+        self.shield = as_shield(shield)
+        check_same_space(
+            self.shield.observation_space,
+            venv.observation_space,
+            "observation_space",
+            unbounded_matches_any=True,
+        )
+        check_same_space(self.shield.action_space, venv.action_space, "action_space")
+        self.intervention_penalty = float(intervention_penalty)
+        self.guard = Guard(self.shield)
+        self._no_action = np.full(venv.action_space.shape or (), np.nan, np.float32)
+        self._ready = False
+        self._decision: _Decision | None = None
+
+    def reset(self) -> VecEnvObs:
+        """Reset all environments and judge where they start; see `reset_infos`."""
+        self._ready, self._decision = False, None
+        observations = self.venv.reset()
+        values = self._see(observations)
+        certified = self.guard.certified(values)
+        self.reset_infos = [
+            self._start_info(info, values[i], certified[i])
+            for i, info in enumerate(self._inner_reset_infos())
+        ]
+        return observations
+
+    def step_async(self, actions: npt.ArrayLike) -> None:
+        """Filter the actions (num_envs, ...) and let the environments start on them.
+
+        Raises:
+            RuntimeError: before `reset`, or while a step is under way.
+            ValueError: actions of another shape.
+        """
+        if not self._ready:
+            raise RuntimeError(
+                "cannot step before reset(), after a step that failed, or before step_wait()"
+            )
+        # A copy: nobody can change these between the decision and their execution.
+        proposed = np.array(actions)
+        expected = (self.num_envs, *self._no_action.shape)
+        if proposed.shape != expected:
+            raise ValueError(
+                f"actions must be numbers of shape {expected}, one row an environment, got "
+                f"{proposed.dtype} {proposed.shape}"
+            )
+        executed, report = self.guard.act(proposed)
+        self._ready = False
+        self.venv.step_async(np.array(executed))
+        self._decision = _Decision(proposed, executed, report, self.guard.threshold)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Return observations, rewards, ends and infos of the step under way.
+
+        Raises:
+            RuntimeError: no step is under way.
+        """
+        decision, self._decision = self._decision, None
+        if decision is None:
+            # Some environments would execute their last action again, which nobody has judged.
+            raise RuntimeError("no step is under way: call step_async() first")
+        observations, rewards, dones, infos = self._step_inner()
+        ends = np.flatnonzero(dones)
+        values = self._see(observations)
+        certified = self.guard.certified(values)
+        if len(ends):
+            inner = self._inner_reset_infos()
+            for i in ends:
+                self.reset_infos[i] = self._start_info(inner[i], values[i], certified[i])
+            certified = np.array(certified)
+            certified[ends] = self._certified_ends([infos[i] for i in ends])
+        intervened = np.asarray(decision.report.intervened)
+        shielded = self._infos(infos, decision, certified)
+        if self.intervention_penalty:
+            penalties = self.intervention_penalty * intervened
+            for info, penalty in zip(shielded, penalties.tolist(), strict=True):
+                info["shield/penalty"] = penalty
+            rewards = rewards - penalties.astype(np.result_type(rewards, np.float32))
+        return observations, rewards, dones, shielded
+
+    def _step_inner(self) -> VecEnvStepReturn:
+        try:
+            return self.venv.step_wait()
+        except ValueError as error:
+            if "too many values to unpack" not in str(error):
+                raise
+            raise ValueError(
+                "each environment's step must return Gymnasium's 5 values; for Safety-Gymnasium's "
+                "native ids, which return the cost as a sixth, make the '...Gymnasium-v0' id"
+            ) from error
+
+    def _see(self, observations: VecEnvObs) -> Scalars:
+        values = self.guard.see(_copied(observations))
+        self._ready = True
+        return values
+
+    def _certified_ends(self, infos: Sequence[Mapping[str, Any]]) -> Flags:
+        """Whether the last states of ended episodes are certified: (len(infos),)."""
+        certified = np.zeros(len(infos), dtype=bool)
+        told = [i for i, info in enumerate(infos) if info.get("terminal_observation") is not None]
+        if told:
+            last = _stacked([infos[i]["terminal_observation"] for i in told])
+            certified[told] = self.guard.certified(np.asarray(self.shield.value(last)))
+        return certified
+
+    def _infos(
+        self, infos: Sequence[Mapping[str, Any]], decision: _Decision, certified: Flags
+    ) -> Infos:
+        columns = zip(
+            infos,
+            np.asarray(decision.report.intervened).tolist(),
+            np.asarray(decision.report.value).tolist(),
+            certified.tolist(),
+            decision.proposed,
+            decision.executed,
+            strict=True,
+        )
+        return [
+            {
+                **info,
+                "shield/intervened": intervened,
+                "shield/value": value,
+                "shield/threshold": decision.threshold,
+                "shield/certified": inside,
+                "action_proposed": proposed.copy(),
+                "action_executed": executed.copy(),
+            }
+            for info, intervened, value, inside, proposed, executed in columns
+        ]
+
+    def _start_info(
+        self, info: Mapping[str, Any], value: np.floating, certified: np.bool_
+    ) -> dict[str, Any]:
+        return {
+            **info,
+            "shield/intervened": False,
+            "shield/value": float(value),
+            "shield/threshold": self.guard.threshold,
+            "shield/certified": bool(certified),
+            "action_proposed": self._no_action.copy(),
+            "action_executed": self._no_action.copy(),
+        }
+
+    def _inner_reset_infos(self) -> Infos:
+        # The wrappers of Stable-Baselines3 do not hand `reset_infos` on: theirs stay empty.
+        pairs = zip(self.venv.unwrapped.reset_infos, self.venv.reset_infos, strict=True)
+        return [{**below, **above} for below, above in pairs]
+
+
+def worker_env(
+    make_env: Callable[[], gym.Env[Any, Any]],
+    shield: Shield | HasShield | str | os.PathLike[str],
+) -> Callable[[], SafetyShield]:
+    """Return a function that makes a shielded environment, for `SubprocVecEnv` however it starts.
+
+    In a worker process, each environment has its own shield: read from its file there where
+    `shield` is a path, copied where it is a `Shield`. The worker's matrix products then run on one
+    thread (NumPy's own OpenBLAS, and PyTorch), because many workers with many threads each wait
+    for each other. In the main process nothing of that is changed.
+
+    Args:
+        make_env: makes one environment, without the shield.
+        shield: a path to its file (recommended), a `Shield`, or an agent.
+
+    Raises:
+        FileNotFoundError: `shield` is a path to nothing.
+        TypeError: `shield` is none of the three.
+
+    >>> from safeshield.wrappers.sb3 import worker_env
+    >>> from stable_baselines3.common.vec_env import SubprocVecEnv
+    >>> boat = lambda: gym.make("safeshield/Boat-v0")
+    >>> envs = SubprocVecEnv([worker_env(boat, "boat.safetensors")] * 8)  # doctest: +SKIP
+    """
+    if isinstance(shield, str | os.PathLike):
+        # An error in a worker reaches the parent as a broken pipe that says nothing.
+        if not Path(shield).is_file():
+            raise FileNotFoundError(f"there is no shield's file at {os.fspath(shield)!r}")
+        return partial(_make_in_worker, make_env, os.path.abspath(shield))
+    return partial(_make_in_worker, make_env, as_shield(shield))
+
+
+def _make_in_worker(
+    make_env: Callable[[], gym.Env[Any, Any]], shield: Shield | str
+) -> SafetyShield:
+    if multiprocessing.parent_process() is not None:
+        _one_thread()
+    return SafetyShield(make_env(), shield)
+
+
+def _one_thread() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    # NumPy is loaded by now, too late for OMP_NUM_THREADS.
+    package = Path(np.__file__).parent
+    for folder in (package.with_name("numpy.libs"), package / ".dylibs"):
+        for library in folder.glob("*openblas*"):
+            for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):
+                function = getattr(ctypes.CDLL(str(library)), name, None)
+                if function is not None:
+                    function(1)
+
+
+def _check_inner(venv: VecEnv) -> None:
+    if not isinstance(venv, VecEnv):
+        raise TypeError(
+            f"venv must be a VecEnv of Stable-Baselines3, got {type(venv).__name__}; for one "
+            "Gymnasium environment use SafetyShield"
+        )
+    layer = venv
+    while isinstance(layer, VecEnvWrapper):
+        if isinstance(layer, VecNormalize) and layer.norm_obs:
+            raise ValueError(
+                "venv normalises observations, and the shield was trained on raw ones: put "
+                "VecSafetyShield inside, VecNormalize(VecSafetyShield(venv, shield))"
+            )
+        if isinstance(layer, VecSafetyShield):
+            raise ValueError("venv is shielded already: its infos can tell of one shield only")
+        layer = layer.venv
+    try:
+        shielded = any(venv.env_is_wrapped(SafetyShield))
+    except (AttributeError, NotImplementedError):
+        # Some environments implement no more than stepping.
+        return
+    if shielded:
+        raise ValueError(
+            "the environments in venv are shielded already by SafetyShield, and infos can tell of "
+            "one shield only: use one of the two"
+        )
+
+
+def _copied(points: Any) -> Any:  # noqa: ANN401
+    if isinstance(points, Mapping):
+        return {key: _copied(part) for key, part in points.items()}
+    return np.array(points)
+
+
+def _stacked(points: Sequence[Any]) -> Any:  # noqa: ANN401
+    """Return single points as the batch that a vector environment would give."""
+    if isinstance(points[0], Mapping):
+        return {key: _stacked([point[key] for point in points]) for key in points[0]}
+    return np.stack([np.asarray(point) for point in points])

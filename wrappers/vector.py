@@ -1,0 +1,421 @@
+"""`VectorSafetyShield`: a vector environment that executes only what a shield accepts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.shield.guard import Guard
+from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces import check_same_space
+from safeshield.types import Flags, Scalars
+
+_BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
+
+if TYPE_CHECKING:
+    _Wrapper = gym.vector.VectorWrapper[Any, Any, Any, Any, Any]
+    _VectorEnv = gym.vector.VectorEnv[Any, Any, Any]
+else:
+    _Wrapper = gym.vector.VectorEnvWrapper if _BEFORE_1_0 else gym.vector.VectorWrapper
+    _VectorEnv = gym.vector.VectorEnv
+
+_NEXT_STEP, _SAME_STEP, _DISABLED = _MODES = ("NextStep", "SameStep", "Disabled")
+_FINAL = ("final_obs", "final_observation")  # from Gymnasium 1.0; before
+
+_Batch = Any  # what n environments return at once: an array (n, ...), or a dict of such
+_Infos = dict[str, Any]
+
+
+class VectorSafetyShield(_Wrapper):
+    """`SafetyShield` for a vector environment: one forward pass for all of its environments.
+
+    Spaces, observations, ends of episodes and infos are the environment's own, and so are rewards
+    unless a penalty is asked for. At reset and every step these infos are added, arrays with one
+    row for each of n environments, each with its mask ``"_" + key``:
+
+    ======================  ==========================================================
+    shield/intervened       (n,) bool: the executed action is not the proposed one
+    shield/value            (n,) float: Q_h of the executed action in the state it was taken
+                            in (at reset: V_h of the state); infinity where not finite
+    shield/threshold        (n,) float: -delta, which the value must not exceed
+    shield/certified        (n,) bool: the state just reached has V_h <= -delta, and the
+                            shield is calibrated
+    action_proposed         (n, ...): what the agent sent
+    action_executed         (n, ...): what the dynamics saw
+    ======================  ==========================================================
+
+    Where no action was taken, at a reset, both actions are NaN (below every action where actions
+    are whole numbers: -1 as a rule). What happens around the end of an episode follows
+    ``metadata["autoreset_mode"]``:
+
+    - NEXT_STEP: the step after the end ignores its action and resets, so these rows read as at a
+      reset: no intervention, V_h of the new state, no action.
+    - SAME_STEP, and all of Gymnasium 0.29: the observation is already of the new episode, which
+      the next action is judged in, but the infos above speak of the step that was taken, and
+      ``shield/certified`` of the last observation, ``infos["final_obs"]`` (0.29:
+      ``"final_observation"``). The same rows are in ``infos["final_info"]``, beside what the
+      environment says of that step. V_h of the new state is in `state_values`.
+    - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the rows in the mask, and only
+      these have infos; the others keep what was known of them.
+
+    Args:
+        env: a vector environment whose single spaces are those the shield was trained on.
+        shield: a path to its file, a `Shield`, or an agent.
+        intervention_penalty: subtracted from the reward of a step in which the shield stepped in.
+
+    Raises:
+        ValueError: the spaces differ, the file is damaged, the penalty is negative or not finite,
+            or the environment does not say how it resets itself.
+        TypeError: `env` is no vector environment, or `shield` none of the three.
+
+    >>> import gymnasium
+    >>> from safeshield import SafeFQL, SafeFQLConfig, collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
+    >>> boats = [lambda: gymnasium.make("safeshield/Boat-v0")] * 3
+    >>> env = VectorSafetyShield(gymnasium.vector.SyncVectorEnv(boats), agent)
+    >>> observations, infos = env.reset(seed=0)
+    >>> observations, rewards, _, _, infos = env.step(env.action_space.sample())
+    >>> infos["action_executed"].shape, infos["_shield/intervened"].tolist()
+    ((3, 2), [True, True, True])
+    """
+
+    def __init__(
+        self,
+        env: _VectorEnv,
+        shield: Shield | HasShield | str | os.PathLike[str],
+        *,
+        intervention_penalty: float = 0.0,
+    ) -> None:
+        if not isinstance(env, gym.vector.VectorEnv):
+            raise TypeError(
+                f"env must be a gymnasium.vector.VectorEnv, got {type(env).__name__}; "
+                "SafetyShield is for one environment"
+            )
+        super().__init__(env)
+        if _BEFORE_1_0:
+            # Its wrappers pass these on with a warning, or not at all.
+            for name in (
+                "num_envs", "observation_space", "action_space", "single_observation_space",
+                "single_action_space", "metadata", "render_mode", "spec",
+            ):  # fmt: skip
+                setattr(self, name, getattr(env, name))
+        self.shield = as_shield(shield)
+        check_same_space(
+            self.shield.observation_space,
+            env.single_observation_space,
+            "single_observation_space",
+            unbounded_matches_any=True,
+        )
+        check_same_space(self.shield.action_space, env.single_action_space, "single_action_space")
+        if not (np.isfinite(intervention_penalty) and intervention_penalty >= 0):
+            raise ValueError(
+                f"intervention_penalty must be finite and at least 0, got {intervention_penalty}"
+            )
+        self.intervention_penalty = float(intervention_penalty)
+        self._mode = _autoreset_mode(env)
+        self._no_action = _no_action(env.single_action_space)
+        self._guard = Guard(self.shield)
+        self._over = np.zeros(env.num_envs, np.bool_)
+        self._values = np.full(env.num_envs, np.inf)
+        # The states that the guard has judged; None where the environment may be in others.
+        self._seen: _Batch | None = None
+        self._pending: npt.ArrayLike | None = None
+
+    def __del__(self) -> None:
+        """Leave the environment open; Gymnasium 0.29 would close it with any of its wrappers."""
+
+    @property
+    def state_values(self) -> Scalars:
+        """V_h (n,) of the states that the next actions will be judged in.
+
+        Raises:
+            gymnasium.error.ResetNeeded: called before the first reset.
+        """
+        self._need_reset()
+        return self._values.copy()
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[_Batch, _Infos]:
+        """Reset all environments, or those in ``options["reset_mask"]``, and judge their starts.
+
+        Raises:
+            gymnasium.error.ResetNeeded: a mask that leaves out environments never reset.
+            ValueError: the mask is not n booleans, or rows outside it changed.
+        """
+        mask = self._reset_mask(options)
+        seen, self._seen = self._seen, None
+        # A copy, because Gymnasium takes the mask out of the options that it is given.
+        options = None if options is None else dict(options)
+        observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+        if seen is not None and not mask.all():
+            changed = ~mask & ~_same_rows(seen, observations, len(mask))
+            if changed.any():
+                raise _mixed_up("reset() changed what options['reset_mask'] leaves out", changed)
+        self._see(observations)
+        self._over = self._over & ~mask
+        nothing = np.broadcast_to(self._no_action, (len(mask), *self._no_action.shape))
+        news = {
+            "shield/intervened": np.zeros(len(mask), np.bool_),
+            "shield/value": self._values,
+            "shield/threshold": self._threshold(),
+            "shield/certified": self._guard.certified(self._values),
+            "action_proposed": nothing,
+            "action_executed": nothing,
+        }
+        return observations, _with_news(infos, news, mask)
+
+    def step(self, actions: npt.ArrayLike) -> tuple[_Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
+        """Execute `actions` (n, ...), or their replacements.
+
+        Raises:
+            gymnasium.error.ResetNeeded: called before the first reset; after a step or reset that
+                failed; in mode DISABLED with an episode that is over.
+            ValueError: not one action of the right shape for each environment; or the environment
+                does not reset itself as its metadata says.
+        """
+        self._need_reset()
+        proposed = self._checked_actions(actions)
+        ignored = self._ignored()
+        threshold = self._threshold()
+        # Actions that will be ignored are judged too: if the environment used them after all,
+        # they would be safe.
+        executed, report = self._guard.act(proposed)
+        sent = executed if np.any(report.intervened) else proposed
+        intervened = np.asarray(report.intervened & ~ignored)
+        news = {
+            "shield/intervened": intervened,
+            "shield/threshold": threshold,
+            "action_proposed": self._without(proposed, ignored),
+            "action_executed": self._without(np.asarray(sent), ignored),
+        }
+        self._seen = None
+        observations, rewards, terminated, truncated, infos = self.env.step(sent)
+        over = np.asarray(terminated, np.bool_) | np.asarray(truncated, np.bool_)
+        if (over & ignored).any():
+            raise _mixed_up(f"metadata says {_NEXT_STEP}, but no new episode began", over & ignored)
+        last = self._last_observations(infos, over)
+        self._see(observations)
+        self._over = over & (self._mode != _SAME_STEP)
+        reached = self._values.copy()
+        if last is not None:
+            reached[over] = self.shield.value(last)
+        news["shield/value"] = np.where(ignored, self._values, report.value)
+        news["shield/certified"] = self._guard.certified(reached)
+        if last is not None:
+            infos = _with_final_news(infos, news, over)
+        if self.intervention_penalty:
+            rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
+        everywhere = np.ones(len(over), np.bool_)
+        return observations, rewards, terminated, truncated, _with_news(infos, news, everywhere)
+
+    # The outer vector wrappers of Gymnasium 0.29 go through these four, past step and reset.
+
+    def reset_async(self, **_: object) -> None:
+        """Do nothing: `reset_wait` takes the same arguments."""
+
+    def reset_wait(
+        self,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[_Batch, _Infos]:
+        """Reset, as `reset` does."""
+        return self.reset(seed=seed, options=options)
+
+    def step_async(self, actions: npt.ArrayLike) -> None:
+        """Keep the actions for `step_wait`."""
+        self._pending = actions
+
+    def step_wait(self) -> tuple[_Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
+        """Step, as `step` does, with the actions given to `step_async`."""
+        if self._pending is None:
+            raise gym.error.NoAsyncCallError(
+                "call step_async(actions) before step_wait()", "step_wait"
+            )
+        actions, self._pending = self._pending, None
+        return self.step(actions)
+
+    # -- parts of a step --------------------------------------------------------------------
+
+    def _need_reset(self) -> None:
+        if self._seen is None:
+            raise gym.error.ResetNeeded("reset() all environments first, or after an error")
+
+    def _see(self, observations: _Batch) -> None:
+        # A copy: environments may write the next observations into the same array.
+        seen = _copied(observations)
+        values = np.asarray(self._guard.see(seen), np.float64)
+        if values.shape != self._over.shape:
+            raise ValueError(
+                f"the environment returned {len(values)} observations, its num_envs is "
+                f"{len(self._over)}"
+            )
+        self._seen, self._values = seen, values
+
+    def _threshold(self) -> Scalars:
+        return np.broadcast_to(np.asarray(self._guard.threshold, np.float64), self._over.shape)
+
+    def _ignored(self) -> Flags:
+        """Where the environment will reset itself instead of taking an action."""
+        if self._mode == _DISABLED and self._over.any():
+            raise gym.error.ResetNeeded(
+                f"the episodes of environments {_places(self._over)} are over; "
+                'reset(options={"reset_mask": mask}) them before the next step'
+            )
+        return self._over
+
+    def _checked_actions(self, actions: npt.ArrayLike) -> npt.NDArray[Any]:
+        shape = (len(self._over), *self._no_action.shape)
+        array = np.asarray(actions)
+        if array.shape != shape or array.dtype.kind not in "fiu":
+            raise ValueError(
+                f"actions must be numbers of shape {shape}, a row for each environment, got "
+                f"{array.dtype} {array.shape}"
+            )
+        return array
+
+    def _without(self, actions: npt.NDArray[Any], ignored: Flags) -> npt.NDArray[Any]:
+        """Return a copy of the actions with none in the rows that were ignored."""
+        if not ignored.any():
+            return np.array(actions)
+        rows = actions.astype(np.result_type(actions, self._no_action))
+        rows[ignored] = self._no_action
+        return rows
+
+    def _reset_mask(self, options: Mapping[str, Any] | None) -> Flags:
+        mask = (options or {}).get("reset_mask")
+        if mask is None:
+            return np.ones(len(self._over), np.bool_)
+        array = np.array(mask)
+        if array.dtype != np.bool_ or array.shape != self._over.shape or not array.any():
+            raise ValueError(
+                f"options['reset_mask'] must be {len(self._over)} booleans, one of them True, "
+                f"got {mask!r}"
+            )
+        if not array.all():
+            self._need_reset()
+        return array
+
+    def _last_observations(self, infos: _Infos, over: Flags) -> _Batch | None:
+        """Return the observations that ended episodes in this step, where others replaced them."""
+        name = next((name for name in _FINAL if name in infos), None)
+        given = np.zeros_like(over) if name is None else _given(infos, name, len(over))
+        if self._mode != _SAME_STEP:
+            if given.any():
+                raise _mixed_up(
+                    f"metadata says {self._mode}, but infos['{name}'] is of {_SAME_STEP}", given
+                )
+            return None
+        if (over & ~given).any():
+            raise _mixed_up(
+                f"in the mode {_SAME_STEP} an episode ended, but infos['{_FINAL[_BEFORE_1_0]}'] "
+                "does not hold its last observation",
+                over & ~given,
+            )
+        return _rows(infos[name], over) if name is not None and over.any() else None
+
+
+def _autoreset_mode(env: _VectorEnv) -> str:
+    if _BEFORE_1_0:
+        return _SAME_STEP
+    mode = (env.metadata or {}).get("autoreset_mode")
+    if mode is None and not hasattr(gym.vector, "AutoresetMode"):
+        return _NEXT_STEP  # Gymnasium 1.0 knows no other
+    name = str(getattr(mode, "value", mode))
+    if name not in _MODES:
+        raise ValueError(
+            f"env.metadata['autoreset_mode'] must be one of {list(gym.vector.AutoresetMode)}, got "
+            f"{mode!r}: without it nobody can tell which actions are ignored and which "
+            "observations begin an episode; set it to what the environment does"
+        )
+    return name
+
+
+def _no_action(space: gym.Space[Any]) -> npt.NDArray[Any]:
+    """Return what stands in infos where there was no action: NaN, or below every action."""
+    if isinstance(space, gym.spaces.Box):
+        return np.full(space.shape, np.nan, np.float32)
+    start = np.asarray(getattr(space, "start", 0), np.int64)
+    return np.broadcast_to(start - 1, space.shape or ())
+
+
+def _mixed_up(why: str, where: Flags) -> ValueError:
+    return ValueError(f"autoreset modes mixed up: {why} (environments {_places(where)})")
+
+
+def _places(flags: Flags) -> list[int]:
+    places: list[int] = np.flatnonzero(flags).tolist()
+    return places
+
+
+# -- infos ----------------------------------------------------------------------------------
+
+
+def _with_news(infos: Mapping[str, Any], news: _Infos, mask: Flags) -> _Infos:
+    masks = {f"_{key}": mask.copy() for key in news}
+    return {**infos, **{key: np.array(rows) for key, rows in news.items()}, **masks}
+
+
+def _with_final_news(infos: _Infos, news: _Infos, over: Flags) -> _Infos:
+    final = infos.get("final_info")
+    if isinstance(final, np.ndarray):
+        # Gymnasium 0.29: a dictionary for each environment whose episode ended.
+        final = final.copy()
+        for i in _places(over):
+            final[i] = {**(final[i] or {}), **{key: _plain(rows[i]) for key, rows in news.items()}}
+    else:
+        final = _with_news(final or {}, news, over)
+    return {**infos, "final_info": final, "_final_info": over.copy()}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return np.array(value) if np.ndim(value) else value.item()
+
+
+def _given(infos: _Infos, name: str, count: int) -> Flags:
+    """Where a key has a value: its mask, and for objects not None."""
+    given = np.array(infos.get(f"_{name}", np.ones(count)), np.bool_)
+    if isinstance(infos[name], np.ndarray) and infos[name].dtype == object:
+        given &= np.array([one is not None for one in infos[name]])
+    return given
+
+
+# -- batches of observations ----------------------------------------------------------------
+
+
+def _copied(batch: _Batch) -> _Batch:
+    if isinstance(batch, Mapping):
+        return {key: _copied(part) for key, part in batch.items()}
+    return np.array(batch)
+
+
+def _rows(batch: _Batch, mask: Flags) -> _Batch:
+    """Return the rows in the mask as a batch, also of an array of single observations."""
+    if isinstance(batch, Mapping):
+        return {key: _rows(part, mask) for key, part in batch.items()}
+    rows = np.asarray(batch)[mask]
+    return _stacked(list(rows)) if rows.dtype == object else rows
+
+
+def _stacked(observations: Sequence[Any]) -> _Batch:
+    if isinstance(observations[0], Mapping):
+        return {key: _stacked([one[key] for one in observations]) for key in observations[0]}
+    return np.stack(observations)
+
+
+def _same_rows(one: _Batch, other: _Batch, count: int) -> Flags:
+    if isinstance(one, Mapping):
+        same: Flags = np.all([_same_rows(one[key], other[key], count) for key in one], axis=0)
+        return same
+    first, second = np.asarray(one), np.asarray(other)
+    both_nan = (first != first) & (second != second)
+    return np.asarray(((first == second) | both_nan).reshape(count, -1).all(axis=1))
