@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.flat import Batch, finite
 from safeshield.shield.shield import HasShield, Shield, as_shield
 
 _State = tuple[npt.NDArray[Any], ...] | None
@@ -63,15 +64,14 @@ class ShieldedPolicy:
 
     def predict(
         self,
-        observation: npt.NDArray[Any],
+        observation: Batch,
         state: _State = None,
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], _State]:
         """Return the actions to execute, and the agent's recurrent state."""
         # Agents may refuse what is not a number; the shield does not act on their answer then.
-        mean = self.shield.model.scaling.observation_mean
-        seen = np.where(np.isfinite(observation), observation, mean).astype(observation.dtype)
+        seen = finite(observation)
         proposed, state = self.model.predict(
             seen, state=state, episode_start=episode_start, deterministic=deterministic
         )

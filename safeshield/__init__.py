@@ -14,6 +14,7 @@ from safeshield.envs.registration import register_envs
 
 if TYPE_CHECKING:
     from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
+    from safeshield.algorithms.shield_trainer import ShieldConfig, ShieldTrainer
     from safeshield.calibration.record import CalibrationRecord
     from safeshield.calibration.walk import CalibrationError
     from safeshield.data.collect import collect
@@ -33,6 +34,8 @@ _HOMES = {
     "SafeFQL": "safeshield.algorithms.safefql",
     "SafeFQLConfig": "safeshield.algorithms.safefql",
     "SafetyShield": "safeshield.wrappers",
+    "ShieldConfig": "safeshield.algorithms.shield_trainer",
+    "ShieldTrainer": "safeshield.algorithms.shield_trainer",
     "ShieldedPolicy": "safeshield.policies",
     "Shield": "safeshield.shield.shield",
     "UncalibratedShieldWarning": "safeshield.shield.shield",
@@ -48,6 +51,8 @@ __all__ = [
     "SafeFQLConfig",
     "SafetyShield",
     "Shield",
+    "ShieldConfig",
+    "ShieldTrainer",
     "ShieldedPolicy",
     "UncalibratedShieldWarning",
     "collect",

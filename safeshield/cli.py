@@ -17,8 +17,8 @@ import typer
 
 if TYPE_CHECKING:
     from safeshield.algorithms.safefql import SafeFQLConfig
-    from safeshield.rollout import Env
     from safeshield.shield.shield import Shield
+    from safeshield.vectorise import Env
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -17,20 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from safeshield.batch_policy import as_batch_policy
 from safeshield.calibration.policies import ShieldedProposals, spread_actions
-from safeshield.rollout import (
-    Env,
-    Episode,
-    as_batch_policy,
-    is_vector_env,
-    run_episodes,
-)
+from safeshield.flat import Batch
+from safeshield.rollout import Episode, run_episodes
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces import flat_box
-from safeshield.types import Actions, Observations
+from safeshield.vectorise import Env, is_vector_env
 
 if TYPE_CHECKING:
-    from safeshield.rollout import VectorEnv
+    from safeshield.vectorise import VectorEnv
 
 ShieldLike: TypeAlias = Shield | HasShield | str | os.PathLike[str]
 Interval: TypeAlias = tuple[float, float]
@@ -104,12 +99,12 @@ class Saboteur:
         self._model = shield.model
         self._points = spread_actions(shield, choices)
 
-    def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
-        """Propose actions (n, act) for observations (n, obs)."""
-        shape = (len(observations), *self._points.shape)
-        states = self._model.states(observations)
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
+        """Propose actions for n observations."""
+        states = self._model.states(self._model.seen.rows(observations, "observation")[0])
+        shape = (len(states.value), *self._points.shape)
         values = self._model.candidate_values(states, np.broadcast_to(self._points, shape))
-        return np.asarray(self._points[values.argmax(axis=1)])
+        return self._model.played.points(self._points[values.argmax(axis=1)])
 
 
 def evaluate(
@@ -203,11 +198,12 @@ def draw_episodes(
             int(rng.integers(2**31 - 1)),
             shield=shield,
             num_envs=num_envs,
+            observation_keys=None if judge is None else judge.observation_keys,
         )
         drawn += len(runs)
         if judge is not None:
             first = np.stack([run.episode.observations[0] for run in runs])
-            certain = np.asarray(judge.value(first)) <= judge.threshold
+            certain = judge.row_values(first) <= judge.threshold
             runs = [run for run, counts in zip(runs, certain, strict=True) if counts]
         accepted += len(runs)
         counted += runs[:missing]
@@ -264,6 +260,7 @@ def filtered_episodes(
     *,
     shield: Shield | None = None,
     num_envs: int | None = None,
+    observation_keys: Sequence[str] | None = None,
 ) -> list[FilteredEpisode]:
     """Run `rollout.run_episodes` with a shield behind the policy, or None.
 
@@ -271,12 +268,16 @@ def filtered_episodes(
         ValueError: as `rollout.run_episodes` does.
     """
     if shield is None:
-        runs = run_episodes(env, policy, episodes, seed, num_envs=num_envs)
+        runs = run_episodes(
+            env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
+        )
         return [FilteredEpisode(run, None) for run in runs]
     prefix = "single_" if is_vector_env(env) else ""
-    space = flat_box(getattr(env, f"{prefix}action_space"), "action_space")
+    space = getattr(env, f"{prefix}action_space")
     acting = ShieldedProposals(shield, as_batch_policy(policy, space))
-    runs = run_episodes(env, acting, episodes, seed, num_envs=num_envs)
+    runs = run_episodes(
+        env, acting, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
+    )
     # The last wave may hold more environments than there are episodes left.
     pairs = zip(runs, acting.interventions(), strict=False)
     return [FilteredEpisode(run, flags[: len(run)]) for run, flags in pairs]

@@ -8,132 +8,29 @@ alike in all of Gymnasium's autoreset modes, those of 0.29 included.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.spaces import flat_box
+from safeshield.batch_policy import BatchPolicy, as_batch_policy, executable_actions
+from safeshield.flat import Batch, FlatSpace, copied, flat_actions, flat_observations, take
+from safeshield.spaces import part_of
+from safeshield.vectorise import (
+    Column,
+    Env,
+    VectorEnv,
+    autoreset_mode,
+    check_step,
+    column_of,
+    copies,
+    step_column,
+)
 
 Array = npt.NDArray[Any]
-Env = gym.Env[Any, Any]
-
-if TYPE_CHECKING:
-    VectorEnv = gym.vector.VectorEnv[Any, Any, Any]
-    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
-else:
-    VectorEnv = gym.vector.VectorEnv
-    _Wrapper = gym.Wrapper
-
-_BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
-_MAX_NATIVE_ENVS = 256
-_MAX_COPIED_ENVS = 8
-# Rebuilt from their arguments these would start with empty statistics, not with the trained ones.
-_STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
-_MANY_VALUES = "too many values to unpack"
-
-
-class BatchPolicy(Protocol):
-    """A policy that acts for n environments at once.
-
-    A method ``start_wave(num_envs)``, where there is one, is called before each wave of episodes:
-    the place to forget a recurrent state. `batch_policy` marks a function as one of these.
-    """
-
-    batched: bool
-    """True: tells a batch policy from a function of one observation."""
-
-    def __call__(self, observations: Array, rng: np.random.Generator, /) -> Array:
-        """Map observations (n, obs) to actions (n, act), drawing noise from `rng` alone."""
-        ...
-
-
-def batch_policy(function: Callable[[Array, np.random.Generator], npt.ArrayLike]) -> BatchPolicy:
-    """Mark ``function(observations, rng) -> actions`` as a batch policy; a decorator.
-
-    >>> @batch_policy
-    ... def still(observations, rng):
-    ...     return np.zeros((len(observations), 2))
-    >>> still.batched
-    True
-    """
-
-    @functools.wraps(function)
-    def policy(observations: Array, rng: np.random.Generator, /) -> Array:
-        return np.asarray(function(observations, rng))
-
-    marked = cast(BatchPolicy, policy)
-    marked.batched = True
-    return marked
-
-
-def as_batch_policy(
-    policy: object, action_space: gym.spaces.Box, *, deterministic: bool = True
-) -> BatchPolicy:
-    """Make a batch policy of what users have.
-
-    In this order, `policy` may be:
-
-    - ``"random"``: uniform in the action box;
-    - an object with ``act_batch(observations, rng) -> actions``;
-    - a callable with ``batched = True`` (see `batch_policy`): used as it is;
-    - an object with Stable-Baselines3's ``predict``: called with the whole batch, recurrent state
-      and `deterministic` passed through. Where it draws noise, it is from torch's own generator;
-    - any other callable: ``policy(observation) -> action``, one observation at a time.
-
-    Raises:
-        ValueError: an unknown name, or "random" with an unbounded box.
-        TypeError: none of the above.
-
-    >>> box = gym.spaces.Box(-1.0, 1.0, (1,))
-    >>> policy = as_batch_policy(lambda observation: -observation[:1], box)
-    >>> policy(np.array([[0.5, 0.0], [0.25, 0.0]]), np.random.default_rng(0)).tolist()
-    [[-0.5], [-0.25]]
-    """
-    if isinstance(policy, str):
-        if policy != "random":
-            raise ValueError(f"the only policy with a name is 'random', got {policy!r}")
-        return _random_policy(action_space)
-    act_batch = getattr(policy, "act_batch", None)
-    if callable(act_batch):
-        return batch_policy(lambda observations, rng: act_batch(observations, rng))
-    if callable(policy) and getattr(policy, "batched", False):
-        return cast(BatchPolicy, policy)
-    if callable(getattr(policy, "predict", None)):
-        return _PredictPolicy(policy, deterministic)
-    if callable(policy):
-        return batch_policy(
-            lambda observations, _: np.stack([np.asarray(policy(one)) for one in observations])
-        )
-    raise TypeError(
-        "policy must be 'random', have act_batch or predict, or be a function of one observation; "
-        f"got {type(policy).__name__}"
-    )
-
-
-def executable_actions(actions: npt.ArrayLike, space: gym.spaces.Box, count: int) -> Array:
-    """Return actions (count, act) as float32 inside the box, clipped as Stable-Baselines3 does.
-
-    Raises:
-        ValueError: another shape, or NaN.
-
-    >>> executable_actions([[2.0], [-0.5]], gym.spaces.Box(-1.0, 1.0, (1,)), 2).tolist()
-    [[1.0], [-0.5]]
-    """
-    array = np.asarray(actions, dtype=np.float32)
-    if array.shape != (count, *space.shape):
-        raise ValueError(
-            f"the policy must return actions of shape {(count, *space.shape)}, got {array.shape}; "
-            "a policy that takes a whole batch needs batched = True (see batch_policy)"
-        )
-    if np.isnan(array).any():
-        row = int(np.argmax(np.isnan(array).any(axis=1)))
-        raise ValueError(f"the policy returned NaN for environment {row}: {array[row]}")
-    return np.clip(array, space.low.astype(np.float32), space.high.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -141,7 +38,7 @@ class Episode:
     """One episode of L steps; row t is the step from s[t] to s[t+1].
 
     Attributes:
-        observations: (L, obs) float32.
+        observations: (L, obs) float32, rows of `flat`, as the next three are.
         actions: (L, act) float32: ``info["action_executed"]`` where a shield or wrapper reports
             it, else what the policy proposed, clipped.
         rewards: (L,) float32.
@@ -212,46 +109,19 @@ class VectorStep:
     active: npt.NDArray[np.bool_]
     """(n,) whether the step is recorded; the others are over, or more than was asked for."""
     observations: Array
-    """(n, obs) what the policy saw."""
-    actions: npt.NDArray[np.float32]
-    """(n, act) what the environments were given."""
+    """(n, obs) what the policy saw, as rows of `flat`."""
+    actions: Array
+    """(n, act) what the environments were given, as rows."""
     rewards: Array
     """(n,)."""
     next_observations: Array
-    """(n, obs) where the step led to, also where the environment has reset itself since."""
+    """(n, obs) rows: where the step led to, also where the environment has reset itself since."""
     terminated: npt.NDArray[np.bool_]
     """(n,) as reported."""
     truncated: npt.NDArray[np.bool_]
     """(n,) as reported."""
     infos: Mapping[str, Any]
     """As the vector environment returned them."""
-
-
-def is_vector_env(env: object) -> bool:
-    """Whether `env` is a vector environment, of either of Gymnasium 0.29's two kinds or of 1.x."""
-    # unwrapped, because a single wrapper of 0.29 warns when it passes such a question on.
-    inner = getattr(env, "unwrapped", env)
-    return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
-
-
-def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
-    """Return a vector environment of copies of `env`; a VectorEnv is returned as it is.
-
-    An `env` that `gymnasium.make` can rebuild is copied: through its own vector entry point where
-    it has one and no wrapper was added, else in a `SyncVectorEnv`. Changes made by hand after
-    `make` are not copied. One environment alone (`num_envs` = 1; no spec; a render mode; a wrapper
-    that cannot be rebuilt, or that holds statistics) is `env` itself, which closing the result
-    leaves open.
-
-    Args:
-        env: what to copy.
-        num_envs: how many; by default 256 with a vector entry point and 8 without one.
-
-    Raises:
-        ValueError: `num_envs` is below 1, differs from that of a VectorEnv, or is above 1 where
-            `env` cannot be copied.
-    """
-    return _vectorise(env, num_envs, most=None, freeze=False)
 
 
 def run_episodes(
@@ -265,6 +135,7 @@ def run_episodes(
     num_envs: int | None = None,
     info_keys: Sequence[str] = (),
     step_limit: int = 100_000,
+    observation_keys: Sequence[str] | None = None,
 ) -> list[Episode]:
     """Run exactly this many whole episodes and return them in order.
 
@@ -281,25 +152,28 @@ def run_episodes(
         num_envs: how many environments step together; by default up to 256 or 8 (see `vectorise`).
         info_keys: infos to record at every step, such as ``("shield/intervened",)``.
         step_limit: longest episode, in steps, before giving up.
+        observation_keys: entries of a Dict observation to record; all by default.
 
     Raises:
         ValueError: a wrong argument; the environment steps by 6-tuples, reports a key at some
             steps only or never ends; the policy returns NaN or a wrong shape.
-        TypeError: a space is not a Box of shape (width,).
+        TypeError: a space that `flat` does not support.
     """
     if episodes < 1 or seed < 0:
         raise ValueError(
             f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}"
         )
-    envs = _vectorise(env, num_envs, most=episodes, freeze=True)
+    envs = copies(env, num_envs, most=episodes, freeze=True)
     try:
-        flat_box(envs.single_observation_space, "observation_space")
-        action_space = flat_box(envs.single_action_space, "action_space")
+        seen = flat_observations(part_of(envs.single_observation_space, observation_keys))
+        played = flat_actions(envs.single_action_space)
         seeds, noise = np.random.SeedSequence(seed).spawn(2)
         base = int(np.random.default_rng(seeds).integers(2**31 - 2**24))
         rng = np.random.default_rng(noise)
-        acting = as_batch_policy(policy, action_space)
-        runner = _Runner(envs, acting, rng, on_step, reset_options, tuple(info_keys), step_limit)
+        acting = as_batch_policy(policy, played.space)
+        runner = _Runner(
+            envs, seen, played, acting, rng, on_step, reset_options, tuple(info_keys), step_limit
+        )
         done: list[Episode] = []
         while len(done) < episodes:
             wanted = min(envs.num_envs, episodes - len(done))
@@ -310,233 +184,14 @@ def run_episodes(
             envs.close()
 
 
-def _random_policy(space: gym.spaces.Box) -> BatchPolicy:
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-        raise ValueError(f"the policy 'random' needs a bounded action space, got {space}")
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    return batch_policy(
-        lambda observations, rng: rng.uniform(low, high, (len(observations), *space.shape))
-    )
-
-
-class _PredictPolicy:
-    batched = True
-
-    def __init__(self, model: Any, deterministic: bool) -> None:  # noqa: ANN401
-        self._model = model
-        self._deterministic = deterministic
-        self.start_wave(0)
-
-    def start_wave(self, num_envs: int) -> None:
-        self._state: Any = None
-        self._starts = np.ones(num_envs, dtype=np.bool_)
-
-    def __call__(self, observations: Array, rng: np.random.Generator, /) -> Array:
-        if len(self._starts) != len(observations):
-            self.start_wave(len(observations))
-        actions, self._state = self._model.predict(
-            observations,
-            state=self._state,
-            episode_start=self._starts,
-            deterministic=self._deterministic,
-        )
-        self._starts = np.zeros(len(observations), dtype=np.bool_)
-        return np.asarray(actions)
-
-
-def _vectorise(
-    env: Env | VectorEnv, num_envs: int | None, *, most: int | None, freeze: bool
-) -> VectorEnv:
-    if num_envs is not None and num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-    if is_vector_env(env):
-        vector = cast(VectorEnv, env)
-        if num_envs not in (None, vector.num_envs):
-            raise ValueError(
-                f"num_envs must be left out or {vector.num_envs}, as in env; got {num_envs}"
-            )
-        return vector
-    single = cast(Env, env)
-    spec = _spec_to_copy(single)
-    native = spec is not None and spec.vector_entry_point and not spec.additional_wrappers
-    default = 1 if spec is None else _MAX_NATIVE_ENVS if native else _MAX_COPIED_ENVS
-    count = default if num_envs is None else num_envs
-    count = count if most is None else min(count, most)
-    if count == 1:
-        return gym.vector.SyncVectorEnv([lambda: _Member(single, owned=False, freeze=freeze)])
-    if spec is None:
-        raise ValueError(
-            f"num_envs must be 1 for {single}, which gymnasium.make cannot rebuild from its spec; "
-            "pass a gymnasium.vector.SyncVectorEnv of your own"
-        )
-    if native:
-        return _make_native(spec, count)
-    # disable_env_checker: what it would say of the copies it has said of the environment.
-    return gym.vector.SyncVectorEnv(
-        [
-            lambda: _Member(gym.make(spec, disable_env_checker=True), owned=True, freeze=freeze)
-            for _ in range(count)
-        ]
-    )
-
-
-def _spec_to_copy(env: Env) -> gym.envs.registration.EnvSpec | None:
-    try:
-        spec = env.spec
-    except Exception:
-        # Gymnasium 0.29 deep-copies the arguments of wrappers here, and some cannot be copied.
-        return None
-    if not isinstance(spec, gym.envs.registration.EnvSpec) or env.render_mode is not None:
-        return None
-    for wrapper in spec.additional_wrappers:
-        if wrapper.kwargs is None or wrapper.name in _STATEFUL_WRAPPERS:
-            return None
-    return spec
-
-
-def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
-    if _BEFORE_1_0:
-        # 0.29 hands a custom vector environment its vector_kwargs alone.
-        return gym.make_vec(
-            spec, num_envs=count, vectorization_mode="custom", vector_kwargs=dict(spec.kwargs)
-        )
-    return gym.make_vec(spec, num_envs=count, vectorization_mode="vector_entry_point")
-
-
-class _Member(_Wrapper):
-    """One environment of a SyncVectorEnv.
-
-    With `freeze` it stands still once an episode is over, until a reset with a seed: the steps
-    that a wave throws away cost nothing. Costs are made floats, because Gymnasium gives the column
-    of all environments the type of the first one's value, and 0.5 beside the integer 0 is lost.
-    """
-
-    def __init__(self, env: Env, *, owned: bool, freeze: bool) -> None:
-        super().__init__(env)
-        self._owned = owned
-        self._freeze = freeze
-        self._last: object = None
-        self._over = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        if self._over and seed is None:
-            return self._last, {}
-        self._over = False
-        observation, info = self.env.reset(seed=seed, options=options)
-        return observation, _float_labels(info)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        if self._over:
-            return self._last, 0.0, False, False, {}
-        try:
-            result = self.env.step(action)
-        except ValueError as error:
-            if _MANY_VALUES in str(error):
-                raise _step_error("more than 5") from error
-            raise
-        _check_step(result)
-        observation, reward, terminated, truncated, info = result
-        if self._freeze and (terminated or truncated):
-            self._over, self._last = True, observation
-        return observation, float(reward), terminated, truncated, _float_labels(info)
-
-    def close(self) -> None:
-        if self._owned:
-            super().close()
-
-
-def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
-    labels = {
-        key: float(np.reshape(info[key], ()))
-        for key in ("cost", "constraint")
-        if info.get(key) is not None and np.size(info[key]) == 1
-    }
-    return {**info, **labels}
-
-
-def _check_step(result: Sequence[object]) -> None:
-    if len(result) != 5:
-        raise _step_error(str(len(result)))
-
-
-def _step_error(count: str) -> ValueError:
-    return ValueError(
-        "env.step must return (observation, reward, terminated, truncated, info), got "
-        f"{count} values; for Safety-Gymnasium's native ids, which return the cost as a sixth, use "
-        "the Gymnasium ones (gymnasium.make('SafetyPointGoal1Gymnasium-v0')) or a wrapper that "
-        "puts the cost into info['cost']"
-    )
-
-
-def _autoreset_mode(envs: VectorEnv) -> str:
-    """One of "nextstep", "samestep" and "disabled"."""
-    mode = (envs.metadata or {}).get("autoreset_mode")
-    if mode is None:
-        return "samestep" if _BEFORE_1_0 else "nextstep"
-    return str(getattr(mode, "value", mode)).replace("_", "").lower()
-
-
-@dataclass
-class _Column:
-    """One key of the infos of all environments: values (n, ...) and where there is one (n,)."""
-
-    values: Array
-    present: npt.NDArray[np.bool_]
-
-
-def _column(infos: Mapping[str, Any] | Array, key: str, count: int) -> _Column | None:
-    if isinstance(infos, np.ndarray):
-        # Gymnasium 0.29's final_info: an array of dictionaries and None.
-        rows = [None if one is None else one.get(key) for one in infos]
-        return _column_of_rows(rows)
-    if key not in infos:
-        return None
-    values = np.asarray(infos[key])
-    present = np.array(infos.get(f"_{key}", np.ones(count)), dtype=np.bool_)
-    if values.dtype != object:
-        return _Column(values.copy(), present)
-    return _column_of_rows([values[i] if present[i] else None for i in range(count)])
-
-
-def _column_of_rows(rows: Sequence[object]) -> _Column | None:
-    present = np.array([row is not None for row in rows])
-    if not present.any():
-        return None
-    first = np.asarray(next(row for row in rows if row is not None))
-    values = np.zeros((len(rows), *first.shape), np.result_type(first.dtype, np.float32))
-    for i, row in enumerate(rows):
-        if row is not None:
-            values[i] = row
-    return _Column(values, present)
-
-
-def _step_column(
-    infos: Mapping[str, Any], key: str, replaced: npt.NDArray[np.bool_]
-) -> _Column | None:
-    """A key as it was after the step: from final_info where the environment has reset itself."""
-    count = len(replaced)
-    column = _column(infos, key, count)
-    if not replaced.any():
-        return column
-    final = _column(infos.get("final_info", {}), key, count)
-    if column is None:
-        column = final
-    if column is None:
-        return None
-    column.present[replaced] = False if final is None else final.present[replaced]
-    if final is not None:
-        column.values[replaced] = final.values[replaced]
-    return column
-
-
 class _Runner:
     """What stays the same from wave to wave."""
 
     def __init__(
         self,
         envs: VectorEnv,
+        seen: FlatSpace,
+        played: FlatSpace,
         policy: BatchPolicy,
         rng: np.random.Generator,
         on_step: Callable[[VectorStep], None] | None,
@@ -545,8 +200,9 @@ class _Runner:
         step_limit: int,
     ) -> None:
         self._envs = envs
-        self._space = flat_box(envs.single_action_space, "action_space")
-        self._mode = _autoreset_mode(envs)
+        self._seen = seen
+        self._played = played
+        self._mode = autoreset_mode(envs)
         self._policy = policy
         self._rng = rng
         self._on_step = on_step
@@ -572,15 +228,17 @@ class _Runner:
                     f"an episode has not ended after step_limit = {index} steps; wrap the "
                     "environment in gymnasium.wrappers.TimeLimit, or raise step_limit"
                 )
-            observations = np.array(observations)
-            actions = executable_actions(self._policy(observations, self._rng), self._space, count)
+            observations = copied(observations)
+            proposed = self._policy(observations, self._rng)
+            actions = executable_actions(proposed, self._played.space, count)
             result = envs.step(self._in_dtype(actions))
-            _check_step(result)
+            check_step(result)
             returned, rewards, terminated, truncated, infos = result
             ended = np.asarray(terminated) | np.asarray(truncated)
             reached, replaced = self._reached(returned, ended, infos)
             step = VectorStep(
-                self._waves, index, active, observations, actions, np.array(rewards), reached,
+                self._waves, index, active, self._seen.rows(observations)[0],
+                self._played.rows(actions)[0], np.array(rewards), reached,
                 np.array(terminated), np.array(truncated), infos,
             )  # fmt: skip
             record.add(step, replaced)
@@ -594,16 +252,19 @@ class _Runner:
         self._waves += 1
         return [record.episode(i) for i in range(wanted)]
 
-    def _in_dtype(self, actions: npt.NDArray[np.float32]) -> Array:
+    def _in_dtype(self, actions: Array) -> Array:
+        space = self._played.space
+        if not isinstance(space, gym.spaces.Box):
+            return actions
         # A float32 beside a float64 bound may lie a rounding error outside it.
-        dtype = self._space.dtype
-        return np.clip(actions.astype(dtype), self._space.low, self._space.high)
+        inside: Array = np.clip(actions.astype(space.dtype), space.low, space.high)
+        return inside
 
     def _reached(
-        self, returned: Array, ended: npt.NDArray[np.bool_], infos: Mapping[str, Any]
+        self, returned: Batch, ended: npt.NDArray[np.bool_], infos: Mapping[str, Any]
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Observations after the step, and where `returned` is already of the next episode."""
-        reached = np.array(returned)
+        """Rows after the step, and where `returned` is already of the next episode."""
+        reached = np.array(self._seen.rows(returned, "observation")[0])
         key = next((key for key in ("final_obs", "final_observation") if key in infos), None)
         if key is None:
             if self._mode == "samestep" and ended.any():
@@ -614,7 +275,7 @@ class _Runner:
             return reached, np.zeros_like(ended)
         replaced = np.array(infos.get(f"_{key}", ended), dtype=np.bool_)
         for i in np.flatnonzero(replaced):
-            reached[i] = infos[key][i]
+            reached[i] = self._seen.rows(take(infos[key], int(i)), "observation")[0][0]
         return reached, replaced
 
 
@@ -627,14 +288,14 @@ class _WaveRecord:
         self._count = count
         self._info_keys = info_keys
         keys = ("cost", "constraint", "action_executed", *info_keys)
-        self._reset = {key: _column(reset_infos, key, count) for key in keys}
-        self._columns: dict[str, list[_Column | None]] = {key: [] for key in keys}
+        self._reset = {key: column_of(reset_infos, key, count) for key in keys}
+        self._columns: dict[str, list[Column | None]] = {key: [] for key in keys}
         self._steps: list[VectorStep] = []
         self._lengths = np.zeros(count, dtype=np.int64)
 
     def add(self, step: VectorStep, replaced: npt.NDArray[np.bool_]) -> None:
         for key, column in self._columns.items():
-            column.append(_step_column(step.infos, key, replaced))
+            column.append(step_column(step.infos, key, replaced))
         self._steps.append(step)
         self._lengths += step.active
 
@@ -648,7 +309,7 @@ class _WaveRecord:
         floats = {name: array.astype(np.float32) for name, array in rows.items()}
         for t, executed in enumerate(self._values("action_executed", i)):
             if executed is not None:
-                floats["actions"][t] = executed
+                floats["actions"][t] = np.ravel(executed)
         terminated = np.array([bool(step.terminated[i]) for step in steps])
         truncated = np.array([bool(step.truncated[i]) for step in steps])
         costs = self._complete("cost", i)

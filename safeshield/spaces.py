@@ -7,6 +7,8 @@ can name code to import or a size to allocate beyond `MAX_ELEMENTS`.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +19,8 @@ MAX_ELEMENTS = 10_000_000
 """Most elements a Box read from a file may have."""
 
 _MAX_DIMENSIONS = 32
+_MAX_ENTRIES = 4096
+_MAX_DEPTH = 8
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 _DTYPES = {
     np.dtype(kind).name: np.dtype(kind)
@@ -27,14 +31,14 @@ JsonSpace = dict[str, Any]
 
 
 def space_to_json(space: gym.Space[Any]) -> JsonSpace:
-    """Describe a Box or Discrete space by plain JSON values.
+    """Describe a space by plain JSON values: Box, Discrete, MultiDiscrete, MultiBinary, Dict.
 
     A bound that is the same in every dimension becomes one number, others a flat list in C order;
     infinite bounds become ``"inf"`` and ``"-inf"``, for strict JSON has no infinities. The round
     trip through `space_from_json` is exact in shape, dtype and every bound.
 
     Raises:
-        TypeError: the space is neither a Box of numbers nor a Discrete.
+        TypeError: the space is of another kind.
 
     >>> space_to_json(gym.spaces.Box(-1.0, np.inf, (2,), np.float32))
     {'type': 'Box', 'shape': [2], 'dtype': 'float32', 'low': -1.0, 'high': 'inf'}
@@ -51,9 +55,20 @@ def space_to_json(space: gym.Space[Any]) -> JsonSpace:
         }
     if isinstance(space, gym.spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, gym.spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        start = np.asarray(getattr(space, "start", np.zeros_like(space.nvec)))
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": start.tolist()}
+    if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
+        return {"type": "MultiBinary", "n": int(space.shape[0])}
+    if isinstance(space, gym.spaces.Dict):
+        # A list of pairs: the order of the entries is the order of the columns.
+        return {
+            "type": "Dict",
+            "spaces": [[key, space_to_json(part)] for key, part in space.spaces.items()],
+        }
     raise TypeError(
-        f"space must be a Box of numbers or a Discrete, got {space!r}; "
-        "flatten it first (gymnasium.wrappers.FlattenObservation)"
+        f"space must be a Box of numbers, Discrete, MultiDiscrete, MultiBinary or a Dict of these, "
+        f"got {space!r}; flatten it first (gymnasium.wrappers.FlattenObservation)"
     )
 
 
@@ -69,8 +84,13 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
     >>> space_from_json({"type": "os.system"})
     Traceback (most recent call last):
     ...
-    ValueError: space type must be 'Box' or 'Discrete', got 'os.system'
+    ValueError: space type must be one of Box, Dict, Discrete, MultiBinary, MultiDiscrete, got \
+'os.system'
     """
+    return _from_json(data, depth=0)
+
+
+def _from_json(data: object, depth: int) -> gym.Space[Any]:
     if not isinstance(data, dict):
         raise ValueError(f"a space must be a JSON object, got {type(data).__name__}")
     kind = data.get("type")
@@ -81,7 +101,41 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
         _check_fields(data, {"type", "n", "start"})
         size = _integer(data["n"], "n", 1, 2**31 - 1)
         return gym.spaces.Discrete(size, start=_integer(data["start"], "start", -(2**31), 2**31))
-    raise ValueError(f"space type must be 'Box' or 'Discrete', got {_short(kind)}")
+    if kind == "MultiDiscrete":
+        _check_fields(data, {"type", "nvec", "start"})
+        counts = _integers(data["nvec"], "nvec", 1, 2**31 - 1)
+        starts = _integers(data["start"], "start", -(2**31), 2**31)
+        if len(counts) != len(starts):
+            raise ValueError("MultiDiscrete needs as many starts as counts")
+        if any(starts):
+            return gym.spaces.MultiDiscrete(counts, start=starts)
+        return gym.spaces.MultiDiscrete(counts)
+    if kind == "MultiBinary":
+        _check_fields(data, {"type", "n"})
+        return gym.spaces.MultiBinary(_integer(data["n"], "n", 1, MAX_ELEMENTS))
+    if kind == "Dict":
+        _check_fields(data, {"type", "spaces"})
+        return _dict_from_json(data["spaces"], depth)
+    raise ValueError(
+        "space type must be one of Box, Dict, Discrete, MultiBinary, MultiDiscrete, got "
+        f"{_short(kind)}"
+    )
+
+
+def _dict_from_json(pairs: object, depth: int) -> gym.spaces.Dict:
+    if depth >= _MAX_DEPTH:
+        raise ValueError(f"a Dict space must be nested at most {_MAX_DEPTH} deep")
+    if not isinstance(pairs, list) or not 1 <= len(pairs) <= _MAX_ENTRIES:
+        raise ValueError(f"a Dict space must have 1 to {_MAX_ENTRIES} entries, got {_short(pairs)}")
+    spaces: list[tuple[str, gym.Space[Any]]] = []
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"an entry of a Dict space must be [name, space], got {_short(pair)}")
+        spaces.append((pair[0], _from_json(pair[1], depth + 1)))
+    if len({name for name, _ in spaces}) != len(spaces):
+        raise ValueError("a Dict space must not have two entries of one name")
+    # Not a plain dict, whose entries Gymnasium would sort.
+    return gym.spaces.Dict(OrderedDict(spaces))
 
 
 def check_same_space(
@@ -121,24 +175,21 @@ Box(-2.0, 2.0, (2,), float32); use the environment, with the same wrappers, that
         )
 
 
-def flat_box(space: object, what: str) -> gym.spaces.Box:
-    """Return `space`, a Box with one axis: all that a log or a flat network can take.
+def part_of(space: gym.Space[Any], keys: Sequence[str] | None) -> gym.Space[Any]:
+    """Return the chosen entries of a Dict space as a Dict space; any other space with None.
 
     Raises:
-        TypeError: it is anything else; the message names it as `what`.
+        ValueError: keys for a space that is no Dict, none, or unknown ones.
 
-    >>> flat_box(gym.spaces.Discrete(2), "action_space")
-    Traceback (most recent call last):
-    ...
-    TypeError: action_space must be a Box of shape (width,), got Discrete(2); flatten observations \
-with gymnasium.wrappers.FlattenObservation, and use continuous actions
+    >>> part_of(gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Discrete(3)), ["b"])
+    Dict('b': Discrete(3))
     """
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        raise TypeError(
-            f"{what} must be a Box of shape (width,), got {space!r}; flatten observations with "
-            "gymnasium.wrappers.FlattenObservation, and use continuous actions"
-        )
-    return space
+    if keys is None:
+        return space
+    if not isinstance(space, gym.spaces.Dict) or not keys or not set(keys) <= set(space.spaces):
+        known = list(space.spaces) if isinstance(space, gym.spaces.Dict) else "no Dict space"
+        raise ValueError(f"observation_keys must be some of {known}, got {list(keys)}")
+    return gym.spaces.Dict(OrderedDict((key, space.spaces[key]) for key in keys))
 
 
 def _difference(
@@ -153,6 +204,15 @@ def _difference(
                 same |= np.isinf(one)
             if not same.all():
                 return "bounds"
+        return None
+    if isinstance(expected, gym.spaces.Dict) and isinstance(actual, gym.spaces.Dict):
+        # A model may use some of the entries.
+        for key, part in expected.spaces.items():
+            if key not in actual.spaces:
+                return f"entry {key!r} is missing"
+            difference = _difference(part, actual.spaces[key], unbounded_matches_any)
+            if difference is not None:
+                return f"entry {key!r}: {difference}"
         return None
     if isinstance(expected, gym.spaces.Discrete) and isinstance(actual, gym.spaces.Discrete):
         same_points = (expected.n, expected.start) == (actual.n, actual.start)
@@ -223,6 +283,12 @@ def _integer(value: object, name: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {_short(value)}")
     return value
+
+
+def _integers(values: object, name: str, low: int, high: int) -> list[int]:
+    if not isinstance(values, list) or not 1 <= len(values) <= _MAX_ENTRIES:
+        raise ValueError(f"{name} must be a list of 1 to {_MAX_ENTRIES} integers")
+    return [_integer(value, name, low, high) for value in values]
 
 
 def _check_fields(data: JsonSpace, fields: set[str]) -> None:

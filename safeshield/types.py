@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Num
 
 Observations: TypeAlias = Num[np.ndarray, "*batch obs"]
 Actions: TypeAlias = Num[np.ndarray, "*batch act"]
+Rows: TypeAlias = Num[np.ndarray, "n width"]
+"""n points of a space, in its own units: see `flat`."""
 Scalars: TypeAlias = Float[np.ndarray, "*batch"]
 Flags: TypeAlias = Bool[np.ndarray, "*batch"]
 Candidates: TypeAlias = Num[np.ndarray, "states each act"]

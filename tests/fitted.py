@@ -12,9 +12,9 @@ import torch
 from safeshield.algorithms.training import learning_rate
 from safeshield.nn.mlp import EnsembleMLP, like, tensors
 from safeshield.nn.optim import adam, adam_init
-from safeshield.scaling import SafetyScale, Scaling
+from safeshield.scaling import FALLBACK, SafetyScale, Scaling
 from safeshield.shield import Shield
-from safeshield.shield.model import FALLBACK, SafetyModel
+from safeshield.shield.model import SafetyModel
 from safeshield.values.safety import SafetyCritics
 
 Array = npt.NDArray[Any]

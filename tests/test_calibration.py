@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safeshield.wrappers import SafetyShield
 from scipy.stats import binom
 
+from safeshield.batch_policy import batch_policy
 from safeshield.calibration import (
     CalibrationError,
     CalibrationRecord,
@@ -34,7 +35,7 @@ from safeshield.calibration.rollouts import (
 )
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
-from safeshield.rollout import batch_policy, run_episodes
+from safeshield.rollout import run_episodes
 from safeshield.shield import Shield
 
 pytestmark = pytest.mark.filterwarnings(
@@ -293,7 +294,7 @@ def test_the_record_says_what_was_done(calibrated: Shield) -> None:
     assert all(rung.passed for rung in last)
     assert len(last) == 2
     # The share of all starts of the river that are far enough from danger.
-    starts = start_observations(boat(), 2000, seed=77)
+    starts = start_observations(calibrated, boat(), 2000, seed=77)
     share = float(np.mean(np.asarray(calibrated.value(starts)) <= -record.delta))
     assert record.start_share == pytest.approx(share, abs=0.15)
     for words in ("confidence 0.9", "'random', 'adversary'", "safeshield/Boat-v0", "at most 0.15"):
@@ -404,7 +405,7 @@ def test_arguments_of_calibrate(shield: Shield) -> None:
 
 
 def test_default_thresholds_fall_from_a_share_of_the_starts_to_zero(shield: Shield) -> None:
-    starts = start_observations(boat(), 500, seed=0)
+    starts = start_observations(shield, boat(), 500, seed=0)
     assert starts.shape == (500, 2)
     deltas = default_deltas(shield, starts)
     assert all(a > b for a, b in itertools.pairwise(deltas))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from safeshield.data import OfflineDataset, binary_labels, label_reach
 from safeshield.data.storage import DSRL_KEYS
-from safeshield.spaces import check_same_space, flat_box, space_from_json, space_to_json
+from safeshield.spaces import check_same_space, space_from_json, space_to_json
 
 FIELDS = (
     "observations",
@@ -202,13 +203,16 @@ def test_binary_labels_take_two_values() -> None:
 
 
 def test_spaces_of_another_shape_are_refused() -> None:
-    with pytest.raises(TypeError, match="observation_space must be a Box of shape"):
-        OfflineDataset.from_arrays(**arrays(), observation_space=gym.spaces.Box(-1, 1, (2, 1)))
-    with pytest.raises(TypeError, match="action_space"):
+    with pytest.raises(ValueError, match="as wide as observation_space"):
+        OfflineDataset.from_arrays(**arrays(), observation_space=gym.spaces.Box(-1, 1, (3, 1)))
+    with pytest.raises(ValueError, match="actions must be integers of Discrete"):
+        OfflineDataset.from_arrays(**arrays(), action_space=gym.spaces.Discrete(9, start=-4))
+    with pytest.raises(TypeError, match="observation_space must be Box .any shape., Discrete"):
         OfflineDataset.from_arrays(
-            **arrays(),
-            action_space=gym.spaces.Discrete(2),  # type: ignore[arg-type]
+            **arrays(), observation_space=gym.spaces.Tuple([gym.spaces.Discrete(2)])
         )
+    with pytest.raises(TypeError, match="action_space must be bounded Box"):
+        OfflineDataset.from_arrays(**arrays(), action_space=gym.spaces.MultiBinary(12))
 
 
 def test_objects_are_refused() -> None:
@@ -479,7 +483,14 @@ def test_headers_are_checked(tmp_path: Path) -> None:
         (json.dumps(header | {"more": 1}), "must have the fields"),
         (json.dumps(header | {"constraint_kind": 3}), "constraint_kind"),
         (json.dumps(header | {"action_space": big}), "shape must be an integer"),
-        (json.dumps(header | {"action_space": {"type": "Discrete", "n": 2, "start": 0}}), "Box"),
+        (
+            json.dumps(header | {"action_space": {"type": "Discrete", "n": 2, "start": 0}}),
+            "Discrete",
+        ),
+        (
+            json.dumps(header | {"action_space": {"type": "Dict", "spaces": [["a", BOX]]}}),
+            "action_space must be",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             load_with(text)
@@ -542,10 +553,23 @@ def test_other_spaces_round_trip() -> None:
         gym.spaces.Box(0, 255, (2, 3), np.uint8),
         gym.spaces.Box(-(2**62), 2**62 + 1, (2,), np.int64),
         gym.spaces.Discrete(5, start=-2),
+        gym.spaces.MultiDiscrete([3, 2]),
+        gym.spaces.MultiBinary(4),
+        gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Dict(c=gym.spaces.Box(0, 1))),
     ):
         assert space_from_json(json.loads(json.dumps(space_to_json(space)))) == space
-    with pytest.raises(TypeError, match="must be a Box of numbers or a Discrete"):
-        space_to_json(gym.spaces.Dict({}))
+    backwards = gym.spaces.Dict(
+        OrderedDict([("z", gym.spaces.Discrete(2)), ("a", gym.spaces.Box(0, 1))])
+    )
+    back = space_from_json(space_to_json(backwards))
+    assert list(back.spaces) == ["z", "a"]  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="must be a Box of numbers, Discrete"):
+        space_to_json(gym.spaces.Text(3))
+    deep: dict[str, Any] = {"type": "Discrete", "n": 2, "start": 0}
+    for _ in range(20):
+        deep = {"type": "Dict", "spaces": [["a", deep]]}
+    with pytest.raises(ValueError, match="nested at most"):
+        space_from_json(deep)
 
 
 BOX = {"type": "Box", "shape": [2], "dtype": "float32", "low": -1.0, "high": 1.0}
@@ -609,10 +633,3 @@ def test_same_space_compares_points() -> None:
             check_same_space(expected, actual, "what")
     with pytest.raises(ValueError, match="bounds"):
         check_same_space(box, free, "what", unbounded_matches_any=True)
-
-
-def test_flat_box() -> None:
-    box = gym.spaces.Box(-1, 1, (2,))
-    assert flat_box(box, "space") is box
-    with pytest.raises(TypeError, match="FlattenObservation"):
-        flat_box(gym.spaces.Box(-1, 1, (2, 2)), "space")

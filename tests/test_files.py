@@ -377,7 +377,7 @@ HEADERS: dict[str, Callable[[Json], object]] = {
     "space by import": lambda h: h.update(action_space={"type": "os.system"}),
     "space a string": lambda h: h.update(action_space="Box"),
     "space huge": lambda h: h.update(observation_space=box(shape=[10**9])),
-    "space of two axes": lambda h: h.update(observation_space=box(shape=[3, 1])),
+    "space of two axes": lambda h: h.update(observation_space=box(shape=[4, 1])),
     "space discrete": lambda h: h.update(action_space={"type": "Discrete", "n": 2, "start": 0}),
     "space of objects": lambda h: h.update(observation_space=box(dtype="O")),
     "space of another width": lambda h: h.update(observation_space=box(shape=[4])),

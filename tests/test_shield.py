@@ -387,7 +387,7 @@ def test_candidates_lie_in_the_box_and_are_as_many_as_said(
     import torch
 
     from safeshield.nn.mlp import EnsembleMLP
-    from safeshield.shield.model import FALLBACK
+    from safeshield.scaling import FALLBACK
 
     chosen = CandidateSet(*counts)
     box = gym.spaces.Box(-2.0, 3.0, (width,))

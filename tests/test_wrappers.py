@@ -320,7 +320,7 @@ def test_an_observation_of_another_shape_is_an_error(shield: Shield) -> None:
             observation, info = self.env.reset(**kwargs)
             return observation[:1], info
 
-    with pytest.raises(ValueError, match="observation of shape"):
+    with pytest.raises(ValueError, match="observation must be numbers of shape"):
         SafetyShield(Narrow(gym.make(BOAT).unwrapped), shield).reset(seed=0)
 
 

@@ -42,8 +42,9 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     shield/threshold        float: -delta, which the value must not exceed
     shield/certified        bool: the state just reached has V_h <= -delta, and the shield
                             is calibrated
-    action_proposed         array: what the agent sent (at reset: NaN)
-    action_executed         array: what the dynamics saw (at reset: NaN)
+    action_proposed         array: what the agent sent (at reset: NaN; where actions are discrete
+                            an integer that is none of them)
+    action_executed         array: what the dynamics saw (at reset likewise)
     ======================  ==========================================================
 
     The shield must see the observations it was trained on: put it inside (below) wrappers that
@@ -74,7 +75,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             unbounded_matches_any=True,
         )
         check_same_space(self.shield.action_space, env.action_space, "action_space")
-        self._no_action = np.full(self.shield.action_space.shape, np.nan, np.float32)
+        self._no_action = self.shield.model.played.nothing
         self._rows: npt.NDArray[Any] | None = None
         self._finite = False
         self._states: StateValue | None = None
@@ -112,15 +113,17 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
                 f"action must be numbers of shape {self._no_action.shape}, got "
                 f"{proposed.dtype} {proposed.shape}"
             )
+        row = proposed.reshape(-1)
         self.shield.warn_if_uncalibrated()
-        accepted = self.shield.accepts(self._states, proposed) if self._finite else None
+        accepted = self.shield.accepts(self._states, row) if self._finite else None
         if accepted is not None:
             # The very array the agent sent.
             sent, value, intervened = action, accepted, False
         else:
-            executed, report = self.shield.judge(self._states, self._rows, proposed[None])
+            executed, report = self.shield.judge(self._states, self._rows, row[None])
             verdict = report.row(0)
-            intervened, sent, value = bool(verdict.intervened), executed[0], float(verdict.value)
+            intervened, value = bool(verdict.intervened), float(verdict.value)
+            sent = self.shield.points(executed)[0] if intervened else action
         observation, reward, terminated, truncated, info = self._step_env(sent)
         reached = self._see(observation)
         threshold = self.shield.threshold
@@ -156,12 +159,14 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
 
     def _see(self, observation: npt.NDArray[Any]) -> float:
         """Judge a state once, for its info and for the action to come; returns V_h."""
-        self._rows = np.array(observation)[None]
-        if self._rows.shape[1:] != self.shield.observation_space.shape:
+        rows, single = self.shield.observation_rows(observation)
+        if not single:
             raise ValueError(
-                f"the environment returned an observation of shape {self._rows.shape[1:]}, its "
-                f"observation_space has {self.shield.observation_space.shape}"
+                f"the environment returned {len(rows)} observations, its observation_space is "
+                f"{self.shield.observation_space}"
             )
+        # A copy: environments may write into what they returned.
+        self._rows = np.array(rows)
         self._finite = bool(self.shield.readable(self._rows)[0])
         self._states = self.shield.states(self._rows)
         return float(self._states.value[0]) if self._finite else float("inf")

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.algorithms.safefql_updates import STUDENT, Architecture, SafeFQLRun
+from safeshield.algorithms.safefql_updates import STUDENT, TEACHER, Architecture, SafeFQLRun
 from safeshield.algorithms.tensors import (
     LogTensors,
     check_boundary,
@@ -38,17 +39,27 @@ from safeshield.algorithms.tensors import (
 from safeshield.algorithms.training import FitOptions, run_phases
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files import read_tensors, write_tensors
+from safeshield.flat import Batch, flat_actions, flat_observations
 from safeshield.nn.forward import forward
 from safeshield.nn.mlp import Networks
-from safeshield.scaling import SAFETY_NETWORKS, SafetyScale, Scaling, finite_number
+from safeshield.scaling import BEHAVIOUR, SAFETY_NETWORKS, SafetyScale, Scaling, finite_number
 from safeshield.shield.model import SafetyModel
 from safeshield.shield.shield import Shield
-from safeshield.spaces import flat_box, space_from_json, space_to_json
+from safeshield.spaces import space_from_json, space_to_json
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
 _FORMAT = "safeshield-safefql"
 _VERSION = 1
+
+
+def _box(space: gym.Space[Any]) -> gym.spaces.Box:
+    if not isinstance(space, gym.spaces.Box):
+        raise TypeError(
+            f"SafeFQL's actor needs a Box of actions, got {space!r}; ShieldTrainer makes a shield "
+            "for discrete ones"
+        )
+    return space
 
 
 @dataclass(frozen=True)
@@ -213,6 +224,7 @@ class SafeFQL:
                 `checkpoint`.
 
         Raises:
+            TypeError: actions are discrete: its actor is continuous; `ShieldTrainer` takes them.
             ValueError: the log has no violation or nothing but violations, its action box is
                 unbounded, or the checkpoint belongs to another run.
             FloatingPointError: a loss became NaN.
@@ -242,7 +254,7 @@ class SafeFQL:
             run.initial(generator),
             generator,
             transitions=len(log),
-            actions=model.action_space.shape[0],
+            actions=model.scaling.action_features,
             options=options,
             fingerprint=fingerprint(self.config, dataset, steps),
         )
@@ -251,14 +263,14 @@ class SafeFQL:
         return self
 
     def _describe(self, dataset: OfflineDataset) -> Architecture:
-        observation = flat_box(dataset.observation_space, "observation_space")
-        action = flat_box(dataset.action_space, "action_space")
-        widths = observation.shape[0], action.shape[0]
+        action = _box(dataset.action_space)
+        scaling = Scaling.of(dataset)
+        widths = scaling.observation_features, scaling.action_features
         hidden = self.config.critic_hidden
         return Architecture(
-            observation,
+            dataset.observation_space,
             action,
-            Scaling.of(dataset),
+            scaling,
             self.config.flow_hidden,
             self.config.student_hidden,
             SafetyCritics(
@@ -288,7 +300,7 @@ class SafeFQL:
 
     def predict(
         self,
-        observation: npt.ArrayLike,
+        observation: Batch,
         state: tuple[npt.NDArray[Any], ...] | None = None,
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
@@ -296,7 +308,7 @@ class SafeFQL:
         """Return actions and the state, which is passed through: Stable-Baselines3's signature.
 
         Args:
-            observation: (obs,) or (n, obs).
+            observation: one, or a batch of them.
             state: unused; the actor has no memory.
             episode_start: unused.
             deterministic: use z = 0; otherwise one draw z ~ N(0, I).
@@ -305,26 +317,23 @@ class SafeFQL:
             ValueError: a shape that is not the observation space's, or NaN.
         """
         model = self._fitted()
-        array = np.asarray(observation, np.float32)
-        width = model.observation_space.shape[0]
-        if array.ndim not in (1, 2) or array.shape[-1] != width:
-            raise ValueError(
-                f"observation must have shape ({width},) or (n, {width}), got {array.shape}"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"observation must be finite, got {array}")
-        rows = np.atleast_2d(array)
-        shape = (len(rows), *model.action_space.shape)
+        rows, single = flat_observations(model.observation_space).rows(observation, "observation")
+        rows = rows.astype(np.float32)
+        if not np.isfinite(rows).all():
+            raise ValueError(f"observation must be finite, got {observation}")
+        played = flat_actions(model.action_space)
+        shape = (len(rows), played.width)
         noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
         inputs = np.concatenate([model.scaling.observations(rows), noise.astype(np.float32)], -1)
         scaled = np.clip(forward(self._arrays[STUDENT], inputs)[0], -1.0, 1.0)
-        actions = model.scaling.to_box(scaled)
-        return (actions if array.ndim == 2 else actions[0]), state
+        actions = played.points(model.scaling.to_box(scaled))
+        return (actions[0] if single else actions), state
 
     def shield(self) -> Shield:
         """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor."""
         model = self._fitted()
-        networks = {name: self._arrays[name] for name in (*SAFETY_NETWORKS, STUDENT)}
+        names = {**{name: name for name in (*SAFETY_NETWORKS, STUDENT)}, BEHAVIOUR: TEACHER}
+        networks = {name: self._arrays[mine] for name, mine in names.items()}
         return Shield(
             SafetyModel(
                 observation_space=model.observation_space,
@@ -332,6 +341,7 @@ class SafeFQL:
                 scaling=model.scaling,
                 scale=model.safety.scale,
                 networks=networks,
+                flow_steps=self.config.flow_steps,
             ),
             trained_by=f"SafeFQL, seed {self.config.seed}",
         )
@@ -367,15 +377,16 @@ class SafeFQL:
             if header["version"] != _VERSION:
                 raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
             config = SafeFQLConfig.from_json(header["config"])
-            observation = flat_box(space_from_json(header["observation_space"]), "observation")
-            action = flat_box(space_from_json(header["action_space"]), "action")
-            widths = observation.shape[0], action.shape[0]
+            observation = flat_observations(space_from_json(header["observation_space"]))
+            action = flat_actions(space_from_json(header["action_space"]))
+            scaling = Scaling.from_json(header["scaling"], observation, action)
+            widths = scaling.observation_features, scaling.action_features
             scale = SafetyScale.from_json(header["safety_scale"])
             mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
             model = Architecture(
-                observation,
-                action,
-                Scaling.from_json(header["scaling"], *widths),
+                observation.space,
+                _box(action.space),
+                scaling,
                 config.flow_hidden,
                 config.student_hidden,
                 SafetyCritics(*widths, config.critic_hidden, scale),

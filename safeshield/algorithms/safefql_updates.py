@@ -2,15 +2,14 @@ r"""The three updates of SafeFQL, each a pure function of (state, draw)."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
+from safeshield.algorithms.safety_updates import SafetyLog, critic_rates, flow_update, stages
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import (
     Draw,
@@ -21,31 +20,27 @@ from safeshield.algorithms.training import (
     descend,
     learning_rate,
 )
-from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
+from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.nn.optim import adam_init, polyak
 from safeshield.scaling import Scaling
-from safeshield.values.backup import RewardBackup, SafetyBackup, reward_backup, safety_backup
+from safeshield.values.backup import RewardBackup, reward_backup
 from safeshield.values.reward import VALUE as REWARD_VALUE
 from safeshield.values.reward import RewardBatch, RewardCritics
-from safeshield.values.safety import VALUE_NETWORKS, SafetyBatch, SafetyCritics
+from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
 
 if TYPE_CHECKING:
     from safeshield.algorithms.safefql import SafeFQLConfig
 
 TEACHER, STUDENT = "teacher", "student"
 _VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
-# Share of the critics' updates after which V stands still while the advantages catch up with it.
-_VALUES_END = 0.8
-# The states nearest to V_h = 0 are sought among this many, and one in eight of them is kept.
-_POOL, _KEPT = 65_536, 8_192
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What a log and a configuration fix besides the weights: spaces, widths, units."""
 
-    observation_space: gym.spaces.Box
+    observation_space: gym.Space[Any]
     action_space: gym.spaces.Box
     scaling: Scaling
     flow_hidden: tuple[int, ...]
@@ -57,13 +52,13 @@ class Architecture:
     def teacher(self) -> EnsembleMLP:
         """Describe the velocity field."""
         return velocity_network(
-            self.observation_space.shape[0], self.action_space.shape[0], self.flow_hidden
+            self.scaling.observation_features, self.scaling.action_features, self.flow_hidden
         )
 
     @property
     def student(self) -> EnsembleMLP:
         """Describe the one-step actor: (s, z) to an action."""
-        observation, action = self.observation_space.shape[0], self.action_space.shape[0]
+        observation, action = self.scaling.observation_features, self.scaling.action_features
         return EnsembleMLP(observation + action, action, self.student_hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
@@ -130,6 +125,9 @@ class SafeFQLRun:
     config: SafeFQLConfig
     steps: int
 
+    def __post_init__(self) -> None:
+        self._safety = SafetyLog(self.model.safety, self.log)
+
     def initial(self, generator: torch.Generator) -> TrainState:
         """Draw all weights."""
         critics = {**self.model.safety.init(generator), **self.model.reward.init(generator)}
@@ -151,6 +149,7 @@ class SafeFQLRun:
     def phases(self) -> list[Phase]:
         """List what to do, in order. The windows of the critics' targets get shorter in stages."""
         size, near = self.config.batch_size, self.config.near_share
+        windows = self.config.safety_backup_steps, self.config.reward_backup_steps
         if self.config.phases == "joint":
             return [
                 Phase(
@@ -159,20 +158,20 @@ class SafeFQLRun:
                     self._joint(*lengths),
                     size,
                     near,
-                    self._refresh,
+                    self._safety.refresh,
                 )
-                for i, (count, *lengths) in enumerate(self._stages(self.steps))
+                for i, (count, *lengths) in enumerate(stages(self.steps, *windows))
             ]
         critics, teacher, student = self._phase_steps()
-        stages = self._stages(critics)
+        refresh = self._safety.refresh
         return [
             *(
-                Phase(f"critics {i + 1}", count, self._critics(*lengths), size, near, self._refresh)
-                for i, (count, *lengths) in enumerate(stages)
+                Phase(f"critics {i + 1}", count, self._critics(*lengths), size, near, refresh)
+                for i, (count, *lengths) in enumerate(stages(critics, *windows))
             ),
-            Phase(TEACHER, teacher, self._teacher, size),
+            Phase(TEACHER, teacher, self._teacher(), size),
             # The critics stand still from here on, so one look at the log is enough.
-            Phase(STUDENT, student, self._student, size, near, self._refresh, student),
+            Phase(STUDENT, student, self._student, size, near, refresh, student),
         ]
 
     def _phase_steps(self) -> tuple[int, int, int]:
@@ -183,38 +182,11 @@ class SafeFQLRun:
         critics = min(critics, self.steps - teacher - 1)
         return critics, teacher, self.steps - critics - teacher
 
-    def _stages(self, steps: int) -> list[tuple[int, int, int]]:
-        """Cut `steps` where either window changes: (updates, safety window, reward window)."""
-        safety, reward = self.config.safety_backup_steps, self.config.reward_backup_steps
-        # Rounded up, so that the first step of part i counts as part i below.
-        edges = sorted(
-            {
-                math.ceil(i * steps / len(windows))
-                for windows in (safety, reward)
-                for i in range(len(windows) + 1)
-            }
-        )
-        return [
-            (
-                stop - start,
-                safety[start * len(safety) // steps],
-                reward[start * len(reward) // steps],
-            )
-            for start, stop in itertools.pairwise(edges)
-        ]
-
     # -- critics ------------------------------------------------------------------------------
 
     def _critics(self, safety_steps: int, reward_steps: int) -> Update:
         log, config = self.log, self.config
-        safety_window = safety_backup(
-            log.constraints,
-            log.next_constraints,
-            log.terminated,
-            log.episode_last,
-            self.model.safety.discount,
-            safety_steps,
-        )
+        safety_batches = self._safety.batches(safety_steps)
         reward_window = reward_backup(
             log.rewards, log.terminated, log.episode_last, config.discount, reward_steps
         )
@@ -222,7 +194,7 @@ class SafeFQLRun:
         total = self._phase_steps()[0]
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            safety_batch = _safety_batch(log, safety_window, draw.rows)
+            safety_batch = safety_batches(draw.rows)
             reward_batch = _reward_batch(log, reward_window, draw.rows)
             sigma = state.scales["reward"]
             allowed = self._allowed(state.targets, draw.rows) if config.safe_reward_value else None
@@ -250,10 +222,7 @@ class SafeFQLRun:
                 return safety + reward, {**safety_metrics, **reward_metrics}
 
             count = state.moments["critics"].updates
-            early = learning_rate(config.learning_rate, count, total, _VALUES_END)
-            values = torch.where(count < _VALUES_END * total, early, torch.zeros_like(early))
-            late = learning_rate(config.learning_rate, count, total)
-            rates = {name: values if name in _VALUES else late for name in names}
+            rates = critic_rates(config.learning_rate, count, total, names, _VALUES)
             state, metrics = descend(state, "critics", names, loss, rates)
             return (
                 state._replace(
@@ -282,34 +251,14 @@ class SafeFQLRun:
     def _margin(self) -> float:
         return self.config.margin_steps * self.model.safety.scale.step
 
-    def _refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        """Find the transitions that start nearest to V_h = 0.
-
-        Which states are drawn more often changes no fixed point: the expectile over actions is
-        taken in each state by itself. It puts the networks' accuracy where it decides something.
-        """
-        size = min(_POOL, len(self.log))
-        rows = torch.randint(len(self.log), (size,), generator=generator, device=generator.device)
-        with torch.no_grad():
-            value = self.model.safety.value(state.targets, self.log.observations[rows])
-        kept = max(1, size * _KEPT // _POOL)
-        nearest = value.abs().topk(kept, largest=False).indices
-        return state._replace(near=rows[nearest])
-
-    # -- teacher ------------------------------------------------------------------------------
-
-    def _teacher(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            value = flow_matching_loss(
-                self.model.teacher, networks[TEACHER], observations, actions, draw.noise, draw.time
-            )
-            return value, {"teacher/flow_matching_loss": value.detach()}
-
-        count = state.moments[TEACHER].updates
-        rate = learning_rate(self.config.learning_rate, count, self._phase_steps()[1])
-        return descend(state, TEACHER, (TEACHER,), loss, {TEACHER: rate})
+    def _teacher(self) -> Update:
+        return flow_update(
+            TEACHER,
+            self.model.teacher,
+            self.log,
+            self.config.learning_rate,
+            self._phase_steps()[1],
+        )
 
     # -- student ------------------------------------------------------------------------------
 
@@ -334,33 +283,16 @@ class SafeFQLRun:
     # -- all at once --------------------------------------------------------------------------
 
     def _joint(self, safety_steps: int, reward_steps: int) -> Update:
-        critics = self._critics(safety_steps, reward_steps)
+        critics, teacher = self._critics(safety_steps, reward_steps), self._teacher()
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             metrics: Metrics = {}
-            for part in (critics, self._teacher, self._student):
+            for part in (critics, teacher, self._student):
                 state, more = part(state, draw)
                 metrics |= more
             return state, metrics
 
         return update
-
-
-def _safety_batch(log: LogTensors, window: SafetyBackup, rows: Tensor) -> SafetyBatch:
-    last = window.last[rows]
-    return SafetyBatch(
-        observations=log.observations[rows],
-        actions=log.actions[rows],
-        next_observations=log.next_observations[rows],
-        constraints=log.constraints[rows],
-        next_constraints=log.next_constraints[rows],
-        terminated=log.terminated[rows],
-        floor=window.floor[rows],
-        offset=window.offset[rows],
-        slope=window.slope[rows],
-        window_observations=log.next_observations[last],
-        window_constraints=log.next_constraints[last],
-    )
 
 
 def _reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollout import BatchPolicy, as_batch_policy
-from safeshield.types import Actions, Flags, Observations
+from safeshield.batch_policy import BatchPolicy, as_batch_policy
+from safeshield.flat import Batch
+from safeshield.types import Flags
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
@@ -17,8 +18,13 @@ RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
 
 
 def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
-    """Return `count` actions (count, act) spread over the box: evenly in one or two dimensions."""
-    width = shield.action_space.shape[0]
+    """Return `count` actions (count, act) spread over the box: evenly in one or two dimensions.
+
+    Where actions are discrete: all of them.
+    """
+    if shield.model.played.discrete:
+        return shield.model.played.choices
+    width = shield.model.played.width
     points = np.random.default_rng(0).uniform(-1.0, 1.0, (count, width))
     if width == 1:
         points = np.linspace(-1.0, 1.0, count)[:, None]
@@ -48,13 +54,11 @@ class Adversary:
         self._shield = shield
         self._points = spread_actions(shield, choices)
 
-    def __call__(
-        self, observations: Observations, rng: np.random.Generator, /
-    ) -> npt.NDArray[np.float32]:
-        """Propose actions (n, act) for observations (n, obs)."""
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
+        """Propose actions for n observations."""
         model = self._shield.model
-        states = self._shield.states(observations)
-        points = np.broadcast_to(self._points, (len(observations), *self._points.shape))
+        states = self._shield.states(self._shield.observation_rows(observations)[0])
+        points = np.broadcast_to(self._points, (len(states.value), *self._points.shape))
         candidates = np.concatenate(
             [model.fallback(states, np.zeros((1, points.shape[-1]), np.float32)), points], axis=1
         )
@@ -62,8 +66,7 @@ class Adversary:
         good = values <= self._shield.threshold
         masked = np.where(good, values, -np.inf)
         best = np.where(good.any(axis=1), masked.argmax(axis=1), values.argmax(axis=1))
-        chosen: npt.NDArray[np.float32] = candidates[np.arange(len(best)), best]
-        return chosen
+        return self._shield.points(candidates[np.arange(len(best)), best])
 
 
 class ShieldedProposals:
@@ -86,10 +89,12 @@ class ShieldedProposals:
         if callable(start):
             start(num_envs)
 
-    def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
-        """Return the executed actions (n, act)."""
-        # Rounded first: what is judged is what the environment gets.
-        proposed = np.asarray(self._proposals(observations, rng), np.float32)
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
+        """Return the executed actions."""
+        proposed = np.asarray(self._proposals(observations, rng))
+        if not self._shield.model.played.discrete:
+            # Rounded first: what is judged is what the environment gets.
+            proposed = proposed.astype(np.float32)
         executed, report = self._shield.filter(observations, proposed)
         if not self._waves:
             self._waves.append([])

@@ -17,12 +17,13 @@ from safeshield.calibration.binomial import episodes_needed
 from safeshield.calibration.policies import ShieldedProposals, battery
 from safeshield.calibration.record import CalibrationRecord, PolicyResult
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
-from safeshield.rollout import Env, is_vector_env, run_episodes, vectorise
+from safeshield.rollout import run_episodes
 from safeshield.spaces import check_same_space
+from safeshield.vectorise import Env, is_vector_env, vectorise
 
 if TYPE_CHECKING:
-    from safeshield.rollout import VectorEnv
     from safeshield.shield.shield import Shield
+    from safeshield.vectorise import VectorEnv
 
 DEFAULT_SHARES = (0.8, 0.9, 0.95, 0.965, 0.975, 0.985)
 """Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
@@ -32,15 +33,17 @@ _WAVE = 1024
 _MOST_RESETS_PER_EPISODE = 20
 
 
-def start_observations(env: Env | VectorEnv, count: int, seed: int) -> npt.NDArray[np.float32]:
-    """Return `count` first observations (count, obs) of the environment's own resets."""
+def start_observations(
+    shield: Shield, env: Env | VectorEnv, count: int, seed: int
+) -> npt.NDArray[np.float32]:
+    """Return `count` first observations of the environment's own resets, as rows (count, obs)."""
     envs = vectorise(env)
     rng = np.random.default_rng(seed)
     rows: list[npt.NDArray[np.float32]] = []
     try:
         while sum(map(len, rows)) < count:
             observations, _ = envs.reset(seed=int(rng.integers(2**31 - 1)))
-            rows.append(np.asarray(observations, np.float32))
+            rows.append(shield.observation_rows(observations)[0].astype(np.float32))
     finally:
         if envs is not env:
             envs.close()
@@ -57,7 +60,7 @@ def default_deltas(
     Raises:
         CalibrationError: no start has V_h <= 0.
     """
-    values = np.asarray(shield.value(observations), np.float64)
+    values = shield.row_values(observations).astype(np.float64)
     inside = -values[values <= 0]
     if len(inside) == 0:
         raise CalibrationError(
@@ -85,6 +88,7 @@ class _Trials:
             warnings.simplefilter("ignore")
             shield = self.shield.with_delta(delta)
             acting = ShieldedProposals(shield, battery(shield, self.policy)[name])
+            keys = shield.observation_keys
             accepted = violations = resets = eligible = steps = replaced = 0
             while accepted < episodes and violations <= most:
                 # A few more than are missing on average: the last are not worth waves of their own.
@@ -96,10 +100,11 @@ class _Trials:
                     min(wanted, _WAVE),
                     int(self.seeds.integers(2**31 - 1)),
                     num_envs=self.num_envs,
+                    observation_keys=keys,
                 )
                 resets += len(runs)
                 first = np.stack([run.observations[0] for run in runs])
-                certain = np.asarray(shield.value(first)) <= shield.threshold
+                certain = shield.row_values(first) <= shield.threshold
                 eligible += int(np.count_nonzero(certain))
                 # The last wave may hold more environments than there are episodes left.
                 flags = acting.interventions()
@@ -177,12 +182,12 @@ def calibrate(
         episodes = episodes_needed(epsilon, confidence, violations=1)
     spec = getattr(env, "spec", None)
     fast = is_vector_env(env) or getattr(spec, "vector_entry_point", None) is not None
-    starts = start_observations(env, _STARTS if fast else _STARTS_OF_SLOW, seed)
+    starts = start_observations(shield, env, _STARTS if fast else _STARTS_OF_SLOW, seed)
     if deltas is not None:
         deltas = [float(delta) for delta in deltas]
     else:
         deltas = default_deltas(shield, starts)
-    share = float(np.mean(np.asarray(shield.value(starts)) <= -max(deltas, default=0.0)))
+    share = float(np.mean(shield.row_values(starts) <= -max(deltas, default=0.0)))
     if share < 1.0 / _MOST_RESETS_PER_EPISODE:
         raise CalibrationError(
             f"only {share:.1%} of the environment's starts have V_h <= -{max(deltas):.4g}, the "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.rollout import Env, Episode, is_vector_env, run_episodes
-from safeshield.spaces import flat_box
+from safeshield.rollout import Episode, run_episodes
+from safeshield.spaces import part_of
+from safeshield.vectorise import Env, is_vector_env
 
 if TYPE_CHECKING:
-    from safeshield.rollout import VectorEnv
+    from safeshield.vectorise import VectorEnv
 
 
 def collect(
@@ -23,6 +25,7 @@ def collect(
     *,
     num_envs: int | None = None,
     label_magnitude: float = DEFAULT_MAGNITUDE,
+    observation_keys: Sequence[str] | None = None,
 ) -> OfflineDataset:
     """Run whole episodes and log them.
 
@@ -41,17 +44,23 @@ def collect(
         seed: the same seed gives the same log.
         num_envs: how many environments step together.
         label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
+        observation_keys: entries of a Dict observation to log, all by default. A shield trained on
+            the log sees these alone; the policy sees all.
 
     Raises:
         ValueError: the environment reports neither key, or one of them at some steps only.
-        TypeError: a space is not a Box of shape (width,).
+        TypeError: a space that `flat` does not support.
 
     >>> import gymnasium, safeshield.envs
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=3, seed=0)
     >>> log
     OfflineDataset(1200 transitions, 3 episodes, obs 2, act 2, continuous constraints)
     """
-    runs = run_episodes(env, policy, episodes, seed, num_envs=num_envs)
+    prefix = "single_" if is_vector_env(env) else ""
+    seen = part_of(getattr(env, f"{prefix}observation_space"), observation_keys)
+    runs = run_episodes(
+        env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
+    )
     labelled = [run.next_constraints is not None for run in runs]
     if not all(labelled) and any(labelled):
         raise ValueError("info['constraint'] must be reported in all episodes or in none")
@@ -70,11 +79,10 @@ def collect(
     arrays["costs"] = np.concatenate([_costs(run) for run in runs])
     if not labelled[0]:
         arrays["initial_costs"] = np.array([run.initial_cost or 0.0 for run in runs])
-    prefix = "single_" if is_vector_env(env) else ""
     return OfflineDataset.from_arrays(
         **arrays,
-        observation_space=flat_box(getattr(env, f"{prefix}observation_space"), "observation_space"),
-        action_space=flat_box(getattr(env, f"{prefix}action_space"), "action_space"),
+        observation_space=seen,
+        action_space=getattr(env, f"{prefix}action_space"),
         label_magnitude=label_magnitude,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast, overload
@@ -23,7 +23,8 @@ from safeshield.data.validation import (
     check_log,
     starts_of,
 )
-from safeshield.spaces import check_same_space, flat_box, space_from_json, space_to_json
+from safeshield.flat import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces import check_same_space, space_from_json, space_to_json
 
 ConstraintKind = Literal["continuous", "binary"]
 Array = npt.NDArray[Any]
@@ -37,6 +38,9 @@ _VERSION = 1
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class OfflineDataset:
     """Whole episodes, one after the other, as read-only arrays of N transitions.
+
+    Observations and actions are kept as rows of numbers (see `flat`): a Box of any shape flattened,
+    a Discrete as one integer, the entries of a Dict side by side.
 
     Row t is the step from s[t] by a[t] to s[t+1]. Rewards, costs and `next_constraints` of the row
     belong to what the step led to, `constraints` to where it started. Floating arrays become
@@ -53,13 +57,14 @@ class OfflineDataset:
         costs: (N,) the cost reported after the step, of s[t+1].
         constraints: (N,) h(s[t]), above 0 in a violation.
         next_constraints: (N,) h(s[t+1]).
-        observation_space: Box of shape (obs,).
-        action_space: Box of shape (act,).
+        observation_space: of one observation: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict
+            of the entries that the log holds.
+        action_space: Box, Discrete, MultiDiscrete or MultiBinary.
         constraint_kind: "continuous" (in units of the constraint) or "binary" (+M and -1).
 
     Raises:
         ValueError: a rule is broken; the message names the key, the index, the episode, a repair.
-        TypeError: an array holds no numbers, or a space is not a Box of shape (width,).
+        TypeError: an array holds no numbers, or a space is of another kind.
 
     >>> data = OfflineDataset.from_arrays(
     ...     observations=[[0.0], [1.0], [0.0]], actions=[[0.5], [0.5], [0.0]],
@@ -83,14 +88,24 @@ class OfflineDataset:
     costs: npt.NDArray[np.float32]
     constraints: npt.NDArray[np.float32]
     next_constraints: npt.NDArray[np.float32]
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
     constraint_kind: ConstraintKind
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
             object.__setattr__(self, name, as_field(name, getattr(self, name)))
-        check_log(self._arrays(), self.observation_space, self.action_space, self.constraint_kind)
+        check_log(self._arrays(), self.flat_observations, self.flat_actions, self.constraint_kind)
+
+    @cached_property
+    def flat_observations(self) -> FlatSpace:
+        """How observations become rows."""
+        return flat_observations(self.observation_space)
+
+    @cached_property
+    def flat_actions(self) -> FlatSpace:
+        """How actions become rows."""
+        return flat_actions(self.action_space)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # NumPy's pickle and deepcopy forget that an array is read-only.
@@ -113,17 +128,17 @@ class OfflineDataset:
     def from_arrays(
         cls,
         *,
-        observations: npt.ArrayLike,
+        observations: npt.ArrayLike | Mapping[str, npt.ArrayLike],
         actions: npt.ArrayLike,
         rewards: npt.ArrayLike,
-        next_observations: npt.ArrayLike,
+        next_observations: npt.ArrayLike | Mapping[str, npt.ArrayLike],
         terminated: npt.ArrayLike,
         truncated: npt.ArrayLike,
         costs: npt.ArrayLike,
         constraints: npt.ArrayLike | None = None,
         next_constraints: npt.ArrayLike | None = None,
-        observation_space: gym.spaces.Box | None = None,
-        action_space: gym.spaces.Box | None = None,
+        observation_space: gym.Space[Any] | None = None,
+        action_space: gym.Space[Any] | None = None,
         constraint_kind: ConstraintKind | None = None,
         label_magnitude: float = DEFAULT_MAGNITUDE,
         initial_costs: npt.ArrayLike | None = None,
@@ -132,8 +147,10 @@ class OfflineDataset:
 
         Without `constraints` and `next_constraints` the labels are binary, from the costs (see
         `binary_labels`, which `label_magnitude` and `initial_costs` go to). With them the kind is
-        continuous unless `constraint_kind` says otherwise. Absent spaces are Box(-inf, inf) for
-        observations and Box(-1, 1) for actions.
+        continuous unless `constraint_kind` says otherwise. Observations and actions are batches of
+        points of their spaces, (N, *shape), (N,) for a Discrete, a dict of such for a Dict, or
+        rows (N, width) already. Absent spaces are Box(-inf, inf) for observations and Box(-1, 1)
+        for actions.
 
         Raises:
             ValueError: a rule is broken, or one of the two constraint arrays is missing.
@@ -147,6 +164,11 @@ class OfflineDataset:
                 "constraints and next_constraints must be given together, or neither: the label "
                 "of an episode's last state stands in next_constraints alone"
             )
+        if observation_space is None:
+            observation_space = _box(np.inf, observations, "observations")
+        if action_space is None:
+            action_space = _box(1.0, actions, "actions")
+        seen, played = flat_observations(observation_space), flat_actions(action_space)
         kind: ConstraintKind = constraint_kind or "continuous"
         if constraints is None or next_constraints is None:
             if constraint_kind == "continuous":
@@ -163,15 +185,15 @@ class OfflineDataset:
                 costs, starts_of(**flags), label_magnitude, initial_costs
             )
         return cls(
-            observations=as_field("observations", observations),
-            actions=as_field("actions", actions),
+            observations=_rows("observations", observations, seen),
+            actions=_rows("actions", actions, played),
             rewards=as_field("rewards", rewards),
-            next_observations=as_field("next_observations", next_observations),
+            next_observations=_rows("next_observations", next_observations, seen),
             costs=as_field("costs", costs),
             constraints=as_field("constraints", constraints),
             next_constraints=as_field("next_constraints", next_constraints),
-            observation_space=observation_space or _box(np.inf, observations, "observations"),
-            action_space=action_space or _box(1.0, actions, "actions"),
+            observation_space=observation_space,
+            action_space=action_space,
             constraint_kind=kind,
             **flags,
         )
@@ -181,8 +203,8 @@ class OfflineDataset:
         cls,
         path: str | os.PathLike[str],
         *,
-        observation_space: gym.spaces.Box | None = None,
-        action_space: gym.spaces.Box | None = None,
+        observation_space: gym.Space[Any] | None = None,
+        action_space: gym.Space[Any] | None = None,
         label_magnitude: float | None = None,
     ) -> OfflineDataset:
         """Read a log from .hdf5, .h5 or .npz: one of DSRL's, or one that `save` wrote.
@@ -436,7 +458,9 @@ class Episodes(Sequence[OfflineDataset]):
         return (self[index] for index in range(len(self)))
 
 
-def _read_header(header: storage.Header) -> tuple[ConstraintKind, gym.spaces.Box, gym.spaces.Box]:
+def _read_header(
+    header: storage.Header,
+) -> tuple[ConstraintKind, gym.Space[Any], gym.Space[Any]]:
     expected = {"format", "version", "constraint_kind", "observation_space", "action_space"}
     if set(header) != expected:
         raise ValueError(f"its header must have the fields {sorted(expected)}")
@@ -450,12 +474,32 @@ def _read_header(header: storage.Header) -> tuple[ConstraintKind, gym.spaces.Box
         raise ValueError("its constraint_kind must be 'continuous' or 'binary'")
     return (
         kind,
-        flat_box(space_from_json(header["observation_space"]), "its observation_space"),
-        flat_box(space_from_json(header["action_space"]), "its action_space"),
+        flat_observations(
+            space_from_json(header["observation_space"]), "its observation_space"
+        ).space,
+        flat_actions(space_from_json(header["action_space"]), "its action_space").space,
     )
 
 
-def _box(bound: float, values: npt.ArrayLike, name: str) -> gym.spaces.Box:
+def _rows(name: str, points: npt.ArrayLike | Mapping[str, npt.ArrayLike], flat: FlatSpace) -> Array:
+    """Points of a space, or rows of them already, as rows; other shapes are refused later."""
+    if isinstance(points, Mapping) or isinstance(flat.space, gym.spaces.Dict):
+        if not isinstance(points, Mapping):
+            return as_field(name, points)
+        return as_field(name, flat.rows(points, name)[0])
+    array = as_field(name, points)
+    if array.ndim > 2 or (array.ndim == 1 and flat.space.shape == ()):
+        flattened = array.reshape(len(array), -1)
+        flattened.flags.writeable = False
+        return flattened
+    return array
+
+
+def _box(
+    bound: float, values: npt.ArrayLike | Mapping[str, npt.ArrayLike], name: str
+) -> gym.spaces.Box:
+    if isinstance(values, Mapping):
+        raise ValueError(f"{name} is a dict: pass observation_space, the Dict that they are of")
     shape = np.shape(values)
     if len(shape) != 2:
         raise ValueError(f"{name} must have shape (N, width), got {shape}; reshape it")

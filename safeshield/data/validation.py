@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.spaces import flat_box
+from safeshield.flat import FlatSpace
 
 Array = npt.NDArray[Any]
 
@@ -48,21 +47,19 @@ def as_field(name: str, value: npt.ArrayLike) -> Array:
 
 def check_log(
     fields: Mapping[str, Array],
-    observation_space: gym.spaces.Box,
-    action_space: gym.spaces.Box,
+    observations: FlatSpace,
+    actions: FlatSpace,
     constraint_kind: str,
 ) -> None:
     """Raise ValueError at the first rule that the fields of an `OfflineDataset` break."""
-    flat_box(observation_space, "observation_space")
-    flat_box(action_space, "action_space")
     if constraint_kind not in ("continuous", "binary"):
         raise ValueError(
             f"constraint_kind must be 'continuous' or 'binary', got {constraint_kind!r}"
         )
     widths = {
-        "observations": int(observation_space.shape[0]),
-        "next_observations": int(observation_space.shape[0]),
-        "actions": int(action_space.shape[0]),
+        "observations": observations.width,
+        "next_observations": observations.width,
+        "actions": actions.width,
     }
     _check_shapes(fields, widths)
     starts = starts_of(fields["terminated"], fields["truncated"])
@@ -74,7 +71,9 @@ def check_log(
             raise ValueError(
                 f"{name} must be finite in float32, but {where}; drop that episode, or clean it"
             )
-    _check_actions(fields["actions"], action_space, starts)
+    _check_actions(fields["actions"], actions, starts)
+    for name in ("observations", "next_observations"):
+        _check_counts(name, fields[name], observations, starts)
     _check_labels(fields, constraint_kind, starts)
 
 
@@ -125,8 +124,8 @@ def _check_flags(fields: Mapping[str, Array], starts: Array) -> None:
         )
 
 
-def _check_actions(actions: Array, space: gym.spaces.Box, starts: Array) -> None:
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+def _check_actions(actions: Array, flat: FlatSpace, starts: Array) -> None:
+    low, high = flat.low, flat.high
     bounds = np.stack([low, high])
     scale = np.max(np.abs(np.where(np.isfinite(bounds), bounds, 0.0)), axis=0)
     slack = _ACTION_TOLERANCE * scale
@@ -134,9 +133,22 @@ def _check_actions(actions: Array, space: gym.spaces.Box, starts: Array) -> None
     if not inside.all():
         where = _place(int(np.argmin(inside)), "actions", actions, starts)
         raise ValueError(
-            f"actions must lie inside action_space {space}, but {where}; pass action_space= of "
-            "the environment, or clip the actions to what was executed"
+            f"actions must lie inside action_space {flat.space}, but {where}; pass action_space= "
+            "of the environment, or clip the actions to what was executed"
         )
+    _check_counts("actions", actions, flat, starts)
+
+
+def _check_counts(name: str, rows: Array, flat: FlatSpace, starts: Array) -> None:
+    counted = [i for i, n in enumerate(flat.categories) if n]
+    if not counted:
+        return
+    columns = rows[:, counted]
+    good = (columns >= flat.low[counted]) & (columns <= flat.high[counted])
+    good &= np.floor(columns) == columns
+    if not good.all():
+        where = _place(int(np.argmin(good.all(axis=1))), name, rows, starts)
+        raise ValueError(f"{name} must be integers of {flat.space}, but {where}")
 
 
 def _check_labels(fields: Mapping[str, Array], kind: str, starts: Array) -> None:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from safeshield.batch_policy import batch_policy
 from safeshield.envs.boat import GOAL, BoatVectorEnv
-from safeshield.rollout import batch_policy
 from safeshield.types import Actions, Observations
 
 if TYPE_CHECKING:

@@ -181,7 +181,7 @@ def _calibrate(
     shield: Shield, env: gym.Env[Any, Any], config: DemoConfig
 ) -> tuple[Shield, npt.NDArray[np.float32]]:
     """Return the calibrated shield, and the starts that its thresholds were read off."""
-    starts = start_observations(env, _STARTS, config.seed)
+    starts = start_observations(shield, env, _STARTS, config.seed)
     calibrated = shield.calibrate(
         env,
         epsilon=config.epsilon,

@@ -42,8 +42,14 @@ class CandidateSet:
         return self.fallback + self.around + self.box
 
     def actions(self, model: SafetyModel, states: StateValue, proposals: Actions) -> Candidates:
-        """Return the candidates (n, total, act) for proposals (n, act), all inside the box."""
-        tables = _tables(self, model.action_space.shape[0])
+        """Return the candidates (n, total, act) for proposals (n, act), all inside the box.
+
+        Where actions are discrete, they are all there is, whatever the counts say.
+        """
+        if model.played.discrete:
+            choices = model.played.choices
+            return np.broadcast_to(choices, (len(proposals), *choices.shape))
+        tables = _tables(self, model.played.width)
         parts = [model.fallback(states, tables.noise)]
         if self.around:
             near = model.scaling.actions(proposals)[:, None, :] + tables.around

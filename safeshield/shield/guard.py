@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.flat import Batch
 from safeshield.shield.model import StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield
 from safeshield.types import Flags, Scalars
-
-Batch = Any
-"""n observations or actions as Gymnasium's vector environments batch them."""
 
 
 class Guard:
@@ -71,4 +69,4 @@ class Guard:
         if len(rows) != len(self._rows):
             raise ValueError(f"got {len(rows)} actions for {len(self._rows)} environments")
         executed, report = self.shield.judge(self._states, self._rows, rows)
-        return self.shield.actions_from_rows(executed, actions), report
+        return (self.shield.points(executed) if report.intervened.any() else actions), report

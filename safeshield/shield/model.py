@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.flat import FlatSpace, flat_actions, flat_observations
 from safeshield.nn.forward import Weights, forward, forward_layers, layers
-from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale, Scaling
+from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale, Scaling
 from safeshield.types import Actions, Candidates, Observations, Scalars
-
-FALLBACK = "student"
-"""Name of the fallback actor's network."""
 
 _Float = npt.NDArray[np.float32]
 
@@ -34,19 +33,35 @@ class StateValue:
 class SafetyModel:
     """V_h, Q_h and the fallback actor of one task; formulas in `values.safety`.
 
+    Observations and actions are rows of `flat` throughout.
+
     Attributes:
-        observation_space: Box of shape (obs,).
-        action_space: bounded Box of shape (act,).
+        observation_space: what `flat.flat_observations` takes.
+        action_space: what `flat.flat_actions` takes.
         scaling: units of observations and actions.
         scale: units of h.
-        networks: weights by network: "constraint", "excess", "advantage" and "student".
+        networks: weights by network: "constraint", "excess", "advantage", and for a Box of actions
+            "student". Where actions are discrete, all are weighed, and none has to be proposed.
+            Where the log's behaviour was learned too: "behaviour".
+        flow_steps: Euler steps of a behaviour that is a flow.
     """
 
-    observation_space: gym.spaces.Box
-    action_space: gym.spaces.Box
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
     scaling: Scaling
     scale: SafetyScale
     networks: Mapping[str, Weights]
+    flow_steps: int = 10
+
+    @cached_property
+    def seen(self) -> FlatSpace:
+        """How observations become rows."""
+        return flat_observations(self.observation_space)
+
+    @cached_property
+    def played(self) -> FlatSpace:
+        """How actions become rows."""
+        return flat_actions(self.action_space)
 
     def __deepcopy__(self, memo: dict[int, object]) -> SafetyModel:
         # Nothing in it ever changes, and Gymnasium copies the specs of wrapped environments a lot.
@@ -83,9 +98,10 @@ class SafetyModel:
         Most steps of a shielded agent need this number and nothing else.
         """
         width = states.inputs.shape[1]
-        inputs = np.empty((1, width + action.shape[0]), np.float32)
+        features = self.scaling.actions(action)
+        inputs = np.empty((1, width + features.shape[0]), np.float32)
         inputs[:, :width] = states.inputs
-        inputs[0, width:] = self.scaling.actions(action)
+        inputs[0, width:] = features
         worst = float(forward_layers(self._advantage_layers, inputs).max())
         return float(states.value[0]) + worst * self.scale.step
 
@@ -100,7 +116,16 @@ class SafetyModel:
         return out
 
     def fallback(self, states: StateValue, noise: Actions) -> Candidates:
-        """Return the fallback actor's actions for noise (c, act): (n, c, act), in the box."""
+        """Return the fallback actor's actions for noise (c, act): (n, c, act), in the box.
+
+        Where actions are discrete: the one of lowest Q_h, c times.
+        """
+        if self.played.discrete:
+            every = np.broadcast_to(
+                self.played.choices, (len(states.inputs), *self.played.choices.shape)
+            )
+            lowest = self.candidate_values(states, every).argmin(axis=1)
+            return np.repeat(self.played.choices[lowest][:, None, :], len(noise), axis=1)
         count, each = len(states.inputs), len(noise)
         inputs = np.concatenate(
             [np.repeat(states.inputs, each, axis=0), np.tile(noise, (count, 1))], axis=-1

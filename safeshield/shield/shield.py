@@ -21,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.calibration.record import CalibrationRecord
+from safeshield.flat import Batch
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.model import SafetyModel, StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.types import Actions, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
-    from safeshield.rollout import Env, VectorEnv
+    from safeshield.vectorise import Env, VectorEnv
 
 
 # Standard deviations from the log's mean beyond which a reading counts as broken, as NaN does: it
@@ -65,9 +66,10 @@ class Shield:
                 f"record was made for delta {self.record.delta}, the shield has {self.delta}; "
                 "drop the record or calibrate again"
             )
-        low, high = self.action_space.low, self.action_space.high
         self.delta = float(self.delta)
-        self._low, self._high = low.astype(np.float64), high.astype(np.float64)
+        played = self.model.played
+        self._low, self._high = low, high = played.low, played.high
+        self._discrete = played.discrete
         # Replacements are float32, and the float32 next to a float64 bound may lie outside it.
         inner_low, inner_high = low.astype(np.float32), high.astype(np.float32)
         self._inner_low = np.where(
@@ -78,27 +80,36 @@ class Shield:
         )
         mean = self.model.scaling.observation_mean.astype(np.float64)
         reach = _READABLE * self.model.scaling.observation_spread.astype(np.float64)
-        self._readable_low, self._readable_high = mean - reach, mean + reach
+        seen = self.model.seen
+        counts = np.array(seen.categories, dtype=bool)
+        self._readable_low = np.where(counts, seen.low, mean - reach)
+        self._readable_high = np.where(counts, seen.high, mean + reach)
         self._warned = False
 
     def __repr__(self) -> str:
         promise = "uncalibrated" if self.record is None else f"epsilon {self.record.epsilon:g}"
         return (
             f"{type(self).__name__}(delta={self.delta:.4g}, {promise}, "
-            f"obs {self.observation_space.shape[0]}, act {self.action_space.shape[0]})"
+            f"obs {self.model.seen.width}, act {self.model.played.width})"
         )
 
     # -- what it knows ------------------------------------------------------------------------
 
     @property
-    def observation_space(self) -> gym.spaces.Box:
+    def observation_space(self) -> gym.Space[Any]:
         """Space of the observations it was trained on."""
         return self.model.observation_space
 
     @property
-    def action_space(self) -> gym.spaces.Box:
+    def action_space(self) -> gym.Space[Any]:
         """Space of the actions it was trained on."""
         return self.model.action_space
+
+    @property
+    def observation_keys(self) -> list[str] | None:
+        """Entries of a Dict observation that it sees; None where observations are no dicts."""
+        space = self.observation_space
+        return list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
 
     @property
     def threshold(self) -> float:
@@ -114,14 +125,13 @@ class Shield:
         """Return a copy with another threshold, which no record vouches for."""
         return replace(self, delta=float(delta), record=None)
 
-    def value(
-        self, observation: npt.ArrayLike, action: npt.ArrayLike | None = None
-    ) -> Scalars | np.floating:
+    def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
 
         Args:
-            observation: (obs,) or (n, obs).
-            action: (act,) or (n, act).
+            observation: one, or a batch as Gymnasium's vector environments make it: (n, *shape),
+                (n,) for a Discrete, a dict of such for a Dict.
+            action: likewise.
 
         Raises:
             ValueError: a wrong shape.
@@ -129,21 +139,24 @@ class Shield:
         The value is +infinity where the observation is not finite, or the action is not finite or
         outside the box.
         """
-        rows, single = self._rows(observation, self.observation_space, "observation")
-        finite = self.readable(rows)
-        states = self.states(rows)
-        if action is None:
-            values = states.value
-        else:
-            actions, _ = self._rows(action, self.action_space, "action")
-            if len(actions) != len(rows):
-                raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
-            finite = finite & self._inside(actions)
-            values = self.model.action_values(states, np.where(finite[:, None], actions, 0.0))
-        values = _where_known(finite, values)
+        rows, single = self.observation_rows(observation)
+        actions = None if action is None else self.action_rows(action)[0]
+        if actions is not None and len(actions) != len(rows):
+            raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
+        values = self.row_values(rows, actions)
         return values[0] if single else values
 
-    def certified(self, observation: npt.ArrayLike) -> Flags | np.bool_:
+    def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
+        """`value` for rows (n, obs) and (n, act) of `flat`."""
+        finite = self.readable(rows)
+        states = self.states(rows)
+        if actions is None:
+            return _where_known(finite, states.value)
+        finite = finite & self.model.played.contains(actions)
+        values = self.model.action_values(states, np.where(finite[:, None], actions, self._low))
+        return _where_known(finite, values)
+
+    def certified(self, observation: Batch) -> Flags | np.bool_:
         """Whether V_h(s) <= -delta AND the shield is calibrated: what its record speaks of."""
         inside = np.asarray(self.value(observation)) <= self.threshold
         flags = inside & (self.record is not None)
@@ -151,9 +164,7 @@ class Shield:
 
     # -- what it does -------------------------------------------------------------------------
 
-    def filter(
-        self, observation: npt.ArrayLike, action: npt.ArrayLike
-    ) -> tuple[npt.NDArray[Any], FilterReport]:
+    def filter(self, observation: Batch, action: Batch) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the verdict.
 
         An accepted action is returned as it came, bit for bit. An action outside the box is
@@ -162,22 +173,21 @@ class Shield:
         and the verdict is not `valid`.
 
         Args:
-            observation: (obs,) or (n, obs).
-            action: (act,) or (n, act).
+            observation: one, or a batch (see `value`).
+            action: likewise.
 
         Raises:
             ValueError: a wrong shape.
         """
-        proposed = np.asarray(action)
-        actions, single = self._rows(proposed, self.action_space, "action")
-        rows, _ = self._rows(observation, self.observation_space, "observation")
+        actions, single = self.action_rows(action)
+        rows, _ = self.observation_rows(observation)
         if len(actions) != len(rows):
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
         executed, report = self.judge(self.states(rows), rows, actions)
         if single:
             one = report.row(0)
-            return (executed[0] if one.intervened else proposed), one
-        return executed, report
+            return (self.points(executed)[0] if one.intervened else np.asarray(action)), one
+        return (self.points(executed) if report.intervened.any() else np.asarray(action)), report
 
     def states(self, rows: Observations) -> StateValue:
         """Judge observations (n, obs), for `judge`."""
@@ -196,6 +206,8 @@ class Shield:
         # Comparisons with NaN are false: no NaN gets past this line.
         if not ((action >= self._low).all() and (action <= self._high).all()):
             return None
+        if self._discrete and not (np.floor(action) == action).all():
+            return None
         value = self.model.action_value(states, action)
         return value if value <= self.threshold else None
 
@@ -212,8 +224,8 @@ class Shield:
         self.warn_if_uncalibrated()
         seen = self.readable(rows)
         known = np.isfinite(actions).all(axis=-1)
-        inside = self._inside(actions)
-        values = self.model.action_values(states, np.where(inside[:, None], actions, 0.0))
+        inside = self.model.played.contains(actions)
+        values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
         proposed_values = _where_known(inside & seen, values)
         accepted = proposed_values <= self.threshold
         executed = actions
@@ -257,7 +269,10 @@ class Shield:
     ) -> tuple[Actions, Scalars]:
         # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
         default = self.model.fallback(states, np.zeros((1, proposals.shape[1]), np.float32))[:, 0]
-        wanted = np.where(known[:, None], np.clip(proposals, self._low, self._high), default)
+        near = np.clip(proposals, self._low, self._high)
+        if self._discrete:
+            known = known & self.model.played.contains(near)
+        wanted = np.where(known[:, None], near, default)
         wanted = wanted.astype(np.float32)
         candidates = np.concatenate(
             [wanted[:, None, :], self.candidates.actions(self.model, states, wanted)], axis=1
@@ -267,39 +282,24 @@ class Shield:
         scaled = self.model.scaling.actions(candidates)
         distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
         good = values <= self.threshold
-        nearest = np.where(good, distance, np.inf).argmin(axis=1)
+        distance = np.where(good, distance, np.inf)
+        # Discrete actions are all equally near: of those the safest.
+        nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
         best = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
         each = np.arange(len(best))
         return candidates[each, best], values[each, best]
 
-    def observation_rows(self, observations: Any) -> tuple[npt.NDArray[Any], bool]:  # noqa: ANN401
+    def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one observation or a batch of them as rows (n, obs), and whether it was one."""
-        return self._rows(observations, self.observation_space, "observation")
+        return self.model.seen.rows(observations, "observation")
 
-    def action_rows(self, actions: Any) -> tuple[npt.NDArray[Any], bool]:  # noqa: ANN401
+    def action_rows(self, actions: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one action or a batch of them as rows (n, act), and whether it was one."""
-        return self._rows(actions, self.action_space, "action")
+        return self.model.played.rows(actions, "action")
 
-    def actions_from_rows(self, rows: Actions, like: Any) -> Any:  # noqa: ANN401
-        """Return rows (n, act) as a batch of actions of the kind that `like` is."""
-        return rows
-
-    def _rows(
-        self, value: npt.ArrayLike, space: gym.spaces.Box, what: str
-    ) -> tuple[npt.NDArray[Any], bool]:
-        array = np.asarray(value)
-        width = space.shape[0]
-        if array.ndim not in (1, 2) or array.shape[-1] != width or array.dtype.kind not in "fiu":
-            raise ValueError(
-                f"{what} must be numbers of shape ({width},) or (n, {width}), got "
-                f"{array.dtype} {array.shape}; the shield was trained on {space}"
-            )
-        return (array[None], True) if array.ndim == 1 else (array, False)
-
-    def _inside(self, actions: Actions) -> Flags:
-        # Comparisons with NaN are false.
-        inside = (actions >= self._low) & (actions <= self._high)
-        return np.asarray(inside.all(axis=-1))
+    def points(self, rows: Actions) -> npt.NDArray[Any]:
+        """Return rows (n, act) as a batch of actions (n, *shape)."""
+        return self.model.played.points(rows)
 
     # -- calibration and files ------------------------------------------------------------------
 

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safeshield.calibration.record import CalibrationRecord
 from safeshield.files import read_tensors, write_tensors
+from safeshield.flat import FlatSpace, flat_actions, flat_observations
 from safeshield.nn.forward import Weights
-from safeshield.scaling import ADVANTAGE, SAFETY_NETWORKS, SafetyScale, Scaling, finite_number
+from safeshield.scaling import (
+    ADVANTAGE,
+    BEHAVIOUR,
+    FALLBACK,
+    SAFETY_NETWORKS,
+    SafetyScale,
+    Scaling,
+    finite_number,
+)
 from safeshield.shield.candidates import CandidateSet
-from safeshield.shield.model import FALLBACK, SafetyModel
-from safeshield.spaces import flat_box, space_from_json, space_to_json
+from safeshield.shield.model import SafetyModel
+from safeshield.spaces import space_from_json, space_to_json
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
@@ -25,6 +34,7 @@ FORMAT = "safeshield-shield"
 VERSION = 1
 _MAX_WIDTH, _MAX_LAYERS, _MAX_CANDIDATES = 16_384, 32, 4096
 _MAX_WEIGHTS = 1 << 28
+_MAX_FLOW_STEPS = 1000
 
 
 def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
@@ -38,6 +48,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "scaling": model.scaling.to_json(),
         "safety_scale": dataclasses.asdict(model.scale),
         "hidden": {name: _hidden(weights) for name, weights in model.networks.items()},
+        "flow_steps": model.flow_steps,
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
         "delta": shield.delta,
         "record": None if shield.record is None else shield.record.to_json(),
@@ -58,12 +69,14 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
             f"this release reads version {VERSION}"
         )
     try:
-        observation = flat_box(space_from_json(header["observation_space"]), "observation_space")
-        action = flat_box(space_from_json(header["action_space"]), "action_space")
-        widths = observation.shape[0], action.shape[0]
-        scaling = Scaling.from_json(header["scaling"], *widths)
+        observation = flat_observations(space_from_json(header["observation_space"]))
+        action = flat_actions(space_from_json(header["action_space"]))
+        scaling = Scaling.from_json(header["scaling"], observation, action)
         scale = SafetyScale.from_json(header["safety_scale"])
-        expected = _shapes(header["hidden"], header["members"], *widths)
+        expected = _shapes(header["hidden"], header["members"], scaling, action)
+        flow_steps = header["flow_steps"]
+        if type(flow_steps) is not int or not 1 <= flow_steps <= _MAX_FLOW_STEPS:
+            raise ValueError(f"flow_steps must lie in [1, {_MAX_FLOW_STEPS}], got {flow_steps!r}")
         delta = finite_number(header["delta"], "delta")
         record = header["record"]
         record = None if record is None else CalibrationRecord.from_json(record)
@@ -78,7 +91,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
     for name, array in flat.items():
         network, key = name.split("/")
         networks.setdefault(network, {})[key] = array
-    model = SafetyModel(observation, action, scaling, scale, networks)
+    model = SafetyModel(observation.space, action.space, scaling, scale, networks, flow_steps)
     return kind(
         model,
         delta=delta,
@@ -99,10 +112,12 @@ def _hidden(weights: Weights) -> list[int]:
 
 
 def _shapes(
-    hidden: dict[str, list[int]], members: int, observation: int, action: int
+    hidden: dict[str, list[int]], members: int, scaling: Scaling, played: FlatSpace
 ) -> dict[str, tuple[int, ...]]:
-    if set(hidden) != {*SAFETY_NETWORKS, FALLBACK}:
-        raise ValueError(f"networks must be {[*SAFETY_NETWORKS, FALLBACK]}, got {sorted(hidden)}")
+    names = [*SAFETY_NETWORKS, *([] if played.discrete else [FALLBACK])]
+    if set(hidden) - {BEHAVIOUR} != set(names):
+        raise ValueError(f"networks must be {names}, got {sorted(hidden)}")
+    observation, action = scaling.observation_features, scaling.action_features
     if type(members) is not int or not 1 <= members <= 64:
         raise ValueError(f"members must be between 1 and 64, got {members!r}")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -113,6 +128,10 @@ def _shapes(
             raise ValueError(f"widths of '{name}' must be between 1 and {_MAX_WIDTH}")
         inputs = observation + (action if name in (ADVANTAGE, FALLBACK) else 0)
         outputs = action if name == FALLBACK else 1
+        if name == BEHAVIOUR:
+            # A classifier of the choices, or the velocity field of a flow: (s, x, t) to x.
+            inputs = observation if played.discrete else observation + action + 1
+            outputs = len(played.choices) if played.discrete else action
         each = members if name == ADVANTAGE else 1
         sizes = (inputs, *widths, outputs)
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):

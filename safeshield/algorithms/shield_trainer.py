@@ -1,0 +1,386 @@
+r"""A shield without an agent: safety critics, the log's behaviour and a fallback, nothing else.
+
+For users who bring their own agent. Three phases on one log:
+
+1. critics: safety values V_h, Q_h (`values.safety`), as in SafeFQL, without its reward critics;
+2. behaviour: what the log does in a state (flow matching for a Box of actions, `nn.flow`; a
+   classifier for discrete ones): for proposals, and for telling what the log has never shown;
+3. fallback, for a Box of actions: a one-step actor mu(s, z), z ~ N(0, I), that minimises
+
+       max_i A_i(s, mu) + distillation * || mu(s, z) - behaviour(s, z) ||^2,
+
+   the safest action near to what the log has shown. Where actions are discrete the shield weighs
+   all of them, and needs no actor.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from safeshield.algorithms.safety_updates import (
+    SafetyLog,
+    critic_rates,
+    flow_update,
+    stages,
+)
+from safeshield.algorithms.tensors import (
+    LogTensors,
+    check_boundary,
+    fingerprint,
+    safety_scale,
+)
+from safeshield.algorithms.training import (
+    Draw,
+    FitOptions,
+    Metrics,
+    Phase,
+    TrainState,
+    Update,
+    descend,
+    learning_rate,
+    run_phases,
+)
+from safeshield.data.dataset import OfflineDataset
+from safeshield.flat import FlatSpace
+from safeshield.nn.flow import euler_sample, velocity_network
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.optim import adam_init, polyak
+from safeshield.scaling import BEHAVIOUR, FALLBACK, SAFETY_NETWORKS, Scaling
+from safeshield.shield.model import SafetyModel
+from safeshield.shield.shield import Shield
+from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
+
+if TYPE_CHECKING:
+    from safeshield.vectorise import Env, VectorEnv
+
+
+@dataclass(frozen=True)
+class ShieldConfig:
+    """Settings of `ShieldTrainer`; those of the critics mean what they mean in `SafeFQLConfig`."""
+
+    seed: int = 0
+    """Seed of weights, batches and noise."""
+    critic_hidden: tuple[int, ...] = (128, 128, 128)
+    """Widths of the critics' hidden layers."""
+    behaviour_hidden: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers of the network that imitates the log."""
+    fallback_hidden: tuple[int, ...] = (128, 128)
+    """Widths of the fallback actor's hidden layers."""
+    batch_size: int = 256
+    """Transitions in an update."""
+    learning_rate: float = 1e-3
+    """Adam's rate at the start of a phase; it falls to a fiftieth by its end."""
+    safety_discount: float | None = None
+    """Discount of the safety backup, per step; None: 0.997 for continuous labels, else 0.99."""
+    safety_expectile: float = 0.99
+    """Weight on the safer actions in V_h."""
+    safety_backup_steps: tuple[int, ...] = (64, 32, 16, 8)
+    """Steps along the log in the targets of V_h, in equal parts of the critics' phase."""
+    polyak: float = 0.005
+    """Share by which the slow copies move towards the critics at each update."""
+    near_share: float = 0.5
+    """Share of each batch drawn from the eighth of the log that lies nearest to V_h = 0."""
+    flow_steps: int = 10
+    """Euler steps of the behaviour's flow."""
+    distillation: float = 0.1
+    """Weight of the fallback's distance to the behaviour."""
+    phase_shares: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Shares of the steps for critics, behaviour, fallback; discrete actions leave the last out."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "learning_rate", "flow_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("safety_discount", "safety_expectile"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        for name in ("near_share", "polyak"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.distillation >= 0:
+            raise ValueError(f"distillation must be at least 0, got {self.distillation}")
+        shares = self.phase_shares
+        if len(shares) != 3 or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-9:
+            raise ValueError(
+                f"phase_shares must be three numbers above 0 that sum to 1, got {shares}"
+            )
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        for name in ("critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not values or min(values) < 1:
+                raise ValueError(f"{name} must be a tuple of numbers of 1 or more, got {values!r}")
+
+
+class ShieldTrainer:
+    """Learn a shield from a log, for an agent that one has already, or is about to train.
+
+    Box, Discrete, MultiDiscrete and MultiBinary actions; observations of every kind that
+    `safeshield.flat` lists.
+
+    Args:
+        config: settings; see `ShieldConfig`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    >>> import gymnasium, safeshield.envs
+    >>> from safeshield import collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> trainer = ShieldTrainer(ShieldConfig(critic_hidden=(16,), behaviour_hidden=(16,)))
+    >>> shield = trainer.fit(log, steps=30).shield()
+    >>> action, report = shield.with_delta(0.01).filter(log.observations[0], log.actions[0])
+    >>> action.shape
+    (2,)
+    """
+
+    def __init__(
+        self, config: ShieldConfig | None = None, *, device: str | torch.device = "auto"
+    ) -> None:
+        self.config = config or ShieldConfig()
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self._shield: Shield | None = None
+
+    def fit(
+        self,
+        dataset: OfflineDataset,
+        steps: int = 20_000,
+        *,
+        progress_bar: bool = False,
+        log_dir: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 2000,
+    ) -> Self:
+        """Train on a log; returns self.
+
+        Args:
+            dataset: whole episodes with labels.
+            steps: updates in all, shared among the phases.
+            progress_bar: show one.
+            log_dir: folder for TensorBoard files.
+            checkpoint: file from which to go on where it exists, and which is kept up to date.
+            checkpoint_every: updates between two checkpoints.
+
+        Raises:
+            ValueError: the log has no violation or nothing but violations, its action box is
+                unbounded, or the checkpoint belongs to another run.
+            FloatingPointError: a loss became NaN.
+        """
+        if steps < 3:
+            raise ValueError(f"steps must be at least 3, one for each phase, got {steps}")
+        if checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+            raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
+        check_boundary(dataset)
+        scaling = Scaling.of(dataset)
+        config = self.config
+        discount = config.safety_discount
+        if discount is None:
+            discount = 0.997 if dataset.constraint_kind == "continuous" else 0.99
+        critics = SafetyCritics(
+            scaling.observation_features,
+            scaling.action_features,
+            config.critic_hidden,
+            safety_scale(dataset),
+            continuous=dataset.constraint_kind == "continuous",
+            discount=discount,
+        )
+        log = LogTensors.of(dataset, scaling, self.device)
+        run = _Run(critics, dataset.flat_actions, scaling, log, config, steps)
+        generator = torch.Generator(self.device).manual_seed(config.seed)
+        state, _ = run_phases(
+            run.phases(),
+            run.initial(generator),
+            generator,
+            transitions=len(log),
+            actions=scaling.action_features,
+            options=FitOptions(
+                progress_bar=progress_bar,
+                log_dir=None if log_dir is None else Path(log_dir),
+                checkpoint=None if checkpoint is None else Path(checkpoint),
+                checkpoint_every=checkpoint_every,
+            ),
+            fingerprint=fingerprint(config, dataset, steps),
+        )
+        # The critics' slow copies are what the advantages were fitted to.
+        learned = {**state.networks, **state.targets}
+        networks = {
+            name: {key: tensor.detach().cpu().numpy() for key, tensor in learned[name].items()}
+            for name in run.kept
+        }
+        self._shield = Shield(
+            SafetyModel(
+                dataset.observation_space,
+                dataset.action_space,
+                scaling,
+                critics.scale,
+                networks,
+                flow_steps=config.flow_steps,
+            ),
+            trained_by=f"ShieldTrainer, seed {config.seed}",
+        )
+        return self
+
+    def shield(self) -> Shield:
+        """Return the learned shield, uncalibrated (delta 0)."""
+        if self._shield is None:
+            raise RuntimeError("nothing has been trained yet: call fit()")
+        return self._shield
+
+    def calibrate(self, env: Env | VectorEnv, **arguments: Any) -> Shield:  # noqa: ANN401
+        """Return the learned shield, calibrated: `Shield.calibrate` says how."""
+        return self.shield().calibrate(env, **arguments)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One call of fit: the updates of its phases, closed over the log."""
+
+    critics: SafetyCritics
+    played: FlatSpace
+    scaling: Scaling
+    log: LogTensors
+    config: ShieldConfig
+    steps: int
+
+    def __post_init__(self) -> None:
+        self._safety = SafetyLog(self.critics, self.log)
+        widths = self.critics.observation, self.critics.action
+        hidden = self.config.behaviour_hidden
+        self.behaviour = (
+            EnsembleMLP(widths[0], len(self.played.choices), hidden)
+            if self.played.discrete
+            else velocity_network(*widths, hidden)
+        )
+        self.fallback = EnsembleMLP(sum(widths), widths[1], self.config.fallback_hidden)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the networks that make a shield."""
+        return (*SAFETY_NETWORKS, BEHAVIOUR, *(() if self.played.discrete else (FALLBACK,)))
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Draw all weights."""
+        critics = self.critics.init(generator)
+        parts = {BEHAVIOUR: self.behaviour, FALLBACK: self.fallback}
+        others = {name: part.init(generator) for name, part in parts.items() if name in self.kept}
+        moments = {name: adam_init({name: params}) for name, params in others.items()}
+        return TrainState(
+            networks={**critics, **others},
+            targets=critics,
+            moments={"critics": adam_init(critics), **moments},
+            scales={},
+            near=torch.zeros(0, dtype=torch.int64, device=generator.device),
+        )
+
+    def phases(self) -> list[Phase]:
+        """List what to do, in order."""
+        size, near = self.config.batch_size, self.config.near_share
+        shares = self.config.phase_shares
+        critics = max(1, round(shares[0] * self.steps))
+        behaviour = max(1, round(shares[1] * self.steps))
+        critics = min(critics, self.steps - behaviour - 1)
+        fallback = self.steps - critics - behaviour
+        if self.played.discrete:
+            critics, fallback = critics + fallback, 0
+        phases = [
+            Phase(
+                f"critics {i + 1}",
+                count,
+                self._critics(window, critics),
+                size,
+                near,
+                self._safety.refresh,
+            )
+            for i, (count, window) in enumerate(stages(critics, self.config.safety_backup_steps))
+        ]
+        phases.append(Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), size))
+        if fallback:
+            refresh = self._safety.refresh
+            update = self._fallback(fallback)
+            phases.append(Phase(FALLBACK, fallback, update, size, near, refresh, fallback))
+        return phases
+
+    def _critics(self, window: int, total: int) -> Update:
+        batches, config = self._safety.batches(window), self.config
+        names = tuple(self.critics.parts())
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            batch = batches(draw.rows)
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return self.critics.losses(
+                    networks,
+                    state.targets,
+                    batch,
+                    expectile=config.safety_expectile,
+                    one_step=window == 1,
+                )
+
+            count = state.moments["critics"].updates
+            rates = critic_rates(config.learning_rate, count, total, names, VALUE_NETWORKS)
+            state, metrics = descend(state, "critics", names, loss, rates)
+            targets = polyak(state.targets, state.networks, config.polyak)
+            return state._replace(targets=targets), metrics
+
+        return update
+
+    def _behaviour(self, total: int) -> Update:
+        config, log = self.config, self.log
+        if not self.played.discrete:
+            return flow_update(BEHAVIOUR, self.behaviour, log, config.learning_rate, total)
+        # An action's features are indicators: the choice with the largest product is the action.
+        table = torch.tensor(self.scaling.actions(self.played.choices), device=log.actions.device)
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            observations, actions = log.observations[draw.rows], log.actions[draw.rows]
+            taken = (actions @ table.T).argmax(-1)
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                logits = self.behaviour(networks[BEHAVIOUR], observations)[0]
+                value = torch.nn.functional.cross_entropy(logits, taken)
+                return value, {"behaviour/cross_entropy": value.detach()}
+
+            rate = learning_rate(config.learning_rate, state.moments[BEHAVIOUR].updates, total)
+            return descend(state, BEHAVIOUR, (BEHAVIOUR,), loss, {BEHAVIOUR: rate})
+
+        return update
+
+    def _fallback(self, total: int) -> Update:
+        config, log = self.config, self.log
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            observations = log.observations[draw.rows]
+            with torch.no_grad():
+                taught = euler_sample(
+                    self.behaviour,
+                    state.networks[BEHAVIOUR],
+                    observations,
+                    draw.noise,
+                    config.flow_steps,
+                )
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                inputs = torch.cat([observations, draw.noise], -1)
+                raw = self.fallback(networks[FALLBACK], inputs)[0]
+                action = raw.clamp(-1.0, 1.0)
+                danger = self.critics.advantages(state.targets, observations, action).amax(0)
+                distance = (raw - taught).square().sum(-1)
+                value = (danger + config.distillation * distance).mean()
+                return value, {
+                    "fallback/advantage": danger.detach().mean(),
+                    "fallback/distance_to_behaviour": distance.detach().mean(),
+                }
+
+            rate = learning_rate(config.learning_rate, state.moments[FALLBACK].updates, total)
+            return descend(state, FALLBACK, (FALLBACK,), loss, {FALLBACK: rate})
+
+        return update

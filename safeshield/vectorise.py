@@ -1,0 +1,245 @@
+"""Many copies of one environment, in all of Gymnasium's forms, and how to read their infos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Env = gym.Env[Any, Any]
+
+if TYPE_CHECKING:
+    VectorEnv = gym.vector.VectorEnv[Any, Any, Any]
+    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
+else:
+    VectorEnv = gym.vector.VectorEnv
+    _Wrapper = gym.Wrapper
+
+_BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
+_MAX_NATIVE_ENVS = 256
+_MAX_COPIED_ENVS = 8
+# Rebuilt from their arguments these would start with empty statistics, not with the trained ones.
+_STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
+_MANY_VALUES = "too many values to unpack"
+
+
+def is_vector_env(env: object) -> bool:
+    """Whether `env` is a vector environment, of either of Gymnasium 0.29's two kinds or of 1.x."""
+    # unwrapped, because a single wrapper of 0.29 warns when it passes such a question on.
+    inner = getattr(env, "unwrapped", env)
+    return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
+
+
+def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
+    """Return a vector environment of copies of `env`; a VectorEnv is returned as it is.
+
+    An `env` that `gymnasium.make` can rebuild is copied: through its own vector entry point where
+    it has one and no wrapper was added, else in a `SyncVectorEnv`. Changes made by hand after
+    `make` are not copied. One environment alone (`num_envs` = 1; no spec; a render mode; a wrapper
+    that cannot be rebuilt, or that holds statistics) is `env` itself, which closing the result
+    leaves open.
+
+    Args:
+        env: what to copy.
+        num_envs: how many; by default 256 with a vector entry point and 8 without one.
+
+    Raises:
+        ValueError: `num_envs` is below 1, differs from that of a VectorEnv, or is above 1 where
+            `env` cannot be copied.
+    """
+    return copies(env, num_envs, most=None, freeze=False)
+
+
+def copies(
+    env: Env | VectorEnv, num_envs: int | None, *, most: int | None, freeze: bool
+) -> VectorEnv:
+    """Do what `vectorise` does, with at most `most` copies that stand still once they are over."""
+    if num_envs is not None and num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    if is_vector_env(env):
+        vector = cast(VectorEnv, env)
+        if num_envs not in (None, vector.num_envs):
+            raise ValueError(
+                f"num_envs must be left out or {vector.num_envs}, as in env; got {num_envs}"
+            )
+        return vector
+    single = cast(Env, env)
+    spec = _spec_to_copy(single)
+    native = spec is not None and spec.vector_entry_point and not spec.additional_wrappers
+    default = 1 if spec is None else _MAX_NATIVE_ENVS if native else _MAX_COPIED_ENVS
+    count = default if num_envs is None else num_envs
+    count = count if most is None else min(count, most)
+    if count == 1:
+        return gym.vector.SyncVectorEnv([lambda: _Member(single, owned=False, freeze=freeze)])
+    if spec is None:
+        raise ValueError(
+            f"num_envs must be 1 for {single}, which gymnasium.make cannot rebuild from its spec; "
+            "pass a gymnasium.vector.SyncVectorEnv of your own"
+        )
+    if native:
+        return _make_native(spec, count)
+    # disable_env_checker: what it would say of the copies it has said of the environment.
+    return gym.vector.SyncVectorEnv(
+        [
+            lambda: _Member(gym.make(spec, disable_env_checker=True), owned=True, freeze=freeze)
+            for _ in range(count)
+        ]
+    )
+
+
+def _spec_to_copy(env: Env) -> gym.envs.registration.EnvSpec | None:
+    try:
+        spec = env.spec
+    except Exception:
+        # Gymnasium 0.29 deep-copies the arguments of wrappers here, and some cannot be copied.
+        return None
+    if not isinstance(spec, gym.envs.registration.EnvSpec) or env.render_mode is not None:
+        return None
+    for wrapper in spec.additional_wrappers:
+        if wrapper.kwargs is None or wrapper.name in _STATEFUL_WRAPPERS:
+            return None
+    return spec
+
+
+def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
+    if _BEFORE_1_0:
+        # 0.29 hands a custom vector environment its vector_kwargs alone.
+        return gym.make_vec(
+            spec, num_envs=count, vectorization_mode="custom", vector_kwargs=dict(spec.kwargs)
+        )
+    return gym.make_vec(spec, num_envs=count, vectorization_mode="vector_entry_point")
+
+
+class _Member(_Wrapper):
+    """One environment of a SyncVectorEnv.
+
+    With `freeze` it stands still once an episode is over, until a reset with a seed: the steps
+    that a wave throws away cost nothing. Costs are made floats, because Gymnasium gives the column
+    of all environments the type of the first one's value, and 0.5 beside the integer 0 is lost.
+    """
+
+    def __init__(self, env: Env, *, owned: bool, freeze: bool) -> None:
+        super().__init__(env)
+        self._owned = owned
+        self._freeze = freeze
+        self._last: object = None
+        self._over = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if self._over and seed is None:
+            return self._last, {}
+        self._over = False
+        observation, info = self.env.reset(seed=seed, options=options)
+        return observation, _float_labels(info)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401
+        if self._over:
+            return self._last, 0.0, False, False, {}
+        try:
+            result = self.env.step(action)
+        except ValueError as error:
+            if _MANY_VALUES in str(error):
+                raise _step_error("more than 5") from error
+            raise
+        check_step(result)
+        observation, reward, terminated, truncated, info = result
+        if self._freeze and (terminated or truncated):
+            self._over, self._last = True, observation
+        return observation, float(reward), terminated, truncated, _float_labels(info)
+
+    def close(self) -> None:
+        if self._owned:
+            super().close()
+
+
+def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
+    labels = {
+        key: float(np.reshape(info[key], ()))
+        for key in ("cost", "constraint")
+        if info.get(key) is not None and np.size(info[key]) == 1
+    }
+    return {**info, **labels}
+
+
+def check_step(result: Sequence[object]) -> None:
+    """Raise ValueError unless a step returned Gymnasium's five values."""
+    if len(result) != 5:
+        raise _step_error(str(len(result)))
+
+
+def _step_error(count: str) -> ValueError:
+    return ValueError(
+        "env.step must return (observation, reward, terminated, truncated, info), got "
+        f"{count} values; for Safety-Gymnasium's native ids, which return the cost as a sixth, use "
+        "the Gymnasium ones (gymnasium.make('SafetyPointGoal1Gymnasium-v0')) or a wrapper that "
+        "puts the cost into info['cost']"
+    )
+
+
+def autoreset_mode(envs: VectorEnv) -> str:
+    """One of "nextstep", "samestep" and "disabled"."""
+    mode = (envs.metadata or {}).get("autoreset_mode")
+    if mode is None:
+        return "samestep" if _BEFORE_1_0 else "nextstep"
+    return str(getattr(mode, "value", mode)).replace("_", "").lower()
+
+
+@dataclass
+class Column:
+    """One key of the infos of all environments: values (n, ...) and where there is one (n,)."""
+
+    values: Array
+    present: npt.NDArray[np.bool_]
+
+
+def column_of(infos: Mapping[str, Any] | Array, key: str, count: int) -> Column | None:
+    """Read one key of the infos of `count` environments; None where nobody reports it."""
+    if isinstance(infos, np.ndarray):
+        # Gymnasium 0.29's final_info: an array of dictionaries and None.
+        rows = [None if one is None else one.get(key) for one in infos]
+        return _column_of_rows(rows)
+    if key not in infos:
+        return None
+    values = np.asarray(infos[key])
+    present = np.array(infos.get(f"_{key}", np.ones(count)), dtype=np.bool_)
+    if values.dtype != object:
+        return Column(values.copy(), present)
+    return _column_of_rows([values[i] if present[i] else None for i in range(count)])
+
+
+def _column_of_rows(rows: Sequence[object]) -> Column | None:
+    present = np.array([row is not None for row in rows])
+    if not present.any():
+        return None
+    first = np.asarray(next(row for row in rows if row is not None))
+    values = np.zeros((len(rows), *first.shape), np.result_type(first.dtype, np.float32))
+    for i, row in enumerate(rows):
+        if row is not None:
+            values[i] = row
+    return Column(values, present)
+
+
+def step_column(
+    infos: Mapping[str, Any], key: str, replaced: npt.NDArray[np.bool_]
+) -> Column | None:
+    """A key as it was after the step: from final_info where the environment has reset itself."""
+    count = len(replaced)
+    column = column_of(infos, key, count)
+    if not replaced.any():
+        return column
+    final = column_of(infos.get("final_info", {}), key, count)
+    if column is None:
+        column = final
+    if column is None:
+        return None
+    column.present[replaced] = False if final is None else final.present[replaced]
+    if final is not None:
+        column.values[replaced] = final.values[replaced]
+    return column
