@@ -2,7 +2,7 @@
 
     python benchmarks/boat.py                 # 3 seeds; resumes; prints the table
 
-For each seed: 600 logged trips, 20,000 updates, calibration at epsilon 0.01 with confidence 0.99;
+For each seed: 600 logged trips, 40,000 updates, calibration at epsilon 0.01 with confidence 0.99;
 then the learned unsafe set against the exact one on 251 x 201 points, the actor alone from 500
 uniform starts in the exact safe set (margin 0.02 m), and reckless agents behind the shield from
 certified starts. Settings (the defaults, but for a discount of rewards that looks 1.7 s ahead
@@ -150,7 +150,7 @@ def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--episodes", type=int, default=1000, help="behind the shield, per agent")
     parser.add_argument("--redo", action="store_true")
     arguments = parser.parse_args()

@@ -1,5 +1,27 @@
-"""Where a shield meets an agent."""
+"""Where a shield meets an agent.
+
+What needs Stable-Baselines3 is loaded on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from safeshield.policies.shielded import ShieldedPolicy
 
-__all__ = ["ShieldedPolicy"]
+if TYPE_CHECKING:
+    from safeshield.policies.callback import ShieldCallback
+    from safeshield.policies.replay_buffer import ShieldedDictReplayBuffer, ShieldedReplayBuffer
+
+__all__ = ["ShieldCallback", "ShieldedDictReplayBuffer", "ShieldedPolicy", "ShieldedReplayBuffer"]
+
+_HOMES = {
+    "ShieldCallback": "callback",
+    "ShieldedDictReplayBuffer": "replay_buffer",
+    "ShieldedReplayBuffer": "replay_buffer",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safeshield.policies' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"safeshield.policies.{_HOMES[name]}"), name)

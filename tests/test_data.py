@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import OrderedDict
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def test_spaces_of_another_shape_are_refused() -> None:
         OfflineDataset.from_arrays(**arrays(), observation_space=gym.spaces.Box(-1, 1, (3, 1)))
     with pytest.raises(ValueError, match="actions must be integers of Discrete"):
         OfflineDataset.from_arrays(**arrays(), action_space=gym.spaces.Discrete(9, start=-4))
-    with pytest.raises(TypeError, match="observation_space must be Box .any shape., Discrete"):
+    with pytest.raises(TypeError, match=r"observation_space must be Box .any shape., Discrete"):
         OfflineDataset.from_arrays(
             **arrays(), observation_space=gym.spaces.Tuple([gym.spaces.Discrete(2)])
         )

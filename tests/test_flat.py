@@ -100,7 +100,7 @@ def test_what_does_not_lie_inside() -> None:
 
 def test_other_spaces_and_points_are_errors_that_say_what_is_supported() -> None:
     for space in (gym.spaces.Text(3), gym.spaces.Tuple([gym.spaces.Discrete(2)])):
-        with pytest.raises(TypeError, match="observation_space must be Box .any shape., Discrete"):
+        with pytest.raises(TypeError, match=r"observation_space must be Box .any shape., Discrete"):
             flat_observations(space)
         with pytest.raises(TypeError, match="action_space must be bounded Box"):
             flat_actions(space)

@@ -1,4 +1,4 @@
-"""A shield without an algorithm, on discrete and dict spaces too: grid worlds with exact answers."""
+"""A shield without an algorithm, on discrete and dict spaces: grids whose exact answer is known."""
 
 from __future__ import annotations
 
@@ -62,10 +62,7 @@ class Slope(gym.Env[Any, Any]):
         return self._observation(), {"cost": 0.0}
 
     def step(self, action: Any) -> Any:  # noqa: ANN401
-        if self._kind == "multi":
-            move = np.asarray(action) - 1
-        else:
-            move = MOVES[int(action) - 1]
+        move = np.asarray(action) - 1 if self._kind == "multi" else MOVES[int(action) - 1]
         if self._at[1] == 1:
             move = np.array([0, -1])
         self._at = np.clip(self._at + move, 0, SIZE - 1)
@@ -116,8 +113,10 @@ def test_nobody_falls_behind_the_shield(
     tmp_path: Path,
     discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield],
 ) -> None:
-    env, log, shield = discrete if kind == "discrete" else trained(
-        kind, **({"observation_keys": ["y", "x"]} if kind == "dict" else {})
+    env, log, shield = (
+        discrete
+        if kind == "discrete"
+        else trained(kind, **({"observation_keys": ["y", "x"]} if kind == "dict" else {}))
     )
     if kind == "dict":
         assert log.observations.shape[1] == 2
@@ -231,7 +230,7 @@ def test_bad_input(discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield]) -
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShieldConfig(**wrong)  # type: ignore[arg-type]
-    env, log, shield = discrete
+    _env, log, shield = discrete
     with pytest.raises(ValueError, match="steps must be at least 3"):
         ShieldTrainer(SMALL).fit(log, steps=2)
     from safeshield import SafeFQL

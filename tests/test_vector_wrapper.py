@@ -19,9 +19,10 @@ from safeshield.wrappers import SafetyShield, vector
 from safeshield.wrappers.vector import VectorSafetyShield
 from test_shield import record
 
+from safeshield.batch_policy import batch_policy
 from safeshield.envs.boat import BoatEnv
 from safeshield.envs.vector import BEFORE_1_0, autoreset_modes
-from safeshield.rollout import batch_policy, run_episodes
+from safeshield.rollout import run_episodes
 from safeshield.shield import Shield, UncalibratedShieldWarning
 from safeshield.shield.guard import Guard
 

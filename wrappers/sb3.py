@@ -102,7 +102,7 @@ class VecSafetyShield(VecEnvWrapper):
         check_same_space(self.shield.action_space, venv.action_space, "action_space")
         self.intervention_penalty = float(intervention_penalty)
         self.guard = Guard(self.shield)
-        self._no_action = np.full(venv.action_space.shape or (), np.nan, np.float32)
+        self._no_action = self.shield.model.played.nothing
         self._ready = False
         self._decision: _Decision | None = None
 

@@ -197,7 +197,9 @@ class Shield:
             rows = np.where(near, rows, self.model.scaling.observation_mean)
         return self.model.states(rows)
 
-    def accepts(self, states: StateValue, action: Actions) -> float | None:
+    def accepts(
+        self, states: StateValue, action: Actions, threshold: float | None = None
+    ) -> float | None:
         """Return Q_h of one action (act,) in one state where it may pass, else None.
 
         The short way for the common case; `judge` gives the whole verdict. The state must come
@@ -209,10 +211,14 @@ class Shield:
         if self._discrete and not (np.floor(action) == action).all():
             return None
         value = self.model.action_value(states, action)
-        return value if value <= self.threshold else None
+        return value if value <= (self.threshold if threshold is None else threshold) else None
 
     def judge(
-        self, states: StateValue, rows: Observations, actions: Actions
+        self,
+        states: StateValue,
+        rows: Observations,
+        actions: Actions,
+        threshold: float | Scalars | None = None,
     ) -> tuple[npt.NDArray[Any], FilterReport]:
         """`filter` for observations (n, obs) whose `states` are known already.
 
@@ -220,14 +226,19 @@ class Shield:
             states: from `states`, of the same rows.
             rows: (n, obs) the raw observations.
             actions: (n, act).
+            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
         """
+        limit = np.broadcast_to(
+            np.asarray(self.threshold if threshold is None else threshold, np.float64),
+            (len(actions),),
+        )
         self.warn_if_uncalibrated()
         seen = self.readable(rows)
         known = np.isfinite(actions).all(axis=-1)
         inside = self.model.played.contains(actions)
         values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
         proposed_values = _where_known(inside & seen, values)
-        accepted = proposed_values <= self.threshold
+        accepted = proposed_values <= limit
         executed = actions
         acceptable = accepted
         if not accepted.all():
@@ -240,10 +251,11 @@ class Shield:
                 StateValue(states.inputs[reject], states.value[reject]),
                 actions[reject],
                 (known & seen)[reject],
+                limit[reject],
             )
             executed[reject] = picked
             values[reject] = _where_known(seen[reject], picked_values)
-            acceptable[reject] = values[reject] <= self.threshold
+            acceptable[reject] = values[reject] <= limit[reject]
         return executed, FilterReport(
             intervened=~accepted,
             value=values,
@@ -265,7 +277,11 @@ class Shield:
             )
 
     def _replace(
-        self, states: StateValue, proposals: Actions, known: Flags
+        self,
+        states: StateValue,
+        proposals: Actions,
+        known: Flags,
+        limit: npt.NDArray[np.float64],
     ) -> tuple[Actions, Scalars]:
         # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
         default = self.model.fallback(states, np.zeros((1, proposals.shape[1]), np.float32))[:, 0]
@@ -281,7 +297,7 @@ class Shield:
         values = _where_known(True, self.model.candidate_values(states, candidates))
         scaled = self.model.scaling.actions(candidates)
         distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
-        good = values <= self.threshold
+        good = values <= limit[:, None]
         distance = np.where(good, distance, np.inf)
         # Discrete actions are all equally near: of those the safest.
         nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
