@@ -14,7 +14,6 @@ import pytest
 from fitted import DT, fitted_shield
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safeshield.wrappers import SafetyShield
 from scipy.stats import binom
 
 from safeshield.batch_policy import batch_policy
@@ -37,6 +36,7 @@ from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
 from safeshield.rollout import run_episodes
 from safeshield.shield import Shield
+from safeshield.wrappers import SafetyShield
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"

@@ -11,9 +11,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from safeshield.wrappers.converters import ConstraintFromFunction, CostFromFunction, CostFromStep
 
 from safeshield.data import collect
+from safeshield.wrappers.converters import ConstraintFromFunction, CostFromFunction, CostFromStep
 
 Env = gym.Env[Any, Any]
 PENDULUM = "Pendulum-v1"

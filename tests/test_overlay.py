@@ -15,6 +15,8 @@ import pytest
 from fitted import DT
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium.utils.env_checker import check_env
+
+from safeshield.shield import Shield
 from safeshield.wrappers import SafetyShield
 from safeshield.wrappers.overlay import (
     EDGE,
@@ -26,8 +28,6 @@ from safeshield.wrappers.overlay import (
     draw_verdict,
     layout,
 )
-
-from safeshield.shield import Shield
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"

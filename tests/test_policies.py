@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fitted import DT
-from safeshield.policies import ShieldedPolicy
 
+from safeshield.policies import ShieldedPolicy
 from safeshield.shield import FilterReport, Shield
 
 pytestmark = pytest.mark.filterwarnings(

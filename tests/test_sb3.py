@@ -17,11 +17,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from fitted import DT
-from safeshield.policies import ShieldedPolicy
-from safeshield.policies.callback import ShieldCallback
-from safeshield.policies.replay_buffer import ShieldedDictReplayBuffer, ShieldedReplayBuffer
-from safeshield.wrappers import SafetyShield
-from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -40,7 +35,12 @@ from stable_baselines3.common.vec_env import (
 )
 from test_shield import record
 
+from safeshield.policies import ShieldedPolicy
+from safeshield.policies.callback import ShieldCallback
+from safeshield.policies.replay_buffer import ShieldedDictReplayBuffer, ShieldedReplayBuffer
 from safeshield.shield import Shield
+from safeshield.wrappers import SafetyShield
+from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"

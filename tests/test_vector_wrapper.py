@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fitted import DT
-from safeshield.wrappers import SafetyShield, vector
-from safeshield.wrappers.vector import VectorSafetyShield
 from test_shield import record
 
 from safeshield.batch_policy import batch_policy
@@ -25,6 +23,8 @@ from safeshield.envs.vector import BEFORE_1_0, autoreset_modes
 from safeshield.rollout import run_episodes
 from safeshield.shield import Shield, UncalibratedShieldWarning
 from safeshield.shield.guard import Guard
+from safeshield.wrappers import SafetyShield, vector
+from safeshield.wrappers.vector import VectorSafetyShield
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"

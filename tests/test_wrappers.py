@@ -13,12 +13,12 @@ import pytest
 from fitted import DT
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
-from safeshield.wrappers import SafetyShield
 from test_shield import record
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.data import collect
 from safeshield.shield import Shield, UncalibratedShieldWarning
+from safeshield.wrappers import SafetyShield
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"

@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING
 
+from safeshield.wrappers.certified_starts import CertifiedStarts
 from safeshield.wrappers.converters import ConstraintFromFunction, CostFromFunction, CostFromStep
 from safeshield.wrappers.overlay import ShieldOverlay
 from safeshield.wrappers.safety_shield import SafetyShield
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 
 __all__ = [
+    "CertifiedStarts",
     "ConstraintFromFunction",
     "CostFromFunction",
     "CostFromStep",

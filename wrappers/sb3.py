@@ -15,7 +15,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from safeshield.wrappers.safety_shield import SafetyShield
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
@@ -24,6 +23,7 @@ from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces import check_same_space
 from safeshield.types import Flags, Scalars
+from safeshield.wrappers.safety_shield import SafetyShield
 
 Infos = list[dict[str, Any]]
 _Array = npt.NDArray[Any]

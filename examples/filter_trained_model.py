@@ -1,0 +1,55 @@
+"""Put a shield in front of a model that is trained already, and change nothing else.
+
+    python examples/filter_trained_model.py          # under two minutes
+
+PPO was trained for the reward alone and hits rocks. `ShieldedPolicy` is a drop-in, which
+Stable-Baselines3's own `evaluate_policy` takes. The promise is made for this very agent
+(`policy=model`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+
+from safeshield import ShieldConfig, ShieldedPolicy, ShieldTrainer, collect
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.evaluation import evaluate, format_table
+
+
+def boat() -> gym.Env[Any, Any]:
+    """Return a river whose helmsman acts every 0.02 s: 100 steps a trip."""
+    return gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
+
+
+def main() -> None:
+    """Train a reckless agent, make a shield for it, compare."""
+    torch.set_num_threads(1)
+    model = PPO("MlpPolicy", boat(), n_steps=1000, batch_size=250, seed=0, device="cpu")
+    model.learn(10_000)
+    model.save("ppo.zip")
+
+    log = collect(boat(), Helmsmen(), episodes=400, seed=2)
+    config = ShieldConfig(seed=2, critic_hidden=(64, 64, 64), safety_discount=0.99)
+    trainer = ShieldTrainer(config, device="cpu").fit(log, steps=4000, progress_bar=True)
+    shield = trainer.calibrate(boat(), policy=model, epsilon=0.02, confidence=0.95)
+    assert shield.record is not None
+    print(shield.record.promise)
+
+    runs: dict[str, Any] = {"certified_by": shield, "starts": "certified", "name": "PPO"}
+    alone = evaluate(boat(), model, 200, seed=3, **runs)
+    guarded = evaluate(boat(), model, 200, seed=3, shield=shield, **runs)
+    print(format_table([alone, guarded]))
+
+    policy = ShieldedPolicy(PPO.load("ppo.zip", device="cpu"), shield)
+    mean, spread = evaluate_policy(policy, Monitor(boat()), n_eval_episodes=10)  # type: ignore[arg-type]
+    print(f"evaluate_policy, shield in front: return {mean:.1f} +- {spread:.1f}")
+
+
+if __name__ == "__main__":
+    main()

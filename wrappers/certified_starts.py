@@ -1,0 +1,58 @@
+"""`CertifiedStarts`: episodes begin where a shield's promise applies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+from gymnasium.utils import RecordConstructorArgs
+
+if TYPE_CHECKING:
+    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
+    _Env = gym.Env[Any, Any]
+else:
+    _Wrapper = gym.Wrapper
+    _Env = gym.Env
+
+_KEY = "shield/certified"
+
+
+class CertifiedStarts(_Wrapper, RecordConstructorArgs):
+    """Draw starts until one is certified: goes around a `SafetyShield` that is calibrated.
+
+    The promise in a shield's file speaks of episodes that start with V_h <= -delta, drawn as the
+    environment draws them. This wrapper resets until it has such a one, which is that
+    distribution. The first draw uses the seed, the others go on from it.
+
+    Args:
+        env: an environment whose reset reports ``info["shield/certified"]``.
+        most: draws before giving up.
+
+    Raises:
+        ValueError: `most` is below 1; at reset, the key is missing or no start was certified.
+    """
+
+    def __init__(self, env: _Env, most: int = 1000) -> None:
+        RecordConstructorArgs.__init__(self, most=most)
+        gym.Wrapper.__init__(self, env)
+        if most < 1:
+            raise ValueError(f"most must be at least 1, got {most}")
+        self._most = most
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset until the start is certified."""
+        for _ in range(self._most):
+            observation, info = self.env.reset(seed=seed, options=options)
+            seed = None
+            if _KEY not in info:
+                raise ValueError(
+                    f"env must report info[{_KEY!r}] at reset: put SafetyShield inside"
+                )
+            if info[_KEY]:
+                return observation, info
+        raise ValueError(
+            f"none of {self._most} starts was certified: the shield is not calibrated, or the "
+            "environment hardly ever starts where its promise applies"
+        )
