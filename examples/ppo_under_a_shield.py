@@ -3,8 +3,8 @@
     python examples/ppo_under_a_shield.py          # under two minutes
 
 The boat's log gives the shield; PPO then learns from scratch, for the reward alone, in eight
-shielded boats. On-policy learners must store the action they PROPOSED (the ratio needs its probability): to
-them the shield is part of the river.
+shielded boats. On-policy learners must store the action they PROPOSED (the ratio needs its
+probability): to them the shield is part of the river.
 """
 
 from __future__ import annotations

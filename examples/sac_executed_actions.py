@@ -3,8 +3,8 @@
     python examples/sac_executed_actions.py          # under two minutes
 
 An off-policy learner may learn from what really ran: `ShieldedReplayBuffer(store="executed")`
-reads it from the infos. Its random warm-up (`learning_starts`) is covered, because the shield is in the
-environment.
+reads it from the infos. Its random warm-up (`learning_starts`) is covered, because the shield is
+in the environment.
 """
 
 from __future__ import annotations
