@@ -45,7 +45,9 @@ class StartsOf(gym.Wrapper):
         super().__init__(env)
         self._shield = shield
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Reset until the start is certified."""
         while True:
             observation, info = self.env.reset(seed=seed, options=options)

@@ -1,6 +1,7 @@
 """What the shield costs at a step, and how fast training goes; ratios to a reference beside it.
 
     python benchmarks/speed.py filter       # SafetyShield.step beyond the env's own step
+    python benchmarks/speed.py vector       # VectorSafetyShield, per env, 1 to 4,096 envs
     python benchmarks/speed.py train        # student updates a second, nets 256x256, batch 256
 
 Medians of several runs. The reference is measured in the same run: for the filter a bare NumPy
@@ -10,9 +11,11 @@ forward of one (256, 256) network, for training a bare matrix product of the sam
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +27,8 @@ from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield
 from safeshield.algorithms.safefql_updates import SafeFQLRun
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import Draw
+from safeshield.envs.boat import BoatVectorEnv
+from safeshield.wrappers import VectorSafetyShield
 
 REPEATS = 15
 
@@ -78,6 +83,48 @@ def filter_step() -> None:
     )
 
 
+def vector_step() -> None:
+    """Time VectorSafetyShield per environment, all actions accepted and all rejected."""
+    warnings.simplefilter("ignore")
+    log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    shield = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
+    # No learned value lies beyond these: what is timed is the path, not the boat.
+    accepts, rejects = (-100.0, 100.0)
+    print("microseconds an env beyond its own step; one (256, 256) NumPy net beside it")
+    for count in (1, 16, 256, 4096):
+        x = rng.standard_normal((count, 4)).astype(np.float32)
+        actions = rng.uniform(-1, 1, (count, 2)).astype(np.float32)
+        bare = BoatVectorEnv(count, max_episode_steps=None, current=0.0)
+        cells = []
+        for shift in (accepts, rejects):
+            moved = replace(shield.model.scale, offset=shield.model.scale.offset + shift)
+            shifted = replace(shield, model=replace(shield.model, scale=moved))
+            wrapped = VectorSafetyShield(
+                BoatVectorEnv(count, max_episode_steps=None, current=0.0), shifted
+            )
+            bare.reset(seed=0)
+            wrapped.reset(seed=0)
+            _, _, _, _, infos = wrapped.step(actions)
+            if (infos["shield/intervened"] != (shift == rejects)).any():
+                raise SystemExit("not all actions go the way that is timed")
+            calls = max(1, (2000 if shift == accepts else 100) // count)
+            with_shield = microseconds(functools.partial(wrapped.step, actions), calls)
+            without = microseconds(functools.partial(bare.step, actions), calls)
+            cells.append((with_shield - without) / count)
+
+        def reference(x: np.ndarray = x) -> np.ndarray:
+            return np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
+
+        net = microseconds(reference, max(1, 2000 // count)) / count
+        print(
+            f"{count:5} envs: accepted {cells[0]:8.2f} ({cells[0] / net:5.1f} nets), rejected "
+            f"{cells[1]:9.2f} ({cells[1] / net:6.1f} nets); net {net:6.2f}",
+            flush=True,
+        )
+
+
 def train_updates() -> None:
     """Time updates of each phase on random data: obs 17, act 6, nets 256x256, batch 256."""
     rng = np.random.default_rng(0)
@@ -124,10 +171,10 @@ def train_updates() -> None:
 def main() -> None:
     """Run one of the two."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["filter", "train"])
+    parser.add_argument("what", choices=["filter", "vector", "train"])
     what = parser.parse_args().what
     print(machine())
-    {"filter": filter_step, "train": train_updates}[what]()
+    {"filter": filter_step, "vector": vector_step, "train": train_updates}[what]()
 
 
 if __name__ == "__main__":

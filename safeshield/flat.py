@@ -76,9 +76,9 @@ class FlatSpace:
         Raises:
             ValueError: another shape, no numbers, or an entry of a Dict is missing.
         """
+        if not self._nested:
+            return _rows_of(points, self.space, what)
         parts = [_rows_of(part, space, what) for part, space in _pairs(points, self.space, what)]
-        if len(parts) == 1:
-            return parts[0]
         singles = {single for _, single in parts}
         lengths = {len(rows) for rows, _ in parts}
         if len(singles) > 1 or len(lengths) > 1:
@@ -100,6 +100,10 @@ class FlatSpace:
         if counts.any():
             inside &= ~counts | (np.floor(rows) == rows)
         return np.asarray(inside.all(axis=-1))
+
+    @cached_property
+    def _nested(self) -> bool:
+        return isinstance(self.space, gym.spaces.Dict)
 
     @property
     def nothing(self) -> Array:

@@ -168,5 +168,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         # A copy: environments may write into what they returned.
         self._rows = np.array(rows)
         self._finite = bool(self.shield.readable(self._rows)[0])
-        self._states = self.shield.states(self._rows)
+        # Unreadable rows are judged with the log's mean in place of what cannot be read.
+        judge = self.shield.model.states if self._finite else self.shield.states
+        self._states = judge(self._rows)
         return float(self._states.value[0]) if self._finite else float("inf")
