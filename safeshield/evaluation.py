@@ -22,7 +22,7 @@ from safeshield.calibration.policies import ShieldedProposals, spread_actions
 from safeshield.flat import Batch
 from safeshield.rollout import Episode, run_episodes
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.vectorise import Env, is_vector_env
+from safeshield.vectorise import Env, check_env, environment_name, is_vector_env
 
 if TYPE_CHECKING:
     from safeshield.vectorise import VectorEnv
@@ -156,7 +156,7 @@ def evaluate(
     return summarise(
         runs,
         policy=name or (policy if isinstance(policy, str) else type(policy).__name__),
-        environment=_environment_name(env),
+        environment=environment_name(env),
         start_share=share,
         seed=seed,
     )
@@ -180,6 +180,7 @@ def draw_episodes(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
+    check_env(env)
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
@@ -361,13 +362,6 @@ def _cost(episode: Episode) -> float:
     if episode.costs is None and episode.next_constraints is not None:
         return float(np.count_nonzero(episode.next_constraints > 0))
     return episode.total_cost
-
-
-def _environment_name(env: Env | VectorEnv) -> str:
-    spec = getattr(env, "spec", None)
-    if spec is not None:
-        return str(spec.id)
-    return type(getattr(env, "unwrapped", env)).__name__
 
 
 def _cells(one: Evaluation) -> tuple[str, ...]:

@@ -35,6 +35,22 @@ def is_vector_env(env: object) -> bool:
     return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
 
 
+def environment_name(env: object) -> str:
+    """Return the id of an environment, or its class where it has none."""
+    inner = getattr(env, "unwrapped", env)
+    spec = getattr(env, "spec", None) or getattr(inner, "spec", None)
+    return str(spec.id) if spec is not None else type(inner).__name__
+
+
+def check_env(env: object) -> None:
+    """Raise TypeError unless `env` is an environment, single or vector."""
+    if not (isinstance(env, gym.Env) or is_vector_env(env)):
+        raise TypeError(
+            f"env must be a Gymnasium environment or VectorEnv, got {type(env).__name__}; make "
+            "one with gymnasium.make(id)"
+        )
+
+
 def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
     """Return a vector environment of copies of `env`; a VectorEnv is returned as it is.
 

@@ -241,3 +241,27 @@ def test_bad_input(discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield]) -
         SafetyShield(gym.make("CartPole-v1"), shield)
     with pytest.raises(ValueError, match="action_space mismatch"):
         SafetyShield(gym.make("Slope-multi-v0"), shield)
+
+
+def test_wrong_kinds_of_arguments_are_named(
+    discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield],
+) -> None:
+    from safeshield import SafeFQL, SafeFQLConfig
+    from safeshield.evaluation import evaluate
+
+    env, _, shield = discrete
+    for trainer in (ShieldTrainer(SMALL), SafeFQL()):
+        with pytest.raises(TypeError, match="dataset must be an OfflineDataset, got TimeLimit"):
+            trainer.fit(env, steps=3)  # type: ignore[arg-type]
+    for call in (
+        lambda: shield.calibrate("Boat-v0"),  # type: ignore[arg-type]
+        lambda: collect("Boat-v0", "random", 1, 0),  # type: ignore[arg-type]
+        lambda: evaluate("Boat-v0", "random", 1, 0),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match="env must be a Gymnasium environment"):
+            call()
+    for config in (SafeFQLConfig, ShieldConfig):
+        with pytest.raises(ValueError, match="batch_size must be an integer"):
+            config(batch_size=1.5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="critic_hidden must be a tuple"):
+            config(critic_hidden=64)  # type: ignore[arg-type]

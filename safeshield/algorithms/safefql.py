@@ -137,16 +137,19 @@ class SafeFQLConfig:
             raise ValueError(
                 f"phase_shares must be three numbers above 0 that sum to 1, got {shares}"
             )
+        for name in ("batch_size", "flow_steps"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         for name in ("critic_hidden", "flow_hidden", "student_hidden"):
             widths = getattr(self, name)
-            if not widths or min(widths) < 1:
-                raise ValueError(f"{name} must name at least one width of 1 or more, got {widths}")
+            if not isinstance(widths, tuple) or not widths or min(widths) < 1:
+                raise ValueError(f"{name} must be a tuple of widths of 1 or more, got {widths!r}")
         for name in ("safety_backup_steps", "reward_backup_steps"):
             steps = getattr(self, name)
-            if not steps or min(steps) < 1:
-                raise ValueError(f"{name} must name step counts of 1 or more, got {steps}")
+            if not isinstance(steps, tuple) or not steps or min(steps) < 1:
+                raise ValueError(f"{name} must be a tuple of counts of 1 or more, got {steps!r}")
 
     def discount_of(self, kind: Literal["continuous", "binary"]) -> float:
         """Return the discount of the safety backup for this kind of labels."""

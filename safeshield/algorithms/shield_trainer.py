@@ -111,6 +111,9 @@ class ShieldConfig:
             raise ValueError(
                 f"phase_shares must be three numbers above 0 that sum to 1, got {shares}"
             )
+        for name in ("batch_size", "flow_steps"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         for name in ("critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"):

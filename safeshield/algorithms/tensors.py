@@ -85,8 +85,14 @@ def check_boundary(dataset: OfflineDataset) -> None:
     """Refuse a log from which no boundary between safe and unsafe can be learned.
 
     Raises:
+        TypeError: it is no log.
         ValueError: no logged state violates the constraint, or every one does.
     """
+    if not isinstance(dataset, OfflineDataset):
+        raise TypeError(
+            f"dataset must be an OfflineDataset, got {type(dataset).__name__}: make one with "
+            "collect(env, ...), OfflineDataset.load(path) or OfflineDataset.from_arrays(...)"
+        )
     unsafe = (dataset.next_constraints > 0) | (dataset.constraints > 0)
     if not unsafe.any():
         raise ValueError(

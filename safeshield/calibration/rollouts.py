@@ -19,7 +19,7 @@ from safeshield.calibration.record import CalibrationRecord, PolicyResult
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
 from safeshield.rollout import run_episodes
 from safeshield.spaces import check_same_space
-from safeshield.vectorise import Env, is_vector_env, vectorise
+from safeshield.vectorise import Env, check_env, environment_name, is_vector_env, vectorise
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
@@ -162,10 +162,12 @@ def calibrate(
         num_envs: how many environments run side by side.
 
     Raises:
+        TypeError: `env` is no environment.
         ValueError: spaces differ, an argument is out of range, N is too small (the message says
             how many are needed).
         CalibrationError: no threshold meets the request; the message says what was reached.
     """
+    check_env(env)
     prefix = "single_" if is_vector_env(env) else ""
     for what, expected in (
         ("observation_space", shield.observation_space),
@@ -210,14 +212,12 @@ def calibrate(
         )
         for name in names
     )
-    inner = getattr(env, "unwrapped", env)
-    spec = getattr(inner, "spec", None)
     return CalibrationRecord(
         delta=delta,
         epsilon=epsilon,
         confidence=confidence,
         policies=results,
-        environment=spec.id if spec is not None else type(inner).__name__,
+        environment=environment_name(env),
         start_distribution="its own reset does, kept where V_h <= -delta",
         start_share=trials.start_shares[delta],
         walk=tuple(rungs),

@@ -11,7 +11,7 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.rollout import Episode, run_episodes
 from safeshield.spaces import part_of
-from safeshield.vectorise import Env, is_vector_env
+from safeshield.vectorise import Env, check_env, is_vector_env
 
 if TYPE_CHECKING:
     from safeshield.vectorise import VectorEnv
@@ -56,6 +56,7 @@ def collect(
     >>> log
     OfflineDataset(1200 transitions, 3 episodes, obs 2, act 2, continuous constraints)
     """
+    check_env(env)
     prefix = "single_" if is_vector_env(env) else ""
     seen = part_of(getattr(env, f"{prefix}observation_space"), observation_keys)
     runs = run_episodes(
@@ -93,6 +94,7 @@ def _costs(run: Episode) -> np.ndarray:
     if run.next_constraints is None:
         raise ValueError(
             "the environment must report info['constraint'] (h, positive is a violation) at reset "
-            "and every step, or info['cost'] at every step; add a wrapper that does"
+            "and every step, or info['cost'] at every step; add safeshield.wrappers."
+            "ConstraintFromFunction or CostFromFunction"
         )
     return (run.next_constraints > 0).astype(np.float32)
