@@ -35,11 +35,16 @@ def is_vector_env(env: object) -> bool:
     return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
 
 
+def environment_id(env: object) -> str:
+    """Return the id that an environment was made by, "" where it has none."""
+    # The innermost one's: wrappers copy it with their own arguments, and some cannot be copied.
+    spec = getattr(getattr(env, "unwrapped", env), "spec", None)
+    return "" if spec is None else str(spec.id)
+
+
 def environment_name(env: object) -> str:
     """Return the id of an environment, or its class where it has none."""
-    inner = getattr(env, "unwrapped", env)
-    spec = getattr(env, "spec", None) or getattr(inner, "spec", None)
-    return str(spec.id) if spec is not None else type(inner).__name__
+    return environment_id(env) or type(getattr(env, "unwrapped", env)).__name__
 
 
 def check_env(env: object) -> None:

@@ -13,12 +13,13 @@ import pytest
 from fitted import DT
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 from test_shield import record
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.data import collect
-from safeshield.shield import Shield, UncalibratedShieldWarning
-from safeshield.wrappers import SafetyShield
+from safeshield.shield import OtherEnvironmentWarning, Shield, UncalibratedShieldWarning
+from safeshield.wrappers import SafetyShield, VecSafetyShield, VectorSafetyShield
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"
@@ -362,3 +363,21 @@ def test_ppo_trains_in_a_shielded_env(shield: Shield) -> None:
     assert not np.isnan(observations).any()
     _, _, _, infos = envs.step(np.zeros((2, 2), np.float32))
     assert all(set(KEYS) <= set(info) for info in infos)
+
+
+def test_a_record_of_another_environment_is_told(shield: Shield) -> None:
+    told = record(shield.delta)
+    calibrated = replace(shield, record=replace(told, environment="Other-v0"))
+    with pytest.warns(OtherEnvironmentWarning, match="calibrated in Other-v0, not in safeshield"):
+        SafetyShield(boat(), calibrated)
+    vector = gym.vector.SyncVectorEnv([boat, boat])
+    with pytest.warns(OtherEnvironmentWarning):
+        VectorSafetyShield(vector, calibrated)
+    with pytest.warns(OtherEnvironmentWarning):
+        VecSafetyShield(DummyVecEnv([boat]), calibrated)
+    same = replace(shield, record=replace(told, environment=BOAT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherEnvironmentWarning)
+        SafetyShield(boat(), same)
+        VectorSafetyShield(vector, same)
+        VecSafetyShield(DummyVecEnv([boat]), same)

@@ -12,7 +12,7 @@ from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces import check_same_space
+from safeshield.vectorise import environment_id
 
 if TYPE_CHECKING:
     _Wrapper = gym.Wrapper[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
@@ -68,13 +68,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, shield=shield, _disable_deepcopy=True)
         gym.Wrapper.__init__(self, env)
         self.shield = as_shield(shield)
-        check_same_space(
-            self.shield.observation_space,
-            env.observation_space,
-            "observation_space",
-            unbounded_matches_any=True,
-        )
-        check_same_space(self.shield.action_space, env.action_space, "action_space")
+        self.shield.check_fits(env.observation_space, env.action_space, environment_id(env))
         self._no_action = self.shield.model.played.nothing
         self._rows: npt.NDArray[Any] | None = None
         self._finite = False

@@ -21,12 +21,18 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from safeshield.shield.guard import Guard
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces import check_same_space
 from safeshield.types import Flags, Scalars
+from safeshield.vectorise import environment_id
 from safeshield.wrappers.safety_shield import SafetyShield
 
 Infos = list[dict[str, Any]]
 _Array = npt.NDArray[Any]
+
+
+def _id_of(venv: VecEnv) -> str:
+    """Return the id of what a vector environment holds, "" where it does not tell."""
+    envs = getattr(venv.unwrapped, "envs", None)
+    return environment_id(envs[0]) if envs else ""
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,7 @@ class VecSafetyShield(VecEnvWrapper):
             )
         super().__init__(venv)
         self.shield = as_shield(shield)
-        check_same_space(
-            self.shield.observation_space,
-            venv.observation_space,
-            "observation_space",
-            unbounded_matches_any=True,
-        )
-        check_same_space(self.shield.action_space, venv.action_space, "action_space")
+        self.shield.check_fits(venv.observation_space, venv.action_space, _id_of(venv))
         self.intervention_penalty = float(intervention_penalty)
         self.guard = Guard(self.shield)
         self._no_action = self.shield.model.played.nothing

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from safeshield.shield.guard import Guard
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces import check_same_space
 from safeshield.types import Flags, Scalars
+from safeshield.vectorise import environment_id
 
 _BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
 
@@ -106,20 +106,16 @@ class VectorSafetyShield(_Wrapper):
             ):  # fmt: skip
                 setattr(self, name, getattr(env, name))
         self.shield = as_shield(shield)
-        check_same_space(
-            self.shield.observation_space,
-            env.single_observation_space,
-            "single_observation_space",
-            unbounded_matches_any=True,
+        self.shield.check_fits(
+            env.single_observation_space, env.single_action_space, environment_id(env)
         )
-        check_same_space(self.shield.action_space, env.single_action_space, "single_action_space")
         if not (np.isfinite(intervention_penalty) and intervention_penalty >= 0):
             raise ValueError(
                 f"intervention_penalty must be finite and at least 0, got {intervention_penalty}"
             )
         self.intervention_penalty = float(intervention_penalty)
         self._mode = _autoreset_mode(env)
-        self._no_action = _no_action(env.single_action_space)
+        self._no_action = self.shield.model.played.nothing
         self._guard = Guard(self.shield)
         self._over = np.zeros(env.num_envs, np.bool_)
         self._values = np.full(env.num_envs, np.inf)
@@ -338,14 +334,6 @@ def _autoreset_mode(env: _VectorEnv) -> str:
             "observations begin an episode; set it to what the environment does"
         )
     return name
-
-
-def _no_action(space: gym.Space[Any]) -> npt.NDArray[Any]:
-    """Return what stands in infos where there was no action: NaN, or below every action."""
-    if isinstance(space, gym.spaces.Box):
-        return np.full(space.shape, np.nan, np.float32)
-    start = np.asarray(getattr(space, "start", 0), np.int64)
-    return np.broadcast_to(start - 1, space.shape or ())
 
 
 def _mixed_up(why: str, where: Flags) -> ValueError:

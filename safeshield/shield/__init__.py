@@ -2,6 +2,16 @@
 
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.report import FilterReport
-from safeshield.shield.shield import Shield, UncalibratedShieldWarning
+from safeshield.shield.shield import (
+    OtherEnvironmentWarning,
+    Shield,
+    UncalibratedShieldWarning,
+)
 
-__all__ = ["CandidateSet", "FilterReport", "Shield", "UncalibratedShieldWarning"]
+__all__ = [
+    "CandidateSet",
+    "FilterReport",
+    "OtherEnvironmentWarning",
+    "Shield",
+    "UncalibratedShieldWarning",
+]

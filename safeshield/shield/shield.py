@@ -25,6 +25,7 @@ from safeshield.flat import Batch
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.model import SafetyModel, StateValue
 from safeshield.shield.report import FilterReport
+from safeshield.spaces import check_same_space
 from safeshield.types import Actions, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _READABLE = 1e6
 
 class UncalibratedShieldWarning(UserWarning):
     """A shield is used whose threshold has not been calibrated: it promises nothing."""
+
+
+class OtherEnvironmentWarning(UserWarning):
+    """A shield is used in another environment than the one its record speaks of."""
 
 
 @dataclass(eq=False, repr=False)
@@ -264,6 +269,34 @@ class Shield:
             acceptable=acceptable,
             valid=seen & known,
         )
+
+    def check_fits(
+        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], name: str
+    ) -> None:
+        """Raise unless the spaces of one environment are the shield's; warn if it is another.
+
+        Args:
+            observation_space: of one environment.
+            action_space: of one environment.
+            name: its id; "" where it is not known.
+
+        Raises:
+            ValueError: the spaces differ; the message shows both.
+        """
+        check_same_space(
+            self.observation_space,
+            observation_space,
+            "observation_space",
+            unbounded_matches_any=True,
+        )
+        check_same_space(self.action_space, action_space, "action_space")
+        if self.record is not None and name and self.record.environment != name:
+            warnings.warn(
+                f"this shield was calibrated in {self.record.environment}, not in {name}: here its "
+                "record promises nothing; calibrate it in the environment that it will protect",
+                OtherEnvironmentWarning,
+                stacklevel=3,
+            )
 
     def warn_if_uncalibrated(self) -> None:
         """Warn, once for each shield, that nothing vouches for its threshold."""
