@@ -36,10 +36,17 @@ def is_vector_env(env: object) -> bool:
 
 
 def environment_id(env: object) -> str:
-    """Return the id that an environment was made by, "" where it has none."""
+    """Return the id that an environment, or what a vector environment holds, was made by.
+
+    "" where there is none to be seen. Gymnasium's and Stable-Baselines3's vectors are read alike.
+    """
     # The innermost one's: wrappers copy it with their own arguments, and some cannot be copied.
-    spec = getattr(getattr(env, "unwrapped", env), "spec", None)
-    return "" if spec is None else str(spec.id)
+    inner = getattr(env, "unwrapped", env)
+    spec = getattr(inner, "spec", None)
+    if spec is not None:
+        return str(spec.id)
+    members = getattr(inner, "envs", None)
+    return environment_id(members[0]) if members else ""
 
 
 def environment_name(env: object) -> str:

@@ -29,12 +29,6 @@ Infos = list[dict[str, Any]]
 _Array = npt.NDArray[Any]
 
 
-def _id_of(venv: VecEnv) -> str:
-    """Return the id of what a vector environment holds, "" where it does not tell."""
-    envs = getattr(venv.unwrapped, "envs", None)
-    return environment_id(envs[0]) if envs else ""
-
-
 @dataclass(frozen=True)
 class _Decision:
     """What was decided in `step_async`, until `step_wait` tells of it."""
@@ -99,7 +93,7 @@ class VecSafetyShield(VecEnvWrapper):
             )
         super().__init__(venv)
         self.shield = as_shield(shield)
-        self.shield.check_fits(venv.observation_space, venv.action_space, _id_of(venv))
+        self.shield.check_fits(venv.observation_space, venv.action_space, environment_id(venv))
         self.intervention_penalty = float(intervention_penalty)
         self.guard = Guard(self.shield)
         self._no_action = self.shield.model.played.nothing
