@@ -1,7 +1,26 @@
 """The shield: accept an action where its safety value allows it, replace it elsewhere."""
 
 from safeshield.shield.candidates import CandidateSet
+from safeshield.shield.replacement import (
+    FallbackPolicy,
+    NearestAcceptable,
+    OwnSamples,
+    ProjectedGradient,
+    Rejected,
+    Replacement,
+)
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
 
-__all__ = ["CandidateSet", "FilterReport", "Shield", "UncalibratedShieldWarning"]
+__all__ = [
+    "CandidateSet",
+    "FallbackPolicy",
+    "FilterReport",
+    "NearestAcceptable",
+    "OwnSamples",
+    "ProjectedGradient",
+    "Rejected",
+    "Replacement",
+    "Shield",
+    "UncalibratedShieldWarning",
+]
