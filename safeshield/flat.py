@@ -93,6 +93,27 @@ class FlatSpace:
         out = rows.reshape(len(rows), *shape)
         return np.rint(out).astype(self.space.dtype) if self.discrete else out
 
+    def batch(self, rows: Rows) -> Batch:
+        """Return rows (n, width) as a batch of points of any space: `points`, Dicts included.
+
+        A row has one dtype for all entries of a Dict; here each has its own again.
+
+        >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
+        >>> FlatSpace(space).batch(np.array([[3, 0.5], [0, 0.25]]))["at"]
+        array([3, 0])
+        """
+        if not isinstance(self.space, gym.spaces.Dict):
+            return self.points(rows)
+        batch: dict[str, Batch] = {}
+        start = 0
+        for key, space in self.space.spaces.items():
+            part = FlatSpace(space)
+            batch[key] = part.batch(rows[:, start : start + part.width])
+            if isinstance(space, gym.spaces.Box):
+                batch[key] = batch[key].astype(space.dtype)
+            start += part.width
+        return batch
+
     def contains(self, rows: Rows) -> Flags:
         """Whether rows (n, width) lie within the bounds, on integers where they count; NaN: no."""
         inside = (rows >= self.low) & (rows <= self.high)

@@ -97,6 +97,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
 
 
 def _describe_shield(path: Path) -> dict[str, Any]:
+    from safeshield.shield.replacement import describe as describe_replacement
     from safeshield.shield.shield import Shield
 
     shield = Shield.load(path)
@@ -106,6 +107,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "observation_space": str(shield.observation_space),
         "action_space": str(shield.action_space),
         "delta": shield.delta,
+        "replacement": describe_replacement(shield.replacement) or "NearestAcceptable()",
         "calibrated": record is not None,
         "promise": "none: not calibrated" if record is None else record.promise,
         "record": None if record is None else record.to_json(),

@@ -19,3 +19,5 @@ Scalars: TypeAlias = Float[np.ndarray, "*batch"]
 Flags: TypeAlias = Bool[np.ndarray, "*batch"]
 Candidates: TypeAlias = Num[np.ndarray, "states each act"]
 """Several actions for each of several states."""
+Judged: TypeAlias = Float[np.ndarray, "states each"]
+"""A value for each of them."""

@@ -25,8 +25,9 @@ from safeshield.calibration.walk import Rung
 from safeshield.files import read_tensors, write_tensors
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.scaling import SafetyScale, Scaling
-from safeshield.shield import CandidateSet, Shield
+from safeshield.shield import CandidateSet, ProjectedGradient, Shield
 from safeshield.shield.model import SafetyModel
+from safeshield.shield.replacement import describe
 
 Json = dict[str, Any]
 
@@ -68,7 +69,9 @@ def shield() -> Shield:
             "student": weights(EnsembleMLP(5, 2, (6,)), 3),
         },
     )
-    return Shield(model, delta, record, "a test's “shield”", CandidateSet(3, 2, 1))
+    replacement = ProjectedGradient(3, 0.1 + 1e-17, CandidateSet(3, 2, 1))
+    record = replace(record, replacement=describe(replacement))
+    return Shield(model, delta, record, "a test's “shield”", replacement)
 
 
 @pytest.fixture
@@ -80,11 +83,11 @@ def path(shield: Shield, tmp_path: Path) -> Path:
 
 def assert_equal(one: Shield, other: Shield) -> None:
     """Every field, every bit."""
-    assert (one.delta, one.record, one.trained_by, one.candidates) == (
+    assert (one.delta, one.record, one.trained_by, one.replacement) == (
         other.delta,
         other.record,
         other.trained_by,
-        other.candidates,
+        other.replacement,
     )
     mine, theirs = one.model, other.model
     assert mine.scale == theirs.scale
@@ -368,11 +371,11 @@ HEADERS: dict[str, Callable[[Json], object]] = {
     "scale zero": lambda h: h["safety_scale"].update(step=0.0),
     "scale a string": lambda h: h["safety_scale"].update(step="1"),
     "scale huge": lambda h: h["safety_scale"].update(step=10**400),
-    "candidates a list": lambda h: h.update(candidates=[1, 2, 3]),
-    "candidates unknown": lambda h: h["candidates"].update(os=1),
-    "candidates a float": lambda h: h["candidates"].update(box=1.5),
-    "candidates many": lambda h: h["candidates"].update(box=10**9),
-    "candidates negative": lambda h: h["candidates"].update(box=-1),
+    "candidates a list": lambda h: h["replacement"].update(candidates=[1, 2, 3]),
+    "candidates unknown": lambda h: h["replacement"]["candidates"].update(os=1),
+    "candidates a float": lambda h: h["replacement"]["candidates"].update(box=1.5),
+    "candidates many": lambda h: h["replacement"]["candidates"].update(box=10**9),
+    "candidates negative": lambda h: h["replacement"]["candidates"].update(box=-1),
     "trained_by an object": lambda h: h.update(trained_by={"a": 1}),
     "space by import": lambda h: h.update(action_space={"type": "os.system"}),
     "space a string": lambda h: h.update(action_space="Box"),

@@ -62,6 +62,23 @@ def test_points_undo_rows(space: gym.Space[Any]) -> None:
         assert flat.contains(flat.choices).all()
 
 
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_a_batch_comes_back_from_its_rows(space: gym.Space[Any]) -> None:
+    space.seed(2)
+    flat = flat_observations(space)
+    points = [space.sample() for _ in range(4)]
+    back = flat.batch(np.concatenate([flat.rows(point)[0] for point in points]))
+    assert batch_length(back) == 4
+    for i, point in enumerate(points):
+        one = take(back, i)
+        np.testing.assert_array_equal(flat.rows(one)[0], flat.rows(point)[0])
+        if isinstance(space, gym.spaces.Dict):
+            assert space.contains({**one, "at": int(one["at"])})
+            assert {key: part.dtype for key, part in one["deep"].items()} == {
+                key: part.dtype for key, part in point["deep"].items()
+            }
+
+
 def test_features_are_gymnasiums_flattening_where_things_are_counted() -> None:
     # Gymnasium's flatten makes indicators too, entry by entry; ours come after the numbers.
     space = gym.spaces.MultiDiscrete([3, 2])

@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 from safeshield.calibration.record import CalibrationRecord, PolicyResult
 from safeshield.calibration.walk import Rung
 from safeshield.scaling import Scaling
-from safeshield.shield import CandidateSet, FilterReport, Shield, UncalibratedShieldWarning
+from safeshield.shield import (
+    CandidateSet,
+    FilterReport,
+    NearestAcceptable,
+    Shield,
+    UncalibratedShieldWarning,
+)
 from safeshield.shield.model import SafetyModel
 
 pytestmark = pytest.mark.filterwarnings(
@@ -112,7 +118,9 @@ def test_a_larger_delta_accepts_a_subset(
 def candidates_of(shield: Shield, observation: Any, action: Any) -> Any:  # noqa: ANN401
     states = shield.states(observation[None])
     wanted = np.clip(action[None], shield.action_space.low, shield.action_space.high)
-    found = shield.candidates.actions(shield.model, states, wanted.astype(np.float32))
+    assert isinstance(shield.replacement, NearestAcceptable)
+    candidates = shield.replacement.candidates
+    found = candidates.actions(shield.model, states, wanted.astype(np.float32))
     return np.concatenate([wanted[:, None], found], axis=1)[0].astype(np.float32)
 
 

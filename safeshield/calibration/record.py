@@ -50,6 +50,8 @@ class CalibrationRecord:
     """ISO 8601, UTC."""
     versions: dict[str, str]
     """Of the packages that were used."""
+    replacement: str = ""
+    """How the shield replaced actions, where not by default; see `shield.replacement.describe`."""
 
     @property
     def promise(self) -> str:
@@ -59,11 +61,12 @@ class CalibrationRecord:
             f"'{result.policy}': {result.violations} of {result.episodes}"
             for result in self.policies
         )
+        replaced = self.replacement and f", which replaces actions by {self.replacement},"
         return (
             f"With confidence {self.confidence:g} over the draw of the calibration episodes: an "
             f"episode of {self.environment} that starts as {self.start_distribution}, in which "
             f"actions are proposed by one of {names} and executed through this shield at delta "
-            f"{self.delta:.4g}, violates the constraint with probability at most "
+            f"{self.delta:.4g}{replaced or ','} violates the constraint with probability at most "
             f"{self.epsilon:g}. Violating episodes seen: {seen}. For another policy, start "
             "distribution or environment nothing is promised."
         )
@@ -101,13 +104,17 @@ def _fields(kind: type, data: object) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"record: {kind.__name__} must be an object, got {type(data).__name__}")
     fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    if set(data) != set(fields):
+    # Fields with a default are younger than files that lack them.
+    optional = {
+        field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING
+    }
+    if not set(fields) - optional <= set(data) <= set(fields):
         raise ValueError(
             f"record: {kind.__name__} must have the fields {sorted(fields)}, got {sorted(data)}"
         )
-    for name, type_name in fields.items():
+    for name, value in data.items():
+        type_name = fields[name]
         allowed = _KINDS.get(type_name)
-        value = data[name]
         wrong_bool = isinstance(value, bool) and type_name != "bool"
         if allowed is not None and (wrong_bool or not isinstance(value, allowed)):
             raise ValueError(f"record: '{name}' must be {type_name}, got {value!r:.60}")

@@ -18,6 +18,7 @@ from safeshield.calibration.policies import ShieldedProposals, battery
 from safeshield.calibration.record import CalibrationRecord, PolicyResult
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
 from safeshield.rollout import run_episodes
+from safeshield.shield.replacement import describe
 from safeshield.spaces import check_same_space
 from safeshield.vectorise import Env, check_env, environment_name, is_vector_env, vectorise
 
@@ -227,6 +228,7 @@ def calibrate(
             "python": platform.python_version(),
             **{name: version(name) for name in ("safeshield", "gymnasium", "numpy")},
         },
+        replacement=describe(shield.replacement),
     )
 
 

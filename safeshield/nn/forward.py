@@ -40,6 +40,32 @@ def forward_layers(
     return out
 
 
+def largest_and_gradient(
+    stack: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]],
+    x: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the largest member's one output (n,) and its gradient in x (n, inputs).
+
+    As PyTorch's autograd has it: the slope of ReLU at 0 is 0.
+    """
+    if len(x) > 2 * _CHUNK:
+        pieces = [largest_and_gradient(stack, x[i : i + _CHUNK]) for i in range(0, len(x), _CHUNK)]
+        return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
+    hidden, active = x, []
+    for weight, bias in stack[:-1]:
+        hidden = np.matmul(hidden, weight)
+        hidden += bias
+        active.append(hidden > 0)
+        np.maximum(hidden, 0.0, out=hidden)
+    weight, bias = stack[-1]
+    out = (np.matmul(hidden, weight) + bias)[..., 0]
+    largest = np.arange(len(out))[:, None] == out.argmax(axis=0)
+    slope = largest[..., None] * weight.swapaxes(1, 2)
+    for (weight, _), on in zip(reversed(stack[:-1]), reversed(active), strict=True):
+        slope = np.matmul(slope * on, weight.swapaxes(1, 2))
+    return out.max(axis=0), slope.sum(axis=0)
+
+
 def forward(params: Weights, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Map (n, inputs) to (members, n, outputs): `nn.mlp.EnsembleMLP` without PyTorch.
 

@@ -1,6 +1,13 @@
 """The shield: accept an action where its safety value allows it, replace it elsewhere."""
 
 from safeshield.shield.candidates import CandidateSet
+from safeshield.shield.replacement import (
+    FallbackPolicy,
+    NearestAcceptable,
+    OwnSamples,
+    ProjectedGradient,
+    Replacement,
+)
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import (
     OtherEnvironmentWarning,
@@ -10,8 +17,13 @@ from safeshield.shield.shield import (
 
 __all__ = [
     "CandidateSet",
+    "FallbackPolicy",
     "FilterReport",
+    "NearestAcceptable",
     "OtherEnvironmentWarning",
+    "OwnSamples",
+    "ProjectedGradient",
+    "Replacement",
     "Shield",
     "UncalibratedShieldWarning",
 ]

@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.flat import FlatSpace, flat_actions, flat_observations
-from safeshield.nn.forward import Weights, forward, forward_layers, layers
+from safeshield.nn.forward import (
+    Weights,
+    forward,
+    forward_layers,
+    largest_and_gradient,
+    layers,
+)
 from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale, Scaling
 from safeshield.types import Actions, Candidates, Observations, Scalars
 
@@ -114,6 +120,19 @@ class SafetyModel:
         worst = worst.reshape(count, each)
         out: _Float = states.value[:, None] + worst * np.float32(self.scale.step)
         return out
+
+    def action_gradients(
+        self, states: StateValue, actions: Actions
+    ) -> tuple[Scalars, npt.NDArray[np.float32]]:
+        """Return Q_h of one action (n, act) of a Box in each of n states, and its gradient.
+
+        That is (n,), and (n, act) in units of h for each half width of the box: dQ_h/du with u the
+        action scaled to [-1, 1].
+        """
+        inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
+        worst, gradient = largest_and_gradient(self._advantage_layers, inputs)
+        step = np.float32(self.scale.step)
+        return states.value + worst * step, gradient[:, states.inputs.shape[1] :] * step
 
     def fallback(self, states: StateValue, noise: Actions) -> Candidates:
         """Return the fallback actor's actions for noise (c, act): (n, c, act), in the box.

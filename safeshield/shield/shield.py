@@ -4,8 +4,9 @@ A shield with threshold delta >= 0 accepts an action where
 
     Q_h(s, a) <= -delta
 
-and executes it bit for bit. Elsewhere it executes the acceptable candidate nearest to the proposal
-(see `candidates`), and where no candidate is acceptable the one with the lowest Q_h, and says so.
+and executes it bit for bit. Elsewhere it executes another one (by default the acceptable candidate
+nearest to the proposal; see `replacement`), and where none is acceptable the one with the lowest
+Q_h, and says so.
 """
 
 from __future__ import annotations
@@ -22,8 +23,15 @@ import numpy.typing as npt
 
 from safeshield.calibration.record import CalibrationRecord
 from safeshield.flat import Batch
-from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.model import SafetyModel, StateValue
+from safeshield.shield.replacement import (
+    NearestAcceptable,
+    Rejected,
+    Replacement,
+    check_replacement,
+    describe,
+    replace_actions,
+)
 from safeshield.shield.report import FilterReport
 from safeshield.spaces import check_same_space
 from safeshield.types import Actions, Flags, Observations, Scalars
@@ -54,14 +62,14 @@ class Shield:
         delta: threshold in units of h, at least 0.
         record: what calibration promised; None for an uncalibrated shield.
         trained_by: free text for the file.
-        candidates: where to look for replacements.
+        replacement: how an action that must not pass is replaced; see `replacement`.
     """
 
     model: SafetyModel
     delta: float = 0.0
     record: CalibrationRecord | None = None
     trained_by: str = ""
-    candidates: CandidateSet = field(default_factory=CandidateSet)
+    replacement: Replacement = field(default_factory=NearestAcceptable)
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.delta) and self.delta >= 0):
@@ -73,6 +81,14 @@ class Shield:
             )
         self.delta = float(self.delta)
         played = self.model.played
+        check_replacement(self.replacement, played)
+        replaced = describe(self.replacement)
+        if self.record is not None and self.record.replacement != replaced:
+            raise ValueError(
+                f"record was made for replacement {self.record.replacement or 'by default'}, the "
+                f"shield has {replaced or 'the default'}; use with_replacement(), which drops the "
+                "record, or calibrate again"
+            )
         self._low, self._high = low, high = played.low, played.high
         self._discrete = played.discrete
         # Replacements are float32, and the float32 next to a float64 bound may lie outside it.
@@ -93,9 +109,11 @@ class Shield:
 
     def __repr__(self) -> str:
         promise = "uncalibrated" if self.record is None else f"epsilon {self.record.epsilon:g}"
+        replaced = describe(self.replacement)
         return (
             f"{type(self).__name__}(delta={self.delta:.4g}, {promise}, "
-            f"obs {self.model.seen.width}, act {self.model.played.width})"
+            f"obs {self.model.seen.width}, act {self.model.played.width}"
+            f"{replaced and ', '}{replaced})"
         )
 
     # -- what it knows ------------------------------------------------------------------------
@@ -129,6 +147,17 @@ class Shield:
     def with_delta(self, delta: float) -> Self:
         """Return a copy with another threshold, which no record vouches for."""
         return replace(self, delta=float(delta), record=None)
+
+    def with_replacement(self, replacement: Replacement) -> Self:
+        """Return a copy that replaces actions in another way, which no record vouches for.
+
+        >>> from safeshield.shield import ProjectedGradient
+        >>> gentle = shield.with_replacement(ProjectedGradient(steps=8))  # doctest: +SKIP
+
+        Raises:
+            TypeError: no strategy, or one that these actions do not allow.
+        """
+        return replace(self, replacement=replacement, record=None)
 
     def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
@@ -254,8 +283,10 @@ class Shield:
             acceptable = accepted.copy()
             picked, picked_values = self._replace(
                 StateValue(states.inputs[reject], states.value[reject]),
+                rows[reject],
                 actions[reject],
-                (known & seen)[reject],
+                known[reject],
+                seen[reject],
                 limit[reject],
             )
             executed[reject] = picked
@@ -312,31 +343,33 @@ class Shield:
     def _replace(
         self,
         states: StateValue,
+        rows: Observations,
         proposals: Actions,
         known: Flags,
+        seen: Flags,
         limit: npt.NDArray[np.float64],
     ) -> tuple[Actions, Scalars]:
-        # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
-        default = self.model.fallback(states, np.zeros((1, proposals.shape[1]), np.float32))[:, 0]
         near = np.clip(proposals, self._low, self._high)
+        known = known & seen
         if self._discrete:
             known = known & self.model.played.contains(near)
-        wanted = np.where(known[:, None], near, default)
-        wanted = wanted.astype(np.float32)
-        candidates = np.concatenate(
-            [wanted[:, None, :], self.candidates.actions(self.model, states, wanted)], axis=1
+        wanted = near
+        if not known.all():
+            # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
+            none = np.zeros((1, proposals.shape[1]), np.float32)
+            wanted = np.where(known[:, None], near, self.model.fallback(states, none)[:, 0])
+        rejected = Rejected(
+            self.model,
+            states,
+            rows,
+            np.clip(wanted.astype(np.float32), self._inner_low, self._inner_high),
+            known,
+            seen,
+            limit,
+            self._inner_low,
+            self._inner_high,
         )
-        candidates = np.clip(candidates, self._inner_low, self._inner_high)
-        values = _where_known(True, self.model.candidate_values(states, candidates))
-        scaled = self.model.scaling.actions(candidates)
-        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
-        good = values <= limit[:, None]
-        distance = np.where(good, distance, np.inf)
-        # Discrete actions are all equally near: of those the safest.
-        nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
-        best = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
-        each = np.arange(len(best))
-        return candidates[each, best], values[each, best]
+        return replace_actions(self.replacement, rejected)
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one observation or a batch of them as rows (n, obs), and whether it was one."""

@@ -23,6 +23,13 @@ from safeshield.scaling import (
 )
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.model import SafetyModel
+from safeshield.shield.replacement import (
+    FallbackPolicy,
+    NearestAcceptable,
+    ProjectedGradient,
+    Replacement,
+    check_replacement,
+)
 from safeshield.spaces import space_from_json, space_to_json
 
 if TYPE_CHECKING:
@@ -35,10 +42,20 @@ VERSION = 1
 _MAX_WIDTH, _MAX_LAYERS, _MAX_CANDIDATES = 16_384, 32, 4096
 _MAX_WEIGHTS = 1 << 28
 _MAX_FLOW_STEPS = 1000
+_REPLACEMENTS: dict[str, type[NearestAcceptable | FallbackPolicy | ProjectedGradient]] = {
+    "nearest_acceptable": NearestAcceptable,
+    "fallback_policy": FallbackPolicy,
+    "projected_gradient": ProjectedGradient,
+}
+"""The ways to replace actions that a file can name."""
 
 
 def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
-    """Write a shield, atomically."""
+    """Write a shield, atomically.
+
+    Raises:
+        ValueError: it replaces actions in a way that no file can hold.
+    """
     model = shield.model
     header = {
         "format": FORMAT,
@@ -53,7 +70,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "delta": shield.delta,
         "record": None if shield.record is None else shield.record.to_json(),
         "trained_by": shield.trained_by,
-        "candidates": dataclasses.asdict(shield.candidates),
+        "replacement": _replacement_to_json(shield.replacement),
     }
     flat = {f"{n}/{k}": a for n, weights in model.networks.items() for k, a in weights.items()}
     write_tensors(path, flat, header)
@@ -80,7 +97,12 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         delta = finite_number(header["delta"], "delta")
         record = header["record"]
         record = None if record is None else CalibrationRecord.from_json(record)
-        candidates = _candidates(header["candidates"])
+        if "replacement" in header:
+            replacement = _replacement(header["replacement"])
+        else:
+            # As it was written when there was one way only.
+            replacement = NearestAcceptable(_candidates(header["candidates"]))
+        check_replacement(replacement, action)
         trained_by = header["trained_by"]
         if not isinstance(trained_by, str):
             raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")
@@ -97,8 +119,38 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         delta=delta,
         record=record,
         trained_by=trained_by,
-        candidates=candidates,
+        replacement=replacement,
     )
+
+
+def _replacement_to_json(replacement: Replacement) -> dict[str, Any]:
+    for kind, known in _REPLACEMENTS.items():
+        if type(replacement) is known:
+            return {"kind": kind, **dataclasses.asdict(replacement)}
+    raise ValueError(
+        f"replacement {type(replacement).__name__} holds what no file can (a file holds "
+        f"{', '.join(known.__name__ for known in _REPLACEMENTS.values())}): save the shield "
+        "without it, shield.with_replacement(NearestAcceptable()).save(path), and pass it to "
+        "with_replacement again after loading; keep its record, if there is one, by to_json()"
+    )
+
+
+def _replacement(data: dict[str, Any]) -> Replacement:
+    kind = data["kind"]
+    known = _REPLACEMENTS.get(kind) if isinstance(kind, str) else None
+    if known is None:
+        raise ValueError(
+            f"replacement kind {kind!r:.40} is not known; this release knows {list(_REPLACEMENTS)}"
+        )
+    names = {"kind", *(entry.name for entry in dataclasses.fields(known))}
+    if set(data) != names:
+        raise ValueError(
+            f"replacement '{kind}' must have the fields {sorted(names)}, got {sorted(data)!r:.80}"
+        )
+    settings = {name: value for name, value in data.items() if name not in ("kind", "candidates")}
+    if "step_size" in settings:
+        settings["step_size"] = finite_number(settings["step_size"], "step_size")
+    return known(candidates=_candidates(data["candidates"]), **settings)
 
 
 def _candidates(data: dict[str, int]) -> CandidateSet:

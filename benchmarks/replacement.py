@@ -1,0 +1,282 @@
+"""Ways to replace an action, side by side: on the boat, in many dimensions, and by the clock.
+
+    python benchmarks/replacement.py          # 3 seeds; resumes; prints the tables
+
+Boat: two shields for each seed, of the agent that `boat.py --steps 20000` trains and keeps
+(SafeFQL: its fallback is the agent's own actor, which seeks reward), and of `ShieldTrainer` on the
+same log (its fallback seeks safety). Each at the delta that keeps 90% of the starts with V_h <= 0;
+200 episodes from certified starts for each strategy and each of two agents: straight to the goal
+with N(0, 0.3) on each entry, and random. The agents' own noise is what `OwnSamples` draws.
+"Unlike" is the share of the replaced actions that the default would have replaced differently.
+
+Dimensions: untrained critics (kinked, not convex) of m actions, proposals spread over the box, a
+threshold that accepts three in ten of them; how far each strategy moves the rejected ones.
+
+Time: one call of `Shield.judge` with every action rejected, states known, for each action; pairs
+as the first agent met them; the reference is a bare NumPy forward of one (256, 256) network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from boat import BOAT, straight
+from common import RESULTS, machine, once
+from speed import microseconds
+
+from safeshield import SafeFQL, Shield, ShieldConfig, ShieldTrainer, collect
+from safeshield.batch_policy import BatchPolicy, as_batch_policy, batch_policy
+from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.envs.boat import STATE_HIGH, STATE_LOW
+from safeshield.nn.mlp import EnsembleMLP
+from safeshield.rollout import run_episodes
+from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale, Scaling
+from safeshield.shield import (
+    FallbackPolicy,
+    NearestAcceptable,
+    OwnSamples,
+    ProjectedGradient,
+    Replacement,
+)
+from safeshield.shield.model import SafetyModel
+
+NOISE, SHARE = 0.3, 0.9
+STRATEGIES: dict[str, Callable[[object], Replacement]] = {
+    "nearest": lambda _: NearestAcceptable(),
+    "fallback": lambda _: FallbackPolicy(),
+    "gradient": lambda _: ProjectedGradient(),
+    "own samples": lambda policy: OwnSamples(policy),
+}
+
+
+@batch_policy
+def noisy_straight(observations: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Head for the goal, with exploration noise."""
+    course = straight(observations, rng)
+    noisy = course + NOISE * rng.standard_normal(course.shape)
+    return np.clip(noisy, -1.0, 1.0).astype(np.float32)
+
+
+class Watched:
+    """A policy behind a shield, or behind none, that keeps what happened."""
+
+    batched = True
+
+    def __init__(self, policy: BatchPolicy, shield: Shield | None) -> None:
+        self.policy, self.shield = policy, shield
+        self.rejected: list[tuple[np.ndarray, np.ndarray]] = []
+        self.moved: list[np.ndarray] = []
+        self.hopeless = self.steps = self.unlike = 0
+        self.default = shield and shield.with_replacement(NearestAcceptable())
+
+    def __call__(self, observations: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
+        """Act, and measure what was replaced."""
+        proposed = np.asarray(self.policy(observations, rng), np.float32)
+        self.steps += len(proposed)
+        if self.shield is None:
+            return proposed
+        executed, report = self.shield.filter(observations, proposed)
+        replaced = np.asarray(report.intervened)
+        scaled = self.shield.model.scaling.actions(np.stack([executed, proposed]))
+        self.moved.append(np.linalg.norm(scaled[0] - scaled[1], axis=-1)[replaced])
+        assert self.default is not None
+        default, _ = self.default.filter(observations, proposed)
+        self.unlike += int((np.abs(executed - default).max(axis=-1) > 1e-5).sum())
+        self.hopeless += int((~np.asarray(report.acceptable)).sum())
+        self.rejected.append((observations[replaced], proposed[replaced]))
+        return executed
+
+
+def boat_shield(kind: str, seed: int, steps: int) -> Shield:
+    """Return a trained shield, at the delta of the 0.9 share."""
+    if kind == "SafeFQL":
+        path = RESULTS / f"boat_{steps}_{seed}.safetensors"
+        if not path.exists():
+            raise SystemExit(f"train the agent first: python benchmarks/boat.py --steps {steps}")
+        shield = SafeFQL.load(path).shield()
+    else:
+        path = RESULTS / f"boat_shield_{steps}_{seed}.safetensors"
+        if not path.exists():
+            log = collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
+            trainer = ShieldTrainer(ShieldConfig(seed=seed), device="cpu")
+            trainer.fit(log, steps=steps).shield().save(path)
+        shield = Shield.load(path)
+    starts = start_observations(shield, gym.make(BOAT), 2000, seed)
+    return shield.with_delta(default_deltas(shield, starts, (SHARE,))[0])
+
+
+def rollouts(kind: str, seed: int, steps: int, episodes: int) -> dict[str, Any]:
+    """Run every agent behind every strategy, and behind none."""
+    shield = boat_shield(kind, seed, steps)
+    rng = np.random.default_rng(30_000 + seed)
+    starts = rng.uniform(STATE_LOW, STATE_HIGH, (10 * episodes, 2)).astype(np.float32)
+    starts = starts[np.asarray(shield.value(starts)) <= shield.threshold][:episodes]
+    agents = {
+        "straight": noisy_straight,
+        "random": as_batch_policy("random", shield.action_space),
+    }
+    rows: dict[str, Any] = {"seed": seed, "delta": shield.delta, "episodes": len(starts)}
+    for agent, policy in agents.items():
+        for name in ("none", *STRATEGIES):
+            acting = Watched(
+                policy,
+                None if name == "none" else shield.with_replacement(STRATEGIES[name](policy)),
+            )
+            runs = run_episodes(
+                gym.make(BOAT),
+                acting,
+                len(starts),
+                seed,
+                reset_options={"state": starts.astype(np.float64)},
+                num_envs=len(starts),
+            )
+            moved = np.concatenate([np.zeros(0), *acting.moved])
+            rows[f"{agent}/{name}"] = {
+                "replaced": len(moved) / acting.steps,
+                "unlike": acting.unlike / max(len(moved), 1),
+                "moved": float(moved.mean()) if len(moved) else 0.0,
+                "return": float(np.mean([run.total_return for run in runs])),
+                "violating": sum(run.violated for run in runs),
+                "nothing acceptable": acting.hopeless / acting.steps,
+            }
+    return rows
+
+
+def untrained(width: int, seed: int) -> Shield:
+    """Return a shield of untrained critics: 4 observation entries, `width` action entries."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {
+        CONSTRAINT: EnsembleMLP(4, 1, (8,)),
+        EXCESS: EnsembleMLP(4, 1, (8,)),
+        ADVANTAGE: EnsembleMLP(4 + width, 1, (128, 128, 128), members=2),
+        FALLBACK: EnsembleMLP(4 + width, width, (128, 128)),
+    }
+    networks = {
+        name: {key: tensor.numpy() for key, tensor in part.init(generator).items()}
+        for name, part in parts.items()
+    }
+    seen, box = gym.spaces.Box(-9.0, 9.0, (4,)), gym.spaces.Box(-1.0, 1.0, (width,))
+    scaling = Scaling(np.zeros(4, "f4"), np.ones(4, "f4"), box.low, box.high)
+    return Shield(SafetyModel(seen, box, scaling, SafetyScale(0.0, 1.0, 1.0), networks))
+
+
+def dimensions(width: int, count: int = 2000) -> dict[str, Any]:
+    """How far rejected proposals are moved, by critics that were not trained."""
+    rows: dict[str, list[float]] = {}
+    for seed in range(5):
+        shield = untrained(width, seed)
+        rng = np.random.default_rng(seed)
+        # One state: its threshold is a quantile over its own actions.
+        seen = np.repeat(rng.standard_normal((1, 4)).astype(np.float32), count, axis=0)
+        proposed = rng.uniform(-1, 1, (count, width)).astype(np.float32)
+        states = shield.states(seen)
+        values = shield.model.action_values(states, proposed)
+        limit = float(np.quantile(values, 0.3))
+        for name in ("nearest", "fallback", "gradient", "own samples"):
+            acting = shield.with_replacement(STRATEGIES[name]("random"))
+            executed, report = acting.judge(states, seen, proposed, limit)
+            replaced = np.asarray(report.intervened)
+            moved = np.linalg.norm(executed - proposed, axis=-1)[replaced]
+            rows.setdefault(name, []).append(float(moved.mean()))
+            rows.setdefault(f"{name}, acceptable", []).append(
+                float(np.asarray(report.acceptable)[replaced].mean())
+            )
+    return {name: float(np.mean(values)) for name, values in rows.items()}
+
+
+def times(steps: int) -> dict[str, Any]:
+    """Microseconds for each rejected action, all rejected, and of the reference."""
+    from stable_baselines3 import PPO
+
+    shield = boat_shield("ShieldTrainer", 0, steps)
+    watched = Watched(noisy_straight, shield)
+    run_episodes(gym.make(BOAT), watched, 200, 7, num_envs=200)
+    seen = np.concatenate([a for a, _ in watched.rejected])
+    proposed = np.concatenate([b for _, b in watched.rejected])
+    order = np.random.default_rng(0).permutation(len(seen))
+    seen, proposed = seen[order], proposed[order]
+    weights = np.random.default_rng(0)
+    w = [weights.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
+    x = weights.standard_normal((1, 4)).astype(np.float32)
+    ppo = PPO("MlpPolicy", gym.make(BOAT), device="cpu")
+    makers = {
+        **{name: make(noisy_straight) for name, make in STRATEGIES.items()},
+        "own samples of PPO": OwnSamples(ppo),
+    }
+    out: dict[str, Any] = {"pairs": len(seen)}
+    for batch, calls in ((1, 256), (256, 4)):
+        timed: dict[str, list[float]] = {}
+        for _ in range(3):
+            for name, strategy in makers.items():
+                acting = shield.with_replacement(strategy)
+                pieces = [slice(i, i + batch) for i in range(0, calls * batch, batch)]
+                parts = [(acting.states(seen[i]), seen[i], proposed[i]) for i in pieces]
+
+                def judge_all(acting: Shield = acting, parts: list[Any] = parts) -> None:
+                    for part in parts:
+                        acting.judge(*part)
+
+                timed.setdefault(name, []).append(microseconds(judge_all, 1) / (calls * batch))
+            timed.setdefault("reference", []).append(
+                microseconds(lambda: np.maximum(np.maximum(x @ w[0], 0) @ w[1], 0) @ w[2], 200)
+            )
+        out[str(batch)] = {name: float(np.median(values)) for name, values in timed.items()}
+    return out
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=20_000, help="of the agents to load")
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--redo", action="store_true")
+    arguments = parser.parse_args()
+    steps, episodes, redo = arguments.steps, arguments.episodes, arguments.redo
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(machine())
+    for kind in ("SafeFQL", "ShieldTrainer"):
+        seeds = [
+            once(
+                f"replacement_{kind}_{steps}_{episodes}_{seed}",
+                lambda kind=kind, seed=seed: rollouts(kind, seed, steps, episodes),
+                redo=redo,
+            )
+            for seed in arguments.seeds
+        ]
+        deltas = [round(row["delta"], 3) for row in seeds]
+        print(f"{kind}, delta {deltas}: means over the seeds, and violating episodes of each seed, "
+              f"of {seeds[0]['episodes']}")  # fmt: skip
+        for agent in ("straight", "random"):
+            for name in ("none", *STRATEGIES):
+                rows = [row[f"{agent}/{name}"] for row in seeds]
+                means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+                print(
+                    f"{agent:9} {name:12} replaced {means['replaced']:6.2%}  unlike "
+                    f"{means['unlike']:4.0%}  moved {means['moved']:.3f}  return "
+                    f"{means['return']:7.1f}  violating {[row['violating'] for row in rows]}  none "
+                    f"acceptable {means['nothing acceptable']:.2%}"
+                )
+    for width in (2, 6, 17, 40):
+        row = once(f"replacement_dimensions_{width}", lambda width=width: dimensions(width))
+        moved = {name: round(row[name], 3) for name in STRATEGIES}
+        found = {name: round(row[f"{name}, acceptable"], 3) for name in STRATEGIES}
+        print(f"{width:3} actions: moved {moved}, acceptable {found}")
+    timed = once(f"replacement_times_{steps}", lambda: times(steps), redo=redo)
+    for batch in ("1", "256"):
+        reference = timed[batch]["reference"]
+        for name, value in timed[batch].items():
+            print(f"batch {batch:>3} {name:20} {value:8.1f} us an action, {value / reference:5.1f} "
+                  "references")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""How a shield replaces an action that it must not let pass: a value that one passes.
+
+All strategies keep these rules:
+
+- an accepted action never reaches them; one outside the box is first clipped into it, and that is
+  what runs where it is acceptable;
+- they return actions inside the box, with their Q_h;
+- where what a strategy tries is not acceptable, it looks among the candidates of the default too:
+  so each finds an acceptable action wherever the default does;
+- where nothing is acceptable, the one with the lowest Q_h of all that were looked at runs, and
+  the report says so (`acceptable` is false).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.batch_policy import as_batch_policy
+from safeshield.flat import FlatSpace
+from safeshield.shield.candidates import CandidateSet
+from safeshield.shield.model import SafetyModel, StateValue
+from safeshield.types import Actions, Candidates, Flags, Judged, Scalars
+
+MAX_STEPS, MAX_SAMPLES = 1000, 4096
+# Shortest step of a descent, in half widths of the box: below it rounding decides.
+_SHORTEST = 1e-3
+# How much farther than the linear model says: onto the acceptable side, not up to its edge.
+_BEYOND = 1.1
+
+
+@dataclass(frozen=True, eq=False)
+class Rejected:
+    """n actions that may not run, and what a strategy may know of them. Arrays are rows of `flat`.
+
+    Attributes:
+        model: critics and fallback.
+        states: what the critics say of the n states.
+        rows: (n, obs) the observations, raw.
+        wanted: (n, act) float32, inside the box: the proposal, clipped; the fallback's action where
+            there is no proposal, or no state to judge it in.
+        known: (n,) whether `wanted` is the proposal.
+        seen: (n,) whether the observation is readable.
+        limit: (n,) what Q_h must not exceed.
+        low: (act,) lowest float32 numbers inside the box.
+        high: (act,) highest.
+    """
+
+    model: SafetyModel
+    states: StateValue
+    rows: npt.NDArray[Any]
+    wanted: npt.NDArray[np.float32]
+    known: npt.NDArray[np.bool_]
+    seen: npt.NDArray[np.bool_]
+    limit: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float32]
+    high: npt.NDArray[np.float32]
+
+    def values(self, candidates: Candidates) -> Judged:
+        """Return Q_h (n, c) of candidates (n, c, act); infinity where the networks overflow."""
+        return _number(self.model.candidate_values(self.states, candidates))
+
+    def inside(self, candidates: Candidates) -> tuple[Candidates, Flags]:
+        """Return candidates (n, c, act) as actions that may run, and whether each was one (n, c).
+
+        Clipped into the box; `wanted` stands in for what is NaN, infinite, or no discrete action.
+        """
+        played = self.model.played
+        usable = np.isfinite(candidates).all(axis=-1)
+        if played.discrete:
+            usable = played.contains(candidates)
+        candidates = np.where(usable[..., None], candidates, self.wanted[:, None])
+        return np.clip(candidates, self.low, self.high).astype(np.float32), usable
+
+    def take(self, index: npt.NDArray[np.intp]) -> Rejected:
+        """Return some of them."""
+        return Rejected(
+            self.model,
+            _states(self.states, index),
+            self.rows[index],
+            self.wanted[index],
+            self.known[index],
+            self.seen[index],
+            self.limit[index],
+            self.low,
+            self.high,
+        )
+
+
+class Replacement(Protocol):
+    """A way to replace actions; write your own with this one method.
+
+    What a strategy of one's own returns is clipped into the box and judged once more.
+    """
+
+    def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
+        """Return for each rejected action another one (n, act) and its Q_h (n,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class NearestAcceptable:
+    """The acceptable candidate nearest to the proposal: the default.
+
+    Distances are measured in half widths of the box. Where actions are discrete: the acceptable
+    choice that differs in the fewest entries, and of those the one of lowest Q_h.
+
+    Use it unless you know better: it needs nothing but the critics, replays exactly, and moves the
+    agent little. It looks only at its candidates: with many action dimensions they lie far apart,
+    and `ProjectedGradient` moves less.
+
+    Args:
+        candidates: where to look.
+    """
+
+    candidates: CandidateSet = field(default_factory=CandidateSet)
+
+    def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
+        """Return the nearest acceptable candidates and their Q_h."""
+        model, wanted = rejected.model, rejected.wanted
+        found = self.candidates.actions(model, rejected.states, wanted)
+        candidates = np.concatenate([wanted[:, None, :], found], axis=1)
+        candidates = np.clip(candidates, rejected.low, rejected.high)
+        values = rejected.values(candidates)
+        scaled = model.scaling.actions(candidates)
+        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
+        good = values <= rejected.limit[:, None]
+        distance = np.where(good, distance, np.inf)
+        # Discrete actions are all equally near: of those the safest.
+        nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
+        best = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
+        return _pick(candidates, values, best)
+
+
+@dataclass(frozen=True)
+class FallbackPolicy:
+    """The shield's own fallback actor takes the step, at z = 0; discrete: the lowest Q_h.
+
+    Args:
+        candidates: where to look when the fallback's action is not acceptable.
+    """
+
+    candidates: CandidateSet = field(default_factory=CandidateSet)
+
+    def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
+        """Return the fallback's actions and their Q_h."""
+        noise = np.zeros((1, rejected.wanted.shape[1]), np.float32)
+        own = rejected.model.fallback(rejected.states, noise)
+        options, _ = rejected.inside(np.concatenate([rejected.wanted[:, None], own], axis=1))
+        picked = _first_acceptable(rejected, options, rejected.values(options))
+        return _or_nearest(self.candidates, rejected, *picked)
+
+
+@dataclass(frozen=True)
+class ProjectedGradient:
+    r"""Walk from the proposal down Q_h, and stop at the first acceptable action. Box actions only.
+
+        u <- clip(u - t g / |g|, -1, 1),    g = dQ_h/du without what leads out of the box,
+        t = 1.1 (Q_h(u) + delta) / |g|,     at least 0.001, at most `step_size`
+
+    with u the action in half widths of the box. The critics are piecewise linear in the action, so
+    this t just crosses the threshold if no kink lies in between. A step that does not lower Q_h is
+    taken back, and the next one is at most half as long: along the walk Q_h only falls.
+    Source: the closed-form correction of a safety layer (Dalal et al. 2018, arXiv 1801.08757, eq.
+    5), repeated, for a value instead of one step's linear model.
+
+    Args:
+        steps: at most this many; each is one pass forward and one back through the critics.
+        step_size: longest step, in half widths of the box.
+        candidates: where to look when the walk ends before it reaches an acceptable action.
+    """
+
+    steps: int = 8
+    step_size: float = 0.25
+    candidates: CandidateSet = field(default_factory=CandidateSet)
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be an integer in [1, {MAX_STEPS}], got {self.steps!r}")
+        if not _SHORTEST <= self.step_size <= 1e6:
+            raise ValueError(
+                f"step_size must be at least {_SHORTEST} half widths of the box (and at most 1e6), "
+                f"got {self.step_size!r}"
+            )
+
+    def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
+        """Return where the walks end, and Q_h there."""
+        return _or_nearest(self.candidates, rejected, *self.walk(rejected))
+
+    def walk(self, rejected: Rejected) -> tuple[Actions, Scalars]:
+        """Return where the walks end and Q_h there, acceptable or not."""
+        model, limit = rejected.model, rejected.limit
+        actions = np.clip(rejected.wanted, rejected.low, rejected.high)
+        values, slopes = _slopes(model, rejected.states, actions)
+        reach = np.full(len(actions), self.step_size)
+        for _ in range(self.steps):
+            going = np.flatnonzero((values > limit) & (reach >= _SHORTEST))
+            if not len(going):
+                break
+            scaled, slope = model.scaling.actions(actions[going]), slopes[going]
+            edge = 1.0 - 1e-6
+            outward = (scaled <= -edge) & (slope > 0) | (scaled >= edge) & (slope < 0)
+            slope = np.where(outward, 0.0, slope)
+            steep = np.linalg.norm(slope, axis=1)
+            # False for NaN, too: nowhere to go.
+            moving = steep > 0
+            reach[going[~moving]] = 0.0
+            going, scaled, slope, steep = (x[moving] for x in (going, scaled, slope, steep))
+            if not len(going):
+                break
+            gap = (values[going] - limit[going]) / steep
+            length = np.clip(_BEYOND * gap, _SHORTEST, reach[going])
+            target = np.clip(scaled - (length / steep)[:, None] * slope, -1.0, 1.0)
+            tried = np.clip(model.scaling.to_box(target), rejected.low, rejected.high)
+            tried_values, tried_slopes = _slopes(model, _states(rejected.states, going), tried)
+            lower = tried_values < values[going]
+            down = going[lower]
+            actions[down], values[down] = tried[lower], tried_values[lower]
+            slopes[down] = tried_slopes[lower]
+            reach[going] = np.where(lower, self.step_size, length / 2.0)
+        return actions, values
+
+
+@dataclass(frozen=True)
+class OwnSamples:
+    """The first acceptable of the agent's own draws, in the order they are drawn.
+
+    What runs is then a draw from the agent's policy, restricted to what is acceptable: the choice
+    for exploration, and for agents whose actions hang together in ways that distance does not see.
+    The agent must be stochastic. Its draws differ from call to call, so decisions cannot be
+    replayed; where the observation is not readable, it is not asked.
+
+    Args:
+        policy: the agent: anything with Stable-Baselines3's ``predict`` (called with
+            ``deterministic=False``; recurrent agents draw as at an episode's start), or another
+            policy that `safeshield.batch_policy.as_batch_policy` takes. It gets the observations
+            that the shield sees: of a Dict the shield's entries alone.
+        count: draws for each action, all asked for at once.
+        candidates: where to look when none of the draws is acceptable.
+        seed: of the noise that batch policies get; ``predict`` draws from the agent's own.
+
+    Raises:
+        ValueError: the policy keeps a memory (`start_wave`), or `count` is out of range.
+    """
+
+    policy: object
+    count: int = 16
+    candidates: CandidateSet = field(default_factory=CandidateSet)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.count) is not int or not 1 <= self.count <= MAX_SAMPLES:
+            raise ValueError(f"count must be an integer in [1, {MAX_SAMPLES}], got {self.count!r}")
+        if callable(getattr(self.policy, "start_wave", None)):
+            raise ValueError(
+                f"policy must have no memory, but {type(self.policy).__name__} has start_wave: "
+                "asking it for samples would disturb its episodes; pass the agent itself"
+            )
+        object.__setattr__(self, "_rng", np.random.default_rng(self.seed))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> OwnSamples:
+        # The agent goes on learning; a copy would stay behind. (Gymnasium copies specs.)
+        return self
+
+    def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
+        """Return the first acceptable draws and their Q_h."""
+        drawn, usable = rejected.inside(self._draw(rejected))
+        options = np.concatenate([rejected.wanted[:, None], drawn], axis=1)
+        # The clipped proposal comes first; the fallback's action, in its place, does not.
+        usable = np.concatenate([rejected.known[:, None], usable], axis=1)
+        values = np.where(usable, rejected.values(options), np.float32(np.inf))
+        picked = _first_acceptable(rejected, options, values)
+        return _or_nearest(self.candidates, rejected, *picked)
+
+    def _draw(self, rejected: Rejected) -> Candidates:
+        """Return draws (n, count, act), NaN where the observation is not readable."""
+        model = rejected.model
+        shape = (len(rejected.rows), self.count, model.played.width)
+        draws = np.full(shape, np.nan)
+        seen = rejected.seen
+        if not seen.any():
+            return draws
+        rows = np.repeat(rejected.rows[seen], self.count, axis=0)
+        # Made anew: it carries the memory of recurrent agents from one call to the next.
+        policy = as_batch_policy(self.policy, model.action_space, deterministic=False)
+        rng: np.random.Generator = self.__dict__["_rng"]
+        points = np.asarray(policy(model.seen.batch(rows), rng))
+        actions, single = model.played.rows(points, "a draw of the policy of OwnSamples")
+        if single or len(actions) != len(rows):
+            raise ValueError(
+                f"the policy of OwnSamples must return {len(rows)} actions for {len(rows)} "
+                f"observations, got shape {points.shape}; see batch_policy.as_batch_policy"
+            )
+        draws[seen] = actions.reshape(-1, *shape[1:])
+        return draws
+
+
+BUILT_IN = (NearestAcceptable, FallbackPolicy, ProjectedGradient, OwnSamples)
+_NAMES = ", ".join(f"{kind.__name__}(...)" for kind in BUILT_IN)
+
+
+def check_replacement(replacement: object, played: FlatSpace) -> None:
+    """Refuse what cannot replace actions of this space.
+
+    Raises:
+        TypeError: no strategy, or one that cannot work here; the message says which can.
+    """
+    if isinstance(replacement, type) or not callable(getattr(replacement, "choose", None)):
+        got = replacement.__name__ if isinstance(replacement, type) else type(replacement).__name__
+        raise TypeError(
+            f"replacement must be one of {_NAMES}, or an object with their method choose, got {got}"
+        )
+    if isinstance(replacement, ProjectedGradient) and played.discrete:
+        raise TypeError(
+            f"ProjectedGradient needs actions of a Box, got {played.space}: there is no gradient "
+            "between discrete actions; use NearestAcceptable(), which weighs all of them"
+        )
+    if isinstance(replacement, OwnSamples):
+        as_batch_policy(replacement.policy, played.space, deterministic=False)
+
+
+def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actions, Scalars]:
+    """Return what a strategy chose (n, act) and its Q_h (n,); all of it may run.
+
+    Raises:
+        ValueError: a strategy of one's own returns another shape.
+    """
+    actions, values = replacement.choose(rejected)
+    if isinstance(replacement, BUILT_IN):
+        return actions, values
+    actions = np.asarray(actions)
+    if actions.shape != rejected.wanted.shape:
+        raise ValueError(
+            f"{type(replacement).__name__}.choose must return actions of shape "
+            f"{rejected.wanted.shape}, got {actions.shape}"
+        )
+    options, _ = rejected.inside(actions[:, None])
+    return options[:, 0], rejected.values(options)[:, 0]
+
+
+def describe(replacement: Replacement) -> str:
+    """Return how a record names a strategy, "" for the default.
+
+    >>> describe(ProjectedGradient(steps=4))
+    'ProjectedGradient(steps=4, step_size=0.25)'
+    """
+    name = type(replacement).__name__
+    if not isinstance(replacement, BUILT_IN):
+        return name
+    values = {entry.name: getattr(replacement, entry.name) for entry in fields(replacement)}
+    if values["candidates"] == CandidateSet():
+        del values["candidates"]
+    if isinstance(replacement, NearestAcceptable) and not values:
+        return ""
+    if isinstance(replacement, OwnSamples) and not isinstance(replacement.policy, str):
+        policy = replacement.policy
+        values["policy"] = getattr(policy, "__name__", type(policy).__name__)
+    return f"{name}({', '.join(f'{key}={value}' for key, value in values.items())})"
+
+
+def _number(values: Scalars) -> Scalars:
+    return np.where(np.isnan(values), np.float32(np.inf), values)
+
+
+def _states(states: StateValue, index: npt.NDArray[np.intp]) -> StateValue:
+    return StateValue(states.inputs[index], states.value[index])
+
+
+def _slopes(
+    model: SafetyModel, states: StateValue, actions: Actions
+) -> tuple[Scalars, npt.NDArray[np.float32]]:
+    values, slopes = model.action_gradients(states, actions)
+    return _number(values), slopes
+
+
+def _pick(
+    candidates: Candidates, values: Judged, best: npt.NDArray[np.intp]
+) -> tuple[Actions, Scalars]:
+    each = np.arange(len(best))
+    return candidates[each, best], values[each, best]
+
+
+def _first_acceptable(
+    rejected: Rejected, options: Candidates, values: Judged
+) -> tuple[Actions, Scalars]:
+    """Return the first acceptable of options (n, c, act), where there is none the lowest."""
+    good = values <= rejected.limit[:, None]
+    best = np.where(good.any(axis=1), good.argmax(axis=1), values.argmin(axis=1))
+    return _pick(options, values, best)
+
+
+def _or_nearest(
+    candidates: CandidateSet, rejected: Rejected, actions: Actions, values: Scalars
+) -> tuple[Actions, Scalars]:
+    """Look among the default's candidates where (n, act) of values (n,) are not acceptable."""
+    missing = np.flatnonzero(~(values <= rejected.limit))
+    if not len(missing):
+        return actions, values
+    others, other_values = NearestAcceptable(candidates).choose(rejected.take(missing))
+    lower = other_values < values[missing]
+    actions, values = actions.copy(), values.copy()
+    actions[missing[lower]], values[missing[lower]] = others[lower], other_values[lower]
+    return actions, values
