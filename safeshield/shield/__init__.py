@@ -6,6 +6,7 @@ from safeshield.shield.replacement import (
     NearestAcceptable,
     OwnSamples,
     ProjectedGradient,
+    Rejected,
     Replacement,
 )
 from safeshield.shield.report import FilterReport
@@ -23,6 +24,7 @@ __all__ = [
     "OtherEnvironmentWarning",
     "OwnSamples",
     "ProjectedGradient",
+    "Rejected",
     "Replacement",
     "Shield",
     "UncalibratedShieldWarning",
