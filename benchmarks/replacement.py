@@ -4,9 +4,10 @@
 
 Boat: two shields for each seed, of the agent that `boat.py --steps 20000` trains and keeps
 (SafeFQL: its fallback is the agent's own actor, which seeks reward), and of `ShieldTrainer` on the
-same log (its fallback seeks safety). Each at the delta that keeps 90% of the starts with V_h <= 0;
-200 episodes from certified starts for each strategy and each of two agents: straight to the goal
-with N(0, 0.3) on each entry, and random. The agents' own noise is what `OwnSamples` draws.
+same log (its fallback seeks safety). Each at the delta that keeps 90% of the starts with V_h <= 0,
+and at delta 0, where errors of the critics show; 200 episodes from starts with V_h <= -delta for
+each strategy and each of two agents: straight to the goal with N(0, 0.3) on each entry, and
+random. The agents' own noise is what `OwnSamples` draws.
 "Unlike" is the share of the replaced actions that the default would have replaced differently.
 
 Dimensions: untrained critics (kinked, not convex) of m actions, proposals spread over the box, a
@@ -19,6 +20,7 @@ as the first agent met them; the reference is a bare NumPy forward of one (256, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -112,9 +114,10 @@ def boat_shield(kind: str, seed: int, steps: int) -> Shield:
     return shield.with_delta(default_deltas(shield, starts, (SHARE,))[0])
 
 
-def rollouts(kind: str, seed: int, steps: int, episodes: int) -> dict[str, Any]:
+def rollouts(kind: str, seed: int, steps: int, episodes: int, *, at_zero: bool) -> dict[str, Any]:
     """Run every agent behind every strategy, and behind none."""
     shield = boat_shield(kind, seed, steps)
+    shield = shield.with_delta(0.0) if at_zero else shield
     rng = np.random.default_rng(30_000 + seed)
     starts = rng.uniform(STATE_LOW, STATE_HIGH, (10 * episodes, 2)).astype(np.float32)
     starts = starts[np.asarray(shield.value(starts)) <= shield.threshold][:episodes]
@@ -231,6 +234,21 @@ def times(steps: int) -> dict[str, Any]:
     return out
 
 
+def boat_table(kind: str, seeds: list[dict[str, Any]]) -> None:
+    """Print means over the seeds, and each seed's violating episodes."""
+    deltas = [round(row["delta"], 3) for row in seeds]
+    print(f"{kind}, delta {deltas}; violating of {seeds[0]['episodes']} episodes, for each seed")
+    for agent, name in itertools.product(("straight", "random"), ("none", *STRATEGIES)):
+        rows = [row[f"{agent}/{name}"] for row in seeds]
+        means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        print(
+            f"{agent:9} {name:12} replaced {means['replaced']:6.2%}  unlike {means['unlike']:4.0%}"
+            f"  moved {means['moved']:.3f}  return {means['return']:7.1f}  violating "
+            f"{[row['violating'] for row in rows]}  none acceptable "
+            f"{means['nothing acceptable']:.2%}"
+        )
+
+
 def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -243,28 +261,20 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(machine())
-    for kind in ("SafeFQL", "ShieldTrainer"):
-        seeds = [
-            once(
-                f"replacement_{kind}_{steps}_{episodes}_{seed}",
-                lambda kind=kind, seed=seed: rollouts(kind, seed, steps, episodes),
-                redo=redo,
-            )
-            for seed in arguments.seeds
-        ]
-        deltas = [round(row["delta"], 3) for row in seeds]
-        print(f"{kind}, delta {deltas}: means over the seeds, and violating episodes of each seed, "
-              f"of {seeds[0]['episodes']}")  # fmt: skip
-        for agent in ("straight", "random"):
-            for name in ("none", *STRATEGIES):
-                rows = [row[f"{agent}/{name}"] for row in seeds]
-                means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-                print(
-                    f"{agent:9} {name:12} replaced {means['replaced']:6.2%}  unlike "
-                    f"{means['unlike']:4.0%}  moved {means['moved']:.3f}  return "
-                    f"{means['return']:7.1f}  violating {[row['violating'] for row in rows]}  none "
-                    f"acceptable {means['nothing acceptable']:.2%}"
+    for at_zero, kind in itertools.product((False, True), ("SafeFQL", "ShieldTrainer")):
+        boat_table(
+            kind,
+            [
+                once(
+                    f"replacement_{kind}_{steps}_{episodes}_{seed}{'_at_zero' * at_zero}",
+                    lambda seed=seed, kind=kind, at_zero=at_zero: rollouts(
+                        kind, seed, steps, episodes, at_zero=at_zero
+                    ),
+                    redo=redo,
                 )
+                for seed in arguments.seeds
+            ],
+        )
     for width in (2, 6, 17, 40):
         row = once(f"replacement_dimensions_{width}", lambda width=width: dimensions(width))
         moved = {name: round(row[name], 3) for name in STRATEGIES}

@@ -212,6 +212,18 @@ def test_nothing_broken_comes_out_and_no_row_disturbs_another(shield: Shield, na
     )
 
 
+@pytest.mark.parametrize("name", ["nearest", "fallback", "gradient"])
+def test_without_an_observation_the_fallback_is_wanted_not_the_proposal(
+    shield: Shield, name: str
+) -> None:
+    acting = shield.with_replacement(STRATEGIES[name])
+    _, actions = near_the_edge(shield, 30)
+    broken, _ = acting.filter(np.full((30, 2), np.nan), actions)
+    mean = np.tile(shield.model.scaling.observation_mean, (30, 1))
+    expected, _ = acting.filter(mean, np.full((30, 2), np.nan))
+    np.testing.assert_array_equal(broken, expected)
+
+
 @each_strategy
 def test_networks_that_overflow_let_nothing_pass(shield: Shield, name: str) -> None:
     networks = {
@@ -383,8 +395,8 @@ def test_along_the_walk_the_value_only_falls_and_the_first_acceptable_ends_it(
     assert (over & ~(started <= question.limit)).sum() > 30
 
 
-def linear(weights: list[float], bias: float = 0.0) -> Shield:
-    """Q_h(s, u) = w . u + bias, exactly: relu(x) - relu(-x) = x."""
+def linear(weights: list[float], bias: float = 0.0, below: float = -1.0) -> Shield:
+    """Q_h(s, u) = relu(x) + below relu(-x) + bias, x = w . u: by default x + bias, exactly."""
     width = len(weights)
     shield = untrained(gym.spaces.Box(-1, 1, (width,)))
     w = np.array(weights, "f4")
@@ -392,7 +404,7 @@ def linear(weights: list[float], bias: float = 0.0) -> Shield:
     first[0, 3:, 0], first[0, 3:, 1] = w, -w
     advantage = {
         "0.weight": first, "0.bias": np.zeros((1, 1, 2), "f4"),
-        "1.weight": np.array([[[1.0], [-1.0]]], "f4"), "1.bias": np.full((1, 1, 1), bias, "f4"),
+        "1.weight": np.array([[[1.0], [below]]], "f4"), "1.bias": np.full((1, 1, 1), bias, "f4"),
     }  # fmt: skip
     networks = {**shield.model.networks, "advantage": advantage}
     for name in ("constraint", "excess"):
@@ -420,6 +432,22 @@ def test_short_steps_arrive_later() -> None:
     # Five steps of 0.1 end at the threshold itself, or beyond it by less than the sixth.
     assert np.linalg.norm(executed - [0.3, 0.4]) == pytest.approx(0.5, abs=2e-3)
     assert report.acceptable
+
+
+def test_a_step_that_goes_too_far_is_taken_back_and_halved() -> None:
+    # Acceptable is u in [-0.0002, 0.02]; one tenth too far is up a wall a hundred times as steep.
+    walled = linear([1.0], -0.02, below=100.0)
+    question = Rejected(
+        walled.model, walled.states(np.zeros((1, 3), "f4")), np.zeros((1, 3)),
+        np.array([[0.5]], "f4"), np.ones(1, bool), np.ones(1, bool), np.zeros(1),
+        np.array([-1], "f4"), np.array([1], "f4"),
+    )  # fmt: skip
+    ways = [ProjectedGradient(steps, 1.0).walk(question) for steps in (1, 2, 5)]
+    first, second, last = (float(actions[0, 0]) for actions, _ in ways)
+    assert first == 0.5
+    assert second == pytest.approx(0.5 - 1.1 * 0.48 / 2, abs=1e-6)
+    assert -2e-4 <= last <= 0.02
+    assert ways[2][1][0] <= 0
 
 
 def test_at_a_face_of_the_box_it_walks_along_the_face() -> None:

@@ -235,7 +235,8 @@ class OwnSamples:
 
     Args:
         policy: the agent: anything with Stable-Baselines3's ``predict`` (called with
-            ``deterministic=False``; recurrent agents draw as at an episode's start), or another
+            ``deterministic=False``; recurrent agents draw as at an episode's start; one trained
+            with `use_sde` holds its noise, so all its draws are alike), or another
             policy that `safeshield.batch_policy.as_batch_policy` takes. It gets the observations
             that the shield sees: of a Dict the shield's entries alone.
         count: draws for each action, all asked for at once.
