@@ -1,7 +1,15 @@
 """The shield: accept an action where its safety value allows it, replace it elsewhere."""
 
+from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
 
-__all__ = ["CandidateSet", "FilterReport", "Shield", "UncalibratedShieldWarning"]
+__all__ = [
+    "AdaptiveMargin",
+    "AdaptiveThreshold",
+    "CandidateSet",
+    "FilterReport",
+    "Shield",
+    "UncalibratedShieldWarning",
+]
