@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
     from safeshield.policies import ShieldedPolicy
+    from safeshield.shield.adaptive import AdaptiveThreshold
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
     from safeshield.wrappers import SafetyShield
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # Names are looked up on first use: `import gymnasium` loads this package to register its
 # environments, and must not pay for PyTorch.
 _HOMES = {
+    "AdaptiveThreshold": "safeshield.shield.adaptive",
     "CalibrationError": "safeshield.calibration.walk",
     "CalibrationRecord": "safeshield.calibration.record",
     "FilterReport": "safeshield.shield.report",
@@ -43,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveThreshold",
     "CalibrationError",
     "CalibrationRecord",
     "FilterReport",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.vectorise import environment_id
@@ -39,7 +41,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     shield/intervened       bool: the executed action is not the proposed one
     shield/value            float: Q_h of the executed action in the state it was taken in
                             (at reset: V_h of the state); infinity where not finite
-    shield/threshold        float: -delta, which the value must not exceed
+    shield/threshold        float: what the value must not exceed: -delta (or less, where it
+                            adapts)
     shield/certified        bool: the state just reached has V_h <= -delta, and the shield
                             is calibrated
     action_proposed         array: what the agent sent (at reset: NaN; where actions are discrete
@@ -51,24 +54,46 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     change observations, such as NormalizeObservation, and give it actions in the units of its
     training: outside (above) RescaleAction where the log was made with rescaled actions.
 
+    With an adaptive threshold (`shield.adaptive`), ``shield/threshold`` follows the errors met in
+    deployment, from step to step and across episodes: `reset` keeps it, ``env.adaptive.forget()``
+    does not. It is never looser than -delta: what this shield accepts, the one with the fixed
+    threshold accepts too, and what it executes has Q_h <= -delta wherever that one finds such an
+    action. ``shield/certified`` and the shield's record go on speaking of -delta, of a shield that
+    kept to it, and of the dynamics it was calibrated in: the stricter one was not put to the test.
+
     Args:
         env: an environment with the spaces that the shield was trained on.
         shield: a path to its file, a `Shield`, or an agent. With a path the environment's spec can
             rebuild the shielded environment, also after a round trip through JSON.
+        adaptive: lets the threshold follow its errors; a dict of `AdaptiveThreshold`'s arguments
+            will do. A rebuilt environment begins with the calibrated threshold.
 
     Raises:
-        ValueError: the spaces differ, or the file is damaged.
-        TypeError: `shield` is none of the three.
+        ValueError: the spaces differ, the file is damaged, or a setting in `adaptive` is out of
+            range.
+        TypeError: `shield` is none of the three, or `adaptive` is wrong.
     """
 
-    def __init__(self, env: _Env, shield: Shield | HasShield | str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        env: _Env,
+        shield: Shield | HasShield | str | os.PathLike[str],
+        adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
+    ) -> None:
         if isinstance(shield, os.PathLike):
             # A string is what survives the spec's JSON.
             shield = os.fspath(shield)
-        RecordConstructorArgs.__init__(self, shield=shield, _disable_deepcopy=True)
+        settings = as_adaptive(adaptive)
+        RecordConstructorArgs.__init__(
+            self,
+            shield=shield,
+            adaptive=None if settings is None else settings.to_json(),
+            _disable_deepcopy=True,
+        )
         gym.Wrapper.__init__(self, env)
         self.shield = as_shield(shield)
         self.shield.check_fits(env.observation_space, env.action_space, environment_id(env))
+        self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
         self._no_action = self.shield.model.played.nothing
         self._rows: npt.NDArray[Any] | None = None
         self._finite = False
@@ -84,7 +109,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             **info,
             "shield/intervened": False,
             "shield/value": value,
-            "shield/threshold": self.shield.threshold,
+            "shield/threshold": self._threshold(),
             "shield/certified": self.shield.record is not None and value <= self.shield.threshold,
             "action_proposed": self._no_action.copy(),
             "action_executed": self._no_action.copy(),
@@ -109,18 +134,21 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             )
         row = proposed.reshape(-1)
         self.shield.warn_if_uncalibrated()
-        accepted = self.shield.accepts(self._states, row) if self._finite else None
+        threshold = self._threshold()
+        accepted = self.shield.accepts(self._states, row, threshold) if self._finite else None
+        report = None
         if accepted is not None:
             # The very array the agent sent.
             sent, value, intervened = action, accepted, False
         else:
-            executed, report = self.shield.judge(self._states, self._rows, row[None])
+            executed, report = self.shield.judge(self._states, self._rows, row[None], threshold)
             verdict = report.row(0)
             intervened, value = bool(verdict.intervened), float(verdict.value)
             sent = self.shield.points(executed)[0] if intervened else action
         observation, reward, terminated, truncated, info = self._step_env(sent)
         reached = self._see(observation)
-        threshold = self.shield.threshold
+        if self.adaptive is not None and report is not None:
+            self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
         return (
             observation,
             reward,
@@ -131,11 +159,16 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
                 "shield/intervened": intervened,
                 "shield/value": value,
                 "shield/threshold": threshold,
-                "shield/certified": self.shield.record is not None and reached <= threshold,
+                "shield/certified": self.shield.record is not None
+                and reached <= self.shield.threshold,
                 "action_proposed": proposed.copy(),
                 "action_executed": np.array(sent),
             },
         )
+
+    def _threshold(self) -> float:
+        fixed = self.shield.threshold
+        return fixed if self.adaptive is None else float(self.adaptive.threshold[0])
 
     def _step_env(
         self, action: npt.NDArray[Any]

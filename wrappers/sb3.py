@@ -18,6 +18,7 @@ import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -36,7 +37,7 @@ class _Decision:
     proposed: _Array
     executed: _Array
     report: FilterReport
-    threshold: float
+    threshold: list[float]
 
 
 class VecSafetyShield(VecEnvWrapper):
@@ -60,11 +61,15 @@ class VecSafetyShield(VecEnvWrapper):
         intervention_penalty: subtracted from the reward of a step in which the shield intervened
             (at least 0). With a penalty, the info ``shield/penalty`` says what this step's was. A
             `Monitor` inside records returns without it, a `VecMonitor` outside with it.
+        adaptive: lets each environment's threshold follow its own errors (see `SafetyShield`); an
+            episode's last step teaches nothing where the `VecEnv` does not tell
+            ``terminal_observation``.
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is not a number of at least
-            0, `venv` normalises observations or is shielded already.
-        TypeError: `venv` is no `VecEnv`, or `shield` is none of the three.
+            0, a setting in `adaptive` is out of range, `venv` normalises observations or is
+            shielded already.
+        TypeError: `venv` is no `VecEnv`, `shield` is none of the three, or `adaptive` is wrong.
 
     >>> import gymnasium, safeshield
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -84,6 +89,7 @@ class VecSafetyShield(VecEnvWrapper):
         venv: VecEnv,
         shield: Shield | HasShield | str | os.PathLike[str],
         intervention_penalty: float = 0.0,
+        adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
     ) -> None:
         _check_inner(venv)
         if not 0.0 <= intervention_penalty < np.inf:
@@ -95,10 +101,15 @@ class VecSafetyShield(VecEnvWrapper):
         self.shield = as_shield(shield)
         self.shield.check_fits(venv.observation_space, venv.action_space, environment_id(venv))
         self.intervention_penalty = float(intervention_penalty)
-        self.guard = Guard(self.shield)
+        self.guard = Guard(self.shield, adaptive)
         self._no_action = self.shield.model.played.nothing
         self._ready = False
         self._decision: _Decision | None = None
+
+    @property
+    def adaptive(self) -> AdaptiveMargin | None:
+        """The margins of the environments; None where the threshold is fixed, or before a reset."""
+        return self.guard.adaptive
 
     def reset(self) -> VecEnvObs:
         """Reset all environments and judge where they start; see `reset_infos`."""
@@ -106,8 +117,9 @@ class VecSafetyShield(VecEnvWrapper):
         observations = self.venv.reset()
         values = self._see(observations)
         certified = self.guard.certified(values)
+        thresholds = self._thresholds()
         self.reset_infos = [
-            self._start_info(info, values[i], certified[i])
+            self._start_info(info, values[i], certified[i], thresholds[i])
             for i, info in enumerate(self._inner_reset_infos())
         ]
         return observations
@@ -131,10 +143,11 @@ class VecSafetyShield(VecEnvWrapper):
                 f"actions must be numbers of shape {expected}, one row an environment, got "
                 f"{proposed.dtype} {proposed.shape}"
             )
+        thresholds = self._thresholds()
         executed, report = self.guard.act(proposed)
         self._ready = False
         self.venv.step_async(np.array(executed))
-        self._decision = _Decision(proposed, executed, report, self.guard.threshold)
+        self._decision = _Decision(proposed, executed, report, thresholds)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Return observations, rewards, ends and infos of the step under way.
@@ -149,13 +162,18 @@ class VecSafetyShield(VecEnvWrapper):
         observations, rewards, dones, infos = self._step_inner()
         ends = np.flatnonzero(dones)
         values = self._see(observations)
-        certified = self.guard.certified(values)
+        reached = np.array(values, np.float64)
         if len(ends):
-            inner = self._inner_reset_infos()
+            reached[ends] = self._last_values([infos[i] for i in ends])
+        self.guard.learn(reached, np.ones(self.num_envs, np.bool_))
+        if len(ends):
+            inner, starts = self._inner_reset_infos(), self.guard.certified(values)
+            thresholds = self._thresholds()
             for i in ends:
-                self.reset_infos[i] = self._start_info(inner[i], values[i], certified[i])
-            certified = np.array(certified)
-            certified[ends] = self._certified_ends([infos[i] for i in ends])
+                self.reset_infos[i] = self._start_info(
+                    inner[i], values[i], starts[i], thresholds[i]
+                )
+        certified = self.guard.certified(reached)
         intervened = np.asarray(decision.report.intervened)
         shielded = self._infos(infos, decision, certified)
         if self.intervention_penalty:
@@ -181,14 +199,18 @@ class VecSafetyShield(VecEnvWrapper):
         self._ready = True
         return values
 
-    def _certified_ends(self, infos: Sequence[Mapping[str, Any]]) -> Flags:
-        """Whether the last states of ended episodes are certified: (len(infos),)."""
-        certified = np.zeros(len(infos), dtype=bool)
+    def _thresholds(self) -> list[float]:
+        each = np.broadcast_to(np.asarray(self.guard.threshold, np.float64), (self.num_envs,))
+        return [float(one) for one in each]
+
+    def _last_values(self, infos: Sequence[Mapping[str, Any]]) -> Scalars:
+        """V_h (len(infos),) of the last states of ended episodes, infinity where nobody tells."""
+        values = np.full(len(infos), np.inf, np.float32)
         told = [i for i, info in enumerate(infos) if info.get("terminal_observation") is not None]
         if told:
             last = _stacked([infos[i]["terminal_observation"] for i in told])
-            certified[told] = self.guard.certified(np.asarray(self.shield.value(last)))
-        return certified
+            values[told] = self.shield.value(last)
+        return values
 
     def _infos(
         self, infos: Sequence[Mapping[str, Any]], decision: _Decision, certified: Flags
@@ -198,6 +220,7 @@ class VecSafetyShield(VecEnvWrapper):
             np.asarray(decision.report.intervened).tolist(),
             np.asarray(decision.report.value).tolist(),
             certified.tolist(),
+            decision.threshold,
             decision.proposed,
             decision.executed,
             strict=True,
@@ -207,22 +230,26 @@ class VecSafetyShield(VecEnvWrapper):
                 **info,
                 "shield/intervened": intervened,
                 "shield/value": value,
-                "shield/threshold": decision.threshold,
+                "shield/threshold": threshold,
                 "shield/certified": inside,
                 "action_proposed": proposed.copy(),
                 "action_executed": executed.copy(),
             }
-            for info, intervened, value, inside, proposed, executed in columns
+            for info, intervened, value, inside, threshold, proposed, executed in columns
         ]
 
     def _start_info(
-        self, info: Mapping[str, Any], value: np.floating, certified: np.bool_
+        self,
+        info: Mapping[str, Any],
+        value: np.floating,
+        certified: np.bool_,
+        threshold: float,
     ) -> dict[str, Any]:
         return {
             **info,
             "shield/intervened": False,
             "shield/value": float(value),
-            "shield/threshold": self.guard.threshold,
+            "shield/threshold": threshold,
             "shield/certified": bool(certified),
             "action_proposed": self._no_action.copy(),
             "action_executed": self._no_action.copy(),
@@ -237,6 +264,7 @@ class VecSafetyShield(VecEnvWrapper):
 def worker_env(
     make_env: Callable[[], gym.Env[Any, Any]],
     shield: Shield | HasShield | str | os.PathLike[str],
+    adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
 ) -> Callable[[], SafetyShield]:
     """Return a function that makes a shielded environment, for `SubprocVecEnv` however it starts.
 
@@ -248,30 +276,35 @@ def worker_env(
     Args:
         make_env: makes one environment, without the shield.
         shield: a path to its file (recommended), a `Shield`, or an agent.
+        adaptive: lets the threshold follow its errors (see `SafetyShield`).
 
     Raises:
         FileNotFoundError: `shield` is a path to nothing.
-        TypeError: `shield` is none of the three.
+        TypeError: `shield` is none of the three, or `adaptive` is wrong.
+        ValueError: a setting in `adaptive` is out of range.
 
     >>> from safeshield.wrappers.sb3 import worker_env
     >>> from stable_baselines3.common.vec_env import SubprocVecEnv
     >>> boat = lambda: gym.make("safeshield/Boat-v0")
     >>> envs = SubprocVecEnv([worker_env(boat, "boat.safetensors")] * 8)  # doctest: +SKIP
     """
+    adaptive = as_adaptive(adaptive)
     if isinstance(shield, str | os.PathLike):
         # An error in a worker reaches the parent as a broken pipe that says nothing.
         if not Path(shield).is_file():
             raise FileNotFoundError(f"there is no shield's file at {os.fspath(shield)!r}")
-        return partial(_make_in_worker, make_env, os.path.abspath(shield))
-    return partial(_make_in_worker, make_env, as_shield(shield))
+        return partial(_make_in_worker, make_env, os.path.abspath(shield), adaptive)
+    return partial(_make_in_worker, make_env, as_shield(shield), adaptive)
 
 
 def _make_in_worker(
-    make_env: Callable[[], gym.Env[Any, Any]], shield: Shield | str
+    make_env: Callable[[], gym.Env[Any, Any]],
+    shield: Shield | str,
+    adaptive: AdaptiveThreshold | None,
 ) -> SafetyShield:
     if multiprocessing.parent_process() is not None:
         _one_thread()
-    return SafetyShield(make_env(), shield)
+    return SafetyShield(make_env(), shield, adaptive)
 
 
 def _one_thread() -> None:

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
@@ -42,7 +43,8 @@ class VectorSafetyShield(_Wrapper):
     shield/intervened       (n,) bool: the executed action is not the proposed one
     shield/value            (n,) float: Q_h of the executed action in the state it was taken
                             in (at reset: V_h of the state); infinity where not finite
-    shield/threshold        (n,) float: -delta, which the value must not exceed
+    shield/threshold        (n,) float: what the value must not exceed: -delta (or less, where
+                            it adapts)
     shield/certified        (n,) bool: the state just reached has V_h <= -delta, and the
                             shield is calibrated
     action_proposed         (n, ...): what the agent sent
@@ -67,11 +69,13 @@ class VectorSafetyShield(_Wrapper):
         env: a vector environment whose single spaces are those the shield was trained on.
         shield: a path to its file, a `Shield`, or an agent.
         intervention_penalty: subtracted from the reward of a step in which the shield stepped in.
+        adaptive: lets each environment's threshold follow its own errors (see `SafetyShield`).
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is negative or not finite,
-            or the environment does not say how it resets itself.
-        TypeError: `env` is no vector environment, or `shield` none of the three.
+            a setting in `adaptive` is out of range, or the environment does not say how it resets
+            itself.
+        TypeError: `env` is no vector environment, `shield` none of the three, or `adaptive` wrong.
 
     >>> import gymnasium
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -91,6 +95,7 @@ class VectorSafetyShield(_Wrapper):
         shield: Shield | HasShield | str | os.PathLike[str],
         *,
         intervention_penalty: float = 0.0,
+        adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(env, gym.vector.VectorEnv):
             raise TypeError(
@@ -116,7 +121,7 @@ class VectorSafetyShield(_Wrapper):
         self.intervention_penalty = float(intervention_penalty)
         self._mode = _autoreset_mode(env)
         self._no_action = self.shield.model.played.nothing
-        self._guard = Guard(self.shield)
+        self._guard = Guard(self.shield, adaptive)
         self._over = np.zeros(env.num_envs, np.bool_)
         self._values = np.full(env.num_envs, np.inf)
         # The states that the guard has judged; None where the environment may be in others.
@@ -125,6 +130,11 @@ class VectorSafetyShield(_Wrapper):
 
     def __del__(self) -> None:
         """Leave the environment open; Gymnasium 0.29 would close it with any of its wrappers."""
+
+    @property
+    def adaptive(self) -> AdaptiveMargin | None:
+        """The margins of the environments; None where the threshold is fixed, or before a reset."""
+        return self._guard.adaptive
 
     @property
     def state_values(self) -> Scalars:
@@ -205,6 +215,7 @@ class VectorSafetyShield(_Wrapper):
         reached = self._values.copy()
         if last is not None:
             reached[over] = self.shield.value(last)
+        self._guard.learn(reached, ~ignored)
         news["shield/value"] = np.where(ignored, self._values, report.value)
         news["shield/certified"] = self._guard.certified(reached)
         if last is not None:

@@ -1,5 +1,6 @@
 """The shield: accept an action where its safety value allows it, replace it elsewhere."""
 
+from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.replacement import (
     FallbackPolicy,
@@ -17,6 +18,8 @@ from safeshield.shield.shield import (
 )
 
 __all__ = [
+    "AdaptiveMargin",
+    "AdaptiveThreshold",
     "CandidateSet",
     "FallbackPolicy",
     "FilterReport",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from safeshield.flat import Batch
+from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.model import StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield
@@ -20,8 +22,15 @@ class Guard:
     `see` judges the states just reached, once, for their infos and for the actions to come; `act`
     decides on those actions. Wrappers of all kinds stand on these two.
 
+    With an adaptive threshold there is a third, `learn`: what the step led to.
+
     Args:
         shield: the filter.
+        adaptive: lets each environment's threshold follow its errors (`AdaptiveThreshold`, or a
+            dict of its arguments).
+
+    Raises:
+        TypeError, ValueError: `adaptive` is wrong.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -35,25 +44,43 @@ class Guard:
     ((3, 2), (3,))
     """
 
-    def __init__(self, shield: Shield) -> None:
+    def __init__(
+        self,
+        shield: Shield,
+        adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
+    ) -> None:
         self.shield = shield
+        self.adaptive: AdaptiveMargin | None = None
+        self._settings = as_adaptive(adaptive)
         self._rows: npt.NDArray[Any] | None = None
         self._states: StateValue | None = None
+        self._report: FilterReport | None = None
 
     @property
-    def threshold(self) -> float:
-        """What Q_h must not exceed now: -delta."""
-        return self.shield.threshold
+    def threshold(self) -> float | Scalars:
+        """What Q_h must not exceed now: -delta; where it adapts, (n,) and nowhere above that."""
+        return self.shield.threshold if self.adaptive is None else self.adaptive.threshold
 
     def see(self, observations: Batch) -> Scalars:
         """Judge the states that n environments are in: V_h (n,), infinity where not readable."""
         rows, _ = self.shield.observation_rows(observations)
         self._rows = rows
         self._states = self.shield.states(rows)
+        if self._settings is not None:
+            if self.adaptive is None:
+                self.adaptive = AdaptiveMargin(self._settings, self.shield.delta, len(rows))
+            elif len(rows) != len(self.adaptive.threshold):
+                raise ValueError(
+                    f"got {len(rows)} observations, and margins of "
+                    f"{len(self.adaptive.threshold)} environments: make a guard for each group"
+                )
         return np.where(self.shield.readable(rows), self._states.value, np.float32(np.inf))
 
     def certified(self, values: Scalars) -> Flags:
-        """Whether states of these values (n,) are what the shield's record speaks of."""
+        """Whether states of these values (n,) are what the shield's record speaks of.
+
+        The record's delta counts, also where the threshold in force is stricter.
+        """
         return (values <= self.shield.threshold) & (self.shield.record is not None)
 
     def act(self, actions: Batch) -> tuple[Batch, FilterReport]:
@@ -68,5 +95,18 @@ class Guard:
         rows, _ = self.shield.action_rows(actions)
         if len(rows) != len(self._rows):
             raise ValueError(f"got {len(rows)} actions for {len(self._rows)} environments")
-        executed, report = self.shield.judge(self._states, self._rows, rows)
+        executed, report = self.shield.judge(self._states, self._rows, rows, self.threshold)
+        self._report = report
         return (self.shield.points(executed) if report.intervened.any() else actions), report
+
+    def learn(self, reached: Scalars, counted: Flags) -> None:
+        """Take in what the last `act` led to; without an adaptive threshold, nothing.
+
+        Args:
+            reached: (n,) V_h of the states reached, where an episode ended of its last state;
+                not finite where that is not known.
+            counted: (n,) where an action was executed at all.
+        """
+        report, self._report = self._report, None
+        if self.adaptive is not None and report is not None:
+            self.adaptive.learn(report, reached, counted)
