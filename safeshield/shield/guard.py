@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.flat import Batch
+from safeshield.shield.masks import agent_mask
 from safeshield.shield.model import StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield
@@ -55,6 +56,17 @@ class Guard:
     def certified(self, values: Scalars) -> Flags:
         """Whether states of these values (n,) are what the shield's record speaks of."""
         return (values <= self.shield.threshold) & (self.shield.record is not None)
+
+    def masks(self) -> Flags:
+        """Return `Shield.action_mask` (n, k) of the states last seen, at the present threshold.
+
+        Raises:
+            RuntimeError: nothing has been seen yet.
+            TypeError: actions are not discrete.
+        """
+        if self._rows is None or self._states is None:
+            raise RuntimeError("see() the states first: call reset()")
+        return agent_mask(self.shield, self._states, self._rows, self.threshold)
 
     def act(self, actions: Batch) -> tuple[Batch, FilterReport]:
         """Return what to execute in the states last seen, and the verdicts.
