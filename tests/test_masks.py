@@ -33,7 +33,7 @@ Array = npt.NDArray[Any]
 N, C = 6, 5
 
 # Q_h of states 0..5: from "all may pass" over "three may" to "none may, the third is least bad".
-TABLE = np.array(
+table = np.array(
     [
         [-3.0, -1.0, -2.0, -0.5, -9.0],
         [-3.0, 1.0, -2.0, 2.0, -0.5],
@@ -78,14 +78,14 @@ class Walk(gym.Env[Any, Any]):
 
 @pytest.fixture
 def shield() -> Shield:
-    return table_shield(TABLE, gym.spaces.Discrete(C, start=1))
+    return table_shield(table, gym.spaces.Discrete(C, start=1))
 
 
 def expected_mask(delta: float = 0.0) -> Array:
-    mask = TABLE <= -delta
+    mask = table <= -delta
     for state in range(N):
         if not mask[state].any():
-            mask[state, TABLE[state].argmin()] = True
+            mask[state, table[state].argmin()] = True
     return mask
 
 
@@ -102,7 +102,7 @@ def test_the_mask_is_what_the_filter_lets_pass(shield: Shield, delta: float) -> 
         executed, report = shield.filter(state, action)
         passes = masks[state, action - 1]
         assert passes == (executed == action), (state, action)
-        assert report.intervened == (TABLE[state, action - 1] > -delta)
+        assert report.intervened == (table[state, action - 1] > -delta)
         np.testing.assert_array_equal(shield.action_mask(state), masks[state])
     assert masks.dtype == np.bool_
 
@@ -110,10 +110,10 @@ def test_the_mask_is_what_the_filter_lets_pass(shield: Shield, delta: float) -> 
 def test_a_threshold_for_each_state(shield: Shield) -> None:
     limits = np.array([-2.5, 0.0, 0.6, 3.5, -5.0, 9.0], np.float64)
     masks = shield.action_mask(np.arange(N), limits)
-    np.testing.assert_array_equal(masks[:4], (TABLE <= limits[:, None])[:4])
-    np.testing.assert_array_equal(masks[4], TABLE[4] == TABLE[4].min())  # nothing is below -5
+    np.testing.assert_array_equal(masks[:4], (table <= limits[:, None])[:4])
+    np.testing.assert_array_equal(masks[4], table[4] == table[4].min())  # nothing is below -5
     assert masks[5].all()
-    np.testing.assert_array_equal(shield.action_mask(0, -2.5), TABLE[0] <= -2.5)
+    np.testing.assert_array_equal(shield.action_mask(0, -2.5), table[0] <= -2.5)
 
 
 def test_an_unreadable_observation_leaves_the_action_that_the_filter_executes(
@@ -189,7 +189,7 @@ def test_multibinary_masks_are_laid_out_as_sb3_contrib_reads_them() -> None:
 
 def test_a_box_has_no_mask(agent: Any) -> None:  # noqa: ANN401
     shield = agent.shield()
-    with pytest.raises(TypeError, match="a mask needs discrete actions.*SafeSupportPolicy"):
+    with pytest.raises(TypeError, match=r"a mask needs discrete actions.*SafeSupportPolicy"):
         shield.action_mask(np.zeros(2, np.float32))
     env = SafetyShield(gym.make("safeshield/Boat-v0"), shield)
     _, info = env.reset(seed=0)
@@ -242,7 +242,7 @@ def test_check_env(kind: str, shield: Shield) -> None:
     space = gym.spaces.Discrete(C, start=1) if kind == "discrete" else None
     if space is None:
         space = gym.spaces.MultiDiscrete([2, 2])
-        shield = table_shield(TABLE[:, :4], space)
+        shield = table_shield(table[:, :4], space)
     check_env(SafetyShield(Walk(space), shield), skip_render_check=True)
 
 
