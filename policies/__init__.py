@@ -6,13 +6,20 @@ What needs Stable-Baselines3 is loaded on first use.
 import importlib
 from typing import TYPE_CHECKING
 
+from safeshield.policies.safe_support import SafeSupportPolicy
 from safeshield.policies.shielded import ShieldedPolicy
 
 if TYPE_CHECKING:
     from safeshield.policies.callback import ShieldCallback
     from safeshield.policies.replay_buffer import ShieldedDictReplayBuffer, ShieldedReplayBuffer
 
-__all__ = ["ShieldCallback", "ShieldedDictReplayBuffer", "ShieldedPolicy", "ShieldedReplayBuffer"]
+__all__ = [
+    "SafeSupportPolicy",
+    "ShieldCallback",
+    "ShieldedDictReplayBuffer",
+    "ShieldedPolicy",
+    "ShieldedReplayBuffer",
+]
 
 _HOMES = {
     "ShieldCallback": "callback",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safeshield.calibration.walk import CalibrationError
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.policies import ShieldedPolicy
+    from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
     from safeshield.shield.adaptive import AdaptiveThreshold
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
@@ -35,6 +35,7 @@ _HOMES = {
     "OfflineDataset": "safeshield.data.dataset",
     "SafeFQL": "safeshield.algorithms.safefql",
     "SafeFQLConfig": "safeshield.algorithms.safefql",
+    "SafeSupportPolicy": "safeshield.policies",
     "SafetyShield": "safeshield.wrappers",
     "ShieldConfig": "safeshield.algorithms.shield_trainer",
     "ShieldTrainer": "safeshield.algorithms.shield_trainer",
@@ -52,6 +53,7 @@ __all__ = [
     "OfflineDataset",
     "SafeFQL",
     "SafeFQLConfig",
+    "SafeSupportPolicy",
     "SafetyShield",
     "Shield",
     "ShieldConfig",

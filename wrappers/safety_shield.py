@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
+from safeshield.shield.masks import agent_mask, with_own_mask
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.vectorise import environment_id
@@ -48,7 +49,12 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     action_proposed         array: what the agent sent (at reset: NaN; where actions are discrete
                             an integer that is none of them)
     action_executed         array: what the dynamics saw (at reset likewise)
+    action_mask             where actions are discrete, int8 array: which of them may be taken
+                            next, see `Shield.action_mask` (`action_masks` tells it too)
     ======================  ==========================================================
+
+    What an environment itself forbids, by its ``info["action_mask"]`` or its ``action_masks()``,
+    stays forbidden in the same place, unless this and the shield's mask have nothing in common.
 
     The shield must see the observations it was trained on: put it inside (below) wrappers that
     change observations, such as NormalizeObservation, and give it actions in the units of its
@@ -98,6 +104,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self._rows: npt.NDArray[Any] | None = None
         self._finite = False
         self._states: StateValue | None = None
+        self._mask: npt.NDArray[np.bool_] | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -107,6 +114,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         value = self._see(observation)
         return observation, {
             **info,
+            **self._mask_info(info),
             "shield/intervened": False,
             "shield/value": value,
             "shield/threshold": self._threshold(),
@@ -156,6 +164,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             truncated,
             {
                 **info,
+                **self._mask_info(info),
                 "shield/intervened": intervened,
                 "shield/value": value,
                 "shield/threshold": threshold,
@@ -169,6 +178,34 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     def _threshold(self) -> float:
         fixed = self.shield.threshold
         return fixed if self.adaptive is None else float(self.adaptive.threshold[0])
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which discrete actions may be taken next: what sb3-contrib's MaskablePPO asks.
+
+        Raises:
+            gymnasium.error.ResetNeeded: called before the first reset.
+            TypeError: actions are not discrete.
+        """
+        if self._states is None or self._rows is None:
+            raise gym.error.ResetNeeded("there is no mask before the first call of reset()")
+        mask = self._mask
+        if mask is None:
+            mask = agent_mask(self.shield, self._states, self._rows, self._threshold())[0]
+        try:
+            own = self.env.get_wrapper_attr("action_masks")
+        except AttributeError:
+            return mask.copy()
+        return with_own_mask(mask, own(), self.shield.model.played)
+
+    def _mask_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """Mask the actions to come, for the info of the state just reached."""
+        played = self.shield.model.played
+        if self._states is None or self._rows is None or not played.discrete:
+            return {}
+        self._mask = agent_mask(self.shield, self._states, self._rows, self._threshold())[0]
+        if "action_mask" in info:
+            self._mask = with_own_mask(self._mask, info["action_mask"], played)
+        return {"action_mask": self._mask.astype(np.int8)}
 
     def _step_env(
         self, action: npt.NDArray[Any]

@@ -16,10 +16,15 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import (
+    VecEnvIndices,
+    VecEnvObs,
+    VecEnvStepReturn,
+)
 
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard
+from safeshield.shield.masks import with_own_mask
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
@@ -28,6 +33,7 @@ from safeshield.wrappers.safety_shield import SafetyShield
 
 Infos = list[dict[str, Any]]
 _Array = npt.NDArray[Any]
+_MASKS = "action_masks"  # what sb3-contrib asks environments for
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,10 @@ class VecSafetyShield(VecEnvWrapper):
     ``shield/certified`` speaks of the state reached, ``terminal_observation`` (False where the
     `VecEnv` does not tell it); the shield itself looks at the new episode's first observation,
     whose infos are in `reset_infos`.
+
+    Where actions are discrete, infos carry ``action_mask`` for each environment's next action (at
+    an episode's end, for the first of the new one), and ``env_method("action_masks")`` tells the
+    same: sb3-contrib's MaskablePPO trains on it as it is.
 
     The shield must see what it was trained on: `VecNormalize` and others that change observations
     go around it, as in ``VecNormalize(VecSafetyShield(venv, shield))``. Random warm-up actions
@@ -105,6 +115,7 @@ class VecSafetyShield(VecEnvWrapper):
         self._no_action = self.shield.model.played.nothing
         self._ready = False
         self._decision: _Decision | None = None
+        self._own_masks = self.shield.model.played.discrete and _has_masks(venv)
 
     @property
     def adaptive(self) -> AdaptiveMargin | None:
@@ -118,9 +129,11 @@ class VecSafetyShield(VecEnvWrapper):
         values = self._see(observations)
         certified = self.guard.certified(values)
         thresholds = self._thresholds()
+        inner = self._inner_reset_infos()
+        masks = self._mask_infos(inner)
         self.reset_infos = [
-            self._start_info(info, values[i], certified[i], thresholds[i])
-            for i, info in enumerate(self._inner_reset_infos())
+            self._start_info({**info, **masks[i]}, values[i], certified[i], thresholds[i])
+            for i, info in enumerate(inner)
         ]
         return observations
 
@@ -166,16 +179,19 @@ class VecSafetyShield(VecEnvWrapper):
         if len(ends):
             reached[ends] = self._last_values([infos[i] for i in ends])
         self.guard.learn(reached, np.ones(self.num_envs, np.bool_))
+        inner = self._inner_reset_infos() if len(ends) else []
+        # After the margins have learned: the mask is that of the threshold now in force.
+        masks = self._mask_infos([inner[i] if dones[i] else info for i, info in enumerate(infos)])
         if len(ends):
-            inner, starts = self._inner_reset_infos(), self.guard.certified(values)
-            thresholds = self._thresholds()
+            starts, thresholds = self.guard.certified(values), self._thresholds()
             for i in ends:
-                self.reset_infos[i] = self._start_info(
-                    inner[i], values[i], starts[i], thresholds[i]
-                )
+                start = {**inner[i], **masks[i]}
+                self.reset_infos[i] = self._start_info(start, values[i], starts[i], thresholds[i])
         certified = self.guard.certified(reached)
         intervened = np.asarray(decision.report.intervened)
-        shielded = self._infos(infos, decision, certified)
+        shielded = self._infos(
+            [{**info, **mask} for info, mask in zip(infos, masks, strict=True)], decision, certified
+        )
         if self.intervention_penalty:
             penalties = self.intervention_penalty * intervened
             for info, penalty in zip(shielded, penalties.tolist(), strict=True):
@@ -193,6 +209,44 @@ class VecSafetyShield(VecEnvWrapper):
                 "each environment's step must return Gymnasium's 5 values; for Safety-Gymnasium's "
                 "native ids, which return the cost as a sixth, make the '...Gymnasium-v0' id"
             ) from error
+
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether the environments have an attribute; ``action_masks`` for discrete actions."""
+        ours = attr_name == _MASKS and self.shield.model.played.discrete
+        return ours or super().has_attr(attr_name)
+
+    def env_method(
+        self,
+        method_name: str,
+        *method_args: Any,  # noqa: ANN401
+        indices: VecEnvIndices = None,
+        **method_kwargs: Any,  # noqa: ANN401
+    ) -> list[Any]:
+        """Call a method of the environments; ``action_masks`` where actions are discrete is ours.
+
+        Raises:
+            RuntimeError: masks before `reset`, or while a step is under way.
+        """
+        if method_name != _MASKS or not self.shield.model.played.discrete:
+            return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
+        if not self._ready:
+            raise RuntimeError("there are no masks before reset(), or while a step is under way")
+        masks = {i: self._masks[i].copy() for i in self._get_indices(indices)}
+        if self._own_masks:
+            for i, own in zip(masks, self.venv.env_method(_MASKS, indices=indices), strict=True):
+                masks[i] = with_own_mask(masks[i], own, self.shield.model.played)
+        return list(masks.values())
+
+    def _mask_infos(self, infos: Sequence[Mapping[str, Any]]) -> Infos:
+        """Mask the actions to come, for the infos of the states just reached: {} for a Box."""
+        played = self.shield.model.played
+        if not played.discrete:
+            return [{} for _ in infos]
+        self._masks = self.guard.masks()
+        for i, info in enumerate(infos):
+            if "action_mask" in info:
+                self._masks[i] = with_own_mask(self._masks[i], info["action_mask"], played)
+        return [{"action_mask": mask.astype(np.int8)} for mask in self._masks]
 
     def _see(self, observations: VecEnvObs) -> Scalars:
         values = self.guard.see(_copied(observations))
@@ -346,6 +400,13 @@ def _check_inner(venv: VecEnv) -> None:
             "the environments in venv are shielded already by SafetyShield, and infos can tell of "
             "one shield only: use one of the two"
         )
+
+
+def _has_masks(venv: VecEnv) -> bool:
+    try:
+        return venv.has_attr(_MASKS)
+    except NotImplementedError:
+        return False
 
 
 def _copied(points: Any) -> Any:  # noqa: ANN401

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard
+from safeshield.shield.masks import with_own_mask
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
 from safeshield.vectorise import environment_id
@@ -49,6 +50,8 @@ class VectorSafetyShield(_Wrapper):
                             shield is calibrated
     action_proposed         (n, ...): what the agent sent
     action_executed         (n, ...): what the dynamics saw
+    action_mask             where actions are discrete, (n, k) int8: which of them may be
+                            taken next, see `Shield.action_mask`
     ======================  ==========================================================
 
     Where no action was taken, at a reset, both actions are NaN (below every action where actions
@@ -61,7 +64,8 @@ class VectorSafetyShield(_Wrapper):
       the next action is judged in, but the infos above speak of the step that was taken, and
       ``shield/certified`` of the last observation, ``infos["final_obs"]`` (0.29:
       ``"final_observation"``). The same rows are in ``infos["final_info"]``, beside what the
-      environment says of that step. V_h of the new state is in `state_values`.
+      environment says of that step, but for ``action_mask``, which is of the new state. V_h of
+      the new state is in `state_values`.
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the rows in the mask, and only
       these have infos; the others keep what was known of them.
 
@@ -177,6 +181,7 @@ class VectorSafetyShield(_Wrapper):
             "shield/certified": self._guard.certified(self._values),
             "action_proposed": nothing,
             "action_executed": nothing,
+            **self._mask_news(infos),
         }
         return observations, _with_news(infos, news, mask)
 
@@ -220,6 +225,7 @@ class VectorSafetyShield(_Wrapper):
         news["shield/certified"] = self._guard.certified(reached)
         if last is not None:
             infos = _with_final_news(infos, news, over)
+        news.update(self._mask_news(infos))
         if self.intervention_penalty:
             rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
         everywhere = np.ones(len(over), np.bool_)
@@ -267,6 +273,17 @@ class VectorSafetyShield(_Wrapper):
                 f"{len(self._over)}"
             )
         self._seen, self._values = seen, values
+
+    def _mask_news(self, infos: _Infos) -> _Infos:
+        """Mask the actions to come, for the infos of the states just reached."""
+        played = self.shield.model.played
+        if not played.discrete:
+            return {}
+        masks = self._guard.masks()
+        if "action_mask" in infos:
+            for i in _places(_given(infos, "action_mask", len(masks))):
+                masks[i] = with_own_mask(masks[i], infos["action_mask"][i], played)
+        return {"action_mask": masks.astype(np.int8)}
 
     def _threshold(self) -> Scalars:
         return np.broadcast_to(np.asarray(self._guard.threshold, np.float64), self._over.shape)

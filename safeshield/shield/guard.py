@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from safeshield.flat import Batch
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
+from safeshield.shield.masks import agent_mask
 from safeshield.shield.model import StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield
@@ -82,6 +83,17 @@ class Guard:
         The record's delta counts, also where the threshold in force is stricter.
         """
         return (values <= self.shield.threshold) & (self.shield.record is not None)
+
+    def masks(self) -> Flags:
+        """Return `Shield.action_mask` (n, k) of the states last seen, at the present threshold.
+
+        Raises:
+            RuntimeError: nothing has been seen yet.
+            TypeError: actions are not discrete.
+        """
+        if self._rows is None or self._states is None:
+            raise RuntimeError("see() the states first: call reset()")
+        return agent_mask(self.shield, self._states, self._rows, self.threshold)
 
     def act(self, actions: Batch) -> tuple[Batch, FilterReport]:
         """Return what to execute in the states last seen, and the verdicts.

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from safeshield.calibration.record import CalibrationRecord
 from safeshield.flat import Batch
+from safeshield.shield.masks import agent_mask
 from safeshield.shield.model import SafetyModel, StateValue
 from safeshield.shield.replacement import (
     NearestAcceptable,
@@ -34,7 +35,7 @@ from safeshield.shield.replacement import (
 )
 from safeshield.shield.report import FilterReport
 from safeshield.spaces import check_same_space
-from safeshield.types import Actions, Flags, Observations, Scalars
+from safeshield.types import Actions, Candidates, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
     from safeshield.vectorise import Env, VectorEnv
@@ -328,6 +329,58 @@ class Shield:
                 OtherEnvironmentWarning,
                 stacklevel=3,
             )
+
+    def admits(
+        self,
+        states: StateValue,
+        rows: Observations,
+        candidates: Candidates,
+        threshold: float | Scalars | None = None,
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.floating]]:
+        """Return which of c actions in each of n states `judge` accepts, and their Q_h: (n, c).
+
+        Args:
+            states: from `states`, of the same rows.
+            rows: (n, obs) the raw observations.
+            candidates: (n, c, act).
+            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+
+        Q_h is infinite for what is no action; where an observation is not readable, nothing is
+        accepted and Q_h is that of the state put in its place.
+        """
+        limit = np.asarray(self.threshold if threshold is None else threshold, np.float64)
+        inside = self.model.played.contains(candidates)
+        known = np.where(inside[..., None], candidates, self._low)
+        values = _where_known(inside, self.model.candidate_values(states, known))
+        return (values <= limit[..., None]) & self.readable(rows)[:, None], values
+
+    def action_mask(
+        self, observation: Batch, threshold: float | Scalars | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Return which discrete actions may be taken: bool (k,), for a batch (n, k).
+
+        Discrete: an entry for each action, from the lowest; True where Q_h <= -delta. Where
+        none is acceptable, or the observation is not readable, only the least bad action is True,
+        the one that `filter` would execute: an agent always has an action.
+
+        MultiDiscrete, MultiBinary: the masks of all entries, joined, as sb3-contrib takes them. A
+        mask of this form cannot say "this only together with that"; so it allows a product of
+        values whose combinations are ALL acceptable, and leaves out some acceptable ones.
+
+        Gymnasium's ``action_space.sample(mask)`` takes ``mask.astype(np.int8)``, for a
+        MultiDiscrete as a tuple: ``tuple(np.split(mask, np.cumsum(space.nvec)[:-1]))``.
+
+        Args:
+            observation: one, or a batch (see `value`).
+            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+
+        Raises:
+            TypeError: actions are not discrete.
+            ValueError: a wrong shape.
+        """
+        rows, single = self.observation_rows(observation)
+        masks = agent_mask(self, self.states(rows), rows, threshold)
+        return masks[0] if single else masks
 
     def warn_if_uncalibrated(self) -> None:
         """Warn, once for each shield, that nothing vouches for its threshold."""

@@ -1,0 +1,235 @@
+"""Where `SafeSupportPolicy` takes its proposals from, and what is known of their densities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.batch_policy import as_batch_policy
+from safeshield.flat import Batch, batch_length, take
+from safeshield.nn.forward import forward
+from safeshield.scaling import BEHAVIOUR
+from safeshield.shield.model import StateValue
+from safeshield.shield.shield import Shield
+
+Memory = tuple[npt.NDArray[Any], ...] | None
+"""A recurrent state, as Stable-Baselines3's ``predict`` takes and returns it."""
+_Array = npt.NDArray[Any]
+
+
+class Proposal(Protocol):
+    """A way to propose actions, as rows of `flat`, in n states.
+
+    A state comes twice: as the critics see it, and as the environment returned it.
+    """
+
+    fresh: bool
+    """Whether it proposes as often as one likes, in some of the states alone. Else it gives one
+    action for all of them, and may remember that it was asked."""
+
+    def draw(
+        self, states: StateValue, observations: Batch, each: int, rng: np.random.Generator
+    ) -> _Array:
+        """Return `each` proposals a state, independent of each other: (n, each, act)."""
+        ...
+
+    def best(self, states: StateValue, observations: Batch, rng: np.random.Generator) -> _Array:
+        """Return the proposals (n, act) of ``deterministic=True``."""
+        ...
+
+    def log_prob(
+        self, states: StateValue, observations: Batch, candidates: _Array
+    ) -> _Array | None:
+        """Return the log density (n, c) of c actions a state (n, c, act); None without a density.
+
+        Where actions are discrete their probability, else per unit of volume of the action box.
+        """
+        ...
+
+
+class Uniform:
+    """The whole action space, everywhere alike."""
+
+    fresh = True
+
+    def __init__(self, shield: Shield) -> None:
+        self._played = shield.model.played
+        if self._played.discrete:
+            self._log_size = np.log(len(self._played.choices))
+        else:
+            self._log_size = np.log(self._played.high - self._played.low).sum()
+
+    def draw(
+        self, states: StateValue, observations: Batch, each: int, rng: np.random.Generator
+    ) -> _Array:
+        """Return points of the box."""
+        low, high = self._played.low, self._played.high
+        points = rng.uniform(low, high, (len(states.value), each, self._played.width))
+        return points.astype(np.float32)
+
+    def best(self, states: StateValue, observations: Batch, rng: np.random.Generator) -> _Array:
+        """Return the middle of the box."""
+        middle = 0.5 * (self._played.low + self._played.high)
+        return np.tile(middle.astype(np.float32), (len(states.value), 1))
+
+    def log_prob(self, states: StateValue, observations: Batch, candidates: _Array) -> _Array:
+        """Return minus the log of the box's volume, or of the number of choices."""
+        return np.full(candidates.shape[:2], -self._log_size)
+
+
+class Behaviour:
+    """What the log does in a state: the shield's "behaviour" network.
+
+    For a Box of actions a flow: noise z ~ N(0, I) is carried along the velocity field, x <- x +
+    v(s, x, i/K) / K for i = 0 .. K - 1, and clipped to the box, so that points of its boundary
+    have a probability of their own and there is no density. Where actions are discrete, a
+    classifier.
+
+    Source: flow matching as in SafeFQL (arXiv 2603.15136); `nn.flow`.
+    """
+
+    fresh = True
+
+    def __init__(self, shield: Shield) -> None:
+        self._model = model = shield.model
+        if BEHAVIOUR not in model.networks:
+            raise ValueError(
+                "proposal='behaviour' needs a shield that has learned what the log does, and this "
+                "one has no such network: make it with ShieldTrainer or SafeFQL, or pass "
+                "proposal='uniform' or a policy"
+            )
+        self._weights = model.networks[BEHAVIOUR]
+
+    def draw(
+        self, states: StateValue, observations: Batch, each: int, rng: np.random.Generator
+    ) -> _Array:
+        """Return what the flow makes of noise."""
+        width = self._model.played.width
+        return self.carry(states, rng.standard_normal((len(states.value), each, width)))
+
+    def best(self, states: StateValue, observations: Batch, rng: np.random.Generator) -> _Array:
+        """Return what the flow makes of z = 0."""
+        return self.carry(states, np.zeros((len(states.value), 1, self._model.played.width)))[:, 0]
+
+    def log_prob(
+        self, states: StateValue, observations: Batch, candidates: _Array
+    ) -> _Array | None:
+        """Return the classifier's log probabilities."""
+        played = self._model.played
+        if not played.discrete:
+            return None
+        logits = forward(self._weights, states.inputs)[0].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        entries = np.moveaxis((candidates - played.low).astype(np.int64), -1, 0)
+        index = np.ravel_multi_index(tuple(entries), tuple(played.categories))
+        return np.take_along_axis(log_probs, index, axis=1)
+
+    def carry(self, states: StateValue, noise: _Array) -> _Array:
+        """Return what the flow makes of noise (n, each, act)."""
+        count, each, width = noise.shape
+        seen = np.repeat(states.inputs, each, axis=0)
+        x = noise.reshape(-1, width).astype(np.float32)
+        steps = self._model.flow_steps
+        for i in range(steps):
+            time = np.full((len(x), 1), i / steps, np.float32)
+            x = x + forward(self._weights, np.concatenate([seen, x, time], -1))[0] / np.float32(
+                steps
+            )
+        return self._model.scaling.to_box(np.clip(x, -1.0, 1.0)).reshape(count, each, width)
+
+
+class Asked:
+    """A user's policy, of any kind that `as_batch_policy` takes; it need not act alike twice.
+
+    Its recurrent state, where ``predict`` returns one, is taken from the first answer in a state:
+    it is about what was seen, not about how often the policy was asked.
+    """
+
+    fresh = False
+
+    def __init__(self, shield: Shield, policy: Any) -> None:  # noqa: ANN401
+        self._shield = shield
+        self._policy = policy
+        self._acting = as_batch_policy(policy, shield.action_space, deterministic=False)
+        own = callable(getattr(policy, "act_batch", None)) or getattr(policy, "batched", False)
+        self._predicts = not own and callable(getattr(policy, "predict", None))
+        self.see(None, None)
+
+    def see(self, memory: Memory, starts: npt.NDArray[np.bool_] | None) -> None:
+        """Begin new states, with what the policy remembers of the ones before."""
+        self._before, self._starts = memory, starts
+        self.memory = memory
+        self._asked = False
+
+    def start_wave(self, num_envs: int) -> None:
+        """Begin new episodes."""
+        start = getattr(self._acting, "start_wave", None)
+        if callable(start):
+            start(num_envs)
+
+    def draw(
+        self, states: StateValue, observations: Batch, each: int, rng: np.random.Generator
+    ) -> _Array:
+        """Return one answer for each state, whatever `each`."""
+        return self._ask(observations, rng, deterministic=False)[:, None]
+
+    def best(self, states: StateValue, observations: Batch, rng: np.random.Generator) -> _Array:
+        """Return its deterministic answers, where it knows the difference."""
+        return self._ask(observations, rng, deterministic=True)
+
+    def log_prob(
+        self, states: StateValue, observations: Batch, candidates: _Array
+    ) -> _Array | None:
+        """Return what the policy's own ``log_prob(observations, actions)`` says."""
+        log_prob = getattr(self._policy, "log_prob", None)
+        if not callable(log_prob):
+            return None
+        count, each, width = candidates.shape
+        actions = self._shield.points(candidates.reshape(-1, width))
+        values = np.asarray(log_prob(repeated(observations, each), actions), np.float64)
+        if values.shape != (count * each,):
+            raise ValueError(
+                f"the policy's log_prob must return a number for each of {count * each} actions, "
+                f"got shape {values.shape}"
+            )
+        if not (values < np.inf).all():
+            bad = values[~(values < np.inf)][0]
+            raise ValueError(f"the policy's log_prob must be numbers below infinity, got {bad}")
+        return values.reshape(count, each)
+
+    def _ask(self, observations: Batch, rng: np.random.Generator, *, deterministic: bool) -> _Array:
+        if self._predicts:
+            actions, memory = self._policy.predict(
+                observations,
+                state=self._before,
+                episode_start=self._starts,
+                deterministic=deterministic,
+            )
+            if not self._asked:
+                self.memory = memory
+        else:
+            actions = self._acting(observations, rng)
+        self._asked = True
+        rows, _ = self._shield.action_rows(np.asarray(actions))
+        if len(rows) != batch_length(observations):
+            raise ValueError(
+                f"the policy returned {len(rows)} actions for {batch_length(observations)} "
+                "observations; one that takes a whole batch needs batched = True (batch_policy)"
+            )
+        return rows if self._shield.model.played.discrete else rows.astype(np.float32)
+
+
+def repeated(observations: Batch, times: int) -> Batch:
+    """Return each observation of a batch `times` times, one after the other."""
+    return take(observations, np.repeat(np.arange(batch_length(observations)), times))
+
+
+def batch_of_one(observation: Batch) -> Batch:
+    """Return a single observation as a batch."""
+    if isinstance(observation, Mapping):
+        return {key: batch_of_one(part) for key, part in observation.items()}
+    return np.asarray(observation)[None]

@@ -1,0 +1,380 @@
+r"""`SafeSupportPolicy`: exploration that never leaves what a shield accepts.
+
+A proposal q(a | s) is cut down to the safe support {a: Q_h(s, a) <= -delta}:
+
+    pi(a | s) = q(a | s) 1[Q_h(s, a) <= -delta] / Z(s),   Z(s) = P_{a ~ q}(Q_h(s, a) <= -delta)
+
+Where actions are discrete and q is known, pi is computed and drawn from; else it is drawn from by
+rejection: proposals are made until one is accepted.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.flat import Batch, batch_length, finite, take
+from safeshield.policies.proposals import (
+    Asked,
+    Behaviour,
+    Memory,
+    Proposal,
+    Uniform,
+    batch_of_one,
+    repeated,
+)
+from safeshield.shield.masks import acceptable_choices
+from safeshield.shield.model import StateValue
+from safeshield.shield.report import FilterReport
+from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.types import Scalars
+
+PROPOSALS = ("uniform", "behaviour")
+"""Proposals with a name; anything else is a policy."""
+_Array = npt.NDArray[Any]
+_CHUNK = 1 << 16  # actions that are judged together when the safe support is measured
+
+
+class LogDensity(NamedTuple):
+    """The log of a density, and how far off the estimate may be."""
+
+    value: Scalars | np.floating
+    """(n,) or (): natural logarithm; minus infinity outside the safe support."""
+    error: Scalars | np.floating
+    """(n,) or (): standard error of `value`; 0 where it is computed and not estimated."""
+
+
+class SafeSupportPolicy:
+    """Draw actions from a proposal, but only such that the shield accepts.
+
+    For exploration, and for logs that cost nothing: what it does is never replaced by a shield of
+    the same threshold. Use it wherever a policy is taken (`collect`, `run_episodes`, `calibrate`:
+    it acts for whole batches, and draws from their generators) or where Stable-Baselines3 takes a
+    model (``evaluate_policy``; `predict` draws from its own generator).
+
+    Where nothing is accepted within `rounds`, the shield's own replacement of the last proposal is
+    returned, `report.intervened` is True for it, and no density speaks of it; where actions are
+    discrete and nothing is acceptable, likewise the least bad one, with probability 1. So it is
+    where the observation is not readable. A discrete proposal with no probability on anything that
+    is acceptable is replaced by the uniform one.
+
+    ``deterministic=True`` returns the most probable acceptable action where actions are discrete
+    and the proposal has a density (the safest of several); else the middle of the box, what the
+    behaviour makes of noise 0, or the policy's deterministic action, or what the shield replaces
+    these by.
+
+    Args:
+        shield: a `Shield`, a path to its file, or an agent that has one. Its threshold says what
+            is safe; its record, if any, for whom.
+        proposal: ``"uniform"`` over the action space; ``"behaviour"``, what the log does, by the
+            network that `ShieldTrainer` and `SafeFQL` store in the shield; or a policy, anything
+            that `as_batch_policy` takes, which is asked for a random action (``deterministic=
+            False``) again and again: one that always answers alike gains nothing over a
+            `ShieldedPolicy`.
+        rounds: how often proposals are made before giving up, at least 1. In round k = 0, 1, ...
+            2^k of them in each state that still has no action, but from a policy one, in all
+            states, because it may remember that it was asked. 7 rounds are 127 proposals: where Z
+            is 0.05, all of them fail in one state of 700.
+        seed: of `predict`'s generator; None for one that no one can repeat. A policy that draws
+            from a generator of its own (PyTorch's, in Stable-Baselines3) is seeded there.
+
+    Raises:
+        ValueError: an unknown name; "behaviour" where the shield has none; "uniform" in an
+            unbounded box; `rounds` below 1.
+        TypeError: `proposal` is no policy, `shield` none of the three.
+
+    >>> import gymnasium, safeshield
+    >>> from safeshield import SafeFQL, SafeFQLConfig, collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
+    >>> policy = SafeSupportPolicy(agent.shield().with_delta(0.05), "behaviour", seed=0)
+    >>> actions, _ = policy.predict(log.observations[:5])
+    >>> bool((policy.shield.value(log.observations[:5], actions) <= -0.05).all())
+    True
+    """
+
+    batched = True
+
+    def __init__(
+        self,
+        shield: Shield | HasShield | str | os.PathLike[str],
+        proposal: object = "uniform",
+        *,
+        rounds: int = 7,
+        seed: int | None = None,
+    ) -> None:
+        self.shield = as_shield(shield)
+        if type(rounds) is not int or rounds < 1:
+            raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}")
+        self.rounds = rounds
+        self._proposal = _proposal_of(self.shield, proposal)
+        self._rng = np.random.default_rng(seed)
+        self._memory: Memory = None
+        self._starts: npt.NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
+        self.report: FilterReport | None = None
+        """The verdicts on the last actions: `intervened` where the shield had to find one."""
+
+    def start_wave(self, num_envs: int) -> None:
+        """Begin new episodes: what a policy remembers is forgotten."""
+        self._memory, self._starts = None, np.ones(num_envs, dtype=np.bool_)
+        if isinstance(self._proposal, Asked):
+            self._proposal.start_wave(num_envs)
+
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> _Array:
+        """Map n observations to n actions, as a batch policy: noise from `rng` alone."""
+        count = batch_length(observations)
+        if len(self._starts) != count:
+            self.start_wave(count)
+        actions, self._memory = self._act(
+            observations, self._memory, self._starts, rng, deterministic=False
+        )
+        self._starts = np.zeros(count, dtype=np.bool_)
+        return actions
+
+    def predict(
+        self,
+        observation: Batch,
+        state: Memory = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[_Array, Memory]:
+        """Return an action, or n of them for a batch, and a policy's recurrent state.
+
+        Args:
+            observation: one, or a batch (see `Shield.value`).
+            state: recurrent state of a policy that has one.
+            episode_start: (n,) where a new episode begins.
+            deterministic: see the class.
+
+        Raises:
+            ValueError: a wrong shape.
+        """
+        _, single = self.shield.observation_rows(observation)
+        batch = batch_of_one(observation) if single else observation
+        actions, state = self._act(
+            batch, state, episode_start, self._rng, deterministic=deterministic
+        )
+        if single and self.report is not None:
+            self.report = self.report.row(0)
+        return (actions[0] if single else actions), state
+
+    def log_prob(
+        self, observations: Batch, actions: Batch, *, samples: int = 1024
+    ) -> Scalars | np.floating:
+        """Return log pi(a | s): the `value` of `log_density`, which says more.
+
+        >>> import gymnasium, safeshield
+        >>> from safeshield import ShieldConfig, ShieldTrainer, collect
+        >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+        >>> config = ShieldConfig(critic_hidden=(8,), behaviour_hidden=(8,), fallback_hidden=(8,))
+        >>> shield = ShieldTrainer(config).fit(log, steps=30).shield()
+        >>> policy = SafeSupportPolicy(shield, "uniform", seed=0)
+        >>> action, _ = policy.predict(log.observations[0])
+        >>> float(np.exp(policy.log_prob(log.observations[0], action))) >= 0.25  # of [-1, 1]^2
+        True
+        """
+        return self.log_density(observations, actions, samples=samples).value
+
+    def log_density(
+        self, observations: Batch, actions: Batch, *, samples: int = 1024
+    ) -> LogDensity:
+        """Return log pi(a | s) of actions, with its standard error: () or (n,).
+
+        Discrete actions: a probability, exact. A Box: per unit of the action box's volume,
+
+            log pi(a | s) = log q(a | s) - log Z(s),   Z estimated as (k + 1/2) / (m + 1/2)
+
+        from m = `samples` proposals of which k are accepted. The halves take the bias of first
+        order out of log Z; what is left is far below the standard error sqrt((1 - Z) / (m Z))
+        as long as m Z is well above 1. Where it is not, Z is known to be small and not how small.
+        From the uniform box the same points are used in all states, so that the answer is a
+        function of s and a; the errors in different states are then not independent.
+
+        Minus infinity where the shield does not accept the action. In a state where no action of
+        a Box is ever accepted the shield's replacement has no density, and this is all there is.
+
+        Args:
+            observations: one, or a batch (see `Shield.value`).
+            actions: likewise.
+            samples: proposals to measure the safe support with, in each state; without effect
+                where actions are discrete, which are all weighed.
+
+        Raises:
+            TypeError: the proposal has no density: the behaviour of a Box (a flow, clipped to the
+                box), or a policy without ``log_prob(observations, actions)``. It must be the
+                density of the actions that the policy returns, for n of each (n,).
+            ValueError: a wrong shape, `samples` below 1.
+        """
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        rows, single = self.shield.observation_rows(observations)
+        played, _ = self.shield.action_rows(actions)
+        if len(played) != len(rows):
+            raise ValueError(f"got {len(rows)} observations and {len(played)} actions")
+        batch = finite(batch_of_one(observations) if single else observations)
+        states = self.shield.states(rows)
+        if self.shield.model.played.discrete:
+            density = self._choice_density(states, rows, batch, played)
+        else:
+            density = self._box_density(states, rows, batch, played, samples)
+        return LogDensity(*(part[0] for part in density)) if single else density
+
+    # -- drawing --------------------------------------------------------------------------------
+
+    def _act(
+        self,
+        observations: Batch,
+        memory: Memory,
+        starts: npt.NDArray[np.bool_] | None,
+        rng: np.random.Generator,
+        *,
+        deterministic: bool,
+    ) -> tuple[_Array, Memory]:
+        rows, _ = self.shield.observation_rows(observations)
+        states = self.shield.states(rows)
+        # Policies may refuse what is not a number; the shield does not act on their answer then.
+        seen = finite(observations)
+        if isinstance(self._proposal, Asked):
+            self._proposal.see(memory, starts)
+        choices = self._choice_log_probs(states, rows, seen)
+        if choices is not None:
+            proposals = self._chosen(choices, states, rows, rng, deterministic)
+        elif deterministic:
+            proposals = self._proposal.best(states, seen, rng)
+        else:
+            proposals = self._accepted(states, rows, seen, rng)
+        executed, self.report = self.shield.judge(states, rows, proposals)
+        if isinstance(self._proposal, Asked):
+            memory = self._proposal.memory
+        return self.shield.points(executed), memory
+
+    def _accepted(
+        self, states: StateValue, rows: _Array, seen: Batch, rng: np.random.Generator
+    ) -> _Array:
+        """Return the first proposal that is accepted, or where none is the last: (n, act)."""
+        chosen = np.zeros((len(rows), self.shield.model.played.width), np.float32)
+        left = np.arange(len(rows))
+        for k in range(self.rounds):
+            some = StateValue(states.inputs[left], states.value[left])
+            if self._proposal.fresh:
+                drawn = self._proposal.draw(some, take(seen, left), 2**k, rng)
+            else:
+                drawn = self._proposal.draw(states, seen, 1, rng)[left]
+            accepted, _ = self.shield.admits(some, rows[left], drawn)
+            found = accepted.any(axis=1)
+            first = np.where(found, accepted.argmax(axis=1), -1)
+            chosen[left] = drawn[np.arange(len(left)), first]
+            # Where the observation cannot be read nothing will ever be accepted.
+            left = left[~found & self.shield.readable(rows[left])]
+            if not len(left):
+                break
+        return chosen
+
+    def _chosen(
+        self,
+        log_probs: _Array,
+        states: StateValue,
+        rows: _Array,
+        rng: np.random.Generator,
+        deterministic: bool,
+    ) -> _Array:
+        choices: _Array = self.shield.model.played.choices
+        if deterministic:
+            every = np.broadcast_to(choices, (len(rows), *choices.shape))
+            values = self.shield.admits(states, rows, every)[1]
+            likely = log_probs >= log_probs.max(axis=1, keepdims=True)
+            index = np.where(likely, values, np.inf).argmin(axis=1)
+        else:
+            # The largest of log p + Gumbel noise is distributed as p.
+            index = (log_probs + rng.gumbel(size=log_probs.shape)).argmax(axis=1)
+        return choices[index]
+
+    # -- densities ------------------------------------------------------------------------------
+
+    def _choice_log_probs(self, states: StateValue, rows: _Array, seen: Batch) -> _Array | None:
+        """Return log pi (n, c) of all discrete actions; None for a Box, or without a density."""
+        if not self.shield.model.played.discrete:
+            return None
+        choices = self.shield.model.played.choices
+        every = np.broadcast_to(choices, (len(rows), *choices.shape))
+        log_probs = self._proposal.log_prob(states, seen, every)
+        if log_probs is None:
+            return None
+        mask = acceptable_choices(self.shield, states, rows)
+        # A proposal that never does what may be done leaves the choice among that open.
+        never = ~(mask & np.isfinite(log_probs)).any(axis=1)
+        log_probs = np.where(never[:, None], 0.0, log_probs)
+        masked = np.where(mask, log_probs, -np.inf)
+        masked -= masked.max(axis=1, keepdims=True)
+        total: _Array = masked - np.log(np.exp(masked).sum(axis=1, keepdims=True))
+        return total
+
+    def _choice_density(
+        self, states: StateValue, rows: _Array, seen: Batch, played: _Array
+    ) -> LogDensity:
+        log_probs = self._choice_log_probs(states, rows, seen)
+        if log_probs is None:
+            raise self._without_density()
+        flat = self.shield.model.played
+        inside = np.asarray(flat.contains(played))
+        entries = np.where(inside[:, None], played - flat.low, 0).astype(np.int64)
+        index = np.ravel_multi_index(tuple(entries.T), tuple(flat.categories))
+        value = np.where(inside, log_probs[np.arange(len(rows)), index], -np.inf)
+        return LogDensity(value, np.zeros(len(rows)))
+
+    def _box_density(
+        self, states: StateValue, rows: _Array, seen: Batch, played: _Array, samples: int
+    ) -> LogDensity:
+        log_q = self._proposal.log_prob(states, seen, played[:, None])
+        if log_q is None:
+            raise self._without_density()
+        accepted, _ = self.shield.admits(states, rows, played[:, None])
+        inside = accepted[:, 0]
+        value, error = np.full(len(rows), -np.inf), np.zeros(len(rows))
+        at_once = max(1, _CHUNK // samples)
+        wanted = np.flatnonzero(inside)
+        for part in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
+            some = StateValue(states.inputs[part], states.value[part])
+            hits = self._hits(some, rows[part], take(seen, part), samples)
+            z = (hits + 0.5) / (samples + 0.5)
+            value[part] = log_q[part, 0] - np.log(z)
+            # Where all were accepted the error is not 0: one more might not have been.
+            error[part] = np.sqrt((samples - hits + 0.5) / (samples + 1.0) / (hits + 0.5))
+        return LogDensity(value, error)
+
+    def _hits(self, states: StateValue, rows: _Array, seen: Batch, samples: int) -> _Array:
+        """Return how many of `samples` proposals are accepted in each state: (n,)."""
+        rng = np.random.default_rng(0)
+        if isinstance(self._proposal, Uniform):
+            first = StateValue(states.inputs[:1], states.value[:1])
+            points = self._proposal.draw(first, take(seen, slice(1)), samples, rng)
+            drawn = np.broadcast_to(points, (len(rows), *points.shape[1:]))
+        else:
+            many = repeated(seen, samples)
+            asked = StateValue(
+                np.repeat(states.inputs, samples, axis=0), np.repeat(states.value, samples)
+            )
+            drawn = self._proposal.draw(asked, many, 1, rng).reshape(len(rows), samples, -1)
+        hits: _Array = self.shield.admits(states, rows, drawn)[0].sum(axis=1)
+        return hits
+
+    def _without_density(self) -> TypeError:
+        why = (
+            "a policy without a method log_prob(observations, actions) -> (n,)"
+            if isinstance(self._proposal, Asked)
+            else "the behaviour of a Box of actions, a flow whose end is clipped to the box"
+        )
+        return TypeError(
+            f"there is no density for {why}: use proposal='uniform', or a policy with one"
+        )
+
+
+def _proposal_of(shield: Shield, proposal: object) -> Proposal:
+    if not isinstance(proposal, str):
+        return Asked(shield, proposal)
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal must be one of {list(PROPOSALS)} or a policy, got {proposal!r}")
+    return Behaviour(shield) if proposal == "behaviour" else Uniform(shield)
