@@ -13,7 +13,15 @@ import numpy.typing as npt
 
 from safeshield.flat import FlatSpace, flat_actions, flat_observations
 from safeshield.nn.forward import Weights, forward, forward_layers, layers
-from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale, Scaling
+from safeshield.scaling import (
+    ADVANTAGE,
+    BEHAVIOUR,
+    CONSTRAINT,
+    EXCESS,
+    FALLBACK,
+    SafetyScale,
+    Scaling,
+)
 from safeshield.types import Actions, Candidates, Observations, Scalars
 
 _Float = npt.NDArray[np.float32]
@@ -77,6 +85,11 @@ class SafetyModel:
     def _advantage_layers(self) -> list[tuple[_Float, _Float]]:
         return layers(self.networks[ADVANTAGE])
 
+    @cached_property
+    def behaviour_layers(self) -> list[tuple[_Float, _Float]]:
+        """Weights and biases of the network that imitates the log."""
+        return layers(self.networks[BEHAVIOUR])
+
     def states(self, observations: Observations) -> StateValue:
         """Judge finite observations (n, obs)."""
         inputs = self.scaling.observations(observations)
@@ -90,6 +103,13 @@ class SafetyModel:
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
         out: _Float = states.value + worst * np.float32(self.scale.step)
+        return out
+
+    def action_spread(self, states: StateValue, actions: Actions) -> Scalars:
+        """Return the standard deviation (n,) of Q_h among the members, units of h."""
+        inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
+        members = forward_layers(self._advantage_layers, inputs)[..., 0]
+        out: _Float = members.std(axis=0) * np.float32(self.scale.step)
         return out
 
     def action_value(self, states: StateValue, action: Actions) -> float:

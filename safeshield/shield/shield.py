@@ -6,6 +6,12 @@ A shield with threshold delta >= 0 accepts an action where
 
 and executes it bit for bit. Elsewhere it executes the acceptable candidate nearest to the proposal
 (see `candidates`), and where no candidate is acceptable the one with the lowest Q_h, and says so.
+
+With a support test (`with_support`) it accepts an action only where, besides,
+
+    score(s, a) >= level
+
+because Q_h means nothing for actions the log never showed (`support`).
 """
 
 from __future__ import annotations
@@ -28,6 +34,8 @@ from safeshield.shield.report import FilterReport
 from safeshield.types import Actions, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
+    from safeshield.support import SupportScore, SupportTest
     from safeshield.vectorise import Env, VectorEnv
 
 
@@ -50,6 +58,7 @@ class Shield:
         record: what calibration promised; None for an uncalibrated shield.
         trained_by: free text for the file.
         candidates: where to look for replacements.
+        support: what it asks of an action besides its value; None: nothing. See `with_support`.
     """
 
     model: SafetyModel
@@ -57,6 +66,7 @@ class Shield:
     record: CalibrationRecord | None = None
     trained_by: str = ""
     candidates: CandidateSet = field(default_factory=CandidateSet)
+    support: SupportTest | None = None
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.delta) and self.delta >= 0):
@@ -124,6 +134,35 @@ class Shield:
     def with_delta(self, delta: float) -> Self:
         """Return a copy with another threshold, which no record vouches for."""
         return replace(self, delta=float(delta), record=None)
+
+    def with_support(
+        self,
+        held_out: OfflineDataset,
+        alpha: float = 0.1,
+        share: float = 0.01,
+        score: str | SupportScore | None = None,
+    ) -> Self:
+        """Return a copy that also asks whether an action looks like the log's.
+
+        It accepts an action only where Q_h <= -delta AND its score reaches a level, set so that
+        with probability at least 1 - alpha a new episode of the logging policy has at most the
+        share `share` of its steps below (split conformal over episodes: `support.level`). The
+        record is dropped: what was promised was for another shield; calibrate again.
+
+        Args:
+            held_out: episodes of the logging policy that were NOT trained on.
+            alpha: see above; 1 / alpha - 1 episodes are needed at least.
+            share: see above.
+            score: "noise" (default for a Box of actions), "probability" (default for discrete
+                ones), "ensemble", or a `SupportScore` of your own.
+
+        Raises:
+            TypeError, ValueError: see `support.calibrate_support`.
+        """
+        from safeshield.support import calibrate_support
+
+        test = calibrate_support(self.model, held_out, alpha, share, score)
+        return replace(self, support=test, record=None)
 
     def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
@@ -211,7 +250,11 @@ class Shield:
         if self._discrete and not (np.floor(action) == action).all():
             return None
         value = self.model.action_value(states, action)
-        return value if value <= (self.threshold if threshold is None else threshold) else None
+        if not value <= (self.threshold if threshold is None else threshold):
+            return None
+        if self.support and not self.support.accepts(self.model, states, action[None])[0]:
+            return None
+        return value
 
     def judge(
         self,
@@ -239,6 +282,10 @@ class Shield:
         values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
         proposed_values = _where_known(inside & seen, values)
         accepted = proposed_values <= limit
+        supported = np.ones(len(actions), dtype=bool)
+        if self.support is not None:
+            supported = self._supported(states, actions, accepted)
+            accepted = accepted & supported
         executed = actions
         acceptable = accepted
         if not accepted.all():
@@ -248,14 +295,16 @@ class Shield:
             values = values.copy()
             acceptable = accepted.copy()
             picked, picked_values = self._replace(
-                StateValue(states.inputs[reject], states.value[reject]),
+                _part(states, reject),
                 actions[reject],
                 (known & seen)[reject],
                 limit[reject],
             )
             executed[reject] = picked
             values[reject] = _where_known(seen[reject], picked_values)
-            acceptable[reject] = values[reject] <= limit[reject]
+            if self.support is not None:
+                supported[reject] = self._supported(_part(states, reject), picked, seen[reject])
+            acceptable[reject] = (values[reject] <= limit[reject]) & supported[reject]
         return executed, FilterReport(
             intervened=~accepted,
             value=values,
@@ -263,7 +312,16 @@ class Shield:
             state_value=_where_known(seen, states.value),
             acceptable=acceptable,
             valid=seen & known,
+            supported=supported,
         )
+
+    def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
+        """Whether actions (n, act) pass the support test, (n,); False where not asked."""
+        supported = np.zeros(len(actions), dtype=bool)
+        rows = np.flatnonzero(asked)
+        if self.support is not None and len(rows):
+            supported[rows] = self.support.accepts(self.model, _part(states, rows), actions[rows])
+        return supported
 
     def warn_if_uncalibrated(self) -> None:
         """Warn, once for each shield, that nothing vouches for its threshold."""
@@ -293,16 +351,22 @@ class Shield:
         candidates = np.concatenate(
             [wanted[:, None, :], self.candidates.actions(self.model, states, wanted)], axis=1
         )
+        if self.support is not None:
+            drawn = self.support.proposals(self.model, states)
+            candidates = np.concatenate([candidates, drawn], axis=1)
         candidates = np.clip(candidates, self._inner_low, self._inner_high)
         values = _where_known(True, self.model.candidate_values(states, candidates))
         scaled = self.model.scaling.actions(candidates)
         distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
         good = values <= limit[:, None]
+        each = np.arange(len(values))
+        if self.support is not None:
+            best = self.support.choose(self.model, states, candidates, values, distance, good)
+            return candidates[each, best], values[each, best]
         distance = np.where(good, distance, np.inf)
         # Discrete actions are all equally near: of those the safest.
         nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
         best = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
-        each = np.arange(len(best))
         return candidates[each, best], values[each, best]
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
@@ -367,6 +431,10 @@ class Shield:
         from safeshield.shield.storage import load_shield
 
         return load_shield(cls, path)
+
+
+def _part(states: StateValue, rows: npt.NDArray[np.int64]) -> StateValue:
+    return StateValue(states.inputs[rows], states.value[rows])
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
