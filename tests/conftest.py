@@ -19,7 +19,7 @@ if os.environ.get("SAFESHIELD_CHECK_SHAPES", "1") != "0":
             f"safeshield.{part}"
             for part in (
                 "calibration", "data", "demo", "envs", "exact", "policies", "rollout", "scaling",
-                "shield", "wrappers",
+                "shield", "support", "wrappers",
             )
         ],
         "shape_checks.shapes_only",

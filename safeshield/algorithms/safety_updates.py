@@ -37,8 +37,13 @@ class SafetyLog:
     critics: SafetyCritics
     log: LogTensors
 
-    def batches(self, steps: int) -> Callable[[Tensor], SafetyBatch]:
-        """Return what makes a batch of rows (batch,), with targets that reach `steps` ahead."""
+    def batches(self, steps: int, extra: Tensor | None = None) -> Callable[[Tensor], SafetyBatch]:
+        """Return what makes a batch of rows (batch,), with targets that reach `steps` ahead.
+
+        Args:
+            steps: length of the windows.
+            extra: (N,) one more constraint of each transition, in units of h.
+        """
         log = self.log
         window = safety_backup(
             log.constraints,
@@ -47,6 +52,7 @@ class SafetyLog:
             log.episode_last,
             self.critics.discount,
             steps,
+            extra,
         )
 
         def batch(rows: Tensor) -> SafetyBatch:
@@ -63,6 +69,7 @@ class SafetyLog:
                 slope=window.slope[rows],
                 window_observations=log.next_observations[last],
                 window_constraints=log.next_constraints[last],
+                extra=None if extra is None else extra[rows],
             )
 
         return batch

@@ -11,15 +11,21 @@ For users who bring their own agent. Three phases on one log:
 
    the safest action near to what the log has shown. Where actions are discrete the shield weighs
    all of them, and needs no actor.
+
+With `support_weight` the behaviour is learned first, from nine tenths of the episodes; the others
+set the level of a support test, and leaving the support is one more failure inside the backups
+(`algorithms.support_term`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +35,7 @@ from safeshield.algorithms.safety_updates import (
     flow_update,
     stages,
 )
+from safeshield.algorithms.support_term import SupportTerm, held_out_episodes
 from safeshield.algorithms.tensors import (
     LogTensors,
     check_boundary,
@@ -54,7 +61,8 @@ from safeshield.nn.optim import adam_init, polyak
 from safeshield.scaling import BEHAVIOUR, FALLBACK, SAFETY_NETWORKS, Scaling
 from safeshield.shield.model import SafetyModel
 from safeshield.shield.shield import Shield
-from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
+from safeshield.support.record import check_share
+from safeshield.values.safety import VALUE_NETWORKS, SafetyBatch, SafetyCritics
 
 if TYPE_CHECKING:
     from safeshield.vectorise import Env, VectorEnv
@@ -92,6 +100,17 @@ class ShieldConfig:
     """Weight of the fallback's distance to the behaviour."""
     phase_shares: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Shares of the steps for critics, behaviour, fallback; discrete actions leave the last out."""
+    support_weight: float | None = None
+    """Weight of leaving the data's support inside the safety backup, where 1 counts a standard
+    deviation of the score below its level like one of h; None: it does not count, and the shield
+    comes without a support test (`Shield.with_support` adds one)."""
+    support_alpha: float = 0.1
+    """With `support_weight`: the test's alpha; see `Shield.with_support`."""
+    support_share: float = 0.01
+    """With `support_weight`: the share of an episode's steps that may count as unseen."""
+    support_held_out: float = 0.1
+    """With `support_weight`: share of the episodes that set the level; the behaviour does not learn
+    from them, the critics do."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "learning_rate", "flow_steps"):
@@ -104,6 +123,13 @@ class ShieldConfig:
         for name in ("near_share", "polyak"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.support_weight is not None and not 0 < self.support_weight < float("inf"):
+            raise ValueError(
+                f"support_weight must be above 0 and finite, or None, got {self.support_weight}"
+            )
+        check_share("support_alpha", self.support_alpha, positive=True)
+        check_share("support_share", self.support_share, positive=False)
+        check_share("support_held_out", self.support_held_out, positive=True)
         if not self.distillation >= 0:
             raise ValueError(f"distillation must be at least 0, got {self.distillation}")
         shares = self.phase_shares
@@ -183,8 +209,8 @@ class ShieldTrainer:
         if checkpoint is not None and not Path(checkpoint).parent.is_dir():
             raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
         check_boundary(dataset)
-        scaling = Scaling.of(dataset)
         config = self.config
+        scaling, support = _scaling_and_support(dataset, config, self.device)
         discount = config.safety_discount
         if discount is None:
             discount = 0.997 if dataset.constraint_kind == "continuous" else 0.99
@@ -197,7 +223,7 @@ class ShieldTrainer:
             discount=discount,
         )
         log = LogTensors.of(dataset, scaling, self.device)
-        run = _Run(critics, dataset.flat_actions, scaling, log, config, steps)
+        run = _Run(critics, dataset.flat_actions, scaling, log, config, steps, support)
         generator = torch.Generator(self.device).manual_seed(config.seed)
         state, _ = run_phases(
             run.phases(),
@@ -229,6 +255,7 @@ class ShieldTrainer:
                 flow_steps=config.flow_steps,
             ),
             trained_by=f"ShieldTrainer, seed {config.seed}",
+            support=None if support is None else support.read(learned[BEHAVIOUR])[0],
         )
         return self
 
@@ -243,6 +270,29 @@ class ShieldTrainer:
         return self.shield().calibrate(env, **arguments)
 
 
+def _scaling_and_support(
+    dataset: OfflineDataset, config: ShieldConfig, device: torch.device
+) -> tuple[Scaling, SupportTerm | None]:
+    if config.support_weight is None:
+        return Scaling.of(dataset), None
+    held_out = held_out_episodes(
+        dataset.num_episodes, config.support_held_out, config.support_alpha, config.seed
+    )
+    # The scaling is part of the score, so it must not know the held-out episodes either.
+    scaling = Scaling.of(dataset.select(np.flatnonzero(~held_out)))
+    return scaling, SupportTerm(
+        dataset,
+        held_out,
+        scaling,
+        safety_scale(dataset),
+        config.flow_steps,
+        config.support_weight,
+        config.support_alpha,
+        config.support_share,
+        device,
+    )
+
+
 @dataclass(eq=False)
 class _Run:
     """One call of fit: the updates of its phases, closed over the log."""
@@ -253,6 +303,7 @@ class _Run:
     log: LogTensors
     config: ShieldConfig
     steps: int
+    support: SupportTerm | None = None
 
     def __post_init__(self) -> None:
         self._safety = SafetyLog(self.critics, self.log)
@@ -305,19 +356,37 @@ class _Run:
             )
             for i, (count, window) in enumerate(stages(critics, self.config.safety_backup_steps))
         ]
-        phases.append(Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), size))
+        imitation = Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), size)
+        # Where the support counts in the backups, the behaviour must be known before them.
+        phases.insert(len(phases) if self.support is None else 0, imitation)
         if fallback:
             refresh = self._safety.refresh
             update = self._fallback(fallback)
             phases.append(Phase(FALLBACK, fallback, update, size, near, refresh, fallback))
         return phases
 
+    def _batches(self, window: int) -> Callable[[TrainState], Callable[[Tensor], SafetyBatch]]:
+        """Return what makes batches in a state in which the behaviour, if it counts, is learned."""
+        support = self.support
+        if support is None:
+            plain = self._safety.batches(window)
+            return lambda state: plain
+        made: list[Callable[[Tensor], SafetyBatch]] = []
+
+        def batches(state: TrainState) -> Callable[[Tensor], SafetyBatch]:
+            if not made:
+                _, extra = support.read(state.networks[BEHAVIOUR])
+                made.append(self._safety.batches(window, extra))
+            return made[0]
+
+        return batches
+
     def _critics(self, window: int, total: int) -> Update:
-        batches, config = self._safety.batches(window), self.config
+        batches, config = self._batches(window), self.config
         names = tuple(self.critics.parts())
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            batch = batches(draw.rows)
+            batch = batches(state)(draw.rows)
 
             def loss(networks: Networks) -> tuple[Tensor, Metrics]:
                 return self.critics.losses(
@@ -337,6 +406,16 @@ class _Run:
         return update
 
     def _behaviour(self, total: int) -> Update:
+        update, support = self._imitate(total), self.support
+        if support is None:
+            return update
+
+        def others(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            return update(state, draw._replace(rows=support.learned_from(draw.rows)))
+
+        return others
+
+    def _imitate(self, total: int) -> Update:
         config, log = self.config, self.log
         if not self.played.discrete:
             return flow_update(BEHAVIOUR, self.behaviour, log, config.learning_rate, total)

@@ -38,10 +38,11 @@ class Adversary:
     """The worst agent that the shield lets live.
 
     In each state it proposes, of 17 actions (the fallback's, and points spread over the box),
-    the one with the highest Q_h that is still at most -delta; where there is none, the one with the
-    highest Q_h. So it drives along the edge of the accepted set wherever it can reach it, and finds
-    the places where the learned value is wrong. It is the strongest of the agents that look one
-    step ahead with the shield's own critics; an agent that knows the true dynamics may be worse.
+    the one with the highest Q_h that the shield still accepts (at most -delta, and supported where
+    the shield asks for that); where there is none, the one with the highest Q_h. So it drives along
+    the edge of the accepted set wherever it can reach it, and finds the places where the learned
+    value is wrong. It is the strongest of the agents that look one step ahead with the shield's own
+    critics; an agent that knows the true dynamics may be worse.
 
     Args:
         shield: whose acceptance it exploits.
@@ -66,6 +67,10 @@ class Adversary:
         good = values <= self._shield.threshold
         masked = np.where(good, values, -np.inf)
         best = np.where(good.any(axis=1), masked.argmax(axis=1), values.argmax(axis=1))
+        if self._shield.support is not None:
+            order = np.argsort(-masked, axis=1)
+            found = self._shield.support.first(model, states, candidates, order, good)
+            best = np.where(found >= 0, found, best)
         return self._shield.points(candidates[np.arange(len(best)), best])
 
 

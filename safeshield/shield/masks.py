@@ -39,8 +39,16 @@ def _weighed(
     choices = shield.model.played.choices
     every = np.broadcast_to(choices, (len(rows), *choices.shape))
     accepted, values = shield.admits(states, rows, every, threshold)
-    nothing = ~accepted.any(axis=1)
-    accepted[nothing, values[nothing].argmin(axis=1)] = True
+    nothing = np.flatnonzero(~accepted.any(axis=1))
+    least = values[nothing].argmin(axis=1)
+    if shield.support is not None and len(nothing):
+        # What runs then depends on what the log has shown: ask the filter itself.
+        limit = shield.threshold if threshold is None else threshold
+        limits = np.broadcast_to(np.asarray(limit, np.float64), (len(rows),))[nothing]
+        part = StateValue(states.inputs[nothing], states.value[nothing])
+        executed, _ = shield.judge(part, rows[nothing], choices[least], limits)
+        least = (executed[:, None] == choices).all(axis=-1).argmax(axis=1)
+    accepted[nothing, least] = True
     return accepted, values
 
 

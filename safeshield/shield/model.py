@@ -19,7 +19,15 @@ from safeshield.nn.forward import (
     largest_and_gradient,
     layers,
 )
-from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale, Scaling
+from safeshield.scaling import (
+    ADVANTAGE,
+    BEHAVIOUR,
+    CONSTRAINT,
+    EXCESS,
+    FALLBACK,
+    SafetyScale,
+    Scaling,
+)
 from safeshield.types import Actions, Candidates, Observations, Scalars
 
 _Float = npt.NDArray[np.float32]
@@ -83,6 +91,11 @@ class SafetyModel:
     def _advantage_layers(self) -> list[tuple[_Float, _Float]]:
         return layers(self.networks[ADVANTAGE])
 
+    @cached_property
+    def behaviour_layers(self) -> list[tuple[_Float, _Float]]:
+        """Weights and biases of the network that imitates the log."""
+        return layers(self.networks[BEHAVIOUR])
+
     def states(self, observations: Observations) -> StateValue:
         """Judge finite observations (n, obs)."""
         inputs = self.scaling.observations(observations)
@@ -96,6 +109,13 @@ class SafetyModel:
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
         out: _Float = states.value + worst * np.float32(self.scale.step)
+        return out
+
+    def action_spread(self, states: StateValue, actions: Actions) -> Scalars:
+        """Return the standard deviation (n,) of Q_h among the members, units of h."""
+        inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
+        members = forward_layers(self._advantage_layers, inputs)[..., 0]
+        out: _Float = members.std(axis=0) * np.float32(self.scale.step)
         return out
 
     def action_value(self, states: StateValue, action: Actions) -> float:

@@ -7,6 +7,12 @@ A shield with threshold delta >= 0 accepts an action where
 and executes it bit for bit. Elsewhere it executes another one (by default the acceptable candidate
 nearest to the proposal; see `replacement`), and where none is acceptable the one with the lowest
 Q_h, and says so.
+
+With a support test (`with_support`) it accepts an action only where, besides,
+
+    score(s, a) >= level
+
+because Q_h means nothing for actions the log never showed (`support`).
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -38,6 +44,8 @@ from safeshield.spaces import check_same_space
 from safeshield.types import Actions, Candidates, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
+    from safeshield.support import SupportScore, SupportTest
     from safeshield.vectorise import Env, VectorEnv
 
 
@@ -64,6 +72,7 @@ class Shield:
         record: what calibration promised; None for an uncalibrated shield.
         trained_by: free text for the file.
         replacement: how an action that must not pass is replaced; see `replacement`.
+        support: what it asks of an action besides its value; None: nothing. See `with_support`.
     """
 
     model: SafetyModel
@@ -71,6 +80,7 @@ class Shield:
     record: CalibrationRecord | None = None
     trained_by: str = ""
     replacement: Replacement = field(default_factory=NearestAcceptable)
+    support: SupportTest | None = None
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.delta) and self.delta >= 0):
@@ -83,6 +93,11 @@ class Shield:
         self.delta = float(self.delta)
         played = self.model.played
         check_replacement(self.replacement, played)
+        if self.support is not None and not isinstance(self.replacement, NearestAcceptable):
+            raise ValueError(
+                "a shield with a support test replaces actions by NearestAcceptable alone, got "
+                f"{describe(self.replacement)}: other ways do not look for what the log has shown"
+            )
         replaced = describe(self.replacement)
         if self.record is not None and self.record.replacement != replaced:
             raise ValueError(
@@ -159,6 +174,35 @@ class Shield:
             TypeError: no strategy, or one that these actions do not allow.
         """
         return replace(self, replacement=replacement, record=None)
+
+    def with_support(
+        self,
+        held_out: OfflineDataset,
+        alpha: float = 0.1,
+        share: float = 0.01,
+        score: str | SupportScore | None = None,
+    ) -> Self:
+        """Return a copy that also asks whether an action looks like the log's.
+
+        It accepts an action only where Q_h <= -delta AND its score reaches a level, set so that
+        with probability at least 1 - alpha a new episode of the logging policy has at most the
+        share `share` of its steps below (split conformal over episodes: `support.level`). The
+        record is dropped: what was promised was for another shield; calibrate again.
+
+        Args:
+            held_out: episodes of the logging policy that were NOT trained on.
+            alpha: see above; 1 / alpha - 1 episodes are needed at least.
+            share: see above.
+            score: "noise" (default for a Box of actions), "probability" (default for discrete
+                ones), "ensemble", or a `SupportScore` of your own.
+
+        Raises:
+            TypeError, ValueError: see `support.calibrate_support`.
+        """
+        from safeshield.support import calibrate_support
+
+        test = calibrate_support(self.model, held_out, alpha, share, score)
+        return replace(self, support=test, record=None)
 
     def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
@@ -246,7 +290,11 @@ class Shield:
         if self._discrete and not (np.floor(action) == action).all():
             return None
         value = self.model.action_value(states, action)
-        return value if value <= (self.threshold if threshold is None else threshold) else None
+        if not value <= (self.threshold if threshold is None else threshold):
+            return None
+        if self.support and not self.support.accepts(self.model, states, action[None])[0]:
+            return None
+        return value
 
     def judge(
         self,
@@ -274,6 +322,10 @@ class Shield:
         values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
         proposed_values = _where_known(inside & seen, values)
         accepted = proposed_values <= limit
+        supported = np.ones(len(actions), dtype=bool)
+        if self.support is not None:
+            supported = self._supported(states, actions, accepted)
+            accepted = accepted & supported
         executed = actions
         acceptable = accepted
         if not accepted.all():
@@ -283,7 +335,7 @@ class Shield:
             values = values.copy()
             acceptable = accepted.copy()
             picked, picked_values = self._replace(
-                StateValue(states.inputs[reject], states.value[reject]),
+                _part(states, reject),
                 rows[reject],
                 actions[reject],
                 known[reject],
@@ -292,7 +344,9 @@ class Shield:
             )
             executed[reject] = picked
             values[reject] = _where_known(seen[reject], picked_values)
-            acceptable[reject] = values[reject] <= limit[reject]
+            if self.support is not None:
+                supported[reject] = self._supported(_part(states, reject), picked, seen[reject])
+            acceptable[reject] = (values[reject] <= limit[reject]) & supported[reject]
         return executed, FilterReport(
             intervened=~accepted,
             value=values,
@@ -300,6 +354,7 @@ class Shield:
             state_value=_where_known(seen, states.value),
             acceptable=acceptable,
             valid=seen & known,
+            supported=supported,
         )
 
     def check_fits(
@@ -352,7 +407,13 @@ class Shield:
         inside = self.model.played.contains(candidates)
         known = np.where(inside[..., None], candidates, self._low)
         values = _where_known(inside, self.model.candidate_values(states, known))
-        return (values <= limit[..., None]) & self.readable(rows)[:, None], values
+        good = (values <= limit[..., None]) & self.readable(rows)[:, None]
+        if self.support is not None and good.any():
+            at, which = np.nonzero(good)
+            good[at, which] = self.support.accepts(
+                self.model, _part(states, at), candidates[at, which]
+            )
+        return good, values
 
     def action_mask(
         self, observation: Batch, threshold: float | Scalars | None = None
@@ -381,6 +442,14 @@ class Shield:
         rows, single = self.observation_rows(observation)
         masks = agent_mask(self, self.states(rows), rows, threshold)
         return masks[0] if single else masks
+
+    def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
+        """Whether actions (n, act) pass the support test, (n,); False where not asked."""
+        supported = np.zeros(len(actions), dtype=bool)
+        rows = np.flatnonzero(asked)
+        if self.support is not None and len(rows):
+            supported[rows] = self.support.accepts(self.model, _part(states, rows), actions[rows])
+        return supported
 
     def warn_if_uncalibrated(self) -> None:
         """Warn, once for each shield, that nothing vouches for its threshold."""
@@ -422,7 +491,27 @@ class Shield:
             self._inner_low,
             self._inner_high,
         )
-        return replace_actions(self.replacement, rejected)
+        if self.support is None:
+            return replace_actions(self.replacement, rejected)
+        return self._replace_supported(rejected)
+
+    def _replace_supported(self, rejected: Rejected) -> tuple[Actions, Scalars]:
+        """Replace by what passes the support test too; only the default way is checked for this."""
+        model, states, wanted = self.model, rejected.states, rejected.wanted
+        near = cast(NearestAcceptable, self.replacement).candidates
+        drawn = cast("SupportTest", self.support).proposals(model, states)
+        candidates = np.concatenate(
+            [wanted[:, None, :], near.actions(model, states, wanted), drawn], axis=1
+        )
+        candidates = np.clip(candidates, self._inner_low, self._inner_high)
+        values = rejected.values(candidates)
+        scaled = model.scaling.actions(candidates)
+        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
+        good = values <= rejected.limit[:, None]
+        test = cast("SupportTest", self.support)
+        best = test.choose(model, states, candidates, values, distance, good)
+        each = np.arange(len(values))
+        return candidates[each, best], values[each, best]
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one observation or a batch of them as rows (n, obs), and whether it was one."""
@@ -486,6 +575,10 @@ class Shield:
         from safeshield.shield.storage import load_shield
 
         return load_shield(cls, path)
+
+
+def _part(states: StateValue, rows: npt.NDArray[np.int64]) -> StateValue:
+    return StateValue(states.inputs[rows], states.value[rows])
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:

@@ -31,6 +31,7 @@ from safeshield.shield.replacement import (
     check_replacement,
 )
 from safeshield.spaces import space_from_json, space_to_json
+from safeshield.support import SCORES, SupportRecord, SupportTest, support_score
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
@@ -71,6 +72,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "record": None if shield.record is None else shield.record.to_json(),
         "trained_by": shield.trained_by,
         "replacement": _replacement_to_json(shield.replacement),
+        "support": _support_to_json(shield),
     }
     flat = {f"{n}/{k}": a for n, weights in model.networks.items() for k, a in weights.items()}
     write_tensors(path, flat, header)
@@ -114,12 +116,19 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         network, key = name.split("/")
         networks.setdefault(network, {})[key] = array
     model = SafetyModel(observation.space, action.space, scaling, scale, networks, flow_steps)
+    # Files of earlier releases do not speak of it.
+    support = header.get("support")
+    try:
+        test = None if support is None else _support_from_json(support, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: the header does not describe a shield: {error}") from error
     return kind(
         model,
         delta=delta,
         record=record,
         trained_by=trained_by,
         replacement=replacement,
+        support=test,
     )
 
 
@@ -151,6 +160,23 @@ def _replacement(data: dict[str, Any]) -> Replacement:
     if "step_size" in settings:
         settings["step_size"] = finite_number(settings["step_size"], "step_size")
     return known(candidates=_candidates(data["candidates"]), **settings)
+
+
+def _support_to_json(shield: Shield) -> dict[str, Any] | None:
+    test = shield.support
+    if test is None:
+        return None
+    if SCORES.get(test.record.score) is not test.score:
+        raise ValueError(
+            f"a file can name the scores {sorted(SCORES)} only, the shield's support test uses "
+            f"{test.record.score!r}, which is your own"
+        )
+    return test.record.to_json()
+
+
+def _support_from_json(data: object, model: SafetyModel) -> SupportTest:
+    record = SupportRecord.from_json(data)
+    return SupportTest(support_score(record.score, model), record)
 
 
 def _candidates(data: dict[str, int]) -> CandidateSet:

@@ -59,6 +59,7 @@ def safety_backup(
     episode_last: Tensor,
     discount: float,
     steps: int = 1,
+    extra: Tensor | None = None,
 ) -> SafetyBackup:
     """Compose `steps` safety backups along the log, from every transition.
 
@@ -69,6 +70,8 @@ def safety_backup(
         episode_last: (N,) int64, the last transition of each transition's episode.
         discount: g in (0, 1].
         steps: n >= 1.
+        extra: (N,) one more constraint, of the transition itself, that joins m; None: there is
+            none.
 
     >>> h = torch.tensor([-1.0, -0.5, 0.25])
     >>> backup = safety_backup(h[:2], h[1:], torch.tensor([False, False]),
@@ -77,6 +80,8 @@ def safety_backup(
     [-0.125, 0.25]
     """
     m = torch.maximum(constraints, next_constraints)
+    if extra is not None:
+        m = torch.maximum(m, extra)
     alive = (~terminated).to(m.dtype)
     one = SafetyBackup(
         floor=m,

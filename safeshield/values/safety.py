@@ -129,6 +129,8 @@ class SafetyCritics:
             here = self._log_value(targets, batch.observations, batch.constraints)
             after = self._log_value(targets, batch.next_observations, batch.next_constraints)
             m = torch.maximum(batch.constraints, batch.next_constraints)
+            if batch.extra is not None:
+                m = torch.maximum(m, batch.extra)
             later = torch.where(batch.terminated, m, torch.maximum(m, after))
             y = (1.0 - self.discount) * m + self.discount * later
             if one_step:
@@ -175,3 +177,5 @@ class SafetyBatch:
     slope: Tensor
     window_observations: Tensor
     window_constraints: Tensor
+    extra: Tensor | None = None
+    """One more constraint, of the transition itself, in units of h."""

@@ -1,0 +1,199 @@
+"""The test of one action: is its score at least the calibrated level?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.data.dataset import OfflineDataset
+from safeshield.scaling import BEHAVIOUR
+from safeshield.spaces import check_same_space
+from safeshield.support.flow import to_actions
+from safeshield.support.level import record_of
+from safeshield.support.record import SupportRecord
+from safeshield.support.scores import SupportScore, support_score
+from safeshield.types import Actions, Candidates, Flags, Observations, Scalars
+
+if TYPE_CHECKING:
+    from safeshield.shield.model import SafetyModel, StateValue
+
+_PROPOSALS = 8
+_SEED = 20_260_316
+_FIRST = 4  # candidates that are scored before any others
+
+
+@dataclass(frozen=True, eq=False)
+class SupportTest:
+    """A score and its level; what it accepts looks like the log."""
+
+    score: SupportScore
+    record: SupportRecord
+
+    def scores(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
+        """Return the scores (n,) of actions (n, act) in n states; -infinity where not a number."""
+        raw = self.score(model, states, actions)
+        return np.where(np.isnan(raw), np.float32(-np.inf), raw)
+
+    def accepts(self, model: SafetyModel, states: StateValue, actions: Actions) -> Flags:
+        """Whether actions (n, act) in n states score at least the level: (n,)."""
+        # False for NaN.
+        return np.asarray(self.score(model, states, actions) >= self.record.level)
+
+    def proposals(self, model: SafetyModel, states: StateValue) -> Candidates:
+        """Return draws of the log's behaviour for each state, (n, c, act), in the box.
+
+        What the behaviour does is what the test accepts: without these a shield whose other
+        candidates all lie outside the data would find no replacement. None where there is no flow
+        to draw from, nor for discrete actions, all of which are candidates anyway.
+        """
+        count, width = len(states.inputs), model.played.width
+        if model.played.discrete or BEHAVIOUR not in model.networks:
+            return np.empty((count, 0, width), np.float32)
+        noise = _noise(width)
+        inputs = np.repeat(states.inputs, len(noise), axis=0)
+        actions = to_actions(model, inputs, np.tile(noise, (count, 1)))
+        return model.scaling.to_box(actions).reshape(count, len(noise), width)
+
+    def first(
+        self,
+        model: SafetyModel,
+        states: StateValue,
+        candidates: Candidates,
+        order: npt.NDArray[np.int64],
+        eligible: Flags,
+    ) -> npt.NDArray[np.int64]:
+        """Return each state's first supported candidate in `order`, (n,); -1 where none is.
+
+        Scores are made as they are needed: a few for the candidates that come first.
+
+        Args:
+            model: whose behaviour counts.
+            states: n of them.
+            candidates: (n, c, act).
+            order: (n, c) permutations of range(c), eligible ones first.
+            eligible: (n, c) which of them may be chosen at all.
+        """
+        found = np.full(len(order), -1, np.int64)
+        todo = np.flatnonzero(eligible.any(axis=1))
+        start, block = 0, _FIRST
+        while len(todo) and start < order.shape[1]:
+            columns = order[todo, start : start + block]
+            wanted = eligible[todo[:, None], columns]
+            rows, picks = np.repeat(todo, wanted.sum(axis=1)), columns[wanted]
+            hits = np.zeros_like(wanted)
+            hits[wanted] = self.accepts(model, _part(states, rows), candidates[rows, picks])
+            some = hits.any(axis=1)
+            found[todo[some]] = columns[some, hits[some].argmax(axis=1)]
+            # Where the last one looked at was not eligible, nor are those to come.
+            todo = todo[~some & wanted[:, -1]]
+            start, block = start + block, 2 * block
+        return found
+
+    def choose(
+        self,
+        model: SafetyModel,
+        states: StateValue,
+        candidates: Candidates,
+        values: Scalars,
+        distance: Scalars,
+        good: Flags,
+    ) -> npt.NDArray[np.int64]:
+        """Return which candidate replaces the proposal in each of n states, (n,).
+
+        The nearest that is good and supported (of equally near ones that of lowest Q_h). Where
+        there is none: the supported one of lowest Q_h, because elsewhere Q_h means nothing, and
+        its lowest value is likeliest its largest error. Where none is supported either: the one
+        of highest score, the most like the log.
+
+        Args:
+            model: whose behaviour counts.
+            states: n of them.
+            candidates: (n, c, act).
+            values: (n, c) Q_h.
+            distance: (n, c) from the proposal.
+            good: (n, c) whether Q_h allows them.
+        """
+        order = np.lexsort((values, np.where(good, distance, np.inf)), axis=1)
+        best = self.first(model, states, candidates, order, good)
+        rest = np.flatnonzero(best < 0)
+        if len(rest):
+            each, width = candidates.shape[1:]
+            scores = self.scores(
+                model,
+                _part(states, np.repeat(rest, each)),
+                candidates[rest].reshape(len(rest) * each, width),
+            ).reshape(len(rest), each)
+            supported = scores >= self.record.level
+            safest = np.where(supported, values[rest], np.inf).argmin(axis=1)
+            best[rest] = np.where(supported.any(axis=1), safest, scores.argmax(axis=1))
+        return best
+
+
+def step_scores(
+    model: SafetyModel, score: SupportScore, observations: Observations, actions: Actions
+) -> Scalars:
+    """Return the scores (n,) of logged rows (n, obs) and (n, act); needs no critics."""
+    from safeshield.shield.model import StateValue
+
+    inputs = model.scaling.observations(observations)
+    return score(model, StateValue(inputs, np.zeros(len(inputs), np.float32)), actions)
+
+
+def calibrate_support(
+    model: SafetyModel,
+    held_out: OfflineDataset,
+    alpha: float = 0.1,
+    share: float = 0.01,
+    score: str | SupportScore | None = None,
+) -> SupportTest:
+    """Set the level of a support test from whole episodes that were NOT trained on.
+
+    See `support.level` for the procedure, `SupportRecord.promise` for what it promises.
+
+    Args:
+        model: of a shield.
+        held_out: episodes of the policy that made the training log.
+        alpha: probability that a new episode of that policy raises more false alarms than `share`.
+        share: of an episode's steps that may be false alarms; 0: none.
+        score: a name of `SCORES`, a `SupportScore`, or None for the default of the actions' kind.
+
+    Raises:
+        TypeError: `held_out` is no OfflineDataset, or `score` no score.
+        ValueError: spaces differ, the score is unknown or cannot be had from this model, alpha or
+            share is out of range, or there are too few episodes (the message says how many).
+    """
+    if not isinstance(held_out, OfflineDataset):
+        raise TypeError(
+            f"held_out must be an OfflineDataset of whole episodes, got {type(held_out).__name__}; "
+            "OfflineDataset.split makes one"
+        )
+    for what in ("observation_space", "action_space"):
+        check_same_space(
+            getattr(model, what),
+            getattr(held_out, what),
+            f"held_out's {what}",
+            unbounded_matches_any=what == "observation_space",
+        )
+    chosen = support_score(score, model)
+    scores = step_scores(model, chosen, held_out.observations, held_out.actions)
+    return SupportTest(
+        chosen, record_of(scores, held_out.episode_starts, chosen.name, alpha, share)
+    )
+
+
+def _part(states: StateValue, rows: npt.NDArray[np.int64]) -> StateValue:
+    return replace(states, inputs=states.inputs[rows], value=states.value[rows])
+
+
+@cache
+def _noise(width: int) -> npt.NDArray[np.float32]:
+    noise = np.random.default_rng(_SEED).standard_normal((_PROPOSALS, width)).astype(np.float32)
+    # Within one standard deviation or so: near the middle of what the log does.
+    noise *= 0.7
+    noise[0] = 0.0
+    noise.flags.writeable = False
+    return noise

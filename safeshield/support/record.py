@@ -1,0 +1,84 @@
+"""What the level of a support test promises, in a form that is kept in the shield's file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from safeshield.scaling import finite_number
+
+
+def episodes_needed(alpha: float) -> int:
+    """Return the fewest held-out episodes that can set a level: n + 1 >= 1 / alpha.
+
+    >>> episodes_needed(0.1), episodes_needed(0.01)
+    (9, 99)
+    """
+    check_share("alpha", alpha, positive=True)
+    return math.ceil(round(1.0 / alpha, 9)) - 1
+
+
+def check_share(name: str, value: object, *, positive: bool) -> None:
+    """Raise unless a number lies inside (0, 1), or in [0, 1) where 0 is allowed."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (numeric and (value > 0 if positive else value >= 0) and value < 1):  # type: ignore[operator]
+        interval = "inside (0, 1)" if positive else "in [0, 1)"
+        raise ValueError(f"{name} must be a number {interval}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SupportRecord:
+    """The calibration of one support test by split conformal over episodes."""
+
+    alpha: float
+    """Probability that a new episode has more unseen steps than `share` of them."""
+    share: float
+    """q, the share of an episode's steps that may count as unseen."""
+    episodes: int
+    """Held-out episodes that set the level."""
+    score: str
+    """Name of the score."""
+    level: float
+    """An action counts as unseen where its score is below, in units of the score."""
+
+    def __post_init__(self) -> None:
+        check_share("alpha", self.alpha, positive=True)
+        check_share("share", self.share, positive=False)
+        if type(self.episodes) is not int or self.episodes < episodes_needed(self.alpha):
+            raise ValueError(
+                f"episodes must be an integer of at least {episodes_needed(self.alpha)} for alpha "
+                f"{self.alpha:g}, got {self.episodes!r}"
+            )
+        if not isinstance(self.score, str):
+            raise ValueError(f"score must be a name, got {type(self.score).__name__}")
+        finite_number(self.level, "level")
+
+    @property
+    def promise(self) -> str:
+        """The promise in words, no wider than what was tested."""
+        return (
+            f"With probability at least {1.0 - self.alpha:g} over the draw of {self.episodes} "
+            "held-out episodes and one more episode of the policy that made the log, from the "
+            f"same starts in the same environment, at most {self.share:g} of the steps of that "
+            f"one count as unseen (score '{self.score}' below {self.level:.4g}). That is the rate "
+            "of false alarms on the log's own behaviour. How many of the actions that the log "
+            "never showed are let pass is not promised, nor is safety."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Rebuild a record, checking every field.
+
+        Raises:
+            ValueError: a field is missing, unknown, of another type or out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise ValueError(f"support must be an object with the fields {sorted(names)}")
+        return cls(**data)
