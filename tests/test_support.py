@@ -39,6 +39,7 @@ from safeshield.data import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.files import read_tensors
 from safeshield.scaling import BEHAVIOUR, Scaling
+from safeshield.shield import ProjectedGradient
 from safeshield.shield.guard import Guard
 from safeshield.shield.model import StateValue
 from safeshield.support import (
@@ -360,7 +361,7 @@ def slow_choice(shield: Shield, observation: Array, action: Array) -> Array:
     options = np.concatenate(
         [
             wanted[:, None],
-            shield.candidates.actions(model, states, wanted),
+            shield.replacement.candidates.actions(model, states, wanted),
             test.proposals(model, states),
         ],
         axis=1,
@@ -983,3 +984,20 @@ def test_too_few_episodes_to_hold_out_are_told_before_training(half_log: Offline
     config = ShieldConfig(support_weight=1.0)
     with pytest.raises(ValueError, match=r"holds out 4, but alpha 0\.1 needs at least 9"):
         ShieldTrainer(config, device="cpu").fit(half_log.select(range(40)), steps=10)
+
+
+def test_other_ways_to_replace_do_not_go_with_it(tested: Shield) -> None:
+    with pytest.raises(ValueError, match="support test replaces actions by NearestAcceptable"):
+        tested.with_replacement(ProjectedGradient())
+
+
+def test_masks_and_sampling_ask_the_support_test_too(tested: Shield) -> None:
+    rng = np.random.default_rng(5)
+    observations = rng.uniform(-1.5, 1.5, (40, 2)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (40, 6, 2)).astype(np.float32)
+    states = tested.states(observations)
+    admitted, _ = tested.admits(states, observations, actions)
+    for i in range(6):
+        _, report = tested.filter(observations, actions[:, i])
+        np.testing.assert_array_equal(admitted[:, i], ~np.asarray(report.intervened))
+    assert 0 < admitted.mean() < 1
