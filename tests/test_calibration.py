@@ -416,6 +416,16 @@ def test_default_thresholds_fall_from_a_share_of_the_starts_to_zero(shield: Shie
     )
 
 
+def test_an_environment_with_a_single_start_has_it_inside_its_own_thresholds(
+    shield: Shield,
+) -> None:
+    start = np.array([[-2.5, 1.5]], np.float32)
+    deltas = default_deltas(shield, np.repeat(start, 400, axis=0))
+    value = float(shield.row_values(start)[0])
+    # Further than the digits by which one value differs from batch to batch, and no further.
+    assert -value - 1e-4 < deltas[0] < -value - 1e-7
+
+
 def test_calibrating_does_not_warn_and_keeps_no_state(shield: Shield) -> None:
     fresh = shield.with_delta(0.3)
     with warnings.catch_warnings():
