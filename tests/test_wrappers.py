@@ -381,3 +381,30 @@ def test_a_record_of_another_environment_is_told(shield: Shield) -> None:
         SafetyShield(boat(), same)
         VectorSafetyShield(vector, same)
         VecSafetyShield(DummyVecEnv([boat]), same)
+
+
+def test_a_penalty_is_taken_off_where_the_shield_steps_in(shield: Shield) -> None:
+    plain, _ = watched(shield)
+    priced = SafetyShield(gym.make(BOAT, dt=DT).unwrapped, shield, intervention_penalty=2.5)
+    for env in (plain, priced):
+        env.reset(seed=0, options=UPSTREAM)
+    replaced = 0
+    for _ in range(40):
+        action = np.array([1.0, 0.0], np.float32)
+        _, reward, *_, info = plain.step(action)
+        _, less, *_, told = priced.step(action)
+        assert told["shield/penalty"] == 2.5 * info["shield/intervened"]
+        assert less == pytest.approx(float(reward) - told["shield/penalty"])
+        assert "shield/penalty" not in info
+        replaced += info["shield/intervened"]
+    assert 0 < replaced < 40
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="intervention_penalty must be finite"):
+            SafetyShield(boat(), shield, intervention_penalty=wrong)
+    vector = VectorSafetyShield(
+        gym.vector.SyncVectorEnv([boat] * 2), shield, intervention_penalty=1.0
+    )
+    vector.reset(seed=0)
+    infos = vector.step(np.array([[np.nan, 0], [0, 0]], np.float32))[4]
+    assert infos["shield/penalty"][0] == 1.0
+    np.testing.assert_array_equal(infos["shield/penalty"], infos["shield/intervened"] * 1.0)

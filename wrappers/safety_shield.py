@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
+from safeshield.shield.guard import as_penalty
 from safeshield.shield.masks import agent_mask, with_own_mask
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -35,8 +36,8 @@ _SIX_VALUES = (
 class SafetyShield(_Wrapper, RecordConstructorArgs):
     """Pass an action on where the shield accepts it, execute a replacement where it does not.
 
-    Spaces, rewards, ends of episodes and infos are the environment's own. At reset and every step
-    these infos are added, plain Python and NumPy:
+    Spaces, ends of episodes and infos are the environment's own, and so are rewards unless a
+    penalty is asked for. At reset and every step these infos are added, plain Python and NumPy:
 
     ======================  ==========================================================
     shield/intervened       bool: the executed action is not the proposed one
@@ -71,12 +72,14 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         env: an environment with the spaces that the shield was trained on.
         shield: a path to its file, a `Shield`, or an agent. With a path the environment's spec can
             rebuild the shielded environment, also after a round trip through JSON.
+        intervention_penalty: subtracted from the reward of a step in which the shield intervened;
+            with one, the info ``shield/penalty`` of a step says what was subtracted.
         adaptive: lets the threshold follow its errors; a dict of `AdaptiveThreshold`'s arguments
             will do. A rebuilt environment begins with the calibrated threshold.
 
     Raises:
-        ValueError: the spaces differ, the file is damaged, or a setting in `adaptive` is out of
-            range.
+        ValueError: the spaces differ, the file is damaged, the penalty is below 0, or a setting in
+            `adaptive` is out of range.
         TypeError: `shield` is none of the three, or `adaptive` is wrong.
     """
 
@@ -84,6 +87,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self,
         env: _Env,
         shield: Shield | HasShield | str | os.PathLike[str],
+        *,
+        intervention_penalty: float = 0.0,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(shield, os.PathLike):
@@ -93,6 +98,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(
             self,
             shield=shield,
+            intervention_penalty=intervention_penalty,
             adaptive=None if settings is None else settings.to_json(),
             _disable_deepcopy=True,
         )
@@ -100,6 +106,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self.shield = as_shield(shield)
         self.shield.check_fits(env.observation_space, env.action_space, environment_id(env))
         self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
+        self.intervention_penalty = as_penalty(intervention_penalty)
         self._no_action = self.shield.model.played.nothing
         self._rows: npt.NDArray[Any] | None = None
         self._finite = False
@@ -154,6 +161,10 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             intervened, value = bool(verdict.intervened), float(verdict.value)
             sent = self.shield.points(executed)[0] if intervened else action
         observation, reward, terminated, truncated, info = self._step_env(sent)
+        penalised: dict[str, float] = {}
+        if self.intervention_penalty:
+            penalised = {"shield/penalty": self.intervention_penalty * intervened}
+            reward = float(reward) - penalised["shield/penalty"]
         reached = self._see(observation)
         if self.adaptive is not None and report is not None:
             self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
@@ -165,6 +176,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             {
                 **info,
                 **self._mask_info(info),
+                **penalised,
                 "shield/intervened": intervened,
                 "shield/value": value,
                 "shield/threshold": threshold,

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 )
 
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -102,15 +102,10 @@ class VecSafetyShield(VecEnvWrapper):
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
     ) -> None:
         _check_inner(venv)
-        if not 0.0 <= intervention_penalty < np.inf:
-            raise ValueError(
-                f"intervention_penalty must be finite and at least 0, got {intervention_penalty}; "
-                "it is subtracted from the reward"
-            )
         super().__init__(venv)
         self.shield = as_shield(shield)
         self.shield.check_fits(venv.observation_space, venv.action_space, environment_id(venv))
-        self.intervention_penalty = float(intervention_penalty)
+        self.intervention_penalty = as_penalty(intervention_penalty)
         self.guard = Guard(self.shield, adaptive)
         self._no_action = self.shield.model.played.nothing
         self._ready = False

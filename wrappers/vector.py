@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
@@ -72,7 +72,8 @@ class VectorSafetyShield(_Wrapper):
     Args:
         env: a vector environment whose single spaces are those the shield was trained on.
         shield: a path to its file, a `Shield`, or an agent.
-        intervention_penalty: subtracted from the reward of a step in which the shield stepped in.
+        intervention_penalty: subtracted from the reward of a step in which the shield stepped in;
+            with one, ``shield/penalty`` (n,) of a step says what was subtracted.
         adaptive: lets each environment's threshold follow its own errors (see `SafetyShield`).
 
     Raises:
@@ -118,11 +119,7 @@ class VectorSafetyShield(_Wrapper):
         self.shield.check_fits(
             env.single_observation_space, env.single_action_space, environment_id(env)
         )
-        if not (np.isfinite(intervention_penalty) and intervention_penalty >= 0):
-            raise ValueError(
-                f"intervention_penalty must be finite and at least 0, got {intervention_penalty}"
-            )
-        self.intervention_penalty = float(intervention_penalty)
+        self.intervention_penalty = as_penalty(intervention_penalty)
         self._mode = _autoreset_mode(env)
         self._no_action = self.shield.model.played.nothing
         self._guard = Guard(self.shield, adaptive)
@@ -223,11 +220,12 @@ class VectorSafetyShield(_Wrapper):
         self._guard.learn(reached, ~ignored)
         news["shield/value"] = np.where(ignored, self._values, report.value)
         news["shield/certified"] = self._guard.certified(reached)
+        if self.intervention_penalty:
+            news["shield/penalty"] = self.intervention_penalty * intervened
+            rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
         if last is not None:
             infos = _with_final_news(infos, news, over)
         news.update(self._mask_news(infos))
-        if self.intervention_penalty:
-            rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
         everywhere = np.ones(len(over), np.bool_)
         return observations, rewards, terminated, truncated, _with_news(infos, news, everywhere)
 

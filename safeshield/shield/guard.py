@@ -17,6 +17,20 @@ from safeshield.shield.shield import Shield
 from safeshield.types import Flags, Scalars
 
 
+def as_penalty(intervention_penalty: float) -> float:
+    """Return what an intervention costs an agent, a number of at least 0.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if not 0.0 <= intervention_penalty < np.inf:
+        raise ValueError(
+            "intervention_penalty must be finite and at least 0 (it is subtracted from the "
+            f"reward), got {intervention_penalty}"
+        )
+    return float(intervention_penalty)
+
+
 class Guard:
     """The two halves of a shielded step, for n environments that act together.
 
