@@ -13,14 +13,16 @@ random. The agents' own noise is what `OwnSamples` draws.
 Dimensions: untrained critics (kinked, not convex) of m actions, proposals spread over the box, a
 threshold that accepts three in ten of them; how far each strategy moves the rejected ones.
 
-Time: one call of `Shield.judge` with every action rejected, states known, for each action; pairs
-as the first agent met them; the reference is a bare NumPy forward of one (256, 256) network.
+Time: calls of `Shield.judge` with every action rejected, states known, by action; states and
+proposals as the first agent met them behind ShieldTrainer's shield; medians of rounds, in each of
+which the reference, a bare NumPy forward of one (256, 256) network, is timed too.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +32,6 @@ import numpy as np
 import torch
 from boat import BOAT, straight
 from common import RESULTS, machine, once
-from speed import microseconds
 
 from safeshield import SafeFQL, Shield, ShieldConfig, ShieldTrainer, collect
 from safeshield.batch_policy import BatchPolicy, as_batch_policy, batch_policy
@@ -49,7 +50,7 @@ from safeshield.shield import (
 )
 from safeshield.shield.model import SafetyModel
 
-NOISE, SHARE = 0.3, 0.9
+NOISE, SHARE, ROUNDS = 0.3, 0.9, 15
 STRATEGIES: dict[str, Callable[[object], Replacement]] = {
     "nearest": lambda _: NearestAcceptable(),
     "fallback": lambda _: FallbackPolicy(),
@@ -215,23 +216,33 @@ def times(steps: int) -> dict[str, Any]:
     }
     out: dict[str, Any] = {"pairs": len(seen)}
     for batch, calls in ((1, 256), (256, 4)):
+        pieces = [slice(i, i + batch) for i in range(0, calls * batch, batch)]
         timed: dict[str, list[float]] = {}
-        for _ in range(3):
+        for _ in range(ROUNDS):
             for name, strategy in makers.items():
                 acting = shield.with_replacement(strategy)
-                pieces = [slice(i, i + batch) for i in range(0, calls * batch, batch)]
                 parts = [(acting.states(seen[i]), seen[i], proposed[i]) for i in pieces]
 
                 def judge_all(acting: Shield = acting, parts: list[Any] = parts) -> None:
                     for part in parts:
                         acting.judge(*part)
 
-                timed.setdefault(name, []).append(microseconds(judge_all, 1) / (calls * batch))
-            timed.setdefault("reference", []).append(
-                microseconds(lambda: np.maximum(np.maximum(x @ w[0], 0) @ w[1], 0) @ w[2], 200)
-            )
+                timed.setdefault(name, []).append(cpu_microseconds(judge_all) / (calls * batch))
+
+            def references() -> None:
+                for _ in range(1000):
+                    _ = np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
+
+            timed.setdefault("reference", []).append(cpu_microseconds(references) / 1000)
         out[str(batch)] = {name: float(np.median(values)) for name, values in timed.items()}
     return out
+
+
+def cpu_microseconds(function: Callable[[], None]) -> float:
+    """Time on the processor, of one thread: other work on the machine does not count."""
+    start = time.thread_time()
+    function()
+    return (time.thread_time() - start) * 1e6
 
 
 def boat_table(kind: str, seeds: list[dict[str, Any]]) -> None:

@@ -167,8 +167,8 @@ class Shield:
     def with_replacement(self, replacement: Replacement) -> Self:
         """Return a copy that replaces actions in another way, which no record vouches for.
 
-        >>> from safeshield.shield import ProjectedGradient
-        >>> gentle = shield.with_replacement(ProjectedGradient(steps=8))  # doctest: +SKIP
+        Args:
+            replacement: a strategy of `safeshield.shield`, such as ``ProjectedGradient(steps=8)``.
 
         Raises:
             TypeError: no strategy, or one that these actions do not allow.
