@@ -50,9 +50,8 @@ class LogDensity(NamedTuple):
 class SafeSupportPolicy:
     """Draw actions from a proposal, but only such that the shield accepts.
 
-    For exploration, and for logs that cost nothing: what it does is never replaced by a shield of
-    the same threshold. Use it wherever a policy is taken (`collect`, `run_episodes`, `calibrate`:
-    it acts for whole batches, and draws from their generators) or where Stable-Baselines3 takes a
+    For exploration. Use it wherever a policy is taken (`collect`, `run_episodes`, `calibrate`: it
+    acts for whole batches, and draws from their generators) or where Stable-Baselines3 takes a
     model (``evaluate_policy``; `predict` draws from its own generator).
 
     Where nothing is accepted within `rounds`, the shield's own replacement of the last proposal is
@@ -82,8 +81,7 @@ class SafeSupportPolicy:
             from a generator of its own (PyTorch's, in Stable-Baselines3) is seeded there.
 
     Raises:
-        ValueError: an unknown name; "behaviour" where the shield has none; "uniform" in an
-            unbounded box; `rounds` below 1.
+        ValueError: an unknown name; "behaviour" where the shield has none; `rounds` below 1.
         TypeError: `proposal` is no policy, `shield` none of the three.
 
     >>> import gymnasium, safeshield
@@ -217,10 +215,10 @@ class SafeSupportPolicy:
         batch = finite(batch_of_one(observations) if single else observations)
         states = self.shield.states(rows)
         if self.shield.model.played.discrete:
-            density = self._choice_density(states, rows, batch, played)
+            value, error = self._choice_density(states, rows, batch, played)
         else:
-            density = self._box_density(states, rows, batch, played, samples)
-        return LogDensity(*(part[0] for part in density)) if single else density
+            value, error = self._box_density(states, rows, batch, played, samples)
+        return LogDensity(value[0], error[0]) if single else LogDensity(value, error)
 
     # -- drawing --------------------------------------------------------------------------------
 
@@ -281,7 +279,7 @@ class SafeSupportPolicy:
         rng: np.random.Generator,
         deterministic: bool,
     ) -> _Array:
-        choices: _Array = self.shield.model.played.choices
+        choices = self.shield.model.played.choices
         if deterministic:
             every = np.broadcast_to(choices, (len(rows), *choices.shape))
             values = self.shield.admits(states, rows, every)[1]
@@ -290,7 +288,8 @@ class SafeSupportPolicy:
         else:
             # The largest of log p + Gumbel noise is distributed as p.
             index = (log_probs + rng.gumbel(size=log_probs.shape)).argmax(axis=1)
-        return choices[index]
+        chosen: _Array = choices[index]
+        return chosen
 
     # -- densities ------------------------------------------------------------------------------
 
@@ -304,17 +303,17 @@ class SafeSupportPolicy:
         if log_probs is None:
             return None
         mask = acceptable_choices(self.shield, states, rows)
-        # A proposal that never does what may be done leaves the choice among that open.
-        never = ~(mask & np.isfinite(log_probs)).any(axis=1)
-        log_probs = np.where(never[:, None], 0.0, log_probs)
         masked = np.where(mask, log_probs, -np.inf)
+        # A proposal that never does what may be done leaves the choice among that open.
+        never = masked.max(axis=1, keepdims=True) == -np.inf
+        masked = np.where(never & mask, 0.0, masked)
         masked -= masked.max(axis=1, keepdims=True)
         total: _Array = masked - np.log(np.exp(masked).sum(axis=1, keepdims=True))
         return total
 
     def _choice_density(
         self, states: StateValue, rows: _Array, seen: Batch, played: _Array
-    ) -> LogDensity:
+    ) -> tuple[_Array, _Array]:
         log_probs = self._choice_log_probs(states, rows, seen)
         if log_probs is None:
             raise self._without_density()
@@ -323,11 +322,11 @@ class SafeSupportPolicy:
         entries = np.where(inside[:, None], played - flat.low, 0).astype(np.int64)
         index = np.ravel_multi_index(tuple(entries.T), tuple(flat.categories))
         value = np.where(inside, log_probs[np.arange(len(rows)), index], -np.inf)
-        return LogDensity(value, np.zeros(len(rows)))
+        return value, np.zeros(len(rows))
 
     def _box_density(
         self, states: StateValue, rows: _Array, seen: Batch, played: _Array, samples: int
-    ) -> LogDensity:
+    ) -> tuple[_Array, _Array]:
         log_q = self._proposal.log_prob(states, seen, played[:, None])
         if log_q is None:
             raise self._without_density()
@@ -343,7 +342,7 @@ class SafeSupportPolicy:
             value[part] = log_q[part, 0] - np.log(z)
             # Where all were accepted the error is not 0: one more might not have been.
             error[part] = np.sqrt((samples - hits + 0.5) / (samples + 1.0) / (hits + 0.5))
-        return LogDensity(value, error)
+        return value, error
 
     def _hits(self, states: StateValue, rows: _Array, seen: Batch, samples: int) -> _Array:
         """Return how many of `samples` proposals are accepted in each state: (n,)."""
