@@ -353,7 +353,7 @@ def _make_in_worker(
 ) -> SafetyShield:
     if multiprocessing.parent_process() is not None:
         _one_thread()
-    return SafetyShield(make_env(), shield, adaptive)
+    return SafetyShield(make_env(), shield, adaptive=adaptive)
 
 
 def _one_thread() -> None:
