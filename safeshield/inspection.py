@@ -111,6 +111,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "calibrated": record is not None,
         "promise": "none: not calibrated" if record is None else record.promise,
         "record": None if record is None else record.to_json(),
+        "support": None if shield.support is None else shield.support.record.promise,
     }
 
 

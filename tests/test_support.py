@@ -209,17 +209,21 @@ def test_not_a_number_counts_as_lowest_and_sets_no_level() -> None:
 # -- scores -------------------------------------------------------------------------------------
 
 
-def linear_field(plain: Shield, steps: int, rate: float = 0.5, drift: float = 0.3) -> Any:  # noqa: ANN401
-    """A model whose behaviour is the field v(s, x, t) = rate x + drift, from ReLUs of +-x."""
+def linear_field(
+    plain: Shield, steps: int, rate: float = 0.5, drift: float = 0.3, clock: float = 0.0
+) -> Any:  # noqa: ANN401
+    """A model whose behaviour is the field v(s, x, t) = rate x + drift + clock t."""
     width, act = plain.model.scaling.observation_features, 2
-    first = np.zeros((1, width + act + 1, 2 * act), np.float32)
-    second = np.zeros((1, 2 * act, act), np.float32)
+    first = np.zeros((1, width + act + 1, 2 * act + 1), np.float32)
+    second = np.zeros((1, 2 * act + 1, act), np.float32)
+    first[0, -1, -1], second[0, -1] = 1.0, clock
+    # The others are ReLUs of x and -x.
     for i in range(act):
         first[0, width + i, 2 * i : 2 * i + 2] = 1.0, -1.0
         second[0, 2 * i : 2 * i + 2, i] = rate, -rate
     field = {
         "0.weight": first,
-        "0.bias": np.zeros((1, 1, 2 * act), np.float32),
+        "0.bias": np.zeros((1, 1, 2 * act + 1), np.float32),
         "1.weight": second,
         "1.bias": np.full((1, 1, act), drift, np.float32),
     }
@@ -243,6 +247,10 @@ def test_backward_inverts_forward_on_a_known_field(plain: Shield) -> None:
     # First order: half the step, half the error.
     for coarse, fine in itertools.pairwise(errors[:4]):
         assert coarse / fine == pytest.approx(2.0, rel=0.15)
+    # A field of the time alone, v = t: forward from 0 / K on, backward from K / K down.
+    timed = linear_field(plain, 10, rate=0.0, drift=0.0, clock=1.0)
+    np.testing.assert_allclose(to_actions(timed, inputs, noise), noise + 0.45, atol=1e-6)
+    np.testing.assert_allclose(to_noise(timed, inputs, noise), noise - 0.55, atol=1e-6)
     # A field that is constant is followed exactly.
     still = linear_field(plain, 10, rate=0.0)
     back = to_noise(still, inputs, to_actions(still, inputs, noise))
@@ -557,6 +565,15 @@ def test_the_file_keeps_the_test(tested: Shield, tmp_path: Path) -> None:
         again, told = twin.filter(observations, actions)
         np.testing.assert_array_equal(again, executed)
         np.testing.assert_array_equal(told.supported, report.supported)
+
+
+def test_inspect_tells_of_the_test(tested: Shield, plain: Shield, tmp_path: Path) -> None:
+    from safeshield.inspection import describe
+
+    for shield in (tested, plain):
+        shield.save(tmp_path / "shield.safetensors")
+        told = describe(tmp_path / "shield.safetensors")["support"]
+        assert told == (None if shield.support is None else shield.support.record.promise)
 
 
 def test_a_file_from_before_there_were_support_tests_loads(plain: Shield, tmp_path: Path) -> None:
@@ -978,6 +995,38 @@ def test_bad_input(plain: Shield, held_out: OfflineDataset, discrete: Shield) ->
 def test_bad_configurations(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         ShieldConfig(**wrong)
+
+
+def test_the_labels_are_the_formula_and_the_level_that_of_the_held_out_episodes(
+    half_log: OfflineDataset,
+) -> None:
+    from safeshield.algorithms.shield_trainer import _scaling_and_support
+
+    log = half_log.select(range(40))
+    config = ShieldConfig(
+        critic_hidden=(8,), behaviour_hidden=(8,), fallback_hidden=(8,), batch_size=32,
+        support_weight=0.5, support_held_out=0.25, support_share=0.05, support_alpha=0.2,
+    )  # fmt: skip
+    shield = ShieldTrainer(config, device="cpu").fit(log, steps=60).shield()
+    held = np.flatnonzero(held_out_episodes(40, 0.25, 0.2, config.seed))
+    assert shield.support is not None
+    outside = calibrate_support(shield.model, log.select(held), alpha=0.2, share=0.05)
+    assert outside.record == shield.support.record
+    _, term = _scaling_and_support(log, config, torch.device("cpu"))
+    assert term is not None
+    behaviour = {k: torch.tensor(v) for k, v in shield.model.networks[BEHAVIOUR].items()}
+    labels = term.read(behaviour)[1].numpy()
+    level = shield.support.record.level
+    states = shield.states(log.observations)
+    scores = shield.support.scores(shield.model, states, log.actions).astype(np.float64)
+    mine = np.isin(np.repeat(np.arange(40), log.episode_lengths), held)
+    unit = 0.5 * float(log.constraints.std(dtype=np.float64))
+    expected = unit * np.minimum((level - scores) / scores[mine].std(), 1.0)
+    np.testing.assert_allclose(labels[scores < level], expected[scores < level], atol=1e-4)
+    assert (labels[scores >= level] == -np.inf).all()
+    np.testing.assert_array_equal(labels > 0, scores < level)
+    assert 0 < (labels > 0).mean() < 0.1
+    assert labels.max() == pytest.approx(unit, rel=1e-5)  # cut off there
 
 
 def test_too_few_episodes_to_hold_out_are_told_before_training(half_log: OfflineDataset) -> None:

@@ -102,8 +102,8 @@ class ShieldConfig:
     """Shares of the steps for critics, behaviour, fallback; discrete actions leave the last out."""
     support_weight: float | None = None
     """Weight of leaving the data's support inside the safety backup, where 1 counts a standard
-    deviation of the score below its level like one of h; None: it does not count, and the shield
-    comes without a support test (`Shield.with_support` adds one)."""
+    deviation of the score below its level like one of h above 0; None: it does not count, and the
+    shield comes without a support test (`Shield.with_support` adds one)."""
     support_alpha: float = 0.1
     """With `support_weight`: the test's alpha; see `Shield.with_support`."""
     support_share: float = 0.01

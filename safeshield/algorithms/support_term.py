@@ -1,12 +1,19 @@
 r"""Leaving the data's support as one more failure inside the safety backup (UNISafe, in our terms).
 
-For each logged transition
+For each logged transition whose own step counts as unseen, score(s, a) < level,
 
-    h_support(s, a) = (level - score(s, a)) / spread * (standard deviation of h),  at most that
+    h_support(s, a) = min((level - score(s, a)) / spread, 1) * (standard deviation of h) > 0
 
-in units of h, positive where the log's own step counts as unseen: `spread` is the score's standard
-deviation over the held-out steps, `level` their conformal level (`support.level`). It joins the
-maximum in the backups: m = max(h(s), h(s'), weight * h_support(s, a)).
+in units of h, where `spread` is the score's standard deviation over the held-out steps, `level`
+their conformal level (`support.level`). It joins the maximum in the backups:
+
+    m = max(h(s), h(s'), weight * h_support(s, a))
+
+Where the step is supported it takes no part (h_support = -infinity). Its negative side would be a
+margin in nats dressed up as metres: far from every rock an action that is merely uncommon would
+put the value at just below 0, and the value's error would grow with it. (Measured on a boat's log
+without one half of the directions, at delta 0.05: 2% of the doomed states pass without the term,
+15% with its negative side, 2% so.) It is cut off above for the same reason.
 
 What the value then foresees: that every way on takes actions which the log itself hardly ever took,
 such as an escape that was seen once and may have been luck. What it cannot foresee: where
@@ -38,7 +45,7 @@ from safeshield.support.scores import support_score
 
 @dataclass(eq=False)
 class SupportTerm:
-    """h_support of a log, once its behaviour has been learned from the other episodes."""
+    """h_support of a log's transitions, once the behaviour has been learned."""
 
     dataset: OfflineDataset
     held_out: npt.NDArray[np.bool_]
@@ -85,8 +92,8 @@ class SupportTerm:
         held = scores[np.repeat(self.held_out, self.dataset.episode_lengths)]
         record = record_of(held, held_out.episode_starts, score.name, self.alpha, self.share)
         spread = float(np.std(held[np.isfinite(held)], dtype=np.float64)) or 1.0
-        # Cut off: how far outside a step was must not drown the constraint in the losses.
-        excess = np.minimum((record.level - np.nan_to_num(scores, nan=-np.inf)) / spread, 1.0)
+        beyond = (record.level - np.where(np.isnan(scores), -np.inf, scores)) / spread
+        excess = np.where(beyond > 0, np.minimum(beyond, 1.0), -np.inf)
         label = self.weight * self.scale.spread * excess
         extra = torch.tensor(label.astype(np.float32), device=self.device)
         return SupportTest(score, record), extra
