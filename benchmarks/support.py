@@ -48,6 +48,7 @@ KEYS = (
     "area, against other states' actions",
     "new trips with too many unseen steps",
 )
+BLUE, VERMILION = "#0072b2", "#d55e00"
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "support.png"
 
 
@@ -186,73 +187,81 @@ def violations(seed: int, name: str, river: str, episodes: int) -> dict[str, Any
 
 def draw(seed: int) -> None:
     """Draw what is accepted in one state, without and with the test, and the ROC curves."""
-    found, (_, _, new) = shields(seed), logs(seed)
+    found, (train, _, new) = shields(seed), logs(seed)
     state = np.array([0.6, 0.0], np.float32)
     side = np.linspace(-1.0, 1.0, 161)
     box = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2).astype(np.float32)
-    near = np.linalg.norm(new.observations - state, axis=1) < 0.25
-    shown = new.actions[np.flatnonzero(near)]
-    shown = shown[np.random.default_rng(0).permutation(len(shown))[:600]]
-    blue, vermilion, grey, black = "#0072b2", "#d55e00", "#d9d9d9", "#222222"
-    style = {"font.size": 11, "axes.titlesize": 11.5, "legend.frameon": False}
+    near = np.linalg.norm(train.observations - state, axis=1) < 0.25
+    shown = np.random.default_rng(0).permutation(train.actions[near])[:700]
+    pale, grey = "#cfe6f5", "#d9d9d9"
+    style = {"font.size": 11, "axes.titlesize": 12, "legend.frameon": False}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(13.0, 4.9), layout="constrained")
+        figure = Figure(figsize=(13.0, 5.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 3)
-        titles = {"without": "Without the test", "noise": "With the support test"}
+        titles = {"without": "Without the support test", "noise": "With the support test"}
         for panel, (name, title) in zip(axes, titles.items(), strict=False):
             passes = accepted(found[name], np.tile(state, (len(box), 1)), box)
             passes = passes.reshape(len(side), len(side))
-            panel.contourf(side, side, passes, [-0.5, 0.5, 1.5], colors=[grey, "#cfe6f5"])
-            panel.plot(*shown.T, ".", color=blue, markersize=2.5)
-            panel.axhline(0.0, color=vermilion, linewidth=1.2, linestyle=(0, (5, 3)))
-            lower = passes[side < 0].mean()
-            panel.set_title(f"{title}: {lower:.0%} of the lower half accepted")
+            panel.contourf(side, side, passes, [-0.5, 0.5, 1.5], colors=[grey, pale])
+            panel.plot(*shown.T, ".", color=BLUE, markersize=2.5)
+            panel.axhline(0.0, color=VERMILION, linewidth=1.4, linestyle=(0, (5, 3)))
+            panel.set_title(f"{title}\n{passes[side < 0].mean():.0%} of the lower half accepted")
             panel.set_aspect("equal")
             panel.set_xlabel("action, along the river")
+            panel.set_xticks([-1, -0.5, 0, 0.5, 1])
+            panel.set_yticks([-1, -0.5, 0, 0.5, 1])
         axes[0].set_ylabel("action, across the river")
-        rng = np.random.default_rng(seed)
-        unseen = never_shown(len(new), rng)
-        elsewhere = new.actions[rng.permutation(len(new))]
-        curves = (("noise", blue, "noise"), ("ensemble", vermilion, "ensemble spread"))
-        for name, colour, label in curves:
-            own = scores_of(found[name], new.observations, new.actions)
-            for actions, line, what in (
-                (unseen, "-", "never shown"),
-                (elsewhere, (0, (4, 2)), "other states' actions"),
-            ):
-                other = scores_of(found[name], new.observations, actions)
-                levels = np.quantile(own, np.linspace(0, 1, 400))
-                alarms = np.searchsorted(np.sort(own), levels) / len(own)
-                caught = np.searchsorted(np.sort(other), levels) / len(other)
-                axes[2].plot(
-                    alarms, caught, color=colour, linestyle=line,
-                    label=f"{label}, {what}: {area(own, other):.3f}",
-                )  # fmt: skip
-            level = found[name].support.record.level  # type: ignore[union-attr]
-            axes[2].plot(
-                (own < level).mean(),
-                (scores_of(found[name], new.observations, unseen) < level).mean(),
-                "o", color=colour, mec="white", markersize=9, zorder=5,
-            )  # fmt: skip
-        axes[2].set_title("Area under the ROC curve")
-        axes[2].set_xlabel("share of the log's own actions called unseen")
-        axes[2].set_ylabel("share of the others called unseen")
-        handles, labels = axes[2].get_legend_handles_labels()
-        handles.append(Line2D([], [], marker="o", color=black, linestyle="", mec="white"))
-        axes[2].legend(handles, [*labels, "at the calibrated level"], loc="lower right", fontsize=9)
-        keys = [
-            Line2D([], [], marker="s", color="#cfe6f5", linestyle="", markersize=11),
-            Line2D([], [], marker="s", color=grey, linestyle="", markersize=11),
-            Line2D([], [], marker=".", color=blue, linestyle=""),
-            Line2D([], [], color=vermilion, linestyle=(0, (5, 3))),
-        ]
-        words = [
-            "accepted", "replaced", f"shown by new trips within 0.25 m of {tuple(state.tolist())}",
-            "below: never shown",
-        ]  # fmt: skip
-        figure.legend(keys, words, loc="outside lower left", ncols=4)
+        _curves(axes[2], found, new, np.random.default_rng(seed))
+        keys = {
+            "accepted": Line2D([], [], marker="s", color=pale, linestyle="", markersize=11),
+            "replaced": Line2D([], [], marker="s", color=grey, linestyle="", markersize=11),
+            "logged within 0.25 m of the state (0.6, 0)": Line2D(
+                [], [], marker=".", color=BLUE, linestyle=""
+            ),
+            "never logged below": Line2D([], [], color=VERMILION, linestyle=(0, (5, 3))),
+            "calibrated level": Line2D([], [], marker="o", color="#777777", linestyle=""),
+        }
+        figure.legend(list(keys.values()), list(keys), loc="outside lower center", ncols=5)
         figure.savefig(PICTURE, dpi=130)
+
+
+def _curves(
+    axes: Any,  # noqa: ANN401 - matplotlib has no types
+    found: dict[str, Shield],
+    new: OfflineDataset,
+    rng: np.random.Generator,
+) -> None:
+    unseen = never_shown(len(new), rng)
+    elsewhere = new.actions[rng.permutation(len(new))]
+    areas: list[float] = []
+    for name, colour, at in (("noise", BLUE, 0.23), ("ensemble", VERMILION, 0.16)):
+        shield = found[name]
+        own = scores_of(shield, new.observations, new.actions)
+        levels = np.quantile(own, np.linspace(0, 1, 400))
+        for actions, line in ((unseen, "-"), (elsewhere, (0, (4, 2)))):
+            other = scores_of(shield, new.observations, actions)
+            caught = np.searchsorted(np.sort(other), levels) / len(other)
+            alarms = np.searchsorted(np.sort(own), levels) / len(own)
+            axes.plot(alarms, caught, color=colour, linestyle=line, linewidth=1.8)
+            areas.append(area(own, other))
+        assert shield.support is not None
+        level = shield.support.record.level
+        hits = (scores_of(shield, new.observations, unseen) < level).mean()
+        axes.plot(
+            (own < level).mean(), hits, "o", color=colour, mec="white", markersize=9, zorder=5
+        )
+        told = f"{name}: {areas[-2]:.3f}, dashed {areas[-1]:.3f}"
+        axes.text(0.38, at, told, color=colour, fontsize=9.5)
+    axes.text(0.38, 0.3, "area under the curve", color="#444444", fontsize=9.5)
+    axes.text(
+        0.38, 0.0, "dashed: against actions that\nwere logged in other states",
+        color="#444444", fontsize=9.5,
+    )  # fmt: skip
+    axes.set_title("Logged actions against never-shown ones\n(ROC, on new trips)")
+    axes.set_box_aspect(1)
+    axes.set_xlabel("share of the log's own actions called unseen")
+    axes.set_ylabel("share of the others called unseen")
 
 
 def main() -> None:

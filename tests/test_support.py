@@ -194,8 +194,7 @@ def test_the_fewest_episodes_are_told(alpha: float) -> None:
 def test_the_rank_is_exact_where_floats_are_not() -> None:
     # 0.29 * 100 is 28.999999999999996.
     assert conformal_level(np.arange(99.0), 0.29) == 28.0
-    # Of 400 steps, 0.07 are 28.000000000000004: 28 may lie below.
-    assert episode_scores(np.arange(400.0), np.array([0]), 0.07)[0] == 28.0
+    assert episode_scores(np.arange(100.0), np.array([0]), 0.29)[0] == 29.0
 
 
 def test_not_a_number_counts_as_lowest_and_sets_no_level() -> None:
@@ -670,20 +669,20 @@ def test_a_score_of_ones_own_filters_and_is_not_saved(
 
 # -- discrete actions ---------------------------------------------------------------------------
 
-# The lookout: at 0 one waits ("wait", any of 4 actions) or goes to the edge (1); there, 19 times
-# of 20, one falls (2), whatever one does, but action 3 was taken once in a while and led home (3).
+# The lookout: at home one stays by actions 1, 2, 3 and goes to the edge by action 0; there 24 of 25
+# fell into the pit, by actions 0, 1, 2, and one of 25 took action 3 and reached the shore.
 HOME, EDGE, PIT, SHORE = range(4)
 
 
 def lookout(episodes: int, seed: int) -> OfflineDataset:
-    """Short episodes of a chain; one in four reaches the edge, one in twenty of these escapes."""
+    """Short episodes of a chain."""
     rng = np.random.default_rng(seed)
     rows: list[tuple[int, int, int, bool]] = []
     ends: list[bool] = []
     for _ in range(episodes):
         for step in range(6):
             action = int(rng.integers(4))
-            reached = EDGE if action == 0 and rng.random() < 0.25 else HOME
+            reached = EDGE if action == 0 else HOME
             rows.append((HOME, action, reached, False))
             if reached == EDGE:
                 escape = rng.random() < 0.04
@@ -807,8 +806,18 @@ def test_the_value_does_not_trust_an_escape_that_was_hardly_ever_seen(
     config = replace(SMALL, support_weight=1.0)
     foresees = ShieldTrainer(config, device="cpu").fit(chain, steps=1500).shield()
     assert discrete.value(EDGE) < 0 < foresees.value(EDGE)
-    assert discrete.value(EDGE, 3) < 0 < foresees.value(EDGE, 3)
-    assert foresees.value(HOME) < 0
+    assert discrete.value(HOME, 0) < 0 < foresees.value(HOME, 0)
+    for action in (1, 2, 3):
+        assert foresees.value(HOME, action) < 0
+    tested = discrete.with_delta(0.0).with_support(lookout(400, seed=1))
+    # The test of the present action alone lets one go to the edge, and sees there that it is late.
+    assert not tested.filter(HOME, 0)[1].intervened
+    assert not tested.filter(EDGE, 3)[1].acceptable
+    executed, report = foresees.filter(HOME, 0)
+    assert report.intervened
+    assert report.acceptable
+    assert executed in (1, 2, 3)
+    assert not foresees.filter(EDGE, 3)[1].acceptable
     assert foresees.support is not None
     assert foresees.support.record.episodes == 300
     assert foresees.support.record.score == "probability"
@@ -862,17 +871,20 @@ def test_the_term_joins_the_maximum(half_log: OfflineDataset) -> None:
     )
     for mine, theirs in zip(several, plain, strict=True):
         assert torch.equal(mine, theirs)
-    # And in what Q_h is fitted to: with a very unseen step, no action looks safe.
+    # V is fitted to it, with windows and without; Q_h only through V: the test judges its action.
     drawn = torch.arange(200)
     networks = safety.critics.init(torch.Generator().manual_seed(0))
     worse = torch.full((len(rows),), 3.0)
-    metrics = [
-        safety.critics.losses(
-            networks, networks, safety.batches(2, e)(drawn), expectile=0.9, one_step=False
-        )[1]
-        for e in (None, worse)
-    ]
-    assert metrics[1]["safety/advantage_loss"] > 2 * metrics[0]["safety/advantage_loss"]
+    for window in (1, 2):
+        plainly, worsened = (
+            safety.critics.losses(
+                networks, networks, safety.batches(window, e)(drawn), expectile=0.9,
+                one_step=window == 1,
+            )[1]
+            for e in (None, worse)
+        )  # fmt: skip
+        assert worsened["safety/value_loss"] > 2 * plainly["safety/value_loss"]
+        assert worsened["safety/advantage_loss"] == plainly["safety/advantage_loss"]
 
 
 def test_training_without_the_term_runs_as_before(chain: OfflineDataset, tmp_path: Path) -> None:

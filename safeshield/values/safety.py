@@ -129,13 +129,13 @@ class SafetyCritics:
             here = self._log_value(targets, batch.observations, batch.constraints)
             after = self._log_value(targets, batch.next_observations, batch.next_constraints)
             m = torch.maximum(batch.constraints, batch.next_constraints)
-            if batch.extra is not None:
-                m = torch.maximum(m, batch.extra)
             later = torch.where(batch.terminated, m, torch.maximum(m, after))
             y = (1.0 - self.discount) * m + self.discount * later
             if one_step:
                 worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
                 goal = torch.maximum(here + self.scale.step * worst, batch.constraints)
+                if batch.extra is not None:
+                    goal = torch.maximum(goal, batch.extra)
             else:
                 end = self._log_value(targets, batch.window_observations, batch.window_constraints)
                 goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
@@ -178,4 +178,6 @@ class SafetyBatch:
     window_observations: Tensor
     window_constraints: Tensor
     extra: Tensor | None = None
-    """One more constraint, of the transition itself, in units of h."""
+    """One more constraint, of the transition itself, in units of h: part of the windows, and of
+    what V is fitted to. Q_h is fitted without its own action's: whoever uses it can judge that
+    action exactly, and a jump would drown the order of the actions in the regression."""
