@@ -4,11 +4,11 @@
     python benchmarks/drift.py                 # an hour on one core; resumes; table, picture
 
 A deployment is 200 episodes of one boat. Its current stands at the log's 2.0 m/s, rises to 3.0,
-stays, and comes back, with a fluctuation from episode to episode (0.05 m/s) and gusts from step to
-step (0.2 m/s); the log, and so the shield, knows 2.0 and calm water. Three seeds of the agent,
-eight deployments each, two reckless policies (random directions; straight to the goal) behind
-a shield whose delta keeps 90% of the starts (`--shares` for others). Starts are uniform among those certified by that
-delta. The same starts, currents and gusts for all thresholds:
+stays, and comes back, with a fluctuation from episode to episode (0.05 m/s) and gusts from step
+to step (0.2 m/s); the log, and so the shield, knows 2.0 and calm water. Three seeds of the agent,
+eight deployments each, two reckless policies (random directions; straight to the goal) behind a
+shield whose delta keeps 90% of the starts (`--shares` for others). Starts are uniform among those
+certified by that delta. The same starts, currents and gusts for all thresholds:
 
 - fixed: -delta;
 - adaptive: `AdaptiveThreshold`, a margin for each boat, kept from episode to episode;
