@@ -14,6 +14,7 @@ import torch
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.algorithms.safefql_updates import SafeFQLRun
+from safeshield.algorithms.safety_updates import stages
 from safeshield.algorithms.tensors import LogTensors, check_boundary
 from safeshield.algorithms.training import Draw, TrainState, _flatten
 from safeshield.data import OfflineDataset, collect
@@ -91,7 +92,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     file = tmp_path / "run.safetensors"
     calls = 0
-    real = SafeFQLRun._teacher
+    real = SafeFQLRun._student
 
     def dies(self: SafeFQLRun, state: TrainState, draw: Draw) -> Any:  # noqa: ANN401
         nonlocal calls
@@ -100,7 +101,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
             raise KeyboardInterrupt
         return real(self, state, draw)
 
-    monkeypatch.setattr(SafeFQLRun, "_teacher", dies)
+    monkeypatch.setattr(SafeFQLRun, "_student", dies)
     with pytest.raises(KeyboardInterrupt):
         tiny().fit(log, steps=STEPS, checkpoint=file, checkpoint_every=11)
     monkeypatch.undo()
@@ -152,12 +153,11 @@ def test_a_checkpoint_of_another_run_is_refused(
         agent.fit(data, steps=steps, checkpoint=file)
 
 
-def test_windows_change_at_their_shares_of_the_phase(log: OfflineDataset) -> None:
-    run = make_run(log, safety_backup_steps=(8, 4, 2, 1), reward_backup_steps=(3, 1))
+def test_windows_change_at_their_shares_of_the_phase() -> None:
     for steps in (10, 37, 100):
-        stages = run._stages(steps)
-        assert sum(count for count, *_ in stages) == steps
-        per_step = [(safety, reward) for count, safety, reward in stages for _ in range(count)]
+        parts = stages(steps, (8, 4, 2, 1), (3, 1))
+        assert sum(count for count, *_ in parts) == steps
+        per_step = [(safety, reward) for count, safety, reward in parts for _ in range(count)]
         for step, (safety, reward) in enumerate(per_step):
             assert safety == (8, 4, 2, 1)[4 * step // steps]
             assert reward == (3, 1)[2 * step // steps]

@@ -87,9 +87,9 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self,
         env: _Env,
         shield: Shield | HasShield | str | os.PathLike[str],
+        adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         *,
         intervention_penalty: float = 0.0,
-        adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(shield, os.PathLike):
             # A string is what survives the spec's JSON.
