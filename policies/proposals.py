@@ -139,14 +139,14 @@ class Behaviour:
             x = x + forward(self._weights, np.concatenate([seen, x, time], -1))[0] / np.float32(
                 steps
             )
-        return self._model.scaling.to_box(np.clip(x, -1.0, 1.0)).reshape(count, each, width)
+        return self._model.scaling.to_box(x).reshape(count, each, width)
 
 
 class Asked:
     """A user's policy, of any kind that `as_batch_policy` takes; it need not act alike twice.
 
-    Its recurrent state, where ``predict`` returns one, is taken from the first answer in a state:
-    it is about what was seen, not about how often the policy was asked.
+    Its recurrent state, where ``predict`` takes and returns one, is the same whenever it is asked
+    in a state, so that it tells what was seen and not how often it was asked.
     """
 
     fresh = False
@@ -163,7 +163,6 @@ class Asked:
         """Begin new states, with what the policy remembers of the ones before."""
         self._before, self._starts = memory, starts
         self.memory = memory
-        self._asked = False
 
     def start_wave(self, num_envs: int) -> None:
         """Begin new episodes."""
@@ -203,17 +202,14 @@ class Asked:
 
     def _ask(self, observations: Batch, rng: np.random.Generator, *, deterministic: bool) -> _Array:
         if self._predicts:
-            actions, memory = self._policy.predict(
+            actions, self.memory = self._policy.predict(
                 observations,
                 state=self._before,
                 episode_start=self._starts,
                 deterministic=deterministic,
             )
-            if not self._asked:
-                self.memory = memory
         else:
             actions = self._acting(observations, rng)
-        self._asked = True
         rows, _ = self._shield.action_rows(np.asarray(actions))
         if len(rows) != batch_length(observations):
             raise ValueError(

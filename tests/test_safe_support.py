@@ -182,6 +182,16 @@ def test_discrete_densities_sum_to_one_and_are_those_of_the_samples(proposal: st
         assert policy.log_prob(0, wrong) == -np.inf
 
 
+def test_a_policy_that_never_does_what_may_be_done_leaves_the_choice_among_that() -> None:
+    shield = table_shield(qs, gym.spaces.Discrete(4, start=2))
+    stubborn = Four()
+    stubborn.log_prob = lambda o, a: np.where(a == 4, 0.0, -np.inf)  # type: ignore[method-assign]
+    policy = SafeSupportPolicy(shield, stubborn, seed=0)
+    density = np.exp(policy.log_prob(np.zeros(4, int), np.arange(2, 6)))
+    np.testing.assert_allclose(density, [1 / 3, 1 / 3, 0, 1 / 3])
+    assert set(policy.predict(np.zeros(200, int))[0]) == {2, 3, 5}
+
+
 def test_a_policy_without_a_density_is_drawn_from_by_rejection() -> None:
     shield = table_shield(qs, gym.spaces.Discrete(4, start=2))
     asked = Four()
@@ -269,6 +279,30 @@ def test_the_stated_error_is_that_of_repeated_estimates(shield: Shield) -> None:
     uniform = SafeSupportPolicy(shield, "uniform")
     both = uniform.log_prob(np.stack([EDGE, EDGE]), np.stack([action, action]))
     assert both[0] == both[1] == uniform.log_prob(EDGE, action)
+
+
+def test_each_state_is_measured_with_the_policys_actions_there(shield: Shield) -> None:
+    class Turning:
+        """Downstream beside the rock, upstream in front of it."""
+
+        batched = True
+
+        def __call__(self, observations: Array, rng: np.random.Generator) -> Array:
+            away = np.where(observations[:, 1:] > 0.55, 0.8, -0.8) * [1.0, 0.0]
+            return away + rng.uniform(-0.2, 0.2, (len(observations), 2))
+
+        def log_prob(self, observations: Array, actions: Array) -> Array:
+            return np.full(len(actions), -np.log(0.4**2))
+
+    policy = SafeSupportPolicy(shield, Turning(), seed=0)
+    seen = np.array([EDGE, [-1.2, 0.6], [-1.1, 0.3]], np.float32)
+    actions, _ = policy.predict(seen)
+    together = policy.log_density(seen, actions)
+    for i in range(3):
+        alone = policy.log_density(seen[i], actions[i])
+        assert alone.value == pytest.approx(together.value[i], abs=5 * alone.error)  # type: ignore[index]
+    assert (np.abs(together.value - np.log(1 / 0.4**2)) < 0.02).any()  # where all is accepted
+    assert np.ptp(together.value) > 0.2
 
 
 def test_where_there_is_no_density(shield: Shield, taught: Shield) -> None:
