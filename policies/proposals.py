@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from safeshield.batch_policy import as_batch_policy
 from safeshield.flat import Batch, batch_length, take
+from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import forward
 from safeshield.scaling import BEHAVIOUR
 from safeshield.shield.model import StateValue
@@ -131,15 +132,13 @@ class Behaviour:
     def carry(self, states: StateValue, noise: _Array) -> _Array:
         """Return what the flow makes of noise (n, each, act)."""
         count, each, width = noise.shape
-        seen = np.repeat(states.inputs, each, axis=0)
-        x = noise.reshape(-1, width).astype(np.float32)
-        steps = self._model.flow_steps
-        for i in range(steps):
-            time = np.full((len(x), 1), i / steps, np.float32)
-            x = x + forward(self._weights, np.concatenate([seen, x, time], -1))[0] / np.float32(
-                steps
-            )
-        return self._model.scaling.to_box(x).reshape(count, each, width)
+        scaled = to_actions(
+            self._model.behaviour_layers,
+            np.repeat(states.inputs, each, axis=0),
+            noise.reshape(-1, width).astype(np.float32),
+            self._model.flow_steps,
+        )
+        return self._model.scaling.to_box(scaled).reshape(count, each, width)
 
 
 class Asked:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from safeshield.algorithms.safefql import SafeFQLConfig
     from safeshield.shield.shield import Shield
     from safeshield.vectorise import Env
 
@@ -44,6 +43,8 @@ class Algorithm(StrEnum):
     """What to train."""
 
     safefql = "safefql"
+    fisor = "fisor"
+    bc = "bc"
 
 
 EnvId = Annotated[str, typer.Argument(help="Gymnasium id, or module:id.")]
@@ -157,19 +158,20 @@ def train(
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     debug: Debug = False,
 ) -> None:
-    """Train an agent and its safety critics from a log."""
+    """Train an agent from a log: SafeFQL, or a baseline (FISOR-style, behaviour cloning)."""
     _check_output(out, (".safetensors",))
     if checkpoint is not None:
         _check_output(checkpoint, None)
     import torch
 
-    from safeshield.algorithms.safefql import SafeFQL
+    from safeshield.algorithms.registry import ALGORITHMS
     from safeshield.data.dataset import OfflineDataset
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
-    config = _config(settings or [], seed)
-    agent = SafeFQL(config, device=device.value)
+    kind = ALGORITHMS[algorithm.value]
+    config = _config(kind.config_type, settings or [], seed)
+    agent = kind(config, device=device.value)
     agent.fit(
         OfflineDataset.load(log),
         steps,
@@ -330,9 +332,15 @@ def _shield(path: Path) -> Shield:
 
         return Shield.load(path)
     if kind == AGENT:
-        from safeshield.algorithms.safefql import SafeFQL
+        from safeshield.algorithms.registry import load_agent
+        from safeshield.shield.shield import HasShield
 
-        return SafeFQL.load(path, device="cpu").shield()
+        agent = load_agent(path)
+        if isinstance(agent, HasShield):
+            return agent.shield()
+        raise ValueError(
+            f"{path} is an agent of {type(agent).__name__}, which learns no shield; train safefql"
+        )
     raise ValueError(f"{path} must be an agent or a shield, but is a {kind}")
 
 
@@ -353,9 +361,9 @@ def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
         return Helmsmen()
     path = Path(name)
     if path.suffix == ".safetensors":
-        from safeshield.algorithms.safefql import SafeFQL
+        from safeshield.algorithms.registry import load_agent
 
-        return SafeFQL.load(path, device="cpu")
+        return load_agent(path)
     if path.suffix == ".zip":
         from safeshield.inspection import load_sb3
 
@@ -365,18 +373,16 @@ def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
                      f"got '{name}'")  # fmt: skip
 
 
-def _config(settings: list[str], seed: int) -> SafeFQLConfig:
-    """Return SafeFQL's configuration from "name=value" texts.
+def _config(kind: type[Any], settings: list[str], seed: int) -> Any:  # noqa: ANN401 - of any kind
+    """Return an algorithm's configuration from "name=value" texts.
 
     Raises:
         ValueError: no such setting, or a value of another type.
     """
     from typing import get_type_hints
 
-    from safeshield.algorithms.safefql import SafeFQLConfig
-
-    hints = get_type_hints(SafeFQLConfig)
-    known = [field.name for field in dataclasses.fields(SafeFQLConfig)]
+    hints = get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind)]
     values: dict[str, Any] = {"seed": seed}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -386,7 +392,7 @@ def _config(settings: list[str], seed: int) -> SafeFQLConfig:
         if name not in known:
             raise ValueError(f"--set {name}: no such setting; known: {', '.join(known)}")
         values[name] = _parse(f"--set {name}", text.strip(), hints[name])
-    return SafeFQLConfig(**values)
+    return kind(**values)
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type

@@ -132,12 +132,12 @@ def write_tensors(
         part.unlink(missing_ok=True)
 
 
-def read_tensors(path: str | os.PathLike[str], kind: str) -> TensorFile:
+def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> TensorFile:
     """Read and check a file's header.
 
     Args:
         path: the file.
-        kind: what its header's "format" must say.
+        kind: what its header's "format" must say; any text by default.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -161,9 +161,10 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> TensorFile:
         raise ValueError(f"{path} is a safetensors file, but not one of safeshield's")
     contents = _parse_json(metadata[_KEY].encode(), path)
     header = contents.get("header")
-    if not isinstance(header, dict) or header.get("format") != kind:
-        found = header.get("format") if isinstance(header, dict) else None
-        raise ValueError(f"{path} must be a '{kind}' file, got '{str(found)[:60]}'")
+    found = header.get("format") if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
+        wanted = "of safeshield's" if kind is None else f"a '{kind}' file"
+        raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'")
     shapes, dtypes = _layout(table, size - 8 - length, path)
     return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zipfile
@@ -13,6 +14,8 @@ from safeshield.files import TensorFile, read_tensors
 AGENT, SHIELD, CHECKPOINT, LOG = "agent", "shield", "checkpoint", "log"
 _FORMATS = {
     "safeshield-safefql": AGENT,
+    "safeshield-fisor": AGENT,
+    "safeshield-behaviour-cloning": AGENT,
     "safeshield-shield": SHIELD,
     "safeshield-checkpoint": CHECKPOINT,
 }
@@ -87,13 +90,17 @@ def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN4
 def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    problem: ValueError | None = None
-    for name, kind in _FORMATS.items():
-        try:
-            return kind, read_tensors(path, name)
-        except ValueError as error:
-            problem = error
-    raise ValueError(f"{path} is no file of safeshield's, or is damaged: {problem}") from problem
+    try:
+        file = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of safeshield's, or is damaged: {error}") from error
+    kind = _FORMATS.get(file.header["format"])
+    if kind is None:
+        raise ValueError(
+            f"{path} is a {file.header['format']!r:.60}, which this release does not know; a newer "
+            "one may"
+        )
+    return kind, file
 
 
 def _describe_shield(path: Path) -> dict[str, Any]:
@@ -116,16 +123,14 @@ def _describe_shield(path: Path) -> dict[str, Any]:
 
 
 def _describe_agent(path: Path) -> dict[str, Any]:
-    from safeshield.algorithms.safefql import SafeFQL
+    from safeshield.algorithms.registry import load_agent
 
-    agent = SafeFQL.load(path, device="cpu")
-    shield = agent.shield()
-    header = read_tensors(path, "safeshield-safefql").header
+    agent = load_agent(path)
     return {
-        "algorithm": "SafeFQL",
-        "observation_space": str(shield.observation_space),
-        "action_space": str(shield.action_space),
-        "config": header["config"],
+        "algorithm": type(agent).__name__,
+        "observation_space": str(agent.observation_space),
+        "action_space": str(agent.action_space),
+        "config": dataclasses.asdict(agent.config),
     }
 
 

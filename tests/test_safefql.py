@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from safeshield.algorithms.agent import config_from_json
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.algorithms.safefql_updates import SafeFQLRun
 from safeshield.algorithms.safety_updates import stages
@@ -202,7 +203,7 @@ def test_updates_are_pure_functions(phases: Any, log: OfflineDataset) -> None:  
 
 def test_each_phase_trains_its_own_networks_and_no_other(log: OfflineDataset) -> None:
     run = make_run(log)
-    critics = {*run.model.safety.parts(), *run.model.reward.parts()}
+    critics = set(run.model.critics.parts())
     expected = [critics] * (len(run.phases()) - 2) + [{"teacher"}, {"student"}]
     for phase, names in zip(run.phases(), expected, strict=True):
         state = run.initial(torch.Generator().manual_seed(0))
@@ -400,9 +401,12 @@ def test_a_wrong_setting_is_named(field: str, value: Any) -> None:  # noqa: ANN4
 
 def test_config_survives_json() -> None:
     config = dataclasses.replace(TINY, phases="joint", seed=7)
-    assert SafeFQLConfig.from_json(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert (
+        config_from_json(SafeFQLConfig, json.loads(json.dumps(dataclasses.asdict(config))))
+        == config
+    )
     with pytest.raises(TypeError, match="colour"):
-        SafeFQLConfig.from_json({"colour": 1})
+        config_from_json(SafeFQLConfig, {"colour": 1})
 
 
 def test_logs_without_a_boundary_are_refused(log: OfflineDataset) -> None:

@@ -38,10 +38,11 @@ from safeshield.calibration.walk import Rung
 from safeshield.data import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.files import read_tensors
+from safeshield.nn import flow_forward
 from safeshield.scaling import BEHAVIOUR, Scaling
 from safeshield.shield import ProjectedGradient
 from safeshield.shield.guard import Guard
-from safeshield.shield.model import StateValue
+from safeshield.shield.model import SafetyModel, StateValue
 from safeshield.support import (
     SCORES,
     SupportRecord,
@@ -51,10 +52,18 @@ from safeshield.support import (
     record_of,
     support_score,
 )
-from safeshield.support.flow import to_actions, to_noise
 from safeshield.support.level import conformal_level, episode_scores
 from safeshield.values.backup import safety_backup
 from safeshield.values.safety import SafetyCritics
+
+
+def to_actions(model: SafetyModel, inputs: Array, noise: Array) -> Array:
+    return flow_forward.to_actions(model.behaviour_layers, inputs, noise, model.flow_steps)
+
+
+def to_noise(model: SafetyModel, inputs: Array, actions: Array) -> Array:
+    return flow_forward.to_noise(model.behaviour_layers, inputs, actions, model.flow_steps)
+
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"

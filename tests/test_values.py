@@ -140,7 +140,7 @@ def test_reward_values_discount_and_end_with_the_episode() -> None:
     model = agent._model
     assert model is not None
     scaled = torch.tensor(model.scaling.observations(PLACES[:5]))
-    value = model.reward.value(agent._networks, scaled).numpy()
+    value = model.critics.reward.value(agent._networks, scaled).numpy()
     np.testing.assert_allclose(value, [(1 - DISCOUNT**k) / 0.1 for k in (5, 4, 3, 2, 1)], atol=0.15)
 
 

@@ -29,6 +29,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safeshield.algorithms.checks import (
+    check_fractions,
+    check_integers,
+    check_not_negative,
+    check_phase_shares,
+    check_positive,
+    check_seed,
+    check_shares,
+    check_sizes,
+)
+from safeshield.algorithms.critic_updates import CRITICS, phase_steps, with_networks
 from safeshield.algorithms.safety_updates import (
     SafetyLog,
     critic_rates,
@@ -113,16 +124,9 @@ class ShieldConfig:
     from them, the critics do."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "learning_rate", "flow_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("safety_discount", "safety_expectile"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-        for name in ("near_share", "polyak"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_positive(self, "batch_size", "learning_rate", "flow_steps")
+        check_fractions(self, "safety_discount", "safety_expectile")
+        check_shares(self, "near_share", "polyak")
         if self.support_weight is not None and not 0 < self.support_weight < float("inf"):
             raise ValueError(
                 f"support_weight must be above 0 and finite, or None, got {self.support_weight}"
@@ -130,22 +134,13 @@ class ShieldConfig:
         check_share("support_alpha", self.support_alpha, positive=True)
         check_share("support_share", self.support_share, positive=False)
         check_share("support_held_out", self.support_held_out, positive=True)
-        if not self.distillation >= 0:
-            raise ValueError(f"distillation must be at least 0, got {self.distillation}")
-        shares = self.phase_shares
-        if len(shares) != 3 or not min(shares) > 0 or not abs(sum(shares) - 1) <= 1e-9:
-            raise ValueError(
-                f"phase_shares must be three numbers above 0 that sum to 1, got {shares}"
-            )
-        for name in ("batch_size", "flow_steps"):
-            if type(getattr(self, name)) is not int:
-                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
-        for name in ("critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or not values or min(values) < 1:
-                raise ValueError(f"{name} must be a tuple of numbers of 1 or more, got {values!r}")
+        check_not_negative(self, "distillation")
+        check_phase_shares(self.phase_shares, 3)
+        check_integers(self, "batch_size", "flow_steps")
+        check_seed(self.seed)
+        check_sizes(
+            self, "critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"
+        )
 
 
 class ShieldTrainer:
@@ -325,29 +320,25 @@ class _Run:
         """Draw all weights."""
         critics = self.critics.init(generator)
         parts = {BEHAVIOUR: self.behaviour, FALLBACK: self.fallback}
-        others = {name: part.init(generator) for name, part in parts.items() if name in self.kept}
-        moments = {name: adam_init({name: params}) for name, params in others.items()}
-        return TrainState(
-            networks={**critics, **others},
+        state = TrainState(
+            networks=critics,
             targets=critics,
-            moments={"critics": adam_init(critics), **moments},
+            moments={CRITICS: adam_init(critics)},
             scales={},
             near=torch.zeros(0, dtype=torch.int64, device=generator.device),
         )
+        others = {name: part for name, part in parts.items() if name in self.kept}
+        return with_networks(state, others, generator)
 
     def phases(self) -> list[Phase]:
         """List what to do, in order."""
         size, near = self.config.batch_size, self.config.near_share
-        shares = self.config.phase_shares
-        critics = max(1, round(shares[0] * self.steps))
-        behaviour = max(1, round(shares[1] * self.steps))
-        critics = min(critics, self.steps - behaviour - 1)
-        fallback = self.steps - critics - behaviour
+        critics, behaviour, fallback = phase_steps(self.steps, self.config.phase_shares)
         if self.played.discrete:
             critics, fallback = critics + fallback, 0
         phases = [
             Phase(
-                f"critics {i + 1}",
+                f"{CRITICS} {i + 1}",
                 count,
                 self._critics(window, critics),
                 size,
@@ -397,9 +388,9 @@ class _Run:
                     one_step=window == 1,
                 )
 
-            count = state.moments["critics"].updates
+            count = state.moments[CRITICS].updates
             rates = critic_rates(config.learning_rate, count, total, names, VALUE_NETWORKS)
-            state, metrics = descend(state, "critics", names, loss, rates)
+            state, metrics = descend(state, CRITICS, names, loss, rates)
             targets = polyak(state.targets, state.networks, config.polyak)
             return state._replace(targets=targets), metrics
 

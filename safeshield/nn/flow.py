@@ -26,6 +26,7 @@ def flow_matching_loss(
     actions: Tensor,
     noise: Tensor,
     time: Tensor,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the flow matching error, summed over the action's entries, averaged over the batch.
 
@@ -36,10 +37,12 @@ def flow_matching_loss(
         actions: (batch, act) logged, in [-1, 1].
         noise: (batch, act) z, standard normal.
         time: (batch, 1) t, uniform in [0, 1].
+        weights: (batch,) how much each action counts; all alike by default.
     """
     point = torch.lerp(noise, actions, time)
     velocity = network(params, torch.cat([observations, point, time], -1))[0]
-    return (velocity - (actions - noise)).square().sum(-1).mean()
+    error = (velocity - (actions - noise)).square().sum(-1)
+    return (error if weights is None else weights * error).mean()
 
 
 def euler_sample(

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.nn.flow_forward import to_actions
 from safeshield.scaling import BEHAVIOUR
 from safeshield.spaces import check_same_space
-from safeshield.support.flow import to_actions
 from safeshield.support.level import record_of
 from safeshield.support.record import SupportRecord
 from safeshield.support.scores import SupportScore, support_score
@@ -55,7 +55,9 @@ class SupportTest:
             return np.empty((count, 0, width), np.float32)
         noise = _noise(width)
         inputs = np.repeat(states.inputs, len(noise), axis=0)
-        actions = to_actions(model, inputs, np.tile(noise, (count, 1)))
+        actions = to_actions(
+            model.behaviour_layers, inputs, np.tile(noise, (count, 1)), model.flow_steps
+        )
         return model.scaling.to_box(actions).reshape(count, len(noise), width)
 
     def first(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from safeshield.nn.flow_forward import to_noise
 from safeshield.nn.forward import forward_layers
 from safeshield.scaling import ADVANTAGE, BEHAVIOUR
-from safeshield.support.flow import to_noise
 from safeshield.types import Actions, Scalars
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class NoiseDistance:
 
     def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
         """See `SupportScore`."""
-        noise = to_noise(model, states.inputs, model.scaling.actions(actions))
+        taken = model.scaling.actions(actions)
+        noise = to_noise(model.behaviour_layers, states.inputs, taken, model.flow_steps)
         return np.asarray(-0.5 * np.square(noise).sum(axis=-1))
 
 

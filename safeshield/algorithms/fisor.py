@@ -1,0 +1,251 @@
+r"""FISOR-style: weighted behaviour cloning and the safest of N candidates, on our own critics.
+
+After Zheng et al., "Safe Offline Reinforcement Learning with Feasibility-Guided Diffusion Model"
+(ICLR 2024). Two phases on one log:
+
+1. critics: safety values V_h, Q_h and reward values V_r, Q_r, the same as SafeFQL's;
+2. actor: a flow (the paper: a diffusion model) that imitates each logged action with the weight
+
+       V_h(s) <= 0:   min(exp(b_r A_r), 100)   where Q_h(s, a) <= 0, else 0
+       V_h(s) >  0:   min(exp(-b_h A_h), 150)
+
+   with A_r = min_i (Q_r,i - V_r) / sigma_r and A_h = (Q_h - V_h) / sigma_h in units of one step's
+   advantage (the paper: raw), so that the temperatures mean the same on every task.
+
+It acts by the candidate of lowest Q_h among N draws of the flow. A baseline to be judged beside:
+what differs from the paper beside the units are the critics (docs/safefql.md) and the flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from safeshield.algorithms.agent import OfflineAgent, continuous_actions
+from safeshield.algorithms.checks import (
+    check_integers,
+    check_not_negative,
+    check_phase_shares,
+    check_positive,
+)
+from safeshield.algorithms.critic_updates import (
+    CriticConfig,
+    Critics,
+    CriticsRun,
+    phase_steps,
+    with_networks,
+)
+from safeshield.algorithms.tensors import LogTensors, check_boundary
+from safeshield.algorithms.training import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    descend,
+    learning_rate,
+)
+from safeshield.data.dataset import OfflineDataset
+from safeshield.nn.flow import flow_matching_loss, velocity_network
+from safeshield.nn.flow_forward import to_actions
+from safeshield.nn.forward import forward, layers
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.scaling import ADVANTAGE, Scaling
+
+ACTOR = "actor"
+REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
+"""Largest weights of a logged action, as in the official code."""
+
+
+@dataclass(frozen=True)
+class FISORConfig(CriticConfig):
+    """Settings of the FISOR-style baseline."""
+
+    margin_steps: float = 0.0
+    """Margin of the gate, in units of sigma_h; the paper has none."""
+    reward_temperature: float = 3.0
+    """b_r: how much better actions count for more, where it is safe."""
+    safety_temperature: float = 5.0
+    """b_h: how much safer actions count for more, where it is not."""
+    candidates: int = 16
+    """N, of which the safest acts."""
+    phase_shares: tuple[float, float] = (0.5, 0.5)
+    """Shares of the steps for critics and actor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(self, "reward_temperature", "safety_temperature")
+        check_positive(self, "candidates")
+        check_integers(self, "candidates")
+        check_phase_shares(self.phase_shares, 2)
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    observation_space: gym.Space[Any]
+    action_space: gym.spaces.Box
+    scaling: Scaling
+    flow_hidden: tuple[int, ...]
+    critics: Critics
+
+    @property
+    def actor(self) -> EnsembleMLP:
+        widths = self.scaling.observation_features, self.scaling.action_features
+        return velocity_network(*widths, self.flow_hidden)
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        return {**self.critics.parts(), ACTOR: self.actor}
+
+    def units(self) -> dict[str, Any]:
+        return self.critics.units()
+
+
+class FISOR(OfflineAgent[FISORConfig, _Architecture]):
+    """Imitate good actions where it is safe and safe ones where it is not; act by the safest of N.
+
+    Args:
+        config: settings; see `FISORConfig`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    >>> import gymnasium, safeshield.envs
+    >>> from safeshield.data import collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> agent = FISOR(FISORConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
+    >>> agent.predict(np.zeros((3, 2), np.float32), deterministic=True)[0].shape
+    (3, 2)
+    """
+
+    config_type = FISORConfig
+    file_format = "safeshield-fisor"
+    _fewest_steps = 2
+
+    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
+        check_boundary(dataset)
+        return dataset
+
+    def _describe(self, dataset: OfflineDataset) -> _Architecture:
+        action = continuous_actions(dataset.action_space, "FISOR")
+        scaling = Scaling.of(dataset)
+        critics = Critics.of(dataset, scaling, self.config)
+        hidden = self.config.flow_hidden
+        return _Architecture(dataset.observation_space, action, scaling, hidden, critics)
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> _Architecture:
+        action = continuous_actions(action_space, "FISOR")
+        critics = Critics.restore(header, scaling, self.config)
+        return _Architecture(observation_space, action, scaling, self.config.flow_hidden, critics)
+
+    def _run(self, model: _Architecture, log: LogTensors, steps: int) -> _Run:
+        return _Run(model, log, self.config, steps)
+
+    def _act(
+        self, model: _Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.floating]:
+        """Weigh N candidates; deterministic: from the same N draws of noise in every state."""
+        config, width = self.config, model.scaling.action_features
+        count, each = len(observations), config.candidates
+        if deterministic:
+            noise = np.random.default_rng(config.seed).standard_normal((each, width))
+            noise = np.tile(noise, (count, 1))
+        else:
+            noise = self._noise.standard_normal((count * each, width))
+        seen = np.repeat(observations, each, axis=0)
+        stack = layers(self._arrays[ACTOR])
+        actions = to_actions(stack, seen, noise.astype(np.float32), config.flow_steps)
+        # Q_h = V_h(s) + sigma max_i A_i: within a state the advantage alone decides.
+        worst = forward(self._arrays[ADVANTAGE], np.concatenate([seen, actions], -1))[..., 0].max(0)
+        lowest = worst.reshape(count, each).argmin(1)
+        chosen: npt.NDArray[np.floating] = actions.reshape(count, each, width)[
+            np.arange(count), lowest
+        ]
+        return chosen
+
+
+def imitation_weights(
+    critics: Critics,
+    networks: Networks,
+    observations: Tensor,
+    actions: Tensor,
+    margin: float,
+    config: FISORConfig,
+) -> Tensor:
+    """Return how much each logged action counts, (batch,); the formula stands at the file's head.
+
+    Args:
+        critics: what the networks are.
+        networks: their weights.
+        observations: (batch, obs) normalised.
+        actions: (batch, act) in [-1, 1].
+        margin: of the gate, in units of h.
+        config: the temperatures.
+    """
+    safety = critics.safety
+    value = safety.value(networks, observations)
+    danger = safety.advantages(networks, observations, actions).amax(0)
+    reward = critics.reward.advantages(networks, observations, actions).amin(0)
+    good = (config.reward_temperature * reward).exp().clamp(max=REWARD_LIMIT)
+    safe = (-config.safety_temperature * danger).exp().clamp(max=SAFETY_LIMIT)
+    passes = (value + safety.scale.step * danger <= -margin).float()
+    return torch.where(value <= -margin, good * passes, safe)
+
+
+@dataclass(eq=False)
+class _Run:
+    model: _Architecture
+    log: LogTensors
+    config: FISORConfig
+    steps: int
+
+    def __post_init__(self) -> None:
+        critics, self._actor_steps = phase_steps(self.steps, self.config.phase_shares)
+        self._critics = CriticsRun(self.model.critics, self.log, self.config, critics)
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        state = self._critics.initial(generator)
+        return with_networks(state, {ACTOR: self.model.actor}, generator)
+
+    def phases(self) -> list[Phase]:
+        actor = Phase(ACTOR, self._actor_steps, self._update, self.config.batch_size)
+        return [*self._critics.phases(), actor]
+
+    def _update(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
+        with torch.no_grad():
+            weights = imitation_weights(
+                self.model.critics,
+                state.targets,
+                observations,
+                actions,
+                self._critics.margin,
+                self.config,
+            )
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            value = flow_matching_loss(
+                self.model.actor,
+                networks[ACTOR],
+                observations,
+                actions,
+                draw.noise,
+                draw.time,
+                weights,
+            )
+            return value, {
+                "actor/flow_matching_loss": value.detach(),
+                "actor/mean_weight": weights.mean(),
+            }
+
+        count = state.moments[ACTOR].updates
+        rate = learning_rate(self.config.learning_rate, count, self._actor_steps)
+        return descend(state, ACTOR, (ACTOR,), loss, {ACTOR: rate})

@@ -1,0 +1,38 @@
+"""The offline algorithms by name, and agents from files of any of them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from safeshield.algorithms.agent import OfflineAgent
+from safeshield.algorithms.behaviour_cloning import BehaviourCloning
+from safeshield.algorithms.fisor import FISOR
+from safeshield.algorithms.safefql import SafeFQL
+from safeshield.files import read_tensors
+
+ALGORITHMS: dict[str, type[OfflineAgent[Any, Any]]] = {
+    "safefql": SafeFQL,
+    "fisor": FISOR,
+    "bc": BehaviourCloning,
+}
+"""By the name that the command line takes."""
+
+
+def load_agent(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+) -> OfflineAgent[Any, Any]:
+    """Read an agent of any algorithm from its file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or no agent.
+    """
+    kind = read_tensors(path).header["format"]
+    for agent in ALGORITHMS.values():
+        if agent.file_format == kind:
+            return agent.load(path, device=device)
+    known = [agent.file_format for agent in ALGORITHMS.values()]
+    raise ValueError(f"{path} must be an agent's file (one of {known}), but is a {kind!r}")
