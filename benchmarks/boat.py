@@ -65,22 +65,18 @@ def sets(shield: Shield, exact: GridValue) -> dict[str, float]:
     }
 
 
-def actor(agent: SafeFQL, exact: GridValue, seed: int) -> dict[str, float]:
-    """Run the actor alone, one draw of noise an action, from starts in the exact safe set."""
+def alone(name: str, policy: BatchPolicy, exact: GridValue, seed: int) -> dict[str, float]:
+    """Run a policy alone, from uniform starts in the exact safe set."""
     rng = np.random.default_rng(10_000 + seed)
     starts = rng.uniform(STATE_LOW, STATE_HIGH, (4 * STARTS, 2))
     starts = starts[exact(starts) < -MARGIN][:STARTS]
+    options = {"state": starts}
     runs = run_episodes(
-        gym.make(BOAT),
-        agent_policy(agent),
-        STARTS,
-        seed,
-        reset_options={"state": starts},
-        num_envs=STARTS,
+        gym.make(BOAT), policy, STARTS, seed, reset_options=options, num_envs=STARTS
     )
     return {
-        "actor_violating": sum(run.violated for run in runs),
-        "actor_return": float(np.mean([run.total_return for run in runs])),
+        f"{name}_violating": sum(run.violated for run in runs),
+        f"{name}_return": float(np.mean([run.total_return for run in runs])),
     }
 
 
@@ -133,7 +129,7 @@ def run(seed: int, steps: int, episodes: int) -> dict[str, Any]:
         "steps": steps,
         "delta": shield.delta,
         **sets(shield, exact),
-        **actor(agent, exact, seed),
+        **alone("actor", agent_policy(agent), exact, seed),
         **{
             f"shielded_{name}_{key}": value
             for i, (name, policy) in enumerate(agents.items())
@@ -163,6 +159,15 @@ def main() -> None:
         )
         for seed in arguments.seeds
     ]
+    # What the same starts are worth: their draw moves every mean return (its standard error is 11).
+    yardstick = batch_policy(straight)
+    for row in rows:
+        seed = row["seed"]
+        more = once(
+            f"boat_straight_{seed}",
+            lambda seed=seed: alone("straight_from_these_starts", yardstick, boat_value(), seed),
+        )
+        row |= {key: value for key, value in more.items() if key.startswith("straight_")}
     names = [key for key, value in rows[0].items() if isinstance(value, int | float)]
     for name in names:
         values = [row[name] for row in rows]
