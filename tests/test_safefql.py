@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     tiny().fit(log, steps=STEPS, checkpoint=file, stop_after=5)
     agent, data, steps = tiny(), log, STEPS
     if change == "config":
-        agent = tiny(margin_steps=1.0)
+        agent = tiny(margin=1.0)
     elif change == "steps":
         steps += 1
     else:

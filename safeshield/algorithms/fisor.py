@@ -66,8 +66,8 @@ REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
 class FISORConfig(CriticConfig):
     """Settings of the FISOR-style baseline."""
 
-    margin_steps: float = 0.0
-    """Margin of the gate, in units of sigma_h; the paper has none."""
+    margin: float = 0.0
+    """Margin of the gate, in standard deviations of h over the log; the paper has none."""
     reward_temperature: float = 3.0
     """b_r: how much better actions count for more, where it is safe."""
     safety_temperature: float = 5.0
