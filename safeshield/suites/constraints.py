@@ -229,7 +229,8 @@ def _clearance(env: Simulator, item: Simulator, place: np.ndarray) -> float:
 def _reach(env: Simulator, place: np.ndarray) -> float:
     """Radius of a circle around the agent that holds all of it, metres."""
     model, data = env.task.model, env.task.data
-    parts = [model.geom(name).id for name in env.task.agent.body_info.geom_names]
+    # Not by their names: the Racecar's parts have none.
+    parts = model.body_rootid[model.geom_bodyid] == model.body("agent").id
     offsets = np.linalg.norm(data.geom_xpos[parts, :2] - place[:2], axis=1)
     return float(np.max(offsets + model.geom_rbound[parts]))
 
