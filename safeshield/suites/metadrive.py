@@ -8,7 +8,6 @@ rendering alone and are not fetched.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import weakref
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ import numpy.typing as npt
 
 from safeshield.suites.constraints import LIDAR_LIMIT, SPEED_LIMIT, Simulator, with_constraint
 from safeshield.suites.logged import METADRIVE_TASKS, METADRIVE_WIDTH
+from safeshield.suites.packages import Suite, broken, require
+from safeshield.suites.registration import register
 
 if TYPE_CHECKING:
     _Env = gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -37,11 +38,7 @@ IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}
 
 _RAYS = 240
 _INFO_KEYS = ("velocity", "crash", "out_of_road", "arrive_dest", "max_step", "route_completion")
-_INSTALL = (
-    "pip install --no-deps metadrive-simulator==0.4.3, then panda3d==1.10.13 panda3d-gltf==0.13 "
-    "shapely lxml psutil progressbar filelock opencv-python-headless mediapy seaborn yapf Pygments "
-    "requests"
-)
+_IDS = {f"OfflineMetadrive-{name}-v0": name for name in METADRIVE_TASKS}
 
 # The task that holds MetaDrive's engine, of which a process has one, and the process it is of.
 _holder: weakref.ref[MetaDriveTask] | None = None
@@ -51,25 +48,25 @@ _holder_process = 0
 def register_metadrive() -> str | None:
     """Register DSRL's nine ids, ``OfflineMetadrive-easysparse-v0`` to ``-harddense-v0``.
 
-    Returns:
-        None; or, where MetaDrive is not installed and nothing was registered, a line that says so
-        and how to install it.
+    Nothing of MetaDrive is loaded. Returns None; or, where it is not installed, the line that says
+    what is missing and how to install it, which making one of them then raises.
     """
-    if importlib.util.find_spec("metadrive") is None:
-        return f"MetaDrive is not installed, its nine tasks are not registered: {_INSTALL}"
-    for name in METADRIVE_TASKS:
-        gym.register(
-            f"OfflineMetadrive-{name}-v0",
-            entry_point="safeshield.suites.metadrive:make_metadrive_task",
-            max_episode_steps=HORIZON,
-            kwargs={"name": name},
-        )
+    register(_IDS, f"{__name__}:make", dict.fromkeys(_IDS, HORIZON), {})
+    try:
+        require("MetaDrive's nine tasks", Suite.metadrive)
+    except gym.error.DependencyNotInstalled as error:
+        return str(error)
     return None
 
 
-def make_metadrive_task(name: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
-    """Make a `MetaDriveTask` that reports h in ``info["constraint"]`` (see `with_constraint`)."""
-    return with_constraint(MetaDriveTask(name, render_mode))
+def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """Return the task of an id, reporting h in ``info["constraint"]`` (see `with_constraint`).
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        ValueError: a render mode is asked for.
+    """
+    return with_constraint(MetaDriveTask(_IDS[env_id], render_mode))
 
 
 class MetaDriveTask(_Env):
@@ -91,7 +88,7 @@ class MetaDriveTask(_Env):
 
     MetaDrive's engine exists once in a process; the task that is reset holds it until `close`.
     Several at once run in processes of their own: ``gymnasium.vector.AsyncVectorEnv``, or
-    Stable-Baselines3's ``SubprocVecEnv``.
+    Stable-Baselines3's ``SubprocVecEnv``; `safeshield.collect` and the like use one alone.
 
     Args:
         name: ``"easysparse"`` to ``"harddense"``.
@@ -99,13 +96,14 @@ class MetaDriveTask(_Env):
 
     Raises:
         ValueError: the name is unknown, or a render mode is asked for.
-        ModuleNotFoundError: MetaDrive is not installed.
+        gymnasium.error.DependencyNotInstalled: a package is missing, or (in `reset`) cannot be
+            loaded.
         RuntimeError: (in `reset`) another task of this process holds the engine, or held it when
             this process was forked; the simulator is of another version.
         gymnasium.error.ResetNeeded: stepped before the first reset, or after `close`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own)
+    metadata: dict[str, Any] = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
 
     def __init__(self, name: str, render_mode: str | None = None) -> None:
         if name not in METADRIVE_TASKS:
@@ -116,8 +114,7 @@ class MetaDriveTask(_Env):
                 "without a window and without the 3-d assets, which MetaDrive downloads by itself "
                 "when metadrive.MetaDriveEnv(dict(use_render=True)) is started outside safeshield"
             )
-        if importlib.util.find_spec("metadrive") is None:
-            raise ModuleNotFoundError(f"MetaDrive is not installed: {_INSTALL}")
+        require(f"the MetaDrive task {name}", Suite.metadrive)
         self.name = name
         self.render_mode = None
         self.observation_space = gym.spaces.Box(0.0, 1.0, (METADRIVE_WIDTH,), np.float32)
@@ -141,7 +138,7 @@ class MetaDriveTask(_Env):
     ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Drive for a tenth of a second."""
         if self._simulator is None:
-            raise gym.error.ResetNeeded("cannot step before the first call of reset()")
+            raise gym.error.ResetNeeded("cannot step before reset(), nor after close()")
         observation, reward, _, _, info = self._simulator.step(action)
         told = _told(observation, info)
         terminated = bool(told["arrive_dest"] or told["crash"] or told["out_of_road"])
@@ -204,9 +201,11 @@ def _told(observation: npt.NDArray[np.float32], info: dict[str, Any]) -> dict[st
 def _start(task: MetaDriveTask) -> Simulator:
     """Start the engine for a task, which holds it from now on."""
     global _holder, _holder_process
-    from metadrive.engine.engine_utils import close_engine, engine_initialized
-    from metadrive.envs import SafeMetaDriveEnv
-
+    try:
+        from metadrive.engine.engine_utils import close_engine, engine_initialized
+        from metadrive.envs import SafeMetaDriveEnv
+    except Exception as error:
+        raise broken(f"the MetaDrive task {task.name}", error, Suite.metadrive) from error
     if engine_initialized():
         other = _holder() if _holder is not None else None
         if _holder_process != os.getpid() or other is not None or _holder is None:
