@@ -1,0 +1,187 @@
+"""Bullet-Safety-Gym's environments: every id that it registers.
+
+Its resets ignore their seed, so that two runs are never alike; here they follow it. ``render_mode``
+is taken at `gymnasium.make`, as everywhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+
+from safeshield.suites import compat
+from safeshield.suites.packages import Suite, broken, require
+from safeshield.suites.registration import register, specs_if_installed, specs_of
+
+if TYPE_CHECKING:
+    _Env = gym.Env[Any, Any]
+else:
+    _Env = gym.Env
+
+PACKAGE = "bullet_safety_gym"
+METADATA = {"render_modes": ["human", "rgb_array"], "render_fps": 30}
+
+_FAR = 100.0
+"""Above the ground, metres: out of reach of everything."""
+
+_TASKS = {
+    "Ball": ("Reach", "Push", "Circle", "Run", "Gather"),
+    "Car": ("Reach", "Push", "Circle", "Run", "Gather"),
+    "Ant": ("Reach", "Circle", "Run", "Gather"),
+    "Drone": ("Reach", "Circle", "Run", "Gather"),
+}
+IDS = tuple(f"Safety{robot}{task}-v0" for robot, tasks in _TASKS.items() for task in tasks)
+_UPSTREAM: dict[str, EnvSpec] = {}
+
+
+def register_envs() -> None:
+    """Register Bullet-Safety-Gym's ids; where it is absent, making one says so."""
+    _UPSTREAM.update(specs_if_installed(PACKAGE, IDS))
+    register(IDS, f"{__name__}:make", {}, _UPSTREAM)
+
+
+def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+    """Return the environment of an id, without Gymnasium's outer wrappers.
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        ValueError: a render mode that it does not have, or a window where there is no display.
+    """
+    load(env_id)
+    if not _UPSTREAM:
+        _UPSTREAM.update(specs_of(PACKAGE, IDS))
+    spec = _UPSTREAM[env_id]
+    base: Any = load_env_creator(str(spec.entry_point))
+    return construct(base, **{**spec.kwargs, **kwargs})
+
+
+vars(make).update(metadata=METADATA)
+
+
+def load(what: str) -> None:
+    """Import Bullet-Safety-Gym; `what` is named in the error.
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+    """
+    require(what, Suite.bullet)
+    with compat.LOCK, compat.registry_kept(IDS), compat.streams_with_files():
+        try:
+            importlib.import_module(f"{PACKAGE}.envs.builder")
+        except Exception as error:
+            raise broken(what, error, Suite.bullet) from error
+
+
+def construct(base: type[_Env], **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+    """Return an environment of a class of Bullet-Safety-Gym's, seeded and rendered as others."""
+    with compat.LOCK, compat.streams_with_files():
+        return _mended(base)(**kwargs)
+
+
+@functools.cache
+def _mended(base: type[_Env]) -> type[_Env]:
+    return type(base.__name__, (_Seeded, base), {"__doc__": base.__doc__})
+
+
+class _Seeded(_Env):
+    """A Bullet environment that follows the seed of `reset`.
+
+    After ``reset(seed=n)`` it goes on as a new environment does whose first draws follow n: it
+    draws from NumPy's and Python's global generators, and from the first seed on has streams of
+    its own, put in their place while it draws. Without a seed, `reset` is Bullet-Safety-Gym's own:
+    motors keep the commands of the last step, which moves the start.
+    """
+
+    metadata = METADATA
+    bc: Any
+    agent: Any
+    stored_state_id: int
+
+    def __init__(self, *args: Any, render_mode: str | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        if render_mode not in (None, *METADATA["render_modes"]):
+            raise ValueError(
+                f"render_mode must be None or one of {METADATA['render_modes']}, got {render_mode!r}"
+            )
+        if render_mode == "human" and not _has_display():
+            raise ValueError(
+                "render_mode 'human' opens a window, and there is no display here (DISPLAY is not "
+                "set): use 'rgb_array', which needs none"
+            )
+        super().__init__(*args, **kwargs)
+        self.render_mode = render_mode
+        self._streams: tuple[Any, Any] | None = None
+        if render_mode == "human":
+            super().render("human")  # type: ignore[call-arg]
+        self._new_state: int = self.bc.saveState()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        gym.Env.reset(self, seed=seed)
+        if seed is not None:
+            generator = np.random.RandomState(np.random.MT19937(seed))
+            self._streams = generator.get_state(), random.Random(seed).getstate()
+            self._make_new()
+        with self._drawing():
+            return super().reset(seed=seed, options=options)
+
+    def _make_new(self) -> None:
+        """Put the simulation back to where it was before the first reset."""
+        if self.stored_state_id < 0:
+            return
+        bullet = self.bc
+        body = self.agent.body_id
+        # No state holds the motors' commands, and a contact that is still there when the state
+        # comes back keeps its impulse: stop the motors, and take the agent off the ground.
+        for joint in range(bullet.getNumJoints(body)):
+            bullet.setJointMotorControl2(
+                body, joint, bullet.VELOCITY_CONTROL, targetVelocity=0.0, force=0.0
+            )
+        bullet.resetBasePositionAndOrientation(body, (0.0, 0.0, _FAR), (0.0, 0.0, 0.0, 1.0))
+        bullet.performCollisionDetection()
+        bullet.restoreState(self._new_state)
+        self.stored_state_id = -1
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
+        with self._drawing():
+            return super().step(action)
+
+    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+        if self.render_mode is None:
+            raise ValueError(
+                "render() needs a render mode: gymnasium.make(id, render_mode='rgb_array')"
+            )
+        if self.render_mode == "human":
+            return None  # the window shows every step by itself
+        picture: Any = super().render("rgb_array")  # type: ignore[call-arg]
+        return np.asarray(picture, dtype=np.uint8)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        if self._streams is None:
+            yield
+            return
+        outer = np.random.get_state(), random.getstate()
+        try:
+            np.random.set_state(self._streams[0])
+            random.setstate(self._streams[1])
+            yield
+        finally:
+            self._streams = np.random.get_state(), random.getstate()
+            np.random.set_state(outer[0])
+            random.setstate(outer[1])
+
+
+def _has_display() -> bool:
+    return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY"))

@@ -1,0 +1,155 @@
+"""Which packages the benchmark suites need, in the versions that were tried together.
+
+Safety-Gymnasium, Bullet-Safety-Gym, DSRL and MetaDrive pin old versions of what everybody else
+needs new, so pip cannot resolve them: they are installed with ``--no-deps``, after the rest.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from enum import StrEnum
+
+import gymnasium as gym
+from packaging.requirements import Requirement
+
+
+class Suite(StrEnum):
+    """What is installed, and fails, together."""
+
+    safety_gymnasium = "safety-gymnasium"
+    bullet = "bullet"
+    dsrl = "dsrl"
+    metadrive = "metadrive"
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package of the stack."""
+
+    requirement: str
+    """Name and versions, as pip takes them."""
+    module: str
+    """What Python imports."""
+    suites: tuple[Suite, ...]
+    """Those that do not run without it."""
+    apart: bool = False
+    """Whether its own pins contradict the others', so that only ``--no-deps`` installs it."""
+
+    @property
+    def name(self) -> str:
+        """The name that pip knows."""
+        return Requirement(self.requirement).name
+
+    @property
+    def version(self) -> str | None:
+        """What is installed; None where that is nothing, "?" where it does not say."""
+        try:
+            return importlib.metadata.version(self.name)
+        except importlib.metadata.PackageNotFoundError:
+            # Some modules come from more than one package: opencv-python-headless, opencv-python.
+            return "?" if importlib.util.find_spec(self.module) is not None else None
+
+    @property
+    def as_tried(self) -> bool:
+        """Whether a version is installed that was tried with the others."""
+        version = self.version
+        if version is None or version == "?":
+            return version == "?"
+        return Requirement(self.requirement).specifier.contains(version, prereleases=True)
+
+
+_SAFETY = (Suite.safety_gymnasium,)
+_BULLET = (Suite.bullet,)
+_METADRIVE = (Suite.metadrive,)
+
+STACK = (
+    Package("gymnasium==0.29.1", "gymnasium", tuple(Suite)),
+    Package("mujoco==2.3.7", "mujoco", _SAFETY),
+    Package("numpy>=2.0,<2.4", "numpy", _SAFETY),
+    Package("pygame>=2.5", "pygame", (*_SAFETY, *_METADRIVE)),
+    Package("xmltodict>=0.13", "xmltodict", _SAFETY),
+    Package("pyyaml>=6.0", "yaml", _SAFETY),
+    Package("imageio>=2.27", "imageio", _SAFETY),
+    Package("pybullet>=3.2.5", "pybullet", _BULLET),
+    Package("panda3d==1.10.13", "panda3d", _METADRIVE),
+    Package("panda3d-gltf==0.13", "gltf", _METADRIVE),
+    Package("shapely>=2.0", "shapely", _METADRIVE),
+    Package("lxml>=4.9", "lxml", _METADRIVE),
+    Package("psutil>=5.9", "psutil", _METADRIVE),
+    Package("progressbar>=2.5", "progressbar", _METADRIVE),
+    Package("filelock>=3.12", "filelock", _METADRIVE),
+    Package("opencv-python-headless>=4.8", "cv2", _METADRIVE),
+    Package("mediapy>=1.1", "mediapy", _METADRIVE),
+    Package("seaborn>=0.13", "seaborn", _METADRIVE),
+    Package("yapf>=0.40", "yapf", _METADRIVE),
+    Package("Pygments>=2.15", "pygments", _METADRIVE),
+    Package("requests>=2.31", "requests", _METADRIVE),
+    Package("safety-gymnasium==0.4.1", "safety_gymnasium", _SAFETY, apart=True),
+    Package("bullet-safety-gym==1.4.0", "bullet_safety_gym", _BULLET, apart=True),
+    Package("dsrl==0.1.0", "dsrl", (Suite.dsrl,), apart=True),
+    Package("metadrive-simulator==0.4.3", "metadrive", _METADRIVE, apart=True),
+)
+"""Everything, in the order of installation: first what pip resolves, then what it must not."""
+
+
+def needed(*suites: Suite) -> tuple[Package, ...]:
+    """Return what these suites do not run without.
+
+    >>> [package.name for package in needed(Suite.bullet)]
+    ['gymnasium', 'pybullet', 'bullet-safety-gym']
+    """
+    return tuple(package for package in STACK if set(suites) & set(package.suites))
+
+
+def commands(packages: tuple[Package, ...]) -> list[str]:
+    """Return the commands that install these packages, in order; none for none.
+
+    >>> for command in commands(needed(Suite.dsrl)):
+    ...     print(command)
+    pip install "safeshield[suites]"
+    pip install --no-deps dsrl==0.1.0
+    """
+    apart = [package.requirement for package in packages if package.apart]
+    lines = []
+    if len(apart) < len(packages):
+        lines.append('pip install "safeshield[suites]"')
+    if apart:
+        lines.append(f"pip install --no-deps {' '.join(apart)}")
+    return lines
+
+
+def missing(*suites: Suite) -> tuple[Package, ...]:
+    """Return what these suites need and is not installed."""
+    return tuple(package for package in needed(*suites) if package.version is None)
+
+
+def require(what: str, *suites: Suite) -> None:
+    """Raise unless everything is installed that `what` needs of these suites.
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: it names what is missing, and the commands.
+    """
+    absent = missing(*suites)
+    if absent:
+        names = ", ".join(package.name for package in absent)
+        raise gym.error.DependencyNotInstalled(
+            f"{what} needs packages that are not installed: {names}. Run: "
+            f"{' ; '.join(commands(absent))} ; then see `safeshield doctor`"
+        )
+
+
+def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyNotInstalled:
+    """Return the error to raise where everything is there and an import fails all the same."""
+    others = [package for package in needed(*suites) if not package.as_tried]
+    found = ", ".join(f"{package.name} {package.version}" for package in others)
+    repair = (
+        f"these are other versions than those that were tried: {found}. Run: "
+        f"{' ; '.join(commands(tuple(others)))}"
+        if others
+        else "the versions are those that were tried; see `safeshield doctor`"
+    )
+    return gym.error.DependencyNotInstalled(
+        f"{what} cannot be loaded ({type(error).__name__}: {error}): {repair}"
+    )
