@@ -248,7 +248,7 @@ def summarise(
         violation_interval=binomial_interval(violating, len(runs)),
         mean_return=float(np.mean(returns)),
         return_interval=mean_interval(returns),
-        mean_cost=float(np.mean([_cost(run.episode) for run in runs])),
+        mean_cost=float(np.mean([episode_cost(run.episode) for run in runs])),
         intervention_rate=float(np.concatenate(replaced).mean()) if replaced else None,
     )
 
@@ -358,7 +358,12 @@ def _judge(
     return judge
 
 
-def _cost(episode: Episode) -> float:
+def episode_cost(episode: Episode) -> float:
+    """Return the summed costs of an episode; where none is reported, its steps in violation.
+
+    Raises:
+        ValueError: the environment reports neither costs nor constraints.
+    """
     if episode.costs is None and episode.next_constraints is not None:
         return float(np.count_nonzero(episode.next_constraints > 0))
     return episode.total_cost

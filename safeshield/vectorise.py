@@ -97,13 +97,13 @@ def copies(
             )
         return vector
     single = cast(Env, env)
-    spec = _spec_to_copy(single)
+    spec = spec_to_copy(single)
     native = spec is not None and spec.vector_entry_point and not spec.additional_wrappers
     default = 1 if spec is None else _MAX_NATIVE_ENVS if native else _MAX_COPIED_ENVS
     count = default if num_envs is None else num_envs
     count = count if most is None else min(count, most)
     if count == 1:
-        return gym.vector.SyncVectorEnv([lambda: _Member(single, owned=False, freeze=freeze)])
+        return gym.vector.SyncVectorEnv([lambda: Member(single, owned=False, freeze=freeze)])
     if spec is None:
         raise ValueError(
             f"num_envs must be 1 for {single}, which gymnasium.make cannot rebuild from its spec "
@@ -114,13 +114,14 @@ def copies(
     # disable_env_checker: what it would say of the copies it has said of the environment.
     return gym.vector.SyncVectorEnv(
         [
-            lambda: _Member(gym.make(spec, disable_env_checker=True), owned=True, freeze=freeze)
+            lambda: Member(gym.make(spec, disable_env_checker=True), owned=True, freeze=freeze)
             for _ in range(count)
         ]
     )
 
 
-def _spec_to_copy(env: Env) -> gym.envs.registration.EnvSpec | None:
+def spec_to_copy(env: Env) -> gym.envs.registration.EnvSpec | None:
+    """Return what `gymnasium.make` rebuilds an environment from; None where it cannot."""
     try:
         spec = env.spec
     except Exception:
@@ -145,10 +146,10 @@ def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
     return gym.make_vec(spec, num_envs=count, vectorization_mode="vector_entry_point")
 
 
-class _Member(_Wrapper):
+class Member(_Wrapper):
     """One environment of a SyncVectorEnv.
 
-    With `freeze` it stands still once an episode is over, until a reset with a seed: the steps
+    With `freeze` it stands still once an episode is `over`, until a reset with a seed: the steps
     that a wave throws away cost nothing. Costs are made floats, because Gymnasium gives the column
     of all environments the type of the first one's value, and 0.5 beside the integer 0 is lost.
     """
@@ -158,19 +159,21 @@ class _Member(_Wrapper):
         self._owned = owned
         self._freeze = freeze
         self._last: object = None
-        self._over = False
+        self.over = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        if self._over and seed is None:
+        """Start an episode; without a seed only where none is over."""
+        if self.over and seed is None:
             return self._last, {}
-        self._over = False
+        self.over = False
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, _float_labels(info)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        if self._over:
+        """Step, unless the episode is over."""
+        if self.over:
             return self._last, 0.0, False, False, {}
         try:
             result = self.env.step(action)
@@ -181,10 +184,11 @@ class _Member(_Wrapper):
         check_step(result)
         observation, reward, terminated, truncated, info = result
         if self._freeze and (terminated or truncated):
-            self._over, self._last = True, observation
+            self.over, self._last = True, observation
         return observation, float(reward), terminated, truncated, _float_labels(info)
 
     def close(self) -> None:
+        """Close the environment if it was made for this."""
         if self._owned:
             super().close()
 
