@@ -152,7 +152,8 @@ class _Seeded(_Env):
         bullet.resetBasePositionAndOrientation(body, (0.0, 0.0, _FAR), (0.0, 0.0, 0.0, 1.0))
         bullet.performCollisionDetection()
         bullet.restoreState(self._new_state)
-        self.stored_state_id = -1
+        bullet.removeState(self.stored_state_id)
+        self.stored_state_id = -1  # as in a new environment, whose first reset saves one
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
         if self._draws is None or not self._draws_in_steps:
