@@ -69,8 +69,8 @@ def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
     An `env` that `gymnasium.make` can rebuild is copied: through its own vector entry point where
     it has one and no wrapper was added, else in a `SyncVectorEnv`. Changes made by hand after
     `make` are not copied. One environment alone (`num_envs` = 1; no spec; a render mode; a wrapper
-    that cannot be rebuilt, or that holds statistics) is `env` itself, which closing the result
-    leaves open.
+    that cannot be rebuilt, or that holds statistics; ``metadata["one_per_process"]``) is `env`
+    itself, which closing the result leaves open.
 
     Args:
         env: what to copy.
@@ -106,8 +106,8 @@ def copies(
         return gym.vector.SyncVectorEnv([lambda: _Member(single, owned=False, freeze=freeze)])
     if spec is None:
         raise ValueError(
-            f"num_envs must be 1 for {single}, which gymnasium.make cannot rebuild from its spec; "
-            "pass a gymnasium.vector.SyncVectorEnv of your own"
+            f"num_envs must be 1 for {single}, which gymnasium.make cannot rebuild from its spec "
+            "in this process; pass a SyncVectorEnv or AsyncVectorEnv of your own"
         )
     if native:
         return _make_native(spec, count)
@@ -127,6 +127,8 @@ def _spec_to_copy(env: Env) -> gym.envs.registration.EnvSpec | None:
         # Gymnasium 0.29 deep-copies the arguments of wrappers here, and some cannot be copied.
         return None
     if not isinstance(spec, gym.envs.registration.EnvSpec) or env.render_mode is not None:
+        return None
+    if (env.metadata or {}).get("one_per_process"):
         return None
     for wrapper in spec.additional_wrappers:
         if wrapper.kwargs is None or wrapper.name in _STATEFUL_WRAPPERS:

@@ -1,0 +1,202 @@
+"""Continuous labels of logs of the field's tasks, computed from what was logged.
+
+`label` gives a log in DSRL's format the constraint h that `with_constraint` reports live, wherever
+its observations tell it, and checks every state against the logged costs. It needs none of the
+benchmark packages: their limits stand in the tables below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from safeshield.data import OfflineDataset
+from safeshield.suites.constraints import with_constraint
+from safeshield.suites.logged import (
+    LOG_LABELS,
+    METADRIVE_FORK_WIDTH,
+    METADRIVE_TASKS,
+    Floats,
+    LogLabel,
+)
+
+__all__ = ["Agreement", "LogLabel", "agreement", "label", "log_label", "with_constraint"]
+
+MAX_DISAGREEMENT = 0.05
+"""Disagreements with the logged costs that `label` mends, per violation in the log."""
+MENDED = 0.001
+"""Size of h, in its units, where the logged cost overrules its sign."""
+
+
+class Named(Protocol):
+    """A task of `safeshield.suites.tasks`."""
+
+    @property
+    def name(self) -> str:
+        """DSRL's name of it, such as ``PointGoal1``."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How labels computed from a log agree with its costs, over the states that were reached."""
+
+    states: int
+    """Number of states: the steps of the log."""
+    violations: int
+    """With a cost above 0."""
+    missed: int
+    """Of those, with h at most 0."""
+    invented: int
+    """With cost 0 and h above 0."""
+    unseen: int
+    """Whose observation does not tell h; they are counted nowhere else."""
+
+    @property
+    def disagreements(self) -> int:
+        """States where the sign of h is not that of the cost."""
+        return self.missed + self.invented
+
+    @property
+    def share(self) -> float:
+        """Disagreements per violation (per one, where there is none)."""
+        return self.disagreements / max(self.violations, 1)
+
+    def __str__(self) -> str:
+        agreed = self.states - self.disagreements - self.unseen
+        return (
+            f"{agreed} of {self.states} states agree with the logged cost; of {self.violations} "
+            f"violations {self.missed} are missed, {self.invented} invented, {self.unseen} unseen"
+        )
+
+
+def label(
+    dataset: OfflineDataset, task: str | Named, *, max_disagreement: float = MAX_DISAGREEMENT
+) -> OfflineDataset:
+    """Label a log of one of the field's tasks continuously, where what was logged tells h.
+
+    h of the state a step reached comes from ``next_observations`` (units as in `with_constraint`);
+    for a velocity task, whose cost is of the mean speed over the step, from the reward that this
+    speed earned; h of an episode's first state from ``observations``. The sign of h is that of the
+    logged cost at every state reached: where it disagrees (rounding; a contact that observations
+    show by a bounding circle), h becomes 0.001 on the cost's side.
+
+    Returned as it is: a log with continuous labels already, which the environment reported itself,
+    and a log of a task whose observations do not tell h, such as the Humanoid's or Goal2's, where
+    a vase that slides on costs: those keep binary labels (`log_label` says which).
+
+    Args:
+        dataset: raw observations, actions and rewards, as DSRL's logs hold them.
+        task: a task of `safeshield.suites.tasks`, or an id: ``"PointGoal1"``,
+            ``"SafetyPointGoal1Gymnasium-v0"``, ``"OfflinePointGoal1-v0"``, ``"easysparse"``.
+        max_disagreement: disagreements mended, per violation. More than that is no rounding.
+
+    Raises:
+        ValueError: the task is unknown; the observations have another width; more states than
+            `max_disagreement` allows disagree (see `agreement` for the counts).
+    """
+    found = log_label(task)
+    if found is None:
+        return dataset
+    _check_width(dataset, found, _dsrl_name(task))
+    if dataset.constraint_kind == "continuous":
+        return dataset
+    if not 0.0 <= max_disagreement <= 1.0:
+        raise ValueError(f"max_disagreement must lie in [0, 1], got {max_disagreement}")
+    now, after = _constraints(dataset, found)
+    counts = _agreement(dataset, after)
+    if counts.share > max_disagreement:
+        raise ValueError(
+            f"labels of {_dsrl_name(task)} must agree with the logged costs, but {counts}, more "
+            f"than max_disagreement {max_disagreement} per violation; is this a log of that task "
+            "and version, with raw observations and rewards? Binary labels need no such check"
+        )
+    violated = dataset.costs > 0
+    after = np.where(np.isnan(after), np.where(violated, MENDED, -MENDED), after)
+    after = np.where(violated & (after <= 0), MENDED, after)
+    after = np.where(~violated & (after > 0), -MENDED, after)
+    after = after.astype(np.float32)
+    starts = dataset.episode_starts
+    shifted = np.roll(after, 1)
+    # Nothing is charged for a start, and all of these tasks start in safety.
+    shifted[starts] = np.where(np.isnan(now[starts]), -MENDED, now[starts])
+    return dataclasses.replace(
+        dataset, constraints=shifted, next_constraints=after, constraint_kind="continuous"
+    )
+
+
+def agreement(dataset: OfflineDataset, task: str | Named) -> Agreement | None:
+    """Count where labels computed from a log agree with its costs; None where they stay binary.
+
+    Raises:
+        ValueError: the task is unknown, or the observations have another width.
+    """
+    found = log_label(task)
+    if found is None:
+        return None
+    _check_width(dataset, found, _dsrl_name(task))
+    return _agreement(dataset, _constraints(dataset, found)[1])
+
+
+def log_label(task: str | Named) -> LogLabel | None:
+    """Return how a log of this task is labelled; None: by its costs alone, binary.
+
+    Raises:
+        ValueError: the task is unknown; the message lists those that are known.
+
+    >>> log_label("SafetyPointGoal1Gymnasium-v0").width, log_label("PointGoal2") is None
+    (60, True)
+    """
+    name = _dsrl_name(task)
+    if name not in LOG_LABELS:
+        raise ValueError(
+            f"task must be one of {', '.join(sorted(LOG_LABELS))}, or an id of one, got {name!r}"
+        )
+    return LOG_LABELS[name]
+
+
+def _dsrl_name(task: str | Named) -> str:
+    text = task if isinstance(task, str) else task.name
+    bare = text.rpartition(":")[2]
+    match = re.fullmatch(
+        r"(?:Safety|Offline)?(?:Metadrive-)?(\w+?)(?:Gymnasium)?(?:-v(\d+))?", bare
+    )
+    if match is None:
+        return bare
+    name, version = match.groups()
+    return f"{name}-v0" if name.endswith("Velocity") and version == "0" else name
+
+
+def _check_width(dataset: OfflineDataset, found: LogLabel, name: str) -> None:
+    width = dataset.observations.shape[1]
+    if width == found.width:
+        return
+    repair = "pass the task that was logged"
+    if name in METADRIVE_TASKS and width == METADRIVE_FORK_WIDTH:
+        repair = (
+            "these are of the fork of MetaDrive (2022) with which DSRL's own logs were made: an "
+            "agent trained on them cannot run on today's simulator. Collect a log on that "
+            "(safeshield collect)"
+        )
+    raise ValueError(f"observations of {name} must have {found.width} numbers, got {width}; {repair}")
+
+
+def _constraints(dataset: OfflineDataset, found: LogLabel) -> tuple[Floats, Floats]:
+    now = found.of_state(dataset.observations.astype(np.float64))
+    if found.of_step is not None:
+        return now, found.of_step(dataset)
+    return now, found.of_state(dataset.next_observations.astype(np.float64))
+
+
+def _agreement(dataset: OfflineDataset, after: Floats) -> Agreement:
+    violated, unseen = dataset.costs > 0, np.isnan(after)
+    return Agreement(
+        states=len(dataset),
+        violations=int(violated.sum()),
+        missed=int((violated & (after <= 0)).sum()),
+        invented=int((~violated & (after > 0)).sum()),
+        unseen=int(unseen.sum()),
+    )

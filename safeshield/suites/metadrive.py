@@ -1,0 +1,249 @@
+"""DSRL's nine MetaDrive tasks on today's simulator (metadrive-simulator 0.4.3), without a window.
+
+DSRL's own need a fork of 2022 whose observations have 261 numbers; these have 259, and logs of the
+one do not fit the other. The 3-d assets that MetaDrive downloads at its first start serve
+rendering alone and are not fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.suites.constraints import LIDAR_LIMIT, SPEED_LIMIT, Simulator, with_constraint
+from safeshield.suites.logged import METADRIVE_TASKS, METADRIVE_WIDTH
+from safeshield.suites.packages import Suite, broken, require
+from safeshield.suites.registration import register
+
+if TYPE_CHECKING:
+    _Env = gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+else:
+    _Env = gym.Env
+
+HORIZON = 1000
+"""Steps of the longest episode."""
+ROADS = {"easy": ("SCS", 0), "medium": ("XST", 100), "hard": ("TRO", 200)}
+"""Blocks of the map (S straight, C curve, X crossing, T junction, R ramp, O roundabout), scenario."""
+DENSITIES = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
+"""Cars a step of 10 metres of lane."""
+IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}
+"""What the other cars' drivers are made of: km/h, and factors of acceleration and braking."""
+
+_RAYS = 240
+_INFO_KEYS = ("velocity", "crash", "out_of_road", "arrive_dest", "max_step", "route_completion")
+_IDS = {f"OfflineMetadrive-{name}-v0": name for name in METADRIVE_TASKS}
+
+# The task that holds MetaDrive's engine, of which a process has one, and the process it is of.
+_holder: weakref.ref[MetaDriveTask] | None = None
+_holder_process = 0
+
+
+def register_metadrive() -> str | None:
+    """Register DSRL's nine ids, ``OfflineMetadrive-easysparse-v0`` to ``-harddense-v0``.
+
+    Nothing of MetaDrive is loaded. Returns None; or, where it is not installed, the line that says
+    what is missing and how to install it, which making one of them then raises.
+    """
+    register(_IDS, f"{__name__}:make", dict.fromkeys(_IDS, HORIZON), {})
+    try:
+        require("MetaDrive's nine tasks", Suite.metadrive)
+    except gym.error.DependencyNotInstalled as error:
+        return str(error)
+    return None
+
+
+def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """Return the task of an id, reporting h in ``info["constraint"]`` (see `with_constraint`).
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        ValueError: a render mode is asked for.
+    """
+    return with_constraint(MetaDriveTask(_IDS[env_id], render_mode))
+
+
+class MetaDriveTask(_Env):
+    """One of DSRL's nine tasks of driving through traffic to a destination.
+
+    ========  ===============================================================================
+    observes  259 numbers in [0, 1]: 9 of the car (its speed is the fourth: (km/h + 1) / 81), 10
+              of the way, 240 distances of the lidar, as shares of 50 m
+    acts      steering and throttle or brake, each in [-1, 1]
+    cost      1 for a crash or leaving the road (the simulator's), plus
+              0.01 max(0, speed - 10), m/s, plus 0.01 max(0, 0.1 - nearest lidar reading)^2
+    ends      terminated on arrival, in a crash and off the road; truncated after 1000 steps
+    ========  ===============================================================================
+
+    The map of a task is always the same one, traffic is drawn at every reset: by the seed of the
+    reset where it has one, else by what follows from the last. The same seed gives the same
+    trajectory. ``info`` holds cost, its parts velocity_cost and proximity_cost, velocity (m/s),
+    crash, out_of_road, arrive_dest, max_step and route_completion (in [0, 1]).
+
+    MetaDrive's engine exists once in a process; the task that is reset holds it until `close`.
+    Several at once run in processes of their own: ``gymnasium.vector.AsyncVectorEnv``, or
+    Stable-Baselines3's ``SubprocVecEnv``; `safeshield.collect` and the like use one alone.
+
+    Args:
+        name: ``"easysparse"`` to ``"harddense"``.
+        render_mode: None; nothing can be rendered without the assets.
+
+    Raises:
+        ValueError: the name is unknown, or a render mode is asked for.
+        gymnasium.error.DependencyNotInstalled: a package is missing, or (in `reset`) cannot be
+            loaded.
+        RuntimeError: (in `reset`) another task of this process holds the engine, or held it when
+            this process was forked; the simulator is of another version.
+        gymnasium.error.ResetNeeded: stepped before the first reset, or after `close`.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
+
+    def __init__(self, name: str, render_mode: str | None = None) -> None:
+        if name not in METADRIVE_TASKS:
+            raise ValueError(f"name must be one of {', '.join(METADRIVE_TASKS)}, got {name!r}")
+        if render_mode is not None:
+            raise ValueError(
+                f"render_mode must be None for a MetaDrive task, got {render_mode!r}: it runs "
+                "without a window and without the 3-d assets, which MetaDrive downloads by itself "
+                "when metadrive.MetaDriveEnv(dict(use_render=True)) is started outside safeshield"
+            )
+        require(f"the MetaDrive task {name}", Suite.metadrive)
+        self.name = name
+        self.render_mode = None
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (METADRIVE_WIDTH,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self._simulator: Simulator = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Start an episode; the first one starts the engine."""
+        super().reset(seed=seed)
+        if self._simulator is None:
+            self._simulator = _start(self)
+        # Random traffic is what the simulator leaves without a seed; the rest follows the scenario.
+        _seed(self._simulator.engine.traffic_manager, int(self.np_random.integers(2**31)))
+        observation, info = self._simulator.reset(seed=ROADS[_road(self.name)][1])
+        return observation, _told(observation, info)
+
+    def step(
+        self, action: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Drive for a tenth of a second."""
+        if self._simulator is None:
+            raise gym.error.ResetNeeded("cannot step before reset(), nor after close()")
+        observation, reward, _, _, info = self._simulator.step(action)
+        told = _told(observation, info)
+        terminated = bool(told["arrive_dest"] or told["crash"] or told["out_of_road"])
+        return observation, float(reward), terminated, told["max_step"] and not terminated, told
+
+    def close(self) -> None:
+        """Give the engine back; a later reset starts it again."""
+        global _holder
+        if self._simulator is not None:
+            self._simulator.close()
+            self._simulator, _holder = None, None
+
+
+def _seed(manager: Simulator, seed: int) -> None:
+    from metadrive.base_class.randomizable import Randomizable
+
+    # Not manager.seed: that of random traffic does nothing.
+    Randomizable.seed(manager, seed)
+
+
+def _road(name: str) -> str:
+    return next(road for road in ROADS if name.startswith(road))
+
+
+def _config(name: str) -> dict[str, Any]:
+    """Return the simulator's settings for a task, those of dsrl 0.1.0."""
+    import logging
+
+    from metadrive.manager.traffic_manager import TrafficMode
+
+    road = _road(name)
+    blocks, scenario = ROADS[road]
+    return {
+        "start_seed": scenario,
+        "num_scenarios": 1,
+        "map": 3,
+        "map_config": {"type": "block_sequence", "config": blocks},
+        "traffic_density": DENSITIES[name.removeprefix(road)],
+        "traffic_mode": TrafficMode.Hybrid,
+        "random_traffic": True,
+        "accident_prob": 0.0,
+        "crash_vehicle_penalty": 0.0,
+        "horizon": HORIZON,
+        # A car that is taken out of a buffer of old ones still feels the last episode.
+        "force_destroy": True,
+        "log_level": logging.ERROR,
+    }
+
+
+def _told(observation: npt.NDArray[np.float32], info: dict[str, Any]) -> dict[str, Any]:
+    """Return what a state costs, and why, as plain values."""
+    told = {key: info[key] for key in _INFO_KEYS}
+    told = {key: value if isinstance(value, bool) else float(value) for key, value in told.items()}
+    fast = 1e-2 * max(0.0, told["velocity"] - SPEED_LIMIT)
+    near = 1e-2 * max(0.0, LIDAR_LIMIT - float(np.min(observation[-_RAYS:]))) ** 2
+    cost = float(info["cost"]) + fast + near
+    return {**told, "velocity_cost": fast, "proximity_cost": near, "cost": cost}
+
+
+def _start(task: MetaDriveTask) -> Simulator:
+    """Start the engine for a task, which holds it from now on."""
+    global _holder, _holder_process
+    try:
+        from metadrive.engine.engine_utils import close_engine, engine_initialized
+        from metadrive.envs import SafeMetaDriveEnv
+    except Exception as error:
+        raise broken(f"the MetaDrive task {task.name}", error, Suite.metadrive) from error
+    if engine_initialized():
+        other = _holder() if _holder is not None else None
+        if _holder_process != os.getpid() or other is not None or _holder is None:
+            whom = "something else" if other is None else f"another task ({other.name})"
+            raise RuntimeError(
+                f"MetaDrive's engine exists once in a process, and {whom} holds it: close() that "
+                "first (before AsyncVectorEnv or SubprocVecEnv forks this process, too); several "
+                "tasks at once run in processes of their own, in gymnasium.vector.AsyncVectorEnv "
+                "or Stable-Baselines3's SubprocVecEnv"
+            )
+        close_engine()  # of a task that was thrown away open
+    _check_drivers()
+    simulator = SafeMetaDriveEnv(_config(task.name))
+    with _without_assets():
+        simulator.lazy_init()
+    _holder, _holder_process = weakref.ref(task), os.getpid()
+    return simulator
+
+
+def _check_drivers() -> None:
+    from metadrive.policy.idm_policy import IDMPolicy
+
+    found = {key: float(getattr(IDMPolicy, key)) for key in IDM}
+    if found != IDM:
+        raise RuntimeError(
+            f"the other cars must drive as in DSRL's tasks ({IDM}), but this version of MetaDrive "
+            f"has {found}: install metadrive-simulator==0.4.3"
+        )
+
+
+@contextlib.contextmanager
+def _without_assets() -> Iterator[None]:
+    """Start MetaDrive's engine without looking for, or fetching, its 3-d assets."""
+    from metadrive.engine.base_engine import BaseEngine
+
+    original = BaseEngine.__dict__["try_pull_asset"]
+    BaseEngine.try_pull_asset = staticmethod(lambda: None)
+    try:
+        yield
+    finally:
+        BaseEngine.try_pull_asset = original
