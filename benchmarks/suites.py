@@ -1,0 +1,251 @@
+"""The field's tasks: cloning, FISOR-style, SafeFQL, PPO for reward alone, and agents behind a shield.
+
+    pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
+    python benchmarks/suites.py --data FOLDER     # logs in DSRL's format, TASK.hdf5; resumes
+    python benchmarks/suites.py --data FOLDER --table
+
+A cell is one method on one task with one seed: trained, then judged on 20 episodes by the field's
+protocol (returns normalised by the log's least and greatest, cost limit 10). Each runs in a process
+of its own, which tells its processor time and peak memory, and is kept under `results/`. One
+configuration serves all tasks. Labels are continuous where the log's observations tell h.
+
+The shield is SafeFQL's of the same seed. Its delta is the gate's own margin, 0.058 standard
+deviations of h; nothing is calibrated here, so nothing is promised: the columns say what it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from common import RESULTS, machine, once
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+import safeshield.suites  # noqa: F401 - registers the tasks
+from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, Shield
+from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
+from safeshield.algorithms.fisor import FISOR, FISORConfig
+from safeshield.algorithms.registry import load_agent
+from safeshield.protocol import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
+from safeshield.suites.labels import label
+from safeshield.suites.tasks import COST_LIMIT, find_task
+
+FOLDER = RESULTS / "suites"
+UPDATES = {"bc": 10_000, "bc-safe": 10_000, "fisor": 20_000, "safefql": 20_000}
+PPO_STEPS = 200_000
+NAMES = {
+    "bc": "BC",
+    "bc-safe": "BC, safe episodes",
+    "fisor": "FISOR-style",
+    "safefql": "SafeFQL",
+    "ppo": "PPO, reward alone",
+    "ppo-shield": "PPO, reward alone",
+    "bc-shield": "BC",
+}
+"""Methods in the order in which they run: one behind a shield needs what comes before it."""
+
+
+class Normalised:
+    """A model of Stable-Baselines3 with the observations that it was trained on."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = PPO.load(path.with_suffix(".zip"), device="cpu")
+        statistics = np.load(path.with_suffix(".npz"))
+        self._mean, self._spread = statistics["mean"], statistics["spread"]
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,  # noqa: ANN401
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Return the mean action; Stable-Baselines3's signature."""
+        scaled = np.clip((observation - self._mean) / self._spread, -10.0, 10.0)
+        return self._model.predict(scaled, state, episode_start, deterministic)
+
+
+def learn(task: str, seed: int, path: Path) -> None:
+    """Train PPO for reward alone, 64 x 64, 4 environments, normalised for the learner only."""
+    made = [lambda: gym.make(find_task(task).env_id)] * 4
+    envs = VecNormalize(DummyVecEnv(made))  # type: ignore[arg-type]
+    model = PPO("MlpPolicy", envs, n_steps=512, batch_size=256, seed=seed, device="cpu")
+    model.learn(PPO_STEPS)
+    model.save(path.with_suffix(".zip"))
+    seen: Any = envs.obs_rms
+    np.savez(path.with_suffix(".npz"), mean=seen.mean, spread=np.sqrt(seen.var + envs.epsilon))
+
+
+def trained(task: str, method: str, seed: int, data: Path) -> object:
+    """Return the agent of a cell, trained now or read."""
+    path = FOLDER / f"{task}_{method}_{seed}.safetensors"
+    if method == "ppo":
+        if not path.with_suffix(".npz").exists():
+            learn(task, seed, path)
+        return Normalised(path)
+    if not path.exists():
+        log = read_log(data, task)
+        agent: Any = {
+            "bc": lambda: BehaviourCloning(BehaviourCloningConfig(seed=seed), device="cpu"),
+            "bc-safe": lambda: BehaviourCloning(
+                BehaviourCloningConfig(seed=seed, episodes="safe", cost_limit=COST_LIMIT),
+                device="cpu",
+            ),
+            "fisor": lambda: FISOR(FISORConfig(seed=seed), device="cpu"),
+            "safefql": lambda: SafeFQL(SafeFQLConfig(seed=seed), device="cpu"),
+        }[method]()
+        agent.fit(log, steps=UPDATES[method], checkpoint=path.with_suffix(".checkpoint"))
+        agent.save(path)
+        path.with_suffix(".checkpoint").unlink()
+    return load_agent(path)
+
+
+def read_log(data: Path, task: str) -> OfflineDataset:
+    """Read a task's log, with continuous labels where its observations tell h."""
+    return label(OfflineDataset.load(data / f"{task}.hdf5"), task)
+
+
+def shield_of(task: str, seed: int, data: Path) -> Shield:
+    """Return the shield of SafeFQL's critics, with the gate's margin as its delta."""
+    agent = trained(task, "safefql", seed, data)
+    assert isinstance(agent, SafeFQL)
+    shield = agent.shield()
+    return shield.with_delta(agent.config.margin * shield.model.scale.spread)
+
+
+def cell(task: str, method: str, seed: int, data: Path) -> dict[str, Any]:
+    """Train, then play 20 episodes from starts that no other seed has."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    started = time.process_time()
+    agent = trained(task, method.removesuffix("-shield"), seed, data)
+    training = time.process_time() - started
+    shield = shield_of(task, seed, data) if method.endswith("-shield") else None
+    references = ReferenceReturns.of_log(data / f"{task}.hdf5")
+    started = time.process_time()
+    env = gym.make(find_task(task).env_id)
+    run = play(env, agent, 100 + seed, episodes=EPISODES, shield=shield, num_envs=1)
+    return {
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "references": dataclasses.asdict(references),
+        "run": dataclasses.asdict(run),
+        "training_seconds": round(training, 1),
+        "playing_seconds": round(time.process_time() - started, 1),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def kept(task: str, method: str, seed: int, compute: Callable[[], dict[str, Any]]) -> Any:  # noqa: ANN401
+    """Return a cell's result, computing it if need be."""
+    return once(f"suites/{task}_{method}_{seed}", compute)
+
+
+def run_apart(tasks: list[str], seeds: list[int], methods: list[str], data: Path) -> None:
+    """Run the cells that are missing, each in its own process."""
+    for method in methods:
+        for seed in seeds:
+            for task in tasks:
+                if (RESULTS / f"suites/{task}_{method}_{seed}.json").exists():
+                    continue
+                command = [sys.executable, __file__, "--data", str(data)]
+                command += ["--tasks", task, "--seeds", str(seed), "--methods", method, "--here"]
+                done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                if done.returncode:
+                    print(f"{task} {method} {seed} failed; going on", flush=True)
+
+
+def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[FieldScore]:
+    """Read the cells whose seeds are all there."""
+    for task in tasks:
+        for method in methods:
+            paths = [RESULTS / f"suites/{task}_{method}_{seed}.json" for seed in seeds]
+            if not all(path.exists() for path in paths):
+                continue
+            rows = [kept(task, method, seed, lambda: {}) for seed in seeds]
+            runs = [
+                Run(
+                    **{
+                        **row["run"],
+                        "returns": tuple(row["run"]["returns"]),
+                        "costs": tuple(row["run"]["costs"]),
+                    }
+                )
+                for row in rows
+            ]
+            yield FieldScore(
+                policy=NAMES[method],
+                task=task,
+                references=ReferenceReturns(**rows[0]["references"]),
+                cost_limit=COST_LIMIT,
+                runs=tuple(runs),
+                shielded=method.endswith("-shield"),
+                trained_apart=True,
+            )
+
+
+def costs(tasks: list[str], seeds: list[int], methods: list[str]) -> str:
+    """Return what each method took: processor seconds of training, memory, milliseconds a step."""
+    lines = ["method                training, s    peak memory, MB"]
+    for method in methods:
+        rows = [
+            kept(task, method, seed, lambda: {})
+            for task in tasks
+            for seed in seeds
+            if (RESULTS / f"suites/{task}_{method}_{seed}.json").exists()
+        ]
+        if rows:
+            seconds = np.median([row["training_seconds"] for row in rows])
+            memory = max(row["peak_memory_mb"] for row in rows)
+            lines.append(f"{method:20}  {seconds:10.0f}  {memory:17d}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
+    parser.add_argument("--tasks", nargs="+", help="default: every log in the folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--here", action="store_true", help="one cell, in this process")
+    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    arguments = parser.parse_args()
+    tasks = arguments.tasks or sorted(path.stem for path in arguments.data.glob("*.hdf5"))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    if arguments.here:
+        for task in tasks:
+            for method in arguments.methods:
+                for seed in arguments.seeds:
+                    row = kept(
+                        task,
+                        method,
+                        seed,
+                        lambda t=task, m=method, s=seed: cell(t, m, s, arguments.data),
+                    )
+                    mean = {key: np.mean(row["run"][key]) for key in ("returns", "costs")}
+                    print(task, method, seed, mean, f"{row['training_seconds']} s", flush=True)
+        return
+    if not arguments.table:
+        run_apart(tasks, arguments.seeds, arguments.methods, arguments.data)
+    print(machine())
+    print(format_scores(list(scores(tasks, arguments.seeds, arguments.methods))))
+    print(costs(tasks, arguments.seeds, arguments.methods))
+
+
+if __name__ == "__main__":
+    main()
