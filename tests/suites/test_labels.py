@@ -165,10 +165,10 @@ def test_what_observations_tell_is_what_the_environment_tells(env_id: str) -> No
     assert counts is not None
     assert counts.states == len(run.log)
     assert counts.violations == (run.log.costs > 0).sum()
-    # The speed of the ant across is read off two observations, not off its way.
-    slack = 0.25 if "AntVelocity" in env_id or "SwimmerVelocityGymnasium-v0" in env_id else 1e-4
-    if slack == 1e-4:
-        assert counts.disagreements == counts.unseen == 0
+    # The speed across is read off two observations, not off a way; a car's lidar tilts with it.
+    across = "AntVelocity" in env_id or "SwimmerVelocityGymnasium-v0" in env_id
+    slack = 0.5 if across else 0.01 if "Car" in env_id and env_id in NAVIGATION else 1e-4
+    assert counts.disagreements + counts.unseen <= (0.05 * counts.violations if across else 0)
     labelled = label(run.log, env_id)
     assert labelled.constraint_kind == "continuous"
     np.testing.assert_array_equal(labelled.next_constraints > 0, run.log.costs > 0)
@@ -185,9 +185,10 @@ def test_contacts_are_told_by_the_logged_cost(env_id: str) -> None:
     assert counts.invented == counts.unseen == 0
     labelled = label(run.log, env_id)
     np.testing.assert_array_equal(labelled.next_constraints > 0, run.log.costs > 0)
-    # A car tilts, and where the goal's own button is the nearest another one may be hidden.
-    differ = np.abs(labelled.next_constraints - run.live) > 0.02
-    assert differ.mean() < (0.5 if "Button" in env_id else 0.1)
+    # Corners and tilts: bounding circles are those of the robot at rest.
+    difference = np.abs(labelled.next_constraints - run.live)
+    assert difference.max() < 0.1
+    assert np.mean(difference > 0.01) < 0.02
 
 
 def test_humanoids_logs_stay_binary() -> None:
