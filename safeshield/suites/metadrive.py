@@ -30,7 +30,8 @@ else:
 HORIZON = 1000
 """Steps of the longest episode."""
 ROADS = {"easy": ("SCS", 0), "medium": ("XST", 100), "hard": ("TRO", 200)}
-"""Blocks of the map (S straight, C curve, X crossing, T junction, R ramp, O roundabout), scenario."""
+"""Blocks of the map (S straight, C curve, X crossing, T junction, R ramp, O roundabout) and the
+number of the scenario."""
 DENSITIES = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
 """Cars a step of 10 metres of lane."""
 IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}

@@ -22,7 +22,9 @@ VELOCITY = [
     for version in (0, 1)
 ]
 BULLET = [
-    f"Safety{robot}{task}-v0" for robot in ("Ant", "Ball", "Car", "Drone") for task in ("Circle", "Run")
+    f"Safety{robot}{task}-v0"
+    for robot in ("Ant", "Ball", "Car", "Drone")
+    for task in ("Circle", "Run")
 ]
 NAVIGATION = [
     f"Safety{robot}{task}{level}Gymnasium-v0"
@@ -131,7 +133,7 @@ def test_it_is_put_around_once_and_the_spec_rebuilds_it() -> None:
 def test_what_has_no_distance_is_left_as_it_is(env_id: str) -> None:
     env = gym.make(env_id)
     assert with_constraint(env) is env
-    with pytest.raises(ValueError, match="no constraint is known for .*ConstraintFromFunction"):
+    with pytest.raises(ValueError, match=r"no constraint is known for .*ConstraintFromFunction"):
         ConstraintFromState(env)
     env.close()
 
@@ -204,7 +206,7 @@ def test_every_task_of_dsrl_is_known_by_each_of_its_names() -> None:
         assert log_label(task.name) is log_label(task.env_id) is log_label(task.offline_id) is found
         assert log_label(f"safeshield.suites:{task.env_id}") is found
     assert log_label("SafetyHopperVelocity-v0") is not log_label("SafetyHopperVelocity-v1")
-    with pytest.raises(ValueError, match="task must be one of .*PointGoal1.* got 'Pendulum'"):
+    with pytest.raises(ValueError, match=r"task must be one of .*PointGoal1.* got 'Pendulum'"):
         log_label("Pendulum-v1")
 
 
@@ -239,7 +241,7 @@ def test_the_cost_overrules_a_sign_that_disagrees() -> None:
     np.testing.assert_array_equal(
         labelled.next_constraints[untouched], whole.next_constraints[untouched]
     )
-    with pytest.raises(ValueError, match="more than max_disagreement 0.0 per violation"):
+    with pytest.raises(ValueError, match=r"more than max_disagreement 0\.0 per violation"):
         label(log, "BallRun", max_disagreement=0.0)
 
 
