@@ -295,6 +295,35 @@ def inspect(
         typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
 
 
+@app.command()
+@_clear_errors
+def doctor(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="core, navigation, velocity, bullet, dsrl, metadrive; default: all."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed and works, and which commands are missing.
+
+    Exit status 1: something installed does not work, or a part that was named is not installed.
+    """
+    from safeshield.suites.doctor import Part, examine, healthy, report
+
+    unknown = [part for part in parts or [] if part not in list(Part)]
+    if unknown:
+        raise ValueError(f"PARTS must be of {', '.join(Part)}, got {', '.join(unknown)}")
+    asked = [Part(part) for part in parts or []]
+    findings = examine(asked)
+    if as_json:
+        typer.echo(json.dumps([one.to_json() for one in findings], indent=2))
+    else:
+        typer.echo(report(findings))
+    if not healthy(findings, asked):
+        raise typer.Exit(1)
+
+
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
@@ -314,7 +343,10 @@ def _check_output(path: Path, suffixes: tuple[str, ...] | None) -> None:
 def _make(env_id: str) -> Env:
     import gymnasium as gym
 
-    import safeshield.envs  # noqa: F401 - registers our environments
+    import safeshield.envs
+
+    if ":" not in env_id and env_id not in gym.registry:
+        import safeshield.suites  # noqa: F401 - registers those of other packages
 
     env: Env = gym.make(env_id)
     return env

@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -30,7 +28,8 @@ else:
     _Env = gym.Env
 
 PACKAGE = "bullet_safety_gym"
-METADATA = {"render_modes": ["human", "rgb_array"], "render_fps": 30}
+RENDER_MODES = ("human", "rgb_array")
+METADATA = {"render_modes": list(RENDER_MODES), "render_fps": 30}
 
 _FAR = 100.0
 """Above the ground, metres: out of reach of everything."""
@@ -83,14 +82,15 @@ def load(what: str) -> None:
             raise broken(what, error, Suite.bullet) from error
 
 
-def construct(base: type[_Env], **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+def construct(base: Any, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
     """Return an environment of a class of Bullet-Safety-Gym's, seeded and rendered as others."""
     with compat.LOCK, compat.streams_with_files():
-        return _mended(base)(**kwargs)
+        env: _Env = _mended(base)(**kwargs)
+    return env
 
 
 @functools.cache
-def _mended(base: type[_Env]) -> type[_Env]:
+def _mended(base: Any) -> Any:  # noqa: ANN401 - a class of theirs
     return type(base.__name__, (_Seeded, base), {"__doc__": base.__doc__})
 
 
@@ -106,12 +106,13 @@ class _Seeded(_Env):
     metadata = METADATA
     bc: Any
     agent: Any
+    input_parameters: dict[str, Any]
     stored_state_id: int
 
     def __init__(self, *args: Any, render_mode: str | None = None, **kwargs: Any) -> None:  # noqa: ANN401
-        if render_mode not in (None, *METADATA["render_modes"]):
+        if render_mode not in (None, *RENDER_MODES):
             raise ValueError(
-                f"render_mode must be None or one of {METADATA['render_modes']}, got {render_mode!r}"
+                f"render_mode must be None or one of {RENDER_MODES}, got {render_mode!r}"
             )
         if render_mode == "human" and not _has_display():
             raise ValueError(
@@ -120,7 +121,8 @@ class _Seeded(_Env):
             )
         super().__init__(*args, **kwargs)
         self.render_mode = render_mode
-        self._streams: tuple[Any, Any] | None = None
+        self._draws: compat.Draws | None = None
+        self._draws_in_steps = self.input_parameters["task"] not in ("RunTask", "CircleTask")
         if render_mode == "human":
             super().render("human")  # type: ignore[call-arg]
         self._new_state: int = self.bc.saveState()
@@ -130,10 +132,9 @@ class _Seeded(_Env):
     ) -> tuple[Any, dict[str, Any]]:
         gym.Env.reset(self, seed=seed)
         if seed is not None:
-            generator = np.random.RandomState(np.random.MT19937(seed))
-            self._streams = generator.get_state(), random.Random(seed).getstate()
+            self._draws = compat.Draws(seed)
             self._make_new()
-        with self._drawing():
+        with self._draws.in_place() if self._draws is not None else nullcontext():
             return super().reset(seed=seed, options=options)
 
     def _make_new(self) -> None:
@@ -151,13 +152,16 @@ class _Seeded(_Env):
         bullet.resetBasePositionAndOrientation(body, (0.0, 0.0, _FAR), (0.0, 0.0, 0.0, 1.0))
         bullet.performCollisionDetection()
         bullet.restoreState(self._new_state)
-        self.stored_state_id = -1
+        bullet.removeState(self.stored_state_id)
+        self.stored_state_id = -1  # as in a new environment, whose first reset saves one
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        with self._drawing():
+        if self._draws is None or not self._draws_in_steps:
+            return super().step(action)
+        with self._draws.in_place():
             return super().step(action)
 
-    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8] | None:
         if self.render_mode is None:
             raise ValueError(
                 "render() needs a render mode: gymnasium.make(id, render_mode='rgb_array')"
@@ -166,21 +170,6 @@ class _Seeded(_Env):
             return None  # the window shows every step by itself
         picture: Any = super().render("rgb_array")  # type: ignore[call-arg]
         return np.asarray(picture, dtype=np.uint8)
-
-    @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        if self._streams is None:
-            yield
-            return
-        outer = np.random.get_state(), random.getstate()
-        try:
-            np.random.set_state(self._streams[0])
-            random.setstate(self._streams[1])
-            yield
-        finally:
-            self._streams = np.random.get_state(), random.getstate()
-            np.random.set_state(outer[0])
-            random.setstate(outer[1])
 
 
 def _has_display() -> bool:

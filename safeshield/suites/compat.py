@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import random
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -55,7 +56,7 @@ def array_defaults(package: str) -> Iterator[None]:
         return original(cls, **options)
 
     before = set(sys.modules)
-    dataclasses.dataclass = dataclass  # type: ignore[assignment]
+    dataclasses.dataclass = dataclass
     try:
         yield
     finally:
@@ -138,3 +139,37 @@ def _has_file(stream: Any) -> bool:  # noqa: ANN401 - whatever somebody has put 
         return isinstance(stream.name, int) or stream.name in ("<stdout>", "<stderr>")
     except (AttributeError, ValueError, OSError):
         return False
+
+
+class Draws:
+    """Streams of random numbers that take the place of NumPy's and Python's global ones.
+
+    A second thread that draws from the global generators while these are in their place draws from
+    these. Two streams of the same seed are the same.
+    """
+
+    def __init__(self, seed: int) -> None:
+        generator = np.random.RandomState(np.random.MT19937(seed))
+        self._states = generator.get_state(), random.Random(seed).getstate()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Draw from these inside, on from where they are; the global ones stay as they were."""
+        with LOCK:
+            outer = _global_states()
+            try:
+                _set_global_states(self._states)
+                yield
+            finally:
+                self._states = _global_states()
+                _set_global_states(outer)
+
+
+# What packages of before 2020 draw from; to swap it one has to touch it.
+def _global_states() -> tuple[Any, Any]:
+    return np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _set_global_states(states: tuple[Any, Any]) -> None:
+    np.random.set_state(states[0])  # noqa: NPY002
+    random.setstate(states[1])

@@ -79,7 +79,7 @@ vars(make_bullet).update(metadata=bullet.METADATA)
 vars(make_safety_gymnasium).update(metadata=safety_gymnasium.METADATA)
 
 
-def _class_of(env_id: str, part: str) -> tuple[type[_Env], dict[str, Any]]:
+def _class_of(env_id: str, part: str) -> tuple[Any, dict[str, Any]]:
     """Return DSRL's class of an environment, and what DSRL knows of its log."""
     require(env_id, Suite.dsrl)
     try:
@@ -99,8 +99,9 @@ def _class_of(env_id: str, part: str) -> tuple[type[_Env], dict[str, Any]]:
         "max_episode_cost": infos.MAX_EPISODE_COST,
         "min_episode_cost": infos.MIN_EPISODE_COST,
     }
-    kind: type[_Env] = getattr(environments, f"Offline{name}Env")
-    return kind, {key: table[name] for key, table in known.items()}
+    return getattr(environments, f"Offline{name}Env"), {
+        key: table[name] for key, table in known.items()
+    }
 
 
 @functools.cache

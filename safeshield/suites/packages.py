@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -60,6 +61,8 @@ class Package:
         return Requirement(self.requirement).specifier.contains(version, prereleases=True)
 
 
+_LAST_PYTHON: tuple[int, int] = (3, 11)
+_RUNNING: tuple[int, int] = (sys.version_info.major, sys.version_info.minor)
 _SAFETY = (Suite.safety_gymnasium,)
 _BULLET = (Suite.bullet,)
 _METADRIVE = (Suite.metadrive,)
@@ -67,25 +70,26 @@ _METADRIVE = (Suite.metadrive,)
 STACK = (
     Package("gymnasium==0.29.1", "gymnasium", tuple(Suite)),
     Package("mujoco==2.3.7", "mujoco", _SAFETY),
-    Package("numpy>=2.0,<2.4", "numpy", _SAFETY),
-    Package("pygame>=2.5", "pygame", (*_SAFETY, *_METADRIVE)),
-    Package("xmltodict>=0.13", "xmltodict", _SAFETY),
-    Package("pyyaml>=6.0", "yaml", _SAFETY),
-    Package("imageio>=2.27", "imageio", _SAFETY),
-    Package("pybullet>=3.2.5", "pybullet", _BULLET),
+    Package("numpy<2.4", "numpy", _SAFETY),
+    Package("pygame", "pygame", (*_SAFETY, *_METADRIVE)),
+    Package("xmltodict", "xmltodict", _SAFETY),
+    Package("pyyaml", "yaml", _SAFETY),
+    Package("imageio", "imageio", _SAFETY),
+    Package("pybullet", "pybullet", _BULLET),
     Package("panda3d==1.10.13", "panda3d", _METADRIVE),
     Package("panda3d-gltf==0.13", "gltf", _METADRIVE),
-    Package("shapely>=2.0", "shapely", _METADRIVE),
-    Package("lxml>=4.9", "lxml", _METADRIVE),
-    Package("psutil>=5.9", "psutil", _METADRIVE),
-    Package("progressbar>=2.5", "progressbar", _METADRIVE),
-    Package("filelock>=3.12", "filelock", _METADRIVE),
-    Package("opencv-python-headless>=4.8", "cv2", _METADRIVE),
-    Package("mediapy>=1.1", "mediapy", _METADRIVE),
-    Package("seaborn>=0.13", "seaborn", _METADRIVE),
-    Package("yapf>=0.40", "yapf", _METADRIVE),
-    Package("Pygments>=2.15", "pygments", _METADRIVE),
-    Package("requests>=2.31", "requests", _METADRIVE),
+    Package("shapely", "shapely", _METADRIVE),
+    Package("lxml", "lxml", _METADRIVE),
+    Package("psutil", "psutil", _METADRIVE),
+    Package("progressbar", "progressbar", _METADRIVE),
+    Package("filelock", "filelock", _METADRIVE),
+    Package("opencv-python-headless", "cv2", _METADRIVE),
+    Package("mediapy", "mediapy", _METADRIVE),
+    Package("seaborn", "seaborn", _METADRIVE),
+    Package("yapf", "yapf", _METADRIVE),
+    Package("Pygments", "pygments", _METADRIVE),
+    Package("requests", "requests", _METADRIVE),
+    Package("minari", "minari", ()),  # for the logs of its server; no environment needs it
     Package("safety-gymnasium==0.4.1", "safety_gymnasium", _SAFETY, apart=True),
     Package("bullet-safety-gym==1.4.0", "bullet_safety_gym", _BULLET, apart=True),
     Package("dsrl==0.1.0", "dsrl", (Suite.dsrl,), apart=True),
@@ -120,6 +124,16 @@ def commands(packages: tuple[Package, ...]) -> list[str]:
     return lines
 
 
+def python_note() -> str:
+    """Return what to say where the commands cannot work: on Pythons later than 3.11."""
+    if _RUNNING <= _LAST_PYTHON:
+        return ""
+    return (
+        "MuJoCo 2.3.7, PyBullet and Panda3D 1.10.13 have no wheels for Python later than "
+        f"{_LAST_PYTHON[0]}.{_LAST_PYTHON[1]}; this is {_RUNNING[0]}.{_RUNNING[1]}"
+    )
+
+
 def missing(*suites: Suite) -> tuple[Package, ...]:
     """Return what these suites need and is not installed."""
     return tuple(package for package in needed(*suites) if package.version is None)
@@ -135,8 +149,7 @@ def require(what: str, *suites: Suite) -> None:
     if absent:
         names = ", ".join(package.name for package in absent)
         raise gym.error.DependencyNotInstalled(
-            f"{what} needs packages that are not installed: {names}. Run: "
-            f"{' ; '.join(commands(absent))} ; then see `safeshield doctor`"
+            f"{what} needs packages that are not installed: {names}. {_repair(absent)}"
         )
 
 
@@ -145,11 +158,16 @@ def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyN
     others = [package for package in needed(*suites) if not package.as_tried]
     found = ", ".join(f"{package.name} {package.version}" for package in others)
     repair = (
-        f"these are other versions than those that were tried: {found}. Run: "
-        f"{' ; '.join(commands(tuple(others)))}"
+        f"these are other versions than those that were tried: {found}. {_repair(tuple(others))}"
         if others
         else "the versions are those that were tried; see `safeshield doctor`"
     )
     return gym.error.DependencyNotInstalled(
         f"{what} cannot be loaded ({type(error).__name__}: {error}): {repair}"
     )
+
+
+def _repair(packages: tuple[Package, ...]) -> str:
+    note = python_note()
+    run = f"Run: {' ; '.join(commands(packages))} ; then see `safeshield doctor`"
+    return f"{run}. But {note}" if note else run

@@ -88,7 +88,8 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
     base, defaults = _class_of(native_id(env_id))
-    return mended(base, five_values=True)(**{**defaults, **kwargs})
+    env: _Env = mended(base, five_values=True)(**{**defaults, **kwargs})
+    return env
 
 
 def make_native(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
@@ -98,15 +99,16 @@ def make_native(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the envir
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
     base, defaults = _class_of(env_id)
-    return mended(base, five_values=False)(**{**defaults, **kwargs})
+    env: _Env = mended(base, five_values=False)(**{**defaults, **kwargs})
+    return env
 
 
-# Where it finds them, `gymnasium.make` offers the modes that are built on others ("rgb_array_list").
+# Where it finds these, `gymnasium.make` offers "rgb_array_list" too.
 vars(make).update(metadata=METADATA)
 vars(make_native).update(metadata=METADATA)
 
 
-def _class_of(native_id: str) -> tuple[type[_Env], dict[str, Any]]:
+def _class_of(native_id: str) -> tuple[Any, dict[str, Any]]:
     """Return an environment's class and arguments, as Safety-Gymnasium has registered them."""
     load(native_id)
     if not _UPSTREAM:
@@ -133,11 +135,11 @@ def load(what: str) -> None:
 
 
 @functools.cache
-def mended(base: type[_Env], *, five_values: bool) -> type[_Env]:
+def mended(base: Any, *, five_values: bool) -> Any:  # noqa: ANN401 - a class of theirs
     """Return a subclass of an environment's class; see `_Navigation` and `_FiveValues`."""
     from safety_gymnasium.builder import Builder
 
-    parts = [_FiveValues] if five_values else []
+    parts: list[type] = [_FiveValues] if five_values else []
     if issubclass(base, Builder):
         parts.append(_Navigation)
     return type(base.__name__, (*parts, base), {"__doc__": base.__doc__}) if parts else base
@@ -213,7 +215,7 @@ def _renders(env: _Navigation) -> bool:
 def _world_class() -> type:
     from safety_gymnasium.world import World
 
-    class SkylessWorld(World):  # type: ignore[misc,no-any-unimported]
+    class SkylessWorld(World):  # type: ignore[misc]
         """A world whose model is compiled without the sky's texture, while nothing renders.
 
         Most of a reset is decoding its six pictures. Physics, sensors and lidar never see them.
@@ -224,9 +226,9 @@ def _world_class() -> type:
             self._built = False
             super().__init__(env.task.agent, env.task._obstacles)
 
-        def rebuild(self, config: Any = None, state: bool = True) -> None:
-            # A world is built once more where it exists already, and then moved forward twice:
-            # another start for the solver, hence other last digits. The first reset has to differ.
+        def rebuild(self, config: object = None, state: bool = True) -> None:
+            # The first build is computed forward once, every later one twice, which gives the
+            # solver another start and other last digits. A first reset stays a first one.
             if self._built:
                 super().rebuild(config, state)
                 return

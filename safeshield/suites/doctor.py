@@ -1,0 +1,223 @@
+"""What is installed, what works, and the commands that are missing.
+
+Each part is tried in a process of its own: what crashes there is told here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from safeshield.suites.packages import Suite, commands, missing, needed, python_note
+from safeshield.suites.tasks import TASKS
+
+_CORE = ("safeshield", "torch", "gymnasium", "stable-baselines3", "numpy")
+_SECONDS = 180.0
+_PROBE = "import sys; from safeshield.suites.doctor import probe; probe(sys.argv[1:])"
+_ANSWER = "safeshield-doctor:"
+
+
+class Part(StrEnum):
+    """What can be asked about."""
+
+    core = "core"
+    navigation = "navigation"
+    velocity = "velocity"
+    bullet = "bullet"
+    dsrl = "dsrl"
+    metadrive = "metadrive"
+
+
+class State(StrEnum):
+    """What was found."""
+
+    works = "works"
+    absent = "absent"
+    broken = "broken"
+
+
+# What each part needs, and one environment of each kind that it has.
+_PARTS: dict[Part, tuple[tuple[Suite, ...], tuple[str, ...]]] = {
+    Part.core: ((), ("safeshield/Boat-v0",)),
+    Part.navigation: ((Suite.safety_gymnasium,), (TASKS["PointGoal1"].env_id,)),
+    Part.velocity: ((Suite.safety_gymnasium,), (TASKS["HopperVelocity"].env_id,)),
+    Part.bullet: ((Suite.bullet,), (TASKS["BallRun"].env_id, TASKS["CarCircle"].env_id)),
+    Part.dsrl: (
+        (Suite.dsrl, Suite.safety_gymnasium, Suite.bullet),
+        (TASKS["PointGoal1"].offline_id, TASKS["BallRun"].offline_id),
+    ),
+    Part.metadrive: ((Suite.metadrive,), (TASKS["easysparse"].env_id,)),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one part."""
+
+    part: Part
+    state: State
+    versions: dict[str, str]
+    """Of what is installed of it."""
+    detail: str
+    """What was made, reset and stepped, or what went wrong."""
+    untried: tuple[str, ...] = ()
+    """Packages in other versions than those that were tried together, with what was tried."""
+    commands: tuple[str, ...] = ()
+    """What to run, in this order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return asdict(self)
+
+
+def examine(parts: Sequence[Part] = ()) -> list[Finding]:
+    """Try these parts, or all, each in a process of its own.
+
+    Args:
+        parts: what to try; none stands for all.
+    """
+    wanted = list(dict.fromkeys(parts)) or list(Part)
+    with ThreadPoolExecutor(max_workers=min(len(wanted), os.cpu_count() or 1)) as pool:
+        return list(pool.map(_examine, wanted))
+
+
+def healthy(findings: Sequence[Finding], asked: Sequence[Part] = ()) -> bool:
+    """Whether nothing is broken, and nothing that was asked for by name is absent."""
+    return not any(
+        one.state is State.broken or (one.state is State.absent and one.part in asked)
+        for one in findings
+    )
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """Return the findings as text, with the commands that are missing at its end."""
+    indent = " " * (max(len(part) for part in Part) + 2 + max(len(state) for state in State) + 2)
+    lines = []
+    for one in findings:
+        head = f"{one.part:<{max(len(part) for part in Part)}}  {one.state:<6}  "
+        texts = [", ".join(f"{name} {number}" for name, number in one.versions.items()), one.detail]
+        if one.untried:
+            texts.append(f"not tried together: {', '.join(one.untried)}")
+        body = [text for text in texts if text]
+        lines += [f"{head if i == 0 else indent}{text}" for i, text in enumerate(body)]
+    run = list(dict.fromkeys(command for one in findings for command in one.commands))
+    if run:
+        lines += ["", "To install what is missing, in this order:"]
+        lines += [f"  {command}" for command in _together(run)]
+        lines += [f"But {note}."] if (note := python_note()) else []
+    return "\n".join(lines)
+
+
+def _together(run: Sequence[str]) -> list[str]:
+    """Put the commands of several parts together: pip's own first, then one without pins."""
+    start = "pip install --no-deps "
+    plain = [command for command in run if not command.startswith(start)]
+    apart = [name for command in run if command.startswith(start)
+             for name in command.removeprefix(start).split()]  # fmt: skip
+    return plain + ([start + " ".join(dict.fromkeys(apart))] if apart else [])
+
+
+def _examine(part: Part) -> Finding:
+    suites, ids = _PARTS[part]
+    packages = needed(*suites)
+    versions = {package.name: package.version for package in packages}
+    if part is Part.core:
+        versions = {"python": platform.python_version(), **{name: _version(name) for name in _CORE}}
+    present = {name: number for name, number in versions.items() if number is not None}
+    absent = missing(*suites)
+    if absent:
+        names = ", ".join(package.name for package in absent)
+        detail = f"not installed: {names}"
+        return Finding(part, State.absent, present, detail, commands=tuple(commands(absent)))
+    others = tuple(package for package in packages if not package.as_tried)
+    untried = tuple(
+        f"{package.name} {package.version} (tried: {package.requirement})" for package in others
+    )
+    works, detail = _try(ids)
+    if works:
+        return Finding(part, State.works, present, detail, untried)
+    return Finding(part, State.broken, present, detail, untried, tuple(commands(others)))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _try(ids: Sequence[str]) -> tuple[bool, str]:
+    """Make, reset and step environments in a process of their own; say how that went."""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", _PROBE, *ids],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"{', '.join(ids)}: no answer in {_SECONDS:.0f} s"
+    answers = [line for line in result.stdout.splitlines() if line.startswith(_ANSWER)]
+    if result.returncode == 0 and answers:
+        return True, str(json.loads(answers[-1].removeprefix(_ANSWER)))
+    if result.returncode < 0:
+        return False, f"{', '.join(ids)}: killed by {_signal_name(-result.returncode)}"
+    said = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    last = said[-1] if said else f"exit status {result.returncode}, and not a word"
+    return False, f"{', '.join(ids)}: {last}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def probe(ids: Sequence[str]) -> None:
+    """Make, reset and step environments in this process, and print how that went.
+
+    The first of all, ``safeshield/Boat-v0``, stands for the core, whose packages are then loaded.
+    """
+    import gymnasium as gym
+
+    import safeshield.suites  # noqa: F401 - registers
+
+    told = []
+    for env_id in ids:
+        start = time.perf_counter()
+        env: gym.Env[Any, Any] = gym.make(env_id)
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        observation, reward, _, _, info = env.step(env.action_space.sample())
+        if not env.observation_space.contains(observation) or "cost" not in info:
+            raise RuntimeError(f"{env_id} steps to {observation!r}, {reward!r}, {info!r}")
+        env.close()
+        told.append(f"{env_id} ({time.perf_counter() - start:.1f} s)")
+    text = f"made, reset and stepped: {', '.join(told)}"
+    if ids[0].startswith("safeshield/"):
+        text += f"; {_device()}"
+    print(f"\n{_ANSWER}{json.dumps(text)}", flush=True)
+
+
+def _device() -> str:
+    import stable_baselines3  # noqa: F401 - must load
+    import torch
+
+    if not torch.cuda.is_available():
+        return "trains on the CPU, PyTorch finds no CUDA device"
+    total = float(torch.ones(1, device="cuda").sum())  # a device that is found may yet be unusable
+    return f"trains on {torch.cuda.get_device_name()}" if total == 1.0 else "CUDA miscalculates"
