@@ -130,7 +130,7 @@ class ConstraintFromState(_Wrapper, RecordConstructorArgs):
         """Take a step and report the constraint of the state it reaches."""
         observation, *others, info = self.env.step(action)
         # A native environment of Safety-Gymnasium has one more value, which stays where it is.
-        return observation, *others, self._labelled(observation, info)  # type: ignore[return-value]
+        return observation, *others, self._labelled(observation, info)
 
     def _labelled(self, observation: object, info: Info) -> Info:
         if "constraint" in info:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.suites.constraints import LIDAR_LIMIT, SPEED_LIMIT, Simulator, with_constraint
-from safeshield.suites.logged import METADRIVE_TASKS, METADRIVE_WIDTH
 from safeshield.suites.packages import Suite, broken, require
 from safeshield.suites.registration import register
 
@@ -37,6 +36,13 @@ DENSITIES = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
 IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}
 """What the other cars' drivers are made of: km/h, and factors of acceleration and braking."""
 
+METADRIVE_TASKS = tuple(f"{road}{traffic}" for road in ROADS for traffic in DENSITIES)
+"""DSRL's names of the nine."""
+METADRIVE_WIDTH = 259
+"""Numbers in an observation."""
+METADRIVE_FORK_WIDTH = 261
+"""In one of DSRL's own logs, made on the fork, where they mean something else."""
+
 _RAYS = 240
 _INFO_KEYS = ("velocity", "crash", "out_of_road", "arrive_dest", "max_step", "route_completion")
 _IDS = {f"OfflineMetadrive-{name}-v0": name for name in METADRIVE_TASKS}
@@ -54,7 +60,7 @@ def register_metadrive() -> str | None:
     """
     register(_IDS, f"{__name__}:make", dict.fromkeys(_IDS, HORIZON), {})
     try:
-        require("MetaDrive's nine tasks", Suite.metadrive)
+        require("MetaDrive", Suite.metadrive)
     except gym.error.DependencyNotInstalled as error:
         return str(error)
     return None

@@ -14,6 +14,7 @@ from safeshield.data import OfflineDataset, collect
 from safeshield.suites import constraints, logged
 from safeshield.suites.constraints import ConstraintFromState, with_constraint
 from safeshield.suites.labels import MENDED, agreement, label, log_label
+from safeshield.suites.metadrive import METADRIVE_TASKS
 from safeshield.suites.tasks import TASKS, Family, find_task
 
 VELOCITY = [
@@ -361,5 +362,5 @@ def test_bullet_robots(env_id: str) -> None:
 
 def test_tasks_are_those_of_the_table() -> None:
     assert {task.name for task in TASKS.values() if task.family is Family.metadrive} == set(
-        logged.METADRIVE_TASKS
+        METADRIVE_TASKS
     )

@@ -16,9 +16,9 @@ import safeshield.suites  # noqa: F401 - registers them
 from safeshield.data import collect
 from safeshield.suites import packages
 from safeshield.suites.labels import agreement, label
-from safeshield.suites.logged import METADRIVE_TASKS
 from safeshield.suites.metadrive import (
     DENSITIES,
+    METADRIVE_TASKS,
     ROADS,
     MetaDriveTask,
     register_metadrive,
