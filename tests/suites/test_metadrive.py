@@ -110,7 +110,9 @@ def test_costs_and_ends(env: Env) -> None:
             expected = 1.0 if wrecked else max(info["velocity"] - 10.0, gap)
             assert info["constraint"] == pytest.approx(expected, abs=1e-5)
             kinds.add((bool(wrecked), fast > 0, near > 0))
-            assert all(type(value) in (bool, float) for value in info.values())
+            flags = {key for key, value in info.items() if type(value) is bool}
+            assert flags == {"crash", "out_of_road", "arrive_dest", "max_step"}
+            assert all(type(info[key]) is float for key in info.keys() - flags)
     assert {kind[0] for kind in kinds} == {True, False}
     assert (False, True, False) in kinds, "speed alone costs"
     assert any(kind[2] for kind in kinds), "nearness costs"
