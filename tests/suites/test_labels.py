@@ -194,6 +194,19 @@ def test_contacts_are_told_by_the_logged_cost(env_id: str) -> None:
     assert np.mean(difference > 0.01) < 0.02
 
 
+def test_a_cost_far_from_everything_is_no_contact() -> None:
+    log = rollout("SafetyPointPush2Gymnasium-v0").log
+    counts = agreement(log, "PointPush2")
+    far = int(np.argmin(label(log, "PointPush2").next_constraints))
+    assert log.costs[far] == 0
+    costs = np.array(log.costs)
+    costs[far] = 1.0
+    odd = agreement(dataclasses.replace(log, costs=costs), "PointPush2")
+    assert counts is not None
+    assert odd is not None
+    assert (counts.missed, odd.missed) == (0, 1)
+
+
 def test_humanoids_logs_stay_binary() -> None:
     log = rollout("SafetyHumanoidVelocityGymnasium-v1").log
     assert label(log, "SafetyHumanoidVelocityGymnasium-v1") is log
