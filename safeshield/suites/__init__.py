@@ -1,4 +1,4 @@
-"""The field's tasks: Safety-Gymnasium, Bullet-Safety-Gym and DSRL, under their own ids.
+"""The field's tasks: Safety-Gymnasium, Bullet-Safety-Gym, DSRL, MetaDrive, under their own ids.
 
 Importing this registers them with Gymnasium and loads no simulator. What is not installed is
 registered all the same: making it says what is missing, and the commands.
@@ -12,7 +12,7 @@ to register an id has it.
 
 from __future__ import annotations
 
-from safeshield.suites import bullet, dsrl, safety_gymnasium
+from safeshield.suites import bullet, dsrl, metadrive, safety_gymnasium
 from safeshield.suites.packages import Suite
 from safeshield.suites.tasks import TASKS, Family, Task, find_task
 
@@ -24,6 +24,7 @@ def register_envs() -> None:
     safety_gymnasium.register_envs()
     bullet.register_envs()
     dsrl.register_envs()
+    metadrive.register_metadrive()
 
 
 register_envs()

@@ -20,7 +20,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, broken, require
-from safeshield.suites.registration import register, specs_if_installed, specs_of
+from safeshield.suites.registration import register, remember, specs_if_installed, specs_of
 
 if TYPE_CHECKING:
     _Env = gym.Env[Any, Any]
@@ -46,7 +46,7 @@ _UPSTREAM: dict[str, EnvSpec] = {}
 
 def register_envs() -> None:
     """Register Bullet-Safety-Gym's ids; where it is absent, making one says so."""
-    _UPSTREAM.update(specs_if_installed(PACKAGE, IDS))
+    remember(_UPSTREAM, specs_if_installed(PACKAGE, IDS))
     register(IDS, f"{__name__}:make", {}, _UPSTREAM)
 
 
@@ -59,7 +59,7 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
     """
     load(env_id)
     if not _UPSTREAM:
-        _UPSTREAM.update(specs_of(PACKAGE, IDS))
+        remember(_UPSTREAM, specs_of(PACKAGE, IDS))
     spec = _UPSTREAM[env_id]
     base: Any = load_env_creator(str(spec.entry_point))
     return construct(base, **{**spec.kwargs, **kwargs})

@@ -37,6 +37,11 @@ def specs_if_installed(package: str, ids: Collection[str]) -> dict[str, EnvSpec]
         return {}
 
 
+def remember(known: dict[str, EnvSpec], found: Mapping[str, EnvSpec]) -> None:
+    """Add specs; of two under one id the first stays, which is the package's own."""
+    known.update({one: spec for one, spec in found.items() if one not in known})
+
+
 def register(
     ids: Iterable[str], entry_point: str, steps: Mapping[str, int], upstream: Mapping[str, EnvSpec]
 ) -> None:

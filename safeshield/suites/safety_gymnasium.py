@@ -19,7 +19,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, broken, require
-from safeshield.suites.registration import register, specs_if_installed, specs_of
+from safeshield.suites.registration import register, remember, specs_if_installed, specs_of
 
 if TYPE_CHECKING:
     _Env = gym.Env[Any, Any]
@@ -76,7 +76,7 @@ _UPSTREAM: dict[str, EnvSpec] = {}
 
 def register_envs() -> None:
     """Register Safety-Gymnasium's ids; where it is absent, making one says so."""
-    _UPSTREAM.update(specs_if_installed(PACKAGE, _ALL))
+    remember(_UPSTREAM, specs_if_installed(PACKAGE, _ALL))
     register(_NATIVE, f"{__name__}:make_native", {}, _UPSTREAM)
     register(map(five_values_id, _NATIVE), f"{__name__}:make", {}, _UPSTREAM)
 
@@ -112,7 +112,7 @@ def _class_of(native_id: str) -> tuple[Any, dict[str, Any]]:
     """Return an environment's class and arguments, as Safety-Gymnasium has registered them."""
     load(native_id)
     if not _UPSTREAM:
-        _UPSTREAM.update(specs_of(PACKAGE, _ALL))
+        remember(_UPSTREAM, specs_of(PACKAGE, _ALL))
     spec = _UPSTREAM[native_id]
     kind: Any = load_env_creator(str(spec.entry_point))
     return kind, dict(spec.kwargs)
