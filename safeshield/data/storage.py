@@ -2,6 +2,8 @@
 
 A file has DSRL's arrays (`DSRL_KEYS`), and, when this package wrote it, the labels
 (`LABEL_KEYS`) and a strict-JSON header: an attribute of the HDF5 root, an array of bytes in NPZ.
+Arrays are read block by block into float32 (flags: bool) arrays that are allocated once, whatever
+the file's own dtypes are: reading takes the memory of the arrays and of one block.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ DSRL_KEYS = (
     "timeouts",
 )
 LABEL_KEYS = ("constraints", "next_constraints")
+FLAG_KEYS = ("terminals", "timeouts")
+VECTOR_KEYS = ("observations", "next_observations", "actions")
 HEADER_KEY = "safeshield"
 
 _HDF5_SUFFIXES = (".hdf5", ".h5")
@@ -38,21 +42,24 @@ _NPZ_SUFFIX = ".npz"
 _MAX_HEADER_BYTES = 1 << 29
 # Deflate cannot shrink data more than 1032 times: a file that claims more holds no such arrays.
 _MAX_EXPANSION = 1100
+_BLOCK_BYTES = 4 << 20
 
 Array = npt.NDArray[Any]
 Header = dict[str, Any]
 
 
 def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
-    """Read the known arrays and the header of a log.
+    """Read the known arrays, as float32 or bool, and the header of a log.
 
     Sizes and dtypes are checked before anything is allocated; links, external storage and pickled
-    objects are refused. Unknown arrays are ignored.
+    objects are refused. Unknown arrays are ignored. A key of one number a step may be (N, 1) in
+    the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the suffix is unknown, the file is damaged or not what its suffix says, keys
-            are missing (the message lists missing and present ones) or an array is no numbers.
+            are missing (the message lists missing and present ones), parts of an array were never
+            written, lengths differ, or an array holds no numbers.
     """
     reader = _read_hdf5 if _is_hdf5(path) else _read_npz
     if not path.is_file():
@@ -119,7 +126,9 @@ def _read_hdf5(path: Path) -> tuple[dict[str, Array], bytes | None]:
         keys = _keys_to_read(path, present)
         entries = {key: _plain_dataset(path, file, key) for key in keys}
         _check_claims(path, {key: (entry.shape, entry.dtype) for key, entry in entries.items()})
-        arrays = {key: np.asarray(entry[()]) for key, entry in entries.items()}
+        for key, entry in entries.items():
+            _check_written(path, key, entry)
+        arrays = {key: _hdf5_array(key, entry) for key, entry in entries.items()}
         if HEADER_KEY not in file.attrs:
             return arrays, None
         stored = file.attrs.get_id(HEADER_KEY)
@@ -136,33 +145,98 @@ def _plain_dataset(path: Path, file: Any, key: str) -> Any:  # noqa: ANN401 - h5
     return entry
 
 
+def _check_written(path: Path, key: str, entry: Any) -> None:  # noqa: ANN401
+    # A writer that was stopped leaves chunks out, and HDF5 reads those as zeros.
+    if entry.chunks is None:
+        total, written = 1, int(entry.id.get_storage_size() > 0)
+    else:
+        counts = (math.ceil(n / c) for n, c in zip(entry.shape, entry.chunks, strict=True))
+        total, written = math.prod(counts), entry.id.get_num_chunks()
+    if entry.size and written < total:
+        _damaged(path, f"{total - written} of {total} parts of {key!r} were never written")
+
+
+def _hdf5_array(key: str, entry: Any) -> Array:  # noqa: ANN401
+    out = _empty(key, entry.shape)
+    rows = max(1, _BLOCK_BYTES * len(entry) // max(1, entry.nbytes))
+    if entry.chunks is not None:  # a chunk that two blocks share would be unpacked twice
+        rows = math.ceil(rows / entry.chunks[0]) * entry.chunks[0]
+    for start in range(0, len(entry), rows):
+        part = slice(start, min(start + rows, len(entry)))
+        if entry.dtype == out.dtype == np.float32:
+            entry.read_direct(out[part], part)
+        else:
+            _put(key, out, part, entry[part])
+    return _squeezed(key, out)
+
+
 def _read_npz(path: Path) -> tuple[dict[str, Array], bytes | None]:
     with zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         keys = _keys_to_read(path, list(members))
-        if HEADER_KEY in members:
-            keys.append(HEADER_KEY)
-        claims = {key: _npy_claim(archive, members[key]) for key in keys}
+        claims = {}
+        for key in keys:
+            with archive.open(members[key]) as stream:
+                shape, _, dtype = _npy_header(stream)
+            claims[key] = (shape, dtype)
         _check_claims(path, claims)
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: np.asarray(file[key]) for key in keys}
-    header = arrays.pop(HEADER_KEY, None)
-    if header is not None and (header.dtype != np.uint8 or header.size > _MAX_HEADER_BYTES):
-        _damaged(path, "its header is not a JSON text")
-    return arrays, None if header is None else header.tobytes()
+        arrays = {key: _npz_array(archive, members[key], key) for key in keys}
+        if HEADER_KEY not in members:
+            return arrays, None
+        with archive.open(members[HEADER_KEY]) as stream:
+            shape, _, dtype = _npy_header(stream)
+            if dtype != np.uint8 or math.prod(shape) > _MAX_HEADER_BYTES:
+                _damaged(path, "its header is not a JSON text")
+            return arrays, stream.read(_MAX_HEADER_BYTES)
 
 
-def _npy_claim(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _npz_array(archive: zipfile.ZipFile, member: str, key: str) -> Array:
     with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
-            raise ValueError(f"{member!r} has an unknown .npy version {version}")
-        shape, _, dtype = read(stream)
-    return shape, dtype
+        shape, by_columns, dtype = _npy_header(stream)
+        out = _empty(key, shape)
+        numbers: Any = out.T.flat if by_columns else out.reshape(-1)
+        size = _BLOCK_BYTES // dtype.itemsize
+        for start in range(0, out.size, size):
+            part = slice(start, min(start + size, out.size))
+            wanted = (part.stop - start) * dtype.itemsize
+            block = stream.read(wanted)
+            if len(block) < wanted:
+                raise EOFError(f"{member!r} is shorter than its header says")
+            _put(key, numbers, part, np.frombuffer(block, dtype))
+        # The checksum of a member is compared where it ends.
+        if stream.read(1):
+            raise ValueError(f"{member!r} is longer than its header says")
+    return _squeezed(key, out)
+
+
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # noqa: ANN401
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"unknown .npy version {version}")
+    return read(stream)
+
+
+def _empty(key: str, shape: tuple[int, ...]) -> Array:
+    return np.empty(shape, np.bool_ if key in FLAG_KEYS else np.float32)
+
+
+def _put(key: str, out: Any, part: slice, block: Array) -> None:  # noqa: ANN401 - or a flatiter
+    if key in FLAG_KEYS:
+        # As bytes: a damaged bool may hold any, and would be true and equal to nothing.
+        raw = block.view(np.uint8) if block.dtype == np.bool_ else block
+        if not ((raw == 0) | (raw == 1)).all():
+            raise ValueError(f"{key!r} must hold booleans (or 0 and 1 alone)")
+    with np.errstate(over="ignore"):
+        out[part] = block
+
+
+def _squeezed(key: str, array: Array) -> Array:
+    column = key not in VECTOR_KEYS and array.ndim == 2 and array.shape[1] == 1
+    return array.reshape(-1) if column else array
 
 
 def _check_claims(path: Path, claims: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
@@ -174,6 +248,12 @@ def _check_claims(path: Path, claims: Mapping[str, tuple[tuple[int, ...], np.dty
     most = _MAX_EXPANSION * path.stat().st_size
     if total > most:
         _damaged(path, f"it claims {total} bytes of arrays, more than its size can hold ({most})")
+    lengths = {key: shape[0] if shape else None for key, (shape, _) in claims.items()}
+    if len(set(lengths.values())) > 1 or None in lengths.values():
+        raise ValueError(
+            f"{path}: every key must have the same first axis N, got {lengths}; a part of the log "
+            "is missing: make the file again, or cut all keys to the same whole episodes"
+        )
 
 
 def _keys_to_read(path: Path, present: list[str]) -> list[str]:
