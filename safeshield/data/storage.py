@@ -9,6 +9,7 @@ the file's own dtypes are: reading takes the memory of the arrays and of one blo
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -22,6 +23,8 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 import numpy.typing as npt
+
+from safeshield.data import hdf5
 
 DSRL_KEYS = (
     "observations",
@@ -42,7 +45,6 @@ _NPZ_SUFFIX = ".npz"
 _MAX_HEADER_BYTES = 1 << 29
 # Deflate cannot shrink data more than 1032 times: a file that claims more holds no such arrays.
 _MAX_EXPANSION = 1100
-_BLOCK_BYTES = 4 << 20
 
 Array = npt.NDArray[Any]
 Header = dict[str, Any]
@@ -108,7 +110,7 @@ def _write_hdf5(path: Path, arrays: Mapping[str, Array], header: str) -> None:
     # The format of HDF5 1.8 is the oldest whose attributes may exceed 64 KiB (wide spaces).
     with h5py.File(path, "w", libver=("v108", "v108")) as file:
         for key, array in arrays.items():
-            file.create_dataset(key, data=array, compression="gzip", shuffle=True, fletcher32=True)
+            file.create_dataset(key, data=array, compression="gzip", shuffle=True)
         file.attrs[HEADER_KEY] = np.frombuffer(header.encode(), dtype=np.uint8)
 
 
@@ -121,13 +123,16 @@ def _write_npz(path: Path, arrays: Mapping[str, Array], header: str) -> None:
 def _read_hdf5(path: Path) -> tuple[dict[str, Array], bytes | None]:
     if not h5py.is_hdf5(path):
         _damaged(path, "it is no HDF5 file")
-    with h5py.File(path, "r") as file:
+    # No cache of chunks: blocks end where chunks do, so that each is unpacked once.
+    with h5py.File(path, "r", rdcc_nbytes=0) as file:
         present = list(file)
         keys = _keys_to_read(path, present)
         entries = {key: _plain_dataset(path, file, key) for key in keys}
         _check_claims(path, {key: (entry.shape, entry.dtype) for key, entry in entries.items()})
         for key, entry in entries.items():
-            _check_written(path, key, entry)
+            missing, total = hdf5.missing_parts(entry)
+            if missing:
+                _damaged(path, f"{missing} of {total} parts of {key!r} were never written")
         arrays = {key: _hdf5_array(key, entry) for key, entry in entries.items()}
         if HEADER_KEY not in file.attrs:
             return arrays, None
@@ -145,28 +150,9 @@ def _plain_dataset(path: Path, file: Any, key: str) -> Any:  # noqa: ANN401 - h5
     return entry
 
 
-def _check_written(path: Path, key: str, entry: Any) -> None:  # noqa: ANN401
-    # A writer that was stopped leaves chunks out, and HDF5 reads those as zeros.
-    if entry.chunks is None:
-        total, written = 1, int(entry.id.get_storage_size() > 0)
-    else:
-        counts = (math.ceil(n / c) for n, c in zip(entry.shape, entry.chunks, strict=True))
-        total, written = math.prod(counts), entry.id.get_num_chunks()
-    if entry.size and written < total:
-        _damaged(path, f"{total - written} of {total} parts of {key!r} were never written")
-
-
 def _hdf5_array(key: str, entry: Any) -> Array:  # noqa: ANN401
     out = _empty(key, entry.shape)
-    rows = max(1, _BLOCK_BYTES * len(entry) // max(1, entry.nbytes))
-    if entry.chunks is not None:  # a chunk that two blocks share would be unpacked twice
-        rows = math.ceil(rows / entry.chunks[0]) * entry.chunks[0]
-    for start in range(0, len(entry), rows):
-        part = slice(start, min(start + rows, len(entry)))
-        if entry.dtype == out.dtype == np.float32:
-            entry.read_direct(out[part], part)
-        else:
-            _put(key, out, part, entry[part])
+    hdf5.read_into(out, entry, functools.partial(_put, key, out))
     return _squeezed(key, out)
 
 
@@ -195,7 +181,7 @@ def _npz_array(archive: zipfile.ZipFile, member: str, key: str) -> Array:
         shape, by_columns, dtype = _npy_header(stream)
         out = _empty(key, shape)
         numbers: Any = out.T.flat if by_columns else out.reshape(-1)
-        size = _BLOCK_BYTES // dtype.itemsize
+        size = hdf5.BLOCK_BYTES // dtype.itemsize
         for start in range(0, out.size, size):
             part = slice(start, min(start + size, out.size))
             wanted = (part.stop - start) * dtype.itemsize
@@ -224,7 +210,7 @@ def _empty(key: str, shape: tuple[int, ...]) -> Array:
     return np.empty(shape, np.bool_ if key in FLAG_KEYS else np.float32)
 
 
-def _put(key: str, out: Any, part: slice, block: Array) -> None:  # noqa: ANN401 - or a flatiter
+def _put(key: str, out: Any, part: Any, block: Array) -> None:  # noqa: ANN401 - or a flatiter
     if key in FLAG_KEYS:
         # As bytes: a damaged bool may hold any, and would be true and equal to nothing.
         raw = block.view(np.uint8) if block.dtype == np.bool_ else block
