@@ -170,16 +170,17 @@ def test_every_episode_is_drawn_once_in_the_colour_of_its_side(
         assert stars[0].get_ydata() == [max(good)[0]]
         assert stars[0].get_xdata()[0] <= limit
     left, right = axes.get_xlim()
-    assert left == 0.0
-    assert right >= max(*costs, limit)
+    assert -1.0 < left < 0.0
+    assert right > max(*costs, limit)
+    assert axes.get_xscale() == ("symlog" if max(costs) > 5 * (limit or 1) else "linear")
 
 
 def test_the_picture_is_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     log = log_of([1.0, 9.0, -3.0], [0, 8, 2])
     figure = drawn(monkeypatch, log, limit=5.0, title="Some-v0")
     axes = figure.axes[0]
-    assert axes.get_xlabel() == "cost of an episode: sum of its steps' costs"
-    assert axes.get_ylabel() == "return of an episode: sum of its rewards"
+    assert axes.get_xlabel() == "cost of an episode, steps in violation"
+    assert axes.get_ylabel() == "return of an episode, sum of rewards"
     assert axes.get_title(loc="left") == "Some-v0"
     (right,) = axes.child_axes
     assert right.get_ylabel().startswith("normalised return")
@@ -191,6 +192,22 @@ def test_the_picture_is_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
         "cost limit 5",
         "best within it: return 1",
     ]
+
+
+def test_costs_far_beyond_the_limit_leave_room_for_the_safe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = log_of([1.0, 9.0, -3.0], [0, 1000, 10])
+    axes = drawn(monkeypatch, log, limit=10.0).axes[0]
+    assert axes.get_xlabel().endswith("(logarithmic above 10)")
+    start, limit, end = axes.transAxes.inverted().transform(
+        axes.transData.transform([(0, 0), (10, 0), (1000, 0)])
+    )[:, 0]
+    assert limit - start > 0.3
+    assert end < 1.0
+    axes.figure.canvas.draw()
+    texts = [text.get_text() for text in axes.get_xticklabels()]
+    assert texts == ["0", "5", "10", "20", "50", "100", "200", "500"]
 
 
 # The command

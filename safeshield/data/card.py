@@ -42,8 +42,10 @@ class Spread:
         Spread(least=0.0, lower=1.0, median=2.0, upper=3.0, greatest=4.0, mean=2.0)
         """
         numbers = np.asarray(values, np.float64)
-        quantiles = np.quantile(numbers, [0.0, 0.25, 0.5, 0.75, 1.0])
-        return cls(*map(float, quantiles), float(numbers.mean()))
+        least, lower, median, upper, greatest = map(
+            float, np.quantile(numbers, [0.0, 0.25, 0.5, 0.75, 1.0])
+        )
+        return cls(least, lower, median, upper, greatest, float(numbers.mean()))
 
     def __str__(self) -> str:
         return (

@@ -108,7 +108,7 @@ def _unpacked(
             continue
         if kind == h5py.h5z.FILTER_DEFLATE:
             size = count * dtype.itemsize
-            raw = np.frombuffer(zlib.decompress(raw, bufsize=size), np.uint8)
+            raw = np.frombuffer(zlib.decompress(raw.data, bufsize=size), np.uint8)
         elif dtype.itemsize > 1:
             planes = raw.reshape(dtype.itemsize, -1)
             raw = np.empty(planes.shape[::-1], np.uint8)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.drawing import BLACK, BLUE, DPI, GREEN, GREY, STYLE, VERMILION, new_figure
 
 DEFAULT_LIMIT = 10.0
 """Cost limit of an episode in most papers on DSRL's tasks."""
+_FAR = 5.0
+"""Greatest cost, in limits, up to which the cost axis is linear."""
 
 
 def draw_scatter(
@@ -28,6 +32,8 @@ def draw_scatter(
     Blue marks are episodes with cost at most `limit`, the others are vermilion; a cross ended by
     termination. The right axis has DSRL's normalised return: 0 at the log's least, 1 at its
     greatest. The star is the best return within the limit: what cloning the log can hope for.
+    Where costs go far beyond the limit the cost axis is linear up to it and logarithmic from it
+    on: episodes within the limit, all that matters to a safe agent, would else be a sliver.
 
     Args:
         path: .png, .svg, .pdf or whatever else matplotlib writes.
@@ -63,6 +69,8 @@ def draw_scatter(
                     rasterized=True,
                     clip_on=False,
                 )
+        left, right = _cost_axis(axes, limit, float(costs.max()))
+        axes.axvspan(left, limit, color=BLUE, alpha=0.07, linewidth=0)
         axes.axvline(limit, color=BLACK, linewidth=1.3, linestyle=(0, (5, 3)))
         handles = [
             _mark("o", BLUE, f"cost at most {limit:g}: {safe.sum()} of {len(safe)} episodes"),
@@ -82,14 +90,34 @@ def draw_scatter(
                 costs[best], returns[best], "*", color=GREEN, mec="white", ms=17, clip_on=False
             )
             handles.append(_mark("*", GREEN, f"best within it: return {returns[best]:.4g}", 12))
-        axes.set_xlim(left=0.0, right=max(1.04 * float(costs.max()), 1.15 * limit, 1.0))
-        axes.set_xlabel("cost of an episode: sum of its steps' costs")
-        axes.set_ylabel("return of an episode: sum of its rewards")
+        axes.set_xlim(left, right)
+        counted = bool(((dataset.costs == 0.0) | (dataset.costs == 1.0)).all())
+        unit = "steps in violation" if counted else "sum of costs"
+        scale = f" (logarithmic above {limit or 1:g})" if axes.get_xscale() == "symlog" else ""
+        axes.set_xlabel(f"cost of an episode, {unit}{scale}")
+        axes.set_ylabel("return of an episode, sum of rewards")
         _normalised_axis(axes, float(returns.min()), float(returns.max()))
         if title:
             axes.set_title(title, loc="left")
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=DPI)
+
+
+def _cost_axis(axes: Any, limit: float, greatest: float) -> tuple[float, float]:  # noqa: ANN401
+    """Choose scale and ticks; return the ends of the axis, the left one a little below 0."""
+    knee = limit or 1.0
+    if greatest <= _FAR * knee:
+        end = max(1.04 * greatest, 1.15 * knee)
+        return -0.02 * end, end
+    # The part up to the limit is as wide as a decade and a half of the rest.
+    axes.set_xscale("symlog", linthresh=knee, linscale=1.5 * (1.0 - 1.0 / 10.0))
+    decades = range(math.floor(math.log10(knee)), math.ceil(math.log10(greatest)) + 1)
+    round_costs = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    ticks = [0.0, 0.5 * knee, knee, *(cost for cost in round_costs if 1.4 * knee < cost < greatest)]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+    return -0.06 * knee, 1.15 * greatest
 
 
 def _normalised_axis(axes: Any, least: float, greatest: float) -> None:  # noqa: ANN401
@@ -99,7 +127,7 @@ def _normalised_axis(axes: Any, least: float, greatest: float) -> None:  # noqa:
     right = axes.secondary_yaxis(
         "right", functions=(lambda y: (y - least) / span, lambda share: least + span * share)
     )
-    right.set_ylabel("normalised return: 0 and 1 are the log's extremes")
+    right.set_ylabel("normalised return: 0 and 1 are the log's least and greatest", fontsize=10)
     right.spines["right"].set_visible(True)
 
 

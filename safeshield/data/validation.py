@@ -149,7 +149,7 @@ def _check_counts(name: str, rows: Array, flat: FlatSpace, starts: Array) -> Non
 
     def are_points(block: Array) -> Array:
         columns = block[:, counted]
-        return (columns >= low) & (columns <= high) & (np.floor(columns) == columns)
+        return np.asarray((columns >= low) & (columns <= high) & (np.floor(columns) == columns))
 
     row = _first_bad_row(rows, are_points)
     if row is not None:
