@@ -410,11 +410,27 @@ def _evaluate_by_protocol(
 def inspect(
     file: Annotated[Path, typer.Argument(help="Agent, shield, checkpoint or log.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cost_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a log's episode: safe ones are counted. Default: 0, 5 and 10.", min=0
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="File for a log's cost-return scatter, .png, .svg or .pdf."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Say what a file is and holds; nothing in it is run."""
-    from safeshield.inspection import describe
+    from safeshield.inspection import LOG, describe, file_kind
 
+    kind = file_kind(file)
+    if kind == LOG:
+        _inspect_log(file, as_json, cost_limit, picture)
+        return
+    if cost_limit is not None or picture is not None:
+        raise ValueError(f"--cost-limit and --picture are for logs, but {file} is a {kind}")
     description = describe(file)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
@@ -455,6 +471,23 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: Path | None) -> None:
+    if picture is not None:
+        _check_output(picture, (".png", ".svg", ".pdf"), "--picture")
+    from safeshield.data.card import DEFAULT_LIMITS, card_of
+    from safeshield.data.dataset import OfflineDataset
+    from safeshield.inspection import LOG
+
+    log = OfflineDataset.load(file)
+    limits = DEFAULT_LIMITS if cost_limit is None else (cost_limit,)
+    card = card_of(log, file=file, limits=limits)
+    if picture is not None:
+        from safeshield.data.scatter import draw_scatter
+
+        draw_scatter(picture, log, limit=max(limits), title=card.env_id or file.stem)
+    typer.echo(json.dumps({"kind": LOG, **card.to_json()}, indent=2) if as_json else card)
+
+
 def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
@@ -463,10 +496,10 @@ def _plain(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _check_output(path: Path, suffixes: tuple[str, ...] | None) -> None:
+def _check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT") -> None:
     """Refuse before the work, not after it."""
     if suffixes is not None and path.suffix.lower() not in suffixes:
-        raise ValueError(f"OUT must end in {' or '.join(suffixes)}, got '{path}'")
+        raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got '{path}'")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
 

@@ -50,7 +50,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix.lower() in _LOG_SUFFIXES:
-        return _describe_log(path)
+        from safeshield.data.card import card_of
+
+        return {"kind": LOG, **card_of(path).to_json()}
     kind, file = _open(path)
     if kind == SHIELD:
         return {"kind": kind, **_describe_shield(path), **_size(file)}
@@ -131,27 +133,6 @@ def _describe_agent(path: Path) -> dict[str, Any]:
         "observation_space": str(agent.observation_space),
         "action_space": str(agent.action_space),
         "config": dataclasses.asdict(agent.config),
-    }
-
-
-def _describe_log(path: Path) -> dict[str, Any]:
-    from safeshield.data.dataset import OfflineDataset
-
-    log = OfflineDataset.load(path)
-    return {
-        "kind": LOG,
-        "transitions": len(log),
-        "episodes": log.num_episodes,
-        "violating_episodes": int(log.violating_episodes.sum()),
-        "observation_space": str(log.observation_space),
-        "action_space": str(log.action_space),
-        "constraint_kind": log.constraint_kind,
-        "constraint_range": [
-            float(min(log.constraints.min(), log.next_constraints.min())),
-            float(max(log.constraints.max(), log.next_constraints.max())),
-        ],
-        "return_range": [float(log.returns.min()), float(log.returns.max())],
-        "bytes": path.stat().st_size,
     }
 
 

@@ -211,7 +211,8 @@ class OfflineDataset:
 
         A plain DSRL file has no labels and no spaces. Its labels are binary, from the costs; its
         observation space is Box(-inf, inf) and its action space Box(-1, 1) unless they are given.
-        A file of ours holds both; a space given too must agree with the stored one.
+        A file of ours holds both; a space given too must agree with the stored one. The arrays are
+        allocated once and filled block by block: loading takes their memory and little more.
 
         Args:
             path: the file. It can run no code, whoever made it.
@@ -249,10 +250,11 @@ class OfflineDataset:
                 observation_space=observation_space,
                 action_space=action_space,
                 constraint_kind=kind,
+                label_magnitude=DEFAULT_MAGNITUDE if label_magnitude is None else label_magnitude,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
-        if label_magnitude is None or dataset.constraint_kind == "continuous":
+        if label_magnitude is None or kind != "binary":
             return dataset
         return dataset.with_label_magnitude(label_magnitude)
 
@@ -275,6 +277,59 @@ class OfflineDataset:
         }
         arrays = {_DSRL_NAMES.get(name, name): array for name, array in self._arrays().items()}
         storage.write_log(Path(path), arrays, header)
+
+    @classmethod
+    def from_minari(
+        cls,
+        source: str | os.PathLike[str] | object,
+        *,
+        observation_keys: Sequence[str] | None = None,
+        action_space: gym.Space[Any] | None = None,
+        label_magnitude: float = DEFAULT_MAGNITUDE,
+    ) -> OfflineDataset:
+        """Read a Minari dataset whose infos hold the cost, the constraint, or both.
+
+        Infos are of the reset and of every step (``DataCollector(env, record_infos=True)``): entry
+        t + 1 belongs to the state after step t. Labels are ``infos["constraint"]`` where there is
+        one, else binary from ``infos["cost"]``, that of the reset labelling the first state (NaN
+        counts as 0). Without a cost it is 1 in a violation. Actions are
+        ``infos["action_executed"]`` where there is one. An episode without an end flag was cut.
+
+        Args:
+            source: an id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
+            observation_keys: entries of a Dict observation to keep, all by default.
+            action_space: where logged actions leave the space that the dataset names.
+            label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
+
+        Raises:
+            ImportError: the package minari is not installed.
+            FileNotFoundError: there is no such dataset here; it is not downloaded.
+            ValueError: it is damaged, lacks these infos, or breaks a rule of logs.
+            TypeError: a space that `flat` does not support.
+        """
+        from safeshield.data.minari import from_minari
+
+        return from_minari(
+            source,
+            observation_keys=observation_keys,
+            action_space=action_space,
+            label_magnitude=label_magnitude,
+        )
+
+    def to_minari(self, dataset_id: str, **metadata: Any) -> Any:  # noqa: ANN401 - optional
+        """Write the log into Minari's store and return the `minari.MinariDataset`.
+
+        Infos hold the cost and, where labels are continuous, the constraint; `from_minari` gives
+        the same log back (binary labels of its own `label_magnitude`). `metadata` goes to
+        `minari.create_dataset_from_buffers`: author, algorithm_name, description and others.
+
+        Raises:
+            ImportError: the package minari is not installed.
+            ValueError: the id is taken or no id, or a state differs from the one reached before.
+        """
+        from safeshield.data.minari import to_minari
+
+        return to_minari(self, dataset_id, **metadata)
 
     def with_label_magnitude(self, magnitude: float) -> OfflineDataset:
         """Return the same log with binary labels of another magnitude.

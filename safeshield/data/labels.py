@@ -71,7 +71,7 @@ def binary_labels(
             f"costs must be at least 0 (0 is safe), got {cost_array[row]} at index {row}; "
             "check the sign"
         )
-    after = np.where(cost_array > 0, magnitude, -1.0).astype(np.float32)
+    after = np.where(cost_array > 0, np.float32(magnitude), np.float32(-1.0))
     now = np.roll(after, 1)
     now[starts] = np.where(first > 0, magnitude, -1.0)
     return now, after

@@ -2,11 +2,14 @@
 
 A file has DSRL's arrays (`DSRL_KEYS`), and, when this package wrote it, the labels
 (`LABEL_KEYS`) and a strict-JSON header: an attribute of the HDF5 root, an array of bytes in NPZ.
+Arrays are read block by block into float32 (flags: bool) arrays that are allocated once, whatever
+the file's own dtypes are: reading takes the memory of the arrays and of one block.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -21,6 +24,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.data import hdf5
+
 DSRL_KEYS = (
     "observations",
     "next_observations",
@@ -31,6 +36,8 @@ DSRL_KEYS = (
     "timeouts",
 )
 LABEL_KEYS = ("constraints", "next_constraints")
+FLAG_KEYS = ("terminals", "timeouts")
+VECTOR_KEYS = ("observations", "next_observations", "actions")
 HEADER_KEY = "safeshield"
 
 _HDF5_SUFFIXES = (".hdf5", ".h5")
@@ -44,15 +51,17 @@ Header = dict[str, Any]
 
 
 def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
-    """Read the known arrays and the header of a log.
+    """Read the known arrays, as float32 or bool, and the header of a log.
 
     Sizes and dtypes are checked before anything is allocated; links, external storage and pickled
-    objects are refused. Unknown arrays are ignored.
+    objects are refused. Unknown arrays are ignored. A key of one number a step may be (N, 1) in
+    the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the suffix is unknown, the file is damaged or not what its suffix says, keys
-            are missing (the message lists missing and present ones) or an array is no numbers.
+            are missing (the message lists missing and present ones), parts of an array were never
+            written, lengths differ, or an array holds no numbers.
     """
     reader = _read_hdf5 if _is_hdf5(path) else _read_npz
     if not path.is_file():
@@ -101,7 +110,7 @@ def _write_hdf5(path: Path, arrays: Mapping[str, Array], header: str) -> None:
     # The format of HDF5 1.8 is the oldest whose attributes may exceed 64 KiB (wide spaces).
     with h5py.File(path, "w", libver=("v108", "v108")) as file:
         for key, array in arrays.items():
-            file.create_dataset(key, data=array, compression="gzip", shuffle=True, fletcher32=True)
+            file.create_dataset(key, data=array, compression="gzip", shuffle=True)
         file.attrs[HEADER_KEY] = np.frombuffer(header.encode(), dtype=np.uint8)
 
 
@@ -114,12 +123,17 @@ def _write_npz(path: Path, arrays: Mapping[str, Array], header: str) -> None:
 def _read_hdf5(path: Path) -> tuple[dict[str, Array], bytes | None]:
     if not h5py.is_hdf5(path):
         _damaged(path, "it is no HDF5 file")
-    with h5py.File(path, "r") as file:
+    # No cache of chunks: blocks end where chunks do, so that each is unpacked once.
+    with h5py.File(path, "r", rdcc_nbytes=0) as file:
         present = list(file)
         keys = _keys_to_read(path, present)
         entries = {key: _plain_dataset(path, file, key) for key in keys}
         _check_claims(path, {key: (entry.shape, entry.dtype) for key, entry in entries.items()})
-        arrays = {key: np.asarray(entry[()]) for key, entry in entries.items()}
+        for key, entry in entries.items():
+            missing, total = hdf5.missing_parts(entry)
+            if missing:
+                _damaged(path, f"{missing} of {total} parts of {key!r} were never written")
+        arrays = {key: _hdf5_array(key, entry) for key, entry in entries.items()}
         if HEADER_KEY not in file.attrs:
             return arrays, None
         stored = file.attrs.get_id(HEADER_KEY)
@@ -136,33 +150,79 @@ def _plain_dataset(path: Path, file: Any, key: str) -> Any:  # noqa: ANN401 - h5
     return entry
 
 
+def _hdf5_array(key: str, entry: Any) -> Array:  # noqa: ANN401
+    out = _empty(key, entry.shape)
+    hdf5.read_into(out, entry, functools.partial(_put, key, out))
+    return _squeezed(key, out)
+
+
 def _read_npz(path: Path) -> tuple[dict[str, Array], bytes | None]:
     with zipfile.ZipFile(path) as archive:
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         keys = _keys_to_read(path, list(members))
-        if HEADER_KEY in members:
-            keys.append(HEADER_KEY)
-        claims = {key: _npy_claim(archive, members[key]) for key in keys}
+        claims = {}
+        for key in keys:
+            with archive.open(members[key]) as stream:
+                shape, _, dtype = _npy_header(stream)
+            claims[key] = (shape, dtype)
         _check_claims(path, claims)
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {key: np.asarray(file[key]) for key in keys}
-    header = arrays.pop(HEADER_KEY, None)
-    if header is not None and (header.dtype != np.uint8 or header.size > _MAX_HEADER_BYTES):
-        _damaged(path, "its header is not a JSON text")
-    return arrays, None if header is None else header.tobytes()
+        arrays = {key: _npz_array(archive, members[key], key) for key in keys}
+        if HEADER_KEY not in members:
+            return arrays, None
+        with archive.open(members[HEADER_KEY]) as stream:
+            shape, _, dtype = _npy_header(stream)
+            if dtype != np.uint8 or math.prod(shape) > _MAX_HEADER_BYTES:
+                _damaged(path, "its header is not a JSON text")
+            return arrays, stream.read(_MAX_HEADER_BYTES)
 
 
-def _npy_claim(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _npz_array(archive: zipfile.ZipFile, member: str, key: str) -> Array:
     with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
-            raise ValueError(f"{member!r} has an unknown .npy version {version}")
-        shape, _, dtype = read(stream)
-    return shape, dtype
+        shape, by_columns, dtype = _npy_header(stream)
+        out = _empty(key, shape)
+        numbers: Any = out.T.flat if by_columns else out.reshape(-1)
+        size = hdf5.BLOCK_BYTES // dtype.itemsize
+        for start in range(0, out.size, size):
+            part = slice(start, min(start + size, out.size))
+            wanted = (part.stop - start) * dtype.itemsize
+            block = stream.read(wanted)
+            if len(block) < wanted:
+                raise EOFError(f"{member!r} is shorter than its header says")
+            _put(key, numbers, part, np.frombuffer(block, dtype))
+        # The checksum of a member is compared where it ends.
+        if stream.read(1):
+            raise ValueError(f"{member!r} is longer than its header says")
+    return _squeezed(key, out)
+
+
+def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # noqa: ANN401
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"unknown .npy version {version}")
+    return read(stream)
+
+
+def _empty(key: str, shape: tuple[int, ...]) -> Array:
+    return np.empty(shape, np.bool_ if key in FLAG_KEYS else np.float32)
+
+
+def _put(key: str, out: Any, part: Any, block: Array) -> None:  # noqa: ANN401 - or a flatiter
+    if key in FLAG_KEYS:
+        # As bytes: a damaged bool may hold any, and would be true and equal to nothing.
+        raw = block.view(np.uint8) if block.dtype == np.bool_ else block
+        if not ((raw == 0) | (raw == 1)).all():
+            raise ValueError(f"{key!r} must hold booleans (or 0 and 1 alone)")
+    with np.errstate(over="ignore"):
+        out[part] = block
+
+
+def _squeezed(key: str, array: Array) -> Array:
+    column = key not in VECTOR_KEYS and array.ndim == 2 and array.shape[1] == 1
+    return array.reshape(-1) if column else array
 
 
 def _check_claims(path: Path, claims: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
@@ -174,6 +234,12 @@ def _check_claims(path: Path, claims: Mapping[str, tuple[tuple[int, ...], np.dty
     most = _MAX_EXPANSION * path.stat().st_size
     if total > most:
         _damaged(path, f"it claims {total} bytes of arrays, more than its size can hold ({most})")
+    lengths = {key: shape[0] if shape else None for key, (shape, _) in claims.items()}
+    if len(set(lengths.values())) > 1 or None in lengths.values():
+        raise ValueError(
+            f"{path}: every key must have the same first axis N, got {lengths}; a part of the log "
+            "is missing: make the file again, or cut all keys to the same whole episodes"
+        )
 
 
 def _keys_to_read(path: Path, present: list[str]) -> list[str]:

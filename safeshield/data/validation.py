@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ FLAG_FIELDS = ("terminated", "truncated")
 SCALAR_FIELDS = ("rewards", "costs", "constraints", "next_constraints")
 
 _ACTION_TOLERANCE = 1e-6
+_BLOCK = 1 << 18
 
 
 def as_field(name: str, value: npt.ArrayLike) -> Array:
@@ -65,9 +66,9 @@ def check_log(
     starts = starts_of(fields["terminated"], fields["truncated"])
     _check_flags(fields, starts)
     for name, array in fields.items():
-        finite = np.isfinite(array.reshape(len(array), -1)).all(axis=1)
-        if not finite.all():
-            where = _place(int(np.argmin(finite)), name, array, starts)
+        row = _first_bad_row(array, np.isfinite)
+        if row is not None:
+            where = _place(row, name, array, starts)
             raise ValueError(
                 f"{name} must be finite in float32, but {where}; drop that episode, or clean it"
             )
@@ -129,9 +130,10 @@ def _check_actions(actions: Array, flat: FlatSpace, starts: Array) -> None:
     bounds = np.stack([low, high])
     scale = np.max(np.abs(np.where(np.isfinite(bounds), bounds, 0.0)), axis=0)
     slack = _ACTION_TOLERANCE * scale
-    inside = ((actions >= low - slack) & (actions <= high + slack)).all(axis=1)
-    if not inside.all():
-        where = _place(int(np.argmin(inside)), "actions", actions, starts)
+    least, most = low - slack, high + slack
+    row = _first_bad_row(actions, lambda rows: (rows >= least) & (rows <= most))
+    if row is not None:
+        where = _place(row, "actions", actions, starts)
         raise ValueError(
             f"actions must lie inside action_space {flat.space}, but {where}; pass action_space= "
             "of the environment, or clip the actions to what was executed"
@@ -143,11 +145,15 @@ def _check_counts(name: str, rows: Array, flat: FlatSpace, starts: Array) -> Non
     counted = [i for i, n in enumerate(flat.categories) if n]
     if not counted:
         return
-    columns = rows[:, counted]
-    good = (columns >= flat.low[counted]) & (columns <= flat.high[counted])
-    good &= np.floor(columns) == columns
-    if not good.all():
-        where = _place(int(np.argmin(good.all(axis=1))), name, rows, starts)
+    low, high = flat.low[counted], flat.high[counted]
+
+    def are_points(block: Array) -> Array:
+        columns = block[:, counted]
+        return np.asarray((columns >= low) & (columns <= high) & (np.floor(columns) == columns))
+
+    row = _first_bad_row(rows, are_points)
+    if row is not None:
+        where = _place(row, name, rows, starts)
         raise ValueError(f"{name} must be integers of {flat.space}, but {where}")
 
 
@@ -172,6 +178,16 @@ def _check_labels(fields: Mapping[str, Array], kind: str, starts: Array) -> None
                     "binary labels must be -1 or one value above 0 "
                     f"(here {unsafe}), but {where}; use constraint_kind='continuous' for others"
                 )
+
+
+def _first_bad_row(array: Array, good: Callable[[Array], Array]) -> int | None:
+    """First row with an entry that is not good; looked for in blocks, not with a mask of all."""
+    size = max(1, _BLOCK // max(1, array[0].size))
+    for start in range(0, len(array), size):
+        fine = good(array[start : start + size])
+        if not fine.all():
+            return start + int(np.argmin(fine.reshape(len(fine), -1).all(axis=1)))
+    return None
 
 
 def _episode(index: int, starts: Array) -> int:

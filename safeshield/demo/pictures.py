@@ -1,4 +1,4 @@
-"""The demonstration's pictures; colours that colour-blind readers can tell apart (Okabe, Ito)."""
+"""The demonstration's pictures."""
 
 from __future__ import annotations
 
@@ -9,32 +9,23 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 
+from safeshield.drawing import BLACK, BLUE, DPI, GREEN, GREY, ORANGE, STYLE, VERMILION, new_figure
 from safeshield.envs.boat import CURRENT, GOAL, ROCK_CENTRES, ROCK_RADII, STATE_HIGH, STATE_LOW
 from safeshield.evaluation import FilteredEpisode
 from safeshield.exact.boat import GridValue
 from safeshield.shield.shield import Shield
 
 WATER, ROCK, DOOMED, FLOW = "#eef5fa", "#6b655f", "#f3c9a5", "#a9c4d8"
-BLUE, ORANGE, GREEN, VERMILION, BLACK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#222222"
-_STYLE: Any = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-_DPI = 160
 
 
 def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
     """Draw the learned safe set on the exact one."""
-    with mpl.rc_context(_STYLE):
-        figure = _figure(7.6, 6.6)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(7.6, 6.6)
         axes = figure.add_subplot()
         _river(axes, exact)
         xs, ys = np.linspace(-3, 2, 401), np.linspace(-2, 2, 321)
@@ -59,7 +50,7 @@ def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
         handles.append(_goal_handle())
         axes.set_title("Learned from the log alone, against the exact safe set")
         _legend(figure, handles, columns=2)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def trips(
@@ -70,8 +61,8 @@ def trips(
 ) -> None:
     """Draw each agent's trips without the shield (left) and with it (right)."""
     names = list(dict.fromkeys(name for name, _ in runs))
-    with mpl.rc_context(_STYLE):
-        figure = _figure(10.0, 4.1 * len(names) + 0.9)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(10.0, 4.1 * len(names) + 0.9)
         grid = figure.subplots(len(names), 2, sharex=True, sharey=True, squeeze=False)
         for row, name in zip(grid, names, strict=True):
             for axes, shielded in zip(row, (False, True), strict=True):
@@ -92,7 +83,7 @@ def trips(
             _goal_handle(),
         ]
         _legend(figure, handles, columns=4)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, dpi=DPI)
 
 
 def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> None:
@@ -106,8 +97,8 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         raise ValueError("the shield must be calibrated: call calibrate()")
     values = np.asarray(shield.value(starts))
     deltas = sorted({rung.delta for rung in record.walk})
-    with mpl.rc_context(_STYLE):
-        figure = _figure(7.6, 6.0)
+    with mpl.rc_context(STYLE):
+        figure = new_figure(7.6, 6.0)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         names = list(dict.fromkeys(rung.policy for rung in record.walk))
         # The policies' marks stand side by side, not on top of each other.
@@ -128,7 +119,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         above.axhline(epsilon, color=BLACK, linewidth=1.2, linestyle=(0, (5, 3)))
         for axes in (above, below):
             axes.axvline(record.delta, color=ORANGE, linewidth=6, alpha=0.35, zorder=0)
-            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.grid(axis="y", color=GREY, linewidth=0.6)
         top = max(100 * rung.bound for rung in record.walk)
         above.set_ylim(min(0.0, -0.02 * top), max(1.15 * top, 1.6 * epsilon))
         above.set_ylabel("violating episodes, %")
@@ -158,13 +149,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         if not all(rung.passed for rung in record.walk):
             handles.append(_mark("o", BLACK, "failed: the walk stops (test cut short)", 6, "white"))
         _legend(figure, handles, columns=2)
-        figure.savefig(path, dpi=_DPI)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+        figure.savefig(path, dpi=DPI)
 
 
 def _river(axes: Any, exact: GridValue) -> None:  # noqa: ANN401 - matplotlib has no types

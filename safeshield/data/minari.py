@@ -1,0 +1,296 @@
+"""Minari's datasets as logs, and logs as Minari's datasets.
+
+Minari keeps, for an episode of L steps, L + 1 observations and, where infos were recorded, L + 1
+entries of each info: the one of the reset first, then one after each step. The cost of step t is
+therefore entry t + 1 of ``infos["cost"]``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.data.dataset import OfflineDataset
+from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.flat import Batch, FlatSpace, flat_actions, flat_observations
+from safeshield.spaces import part_of
+
+Array = npt.NDArray[Any]
+MinariDataset = Any
+"""A `minari.MinariDataset`: the package is optional."""
+
+COST, CONSTRAINT, EXECUTED = "cost", "constraint", "action_executed"
+_INFOS = (COST, CONSTRAINT, EXECUTED)
+_DAMAGE = (OSError, KeyError, IndexError, RuntimeError, AssertionError, TypeError)
+
+
+def from_minari(
+    source: str | os.PathLike[str] | MinariDataset,
+    *,
+    observation_keys: Sequence[str] | None = None,
+    action_space: gym.Space[Any] | None = None,
+    label_magnitude: float = DEFAULT_MAGNITUDE,
+) -> OfflineDataset:
+    """Read a Minari dataset as a log; see `OfflineDataset.from_minari`."""
+    dataset = _open(source)
+    name = f"Minari dataset {dataset.id!r}"
+    try:
+        space = part_of(dataset.observation_space, observation_keys)
+        seen, played = flat_observations(space), flat_actions(action_space or dataset.action_space)
+        filling = _Filling(int(dataset.total_steps), seen, played)
+        for number, episode in _episodes(dataset):
+            filling.add(number, episode)
+        return OfflineDataset.from_arrays(
+            **filling.arrays(),
+            observation_space=space,
+            action_space=played.space,
+            label_magnitude=label_magnitude,
+        )
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    except (ValueError, MemoryError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def to_minari(
+    dataset: OfflineDataset,
+    dataset_id: str,
+    **metadata: Any,  # noqa: ANN401 - what Minari takes
+) -> MinariDataset:
+    """Write a log into Minari's store; see `OfflineDataset.to_minari`."""
+    minari = _package()
+    from minari.data_collector import EpisodeBuffer
+
+    inside = ~(dataset.terminated | dataset.truncated)[:-1]
+    broken = inside & (dataset.next_observations[:-1] != dataset.observations[1:]).any(axis=1)
+    if broken.any():
+        raise ValueError(
+            "next_observations[t] must equal observations[t+1] inside an episode, for Minari keeps "
+            f"each state once, but they differ at index {int(np.argmax(broken))}"
+        )
+    buffers = []
+    for episode in dataset.episodes:
+        infos = {COST: np.append(episode.constraints[:1] > 0, episode.costs).astype(np.float32)}
+        if dataset.constraint_kind == "continuous":
+            infos[CONSTRAINT] = np.append(episode.constraints[:1], episode.next_constraints)
+        rows = np.concatenate([episode.observations, episode.next_observations[-1:]])
+        buffers.append(
+            EpisodeBuffer(
+                observations=_points(dataset.flat_observations, rows),
+                actions=_points(dataset.flat_actions, episode.actions),
+                rewards=episode.rewards,
+                terminations=episode.terminated,
+                truncations=episode.truncated,
+                infos=infos,
+            )
+        )
+    return minari.create_dataset_from_buffers(
+        dataset_id,
+        buffers,
+        observation_space=dataset.observation_space,
+        action_space=dataset.action_space,
+        **{"jpeg_encoding": False, **metadata},
+    )
+
+
+class _Filling:
+    """The arrays of a log, allocated once and filled episode by episode."""
+
+    def __init__(self, steps: int, seen: FlatSpace, played: FlatSpace) -> None:
+        self._seen, self._played = seen, played
+        self._at = 0
+        self._reported: frozenset[str] | None = None
+        self._initial_costs: list[float] = []
+        one = ("rewards", "costs", "constraints", "next_constraints")
+        self._columns: dict[str, Array] = {
+            **{key: np.empty(steps, np.float32) for key in one},
+            **{key: np.zeros(steps, np.bool_) for key in ("terminated", "truncated")},
+            "observations": np.empty((steps, seen.width), np.float32),
+            "next_observations": np.empty((steps, seen.width), np.float32),
+            "actions": np.empty((steps, played.width), np.float32),
+        }
+
+    def add(self, number: int, episode: Any) -> None:  # noqa: ANN401 - minari.EpisodeData
+        """Append one episode.
+
+        Raises:
+            ValueError: it does not hold together, or reports other infos than those before it.
+        """
+        where = f"episode {number}"
+        steps = len(episode.rewards)
+        if not steps:
+            return
+        part = slice(self._at, self._at + steps)
+        if part.stop > len(self._columns["rewards"]):
+            raise ValueError(f"{where} goes beyond the steps that the metadata claim")
+        rows = self._seen.rows(episode.observations, f"{where}: observations")[0]
+        ends = {
+            "terminated": np.array(episode.terminations, np.bool_),
+            "truncated": np.array(episode.truncations, np.bool_),
+        }
+        acted = self._played.rows(episode.actions, f"{where}: actions")[0]
+        lengths = [len(acted), *map(len, ends.values())]
+        if len(rows) != steps + 1 or set(lengths) != {steps}:
+            raise ValueError(
+                f"{where} must have one observation more than steps and all else once a step, got "
+                f"{len(rows)} observations, {steps} rewards, {lengths[0]} actions, "
+                f"{lengths[1]} terminations, {lengths[2]} truncations"
+            )
+        if any(flags[:-1].any() for flags in ends.values()):
+            raise ValueError(f"{where} must not end before its last step")
+        # Both may be set at an end; an episode that stops unended was cut there.
+        ends["truncated"][-1] = not ends["terminated"][-1]
+        infos = _infos(episode.infos, steps, where)
+        self._check_reported(infos, where)
+        if EXECUTED in infos:
+            acted = self._played.rows(infos[EXECUTED][1:], f"{where}: {EXECUTED}")[0]
+        named = {
+            "observations": rows[:-1],
+            "next_observations": rows[1:],
+            "actions": acted,
+            "rewards": episode.rewards,
+            **ends,
+        }
+        if CONSTRAINT in infos:
+            named["constraints"] = infos[CONSTRAINT][:-1]
+            named["next_constraints"] = infos[CONSTRAINT][1:]
+        if COST in infos:
+            named["costs"] = infos[COST][1:]
+            self._initial_costs.append(float(infos[COST][0]))
+        else:
+            named["costs"] = infos[CONSTRAINT][1:] > 0
+        with np.errstate(over="ignore"):
+            for key, values in named.items():
+                self._columns[key][part] = values
+        self._at = part.stop
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the arguments of `OfflineDataset.from_arrays`, read-only: nobody else has them.
+
+        Raises:
+            ValueError: there are fewer steps than were announced.
+        """
+        if self._at < len(self._columns["rewards"]):
+            raise ValueError(
+                f"its episodes have {self._at} steps, its metadata claim "
+                f"{len(self._columns['rewards'])}; download or make it again"
+            )
+        for column in self._columns.values():
+            column.flags.writeable = False
+        if CONSTRAINT in (self._reported or ()):
+            return dict(self._columns)
+        columns = {k: v for k, v in self._columns.items() if "constraints" not in k}
+        return {**columns, "initial_costs": np.array(self._initial_costs)}
+
+    def _check_reported(self, infos: Mapping[str, Array], where: str) -> None:
+        found = frozenset(infos)
+        if not found & {COST, CONSTRAINT}:
+            raise ValueError(
+                f"{where} has neither infos['{COST}'] nor infos['{CONSTRAINT}']; collect with "
+                "DataCollector(env, record_infos=True) around an environment that reports "
+                "info['cost'] or info['constraint'] at reset and at every step"
+            )
+        if self._reported is not None and found != self._reported:
+            raise ValueError(
+                f"{where} reports {sorted(found)}, the episodes before it {sorted(self._reported)}"
+            )
+        self._reported = found
+
+
+def _infos(infos: Mapping[str, Any] | None, steps: int, where: str) -> dict[str, Array]:
+    """The infos that we know, each (steps + 1, ...): at reset, and after each step."""
+    known = {}
+    for key in _INFOS:
+        if infos is None or key not in infos:
+            continue
+        values = np.asarray(infos[key])
+        if values.ndim == 2 and key != EXECUTED and values.shape[1] == 1:
+            values = values[:, 0]
+        if len(values) != steps + 1 or (values.ndim != 1 and key != EXECUTED):
+            raise ValueError(
+                f"{where}: infos[{key!r}] must have one number at reset and one after each of its "
+                f"{steps} steps, got shape {values.shape}"
+            )
+        known[key] = values
+    return known
+
+
+def _episodes(dataset: MinariDataset) -> Iterator[tuple[int, Any]]:
+    episodes = iter(dataset.iterate_episodes())
+    number = 0
+    while True:
+        try:
+            episode = next(episodes, None)
+        except _DAMAGE as error:
+            raise ValueError(
+                f"damaged: episode {number} cannot be read ({type(error).__name__}: {error}); "
+                "download or make it again"
+            ) from error
+        if episode is None:
+            return
+        yield number, episode
+        number += 1
+
+
+def _open(source: str | os.PathLike[str] | MinariDataset) -> MinariDataset:
+    minari = _package()
+    if isinstance(source, minari.MinariDataset):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            "source must be a Minari id, the folder of a dataset, or a minari.MinariDataset, got "
+            f"{type(source).__name__}"
+        )
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    for folder in (Path(source), Path(get_dataset_path(os.fspath(source)))):
+        for place in (folder / "data", folder):
+            if (place / "metadata.json").is_file():
+                _check_spaces_stored(place)
+                try:
+                    return minari.MinariDataset(place)
+                except _DAMAGE as error:
+                    raise ValueError(
+                        f"{place} is damaged or no Minari dataset: {type(error).__name__}: {error}"
+                    ) from error
+    raise FileNotFoundError(
+        f"no Minari dataset {os.fspath(source)!r}, neither as a folder nor in Minari's store; "
+        f"`minari list local` shows those here, `minari download {os.fspath(source)}` fetches one"
+    )
+
+
+def _check_spaces_stored(place: Path) -> None:
+    # Without them Minari makes the environment, which imports the module that the file names.
+    try:
+        metadata = json.loads((place / "metadata.json").read_text())
+        missing = {"observation_space", "action_space"} - set(metadata)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place} is damaged: its metadata.json is no JSON ({error})") from error
+    if missing:
+        raise ValueError(
+            f"{place} names no {' and no '.join(sorted(missing))}, for which Minari would run the "
+            "environment that it names; open it yourself and pass the minari.MinariDataset"
+        )
+
+
+def _points(flat: FlatSpace, rows: npt.NDArray[np.float32]) -> Batch:
+    batch = flat.batch(rows)
+    return batch if isinstance(batch, Mapping) else batch.astype(flat.space.dtype)
+
+
+def _package() -> Any:  # noqa: ANN401
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(
+            f"Minari's datasets need the package minari ({error}): pip install "
+            '"safeshield[minari]"'
+        ) from error
+    return minari
