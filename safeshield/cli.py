@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from safeshield.algorithms.safefql import SafeFQLConfig
     from safeshield.shield.shield import Shield
     from safeshield.vectorise import Env
 
@@ -100,8 +99,9 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Log, learn, calibrate, and try four agents with the shield and without it."""
-    from safeshield.demo.run import hardware, run_demo, versions
+    from safeshield.demo.run import hardware, run_demo
     from safeshield.demo.settings import DemoConfig
+    from safeshield.versions import versions
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
@@ -121,19 +121,84 @@ def collect(
     env_id: EnvId,
     out: Out,
     policy: Annotated[
-        str, typer.Option(help="random, helmsmen (of the boat), an agent's .safetensors or .zip.")
-    ] = "random",
-    episodes: Episodes = 500,
+        str | None,
+        typer.Option(
+            help="Who acts: random (the default), helmsmen (of the boat), an agent's .safetensors "
+            "or .zip."
+        ),
+    ] = None,
+    episodes: Annotated[
+        int, typer.Option(help="Whole episodes; with --limits: those that stay.", min=1)
+    ] = 500,
     seed: Seed = 0,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a policy: log PPO while it learns, once under each of these limits on "
+            "an episode's cost, as none,25,5,0."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each learner; default 200000.", min=1)
+    ] = None,
+    cap: Annotated[
+        int | None, typer.Option(help="Learners' episodes a cell of the cost-return grid.", min=1)
+    ] = None,
+    bins: Annotated[
+        int | None, typer.Option(help="Parts of each side of that grid; default 30.", min=1)
+    ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="Folder that learners go on from; default OUT.parts. It can be deleted."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A learner's setting, name=value. Repeatable.")
+    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Log whole episodes of an environment to an HDF5 or NPZ file."""
-    from safeshield.data.collect import collect as collect_log
+    """Log whole episodes of an environment to an HDF5 or NPZ file.
+
+    Of a policy; or, with --limits, everything that learners do from their first steps to their
+    last, thinned on a grid of cost and return. If that is stopped, the same command goes on.
+    """
+    from safeshield.versions import versions
 
     _check_output(out, (".hdf5", ".h5", ".npz"))
+    given = {"--steps": steps, "--cap": cap, "--bins": bins, "--parts": parts, "--set": settings}
+    needless = [name for name, value in given.items() if value is not None]
+    if limits is None and needless:
+        raise ValueError(f"{', '.join(needless)} belong to learners: add --limits none,25,5,0")
+    if limits is not None and (policy is not None or trust):
+        raise ValueError("--limits logs learners, and --policy and --trust a policy: leave one out")
     env = _make(env_id)
-    log = collect_log(env, _policy(policy, env, None, trust), episodes, seed)
+    if limits is not None:
+        from safeshield.collection import STEPS, LearnerConfig, Thinning, collect_while_learning
+
+        log = collect_while_learning(
+            env,
+            out.with_name(f"{out.name}.parts") if parts is None else parts,
+            limits=_parse("--limits", limits, tuple[float | None, ...]),
+            steps=STEPS if steps is None else steps,
+            seed=seed,
+            thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
+            config=_settings(LearnerConfig, settings or []),
+            progress_bar=True,
+        )
+    else:
+        from safeshield.data.collect import collect as collect_log
+
+        name = policy or "random"
+        log = collect_log(env, _policy(name, env, None, trust), episodes, seed)
+        log = dataclasses.replace(
+            log,
+            provenance={
+                "collected_by": Path(name).name,
+                "environment": env_id,
+                "seed": seed,
+                "versions": [versions()],
+            },
+        )
     log.save(out)
     typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
 
@@ -163,12 +228,12 @@ def train(
         _check_output(checkpoint, None)
     import torch
 
-    from safeshield.algorithms.safefql import SafeFQL
+    from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
     from safeshield.data.dataset import OfflineDataset
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
-    config = _config(settings or [], seed)
+    config = _settings(SafeFQLConfig, settings or [], seed=seed)
     agent = SafeFQL(config, device=device.value)
     agent.fit(
         OfflineDataset.load(log),
@@ -419,9 +484,23 @@ def inspect(
         return
     # The promise says in words what the record says in numbers.
     description.pop("record", None)
+    provenance = description.pop("provenance", None)
     width = max(map(len, description))
     for name, value in description.items():
         typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
+    if provenance is not None:
+        typer.echo(_provenance_text(provenance))
+
+
+def _provenance_text(provenance: dict[str, Any]) -> str:
+    """Return how a log was made, a line for each entry, and for each entry of a list of them."""
+    width = max(map(len, provenance), default=0)
+    lines = []
+    for name, value in provenance.items():
+        several = isinstance(value, list) and any(isinstance(one, dict) for one in value)
+        for one in value if several else [value]:
+            lines.append(f"  {name.replace('_', ' '):<{width}}  {_plain(one)}")
+    return "\n".join(["made", *lines])
 
 
 def _plain(value: object) -> str:
@@ -494,28 +573,24 @@ def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
                      f"got '{name}'")  # fmt: skip
 
 
-def _config(settings: list[str], seed: int) -> SafeFQLConfig:
-    """Return SafeFQL's configuration from "name=value" texts.
+def _settings(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: ANN401
+    """Return a configuration of this class from "name=value" texts.
 
     Raises:
         ValueError: no such setting, or a value of another type.
     """
     from typing import get_type_hints
 
-    from safeshield.algorithms.safefql import SafeFQLConfig
-
-    hints = get_type_hints(SafeFQLConfig)
-    known = [field.name for field in dataclasses.fields(SafeFQLConfig)]
-    values: dict[str, Any] = {"seed": seed}
+    hints = get_type_hints(kind)
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
         if not equals:
             raise ValueError(f"--set takes name=value, got '{setting}'")
-        if name not in known:
-            raise ValueError(f"--set {name}: no such setting; known: {', '.join(known)}")
+        if name not in hints:
+            raise ValueError(f"--set {name}: no such setting; known: {', '.join(hints)}")
         values[name] = _parse(f"--set {name}", text.strip(), hints[name])
-    return SafeFQLConfig(**values)
+    return kind(**values)
 
 
 def _parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type

@@ -147,6 +147,7 @@ def _describe_log(path: Path) -> dict[str, Any]:
         ],
         "return_range": [float(log.returns.min()), float(log.returns.max())],
         "bytes": path.stat().st_size,
+        **({} if log.provenance is None else {"provenance": dict(log.provenance)}),
     }
 
 
