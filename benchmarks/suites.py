@@ -1,4 +1,4 @@
-"""The field's tasks: cloning, FISOR-style, SafeFQL, PPO for reward alone, and agents behind a shield.
+"""The field's tasks: cloning, FISOR-style, SafeFQL, PPO for reward alone, agents behind a shield.
 
     pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
     python benchmarks/suites.py --data FOLDER     # logs in DSRL's format, TASK.hdf5; resumes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -101,8 +101,9 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Log, learn, calibrate, and try four agents with the shield and without it."""
-    from safeshield.demo.run import hardware, run_demo, versions
+    from safeshield.demo.run import hardware, run_demo
     from safeshield.demo.settings import DemoConfig
+    from safeshield.versions import versions
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
@@ -122,19 +123,84 @@ def collect(
     env_id: EnvId,
     out: Out,
     policy: Annotated[
-        str, typer.Option(help="random, helmsmen (of the boat), an agent's .safetensors or .zip.")
-    ] = "random",
-    episodes: Episodes = 500,
+        str | None,
+        typer.Option(
+            help="Who acts: random (the default), helmsmen (of the boat), an agent's .safetensors "
+            "or .zip."
+        ),
+    ] = None,
+    episodes: Annotated[
+        int, typer.Option(help="Whole episodes; with --limits: those that stay.", min=1)
+    ] = 500,
     seed: Seed = 0,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a policy: log PPO while it learns, once under each of these limits on "
+            "an episode's cost, as none,25,5,0."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each learner; default 200000.", min=1)
+    ] = None,
+    cap: Annotated[
+        int | None, typer.Option(help="Learners' episodes a cell of the cost-return grid.", min=1)
+    ] = None,
+    bins: Annotated[
+        int | None, typer.Option(help="Parts of each side of that grid; default 30.", min=1)
+    ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="Folder that learners go on from; default OUT.parts. It can be deleted."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A learner's setting, name=value. Repeatable.")
+    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Log whole episodes of an environment to an HDF5 or NPZ file."""
-    from safeshield.data.collect import collect as collect_log
+    """Log whole episodes of an environment to an HDF5 or NPZ file.
+
+    Of a policy; or, with --limits, everything that learners do from their first steps to their
+    last, thinned on a grid of cost and return. If that is stopped, the same command goes on.
+    """
+    from safeshield.versions import versions
 
     _check_output(out, (".hdf5", ".h5", ".npz"))
+    given = {"--steps": steps, "--cap": cap, "--bins": bins, "--parts": parts, "--set": settings}
+    needless = [name for name, value in given.items() if value is not None]
+    if limits is None and needless:
+        raise ValueError(f"{', '.join(needless)} belong to learners: add --limits none,25,5,0")
+    if limits is not None and (policy is not None or trust):
+        raise ValueError("--limits logs learners, and --policy and --trust a policy: leave one out")
     env = _make(env_id)
-    log = collect_log(env, _policy(policy, env, None, trust), episodes, seed)
+    if limits is not None:
+        from safeshield.collection import STEPS, LearnerConfig, Thinning, collect_while_learning
+
+        log = collect_while_learning(
+            env,
+            out.with_name(f"{out.name}.parts") if parts is None else parts,
+            limits=_parse("--limits", limits, tuple[float | None, ...]),
+            steps=STEPS if steps is None else steps,
+            seed=seed,
+            thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
+            config=_settings(LearnerConfig, settings or []),
+            progress_bar=True,
+        )
+    else:
+        from safeshield.data.collect import collect as collect_log
+
+        name = policy or "random"
+        log = collect_log(env, _policy(name, env, None, trust), episodes, seed)
+        log = dataclasses.replace(
+            log,
+            provenance={
+                "collected_by": Path(name).name,
+                "environment": env_id,
+                "seed": seed,
+                "versions": [versions()],
+            },
+        )
     log.save(out)
     typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
 
@@ -170,7 +236,7 @@ def train(
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
     kind = ALGORITHMS[algorithm.value]
-    config = _config(kind.config_type, settings or [], seed)
+    config = _settings(kind.config_type, settings or [], seed=seed)
     agent = kind(config, device=device.value)
     agent.fit(
         OfflineDataset.load(log),
@@ -442,6 +508,17 @@ def inspect(
         typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
 
 
+def _provenance_text(provenance: Mapping[str, Any]) -> str:
+    """Return how a log was made, a line for each entry, and for each entry of a list of them."""
+    width = max(map(len, provenance), default=0)
+    lines = []
+    for name, value in provenance.items():
+        several = isinstance(value, list) and any(isinstance(one, dict) for one in value)
+        for one in value if several else [value]:
+            lines.append(f"  {name.replace('_', ' '):<{width}}  {_plain(one)}")
+    return "\n".join(["made", *lines])
+
+
 @app.command()
 @_clear_errors
 def doctor(
@@ -476,7 +553,7 @@ def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: P
         _check_output(picture, (".png", ".svg", ".pdf"), "--picture")
     from safeshield.data.card import DEFAULT_LIMITS, card_of
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.inspection import LOG
+    from safeshield.inspection import describe
 
     log = OfflineDataset.load(file)
     limits = DEFAULT_LIMITS if cost_limit is None else (cost_limit,)
@@ -485,7 +562,12 @@ def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: P
         from safeshield.data.scatter import draw_scatter
 
         draw_scatter(picture, log, limit=max(limits), title=card.env_id or file.stem)
-    typer.echo(json.dumps({"kind": LOG, **card.to_json()}, indent=2) if as_json else card)
+    if as_json:
+        typer.echo(json.dumps({**describe(file), **card.to_json()}, indent=2))
+        return
+    typer.echo(card)
+    if log.provenance is not None:
+        typer.echo(_provenance_text(log.provenance))
 
 
 def _plain(value: object) -> str:
@@ -567,8 +649,8 @@ def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
                      f"got '{name}'")  # fmt: skip
 
 
-def _config(kind: type[Any], settings: list[str], seed: int) -> Any:  # noqa: ANN401 - of any kind
-    """Return an algorithm's configuration from "name=value" texts.
+def _settings(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: ANN401
+    """Return a configuration of this class from "name=value" texts.
 
     Raises:
         ValueError: no such setting, or a value of another type.
@@ -576,15 +658,13 @@ def _config(kind: type[Any], settings: list[str], seed: int) -> Any:  # noqa: AN
     from typing import get_type_hints
 
     hints = get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
-    values: dict[str, Any] = {"seed": seed}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
         if not equals:
             raise ValueError(f"--set takes name=value, got '{setting}'")
-        if name not in known:
-            raise ValueError(f"--set {name}: no such setting; known: {', '.join(known)}")
+        if name not in hints:
+            raise ValueError(f"--set {name}: no such setting; known: {', '.join(hints)}")
         values[name] = _parse(f"--set {name}", text.strip(), hints[name])
     return kind(**values)
 

@@ -51,8 +51,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.suffix.lower() in _LOG_SUFFIXES:
         from safeshield.data.card import card_of
+        from safeshield.data.dataset import OfflineDataset
 
-        return {"kind": LOG, **card_of(path).to_json()}
+        log = OfflineDataset.load(path)
+        made = {} if log.provenance is None else {"provenance": dict(log.provenance)}
+        return {"kind": LOG, **card_of(log, file=path).to_json(), **made}
     kind, file = _open(path)
     if kind == SHIELD:
         return {"kind": kind, **_describe_shield(path), **_size(file)}

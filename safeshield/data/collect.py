@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
@@ -62,6 +63,25 @@ def collect(
     runs = run_episodes(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
     )
+    return log_of(
+        runs, seen, getattr(env, f"{prefix}action_space"), label_magnitude=label_magnitude
+    )
+
+
+def log_of(
+    runs: Sequence[Episode],
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    *,
+    label_magnitude: float = DEFAULT_MAGNITUDE,
+) -> OfflineDataset:
+    """Return episodes as a log; `collect` says how they are labelled.
+
+    Raises:
+        ValueError: there is none, or they report neither key, or one of them in some only.
+    """
+    if not runs:
+        raise ValueError("runs must hold at least one episode, got none")
     labelled = [run.next_constraints is not None for run in runs]
     if not all(labelled) and any(labelled):
         raise ValueError("info['constraint'] must be reported in all episodes or in none")
@@ -82,8 +102,8 @@ def collect(
         arrays["initial_costs"] = np.array([run.initial_cost or 0.0 for run in runs])
     return OfflineDataset.from_arrays(
         **arrays,
-        observation_space=seen,
-        action_space=getattr(env, f"{prefix}action_space"),
+        observation_space=observation_space,
+        action_space=action_space,
         label_magnitude=label_magnitude,
     )
 

@@ -61,6 +61,8 @@ class OfflineDataset:
             of the entries that the log holds.
         action_space: Box, Discrete, MultiDiscrete or MultiBinary.
         constraint_kind: "continuous" (in units of the constraint) or "binary" (+M and -1).
+        provenance: how the log was made, as JSON values: environment, seeds, versions. None where
+            nobody said. It is saved and loaded, and stays with parts of the log.
 
     Raises:
         ValueError: a rule is broken; the message names the key, the index, the episode, a repair.
@@ -91,6 +93,7 @@ class OfflineDataset:
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     constraint_kind: ConstraintKind
+    provenance: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -142,6 +145,7 @@ class OfflineDataset:
         constraint_kind: ConstraintKind | None = None,
         label_magnitude: float = DEFAULT_MAGNITUDE,
         initial_costs: npt.ArrayLike | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> OfflineDataset:
         """Build a log, filling in what is missing.
 
@@ -195,6 +199,7 @@ class OfflineDataset:
             observation_space=observation_space,
             action_space=action_space,
             constraint_kind=kind,
+            provenance=provenance,
             **flags,
         )
 
@@ -251,6 +256,7 @@ class OfflineDataset:
                 action_space=action_space,
                 constraint_kind=kind,
                 label_magnitude=DEFAULT_MAGNITUDE if label_magnitude is None else label_magnitude,
+                provenance=None if header is None else header.get("provenance"),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
@@ -262,7 +268,7 @@ class OfflineDataset:
         """Write a DSRL file, .hdf5, .h5 or .npz, that `load` reads back exactly.
 
         Beside DSRL's keys it holds `constraints`, `next_constraints` and, as strict JSON, the
-        spaces and the kind of labels. The file appears whole or not at all.
+        spaces, the kind of labels and the provenance. The file appears whole or not at all.
 
         Raises:
             ValueError: the suffix is unknown.
@@ -275,6 +281,8 @@ class OfflineDataset:
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
         }
+        if self.provenance is not None:
+            header["provenance"] = dict(self.provenance)
         arrays = {_DSRL_NAMES.get(name, name): array for name, array in self._arrays().items()}
         storage.write_log(Path(path), arrays, header)
 
@@ -426,7 +434,7 @@ class OfflineDataset:
 
     @classmethod
     def concatenate(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
-        """Put logs of the same task one after the other.
+        """Put logs of the same task one after the other; a provenance that they share stays.
 
         Raises:
             ValueError: there are none, or their spaces or kinds of labels differ.
@@ -446,7 +454,8 @@ class OfflineDataset:
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS
         }
-        return dataclasses.replace(first, **joined)
+        shared = all(part.provenance == first.provenance for part in parts)
+        return dataclasses.replace(first, **joined, provenance=first.provenance if shared else None)
 
     def summary(self) -> str:
         """Describe the log in a few lines: sizes, returns, costs, labels and how episodes end."""
@@ -517,7 +526,7 @@ def _read_header(
     header: storage.Header,
 ) -> tuple[ConstraintKind, gym.Space[Any], gym.Space[Any]]:
     expected = {"format", "version", "constraint_kind", "observation_space", "action_space"}
-    if set(header) != expected:
+    if set(header) - {"provenance"} != expected:
         raise ValueError(f"its header must have the fields {sorted(expected)}")
     if (header["format"], header["version"]) != (_FORMAT, _VERSION):
         raise ValueError(
@@ -527,6 +536,8 @@ def _read_header(
     kind = header["constraint_kind"]
     if kind not in ("continuous", "binary"):
         raise ValueError("its constraint_kind must be 'continuous' or 'binary'")
+    if not isinstance(header.get("provenance", {}), dict):
+        raise ValueError("its provenance must be a JSON object")
     return (
         kind,
         flat_observations(

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,7 @@ from safeshield.evaluation import (
 )
 from safeshield.exact.boat import boat_value
 from safeshield.shield.shield import Shield
+from safeshield.versions import versions
 
 if TYPE_CHECKING:
     from safeshield.exact.boat import GridValue
@@ -158,12 +158,6 @@ def hardware() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the demonstration rests on."""
-    names = ("safeshield", "torch", "numpy", "gymnasium", "stable-baselines3")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> SafeFQL:

@@ -203,7 +203,9 @@ def test_workers_make_them_from_a_spec_or_from_an_id_that_names_its_module(
     tmp_path: Path, start: str
 ) -> None:
     script = tmp_path / "workers.py"
-    script.write_text(WORKER.format(body=f"""
+    script.write_text(
+        WORKER.format(
+            body=f"""
     for env_id in {[TASKS[name].env_id for name in ONE_OF_EACH]}:
         env = gym.make(env_id)
         spec = env.spec
@@ -216,7 +218,9 @@ def test_workers_make_them_from_a_spec_or_from_an_id_that_names_its_module(
         assert infos["cost"].shape == (2,)
         envs.close()
         print(env_id)
-    """))
+    """
+        )
+    )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split()) == len(ONE_OF_EACH)

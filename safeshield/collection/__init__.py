@@ -1,0 +1,15 @@
+"""Logs for offline learning, made by learners under cost limits, thinned on a cost-return grid."""
+
+from safeshield.collection.learner import LearnerConfig
+from safeshield.collection.multiplier import Multiplier
+from safeshield.collection.run import LIMITS, STEPS, collect_while_learning
+from safeshield.collection.thinning import Thinning
+
+__all__ = [
+    "LIMITS",
+    "STEPS",
+    "LearnerConfig",
+    "Multiplier",
+    "Thinning",
+    "collect_while_learning",
+]

@@ -1,0 +1,395 @@
+"""One learner: Stable-Baselines3's PPO under a cost limit, in segments that can be repeated.
+
+A run is cut into segments of a fixed number of updates. Each starts with a reset of every
+environment and all random numbers seeded anew from (seed, learner, segment), goes on from the
+weights, moments, statistics and price that the one before left in a file, and ends by playing the
+episodes under way to their end, without learning. So a segment is a function of the file before it:
+a run that was interrupted and gone on with is, bit for bit, the one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from safeshield.collection.multiplier import Multiplier
+from safeshield.collection.recorder import EpisodeRecorder, PricedReward
+from safeshield.data.collect import log_of
+from safeshield.data.dataset import OfflineDataset
+from safeshield.evaluation import episode_cost
+from safeshield.files import read_tensors, write_tensors
+from safeshield.flat import flat_actions, flat_observations
+from safeshield.rollout import Episode
+
+Array = npt.NDArray[Any]
+STATE = "state.safetensors"
+_FORMAT = "safeshield-learner"
+_STEP_LIMIT = 100_000
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How a learner learns.
+
+    Raises:
+        ValueError: a number is out of range, or the batch size does not divide a rollout.
+    """
+
+    num_envs: int = 4
+    """Environments that step together."""
+    rollout_steps: int = 512
+    """Steps of each environment between two updates."""
+    batch_size: int = 256
+    epochs: int = 10
+    """Passes over a rollout in an update."""
+    learning_rate: float = 3e-4
+    discount: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    entropy_weight: float = 0.0
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers, of actor and critic each."""
+    normalise: bool = True
+    """Whether the learner sees observations and rewards divided by their running spread; the log
+    holds raw ones either way."""
+    multiplier_start: float = 1.0
+    """Price of a unit of cost at first, in units of reward."""
+    multiplier_rate: float = 0.1
+    """Greatest change of its logarithm after a rollout."""
+    segment_steps: int = 50_000
+    """Steps, of all environments together, between two files to go on from."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "rollout_steps", "batch_size", "epochs", "segment_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rollout % self.batch_size:
+            raise ValueError(
+                f"batch_size must divide num_envs * rollout_steps = {self.rollout}, got "
+                f"{self.batch_size}"
+            )
+        if not (self.learning_rate > 0.0 and 0.0 < self.discount <= 1.0):
+            raise ValueError(
+                "learning_rate must be above 0 and discount in (0, 1], got "
+                f"{self.learning_rate} and {self.discount}"
+            )
+
+    @property
+    def rollout(self) -> int:
+        """Steps of all environments together between two updates."""
+        return self.num_envs * self.rollout_steps
+
+    @property
+    def segment(self) -> int:
+        """Updates between two files."""
+        return max(1, round(self.segment_steps / self.rollout))
+
+    def updates(self, steps: int) -> int:
+        """How many updates at least `steps` steps make."""
+        return math.ceil(steps / self.rollout)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a learner is."""
+
+    updates: int
+    """Done."""
+    segments: int
+    """Done, each with a file of episodes."""
+    price: float | None
+    """Its multiplier; None without a limit."""
+    returns: npt.NDArray[np.float32]
+    """(E,) of its episodes so far, in order."""
+    costs: npt.NDArray[np.float32]
+    """(E,) likewise."""
+
+
+def segment_file(folder: Path, segment: int) -> Path:
+    """Return where the episodes of a segment are."""
+    return folder / f"segment-{segment:04d}.hdf5"
+
+
+def read_progress(folder: Path) -> Progress:
+    """Return how far the learner of a folder is.
+
+    Raises:
+        ValueError: its file is damaged, or the episodes of a segment are missing.
+    """
+    path = folder / STATE
+    if not path.exists():
+        nothing = np.zeros(0, np.float32)
+        return Progress(0, 0, None, nothing, nothing)
+    header, arrays = _read_state(path)
+    progress = Progress(
+        header["updates"], header["segments"], header["price"], arrays[_RETURNS], arrays[_COSTS]
+    )
+    for segment in range(progress.segments):
+        if not segment_file(folder, segment).is_file():
+            raise ValueError(
+                f"{segment_file(folder, segment)} is missing, but {path} goes on from it; put it "
+                f"back, or delete the folder {folder} to let this learner begin anew"
+            )
+    return progress
+
+
+def learn(
+    venv: VecEnv,
+    folder: Path,
+    *,
+    limit: float | None,
+    updates: int,
+    seed: tuple[int, int],
+    config: LearnerConfig,
+    label_magnitude: float,
+    report: Callable[[int, Progress], None],
+) -> Progress:
+    """Go on with a learner until it has done so many updates.
+
+    Args:
+        venv: environments that nobody else steps; raw, without wrappers.
+        folder: of this learner alone: its state, and the episodes of its segments.
+        limit: on the mean cost of an episode; None: it learns for the reward alone.
+        updates: in all.
+        seed: of the run, and number of the learner.
+        config: the same as when it began.
+        label_magnitude: see `OfflineDataset`.
+        report: told after each rollout how many steps it had, and after each segment (0 steps).
+
+    Raises:
+        ValueError: the environment does not tell its costs, never ends, or a file is damaged.
+    """
+    progress = read_progress(folder)
+    with _one_thread():
+        while progress.updates < updates:
+            count = min(config.segment, updates - progress.updates)
+            progress = _segment(
+                venv, folder, progress, limit, count, seed, config, label_magnitude, report
+            )
+            report(0, progress)
+    return progress
+
+
+def _segment(
+    venv: VecEnv,
+    folder: Path,
+    progress: Progress,
+    limit: float | None,
+    updates: int,
+    seed: tuple[int, int],
+    config: LearnerConfig,
+    label_magnitude: float,
+    report: Callable[[int, Progress], None],
+) -> Progress:
+    seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
+    recorder = EpisodeRecorder(venv, seen, played)
+    price = None
+    if limit is not None:
+        value = config.multiplier_start if progress.price is None else progress.price
+        price = Multiplier(limit, value, config.multiplier_rate)
+    priced = PricedReward(recorder, 0.0 if price is None else price.value)
+    stack = _normalised(priced, config)
+    numbers = np.random.SeedSequence([*seed, progress.segments]).generate_state(1)
+    model = PPO(
+        "MultiInputPolicy" if isinstance(seen.space, gym.spaces.Dict) else "MlpPolicy",
+        stack,
+        learning_rate=config.learning_rate,
+        n_steps=config.rollout_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.epochs,
+        gamma=config.discount,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.entropy_weight,
+        policy_kwargs={"net_arch": list(config.hidden)},
+        # Half the range: environments are seeded with it and the numbers that follow.
+        seed=int(numbers[0]) // 2,
+        device="cpu",
+    )
+    if progress.segments:
+        _restore(folder / STATE, model, stack)
+    watch = _Watch(recorder, priced, price, config.rollout, progress, report)
+    model.learn(updates * config.rollout, callback=watch)
+    _finish_episodes(model, stack, recorder)
+    episodes = [*watch.episodes, *recorder.take()]
+    log = log_of(episodes, seen.space, played.space, label_magnitude=label_magnitude)
+    log.save(segment_file(folder, progress.segments))
+    after = Progress(
+        updates=progress.updates + updates,
+        segments=progress.segments + 1,
+        price=None if watch.price is None else watch.price.value,
+        returns=np.concatenate([progress.returns, log.returns.astype(np.float32)]),
+        costs=np.concatenate([progress.costs, log.episode_costs.astype(np.float32)]),
+    )
+    # Last: until this file is there, the segment has not happened.
+    _write_state(folder / STATE, model, stack, after)
+    return after
+
+
+def _normalised(priced: PricedReward, config: LearnerConfig) -> VecNormalize:
+    space = priced.observation_space
+    parts = list(space.spaces.values()) if isinstance(space, gym.spaces.Dict) else [space]
+    plain = all(
+        isinstance(part, gym.spaces.Box) and np.issubdtype(part.dtype, np.floating)
+        for part in parts
+    )
+    return VecNormalize(
+        priced,
+        norm_obs=config.normalise and plain,
+        norm_reward=config.normalise,
+        gamma=config.discount,
+    )
+
+
+class _Watch(BaseCallback):
+    """Sets the price after each rollout, and keeps the episodes that it held."""
+
+    def __init__(
+        self,
+        recorder: EpisodeRecorder,
+        priced: PricedReward,
+        price: Multiplier | None,
+        steps: int,
+        before: Progress,
+        report: Callable[[int, Progress], None],
+    ) -> None:
+        super().__init__()
+        self.price = price
+        self.episodes: list[Episode] = []
+        self._recorder, self._priced = recorder, priced
+        self._steps, self._before, self._report = steps, before, report
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        ended = self._recorder.take()
+        self.episodes += ended
+        if self.price is not None and ended:
+            self.price = self.price.updated(float(np.mean([episode_cost(one) for one in ended])))
+            self._priced.price = self.price.value
+        price = None if self.price is None else self.price.value
+        told = [
+            np.array([of(one) for one in self.episodes], np.float32)
+            for of in (lambda one: one.total_return, episode_cost)
+        ]
+        self._report(
+            self._steps,
+            dataclasses.replace(
+                self._before,
+                price=price,
+                returns=np.concatenate([self._before.returns, told[0]]),
+                costs=np.concatenate([self._before.costs, told[1]]),
+            ),
+        )
+
+
+def _finish_episodes(model: PPO, stack: VecNormalize, recorder: EpisodeRecorder) -> None:
+    """Play on, without learning, until the episodes under way are over."""
+    running = recorder.lengths > 0
+    for _ in range(_STEP_LIMIT):
+        if not running.any():
+            return
+        actions, _ = model.predict(stack.normalize_obs(recorder.current), deterministic=False)
+        recorder.step_async(actions)
+        _, _, dones, _ = recorder.step_wait()
+        running &= ~dones
+    raise ValueError(
+        f"an episode has not ended after {_STEP_LIMIT} steps; wrap the environment in "
+        "gymnasium.wrappers.TimeLimit"
+    )
+
+
+_RETURNS, _COSTS, _POLICY, _MOMENTS = "episodes.returns", "episodes.costs", "policy.", "moments."
+
+
+def _write_state(path: Path, model: PPO, stack: VecNormalize, progress: Progress) -> None:
+    """Write weights, Adam's moments, running statistics and how far it is; nothing that can run."""
+    arrays = {_RETURNS: progress.returns, _COSTS: progress.costs}
+    for name, tensor in model.policy.state_dict().items():
+        arrays[_POLICY + name] = tensor.detach().numpy()
+    for index, moments in model.policy.optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            arrays[f"{_MOMENTS}{index}.{name}"] = np.asarray(tensor, np.float32)
+    header = {
+        "format": _FORMAT,
+        "updates": progress.updates,
+        "segments": progress.segments,
+        "price": progress.price,
+        "statistics": {name: _statistics_json(one) for name, one in _statistics(stack).items()},
+    }
+    write_tensors(path, arrays, header)
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    file = read_tensors(path, _FORMAT)
+    return file.header, file.load(file.shapes)
+
+
+def _restore(path: Path, model: PPO, stack: VecNormalize) -> None:
+    header, arrays = _read_state(path)
+    # Copies: the arrays may be views of the file's bytes, which must not be trained in place.
+    weights = {
+        name.removeprefix(_POLICY): torch.tensor(array)
+        for name, array in arrays.items()
+        if name.startswith(_POLICY)
+    }
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, array in arrays.items():
+        if name.startswith(_MOMENTS):
+            index, key = name.removeprefix(_MOMENTS).split(".")
+            moments.setdefault(int(index), {})[key] = torch.tensor(array)
+    model.policy.load_state_dict(weights)
+    groups = model.policy.optimizer.state_dict()["param_groups"]
+    model.policy.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for name, one in _statistics(stack).items():
+        stored = header["statistics"][name]
+        one.mean = np.array(stored["mean"], np.float64)
+        one.var = np.array(stored["variance"], np.float64)
+        one.count = float(stored["count"])
+
+
+def _statistics(stack: VecNormalize) -> dict[str, RunningMeanStd]:
+    """The running statistics by name; of observations only where they are normalised."""
+    found = {"rewards": stack.ret_rms}
+    if stack.norm_obs:
+        kept = stack.obs_rms
+        parts = kept if isinstance(kept, dict) else {"": kept}
+        found |= {f"observations.{name}": one for name, one in parts.items()}
+    return found
+
+
+def _statistics_json(one: RunningMeanStd) -> dict[str, Any]:
+    # Python writes a float64 so that it is read back exactly.
+    mean, variance = np.asarray(one.mean).tolist(), np.asarray(one.var).tolist()
+    return {"mean": mean, "variance": variance, "count": float(one.count)}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread: networks this small gain nothing from a second, and sums keep their order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def load_segment(folder: Path, segment: int) -> OfflineDataset:
+    """Read the episodes of a segment."""
+    return OfflineDataset.load(segment_file(folder, segment))

@@ -1,0 +1,178 @@
+"""Between an environment and a learner: what is written down, and what the learner is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from safeshield.batch_policy import executable_actions
+from safeshield.flat import FlatSpace, copied
+from safeshield.rollout import Episode
+
+Array = npt.NDArray[Any]
+
+
+class EpisodeRecorder(VecEnvWrapper):
+    """Writes down every whole episode of a VecEnv, as the environment sees and tells it.
+
+    Observations are raw, actions those that were executed (clipped, or
+    ``info["action_executed"]``), the last observation is that of the episode, not of the next.
+
+    Args:
+        venv: whose infos hold ``"cost"`` or ``"constraint"``.
+        seen: how observations become rows.
+        played: how actions become rows.
+    """
+
+    def __init__(self, venv: VecEnv, seen: FlatSpace, played: FlatSpace) -> None:
+        super().__init__(venv)
+        self._seen, self._played = seen, played
+        self._episodes: list[Episode] = []
+        self.costs = np.zeros(venv.num_envs)
+        """(n,) of the last step; 1 in a violation where only the constraint is reported."""
+        self.current: Any = None
+        """The observations that the next actions answer."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) steps of the episodes that are not over."""
+        return np.array([len(one.rewards) for one in self._running], np.int64)
+
+    def take(self) -> list[Episode]:
+        """Return the episodes that ended since the last call, and forget them."""
+        taken, self._episodes = self._episodes, []
+        return taken
+
+    def reset(self) -> VecEnvObs:
+        """Start new episodes; those that were not over are forgotten."""
+        observations = self.venv.reset()
+        self.current = copied(observations)
+        rows = self._seen.rows(observations, "observation")[0]
+        self._running = [
+            _Running(row, info) for row, info in zip(rows, self.venv.reset_infos, strict=True)
+        ]
+        return observations
+
+    def step_async(self, actions: Array) -> None:
+        """Send the actions on, and remember them as they are executed."""
+        self._actions = executable_actions(actions, self.action_space, self.num_envs)
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Write the step down."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.current = copied(observations)
+        after = np.array(self._seen.rows(observations, "observation")[0])
+        actions = self._played.rows(self._actions)[0]
+        for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
+            reached = after[i]
+            if done:
+                last = info["terminal_observation"]
+                reached = self._seen.rows(last, "observation")[0][0]
+            self.costs[i] = _cost(info)
+            self._running[i].add(actions[i], float(rewards[i]), reached, info)
+            if done:
+                cut = bool(info.get("TimeLimit.truncated", False))
+                self._episodes.append(self._running[i].episode(truncated=cut))
+                self._running[i] = _Running(after[i], self.venv.reset_infos[i])
+        return observations, rewards, dones, infos
+
+
+class PricedReward(VecEnvWrapper):
+    """Tells the learner ``(r - l c) / (1 + l)``; see `multiplier.Multiplier`.
+
+    Args:
+        recorder: whose costs are meant.
+        price: l, at least 0; it may be changed at any time.
+    """
+
+    def __init__(self, recorder: EpisodeRecorder, price: float) -> None:
+        super().__init__(recorder)
+        self._recorder, self.price = recorder, price
+
+    def reset(self) -> VecEnvObs:
+        """Pass on."""
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """Put the price on."""
+        observations, rewards, dones, infos = self.venv.step_wait()
+        priced = (rewards - self.price * self._recorder.costs) / (1.0 + self.price)
+        return observations, priced.astype(np.float32), dones, infos
+
+
+class _Running:
+    """An episode that is not over."""
+
+    def __init__(self, start: Array, info: dict[str, Any]) -> None:
+        self.states = [np.array(start)]
+        self.actions: list[Array] = []
+        self.rewards: list[float] = []
+        self.labels: dict[str, list[float | None]] = {
+            key: [_number(info, key)] for key in ("cost", "constraint")
+        }
+
+    def add(self, action: Array, reward: float, reached: Array, info: dict[str, Any]) -> None:
+        executed = info.get("action_executed")
+        self.actions.append(np.array(action) if executed is None else np.ravel(executed))
+        self.rewards.append(reward)
+        self.states.append(np.array(reached))
+        for key, values in self.labels.items():
+            values.append(_number(info, key))
+
+    def episode(self, *, truncated: bool) -> Episode:
+        states = np.stack(self.states).astype(np.float32)
+        flags = np.zeros((2, len(self.rewards)), np.bool_)
+        flags[int(truncated), -1] = True
+        constraints = self._complete("constraint", self.labels["constraint"])
+        return Episode(
+            observations=states[:-1],
+            actions=np.stack(self.actions).astype(np.float32),
+            rewards=np.array(self.rewards, np.float32),
+            next_observations=states[1:],
+            terminated=flags[0],
+            truncated=flags[1],
+            costs=self._complete("cost", self.labels["cost"][1:]),
+            initial_cost=self.labels["cost"][0],
+            constraints=None if constraints is None else constraints[:-1],
+            next_constraints=None if constraints is None else constraints[1:],
+        )
+
+    @staticmethod
+    def _complete(key: str, values: list[float | None]) -> npt.NDArray[np.float32] | None:
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        if len(known) < len(values):
+            where = "at reset and at every step" if key == "constraint" else "at every step"
+            raise ValueError(f"info[{key!r}] must be reported {where}, but is missing at some")
+        return np.array(known, np.float32)
+
+
+def _number(info: dict[str, Any], key: str) -> float | None:
+    value = info.get(key)
+    if value is None:
+        return None
+    number = np.asarray(value, np.float64)
+    if number.size != 1 or not np.isfinite(number).all():
+        raise ValueError(f"info[{key!r}] must be one finite number, got {value!r}")
+    if key == "cost" and number.item() < 0.0:
+        raise ValueError(f"info['cost'] must be at least 0 (0 is safe), got {value!r}")
+    return float(number.item())
+
+
+def _cost(info: dict[str, Any]) -> float:
+    cost, constraint = _number(info, "cost"), _number(info, "constraint")
+    if cost is not None:
+        return cost
+    if constraint is None:
+        raise ValueError(
+            "the environment must report info['cost'] at every step, or info['constraint'] (h, "
+            "positive is a violation) at reset and every step; add safeshield.wrappers."
+            "CostFromFunction or ConstraintFromFunction"
+        )
+    return float(constraint > 0.0)

@@ -1,0 +1,367 @@
+"""Learners under several cost limits, one after the other, and the log that they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from tqdm import tqdm
+
+from safeshield.collection.learner import (
+    STATE,
+    LearnerConfig,
+    Progress,
+    learn,
+    load_segment,
+    read_progress,
+)
+from safeshield.collection.multiplier import Multiplier
+from safeshield.collection.thinning import Indices, Thinning
+from safeshield.data.dataset import OfflineDataset
+from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.spaces import space_to_json
+from safeshield.vectorise import Env, Member, environment_name, is_vector_env, spec_to_copy
+from safeshield.versions import versions
+
+LIMITS: tuple[float | None, ...] = (None, 25.0, 5.0, 0.0)
+"""Of four learners: one for the reward alone, three under a limit on an episode's cost."""
+STEPS = 200_000
+PLAN = "plan.json"
+_FORMAT = "safeshield-collection"
+
+
+def collect_while_learning(
+    env: Env,
+    folder: str | os.PathLike[str],
+    *,
+    limits: Sequence[float | None] = LIMITS,
+    steps: int = STEPS,
+    seed: int = 0,
+    thinning: Thinning | None = None,
+    config: LearnerConfig | None = None,
+    label_magnitude: float = DEFAULT_MAGNITUDE,
+    progress_bar: bool = False,
+) -> OfflineDataset:
+    """Log everything that PPO does while it learns under several cost limits, thinned on a grid.
+
+    Every learner begins with random networks, and all of its episodes are logged, whole, from the
+    first to the last: observations and actions raw, actions as they were executed. The log thus
+    holds safe and reckless, poor and good behaviour. It is as DSRL made its logs (Liu et al. 2024)
+    with PPO in place of a dozen algorithms.
+
+    What is done is kept in `folder`: called again with the same arguments after an interruption,
+    it goes on from the last whole segment (`LearnerConfig.segment_steps`), and the log is the same,
+    bit for bit, as without the interruption, on the same machine with the same versions, where a
+    reset with a seed leaves nothing of what was before. More `steps` go on with the same learners;
+    another `thinning` reads the same episodes. The folder can be deleted afterwards.
+
+    Args:
+        env: a Gymnasium environment that reports ``info["cost"]`` or ``info["constraint"]``.
+            Copies of it are stepped; where `gymnasium.make` cannot rebuild it, it is stepped itself
+            and `config` must ask for one environment.
+        folder: where to keep state and episodes; made if need be. Models and logs in it cannot
+            run code.
+        limits: for each learner, its limit on the mean cost of an episode; None: none.
+        steps: of each learner; a whole number of rollouts, so a few more. Episodes under way at
+            the end of a segment are played to their end besides.
+        seed: of everything.
+        thinning: which episodes stay; None: all.
+        config: how they learn.
+        label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
+        progress_bar: show one.
+
+    Raises:
+        ValueError: an argument out of range; `folder` is of another run; the environment tells
+            neither cost nor constraint, or its episodes do not end.
+        TypeError: a space that `flat` does not support.
+    """
+    config = config or LearnerConfig()
+    plan = _Plan.of(env, limits, seed, config, label_magnitude)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    folder = Path(folder)
+    plan.claim(folder)
+    updates = config.updates(steps)
+    with contextlib.ExitStack() as stack:
+        venv = stack.enter_context(_environments(env, config.num_envs))
+        bar = stack.enter_context(_Bar(folder, plan, updates, shown=progress_bar))
+        done = [
+            learn(
+                venv,
+                _learner_folder(folder, number),
+                limit=limit,
+                updates=updates,
+                seed=(seed, number),
+                config=config,
+                label_magnitude=label_magnitude,
+                report=bar.of(limit),
+            )
+            for number, limit in enumerate(plan.limits)
+        ]
+    kept = _kept(done, thinning)
+    parts = [
+        part
+        for number, (progress, indices) in enumerate(zip(done, kept, strict=True))
+        for part in _selected(_learner_folder(folder, number), progress, indices)
+    ]
+    log = OfflineDataset.concatenate(parts)
+    return dataclasses.replace(log, provenance=_provenance(folder, plan, done, kept, thinning))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What must be the same for a folder to be gone on with."""
+
+    environment: str
+    wrappers: tuple[str, ...]
+    """Around it, by name."""
+    spaces: dict[str, Any]
+    limits: tuple[float | None, ...]
+    seed: int
+    config: LearnerConfig
+    label_magnitude: float
+
+    @classmethod
+    def of(
+        cls,
+        env: Env,
+        limits: Sequence[float | None],
+        seed: int,
+        config: LearnerConfig,
+        label_magnitude: float,
+    ) -> Self:
+        if not isinstance(env, gym.Env) or is_vector_env(env):
+            raise TypeError(
+                f"env must be a single Gymnasium environment, got {type(env).__name__}; make one "
+                "with gymnasium.make(id)"
+            )
+        if not limits:
+            raise ValueError("limits must name at least one learner's cost limit, or None; got ()")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        checked = tuple(
+            None if limit is None else Multiplier(float(limit), config.multiplier_start,
+                                                  config.multiplier_rate).limit
+            for limit in limits
+        )  # fmt: skip
+        spaces = {
+            "observation_space": space_to_json(env.observation_space),
+            "action_space": space_to_json(env.action_space),
+        }
+        return cls(
+            environment=environment_name(env),
+            wrappers=_wrappers(env),
+            spaces=spaces,
+            limits=checked,
+            seed=seed,
+            config=config,
+            label_magnitude=float(label_magnitude),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
+
+    def claim(self, folder: Path) -> None:
+        """Begin in this folder, or see that it was begun with the same plan; note the versions.
+
+        Raises:
+            ValueError: it holds something else, or another run.
+        """
+        path = folder / PLAN
+        if not path.exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(
+                    f"{folder} must be a new or empty folder, or one that this began; it is not"
+                )
+            self._begin(folder)
+            return
+        stored = _read_json(path)
+        mine = self.to_json()
+        differing = [
+            f"{name} {stored['plan'].get(name)} there, {mine[name]} here"
+            for name in mine
+            if stored["plan"].get(name) != mine[name]
+        ]
+        if differing and not any(folder.glob(f"learner-*/{STATE}")):
+            self._begin(folder)
+        elif differing:
+            raise ValueError(
+                f"{folder} is of another run ({'; '.join(differing)}); use another folder, or the "
+                "same arguments to go on with it"
+            )
+        elif versions() not in stored["versions"]:
+            stored["versions"].append(versions())
+            _write_json(path, stored)
+
+    def _begin(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(len(self.limits)):
+            _learner_folder(folder, number).mkdir(exist_ok=True)
+        content = {"format": _FORMAT, "plan": self.to_json(), "versions": [versions()]}
+        _write_json(folder / PLAN, content)
+
+
+def _wrappers(env: Env) -> tuple[str, ...]:
+    names = []
+    while isinstance(env, gym.Wrapper):
+        names.append(type(env).__name__)
+        env = env.env
+    return tuple(names)
+
+
+@contextlib.contextmanager
+def _environments(env: Env, count: int) -> Iterator[VecEnv]:
+    spec = spec_to_copy(env)
+    if spec is None and count > 1:
+        raise ValueError(
+            f"num_envs must be 1 for {env}, which gymnasium.make cannot rebuild from its spec; "
+            "register it, or pass LearnerConfig(num_envs=1)"
+        )
+
+    def make() -> Env:
+        # disable_env_checker: what it would say of the copies it has said of the environment.
+        owned = count > 1 and spec is not None
+        inner = gym.make(spec, disable_env_checker=True) if owned and spec else env
+        return Member(inner, owned=owned, freeze=False)
+
+    venv = DummyVecEnv([make for _ in range(count)])
+    try:
+        yield venv
+    finally:
+        venv.close()
+
+
+def _kept(done: Sequence[Progress], thinning: Thinning | None) -> list[Indices]:
+    """Of each learner's episodes those that stay, after thinning all of them together."""
+    lengths = [len(progress.returns) for progress in done]
+    returns = np.concatenate([progress.returns for progress in done])
+    costs = np.concatenate([progress.costs for progress in done])
+    indices = (
+        np.arange(len(returns), dtype=np.int64)
+        if thinning is None
+        else thinning.keep(returns, costs)
+    )
+    starts = np.cumsum([0, *lengths])
+    return [
+        indices[(indices >= start) & (indices < stop)] - start
+        for start, stop in itertools.pairwise(starts)
+    ]
+
+
+def _selected(folder: Path, progress: Progress, indices: Indices) -> Iterator[OfflineDataset]:
+    """Yield the episodes of a learner that stay, a segment at a time."""
+    start = 0
+    for segment in range(progress.segments):
+        log = load_segment(folder, segment)
+        mine = indices[(indices >= start) & (indices < start + log.num_episodes)] - start
+        start += log.num_episodes
+        if len(mine):
+            yield log.select(mine)
+    if start != len(progress.returns):
+        raise ValueError(
+            f"{folder} holds {start} episodes, but its state tells of {len(progress.returns)}; "
+            "delete that folder to let this learner begin anew"
+        )
+
+
+def _provenance(
+    folder: Path,
+    plan: _Plan,
+    done: Sequence[Progress],
+    kept: Sequence[Indices],
+    thinning: Thinning | None,
+) -> dict[str, Any]:
+    stored = plan.to_json()
+    learners = [
+        {
+            "limit": limit,
+            "steps": progress.updates * plan.config.rollout,
+            "episodes": len(progress.returns),
+            "kept": len(indices),
+            "price": progress.price,
+        }
+        for limit, progress, indices in zip(plan.limits, done, kept, strict=True)
+    ]
+    return {
+        "collected_by": "PPO while it learned, under cost limits",
+        "environment": plan.environment,
+        "wrappers": list(plan.wrappers),
+        "seed": plan.seed,
+        "learners": learners,
+        "settings": stored["config"],
+        "thinning": None if thinning is None else dataclasses.asdict(thinning),
+        "versions": _read_json(folder / PLAN)["versions"],
+    }
+
+
+class _Bar:
+    """A progress bar over the steps of all learners."""
+
+    def __init__(self, folder: Path, plan: _Plan, updates: int, *, shown: bool) -> None:
+        numbers = range(len(plan.limits))
+        before = [read_progress(_learner_folder(folder, number)).updates for number in numbers]
+        rollout = plan.config.rollout
+        self._bar = tqdm(
+            total=rollout * sum(max(updates, one) for one in before),
+            initial=rollout * sum(before),
+            disable=not shown,
+            unit="step",
+            unit_scale=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def of(self, limit: float | None) -> Callable[[int, Progress], None]:
+        """Return what the learner of this limit reports to."""
+
+        def report(steps: int, progress: Progress) -> None:
+            self._bar.update(steps)
+            if steps and len(progress.returns):
+                recent = slice(-20, None)
+                told = {
+                    "limit": "none" if limit is None else f"{limit:g}",
+                    "return": f"{progress.returns[recent].mean():.4g}",
+                    "cost": f"{progress.costs[recent].mean():.4g}",
+                }
+                if progress.price is not None:
+                    told["price"] = f"{progress.price:.3g}"
+                self._bar.set_postfix(told, refresh=False)
+
+        return report
+
+
+def _learner_folder(folder: Path, number: int) -> Path:
+    return folder / f"learner-{number:02d}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; begin in another folder") from error
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no plan of safeshield's; use another folder")
+    return data
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""Thinning a log on a grid of cost and return, so that rare kinds of episodes stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """How many episodes stay, and how they are drawn.
+
+    The ranges of cost and of return are cut into `bins` equal parts each. The episodes of a cell
+    are put in a random order, and taken in rounds: the first of every cell, then the second of
+    every cell that has one, and so on. So common kinds of episodes are thinned and rare ones stay
+    (DSRL, which draws a fixed number from each cell, also drops cells with a single episode; here
+    none is lost).
+
+    Raises:
+        ValueError: a number below 1, or a negative seed.
+    """
+
+    episodes: int | None = None
+    """How many stay in all; None: as many as `cap` lets."""
+    cap: int | None = None
+    """How many of a cell stay at most; None: no limit."""
+    bins: int = 30
+    """Parts of the range of costs, and of that of returns."""
+    seed: int = 0
+    """Of the random orders."""
+
+    def __post_init__(self) -> None:
+        numbers = {"episodes": self.episodes, "cap": self.cap, "bins": self.bins}
+        for name, number in numbers.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def keep(self, returns: npt.ArrayLike, costs: npt.ArrayLike) -> Indices:
+        """Return which of E episodes stay, ascending.
+
+        With the same seed, more `episodes` keep those of fewer and add to them.
+
+        Args:
+            returns: (E,) of each episode.
+            costs: (E,) likewise.
+
+        Raises:
+            ValueError: the two differ in shape, or hold what is not finite.
+
+        >>> Thinning(episodes=2).keep([0.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 0.0]).tolist()[-1]
+        3
+        """
+        rewards, prices = np.asarray(returns, np.float64), np.asarray(costs, np.float64)
+        if rewards.ndim != 1 or rewards.shape != prices.shape:
+            raise ValueError(
+                "returns and costs must have one number an episode, got shapes "
+                f"{rewards.shape} and {prices.shape}"
+            )
+        if not (np.isfinite(rewards).all() and np.isfinite(prices).all()):
+            raise ValueError("returns and costs must be finite")
+        cells = self.bins * _parts(prices, self.bins) + _parts(rewards, self.bins)
+        rng = np.random.default_rng(self.seed)
+        rounds = _rounds(cells, rng.permutation(len(cells)))
+        # Within a round, cells come in a random order of their own.
+        order: Indices = np.lexsort((rng.permutation(self.bins**2)[cells], rounds))
+        order = order[rounds[order] < (len(order) if self.cap is None else self.cap)]
+        return np.sort(order[: self.episodes])
+
+
+def _parts(values: npt.NDArray[np.float64], bins: int) -> Indices:
+    if not len(values):
+        return np.zeros(0, np.int64)
+    low, width = values.min(), np.ptp(values)
+    if width == 0.0:
+        return np.zeros(len(values), np.int64)
+    parts: Indices = np.minimum((values - low) / width * bins, bins - 1).astype(np.int64)
+    return parts
+
+
+def _rounds(cells: Indices, shuffled: Indices) -> Indices:
+    """For each episode how many of its cell come before it in the shuffled order."""
+    by_cell = shuffled[np.argsort(cells[shuffled], kind="stable")]
+    sorted_cells = cells[by_cell]
+    first = np.flatnonzero(np.diff(sorted_cells, prepend=-1))
+    lengths = np.diff(first, append=len(cells))
+    rounds = np.empty(len(cells), np.int64)
+    rounds[by_cell] = np.arange(len(cells)) - np.repeat(first, lengths)
+    return rounds
