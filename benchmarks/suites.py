@@ -44,8 +44,8 @@ from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
 
 FOLDER = RESULTS / "suites"
-UPDATES = {"bc": 10_000, "bc-safe": 10_000, "fisor": 20_000, "safefql": 20_000}
-PPO_STEPS = 200_000
+UPDATES = {"bc": 6_000, "bc-safe": 6_000, "fisor": 12_000, "safefql": 12_000}
+PPO_STEPS = 100_000
 NAMES = {
     "bc": "BC",
     "bc-safe": "BC, safe episodes",
@@ -157,8 +157,8 @@ def kept(task: str, method: str, seed: int, compute: Callable[[], dict[str, Any]
 
 def run_apart(tasks: list[str], seeds: list[int], methods: list[str], data: Path) -> None:
     """Run the cells that are missing, each in its own process."""
-    for method in methods:
-        for seed in seeds:
+    for seed in seeds:
+        for method in methods:
             for task in tasks:
                 if (RESULTS / f"suites/{task}_{method}_{seed}.json").exists():
                     continue
