@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,26 @@ def test_a_flipped_bit_without_checksums_shows_in_the_digest(tmp_path: Path) -> 
     changed = OfflineDataset.load(path).rewards != log.rewards
     assert np.flatnonzero(changed).tolist() == [100]
     assert card_of(path).sha256 != before.sha256
+
+
+@pytest.mark.parametrize("change", [-4, 4, 1 << 24])
+def test_a_chunk_of_another_size_is_refused(
+    tmp_path: Path, change: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that expands to much more than its place holds is never unpacked whole."""
+    monkeypatch.setattr(hdf5, "_cores", lambda: 2)
+    path = write_hdf5(tmp_path / "log.hdf5", dsrl_arrays(1000), compression="gzip")
+    with h5py.File(path, "a") as file:
+        del file["rewards"]
+        entry = file.create_dataset("rewards", (1000,), "<f8", chunks=(1000,), compression="gzip")
+        entry.id.write_direct_chunk((0,), zlib.compress(bytes(8000 + change)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"log\.hdf5 is damaged.*a chunk (has|ends)"):
+            OfflineDataset.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_a_stopped_writer_left_out_is_not_read_as_zeros(tmp_path: Path) -> None:
