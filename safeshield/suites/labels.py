@@ -181,7 +181,9 @@ def _check_width(dataset: OfflineDataset, found: LogLabel, name: str) -> None:
             "agent trained on them cannot run on today's simulator. Collect a log on that "
             "(safeshield collect)"
         )
-    raise ValueError(f"observations of {name} must have {found.width} numbers, got {width}; {repair}")
+    raise ValueError(
+        f"observations of {name} must have {found.width} numbers, got {width}; {repair}"
+    )
 
 
 def _constraints(dataset: OfflineDataset, found: LogLabel) -> tuple[Floats, Floats]:

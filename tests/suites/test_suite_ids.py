@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -86,7 +87,7 @@ def test_dsrls_own_environments_are_the_same_tasks(task: Task) -> None:
 
 
 @pytest.mark.parametrize("family", [safety_gymnasium, bullet])
-def test_every_id_that_a_package_registers_is_registered(family: Any) -> None:
+def test_every_id_that_a_package_registers_is_registered(family: ModuleType) -> None:
     code = f"import json, gymnasium as gym; b = set(gym.registry); import {family.PACKAGE}\n" + (
         "print(json.dumps({i: [s.max_episode_steps, s.reward_threshold]"
         " for i, s in gym.registry.items() if i not in b}))"
@@ -203,7 +204,9 @@ def test_workers_make_them_from_a_spec_or_from_an_id_that_names_its_module(
     tmp_path: Path, start: str
 ) -> None:
     script = tmp_path / "workers.py"
-    script.write_text(WORKER.format(body=f"""
+    script.write_text(
+        WORKER.format(
+            body=f"""
     for env_id in {[TASKS[name].env_id for name in ONE_OF_EACH]}:
         env = gym.make(env_id)
         spec = env.spec
@@ -216,7 +219,9 @@ def test_workers_make_them_from_a_spec_or_from_an_id_that_names_its_module(
         assert infos["cost"].shape == (2,)
         envs.close()
         print(env_id)
-    """))
+    """
+        )
+    )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split()) == len(ONE_OF_EACH)
