@@ -24,7 +24,8 @@ else:
 Info = dict[str, Any]
 Simulator: TypeAlias = Any
 """A part of another package, which has no types."""
-StateConstraint = Callable[[Simulator, Any, Info], float]
+Observation: TypeAlias = Any
+StateConstraint = Callable[[Simulator, Observation, Info], float]
 """(innermost environment, its last observation, its last info) -> h."""
 
 CONTACT = 0.05
@@ -129,7 +130,7 @@ class ConstraintFromState(_Wrapper, RecordConstructorArgs):
         """Take a step and report the constraint of the state it reaches."""
         observation, *others, info = self.env.step(action)
         # A native environment of Safety-Gymnasium has one more value, which stays where it is.
-        return observation, *others, self._labelled(observation, info)  # type: ignore[return-value]
+        return observation, *others, self._labelled(observation, info)
 
     def _labelled(self, observation: object, info: Info) -> Info:
         if "constraint" in info:
@@ -210,7 +211,7 @@ def _navigation_constraint(task: Simulator) -> StateConstraint | None:
 
 
 def _clearance(env: Simulator, item: Simulator, place: np.ndarray) -> float:
-    """H of one kind of object for the agent at this place, metres."""
+    """Return h of one kind of object for the agent at this place, metres."""
     if item.name == "sigwalls":
         axes = place[:2] if item.num == 4 else place[:1]
         return float(np.max(np.abs(axes)) - item.locate_factor)
@@ -251,7 +252,7 @@ def _bullet_run(env: Simulator, observation: object, info: Info) -> float:
 # -- MetaDrive ---------------------------------------------------------------------------------
 
 
-def _driving(env: Simulator, observation: Any, info: Info) -> float:
+def _driving(env: Simulator, observation: Observation, info: Info) -> float:
     if info["cost"] >= CRASH_COST:
         return CRASH
     near = LIDAR_RANGE * (LIDAR_LIMIT - np.min(observation[-240:]))

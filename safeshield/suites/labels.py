@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from safeshield.data import OfflineDataset
 from safeshield.suites.constraints import with_constraint
-from safeshield.suites.logged import (
-    LOG_LABELS,
-    METADRIVE_FORK_WIDTH,
-    METADRIVE_TASKS,
-    Floats,
-    LogLabel,
-)
+from safeshield.suites.logged import LOG_LABELS, Floats, LogLabel
+from safeshield.suites.metadrive import METADRIVE_FORK_WIDTH, METADRIVE_TASKS
 
 __all__ = ["Agreement", "LogLabel", "agreement", "label", "log_label", "with_constraint"]
 
@@ -80,13 +76,15 @@ def label(
 
     h of the state a step reached comes from ``next_observations`` (units as in `with_constraint`);
     for a velocity task, whose cost is of the mean speed over the step, from the reward that this
-    speed earned; h of an episode's first state from ``observations``. The sign of h is that of the
-    logged cost at every state reached: where it disagrees (rounding; a contact that observations
-    show by a bounding circle), h becomes 0.001 on the cost's side.
+    speed earned; h of an episode's first state from ``observations``. What must not be touched is
+    as far as the lidar says, and touched where the log has a cost and bounding circles meet.
+
+    At every state reached h has the sign of the logged cost: where it has not by itself (rounding,
+    a car's tilt, a vase that slides on), it becomes 0.001 on the cost's side, and so where nothing
+    is in sight of the Circle tasks' lidar, 6 m.
 
     Returned as it is: a log with continuous labels already, which the environment reported itself,
-    and a log of a task whose observations do not tell h, such as the Humanoid's or Goal2's, where
-    a vase that slides on costs: those keep binary labels (`log_label` says which).
+    and one of the Humanoid, whose speed is not told: it keeps its binary labels.
 
     Args:
         dataset: raw observations, actions and rewards, as DSRL's logs hold them.
@@ -114,17 +112,13 @@ def label(
             f"than max_disagreement {max_disagreement} per violation; is this a log of that task "
             "and version, with raw observations and rewards? Binary labels need no such check"
         )
-    violated = dataset.costs > 0
-    after = np.where(np.isnan(after), np.where(violated, MENDED, -MENDED), after)
-    after = np.where(violated & (after <= 0), MENDED, after)
-    after = np.where(~violated & (after > 0), -MENDED, after)
-    after = after.astype(np.float32)
+    reached = _with_the_sign_of_the_cost(after, dataset.costs > 0)
+    left = np.roll(reached, 1)
     starts = dataset.episode_starts
-    shifted = np.roll(after, 1)
-    # Nothing is charged for a start, and all of these tasks start in safety.
-    shifted[starts] = np.where(np.isnan(now[starts]), -MENDED, now[starts])
+    # Nothing was charged for a start.
+    left[starts] = np.nan_to_num(now[starts], nan=-MENDED)
     return dataclasses.replace(
-        dataset, constraints=shifted, next_constraints=after, constraint_kind="continuous"
+        dataset, constraints=left, next_constraints=reached, constraint_kind="continuous"
     )
 
 
@@ -147,7 +141,7 @@ def log_label(task: str | Named) -> LogLabel | None:
     Raises:
         ValueError: the task is unknown; the message lists those that are known.
 
-    >>> log_label("SafetyPointGoal1Gymnasium-v0").width, log_label("PointGoal2") is None
+    >>> log_label("SafetyPointGoal1Gymnasium-v0").width, log_label("HumanoidVelocity") is None
     (60, True)
     """
     name = _dsrl_name(task)
@@ -191,6 +185,13 @@ def _constraints(dataset: OfflineDataset, found: LogLabel) -> tuple[Floats, Floa
     if found.of_step is not None:
         return now, found.of_step(dataset)
     return now, found.of_state(dataset.next_observations.astype(np.float64))
+
+
+def _with_the_sign_of_the_cost(
+    values: Floats, violated: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    overruled = np.isnan(values) | ((values > 0) != violated)
+    return np.where(overruled, np.where(violated, MENDED, -MENDED), values).astype(np.float32)
 
 
 def _agreement(dataset: OfflineDataset, after: Floats) -> Agreement:

@@ -22,6 +22,7 @@ from safeshield.suites.constraints import (
     LIDAR_RANGE,
     SPEED_LIMIT,
 )
+from safeshield.suites.metadrive import METADRIVE_TASKS, METADRIVE_WIDTH
 
 Floats = npt.NDArray[np.float64]
 OfState = Callable[[Floats], Floats]
@@ -85,18 +86,19 @@ def _velocity(task: VelocityTask) -> LogLabel:
     def of_state(observations: Floats) -> Floats:
         along = observations[:, task.column]
         across = observations[:, task.column + 1]
-        return (np.hypot(along, across) if task.planar else along) - task.limit
+        speed = np.hypot(along, across) if task.planar else along
+        return np.asarray(speed - task.limit)
 
     def of_step(log: OfflineDataset) -> Floats:
         effort = task.effort * np.square(log.actions, dtype=np.float64).sum(axis=1)
         along = log.rewards.astype(np.float64) - task.alive + effort
         if not task.planar:
-            return along - task.limit
+            return np.asarray(along - task.limit)
         across = 0.5 * (
             log.observations[:, task.column + 1].astype(np.float64)
             + log.next_observations[:, task.column + 1]
         )
-        return np.asarray(np.hypot(along, across)) - task.limit
+        return np.asarray(np.hypot(along, across) - task.limit)
 
     return LogLabel(task.width, of_state, of_step)
 
@@ -160,13 +162,13 @@ def _arena(robot: str, arena: Arena) -> LogLabel:
         parts = [
             radius + reach - distance(name, observations) for name, radius in arena.fragile.items()
         ]
-        return np.max(parts, axis=0)
+        return np.asarray(np.max(parts, axis=0))
 
     def of_state(observations: Floats) -> Floats:
         depth = arena.hazard_radius - distance("hazards", observations)
         if not arena.fragile:
             return np.asarray(depth)
-        return np.maximum(depth, np.minimum(overlap(observations), -CLEAR))
+        return np.asarray(np.maximum(depth, np.minimum(overlap(observations), -CLEAR)))
 
     def of_step(log: OfflineDataset) -> Floats:
         reached = log.next_observations.astype(np.float64)
@@ -255,14 +257,6 @@ def _bullet_run(robot: BulletRobot) -> LogLabel:
 
 # -- MetaDrive ---------------------------------------------------------------------------------
 
-METADRIVE_TASKS = tuple(
-    f"{road}{traffic}"
-    for road in ("easy", "medium", "hard")
-    for traffic in ("sparse", "mean", "dense")
-)
-METADRIVE_WIDTH = 259
-METADRIVE_FORK_WIDTH = 261
-"""Of the fork of 2022 with which DSRL's own logs were made; what its numbers mean differs."""
 _SPEED_COLUMN = 3
 _RAYS = 240
 _TOP_SPEED = 80.0
@@ -272,7 +266,7 @@ _TOP_SPEED = 80.0
 def _driving_state(observations: Floats) -> Floats:
     speed = (observations[:, _SPEED_COLUMN] * (_TOP_SPEED + 1.0) - 1.0) / 3.6
     near = LIDAR_RANGE * (LIDAR_LIMIT - observations[:, -_RAYS:].min(axis=1))
-    return np.maximum(speed - SPEED_LIMIT, near)
+    return np.asarray(np.maximum(speed - SPEED_LIMIT, near))
 
 
 def _driving_step(log: OfflineDataset) -> Floats:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.suites.constraints import LIDAR_LIMIT, SPEED_LIMIT, Simulator, with_constraint
-from safeshield.suites.logged import METADRIVE_TASKS, METADRIVE_WIDTH
 from safeshield.suites.packages import Suite, broken, require
 from safeshield.suites.registration import register
 
@@ -30,14 +29,22 @@ else:
 HORIZON = 1000
 """Steps of the longest episode."""
 ROADS = {"easy": ("SCS", 0), "medium": ("XST", 100), "hard": ("TRO", 200)}
-"""Blocks of the map (S straight, C curve, X crossing, T junction, R ramp, O roundabout), scenario."""
+"""Blocks of the map (S straight, C curve, X crossing, T junction, R ramp, O roundabout) and the
+number of the scenario."""
 DENSITIES = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
 """Cars a step of 10 metres of lane."""
 IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}
 """What the other cars' drivers are made of: km/h, and factors of acceleration and braking."""
 
+METADRIVE_TASKS = tuple(f"{road}{traffic}" for road in ROADS for traffic in DENSITIES)
+"""DSRL's names of the nine."""
+METADRIVE_WIDTH = 259
+"""Numbers in an observation."""
+METADRIVE_FORK_WIDTH = 261
+"""In one of DSRL's own logs, made on the fork, where they mean something else."""
+
 _RAYS = 240
-_INFO_KEYS = ("velocity", "crash", "out_of_road", "arrive_dest", "max_step", "route_completion")
+_FLAGS = ("crash", "out_of_road", "arrive_dest", "max_step")
 _IDS = {f"OfflineMetadrive-{name}-v0": name for name in METADRIVE_TASKS}
 
 # The task that holds MetaDrive's engine, of which a process has one, and the process it is of.
@@ -53,7 +60,7 @@ def register_metadrive() -> str | None:
     """
     register(_IDS, f"{__name__}:make", dict.fromkeys(_IDS, HORIZON), {})
     try:
-        require("MetaDrive's nine tasks", Suite.metadrive)
+        require("MetaDrive", Suite.metadrive)
     except gym.error.DependencyNotInstalled as error:
         return str(error)
     return None
@@ -141,7 +148,7 @@ class MetaDriveTask(_Env):
             raise gym.error.ResetNeeded("cannot step before reset(), nor after close()")
         observation, reward, _, _, info = self._simulator.step(action)
         told = _told(observation, info)
-        terminated = bool(told["arrive_dest"] or told["crash"] or told["out_of_road"])
+        terminated = told["arrive_dest"] or told["crash"] or told["out_of_road"]
         return observation, float(reward), terminated, told["max_step"] and not terminated, told
 
     def close(self) -> None:
@@ -190,12 +197,17 @@ def _config(name: str) -> dict[str, Any]:
 
 def _told(observation: npt.NDArray[np.float32], info: dict[str, Any]) -> dict[str, Any]:
     """Return what a state costs, and why, as plain values."""
-    told = {key: info[key] for key in _INFO_KEYS}
-    told = {key: value if isinstance(value, bool) else float(value) for key, value in told.items()}
-    fast = 1e-2 * max(0.0, told["velocity"] - SPEED_LIMIT)
+    speed = float(info["velocity"])
+    fast = 1e-2 * max(0.0, speed - SPEED_LIMIT)
     near = 1e-2 * max(0.0, LIDAR_LIMIT - float(np.min(observation[-_RAYS:]))) ** 2
-    cost = float(info["cost"]) + fast + near
-    return {**told, "velocity_cost": fast, "proximity_cost": near, "cost": cost}
+    return {
+        **{key: bool(info[key]) for key in _FLAGS},
+        "velocity": speed,
+        "route_completion": float(info["route_completion"]),
+        "velocity_cost": fast,
+        "proximity_cost": near,
+        "cost": float(info["cost"]) + fast + near,
+    }
 
 
 def _start(task: MetaDriveTask) -> Simulator:

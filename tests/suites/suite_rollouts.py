@@ -27,7 +27,7 @@ class Rollout:
     starts: Array
     """(E,) info["constraint"] at each reset."""
     obvious: Array
-    """(N,) the same as `live`, by `obvious_constraint`; of Point and Car in Safety-Gymnasium alone."""
+    """(N,) the same as `live`, by `obvious_constraint`; for Safety-Gymnasium's Point and Car."""
     kinds: set[type]
     """Of info["constraint"]."""
 

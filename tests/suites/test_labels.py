@@ -14,6 +14,7 @@ from safeshield.data import OfflineDataset, collect
 from safeshield.suites import constraints, logged
 from safeshield.suites.constraints import ConstraintFromState, with_constraint
 from safeshield.suites.labels import MENDED, agreement, label, log_label
+from safeshield.suites.metadrive import METADRIVE_TASKS
 from safeshield.suites.tasks import TASKS, Family, find_task
 
 VELOCITY = [
@@ -22,7 +23,9 @@ VELOCITY = [
     for version in (0, 1)
 ]
 BULLET = [
-    f"Safety{robot}{task}-v0" for robot in ("Ant", "Ball", "Car", "Drone") for task in ("Circle", "Run")
+    f"Safety{robot}{task}-v0"
+    for robot in ("Ant", "Ball", "Car", "Drone")
+    for task in ("Circle", "Run")
 ]
 NAVIGATION = [
     f"Safety{robot}{task}{level}Gymnasium-v0"
@@ -131,7 +134,7 @@ def test_it_is_put_around_once_and_the_spec_rebuilds_it() -> None:
 def test_what_has_no_distance_is_left_as_it_is(env_id: str) -> None:
     env = gym.make(env_id)
     assert with_constraint(env) is env
-    with pytest.raises(ValueError, match="no constraint is known for .*ConstraintFromFunction"):
+    with pytest.raises(ValueError, match=r"no constraint is known for .*ConstraintFromFunction"):
         ConstraintFromState(env)
     env.close()
 
@@ -165,10 +168,10 @@ def test_what_observations_tell_is_what_the_environment_tells(env_id: str) -> No
     assert counts is not None
     assert counts.states == len(run.log)
     assert counts.violations == (run.log.costs > 0).sum()
-    # The speed of the ant across is read off two observations, not off its way.
-    slack = 0.25 if "AntVelocity" in env_id or "SwimmerVelocityGymnasium-v0" in env_id else 1e-4
-    if slack == 1e-4:
-        assert counts.disagreements == counts.unseen == 0
+    # The speed across is read off two observations, not off a way; a car's lidar tilts with it.
+    across = "AntVelocity" in env_id or "SwimmerVelocityGymnasium-v0" in env_id
+    slack = 0.5 if across else 0.01 if "Car" in env_id and env_id in NAVIGATION else 1e-4
+    assert counts.disagreements + counts.unseen <= (0.05 * counts.violations if across else 0)
     labelled = label(run.log, env_id)
     assert labelled.constraint_kind == "continuous"
     np.testing.assert_array_equal(labelled.next_constraints > 0, run.log.costs > 0)
@@ -185,9 +188,23 @@ def test_contacts_are_told_by_the_logged_cost(env_id: str) -> None:
     assert counts.invented == counts.unseen == 0
     labelled = label(run.log, env_id)
     np.testing.assert_array_equal(labelled.next_constraints > 0, run.log.costs > 0)
-    # A car tilts, and where the goal's own button is the nearest another one may be hidden.
-    differ = np.abs(labelled.next_constraints - run.live) > 0.02
-    assert differ.mean() < (0.5 if "Button" in env_id else 0.1)
+    # Corners and tilts: bounding circles are those of the robot at rest.
+    difference = np.abs(labelled.next_constraints - run.live)
+    assert difference.max() < 0.1
+    assert np.mean(difference > 0.01) < 0.02
+
+
+def test_a_cost_far_from_everything_is_no_contact() -> None:
+    log = rollout("SafetyPointPush2Gymnasium-v0").log
+    counts = agreement(log, "PointPush2")
+    far = int(np.argmin(label(log, "PointPush2").next_constraints))
+    assert log.costs[far] == 0
+    costs = np.array(log.costs)
+    costs[far] = 1.0
+    odd = agreement(dataclasses.replace(log, costs=costs), "PointPush2")
+    assert counts is not None
+    assert odd is not None
+    assert (counts.missed, odd.missed) == (0, 1)
 
 
 def test_humanoids_logs_stay_binary() -> None:
@@ -203,7 +220,7 @@ def test_every_task_of_dsrl_is_known_by_each_of_its_names() -> None:
         assert log_label(task.name) is log_label(task.env_id) is log_label(task.offline_id) is found
         assert log_label(f"safeshield.suites:{task.env_id}") is found
     assert log_label("SafetyHopperVelocity-v0") is not log_label("SafetyHopperVelocity-v1")
-    with pytest.raises(ValueError, match="task must be one of .*PointGoal1.* got 'Pendulum'"):
+    with pytest.raises(ValueError, match=r"task must be one of .*PointGoal1.* got 'Pendulum'"):
         log_label("Pendulum-v1")
 
 
@@ -238,7 +255,7 @@ def test_the_cost_overrules_a_sign_that_disagrees() -> None:
     np.testing.assert_array_equal(
         labelled.next_constraints[untouched], whole.next_constraints[untouched]
     )
-    with pytest.raises(ValueError, match="more than max_disagreement 0.0 per violation"):
+    with pytest.raises(ValueError, match=r"more than max_disagreement 0\.0 per violation"):
         label(log, "BallRun", max_disagreement=0.0)
 
 
@@ -358,5 +375,5 @@ def test_bullet_robots(env_id: str) -> None:
 
 def test_tasks_are_those_of_the_table() -> None:
     assert {task.name for task in TASKS.values() if task.family is Family.metadrive} == set(
-        logged.METADRIVE_TASKS
+        METADRIVE_TASKS
     )

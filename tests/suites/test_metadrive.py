@@ -16,9 +16,9 @@ import safeshield.suites  # noqa: F401 - registers them
 from safeshield.data import collect
 from safeshield.suites import packages
 from safeshield.suites.labels import agreement, label
-from safeshield.suites.logged import METADRIVE_TASKS
 from safeshield.suites.metadrive import (
     DENSITIES,
+    METADRIVE_TASKS,
     ROADS,
     MetaDriveTask,
     register_metadrive,
@@ -110,7 +110,9 @@ def test_costs_and_ends(env: Env) -> None:
             expected = 1.0 if wrecked else max(info["velocity"] - 10.0, gap)
             assert info["constraint"] == pytest.approx(expected, abs=1e-5)
             kinds.add((bool(wrecked), fast > 0, near > 0))
-            assert all(type(value) in (bool, float) for value in info.values())
+            flags = {key for key, value in info.items() if type(value) is bool}
+            assert flags == {"crash", "out_of_road", "arrive_dest", "max_step"}
+            assert all(type(info[key]) is float for key in info.keys() - flags)
     assert {kind[0] for kind in kinds} == {True, False}
     assert (False, True, False) in kinds, "speed alone costs"
     assert any(kind[2] for kind in kinds), "nearness costs"
@@ -165,7 +167,9 @@ def test_check_env(env: Env) -> None:
 def test_one_engine_in_a_process(env: Env) -> None:
     other = gym.make(IDS[4])
     env.reset(seed=0)
-    with pytest.raises(RuntimeError, match=r"another task \(easysparse\) holds it: close\(\).*Async"):
+    with pytest.raises(
+        RuntimeError, match=r"another task \(easysparse\) holds it: close\(\).*Async"
+    ):
         other.reset(seed=0)
     env.step(np.zeros(2, np.float32))
     env.close()
@@ -271,7 +275,7 @@ def test_a_log_is_collected_and_labelled_in_one_process(env: Env) -> None:
     for name in ("constraints", "next_constraints"):
         shown = np.minimum(getattr(log, name), 80.0 / 3.6 - 10.0)
         np.testing.assert_allclose(getattr(labelled, name), shown, atol=1e-4)
-    with pytest.raises(ValueError, match="num_envs must be 1 .* in this process"):
+    with pytest.raises(ValueError, match=r"num_envs must be 1 .* in this process"):
         collect(env, "random", episodes=2, seed=0, num_envs=2)
 
 
@@ -293,10 +297,12 @@ def test_another_version_of_the_simulator(env: Env, monkeypatch: pytest.MonkeyPa
     from metadrive.policy.idm_policy import IDMPolicy
 
     monkeypatch.setattr(IDMPolicy, "NORMAL_SPEED", 40)
-    with pytest.raises(RuntimeError, match=r"drive as in DSRL's tasks .*install metadrive-simulator"):
+    with pytest.raises(
+        RuntimeError, match=r"drive as in DSRL's tasks .*install metadrive-simulator"
+    ):
         env.reset(seed=0)
 
 
 def test_arguments() -> None:
-    with pytest.raises(ValueError, match="name must be one of easysparse, .* got 'easy'"):
+    with pytest.raises(ValueError, match=r"name must be one of easysparse, .* got 'easy'"):
         MetaDriveTask("easy")
