@@ -176,8 +176,8 @@ def _try(ids: Sequence[str]) -> tuple[bool, str]:
     if result.returncode < 0:
         return False, f"{', '.join(ids)}: killed by {_signal_name(-result.returncode)}"
     said = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    last = said[-1] if said else f"exit status {result.returncode}, and not a word"
-    return False, f"{', '.join(ids)}: {last}"
+    last = said[-1] if said else "not a word"
+    return False, f"{', '.join(ids)}: exit status {result.returncode}, {last}"
 
 
 def _signal_name(number: int) -> str:

@@ -87,7 +87,7 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
-    base, defaults = _class_of(native_id(env_id))
+    base, defaults = _class_of(native_id(env_id), env_id)
     env: _Env = mended(base, five_values=True)(**{**defaults, **kwargs})
     return env
 
@@ -98,7 +98,7 @@ def make_native(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the envir
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
-    base, defaults = _class_of(env_id)
+    base, defaults = _class_of(env_id, env_id)
     env: _Env = mended(base, five_values=False)(**{**defaults, **kwargs})
     return env
 
@@ -108,9 +108,9 @@ vars(make).update(metadata=METADATA)
 vars(make_native).update(metadata=METADATA)
 
 
-def _class_of(native_id: str) -> tuple[Any, dict[str, Any]]:
+def _class_of(native_id: str, what: str) -> tuple[Any, dict[str, Any]]:
     """Return an environment's class and arguments, as Safety-Gymnasium has registered them."""
-    load(native_id)
+    load(what)
     if not _UPSTREAM:
         remember(_UPSTREAM, specs_of(PACKAGE, _ALL))
     spec = _UPSTREAM[native_id]

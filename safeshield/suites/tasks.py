@@ -59,13 +59,28 @@ class Task:
         return (COST_LIMIT,)
 
     @property
-    def continuous(self) -> bool:
-        """Whether a logged observation tells h, so that a log can be labelled continuously.
+    def constraint(self) -> str:
+        """What its continuous label h measures, live and in logs (see `suites.labels`)."""
+        return next(text for part, text in _CONSTRAINTS[self.family] if part in self.name)
 
-        Otherwise (moving objects, wrong buttons, contacts) a log has its costs alone: binary.
-        """
-        return not self.name.endswith(("Goal2", "Push2", "Button1", "Button2"))
 
+# Part of a task's name: what its h is.
+_CONSTRAINTS = {
+    Family.navigation: (
+        ("Circle1", "|x| minus the wall, m"),
+        ("Circle2", "the greater of |x| and |y| minus the wall, m"),
+        ("Goal1", "depth in a hazard, m"),
+        ("", "the greatest depth in a hazard or minus the distance to what must not be touched, m"),
+    ),
+    Family.velocity: (("", "speed over the step minus the limit, m/s"),),
+    Family.bullet: (
+        ("Circle", "|x| minus the wall, m"),
+        ("Run", "the greater of |y| minus the wall, m, and of speed minus the limit, m/s"),
+    ),
+    Family.metadrive: (
+        ("", "the greatest of speed - 10, m/s; 5 - distance to the nearest car, m; 1 in a crash"),
+    ),
+}
 
 # Name: horizon, least return, greatest return, greatest cost, as they stand in DSRL's infos.py.
 _NAVIGATION = {

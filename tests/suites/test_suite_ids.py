@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -86,7 +87,7 @@ def test_dsrls_own_environments_are_the_same_tasks(task: Task) -> None:
 
 
 @pytest.mark.parametrize("family", [safety_gymnasium, bullet])
-def test_every_id_that_a_package_registers_is_registered(family: Any) -> None:
+def test_every_id_that_a_package_registers_is_registered(family: ModuleType) -> None:
     code = f"import json, gymnasium as gym; b = set(gym.registry); import {family.PACKAGE}\n" + (
         "print(json.dumps({i: [s.max_episode_steps, s.reward_threshold]"
         " for i, s in gym.registry.items() if i not in b}))"

@@ -126,7 +126,7 @@ def test_environments_are_made_where_streams_have_no_file() -> None:
     offline.close()
 
 
-def trajectory(env: Any, seed: int | None, count: int = 60) -> list[Any]:
+def trajectory(env: gym.Env[Any, Any], seed: int | None, count: int = 60) -> list[Any]:
     rows: list[Any] = [env.reset(seed=seed)[0]]
     rng = np.random.default_rng(0)
     for _ in range(count):
