@@ -177,16 +177,21 @@ def collect(
     if limits is not None:
         from safeshield.collection import STEPS, LearnerConfig, Thinning, collect_while_learning
 
-        log = collect_while_learning(
-            env,
-            out.with_name(f"{out.name}.parts") if parts is None else parts,
-            limits=_parse("--limits", limits, tuple[float | None, ...]),
-            steps=STEPS if steps is None else steps,
-            seed=seed,
-            thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
-            config=_settings(LearnerConfig, settings or []),
-            progress_bar=True,
-        )
+        folder = out.with_name(f"{out.name}.parts") if parts is None else parts
+        try:
+            log = collect_while_learning(
+                env,
+                folder,
+                limits=_parse("--limits", limits, tuple[float | None, ...]),
+                steps=STEPS if steps is None else steps,
+                seed=seed,
+                thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
+                config=_settings(LearnerConfig, settings or []),
+                progress_bar=True,
+            )
+        except KeyboardInterrupt:
+            typer.echo(f"stopped; the same command goes on from {folder}", err=True)
+            raise typer.Exit(130) from None
     else:
         from safeshield.data.collect import collect as collect_log
 

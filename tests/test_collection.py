@@ -589,6 +589,16 @@ def test_the_command_logs_learners_and_says_so(tmp_path: Path) -> None:
     assert json.loads(run("inspect", out, "--json"))["episodes"] == 4
 
 
+def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learner_module, "_segment", stopped)
+    command = ("collect", "safeshield/Boat-v0", tmp_path / "log.hdf5", "--limits", "none")
+    assert "stopped; the same command goes on" in run(*command, code=130)
+    assert not (tmp_path / "log.hdf5").exists()
+
+
 def test_the_command_still_logs_policies_and_says_which(tmp_path: Path) -> None:
     out = tmp_path / "log.hdf5"
     run("collect", "safeshield/Boat-v0", out, "--policy", "helmsmen", "--episodes", 2, "--seed", 7)

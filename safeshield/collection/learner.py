@@ -68,7 +68,7 @@ class LearnerConfig:
     holds raw ones either way."""
     multiplier_start: float = 1.0
     """Price of a unit of cost at first, in units of reward."""
-    multiplier_rate: float = 0.1
+    multiplier_rate: float = 0.25
     """Greatest change of its logarithm after a rollout."""
     segment_steps: int = 50_000
     """Steps, of all environments together, between two files to go on from."""

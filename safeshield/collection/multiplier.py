@@ -32,7 +32,7 @@ class Multiplier:
     """d, of the summed cost of an episode."""
     value: float = 1.0
     """l, units of reward per unit of cost."""
-    rate: float = 0.1
+    rate: float = 0.25
     """Greatest change of log l in a step."""
     least: float = 1e-3
     greatest: float = 1e4
