@@ -47,7 +47,7 @@ class SafeFQLConfig(CriticConfig):
 
     student_hidden: tuple[int, ...] = (128, 128, 128)
     """Widths of the student's hidden layers (official code: four of 512)."""
-    distillation: float = 0.1
+    distillation: float = 1.0
     """Weight of the student's distance to the teacher."""
     safety_weight: float = 1.0
     """Weight of the student's unsafe branch."""
