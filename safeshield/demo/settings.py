@@ -12,6 +12,7 @@ def _training() -> SafeFQLConfig:
         critic_hidden=(128, 128, 128),
         flow_hidden=(128, 128),
         student_hidden=(128, 128),
+        distillation=0.1,  # the log shows every course
         phase_shares=(0.8, 0.08, 0.12),
     )
 
