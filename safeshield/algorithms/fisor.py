@@ -27,13 +27,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.algorithms.agent import OfflineAgent, continuous_actions
 from safeshield.algorithms.checks import (
     check_integers,
     check_not_negative,
     check_phase_shares,
     check_positive,
 )
+from safeshield.algorithms.critic_agent import CriticAgent
 from safeshield.algorithms.critic_updates import (
     CriticConfig,
     Critics,
@@ -41,7 +41,7 @@ from safeshield.algorithms.critic_updates import (
     phase_steps,
     with_networks,
 )
-from safeshield.algorithms.tensors import LogTensors, check_boundary
+from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import (
     Draw,
     Metrics,
@@ -50,7 +50,6 @@ from safeshield.algorithms.training import (
     descend,
     learning_rate,
 )
-from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.flow import flow_matching_loss, velocity_network
 from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import forward, layers
@@ -105,7 +104,7 @@ class _Architecture:
         return self.critics.units()
 
 
-class FISOR(OfflineAgent[FISORConfig, _Architecture]):
+class FISOR(CriticAgent[FISORConfig, _Architecture]):
     """Imitate good actions where it is safe and safe ones where it is not; act by the safest of N.
 
     Args:
@@ -124,27 +123,15 @@ class FISOR(OfflineAgent[FISORConfig, _Architecture]):
     file_format = "safeshield-fisor"
     _fewest_steps = 2
 
-    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        check_boundary(dataset)
-        return dataset
-
-    def _describe(self, dataset: OfflineDataset) -> _Architecture:
-        action = continuous_actions(dataset.action_space, "FISOR")
-        scaling = Scaling.of(dataset)
-        critics = Critics.of(dataset, scaling, self.config)
-        hidden = self.config.flow_hidden
-        return _Architecture(dataset.observation_space, action, scaling, hidden, critics)
-
-    def _restore(
+    def _architecture(
         self,
         observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
         scaling: Scaling,
-        header: dict[str, Any],
+        critics: Critics,
     ) -> _Architecture:
-        action = continuous_actions(action_space, "FISOR")
-        critics = Critics.restore(header, scaling, self.config)
-        return _Architecture(observation_space, action, scaling, self.config.flow_hidden, critics)
+        hidden = self.config.flow_hidden
+        return _Architecture(observation_space, action_space, scaling, hidden, critics)
 
     def _run(self, model: _Architecture, log: LogTensors, steps: int) -> _Run:
         return _Run(model, log, self.config, steps)

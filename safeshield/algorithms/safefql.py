@@ -24,17 +24,16 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.algorithms.agent import OfflineAgent, continuous_actions
 from safeshield.algorithms.checks import (
     check_not_negative,
     check_phase_shares,
     check_positive,
     check_sizes,
 )
+from safeshield.algorithms.critic_agent import CriticAgent
 from safeshield.algorithms.critic_updates import CriticConfig, Critics
 from safeshield.algorithms.safefql_updates import STUDENT, TEACHER, Architecture, SafeFQLRun
-from safeshield.algorithms.tensors import LogTensors, check_boundary
-from safeshield.data.dataset import OfflineDataset
+from safeshield.algorithms.tensors import LogTensors
 from safeshield.nn.forward import forward
 from safeshield.scaling import BEHAVIOUR, SAFETY_NETWORKS, Scaling
 from safeshield.shield.model import SafetyModel
@@ -66,7 +65,7 @@ class SafeFQLConfig(CriticConfig):
         check_sizes(self, "student_hidden")
 
 
-class SafeFQL(OfflineAgent[SafeFQLConfig, Architecture]):
+class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
     """Offline safe actor and safety critics from one log.
 
     Args:
@@ -103,27 +102,6 @@ class SafeFQL(OfflineAgent[SafeFQLConfig, Architecture]):
             ),
             trained_by=f"SafeFQL, seed {self.config.seed}",
         )
-
-    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        check_boundary(dataset)
-        return dataset
-
-    def _describe(self, dataset: OfflineDataset) -> Architecture:
-        action = continuous_actions(dataset.action_space, "SafeFQL")
-        scaling = Scaling.of(dataset)
-        critics = Critics.of(dataset, scaling, self.config)
-        return self._architecture(dataset.observation_space, action, scaling, critics)
-
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> Architecture:
-        action = continuous_actions(action_space, "SafeFQL")
-        critics = Critics.restore(header, scaling, self.config)
-        return self._architecture(observation_space, action, scaling, critics)
 
     def _architecture(
         self,
