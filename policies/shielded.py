@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, finite
+from safeshield.flat import Batch, copied, finite
 from safeshield.shield.shield import HasShield, Shield, as_shield
 
 _State = tuple[npt.NDArray[Any], ...] | None
@@ -70,8 +70,9 @@ class ShieldedPolicy:
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], _State]:
         """Return the actions to execute, and the agent's recurrent state."""
-        # Agents may refuse what is not a number; the shield does not act on their answer then.
-        seen = finite(observation)
+        # Agents may refuse what is not a number; the shield does not act on their answer then. And
+        # a copy: the shield must judge what was there before an agent normalised it in place.
+        seen = copied(finite(observation))
         proposed, state = self.model.predict(
             seen, state=state, episode_start=episode_start, deterministic=deterministic
         )

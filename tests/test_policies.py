@@ -10,7 +10,9 @@ import numpy.typing as npt
 import pytest
 from fitted import DT
 
-from safeshield.policies import ShieldedPolicy
+from safeshield.data import collect
+from safeshield.evaluation import filtered_episodes
+from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
 from safeshield.shield import FilterReport, Shield
 
 pytestmark = pytest.mark.filterwarnings(
@@ -93,3 +95,78 @@ class _Start(gym.Wrapper):  # type: ignore[type-arg]
         self.steps += 1
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated, truncated or self.steps >= 80, info
+
+
+class Edits:
+    """Moves its observation to open water, in place, before it acts: downstream, into the rock."""
+
+    def predict(self, observation: Any, **_: Any) -> tuple[Any, None]:  # noqa: ANN401
+        observation[...] = [1.9, 0.0]
+        return np.tile(np.array([1.0, 0.0], np.float32), (*np.shape(observation)[:-1], 1)), None
+
+    def act(self, observation: Any) -> Any:  # noqa: ANN401
+        return self.predict(observation)[0]
+
+
+def test_what_a_policy_writes_into_its_observation_changes_no_verdict(shield: Shield) -> None:
+    start = np.array([-1.2, 0.5], np.float32)
+    into = np.array([1.0, 0.0], np.float32)
+    expected, report = shield.filter(start, into)
+    assert report.intervened
+    for observation in (start, np.tile(start, (3, 1))):
+        kept = observation.copy()
+        policy = ShieldedPolicy(Edits(), shield)
+        np.testing.assert_allclose(
+            policy.predict(observation)[0],
+            shield.filter(kept, np.broadcast_to(into, kept.shape))[0],
+            atol=1e-6,
+        )
+        assert np.all(policy.report.intervened)
+        np.testing.assert_array_equal(observation, kept)
+    own = SafeSupportPolicy(shield, Edits().act, rounds=2, seed=0)
+    np.testing.assert_allclose(own.predict(start)[0], expected, atol=1e-6)
+
+
+def test_what_a_policy_writes_into_its_observation_changes_no_log_and_no_test(
+    shield: Shield,
+) -> None:
+    env = _Start(gym.make("safeshield/Boat-v0", dt=DT))
+
+    def still(observation: Any) -> Any:  # noqa: ANN401
+        return np.array([1.0, 0.0], np.float32)
+
+    logs = [collect(env, policy, episodes=1, seed=0) for policy in (still, Edits().act)]
+    np.testing.assert_array_equal(logs[0].observations, logs[1].observations)
+    assert logs[0].costs.sum() > 0
+    runs = [filtered_episodes(env, p, 1, 0, shield=shield)[0] for p in (still, Edits().act)]
+    for run in runs:
+        assert not run.episode.violated
+    np.testing.assert_array_equal(runs[0].intervened, runs[1].intervened)
+
+
+class _Wipes(gym.Wrapper):  # type: ignore[type-arg]
+    """Leaves nothing in the array that it was given."""
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        result = self.env.step(action)
+        action *= 0
+        return result
+
+
+class _Count(gym.Env[Any, Any]):
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    action_space = gym.spaces.MultiDiscrete([3, 3])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        return np.zeros(1, np.float32), 0.0, False, False, {"cost": 0.0}
+
+
+def test_what_an_environment_writes_into_its_action_changes_no_log() -> None:
+    mine = np.array([2, 1])
+    env = gym.wrappers.TimeLimit(_Wipes(_Count()), 3)
+    log = collect(env, lambda _: mine, episodes=1, seed=0)
+    np.testing.assert_array_equal(log.actions, [[2, 1]] * 3)
+    np.testing.assert_array_equal(mine, [2, 1])

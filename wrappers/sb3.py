@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
+from safeshield.flat import copied
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
@@ -244,7 +245,7 @@ class VecSafetyShield(VecEnvWrapper):
         return [{"action_mask": mask.astype(np.int8)} for mask in self._masks]
 
     def _see(self, observations: VecEnvObs) -> Scalars:
-        values = self.guard.see(_copied(observations))
+        values = self.guard.see(copied(observations))
         self._ready = True
         return values
 
@@ -402,12 +403,6 @@ def _has_masks(venv: VecEnv) -> bool:
         return venv.has_attr(_MASKS)
     except NotImplementedError:
         return False
-
-
-def _copied(points: Any) -> Any:  # noqa: ANN401
-    if isinstance(points, Mapping):
-        return {key: _copied(part) for key, part in points.items()}
-    return np.array(points)
 
 
 def _stacked(points: Sequence[Any]) -> Any:  # noqa: ANN401

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.flat import copied
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
@@ -263,7 +264,7 @@ class VectorSafetyShield(_Wrapper):
 
     def _see(self, observations: _Batch) -> None:
         # A copy: environments may write the next observations into the same array.
-        seen = _copied(observations)
+        seen = copied(observations)
         values = np.asarray(self._guard.see(seen), np.float64)
         if values.shape != self._over.shape:
             raise ValueError(
@@ -404,12 +405,6 @@ def _given(infos: _Infos, name: str, count: int) -> Flags:
 
 
 # -- batches of observations ----------------------------------------------------------------
-
-
-def _copied(batch: _Batch) -> _Batch:
-    if isinstance(batch, Mapping):
-        return {key: _copied(part) for key, part in batch.items()}
-    return np.array(batch)
 
 
 def _rows(batch: _Batch, mask: Flags) -> _Batch:
