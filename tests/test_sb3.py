@@ -353,6 +353,11 @@ def test_the_vecenv_interface_passes_through(shield: Shield) -> None:
     assert envs.get_attr("last") == [99.0, 99.0]
     envs.set_attr("marked", 3)
     assert envs.env_method("get_wrapper_attr", "marked", indices=[1]) == [3]
+    for name in ("reset", "step"):
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            envs.env_method(name, np.zeros(2, np.float32))
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            envs.set_attr(name, print)
     assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [True, True]
     assert envs.shield is shield
     twin = VecSafetyShield(DummyVecEnv([lambda: gym.make(BOAT)] * 2), shield)

@@ -347,7 +347,7 @@ class Spy(vector._Wrapper):
         return self.result
 
 
-def test_all_accepted_passes_the_very_array_and_rewards_and_ends_come_back_untouched(
+def test_all_accepted_passes_bit_for_bit_and_rewards_and_ends_come_back_untouched(
     shield: Shield,
 ) -> None:
     spy = Spy(native(MODES[0]))
@@ -360,7 +360,9 @@ def test_all_accepted_passes_the_very_array_and_rewards_and_ends_come_back_untou
         actions = np.full((N, 2), [0.1, -0.3]).astype(kind)
         observations, rewards, terminated, truncated, infos = env.step(actions)
         assert not infos["shield/intervened"].any()
-        assert spy.sent[-1] is actions
+        assert spy.sent[-1].dtype == actions.dtype
+        assert spy.sent[-1].tobytes() == actions.tobytes()
+        assert not np.shares_memory(spy.sent[-1], actions)
         for mine, theirs in zip(
             (observations, rewards, terminated, truncated), spy.result, strict=False
         ):
@@ -377,7 +379,9 @@ def test_infos_say_what_was_sent_whatever_the_env_does_to_the_array(shield: Shie
 
     env = VectorSafetyShield(Spy(native(MODES[0]), scribble), shield)
     env.reset(seed=0, options={"state": OPEN})
-    infos = env.step(np.full((N, 2), 0.25, np.float32))[4]
+    actions = np.full((N, 2), 0.25, np.float32)
+    infos = env.step(actions)[4]
+    np.testing.assert_array_equal(actions, np.full((N, 2), 0.25))
     for key in ("action_proposed", "action_executed"):
         np.testing.assert_array_equal(infos[key], np.full((N, 2), 0.25))
 
@@ -819,3 +823,38 @@ def test_where_actions_are_whole_numbers_none_is_below_them_all() -> None:
     assert FlatSpace(spaces.Discrete(3, start=-2)).nothing == -3
     np.testing.assert_array_equal(FlatSpace(spaces.MultiDiscrete([2, 5])).nothing, [-1, -1])
     assert np.isnan(FlatSpace(spaces.Box(-1, 1, (3,))).nothing).tolist() == [True] * 3
+
+
+# -- one shield, and nothing past it ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Sync", "Async"])
+def test_one_shield_only(shield: Shield, kind: str) -> None:
+    inner = vectorised(
+        [lambda: SafetyShield(BoatEnv(dt=DT), shield)] * 2,
+        MODES[0],
+        getattr(gym.vector, f"{kind}VectorEnv"),
+    )
+    if kind == "Sync":
+        with pytest.raises(ValueError, match=r"shielded already \(SafetyShield\)"):
+            VectorSafetyShield(inner, shield)
+    else:  # in other processes: their infos tell
+        env = VectorSafetyShield(inner, shield)
+        with pytest.raises(ValueError, match="shielded already"):
+            env.reset(seed=0)
+    inner.close()
+    with pytest.raises(ValueError, match=r"shielded already \(VectorSafetyShield\)"):
+        VectorSafetyShield(boats(shield, MODES[0]), shield)
+
+
+def test_nobody_steps_or_resets_past_it(shield: Shield) -> None:
+    env = VectorSafetyShield(vectorised(each(short_boat), MODES[0]), shield)
+    env.reset(seed=0)
+    for name in ("reset", "step"):
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            env.call(name, np.zeros(2, np.float32))
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            env.set_attr(name, print)
+    env.set_attr("marked", [1, 2, 3, 4])
+    assert env.call("marked") == (1, 2, 3, 4)
+    env.step(env.action_space.sample())

@@ -26,6 +26,7 @@ from safeshield.flat import copied
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
+from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
@@ -222,7 +223,11 @@ class VecSafetyShield(VecEnvWrapper):
 
         Raises:
             RuntimeError: masks before `reset`, or while a step is under way.
+            ValueError: ``reset`` or ``step``, which would go past the shield.
         """
+        refuse_past_shield(
+            method_name, "call reset() or step() of the VecEnv, after seed() or set_options()"
+        )
         if method_name != _MASKS or not self.shield.model.played.discrete:
             return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
         if not self._ready:
@@ -232,6 +237,20 @@ class VecSafetyShield(VecEnvWrapper):
             for i, own in zip(masks, self.venv.env_method(_MASKS, indices=indices), strict=True):
                 masks[i] = with_own_mask(masks[i], own, self.shield.model.played)
         return list(masks.values())
+
+    def set_attr(
+        self,
+        attr_name: str,
+        value: Any,  # noqa: ANN401
+        indices: VecEnvIndices = None,
+    ) -> None:
+        """Set an attribute of the environments.
+
+        Raises:
+            ValueError: ``reset`` or ``step``, which would go past the shield.
+        """
+        refuse_past_shield(attr_name, "wrap the environments before they are put into the VecEnv")
+        super().set_attr(attr_name, value, indices)
 
     def _mask_infos(self, infos: Sequence[Mapping[str, Any]]) -> Infos:
         """Mask the actions to come, for the infos of the states just reached: {} for a Box."""

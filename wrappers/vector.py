@@ -14,6 +14,11 @@ from safeshield.flat import copied
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
+from safeshield.shield.nested import (
+    refuse_past_shield,
+    refuse_shielded,
+    refuse_shielded_infos,
+)
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
 from safeshield.vectorise import environment_id
@@ -29,6 +34,8 @@ else:
 
 _NEXT_STEP, _SAME_STEP, _DISABLED = _MODES = ("NextStep", "SameStep", "Disabled")
 _FINAL = ("final_obs", "final_observation")  # from Gymnasium 1.0; before
+
+_ONE_SHIELD = "put VectorSafetyShield around plain environments, once"
 
 _Batch = Any  # what n environments return at once: an array (n, ...), or a dict of such
 _Infos = dict[str, Any]
@@ -79,8 +86,8 @@ class VectorSafetyShield(_Wrapper):
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is negative or not finite,
-            a setting in `adaptive` is out of range, or the environment does not say how it resets
-            itself.
+            a setting in `adaptive` is out of range, or the environment is shielded already or
+            does not say how it resets itself.
         TypeError: `env` is no vector environment, `shield` none of the three, or `adaptive` wrong.
 
     >>> import gymnasium
@@ -108,6 +115,7 @@ class VectorSafetyShield(_Wrapper):
                 f"env must be a gymnasium.vector.VectorEnv, got {type(env).__name__}; "
                 "SafetyShield is for one environment"
             )
+        refuse_shielded(env, _ONE_SHIELD)
         super().__init__(env)
         if _BEFORE_1_0:
             # Its wrappers pass these on with a warning, or not at all.
@@ -165,6 +173,7 @@ class VectorSafetyShield(_Wrapper):
         # A copy, because Gymnasium takes the mask out of the options that it is given.
         options = None if options is None else dict(options)
         observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+        refuse_shielded_infos(infos, _ONE_SHIELD)
         if seen is not None and not mask.all():
             changed = ~mask & ~_same_rows(seen, observations, len(mask))
             if changed.any():
@@ -256,6 +265,27 @@ class VectorSafetyShield(_Wrapper):
         actions, self._pending = self._pending, None
         return self.step(actions)
 
+    # Gymnasium's own vectors have these two, and its wrappers since 1.0 do not.
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """Call a method of each environment, or get an attribute, but neither reset nor step.
+
+        Raises:
+            ValueError: it would go past the shield.
+        """
+        refuse_past_shield(name, "call reset() or step() of VectorSafetyShield")
+        results: tuple[Any, ...] = self.env.call(name, *args, **kwargs)  # type: ignore[attr-defined]
+        return results
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401
+        """Set an attribute of each environment, but neither reset nor step.
+
+        Raises:
+            ValueError: it would go past the shield.
+        """
+        refuse_past_shield(name, "wrap the environments before they are put into the vector")
+        self.env.set_attr(name, values)  # type: ignore[attr-defined]
+
     # -- parts of a step --------------------------------------------------------------------
 
     def _need_reset(self) -> None:
@@ -298,7 +328,8 @@ class VectorSafetyShield(_Wrapper):
 
     def _checked_actions(self, actions: npt.ArrayLike) -> npt.NDArray[Any]:
         shape = (len(self._over), *self._no_action.shape)
-        array = np.asarray(actions)
+        # A copy: the environment may write into what it is sent.
+        array = np.array(actions)
         if array.shape != shape or array.dtype.kind not in "fiu":
             raise ValueError(
                 f"actions must be numbers of shape {shape}, a row for each environment, got "
