@@ -13,7 +13,9 @@ from fitted import DT
 from safeshield.data import collect
 from safeshield.evaluation import filtered_episodes
 from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
+from safeshield.policies.shielded import _shared
 from safeshield.shield import FilterReport, Shield
+from safeshield.spaces import check_same_space
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"
@@ -170,3 +172,62 @@ def test_what_an_environment_writes_into_its_action_changes_no_log() -> None:
     log = collect(env, lambda _: mine, episodes=1, seed=0)
     np.testing.assert_array_equal(log.actions, [[2, 1]] * 3)
     np.testing.assert_array_equal(mine, [2, 1])
+
+
+def test_the_models_spaces_must_be_the_shields(shield: Shield) -> None:
+    class Model(Downstream):
+        observation_space: Any = shield.observation_space
+        action_space: Any = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
+
+    model = Model()
+    ShieldedPolicy(model, shield)
+    model.action_space = gym.spaces.Box(-2.0, 1.0, (2,))
+    with pytest.raises(ValueError, match=r"the model's action_space mismatch .*Box\(-1.*Box\(-2"):
+        ShieldedPolicy(model, shield)
+    model.action_space, model.observation_space = None, gym.spaces.Box(-1.0, 1.0, (3,))
+    with pytest.raises(ValueError, match=r"model's observation_space mismatch \(shape\).*\(3,\)"):
+        ShieldedPolicy(model, shield)
+    with pytest.raises(ValueError, match="shielded already"):
+        ShieldedPolicy(ShieldedPolicy(Downstream(), shield), shield)
+
+
+def test_models_that_see_other_entries_or_turned_images() -> None:
+    image = gym.spaces.Box(0, 255, (4, 5, 3), np.uint8)
+    turned = gym.spaces.Box(0, 255, (3, 4, 5), np.uint8)
+    ours = gym.spaces.Dict(a=gym.spaces.Discrete(3), eye=image)
+    theirs = gym.spaces.Dict(b=gym.spaces.Discrete(2), eye=turned)
+    check_same_space(_shared(ours, theirs), theirs, "space")
+    check_same_space(_shared(image, image), image, "space")
+    with pytest.raises(ValueError, match="mismatch"):
+        check_same_space(_shared(image, gym.spaces.Box(0, 1, (3, 4, 5))), image, "space")
+
+
+class Held:
+    """A batch policy with a memory: it counts the steps of each wave."""
+
+    batched = True
+
+    def start_wave(self, num_envs: int) -> None:
+        self.steps = np.zeros(num_envs)
+
+    def __call__(self, observations: Any, rng: np.random.Generator) -> Any:  # noqa: ANN401
+        self.steps += 1
+        return np.stack([0.1 * self.steps, rng.uniform(-0.1, 0.1, len(observations))], axis=1)
+
+
+def test_it_takes_what_collect_takes(shield: Shield) -> None:
+    start = np.array([1.9, 0.0], np.float32)
+    batch = np.tile(start, (3, 1))
+    policy = ShieldedPolicy(lambda observation: observation * 0.25, shield)
+    np.testing.assert_allclose(policy.predict(start)[0], start * 0.25)
+    np.testing.assert_allclose(policy.predict(batch)[0], batch * 0.25)
+    into = ShieldedPolicy(lambda _: np.array([1.0, 0.0]), shield)
+    into.predict(np.array([-1.2, 0.5], np.float32))
+    assert into.report.intervened
+    assert ShieldedPolicy("random", shield, seed=0).predict(batch)[0].shape == (3, 2)
+    held = ShieldedPolicy(Held(), shield, seed=0)
+    ends = [held.predict(start, episode_start=np.array([t == 3]))[0][0] for t in range(5)]
+    np.testing.assert_allclose(ends, [0.1, 0.2, 0.3, 0.1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(held.predict(batch)[0][:, 0], 0.1)
+    with pytest.raises(TypeError, match="policy must be"):
+        ShieldedPolicy(3, shield)
