@@ -176,8 +176,11 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             penalised = {"shield/penalty": self.intervention_penalty * intervened}
             reward = float(reward) - penalised["shield/penalty"]
         reached = self._see(observation)
-        if self.adaptive is not None and report is not None:
-            self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
+        if self.adaptive is not None:
+            if report is None:
+                self.adaptive.passed()
+            else:
+                self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
         return (
             observation,
             reward,
