@@ -321,6 +321,40 @@ def test_a_vector_of_environments_has_the_masks_of_its_next_actions(
     assert ends > 5
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_where_an_episode_ended_final_info_has_the_mask_of_its_last_state(
+    shield: Shield, own: bool
+) -> None:
+    kinds: dict[str, Any] = {}
+    if hasattr(gym.vector, "AutoresetMode"):
+        kinds["autoreset_mode"] = gym.vector.AutoresetMode.SAME_STEP
+    outside = VectorSafetyShield(
+        gym.vector.SyncVectorEnv([lambda: Walk(own=own)] * 3, **kinds), shield
+    )
+    inside = gym.vector.SyncVectorEnv([lambda: SafetyShield(Walk(own=own), shield)] * 3, **kinds)
+    for env in (outside, inside):
+        env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    ends = 0
+    for _ in range(40):
+        actions = rng.integers(1, C + 1, 3)
+        _, _, terminated, _, mine = outside.step(actions)
+        theirs = inside.step(actions)[4]
+        for key in ("action_mask", "action_executed", "shield/intervened", "shield/certified"):
+            # Gymnasium 0.29 leaves arrays in an array of objects.
+            np.testing.assert_array_equal(*(np.stack(list(x[key])) for x in (mine, theirs)))
+            for i in np.flatnonzero(terminated):
+                ends += 1
+                finals = [
+                    infos["final_info"][i][key]
+                    if isinstance(infos["final_info"], np.ndarray)
+                    else infos["final_info"][key][i]
+                    for infos in (mine, theirs)
+                ]
+                np.testing.assert_array_equal(*finals, err_msg=key)
+    assert ends > 20
+
+
 def masks_of(infos: list[dict[str, Any]]) -> Array:
     return np.stack([info["action_mask"] for info in infos])
 
