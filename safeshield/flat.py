@@ -277,4 +277,5 @@ def _rows_of(points: Any, space: gym.Space[Any], what: str) -> tuple[Rows, bool]
         )
     if array.dtype.kind == "b":
         array = array.astype(np.int8)
-    return array.reshape(1 if single else len(array), -1), single
+    # Not -1: of an empty batch nobody could tell the width.
+    return array.reshape(1 if single else len(array), math.prod(shape)), single

@@ -477,3 +477,37 @@ def test_maskable_ppo_never_sends_a_masked_action(kind: str, wrapped: str) -> No
     assert not any(intervened for _, intervened, _ in callback.rows)
     assert max(value for *_, value in callback.rows) <= 0
     assert len({np.asarray(action).tobytes() for action, *_ in callback.rows}) > 2
+
+
+# -- what is no observation, and none at all ------------------------------------------------------
+
+
+def test_a_fraction_is_no_discrete_state(shield: Shield) -> None:
+    """It is not rounded: the fallback acts, and says that it could not read."""
+    whole = shield.filter(3.0, 1)[1]
+    assert whole.valid
+    for broken in (3.4, 2.6, np.nan, 3 + 1e-6):
+        _, report = shield.filter(broken, 1)
+        assert report.intervened
+        assert not report.valid
+        assert report.state_value == np.inf
+        assert shield.value(broken) == np.inf
+    batch = shield.filter(np.array([3.0, 2.5]), np.array([1, 1]))[1]
+    assert np.asarray(batch.valid).tolist() == [True, False]
+    masks = shield.action_mask(np.array([3.0, 2.5]))
+    np.testing.assert_array_equal(masks[0], shield.action_mask(3))
+    assert masks[1].sum() == 1
+
+
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Discrete(4), gym.spaces.MultiDiscrete([2, 2]), gym.spaces.MultiBinary(2)]
+)
+def test_empty_batches(space: gym.Space[Any]) -> None:
+    shield = table_shield(np.array([[1.0, -1.0, -2.0, 1.0]] * 3), space)
+    none = np.zeros(0, np.int64)
+    actions = np.zeros((0, *space.shape), np.int64)  # type: ignore[misc]
+    assert shield.value(none).shape == shield.value(none, actions).shape == (0,)
+    executed, report = shield.filter(none, actions)
+    assert executed.shape == actions.shape
+    assert np.shape(report.intervened) == (0,)
+    assert shield.action_mask(none).shape == (0, 4)

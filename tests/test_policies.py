@@ -231,3 +231,12 @@ def test_it_takes_what_collect_takes(shield: Shield) -> None:
     np.testing.assert_allclose(held.predict(batch)[0][:, 0], 0.1)
     with pytest.raises(TypeError, match="policy must be"):
         ShieldedPolicy(3, shield)
+
+
+def test_empty_batches(shield: Shield) -> None:
+    none = np.zeros((0, 2), np.float32)
+    assert shield.value(none).shape == shield.value(none, none).shape == (0,)
+    executed, report = shield.filter(none, none)
+    assert executed.shape == (0, 2)
+    assert np.shape(report.value) == (0,)
+    assert shield.certified(none).shape == (0,)

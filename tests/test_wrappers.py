@@ -274,7 +274,7 @@ def test_six_values_are_explained(shield: Shield, checked: bool) -> None:
     inner: Env = Watch(gym.make(BOAT).unwrapped, sixth=True)
     env = SafetyShield(gym.wrappers.TimeLimit(inner, 5) if checked else inner, shield)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="Safety-Gymnasium"):
+    with pytest.raises(ValueError, match=r"Safety-Gymnasium.*wrappers\.CostFromStep"):
         env.step(np.zeros(2, np.float32))
 
 
@@ -458,3 +458,20 @@ def test_one_shield_only(shield: Shield) -> None:
 
     with pytest.raises(ValueError, match="shielded already"):
         SafetyShield(Foreign(boat()), shield).reset(seed=0)
+
+
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_infos_that_are_none_are_told(shield: Shield, where: str) -> None:
+    class Mute(gym.Wrapper):  # type: ignore[type-arg]
+        def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+            observation, info = self.env.reset(**kwargs)
+            return observation, None if where == "reset" else info
+
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            return (*self.env.step(action)[:4], None)
+
+    env = SafetyShield(Mute(boat().unwrapped), shield)
+    if where == "step":
+        env.reset(seed=0)
+    with pytest.raises(ValueError, match=f"{where} must return its infos as a dict.*NoneType"):
+        env.reset(seed=0) if where == "reset" else env.step(np.zeros(2, np.float32))

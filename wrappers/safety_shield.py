@@ -31,7 +31,7 @@ else:
 _SIX_VALUES = (
     "the environment's step must return Gymnasium's 5 values (observation, reward, terminated, "
     "truncated, info); for Safety-Gymnasium's native ids, which return the cost as a sixth, make "
-    "the '...Gymnasium-v0' id instead"
+    "the '...Gymnasium-v0' id instead, or put safeshield.wrappers.CostFromStep around them"
 )
 
 _ONE_SHIELD = "put SafetyShield around the plain environment, once"
@@ -123,6 +123,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     ) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """Reset the environment and judge where it starts."""
         observation, info = self.env.reset(seed=seed, options=options)
+        if not isinstance(info, dict):
+            raise _no_info("reset", info)
         refuse_shielded_infos(info, _ONE_SHIELD)
         value = self._see(observation)
         return observation, {
@@ -244,6 +246,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             raise
         if len(result) != 5:
             raise ValueError(_SIX_VALUES)
+        if not isinstance(result[4], dict):
+            raise _no_info("step", result[4])
         return result
 
     def _see(self, observation: npt.NDArray[Any]) -> float:
@@ -261,6 +265,13 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         judge = self.shield.model.states if self._finite else self.shield.states
         self._states = judge(self._rows)
         return float(self._states.value[0]) if self._finite else float("inf")
+
+
+def _no_info(where: str, info: object) -> ValueError:
+    return ValueError(
+        f"the environment's {where} must return its infos as a dict, empty where there are none, "
+        f"got {type(info).__name__}"
+    )
 
 
 def _copied(action: Any) -> Any:  # noqa: ANN401

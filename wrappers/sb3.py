@@ -204,7 +204,8 @@ class VecSafetyShield(VecEnvWrapper):
                 raise
             raise ValueError(
                 "each environment's step must return Gymnasium's 5 values; for Safety-Gymnasium's "
-                "native ids, which return the cost as a sixth, make the '...Gymnasium-v0' id"
+                "native ids, which return the cost as a sixth, make the '...Gymnasium-v0' id, or "
+                "put safeshield.wrappers.CostFromStep around each environment"
             ) from error
 
     def has_attr(self, attr_name: str) -> bool:
