@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.batch_policy import as_batch_policy
-from safeshield.flat import Batch, batch_length, take
+from safeshield.flat import Batch, batch_length, copied, take
 from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import forward
 from safeshield.scaling import BEHAVIOUR
@@ -200,6 +200,8 @@ class Asked:
         return values.reshape(count, each)
 
     def _ask(self, observations: Batch, rng: np.random.Generator, *, deterministic: bool) -> _Array:
+        # It is asked more than once about the same states, and may write into what it is given.
+        observations = copied(observations)
         if self._predicts:
             actions, self.memory = self._policy.predict(
                 observations,

@@ -34,9 +34,18 @@ class _ShieldedRows(ReplayBuffer):
         handle_timeout_termination: bool = True,
         *,
         store: str = "proposed",
+        shield_space: gym.Space[Any] | None = None,
     ) -> None:
         if store not in STORES:
             raise ValueError(f"store must be one of {list(STORES)}, got {store!r}")
+        if isinstance(observation_space, gym.spaces.Dict) and not isinstance(
+            self, DictReplayBuffer
+        ):
+            raise TypeError(
+                f"{type(self).__name__} takes no observations that are dicts: use "
+                "ShieldedDictReplayBuffer"
+            )
+        self._check_shield_space(action_space, shield_space)
         super().__init__(
             buffer_size,
             observation_space,
@@ -47,9 +56,23 @@ class _ShieldedRows(ReplayBuffer):
             handle_timeout_termination,
         )
         self.store = store
+        self.shield_space = action_space if shield_space is None else shield_space
         if store == "both":
             self.proposed_actions = np.zeros_like(self.actions)
             self.penalties = np.zeros_like(self.rewards)
+
+    @staticmethod
+    def _check_shield_space(action_space: gym.Space[Any], shield_space: object) -> None:
+        if shield_space is None:
+            return
+        boxes = isinstance(shield_space, gym.spaces.Box) and isinstance(
+            action_space, gym.spaces.Box
+        )
+        if not boxes or shield_space.shape != action_space.shape:  # type: ignore[attr-defined]
+            raise ValueError(
+                "shield_space must be a Box with the shape of the agent's action_space "
+                f"{action_space}, got {shield_space}"
+            )
 
     def add(
         self,
@@ -91,8 +114,9 @@ class _ShieldedRows(ReplayBuffer):
         if not self._same_actions(proposed, [info["action_proposed"] for info in infos]):
             raise ValueError(
                 "the actions that the shield saw are not those of the agent, so what it executed "
-                "cannot be stored in the agent's units: put wrappers that change actions, such as "
-                "RescaleAction, inside the shield, and train the shield on their actions"
+                "cannot be stored in the agent's units: with RescaleAction around the shield pass "
+                "replay_buffer_kwargs=dict(shield_space=shield.action_space); with any other "
+                "wrapper that changes actions, put it inside the shield, and make the log with it"
             )
         intervened = np.array([bool(info["shield/intervened"]) for info in infos])
         ran = self._scaled([info["action_executed"] for info in infos])
@@ -102,10 +126,10 @@ class _ShieldedRows(ReplayBuffer):
         return executed, np.where(intervened, penalties, 0.0).astype(np.float32)
 
     def _scaled(self, actions: Sequence[Any]) -> _Array:
-        """Return actions in the environment's units as `BasePolicy.scale_action` does: (n, act)."""
+        """Return actions in the shield's units as `BasePolicy.scale_action` does: (n, act)."""
         batch = np.stack([np.asarray(action) for action in actions])
-        if isinstance(self.action_space, gym.spaces.Box):
-            low, high = self.action_space.low, self.action_space.high
+        if isinstance(self.shield_space, gym.spaces.Box):
+            low, high = self.shield_space.low, self.shield_space.high
             batch = 2.0 * ((batch - low) / (high - low)) - 1.0
         return batch.reshape(self.n_envs, self.action_dim)
 
@@ -114,9 +138,10 @@ class _ShieldedRows(ReplayBuffer):
         if any(np.shape(action) != self.action_space.shape for action in proposed):
             return False
         tolerance = np.zeros(self.action_dim)
-        if isinstance(self.action_space, gym.spaces.Box):
-            low, high = self.action_space.low.ravel(), self.action_space.high.ravel()
-            tolerance = 1e-4 + 1e-6 * np.maximum(np.abs(low), np.abs(high)) / (high - low)
+        for space in {id(box): box for box in (self.action_space, self.shield_space)}.values():
+            if isinstance(space, gym.spaces.Box):
+                low, high = space.low.ravel(), space.high.ravel()
+                tolerance += 1e-4 + 1e-6 * np.maximum(np.abs(low), np.abs(high)) / (high - low)
         return np.allclose(self._scaled(proposed), stored, rtol=0.0, atol=tolerance, equal_nan=True)
 
     def _get_samples(self, batch_inds: _Array, env: VecNormalize | None = None) -> Any:  # noqa: ANN401
@@ -171,6 +196,10 @@ class ShieldedReplayBuffer(_ShieldedRows):
         did not intervene the two are the same. `actions` holds e, `proposed_actions` a.
 
     Scaled actions are stored: boxes rescaled to [-1, 1] as the policy does, integers as they are.
+    With `RescaleAction` around the shield the shield's actions have another box than the agent's;
+    pass it, ``dict(store="executed", shield_space=shield.action_space)``: scaled to [-1, 1] the
+    two are the same. Any other wrapper that changes actions belongs inside the shield.
+
     A penalty on intervention (``shield/penalty`` in the infos) is for the proposal: rows with the
     executed action get the reward without it. With ``"executed"`` a penalty is thus without effect.
 
@@ -178,7 +207,9 @@ class ShieldedReplayBuffer(_ShieldedRows):
     action that the agent drew, so their buffers must keep the proposed one, as they do.
 
     Raises:
-        ValueError: `store` is none of these; or, from `add`, the infos lack the shield's keys.
+        TypeError: observations are dicts: `ShieldedDictReplayBuffer` is for these.
+        ValueError: `store` is none of these, `shield_space` is no box of the agent's shape; or,
+            from `add`, the infos lack the shield's keys, or tell other actions than the agent's.
 
     >>> box = gym.spaces.Box(0.0, 10.0, (1,))
     >>> buffer = ShieldedReplayBuffer(4, box, box, store="executed")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, finite
+from safeshield.batch_policy import BatchPolicy, as_batch_policy
+from safeshield.flat import Batch, copied, finite
+from safeshield.policies.proposals import batch_of_one
 from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces import check_same_space
 
 _State = tuple[npt.NDArray[Any], ...] | None
 
@@ -34,13 +38,21 @@ class ShieldedPolicy:
     Where the agent meets a Gymnasium environment, `SafetyShield` around the environment is the
     better place: it also covers warm-up actions and tells in `info` what was executed.
 
+    The agent gets a copy of each observation: what it writes into it changes no verdict.
+
     Args:
-        model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``.
+        model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
+            or another policy that `batch_policy.as_batch_policy` takes, such as a function of one
+            observation. One with a memory of its own (`start_wave`) begins anew whenever the
+            number of observations changes, or ``episode_start`` is True for all of them.
         shield: the filter, a path to its file, or an agent that has one; the spaces must be the
             agent's.
+        seed: of the noise that batch policies get; ``predict`` draws from the agent's own.
 
     Raises:
-        TypeError: `model` has no predict, or `shield` is none of these.
+        TypeError: `model` is no policy, or `shield` is none of these.
+        ValueError: the agent's spaces, where it has any, are not the shield's, or it is shielded
+            already.
 
     >>> import gymnasium, safeshield
     >>> from safeshield import SafeFQL, SafeFQLConfig, ShieldedPolicy, collect
@@ -53,12 +65,22 @@ class ShieldedPolicy:
     """
 
     def __init__(
-        self, model: Predictor, shield: Shield | HasShield | str | os.PathLike[str]
+        self,
+        model: Predictor | object,
+        shield: Shield | HasShield | str | os.PathLike[str],
+        seed: int | None = None,
     ) -> None:
-        if not callable(getattr(model, "predict", None)):
-            raise TypeError(f"model must have a predict method, got {type(model).__name__}")
+        if isinstance(model, ShieldedPolicy):
+            raise ValueError("model is shielded already: its report can tell of one shield only")
         self.model = model
         self.shield = as_shield(shield)
+        self._predict = getattr(model, "predict", None)
+        self._acting: BatchPolicy | None = None
+        if not callable(self._predict):
+            self._acting = as_batch_policy(model, self.shield.action_space)
+        self._check_spaces()
+        self._rng = np.random.default_rng(seed)
+        self._count = 0
         self.report: Any = None
         """The verdict on the last prediction, a `FilterReport`."""
 
@@ -70,10 +92,59 @@ class ShieldedPolicy:
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], _State]:
         """Return the actions to execute, and the agent's recurrent state."""
-        # Agents may refuse what is not a number; the shield does not act on their answer then.
-        seen = finite(observation)
-        proposed, state = self.model.predict(
-            seen, state=state, episode_start=episode_start, deterministic=deterministic
-        )
+        # Agents may refuse what is not a number; the shield does not act on their answer then. And
+        # a copy: the shield must judge what was there before an agent normalised it in place.
+        seen = copied(finite(observation))
+        if self._acting is not None:
+            proposed = self._proposed(self._acting, seen, episode_start)
+        else:
+            proposed, state = self._predict(  # type: ignore[misc]
+                seen, state=state, episode_start=episode_start, deterministic=deterministic
+            )
         executed, self.report = self.shield.filter(observation, proposed)
         return executed, state
+
+    def _proposed(
+        self, acting: BatchPolicy, seen: Batch, starts: npt.NDArray[np.bool_] | None
+    ) -> npt.NDArray[Any]:
+        rows, single = self.shield.observation_rows(seen)
+        start_wave = getattr(acting, "start_wave", None)
+        begun = starts is not None and bool(np.all(starts))
+        if callable(start_wave) and (begun or len(rows) != self._count):
+            start_wave(len(rows))
+        self._count = len(rows)
+        actions = np.asarray(acting(batch_of_one(seen) if single else seen, self._rng))
+        return actions[0] if single else actions
+
+    def _check_spaces(self) -> None:
+        for what, ours in (
+            ("observation_space", self.shield.observation_space),
+            ("action_space", self.shield.action_space),
+        ):
+            theirs = getattr(self.model, what, None)
+            if not isinstance(theirs, gym.Space):
+                continue
+            observed = what == "observation_space"
+            check_same_space(
+                _shared(ours, theirs) if observed else ours,
+                theirs,
+                f"the model's {what}",
+                unbounded_matches_any=observed,
+                repair="the shield judges the observations that the model gets and the actions that"
+                " it returns: use a model and a shield of the same environment, with the same "
+                "wrappers",
+            )
+
+
+def _shared(ours: gym.Space[Any], theirs: gym.Space[Any]) -> gym.Space[Any]:
+    """Return the shield's observation space as far as a model of that environment knows it."""
+    if isinstance(ours, gym.spaces.Dict) and isinstance(theirs, gym.spaces.Dict):
+        # A model may be made for other entries than the shield: both pick theirs.
+        parts = {key: _shared(ours[key], theirs[key]) for key in ours if key in theirs.spaces}
+        return gym.spaces.Dict(parts)
+    if isinstance(ours, gym.spaces.Box) and ours.dtype == np.uint8 and len(ours.shape) == 3:
+        # Stable-Baselines3 puts an image's channels first, in its models but not for `predict`.
+        turned = gym.spaces.Box(ours.low.transpose(2, 0, 1), ours.high.transpose(2, 0, 1))
+        if theirs.shape == turned.shape:
+            return turned
+    return ours

@@ -21,6 +21,7 @@ from safeshield.batch_policy import as_batch_policy
 from safeshield.calibration.policies import ShieldedProposals, spread_actions
 from safeshield.flat import Batch
 from safeshield.rollout import Episode, run_episodes
+from safeshield.shield.nested import refuse_shielded
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.vectorise import Env, check_env, environment_name, is_vector_env
 
@@ -273,6 +274,7 @@ def filtered_episodes(
             env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
         )
         return [FilteredEpisode(run, None) for run in runs]
+    refuse_shielded(env, "leave out shield=, or pass the plain environment")
     prefix = "single_" if is_vector_env(env) else ""
     space = getattr(env, f"{prefix}action_space")
     acting = ShieldedProposals(shield, as_batch_policy(policy, space))

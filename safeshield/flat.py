@@ -195,10 +195,14 @@ def take(points: Batch, index: int | Array | slice) -> Batch:
 
 
 def copied(points: Batch) -> Batch:
-    """Return a copy of a batch: vector environments write into the one they returned."""
+    """Return a copy of points, one or a batch, that shares no array with them.
+
+    Environments write into what they returned, and policies into what they were given.
+    """
     if isinstance(points, Mapping):
         return {key: copied(part) for key, part in points.items()}
-    return np.array(points)
+    # The integer of a Discrete stays what it is.
+    return points if isinstance(points, int | float | np.generic) else np.array(points)
 
 
 def finite(points: Batch) -> Batch:
@@ -273,4 +277,5 @@ def _rows_of(points: Any, space: gym.Space[Any], what: str) -> tuple[Rows, bool]
         )
     if array.dtype.kind == "b":
         array = array.astype(np.int8)
-    return array.reshape(1 if single else len(array), -1), single
+    # Not -1: of an empty batch nobody could tell the width.
+    return array.reshape(1 if single else len(array), math.prod(shape)), single

@@ -229,9 +229,11 @@ class _Runner:
                     "environment in gymnasium.wrappers.TimeLimit, or raise step_limit"
                 )
             observations = copied(observations)
-            proposed = self._policy(observations, self._rng)
+            # Copies go to the policy and to the environments, which may write into them: what is
+            # logged is what was there before.
+            proposed = self._policy(copied(observations), self._rng)
             actions = executable_actions(proposed, self._played.space, count)
-            result = envs.step(self._in_dtype(actions))
+            result = envs.step(self._in_dtype(np.array(actions)))
             check_step(result)
             returned, rewards, terminated, truncated, infos = result
             ended = np.asarray(terminated) | np.asarray(truncated)

@@ -144,6 +144,7 @@ def check_same_space(
     what: str,
     *,
     unbounded_matches_any: bool = False,
+    repair: str = "use the environment, with the same wrappers, that the log came from",
 ) -> None:
     """Raise unless the two spaces hold the same points, up to 1e-5 relative error in the bounds.
 
@@ -155,6 +156,7 @@ def check_same_space(
         what: names the pair in the error, for example ``"action_space"``.
         unbounded_matches_any: an infinite bound in `expected` states nothing and agrees with any.
             Meant for observation spaces inferred from a log that stores none.
+        repair: what to do about it, for the error.
 
     Raises:
         ValueError: they differ; the message shows both.
@@ -170,8 +172,7 @@ Box(-2.0, 2.0, (2,), float32); use the environment, with the same wrappers, that
     difference = _difference(expected, actual, unbounded_matches_any)
     if difference is not None:
         raise ValueError(
-            f"{what} mismatch ({difference}): expected {expected!r}, got {actual!r}; use the "
-            "environment, with the same wrappers, that the log came from"
+            f"{what} mismatch ({difference}): expected {expected!r}, got {actual!r}; {repair}"
         )
 
 

@@ -212,8 +212,8 @@ def _step_error(count: str) -> ValueError:
     return ValueError(
         "env.step must return (observation, reward, terminated, truncated, info), got "
         f"{count} values; for Safety-Gymnasium's native ids, which return the cost as a sixth, use "
-        "the Gymnasium ones (gymnasium.make('SafetyPointGoal1Gymnasium-v0')) or a wrapper that "
-        "puts the cost into info['cost']"
+        "the Gymnasium ones (gymnasium.make('SafetyPointGoal1Gymnasium-v0')) or "
+        "safeshield.wrappers.CostFromStep, which puts the cost into info['cost']"
     )
 
 

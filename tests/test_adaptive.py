@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,13 @@ from test_vector_wrapper import NEXT, N, each, vectorised
 import safeshield
 from safeshield.envs.boat import CURRENT, BoatEnv, BoatVectorEnv, direction
 from safeshield.envs.vector import autoreset_modes
-from safeshield.shield import AdaptiveMargin, AdaptiveThreshold, FilterReport, Shield
+from safeshield.shield import (
+    AdaptiveMargin,
+    AdaptiveThreshold,
+    FilterReport,
+    NothingAcceptableWarning,
+    Shield,
+)
 from safeshield.shield.adaptive import as_adaptive, promised
 from safeshield.shield.guard import Guard
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
@@ -260,6 +267,88 @@ def test_only_steps_in_which_it_stepped_in_count_and_only_finite_ones() -> None:
     assert margin.observed.tolist() == [8, 0, 0, 0, 0, 0]
 
 
+# -- for how long errors add up ------------------------------------------------------------------
+
+
+def hold(margin: AdaptiveMargin, values: Sequence[float], v: float = -0.2, start: int = 0) -> None:
+    """Nothing acceptable in a row: Q_h `values`, V_h a little more each time."""
+    for step, value in enumerate(values, start):
+        now, after = v + 1e-3 * step, v + 1e-3 * (step + 1)
+        verdicts = report(value=[value], state_value=[now], acceptable=[value <= -margin.delta])
+        margin.learn(verdicts, np.array([after]), np.array([True]))
+
+
+def test_errors_add_up_for_as_long_as_the_shield_has_had_to_hold_out() -> None:
+    margin = AdaptiveMargin(AdaptiveThreshold(0.2, window=5), 0.3, 1)
+    assert margin.horizon[0] == 1
+    assert margin.baseline[0] == 0.3
+    hold(margin, [-0.1] * 7)
+    assert margin.horizon[0] == 7
+    assert margin.baseline[0] == pytest.approx(0.3 / 7)
+    hold(margin, [-0.1] * 3, start=7)  # the same stretch goes on
+    assert margin.horizon[0] == 10
+    hold(margin, [-0.1] * 9)  # after a reset: another state than the one that was reached
+    assert margin.horizon[0] == 10
+    for value, acceptable in ((-0.4, True), (-0.4, False)):  # the calibrated one accepts
+        for interrupted in range(4):
+            hold(margin, [-0.1] * 5, start=6 * interrupted)
+            now = -0.2 + 1e-3 * (6 * interrupted + 5)
+            verdicts = report(value=[value], state_value=[now], acceptable=[acceptable])
+            margin.learn(verdicts, np.array([now + 1e-3]), np.array([True]))
+    assert margin.horizon[0] == 10
+    hold(margin, [-0.1] * 6)
+    margin.passed()
+    hold(margin, [-0.1] * 6, start=6)
+    assert margin.horizon[0] == 10
+    hold(margin, [0.5] * 50, v=0.1)  # nothing is held where a violation is foreseen
+    assert margin.horizon[0] == 10
+    hold(margin, [-0.1] * 200, v=-0.9)
+    assert margin.horizon[0] == 100
+    margin.forget()
+    assert margin.horizon[0] == 1
+    fixed = AdaptiveMargin(AdaptiveThreshold(0.2, horizon=4), 0.3, 1)
+    hold(fixed, [-0.1] * 50)
+    assert fixed.horizon[0] == 4
+
+
+def deployed(setting: AdaptiveThreshold, steps: int = 4000) -> tuple[float, float]:
+    """Run an unchanged world with binary labels: the share refused late, and the threshold.
+
+    Values of safe states stand at -1, but for the critics' noise; now and then one is on the edge.
+    What the shield picks itself, its critics overrate.
+    """
+    rng = np.random.default_rng(0)
+    margin = AdaptiveMargin(setting, 0.88, 1)
+    refused = []
+    for _ in range(steps):
+        edge = rng.random() < 0.05
+        state = -0.93 if edge else -1.0
+        proposed = -0.8 if edge else state + 0.03 * rng.standard_normal()
+        lowest = state - 0.06
+        threshold = float(margin.threshold[0])
+        value = proposed if proposed <= threshold else lowest
+        refused.append(proposed > threshold)
+        verdicts = report(
+            value=[value], state_value=[state], acceptable=[value <= threshold],
+            intervened=[refused[-1]],
+        )  # fmt: skip
+        reached = state + 0.03 * rng.standard_normal()
+        margin.learn(verdicts, np.array([reached]), np.array([True]))
+    return float(np.mean(refused[-1000:])), float(margin.threshold[0])
+
+
+def test_an_unchanged_world_with_binary_labels_is_left_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NothingAcceptableWarning)
+        refused, threshold = deployed(AdaptiveThreshold(target=0.05))
+    assert refused < 0.1
+    assert threshold == -0.88
+    with pytest.warns(NothingAcceptableWarning, match="refused every action.* Lower horizon"):
+        refused, threshold = deployed(AdaptiveThreshold(target=0.05, horizon=100))
+    assert refused == 1.0
+    assert threshold < -2
+
+
 # -- one margin an environment ------------------------------------------------------------------
 
 
@@ -381,14 +470,18 @@ def test_a_single_environment_step_by_step(shield: Shield) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_vector_environment_equals_single_ones(shield: Shield, mode: str) -> None:
+@pytest.mark.parametrize("horizon", [5, None])
+def test_a_vector_environment_equals_single_ones(
+    shield: Shield, mode: str, horizon: int | None
+) -> None:
     """With episodes of different lengths, some terminated, in every autoreset mode."""
 
     def make(index: int) -> Env:
         return river(5 + 3 * index, current=2.0 + 0.4 * index)
 
-    envs = VectorSafetyShield(vectorised(each(make), mode), shield, adaptive=FAST)
-    singles = [SafetyShield(make(i), shield, FAST) for i in range(N)]
+    fast = replace(FAST, horizon=horizon)
+    envs = VectorSafetyShield(vectorised(each(make), mode), shield, adaptive=fast)
+    singles = [SafetyShield(make(i), shield, fast) for i in range(N)]
     infos = envs.reset(seed=3)[1]
     for i, single in enumerate(singles):
         single.reset(seed=3 + i)
@@ -408,11 +501,12 @@ def test_a_vector_environment_equals_single_ones(shield: Shield, mode: str) -> N
                 *_, ended, late, info = single.step(actions[i])
                 over[i] = ended or late
                 if over[i] and mode == "SameStep":
-                    single.reset()
+                    info = single.reset()[1]
             assert infos["shield/threshold"][i] == pytest.approx(info["shield/threshold"], abs=1e-5)
             assert single.adaptive is not None
             assert envs.adaptive.observed[i] == single.adaptive.observed[0]
             assert envs.adaptive.wrong[i] == single.adaptive.wrong[0]
+            assert envs.adaptive.horizon[i] == single.adaptive.horizon[0]
         seen.append(infos["shield/threshold"].copy())
         assert (over == (terminated | truncated)).all()
         if mode == "Disabled" and over.any():

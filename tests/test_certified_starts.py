@@ -44,8 +44,10 @@ def test_starts_are_the_first_certified_ones_in_the_environments_own_order(shiel
 def test_what_cannot_be_certified_is_told(shield: Shield) -> None:
     with pytest.raises(ValueError, match="put SafetyShield inside"):
         CertifiedStarts(boat()).reset(seed=0)
-    uncalibrated = CertifiedStarts(SafetyShield(boat(), shield.with_delta(0.1)), most=5)
+    with pytest.raises(ValueError, match="shield inside is not calibrated"):
+        CertifiedStarts(gym.wrappers.OrderEnforcing(SafetyShield(boat(), shield.with_delta(0.1))))
+    strict = replace(shield, delta=50.0, record=record(50.0))
     with pytest.raises(ValueError, match="none of 5 starts"):
-        uncalibrated.reset(seed=0)
+        CertifiedStarts(SafetyShield(boat(), strict), most=5).reset(seed=0)
     with pytest.raises(ValueError, match="most must be at least 1"):
         CertifiedStarts(boat(), most=0)

@@ -406,3 +406,29 @@ def test_a_function_with_state_is_not_copied_into_the_spec() -> None:
     assert env.spec is not None
     gym.make(env.spec).reset()
     assert count.calls == 1
+
+
+def test_functions_that_cannot_be_called_like_that_are_told_so_when_they_are_given() -> None:
+    pendulum = gym.make("Pendulum-v1")
+    with pytest.raises(
+        TypeError, match=r"cost_fn\(observation, action, next_observation, info\).*of \(obs\)"
+    ):
+        CostFromFunction(pendulum, lambda obs: 0.0)  # type: ignore[misc, arg-type]
+    with pytest.raises(TypeError, match=r"called as constraint_fn\(observation\).*of \(a, b\)"):
+        ConstraintFromFunction(pendulum, lambda a, b: 0.0)  # type: ignore[misc, arg-type]
+    for fine in (lambda *a: 0.0, lambda o, a, n, i, k=1: 0.0, min):
+        CostFromFunction(pendulum, fine)
+
+
+def test_an_environment_that_writes_into_its_action_is_charged_for_what_it_was_given() -> None:
+    class Wipes(gym.Wrapper):  # type: ignore[type-arg]
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            result = self.env.step(action)
+            action[:] = 0.0
+            return result
+
+    env = CostFromFunction(
+        Wipes(gym.make("Pendulum-v1")), lambda obs, action, after, info: float(action[0])
+    )
+    env.reset(seed=0)
+    assert env.step(np.array([1.5], np.float32))[4]["cost"] == 1.5

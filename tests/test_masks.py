@@ -321,6 +321,40 @@ def test_a_vector_of_environments_has_the_masks_of_its_next_actions(
     assert ends > 5
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_where_an_episode_ended_final_info_has_the_mask_of_its_last_state(
+    shield: Shield, own: bool
+) -> None:
+    kinds: dict[str, Any] = {}
+    if hasattr(gym.vector, "AutoresetMode"):
+        kinds["autoreset_mode"] = gym.vector.AutoresetMode.SAME_STEP
+    outside = VectorSafetyShield(
+        gym.vector.SyncVectorEnv([lambda: Walk(own=own)] * 3, **kinds), shield
+    )
+    inside = gym.vector.SyncVectorEnv([lambda: SafetyShield(Walk(own=own), shield)] * 3, **kinds)
+    for env in (outside, inside):
+        env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    ends = 0
+    for _ in range(40):
+        actions = rng.integers(1, C + 1, 3)
+        _, _, terminated, _, mine = outside.step(actions)
+        theirs = inside.step(actions)[4]
+        for key in ("action_mask", "action_executed", "shield/intervened", "shield/certified"):
+            # Gymnasium 0.29 leaves arrays in an array of objects.
+            np.testing.assert_array_equal(*(np.stack(list(x[key])) for x in (mine, theirs)))
+            for i in np.flatnonzero(terminated):
+                ends += 1
+                finals = [
+                    infos["final_info"][i][key]
+                    if isinstance(infos["final_info"], np.ndarray)
+                    else infos["final_info"][key][i]
+                    for infos in (mine, theirs)
+                ]
+                np.testing.assert_array_equal(*finals, err_msg=key)
+    assert ends > 20
+
+
 def masks_of(infos: list[dict[str, Any]]) -> Array:
     return np.stack([info["action_mask"] for info in infos])
 
@@ -443,3 +477,37 @@ def test_maskable_ppo_never_sends_a_masked_action(kind: str, wrapped: str) -> No
     assert not any(intervened for _, intervened, _ in callback.rows)
     assert max(value for *_, value in callback.rows) <= 0
     assert len({np.asarray(action).tobytes() for action, *_ in callback.rows}) > 2
+
+
+# -- what is no observation, and none at all ------------------------------------------------------
+
+
+def test_a_fraction_is_no_discrete_state(shield: Shield) -> None:
+    """It is not rounded: the fallback acts, and says that it could not read."""
+    whole = shield.filter(3.0, 1)[1]
+    assert whole.valid
+    for broken in (3.4, 2.6, np.nan, 3 + 1e-6):
+        _, report = shield.filter(broken, 1)
+        assert report.intervened
+        assert not report.valid
+        assert report.state_value == np.inf
+        assert shield.value(broken) == np.inf
+    batch = shield.filter(np.array([3.0, 2.5]), np.array([1, 1]))[1]
+    assert np.asarray(batch.valid).tolist() == [True, False]
+    masks = shield.action_mask(np.array([3.0, 2.5]))
+    np.testing.assert_array_equal(masks[0], shield.action_mask(3))
+    assert masks[1].sum() == 1
+
+
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Discrete(4), gym.spaces.MultiDiscrete([2, 2]), gym.spaces.MultiBinary(2)]
+)
+def test_empty_batches(space: gym.Space[Any]) -> None:
+    shield = table_shield(np.array([[1.0, -1.0, -2.0, 1.0]] * 3), space)
+    none = np.zeros(0, np.int64)
+    actions = np.zeros((0, *space.shape), np.int64)  # type: ignore[misc]
+    assert shield.value(none).shape == shield.value(none, actions).shape == (0,)
+    executed, report = shield.filter(none, actions)
+    assert executed.shape == actions.shape
+    assert np.shape(report.intervened) == (0,)
+    assert shield.action_mask(none).shape == (0, 4)

@@ -10,8 +10,12 @@ import numpy.typing as npt
 import pytest
 from fitted import DT
 
-from safeshield.policies import ShieldedPolicy
+from safeshield.data import collect
+from safeshield.evaluation import filtered_episodes
+from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
+from safeshield.policies.shielded import _shared
 from safeshield.shield import FilterReport, Shield
+from safeshield.spaces import check_same_space
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"
@@ -93,3 +97,146 @@ class _Start(gym.Wrapper):  # type: ignore[type-arg]
         self.steps += 1
         observation, reward, terminated, truncated, info = self.env.step(action)
         return observation, reward, terminated, truncated or self.steps >= 80, info
+
+
+class Edits:
+    """Moves its observation to open water, in place, before it acts: downstream, into the rock."""
+
+    def predict(self, observation: Any, **_: Any) -> tuple[Any, None]:  # noqa: ANN401
+        observation[...] = [1.9, 0.0]
+        return np.tile(np.array([1.0, 0.0], np.float32), (*np.shape(observation)[:-1], 1)), None
+
+    def act(self, observation: Any) -> Any:  # noqa: ANN401
+        return self.predict(observation)[0]
+
+
+def test_what_a_policy_writes_into_its_observation_changes_no_verdict(shield: Shield) -> None:
+    start = np.array([-1.2, 0.5], np.float32)
+    into = np.array([1.0, 0.0], np.float32)
+    expected, report = shield.filter(start, into)
+    assert report.intervened
+    for observation in (start, np.tile(start, (3, 1))):
+        kept = observation.copy()
+        policy = ShieldedPolicy(Edits(), shield)
+        np.testing.assert_allclose(
+            policy.predict(observation)[0],
+            shield.filter(kept, np.broadcast_to(into, kept.shape))[0],
+            atol=1e-6,
+        )
+        assert np.all(policy.report.intervened)
+        np.testing.assert_array_equal(observation, kept)
+    own = SafeSupportPolicy(shield, Edits().act, rounds=2, seed=0)
+    np.testing.assert_allclose(own.predict(start)[0], expected, atol=1e-6)
+
+
+def test_what_a_policy_writes_into_its_observation_changes_no_log_and_no_test(
+    shield: Shield,
+) -> None:
+    env = _Start(gym.make("safeshield/Boat-v0", dt=DT))
+
+    def still(observation: Any) -> Any:  # noqa: ANN401
+        return np.array([1.0, 0.0], np.float32)
+
+    logs = [collect(env, policy, episodes=1, seed=0) for policy in (still, Edits().act)]
+    np.testing.assert_array_equal(logs[0].observations, logs[1].observations)
+    assert logs[0].costs.sum() > 0
+    runs = [filtered_episodes(env, p, 1, 0, shield=shield)[0] for p in (still, Edits().act)]
+    for run in runs:
+        assert not run.episode.violated
+    np.testing.assert_array_equal(runs[0].intervened, runs[1].intervened)
+
+
+class _Wipes(gym.Wrapper):  # type: ignore[type-arg]
+    """Leaves nothing in the array that it was given."""
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        result = self.env.step(action)
+        action *= 0
+        return result
+
+
+class _Count(gym.Env[Any, Any]):
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    action_space = gym.spaces.MultiDiscrete([3, 3])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        return np.zeros(1, np.float32), 0.0, False, False, {"cost": 0.0}
+
+
+def test_what_an_environment_writes_into_its_action_changes_no_log() -> None:
+    mine = np.array([2, 1])
+    env = gym.wrappers.TimeLimit(_Wipes(_Count()), 3)
+    log = collect(env, lambda _: mine, episodes=1, seed=0)
+    np.testing.assert_array_equal(log.actions, [[2, 1]] * 3)
+    np.testing.assert_array_equal(mine, [2, 1])
+
+
+def test_the_models_spaces_must_be_the_shields(shield: Shield) -> None:
+    class Model(Downstream):
+        observation_space: Any = shield.observation_space
+        action_space: Any = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
+
+    model = Model()
+    ShieldedPolicy(model, shield)
+    model.action_space = gym.spaces.Box(-2.0, 1.0, (2,))
+    with pytest.raises(ValueError, match=r"the model's action_space mismatch .*Box\(-1.*Box\(-2"):
+        ShieldedPolicy(model, shield)
+    model.action_space, model.observation_space = None, gym.spaces.Box(-1.0, 1.0, (3,))
+    with pytest.raises(ValueError, match=r"model's observation_space mismatch \(shape\).*\(3,\)"):
+        ShieldedPolicy(model, shield)
+    with pytest.raises(ValueError, match="shielded already"):
+        ShieldedPolicy(ShieldedPolicy(Downstream(), shield), shield)
+
+
+def test_models_that_see_other_entries_or_turned_images() -> None:
+    image = gym.spaces.Box(0, 255, (4, 5, 3), np.uint8)
+    turned = gym.spaces.Box(0, 255, (3, 4, 5), np.uint8)
+    ours = gym.spaces.Dict(a=gym.spaces.Discrete(3), eye=image)
+    theirs = gym.spaces.Dict(b=gym.spaces.Discrete(2), eye=turned)
+    check_same_space(_shared(ours, theirs), theirs, "space")
+    check_same_space(_shared(image, image), image, "space")
+    with pytest.raises(ValueError, match="mismatch"):
+        check_same_space(_shared(image, gym.spaces.Box(0, 1, (3, 4, 5))), image, "space")
+
+
+class Held:
+    """A batch policy with a memory: it counts the steps of each wave."""
+
+    batched = True
+
+    def start_wave(self, num_envs: int) -> None:
+        self.steps = np.zeros(num_envs)
+
+    def __call__(self, observations: Any, rng: np.random.Generator) -> Any:  # noqa: ANN401
+        self.steps += 1
+        return np.stack([0.1 * self.steps, rng.uniform(-0.1, 0.1, len(observations))], axis=1)
+
+
+def test_it_takes_what_collect_takes(shield: Shield) -> None:
+    start = np.array([1.9, 0.0], np.float32)
+    batch = np.tile(start, (3, 1))
+    policy = ShieldedPolicy(lambda observation: observation * 0.25, shield)
+    np.testing.assert_allclose(policy.predict(start)[0], start * 0.25)
+    np.testing.assert_allclose(policy.predict(batch)[0], batch * 0.25)
+    into = ShieldedPolicy(lambda _: np.array([1.0, 0.0]), shield)
+    into.predict(np.array([-1.2, 0.5], np.float32))
+    assert into.report.intervened
+    assert ShieldedPolicy("random", shield, seed=0).predict(batch)[0].shape == (3, 2)
+    held = ShieldedPolicy(Held(), shield, seed=0)
+    ends = [held.predict(start, episode_start=np.array([t == 3]))[0][0] for t in range(5)]
+    np.testing.assert_allclose(ends, [0.1, 0.2, 0.3, 0.1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(held.predict(batch)[0][:, 0], 0.1)
+    with pytest.raises(TypeError, match="policy must be"):
+        ShieldedPolicy(3, shield)
+
+
+def test_empty_batches(shield: Shield) -> None:
+    none = np.zeros((0, 2), np.float32)
+    assert shield.value(none).shape == shield.value(none, none).shape == (0,)
+    executed, report = shield.filter(none, none)
+    assert executed.shape == (0, 2)
+    assert np.shape(report.value) == (0,)
+    assert shield.certified(none).shape == (0,)

@@ -353,6 +353,11 @@ def test_the_vecenv_interface_passes_through(shield: Shield) -> None:
     assert envs.get_attr("last") == [99.0, 99.0]
     envs.set_attr("marked", 3)
     assert envs.env_method("get_wrapper_attr", "marked", indices=[1]) == [3]
+    for name in ("reset", "step"):
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            envs.env_method(name, np.zeros(2, np.float32))
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            envs.set_attr(name, print)
     assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [True, True]
     assert envs.shield is shield
     twin = VecSafetyShield(DummyVecEnv([lambda: gym.make(BOAT)] * 2), shield)
@@ -615,6 +620,47 @@ def test_buffers_say_what_they_need() -> None:
     plain = ShieldedReplayBuffer(4, SIGHT, HELM, "cpu")
     plain.add(*add, [{}])
     assert plain.size() == 1
+
+
+@pytest.mark.parametrize("store", ["executed", "both"])
+def test_with_rescale_action_around_the_shield_the_buffer_is_told_its_box(store: str) -> None:
+    outer, inner = gym.spaces.Box(-1.0, 1.0, (2,)), gym.spaces.Box(-4.0, 2.0, (2,))
+    sight = np.zeros((1, 3))
+    buffer = ShieldedReplayBuffer(4, SIGHT, outer, "cpu", store=store, shield_space=inner)
+    proposed = np.array([[0.5, -1.0]], np.float32)
+    # RescaleAction: 0.5 of [-1, 1] is 0.5 of [-4, 2], and so on.
+    info = told(np.array([0.5, -4.0], np.float32), np.array([-1.0, 2.0], np.float32))
+    buffer.add(sight, sight, proposed, np.zeros(1), np.zeros(1), [info])
+    np.testing.assert_allclose(buffer.actions[0], [[0.0, 1.0]], atol=1e-6)
+    for wrong in (gym.spaces.Discrete(3), gym.spaces.Box(-4.0, 2.0, (3,))):
+        with pytest.raises(ValueError, match="shield_space must be a Box"):
+            ShieldedReplayBuffer(4, SIGHT, outer, "cpu", store=store, shield_space=wrong)
+    other = ShieldedReplayBuffer(4, SIGHT, outer, "cpu", store=store)
+    with pytest.raises(ValueError, match=r"shield_space=shield\.action_space"):
+        other.add(sight, sight, proposed, np.zeros(1), np.zeros(1), [info])
+
+
+def test_sac_under_a_rescaled_shield_stores_what_ran(shield: Shield) -> None:
+    env = gym.wrappers.RescaleAction(
+        SafetyShield(gym.make(BOAT), shield.with_delta(0.8)), np.float32(0), np.float32(4)
+    )
+    model = SAC(
+        "MlpPolicy", env, buffer_size=100, learning_starts=100, device="cpu", seed=0,
+        policy_kwargs={"net_arch": [4]}, replay_buffer_class=ShieldedReplayBuffer,
+        replay_buffer_kwargs={"store": "executed", "shield_space": shield.action_space},
+    )  # fmt: skip
+    notes = Notes()
+    model.learn(60, callback=notes)
+    ran = np.stack([infos[0]["action_executed"] for infos, _ in notes.rows])
+    assert any(infos[0]["shield/intervened"] for infos, _ in notes.rows)
+    assert model.replay_buffer is not None
+    np.testing.assert_allclose(model.replay_buffer.actions[: len(ran), 0], ran, atol=1e-5)
+
+
+def test_dicts_of_observations_have_a_buffer_of_their_own() -> None:
+    dicts = gym.spaces.Dict(sight=SIGHT)
+    with pytest.raises(TypeError, match="ShieldedDictReplayBuffer"):
+        ShieldedReplayBuffer(4, dicts, HELM, "cpu")  # type: ignore[arg-type]
 
 
 class Notes(BaseCallback):

@@ -187,7 +187,7 @@ def test_it_equals_a_loop_of_single_wrappers(
             one, start = loop.step(i, actions[i])
             assert (rewards[i], terminated[i], truncated[i]) == one[1:4]
             own = [key for key in one[4] if key not in KEYS]
-            assert_rows(infos, i, one[4], KEYS)
+            assert_rows(infos, i, one[4] if start is None else start[1], KEYS)
             seen.append((one[4]["shield/intervened"], one[4]["shield/certified"]))
             ends[i] += loop.over[i]
             if start is None:
@@ -224,8 +224,9 @@ def test_it_equals_a_loop_of_single_wrappers(
 def test_its_infos_are_those_of_a_vector_environment_of_single_wrappers(
     shield: Shield, mode: str
 ) -> None:
-    outside = VectorSafetyShield(vectorised(each(sinking_boat), mode), shield)
-    inside = vectorised(each(lambda i: SafetyShield(sinking_boat(i), shield)), mode)
+    fee = {"intervention_penalty": 0.5}
+    outside = VectorSafetyShield(vectorised(each(sinking_boat), mode), shield, **fee)
+    inside = vectorised(each(lambda i: SafetyShield(sinking_boat(i), shield, **fee)), mode)
 
     def assert_same(mine: dict[str, Any], theirs: dict[str, Any], rows: Array) -> None:
         assert set(mine) == set(theirs)
@@ -233,6 +234,8 @@ def test_its_infos_are_those_of_a_vector_environment_of_single_wrappers(
             if key in ("final_obs", "final_info"):
                 continue
             assert mine[key].dtype == value.dtype, key
+            if f"_{key}" in theirs:
+                rows = rows & theirs[f"_{key}"]
             np.testing.assert_allclose(mine[key][rows], value[rows], atol=1e-5, err_msg=key)
 
     everywhere, over = np.ones(N, np.bool_), np.zeros(N, np.bool_)
@@ -248,8 +251,7 @@ def test_its_infos_are_those_of_a_vector_environment_of_single_wrappers(
         _, _, terminated, truncated, mine = outside.step(actions)
         theirs = inside.step(actions)[4]
         over = terminated | truncated
-        # Of an episode that ended in SameStep, final_info has the step, in both.
-        assert_same(mine, theirs, ~over if mode == SAME else everywhere)
+        assert_same(mine, theirs, everywhere)
         if mode == SAME and over.any():
             assert_same(mine["final_info"], theirs["final_info"], over)
 
@@ -347,7 +349,7 @@ class Spy(vector._Wrapper):
         return self.result
 
 
-def test_all_accepted_passes_the_very_array_and_rewards_and_ends_come_back_untouched(
+def test_all_accepted_passes_bit_for_bit_and_rewards_and_ends_come_back_untouched(
     shield: Shield,
 ) -> None:
     spy = Spy(native(MODES[0]))
@@ -360,7 +362,9 @@ def test_all_accepted_passes_the_very_array_and_rewards_and_ends_come_back_untou
         actions = np.full((N, 2), [0.1, -0.3]).astype(kind)
         observations, rewards, terminated, truncated, infos = env.step(actions)
         assert not infos["shield/intervened"].any()
-        assert spy.sent[-1] is actions
+        assert spy.sent[-1].dtype == actions.dtype
+        assert spy.sent[-1].tobytes() == actions.tobytes()
+        assert not np.shares_memory(spy.sent[-1], actions)
         for mine, theirs in zip(
             (observations, rewards, terminated, truncated), spy.result, strict=False
         ):
@@ -377,7 +381,9 @@ def test_infos_say_what_was_sent_whatever_the_env_does_to_the_array(shield: Shie
 
     env = VectorSafetyShield(Spy(native(MODES[0]), scribble), shield)
     env.reset(seed=0, options={"state": OPEN})
-    infos = env.step(np.full((N, 2), 0.25, np.float32))[4]
+    actions = np.full((N, 2), 0.25, np.float32)
+    infos = env.step(actions)[4]
+    np.testing.assert_array_equal(actions, np.full((N, 2), 0.25))
     for key in ("action_proposed", "action_executed"):
         np.testing.assert_array_equal(infos[key], np.full((N, 2), 0.25))
 
@@ -467,10 +473,12 @@ def test_same_step_certifies_what_was_reached_and_judges_in_what_has_begun(
     for _ in range(10):
         observations, _, _, truncated, infos = env.step(actions)
     assert truncated.all()
-    np.testing.assert_array_equal(infos["shield/certified"][:2], [False, True])
+    # The new episode's start at the top, the last step in final_info.
+    np.testing.assert_array_equal(infos["shield/certified"][:2], [True, False])
+    assert np.isnan(infos["action_executed"]).all()
     final = infos["final_info"]
     finals = [one["shield/certified"] for one in final] if BEFORE_1_0 else final["shield/certified"]
-    np.testing.assert_array_equal(finals, infos["shield/certified"])
+    np.testing.assert_array_equal(finals[:2], [False, True])
     own = spy.result[4]["final_info"]
     assert set(own[0] if BEFORE_1_0 else own) & {"cost", *KEYS} == {"cost"}
     np.testing.assert_allclose(env.state_values, shield.value(observations), atol=1e-6)
@@ -495,7 +503,9 @@ def test_final_observations_in_one_array(shield: Shield) -> None:
         one, other = (env.step(np.zeros((N, 2), np.float32))[4] for env in envs)
     for key in KEYS:
         np.testing.assert_array_equal(one[key], other[key])
-        np.testing.assert_array_equal(other["final_info"][key], other[key])
+        final = one["final_info"]
+        final = [row[key] for row in final] if BEFORE_1_0 else final[key]
+        np.testing.assert_array_equal(other["final_info"][key], final)
 
 
 def test_certified_needs_a_record(shield: Shield) -> None:
@@ -819,3 +829,38 @@ def test_where_actions_are_whole_numbers_none_is_below_them_all() -> None:
     assert FlatSpace(spaces.Discrete(3, start=-2)).nothing == -3
     np.testing.assert_array_equal(FlatSpace(spaces.MultiDiscrete([2, 5])).nothing, [-1, -1])
     assert np.isnan(FlatSpace(spaces.Box(-1, 1, (3,))).nothing).tolist() == [True] * 3
+
+
+# -- one shield, and nothing past it ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Sync", "Async"])
+def test_one_shield_only(shield: Shield, kind: str) -> None:
+    inner = vectorised(
+        [lambda: SafetyShield(BoatEnv(dt=DT), shield)] * 2,
+        MODES[0],
+        getattr(gym.vector, f"{kind}VectorEnv"),
+    )
+    if kind == "Sync":
+        with pytest.raises(ValueError, match=r"shielded already \(SafetyShield\)"):
+            VectorSafetyShield(inner, shield)
+    else:  # in other processes: their infos tell
+        env = VectorSafetyShield(inner, shield)
+        with pytest.raises(ValueError, match="shielded already"):
+            env.reset(seed=0)
+    inner.close()
+    with pytest.raises(ValueError, match=r"shielded already \(VectorSafetyShield\)"):
+        VectorSafetyShield(boats(shield, MODES[0]), shield)
+
+
+def test_nobody_steps_or_resets_past_it(shield: Shield) -> None:
+    env = VectorSafetyShield(vectorised(each(short_boat), MODES[0]), shield)
+    env.reset(seed=0)
+    for name in ("reset", "step"):
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            env.call(name, np.zeros(2, np.float32))
+        with pytest.raises(ValueError, match=f"'{name}' of the environments themselves"):
+            env.set_attr(name, print)
+    env.set_attr("marked", [1, 2, 3, 4])
+    assert env.call("marked") == (1, 2, 3, 4)
+    env.step(env.action_space.sample())

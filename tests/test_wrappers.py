@@ -18,6 +18,7 @@ from test_shield import record
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.data import collect
+from safeshield.evaluation import evaluate
 from safeshield.shield import OtherEnvironmentWarning, Shield, UncalibratedShieldWarning
 from safeshield.wrappers import SafetyShield, VecSafetyShield, VectorSafetyShield
 
@@ -131,7 +132,9 @@ def test_the_dynamics_see_what_info_says_and_an_accepted_action_untouched(shield
             assert watch.seen[-1] in env.action_space
             assert not np.array_equal(info["action_executed"], action)
         else:
-            assert watch.seen[-1] is action
+            assert watch.seen[-1].dtype == action.dtype
+            assert watch.seen[-1].tobytes() == action.tobytes()
+        assert not np.shares_memory(watch.seen[-1], action)
         assert not np.shares_memory(info["action_executed"], action)
         assert not np.shares_memory(info["action_proposed"], action)
 
@@ -271,7 +274,7 @@ def test_six_values_are_explained(shield: Shield, checked: bool) -> None:
     inner: Env = Watch(gym.make(BOAT).unwrapped, sixth=True)
     env = SafetyShield(gym.wrappers.TimeLimit(inner, 5) if checked else inner, shield)
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="Safety-Gymnasium"):
+    with pytest.raises(ValueError, match=r"Safety-Gymnasium.*wrappers\.CostFromStep"):
         env.step(np.zeros(2, np.float32))
 
 
@@ -408,3 +411,67 @@ def test_a_penalty_is_taken_off_where_the_shield_steps_in(shield: Shield) -> Non
     infos = vector.step(np.array([[np.nan, 0], [0, 0]], np.float32))[4]
     assert infos["shield/penalty"][0] == 1.0
     np.testing.assert_array_equal(infos["shield/penalty"], infos["shield/intervened"] * 1.0)
+
+
+class Doubles(gym.Wrapper):  # type: ignore[type-arg]
+    """Doubles the first entry of its action in place."""
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        result = self.env.step(action)
+        action[0] *= 2.0
+        return result
+
+
+def test_what_the_environment_does_to_the_array_is_not_told_and_not_the_callers(
+    shield: Shield,
+) -> None:
+    env = SafetyShield(Doubles(boat().unwrapped), shield)
+    env.reset(seed=0, options=UPSTREAM)
+    intervened = []
+    for sent in ([0.4, 0.4], [1.0, 0.0]) * 20:
+        action = np.array(sent, np.float32)
+        info = env.step(action)[4]
+        np.testing.assert_array_equal(action, np.array(sent, np.float32))
+        np.testing.assert_array_equal(info["action_proposed"], action)
+        assert info["action_executed"] in env.action_space
+        intervened.append(info["shield/intervened"])
+        if not intervened[-1]:
+            np.testing.assert_array_equal(info["action_executed"], action)
+    assert set(intervened) == {True, False}
+    given = [0.25, 0.5]  # neither an array
+    env.step(given)  # type: ignore[arg-type]
+    assert given == [0.25, 0.5]
+
+
+def test_one_shield_only(shield: Shield) -> None:
+    inner = gym.wrappers.RecordEpisodeStatistics(SafetyShield(boat(), shield))
+    with pytest.raises(ValueError, match=r"shielded already \(SafetyShield\)"):
+        SafetyShield(inner, shield)
+    with pytest.raises(ValueError, match=r"shielded already \(SafetyShield\)"):
+        evaluate(inner, "random", 1, 0, shield=shield)
+    assert evaluate(inner, "random", 1, 0).episodes == 1
+
+    class Foreign(gym.Wrapper):  # type: ignore[type-arg]
+        def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+            observation, info = self.env.reset(**kwargs)
+            return observation, {**info, "shield/intervened": False}
+
+    with pytest.raises(ValueError, match="shielded already"):
+        SafetyShield(Foreign(boat()), shield).reset(seed=0)
+
+
+@pytest.mark.parametrize("where", ["reset", "step"])
+def test_infos_that_are_none_are_told(shield: Shield, where: str) -> None:
+    class Mute(gym.Wrapper):  # type: ignore[type-arg]
+        def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+            observation, info = self.env.reset(**kwargs)
+            return observation, None if where == "reset" else info
+
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            return (*self.env.step(action)[:4], None)
+
+    env = SafetyShield(Mute(boat().unwrapped), shield)
+    if where == "step":
+        env.reset(seed=0)
+    with pytest.raises(ValueError, match=f"{where} must return its infos as a dict.*NoneType"):
+        env.reset(seed=0) if where == "reset" else env.step(np.zeros(2, np.float32))

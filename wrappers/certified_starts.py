@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
+
+from safeshield.shield.nested import shielding_layer
+from safeshield.wrappers.safety_shield import SafetyShield
 
 if TYPE_CHECKING:
     _Wrapper = gym.Wrapper[Any, Any, Any, Any]
@@ -29,7 +32,8 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
         most: draws before giving up.
 
     Raises:
-        ValueError: `most` is below 1; at reset, the key is missing or no start was certified.
+        ValueError: `most` is below 1, or the shield inside is not calibrated; at reset, the key is
+            missing or no start was certified.
     """
 
     def __init__(self, env: _Env, most: int = 1000) -> None:
@@ -38,6 +42,12 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
         if most < 1:
             raise ValueError(f"most must be at least 1, got {most}")
         self._most = most
+        layer = shielding_layer(env)
+        if layer is not None and cast(SafetyShield, layer).shield.record is None:
+            raise ValueError(
+                "the shield inside is not calibrated, so no start is ever certified: use "
+                "shield.calibrate(...) first (with_delta, with_support and others drop the record)"
+            )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

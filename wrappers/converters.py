@@ -7,6 +7,7 @@ Shields learn and are calibrated from ``info["constraint"]`` (h, positive is a v
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -135,7 +136,7 @@ class ConstraintFromFunction(_Wrapper, RecordConstructorArgs):
             violation at reset ends nothing.
 
     Raises:
-        TypeError: `constraint_fn` cannot be called.
+        TypeError: `constraint_fn` cannot be called like that.
         ValueError: (in `reset`, `step`) it returns anything but one finite number, or the
             environment reports a constraint itself.
 
@@ -204,7 +205,7 @@ class CostFromFunction(_Wrapper, RecordConstructorArgs):
             the environment reports.
 
     Raises:
-        TypeError: `cost_fn` cannot be called.
+        TypeError: `cost_fn` cannot be called like that.
         ValueError: (in `step`) it returns anything else, or the environment reports a cost itself.
         gymnasium.error.ResetNeeded: stepped before the first reset.
 
@@ -236,9 +237,10 @@ class CostFromFunction(_Wrapper, RecordConstructorArgs):
         """Take a step and report its cost."""
         if not self._running:
             raise gym.error.ResetNeeded("cannot step before the first call of reset()")
+        given = copy.deepcopy(action)  # the environment may write into its own
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._check_free(info)
-        value = self.cost_fn(self._observation, action, observation, info)
+        value = self.cost_fn(self._observation, given, observation, info)
         cost = _cost(value, "cost_fn(observation, action, next_observation, info)")
         # A copy: some environments write the next observation into the same array.
         self._observation = copy.deepcopy(observation)
@@ -250,9 +252,17 @@ class CostFromFunction(_Wrapper, RecordConstructorArgs):
 
 
 def _check_callable(function: object, call: str) -> None:
+    name, _, arguments = call.partition("(")
     if not callable(function):
-        name = call.partition("(")[0]
         raise TypeError(f"{name} must be a function, called as {call}, got {function!r}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some functions written in C do not say
+    try:
+        signature.bind(*arguments.split(","))
+    except TypeError as error:
+        raise TypeError(f"{name} is called as {call}, got a function of {signature}") from error
 
 
 def _reported_already(key: str, wrapper: str) -> ValueError:

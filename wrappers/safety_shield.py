@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -15,6 +16,7 @@ from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_ada
 from safeshield.shield.guard import as_penalty
 from safeshield.shield.masks import agent_mask, with_own_mask
 from safeshield.shield.model import StateValue
+from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.vectorise import environment_id
 
@@ -29,8 +31,10 @@ else:
 _SIX_VALUES = (
     "the environment's step must return Gymnasium's 5 values (observation, reward, terminated, "
     "truncated, info); for Safety-Gymnasium's native ids, which return the cost as a sixth, make "
-    "the '...Gymnasium-v0' id instead"
+    "the '...Gymnasium-v0' id instead, or put safeshield.wrappers.CostFromStep around them"
 )
+
+_ONE_SHIELD = "put SafetyShield around the plain environment, once"
 
 
 class SafetyShield(_Wrapper, RecordConstructorArgs):
@@ -78,8 +82,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             will do. A rebuilt environment begins with the calibrated threshold.
 
     Raises:
-        ValueError: the spaces differ, the file is damaged, the penalty is below 0, or a setting in
-            `adaptive` is out of range.
+        ValueError: the spaces differ, the file is damaged, the penalty is below 0, a setting in
+            `adaptive` is out of range, or the environment is shielded already.
         TypeError: `shield` is none of the three, or `adaptive` is wrong.
     """
 
@@ -94,6 +98,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         if isinstance(shield, os.PathLike):
             # A string is what survives the spec's JSON.
             shield = os.fspath(shield)
+        refuse_shielded(env, _ONE_SHIELD)
         settings = as_adaptive(adaptive)
         RecordConstructorArgs.__init__(
             self,
@@ -118,6 +123,9 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     ) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """Reset the environment and judge where it starts."""
         observation, info = self.env.reset(seed=seed, options=options)
+        if not isinstance(info, dict):
+            raise _no_info("reset", info)
+        refuse_shielded_infos(info, _ONE_SHIELD)
         value = self._see(observation)
         return observation, {
             **info,
@@ -141,33 +149,40 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         """
         if self._states is None or self._rows is None:
             raise gym.error.ResetNeeded("cannot step before the first call of reset()")
-        proposed = np.asarray(action)
+        proposed = np.array(action)
         if proposed.shape != self._no_action.shape or proposed.dtype.kind not in "fiu":
             raise ValueError(
                 f"action must be numbers of shape {self._no_action.shape}, got "
                 f"{proposed.dtype} {proposed.shape}"
             )
         row = proposed.reshape(-1)
+        # The environment's own: nobody's array is changed, and infos stay true, if it edits it.
+        sent: Any = _copied(action)
+        ran = proposed
         self.shield.warn_if_uncalibrated()
         threshold = self._threshold()
         accepted = self.shield.accepts(self._states, row, threshold) if self._finite else None
         report = None
         if accepted is not None:
-            # The very array the agent sent.
-            sent, value, intervened = action, accepted, False
+            value, intervened = accepted, False
         else:
             executed, report = self.shield.judge(self._states, self._rows, row[None], threshold)
             verdict = report.row(0)
             intervened, value = bool(verdict.intervened), float(verdict.value)
-            sent = self.shield.points(executed)[0] if intervened else action
+            if intervened:
+                sent = self.shield.points(executed)[0]
+                ran = np.array(sent)
         observation, reward, terminated, truncated, info = self._step_env(sent)
         penalised: dict[str, float] = {}
         if self.intervention_penalty:
             penalised = {"shield/penalty": self.intervention_penalty * intervened}
             reward = float(reward) - penalised["shield/penalty"]
         reached = self._see(observation)
-        if self.adaptive is not None and report is not None:
-            self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
+        if self.adaptive is not None:
+            if report is None:
+                self.adaptive.passed()
+            else:
+                self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
         return (
             observation,
             reward,
@@ -182,8 +197,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
                 "shield/threshold": threshold,
                 "shield/certified": self.shield.record is not None
                 and reached <= self.shield.threshold,
-                "action_proposed": proposed.copy(),
-                "action_executed": np.array(sent),
+                "action_proposed": proposed,
+                "action_executed": ran.copy(),
             },
         )
 
@@ -231,6 +246,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             raise
         if len(result) != 5:
             raise ValueError(_SIX_VALUES)
+        if not isinstance(result[4], dict):
+            raise _no_info("step", result[4])
         return result
 
     def _see(self, observation: npt.NDArray[Any]) -> float:
@@ -248,3 +265,17 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         judge = self.shield.model.states if self._finite else self.shield.states
         self._states = judge(self._rows)
         return float(self._states.value[0]) if self._finite else float("inf")
+
+
+def _no_info(where: str, info: object) -> ValueError:
+    return ValueError(
+        f"the environment's {where} must return its infos as a dict, empty where there are none, "
+        f"got {type(info).__name__}"
+    )
+
+
+def _copied(action: Any) -> Any:  # noqa: ANN401
+    """Return an action of the same kind, bit for bit, that shares nothing with the agent's."""
+    if isinstance(action, np.ndarray):
+        return action.copy()
+    return action if isinstance(action, int | float | np.generic) else copy.deepcopy(action)

@@ -22,9 +22,11 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
+from safeshield.flat import copied
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
+from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
@@ -202,7 +204,8 @@ class VecSafetyShield(VecEnvWrapper):
                 raise
             raise ValueError(
                 "each environment's step must return Gymnasium's 5 values; for Safety-Gymnasium's "
-                "native ids, which return the cost as a sixth, make the '...Gymnasium-v0' id"
+                "native ids, which return the cost as a sixth, make the '...Gymnasium-v0' id, or "
+                "put safeshield.wrappers.CostFromStep around each environment"
             ) from error
 
     def has_attr(self, attr_name: str) -> bool:
@@ -221,7 +224,11 @@ class VecSafetyShield(VecEnvWrapper):
 
         Raises:
             RuntimeError: masks before `reset`, or while a step is under way.
+            ValueError: ``reset`` or ``step``, which would go past the shield.
         """
+        refuse_past_shield(
+            method_name, "call reset() or step() of the VecEnv, after seed() or set_options()"
+        )
         if method_name != _MASKS or not self.shield.model.played.discrete:
             return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
         if not self._ready:
@@ -231,6 +238,20 @@ class VecSafetyShield(VecEnvWrapper):
             for i, own in zip(masks, self.venv.env_method(_MASKS, indices=indices), strict=True):
                 masks[i] = with_own_mask(masks[i], own, self.shield.model.played)
         return list(masks.values())
+
+    def set_attr(
+        self,
+        attr_name: str,
+        value: Any,  # noqa: ANN401
+        indices: VecEnvIndices = None,
+    ) -> None:
+        """Set an attribute of the environments.
+
+        Raises:
+            ValueError: ``reset`` or ``step``, which would go past the shield.
+        """
+        refuse_past_shield(attr_name, "wrap the environments before they are put into the VecEnv")
+        super().set_attr(attr_name, value, indices)
 
     def _mask_infos(self, infos: Sequence[Mapping[str, Any]]) -> Infos:
         """Mask the actions to come, for the infos of the states just reached: {} for a Box."""
@@ -244,7 +265,7 @@ class VecSafetyShield(VecEnvWrapper):
         return [{"action_mask": mask.astype(np.int8)} for mask in self._masks]
 
     def _see(self, observations: VecEnvObs) -> Scalars:
-        values = self.guard.see(_copied(observations))
+        values = self.guard.see(copied(observations))
         self._ready = True
         return values
 
@@ -402,12 +423,6 @@ def _has_masks(venv: VecEnv) -> bool:
         return venv.has_attr(_MASKS)
     except NotImplementedError:
         return False
-
-
-def _copied(points: Any) -> Any:  # noqa: ANN401
-    if isinstance(points, Mapping):
-        return {key: _copied(part) for key, part in points.items()}
-    return np.array(points)
 
 
 def _stacked(points: Sequence[Any]) -> Any:  # noqa: ANN401

@@ -10,12 +10,18 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.flat import copied
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
+from safeshield.shield.nested import (
+    refuse_past_shield,
+    refuse_shielded,
+    refuse_shielded_infos,
+)
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.types import Flags, Scalars
-from safeshield.vectorise import environment_id
+from safeshield.vectorise import column_of, environment_id
 
 _BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
 
@@ -28,6 +34,8 @@ else:
 
 _NEXT_STEP, _SAME_STEP, _DISABLED = _MODES = ("NextStep", "SameStep", "Disabled")
 _FINAL = ("final_obs", "final_observation")  # from Gymnasium 1.0; before
+
+_ONE_SHIELD = "put VectorSafetyShield around plain environments, once"
 
 _Batch = Any  # what n environments return at once: an array (n, ...), or a dict of such
 _Infos = dict[str, Any]
@@ -60,12 +68,11 @@ class VectorSafetyShield(_Wrapper):
 
     - NEXT_STEP: the step after the end ignores its action and resets, so these rows read as at a
       reset: no intervention, V_h of the new state, no action.
-    - SAME_STEP, and all of Gymnasium 0.29: the observation is already of the new episode, which
-      the next action is judged in, but the infos above speak of the step that was taken, and
-      ``shield/certified`` of the last observation, ``infos["final_obs"]`` (0.29:
-      ``"final_observation"``). The same rows are in ``infos["final_info"]``, beside what the
-      environment says of that step, but for ``action_mask``, which is of the new state. V_h of
-      the new state is in `state_values`.
+    - SAME_STEP, and all of Gymnasium 0.29: in a row whose episode ended observation and infos are
+      already those of the new episode's reset. What is said above of the step that was taken,
+      ``shield/certified`` and ``action_mask`` of the last observation, ``infos["final_obs"]``
+      (0.29: ``"final_observation"``), is in ``infos["final_info"]``, beside what the environment
+      says of that step: as in a `SyncVectorEnv` of environments in a `SafetyShield` each.
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the rows in the mask, and only
       these have infos; the others keep what was known of them.
 
@@ -78,8 +85,8 @@ class VectorSafetyShield(_Wrapper):
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is negative or not finite,
-            a setting in `adaptive` is out of range, or the environment does not say how it resets
-            itself.
+            a setting in `adaptive` is out of range, or the environment is shielded already or
+            does not say how it resets itself.
         TypeError: `env` is no vector environment, `shield` none of the three, or `adaptive` wrong.
 
     >>> import gymnasium
@@ -107,6 +114,7 @@ class VectorSafetyShield(_Wrapper):
                 f"env must be a gymnasium.vector.VectorEnv, got {type(env).__name__}; "
                 "SafetyShield is for one environment"
             )
+        refuse_shielded(env, _ONE_SHIELD)
         super().__init__(env)
         if _BEFORE_1_0:
             # Its wrappers pass these on with a warning, or not at all.
@@ -164,23 +172,16 @@ class VectorSafetyShield(_Wrapper):
         # A copy, because Gymnasium takes the mask out of the options that it is given.
         options = None if options is None else dict(options)
         observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+        refuse_shielded_infos(infos, _ONE_SHIELD)
         if seen is not None and not mask.all():
             changed = ~mask & ~_same_rows(seen, observations, len(mask))
             if changed.any():
                 raise _mixed_up("reset() changed what options['reset_mask'] leaves out", changed)
         self._see(observations)
         self._over = self._over & ~mask
-        nothing = np.broadcast_to(self._no_action, (len(mask), *self._no_action.shape))
-        news = {
-            "shield/intervened": np.zeros(len(mask), np.bool_),
-            "shield/value": self._values,
-            "shield/threshold": self._threshold(),
-            "shield/certified": self._guard.certified(self._values),
-            "action_proposed": nothing,
-            "action_executed": nothing,
-            **self._mask_news(infos),
-        }
-        return observations, _with_news(infos, news, mask)
+        return observations, _with_news(
+            infos, {**self._start_news(), **self._mask_news(infos)}, mask
+        )
 
     def step(self, actions: npt.ArrayLike) -> tuple[_Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
         """Execute `actions` (n, ...), or their replacements.
@@ -221,13 +222,22 @@ class VectorSafetyShield(_Wrapper):
         news["shield/value"] = np.where(ignored, self._values, report.value)
         news["shield/certified"] = self._guard.certified(reached)
         if self.intervention_penalty:
-            news["shield/penalty"] = self.intervention_penalty * intervened
             rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
+        took = ~ignored
         if last is not None:
-            infos = _with_final_news(infos, news, over)
-        news.update(self._mask_news(infos))
-        everywhere = np.ones(len(over), np.bool_)
-        return observations, rewards, terminated, truncated, _with_news(infos, news, everywhere)
+            final = {
+                **news,
+                **self._penalty_news(intervened),
+                **self._final_masks(last, infos, over),
+            }
+            infos = _with_final_news(infos, final, over)
+            for key, start in self._start_news().items():
+                news[key] = _merged(over, start, news[key])
+            took = ~over
+        masks = self._mask_news(infos)
+        infos = _with_news(infos, self._penalty_news(intervened & took), took)
+        infos = _with_news(infos, {**news, **masks}, np.ones(len(over), np.bool_))
+        return observations, rewards, terminated, truncated, infos
 
     # The outer vector wrappers of Gymnasium 0.29 go through these four, past step and reset.
 
@@ -255,6 +265,27 @@ class VectorSafetyShield(_Wrapper):
         actions, self._pending = self._pending, None
         return self.step(actions)
 
+    # Gymnasium's own vectors have these two, and its wrappers since 1.0 do not.
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """Call a method of each environment, or get an attribute, but neither reset nor step.
+
+        Raises:
+            ValueError: it would go past the shield.
+        """
+        refuse_past_shield(name, "call reset() or step() of VectorSafetyShield")
+        results: tuple[Any, ...] = self.env.call(name, *args, **kwargs)  # type: ignore[attr-defined]
+        return results
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401
+        """Set an attribute of each environment, but neither reset nor step.
+
+        Raises:
+            ValueError: it would go past the shield.
+        """
+        refuse_past_shield(name, "wrap the environments before they are put into the vector")
+        self.env.set_attr(name, values)  # type: ignore[attr-defined]
+
     # -- parts of a step --------------------------------------------------------------------
 
     def _need_reset(self) -> None:
@@ -263,7 +294,7 @@ class VectorSafetyShield(_Wrapper):
 
     def _see(self, observations: _Batch) -> None:
         # A copy: environments may write the next observations into the same array.
-        seen = _copied(observations)
+        seen = copied(observations)
         values = np.asarray(self._guard.see(seen), np.float64)
         if values.shape != self._over.shape:
             raise ValueError(
@@ -271,6 +302,37 @@ class VectorSafetyShield(_Wrapper):
                 f"{len(self._over)}"
             )
         self._seen, self._values = seen, values
+
+    def _start_news(self) -> _Infos:
+        """Tell of the states last seen as a reset does: nothing was proposed and nothing ran."""
+        nothing = np.broadcast_to(self._no_action, (len(self._over), *self._no_action.shape))
+        return {
+            "shield/intervened": np.zeros(len(self._over), np.bool_),
+            "shield/value": self._values,
+            "shield/threshold": self._threshold(),
+            "shield/certified": self._guard.certified(self._values),
+            "action_proposed": nothing,
+            "action_executed": nothing,
+        }
+
+    def _penalty_news(self, intervened: Flags) -> _Infos:
+        if not self.intervention_penalty:
+            return {}
+        return {"shield/penalty": self.intervention_penalty * intervened}
+
+    def _final_masks(self, last: _Batch, infos: _Infos, over: Flags) -> _Infos:
+        """Mask actions in the states that ended episodes, for their infos: (n, k)."""
+        played = self.shield.model.played
+        if not played.discrete:
+            return {}
+        threshold = self._threshold()[over]
+        masks = np.zeros((len(over), sum(played.categories)), np.bool_)
+        masks[over] = self.shield.action_mask(last, threshold)
+        final = infos.get("final_info")
+        own = None if final is None else column_of(final, "action_mask", len(over))
+        for i in _places(over & own.present) if own is not None else ():
+            masks[i] = with_own_mask(masks[i], own.values[i], played)  # type: ignore[union-attr]
+        return {"action_mask": masks.astype(np.int8)}
 
     def _mask_news(self, infos: _Infos) -> _Infos:
         """Mask the actions to come, for the infos of the states just reached."""
@@ -297,7 +359,8 @@ class VectorSafetyShield(_Wrapper):
 
     def _checked_actions(self, actions: npt.ArrayLike) -> npt.NDArray[Any]:
         shape = (len(self._over), *self._no_action.shape)
-        array = np.asarray(actions)
+        # A copy: the environment may write into what it is sent.
+        array = np.array(actions)
         if array.shape != shape or array.dtype.kind not in "fiu":
             raise ValueError(
                 f"actions must be numbers of shape {shape}, a row for each environment, got "
@@ -391,6 +454,15 @@ def _with_final_news(infos: _Infos, news: _Infos, over: Flags) -> _Infos:
     return {**infos, "final_info": final, "_final_info": over.copy()}
 
 
+def _merged(where: Flags, one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the rows of one array in the mask, else of the other."""
+    if not where.any():
+        return other
+    rows = other.astype(np.result_type(other, one))
+    rows[where] = one[where]
+    return rows
+
+
 def _plain(value: Any) -> Any:  # noqa: ANN401
     return np.array(value) if np.ndim(value) else value.item()
 
@@ -404,12 +476,6 @@ def _given(infos: _Infos, name: str, count: int) -> Flags:
 
 
 # -- batches of observations ----------------------------------------------------------------
-
-
-def _copied(batch: _Batch) -> _Batch:
-    if isinstance(batch, Mapping):
-        return {key: _copied(part) for key, part in batch.items()}
-    return np.array(batch)
 
 
 def _rows(batch: _Batch, mask: Flags) -> _Batch:

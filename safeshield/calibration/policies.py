@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.batch_policy import BatchPolicy, as_batch_policy
-from safeshield.flat import Batch
+from safeshield.flat import Batch, copied
 from safeshield.types import Flags
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class ShieldedProposals:
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
         """Return the executed actions."""
-        proposed = np.asarray(self._proposals(observations, rng))
+        # A copy: what is judged is what was there before a policy wrote into it.
+        proposed = np.asarray(self._proposals(copied(observations), rng))
         if not self._shield.model.played.discrete:
             # Rounded first: what is judged is what the environment gets.
             proposed = proposed.astype(np.float32)

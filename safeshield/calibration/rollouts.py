@@ -239,16 +239,11 @@ def calibrate(
 
 def _refuse_shielded(env: object) -> None:
     """Refuse an environment with a shield inside: that one would earn the promise."""
-    from safeshield.shield.shield import Shield
+    from safeshield.shield.nested import shielding_layer
 
-    layers: list[object] = [env]
-    while layers:
-        layer = layers.pop()
-        fields = getattr(layer, "__dict__", {})
-        if isinstance(fields.get("shield"), Shield):
-            raise ValueError(
-                "env is already shielded (" + type(layer).__name__ + "): calibrate on the plain "
-                "environment, the shield is put around it while it is tested"
-            )
-        layers += [fields[name] for name in ("env",) if name in fields]
-        layers += list(fields.get("envs", ()))
+    layer = shielding_layer(env)
+    if layer is not None:
+        raise ValueError(
+            "env is already shielded (" + type(layer).__name__ + "): calibrate on the plain "
+            "environment, the shield is put around it while it is tested"
+        )

@@ -1,6 +1,10 @@
 """The shield: accept an action where its safety value allows it, replace it elsewhere."""
 
-from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
+from safeshield.shield.adaptive import (
+    AdaptiveMargin,
+    AdaptiveThreshold,
+    NothingAcceptableWarning,
+)
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.replacement import (
     FallbackPolicy,
@@ -24,6 +28,7 @@ __all__ = [
     "FallbackPolicy",
     "FilterReport",
     "NearestAcceptable",
+    "NothingAcceptableWarning",
     "OtherEnvironmentWarning",
     "OwnSamples",
     "ProjectedGradient",

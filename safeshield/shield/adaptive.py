@@ -25,6 +25,14 @@ and the threshold in force is
 never looser than -delta. Errors of q in each of `horizon` steps carry the value horizon * q
 upwards; `baseline` is the part of q that delta covers already.
 
+How long errors add up is by default what the shield has met: `horizon` is the longest stretch so
+far of steps in a row in states with V_h <= 0 in which nothing was acceptable at the CALIBRATED
+threshold, at least 1 and at most 100. A number fixed beforehand can lock the agent out in a world
+that never changed, above all where labels are binary: values there lie hardly anywhere below the
+label -1 of safe states, a step's error of the critics is a few hundredths, and a hundred times that
+is a threshold which no action ever meets; the shield then executes what its critics overrate most,
+whose errors keep the threshold where it is. Where that happens all the same, it warns.
+
 **What is promised.** For ANY sequence of errors, random or adversarial, after T counted steps
 
     abs(mean of err - target) <= (max(target, 1 - target) + rate) / (T rate),
@@ -44,6 +52,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +64,13 @@ from safeshield.shield.report import FilterReport
 from safeshield.types import Flags, Scalars
 
 _Array = npt.NDArray[np.float64]
+MOST_HELD = 100
+"""Longest horizon that is found by itself, in steps."""
+_STARVED = 100  # steps in a row before it warns
+
+
+class NothingAcceptableWarning(UserWarning):
+    """An adaptive threshold refuses every action where the calibrated one would accept some."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,8 @@ class AdaptiveThreshold:
         window: how many recent errors are kept, at least 1. Below 1 / target the margin is
             infinite most of the time, and the threshold follows the largest error kept.
         horizon: for how many steps errors may add up, at least 1: as many as the shield has to
-            hold out until the danger is passed. Longest stretches without an acceptable action,
-            such as calibration's rollouts show, are a good guide.
+            hold out until the danger is passed. None: the longest stretch without an acceptable
+            action that it has met, at most 100 (see the module).
         baseline: what part of the margin delta covers, per step, in units of h; by default
             delta / horizon. The margin observed where the shield was calibrated
             (`AdaptiveMargin.margin`) lets the threshold start to move as soon as errors grow.
@@ -85,12 +101,14 @@ class AdaptiveThreshold:
     target: float = 0.05
     rate: float = 0.01
     window: int = 200
-    horizon: int = 100
+    horizon: int | None = None
     baseline: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("window", "horizon"):
             count = getattr(self, name)
+            if count is None and name == "horizon":
+                continue
             if isinstance(count, bool) or not isinstance(count, int | np.integer):
                 raise TypeError(f"{name} must be a whole number of steps, got {count!r}")
             if count < 1:
@@ -154,9 +172,6 @@ class AdaptiveMargin:
         delta: the calibrated threshold, units of h.
         count: n.
 
-    Attributes:
-        baseline: what part of a margin delta covers.
-
     >>> margin = AdaptiveMargin(AdaptiveThreshold(window=40, horizon=10), delta=0.05, count=1)
     >>> for _ in range(40):  # the value rises by 1 cm a step: 10 cm in 10 steps
     ...     margin.observe(np.array([0.01]), np.array([True]))
@@ -167,14 +182,17 @@ class AdaptiveMargin:
     def __init__(self, settings: AdaptiveThreshold, delta: float, count: int) -> None:
         self.settings = settings
         self.delta = float(delta)
-        given = settings.baseline
-        self.baseline = self.delta / settings.horizon if given is None else given
         self._alpha = np.empty(count)
         self._margin = np.empty(count)
         self._threshold = np.empty(count)
         self._observed = np.empty(count, np.int64)
         self._wrong = np.empty(count, np.int64)
         self._errors = np.empty((count, settings.window))
+        self._horizon = np.empty(count, np.int64)
+        self._held = np.empty(count, np.int64)
+        self._reached = np.empty(count)
+        self._starved = np.empty(count, np.int64)
+        self._warned = False
         self.forget()
 
     @property
@@ -191,6 +209,17 @@ class AdaptiveMargin:
     def threshold(self) -> _Array:
         """(n,) what Q_h must not exceed in the next step; finite, at most -delta."""
         return self._threshold.copy()
+
+    @property
+    def horizon(self) -> npt.NDArray[np.int64]:
+        """(n,) for how many steps errors may add up."""
+        return self._horizon.copy()
+
+    @property
+    def baseline(self) -> _Array:
+        """(n,) what part of a margin delta covers, units of h a step."""
+        given = self.settings.baseline
+        return self.delta / self._horizon if given is None else np.full(len(self._horizon), given)
 
     @property
     def observed(self) -> npt.NDArray[np.int64]:
@@ -211,6 +240,10 @@ class AdaptiveMargin:
         self._observed[where] = 0
         self._wrong[where] = 0
         self._errors[where] = np.nan
+        self._horizon[where] = self.settings.horizon or 1
+        self._held[where] = 0
+        self._reached[where] = np.nan
+        self._starved[where] = 0
 
     def learn(self, report: FilterReport, reached: Scalars, counted: Flags) -> None:
         """Take in one step: its verdicts (n,) and V_h (n,) of the states that it led to.
@@ -224,11 +257,48 @@ class AdaptiveMargin:
             counted: (n,) where an action was executed at all.
         """
         stepped_in = np.asarray(report.intervened) & counted
+        self._hold_out(report, reached, stepped_in, counted)
         if not stepped_in.any():
             return
         with np.errstate(invalid="ignore"):
             errors = np.asarray(reached, np.float64) - promised(report)
         self.observe(errors, stepped_in & np.isfinite(errors))
+
+    def passed(self) -> None:
+        """Take in a step in which every action was accepted: whatever lasted is over."""
+        self._held[:] = 0
+        self._starved[:] = 0
+
+    def _hold_out(
+        self, report: FilterReport, reached: Scalars, stepped_in: Flags, counted: Flags
+    ) -> None:
+        """Count the steps in a row without an acceptable action, by either threshold's fault."""
+        value = np.asarray(report.value, np.float64)
+        before = np.asarray(report.state_value, np.float64)
+        nothing = stepped_in & ~np.asarray(report.acceptable) & np.isfinite(value)
+        calibrated = (value > -self.delta) | ~np.asarray(report.supported)
+        held = nothing & calibrated & (before <= 0.0)
+        # After a reset the state is not the one that the stretch led to.
+        goes_on = (self._held > 0) & (before == self._reached)
+        self._held = np.where(held, np.where(goes_on, self._held, 0) + 1, 0)
+        self._reached = np.where(held, np.asarray(reached, np.float64), np.nan)
+        if self.settings.horizon is None:
+            self._horizon = np.maximum(self._horizon, np.minimum(self._held, MOST_HELD))
+        refused = np.where(nothing & ~calibrated, self._starved + 1, 0)
+        self._starved = np.where(counted, refused, self._starved)
+        worst = int(self._starved.argmax())
+        if self._starved[worst] >= _STARVED and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"for {_STARVED} steps the adaptive threshold, {self._threshold[worst]:.4g}, has "
+                f"refused every action, where the calibrated one, {0.0 - self.delta:.4g}, would "
+                f"have accepted some: errors of {self._margin[worst]:.3g} a step for "
+                f"{self._horizon[worst]} steps ask for values that the critics may have nowhere. "
+                "Lower horizon, raise baseline (the margin met where nothing had changed), or "
+                "calibrate again in the world as it is now",
+                NothingAcceptableWarning,
+                stacklevel=4,
+            )
 
     def observe(self, errors: Scalars, counted: Flags) -> None:
         """Move the margins of the environments in `counted` (n,) by their errors (n,), finite."""
@@ -250,8 +320,8 @@ class AdaptiveMargin:
         margin = np.where(rank > kept, np.inf, ordered[each, place])
         self._margin[rows] = np.where(rank < 1, -np.inf, margin)
         used = np.minimum(self._margin[rows], ordered[each, kept - 1])
-        excess = np.maximum(used - self.baseline, 0.0)
-        self._threshold[rows] = 0.0 - (self.delta + settings.horizon * excess)
+        excess = np.maximum(used - self.baseline[rows], 0.0)
+        self._threshold[rows] = 0.0 - (self.delta + self._horizon[rows] * excess)
 
 
 def promised(report: FilterReport) -> _Array:

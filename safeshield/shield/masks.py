@@ -72,12 +72,10 @@ def agent_mask(
     accepted, values = _weighed(shield, states, rows, threshold)
     if played.width == 1:
         return accepted
-    return np.stack(
-        [
-            product_mask(mask, value, played.categories)
-            for mask, value in zip(accepted, values, strict=True)
-        ]
-    )
+    masks = np.zeros((len(accepted), sum(played.categories)), np.bool_)
+    for i, (mask, value) in enumerate(zip(accepted, values, strict=True)):
+        masks[i] = product_mask(mask, value, played.categories)
+    return masks
 
 
 def product_mask(accepted: Mask, values: Scalars, categories: Sequence[int]) -> Mask:

@@ -119,6 +119,7 @@ class Shield:
         reach = _READABLE * self.model.scaling.observation_spread.astype(np.float64)
         seen = self.model.seen
         counts = np.array(seen.categories, dtype=bool)
+        self._counts = counts if counts.any() else None
         self._readable_low = np.where(counts, seen.low, mean - reach)
         self._readable_high = np.where(counts, seen.high, mean + reach)
         self._warned = False
@@ -156,9 +157,17 @@ class Shield:
         return 0.0 - self.delta
 
     def readable(self, rows: Observations) -> Flags:
-        """Whether observations (n, obs) are finite, and not absurdly far from the log: (n,)."""
+        """Whether observations (n, obs) are such as a sensor can mean: (n,).
+
+        Finite, not absurdly far from the log, and whole numbers where they count.
+        """
+        return np.asarray(self._near(rows).all(axis=-1))
+
+    def _near(self, rows: Observations) -> npt.NDArray[np.bool_]:
         near = (rows >= self._readable_low) & (rows <= self._readable_high)
-        return np.asarray(near.all(axis=-1))
+        if self._counts is not None:
+            near &= ~self._counts | (np.floor(rows) == rows)
+        return near
 
     def with_delta(self, delta: float) -> Self:
         """Return a copy with another threshold, which no record vouches for."""
@@ -248,8 +257,8 @@ class Shield:
 
         An accepted action is returned as it came, bit for bit. An action outside the box is
         clipped into it first, which counts as an intervention. NaN anywhere never passes: with an
-        observation that is not finite the fallback acts on the log's mean in the entries' place
-        and the verdict is not `valid`.
+        observation that is not finite, or not whole where it counts, the fallback acts on the log's
+        mean in the entries' place and the verdict is not `valid`.
 
         Args:
             observation: one, or a batch (see `value`).
@@ -270,9 +279,8 @@ class Shield:
 
     def states(self, rows: Observations) -> StateValue:
         """Judge observations (n, obs), for `judge`."""
-        readable = self.readable(rows)
-        if not readable.all():
-            near = (rows >= self._readable_low) & (rows <= self._readable_high)
+        near = self._near(rows)
+        if not near.all():
             rows = np.where(near, rows, self.model.scaling.observation_mean)
         return self.model.states(rows)
 

@@ -1,0 +1,56 @@
+"""One shield for one environment: what looks for another one inside, and past which nobody steps.
+
+Two shields in a row would each judge what the other proposes, and infos can tell of one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from safeshield.shield.shield import Shield
+
+_TELLS = "shield/intervened"
+_PAST = ("reset", "step")
+
+
+def shielding_layer(env: object) -> object | None:
+    """Return the wrapper that holds a `Shield`, of an environment or of those of a vector."""
+    layers: list[object] = [env]
+    while layers:
+        layer = layers.pop()
+        fields = getattr(layer, "__dict__", {})
+        if isinstance(fields.get("shield"), Shield):
+            return layer
+        layers += [fields[name] for name in ("env", "venv") if name in fields]
+        layers += list(fields.get("envs", ()))
+    return None
+
+
+def refuse_shielded(env: object, instead: str) -> None:
+    """Raise ValueError if there is a shield inside that can be seen from here."""
+    layer = shielding_layer(env)
+    if layer is not None:
+        raise _shielded_already(type(layer).__name__, instead)
+
+
+def refuse_shielded_infos(infos: Mapping[str, Any], instead: str) -> None:
+    """Raise ValueError if infos tell of a shield, such as one in another process."""
+    if _TELLS in infos:
+        raise _shielded_already(f"its infos have {_TELLS!r}", instead)
+
+
+def refuse_past_shield(name: str, instead: str) -> None:
+    """Raise ValueError for what would step or reset environments behind the shield's back."""
+    if name in _PAST:
+        raise ValueError(
+            f"{name!r} of the environments themselves would go past the shield, which would then "
+            f"judge the next action in a state that is gone: {instead}"
+        )
+
+
+def _shielded_already(how: str, instead: str) -> ValueError:
+    return ValueError(
+        f"the environment is shielded already ({how}), and infos can tell of one shield only: "
+        f"{instead}"
+    )
