@@ -25,7 +25,17 @@ from typer.testing import CliRunner
 
 import safeshield.suites
 from safeshield.cli import app
-from safeshield.suites import TASKS, Family, Suite, compat, doctor, find_task, packages
+from safeshield.suites import (
+    TASKS,
+    Family,
+    Suite,
+    bullet,
+    compat,
+    doctor,
+    find_task,
+    packages,
+    safety_gymnasium,
+)
 from safeshield.suites.doctor import Finding, Part, State
 from safeshield.suites.packages import STACK, Package, commands, missing, needed, require
 
@@ -41,6 +51,9 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"gymnasium": "0.29.1", "numpy": "2.3.5"}.get(self.name)
 
     monkeypatch.setattr(Package, "version", property(version))
+    # What another test has loaded is not looked for again.
+    safety_gymnasium._import_everything.cache_clear()
+    bullet._import_everything.cache_clear()
 
 
 # -- tasks -------------------------------------------------------------------------------------
