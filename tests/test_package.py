@@ -16,6 +16,8 @@ import safeshield
 ROOT = Path(safeshield.__file__).parent
 OUTER = ("safeshield.wrappers", "safeshield.policies")
 FACES = {"__init__.py", "cli.py"}
+# What stands above the engine and below its face.
+ABOVE = ("suites", "protocol", "protocol.py", "collection")
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -49,6 +51,14 @@ def test_the_rule_below_looks_at_the_engine() -> None:
 def test_the_engine_does_not_know_wrappers_and_policies(file: Path) -> None:
     named = list(imports(ROOT / file))
     assert not [name for name in named if name.startswith((*OUTER, "wrappers", "policies"))]
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in engine_files() if file.parts[0] not in ABOVE], ids=str
+)
+def test_the_engine_does_not_know_the_benchmarks(file: Path) -> None:
+    named = list(imports(ROOT / file))
+    assert not [name for name in named if name.startswith("safeshield.suites")]
 
 
 def test_an_import_of_a_wrapper_would_be_seen(tmp_path: Path) -> None:

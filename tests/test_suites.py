@@ -25,7 +25,17 @@ from typer.testing import CliRunner
 
 import safeshield.suites
 from safeshield.cli import app
-from safeshield.suites import TASKS, Family, Suite, compat, doctor, find_task, packages
+from safeshield.suites import (
+    TASKS,
+    Family,
+    Suite,
+    bullet,
+    compat,
+    doctor,
+    find_task,
+    packages,
+    safety_gymnasium,
+)
 from safeshield.suites.doctor import Finding, Part, State
 from safeshield.suites.packages import STACK, Package, commands, missing, needed, require
 
@@ -41,6 +51,9 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"gymnasium": "0.29.1", "numpy": "2.3.5"}.get(self.name)
 
     monkeypatch.setattr(Package, "version", property(version))
+    # What another test has loaded is not looked for again.
+    safety_gymnasium._import_everything.cache_clear()
+    bullet._import_everything.cache_clear()
 
 
 # -- tasks -------------------------------------------------------------------------------------
@@ -397,3 +410,39 @@ def test_commands_of_several_parts_are_put_together() -> None:
         '  pip install "safeshield[suites]"',
         "  pip install --no-deps bullet-safety-gym==1.4.0 safety-gymnasium==0.4.1",
     ]
+
+
+# -- CI ----------------------------------------------------------------------------------------
+
+SKIPPED = """
+import pytest
+
+@pytest.mark.skip(reason="mark")
+def test_marked(): ...
+
+def test_inside():
+    pytest.skip("inside")
+
+@pytest.mark.xfail
+def test_expected_to_fail():
+    assert False
+"""
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_where_the_stack_is_installed_nothing_is_skipped(tmp_path: Path, required: bool) -> None:
+    (tmp_path / "conftest.py").write_text((TOP / "tests" / "suites" / "conftest.py").read_text())
+    (tmp_path / "test_skipped.py").write_text(SKIPPED)
+    (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('nosuchthing')")
+    environment = {**os.environ, "SAFESHIELD_SUITES": "1" if required else ""}
+    options = ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", tmp_path]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, tmp_path],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    if required or not missing(*Suite):
+        assert result.returncode == 1
+        assert result.stdout.count("skipped, where the stack is installed") == 3, result.stdout
+        assert "1 failed, 1 xfailed, 2 errors" in result.stdout
+    else:
+        assert "collected 0 items" in result.stdout

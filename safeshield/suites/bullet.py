@@ -20,7 +20,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, broken, require
-from safeshield.suites.registration import register, remember, specs_if_installed, specs_of
+from safeshield.suites.registration import import_if_installed, register, remember
 
 if TYPE_CHECKING:
     _Env = gym.Env[Any, Any]
@@ -46,7 +46,7 @@ _UPSTREAM: dict[str, EnvSpec] = {}
 
 def register_envs() -> None:
     """Register Bullet-Safety-Gym's ids; where it is absent, making one says so."""
-    remember(_UPSTREAM, specs_if_installed(PACKAGE, IDS))
+    import_if_installed(PACKAGE, IDS, _UPSTREAM)
     register(IDS, f"{__name__}:make", {}, _UPSTREAM)
 
 
@@ -58,8 +58,6 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
         ValueError: a render mode that it does not have, or a window where there is no display.
     """
     load(env_id)
-    if not _UPSTREAM:
-        remember(_UPSTREAM, specs_of(PACKAGE, IDS))
     spec = _UPSTREAM[env_id]
     base: Any = load_env_creator(str(spec.entry_point))
     return construct(base, **{**spec.kwargs, **kwargs})
@@ -74,12 +72,20 @@ def load(what: str) -> None:
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
+    if _import_everything.cache_info().currsize:
+        return
     require(what, Suite.bullet)
-    with compat.LOCK, compat.registry_kept(IDS), compat.streams_with_files():
-        try:
-            importlib.import_module(f"{PACKAGE}.envs.builder")
-        except Exception as error:
-            raise broken(what, error, Suite.bullet) from error
+    try:
+        _import_everything()
+    except Exception as error:
+        raise broken(what, error, Suite.bullet) from error
+
+
+@functools.cache
+def _import_everything() -> None:
+    with compat.LOCK, compat.registry_kept(IDS) as seen, compat.streams_with_files():
+        importlib.import_module(f"{PACKAGE}.envs.builder")
+    remember(_UPSTREAM, seen)
 
 
 def construct(base: Any, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own

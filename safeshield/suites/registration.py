@@ -14,32 +14,27 @@ from safeshield.suites.compat import LOCK, registry_kept, streams_with_files
 _HERE = "safeshield.suites."
 
 
-def specs_of(package: str, ids: Collection[str]) -> dict[str, EnvSpec]:
-    """Import a package that registers environments, and return what it registers under `ids`.
+def import_if_installed(package: str, ids: Collection[str], known: dict[str, EnvSpec]) -> None:
+    """Import a package that registers environments, and `remember` what it registers.
 
-    What is registered stays as it was. Whatever the import raises is raised.
-    """
-    with LOCK, registry_kept(ids) as seen, streams_with_files():
-        importlib.import_module(package)
-    return {one: spec for one, spec in seen.items() if not _is_ours(spec)}
-
-
-def specs_if_installed(package: str, ids: Collection[str]) -> dict[str, EnvSpec]:
-    """Return `specs_of`, or nothing where the package is absent or its import fails.
-
-    Its environments then say what is wrong when they are made, and others are not kept from it.
+    Where it is absent or its import fails, its environments say so when they are made, and others
+    are not kept from it.
     """
     if importlib.util.find_spec(package) is None:
-        return {}
+        return
     try:
-        return specs_of(package, ids)
+        with LOCK, registry_kept(ids) as seen, streams_with_files():
+            importlib.import_module(package)
     except Exception:
-        return {}
+        return
+    remember(known, seen)
 
 
-def remember(known: dict[str, EnvSpec], found: Mapping[str, EnvSpec]) -> None:
-    """Add specs; of two under one id the first stays, which is the package's own."""
-    known.update({one: spec for one, spec in found.items() if one not in known})
+def remember(known: dict[str, EnvSpec], seen: Mapping[str, EnvSpec]) -> None:
+    """Add a package's own specs; of two under one id the first one stays."""
+    known.update(
+        {one: spec for one, spec in seen.items() if one not in known and not _is_ours(spec)}
+    )
 
 
 def register(

@@ -19,7 +19,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, broken, require
-from safeshield.suites.registration import register, remember, specs_if_installed, specs_of
+from safeshield.suites.registration import import_if_installed, register, remember
 
 if TYPE_CHECKING:
     _Env = gym.Env[Any, Any]
@@ -76,7 +76,7 @@ _UPSTREAM: dict[str, EnvSpec] = {}
 
 def register_envs() -> None:
     """Register Safety-Gymnasium's ids; where it is absent, making one says so."""
-    remember(_UPSTREAM, specs_if_installed(PACKAGE, _ALL))
+    import_if_installed(PACKAGE, _ALL, _UPSTREAM)
     register(_NATIVE, f"{__name__}:make_native", {}, _UPSTREAM)
     register(map(five_values_id, _NATIVE), f"{__name__}:make", {}, _UPSTREAM)
 
@@ -111,8 +111,6 @@ vars(make_native).update(metadata=METADATA)
 def _class_of(native_id: str, what: str) -> tuple[Any, dict[str, Any]]:
     """Return an environment's class and arguments, as Safety-Gymnasium has registered them."""
     load(what)
-    if not _UPSTREAM:
-        remember(_UPSTREAM, specs_of(PACKAGE, _ALL))
     spec = _UPSTREAM[native_id]
     kind: Any = load_env_creator(str(spec.entry_point))
     return kind, dict(spec.kwargs)
@@ -124,14 +122,22 @@ def load(what: str) -> None:
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
+    if _import_everything.cache_info().currsize:
+        return
     require(what, Suite.safety_gymnasium)
-    with compat.LOCK, compat.registry_kept(_ALL), compat.array_defaults(PACKAGE):
-        try:
-            # Its own `make` imports these later, when nothing is mended any more.
-            for module in (PACKAGE, f"{PACKAGE}.builder", f"{PACKAGE}.tasks"):
-                importlib.import_module(module)
-        except Exception as error:
-            raise broken(what, error, Suite.safety_gymnasium) from error
+    try:
+        _import_everything()
+    except Exception as error:
+        raise broken(what, error, Suite.safety_gymnasium) from error
+
+
+@functools.cache
+def _import_everything() -> None:
+    with compat.LOCK, compat.registry_kept(_ALL) as seen, compat.array_defaults(PACKAGE):
+        # Its own `make` imports these later, when nothing is mended any more.
+        for module in (PACKAGE, f"{PACKAGE}.builder", f"{PACKAGE}.tasks"):
+            importlib.import_module(module)
+    remember(_UPSTREAM, seen)
 
 
 @functools.cache

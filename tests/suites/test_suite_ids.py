@@ -169,6 +169,18 @@ def test_specs_rebuild_it_and_copies_are_the_same(env_id: str) -> None:
         envs.close()
 
 
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_shielded_one_is_rebuilt_from_its_specs_json(name: str, tmp_path: Path) -> None:
+    env = gym.make(TASKS[name].env_id)
+    file = tmp_path / "shield.safetensors"
+    untrained_shield(env).save(file)
+    shielded = SafetyShield(env, file)
+    assert shielded.spec is not None
+    rebuilt = gym.make(EnvSpec.from_json(shielded.spec.to_json()))
+    assert isinstance(rebuilt, SafetyShield)
+    assert same(steps(rebuilt, 2, 10), steps(shielded, 2, 10))
+
+
 def test_a_vector_of_them_is_shielded() -> None:
     env = gym.make(TASKS["PointCircle1"].env_id)
     envs = VectorSafetyShield(vectorise(env, 3), untrained_shield(env))

@@ -281,9 +281,39 @@ def test_a_failing_import_says_so_and_leaves_nothing_open(monkeypatch: pytest.Mo
         raise RuntimeError(f"no {name} today")
 
     monkeypatch.setattr("importlib.import_module", broken)
+    safety_gymnasium._import_everything.cache_clear()
+    bullet._import_everything.cache_clear()
     with pytest.raises(gym.error.DependencyNotInstalled, match="no safety_gymnasium today"):
         safety_gymnasium.load("this test")
     with pytest.raises(gym.error.DependencyNotInstalled, match=r"no bullet_safety_gym\.envs"):
         bullet.load("this test")
     assert dataclasses.dataclass is original
     assert gym.registry == registered
+
+
+def test_what_is_loaded_is_not_looked_for_again() -> None:
+    """Making one leaves the registry alone: other threads may be making theirs."""
+    for env_id in ("SafetyPointGoal1Gymnasium-v0", "SafetyBallRun-v0", "OfflineBallRun-v0"):
+        gym.make(env_id).close()
+    order = list(gym.registry)
+    for env_id in ("SafetyPointGoal1Gymnasium-v0", "SafetyBallRun-v0", "OfflineBallRun-v0"):
+        gym.make(env_id).close()
+    assert list(gym.registry) == order
+
+
+def test_a_package_that_comes_after_the_suites_is_found() -> None:
+    code = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in hidden else found(name)
+hidden = {"safety_gymnasium", "bullet_safety_gym"}
+import gymnasium, safeshield.suites
+assert not hidden & set(sys.modules)
+hidden = set()
+for env_id in ("SafetyPointGoal1Gymnasium-v0", "SafetyBallRun-v0"):
+    env = gymnasium.make(env_id)
+    env.reset(seed=0)
+print("fine")
+"""
+    result = python(code)
+    assert result.stdout.strip() == "fine", result.stderr
