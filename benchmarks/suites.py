@@ -9,8 +9,8 @@ protocol (returns normalised by the log's least and greatest, cost limit 10). Ea
 of its own, which tells its processor time and peak memory, and is kept under `results/`. One
 configuration serves all tasks. Labels are continuous where the log's observations tell h.
 
-The shield is SafeFQL's of the same seed. Its delta is the gate's own margin, 0.058 standard
-deviations of h; nothing is calibrated here, so nothing is promised: the columns say what it does.
+The shield is SafeFQL's of the same seed. Its delta is the gate's own margin; nothing is calibrated
+here, so nothing is promised: the columns say what it does.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def shield_of(task: str, seed: int, data: Path) -> Shield:
     agent = trained(task, "safefql", seed, data)
     assert isinstance(agent, SafeFQL)
     shield = agent.shield()
-    return shield.with_delta(agent.config.margin * shield.model.scale.spread)
+    return shield.with_delta(agent.config.margin_of(shield.model.scale, "continuous"))
 
 
 def cell(task: str, method: str, seed: int, data: Path) -> dict[str, Any]:

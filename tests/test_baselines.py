@@ -23,7 +23,7 @@ from safeshield.algorithms.fisor import (
 from safeshield.algorithms.registry import ALGORITHMS, load_agent
 from safeshield.data import OfflineDataset, collect
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
-from safeshield.scaling import CONSTRAINT
+from safeshield.scaling import CONSTRAINT, SafetyScale
 from safeshield.shield import Shield
 from safeshield.wrappers import ConstraintFromFunction
 
@@ -168,6 +168,15 @@ def test_it_acts_by_the_safest_of_its_candidates(fisor: FISOR, log: OfflineDatas
             fisor.predict(observations[i], deterministic=True)[0], action, atol=1e-5
         )
     assert not np.array_equal(fisor.predict(observations)[0], fisor.predict(observations)[0])
+
+
+@pytest.mark.parametrize("steps", [0.1, 2.0])
+def test_the_margin_is_a_share_of_the_spread_and_at_least_a_step(steps: float) -> None:
+    scale = SafetyScale(offset=0.0, spread=10.0, step=steps)
+    config = FISORConfig(margin=0.058)
+    assert config.margin_of(scale, "binary") == pytest.approx(0.58)
+    assert config.margin_of(scale, "continuous") == pytest.approx(max(0.58, steps))
+    assert FISORConfig(margin=0.0).margin_of(scale, "continuous") == 0.0
 
 
 # -- both ---------------------------------------------------------------------------------------

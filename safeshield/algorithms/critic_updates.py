@@ -75,7 +75,8 @@ class CriticConfig:
     """Euler steps of the flow."""
     margin: float = 0.058
     """Margin of the gate between safe and unsafe actions, in standard deviations of h over the
-    log. Not in steps: what one step changes is 0.7% of that on the boat, 52% on SwimmerVelocity."""
+    log; where labels are continuous at least one step's worth of h (sigma_h), because an actor
+    never sees a thinner gate. 0: no margin at all."""
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "learning_rate", "flow_steps")
@@ -93,6 +94,12 @@ class CriticConfig:
         if self.safety_discount is not None:
             return self.safety_discount
         return 0.997 if kind == "continuous" else 0.99
+
+    def margin_of(self, scale: SafetyScale, kind: Literal["continuous", "binary"]) -> float:
+        """Return the margin of the gate, in units of h."""
+        share = self.margin * scale.spread
+        # Binary labels jump by more than lies between safe and unsafe.
+        return share if kind == "binary" or not self.margin else max(share, scale.step)
 
 
 @dataclass(frozen=True)
@@ -243,7 +250,8 @@ class CriticsRun:
     @property
     def margin(self) -> float:
         """Margin of the gate, in units of h."""
-        return self.config.margin * self.critics.safety.scale.spread
+        safety = self.critics.safety
+        return self.config.margin_of(safety.scale, "continuous" if safety.continuous else "binary")
 
     def _allowed(self, critics: Networks, rows: Tensor) -> Tensor:
         """Mark the logged actions that an actor's gate would let pass.
