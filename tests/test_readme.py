@@ -44,3 +44,10 @@ def test_the_command_line_exists() -> None:
         r"`?safeshield (demo|collect|train|calibrate|evaluate|inspect)", README.read_text()
     ):
         assert command in done.stdout
+
+
+def test_the_import_lines_of_the_guide_work() -> None:
+    guide = README.parent / "docs" / "shields.md"
+    code = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
+    assert len(code) == 1
+    exec(code[0], {})

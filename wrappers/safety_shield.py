@@ -75,7 +75,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     Args:
         env: an environment with the spaces that the shield was trained on.
         shield: a path to its file, a `Shield`, or an agent. With a path the environment's spec can
-            rebuild the shielded environment, also after a round trip through JSON.
+            rebuild the shielded environment, also after a round trip through JSON; a relative path
+            stays relative, to the working directory of whoever rebuilds.
         intervention_penalty: subtracted from the reward of a step in which the shield intervened;
             with one, the info ``shield/penalty`` of a step says what was subtracted.
         adaptive: lets the threshold follow its errors; a dict of `AdaptiveThreshold`'s arguments
