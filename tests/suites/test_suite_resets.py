@@ -19,8 +19,8 @@ from PIL import Image
 
 from safeshield.suites import TASKS, Family, safety_gymnasium
 
-NAMES = [f"{robot}{task}" for robot in ("Point", "Car")
-         for task in ("Goal1", "Button1", "Push1", "Circle1")]  # fmt: skip
+# Seeds whose episodes cost something, beside others.
+SEEDS = {"Goal1": (0, 1, 2), "Button1": (0, 1), "Push1": (0, 3, 4), "Circle1": (0, 1, 4)}
 STEPS = 200
 SKY = int(mujoco.mjtTexture.mjTEXTURE_SKYBOX)
 
@@ -84,10 +84,11 @@ def compare_with_upstream(name: str, seeds: Sequence[int]) -> tuple[float, float
 
 
 @pytest.mark.usefixtures("small_sky")
-@pytest.mark.parametrize("name", NAMES)
-def test_trajectories_are_the_same_with_a_sky_and_without(name: str) -> None:
+@pytest.mark.parametrize("task", SEEDS)
+@pytest.mark.parametrize("robot", ["Point", "Car"])
+def test_trajectories_are_the_same_with_a_sky_and_without(robot: str, task: str) -> None:
     # The first reset of an environment goes another way than later ones.
-    _, _, costs = compare_with_upstream(name, seeds=range(4))
+    _, _, costs = compare_with_upstream(f"{robot}{task}", SEEDS[task])
     assert costs > 0
 
 
