@@ -19,8 +19,8 @@ from PIL import Image
 
 from safeshield.suites import TASKS, Family, safety_gymnasium
 
-NAMES = [f"{robot}{task}" for robot in ("Point", "Car")
-         for task in ("Goal1", "Button1", "Push1", "Circle1")]  # fmt: skip
+# Seeds whose episodes cost something, beside others.
+SEEDS = {"Goal1": (0, 1, 2), "Button1": (0, 1), "Push1": (0, 3, 4), "Circle1": (0, 1, 4)}
 STEPS = 200
 SKY = int(mujoco.mjtTexture.mjTEXTURE_SKYBOX)
 
@@ -53,7 +53,7 @@ def small_sky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare_with_upstream(name: str, seeds: Sequence[int]) -> tuple[float, float, float]:
-    """Return the shortest reset with the sky, the longest without, and the costs of all steps."""
+    """Return the shortest reset with the sky, the longest without (CPU s), the sum of costs."""
     task = TASKS[name]
     env = gym.make(task.env_id)
     safety_gymnasium.load("this test")
@@ -64,12 +64,12 @@ def compare_with_upstream(name: str, seeds: Sequence[int]) -> tuple[float, float
     theirs = Builder(task_id=native, config={"agent_name": robot})
     with_sky, without, costs = [], [], 0.0
     for seed in seeds:
-        started = time.perf_counter()
+        started = time.process_time()
         expected, _ = theirs.reset(seed=seed)
-        with_sky.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        with_sky.append(time.process_time() - started)
+        started = time.process_time()
         observation, _ = env.reset(seed=seed)
-        without.append(time.perf_counter() - started)
+        without.append(time.process_time() - started)
         np.testing.assert_array_equal(observation, expected)
         assert SKY in [int(kind) for kind in theirs.task.world.model.tex_type]
         assert SKY not in textures(env)
@@ -84,17 +84,18 @@ def compare_with_upstream(name: str, seeds: Sequence[int]) -> tuple[float, float
 
 
 @pytest.mark.usefixtures("small_sky")
-@pytest.mark.parametrize("name", NAMES)
-def test_trajectories_are_the_same_with_a_sky_and_without(name: str) -> None:
+@pytest.mark.parametrize("task", SEEDS)
+@pytest.mark.parametrize("robot", ["Point", "Car"])
+def test_trajectories_are_the_same_with_a_sky_and_without(robot: str, task: str) -> None:
     # The first reset of an environment goes another way than later ones.
-    _, _, costs = compare_with_upstream(name, seeds=range(4))
+    _, _, costs = compare_with_upstream(f"{robot}{task}", SEEDS[task])
     assert costs > 0
 
 
 @pytest.mark.parametrize("name", ["PointGoal1", "CarCircle1"])
 def test_they_are_with_the_stars_and_resets_are_faster(name: str) -> None:
     with_sky, without, _ = compare_with_upstream(name, seeds=(0, 1))
-    assert with_sky > 5 * without  # sixty times, where nothing else runs
+    assert with_sky > 10 * without
 
 
 @pytest.mark.usefixtures("small_sky")
