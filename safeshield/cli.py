@@ -558,7 +558,7 @@ def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: P
         _check_output(picture, (".png", ".svg", ".pdf"), "--picture")
     from safeshield.data.card import DEFAULT_LIMITS, card_of
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.inspection import describe
+    from safeshield.inspection import describe_log
 
     log = OfflineDataset.load(file)
     limits = DEFAULT_LIMITS if cost_limit is None else (cost_limit,)
@@ -568,7 +568,7 @@ def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: P
 
         draw_scatter(picture, log, limit=max(limits), title=card.env_id or file.stem)
     if as_json:
-        typer.echo(json.dumps({**describe(file), **card.to_json()}, indent=2))
+        typer.echo(json.dumps(describe_log(log, card), indent=2))
         return
     typer.echo(card)
     if log.provenance is not None:

@@ -7,9 +7,13 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeshield.files import TensorFile, read_tensors
+
+if TYPE_CHECKING:
+    from safeshield.data.card import DatasetCard
+    from safeshield.data.dataset import OfflineDataset
 
 AGENT, SHIELD, CHECKPOINT, LOG = "agent", "shield", "checkpoint", "log"
 _FORMATS = {
@@ -54,14 +58,19 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         from safeshield.data.dataset import OfflineDataset
 
         log = OfflineDataset.load(path)
-        made = {} if log.provenance is None else {"provenance": dict(log.provenance)}
-        return {"kind": LOG, **card_of(log, file=path).to_json(), **made}
+        return describe_log(log, card_of(log, file=path))
     kind, file = _open(path)
     if kind == SHIELD:
         return {"kind": kind, **_describe_shield(path), **_size(file)}
     if kind == AGENT:
         return {"kind": kind, **_describe_agent(path), **_size(file)}
     return {"kind": kind, "updates_done": file.header.get("done"), **_size(file)}
+
+
+def describe_log(log: OfflineDataset, card: DatasetCard) -> dict[str, Any]:
+    """Return a log's card and how it was made, as JSON values."""
+    made = {} if log.provenance is None else {"provenance": dict(log.provenance)}
+    return {"kind": LOG, **card.to_json(), **made}
 
 
 def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN401

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import gymnasium as gym
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.tensors import LogTensors, fingerprint
-from safeshield.algorithms.training import FitOptions, Phase, TrainState, run_phases
+from safeshield.algorithms.training import Phase, TrainState, device_of, fit_options, run_phases
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files import read_tensors, write_tensors
 from safeshield.flat import Batch, flat_actions, flat_observations
@@ -125,9 +124,7 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             raise TypeError(
                 f"config must be a {self.config_type.__name__}, got {type(config).__name__}"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = device_of(device)
         self._model: ModelT | None = None
         self._networks: Networks = {}
         self._arrays: Weights = {}
@@ -196,28 +193,20 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
                 another run.
             FloatingPointError: a loss became NaN.
         """
-        if steps < self._fewest_steps:
-            raise ValueError(
-                f"steps must be at least {self._fewest_steps}, one for each phase, got {steps}"
-            )
-        if stop_after is not None and checkpoint is None:
-            raise ValueError("stop_after needs a checkpoint file to stop into")
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-        if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-            raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
+        options = fit_options(
+            steps,
+            self._fewest_steps,
+            progress_bar=progress_bar,
+            log_dir=log_dir,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            stop_after=stop_after,
+        )
         dataset = self._check_log(dataset)
         model = self._describe(dataset)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         log = LogTensors.of(dataset, model.scaling, self.device)
         run = self._run(model, log, steps)
-        options = FitOptions(
-            progress_bar=progress_bar,
-            log_dir=None if log_dir is None else Path(log_dir),
-            checkpoint=None if checkpoint is None else Path(checkpoint),
-            checkpoint_every=checkpoint_every,
-            stop_after=stop_after,
-        )
         state, _ = run_phases(
             run.phases(),
             run.initial(generator),

@@ -18,8 +18,8 @@ from safeshield.algorithms.checks import (
     check_shares,
     check_sizes,
 )
-from safeshield.algorithms.safety_updates import SafetyLog, critic_rates, stages
-from safeshield.algorithms.tensors import LogTensors, return_scale, safety_scale
+from safeshield.algorithms.safety_updates import SafetyLog, critic_rates, safety_critics, stages
+from safeshield.algorithms.tensors import LogTensors, return_scale
 from safeshield.algorithms.training import Draw, Metrics, Phase, TrainState, Update, descend
 from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.mlp import EnsembleMLP, Networks
@@ -89,12 +89,6 @@ class CriticConfig:
             self, "critic_hidden", "flow_hidden", "safety_backup_steps", "reward_backup_steps"
         )
 
-    def discount_of(self, kind: Literal["continuous", "binary"]) -> float:
-        """Return the discount of the safety backup for this kind of labels."""
-        if self.safety_discount is not None:
-            return self.safety_discount
-        return 0.997 if kind == "continuous" else 0.99
-
     def margin_of(self, scale: SafetyScale, kind: Literal["continuous", "binary"]) -> float:
         """Return the margin of the gate, in units of h."""
         share = self.margin * scale.spread
@@ -114,13 +108,7 @@ class Critics:
         """Read the units off a log."""
         widths = scaling.observation_features, scaling.action_features
         return cls(
-            SafetyCritics(
-                *widths,
-                config.critic_hidden,
-                safety_scale(dataset),
-                continuous=dataset.constraint_kind == "continuous",
-                discount=config.discount_of(dataset.constraint_kind),
-            ),
+            safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount),
             RewardCritics(*widths, config.critic_hidden, *return_scale(dataset, config.discount)),
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safeshield.algorithms.tensors import LogTensors
+from safeshield.algorithms.tensors import LogTensors, safety_scale
 from safeshield.algorithms.training import (
     Draw,
     Metrics,
@@ -19,8 +19,10 @@ from safeshield.algorithms.training import (
     descend,
     learning_rate,
 )
+from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.flow import flow_matching_loss
 from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.scaling import Scaling
 from safeshield.values.backup import safety_backup
 from safeshield.values.safety import SafetyBatch, SafetyCritics
 
@@ -87,6 +89,31 @@ class SafetyLog:
         kept = max(1, size * _KEPT // _POOL)
         nearest = value.abs().topk(kept, largest=False).indices
         return state._replace(near=rows[nearest])
+
+
+def safety_critics(
+    dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float | None
+) -> SafetyCritics:
+    """Describe safety critics in the units of a log.
+
+    Args:
+        dataset: the log.
+        scaling: of its observations and actions.
+        hidden: widths of the hidden layers.
+        discount: of the safety backup, per step; None: 0.997 where labels are continuous, 0.99
+            where they are binary, because there it sets how far ahead a violation is felt.
+    """
+    continuous = dataset.constraint_kind == "continuous"
+    if discount is None:
+        discount = 0.997 if continuous else 0.99
+    return SafetyCritics(
+        scaling.observation_features,
+        scaling.action_features,
+        hidden,
+        safety_scale(dataset),
+        continuous=continuous,
+        discount=discount,
+    )
 
 
 def stages(steps: int, *windows: tuple[int, ...]) -> list[tuple[int, ...]]:

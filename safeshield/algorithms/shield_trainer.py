@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -44,6 +43,7 @@ from safeshield.algorithms.safety_updates import (
     SafetyLog,
     critic_rates,
     flow_update,
+    safety_critics,
     stages,
 )
 from safeshield.algorithms.support_term import SupportTerm, held_out_episodes
@@ -55,12 +55,13 @@ from safeshield.algorithms.tensors import (
 )
 from safeshield.algorithms.training import (
     Draw,
-    FitOptions,
     Metrics,
     Phase,
     TrainState,
     Update,
     descend,
+    device_of,
+    fit_options,
     learning_rate,
     run_phases,
 )
@@ -167,9 +168,7 @@ class ShieldTrainer:
         self, config: ShieldConfig | None = None, *, device: str | torch.device = "auto"
     ) -> None:
         self.config = config or ShieldConfig()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = device_of(device)
         self._shield: Shield | None = None
 
     def fit(
@@ -197,26 +196,18 @@ class ShieldTrainer:
                 unbounded, or the checkpoint belongs to another run.
             FloatingPointError: a loss became NaN.
         """
-        if steps < 3:
-            raise ValueError(f"steps must be at least 3, one for each phase, got {steps}")
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-        if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-            raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
+        options = fit_options(
+            steps,
+            3,
+            progress_bar=progress_bar,
+            log_dir=log_dir,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )
         check_boundary(dataset)
         config = self.config
         scaling, support = _scaling_and_support(dataset, config, self.device)
-        discount = config.safety_discount
-        if discount is None:
-            discount = 0.997 if dataset.constraint_kind == "continuous" else 0.99
-        critics = SafetyCritics(
-            scaling.observation_features,
-            scaling.action_features,
-            config.critic_hidden,
-            safety_scale(dataset),
-            continuous=dataset.constraint_kind == "continuous",
-            discount=discount,
-        )
+        critics = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
         log = LogTensors.of(dataset, scaling, self.device)
         run = _Run(critics, dataset.flat_actions, scaling, log, config, steps, support)
         generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -226,12 +217,7 @@ class ShieldTrainer:
             generator,
             transitions=len(log),
             actions=scaling.action_features,
-            options=FitOptions(
-                progress_bar=progress_bar,
-                log_dir=None if log_dir is None else Path(log_dir),
-                checkpoint=None if checkpoint is None else Path(checkpoint),
-                checkpoint_every=checkpoint_every,
-            ),
+            options=options,
             fingerprint=fingerprint(config, dataset, steps),
         )
         # The critics' slow copies are what the advantages were fitted to.

@@ -9,6 +9,7 @@ never stopped: all that a run depends on is the `TrainState` and the generator's
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,6 +137,46 @@ class FitOptions:
     checkpoint_every: int = 2000
     stop_after: int | None = None
     """Steps after which to stop, leaving a checkpoint; None: run to the end."""
+
+
+def fit_options(
+    steps: int,
+    fewest_steps: int,
+    *,
+    progress_bar: bool,
+    log_dir: str | os.PathLike[str] | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    stop_after: int | None = None,
+) -> FitOptions:
+    """Check what users pass to `fit`, and return it as `FitOptions`.
+
+    Raises:
+        ValueError: `steps` does not suffice for one in each phase, or the others do not fit.
+        FileNotFoundError: the checkpoint's folder does not exist.
+    """
+    if steps < fewest_steps:
+        raise ValueError(f"steps must be at least {fewest_steps}, one for each phase, got {steps}")
+    if stop_after is not None and checkpoint is None:
+        raise ValueError("stop_after needs a checkpoint file to stop into")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
+    return FitOptions(
+        progress_bar=progress_bar,
+        log_dir=None if log_dir is None else Path(log_dir),
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        checkpoint_every=checkpoint_every,
+        stop_after=stop_after,
+    )
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device; "auto" is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 def run_phases(
