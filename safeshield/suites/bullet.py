@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
-from safeshield.suites.packages import Suite, broken, require
+from safeshield.suites.packages import Suite, load_once
 from safeshield.suites.registration import import_if_installed, register, remember
 
 if TYPE_CHECKING:
@@ -72,13 +72,7 @@ def load(what: str) -> None:
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
-    if _import_everything.cache_info().currsize:
-        return
-    require(what, Suite.bullet)
-    try:
-        _import_everything()
-    except Exception as error:
-        raise broken(what, error, Suite.bullet) from error
+    load_once(what, Suite.bullet, _import_everything)
 
 
 @functools.cache

@@ -11,9 +11,13 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import gymnasium as gym
 from packaging.requirements import Requirement
+
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper
 
 
 class Suite(StrEnum):
@@ -165,6 +169,26 @@ def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyN
     return gym.error.DependencyNotInstalled(
         f"{what} cannot be loaded ({type(error).__name__}: {error}): {repair}"
     )
+
+
+def load_once(what: str, suite: Suite, import_everything: _lru_cache_wrapper[None]) -> None:
+    """Import a suite unless that has been done, and say what is missing where it fails.
+
+    Args:
+        what: who needs it, named in the error.
+        suite: what is imported.
+        import_everything: does it, and remembers by `functools.cache` that it has been done.
+
+    Raises:
+        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+    """
+    if import_everything.cache_info().currsize:
+        return
+    require(what, suite)
+    try:
+        import_everything()
+    except Exception as error:
+        raise broken(what, error, suite) from error
 
 
 def _repair(packages: tuple[Package, ...]) -> str:

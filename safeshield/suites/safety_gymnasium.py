@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
-from safeshield.suites.packages import Suite, broken, require
+from safeshield.suites.packages import Suite, load_once
 from safeshield.suites.registration import import_if_installed, register, remember
 
 if TYPE_CHECKING:
@@ -122,13 +122,7 @@ def load(what: str) -> None:
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
-    if _import_everything.cache_info().currsize:
-        return
-    require(what, Suite.safety_gymnasium)
-    try:
-        _import_everything()
-    except Exception as error:
-        raise broken(what, error, Suite.safety_gymnasium) from error
+    load_once(what, Suite.safety_gymnasium, _import_everything)
 
 
 @functools.cache
