@@ -435,7 +435,9 @@ def test_where_the_stack_is_installed_nothing_is_skipped(tmp_path: Path, require
     (tmp_path / "test_skipped.py").write_text(SKIPPED)
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('nosuchthing')")
     environment = {**os.environ, "SAFESHIELD_SUITES": "1" if required else ""}
-    options = ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", tmp_path]
+    # -rN: no summary, which where the variable CI is set says every reason a second time.
+    options = ["-rN", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options += ["--rootdir", str(tmp_path)]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, tmp_path],
         capture_output=True, text=True, env=environment, timeout=120,
