@@ -43,6 +43,7 @@ class Algorithm(StrEnum):
     """What to train."""
 
     safefql = "safefql"
+    flrp = "flrp"
     fisor = "fisor"
     bc = "bc"
 

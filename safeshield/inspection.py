@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 AGENT, SHIELD, CHECKPOINT, LOG = "agent", "shield", "checkpoint", "log"
 _FORMATS = {
     "safeshield-safefql": AGENT,
+    "safeshield-flrp": AGENT,
     "safeshield-fisor": AGENT,
     "safeshield-behaviour-cloning": AGENT,
     "safeshield-shield": SHIELD,

@@ -196,7 +196,7 @@ class CriticsRun:
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             safety_batch = safety_batches(draw.rows)
-            reward_batch = _reward_batch(log, reward_window, draw.rows)
+            rewarded = reward_batch(log, reward_window, draw.rows)
             sigma = state.scales["reward"]
             allowed = self._allowed(state.targets, draw.rows) if config.safe_reward_value else None
             seen: list[Tensor] = []
@@ -212,7 +212,7 @@ class CriticsRun:
                 reward, residual, reward_metrics = critics.reward.losses(
                     networks,
                     state.targets,
-                    reward_batch,
+                    rewarded,
                     sigma,
                     discount=config.discount,
                     expectile=config.reward_expectile,
@@ -228,7 +228,7 @@ class CriticsRun:
             return (
                 state._replace(
                     targets=polyak(state.targets, state.networks, config.polyak),
-                    scales={"reward": torch.lerp(sigma, seen[0], config.polyak)},
+                    scales={**state.scales, "reward": torch.lerp(sigma, seen[0], config.polyak)},
                 ),
                 metrics,
             )
@@ -277,7 +277,8 @@ def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     return (*counts, steps - sum(counts))
 
 
-def _reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:
+def reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:
+    """Gather rows (batch,) of a log, with the targets of `window`."""
     return RewardBatch(
         observations=log.observations[rows],
         actions=log.actions[rows],

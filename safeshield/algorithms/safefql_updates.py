@@ -20,6 +20,7 @@ from safeshield.algorithms.training import (
     Update,
     descend,
     learning_rate,
+    together,
 )
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
@@ -181,13 +182,6 @@ class SafeFQLRun:
         return descend(state, STUDENT, (STUDENT,), loss, {STUDENT: rate})
 
     def _joint(self, safety_steps: int, reward_steps: int) -> Update:
-        critics, teacher = self._critics.update(safety_steps, reward_steps), self._teacher()
-
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            metrics: Metrics = {}
-            for part in (critics, teacher, self._student):
-                state, more = part(state, draw)
-                metrics |= more
-            return state, metrics
-
-        return update
+        return together(
+            self._critics.update(safety_steps, reward_steps), self._teacher(), self._student
+        )
