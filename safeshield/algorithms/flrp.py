@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -119,6 +120,8 @@ class FLRPConfig(CriticConfig):
             "shared_weight",
         )
         check_integers(self, "transforms", "refine_steps")
+        if not math.isfinite(self.entropy_floor):
+            raise ValueError(f"entropy_floor must be finite, got {self.entropy_floor}")
         check_phase_shares(self.phase_shares, 3)
 
     @classmethod
