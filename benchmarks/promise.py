@@ -58,6 +58,7 @@ def make_shield() -> Shield:
         critic_hidden=(48, 48),
         flow_hidden=(16,),
         student_hidden=(16,),
+        teacher="behaviour",
         distillation=0.1,
         safety_discount=0.9975,
         safety_backup_steps=(64, 16, 4, 1),

@@ -13,13 +13,8 @@ import torch
 
 from safeshield.algorithms.agent import OfflineAgent
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
-from safeshield.algorithms.fisor import (
-    FISOR,
-    REWARD_LIMIT,
-    SAFETY_LIMIT,
-    FISORConfig,
-    imitation_weights,
-)
+from safeshield.algorithms.fisor import FISOR, FISORConfig
+from safeshield.algorithms.imitation import REWARD_LIMIT, SAFETY_LIMIT, imitation_weights
 from safeshield.algorithms.registry import ALGORITHMS, load_agent
 from safeshield.data import OfflineDataset, collect
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
@@ -114,7 +109,16 @@ def test_weights_are_those_of_the_formula(fisor: FISOR, log: OfflineDataset) -> 
     networks[CONSTRAINT]["1.bias"] = bias - middle
     config = dataclasses.replace(TINY_FISOR, reward_temperature=40.0, safety_temperature=40.0)
     margin = 0.3 * safety.scale.step
-    weights = imitation_weights(model.critics, networks, observations, actions, margin, config)
+    weights = imitation_weights(
+        model.critics.safety,
+        model.critics.reward,
+        networks,
+        observations,
+        actions,
+        margin,
+        reward_temperature=config.reward_temperature,
+        safety_temperature=config.safety_temperature,
+    )
     seen = set()
     for i in range(len(rows)):
         one, act = observations[i : i + 1], actions[i : i + 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from safeshield.algorithms.agent import config_from_json
+from safeshield.algorithms.imitation import imitation_weights
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.algorithms.safefql_updates import SafeFQLRun
 from safeshield.algorithms.safety_updates import stages
 from safeshield.algorithms.tensors import LogTensors, check_boundary
 from safeshield.algorithms.training import Draw, TrainState, _flatten
 from safeshield.data import OfflineDataset, collect
+from safeshield.files import read_tensors, write_tensors
+from safeshield.nn.flow import flow_matching_loss
 
 TINY = SafeFQLConfig(
     critic_hidden=(8,),
@@ -201,10 +204,17 @@ def test_updates_are_pure_functions(phases: Any, log: OfflineDataset) -> None:  
         assert not all(torch.equal(t, before[n]) for n, t in _flatten(one).items())
 
 
-def test_each_phase_trains_its_own_networks_and_no_other(log: OfflineDataset) -> None:
-    run = make_run(log)
+@pytest.mark.parametrize(
+    ("teacher", "flows"), [("feasible", {"teacher", "behaviour"}), ("behaviour", {"teacher"})]
+)
+def test_each_phase_trains_its_own_networks_and_no_other(
+    log: OfflineDataset,
+    teacher: str,
+    flows: set[str],
+) -> None:
+    run = make_run(log, teacher=teacher)
     critics = set(run.model.critics.parts())
-    expected = [critics] * (len(run.phases()) - 2) + [{"teacher"}, {"student"}]
+    expected = [critics] * (len(run.phases()) - 2) + [flows, {"student"}]
     for phase, names in zip(run.phases(), expected, strict=True):
         state = run.initial(torch.Generator().manual_seed(0))
         after, _ = phase.update(state, draw(log))
@@ -214,6 +224,56 @@ def test_each_phase_trains_its_own_networks_and_no_other(log: OfflineDataset) ->
             if any(not torch.equal(t, state.networks[name][k]) for k, t in params.items())
         }
         assert changed == names, phase.name
+
+
+def test_the_teacher_is_matched_to_feasible_actions_with_fisors_weights(
+    log: OfflineDataset, fitted: SafeFQL
+) -> None:
+    """Flow matching weighted by `imitation_weights` at b_r = 0; the second flow by nothing."""
+    given, model = draw(log), fitted._fitted()
+    safety = model.critics.safety
+    rows = torch.tensor(model.scaling.observations(log.observations[given.rows]))
+    # A gate that half of the batch's states pass.
+    median = float(safety.value(fitted._networks, rows).median())
+    run = make_run(log, margin=-median / safety.scale.spread)
+    state = run.initial(torch.Generator().manual_seed(0))
+    critics = {name: fitted._networks[name] for name in run.model.critics.parts()}
+    state = state._replace(networks={**state.networks, **critics}, targets=critics)
+    _, metrics = run.phases()[-2].update(state, given)
+    seen, taken = run.log.observations[given.rows], run.log.actions[given.rows]
+    weights = imitation_weights(
+        run.model.critics.safety, run.model.critics.reward, critics, seen, taken,
+        run._critics.margin, reward_temperature=0.0, safety_temperature=5.0,
+    )  # fmt: skip
+    assert 0.0 < float((weights == 1.0).float().mean()) < 1.0
+    for name, counted in (("teacher", weights), ("behaviour", None)):
+        expected = flow_matching_loss(
+            run.model.teacher, state.networks[name], seen, taken, given.noise, given.time, counted
+        )
+        torch.testing.assert_close(metrics[f"{name}/flow_matching_loss"], expected)
+
+
+def test_the_shields_behaviour_is_the_log_and_not_the_teacher(log: OfflineDataset) -> None:
+    kinds: tuple[tuple[Literal["feasible", "behaviour"], str], ...]
+    kinds = (("feasible", "behaviour"), ("behaviour", "teacher"))
+    for teacher, name in kinds:
+        agent = tiny(teacher=teacher).fit(log, steps=9)
+        stack = agent.shield().model.networks["behaviour"]
+        for key, array in stack.items():
+            np.testing.assert_array_equal(array, agent._arrays[name][key])
+
+
+def test_files_from_before_the_feasible_teacher_are_read(
+    log: OfflineDataset, tmp_path: Path
+) -> None:
+    agent = tiny(teacher="behaviour").fit(log, steps=9)
+    agent.save(tmp_path / "new.safetensors")
+    file = read_tensors(tmp_path / "new.safetensors")
+    header = {**file.header, "config": dict(file.header["config"])}
+    del header["config"]["teacher"]
+    shapes = {name: file.shape(name) for name in weights(agent)}
+    write_tensors(tmp_path / "old.safetensors", file.load(shapes), header)
+    assert_same(SafeFQL.load(tmp_path / "old.safetensors", device="cpu"), agent)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -383,6 +443,7 @@ def test_tensorboard_files_hold_finite_curves(log: OfflineDataset, tmp_path: Pat
         ("near_share", 1.1),
         ("polyak", -0.1),
         ("distillation", -1.0),
+        ("teacher", "nobody"),
         ("phases", "both"),
         ("phase_shares", (0.5, 0.5)),
         ("phase_shares", (0.5, 0.5, 0.5)),

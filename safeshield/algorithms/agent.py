@@ -122,6 +122,8 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     config_type: ClassVar[type[Any]]
     file_format: ClassVar[str]
     """Name of its files' format."""
+    _before: ClassVar[dict[str, Any]] = {}
+    """Settings that older files do not hold, with the values that those agents were trained by."""
     _fewest_steps: ClassVar[int] = 1
     """One update for each phase."""
 
@@ -321,7 +323,10 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             header = file.header
             if header["version"] != _VERSION:
                 raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
-            agent = cls(config_from_json(cls.config_type, header["config"]), device=device)
+            agent = cls(
+                config_from_json(cls.config_type, {**cls._before, **header["config"]}),
+                device=device,
+            )
             observation = flat_observations(space_from_json(header["observation_space"]))
             action = flat_actions(space_from_json(header["action_space"]))
             scaling = Scaling.from_json(header["scaling"], observation, action)

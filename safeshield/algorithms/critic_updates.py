@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from safeshield.algorithms.checks import (
     check_shares,
     check_sizes,
 )
+from safeshield.algorithms.imitation import imitation_weights
 from safeshield.algorithms.safety_updates import SafetyLog, critic_rates, safety_critics, stages
 from safeshield.algorithms.tensors import LogTensors, return_scale
 from safeshield.algorithms.training import Draw, Metrics, Phase, TrainState, Update, descend
@@ -240,6 +242,26 @@ class CriticsRun:
         """Margin of the gate, in units of h."""
         safety = self.critics.safety
         return self.config.margin_of(safety.scale, "continuous" if safety.continuous else "binary")
+
+    def imitation(
+        self, *, reward_temperature: float, safety_temperature: float
+    ) -> Callable[[TrainState, Tensor], Tensor]:
+        """Return what weighs rows (batch,) of the log for an actor that imitates the good ones."""
+
+        def weigh(state: TrainState, rows: Tensor) -> Tensor:
+            with torch.no_grad():
+                return imitation_weights(
+                    self.critics.safety,
+                    self.critics.reward,
+                    state.targets,
+                    self.log.observations[rows],
+                    self.log.actions[rows],
+                    self.margin,
+                    reward_temperature=reward_temperature,
+                    safety_temperature=safety_temperature,
+                )
+
+        return weigh
 
     def _allowed(self, critics: Networks, rows: Tensor) -> Tensor:
         """Mark the logged actions that an actor's gate would let pass.

@@ -4,13 +4,8 @@ After Zheng et al., "Safe Offline Reinforcement Learning with Feasibility-Guided
 (ICLR 2024). Two phases on one log:
 
 1. critics: safety values V_h, Q_h and reward values V_r, Q_r, the same as SafeFQL's;
-2. actor: a flow (the paper: a diffusion model) that imitates each logged action with the weight
-
-       V_h(s) <= 0:   min(exp(b_r A_r), 100)   where Q_h(s, a) <= 0, else 0
-       V_h(s) >  0:   min(exp(-b_h A_h), 150)
-
-   with A_r = min_i (Q_r,i - V_r) / sigma_r and A_h = (Q_h - V_h) / sigma_h in units of one step's
-   advantage (the paper: raw), so that the temperatures mean the same on every task.
+2. actor: a flow (the paper: a diffusion model) that imitates each logged action with the weights of
+   `algorithms.imitation`, good actions in feasible states and safe ones in the others.
 
 It acts by the candidate of lowest Q_h among N draws of the flow. A baseline to be judged beside:
 what differs from the paper beside the units are the critics (docs/safefql.md) and the flow.
@@ -25,7 +20,6 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from safeshield.algorithms.checks import (
     check_integers,
@@ -41,24 +35,19 @@ from safeshield.algorithms.critic_updates import (
     phase_steps,
     with_networks,
 )
+from safeshield.algorithms.safety_updates import flow_update
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import (
-    Draw,
-    Metrics,
     Phase,
     TrainState,
-    descend,
-    learning_rate,
 )
-from safeshield.nn.flow import flow_matching_loss, velocity_network
+from safeshield.nn.flow import velocity_network
 from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import forward, layers
-from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.mlp import EnsembleMLP
 from safeshield.scaling import ADVANTAGE, Scaling
 
 ACTOR = "actor"
-REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
-"""Largest weights of a logged action, as in the official code."""
 
 
 @dataclass(frozen=True)
@@ -159,34 +148,6 @@ class FISOR(CriticAgent[FISORConfig, _Architecture]):
         return chosen
 
 
-def imitation_weights(
-    critics: Critics,
-    networks: Networks,
-    observations: Tensor,
-    actions: Tensor,
-    margin: float,
-    config: FISORConfig,
-) -> Tensor:
-    """Return how much each logged action counts, (batch,); the formula stands at the file's head.
-
-    Args:
-        critics: what the networks are.
-        networks: their weights.
-        observations: (batch, obs) normalised.
-        actions: (batch, act) in [-1, 1].
-        margin: of the gate, in units of h.
-        config: the temperatures.
-    """
-    safety = critics.safety
-    value = safety.value(networks, observations)
-    danger = safety.advantages(networks, observations, actions).amax(0)
-    reward = critics.reward.advantages(networks, observations, actions).amin(0)
-    good = (config.reward_temperature * reward).exp().clamp(max=REWARD_LIMIT)
-    safe = (-config.safety_temperature * danger).exp().clamp(max=SAFETY_LIMIT)
-    passes = (value + safety.scale.step * danger <= -margin).float()
-    return torch.where(value <= -margin, good * passes, safe)
-
-
 @dataclass(eq=False)
 class _Run:
     model: _Architecture
@@ -203,36 +164,17 @@ class _Run:
         return with_networks(state, {ACTOR: self.model.actor}, generator)
 
     def phases(self) -> list[Phase]:
-        actor = Phase(ACTOR, self._actor_steps, self._update, self.config.batch_size)
+        config = self.config
+        update = flow_update(
+            ACTOR,
+            self.model.actor,
+            self.log,
+            config.learning_rate,
+            self._actor_steps,
+            self._critics.imitation(
+                reward_temperature=config.reward_temperature,
+                safety_temperature=config.safety_temperature,
+            ),
+        )
+        actor = Phase(ACTOR, self._actor_steps, update, config.batch_size)
         return [*self._critics.phases(), actor]
-
-    def _update(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
-        with torch.no_grad():
-            weights = imitation_weights(
-                self.model.critics,
-                state.targets,
-                observations,
-                actions,
-                self._critics.margin,
-                self.config,
-            )
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            value = flow_matching_loss(
-                self.model.actor,
-                networks[ACTOR],
-                observations,
-                actions,
-                draw.noise,
-                draw.time,
-                weights,
-            )
-            return value, {
-                "actor/flow_matching_loss": value.detach(),
-                "actor/mean_weight": weights.mean(),
-            }
-
-        count = state.moments[ACTOR].updates
-        rate = learning_rate(self.config.learning_rate, count, self._actor_steps)
-        return descend(state, ACTOR, (ACTOR,), loss, {ACTOR: rate})

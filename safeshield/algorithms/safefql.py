@@ -3,7 +3,7 @@ r"""SafeFQL: Safe Flow Q-Learning (arXiv 2603.15136; RLC 2026), whole.
 Three phases on one log, each its own update (page and official code compared in docs/safefql.md):
 
 1. critics: safety values V_h, Q_h (`values.safety`) and reward values V_r, Q_r (`values.reward`);
-2. teacher: flow matching, the log's own behaviour (`nn.flow`);
+2. teacher: flow matching, the feasible part of the log's own behaviour (`nn.flow`);
 3. student: a one-step actor mu(s, z), z ~ N(0, I), that minimises
 
        distillation * || mu(s, z) - teacher(s, z) ||^2
@@ -18,7 +18,7 @@ tasks whose official configurations needed weights from 0.1 to 100,000.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -46,7 +46,10 @@ class SafeFQLConfig(CriticConfig):
 
     student_hidden: tuple[int, ...] = (128, 128, 128)
     """Widths of the student's hidden layers (official code: four of 512)."""
-    distillation: float = 1.0
+    teacher: Literal["feasible", "behaviour"] = "feasible"
+    """What the teacher imitates: in feasible states the feasible actions of the log, in others its
+    safer ones (`algorithms.imitation` with b_r = 0); or the log as it is, the paper's."""
+    distillation: float = 3.0
     """Weight of the student's distance to the teacher."""
     safety_weight: float = 1.0
     """Weight of the student's unsafe branch."""
@@ -59,6 +62,8 @@ class SafeFQLConfig(CriticConfig):
         super().__post_init__()
         check_positive(self, "safety_weight")
         check_not_negative(self, "distillation")
+        if self.teacher not in ("feasible", "behaviour"):
+            raise ValueError(f"teacher must be 'feasible' or 'behaviour', got {self.teacher!r}")
         if self.phases not in ("sequential", "joint"):
             raise ValueError(f"phases must be 'sequential' or 'joint', got {self.phases!r}")
         check_phase_shares(self.phase_shares, 3)
@@ -84,12 +89,13 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
 
     config_type = SafeFQLConfig
     file_format = "safeshield-safefql"
+    _before: ClassVar[dict[str, Any]] = {"teacher": "behaviour"}
     _fewest_steps = 3
 
     def shield(self) -> Shield:
         """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor."""
         model = self._fitted()
-        names = {**{name: name for name in (*SAFETY_NETWORKS, STUDENT)}, BEHAVIOUR: TEACHER}
+        names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)} | {BEHAVIOUR: model.behaviour}
         networks = {name: self._arrays[mine] for name, mine in names.items()}
         return Shield(
             SafetyModel(
@@ -118,6 +124,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
             config.flow_hidden,
             config.student_hidden,
             critics,
+            TEACHER if config.teacher == "behaviour" else BEHAVIOUR,
         )
 
     def _run(self, model: Architecture, log: LogTensors, steps: int) -> SafeFQLRun:

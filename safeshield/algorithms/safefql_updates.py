@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from safeshield.algorithms.safefql import SafeFQLConfig
 
 TEACHER, STUDENT = "teacher", "student"
+SAFETY_TEMPERATURE = 5.0
+"""b_h of the teacher's weights, FISOR's (`algorithms.imitation`)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Architecture:
     flow_hidden: tuple[int, ...]
     student_hidden: tuple[int, ...]
     critics: Critics
+    behaviour: str
+    """Name of the network that imitates the whole log: a second flow, or the teacher itself."""
 
     @property
     def teacher(self) -> EnsembleMLP:
@@ -58,7 +62,8 @@ class Architecture:
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Describe every network."""
-        return {**self.critics.parts(), TEACHER: self.teacher, STUDENT: self.student}
+        flows = dict.fromkeys((TEACHER, self.behaviour), self.teacher)
+        return {**self.critics.parts(), **flows, STUDENT: self.student}
 
     def units(self) -> dict[str, Any]:
         """Return the critics' units as JSON."""
@@ -128,10 +133,12 @@ class SafeFQLRun:
         self._critics = CriticsRun(
             self.model.critics, self.log, self.config, self._phase_steps()[0]
         )
+        self._known = set(self.model.critics.parts())
 
     def initial(self, generator: torch.Generator) -> TrainState:
         """Draw all weights."""
-        actors = {TEACHER: self.model.teacher, STUDENT: self.model.student}
+        parts = self.model.parts()
+        actors = {name: part for name, part in parts.items() if name not in self._known}
         return with_networks(self._critics.initial(generator), actors, generator)
 
     def phases(self) -> list[Phase]:
@@ -155,13 +162,15 @@ class SafeFQLRun:
         return phase_steps(self.steps, self.config.phase_shares)
 
     def _teacher(self) -> Update:
-        return flow_update(
-            TEACHER,
-            self.model.teacher,
-            self.log,
-            self.config.learning_rate,
-            self._phase_steps()[1],
+        """Imitate the feasible part of the log, and beside it the whole, for the shield's test."""
+        model, rate, total = self.model, self.config.learning_rate, self._phase_steps()[1]
+        whole = flow_update(model.behaviour, model.teacher, self.log, rate, total)
+        if model.behaviour == TEACHER:
+            return whole
+        weigh = self._critics.imitation(
+            reward_temperature=0.0, safety_temperature=SAFETY_TEMPERATURE
         )
+        return together(flow_update(TEACHER, model.teacher, self.log, rate, total, weigh), whole)
 
     def _student(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
         config = self.config

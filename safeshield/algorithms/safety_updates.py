@@ -151,18 +151,37 @@ def critic_rates(
 
 
 def flow_update(
-    name: str, network: EnsembleMLP, log: LogTensors, base: float, total: int
+    name: str,
+    network: EnsembleMLP,
+    log: LogTensors,
+    base: float,
+    total: int,
+    weigh: Callable[[TrainState, Tensor], Tensor] | None = None,
 ) -> Update:
-    """Return the update that fits the log's behaviour by flow matching (`nn.flow`)."""
+    """Return the update that fits the log's behaviour by flow matching (`nn.flow`).
+
+    Args:
+        name: of the network in a training state.
+        network: the velocity field.
+        log: what to imitate.
+        base: learning rate at the start.
+        total: updates in all.
+        weigh: from (state, rows) to how much these logged actions count, (batch,); all alike by
+            default.
+    """
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
         observations, actions = log.observations[draw.rows], log.actions[draw.rows]
+        weights = None if weigh is None else weigh(state, draw.rows)
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
             value = flow_matching_loss(
-                network, networks[name], observations, actions, draw.noise, draw.time
+                network, networks[name], observations, actions, draw.noise, draw.time, weights
             )
-            return value, {f"{name}/flow_matching_loss": value.detach()}
+            metrics = {f"{name}/flow_matching_loss": value.detach()}
+            if weights is not None:
+                metrics[f"{name}/mean_weight"] = weights.mean()
+            return value, metrics
 
         rate = learning_rate(base, state.moments[name].updates, total)
         return descend(state, name, (name,), loss, {name: rate})

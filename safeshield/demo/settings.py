@@ -12,7 +12,9 @@ def _training() -> SafeFQLConfig:
         critic_hidden=(128, 128, 128),
         flow_hidden=(128, 128),
         student_hidden=(128, 128),
-        distillation=0.1,  # the log shows every course
+        # The log shows every course in every state: the student may go its own way.
+        teacher="behaviour",
+        distillation=0.1,
         phase_shares=(0.8, 0.08, 0.12),
     )
 
