@@ -108,7 +108,9 @@ def run(seed: int, steps: int, episodes: int) -> dict[str, Any]:
         agent = SafeFQL.load(path)
     else:
         log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
-        config = SafeFQLConfig(seed=seed, discount=0.997, teacher="behaviour", distillation=0.1)
+        config = SafeFQLConfig(
+            seed=seed, discount=0.997, teacher="behaviour", distillation=0.1, candidates=1
+        )
         agent = SafeFQL(config, device="cpu").fit(log, steps=steps)
         RESULTS.mkdir(parents=True, exist_ok=True)
         agent.save(path)

@@ -134,7 +134,7 @@ def shield_of(task: str, seed: int, data: Path) -> Shield:
     agent = trained(task, "safefql", seed, data)
     assert isinstance(agent, SafeFQL)
     shield = agent.shield()
-    return shield.with_delta(agent.config.margin_of(shield.model.scale, "continuous"))
+    return shield.with_delta(agent.config.margin_of(agent._fitted().critics.safety))
 
 
 def cell(task: str, method: str, seed: int, data: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from safeshield.data import OfflineDataset, collect
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
 from safeshield.scaling import CONSTRAINT, SafetyScale
 from safeshield.shield import Shield
+from safeshield.values.safety import SafetyCritics
 from safeshield.wrappers import ConstraintFromFunction
 
 TINY_FISOR = FISORConfig(
@@ -177,10 +178,11 @@ def test_it_acts_by_the_safest_of_its_candidates(fisor: FISOR, log: OfflineDatas
 @pytest.mark.parametrize("steps", [0.1, 2.0])
 def test_the_margin_is_a_share_of_the_spread_and_at_least_a_step(steps: float) -> None:
     scale = SafetyScale(offset=0.0, spread=10.0, step=steps)
+    binary, continuous = (SafetyCritics(1, 1, (8,), scale, continuous=c) for c in (False, True))
     config = FISORConfig(margin=0.058)
-    assert config.margin_of(scale, "binary") == pytest.approx(0.58)
-    assert config.margin_of(scale, "continuous") == pytest.approx(max(0.58, steps))
-    assert FISORConfig(margin=0.0).margin_of(scale, "continuous") == 0.0
+    assert config.margin_of(binary) == pytest.approx(0.58)
+    assert config.margin_of(continuous) == pytest.approx(max(0.58, steps))
+    assert FISORConfig(margin=0.0).margin_of(continuous) == 0.0
 
 
 # -- both ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -263,17 +264,71 @@ def test_the_shields_behaviour_is_the_log_and_not_the_teacher(log: OfflineDatase
             np.testing.assert_array_equal(array, agent._arrays[name][key])
 
 
+def with_candidates(agent: SafeFQL, candidates: int, **changes: Any) -> SafeFQL:  # noqa: ANN401
+    other = copy.copy(agent)
+    other.config = dataclasses.replace(agent.config, candidates=candidates, **changes)
+    return other
+
+
+def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
+    log: OfflineDataset, fitted: SafeFQL
+) -> None:
+    seen = log.observations[::7]
+    safety, own = fitted._fitted().critics.safety, fitted.shield()
+    first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
+    values = np.asarray(own.value(seen, first))
+    # A gate that rejects half of the first draws.
+    margin = -float(np.median(values)) / safety.scale.spread
+    one, many = (with_candidates(fitted, n, margin=margin) for n in (1, 9))
+    plain = one.predict(seen, deterministic=True)[0]
+    chosen = many.predict(seen, deterministic=True)[0]
+    kept = values < np.median(values)
+    np.testing.assert_array_equal(chosen[kept], plain[kept])
+    after = np.asarray(own.value(seen, chosen))
+    assert (after[~kept] <= values[~kept] + 1e-6).all()
+    assert (after[~kept] < values[~kept] - 1e-6).any()
+    noise = np.random.default_rng(fitted.config.seed).standard_normal((9, 2))
+    for i in np.flatnonzero(~kept)[:5]:
+        rows = np.repeat(fitted._fitted().scaling.observations(seen[i : i + 1]), 9, axis=0)
+        drawn = fitted._fitted().scaling.to_box(fitted._student(rows, noise))
+        drawn = np.concatenate([drawn, plain[i : i + 1]])
+        asked = np.asarray(own.value(np.repeat(seen[i : i + 1], 10, axis=0), drawn))
+        np.testing.assert_allclose(chosen[i], drawn[asked.argmin()], atol=1e-6)
+    assert not np.array_equal(many.predict(seen)[0], many.predict(seen)[0])
+
+
+def test_the_kind_of_labels_survives_a_file(log: OfflineDataset, tmp_path: Path) -> None:
+    """The gate's margin depends on it."""
+    binary = OfflineDataset.from_arrays(
+        observations=log.observations,
+        actions=log.actions,
+        rewards=log.rewards,
+        next_observations=log.next_observations,
+        terminated=log.terminated,
+        truncated=log.truncated,
+        costs=(log.next_constraints > 0).astype(float),
+    )
+    for data in (log, binary):
+        agent = tiny().fit(data, steps=9)
+        agent.save(tmp_path / "agent.safetensors")
+        back = SafeFQL.load(tmp_path / "agent.safetensors", device="cpu")
+        assert back._margin(back._fitted()) == agent._margin(agent._fitted())
+        assert agent._fitted().critics.safety.continuous == (data is log)
+
+
 def test_files_from_before_the_feasible_teacher_are_read(
     log: OfflineDataset, tmp_path: Path
 ) -> None:
-    agent = tiny(teacher="behaviour").fit(log, steps=9)
+    agent = tiny(teacher="behaviour", candidates=1).fit(log, steps=9)
     agent.save(tmp_path / "new.safetensors")
     file = read_tensors(tmp_path / "new.safetensors")
     header = {**file.header, "config": dict(file.header["config"])}
-    del header["config"]["teacher"]
+    del header["config"]["teacher"], header["config"]["candidates"], header["constraint_kind"]
     shapes = {name: file.shape(name) for name in weights(agent)}
     write_tensors(tmp_path / "old.safetensors", file.load(shapes), header)
-    assert_same(SafeFQL.load(tmp_path / "old.safetensors", device="cpu"), agent)
+    back = SafeFQL.load(tmp_path / "old.safetensors", device="cpu")
+    assert_same(back, agent)
+    assert back.config == agent.config
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -444,6 +499,8 @@ def test_tensorboard_files_hold_finite_curves(log: OfflineDataset, tmp_path: Pat
         ("polyak", -0.1),
         ("distillation", -1.0),
         ("teacher", "nobody"),
+        ("candidates", 0),
+        ("candidates", 2.5),
         ("phases", "both"),
         ("phase_shares", (0.5, 0.5)),
         ("phase_shares", (0.5, 0.5, 0.5)),

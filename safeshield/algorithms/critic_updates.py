@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,11 +91,11 @@ class CriticConfig:
             self, "critic_hidden", "flow_hidden", "safety_backup_steps", "reward_backup_steps"
         )
 
-    def margin_of(self, scale: SafetyScale, kind: Literal["continuous", "binary"]) -> float:
+    def margin_of(self, safety: SafetyCritics) -> float:
         """Return the margin of the gate, in units of h."""
-        share = self.margin * scale.spread
+        share = self.margin * safety.scale.spread
         # Binary labels jump by more than lies between safe and unsafe.
-        return share if kind == "binary" or not self.margin else max(share, scale.step)
+        return max(share, safety.scale.step) if safety.continuous and self.margin else share
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,13 @@ class Critics:
         widths = scaling.observation_features, scaling.action_features
         scale = SafetyScale.from_json(header["safety_scale"])
         mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
+        # Older files do not say, and did not need it.
+        kind = header.get("constraint_kind", "continuous")
+        if kind not in ("continuous", "binary"):
+            raise ValueError(f"constraint_kind must be 'continuous' or 'binary', got {kind!r:.20}")
+        continuous = kind == "continuous"
         return cls(
-            SafetyCritics(*widths, config.critic_hidden, scale),
+            SafetyCritics(*widths, config.critic_hidden, scale, continuous=continuous),
             RewardCritics(*widths, config.critic_hidden, mean, spread),
         )
 
@@ -134,6 +139,7 @@ class Critics:
         return {
             "safety_scale": dataclasses.asdict(self.safety.scale),
             "reward_scale": [self.reward.offset, self.reward.spread],
+            "constraint_kind": "continuous" if self.safety.continuous else "binary",
         }
 
     def parts(self) -> dict[str, EnsembleMLP]:
@@ -240,8 +246,7 @@ class CriticsRun:
     @property
     def margin(self) -> float:
         """Margin of the gate, in units of h."""
-        safety = self.critics.safety
-        return self.config.margin_of(safety.scale, "continuous" if safety.continuous else "binary")
+        return self.config.margin_of(self.critics.safety)
 
     def imitation(
         self, *, reward_temperature: float, safety_temperature: float

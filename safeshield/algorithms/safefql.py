@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.algorithms.checks import (
+    check_integers,
     check_not_negative,
     check_phase_shares,
     check_positive,
@@ -35,8 +36,9 @@ from safeshield.algorithms.critic_updates import CriticConfig, Critics
 from safeshield.algorithms.safefql_updates import STUDENT, TEACHER, Architecture, SafeFQLRun
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.nn.forward import forward
+from safeshield.nn.mlp import Networks
 from safeshield.scaling import BEHAVIOUR, SAFETY_NETWORKS, Scaling
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.model import SafetyModel, StateValue
 from safeshield.shield.shield import Shield
 
 
@@ -53,6 +55,9 @@ class SafeFQLConfig(CriticConfig):
     """Weight of the student's distance to the teacher."""
     safety_weight: float = 1.0
     """Weight of the student's unsafe branch."""
+    candidates: int = 16
+    """N: where the first draw does not pass the gate, the safest of it and N more acts. 1: the
+    first draw acts whatever it is, the paper's."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Critics, then teacher, then student; or all three in every step, as the official code."""
     phase_shares: tuple[float, float, float] = (0.5, 0.15, 0.35)
@@ -62,6 +67,8 @@ class SafeFQLConfig(CriticConfig):
         super().__post_init__()
         check_positive(self, "safety_weight")
         check_not_negative(self, "distillation")
+        check_positive(self, "candidates")
+        check_integers(self, "candidates")
         if self.teacher not in ("feasible", "behaviour"):
             raise ValueError(f"teacher must be 'feasible' or 'behaviour', got {self.teacher!r}")
         if self.phases not in ("sequential", "joint"):
@@ -89,25 +96,32 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
 
     config_type = SafeFQLConfig
     file_format = "safeshield-safefql"
-    _before: ClassVar[dict[str, Any]] = {"teacher": "behaviour"}
+    _before: ClassVar[dict[str, Any]] = {"teacher": "behaviour", "candidates": 1}
     _fewest_steps = 3
+    _safety_model: SafetyModel | None = None
+    """The critics as NumPy runs them, made when first needed."""
 
     def shield(self) -> Shield:
         """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor."""
-        model = self._fitted()
-        names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)} | {BEHAVIOUR: model.behaviour}
-        networks = {name: self._arrays[mine] for name, mine in names.items()}
-        return Shield(
-            SafetyModel(
+        return Shield(self._safety(self._fitted()), trained_by=f"SafeFQL, seed {self.config.seed}")
+
+    def _safety(self, model: Architecture) -> SafetyModel:
+        if self._safety_model is None:
+            names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)}
+            names[BEHAVIOUR] = model.behaviour
+            self._safety_model = SafetyModel(
                 observation_space=model.observation_space,
                 action_space=model.action_space,
                 scaling=model.scaling,
                 scale=model.critics.safety.scale,
-                networks=networks,
+                networks={name: self._arrays[mine] for name, mine in names.items()},
                 flow_steps=self.config.flow_steps,
-            ),
-            trained_by=f"SafeFQL, seed {self.config.seed}",
-        )
+            )
+        return self._safety_model
+
+    def _adopt(self, model: Architecture, networks: Networks) -> None:
+        super()._adopt(model, networks)
+        self._safety_model = None
 
     def _architecture(
         self,
@@ -133,8 +147,39 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
     def _act(
         self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Take one draw of z, or z = 0, and one forward pass."""
-        shape = (len(observations), model.scaling.action_features)
-        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
+        """Take one draw of z, or z = 0; where the gate rejects it, the safest of N more and it.
+
+        Deterministic: of the same N in every state.
+        """
+        count, width = len(observations), model.scaling.action_features
+        draw = self._noise.standard_normal
+        first = np.zeros((count, width)) if deterministic else draw((count, width))
+        actions = self._student(observations, first)
+        each = self.config.candidates
+        if each == 1:
+            return actions
+        safety = self._safety(model)
+        states = safety.states_of(observations)
+        passes = safety.scaled_values(states, actions[:, None])[:, 0] < -self._margin(model)
+        at = np.flatnonzero(~passes)
+        if len(at):
+            if deterministic:
+                noise = np.random.default_rng(self.config.seed).standard_normal((each, width))
+                noise = np.tile(noise, (len(at), 1))
+            else:
+                noise = draw((len(at) * each, width))
+            drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
+            drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
+            judged = StateValue(states.inputs[at], states.value[at])
+            safest = safety.scaled_values(judged, drawn).argmin(1)
+            actions[at] = drawn[np.arange(len(at)), safest]
+        return actions
+
+    def _student(
+        self, observations: npt.NDArray[np.float32], noise: npt.NDArray[np.floating]
+    ) -> npt.NDArray[np.float32]:
         inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
         return np.asarray(np.clip(forward(self._arrays[STUDENT], inputs)[0], -1.0, 1.0))
+
+    def _margin(self, model: Architecture) -> float:
+        return self.config.margin_of(model.critics.safety)

@@ -128,7 +128,10 @@ class SafetyModel:
 
     def states(self, observations: Observations) -> StateValue:
         """Judge finite observations (n, obs)."""
-        inputs = self.scaling.observations(observations)
+        return self.states_of(self.scaling.observations(observations))
+
+    def states_of(self, inputs: _Float) -> StateValue:
+        """Judge what `scaling` made of observations, (n, features)."""
         out = forward_layers(self._state_layers, inputs)
         constraint = out[0, :, 0] * np.float32(self.scale.spread) + np.float32(self.scale.offset)
         excess = np.maximum(out[1, :, 0], 0.0) * np.float32(self.scale.excess)
@@ -165,7 +168,13 @@ class SafetyModel:
         """Return Q_h of c actions (n, c, act) in each of n states: (n, c), in one pass."""
         count, each, width = candidates.shape
         actions = self.scaling.actions(candidates.reshape(count * each, width))
-        inputs = np.concatenate([np.repeat(states.inputs, each, axis=0), actions], axis=-1)
+        return self.scaled_values(states, actions.reshape(count, each, -1))
+
+    def scaled_values(self, states: StateValue, candidates: Candidates) -> Scalars:
+        """Return Q_h (n, c) of actions (n, c, features) as the networks see them."""
+        count, each, width = candidates.shape
+        seen = np.repeat(states.inputs, each, axis=0)
+        inputs = np.concatenate([seen, candidates.reshape(count * each, width)], axis=-1)
         worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
         worst = worst.reshape(count, each)
         out: _Float = states.value[:, None] + worst * np.float32(self.scale.step)
