@@ -146,6 +146,7 @@ def _describe_agent(path: Path) -> dict[str, Any]:
         "observation_space": str(agent.observation_space),
         "action_space": str(agent.action_space),
         "config": dataclasses.asdict(agent.config),
+        **agent.diagnostics(),
     }
 
 

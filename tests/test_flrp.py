@@ -290,6 +290,7 @@ def test_the_safety_weight_carries_no_gradient(agent: FLRP, log: OfflineDataset)
         danger = 0.7 * acted
         weights = (config.safety_temperature * danger).exp().clamp(max=150.0)
         expected = (weights / weights.mean() * danger.sigmoid() * acted).mean()
+        expected = config.safety_weight * expected
     torch.testing.assert_close(slope, expected)
 
 
@@ -525,7 +526,7 @@ def test_presets() -> None:
     paper = FLRPConfig.preset("paper", seed=3, batch_size=8)
     assert (paper.seed, paper.batch_size, paper.safety_expectile) == (3, 8, 0.9)
     with pytest.raises(ValueError, match="preset must be one of"):
-        FLRPConfig.preset("large")  # type: ignore[arg-type]
+        FLRPConfig.preset("large")
 
 
 def test_posterior_and_prior_are_flows(agent: FLRP) -> None:

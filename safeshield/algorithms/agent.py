@@ -179,6 +179,10 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
         """Return the log to learn from, or refuse it."""
         return dataset
 
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what is known of a trained agent beside its settings, as JSON values."""
+        return {}
+
     # -- training -----------------------------------------------------------------------------
 
     def fit(

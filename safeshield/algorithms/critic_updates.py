@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,9 +36,24 @@ CRITICS = "critics"
 _VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
 
 
+PAPER_CRITICS: dict[str, Any] = {
+    "reward_expectile": 0.9,
+    "safety_expectile": 0.9,
+    "safety_backup_steps": (1,),
+    "reward_backup_steps": (1,),
+    "safe_reward_value": False,
+    "near_share": 0.0,
+    "margin": 0.0,
+}
+"""What the critics of the papers' official codes have instead of our defaults."""
+
+
 @dataclass(frozen=True)
 class CriticConfig:
     """Settings of the critics, and what every algorithm built on them shares."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
+    """Named settings; "small" is the defaults: two cores, minutes, one setting for all tasks."""
 
     seed: int = 0
     """Seed of weights, batches and noise."""
@@ -90,6 +105,21 @@ class CriticConfig:
         check_sizes(
             self, "critic_hidden", "flow_hidden", "safety_backup_steps", "reward_backup_steps"
         )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401
+        """Return the settings of a name in `presets`, some of them changed.
+
+        Raises:
+            ValueError: there is no preset of this name.
+
+        >>> from safeshield import SafeFQLConfig
+        >>> SafeFQLConfig.preset("paper", seed=2).student_hidden
+        (512, 512, 512, 512)
+        """
+        if name not in cls.presets:
+            raise ValueError(f"preset must be one of {sorted(cls.presets)}, got {name!r}")
+        return cls(**{**cls.presets[name], **changes})
 
     def margin_of(self, safety: SafetyCritics) -> float:
         """Return the margin of the gate, in units of h."""

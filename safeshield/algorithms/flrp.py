@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -31,7 +31,7 @@ from safeshield.algorithms.checks import (
     check_positive,
 )
 from safeshield.algorithms.critic_agent import CriticAgent
-from safeshield.algorithms.critic_updates import CriticConfig, Critics
+from safeshield.algorithms.critic_updates import PAPER_CRITICS, CriticConfig, Critics
 from safeshield.algorithms.feasibility import COST_NETWORKS, cost_critics
 from safeshield.algorithms.flrp_updates import Architecture, FLRPRun
 from safeshield.algorithms.latent_policy import LatentPolicy
@@ -51,7 +51,24 @@ _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
 
 @dataclass(frozen=True)
 class FLRPConfig(CriticConfig):
-    """Settings of FLRP. The defaults are the preset "small": two cores, minutes, all tasks."""
+    """Settings of FLRP. The defaults are the preset "small": two cores, minutes, all tasks.
+
+    "paper" has the settings of tables 4 and 5, for 1,000,000 updates on a GPU. What the paper does
+    not say (flows' depth, KL weight, entropy floor) is as in "small"; so are the temperatures'
+    units.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "small": {},
+        "paper": {
+            "critic_hidden": (256, 256),
+            "batch_size": 512,
+            "learning_rate": 3e-4,
+            "polyak": 0.001,
+            "safety_weight": 1.0,
+            **PAPER_CRITICS,
+        },
+    }
 
     latent: int | None = None
     """Width of the latent space, at least 2; None: the action's, at least 2."""
@@ -86,8 +103,8 @@ class FLRPConfig(CriticConfig):
     """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training."""
     reward_weight: float = 1.0
     """lambda_r of the experts' loss."""
-    safety_weight: float = 1.0
-    """lambda_h."""
+    safety_weight: float = 3.0
+    """lambda_h (the paper: 1, with advantages in units of h)."""
     shared_weight: float = 0.5
     """lambda_sh."""
     phase_shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
@@ -123,34 +140,6 @@ class FLRPConfig(CriticConfig):
         if not math.isfinite(self.entropy_floor):
             raise ValueError(f"entropy_floor must be finite, got {self.entropy_floor}")
         check_phase_shares(self.phase_shares, 3)
-
-    @classmethod
-    def preset(cls, name: Literal["small", "paper"], **changes: Any) -> Self:  # noqa: ANN401
-        """Return a named set of settings: "small" (the defaults) or "paper" (tables 4 and 5).
-
-        "paper" is made for 1,000,000 updates on a GPU. What the paper does not say (flows' depth,
-        KL weight, entropy floor) is as in "small"; so are the units of the temperatures.
-
-        >>> FLRPConfig.preset("paper", seed=2).critic_hidden
-        (256, 256)
-        """
-        paper: dict[str, Any] = {
-            "critic_hidden": (256, 256),
-            "batch_size": 512,
-            "learning_rate": 3e-4,
-            "reward_expectile": 0.9,
-            "safety_expectile": 0.9,
-            "safety_backup_steps": (1,),
-            "reward_backup_steps": (1,),
-            "safe_reward_value": False,
-            "near_share": 0.0,
-            "polyak": 0.001,
-            "margin": 0.0,
-        }
-        presets: dict[str, dict[str, Any]] = {"small": {}, "paper": paper}
-        if name not in presets:
-            raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
-        return cls(**{**presets[name], **changes})
 
 
 class FLRP(CriticAgent[FLRPConfig, Architecture]):
@@ -240,6 +229,13 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
     def shift_summary(self) -> ShiftSummary | None:
         """The shift over states of the log that it learned from; None after `with_refine_steps`."""
         return self._fitted().shift
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return how far refinement moves the policy over its log, in numbers and in words."""
+        shift = self.shift_summary
+        if shift is None:
+            return {}
+        return {"base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
 
     # -- what OfflineAgent asks for -----------------------------------------------------------
 

@@ -90,19 +90,6 @@ def together(*updates: Update) -> Update:
     return update
 
 
-def together(*updates: Update) -> Update:
-    """Return one update that makes several in order, from the same draw."""
-
-    def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        metrics: Metrics = {}
-        for part in updates:
-            state, more = part(state, draw)
-            metrics |= more
-        return state, metrics
-
-    return update
-
-
 def learning_rate(base: float, count: Tensor, steps: int, end: float = 1.0) -> Tensor:
     """Constant until half of ``end * steps``, then linearly down to a fiftieth at that point.
 

@@ -30,7 +30,7 @@ from safeshield.scaling import (
     SafetyScale,
     Scaling,
 )
-from safeshield.types import Actions, Candidates, Observations, Scalars
+from safeshield.types import Actions, Candidates, Noise, Observations, Scalars
 
 _Float = npt.NDArray[np.float32]
 
@@ -112,14 +112,17 @@ class SafetyModel:
         """Width of the noise that `fallback` and `behaviour` take."""
         return self.played.width if self.latent is None else self.latent.latent
 
-    def behaviour(self, states: StateValue, noise: Actions) -> Candidates | None:
-        """Return what the log's behaviour does for noise (c, z): (n, c, act), in the box.
+    @property
+    def knows_behaviour(self) -> bool:
+        """Whether it has learned what the log does."""
+        return self.latent is not None or BEHAVIOUR in self.networks
 
-        None where it was not learned, and where actions are discrete.
+    def behaviour(self, states: StateValue, noise: Noise) -> Candidates:
+        """Return what the log's behaviour does for noise (n, c, z): (n, c, act), in the box.
+
+        Needs a Box of actions, and `knows_behaviour`.
         """
-        if self.played.discrete or (self.latent is None and BEHAVIOUR not in self.networks):
-            return None
-        inputs, noise = _each(states, noise)
+        inputs, noise = _rows(states, noise)
         if self.latent_policy is not None:
             scaled = self.latent_policy.act(inputs, noise, refined=False)
         else:
@@ -193,7 +196,11 @@ class SafetyModel:
         step = np.float32(self.scale.step)
         return states.value + worst * step, gradient[:, states.inputs.shape[1] :] * step
 
-    def fallback(self, states: StateValue, noise: Actions) -> Candidates:
+    def fallback_alone(self, states: StateValue) -> Actions:
+        """Return the fallback's actions (n, act) without noise, in the box."""
+        return self.fallback(states, np.zeros((1, self.noise_features), np.float32))[:, 0]
+
+    def fallback(self, states: StateValue, noise: Noise) -> Candidates:
         """Return the fallback actor's actions for noise (c, z): (n, c, act), in the box.
 
         Where actions are discrete: the one of lowest Q_h, c times.
@@ -204,7 +211,7 @@ class SafetyModel:
             )
             lowest = self.candidate_values(states, every).argmin(axis=1)
             return np.repeat(self.played.choices[lowest][:, None, :], len(noise), axis=1)
-        inputs, noise = _each(states, noise)
+        inputs, noise = _rows(states, np.broadcast_to(noise, (len(states.inputs), *noise.shape)))
         if self.latent_policy is not None:
             raw = self.latent_policy.act(inputs, noise)
         else:
@@ -213,7 +220,8 @@ class SafetyModel:
         return self.scaling.to_box(scaled).reshape(len(states.inputs), -1, self.played.width)
 
 
-def _each(states: StateValue, noise: Actions) -> tuple[_Float, _Float]:
-    """Return features and noise of every pair of n states and c draws, (n * c, ...)."""
-    inputs = np.repeat(states.inputs, len(noise), axis=0)
-    return inputs, np.tile(noise, (len(states.inputs), 1)).astype(np.float32)
+def _rows(states: StateValue, noise: Noise) -> tuple[_Float, _Float]:
+    """Return features and noise (n, c, z) of n states with c draws each, (n * c, ...)."""
+    count, each, width = noise.shape
+    inputs = np.repeat(states.inputs, each, axis=0)
+    return inputs, noise.reshape(count * each, width).astype(np.float32)

@@ -48,10 +48,11 @@ class SupportTest:
         candidates all lie outside the data would find no replacement. None where there is no flow
         to draw from, nor for discrete actions, all of which are candidates anyway.
         """
-        drawn = model.behaviour(states, _noise(model.noise_features))
-        if drawn is None:
-            return np.empty((len(states.inputs), 0, model.played.width), np.float32)
-        return drawn
+        count = len(states.inputs)
+        if model.played.discrete or not model.knows_behaviour:
+            return np.empty((count, 0, model.played.width), np.float32)
+        noise = _noise(model.noise_features)
+        return model.behaviour(states, np.broadcast_to(noise, (count, *noise.shape)))
 
     def first(
         self,
