@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
     from safeshield.shield.shield import Shield
     from safeshield.vectorise import Env
 
@@ -141,7 +142,8 @@ def collect(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Of each learner; default 200000.", min=1)
+        int | None,
+        typer.Option(help="Of each learner, rounded up to whole rollouts; default 200000.", min=1),
     ] = None,
     cap: Annotated[
         int | None, typer.Option(help="Learners' episodes a cell of the cost-return grid.", min=1)
@@ -175,23 +177,35 @@ def collect(
         raise ValueError("--limits logs learners, and --policy and --trust a policy: leave one out")
     env = _make(env_id)
     if limits is not None:
-        from safeshield.collection import STEPS, LearnerConfig, Thinning, collect_while_learning
+        from safeshield.collection import (
+            STEPS,
+            LearnerConfig,
+            Thinning,
+            collect_while_learning,
+            config_for,
+        )
 
         folder = out.with_name(f"{out.name}.parts") if parts is None else parts
+        config = _settings(LearnerConfig, settings or [], **vars(config_for(env)))
+        steps = STEPS if steps is None else steps
         try:
             log = collect_while_learning(
                 env,
                 folder,
                 limits=_parse("--limits", limits, tuple[float | None, ...]),
-                steps=STEPS if steps is None else steps,
+                steps=steps,
                 seed=seed,
                 thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
-                config=_settings(LearnerConfig, settings or []),
+                config=config,
                 progress_bar=True,
             )
         except KeyboardInterrupt:
             typer.echo(f"stopped; the same command goes on from {folder}", err=True)
             raise typer.Exit(130) from None
+        for note in _other_than_asked(
+            log, steps=config.updates(steps) * config.rollout, episodes=episodes, cap=cap
+        ):
+            typer.echo(note, err=True)
     else:
         from safeshield.data.collect import collect as collect_log
 
@@ -208,6 +222,25 @@ def collect(
         )
     log.save(out)
     typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
+
+
+def _other_than_asked(
+    log: OfflineDataset, *, steps: int, episodes: int, cap: int | None
+) -> Iterator[str]:
+    """Say where learners' episodes are more, or fewer, than the command asked for."""
+    learners = (log.provenance or {}).get("learners", [])
+    done = max(one["steps"] for one in learners)
+    if done > steps:
+        yield (
+            f"note: learners had done up to {done} steps before, and none are taken back: the log "
+            f"is of all of them, not of {steps}; for fewer, begin in another folder (--parts)"
+        )
+    if log.num_episodes < episodes:
+        ended = sum(one["episodes"] for one in learners)
+        why = f"the learners ended {ended}; raise --steps"
+        if log.num_episodes < ended:
+            why += f", or --cap, which keeps at most {cap} of a cell of the grid"
+        yield f"note: {log.num_episodes} episodes, fewer than --episodes {episodes}: {why}"
 
 
 @app.command()

@@ -23,6 +23,7 @@ from safeshield.vectorise import (
     copies,
     environment_name,
     is_vector_env,
+    one_per_process,
     spec_to_copy,
 )
 
@@ -51,7 +52,10 @@ def field_score(
 ) -> FieldScore:
     """Run whole episodes under several seeds and score them.
 
-    The result depends on `num_envs` where the policy draws noise, and never on `workers`.
+    The result depends on `num_envs` where the policy draws noise, and in its last digits where it
+    is a network, which rounds otherwise in a batch of another size (returns differed by 2.4e-6).
+    It never depends on `workers`, but where a process can hold one environment only (MetaDrive):
+    there as many step together as there are workers.
 
     Args:
         env: a Gymnasium environment or a VectorEnv that reports ``info["cost"]``, or
@@ -67,7 +71,8 @@ def field_score(
         task: name of the task, for tables; by default the environment's id.
         num_envs: how many copies of the environment step together.
         workers: processes that step them (see `workers.WorkerVectorEnv`); 0: this one. Worth it
-            where a step takes milliseconds.
+            where a step takes milliseconds. A script that asks for any must do so below
+            ``if __name__ == "__main__":``.
 
     Raises:
         ValueError: an argument out of range, or dicts that lack a seed.
@@ -141,7 +146,8 @@ def _side_by_side(
 
     By default as many as share the episodes evenly in waves of up to 8, or 256 where the
     environment has a vector form of its own: a number that `workers` does not change, since a
-    policy may round otherwise in a batch of another size.
+    policy may round otherwise in a batch of another size. Where a process can hold one only, it is
+    the number of processes.
     """
     check_env(env)
     if episodes < 1 or workers < 0:
@@ -158,7 +164,9 @@ def _side_by_side(
         return
     single = cast(Env, env)
     spec = spec_to_copy(single)
-    if num_envs is None and spec is not None:
+    if num_envs is None and one_per_process(single):
+        num_envs = max(workers, 1)
+    elif num_envs is None and spec is not None:
         native = spec.vector_entry_point and not spec.additional_wrappers
         waves = math.ceil(episodes / (_MOST_NATIVE if native else _MOST_TOGETHER))
         num_envs = math.ceil(episodes / waves)
