@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import ConstraintKind, OfflineDataset
+from safeshield.records import json_values
 
 DEFAULT_LIMITS = (0.0, 5.0, 10.0)
 """Cost limits of an episode: none at all, and those of the papers on DSRL's tasks."""
@@ -101,9 +101,7 @@ class DatasetCard:
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values."""
-        fields = dataclasses.asdict(self)
-        lists = {name: list(fields[name]) for name in ("constraint_range", "safe")}
-        return fields | lists
+        return json_values(self)
 
     def __str__(self) -> str:
         low, high = self.constraint_range

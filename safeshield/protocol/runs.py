@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from safeshield.arguments import whole
 from safeshield.evaluation import ShieldLike, draw_episodes, episode_cost
 from safeshield.protocol.scores import (
     COST_LIMIT,
     FieldScore,
     ReferenceReturns,
     Run,
+    check_references,
     normalised_cost,
 )
+from safeshield.shield.nested import is_shielded_policy, shielding_layer
 from safeshield.vectorise import (
     Env,
     check_env,
@@ -66,7 +69,8 @@ def field_score(
         cost_limit: of an episode's summed cost.
         seeds: one run each; starts and noise follow from it.
         episodes: of each run.
-        shield: what filters the proposals, or a dict of one for each seed; None: nothing does.
+        shield: what filters the proposals, or a dict of one for each seed; None: nothing does, but
+            for a `SafetyShield` around `env` or a `ShieldedPolicy`, which are seen.
         name: of the policy, for tables.
         task: name of the task, for tables; by default the environment's id.
         num_envs: how many copies of the environment step together.
@@ -75,7 +79,10 @@ def field_score(
             ``if __name__ == "__main__":``.
 
     Raises:
-        ValueError: an argument out of range, or dicts that lack a seed.
+        ValueError: an argument out of range, dicts that lack a seed, or an environment that
+            reports no cost, or a reward or cost that is no number.
+        TypeError: an argument of another type.
+        RuntimeError: a worker ended by itself.
 
     >>> import gymnasium, safeshield.envs
     >>> env = gymnasium.make("safeshield/Boat-v0")
@@ -83,9 +90,10 @@ def field_score(
     >>> len(score.runs), len(score.runs[0].returns), score.task
     (3, 2, 'safeshield/Boat-v0')
     """
-    wanted = [int(seed) for seed in seeds]
-    if not wanted or len(set(wanted)) != len(wanted) or min(wanted) < 0:
-        raise ValueError(f"seeds must be different whole numbers of at least 0, got {list(seeds)}")
+    wanted = [whole("each of seeds", seed, least=0) for seed in seeds]
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"seeds must be different whole numbers, at least one, got {list(seeds)}")
+    check_references(references)
     normalised_cost(0.0, cost_limit)
     policies = _for_each_seed("policy", policy, wanted)
     shields = _for_each_seed("shield", shield, wanted)
@@ -101,13 +109,15 @@ def field_score(
             for seed in wanted
         ]
     first = policies[wanted[0]]
+    inner = getattr(first, "model", first) if is_shielded_policy(first) else first
+    behind = any(map(is_shielded_policy, policies.values()))
     return FieldScore(
-        policy=name or (first if isinstance(first, str) else type(first).__name__),
+        policy=name or (inner if isinstance(inner, str) else type(inner).__name__),
         task=task or environment_name(env),
         references=references,
         cost_limit=float(cost_limit),
         runs=tuple(runs),
-        shielded=shield is not None,
+        shielded=shield is not None or shielding_layer(env) is not None or behind,
         trained_apart=isinstance(policy, Mapping) or isinstance(shield, Mapping),
     )
 
@@ -150,10 +160,8 @@ def _side_by_side(
     the number of processes.
     """
     check_env(env)
-    if episodes < 1 or workers < 0:
-        raise ValueError(
-            f"episodes must be at least 1 and workers at least 0, got {episodes} and {workers}"
-        )
+    whole("episodes", episodes, least=1)
+    whole("workers", workers, least=0)
     if is_vector_env(env):
         if workers:
             raise ValueError(

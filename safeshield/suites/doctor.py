@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from safeshield.records import json_values
 from safeshield.suites.packages import Suite, commands, missing, needed, python_note
 from safeshield.suites.tasks import TASKS
 
@@ -78,7 +79,7 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        return asdict(self)
+        return json_values(self)
 
 
 def examine(parts: Sequence[Part] = ()) -> list[Finding]:
