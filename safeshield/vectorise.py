@@ -105,10 +105,10 @@ def copies(
     if count == 1:
         return gym.vector.SyncVectorEnv([lambda: Member(single, owned=False, freeze=freeze)])
     if spec is None:
+        own = "an AsyncVectorEnv" if one_per_process(single) else "a vector environment"
         raise ValueError(
             f"num_envs must be 1 for {single}, {why_alone(single)}; got {count}. Leave num_envs "
-            "out, or pass a SyncVectorEnv or AsyncVectorEnv of your own"
-            + (" (in this process only the latter works)" if one_per_process(single) else "")
+            f"out, or pass {own} of your own"
         )
     if native:
         return _make_native(spec, count)
