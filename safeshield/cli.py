@@ -13,7 +13,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
-import typer
+from safeshield.requirements import explained
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise explained(error) from error
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
@@ -72,6 +77,11 @@ def _clear_errors(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except typer.Exit:
             raise
+        except ModuleNotFoundError as error:
+            if kwargs.get("debug"):
+                raise
+            typer.echo(f"error: {' '.join(str(explained(error)).split())}", err=True)
+            raise typer.Exit(2) from None
         except Exception as error:
             if kwargs.get("debug") or not _is_users(error):
                 raise
@@ -467,7 +477,7 @@ def _evaluate_by_protocol(
     if references is not None:
         reference = ReferenceReturns(*_parse("--references", references, tuple[float, float]))
     else:
-        reference = ReferenceReturns.of_log(str(log), action_space=env.action_space)
+        reference = ReferenceReturns.of_log(_log_of(str(log), env))
 
     def each(name: str, make: Callable[[str], R]) -> R | dict[int, R]:
         if "{seed}" not in name:
@@ -527,14 +537,16 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a file is and holds; nothing in it is run."""
-    from safeshield.inspection import LOG, describe, file_kind
+    from safeshield.inspection import LOG, describe, file_kind, with_article
 
     kind = file_kind(file)
     if kind == LOG:
         _inspect_log(file, as_json, cost_limit, picture)
         return
     if cost_limit is not None or picture is not None:
-        raise ValueError(f"--cost-limit and --picture are for logs, but {file} is a {kind}")
+        raise ValueError(
+            f"--cost-limit and --picture are for logs, but {file} is {with_article(kind)}"
+        )
     description = describe(file)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
@@ -616,6 +628,29 @@ def _plain(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _log_of(path: str, env: Env) -> OfflineDataset:
+    """Read a log of this environment; a log of another one would give it false scores."""
+    from safeshield.data.card import logged_environment
+    from safeshield.data.dataset import OfflineDataset
+    from safeshield.suites.labels import same_task
+    from safeshield.vectorise import environment_name
+
+    log = OfflineDataset.load(path, action_space=env.action_space)
+    named, wanted = logged_environment(log, path), environment_name(env)
+    if named is None:
+        typer.echo(
+            f"warning: {path} does not say of which environment it is; its returns are taken for "
+            f"those of {wanted}",
+            err=True,
+        )
+    elif not same_task(named, wanted):
+        raise ValueError(
+            f"--log must be of {wanted}, but {path} is of {named}: give that task's log, or its "
+            "least and greatest return as --references LEAST,GREATEST"
+        )
+    return log
+
+
 def _check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT") -> None:
     """Refuse before the work, not after it."""
     if suffixes is not None and path.suffix.lower() not in suffixes:
@@ -638,7 +673,7 @@ def _make(env_id: str) -> Env:
 
 def _shield(path: Path) -> Shield:
     """Read a shield, or take that of an agent."""
-    from safeshield.inspection import AGENT, SHIELD, file_kind
+    from safeshield.inspection import AGENT, SHIELD, file_kind, with_article
 
     kind = file_kind(path)
     if kind == SHIELD:
@@ -655,7 +690,7 @@ def _shield(path: Path) -> Shield:
         raise ValueError(
             f"{path} is an agent of {type(agent).__name__}, which learns no shield; train safefql"
         )
-    raise ValueError(f"{path} must be an agent or a shield, but is a {kind}")
+    raise ValueError(f"{path} must be an agent or a shield, but is {with_article(kind)}")
 
 
 def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 import safeshield.envs
 from safeshield.cli import app
 from safeshield.data.collect import collect
+from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation import Saboteur, evaluate
 from safeshield.policies import ShieldedPolicy
 from safeshield.protocol import (
@@ -527,7 +528,8 @@ def run(*arguments: object, code: int = 0) -> str:
 def files(tmp_path_factory: pytest.TempPathFactory, shield: Shield) -> Path:
     """A folder with log.hdf5, shield.safetensors and the SB3 models model-0.zip, model-1.zip."""
     folder = tmp_path_factory.mktemp("protocol")
-    collect(gym.make(BOAT), "random", 5, 0).save(folder / "log.hdf5")
+    log = collect(gym.make(BOAT), "random", 5, 0)
+    dataclasses.replace(log, provenance={"environment": BOAT}).save(folder / "log.hdf5")
     shield.save(folder / "shield.safetensors")
     for seed in (0, 1):
         PPO("MlpPolicy", gym.make(BOAT), seed=seed, policy_kwargs={"net_arch": [4]}, device="cpu",
@@ -547,6 +549,22 @@ def test_the_command_scores_a_model(files: Path) -> None:
     text = run(*command, "--trust")
     assert text.strip() == describe_score(one)
     assert f"normalised cost {one.normalised_cost:.3f}, {'safe' if one.safe else 'unsafe'}" in text
+
+
+def test_the_reference_must_be_a_log_of_that_task(files: Path, tmp_path: Path) -> None:
+    log = OfflineDataset.load(files / "log.hdf5")
+    command = ("evaluate", files / "shield.safetensors", BOAT, "--cost-limit", 10, "--seeds", 0,
+               "--episodes", 1, "--log", tmp_path / "other.hdf5")  # fmt: skip
+    for named, code, message in (
+        ("safeshield/Boat-v1", 2, "is of safeshield/Boat-v1: give that task's log"),
+        (f"safeshield.envs:{BOAT}", 0, ""),
+        ("MyBoat", 0, "does not say of which environment it is"),
+    ):
+        other = dataclasses.replace(log, provenance={"environment": named})
+        other.save(tmp_path / "other.hdf5")
+        told = run(*command, code=code)
+        assert message in told
+        assert ("warning" in told) == (named == "MyBoat")
 
 
 def test_the_command_takes_each_seed_its_own_file(files: Path) -> None:

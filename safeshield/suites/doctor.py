@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Any
 
 from safeshield.records import json_values
+from safeshield.requirements import command, lacking
 from safeshield.suites.packages import Suite, commands, missing, needed, python_note
 from safeshield.suites.tasks import TASKS
 
@@ -136,6 +137,13 @@ def _examine(part: Part) -> Finding:
     if part is Part.core:
         versions = {"python": platform.python_version(), **{name: _version(name) for name in _CORE}}
     present = {name: number for name, number in versions.items() if number is not None}
+    if part is Part.core and (lacks := lacking()):
+        parts = [
+            f"{one} (not installed)" if number is None else f"{one} (installed: {number})"
+            for one, number in lacks.items()
+        ]
+        run = (command(list(lacks)),)
+        return Finding(part, State.broken, present, f"lacks {', '.join(parts)}", commands=run)
     absent = missing(*suites)
     if absent:
         names = ", ".join(package.name for package in absent)
