@@ -393,7 +393,7 @@ class Fragile(gym.Env[Any, Any]):
         return np.zeros(1, np.float32), 0.0, False, self.time == 5, {"cost": 0.0}
 
 
-class Lonely(Fragile):
+class LonelyWorker(Fragile):
     """Lives once in a process, and ends in its fifth step; the reward says in which process."""
 
     metadata = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
@@ -424,7 +424,7 @@ class Nowhere(Fragile):
 
 
 gym.register("SafeshieldTest/Fragile-v0", entry_point=lambda **kwargs: Fragile(**kwargs))
-gym.register("SafeshieldTest/Lonely-v0", entry_point=lambda **kwargs: Lonely(**kwargs))
+gym.register("SafeshieldTest/LonelyWorker-v0", entry_point=lambda **kwargs: LonelyWorker(**kwargs))
 gym.register("SafeshieldTest/Nowhere-v0", entry_point=lambda **kwargs: Nowhere(False, **kwargs))
 
 
@@ -440,8 +440,8 @@ def test_workers_step_what_a_process_can_hold_once() -> None:
     def half(_: Array) -> Array:
         return np.full(1, 0.5)
 
-    Lonely.living = 0
-    env = gym.make("SafeshieldTest/Lonely-v0")
+    LonelyWorker.living = 0
+    env = gym.make("SafeshieldTest/LonelyWorker-v0")
     alone = play(env, half, 0, episodes=3)
     assert alone.costs == (2.5, 2.5, 2.5)
     assert play(env, half, 0, episodes=3, workers=2) == alone
