@@ -173,7 +173,7 @@ def test_it_is_bullets_own_trajectory_and_global_draws_go_on(name: str) -> None:
     assert random.random() == expected_python
 
     with compat.streams_with_files():
-        upstream_class = type(env.unwrapped).__mro__[2]
+        upstream_class = type(env.unwrapped).__mro__[3]
         assert upstream_class.__module__ == "bullet_safety_gym.envs.builder"
         spec = bullet._UPSTREAM[TASKS[name].env_id]
         upstream: Any = upstream_class(**spec.kwargs)
