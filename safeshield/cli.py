@@ -637,6 +637,12 @@ def _log_of(path: str, env: Env) -> OfflineDataset:
 
     log = OfflineDataset.load(path, action_space=env.action_space)
     named, wanted = logged_environment(log, path), environment_name(env)
+    shapes = [space.shape for space in (log.observation_space, env.observation_space)]
+    if named is None and None not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--log must be of {wanted}, whose observations have shape {shapes[1]}, but those of "
+            f"{path} have {shapes[0]}: give that task's log, or --references LEAST,GREATEST"
+        )
     if named is None:
         typer.echo(
             f"warning: {path} does not say of which environment it is; its returns are taken for "

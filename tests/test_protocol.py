@@ -565,6 +565,15 @@ def test_the_reference_must_be_a_log_of_that_task(files: Path, tmp_path: Path) -
         told = run(*command, code=code)
         assert message in told
         assert ("warning" in told) == (named == "MyBoat")
+    wide = {
+        name: np.repeat(getattr(log, name), 2, axis=1)
+        for name in ("observations", "next_observations")
+    }
+    names = ("actions", "rewards", "terminated", "truncated", "costs", "action_space")
+    others = {name: getattr(log, name) for name in names}
+    OfflineDataset.from_arrays(**wide, **others).save(tmp_path / "other.hdf5")
+    told = run(*command, code=2)
+    assert "--log must be of safeshield/Boat-v0, whose observations have shape (2,), but" in told
 
 
 def test_the_command_takes_each_seed_its_own_file(files: Path) -> None:

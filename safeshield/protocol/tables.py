@@ -59,12 +59,13 @@ def describe_score(score: FieldScore) -> str:
     returns, costs = score.run_returns[:, None], score.run_costs[:, None]
     raw = [np.mean([run.returns for run in score.runs]), np.mean([run.costs for run in score.runs])]
     seeds = ", ".join(str(run.seed) for run in score.runs)
+    seeds = f"seeds {seeds}" if len(score.runs) > 1 else f"seed {seeds}"
     spread = "trained with these seeds" if score.trained_apart else "of one agent"
     runs = "1 run" if len(score.runs) == 1 else f"{len(score.runs)} runs"
     lines = [
         f"task      {score.task}, cost limit {score.cost_limit:g}, reference returns "
         f"{score.references.least:.6g} and {score.references.greatest:.6g}",
-        f"agent     {score.agent}, {runs} {spread} (seeds {seeds}) of "
+        f"agent     {score.agent}, {runs} {spread} ({seeds}) of "
         f"{len(score.runs[0].returns)} episodes",
         f"return    {raw[0]:.6g}; normalised {score.normalised_return:.3f}{_middle(returns)}",
         f"cost      {raw[1]:.6g}; normalised {score.normalised_cost:.3f}{_middle(costs)}",
