@@ -10,7 +10,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from safeshield.envs.registration import register_envs
+from safeshield.requirements import explained
+
+try:
+    from safeshield.envs.registration import register_envs
+except ModuleNotFoundError as error:
+    raise explained(error) from error
 
 if TYPE_CHECKING:
     from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
@@ -70,7 +75,10 @@ register_envs()
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'safeshield' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        raise explained(error) from error
     globals()[name] = value
     return value
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, cast
 
-import typer
+from safeshield.requirements import explained
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise explained(error) from error
 
 if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
     from safeshield.shield.shield import Shield
     from safeshield.vectorise import Env
 
@@ -72,6 +78,11 @@ def _clear_errors(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except typer.Exit:
             raise
+        except ModuleNotFoundError as error:
+            if kwargs.get("debug"):
+                raise
+            typer.echo(f"error: {' '.join(str(explained(error)).split())}", err=True)
+            raise typer.Exit(2) from None
         except Exception as error:
             if kwargs.get("debug") or not _is_users(error):
                 raise
@@ -142,7 +153,8 @@ def collect(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Of each learner; default 200000.", min=1)
+        int | None,
+        typer.Option(help="Of each learner, rounded up to whole rollouts; default 200000.", min=1),
     ] = None,
     cap: Annotated[
         int | None, typer.Option(help="Learners' episodes a cell of the cost-return grid.", min=1)
@@ -176,23 +188,35 @@ def collect(
         raise ValueError("--limits logs learners, and --policy and --trust a policy: leave one out")
     env = _make(env_id)
     if limits is not None:
-        from safeshield.collection import STEPS, LearnerConfig, Thinning, collect_while_learning
+        from safeshield.collection import (
+            STEPS,
+            LearnerConfig,
+            Thinning,
+            collect_while_learning,
+            config_for,
+        )
 
         folder = out.with_name(f"{out.name}.parts") if parts is None else parts
+        config = _settings(LearnerConfig, settings or [], **vars(config_for(env)))
+        steps = STEPS if steps is None else steps
         try:
             log = collect_while_learning(
                 env,
                 folder,
                 limits=_parse("--limits", limits, tuple[float | None, ...]),
-                steps=STEPS if steps is None else steps,
+                steps=steps,
                 seed=seed,
                 thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
-                config=_settings(LearnerConfig, settings or []),
+                config=config,
                 progress_bar=True,
             )
         except KeyboardInterrupt:
             typer.echo(f"stopped; the same command goes on from {folder}", err=True)
             raise typer.Exit(130) from None
+        for note in _other_than_asked(
+            log, steps=config.updates(steps) * config.rollout, episodes=episodes, cap=cap
+        ):
+            typer.echo(note, err=True)
     else:
         from safeshield.data.collect import collect as collect_log
 
@@ -209,6 +233,25 @@ def collect(
         )
     log.save(out)
     typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
+
+
+def _other_than_asked(
+    log: OfflineDataset, *, steps: int, episodes: int, cap: int | None
+) -> Iterator[str]:
+    """Say where learners' episodes are more, or fewer, than the command asked for."""
+    learners = (log.provenance or {}).get("learners", [])
+    done = max(one["steps"] for one in learners)
+    if done > steps:
+        yield (
+            f"note: learners had done up to {done} steps before, and none are taken back: the log "
+            f"is of all of them, not of {steps}; for fewer, begin in another folder (--parts)"
+        )
+    if log.num_episodes < episodes:
+        ended = sum(one["episodes"] for one in learners)
+        why = f"the learners ended {ended}; raise --steps"
+        if log.num_episodes < ended:
+            why += f", or --cap, which keeps at most {cap} of a cell of the grid"
+        yield f"note: {log.num_episodes} episodes, fewer than --episodes {episodes}: {why}"
 
 
 @app.command()
@@ -445,7 +488,7 @@ def _evaluate_by_protocol(
     if references is not None:
         reference = ReferenceReturns(*_parse("--references", references, tuple[float, float]))
     else:
-        reference = ReferenceReturns.of_log(str(log), action_space=env.action_space)
+        reference = ReferenceReturns.of_log(_log_of(str(log), env))
 
     def each(name: str, make: Callable[[str], R]) -> R | dict[int, R]:
         if "{seed}" not in name:
@@ -505,14 +548,16 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a file is and holds; nothing in it is run."""
-    from safeshield.inspection import LOG, describe, file_kind
+    from safeshield.inspection import LOG, describe, file_kind, with_article
 
     kind = file_kind(file)
     if kind == LOG:
         _inspect_log(file, as_json, cost_limit, picture)
         return
     if cost_limit is not None or picture is not None:
-        raise ValueError(f"--cost-limit and --picture are for logs, but {file} is a {kind}")
+        raise ValueError(
+            f"--cost-limit and --picture are for logs, but {file} is {with_article(kind)}"
+        )
     description = describe(file)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
@@ -594,6 +639,35 @@ def _plain(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _log_of(path: str, env: Env) -> OfflineDataset:
+    """Read a log of this environment; a log of another one would give it false scores."""
+    from safeshield.data.card import logged_environment
+    from safeshield.data.dataset import OfflineDataset
+    from safeshield.suites.labels import same_task
+    from safeshield.vectorise import environment_name
+
+    log = OfflineDataset.load(path, action_space=env.action_space)
+    named, wanted = logged_environment(log, path), environment_name(env)
+    shapes = [space.shape for space in (log.observation_space, env.observation_space)]
+    if named is None and None not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--log must be of {wanted}, whose observations have shape {shapes[1]}, but those of "
+            f"{path} have {shapes[0]}: give that task's log, or --references LEAST,GREATEST"
+        )
+    if named is None:
+        typer.echo(
+            f"warning: {path} does not say of which environment it is; its returns are taken for "
+            f"those of {wanted}",
+            err=True,
+        )
+    elif not same_task(named, wanted):
+        raise ValueError(
+            f"--log must be of {wanted}, but {path} is of {named}: give that task's log, or its "
+            "least and greatest return as --references LEAST,GREATEST"
+        )
+    return log
+
+
 def _check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT") -> None:
     """Refuse before the work, not after it."""
     if suffixes is not None and path.suffix.lower() not in suffixes:
@@ -616,7 +690,7 @@ def _make(env_id: str) -> Env:
 
 def _shield(path: Path) -> Shield:
     """Read a shield, or take that of an agent."""
-    from safeshield.inspection import AGENT, SHIELD, file_kind
+    from safeshield.inspection import AGENT, SHIELD, file_kind, with_article
 
     kind = file_kind(path)
     if kind == SHIELD:
@@ -633,7 +707,7 @@ def _shield(path: Path) -> Shield:
         raise ValueError(
             f"{path} is an agent of {type(agent).__name__}, which learns no shield; train safefql"
         )
-    raise ValueError(f"{path} must be an agent or a shield, but is a {kind}")
+    raise ValueError(f"{path} must be an agent or a shield, but is {with_article(kind)}")
 
 
 def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:

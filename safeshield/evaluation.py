@@ -6,7 +6,6 @@ starts in the same order, so an agent with and without its shield can be compare
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from scipy import stats
 from safeshield.batch_policy import as_batch_policy
 from safeshield.calibration.policies import ShieldedProposals, spread_actions
 from safeshield.flat import Batch
+from safeshield.records import json_values
 from safeshield.rollout import Episode, run_episodes
-from safeshield.shield.nested import refuse_shielded
+from safeshield.shield.nested import INTERVENED, refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.vectorise import Env, check_env, environment_name, is_vector_env
 
@@ -74,7 +74,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record, and the rate, as JSON values."""
-        return {**dataclasses.asdict(self), "violation_rate": self.violation_rate}
+        return {**json_values(self), "violation_rate": self.violation_rate}
 
 
 @dataclass(frozen=True)
@@ -264,16 +264,27 @@ def filtered_episodes(
     num_envs: int | None = None,
     observation_keys: Sequence[str] | None = None,
 ) -> list[FilteredEpisode]:
-    """Run `rollout.run_episodes` with a shield behind the policy, or None.
+    """Run `rollout.run_episodes` with a shield behind the policy, or without one.
 
     Raises:
         ValueError: as `rollout.run_episodes` does.
     """
     if shield is None:
+        # A shield around the environment tells in its infos where it stepped in.
+        told = () if shielding_layer(env) is None else (INTERVENED,)
         runs = run_episodes(
-            env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
+            env,
+            policy,
+            episodes,
+            seed,
+            num_envs=num_envs,
+            info_keys=told,
+            observation_keys=observation_keys,
         )
-        return [FilteredEpisode(run, None) for run in runs]
+        return [
+            FilteredEpisode(run, np.asarray(run.info[INTERVENED], np.bool_) if told else None)
+            for run in runs
+        ]
     refuse_shielded(env, "leave out shield=, or pass the plain environment")
     prefix = "single_" if is_vector_env(env) else ""
     space = getattr(env, f"{prefix}action_space")

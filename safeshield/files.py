@@ -151,8 +151,8 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise ValueError(
-                f"{path} is not a safeshield file, or is truncated: its header should have "
-                f"{length} bytes, the file has {size}"
+                f"{path} is not a safeshield file, or is truncated: its {size} bytes do not begin "
+                "with the length of a header that they hold"
             )
         raw = stream.read(length)
     table = _parse_json(raw, path)

@@ -25,6 +25,15 @@ _FORMATS = {
     "safeshield-checkpoint": CHECKPOINT,
 }
 _LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
+# How other files begin that people have at hand.
+_OTHERS = {
+    b"\x89PNG": "a picture (PNG)",
+    b"PK\x03\x04": "a zip file: a model of Stable-Baselines3 goes to safeshield evaluate, with "
+    "--trust; a log in this form must be named .npz",
+    b"\x89HDF": "an HDF5 file; a log must be named .hdf5 or .h5",
+    b"%PDF": "a PDF file",
+    b"\x1f\x8b": "a gzip file",
+}
 # A setting that only this algorithm of Stable-Baselines3 has, in its zip's JSON.
 _SB3_MARKS = {
     "PPO": "clip_range",
@@ -39,11 +48,18 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of them.
+        ValueError: it is none of them, or a folder.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give a file in it")
     if Path(path).suffix.lower() in _LOG_SUFFIXES:
         return LOG
     return _open(path)[0]
+
+
+def with_article(kind: str) -> str:
+    """Return "an agent", "a shield", "a checkpoint" or "a log"."""
+    return f"an {kind}" if kind == AGENT else f"a {kind}"
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -105,6 +121,11 @@ def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN4
 def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    with Path(path).open("rb") as stream:
+        begins = stream.read(8)
+    for signature, what in _OTHERS.items():
+        if begins.startswith(signature):
+            raise ValueError(f"{path} is no file of safeshield's but {what}")
     try:
         file = read_tensors(path)
     except ValueError as error:

@@ -24,6 +24,7 @@ from safeshield.vectorise import (
     Env,
     VectorEnv,
     autoreset_mode,
+    check_reward,
     check_step,
     column_of,
     copies,
@@ -155,8 +156,9 @@ def run_episodes(
         observation_keys: entries of a Dict observation to record; all by default.
 
     Raises:
-        ValueError: a wrong argument; the environment steps by 6-tuples, reports a key at some
-            steps only or never ends; the policy returns NaN or a wrong shape.
+        ValueError: a wrong argument; the environment steps by 6-tuples, returns a reward that is
+            not finite, reports a key at some steps only or never ends; the policy returns NaN or a
+            wrong shape.
         TypeError: a space that `flat` does not support.
     """
     if episodes < 1 or seed < 0:
@@ -236,6 +238,8 @@ class _Runner:
             result = envs.step(self._in_dtype(np.array(actions)))
             check_step(result)
             returned, rewards, terminated, truncated, infos = result
+            for i in np.flatnonzero(active & ~np.isfinite(np.asarray(rewards, np.float64))):
+                check_reward(rewards[i], index, f"the episode that was reset with seed {seed + i}")
             ended = np.asarray(terminated) | np.asarray(truncated)
             reached, replaced = self._reached(returned, ended, infos)
             step = VectorStep(

@@ -105,9 +105,10 @@ def copies(
     if count == 1:
         return gym.vector.SyncVectorEnv([lambda: Member(single, owned=False, freeze=freeze)])
     if spec is None:
+        own = "an AsyncVectorEnv" if one_per_process(single) else "a vector environment"
         raise ValueError(
-            f"num_envs must be 1 for {single}, which gymnasium.make cannot rebuild from its spec "
-            "in this process; pass a SyncVectorEnv or AsyncVectorEnv of your own"
+            f"num_envs must be 1 for {single}, {why_alone(single)}; got {count}. Leave num_envs "
+            f"out, or pass {own} of your own"
         )
     if native:
         return _make_native(spec, count)
@@ -120,21 +121,46 @@ def copies(
     )
 
 
-def spec_to_copy(env: Env) -> gym.envs.registration.EnvSpec | None:
-    """Return what `gymnasium.make` rebuilds an environment from; None where it cannot."""
+def one_per_process(env: Env) -> bool:
+    """Whether a process can hold only one environment of this kind, as its metadata say."""
+    return bool((env.metadata or {}).get("one_per_process"))
+
+
+def spec_to_copy(env: Env, *, elsewhere: bool = False) -> gym.envs.registration.EnvSpec | None:
+    """Return what `gymnasium.make` rebuilds an environment from; None where it cannot.
+
+    Args:
+        env: what to rebuild.
+        elsewhere: in a process of its own, where another one of its kind is not in its way.
+    """
+    spec, _ = _spec_or_reason(env)
+    return None if one_per_process(env) and not elsewhere else spec
+
+
+def why_alone(env: Env, *, elsewhere: bool = False) -> str:
+    """Return why `spec_to_copy` is None, as a clause that begins with a relative pronoun."""
+    if one_per_process(env) and not elsewhere:
+        return "of which a process can hold one only"
+    return _spec_or_reason(env)[1]
+
+
+def _spec_or_reason(env: Env) -> tuple[gym.envs.registration.EnvSpec | None, str]:
+    nothing = "which gymnasium.make cannot rebuild from its spec"
     try:
         spec = env.spec
     except Exception:
         # Gymnasium 0.29 deep-copies the arguments of wrappers here, and some cannot be copied.
-        return None
-    if not isinstance(spec, gym.envs.registration.EnvSpec) or env.render_mode is not None:
-        return None
-    if (env.metadata or {}).get("one_per_process"):
-        return None
+        return None, nothing
+    if not isinstance(spec, gym.envs.registration.EnvSpec):
+        return None, nothing
+    if env.render_mode is not None:
+        return None, f"which is shown as render_mode={env.render_mode!r} says, and copies are not"
     for wrapper in spec.additional_wrappers:
-        if wrapper.kwargs is None or wrapper.name in _STATEFUL_WRAPPERS:
-            return None
-    return spec
+        if wrapper.kwargs is None:
+            return None, f"whose wrapper {wrapper.name} does not tell how it was made"
+        if wrapper.name in _STATEFUL_WRAPPERS:
+            return None, f"whose wrapper {wrapper.name} holds statistics that copies would lack"
+    return spec, ""
 
 
 def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
@@ -206,6 +232,15 @@ def check_step(result: Sequence[object]) -> None:
     """Raise ValueError unless a step returned Gymnasium's five values."""
     if len(result) != 5:
         raise _step_error(str(len(result)))
+
+
+def check_reward(reward: float, step: int, episode: str) -> None:
+    """Raise ValueError unless the reward of a step is a finite number."""
+    if not np.isfinite(reward):
+        raise ValueError(
+            f"the reward of a step must be a finite number, got {float(reward)} at step {step} of "
+            f"{episode}; mend the environment, or end its episodes before that happens"
+        )
 
 
 def _step_error(count: str) -> ValueError:

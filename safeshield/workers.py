@@ -18,7 +18,14 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 
-from safeshield.vectorise import Env, Member, is_vector_env, spec_to_copy
+from safeshield.vectorise import (
+    Env,
+    Member,
+    is_vector_env,
+    one_per_process,
+    spec_to_copy,
+    why_alone,
+)
 
 if TYPE_CHECKING:
     _SyncVectorEnv = gym.vector.SyncVectorEnv[Any, Any]
@@ -38,16 +45,18 @@ class WorkerVectorEnv(_SyncVectorEnv):
     whatever the number of processes, and each of them steps its share of the copies at the same
     time. A copy stands still once its episode is over, until the next reset with a seed, so it
     is for whole episodes (`rollout.run_episodes`), not for training. Processes start afresh (no
-    fork: PyTorch's threads do not survive it), so a script must make this below
-    ``if __name__ == "__main__":``.
+    fork: PyTorch's threads do not survive it) and read the script again that started them, so a
+    script must make this below ``if __name__ == "__main__":``.
 
     Args:
         env: what to copy; `gymnasium.make` must be able to rebuild it.
-        num_envs: how many copies, at least 1.
+        num_envs: how many copies, at least 1; at most `workers` where a process can hold one only
+            (``metadata["one_per_process"]``).
         workers: how many processes, at least 1; no more than `num_envs` are started.
 
     Raises:
-        ValueError: a number below 1, or an environment that cannot be copied.
+        ValueError: a number out of range, or an environment that cannot be copied.
+        RuntimeError: a process ended by itself.
 
     >>> import safeshield.envs
     >>> env = gym.make("safeshield/Boat-v0")
@@ -59,11 +68,19 @@ class WorkerVectorEnv(_SyncVectorEnv):
             raise ValueError(
                 f"num_envs and workers must be at least 1, got {num_envs} and {workers}"
             )
-        spec = None if is_vector_env(env) else spec_to_copy(env)
+        if is_vector_env(env):
+            raise ValueError(f"workers need one environment to copy, got the VectorEnv {env}")
+        spec = spec_to_copy(env, elsewhere=True)
         if spec is None:
             raise ValueError(
-                f"workers need an environment that gymnasium.make can rebuild, got {env}; register "
-                "it, or leave workers out"
+                f"workers need an environment that gymnasium.make can rebuild, got {env}, "
+                f"{why_alone(env, elsewhere=True)}; register it and make it by its id alone, or "
+                "leave workers out"
+            )
+        if one_per_process(env) and num_envs > workers:
+            raise ValueError(
+                f"num_envs must be at most workers = {workers} for {env}, of which a process can "
+                f"hold one only; got {num_envs}"
             )
         self._remotes: list[_Remote] = []
         self._processes: list[_Process] = []
@@ -168,7 +185,7 @@ class _Process:
         theirs.close()
         self._questions: dict[int, tuple[str, object]] = {}
         self._answers: dict[int, Any] = {}
-        self._waiting = True
+        self._waiting, self._begun = True, False
 
     def ask(self, index: int, what: str, argument: object) -> None:
         self._questions[index] = (what, argument)
@@ -190,13 +207,17 @@ class _Process:
             answers, error = self._connection.recv()
         except (EOFError, ConnectionError) as gone:
             self._process.join(_SECONDS_TO_END)
+            ended = f"a worker process ended with exit code {self._process.exitcode}"
+            if self._begun:
+                raise RuntimeError(f"{ended}; run with workers=0 to see why") from gone
             raise RuntimeError(
-                f"a worker process ended with exit code {self._process.exitcode}; run with "
-                "workers=0 to see why"
+                f"{ended} before it could begin. Workers read the script again that started them: "
+                'what it does must stand below `if __name__ == "__main__":`, and the script be '
+                "a file. Where it is so, what the worker printed, or workers=0, says why"
             ) from gone
         if error is not None:
             raise error
-        self._answers = answers
+        self._answers, self._begun = answers, True
 
     def stop(self) -> None:
         # Closing the pipe is what ends the process: its recv raises EOFError.

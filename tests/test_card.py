@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -102,6 +103,14 @@ def test_a_card_of_a_file_tells_which_file_it_is(tmp_path: Path) -> None:
     assert card_of(tmp_path / "SafetyCarRun.hdf5").env_id is None
     with pytest.raises(FileNotFoundError):
         card_of(path)
+
+
+def test_the_card_names_the_environment_that_the_log_was_made_in() -> None:
+    made = dataclasses.replace(log_of([1.0], [0]), provenance={"environment": "Ours-v2"})
+    assert card_of(made).env_id == "Ours-v2"
+    # The name of a class is no id.
+    made = dataclasses.replace(made, provenance={"environment": "Ours"})
+    assert card_of(made).env_id is None
 
 
 def test_a_card_is_strict_json_and_readable() -> None:

@@ -170,6 +170,10 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         (("evaluate", "{tmp}/none.safetensors", BOAT), "no such file"),
         (("inspect", "{tmp}/none.safetensors"), "no such file"),
         (("inspect", "{text}"), "no file of safeshield's"),
+        (("inspect", "{png}"), "is no file of safeshield's but a picture (PNG)"),
+        (("inspect", "{zip}"), "but a zip file: a model of Stable-Baselines3 goes to"),
+        (("inspect", "{tmp}"), "is a folder; give a file in it"),
+        (("inspect", "{agent}", "--picture", "{tmp}/a.png"), "is an agent"),
         (("demo", "--out", "{text}", "--quick"), "must be a folder"),
     ],
 )
@@ -177,7 +181,11 @@ def test_mistakes_end_in_one_line(
     files: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "text").write_text("nothing to see here, and long enough")
+    (tmp_path / "png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04" + bytes(50))
     places = {
+        "png": tmp_path / "png",
+        "zip": tmp_path / "zip",
         "tmp": tmp_path,
         "log": files / "log.hdf5",
         "agent": files / "agent.safetensors",
@@ -194,6 +202,28 @@ def test_mistakes_end_in_one_line(
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "none.npz"), "--debug"])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_package_of_the_core_that_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None\n"
+        "from safeshield.cli import main\n"
+        "sys.argv[1:] = sys.argv[2:]; main()\n"
+    )
+    for module, command, wanted in (
+        ("h5py", ("train", "log.hdf5", "a.safetensors"), 'run pip install "h5py>=3.10"'),
+        ("gymnasium", ("--help",), 'run pip install "gymnasium>=0.29.1"'),
+        ("typer", ("--help",), 'run pip install "typer>=0.15"'),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", code, module, *command],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode != 0
+        last = result.stderr.strip().splitlines()[-1]
+        assert f"{wanted} ; then see `safeshield doctor`" in last
+        if module == "h5py":
+            assert result.stderr.startswith("error: h5py is not installed, and safeshield needs it")
 
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,18 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from typer.testing import CliRunner
 
 from safeshield.cli import app
-from safeshield.collection import LearnerConfig, Multiplier, Thinning, collect_while_learning
+from safeshield.collection import (
+    LearnerConfig,
+    Multiplier,
+    Thinning,
+    collect_while_learning,
+    config_for,
+)
 from safeshield.collection import learner as learner_module
 from safeshield.collection.learner import STATE, Progress, read_progress, segment_file
+from safeshield.collection.lock import locked
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
-from safeshield.data.collect import log_of
+from safeshield.data.collect import collect, log_of
 from safeshield.data.dataset import OfflineDataset
 from safeshield.flat import flat_actions, flat_observations
 
@@ -182,10 +191,11 @@ def test_thinning_refuses_what_is_no_grid() -> None:
 class Stroll(gym.Env[Any, Any]):
     """x moves by the clipped action; ends by itself after even, is cut after odd lengths."""
 
-    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space: gym.Space[Any]
 
-    def __init__(self, form: str = "box", tells: str = "cost") -> None:
+    def __init__(self, form: str = "box", tells: str = "cost", bound: float = 1.0) -> None:
         self.form, self.tells = form, tells
+        self.action_space = gym.spaces.Box(-bound, bound, (1,), np.float32)
         line = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
         if form == "dict":
             line = gym.spaces.Dict({"b": line, "a": gym.spaces.Box(-9.0, 9.0, (1,))})
@@ -207,7 +217,8 @@ class Stroll(gym.Env[Any, Any]):
         self.x += float(np.ravel(action)[0])
         over = self.time >= self.length and self.tells != "no end"
         ends = self.length % 2 == 0
-        return self._see(), self.x, over and ends, over and not ends, self._told()
+        reward = math.nan if self.tells == "nan reward" and self.time == 3 else self.x
+        return self._see(), reward, over and ends, over and not ends, self._told()
 
     def _see(self) -> Any:  # noqa: ANN401
         line = np.array([self.x, self.time])
@@ -222,7 +233,14 @@ class Stroll(gym.Env[Any, Any]):
         return {"cost": 0.25 * self.time} if self.time else {}
 
 
+class Lonely(Stroll):
+    """One of its kind in a process."""
+
+    metadata = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
+
+
 gym.register("SafeshieldTest/Stroll-v0", entry_point=lambda **kwargs: Stroll(**kwargs))
+gym.register("SafeshieldTest/Lonely-v0", entry_point=lambda **kwargs: Lonely(**kwargs))
 
 
 def test_the_recorder_writes_what_the_plain_loop_sees() -> None:
@@ -364,8 +382,83 @@ def test_one_environment_that_cannot_be_copied(tmp_path: Path) -> None:
     one = dataclasses.replace(SMALL, num_envs=1)
     log = collect_while_learning(Stroll(), tmp_path / "a", limits=(5.0,), steps=64, config=one)
     assert len(log) >= 64
-    with pytest.raises(ValueError, match="num_envs must be 1"):
+    with pytest.raises(ValueError, match=r"num_envs must be 1 .*cannot rebuild .*--set num_envs=1"):
         collect_while_learning(Stroll(), tmp_path / "b", limits=(5.0,), steps=64, config=SMALL)
+
+
+def test_where_a_process_can_hold_one_it_is_stepped_alone(tmp_path: Path) -> None:
+    env = gym.make("SafeshieldTest/Lonely-v0")
+    alone = config_for(env)
+    assert (alone.num_envs, alone.rollout) == (1, LearnerConfig().rollout)
+    assert config_for(gym.make("SafeshieldTest/Stroll-v0")) == LearnerConfig()
+    out = tmp_path / "log.hdf5"
+    sizes = ("--set", "rollout_steps=64", "--set", "batch_size=64", "--set", "epochs=1")
+    command = (
+        "collect",
+        "SafeshieldTest/Lonely-v0",
+        out,
+        "--limits",
+        "none",
+        "--steps",
+        64,
+        *sizes,
+    )
+    refused = run(*command, "--set", "num_envs=2", code=2)
+    assert "num_envs must be 1" in refused
+    assert "of which a process can hold one only; got 2" in refused
+    assert "--set num_envs=1" in refused
+    assert "cannot rebuild" not in refused
+    run(*command)
+    made = json.loads(run("inspect", out, "--json"))["provenance"]
+    assert made["settings"]["num_envs"] == 1
+    assert made["learners"][0]["steps"] == 64
+
+
+def test_a_reward_that_is_no_number_is_not_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it learns")
+
+    monkeypatch.setattr(PPO, "train", never)
+    env = gym.make("SafeshieldTest/Stroll-v0", tells="nan reward")
+    message = r"the reward of a step must be a finite number, got nan at step 2 of "
+    with pytest.raises(ValueError, match=message + "an episode of environment [01]"):
+        collect_while_learning(env, tmp_path / "parts", limits=(1.0,), steps=64, config=SMALL)
+    with pytest.raises(ValueError, match=message + r"the episode that was reset with seed \d+"):
+        collect(env, "random", episodes=8, seed=0)
+
+
+def test_actions_without_bounds_are_refused_in_one_line(tmp_path: Path) -> None:
+    env = gym.make("SafeshieldTest/Stroll-v0", bound=np.inf)
+    with pytest.raises(ValueError, match=r"action_space must be bounded, as PPO .* got Box\(-inf"):
+        collect_while_learning(env, tmp_path / "parts", limits=(1.0,), steps=64, config=SMALL)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_two_runs_at_once_are_told_of_each_other(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    with locked(folder), pytest.raises(ValueError, match="is being used by another run"):
+        run_learners(folder, limits=(None,), steps=64)
+    # Free again, and an empty lock file is nobody's run.
+    run_learners(folder, limits=(None,), steps=64)
+    code = (
+        "import sys, time, pathlib\n"
+        "from safeshield.collection.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline().strip() == "held"
+    with pytest.raises(ValueError, match="is being used by another run"):
+        run_learners(folder, limits=(None,), steps=64)
+    other.kill()
+    other.communicate()
+    run_learners(folder, limits=(None,), steps=64)
 
 
 # Going on after an interruption.
@@ -502,10 +595,16 @@ def test_folders_are_checked(tmp_path: Path) -> None:
     state = folder / "learner-00" / STATE
     whole = state.read_bytes()
     state.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match="truncated"):
+    way_out = r"delete the folder .*learner-00 to let this learner begin anew"
+    with pytest.raises(ValueError, match=f"truncated.*{way_out}"):
         run_learners(folder, limits=(None,))
     state.write_bytes(whole)
-    segment_file(folder / "learner-00", 0).unlink()
+    segment = segment_file(folder / "learner-00", 0)
+    episodes = segment.read_bytes()
+    segment.write_bytes(episodes[: len(episodes) // 2])
+    with pytest.raises(ValueError, match=f"damaged.*{way_out}"):
+        run_learners(folder, limits=(None,))
+    segment.unlink()
     with pytest.raises(ValueError, match=r"is missing, but .* goes on from it"):
         run_learners(folder, limits=(None,))
 
@@ -529,10 +628,12 @@ def test_a_plan_that_came_to_nothing_can_be_changed(tmp_path: Path) -> None:
         ({"limits": ()}, "limits must name at least one"),
         ({"limits": (-1.0,)}, "a cost limit must be finite and at least 0"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         run_learners(tmp_path / "parts", **change)
     assert not (tmp_path / "parts").exists()
 
@@ -542,6 +643,8 @@ def test_settings_are_checked() -> None:
         LearnerConfig(batch_size=300)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         LearnerConfig(epochs=0)
+    with pytest.raises(TypeError, match=r"num_envs must be a whole number, got 1.5"):
+        LearnerConfig(num_envs=1.5)  # type: ignore[arg-type]
 
 
 # The header, and the command.
@@ -585,8 +688,15 @@ def test_the_command_logs_learners_and_says_so(tmp_path: Path) -> None:
     assert "limit None, steps 800, episodes 2" in text
     assert "limit 5, steps 800" in text
     # The learners are there still: more of their episodes, at once.
-    run(*command, "--episodes", 500)
+    told = run(*command, "--episodes", 500)
     assert json.loads(run("inspect", out, "--json"))["episodes"] == 4
+    assert "4 episodes, fewer than --episodes 500: the learners ended 4; raise --steps" in told
+    capped = run(*command, "--cap", 1, "--bins", 1)
+    assert "the learners ended 4; raise --steps, or --cap, which keeps at most 1 of" in capped
+    assert "taken back" not in capped
+    run(*command[:5], "--steps", 1600, *command[7:])
+    fewer = run(*command)
+    assert "had done up to 1600 steps before, and none are taken back" in fewer
 
 
 def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pendulum import pendulum
+from stable_baselines3 import PPO
 from typer.testing import CliRunner
 
 import safeshield.envs
 from safeshield.cli import app
 from safeshield.data.collect import collect
-from safeshield.evaluation import evaluate
+from safeshield.data.dataset import OfflineDataset
+from safeshield.evaluation import Saboteur, evaluate
+from safeshield.policies import ShieldedPolicy
 from safeshield.protocol import (
     FieldScore,
     ReferenceReturns,
@@ -38,6 +45,7 @@ from safeshield.protocol import (
 )
 from safeshield.shield import Shield
 from safeshield.workers import WorkerVectorEnv
+from safeshield.wrappers import SafetyShield
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -226,7 +234,10 @@ def test_an_agent_over_tasks() -> None:
     # Six numbers: the middle four of 0, 0.05, 0.1, 0.25, 0.5, 0.75.
     assert total.iqm_return == pytest.approx((0.05 + 0.1 + 0.25 + 0.5) / 4)
     assert total.return_interval[0] <= total.iqm_return <= total.return_interval[1]
-    json.dumps(total.to_json(), allow_nan=False)
+    for record in (total, scores[0]):
+        assert json.loads(json.dumps(record.to_json(), allow_nan=False)) == record.to_json()
+    alone = aggregate([score([10.0]), score([20.0], task="two")])
+    assert alone.return_interval is alone.cost_interval is None
     for wrong in (
         [],
         [scores[0], scores[0]],
@@ -255,6 +266,7 @@ def test_the_table_tells_safe_agents_from_unsafe_ones() -> None:
     assert lines[3].endswith("-")
     assert lines[4].split() == ["mean", "0.38", "/", "0.05", "0.62", "/", "0.80", "-"]
     assert lines[5].startswith("interquartile mean")
+    assert "[" not in lines[5], "one run shows no spread"
     assert lines[6].split() == ["safe", "on", "2", "of", "2", "1", "of", "2", "-"]
     markdown = format_scores(scores, markup="markdown").splitlines()
     assert markdown[2] == (r"| run | 10 | **0.50 / 0.10** | **0.75\* / 0.50** | (1.00 / 5.00) |")
@@ -324,6 +336,33 @@ def test_a_shield_stands_behind_the_policy(shield: Shield) -> None:
     assert "of the actions" in describe_score(behind)
 
 
+def test_shields_that_are_there_already_are_told(shield: Shield) -> None:
+    env = gym.make(BOAT)
+    common: dict[str, Any] = {"references": ReferenceReturns(0, 400), "seeds": (0,), "episodes": 3}
+    behind = field_score(env, "random", shield=shield, **common)
+    around = field_score(SafetyShield(env, shield), "random", **common)
+    assert around.shielded
+    assert around.agent == "random + shield"
+    # Copies in a row or one after the other draw other proposals; the shield steps in alike.
+    assert behind.intervention_rate is not None
+    assert around.intervention_rate == pytest.approx(behind.intervention_rate, abs=0.2)
+
+    def ahead(_: Array) -> Array:
+        return np.ones(2)
+
+    plain = field_score(env, ahead, **common)
+    policy = ShieldedPolicy(ahead, shield)
+    filtered = field_score(env, policy, **common)
+    assert (plain.shielded, filtered.shielded) == (False, True)
+    assert filtered.agent == "function + shield"
+    assert (
+        filtered.runs[0].returns == field_score(env, ahead, shield=shield, **common).runs[0].returns
+    )
+    assert field_score(env, {0: policy}, **common).shielded
+    # Who plays against a shield is not behind it.
+    assert not field_score(env, Saboteur(shield), **common).shielded
+
+
 @pytest.mark.parametrize("make", [pendulum, lambda: gym.make(BOAT)], ids=["copied", "native"])
 def test_the_number_of_workers_changes_nothing(make: Any) -> None:  # noqa: ANN401
     """Random actions: from one generator for all copies, so any other order would show."""
@@ -354,7 +393,39 @@ class Fragile(gym.Env[Any, Any]):
         return np.zeros(1, np.float32), 0.0, False, self.time == 5, {"cost": 0.0}
 
 
+class LonelyWorker(Fragile):
+    """Lives once in a process, and ends in its fifth step; the reward says in which process."""
+
+    metadata = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
+    living = 0
+
+    def __init__(self) -> None:
+        super().__init__(dies=False)
+        type(self).living += 1
+        self.alone = type(self).living == 1
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        if not self.alone:
+            raise ValueError("there are two of us")
+        self.time = self.time % 5 + 1
+        return np.zeros(1, np.float32), self.time, False, self.time == 5, {"cost": float(action[0])}
+
+
+class Nowhere(Fragile):
+    """Its reward is no number from the third step on."""
+
+    steps = 0
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        self.time += 1
+        type(self).steps += 1
+        reward = math.nan if self.time >= 3 else 1.0
+        return np.zeros(1, np.float32), reward, False, self.time == 50, {"cost": 0.0}
+
+
 gym.register("SafeshieldTest/Fragile-v0", entry_point=lambda **kwargs: Fragile(**kwargs))
+gym.register("SafeshieldTest/LonelyWorker-v0", entry_point=lambda **kwargs: LonelyWorker(**kwargs))
+gym.register("SafeshieldTest/Nowhere-v0", entry_point=lambda **kwargs: Nowhere(False, **kwargs))
 
 
 def test_what_goes_wrong_in_a_worker_is_told() -> None:
@@ -363,6 +434,52 @@ def test_what_goes_wrong_in_a_worker_is_told() -> None:
     assert "in step" in "".join(caught.value.__notes__)
     with pytest.raises(RuntimeError, match="exit code 9"):
         play(gym.make("SafeshieldTest/Fragile-v0", dies=True), "random", 0, episodes=2, workers=1)
+
+
+def test_workers_step_what_a_process_can_hold_once() -> None:
+    def half(_: Array) -> Array:
+        return np.full(1, 0.5)
+
+    LonelyWorker.living = 0
+    env = gym.make("SafeshieldTest/LonelyWorker-v0")
+    alone = play(env, half, 0, episodes=3)
+    assert alone.costs == (2.5, 2.5, 2.5)
+    assert play(env, half, 0, episodes=3, workers=2) == alone
+    with pytest.raises(ValueError, match=r"num_envs must be at most workers = 2 .*; got 3"):
+        play(env, half, 0, episodes=3, workers=2, num_envs=3)
+    with pytest.raises(ValueError, match=r"num_envs must be 1 .*hold one only; got 2") as caught:
+        play(env, half, 0, episodes=3, num_envs=2)
+    assert "rebuild" not in str(caught.value)
+
+
+def test_a_reward_that_is_no_number_has_no_score(files: Path) -> None:
+    env = gym.make("SafeshieldTest/Nowhere-v0")
+    Nowhere.steps = 0
+    message = r"the reward of a step must be .*got nan at step 2 of the .* reset with seed (\d+)"
+    with pytest.raises(ValueError, match=message) as caught:
+        field_score(env, "random", references=REFERENCES, num_envs=1)
+    assert Nowhere.steps == 3
+    # That seed tells which episode.
+    first = re.search(message, str(caught.value))
+    assert first is not None
+    env.reset(seed=int(first[1]))
+    PPO("MlpPolicy", env, policy_kwargs={"net_arch": [4]}, device="cpu").save(files / "odd.zip")
+    told = run("evaluate", files / "odd.zip", "SafeshieldTest/Nowhere-v0", "--cost-limit", 10,
+               "--references", "0,40", "--trust", code=2)  # fmt: skip
+    assert "error: the reward of a step must be a finite number, got nan at step 2" in told
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import gymnasium, safeshield.envs\n"
+        "from safeshield.protocol import play\n"
+        f"play(gymnasium.make({BOAT!r}), 'random', 0, episodes=1, workers=1)\n"
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'must stand below `if __name__ == "__main__":`' in last
 
 
 def test_workers_end_with_their_environment() -> None:
@@ -380,12 +497,15 @@ def test_workers_end_with_their_environment() -> None:
         ({"seeds": ()}, "seeds must be different"),
         ({"seeds": (1, 1)}, "seeds must be different"),
         ({"episodes": 0}, "episodes must be at least 1"),
-        ({"workers": -1}, "workers at least 0"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"seeds": [0.5]}, "each of seeds must be a whole number, got 0.5"),
+        ({"episodes": 1.5}, "episodes must be a whole number, got 1.5"),
+        ({"references": (0, 1)}, r"references must be a ReferenceReturns, got \(0, 1\)"),
         ({"cost_limit": -1.0}, "cost_limit must be"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         field_score(pendulum(), "random", **{"references": REFERENCES, "episodes": 2, **change})
 
 
@@ -407,10 +527,9 @@ def run(*arguments: object, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, shield: Shield) -> Path:
     """A folder with log.hdf5, shield.safetensors and the SB3 models model-0.zip, model-1.zip."""
-    from stable_baselines3 import PPO
-
     folder = tmp_path_factory.mktemp("protocol")
-    collect(gym.make(BOAT), "random", 5, 0).save(folder / "log.hdf5")
+    log = collect(gym.make(BOAT), "random", 5, 0)
+    dataclasses.replace(log, provenance={"environment": BOAT}).save(folder / "log.hdf5")
     shield.save(folder / "shield.safetensors")
     for seed in (0, 1):
         PPO("MlpPolicy", gym.make(BOAT), seed=seed, policy_kwargs={"net_arch": [4]}, device="cpu",
@@ -432,6 +551,31 @@ def test_the_command_scores_a_model(files: Path) -> None:
     assert f"normalised cost {one.normalised_cost:.3f}, {'safe' if one.safe else 'unsafe'}" in text
 
 
+def test_the_reference_must_be_a_log_of_that_task(files: Path, tmp_path: Path) -> None:
+    log = OfflineDataset.load(files / "log.hdf5")
+    command = ("evaluate", files / "shield.safetensors", BOAT, "--cost-limit", 10, "--seeds", 0,
+               "--episodes", 1, "--log", tmp_path / "other.hdf5")  # fmt: skip
+    for named, code, message in (
+        ("safeshield/Boat-v1", 2, "is of safeshield/Boat-v1: give that task's log"),
+        (f"safeshield.envs:{BOAT}", 0, ""),
+        ("MyBoat", 0, "does not say of which environment it is"),
+    ):
+        other = dataclasses.replace(log, provenance={"environment": named})
+        other.save(tmp_path / "other.hdf5")
+        told = run(*command, code=code)
+        assert message in told
+        assert ("warning" in told) == (named == "MyBoat")
+    wide = {
+        name: np.repeat(getattr(log, name), 2, axis=1)
+        for name in ("observations", "next_observations")
+    }
+    names = ("actions", "rewards", "terminated", "truncated", "costs", "action_space")
+    others = {name: getattr(log, name) for name in names}
+    OfflineDataset.from_arrays(**wide, **others).save(tmp_path / "other.hdf5")
+    told = run(*command, code=2)
+    assert "--log must be of safeshield/Boat-v0, whose observations have shape (2,), but" in told
+
+
 def test_the_command_takes_each_seed_its_own_file(files: Path) -> None:
     output = run(
         "evaluate", files / "model-{seed}.zip", BOAT, "--cost-limit", 5, "--seeds", "1,0",
@@ -440,8 +584,6 @@ def test_the_command_takes_each_seed_its_own_file(files: Path) -> None:
     one = FieldScore.from_json(json.loads(output)[0])
     assert one.trained_apart
     assert one.references == ReferenceReturns(0.0, 400.0)
-    from stable_baselines3 import PPO
-
     for result, seed in zip(one.runs, (1, 0), strict=True):
         model = PPO.load(files / f"model-{seed}.zip", device="cpu")
         assert result == play(gym.make(BOAT), model, seed, episodes=1)
@@ -454,7 +596,8 @@ def test_the_command_scores_behind_a_shield_and_without(files: Path) -> None:
         trust = ("--trust",) if isinstance(policy, Path) else ()
         text = run(*command, "--policy", policy, "--without", *trust)
         name = Path(policy).name
-        assert f"{name}, 1 runs of one agent" in text
+        assert f"{name}, 1 run of one agent" in text
+        assert "interquartile mean of the runs" not in text
         assert f"{name} + shield" in text
         assert text.strip().endswith("the highest return of the safe")
 

@@ -24,7 +24,9 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import safeshield.suites
+from safeshield import requirements
 from safeshield.cli import app
+from safeshield.data import OfflineDataset
 from safeshield.suites import (
     TASKS,
     Family,
@@ -36,7 +38,8 @@ from safeshield.suites import (
     packages,
     safety_gymnasium,
 )
-from safeshield.suites.doctor import Finding, Part, State
+from safeshield.suites.doctor import Finding, Part, State, examine, healthy, report
+from safeshield.suites.labels import label, with_constraint
 from safeshield.suites.packages import STACK, Package, commands, missing, needed, require
 
 TOP = Path(__file__).parents[1]
@@ -448,3 +451,52 @@ def test_where_the_stack_is_installed_nothing_is_skipped(tmp_path: Path, require
         assert "1 failed, 1 xfailed, 2 errors" in result.stdout
     else:
         assert "collected 0 items" in result.stdout
+
+
+def test_a_library_that_draws_is_not_blamed_on_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(module: str) -> Exception:
+        try:
+            exec("None.glGetError", {"__name__": module})
+        except AttributeError as error:
+            return error
+        raise AssertionError
+
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(packages.Package, "as_tried", True)
+    told = str(packages.broken("a task", failing("OpenGL.raw.GL._errors"), Suite.safety_gymnasium))
+    assert "cannot load the library that it draws with (MUJOCO_GL=osmesa asks for it)" in told
+    assert "versions" not in told
+    other = str(packages.broken("a task", failing("elsewhere"), Suite.safety_gymnasium))
+    assert "versions are those that were tried" in other
+
+
+def test_doctor_says_what_the_core_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requirements.lacking() == {}
+    real = requirements._version
+    missing = {"h5py": None, "scipy": "1.9.3", "PIL": "10.0.1rc1"}
+    monkeypatch.setattr(
+        requirements, "_version", lambda module, one: missing.get(module, real(module, one))
+    )
+    (finding,) = examine([Part.core])
+    assert finding.state is State.broken
+    assert finding.detail == "lacks h5py>=3.10 (not installed), scipy>=1.13 (installed: 1.9.3)"
+    assert finding.commands == ('pip install "h5py>=3.10" "scipy>=1.13"',)
+    assert not healthy([finding])
+    assert 'pip install "h5py>=3.10" "scipy>=1.13"' in report([finding])
+    assert json.loads(json.dumps(finding.to_json())) == finding.to_json()
+
+
+def test_the_core_is_what_the_package_asks_for() -> None:
+    asked = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert sorted(requirements.CORE.values()) == sorted(asked)
+
+
+def test_what_is_no_task_and_no_environment_is_refused() -> None:
+    log = OfflineDataset.from_arrays(
+        observations=[[0.0]], actions=[[0.0]], rewards=[0.0], next_observations=[[0.0]],
+        terminated=[True], truncated=[False], costs=[0.0],
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"task must be a task .* got None"):
+        label(log, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"env must be .* got str; make one with gymnasium.make"):
+        with_constraint("SafetyBallRun-v0")  # type: ignore[arg-type]

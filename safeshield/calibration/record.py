@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from safeshield.calibration.walk import Rung
+from safeshield.records import json_values
 from safeshield.scaling import finite_number
 
 
@@ -73,7 +74,7 @@ class CalibrationRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        return dataclasses.asdict(self)
+        return json_values(self)
 
     @classmethod
     def from_json(cls, data: object) -> Self:

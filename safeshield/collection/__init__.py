@@ -2,7 +2,7 @@
 
 from safeshield.collection.learner import LearnerConfig
 from safeshield.collection.multiplier import Multiplier
-from safeshield.collection.run import LIMITS, STEPS, collect_while_learning
+from safeshield.collection.run import LIMITS, STEPS, collect_while_learning, config_for
 from safeshield.collection.thinning import Thinning
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "Multiplier",
     "Thinning",
     "collect_while_learning",
+    "config_for",
 ]

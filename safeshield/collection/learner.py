@@ -26,6 +26,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from safeshield.arguments import whole
 from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
 from safeshield.data.collect import log_of
@@ -47,10 +48,11 @@ class LearnerConfig:
 
     Raises:
         ValueError: a number is out of range, or the batch size does not divide a rollout.
+        TypeError: a count is no whole number.
     """
 
     num_envs: int = 4
-    """Environments that step together."""
+    """Environments that step together; 1 where a process can hold one only (`config_for`)."""
     rollout_steps: int = 512
     """Steps of each environment between two updates."""
     batch_size: int = 256
@@ -75,8 +77,7 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "rollout_steps", "batch_size", "epochs", "segment_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            whole(name, getattr(self, name), least=1)
         if self.rollout % self.batch_size:
             raise ValueError(
                 f"batch_size must divide num_envs * rollout_steps = {self.rollout}, got "
@@ -134,7 +135,8 @@ def read_progress(folder: Path) -> Progress:
     if not path.exists():
         nothing = np.zeros(0, np.float32)
         return Progress(0, 0, None, nothing, nothing)
-    header, arrays = _read_state(path)
+    with _saying_the_way_out(folder):
+        header, arrays = _read_state(path)
     progress = Progress(
         header["updates"], header["segments"], header["price"], arrays[_RETURNS], arrays[_COSTS]
     )
@@ -391,5 +393,22 @@ def _one_thread() -> Iterator[None]:
 
 
 def load_segment(folder: Path, segment: int) -> OfflineDataset:
-    """Read the episodes of a segment."""
-    return OfflineDataset.load(segment_file(folder, segment))
+    """Read the episodes of a segment.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    with _saying_the_way_out(folder):
+        return OfflineDataset.load(segment_file(folder, segment))
+
+
+@contextlib.contextmanager
+def _saying_the_way_out(folder: Path) -> Iterator[None]:
+    """Add to the error of a damaged file what there is to be done in this place."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Where there is no whole copy of that file, delete the folder {folder} to "
+            "let this learner begin anew; the others go on from theirs"
+        ) from error

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from safeshield.batch_policy import executable_actions
 from safeshield.flat import FlatSpace, copied
 from safeshield.rollout import Episode
+from safeshield.vectorise import check_reward
 
 Array = npt.NDArray[Any]
 
@@ -73,6 +74,9 @@ class EpisodeRecorder(VecEnvWrapper):
             if done:
                 last = info["terminal_observation"]
                 reached = self._seen.rows(last, "observation")[0][0]
+            # Before the learner sees it, which would go on with weights that are no numbers.
+            where = f"an episode of environment {i}"
+            check_reward(float(rewards[i]), len(self._running[i].rewards), where)
             self.costs[i] = _cost(info)
             self._running[i].add(actions[i], float(rewards[i]), reached, info)
             if done:

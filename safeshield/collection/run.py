@@ -17,6 +17,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
+from safeshield.arguments import whole
 from safeshield.collection.learner import (
     STATE,
     LearnerConfig,
@@ -25,12 +26,21 @@ from safeshield.collection.learner import (
     load_segment,
     read_progress,
 )
+from safeshield.collection.lock import LOCK, locked
 from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.flat import flat_actions
 from safeshield.spaces import space_to_json
-from safeshield.vectorise import Env, Member, environment_name, is_vector_env, spec_to_copy
+from safeshield.vectorise import (
+    Env,
+    Member,
+    environment_name,
+    is_vector_env,
+    spec_to_copy,
+    why_alone,
+)
 from safeshield.versions import versions
 
 LIMITS: tuple[float | None, ...] = (None, 25.0, 5.0, 0.0)
@@ -67,32 +77,35 @@ def collect_while_learning(
 
     Args:
         env: a Gymnasium environment that reports ``info["cost"]`` or ``info["constraint"]``.
-            Copies of it are stepped; where `gymnasium.make` cannot rebuild it, it is stepped itself
-            and `config` must ask for one environment.
+            Copies of it are stepped; where `gymnasium.make` cannot rebuild it, or a process can
+            hold one only, it is stepped itself and `config` must ask for one environment.
         folder: where to keep state and episodes; made if need be. Models and logs in it cannot
             run code.
         limits: for each learner, its limit on the mean cost of an episode; None: none.
-        steps: of each learner; a whole number of rollouts, so a few more. Episodes under way at
-            the end of a segment are played to their end besides.
+        steps: of each learner; rounded up to whole rollouts (`LearnerConfig.rollout` steps). Of
+            what is done already nothing is taken back. Episodes under way at the end of a segment
+            are played to their end besides.
         seed: of everything.
         thinning: which episodes stay; None: all.
-        config: how they learn.
+        config: how they learn; by default `config_for(env)`.
         label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
         progress_bar: show one.
 
     Raises:
-        ValueError: an argument out of range; `folder` is of another run; the environment tells
-            neither cost nor constraint, or its episodes do not end.
-        TypeError: a space that `flat` does not support.
+        ValueError: an argument out of range; `folder` is of another run, or another one is using
+            it; the environment tells neither cost nor constraint, its rewards are not finite, its
+            actions not bounded, or its episodes do not end.
+        TypeError: a space that `flat` does not support, or no whole number where one must be.
     """
-    config = config or LearnerConfig()
+    _check_env(env)
+    config = config or config_for(env)
     plan = _Plan.of(env, limits, seed, config, label_magnitude)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    updates = config.updates(whole("steps", steps, least=1))
     folder = Path(folder)
-    plan.claim(folder)
-    updates = config.updates(steps)
+    _refuse_foreign(folder)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        plan.claim(folder)
         venv = stack.enter_context(_environments(env, config.num_envs))
         bar = stack.enter_context(_Bar(folder, plan, updates, shown=progress_bar))
         done = [
@@ -108,14 +121,36 @@ def collect_while_learning(
             )
             for number, limit in enumerate(plan.limits)
         ]
-    kept = _kept(done, thinning)
-    parts = [
-        part
-        for number, (progress, indices) in enumerate(zip(done, kept, strict=True))
-        for part in _selected(_learner_folder(folder, number), progress, indices)
-    ]
-    log = OfflineDataset.concatenate(parts)
-    return dataclasses.replace(log, provenance=_provenance(folder, plan, done, kept, thinning))
+        kept = _kept(done, thinning)
+        parts = [
+            part
+            for number, (progress, indices) in enumerate(zip(done, kept, strict=True))
+            for part in _selected(_learner_folder(folder, number), progress, indices)
+        ]
+        provenance = _provenance(folder, plan, done, kept, thinning)
+    return dataclasses.replace(OfflineDataset.concatenate(parts), provenance=provenance)
+
+
+def config_for(env: Env) -> LearnerConfig:
+    """Return the settings that an environment has by default.
+
+    Where it cannot be copied it is stepped alone, and a rollout has as many steps all the same.
+
+    >>> config_for(gym.make("CartPole-v1")).num_envs
+    4
+    """
+    plain = LearnerConfig()
+    if spec_to_copy(env) is not None:
+        return plain
+    return dataclasses.replace(plain, num_envs=1, rollout_steps=plain.rollout)
+
+
+def _check_env(env: object) -> None:
+    if not isinstance(env, gym.Env) or is_vector_env(env):
+        raise TypeError(
+            f"env must be a single Gymnasium environment, got {type(env).__name__}; make one "
+            "with gymnasium.make(id)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +175,15 @@ class _Plan:
         config: LearnerConfig,
         label_magnitude: float,
     ) -> Self:
-        if not isinstance(env, gym.Env) or is_vector_env(env):
-            raise TypeError(
-                f"env must be a single Gymnasium environment, got {type(env).__name__}; make one "
-                "with gymnasium.make(id)"
-            )
         if not limits:
             raise ValueError("limits must name at least one learner's cost limit, or None; got ()")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+        seed = whole("seed", seed, least=0)
+        played = flat_actions(env.action_space)
+        if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
+            raise ValueError(
+                f"env's action_space must be bounded, as PPO needs it, got {env.action_space}; "
+                "give it the bounds of the actuators, in the environment or in a wrapper"
+            )
         checked = tuple(
             None if limit is None else Multiplier(float(limit), config.multiplier_start,
                                                   config.multiplier_rate).limit
@@ -175,14 +210,10 @@ class _Plan:
         """Begin in this folder, or see that it was begun with the same plan; note the versions.
 
         Raises:
-            ValueError: it holds something else, or another run.
+            ValueError: it is of another run.
         """
         path = folder / PLAN
         if not path.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(
-                    f"{folder} must be a new or empty folder, or one that this began; it is not"
-                )
             self._begin(folder)
             return
         stored = _read_json(path)
@@ -211,6 +242,16 @@ class _Plan:
         _write_json(folder / PLAN, content)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raise ValueError where there is something already, and it is not of this module's making."""
+    if not folder.exists() or (folder / PLAN).exists():
+        return
+    if not folder.is_dir() or any(one.name != LOCK for one in folder.iterdir()):
+        raise ValueError(
+            f"{folder} must be a new or empty folder, or one that this began; it is not"
+        )
+
+
 def _wrappers(env: Env) -> tuple[str, ...]:
     names = []
     while isinstance(env, gym.Wrapper):
@@ -224,8 +265,8 @@ def _environments(env: Env, count: int) -> Iterator[VecEnv]:
     spec = spec_to_copy(env)
     if spec is None and count > 1:
         raise ValueError(
-            f"num_envs must be 1 for {env}, which gymnasium.make cannot rebuild from its spec; "
-            "register it, or pass LearnerConfig(num_envs=1)"
+            f"num_envs must be 1 for {env}, {why_alone(env)}; got {count}. Pass "
+            "LearnerConfig(num_envs=1), on the command line --set num_envs=1, or leave it out"
         )
 
     def make() -> Env:
@@ -270,7 +311,7 @@ def _selected(folder: Path, progress: Progress, indices: Indices) -> Iterator[Of
     if start != len(progress.returns):
         raise ValueError(
             f"{folder} holds {start} episodes, but its state tells of {len(progress.returns)}; "
-            "delete that folder to let this learner begin anew"
+            f"delete the folder {folder} to let this learner begin anew"
         )
 
 

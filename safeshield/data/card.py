@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -15,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import ConstraintKind, OfflineDataset
+from safeshield.records import json_values
 
 DEFAULT_LIMITS = (0.0, 5.0, 10.0)
 """Cost limits of an episode: none at all, and those of the papers on DSRL's tasks."""
+# The name of a class stands where an environment had no id.
+_VERSIONED = re.compile(r"-v\d+$")
 # DSRL names a file after its environment, the greatest cost and the number of episodes.
 _DSRL_NAME = re.compile(r"(?P<env>Safe\w*-v\d+)-\d+-\d+")
 
@@ -75,7 +77,7 @@ class DatasetCard:
     bytes: int | None
     sha256: str | None
     env_id: str | None
-    """Gymnasium id, where it was given or DSRL's file name tells it."""
+    """Gymnasium id, where it was given, or provenance or DSRL's file name tells it."""
     episodes: int
     transitions: int
     observation_width: int
@@ -101,9 +103,7 @@ class DatasetCard:
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values."""
-        fields = dataclasses.asdict(self)
-        lists = {name: list(fields[name]) for name in ("constraint_range", "safe")}
-        return fields | lists
+        return json_values(self)
 
     def __str__(self) -> str:
         low, high = self.constraint_range
@@ -147,8 +147,7 @@ def card_of(
     Args:
         source: a log, or the file of one, which is then loaded.
         limits: costs of an episode up to which it counts as safe, each at least 0.
-        env_id: of the environment that was logged; by default what the file's name says, where
-            DSRL named it.
+        env_id: of the environment that was logged; by default what `logged_environment` says.
         file: the file that a log given as `source` was read from: its name, size and digest go
             into the card.
 
@@ -173,9 +172,8 @@ def card_of(
     else:
         log, file = OfflineDataset.load(source), source
     path = None if file is None else Path(file)
-    if env_id is None and path is not None:
-        named = _DSRL_NAME.fullmatch(path.stem)
-        env_id = named["env"] if named else None
+    if env_id is None:
+        env_id = logged_environment(log, path)
     last = log.episode_starts + log.episode_lengths - 1
     return DatasetCard(
         file=None if path is None else path.name,
@@ -200,6 +198,22 @@ def card_of(
         terminated_share=float(log.terminated[last].mean()),
         safe=tuple(_safe_episodes(log, float(limit)) for limit in sorted(set(limits))),
     )
+
+
+def logged_environment(
+    log: OfflineDataset, file: str | os.PathLike[str] | None = None
+) -> str | None:
+    """Return the id of the environment that was logged; None where nothing tells it.
+
+    Args:
+        log: its provenance tells it, where there is one.
+        file: that it was read from: DSRL's names begin with the id.
+    """
+    named = (log.provenance or {}).get("environment")
+    if isinstance(named, str) and _VERSIONED.search(named):
+        return named
+    match = None if file is None else _DSRL_NAME.fullmatch(Path(file).stem)
+    return match["env"] if match else None
 
 
 def file_digest(path: Path) -> str:

@@ -6,7 +6,6 @@ and their rliable.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from scipy import stats
 
 from safeshield.evaluation import LEVEL, Interval
 from safeshield.protocol.scores import FieldScore
+from safeshield.records import json_values
 
 _TRIM = 0.25
 _RESAMPLES = 50_000
@@ -99,11 +99,11 @@ class Aggregate:
     """Likewise of the normalised cost."""
     iqm_return: float
     """Interquartile mean over runs and tasks of the normalised return."""
-    return_interval: Interval
-    """Its 95% interval (`stratified_interval`)."""
+    return_interval: Interval | None
+    """Its 95% interval (`stratified_interval`); None with one run, which shows no spread."""
     iqm_cost: float
     """Likewise of the normalised cost."""
-    cost_interval: Interval
+    cost_interval: Interval | None
 
     @property
     def safe(self) -> bool:
@@ -112,7 +112,7 @@ class Aggregate:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        return {**dataclasses.asdict(self), "safe": self.safe}
+        return {**json_values(self), "safe": self.safe}
 
 
 def aggregate(
@@ -138,6 +138,10 @@ def aggregate(
         )
     returns = np.stack([score.run_returns for score in scores], axis=1)
     costs = np.stack([score.run_costs for score in scores], axis=1)
+    intervals = [
+        stratified_interval(one, resamples=resamples, seed=seed) if runs[0] > 1 else None
+        for one in (returns, costs)
+    ]
     return Aggregate(
         agent=agents[0],
         tasks=tasks,
@@ -146,7 +150,7 @@ def aggregate(
         mean_return=float(returns.mean()),
         mean_cost=float(costs.mean()),
         iqm_return=interquartile_mean(returns),
-        return_interval=stratified_interval(returns, resamples=resamples, seed=seed),
+        return_interval=intervals[0],
         iqm_cost=interquartile_mean(costs),
-        cost_interval=stratified_interval(costs, resamples=resamples, seed=seed),
+        cost_interval=intervals[1],
     )

@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from safeshield.arguments import whole
 from safeshield.evaluation import ShieldLike, draw_episodes, episode_cost
 from safeshield.protocol.scores import (
     COST_LIMIT,
     FieldScore,
     ReferenceReturns,
     Run,
+    check_references,
     normalised_cost,
 )
+from safeshield.shield.nested import is_shielded_policy, shielding_layer
 from safeshield.vectorise import (
     Env,
     check_env,
     copies,
     environment_name,
     is_vector_env,
+    one_per_process,
     spec_to_copy,
 )
 
@@ -51,7 +55,10 @@ def field_score(
 ) -> FieldScore:
     """Run whole episodes under several seeds and score them.
 
-    The result depends on `num_envs` where the policy draws noise, and never on `workers`.
+    The result depends on `num_envs` where the policy draws noise, and in its last digits where it
+    is a network, which rounds otherwise in a batch of another size (returns differed by 2.4e-6).
+    It never depends on `workers`, but where a process can hold one environment only (MetaDrive):
+    there as many step together as there are workers.
 
     Args:
         env: a Gymnasium environment or a VectorEnv that reports ``info["cost"]``, or
@@ -62,15 +69,20 @@ def field_score(
         cost_limit: of an episode's summed cost.
         seeds: one run each; starts and noise follow from it.
         episodes: of each run.
-        shield: what filters the proposals, or a dict of one for each seed; None: nothing does.
+        shield: what filters the proposals, or a dict of one for each seed; None: nothing does, but
+            for a `SafetyShield` around `env` or a `ShieldedPolicy`, which are seen.
         name: of the policy, for tables.
         task: name of the task, for tables; by default the environment's id.
         num_envs: how many copies of the environment step together.
         workers: processes that step them (see `workers.WorkerVectorEnv`); 0: this one. Worth it
-            where a step takes milliseconds.
+            where a step takes milliseconds. A script that asks for any must do so below
+            ``if __name__ == "__main__":``.
 
     Raises:
-        ValueError: an argument out of range, or dicts that lack a seed.
+        ValueError: an argument out of range, dicts that lack a seed, or an environment that
+            reports no cost, or a reward or cost that is no number.
+        TypeError: an argument of another type.
+        RuntimeError: a worker ended by itself.
 
     >>> import gymnasium, safeshield.envs
     >>> env = gymnasium.make("safeshield/Boat-v0")
@@ -78,9 +90,10 @@ def field_score(
     >>> len(score.runs), len(score.runs[0].returns), score.task
     (3, 2, 'safeshield/Boat-v0')
     """
-    wanted = [int(seed) for seed in seeds]
-    if not wanted or len(set(wanted)) != len(wanted) or min(wanted) < 0:
-        raise ValueError(f"seeds must be different whole numbers of at least 0, got {list(seeds)}")
+    wanted = [whole("each of seeds", seed, least=0) for seed in seeds]
+    if not wanted or len(set(wanted)) != len(wanted):
+        raise ValueError(f"seeds must be different whole numbers, at least one, got {list(seeds)}")
+    check_references(references)
     normalised_cost(0.0, cost_limit)
     policies = _for_each_seed("policy", policy, wanted)
     shields = _for_each_seed("shield", shield, wanted)
@@ -96,13 +109,15 @@ def field_score(
             for seed in wanted
         ]
     first = policies[wanted[0]]
+    inner = getattr(first, "model", first) if is_shielded_policy(first) else first
+    behind = any(map(is_shielded_policy, policies.values()))
     return FieldScore(
-        policy=name or (first if isinstance(first, str) else type(first).__name__),
+        policy=name or (inner if isinstance(inner, str) else type(inner).__name__),
         task=task or environment_name(env),
         references=references,
         cost_limit=float(cost_limit),
         runs=tuple(runs),
-        shielded=shield is not None,
+        shielded=shield is not None or shielding_layer(env) is not None or behind,
         trained_apart=isinstance(policy, Mapping) or isinstance(shield, Mapping),
     )
 
@@ -141,13 +156,12 @@ def _side_by_side(
 
     By default as many as share the episodes evenly in waves of up to 8, or 256 where the
     environment has a vector form of its own: a number that `workers` does not change, since a
-    policy may round otherwise in a batch of another size.
+    policy may round otherwise in a batch of another size. Where a process can hold one only, it is
+    the number of processes.
     """
     check_env(env)
-    if episodes < 1 or workers < 0:
-        raise ValueError(
-            f"episodes must be at least 1 and workers at least 0, got {episodes} and {workers}"
-        )
+    whole("episodes", episodes, least=1)
+    whole("workers", workers, least=0)
     if is_vector_env(env):
         if workers:
             raise ValueError(
@@ -158,7 +172,9 @@ def _side_by_side(
         return
     single = cast(Env, env)
     spec = spec_to_copy(single)
-    if num_envs is None and spec is not None:
+    if num_envs is None and one_per_process(single):
+        num_envs = max(workers, 1)
+    elif num_envs is None and spec is not None:
         native = spec.vector_entry_point and not spec.additional_wrappers
         waves = math.ceil(episodes / (_MOST_NATIVE if native else _MOST_TOGETHER))
         num_envs = math.ceil(episodes / waves)

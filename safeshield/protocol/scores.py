@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.records import json_values
 
 COST_LIMIT = 10.0
 """Cost limit of FISOR, SafeFQL, FLRP and R2PAC; R2PAC's table has 5 for Bullet-Safety-Gym."""
@@ -66,6 +67,15 @@ class ReferenceReturns:
         return (np.asarray(returns, np.float64) - self.least) / (self.greatest - self.least)
 
 
+def check_references(references: object) -> None:
+    """Raise TypeError unless these are the reference returns of a task."""
+    if not isinstance(references, ReferenceReturns):
+        raise TypeError(
+            f"references must be a ReferenceReturns, got {references!r}; pass "
+            "ReferenceReturns(least, greatest) or ReferenceReturns.of_log(log)"
+        )
+
+
 def normalised_cost(costs: npt.ArrayLike, limit: float) -> npt.NDArray[np.float64]:
     """Return ``(C + e) / (limit + e)``, of the shape of `costs`; e = 1 at limit 0, else 0.
 
@@ -94,7 +104,8 @@ class Run:
     """Of each episode, the undiscounted sum of its costs; where none is reported, its steps in
     violation."""
     intervention_rate: float | None = None
-    """Share of the steps in which a shield replaced the action; None without a shield."""
+    """Share of the steps in which a shield replaced the action; None without a shield, and of a
+    `ShieldedPolicy`, which nobody else can ask."""
 
     def __post_init__(self) -> None:
         if not self.returns or len(self.returns) != len(self.costs):
@@ -102,6 +113,12 @@ class Run:
                 "a run needs a return and a cost for each of its episodes, at least one, got "
                 f"{len(self.returns)} returns and {len(self.costs)} costs"
             )
+        # A cost that is no number would be neither above the limit nor below it.
+        for name, values in (("returns", self.returns), ("costs", self.costs)):
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{name} of the run of seed {self.seed} must be finite, got {list(values)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,7 @@ class FieldScore:
 
     Raises:
         ValueError: no run, two of the same seed, runs of unlike length, or a bad limit.
+        TypeError: the references are no `ReferenceReturns`.
 
     >>> runs = (Run(0, (10.0, 20.0), (0.0, 12.0)), Run(1, (30.0, 20.0), (4.0, 0.0)))
     >>> score = FieldScore("PPO", "Boat", ReferenceReturns(0.0, 40.0), 10.0, runs)
@@ -128,12 +146,13 @@ class FieldScore:
     runs: tuple[Run, ...]
     """One for each seed."""
     shielded: bool = False
-    """Whether a shield stood between the proposals and the environment."""
+    """Whether a shield stood between the proposals and the environment, whoever put it there."""
     trained_apart: bool = False
     """Whether each run is of an agent trained for it, so that the spread over runs is that of
     training too; False: the runs are of one agent and differ in their episodes alone."""
 
     def __post_init__(self) -> None:
+        check_references(self.references)
         normalised_cost(0.0, self.cost_limit)
         seeds = [run.seed for run in self.runs]
         if not seeds or len(set(seeds)) != len(seeds):
@@ -184,7 +203,7 @@ class FieldScore:
     def to_json(self) -> dict[str, Any]:
         """Return the fields, and what follows from them, as JSON values."""
         return {
-            **dataclasses.asdict(self),
+            **json_values(self),
             "normalised_return": self.normalised_return,
             "normalised_cost": self.normalised_cost,
             "run_returns": self.run_returns.tolist(),

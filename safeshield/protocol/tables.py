@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.evaluation import Interval
 from safeshield.protocol.across_tasks import aggregate, interquartile_mean, stratified_interval
 from safeshield.protocol.scores import FieldScore
 
@@ -58,16 +59,16 @@ def describe_score(score: FieldScore) -> str:
     returns, costs = score.run_returns[:, None], score.run_costs[:, None]
     raw = [np.mean([run.returns for run in score.runs]), np.mean([run.costs for run in score.runs])]
     seeds = ", ".join(str(run.seed) for run in score.runs)
+    seeds = f"seeds {seeds}" if len(score.runs) > 1 else f"seed {seeds}"
     spread = "trained with these seeds" if score.trained_apart else "of one agent"
+    runs = "1 run" if len(score.runs) == 1 else f"{len(score.runs)} runs"
     lines = [
         f"task      {score.task}, cost limit {score.cost_limit:g}, reference returns "
         f"{score.references.least:.6g} and {score.references.greatest:.6g}",
-        f"agent     {score.agent}, {len(score.runs)} runs {spread} (seeds {seeds}) of "
+        f"agent     {score.agent}, {runs} {spread} ({seeds}) of "
         f"{len(score.runs[0].returns)} episodes",
-        f"return    {raw[0]:.6g}; normalised {score.normalised_return:.3f}; "
-        f"interquartile mean of the runs {_with_interval(returns)}",
-        f"cost      {raw[1]:.6g}; normalised {score.normalised_cost:.3f}; "
-        f"interquartile mean of the runs {_with_interval(costs)}",
+        f"return    {raw[0]:.6g}; normalised {score.normalised_return:.3f}{_middle(returns)}",
+        f"cost      {raw[1]:.6g}; normalised {score.normalised_cost:.3f}{_middle(costs)}",
     ]
     if score.intervention_rate is not None:
         lines.append(f"replaced  {score.intervention_rate:.1%} of the actions")
@@ -107,9 +108,9 @@ def _totals(
             continue
         total = aggregate(found)
         means.append(_marked(total.mean_return, total.mean_cost, total.safe, "", markup))
-        (a, b), (c, d) = total.return_interval, total.cost_interval
         middles.append(
-            f"{total.iqm_return:.2f} [{a:.2f}, {b:.2f}] / {total.iqm_cost:.2f} [{c:.2f}, {d:.2f}]"
+            f"{total.iqm_return:.2f}{_interval(total.return_interval, 2)} / "
+            f"{total.iqm_cost:.2f}{_interval(total.cost_interval, 2)}"
         )
         safes.append(f"{total.safe_tasks} of {len(grid)}")
     return [means, middles, safes]
@@ -149,6 +150,15 @@ def _lines(rows: Sequence[Sequence[str]], markup: Markup) -> str:
     return "\n".join(lines)
 
 
-def _with_interval(scores: npt.NDArray[np.float64]) -> str:
-    low, high = stratified_interval(scores)
-    return f"{interquartile_mean(scores):.3f} [{low:.3f}, {high:.3f}]"
+def _middle(scores: npt.NDArray[np.float64]) -> str:
+    """What several runs show beyond their mean."""
+    if len(scores) == 1:
+        return ""
+    interval = _interval(stratified_interval(scores), 3)
+    return f"; interquartile mean of the runs {interquartile_mean(scores):.3f}{interval}"
+
+
+def _interval(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    return f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"

@@ -10,7 +10,8 @@ from typing import Any
 
 from safeshield.shield.shield import Shield
 
-_TELLS = "shield/intervened"
+INTERVENED = "shield/intervened"
+"""Where a shield around an environment tells whether it replaced the action."""
 _PAST = ("reset", "step")
 
 
@@ -27,6 +28,13 @@ def shielding_layer(env: object) -> object | None:
     return None
 
 
+def is_shielded_policy(policy: object) -> bool:
+    """Whether what a policy returns has passed a `Shield` already, as `ShieldedPolicy`'s has."""
+    # By its fields: policies are above this. An adversary has a shield too, but tells no verdict.
+    fields = getattr(policy, "__dict__", {})
+    return isinstance(fields.get("shield"), Shield) and "report" in fields
+
+
 def refuse_shielded(env: object, instead: str) -> None:
     """Raise ValueError if there is a shield inside that can be seen from here."""
     layer = shielding_layer(env)
@@ -36,8 +44,8 @@ def refuse_shielded(env: object, instead: str) -> None:
 
 def refuse_shielded_infos(infos: Mapping[str, Any], instead: str) -> None:
     """Raise ValueError if infos tell of a shield, such as one in another process."""
-    if _TELLS in infos:
-        raise _shielded_already(f"its infos have {_TELLS!r}", instead)
+    if INTERVENED in infos:
+        raise _shielded_already(f"its infos have {INTERVENED!r}", instead)
 
 
 def refuse_past_shield(name: str, instead: str) -> None:

@@ -20,7 +20,13 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, load_once
-from safeshield.suites.registration import import_if_installed, register, remember
+from safeshield.suites.registration import (
+    Remade,
+    import_if_installed,
+    register,
+    remember,
+    remember_how,
+)
 
 if TYPE_CHECKING:
     _Env = gym.Env[Any, Any]
@@ -60,7 +66,8 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
     load(env_id)
     spec = _UPSTREAM[env_id]
     base: Any = load_env_creator(str(spec.entry_point))
-    return construct(base, **{**spec.kwargs, **kwargs})
+    env = construct(base, **{**spec.kwargs, **kwargs})
+    return remember_how(env, make, env_id, kwargs)
 
 
 vars(make).update(metadata=METADATA)
@@ -94,7 +101,7 @@ def _mended(base: Any) -> Any:  # noqa: ANN401 - a class of theirs
     return type(base.__name__, (_Seeded, base), {"__doc__": base.__doc__})
 
 
-class _Seeded(_Env):
+class _Seeded(Remade):
     """A Bullet environment that follows the seed of `reset`.
 
     After ``reset(seed=n)`` it goes on as a new environment does whose first draws follow n: it

@@ -14,6 +14,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.vectorise import check_env
+
 if TYPE_CHECKING:
     _Wrapper = gym.Wrapper[Any, Any, Any, Any]
     Env = gym.Env[Any, Any]
@@ -88,10 +90,14 @@ def with_constraint(env: Env) -> Env:
     Args:
         env: an environment, wrapped or not, that steps by five values or by Safety-Gymnasium's six.
 
+    Raises:
+        TypeError: it is no environment.
+
     >>> env = gym.make("Pendulum-v1")  # nothing is known of it
     >>> with_constraint(env) is env
     True
     """
+    check_env(env)
     layer: Any = env
     while isinstance(layer, gym.Wrapper):
         if isinstance(layer, ConstraintFromState):

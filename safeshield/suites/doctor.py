@@ -15,10 +15,12 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from safeshield.records import json_values
+from safeshield.requirements import command, lacking
 from safeshield.suites.packages import Suite, commands, missing, needed, python_note
 from safeshield.suites.tasks import TASKS
 
@@ -78,7 +80,7 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
-        return asdict(self)
+        return json_values(self)
 
 
 def examine(parts: Sequence[Part] = ()) -> list[Finding]:
@@ -135,6 +137,13 @@ def _examine(part: Part) -> Finding:
     if part is Part.core:
         versions = {"python": platform.python_version(), **{name: _version(name) for name in _CORE}}
     present = {name: number for name, number in versions.items() if number is not None}
+    if part is Part.core and (lacks := lacking()):
+        parts = [
+            f"{one} (not installed)" if number is None else f"{one} (installed: {number})"
+            for one, number in lacks.items()
+        ]
+        run = (command(list(lacks)),)
+        return Finding(part, State.broken, present, f"lacks {', '.join(parts)}", commands=run)
     absent = missing(*suites)
     if absent:
         names = ", ".join(package.name for package in absent)

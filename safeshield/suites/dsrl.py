@@ -15,7 +15,7 @@ import gymnasium as gym
 
 from safeshield.suites import bullet, compat, safety_gymnasium
 from safeshield.suites.packages import Suite, broken, require
-from safeshield.suites.registration import register
+from safeshield.suites.registration import register, remember_how
 from safeshield.suites.tasks import TASKS, Family
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def make_bullet(env_id: str, render_mode: str | None = None, **kwargs: Any) -> _
     """
     bullet.load(env_id)
     base, defaults = _class_of(env_id, "offline_bullet_safety_gym")
-    return bullet.construct(base, render_mode=render_mode, **{**defaults, **kwargs})
+    given = {**kwargs, "render_mode": render_mode}
+    return remember_how(bullet.construct(base, **{**defaults, **given}), make_bullet, env_id, given)
 
 
 def make_safety_gymnasium(
@@ -72,7 +73,8 @@ def make_safety_gymnasium(
         env.render_parameters.mode = render_mode
     else:
         env.render_mode = render_mode
-    return env  # type: ignore[no-any-return]
+    given = {**kwargs, "render_mode": render_mode}
+    return remember_how(env, make_safety_gymnasium, env_id, given)
 
 
 vars(make_bullet).update(metadata=bullet.METADATA)

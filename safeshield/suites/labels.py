@@ -95,6 +95,7 @@ def label(
     Raises:
         ValueError: the task is unknown; the observations have another width; more states than
             `max_disagreement` allows disagree (see `agreement` for the counts).
+        TypeError: the task is none of these.
     """
     found = log_label(task)
     if found is None:
@@ -152,8 +153,25 @@ def log_label(task: str | Named) -> LogLabel | None:
     return LOG_LABELS[name]
 
 
+def same_task(one: str, other: str) -> bool:
+    """Whether two ids are of one environment: DSRL's, native and five-valued ones are.
+
+    >>> same_task("safeshield.suites:SafetyPointGoal1Gymnasium-v0", "SafetyPointGoal1-v0")
+    True
+    >>> same_task("SafetyHopperVelocity-v0", "SafetyHopperVelocity-v1")
+    False
+    """
+    name = _dsrl_name(one)
+    bare = one.rpartition(":")[2] == other.rpartition(":")[2]
+    return bare or (name in LOG_LABELS and name == _dsrl_name(other))
+
+
 def _dsrl_name(task: str | Named) -> str:
-    text = task if isinstance(task, str) else task.name
+    text = task if isinstance(task, str) else getattr(task, "name", None)
+    if not isinstance(text, str):
+        raise TypeError(
+            f"task must be a task of safeshield.suites.tasks, its name or an id, got {task!r}"
+        )
     bare = text.rpartition(":")[2]
     match = re.fullmatch(
         r"(?:Safety|Offline)?(?:Metadrive-)?(\w+?)(?:Gymnasium)?(?:-v(\d+))?", bare

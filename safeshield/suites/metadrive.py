@@ -36,6 +36,10 @@ DENSITIES = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
 IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}
 """What the other cars' drivers are made of: km/h, and factors of acceleration and braking."""
 
+METADATA = {"render_modes": ["rgb_array"], "render_fps": 10, "one_per_process": True}
+PICTURE = 500
+"""Pixels of either side of a picture, five to a metre."""
+
 METADRIVE_TASKS = tuple(f"{road}{traffic}" for road in ROADS for traffic in DENSITIES)
 """DSRL's names of the nine."""
 METADRIVE_WIDTH = 259
@@ -71,9 +75,13 @@ def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
-        ValueError: a render mode is asked for.
+        ValueError: a render mode that there is not.
     """
     return with_constraint(MetaDriveTask(_IDS[env_id], render_mode))
+
+
+# Where it finds these, `gymnasium.make` knows what can be rendered.
+vars(make).update(metadata=METADATA)
 
 
 class MetaDriveTask(_Env):
@@ -99,31 +107,33 @@ class MetaDriveTask(_Env):
 
     Args:
         name: ``"easysparse"`` to ``"harddense"``.
-        render_mode: None; nothing can be rendered without the assets.
+        render_mode: None, or ``"rgb_array"``: `render` then returns the road from above, drawn
+            without a display and without the 3-d assets, (500, 500, 3) of 100 m by 100 m.
 
     Raises:
-        ValueError: the name is unknown, or a render mode is asked for.
+        ValueError: the name is unknown, or the render mode.
         gymnasium.error.DependencyNotInstalled: a package is missing, or (in `reset`) cannot be
             loaded.
         RuntimeError: (in `reset`) another task of this process holds the engine, or held it when
             this process was forked; the simulator is of another version.
-        gymnasium.error.ResetNeeded: stepped before the first reset, or after `close`.
+        gymnasium.error.ResetNeeded: stepped or rendered before the first reset, or after `close`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
+    metadata = METADATA
 
     def __init__(self, name: str, render_mode: str | None = None) -> None:
         if name not in METADRIVE_TASKS:
             raise ValueError(f"name must be one of {', '.join(METADRIVE_TASKS)}, got {name!r}")
-        if render_mode is not None:
+        if render_mode not in (None, "rgb_array"):
             raise ValueError(
-                f"render_mode must be None for a MetaDrive task, got {render_mode!r}: it runs "
-                "without a window and without the 3-d assets, which MetaDrive downloads by itself "
-                "when metadrive.MetaDriveEnv(dict(use_render=True)) is started outside safeshield"
+                "render_mode must be None or 'rgb_array' (the road from above) for a MetaDrive "
+                f"task, got {render_mode!r}: it runs without a window and without the 3-d assets, "
+                "which MetaDrive downloads by itself when "
+                "metadrive.MetaDriveEnv(dict(use_render=True)) is started outside safeshield"
             )
         require(f"the MetaDrive task {name}", Suite.metadrive)
         self.name = name
-        self.render_mode = None
+        self.render_mode = render_mode
         self.observation_space = gym.spaces.Box(0.0, 1.0, (METADRIVE_WIDTH,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self._simulator: Simulator = None
@@ -150,6 +160,17 @@ class MetaDriveTask(_Env):
         told = _told(observation, info)
         terminated = told["arrive_dest"] or told["crash"] or told["out_of_road"]
         return observation, float(reward), terminated, told["max_step"] and not terminated, told
+
+    def render(self) -> npt.NDArray[np.uint8] | None:
+        """Return the road from above with the car in the middle; None without a render mode."""
+        if self.render_mode is None:
+            return None
+        if self._simulator is None:
+            raise gym.error.ResetNeeded("cannot render before reset(), nor after close()")
+        picture = self._simulator.render(
+            mode="topdown", window=False, screen_size=(PICTURE, PICTURE)
+        )
+        return np.asarray(picture, dtype=np.uint8)
 
     def close(self) -> None:
         """Give the engine back; a later reset starts it again."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
+import traceback
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -65,6 +67,8 @@ class Package:
         return Requirement(self.requirement).specifier.contains(version, prereleases=True)
 
 
+_OPENGL = ("OpenGL", "mujoco.gl_context", "mujoco.osmesa", "mujoco.egl", "mujoco.glfw")
+"""Modules by which MuJoCo finds what it draws with."""
 _LAST_PYTHON: tuple[int, int] = (3, 11)
 _RUNNING: tuple[int, int] = (sys.version_info.major, sys.version_info.minor)
 _SAFETY = (Suite.safety_gymnasium,)
@@ -159,6 +163,14 @@ def require(what: str, *suites: Suite) -> None:
 
 def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyNotInstalled:
     """Return the error to raise where everything is there and an import fails all the same."""
+    if Suite.safety_gymnasium in suites and _failed_in_opengl(error):
+        chosen = os.environ.get("MUJOCO_GL")
+        says = "MUJOCO_GL is not set" if chosen is None else f"MUJOCO_GL={chosen} asks for it"
+        return gym.error.DependencyNotInstalled(
+            f"{what} cannot be loaded ({type(error).__name__}: {error}): MuJoCo cannot load the "
+            f"library that it draws with ({says}); install that, or set the environment variable "
+            "MUJOCO_GL to another one (egl, osmesa, glfw) or to disable before Python starts"
+        )
     others = [package for package in needed(*suites) if not package.as_tried]
     found = ", ".join(f"{package.name} {package.version}" for package in others)
     repair = (
@@ -169,6 +181,12 @@ def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyN
     return gym.error.DependencyNotInstalled(
         f"{what} cannot be loaded ({type(error).__name__}: {error}): {repair}"
     )
+
+
+def _failed_in_opengl(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = {str(frame.f_globals.get("__name__")) for frame, _ in frames}
+    return any(name.startswith(_OPENGL) for name in modules)
 
 
 def load_once(what: str, suite: Suite, import_everything: _lru_cache_wrapper[None]) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
 from safeshield.suites.compat import LOCK, registry_kept, streams_with_files
 
+if TYPE_CHECKING:
+    _Env = gym.Env[Any, Any]
+else:
+    _Env = gym.Env
+Maker = Callable[..., _Env]
+"""Takes an id and the arguments of `gymnasium.make`."""
 _HERE = "safeshield.suites."
 
 
@@ -63,6 +71,34 @@ def register(
             reward_threshold=None if spec is None else spec.reward_threshold,
             kwargs={"env_id": one},
         )
+
+
+class Remade(_Env):
+    """An environment whose class is made here, which nothing can look up by its name.
+
+    It is pickled, and copied, as the way to make it, like Gymnasium's `EzPickle`: what comes out is
+    a new environment that has not been reset.
+    """
+
+    _made: tuple[Maker, str, dict[str, Any]] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., _Env], tuple[Any, ...]]:
+        if self._made is None:
+            raise TypeError(f"{self} was not made by its id: gymnasium.make(id) can be pickled")
+        return _make_again, (*self._made, self.spec)
+
+
+def remember_how(env: _Env, make: Maker, env_id: str, kwargs: Mapping[str, Any]) -> _Env:
+    """Note how a `Remade` environment was made, and return it."""
+    if isinstance(env, Remade):
+        env._made = make, env_id, dict(kwargs)
+    return env
+
+
+def _make_again(make: Maker, env_id: str, kwargs: dict[str, Any], spec: EnvSpec | None) -> _Env:
+    env = make(env_id, **kwargs)
+    env.spec = spec
+    return env
 
 
 def _is_ours(spec: EnvSpec | None) -> bool:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -19,7 +21,13 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, load_once
-from safeshield.suites.registration import import_if_installed, register, remember
+from safeshield.suites.registration import (
+    Remade,
+    import_if_installed,
+    register,
+    remember,
+    remember_how,
+)
 
 if TYPE_CHECKING:
     _Env = gym.Env[Any, Any]
@@ -86,10 +94,12 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        RuntimeError: (in `render`, and where an observation is a picture in `reset`) there is no
+            display, and MUJOCO_GL names nothing that needs none.
     """
     base, defaults = _class_of(native_id(env_id), env_id)
     env: _Env = mended(base, five_values=True)(**{**defaults, **kwargs})
-    return env
+    return remember_how(env, make, env_id, kwargs)
 
 
 def make_native(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
@@ -100,7 +110,7 @@ def make_native(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the envir
     """
     base, defaults = _class_of(env_id, env_id)
     env: _Env = mended(base, five_values=False)(**{**defaults, **kwargs})
-    return env
+    return remember_how(env, make_native, env_id, kwargs)
 
 
 # Where it finds these, `gymnasium.make` offers "rgb_array_list" too.
@@ -136,13 +146,43 @@ def _import_everything() -> None:
 
 @functools.cache
 def mended(base: Any, *, five_values: bool) -> Any:  # noqa: ANN401 - a class of theirs
-    """Return a subclass of an environment's class; see `_Navigation` and `_FiveValues`."""
+    """Return a subclass of an environment's class; see the classes below."""
     from safety_gymnasium.builder import Builder
 
     parts: list[type] = [_FiveValues] if five_values else []
     if issubclass(base, Builder):
         parts.append(_Navigation)
-    return type(base.__name__, (*parts, base), {"__doc__": base.__doc__}) if parts else base
+    return type(base.__name__, (*parts, _Drawn, base), {"__doc__": base.__doc__})
+
+
+class _Drawn(Remade):
+    """An environment that refuses to draw where that would end the process."""
+
+    def render(self) -> Any:  # noqa: ANN401 - a picture, or nothing
+        check_display(str(self.render_mode))
+        return super().render()
+
+
+def check_display(mode: str) -> None:
+    """Raise RuntimeError where MuJoCo cannot draw.
+
+    Without a display it fails in the middle of that, and at the next model the process aborts.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return
+    if mode == "human":
+        raise RuntimeError(
+            "render_mode 'human' opens a window, and there is no display here (DISPLAY is not "
+            "set): use 'rgb_array' with the environment variable MUJOCO_GL=egl"
+        )
+    if os.environ.get("MUJOCO_GL", "").strip().lower() not in ("egl", "osmesa"):
+        raise RuntimeError(
+            "MuJoCo cannot draw here: there is no display (DISPLAY is not set). Set the "
+            "environment variable MUJOCO_GL=egl (a graphics driver draws) or osmesa (the processor "
+            "does, by the system's library OSMesa) before Python starts"
+        )
 
 
 class _FiveValues(_Env):
@@ -170,6 +210,8 @@ class _Navigation(_Env):
     ) -> tuple[Any, dict[str, Any]]:
         # Its own reset leaves Gymnasium's generator unseeded, which check_env refuses.
         gym.Env.reset(self, seed=seed)
+        if self.task.observe_vision:
+            check_display("rgb_array")
         if self.task.world is None and not _renders(self):
             self.task.world = _world_class()(self)
         return super().reset(seed=seed, options=options)

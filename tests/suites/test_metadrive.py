@@ -5,15 +5,21 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from typer.testing import CliRunner
 
 import safeshield.suites  # noqa: F401 - registers them
-from safeshield.data import collect
+from safeshield.cli import app
+from safeshield.data import OfflineDataset, collect
+from safeshield.protocol import play
 from safeshield.suites import packages
 from safeshield.suites.labels import agreement, label
 from safeshield.suites.metadrive import (
@@ -234,11 +240,61 @@ def test_a_forked_process_is_told_to_close_first(env: Env) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_nothing_is_rendered_printed_or_fetched(
+def test_the_road_is_drawn_from_above_and_nothing_else_changes(env: Env) -> None:
+    rows = drive(env, 3, 30)
+    env.close()
+    assert env.render() is None
+    shown = gym.make(EASY, render_mode="rgb_array")
+    with pytest.raises(gym.error.ResetNeeded, match="cannot render before reset"):
+        shown.unwrapped.render()
+    pictures: list[Any] = []
+    observation, _ = shown.reset(seed=3)
+    for row in rows:
+        np.testing.assert_array_equal(observation, row[0])
+        pictures.append(shown.render())
+        observation, *_ = shown.step(np.array([0.0, 0.5], np.float32))
+    shown.close()
+    assert all(one.shape == (500, 500, 3) and one.dtype == np.uint8 for one in pictures)
+    assert all(one.std() > 1.0 for one in pictures)
+    assert (pictures[0] != pictures[-1]).any()
+    with pytest.raises(ValueError, match=r"None or 'rgb_array' .* got 'human'.*3-d assets"):
+        MetaDriveTask("easysparse", "human")
+
+
+def test_stable_baselines3_makes_several_of_an_id() -> None:
+    envs = make_vec_env(EASY, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+    try:
+        assert envs.reset().shape == (2, 259)
+        _, _, _, infos = envs.step(np.array([[0.0, 0.5]] * 2, np.float32))
+        assert all("cost" in info for info in infos)
+        assert all(one.shape == (500, 500, 3) for one in envs.env_method("render"))
+    finally:
+        envs.close()
+
+
+def test_workers_and_learners_run_it(tmp_path: Path) -> None:
+    def steady(_: Any) -> Any:  # noqa: ANN401
+        return np.array([0.0, 0.6], np.float32)
+
+    env = gym.make(EASY)
+    alone = play(env, steady, 0, episodes=2)
+    env.close()
+    assert play(env, steady, 0, episodes=2, workers=2) == alone
+    out = tmp_path / "log.hdf5"
+    command = ["collect", EASY, out, "--limits", "none,5", "--steps", "64", "--set",
+               "rollout_steps=64", "--set", "batch_size=32", "--set", "epochs=1"]  # fmt: skip
+    result = CliRunner().invoke(app, [str(one) for one in command])
+    assert result.exit_code == 0, result.output
+    gc.collect()  # the command leaves its environment to the end of the process
+    log = OfflineDataset.load(out)
+    assert log.provenance is not None
+    assert log.provenance["settings"]["num_envs"] == 1
+    assert log.constraint_kind == "continuous"
+
+
+def test_nothing_is_printed_or_fetched(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"render_mode must be None .* 'rgb_array'.*3-d assets"):
-        gym.make(EASY, render_mode="rgb_array")
     from metadrive.engine.base_engine import BaseEngine
 
     def fetched() -> None:
@@ -249,6 +305,10 @@ def test_nothing_is_rendered_printed_or_fetched(
     env.reset(seed=0)
     env.step(np.zeros(2, np.float32))
     env.close()
+    shown = gym.make(EASY, render_mode="rgb_array")
+    shown.reset(seed=0)
+    shown.render()
+    shown.close()
     assert BaseEngine.try_pull_asset is fetched, "what was patched is put back"
     printed = capfd.readouterr()
     assert printed.out == ""
@@ -275,7 +335,7 @@ def test_a_log_is_collected_and_labelled_in_one_process(env: Env) -> None:
     for name in ("constraints", "next_constraints"):
         shown = np.minimum(getattr(log, name), 80.0 / 3.6 - 10.0)
         np.testing.assert_allclose(getattr(labelled, name), shown, atol=1e-4)
-    with pytest.raises(ValueError, match=r"num_envs must be 1 .* in this process"):
+    with pytest.raises(ValueError, match=r"num_envs must be 1 .* hold one only; got 2.*AsyncVec"):
         collect(env, "random", episodes=2, seed=0, num_envs=2)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -171,7 +173,7 @@ def test_it_is_bullets_own_trajectory_and_global_draws_go_on(name: str) -> None:
     assert random.random() == expected_python
 
     with compat.streams_with_files():
-        upstream_class = type(env.unwrapped).__mro__[2]
+        upstream_class = type(env.unwrapped).__mro__[3]
         assert upstream_class.__module__ == "bullet_safety_gym.envs.builder"
         spec = bullet._UPSTREAM[TASKS[name].env_id]
         upstream: Any = upstream_class(**spec.kwargs)
@@ -217,6 +219,7 @@ def test_pictures_of_bullet_need_no_display(monkeypatch: pytest.MonkeyPatch) -> 
 
 QUIET = """
 import os
+import pickle
 import gymnasium, warnings
 warnings.simplefilter("error", UserWarning)
 import safeshield.suites
@@ -317,3 +320,58 @@ print("fine")
 """
     result = python(code)
     assert result.stdout.strip() == "fine", result.stderr
+
+
+# -- drawing, and pickling ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env_id", ["SafetyPointGoal1Gymnasium-v0", "SafetyHopperVelocity-v1", "OfflinePointGoal1-v0"]
+)
+def test_without_a_display_drawing_is_refused_before_mujoco_fails(
+    env_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+    env.reset(seed=0)
+    with pytest.raises(RuntimeError, match=r"there is no display .* MUJOCO_GL=egl"):
+        env.render()
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(RuntimeError, match=r"'human' opens a window"):
+        safety_gymnasium.check_display("human")
+    safety_gymnasium.check_display("rgb_array")
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(RuntimeError, match="there is no display"):
+        safety_gymnasium.check_display("rgb_array")
+    monkeypatch.setenv("DISPLAY", ":0")
+    safety_gymnasium.check_display("human")
+
+
+def test_observations_that_are_pictures_need_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    env = gym.make("SafetyPointGoal1VisionGymnasium-v0", disable_env_checker=True)
+    with pytest.raises(RuntimeError, match=r"there is no display .* MUJOCO_GL=egl"):
+        env.reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "SafetyBallRun-v0", "OfflineBallRun-v0", "SafetyPointGoal1Gymnasium-v0",
+        "SafetyPointGoal1-v0", "OfflinePointGoal1Gymnasium-v0", "SafetyHopperVelocityGymnasium-v1",
+    ],
+)  # fmt: skip
+def test_an_environment_is_pickled_as_how_it_was_made(env_id: str) -> None:
+    env = gym.make(env_id, render_mode="rgb_array", disable_env_checker=True)
+    env.reset(seed=0)
+    env.unwrapped.step(env.action_space.sample())
+    for again in (pickle.loads(pickle.dumps(env)), copy.deepcopy(env)):
+        assert again.spec == env.spec
+        assert again.unwrapped.render_mode == "rgb_array"
+        first, second = again.unwrapped.reset(seed=5)[0], env.unwrapped.reset(seed=5)[0]
+        np.testing.assert_array_equal(first, second)
+        assert again.unwrapped is not env.unwrapped
+        again.close()
+    env.close()
