@@ -62,6 +62,7 @@ class FLRPConfig(CriticConfig):
         "small": {},
         "paper": {
             "critic_hidden": (256, 256),
+            "flow_hidden": (256, 256),
             "batch_size": 512,
             "learning_rate": 3e-4,
             "polyak": 0.001,
@@ -70,6 +71,8 @@ class FLRPConfig(CriticConfig):
         },
     }
 
+    flow_hidden: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts."""
     latent: int | None = None
     """Width of the latent space, at least 2; None: the action's, at least 2."""
     transforms: int = 4
