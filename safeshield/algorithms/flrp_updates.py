@@ -31,7 +31,13 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from safeshield.algorithms.critic_updates import CRITICS, Critics, CriticsRun, phase_steps
+from safeshield.algorithms.critic_updates import (
+    CRITICS,
+    CriticConfig,
+    Critics,
+    CriticsRun,
+    phase_steps,
+)
 from safeshield.algorithms.feasibility import CostRun, Feasibility, FromCost, FromSafety
 from safeshield.algorithms.latent_policy import LatentPolicy
 from safeshield.algorithms.shift import ShiftSummary, base_shift
@@ -208,13 +214,18 @@ class FLRPRun:
         critics, self._flow_steps, self._refiner_steps = phase_steps(
             self.steps, config.phase_shares
         )
-        self._critics = CriticsRun(model.critics, self.log, config, critics)
-        self._margin = self._critics.margin / model.critics.safety.scale.spread
-        self._feasibility: Feasibility = FromSafety(model.critics.safety)
         self._costs: CostRun | None = None
+        self._feasibility: Feasibility = FromSafety(model.critics.safety)
+        critic_config: CriticConfig = config
         if model.costs is not None:
+            # Nothing that the policy learns from may then know the safety values.
+            critic_config = replace(config, safe_reward_value=False)
             self._costs = CostRun(model.costs, self.log, config, critics)
             self._feasibility = FromCost(model.costs)
+        self._critics = CriticsRun(model.critics, self.log, critic_config, critics)
+        margin = self._critics.margin / model.critics.safety.scale.spread
+        # A level read off the log's costs has no margin of its own.
+        self._margin = margin if self._costs is None else 0.0
 
     def initial(self, generator: torch.Generator) -> TrainState:
         """Draw all weights."""
