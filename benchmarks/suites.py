@@ -38,24 +38,32 @@ import safeshield.suites  # noqa: F401 - registers the tasks
 from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, Shield
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISOR, FISORConfig
+from safeshield.algorithms.flrp import FLRP, FLRPConfig
 from safeshield.algorithms.registry import load_agent
 from safeshield.protocol import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
 from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
 
 FOLDER = RESULTS / "suites"
-UPDATES = {"bc": 6_000, "bc-safe": 6_000, "fisor": 12_000, "safefql": 12_000}
+UPDATES = {
+    "bc": 6_000,
+    "bc-safe": 6_000,
+    **dict.fromkeys(("fisor", "safefql", "flrp", "flrp-gaussian", "flrp-cost"), 12_000),
+}
 PPO_STEPS = 100_000
 NAMES = {
     "bc": "BC",
     "bc-safe": "BC, safe episodes",
     "fisor": "FISOR-style",
     "safefql": "SafeFQL",
+    "flrp": "FLRP",
     "ppo": "PPO, reward alone",
     "ppo-shield": "PPO, reward alone",
     "bc-shield": "BC",
 }
 """Methods in the order in which they run: one behind a shield needs what comes before it."""
+ABLATIONS = {"flrp-gaussian": "FLRP, Gaussian prior", "flrp-cost": "FLRP, plain costs"}
+"""Methods that run only when named."""
 
 
 class Normalised:
@@ -106,6 +114,9 @@ def trained(task: str, method: str, seed: int, data: Path) -> object:
             ),
             "fisor": lambda: FISOR(FISORConfig(seed=seed), device="cpu"),
             "safefql": lambda: SafeFQL(SafeFQLConfig(seed=seed), device="cpu"),
+            "flrp": lambda: FLRP(FLRPConfig(seed=seed), device="cpu"),
+            "flrp-gaussian": lambda: FLRP(FLRPConfig(seed=seed, prior="gaussian"), device="cpu"),
+            "flrp-cost": lambda: FLRP(FLRPConfig(seed=seed, feasibility="cost"), device="cpu"),
         }[method]()
         agent.fit(log, steps=UPDATES[method], checkpoint=path.with_suffix(".checkpoint"))
         agent.save(path)
@@ -188,7 +199,7 @@ def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[F
                 for row in rows
             ]
             yield FieldScore(
-                policy=NAMES[method],
+                policy={**NAMES, **ABLATIONS}[method],
                 task=task,
                 references=ReferenceReturns(**rows[0]["references"]),
                 cost_limit=COST_LIMIT,
@@ -221,7 +232,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
     parser.add_argument("--tasks", nargs="+", help="default: every log in the folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=[*NAMES, *ABLATIONS])
     parser.add_argument("--here", action="store_true", help="one cell, in this process")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()

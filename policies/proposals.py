@@ -10,9 +10,7 @@ import numpy.typing as npt
 
 from safeshield.batch_policy import as_batch_policy
 from safeshield.flat import Batch, batch_length, copied, take
-from safeshield.nn.flow_forward import to_actions
-from safeshield.nn.forward import forward
-from safeshield.scaling import BEHAVIOUR
+from safeshield.nn.forward import forward_layers
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import Shield
 
@@ -82,7 +80,7 @@ class Uniform:
 
 
 class Behaviour:
-    """What the log does in a state: the shield's "behaviour" network.
+    """What the log does in a state: the shield's "behaviour" network, or FLRP's generative model.
 
     For a Box of actions a flow: noise z ~ N(0, I) is carried along the velocity field, x <- x +
     v(s, x, i/K) / K for i = 0 .. K - 1, and clipped to the box, so that points of its boundary
@@ -96,24 +94,24 @@ class Behaviour:
 
     def __init__(self, shield: Shield) -> None:
         self._model = model = shield.model
-        if BEHAVIOUR not in model.networks:
+        if not model.knows_behaviour:
             raise ValueError(
                 "proposal='behaviour' needs a shield that has learned what the log does, and this "
                 "one has no such network: make it with ShieldTrainer or SafeFQL, or pass "
                 "proposal='uniform' or a policy"
             )
-        self._weights = model.networks[BEHAVIOUR]
 
     def draw(
         self, states: StateValue, observations: Batch, each: int, rng: np.random.Generator
     ) -> _Array:
         """Return what the flow makes of noise."""
-        width = self._model.played.width
+        width = self._model.noise_features
         return self.carry(states, rng.standard_normal((len(states.value), each, width)))
 
     def best(self, states: StateValue, observations: Batch, rng: np.random.Generator) -> _Array:
         """Return what the flow makes of z = 0."""
-        return self.carry(states, np.zeros((len(states.value), 1, self._model.played.width)))[:, 0]
+        shape = (len(states.value), 1, self._model.noise_features)
+        return self.carry(states, np.zeros(shape))[:, 0]
 
     def log_prob(
         self, states: StateValue, observations: Batch, candidates: _Array
@@ -122,7 +120,7 @@ class Behaviour:
         played = self._model.played
         if not played.discrete:
             return None
-        logits = forward(self._weights, states.inputs)[0].astype(np.float64)
+        logits = forward_layers(self._model.behaviour_layers, states.inputs)[0].astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         entries = np.moveaxis((candidates - played.low).astype(np.int64), -1, 0)
@@ -130,15 +128,8 @@ class Behaviour:
         return np.take_along_axis(log_probs, index, axis=1)
 
     def carry(self, states: StateValue, noise: _Array) -> _Array:
-        """Return what the flow makes of noise (n, each, act)."""
-        count, each, width = noise.shape
-        scaled = to_actions(
-            self._model.behaviour_layers,
-            np.repeat(states.inputs, each, axis=0),
-            noise.reshape(-1, width).astype(np.float32),
-            self._model.flow_steps,
-        )
-        return self._model.scaling.to_box(scaled).reshape(count, each, width)
+        """Return what the flow makes of noise (n, each, z)."""
+        return self._model.behaviour(states, noise.astype(np.float32))
 
 
 class Asked:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, cast
 
 from safeshield.requirements import explained
 
@@ -49,6 +49,7 @@ class Algorithm(StrEnum):
     """What to train."""
 
     safefql = "safefql"
+    flrp = "flrp"
     fisor = "fisor"
     bc = "bc"
 
@@ -261,6 +262,9 @@ def train(
     algorithm: Annotated[Algorithm, typer.Option(help="What to train.")] = Algorithm.safefql,
     steps: Annotated[int, typer.Option(help="Updates in all.", min=3)] = 100_000,
     seed: Seed = 0,
+    preset: Annotated[
+        str | None, typer.Option(help="Named settings to begin with: small (default), paper.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting, name=value; lists as 256,256. Repeatable."),
@@ -272,7 +276,7 @@ def train(
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     debug: Debug = False,
 ) -> None:
-    """Train an agent from a log: SafeFQL, or a baseline (FISOR-style, behaviour cloning)."""
+    """Train an agent from a log: SafeFQL, FLRP, or a baseline (FISOR-style, behaviour cloning)."""
     _check_output(out, (".safetensors",))
     if checkpoint is not None:
         _check_output(checkpoint, None)
@@ -284,7 +288,14 @@ def train(
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
     kind = ALGORITHMS[algorithm.value]
-    config = _settings(kind.config_type, settings or [], seed=seed)
+    if preset is None:
+        named = {}
+    elif preset in getattr(kind.config_type, "presets", {}):
+        named = kind.config_type.presets[preset]
+    else:
+        known = sorted(getattr(kind.config_type, "presets", {})) or "none"
+        raise ValueError(f"--preset {preset}: {algorithm.value} knows {known}")
+    config = _settings(kind.config_type, settings or [], **{**named, "seed": seed})
     agent = kind(config, device=device.value)
     agent.fit(
         OfflineDataset.load(log),
@@ -736,7 +747,8 @@ def _settings(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: 
     """
     from typing import get_type_hints
 
-    hints = get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(cast("Any", kind))}
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name in names}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 AGENT, SHIELD, CHECKPOINT, LOG = "agent", "shield", "checkpoint", "log"
 _FORMATS = {
     "safeshield-safefql": AGENT,
+    "safeshield-flrp": AGENT,
     "safeshield-fisor": AGENT,
     "safeshield-behaviour-cloning": AGENT,
     "safeshield-shield": SHIELD,
@@ -166,6 +167,7 @@ def _describe_agent(path: Path) -> dict[str, Any]:
         "observation_space": str(agent.observation_space),
         "action_space": str(agent.action_space),
         "config": dataclasses.asdict(agent.config),
+        **agent.diagnostics(),
     }
 
 

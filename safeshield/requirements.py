@@ -22,6 +22,7 @@ CORE = {
     "torch": "torch>=2.8",
     "tqdm": "tqdm>=4.66",
     "typer": "typer>=0.15",
+    "zuko": "zuko>=1.4",
 }
 """Module that is imported -> what pip installs."""
 

@@ -17,6 +17,8 @@ Rows: TypeAlias = Num[np.ndarray, "n width"]
 """n points of a space, in its own units: see `flat`."""
 Scalars: TypeAlias = Float[np.ndarray, "*batch"]
 Flags: TypeAlias = Bool[np.ndarray, "*batch"]
+Noise: TypeAlias = Num[np.ndarray, "*batch z"]
+"""What a random actor draws its actions with; z is the width of an action, or of a latent space."""
 Candidates: TypeAlias = Num[np.ndarray, "states each act"]
 """Several actions for each of several states."""
 Judged: TypeAlias = Float[np.ndarray, "states each"]

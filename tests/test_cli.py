@@ -53,6 +53,26 @@ def test_each_step_leaves_the_file_that_the_next_one_takes(files: Path) -> None:
     ]
 
 
+def test_flrp_from_log_to_shield(files: Path, tmp_path: Path) -> None:
+    run(
+        "train", files / "log.hdf5", tmp_path / "agent.safetensors", "--algorithm", "flrp",
+        "--steps", 60, "--device", "cpu", "--set", "critic_hidden=16", "--set", "flow_hidden=8",
+        "--set", "latent=3", "--preset", "small",
+    )  # fmt: skip
+    told = run("inspect", tmp_path / "agent.safetensors")
+    assert "FLRP" in told
+    assert "nothing is likelier by more than" in told
+    described = json.loads(run("inspect", tmp_path / "agent.safetensors", "--json"))
+    assert described["config"]["latent"] == 3
+    assert described["base_shift"]["states"] == 512
+    run(
+        "calibrate", tmp_path / "agent.safetensors", BOAT, tmp_path / "shield.safetensors",
+        "--epsilon", 0.95, "--confidence", 0.6, "--episodes", 8, "--deltas", "0.3",
+    )  # fmt: skip
+    run("evaluate", tmp_path / "shield.safetensors", BOAT, "--episodes", 3, "--policy",
+        tmp_path / "agent.safetensors")  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", ["adversary", "helmsmen", "agent"])
 def test_who_proposes_can_be_chosen(files: Path, policy: str) -> None:
     name = str(files / "agent.safetensors") if policy == "agent" else policy
@@ -128,6 +148,14 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         (("train", "{log}", "{tmp}/a.safetensors", "--set", "batch_size=x"), "a whole number"),
         (("train", "{log}", "{tmp}/a.safetensors", "--set", "discount=2"), "between 0 and 1"),
         (("train", "{log}", "{tmp}/a.safetensors", "--set", "phases=both"), "must be one of"),
+        (
+            ("train", "{log}", "{tmp}/a.safetensors", "--preset", "large"),
+            "knows ['paper', 'small']",
+        ),
+        (
+            ("train", "{log}", "{tmp}/a.safetensors", "--algorithm", "bc", "--preset", "paper"),
+            "bc knows none",
+        ),
         (("train", "{log}", "{tmp}/a.safetensors", "--set", "phase_shares=1,2"), "takes 3 values"),
         (("calibrate", "{log}", BOAT, "{tmp}/a.safetensors"), "but is a log"),
         (("calibrate", "{agent}", "Pendulum-v1", "{tmp}/a.safetensors"), "observation_space"),

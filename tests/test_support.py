@@ -978,8 +978,9 @@ def test_bad_input(plain: Shield, held_out: OfflineDataset, discrete: Shield) ->
         plain.with_support(held_out, share=1.0)
     with pytest.raises(ValueError, match=r"8 held-out episodes .* at least 9 are needed"):
         plain.with_support(held_out.select(range(8)))
-    with pytest.raises(ValueError, match=r"\['ensemble', 'noise', 'probability'\], got 'density'"):
-        plain.with_support(held_out, score="density")
+    known = r"\['density', 'ensemble', 'noise', 'probability'\], got 'likelihood'"
+    with pytest.raises(ValueError, match=known):
+        plain.with_support(held_out, score="likelihood")
     with pytest.raises(TypeError, match=r"or a SupportScore, got int"):
         plain.with_support(held_out, score=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be an OfflineDataset"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import gymnasium as gym
@@ -21,12 +22,20 @@ from safeshield.algorithms.training import Phase, TrainState, device_of, fit_opt
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files import read_tensors, write_tensors
 from safeshield.flat import Batch, flat_actions, flat_observations
-from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.mlp import Networks
 from safeshield.scaling import Scaling
 from safeshield.spaces import space_from_json, space_to_json
 
 _VERSION = 1
 Weights = dict[str, dict[str, npt.NDArray[np.float32]]]
+
+
+class Network(Protocol):
+    """The description of one network."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every weight, by name."""
 
 
 class Architecture(Protocol):
@@ -44,7 +53,7 @@ class Architecture(Protocol):
     def scaling(self) -> Scaling:
         """Units of observations and actions."""
 
-    def parts(self) -> dict[str, EnsembleMLP]:
+    def parts(self) -> Mapping[str, Network]:
         """Describe every network."""
 
     def units(self) -> dict[str, Any]:
@@ -158,9 +167,21 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     ) -> npt.NDArray[np.floating]:
         """Return actions (n, act) in [-1, 1] for observations (n, features), normalised."""
 
+    def _noise_features(self, model: ModelT) -> int:
+        """Return the width of the noise that an update draws for each transition."""
+        return model.scaling.action_features
+
+    def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
+        """Return the architecture with what only the trained networks tell; they are adopted."""
+        return model
+
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         """Return the log to learn from, or refuse it."""
         return dataset
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what is known of a trained agent beside its settings, as JSON values."""
+        return {}
 
     # -- training -----------------------------------------------------------------------------
 
@@ -214,12 +235,13 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             run.initial(generator),
             generator,
             transitions=len(log),
-            actions=model.scaling.action_features,
+            noise_features=self._noise_features(model),
             options=options,
             fingerprint=fingerprint(self.config, dataset, steps),
         )
         # What is deployed is what the advantages were fitted to: the critics' slow copies.
         self._adopt(model, {**state.networks, **state.targets})
+        self._model = self._settle(model, log)
         return self
 
     def _adopt(self, model: ModelT, networks: Networks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,9 +36,24 @@ CRITICS = "critics"
 _VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
 
 
+PAPER_CRITICS: dict[str, Any] = {
+    "reward_expectile": 0.9,
+    "safety_expectile": 0.9,
+    "safety_backup_steps": (1,),
+    "reward_backup_steps": (1,),
+    "safe_reward_value": False,
+    "near_share": 0.0,
+    "margin": 0.0,
+}
+"""What the critics of the papers' official codes have instead of our defaults."""
+
+
 @dataclass(frozen=True)
 class CriticConfig:
     """Settings of the critics, and what every algorithm built on them shares."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
+    """Named settings; "small" is the defaults: two cores, minutes, one setting for all tasks."""
 
     seed: int = 0
     """Seed of weights, batches and noise."""
@@ -90,6 +105,21 @@ class CriticConfig:
         check_sizes(
             self, "critic_hidden", "flow_hidden", "safety_backup_steps", "reward_backup_steps"
         )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401
+        """Return the settings of a name in `presets`, some of them changed.
+
+        Raises:
+            ValueError: there is no preset of this name.
+
+        >>> from safeshield import SafeFQLConfig
+        >>> SafeFQLConfig.preset("paper", seed=2).student_hidden
+        (512, 512, 512, 512)
+        """
+        if name not in cls.presets:
+            raise ValueError(f"preset must be one of {sorted(cls.presets)}, got {name!r}")
+        return cls(**{**cls.presets[name], **changes})
 
     def margin_of(self, safety: SafetyCritics) -> float:
         """Return the margin of the gate, in units of h."""
@@ -204,7 +234,7 @@ class CriticsRun:
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             safety_batch = safety_batches(draw.rows)
-            reward_batch = _reward_batch(log, reward_window, draw.rows)
+            rewarded = reward_batch(log, reward_window, draw.rows)
             sigma = state.scales["reward"]
             allowed = self._allowed(state.targets, draw.rows) if config.safe_reward_value else None
             seen: list[Tensor] = []
@@ -220,7 +250,7 @@ class CriticsRun:
                 reward, residual, reward_metrics = critics.reward.losses(
                     networks,
                     state.targets,
-                    reward_batch,
+                    rewarded,
                     sigma,
                     discount=config.discount,
                     expectile=config.reward_expectile,
@@ -236,7 +266,7 @@ class CriticsRun:
             return (
                 state._replace(
                     targets=polyak(state.targets, state.networks, config.polyak),
-                    scales={"reward": torch.lerp(sigma, seen[0], config.polyak)},
+                    scales={**state.scales, "reward": torch.lerp(sigma, seen[0], config.polyak)},
                 ),
                 metrics,
             )
@@ -304,7 +334,8 @@ def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     return (*counts, steps - sum(counts))
 
 
-def _reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:
+def reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:
+    """Gather rows (batch,) of a log, with the targets of `window`."""
     return RewardBatch(
         observations=log.observations[rows],
         actions=log.actions[rows],

@@ -10,11 +10,13 @@ import torch
 from safeshield.algorithms.agent import OfflineAgent
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning
 from safeshield.algorithms.fisor import FISOR
+from safeshield.algorithms.flrp import FLRP
 from safeshield.algorithms.safefql import SafeFQL
 from safeshield.files import read_tensors
 
 ALGORITHMS: dict[str, type[OfflineAgent[Any, Any]]] = {
     "safefql": SafeFQL,
+    "flrp": FLRP,
     "fisor": FISOR,
     "bc": BehaviourCloning,
 }

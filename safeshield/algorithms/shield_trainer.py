@@ -216,7 +216,7 @@ class ShieldTrainer:
             run.initial(generator),
             generator,
             transitions=len(log),
-            actions=scaling.action_features,
+            noise_features=scaling.action_features,
             options=options,
             fingerprint=fingerprint(config, dataset, steps),
         )

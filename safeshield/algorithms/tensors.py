@@ -116,13 +116,16 @@ def safety_scale(dataset: OfflineDataset) -> SafetyScale:
     return SafetyScale(float(h.mean()), float(h.std()) or 1.0, rms or float(h.std()) or 1.0)
 
 
-def return_scale(dataset: OfflineDataset, discount: float) -> tuple[float, float]:
+def return_scale(
+    dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
+) -> tuple[float, float]:
     """Return mean and standard deviation of the discounted return-to-go over a log.
 
     An episode that was truncated is continued with the log's mean reward for ever: only the size
-    matters here.
+    matters here. `rewards` (N,) take the place of the log's own.
     """
-    rewards = dataset.rewards.astype(np.float64)
+    if rewards is None:
+        rewards = dataset.rewards.astype(np.float64)
     rest = float(rewards.mean()) / max(1.0 - discount, 1e-6)
     returns = np.empty_like(rewards)
     value = 0.0

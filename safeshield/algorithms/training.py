@@ -52,7 +52,7 @@ class Draw(NamedTuple):
     rows: Tensor
     """(batch,) int64 indices of transitions."""
     noise: Tensor
-    """(batch, act) standard normal."""
+    """(batch, act) standard normal; (batch, latent) where a policy has a latent space."""
     time: Tensor
     """(batch, 1) uniform in [0, 1]."""
 
@@ -73,6 +73,8 @@ class Phase:
     refresh: Callable[[TrainState, torch.Generator], TrainState] | None = None
     """Called every `refresh_every` steps: re-reads the log with the current networks."""
     refresh_every: int = 250
+    report: Callable[[TrainState, Draw], Metrics] | None = None
+    """What to log besides, asked only when numbers are written down."""
 
 
 def together(*updates: Update) -> Update:
@@ -198,7 +200,7 @@ def run_phases(
     generator: torch.Generator,
     *,
     transitions: int,
-    actions: int,
+    noise_features: int,
     options: FitOptions,
     fingerprint: str,
 ) -> tuple[TrainState, bool]:
@@ -209,7 +211,7 @@ def run_phases(
         state: the start, used where there is no checkpoint.
         generator: source of all randomness, on the device of the state.
         transitions: N, rows of the log.
-        actions: width of one action.
+        noise_features: width of the noise that an update draws for each transition.
         options: see `FitOptions`.
         fingerprint: of the configuration and the log; a checkpoint of another one is refused.
     """
@@ -232,11 +234,13 @@ def run_phases(
                     return state, False
                 if phase.refresh is not None and local % phase.refresh_every == 0:
                     state = phase.refresh(state, generator)
-                draw = _draw(phase, state, generator, transitions, actions)
+                draw = _draw(phase, state, generator, transitions, noise_features)
                 state, metrics = phase.update(state, draw)
                 done += 1
                 if done % options.log_every == 0 or done == total:
                     # The only place where numbers leave the device.
+                    if phase.report is not None:
+                        metrics = {**metrics, **phase.report(state, draw)}
                     values = {key: float(value) for key, value in metrics.items()}
                     values["time/steps_per_second"] = (done - first) / (
                         time.perf_counter() - started
@@ -260,7 +264,7 @@ def run_phases(
 
 
 def _draw(
-    phase: Phase, state: TrainState, generator: torch.Generator, transitions: int, actions: int
+    phase: Phase, state: TrainState, generator: torch.Generator, transitions: int, features: int
 ) -> Draw:
     device, size = generator.device, phase.batch_size
     rows = torch.randint(transitions, (size,), generator=generator, device=device)
@@ -268,7 +272,7 @@ def _draw(
     if near:
         picks = torch.randint(len(state.near), (near,), generator=generator, device=device)
         rows[:near] = state.near[picks]
-    noise = torch.randn(size, actions, generator=generator, device=device)
+    noise = torch.randn(size, features, generator=generator, device=device)
     uniform = torch.rand(size, 1, generator=generator, device=device)
     return Draw(rows, noise, uniform)
 

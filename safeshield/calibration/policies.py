@@ -60,9 +60,8 @@ class Adversary:
         model = self._shield.model
         states = self._shield.states(self._shield.observation_rows(observations)[0])
         points = np.broadcast_to(self._points, (len(states.value), *self._points.shape))
-        candidates = np.concatenate(
-            [model.fallback(states, np.zeros((1, points.shape[-1]), np.float32)), points], axis=1
-        )
+        own = model.fallback_alone(states)[:, None]
+        candidates = np.concatenate([own, points], axis=1)
         values = model.candidate_values(states, candidates)
         good = values <= self._shield.threshold
         masked = np.where(good, values, -np.inf)

@@ -5,6 +5,7 @@ One observation through a small network takes longer to enter PyTorch than to co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +13,21 @@ import numpy.typing as npt
 
 _CHUNK = 1024
 Weights = Mapping[str, npt.NDArray[np.float32]]
+
+
+def mlp_shapes(
+    inputs: int, outputs: int, hidden: tuple[int, ...], members: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight, by name, in the order of the layers.
+
+    >>> mlp_shapes(3, 1, (8,))["0.weight"]
+    (1, 3, 8)
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, (fan_in, fan_out) in enumerate(itertools.pairwise((inputs, *hidden, outputs))):
+        shapes[f"{layer}.weight"] = (members, fan_in, fan_out)
+        shapes[f"{layer}.bias"] = (members, 1, fan_out)
+    return shapes
 
 
 def layers(params: Weights) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:

@@ -7,13 +7,14 @@ later, of S seeds) is one `baddbmm` a layer and no loop.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from safeshield.nn.forward import mlp_shapes
 
 Params: TypeAlias = dict[str, Tensor]
 """The weights of one network: "0.weight" (members, in, out), "0.bias" (members, 1, out), ..."""
@@ -40,14 +41,9 @@ class EnsembleMLP:
     members: int = 1
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight, by name, in the order of the layers."""
-        sizes = (self.inputs, *self.hidden, self.outputs)
-        shapes = {}
-        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            shapes[f"{layer}.weight"] = (self.members, fan_in, fan_out)
-            shapes[f"{layer}.bias"] = (self.members, 1, fan_out)
-        return shapes
+        return mlp_shapes(self.inputs, self.outputs, self.hidden, self.members)
 
     def init(self, generator: torch.Generator) -> Params:
         """Draw weights and biases uniformly in +-1/sqrt(fan in), PyTorch's own rule for layers.

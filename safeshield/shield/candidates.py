@@ -49,7 +49,7 @@ class CandidateSet:
         if model.played.discrete:
             choices = model.played.choices
             return np.broadcast_to(choices, (len(proposals), *choices.shape))
-        tables = _tables(self, model.played.width)
+        tables = _tables(self, model.played.width, model.noise_features)
         parts = [model.fallback(states, tables.noise)]
         if self.around:
             near = model.scaling.actions(proposals)[:, None, :] + tables.around
@@ -64,11 +64,12 @@ class CandidateSet:
 class _Tables:
     candidates: CandidateSet
     width: int
+    noise_width: int
 
     @cached_property
     def noise(self) -> npt.NDArray[np.float32]:
         rng = np.random.default_rng(_SEED)
-        noise = rng.standard_normal((self.candidates.fallback, self.width))
+        noise = rng.standard_normal((self.candidates.fallback, self.noise_width))
         noise[0] = 0.0
         return noise.astype(np.float32)
 
@@ -101,11 +102,11 @@ class _Tables:
         return points.astype(np.float32)
 
 
-_CACHE: dict[tuple[CandidateSet, int], _Tables] = {}
+_CACHE: dict[tuple[CandidateSet, int, int], _Tables] = {}
 
 
-def _tables(candidates: CandidateSet, width: int) -> _Tables:
-    key = (candidates, width)
+def _tables(candidates: CandidateSet, width: int, noise_width: int) -> _Tables:
+    key = (candidates, width, noise_width)
     if key not in _CACHE:
-        _CACHE[key] = _Tables(candidates, width)
+        _CACHE[key] = _Tables(candidates, width, noise_width)
     return _CACHE[key]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.flat import FlatSpace, flat_actions, flat_observations
+from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import (
     Weights,
     forward,
@@ -19,6 +20,7 @@ from safeshield.nn.forward import (
     largest_and_gradient,
     layers,
 )
+from safeshield.nn.latent_forward import LatentForward, LatentSpec
 from safeshield.scaling import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -28,7 +30,7 @@ from safeshield.scaling import (
     SafetyScale,
     Scaling,
 )
-from safeshield.types import Actions, Candidates, Observations, Scalars
+from safeshield.types import Actions, Candidates, Noise, Observations, Scalars
 
 _Float = npt.NDArray[np.float32]
 
@@ -58,6 +60,9 @@ class SafetyModel:
             "student". Where actions are discrete, all are weighed, and none has to be proposed.
             Where the log's behaviour was learned too: "behaviour".
         flow_steps: Euler steps of a behaviour that is a flow.
+        latent: where the fallback is FLRP's policy: its widths. Its networks ("prior",
+            "posterior", "decoder" and the experts) then take the place of "student" and
+            "behaviour".
     """
 
     observation_space: gym.Space[Any]
@@ -66,6 +71,7 @@ class SafetyModel:
     scale: SafetyScale
     networks: Mapping[str, Weights]
     flow_steps: int = 10
+    latent: LatentSpec | None = None
 
     @cached_property
     def seen(self) -> FlatSpace:
@@ -95,6 +101,33 @@ class SafetyModel:
     def behaviour_layers(self) -> list[tuple[_Float, _Float]]:
         """Weights and biases of the network that imitates the log."""
         return layers(self.networks[BEHAVIOUR])
+
+    @cached_property
+    def latent_policy(self) -> LatentForward | None:
+        """FLRP's policy with its weights, where the fallback is one."""
+        return None if self.latent is None else LatentForward(self.latent, self.networks)
+
+    @property
+    def noise_features(self) -> int:
+        """Width of the noise that `fallback` and `behaviour` take."""
+        return self.played.width if self.latent is None else self.latent.latent
+
+    @property
+    def knows_behaviour(self) -> bool:
+        """Whether it has learned what the log does."""
+        return self.latent is not None or BEHAVIOUR in self.networks
+
+    def behaviour(self, states: StateValue, noise: Noise) -> Candidates:
+        """Return what the log's behaviour does for noise (n, c, z): (n, c, act), in the box.
+
+        Needs a Box of actions, and `knows_behaviour`.
+        """
+        inputs, noise = _rows(states, noise)
+        if self.latent_policy is not None:
+            scaled = self.latent_policy.act(inputs, noise, refined=False)
+        else:
+            scaled = to_actions(self.behaviour_layers, inputs, noise, self.flow_steps)
+        return self.scaling.to_box(scaled).reshape(len(states.inputs), -1, self.played.width)
 
     def states(self, observations: Observations) -> StateValue:
         """Judge finite observations (n, obs)."""
@@ -163,8 +196,12 @@ class SafetyModel:
         step = np.float32(self.scale.step)
         return states.value + worst * step, gradient[:, states.inputs.shape[1] :] * step
 
-    def fallback(self, states: StateValue, noise: Actions) -> Candidates:
-        """Return the fallback actor's actions for noise (c, act): (n, c, act), in the box.
+    def fallback_alone(self, states: StateValue) -> Actions:
+        """Return the fallback's actions (n, act) without noise, in the box."""
+        return self.fallback(states, np.zeros((1, self.noise_features), np.float32))[:, 0]
+
+    def fallback(self, states: StateValue, noise: Noise) -> Candidates:
+        """Return the fallback actor's actions for noise (c, z): (n, c, act), in the box.
 
         Where actions are discrete: the one of lowest Q_h, c times.
         """
@@ -174,9 +211,17 @@ class SafetyModel:
             )
             lowest = self.candidate_values(states, every).argmin(axis=1)
             return np.repeat(self.played.choices[lowest][:, None, :], len(noise), axis=1)
-        count, each = len(states.inputs), len(noise)
-        inputs = np.concatenate(
-            [np.repeat(states.inputs, each, axis=0), np.tile(noise, (count, 1))], axis=-1
-        ).astype(np.float32)
-        scaled = np.clip(np.nan_to_num(forward(self.networks[FALLBACK], inputs)[0]), -1.0, 1.0)
-        return self.scaling.to_box(scaled).reshape(count, each, -1)
+        inputs, noise = _rows(states, np.broadcast_to(noise, (len(states.inputs), *noise.shape)))
+        if self.latent_policy is not None:
+            raw = self.latent_policy.act(inputs, noise)
+        else:
+            raw = forward(self.networks[FALLBACK], np.concatenate([inputs, noise], axis=-1))[0]
+        scaled = np.clip(np.nan_to_num(raw), -1.0, 1.0)
+        return self.scaling.to_box(scaled).reshape(len(states.inputs), -1, self.played.width)
+
+
+def _rows(states: StateValue, noise: Noise) -> tuple[_Float, _Float]:
+    """Return features and noise (n, c, z) of n states with c draws each, (n * c, ...)."""
+    count, each, width = noise.shape
+    inputs = np.repeat(states.inputs, each, axis=0)
+    return inputs, noise.reshape(count * each, width).astype(np.float32)

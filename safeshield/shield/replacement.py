@@ -155,9 +155,8 @@ class FallbackPolicy:
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
         """Return the fallback's actions and their Q_h."""
-        noise = np.zeros((1, rejected.wanted.shape[1]), np.float32)
-        own = rejected.model.fallback(rejected.states, noise)
-        options, _ = rejected.inside(np.concatenate([rejected.wanted[:, None], own], axis=1))
+        own = rejected.model.fallback_alone(rejected.states)
+        options, _ = rejected.inside(np.stack([rejected.wanted, own], axis=1))
         picked = _first_acceptable(rejected, options, rejected.values(options))
         return _or_nearest(self.candidates, rejected, *picked)
 

@@ -486,8 +486,7 @@ class Shield:
         wanted = near
         if not known.all():
             # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
-            none = np.zeros((1, proposals.shape[1]), np.float32)
-            wanted = np.where(known[:, None], near, self.model.fallback(states, none)[:, 0])
+            wanted = np.where(known[:, None], near, self.model.fallback_alone(states))
         rejected = Rejected(
             self.model,
             states,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safeshield.calibration.record import CalibrationRecord
 from safeshield.files import read_tensors, write_tensors
 from safeshield.flat import FlatSpace, flat_actions, flat_observations
-from safeshield.nn.forward import Weights
+from safeshield.nn.forward import Weights, mlp_shapes
+from safeshield.nn.latent_forward import LatentSpec
 from safeshield.scaling import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -65,7 +65,12 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "action_space": space_to_json(model.action_space),
         "scaling": model.scaling.to_json(),
         "safety_scale": dataclasses.asdict(model.scale),
-        "hidden": {name: _hidden(weights) for name, weights in model.networks.items()},
+        "hidden": {
+            name: _hidden(weights)
+            for name, weights in model.networks.items()
+            if name in (*SAFETY_NETWORKS, FALLBACK, BEHAVIOUR)
+        },
+        "latent": None if model.latent is None else dataclasses.asdict(model.latent),
         "flow_steps": model.flow_steps,
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
         "delta": shield.delta,
@@ -92,7 +97,9 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         action = flat_actions(space_from_json(header["action_space"]))
         scaling = Scaling.from_json(header["scaling"], observation, action)
         scale = SafetyScale.from_json(header["safety_scale"])
-        expected = _shapes(header["hidden"], header["members"], scaling, action)
+        # Files of earlier releases do not speak of it.
+        latent = _latent(header.get("latent"))
+        expected = _shapes(header["hidden"], header["members"], scaling, action, latent)
         flow_steps = header["flow_steps"]
         if type(flow_steps) is not int or not 1 <= flow_steps <= _MAX_FLOW_STEPS:
             raise ValueError(f"flow_steps must lie in [1, {_MAX_FLOW_STEPS}], got {flow_steps!r}")
@@ -115,7 +122,9 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
     for name, array in flat.items():
         network, key = name.split("/")
         networks.setdefault(network, {})[key] = array
-    model = SafetyModel(observation.space, action.space, scaling, scale, networks, flow_steps)
+    model = SafetyModel(
+        observation.space, action.space, scaling, scale, networks, flow_steps, latent
+    )
     # Files of earlier releases do not speak of it.
     support = header.get("support")
     try:
@@ -190,9 +199,13 @@ def _hidden(weights: Weights) -> list[int]:
 
 
 def _shapes(
-    hidden: dict[str, list[int]], members: int, scaling: Scaling, played: FlatSpace
+    hidden: dict[str, list[int]],
+    members: int,
+    scaling: Scaling,
+    played: FlatSpace,
+    latent: LatentSpec | None,
 ) -> dict[str, tuple[int, ...]]:
-    names = [*SAFETY_NETWORKS, *([] if played.discrete else [FALLBACK])]
+    names = [*SAFETY_NETWORKS, *([] if played.discrete or latent else [FALLBACK])]
     if set(hidden) - {BEHAVIOUR} != set(names):
         raise ValueError(f"networks must be {names}, got {sorted(hidden)}")
     observation, action = scaling.observation_features, scaling.action_features
@@ -200,10 +213,7 @@ def _shapes(
         raise ValueError(f"members must be between 1 and 64, got {members!r}")
     shapes: dict[str, tuple[int, ...]] = {}
     for name, widths in hidden.items():
-        if not isinstance(widths, list) or not 1 <= len(widths) <= _MAX_LAYERS:
-            raise ValueError(f"'{name}' must have between 1 and {_MAX_LAYERS} hidden layers")
-        if not all(type(w) is int and 1 <= w <= _MAX_WIDTH for w in widths):
-            raise ValueError(f"widths of '{name}' must be between 1 and {_MAX_WIDTH}")
+        _check_widths(name, widths)
         inputs = observation + (action if name in (ADVANTAGE, FALLBACK) else 0)
         outputs = action if name == FALLBACK else 1
         if name == BEHAVIOUR:
@@ -211,11 +221,37 @@ def _shapes(
             inputs = observation if played.discrete else observation + action + 1
             outputs = len(played.choices) if played.discrete else action
         each = members if name == ADVANTAGE else 1
-        sizes = (inputs, *widths, outputs)
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            shapes[f"{name}/{i}.weight"] = (each, fan_in, fan_out)
-            shapes[f"{name}/{i}.bias"] = (each, 1, fan_out)
+        part = mlp_shapes(inputs, outputs, tuple(widths), each)
+        shapes |= {f"{name}/{key}": shape for key, shape in part.items()}
+    if latent is not None:
+        for name, networks in latent.shapes(observation, action).items():
+            shapes |= {f"{name}/{key}": shape for key, shape in networks.items()}
     count = sum(math.prod(shape) for shape in shapes.values())
     if count > _MAX_WEIGHTS:
         raise ValueError(f"the networks have {count} weights, more than {_MAX_WEIGHTS}")
     return shapes
+
+
+def _check_widths(name: str, widths: object) -> None:
+    if not isinstance(widths, list) or not 1 <= len(widths) <= _MAX_LAYERS:
+        raise ValueError(f"'{name}' must have between 1 and {_MAX_LAYERS} hidden layers")
+    if not all(type(w) is int and 1 <= w <= _MAX_WIDTH for w in widths):
+        raise ValueError(f"widths of '{name}' must be between 1 and {_MAX_WIDTH}")
+
+
+def _latent(data: dict[str, Any] | None) -> LatentSpec | None:
+    if data is None:
+        return None
+    names = {entry.name for entry in dataclasses.fields(LatentSpec)}
+    if set(data) != names:
+        raise ValueError(f"latent must have the fields {sorted(names)}, got {sorted(data)!r:.80}")
+    _check_widths("latent", data["hidden"])
+    for name, least in (("latent", 2), ("transforms", 1), ("refine_steps", 0)):
+        if type(data[name]) is not int or not least <= data[name] <= _MAX_WIDTH:
+            raise ValueError(f"{name} must lie in [{least}, {_MAX_WIDTH}], got {data[name]!r:.20}")
+    if data["prior"] not in ("flow", "gaussian"):
+        raise ValueError(f"prior must be 'flow' or 'gaussian', got {data['prior']!r:.20}")
+    spread = finite_number(data["spread"], "spread")
+    if spread <= 0:
+        raise ValueError(f"spread must be above 0, got {spread}")
+    return LatentSpec(**{**data, "hidden": tuple(data["hidden"]), "spread": spread})

@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.nn.flow_forward import to_actions
-from safeshield.scaling import BEHAVIOUR
 from safeshield.spaces import check_same_space
 from safeshield.support.level import record_of
 from safeshield.support.record import SupportRecord
@@ -50,15 +48,11 @@ class SupportTest:
         candidates all lie outside the data would find no replacement. None where there is no flow
         to draw from, nor for discrete actions, all of which are candidates anyway.
         """
-        count, width = len(states.inputs), model.played.width
-        if model.played.discrete or BEHAVIOUR not in model.networks:
-            return np.empty((count, 0, width), np.float32)
-        noise = _noise(width)
-        inputs = np.repeat(states.inputs, len(noise), axis=0)
-        actions = to_actions(
-            model.behaviour_layers, inputs, np.tile(noise, (count, 1)), model.flow_steps
-        )
-        return model.scaling.to_box(actions).reshape(count, len(noise), width)
+        count = len(states.inputs)
+        if model.played.discrete or not model.knows_behaviour:
+            return np.empty((count, 0, model.played.width), np.float32)
+        noise = _noise(model.noise_features)
+        return model.behaviour(states, np.broadcast_to(noise, (count, *noise.shape)))
 
     def first(
         self,

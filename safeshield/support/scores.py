@@ -64,6 +64,30 @@ class NoiseDistance:
         return np.asarray(-0.5 * np.square(noise).sum(axis=-1))
 
 
+class Density:
+    """For a shield of FLRP: log p(a | s) of its generative model, in nats (`nn.latent_forward`).
+
+    The model learned the log's behaviour weighted towards what is safe, so what it finds likely is
+    what the log shows AND what is safe there; and it is a density, so states can be compared.
+    """
+
+    name = "density"
+
+    def check(self, model: SafetyModel) -> None:
+        """Need FLRP's networks."""
+        if model.latent is None:
+            raise ValueError(
+                "score 'density' needs FLRP's generative model, which this shield does not have: "
+                "take the shield of an FLRP agent, or use score='noise'"
+            )
+
+    def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
+        """See `SupportScore`."""
+        if model.latent_policy is None:
+            raise ValueError("score 'density' needs FLRP's generative model")
+        return model.latent_policy.log_density(states.inputs, model.scaling.actions(actions))
+
+
 class LogProbability:
     """For discrete actions: the log probability that the behaviour's classifier gives, in nats."""
 
@@ -117,7 +141,10 @@ def _need_behaviour(name: str, model: SafetyModel) -> None:
 
 
 SCORES: Mapping[str, SupportScore] = MappingProxyType(
-    {score.name: score for score in (NoiseDistance(), LogProbability(), EnsembleSpread())}
+    {
+        score.name: score
+        for score in (NoiseDistance(), Density(), LogProbability(), EnsembleSpread())
+    }
 )
 """The scores that a shield's file can name."""
 
@@ -125,14 +152,16 @@ SCORES: Mapping[str, SupportScore] = MappingProxyType(
 def support_score(score: str | SupportScore | None, model: SafetyModel) -> SupportScore:
     """Return a score by name, one of your own as it is, or the default for this kind of actions.
 
-    The default is "noise" for a Box, "probability" for discrete actions.
+    The default is "noise" for a Box, "density" where the model is FLRP's, "probability" for
+    discrete actions.
 
     Raises:
         ValueError: the name is unknown, or the model lacks what the score needs.
         TypeError: `score` is neither a name nor a score.
     """
     if score is None:
-        score = LogProbability.name if model.played.discrete else NoiseDistance.name
+        box = NoiseDistance.name if model.latent is None else Density.name
+        score = LogProbability.name if model.played.discrete else box
     if isinstance(score, str):
         if score not in SCORES:
             raise ValueError(f"score must be one of {sorted(SCORES)}, got {score!r}")

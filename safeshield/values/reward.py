@@ -53,12 +53,15 @@ class RewardCritics:
     spread: float
     """Its standard deviation: the unit of V's network."""
     members: int = 2
+    names: tuple[str, str] = (VALUE, ADVANTAGE)
+    """Of the two networks, in memory and in files."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Describe the two networks."""
+        value, advantage = self.names
         return {
-            VALUE: EnsembleMLP(self.observation, 1, self.hidden),
-            ADVANTAGE: EnsembleMLP(self.observation + self.action, 1, self.hidden, self.members),
+            value: EnsembleMLP(self.observation, 1, self.hidden),
+            advantage: EnsembleMLP(self.observation + self.action, 1, self.hidden, self.members),
         }
 
     def init(self, generator: torch.Generator) -> Networks:
@@ -67,13 +70,15 @@ class RewardCritics:
 
     def value(self, networks: Networks, observations: Tensor) -> Tensor:
         """Return V_r(s), (batch,), discounted return."""
-        raw = self.parts()[VALUE](networks[VALUE], observations)[0, :, 0]
+        name = self.names[0]
+        raw = self.parts()[name](networks[name], observations)[0, :, 0]
         return self.offset + self.spread * raw
 
     def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
         """Return A_i(s, a), (members, batch), in units of sigma."""
         inputs = torch.cat([observations, actions], -1)
-        return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
+        name = self.names[1]
+        return self.parts()[name](networks[name], inputs)[..., 0]
 
     def losses(
         self,
@@ -114,10 +119,11 @@ class RewardCritics:
         advantage = self.advantages(networks, batch.observations, batch.actions)
         value_loss = expectile_loss((goal - value) / self.spread, expectile, allowed)
         advantage_loss = (advantage - residual / sigma).square().mean(1).sum()
+        kind = self.names[0].removesuffix("_value")
         metrics = {
-            "reward/value_loss": value_loss.detach(),
-            "reward/advantage_loss": advantage_loss.detach(),
-            "reward/value": value.detach().mean(),
-            "reward/sigma": sigma,
+            f"{kind}/value_loss": value_loss.detach(),
+            f"{kind}/advantage_loss": advantage_loss.detach(),
+            f"{kind}/value": value.detach().mean(),
+            f"{kind}/sigma": sigma,
         }
         return value_loss + advantage_loss, residual.square().mean().sqrt(), metrics

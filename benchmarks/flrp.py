@@ -1,0 +1,319 @@
+r"""FLRP: what refinement does, the density as a support test, and the boat.
+
+    python benchmarks/flrp.py boat                  # 3 seeds; everything resumes
+    python benchmarks/flrp.py density               # 3 seeds; draws a picture
+    python benchmarks/suites.py --data FOLDER --methods flrp      # the agents of the next one
+    python benchmarks/flrp.py refine --data FOLDER  # T in 0, 1, 3, 5, 10; draws a picture
+    python benchmarks/suites.py --data FOLDER --tasks BallRun CarCircle SwimmerVelocity \
+        --methods flrp-gaussian flrp-cost           # ablations: tables 2 and 3 of the paper
+
+boat: 600 logged trips, 20,000 updates; the policy alone from 500 uniform starts in the exact safe
+set (margin 0.02 m), microseconds an action, updates a second of each phase. density: the log of
+`benchmarks/support.py`, whose helmsmen never steer down, learned by FLRP; its density against the
+flow's noise as scores that tell logged actions from others. refine: the agents of the field's
+tasks, on states that they were not trained on (those of ten new episodes of the cloned agent), and
+played for 20 episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib as mpl
+import numpy as np
+import torch
+from boat import agent_policy, alone
+from common import RESULTS, machine, once
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from support import area, logs, never_shown, scores_of, trained
+
+import safeshield
+from safeshield import OfflineDataset, Shield
+from safeshield.algorithms.behaviour_cloning import BehaviourCloning
+from safeshield.algorithms.flrp import FLRP, FLRPConfig
+from safeshield.algorithms.training import Phase
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.exact import boat_value
+from safeshield.rollout import run_episodes
+
+BOAT = "safeshield/Boat-v0"
+STEPS = 20_000
+DENSITY_STEPS = 6_000
+REFINE_STEPS = (0, 1, 3, 5, 10)
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#777777"
+
+
+def kept(name: str, train: Any) -> FLRP:  # noqa: ANN401 - a function that returns an agent
+    """Load an agent, training it if need be."""
+    path = RESULTS / f"flrp_{name}.safetensors"
+    if not path.exists():
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        train().save(path)
+    return FLRP.load(path, device="cpu")
+
+
+# -- the boat -----------------------------------------------------------------------------------
+
+
+def boat_agent(seed: int) -> FLRP:
+    """Train on 600 trips."""
+    log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
+    config = FLRPConfig(seed=seed, discount=0.997)
+    return FLRP(config, device="cpu").fit(log, steps=STEPS)
+
+
+def boat(seed: int) -> dict[str, Any]:
+    """Play from safe starts, with 0 and with T refinements; time one action."""
+    agent = kept(f"boat_{seed}", lambda: boat_agent(seed))
+    exact = boat_value()
+    played: dict[str, Any] = {}
+    for steps in (agent.config.refine_steps, 0):
+        acting: Any = agent_policy(agent.with_refine_steps(steps))  # type: ignore[arg-type]
+        played |= alone(f"T={steps}", acting, exact, seed)
+    seen = np.zeros(2, np.float32)
+    times = []
+    for _ in range(2000):
+        started = time.perf_counter()
+        agent.predict(seen)
+        times.append(time.perf_counter() - started)
+    assert agent.shift_summary is not None
+    return {
+        **played,
+        "microseconds_an_action": 1e6 * float(np.median(times)),
+        "base_divergence_median": agent.shift_summary.median,
+        "base_divergence_upper_decile": agent.shift_summary.upper_decile,
+        "folds": agent.shift_summary.folds,
+    }
+
+
+def speed() -> dict[str, Any]:
+    """Count the updates a second of each phase: observations of 17, actions of 6, batch 256."""
+    rng = np.random.default_rng(0)
+    count = 20_000
+    seen = rng.normal(size=(count + 1, 17))
+    log = OfflineDataset.from_arrays(
+        observations=seen[:-1],
+        actions=rng.uniform(-1, 1, (count, 6)),
+        rewards=rng.normal(size=count),
+        next_observations=seen[1:],
+        terminated=np.zeros(count, bool),
+        truncated=np.arange(count) % 500 == 499,
+        constraints=seen[:-1, 0],
+        next_constraints=seen[1:, 0],
+    )
+    agent, rates = FLRP(device="cpu"), {}
+    model = agent._describe(log)
+    from safeshield.algorithms.tensors import LogTensors
+    from safeshield.algorithms.training import _draw
+
+    generator = torch.Generator().manual_seed(0)
+    run = agent._run(model, LogTensors.of(log, model.scaling, agent.device), 1000)
+    state = run.initial(generator)
+    phases: list[Phase] = run.phases()
+    for phase in (phases[0], *phases[-2:]):
+        for i in range(60):
+            if i == 10:
+                started = time.perf_counter()
+            state, _ = phase.update(state, _draw(phase, state, generator, count, 6))
+        rates[f"updates_a_second_{phase.name}"] = 50 / (time.perf_counter() - started)
+    return rates
+
+
+# -- the density as a support test ----------------------------------------------------------------
+
+
+def density_shield(seed: int) -> Shield:
+    """Learn the helmsmen who never steer down; set the level with other trips."""
+    train, held_out, _ = logs(seed)
+
+    def fit() -> FLRP:
+        return FLRP(FLRPConfig(seed=seed), device="cpu").fit(train, steps=DENSITY_STEPS)
+
+    return kept(f"density_{seed}", fit).shield().with_support(held_out, score="density")
+
+
+def density(seed: int) -> dict[str, Any]:
+    """Compare the scores on new trips: areas under the ROC curve, and the conformal promise."""
+    _, held_out, new = logs(seed)
+    found = {
+        "density": density_shield(seed),
+        "noise": trained(seed, None).with_support(held_out),
+    }
+    out: dict[str, Any] = {}
+    for name, shield in found.items():
+        rng = np.random.default_rng(seed)
+        own = scores_of(shield, new.observations, new.actions)
+        for what, actions in (
+            ("never shown", never_shown(len(new), rng)),
+            ("other states", new.actions[rng.permutation(len(new))]),
+        ):
+            other = scores_of(shield, new.observations, actions)
+            out[f"{name}: area, against {what}"] = area(own, other)
+            assert shield.support is not None
+            level = shield.support.record.level
+            out[f"{name}: accepted, {what}"] = float((other >= level).mean())
+        below = np.add.reduceat(own < level, new.episode_starts)
+        too_often = below > shield.support.record.share * new.episode_lengths
+        out[f"{name}: own accepted"] = float((own >= level).mean())
+        out[f"{name}: new trips with too many unseen steps"] = float(too_often.mean())
+    return out
+
+
+def draw_density(seed: int) -> None:
+    """Draw the ROC curves of both scores on new trips."""
+    _, held_out, new = logs(seed)
+    found = {
+        "density": density_shield(seed),
+        "noise": trained(seed, None).with_support(held_out),
+    }
+    with mpl.rc_context({"font.size": 11, "axes.titlesize": 12, "legend.frameon": False}):
+        figure = Figure(figsize=(9.0, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, 2, sharey=True)
+        for (name, shield), colour in zip(found.items(), (VERMILION, BLUE), strict=True):
+            rng = np.random.default_rng(seed)
+            own = np.sort(scores_of(shield, new.observations, new.actions))
+            levels = own[:: max(1, len(own) // 2000)]
+            kinds = (never_shown(len(new), rng), new.actions[rng.permutation(len(new))])
+            assert shield.support is not None
+            level = shield.support.record.level
+            for panel, actions in zip(axes, kinds, strict=True):
+                other = np.sort(scores_of(shield, new.observations, actions))
+                caught = np.searchsorted(other, levels) / len(other)
+                alarms = np.searchsorted(own, levels) / len(own)
+                label = f"{name}, area {area(own, other):.3f}"
+                panel.plot(alarms, caught, color=colour, linewidth=1.8, label=label)
+                panel.plot((own < level).mean(), (other < level).mean(), "o", color=colour, ms=8)
+        titles = ("Actions that the log never showed", "Actions logged in other states")
+        for panel, title in zip(axes, titles, strict=True):
+            panel.set_title(title)
+            panel.set_xlabel("share of the log's own actions called unseen")
+            panel.set_box_aspect(1)
+            panel.legend(loc="lower right")
+        axes[0].set_ylabel("share of the others called unseen")
+        figure.supxlabel("dots: the calibrated level", fontsize=10, color=GREY)
+        figure.savefig(PICTURES / "flrp-density.png", dpi=130)
+
+
+# -- refinement -----------------------------------------------------------------------------------
+
+
+def refine(task: str, seed: int, data: Path) -> dict[str, Any]:
+    """Judge T = 0, 1, 3, 5, 10 of a trained agent by its critics, by its shift, and by playing."""
+    from suites import FOLDER
+
+    import safeshield.suites  # noqa: F401 - registers the tasks
+    from safeshield.protocol import EPISODES, ReferenceReturns, play
+    from safeshield.suites.tasks import COST_LIMIT, find_task
+
+    torch.set_num_threads(1)
+    trained_agent = FLRP.load(FOLDER / f"{task}_flrp_{seed}.safetensors", device="cpu")
+    env = gym.make(find_task(task).env_id)
+    references = ReferenceReturns.of_log(data / f"{task}.hdf5")
+    cloned = BehaviourCloning.load(FOLDER / f"{task}_bc_{seed}.safetensors", device="cpu")
+    visited = run_episodes(env, cloned, 10, 7000 + seed, num_envs=1)
+    seen = np.concatenate([episode.observations for episode in visited])
+    seen = np.random.default_rng(seed).permutation(seen)[:2000]
+    model, networks = trained_agent._fitted(), trained_agent._networks
+    states = torch.tensor(model.scaling.observations(seen))
+    table: dict[str, Any] = {}
+    for steps in REFINE_STEPS:
+        agent = trained_agent.with_refine_steps(steps)
+        acted = torch.tensor(model.scaling.actions(agent.predict(seen)[0]))
+        with torch.no_grad():
+            danger = model.critics.safety.action_value(networks, states, acted)
+            gain = model.critics.reward.advantages(networks, states, acted).amin(0)
+        shift = agent.base_shift(seen[:256])
+        run = play(env, agent, 100 + seed, episodes=EPISODES)
+        table[str(steps)] = {
+            "Q_h": float(danger.mean()),
+            "unsafe_share": float((danger > 0).float().mean()),
+            "A_r": float(gain.mean()),
+            "base_divergence": float(np.median(shift.divergence)),
+            "folds": float(shift.folds.mean()),
+            "return": float(references.normalise(run.returns).mean()),
+            "cost": float(np.mean(run.costs)) / COST_LIMIT,
+        }
+    return table
+
+
+def draw_refinement(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw figure 3 of the paper for these tasks: return, cost and shift over T."""
+    with mpl.rc_context({"font.size": 11, "axes.titlesize": 12, "legend.frameon": False}):
+        figure = Figure(figsize=(4.0 * len(found), 6.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, len(found), sharex=True, squeeze=False)
+        at = np.arange(len(REFINE_STEPS))
+        for column, (task, tables) in zip(axes.T, found.items(), strict=True):
+            for panel, pair in zip(column, (("return", "cost"), ("Q_h", "A_r")), strict=True):
+                for key, colour in zip(pair, (BLUE, VERMILION), strict=True):
+                    values = np.array([[t[str(s)][key] for s in REFINE_STEPS] for t in tables])
+                    panel.plot(at, values.mean(0), "o-", color=colour, label=key, markersize=4)
+                    panel.fill_between(
+                        at, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+                    )
+                panel.legend()
+            column[0].set_title(task)
+            column[0].axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
+            column[1].set_xticks(at, [str(s) for s in REFINE_STEPS])
+            column[1].set_xlabel("refinement steps T (trained with 3)")
+        axes[0, 0].set_ylabel("played, normalised")
+        axes[1, 0].set_ylabel("critics, at logged states")
+        figure.savefig(PICTURES / "flrp-refinement.png", dpi=130)
+
+
+def show(columns: list[dict[str, Any]]) -> None:
+    """Print a line for each figure, a column for each seed."""
+    for key, first in columns[0].items():
+        if isinstance(first, int | float):
+            print(f"{key:52}", *(f"{column[key]:>10.4g}" for column in columns))
+
+
+def main() -> None:
+    """Run what is missing and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["boat", "density", "refine"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, help="refine: folder of TASK.hdf5")
+    parser.add_argument("--tasks", nargs="+", default=["CarCircle", "BallCircle", "CarRun"])
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print(machine())
+    seeds = arguments.seeds
+    if arguments.what == "boat":
+        show([once(f"flrp_boat_{seed}", lambda s=seed: boat(s)) for seed in seeds])
+        show([once("flrp_speed", speed)])
+    elif arguments.what == "density":
+        show([once(f"flrp_density_{seed}", lambda s=seed: density(s)) for seed in seeds])
+        draw_density(seeds[0])
+    else:
+        if arguments.data is None:
+            parser.error("refine needs --data FOLDER")
+        found = {
+            task: [
+                once(
+                    f"flrp_refine_{task}_{seed}",
+                    lambda t=task, s=seed: refine(t, s, arguments.data),
+                )
+                for seed in seeds
+            ]
+            for task in arguments.tasks
+        }
+        for task, tables in found.items():
+            for steps in REFINE_STEPS:
+                rows = [table[str(steps)] for table in tables]
+                told = (f"{key} {np.mean([r[key] for r in rows]):.3f}" for key in rows[0])
+                print(f"{task:16} T={steps:<3}", "  ".join(told))
+        draw_refinement(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,536 @@
+"""FLRP: its flows' exact densities, what its losses aim at, the agent, and the shield it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.func import jacrev, vmap
+
+from safeshield import OfflineDataset, Shield, collect
+from safeshield.algorithms.flrp import FLRP, FLRPConfig
+from safeshield.algorithms.flrp_updates import FLRPRun, GenerativeLoss, RefinerLoss
+from safeshield.algorithms.latent_policy import LatentPolicy
+from safeshield.algorithms.registry import load_agent
+from safeshield.algorithms.shift import base_shift
+from safeshield.algorithms.tensors import LogTensors
+from safeshield.algorithms.training import Draw, learning_rate
+from safeshield.nn.coupling import CouplingFlow
+from safeshield.nn.coupling_forward import CouplingForward
+from safeshield.nn.latent_forward import (
+    EXPERTS,
+    POSTERIOR,
+    PRIOR,
+    LatentForward,
+    LatentSpec,
+    expert_order,
+)
+from safeshield.nn.mlp import like, tensors
+from safeshield.nn.optim import adam, adam_init
+
+TINY = FLRPConfig(
+    critic_hidden=(8,),
+    flow_hidden=(8,),
+    transforms=2,
+    batch_size=16,
+    safety_backup_steps=(8, 1),
+    reward_backup_steps=(4, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def log() -> OfflineDataset:
+    return collect(gym.make("safeshield/Boat-v0"), "random", episodes=12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def agent(log: OfflineDataset) -> FLRP:
+    return FLRP(TINY, device="cpu").fit(log, steps=60)
+
+
+def numpy_of(networks: Any) -> Any:  # noqa: ANN401
+    return {name: {k: t.numpy() for k, t in params.items()} for name, params in networks.items()}
+
+
+# -- flows --------------------------------------------------------------------------------------
+
+
+def wild_flow(features: int) -> tuple[CouplingFlow, Any, torch.Tensor]:
+    """Return a flow far from the identity, its weights, and contexts (200, 3)."""
+    flow = CouplingFlow(features, 3, (16, 16), transforms=4)
+    generator = torch.Generator().manual_seed(features)
+    params = {name: 2.0 * tensor for name, tensor in flow.init(generator).items()}
+    return flow, params, torch.randn(200, 3, generator=generator)
+
+
+@pytest.mark.parametrize("features", [2, 3, 6])
+def test_inverse_and_volume_are_exact(features: int) -> None:
+    flow, params, context = wild_flow(features)
+    base = 2.0 * torch.randn(200, features, generator=torch.Generator().manual_seed(0))
+    latent, volume = flow.to_latent(params, base, context)
+    assert (latent - base).abs().mean() > 0.05
+    back, change = flow.to_base(params, latent, context)
+    torch.testing.assert_close(back, base, atol=1e-5, rtol=0)
+    torch.testing.assert_close(change, -volume, atol=1e-5, rtol=0)
+    slope = vmap(jacrev(lambda u, c: flow.to_latent(params, u[None], c[None])[0][0]))(base, context)
+    torch.testing.assert_close(torch.linalg.slogdet(slope)[1], volume, atol=1e-5, rtol=0)
+
+
+def test_the_density_integrates_to_one_on_a_grid() -> None:
+    flow, params, contexts = wild_flow(2)
+    edge = torch.linspace(-8, 8, 401)
+    grid = torch.cartesian_prod(edge, edge)
+    for context in contexts[:3]:
+        density = flow.log_prob(params, grid, context.expand(len(grid), 3)).exp()
+        assert float(density.sum()) * 0.04**2 == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_single_feature_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 features, got 1"):
+        CouplingFlow(1, 3, (8,))
+
+
+@pytest.mark.parametrize("features", [2, 3, 6])
+def test_numpy_runs_the_same_flow(features: int) -> None:
+    flow, params, context = wild_flow(features)
+    fast = CouplingForward({name: t.numpy() for name, t in params.items()}, features)
+    base = torch.randn(200, features)
+    for ours, theirs in ((fast.to_latent, flow.to_latent), (fast.to_base, flow.to_base)):
+        out, volume = ours(base.numpy(), context.numpy())
+        expected, change = theirs(params, base, context)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        np.testing.assert_allclose(volume, change, atol=1e-5)
+
+
+@pytest.mark.parametrize("prior", ["flow", "gaussian"])
+def test_numpy_runs_the_same_policy(prior: Any) -> None:  # noqa: ANN401
+    policy = LatentPolicy(3, 2, LatentSpec(3, (8, 8), 3, prior, refine_steps=4))
+    networks = policy.init(torch.Generator().manual_seed(0))
+    seen, noise = torch.randn(20, 3), torch.randn(20, 3)
+    fast = LatentForward(policy.spec, numpy_of(networks))
+    with torch.no_grad():
+        acted = policy.act(networks, seen, noise)
+    np.testing.assert_allclose(fast.act(seen.numpy(), noise.numpy()), acted, atol=1e-5)
+    shapes = policy.spec.shapes(3, 2)
+    assert {n: {k: tuple(t.shape) for k, t in p.items()} for n, p in networks.items()} == shapes
+
+
+def test_the_estimated_density_is_that_of_the_integral() -> None:
+    """Importance sampling through the recognizer against the integral over z on a grid."""
+    policy = LatentPolicy(1, 1, LatentSpec(2, (8,), 2, spread=0.5))
+    networks = policy.init(torch.Generator().manual_seed(1))
+    edge = torch.linspace(-6, 6, 241)
+    grid = torch.cartesian_prod(edge, edge)
+    state = torch.full((len(grid), 1), 0.3)
+    actions = torch.tensor([[-0.8], [0.0], [0.5]])
+    with torch.no_grad():
+        _, log_p = policy.to_base(networks, state, grid)
+        means = policy.decode(networks, state, grid)
+        fit = torch.stack([policy.log_likelihood(a.expand(len(grid), 1), means) for a in actions])
+        exact = torch.logsumexp(fit + log_p, 1) + 2 * math.log(0.05)
+    found = LatentForward(policy.spec, numpy_of(networks)).log_density(
+        np.full((3, 1), 0.3, np.float32), actions.numpy()
+    )
+    np.testing.assert_allclose(found, exact, atol=0.15)
+
+
+# -- losses -------------------------------------------------------------------------------------
+
+
+def fit_generative(
+    policy: LatentPolicy,
+    config: FLRPConfig,
+    steps: int,
+    draw: Callable[[torch.Generator], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[Any, torch.Generator]:
+    """Train in one state on (actions, weights) of 256 draws each; return weights and generator."""
+    generator = torch.Generator().manual_seed(0)
+    networks = policy.init(generator)
+    loss = GenerativeLoss(policy, config)
+    trained = {name: networks[name] for name in policy.generative}
+    moments, seen = adam_init(trained), torch.zeros(256, 1)
+    for _ in range(steps):
+        actions, weights = draw(generator)
+        noise = torch.randn(256, policy.spec.latent, generator=generator)
+        leaves = like(trained, [t.detach().requires_grad_() for t in tensors(trained)])
+        value, _ = loss(leaves, seen, actions, noise, weights, torch.zeros(256))
+        gradients = list(torch.autograd.grad(value, tensors(leaves)))
+        rate = learning_rate(3e-3, moments.updates, steps)
+        trained, moments = adam(trained, gradients, moments, [rate] * len(gradients))
+    return {**networks, **trained}, generator
+
+
+def test_the_weighted_bound_ends_on_the_reweighted_behaviour() -> None:
+    """Lemma 1: two actions, seen equally often, one weighted three times the other."""
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        left = torch.rand(256, 1, generator=generator) < 0.5
+        return torch.where(left, -0.5, 0.5), torch.where(left[:, 0], 0.5, 1.5)
+
+    policy = LatentPolicy(1, 1, LatentSpec(2, (32, 32), 4))
+    config = FLRPConfig(shape_weight=0.0, entropy_weight=0.0)
+    networks, generator = fit_generative(policy, config, 900, draw)
+    with torch.no_grad():
+        noise, state = torch.randn(4000, 2, generator=generator), torch.zeros(4000, 1)
+        acted = policy.decode(networks, state, policy.to_latent(networks, state, noise))
+    assert float((acted > 0).float().mean()) == pytest.approx(0.75, abs=0.04)
+    assert float((acted.abs() - 0.5).abs().median()) < 0.1
+    # Its own density says the same.
+    fast = LatentForward(policy.spec, numpy_of(networks))
+    left_density, right_density = np.exp(
+        fast.log_density(np.zeros((2, 1), np.float32), np.array([[-0.5], [0.5]], np.float32))
+    )
+    assert left_density / (left_density + right_density) == pytest.approx(0.25, abs=0.05)
+
+
+def test_the_posterior_keeps_its_entropy() -> None:
+    """Eq. 13: what is missing to the floor is paid for, and descending gives it back."""
+    policy = LatentPolicy(1, 1, LatentSpec(2, (8,), 2))
+    generator = torch.Generator().manual_seed(0)
+    networks = policy.init(generator)
+    narrow = {
+        name: tensor + (torch.tensor([0.0, 6.0]) if name.endswith("hyper.2.bias") else 0.0)
+        for name, tensor in networks[POSTERIOR].items()
+    }
+    seen, actions, noise = (torch.randn(256, n, generator=generator) for n in (1, 1, 2))
+    ones, weight = torch.ones(256), FLRPConfig().entropy_weight
+
+    def terms(posterior: Any, entropy_weight: float) -> tuple[torch.Tensor, float]:  # noqa: ANN401
+        loss = GenerativeLoss(policy, FLRPConfig(entropy_weight=entropy_weight))
+        value, metrics = loss(
+            {**networks, POSTERIOR: posterior}, seen, actions.tanh(), noise, ones, ones
+        )
+        return value, float(metrics["flow/posterior_entropy"])
+
+    floor = 2 * FLRPConfig().entropy_floor
+    for posterior in (networks[POSTERIOR], narrow):
+        paid, entropy = terms(posterior, weight)
+        assert float(paid - terms(posterior, 0.0)[0]) == pytest.approx(
+            weight * max(floor - entropy, 0.0), abs=1e-4
+        )
+    assert entropy < floor - 0.5
+    leaves = {name: tensor.requires_grad_() for name, tensor in narrow.items()}
+    for _ in range(400):
+        slopes = torch.autograd.grad(terms(leaves, 1000.0)[0], list(leaves.values()))
+        with torch.no_grad():
+            moved = [t - 1e-2 * g / 1000.0 for t, g in zip(leaves.values(), slopes, strict=True)]
+        leaves = dict(zip(leaves, [t.requires_grad_() for t in moved], strict=True))
+    assert terms(leaves, weight)[1] > entropy + 0.2
+
+
+def run_of(agent: FLRP, log: OfflineDataset, config: FLRPConfig) -> tuple[FLRPRun, Any, Draw]:
+    model = agent._fitted()
+    tensors_of_log = LogTensors.of(log, model.scaling, torch.device("cpu"))
+    run = FLRPRun(model, tensors_of_log, config, 60)
+    state = run.initial(torch.Generator().manual_seed(0))
+    state = state._replace(
+        networks={**state.networks, **agent._networks},
+        targets={name: agent._networks[name] for name in state.targets},
+    )
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(len(log), (64,), generator=generator)
+    return run, state, Draw(rows, torch.randn(64, 2, generator=generator), torch.rand(64, 1))
+
+
+def test_refining_moves_the_experts_alone(agent: FLRP, log: OfflineDataset) -> None:
+    run, state, draw = run_of(agent, log, TINY)
+    after, _ = run.phases()[-1].update(state, draw)
+    for name, params in state.networks.items():
+        moved = any(not torch.equal(params[key], after.networks[name][key]) for key in params)
+        assert moved == (name in EXPERTS), name
+    after, _ = run.phases()[-2].update(state, draw)
+    for name, params in state.networks.items():
+        moved = any(not torch.equal(params[key], after.networks[name][key]) for key in params)
+        assert moved == (name in agent._fitted().policy.generative), name
+
+
+def test_the_reward_expert_pulls_towards_good_actions(agent: FLRP, log: OfflineDataset) -> None:
+    """Eq. 15 is printed with a minus sign; minimised, it must bring actions nearer."""
+    config = dataclasses.replace(TINY, safety_weight=0.0, shared_weight=0.0)
+    run, state, draw = run_of(agent, log, config)
+    model, refine = agent._fitted(), run.phases()[-1].update
+    goal = run.log.actions[draw.rows]
+    seen = run.log.observations[draw.rows]
+
+    def distance(state: Any) -> float:  # noqa: ANN401
+        _, metrics = RefinerLoss(model.policy, config, run._feasibility)(
+            state.networks, state, seen, goal, draw.noise, torch.ones(64)
+        )
+        return float(metrics["refiner/distance_to_good_actions"])
+
+    before = distance(state)
+    for _ in range(30):
+        state, _ = refine(state, draw)
+    assert distance(state) < before
+
+
+def test_the_safety_weight_carries_no_gradient(agent: FLRP, log: OfflineDataset) -> None:
+    """Eq. 14: d/dA of w softplus(A) with w held fixed is w sigmoid(A)."""
+
+    class Linear:
+        def advantage(self, state: Any, observations: Any, actions: Any) -> torch.Tensor:  # noqa: ANN401
+            return scale * actions[:, 0]
+
+    scale = torch.tensor(0.7, requires_grad=True)
+    config = dataclasses.replace(TINY, reward_weight=0.0, shared_weight=0.0)
+    run, state, draw = run_of(agent, log, config)
+    loss = RefinerLoss(agent._fitted().policy, config, Linear())  # type: ignore[arg-type]
+    seen, goal = run.log.observations[draw.rows], run.log.actions[draw.rows]
+    value, _ = loss(state.networks, state, seen, goal, draw.noise, torch.ones(64))
+    (slope,) = torch.autograd.grad(value, scale)
+    with torch.no_grad():
+        acted = agent._fitted().policy.act(state.networks, seen, draw.noise)[:, 0]
+        danger = 0.7 * acted
+        weights = (config.safety_temperature * danger).exp().clamp(max=150.0)
+        expected = (weights / weights.mean() * danger.sigmoid() * acted).mean()
+        expected = config.safety_weight * expected
+    torch.testing.assert_close(slope, expected)
+
+
+# -- refinement ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "order"),
+    [(0, ""), (1, "sh"), (2, "sa sh"), (3, "sa re sh"), (4, "sa re sa sh"), (5, "sa re sa re sh")],
+)
+def test_the_order_of_the_experts(steps: int, order: str) -> None:
+    assert " ".join(name[:2] for name in expert_order(steps)) == order
+
+
+def test_the_divergence_of_an_affine_map_is_the_gaussians() -> None:
+    """Experts that scale and shift the noise: KL(N(m, s^2 I) || N(0, I)) is known."""
+    policy = LatentPolicy(1, 1, LatentSpec(2, (4,), 2, refine_steps=1))
+    networks = policy.init(torch.Generator().manual_seed(0))
+    expert = {key: torch.zeros_like(t) for key, t in networks["shared_expert"].items()}
+    # u + f(u) = 0.5 u + 0.3, from relu(u) and relu(-u).
+    eye = torch.eye(2)
+    expert["0.weight"] = torch.cat([torch.zeros(1, 4), torch.cat([eye, -eye], 1)])[None]
+    expert["1.weight"] = torch.cat([-0.5 * eye, 0.5 * eye])[None]
+    expert["1.bias"] = torch.full((1, 1, 2), 0.3)
+    networks["shared_expert"] = expert
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    shift = base_shift(policy, networks, torch.randn(3, 1), noise)
+    exact = 2 * 0.5 * (0.25 + 0.09 - 1.0 - math.log(0.25))
+    np.testing.assert_allclose(shift.divergence, exact, atol=0.03)
+    np.testing.assert_allclose(shift.total_variation, math.sqrt(exact / 2), atol=0.03)
+    assert not shift.folds.any()
+    # A map that mirrors the noise folds it; where it is not one to one, the formula is no bound.
+    expert["1.weight"] = torch.cat([-2.0 * eye[:, :1], 2.0 * eye[:, :1]]).repeat(1, 2)[None] * (
+        torch.tensor([1.0, 0.0])
+    )
+    assert base_shift(policy, networks, torch.randn(3, 1), noise).folds.all()
+
+
+def test_other_numbers_of_steps_share_the_weights(agent: FLRP, log: OfflineDataset) -> None:
+    seen = log.observations[:20]
+    plain, more = agent.with_refine_steps(0), agent.with_refine_steps(5)
+    assert agent.config.refine_steps == 3
+    acted = [a.predict(seen, deterministic=True)[0] for a in (agent, plain, more)]
+    assert not np.array_equal(acted[0], acted[1])
+    assert not np.array_equal(acted[0], acted[2])
+    same = more.with_refine_steps(3).predict(seen, deterministic=True)[0]
+    np.testing.assert_array_equal(same, acted[0])
+    np.testing.assert_array_equal(plain.base_shift(seen, draws=8).divergence, 0.0)
+    assert plain.shift_summary is None
+    with pytest.raises(ValueError, match="refine_steps must be at least 0, got -1"):
+        agent.with_refine_steps(-1)
+
+
+# -- the agent ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"prior": "gaussian", "feasibility": "cost", "latent": 4}])
+def test_same_seed_same_agent_and_files_bring_it_back(
+    log: OfflineDataset, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(TINY, **changes)
+    one, two = (FLRP(config, device="cpu").fit(log, steps=40) for _ in range(2))
+    seen = log.observations[:9]
+    acted = one.predict(seen, deterministic=True)[0]
+    np.testing.assert_array_equal(two.predict(seen, deterministic=True)[0], acted)
+    one.save(tmp_path / "agent.safetensors")
+    back = load_agent(tmp_path / "agent.safetensors")
+    assert isinstance(back, FLRP)
+    assert back.config == config
+    assert back.shift_summary == one.shift_summary
+    np.testing.assert_array_equal(back.predict(seen, deterministic=True)[0], acted)
+
+
+@pytest.mark.parametrize("feasibility", ["safety", "cost"])
+def test_a_run_in_instalments_ends_as_one_without(
+    log: OfflineDataset,
+    tmp_path: Path,
+    feasibility: Any,  # noqa: ANN401
+) -> None:
+    config = dataclasses.replace(TINY, feasibility=feasibility)
+    whole = FLRP(config, device="cpu").fit(log, steps=40)
+    for stop in (3, 23, 35, None):
+        part = FLRP(config, device="cpu").fit(
+            log, steps=40, checkpoint=tmp_path / "checkpoint", stop_after=stop
+        )
+    for name, params in whole._arrays.items():
+        for key, array in params.items():
+            np.testing.assert_array_equal(part._arrays[name][key], array)
+
+
+def test_noise_and_its_absence(agent: FLRP, log: OfflineDataset) -> None:
+    seen = np.repeat(log.observations[:1], 50, axis=0)
+    drawn = agent.predict(seen)[0]
+    assert len(np.unique(drawn, axis=0)) > 1
+    assert len(np.unique(agent.predict(seen, deterministic=True)[0], axis=0)) == 1
+    assert agent.action_space.contains(drawn[0])
+
+
+# -- the shield ---------------------------------------------------------------------------------
+
+
+def test_the_shield_falls_back_on_the_policy_and_asks_its_density(
+    agent: FLRP, log: OfflineDataset, tmp_path: Path
+) -> None:
+    shield = agent.shield().with_support(log, score="density")
+    assert shield.support is not None
+    assert shield.support.record.score == "density"
+    states = shield.model.states(log.observations[:7])
+    zero = np.zeros((1, 2), np.float32)
+    own = agent.predict(log.observations[:7], deterministic=True)[0]
+    np.testing.assert_allclose(shield.model.fallback(states, zero)[:, 0], own, atol=1e-6)
+    shield.save(tmp_path / "shield.safetensors")
+    back = Shield.load(tmp_path / "shield.safetensors")
+    assert back.support is not None
+    proposals = np.random.default_rng(0).uniform(-1, 1, (7, 2)).astype(np.float32)
+    ours, theirs = (one.filter(log.observations[:7], proposals) for one in (shield, back))
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1].intervened, theirs[1].intervened)
+    with pytest.raises(ValueError, match="score 'noise' needs the network"):
+        agent.shield().with_support(log, score="noise")
+
+
+def test_density_is_for_flrp_alone(log: OfflineDataset) -> None:
+    from safeshield import SafeFQL, SafeFQLConfig
+
+    tiny = SafeFQLConfig(critic_hidden=(8,), flow_hidden=(8,), student_hidden=(8,))
+    shield = SafeFQL(tiny, device="cpu").fit(log, steps=3).shield()
+    with pytest.raises(ValueError, match="take the shield of an FLRP agent"):
+        shield.with_support(log, score="density")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent", 1),
+        ("latent", 2.5),
+        ("transforms", 0),
+        ("hidden", []),
+        ("prior", "uniform"),
+        ("spread", 0.0),
+        ("spread", float("nan")),
+        ("refine_steps", -1),
+        ("colour", 3),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    agent: FLRP,
+    tmp_path: Path,
+    field: str,
+    value: Any,  # noqa: ANN401
+) -> None:
+    from safeshield.shield.storage import _latent
+
+    good = dataclasses.asdict(agent._fitted().policy.spec) | {"hidden": [8]}
+    assert _latent(good) == agent._fitted().policy.spec
+    with pytest.raises(ValueError, match=field if field != "colour" else "must have the fields"):
+        _latent({**good, field: value})
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def rows(actions: np.ndarray, costs: np.ndarray, space: gym.Space[Any]) -> OfflineDataset:
+    count = len(actions)
+    rng = np.random.default_rng(0)
+    seen = rng.normal(size=(count + 1, 3))
+    return OfflineDataset.from_arrays(
+        observations=seen[:-1],
+        actions=actions,
+        rewards=rng.normal(size=count),
+        next_observations=seen[1:],
+        terminated=np.zeros(count, bool),
+        truncated=np.arange(count) % 10 == 9,
+        costs=costs,
+        action_space=space,
+    )
+
+
+def test_one_action_and_one_that_never_changes() -> None:
+    """One action entry gets two latent ones; a constant entry is reproduced."""
+    rng = np.random.default_rng(0)
+    costs = (rng.random(200) < 0.2).astype(float)
+    one = rows(rng.uniform(-1, 1, (200, 1)), costs, gym.spaces.Box(-1, 1, (1,)))
+    agent = FLRP(TINY, device="cpu").fit(one, steps=40)
+    assert agent._fitted().policy.spec.latent == 2
+    assert agent.predict(one.observations[:4])[0].shape == (4, 1)
+    both = np.stack([rng.uniform(-1, 1, 200), np.full(200, 0.25)], 1)
+    constant = rows(both, costs, gym.spaces.Box(-1, 1, (2,)))
+    config = dataclasses.replace(TINY, learning_rate=1e-2)
+    agent = FLRP(config, device="cpu").fit(constant, steps=900)
+    acted = agent.predict(constant.observations)[0]
+    assert np.abs(acted[:, 1] - 0.25).mean() < 0.1
+
+
+def test_a_log_without_safe_episodes_or_without_safe_transitions() -> None:
+    """Whole episodes need not be safe, some transitions must be."""
+    rng = np.random.default_rng(0)
+    actions, box = rng.uniform(-1, 1, (200, 2)), gym.spaces.Box(-1, 1, (2,))
+    never_safe = rows(actions, (np.arange(200) % 10 >= 5).astype(float), box)
+    assert never_safe.violating_episodes.all()
+    FLRP(TINY, device="cpu").fit(never_safe, steps=30)
+    with pytest.raises(ValueError, match="nothing but violations"):
+        FLRP(TINY, device="cpu").fit(rows(actions, np.ones(200), box), steps=30)
+    by_cost = dataclasses.replace(TINY, feasibility="cost")
+    FLRP(by_cost, device="cpu").fit(never_safe, steps=30)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent", 1),
+        ("latent", 2.0),
+        ("prior", "uniform"),
+        ("feasibility", "reward"),
+        ("transforms", 0),
+        ("decoder_spread", 0.0),
+        ("action_temperature", 0.0),
+        ("state_temperature", -1.0),
+        ("kl_weight", -1.0),
+        ("entropy_floor", float("nan")),
+        ("refine_steps", 1.5),
+        ("shared_weight", float("nan")),
+        ("phase_shares", (0.5, 0.5)),
+    ],
+)
+def test_a_wrong_setting_is_named(field: str, value: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match=field):
+        FLRPConfig(**{field: value})
+
+
+def test_presets() -> None:
+    assert FLRPConfig.preset("small", seed=3) == FLRPConfig(seed=3)
+    paper = FLRPConfig.preset("paper", seed=3, batch_size=8)
+    assert (paper.seed, paper.batch_size, paper.safety_expectile) == (3, 8, 0.9)
+    with pytest.raises(ValueError, match="preset must be one of"):
+        FLRPConfig.preset("large")
+
+
+def test_posterior_and_prior_are_flows(agent: FLRP) -> None:
+    """The parts that the paper calls flows are exact ones, not perceptrons."""
+    parts = agent._fitted().policy.parts()
+    assert isinstance(parts[PRIOR], CouplingFlow)
+    assert isinstance(parts[POSTERIOR], CouplingFlow)
