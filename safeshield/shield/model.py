@@ -122,12 +122,13 @@ class SafetyModel:
 
         Needs a Box of actions, and `knows_behaviour`.
         """
+        each = noise.shape[1]
         inputs, noise = _rows(states, noise)
         if self.latent_policy is not None:
             scaled = self.latent_policy.act(inputs, noise, refined=False)
         else:
             scaled = to_actions(self.behaviour_layers, inputs, noise, self.flow_steps)
-        return self.scaling.to_box(scaled).reshape(len(states.inputs), -1, self.played.width)
+        return self.scaling.to_box(scaled).reshape(len(states.inputs), each, self.played.width)
 
     def states(self, observations: Observations) -> StateValue:
         """Judge finite observations (n, obs)."""
@@ -171,7 +172,7 @@ class SafetyModel:
         """Return Q_h of c actions (n, c, act) in each of n states: (n, c), in one pass."""
         count, each, width = candidates.shape
         actions = self.scaling.actions(candidates.reshape(count * each, width))
-        return self.scaled_values(states, actions.reshape(count, each, -1))
+        return self.scaled_values(states, actions.reshape(count, each, actions.shape[-1]))
 
     def scaled_values(self, states: StateValue, candidates: Candidates) -> Scalars:
         """Return Q_h (n, c) of actions (n, c, features) as the networks see them."""
@@ -211,13 +212,14 @@ class SafetyModel:
             )
             lowest = self.candidate_values(states, every).argmin(axis=1)
             return np.repeat(self.played.choices[lowest][:, None, :], len(noise), axis=1)
+        each = len(noise)
         inputs, noise = _rows(states, np.broadcast_to(noise, (len(states.inputs), *noise.shape)))
         if self.latent_policy is not None:
             raw = self.latent_policy.act(inputs, noise)
         else:
             raw = forward(self.networks[FALLBACK], np.concatenate([inputs, noise], axis=-1))[0]
         scaled = np.clip(np.nan_to_num(raw), -1.0, 1.0)
-        return self.scaling.to_box(scaled).reshape(len(states.inputs), -1, self.played.width)
+        return self.scaling.to_box(scaled).reshape(len(states.inputs), each, self.played.width)
 
 
 def _rows(states: StateValue, noise: Noise) -> tuple[_Float, _Float]:
