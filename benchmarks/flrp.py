@@ -105,6 +105,7 @@ def speed() -> dict[str, Any]:
         next_observations=seen[1:],
         terminated=np.zeros(count, bool),
         truncated=np.arange(count) % 500 == 499,
+        costs=(seen[1:, 0] > 0).astype(float),
         constraints=seen[:-1, 0],
         next_constraints=seen[1:, 0],
     )
