@@ -167,6 +167,15 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     ) -> npt.NDArray[np.floating]:
         """Return actions (n, act) in [-1, 1] for observations (n, features), normalised."""
 
+    def _candidate_noise(
+        self, rows: int, each: int, width: int, deterministic: bool
+    ) -> npt.NDArray[np.float64]:
+        """Draw noise (rows * each, width); deterministic: the same `each` draws for every row."""
+        if deterministic:
+            drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
+            return np.tile(drawn, (rows, 1))
+        return self._noise.standard_normal((rows * each, width))
+
     def _noise_features(self, model: ModelT) -> int:
         """Return the width of the noise that an update draws for each transition."""
         return model.scaling.action_features

@@ -131,11 +131,7 @@ class FISOR(CriticAgent[FISORConfig, _Architecture]):
         """Weigh N candidates; deterministic: from the same N draws of noise in every state."""
         config, width = self.config, model.scaling.action_features
         count, each = len(observations), config.candidates
-        if deterministic:
-            noise = np.random.default_rng(config.seed).standard_normal((each, width))
-            noise = np.tile(noise, (count, 1))
-        else:
-            noise = self._noise.standard_normal((count * each, width))
+        noise = self._candidate_noise(count, each, width, deterministic)
         seen = np.repeat(observations, each, axis=0)
         stack = layers(self._arrays[ACTOR])
         actions = to_actions(stack, seen, noise.astype(np.float32), config.flow_steps)

@@ -173,8 +173,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
         Deterministic: of the same N in every state.
         """
         count, width = len(observations), model.scaling.action_features
-        draw = self._noise.standard_normal
-        first = np.zeros((count, width)) if deterministic else draw((count, width))
+        shape = (count, width)
+        first = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
         actions = self._student(observations, first)
         each = self.config.candidates
         if each == 1:
@@ -184,11 +184,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < -self._margin(model)
         at = np.flatnonzero(~passes)
         if len(at):
-            if deterministic:
-                noise = np.random.default_rng(self.config.seed).standard_normal((each, width))
-                noise = np.tile(noise, (len(at), 1))
-            else:
-                noise = draw((len(at) * each, width))
+            noise = self._candidate_noise(len(at), each, width, deterministic)
             drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
             drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
             judged = StateValue(states.inputs[at], states.value[at])
