@@ -1,7 +1,7 @@
 r"""Safety critics: Hamilton-Jacobi values of a logged constraint.
 
     V_h(s) = min over policies of the max over time of h,      V_h <= 0: some policy stays safe
-    Q_h(s, a) = the same after taking a first
+    Q_h(s, a) = the same from the NEXT state on, after taking a first;  V_h = max(h, min_a Q_h)
 
 (FLRP eq. 7 to 9, R2PAC eq. 43, SafeFQL; the form of the papers' released codes.) All shared by
 SafeFQL, FLRP and R2PAC's feasibility variant. Three networks, all fed normalised observations and
@@ -18,8 +18,12 @@ What differs from the papers, and why:
   the actions, all that a shield lives from, drowns as dt shrinks (Tallec et al. 2019). Here sigma
   is the root mean square of h(s') - h(s) over the log, one step's worth of h, so that A is of
   order one at every time step. A_i regresses on (y - V_h(s)) / sigma with y and V_h from the same
-  slowly moving copy of the networks. Q_h itself has no floor at h^: below it all actions would be
-  equal, and where they are, inside the danger, is where their order matters most.
+  slowly moving copy of the networks.
+- Q_h leaves h(s) out: y = (1 - g) h(s') + g max(h(s'), V(s')). The papers' text has max(h(s), h(s'))
+  there. Where h(s) <= 0 the sign is the same, so the same actions are safe. Outside, that maximum
+  makes going back and standing still equally bad, and whoever has been pushed out stays there: a
+  filter, a gate, FISOR's weights, all order actions by Q_h. (FISOR's released code has h(s') too,
+  since a log's cost of step t belongs to the state after it.) V keeps its floor.
 - V starts from many-step backups along the log and may end on several steps instead of one
   (`backup_steps`). Each one-step backup goes through the network once more, which rounds off the
   ridges where going left and going right are equally bad, some dozens of times in a row; the value
@@ -97,7 +101,7 @@ class SafetyCritics:
         return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
 
     def action_value(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return Q_h(s, a), (batch,), in units of h: the larger of the two."""
+        """Return Q_h(s, a), (batch,), from the next state on, in units of h: the larger of the two."""
         worst = self.advantages(networks, observations, actions).amax(0)
         return self.value(networks, observations) + self.scale.step * worst
 
@@ -128,9 +132,9 @@ class SafetyCritics:
         with torch.no_grad():
             here = self._log_value(targets, batch.observations, batch.constraints)
             after = self._log_value(targets, batch.next_observations, batch.next_constraints)
-            m = torch.maximum(batch.constraints, batch.next_constraints)
-            later = torch.where(batch.terminated, m, torch.maximum(m, after))
-            y = (1.0 - self.discount) * m + self.discount * later
+            reached = batch.next_constraints
+            later = torch.where(batch.terminated, reached, torch.maximum(reached, after))
+            y = (1.0 - self.discount) * reached + self.discount * later
             if one_step:
                 worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
                 goal = torch.maximum(here + self.scale.step * worst, batch.constraints)
