@@ -120,6 +120,29 @@ def test_the_exact_values_of_the_chain() -> None:
     np.testing.assert_allclose(q[3], [-1.0, 0.8], atol=1e-9)
 
 
+def test_outside_the_way_back_is_worth_its_distance() -> None:
+    # h = place - 2.5 on places 0 to 4, the last of which holds on going up: 3 and 4 are outside,
+    # and no walk ends there. Of a state outside V_h is h, whatever is done; Q_h has to tell.
+    rng = np.random.default_rng(0)
+    place, action = rng.integers(0, 5, 2000), rng.choice([-1, 1], 2000)
+    reached = np.clip(place + action, 0, 4)
+    log = OfflineDataset.from_arrays(
+        observations=PLACES[place],
+        actions=action[:, None].astype(np.float32),
+        rewards=np.ones(2000),
+        next_observations=PLACES[reached],
+        terminated=np.zeros(2000, bool),
+        truncated=np.ones(2000, bool),
+        costs=(reached > 2.5).astype(float),
+        constraints=place - 2.5,
+        next_constraints=reached - 2.5,
+    )
+    value, q = learned(SafeFQL(CONFIG, device="cpu").fit(log, steps=1500).shield())
+    np.testing.assert_allclose(value[3:], [0.5, 1.5], atol=0.1)
+    exact = [[-0.5, 1.5], [0.5, 1.5]]
+    np.testing.assert_allclose(q[3:], exact, atol=0.15)
+
+
 def test_reward_values_discount_and_end_with_the_episode() -> None:
     # One way only: up. The return from place p is the sum of 5 - p discounted ones.
     count = 200
