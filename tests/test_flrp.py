@@ -260,7 +260,7 @@ def test_the_reward_expert_pulls_towards_good_actions(agent: FLRP, log: OfflineD
     seen = run.log.observations[draw.rows]
 
     def distance(state: Any) -> float:  # noqa: ANN401
-        _, metrics = RefinerLoss(model.policy, config, run._feasibility)(
+        _, metrics = RefinerLoss(model.policy, config, run._feasibility, run._margin)(
             state.networks, state, seen, goal, draw.noise, torch.ones(64)
         )
         return float(metrics["refiner/distance_to_good_actions"])
@@ -275,13 +275,13 @@ def test_the_safety_weight_carries_no_gradient(agent: FLRP, log: OfflineDataset)
     """Eq. 14: d/dA of w softplus(A) with w held fixed is w sigmoid(A)."""
 
     class Linear:
-        def advantage(self, state: Any, observations: Any, actions: Any) -> torch.Tensor:  # noqa: ANN401
+        def excess(self, state: Any, seen: Any, actions: Any, margin: Any) -> torch.Tensor:  # noqa: ANN401
             return scale * actions[:, 0]
 
     scale = torch.tensor(0.7, requires_grad=True)
     config = dataclasses.replace(TINY, reward_weight=0.0, shared_weight=0.0)
     run, state, draw = run_of(agent, log, config)
-    loss = RefinerLoss(agent._fitted().policy, config, Linear())  # type: ignore[arg-type]
+    loss = RefinerLoss(agent._fitted().policy, config, Linear(), 0.0)  # type: ignore[arg-type]
     seen, goal = run.log.observations[draw.rows], run.log.actions[draw.rows]
     value, _ = loss(state.networks, state, seen, goal, draw.noise, torch.ones(64))
     (slope,) = torch.autograd.grad(value, scale)
@@ -292,6 +292,23 @@ def test_the_safety_weight_carries_no_gradient(agent: FLRP, log: OfflineDataset)
         expected = (weights / weights.mean() * danger.sigmoid() * acted).mean()
         expected = config.safety_weight * expected
     torch.testing.assert_close(slope, expected)
+
+
+def test_only_what_is_not_feasible_is_pressed_down(agent: FLRP, log: OfflineDataset) -> None:
+    """E_h <= 0 for exactly the feasible actions, and the advantage where V_h > -margin."""
+    run, state, draw = run_of(agent, log, TINY)
+    seen, acted = run.log.observations[draw.rows], run.log.actions[draw.rows]
+    value, q = run._feasibility.judge(state, seen, acted)
+    critics = run.model.critics.safety
+    advantage = critics.advantages(state.targets, seen, acted).amax(0)
+    lost = 0
+    for margin in torch.quantile(-value, torch.tensor([0.1, 0.5, 0.9])).tolist():
+        excess = run._feasibility.excess(state, seen, acted, margin)
+        feasible = value <= -margin
+        assert torch.equal(excess[feasible] <= 0, (q <= -margin)[feasible])
+        torch.testing.assert_close(excess[~feasible], advantage[~feasible], atol=1e-3, rtol=1e-3)
+        lost += int((~feasible).sum())
+    assert 64 < lost < 128
 
 
 # -- refinement ---------------------------------------------------------------------------------

@@ -51,8 +51,14 @@ class Feasibility(Protocol):
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """Judge actions (batch, act) in states (batch, obs)."""
 
-    def advantage(self, state: TrainState, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return how much worse than the best an action is, (batch,), in one step's worth."""
+    def excess(
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+    ) -> Tensor:
+        """Return how much more dangerous than need be actions are, (batch,), in one step's worth.
+
+        Q - max(V, -margin): at most 0 for every feasible action, and elsewhere the advantage.
+        `margin` is in standard deviations.
+        """
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,17 @@ class FromSafety:
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """See `Feasibility`."""
         value = self.critics.value(state.targets, observations)
-        worst = self.advantage(state, observations, actions)
+        worst = self.critics.advantages(state.targets, observations, actions).amax(0)
         scale = self.critics.scale
         return Judgement(value / scale.spread, (value + scale.step * worst) / scale.spread)
 
-    def advantage(self, state: TrainState, observations: Tensor, actions: Tensor) -> Tensor:
+    def excess(
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+    ) -> Tensor:
         """See `Feasibility`."""
-        return self.critics.advantages(state.targets, observations, actions).amax(0)
+        scale = self.critics.scale
+        value, worst = self.judge(state, observations, actions)
+        return (worst - value.clamp(min=-margin)) * (scale.spread / scale.step)
 
 
 @dataclass(frozen=True)
@@ -85,15 +95,18 @@ class FromCost:
         lowest, spread = [state.scales[name] for name in _LEVELS], self.critics.spread
         return Judgement((value - lowest[0]) / spread, (action_value - lowest[1]) / spread)
 
-    def advantage(self, state: TrainState, observations: Tensor, actions: Tensor) -> Tensor:
+    def excess(
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+    ) -> Tensor:
         """See `Feasibility`."""
-        return -self.critics.advantages(state.targets, observations, actions).amin(0)
+        value, worst = self.judge(state, observations, actions)
+        return (worst - value.clamp(min=-margin)) * (self.critics.spread / state.scales["cost"])
 
     def _costs(
         self, state: TrainState, observations: Tensor, actions: Tensor
     ) -> tuple[Tensor, Tensor]:
         value = -self.critics.value(state.targets, observations)
-        worst = self.advantage(state, observations, actions)
+        worst = -self.critics.advantages(state.targets, observations, actions).amin(0)
         return value, value + state.scales["cost"] * worst
 
     def level(self, state: TrainState, log: LogTensors, generator: torch.Generator) -> TrainState:

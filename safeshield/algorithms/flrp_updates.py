@@ -11,13 +11,16 @@ Generative model (eq. 11 to 13), z ~ q(z | s, a), means over the batch:
 
 Experts (eq. 14 to 17), u_0 ~ N(0, I), a = the decoded action of u_T, a' the logged one:
 
-    reward_weight w_s ||a - a'||  +  safety_weight w_h softplus(A_h(s, a))
+    reward_weight w_s ||a - a'||  +  safety_weight w_h softplus(E_h(s, a))
     + shared_weight (||u_T||^2 + ||u_T - u_0||^2)
 
-    w_h = min(exp(b_h A_h(s, a)), 150), without a gradient
+    E_h = (Q_h - max(V_h, -margin)) / sigma_h,    w_h = min(exp(b_h E_h), 150), without a gradient
 
-A_r = min_i (Q_r,i - V_r) / sigma_r and A_h = max_i (Q_h,i - V_h) / sigma_h stand in units of one
-step's advantage; w_e, w_s and w_h are divided by their means over the batch.
+A_r = min_i (Q_r,i - V_r) / sigma_r and E_h stand in units of one step's advantage; w_e, w_s and w_h
+are divided by their means over the batch. The paper's E_h is the advantage Q_h - V_h, which is
+positive for nearly every action however far from danger (V_h is the best action's), so that the
+safety expert steers by it everywhere. The excess is the advantage where the state is infeasible,
+and where it is feasible counts only what is not: the reward expert has the rest.
 """
 
 from __future__ import annotations
@@ -149,6 +152,8 @@ class RefinerLoss:
     policy: LatentPolicy
     config: FLRPConfig
     feasibility: Feasibility
+    margin: float
+    """Of the gate, in standard deviations of h."""
 
     def __call__(
         self,
@@ -173,7 +178,7 @@ class RefinerLoss:
         refined = policy.refine(networks, observations, noise)
         latent = policy.to_latent(networks, observations, refined)
         action = policy.decode(networks, observations, latent)
-        danger = self.feasibility.advantage(state, observations, action)
+        danger = self.feasibility.excess(state, observations, action, self.margin)
         pressing = _of_mean_one(
             (config.safety_temperature * danger.detach()).exp().clamp(max=SAFETY_LIMIT)
         )
@@ -298,7 +303,7 @@ class FLRPRun:
         with torch.no_grad():
             _, q = self._feasibility.judge(state, observations, actions)
             good = self._good(state, observations, actions, q)
-        refiner_loss = RefinerLoss(policy, self.config, self._feasibility)
+        refiner_loss = RefinerLoss(policy, self.config, self._feasibility, self._margin)
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
             return refiner_loss(networks, state, observations, actions, draw.noise, good)
