@@ -19,11 +19,11 @@ What differs from the papers, and why:
   is the root mean square of h(s') - h(s) over the log, one step's worth of h, so that A is of
   order one at every time step. A_i regresses on (y - V_h(s)) / sigma with y and V_h from the same
   slowly moving copy of the networks.
-- Q_h leaves h(s) out: y = (1 - g) h(s') + g max(h(s'), V(s')). The papers' text has max(h(s), h(s'))
-  there. Where h(s) <= 0 the sign is the same, so the same actions are safe. Outside, that maximum
-  makes going back and standing still equally bad, and whoever has been pushed out stays there: a
-  filter, a gate, FISOR's weights, all order actions by Q_h. (FISOR's released code has h(s') too,
-  since a log's cost of step t belongs to the state after it.) V keeps its floor.
+- Q_h leaves h(s) out: y = (1 - g) h(s') + g max(h(s'), V(s')), where the papers' text has
+  max(h(s), h(s')). Where h(s) <= 0 the sign is the same, so the same actions are safe. Outside,
+  that maximum makes going back and standing still equally bad, and whoever has been pushed out
+  stays there: a filter, a gate, FISOR's weights, all order actions by Q_h. (FISOR's released code
+  has h(s') alone too: a log's cost of step t belongs to the state after it.) V keeps its floor.
 - V starts from many-step backups along the log and may end on several steps instead of one
   (`backup_steps`). Each one-step backup goes through the network once more, which rounds off the
   ridges where going left and going right are equally bad, some dozens of times in a row; the value
@@ -101,7 +101,7 @@ class SafetyCritics:
         return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
 
     def action_value(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return Q_h(s, a), (batch,), from the next state on, in units of h: the larger of the two."""
+        """Return Q_h(s, a), (batch,), in units of h, of states s' on: the larger of the two."""
         worst = self.advantages(networks, observations, actions).amax(0)
         return self.value(networks, observations) + self.scale.step * worst
 
