@@ -38,7 +38,9 @@ from safeshield.algorithms.tensors import LogTensors
 from safeshield.nn.forward import forward
 from safeshield.nn.mlp import Networks
 from safeshield.scaling import BEHAVIOUR, SAFETY_NETWORKS, Scaling
+from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.model import SafetyModel, StateValue
+from safeshield.shield.replacement import nearest_acceptable
 from safeshield.shield.shield import Shield
 
 
@@ -77,8 +79,9 @@ class SafeFQLConfig(CriticConfig):
     safety_weight: float = 1.0
     """Weight of the student's unsafe branch."""
     candidates: int = 16
-    """N: where the first draw does not pass the gate, the safest of it and N more acts. 1: the
-    first draw acts whatever it is, the paper's."""
+    """N: where the first draw does not pass the gate, the safest of it and N more acts; where that
+    does not pass either, the acceptable action nearest to it that a shield finds. 1: the first
+    draw acts whatever it is, the paper's."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Critics, then teacher, then student; or all three in every step, as the official code."""
     phase_shares: tuple[float, float, float] = (0.5, 0.15, 0.35)
@@ -170,7 +173,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
     ) -> npt.NDArray[np.floating]:
         """Take one draw of z, or z = 0; where the gate rejects it, the safest of N more and it.
 
-        Deterministic: of the same N in every state.
+        Where it rejects that too, what a shield with the gate's margin would do: see
+        `_beyond_the_student`. Deterministic: of the same N in every state.
         """
         count, width = len(observations), model.scaling.action_features
         shape = (count, width)
@@ -181,16 +185,39 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
             return actions
         safety = self._safety(model)
         states = safety.states_of(observations)
-        passes = safety.scaled_values(states, actions[:, None])[:, 0] < -self._margin(model)
+        limit = -self._margin(model)
+        passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)
         if len(at):
             noise = self._candidate_noise(len(at), each, width, deterministic)
             drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
             drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
             judged = StateValue(states.inputs[at], states.value[at])
-            safest = safety.scaled_values(judged, drawn).argmin(1)
+            values = safety.scaled_values(judged, drawn)
+            safest = values.argmin(1)
             actions[at] = drawn[np.arange(len(at)), safest]
+            lost = values.min(1) >= limit
+            at = at[lost]
+        if len(at):
+            judged = StateValue(states.inputs[at], states.value[at])
+            actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
         return actions
+
+    def _beyond_the_student(
+        self,
+        safety: SafetyModel,
+        states: StateValue,
+        actions: npt.NDArray[np.float32],
+        limit: float,
+    ) -> npt.NDArray[np.float32]:
+        """Return the acceptable action nearest to each, of those that a shield looks at."""
+        scaling = safety.scaling
+        found = CandidateSet().actions(safety, states, scaling.to_box(actions))
+        rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
+        drawn = np.concatenate([actions[:, None], rows], 1)
+        values = safety.scaled_values(states, drawn)
+        best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
+        return np.asarray(drawn[np.arange(len(actions)), best])
 
     def _student(
         self, observations: npt.NDArray[np.float32], noise: npt.NDArray[np.floating]

@@ -101,6 +101,24 @@ class Replacement(Protocol):
         ...
 
 
+def nearest_acceptable(
+    candidates: Candidates, values: Judged, limit: npt.NDArray[np.float64]
+) -> npt.NDArray[np.intp]:
+    """Return which candidate is acceptable and nearest to the first; if none is, the lowest's Q_h.
+
+    Args:
+        candidates: (n, c, features) scaled to [-1, 1].
+        values: (n, c) their Q_h.
+        limit: (n,) what Q_h must not exceed.
+    """
+    distance = np.square(candidates - candidates[:, :1]).sum(axis=-1)
+    good = values <= limit[:, None]
+    distance = np.where(good, distance, np.inf)
+    # Discrete actions are all equally near: of those the safest.
+    nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
+    return np.where(good.any(axis=1), nearest, values.argmin(axis=1))
+
+
 @dataclass(frozen=True)
 class NearestAcceptable:
     """The acceptable candidate nearest to the proposal: the default.
@@ -126,13 +144,7 @@ class NearestAcceptable:
         candidates = np.concatenate([wanted[:, None, :], found], axis=1)
         candidates = np.clip(candidates, rejected.low, rejected.high)
         values = rejected.values(candidates)
-        scaled = model.scaling.actions(candidates)
-        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
-        good = values <= rejected.limit[:, None]
-        distance = np.where(good, distance, np.inf)
-        # Discrete actions are all equally near: of those the safest.
-        nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
-        best = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
+        best = nearest_acceptable(model.scaling.actions(candidates), values, rejected.limit)
         return _pick(candidates, values, best)
 
 
