@@ -106,7 +106,7 @@ class FLRPConfig(CriticConfig):
     """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training."""
     reward_weight: float = 1.0
     """lambda_r of the experts' loss."""
-    safety_weight: float = 3.0
+    safety_weight: float = 10.0
     """lambda_h (the paper: 1, with advantages in units of h)."""
     shared_weight: float = 0.5
     """lambda_sh."""
