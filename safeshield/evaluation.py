@@ -186,10 +186,12 @@ def draw_episodes(
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
     prefix = "single_" if is_vector_env(env) else ""
-    spaces = [getattr(env, f"{prefix}{what}_space") for what in ("observation", "action")]
     for one in (shield, judge):
         if one is not None:
-            one.check_fits(*spaces, name="")
+            seen, played = (
+                getattr(env, f"{prefix}{what}_space") for what in ("observation", "action")
+            )
+            one.check_fits(seen, played, name="")
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
     counted: list[FilteredEpisode] = []
     drawn = accepted = 0

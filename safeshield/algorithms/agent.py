@@ -348,7 +348,9 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             scaling = Scaling.from_json(header["scaling"], observation, action)
             model = agent._restore(observation.space, action.space, scaling, header)
         except KeyError as error:
-            raise ValueError(f"{path}: the header of an agent must hold {error}") from error
+            raise ValueError(
+                f"{path}: the header does not describe an agent: it lacks {error}"
+            ) from error
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: the header does not describe an agent: {error}") from error
         shapes = {

@@ -43,7 +43,7 @@ def settle_types(config: Any) -> None:  # noqa: ANN401 - any frozen dataclass
 
 
 @functools.cache
-def _annotations(kind: type[Any]) -> dict[str, Any]:
+def _annotations(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

@@ -219,7 +219,7 @@ class FLRPRun:
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
-        shares = config.phase_shares
+        shares: tuple[float, ...] = config.phase_shares
         if not config.refine_steps:
             shares = shares[:2]  # what would have been the experts' is the model's
         critics, self._flow_steps, *rest = phase_steps(self.steps, shares)

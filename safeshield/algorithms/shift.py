@@ -77,12 +77,15 @@ class ShiftSummary:
         """Summarise the shift of n states, from `draws` in each."""
         levels = np.quantile(shift.divergence, [0.5, 0.9])
         nearest = [int(np.abs(shift.divergence - level).argmin()) for level in levels]
+        errors = shift.standard_error[nearest]
         return cls(
-            len(shift.divergence),
-            *map(float, levels),
-            float(shift.folds.mean()),
-            draws,
-            *map(float, shift.standard_error[nearest]),
+            states=len(shift.divergence),
+            median=float(levels[0]),
+            upper_decile=float(levels[1]),
+            folds=float(shift.folds.mean()),
+            draws=draws,
+            median_error=float(errors[0]),
+            upper_decile_error=float(errors[1]),
         )
 
     @property
