@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -564,6 +565,45 @@ def test_a_damaged_file_is_refused(
         _latent({**good, field: value})
 
 
+# -- its page -----------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "flrp.md").read_text()
+
+
+def test_the_page_explains_every_setting_and_every_curve(
+    log: OfflineDataset, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    table = PAGE.partition("## Settings")[2].partition("\n## ")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    named = re.findall(r"`(\w+)`", first)
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(FLRPConfig))
+    FLRP(TINY, device="cpu").fit(log, steps=12, log_dir=tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"flow/divergence", "refiner/folds", "safety/value", "reward/value"} <= set(tags)
+    for tag in tags:
+        assert f"`{tag}`" in PAGE or f"`{tag.partition('/')[0]}/*`" in PAGE, tag
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    env = gym.make("safeshield/Boat-v0", max_episode_steps=60)
+    collect(env, "random", episodes=100, seed=0).save(tmp_path / "log.hdf5")
+    monkeypatch.chdir(tmp_path)
+    small = "FLRPConfig(seed=0, critic_hidden=(8,), flow_hidden=(8,), batch_size=16)"
+    quick = code.replace("12_000", "12").replace("FLRPConfig(seed=0)", small)
+    assert quick.count("steps=12)") == quick.count(small) == 1
+    names: dict[str, Any] = {}
+    exec(quick, names)
+    assert names["bound"].shape == (100,)
+    assert names["actions"].shape == (100, 2)
+    assert names["shield"].support.record.score == "density"
+
+
 # -- bad input ----------------------------------------------------------------------------------
 
 
@@ -584,7 +624,7 @@ def rows(actions: np.ndarray, costs: np.ndarray, space: gym.Space[Any]) -> Offli
 
 
 def test_one_action_and_one_that_never_changes() -> None:
-    """One action entry gets two latent ones; a constant entry is reproduced."""
+    """One action entry gets two latent ones; a constant one comes back to about the spread."""
     rng = np.random.default_rng(0)
     costs = (rng.random(200) < 0.2).astype(float)
     one = rows(rng.uniform(-1, 1, (200, 1)), costs, gym.spaces.Box(-1, 1, (1,)))
