@@ -33,7 +33,8 @@ def settle_types(config: Any) -> None:  # noqa: ANN401 - any frozen dataclass
     ...
     ValueError: rate must be a finite number or None, got inf
     """
-    for name, hint in _annotations(type(config)).items():
+    kind: Any = type(config)
+    for name, hint in _annotations(kind).items():
         value = getattr(config, name)
         try:
             settled = _as(hint, value)
