@@ -270,7 +270,11 @@ def train(
         typer.Option("--set", help="A setting, name=value; lists as 256,256. Repeatable."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File to go on from, and to keep up to date.")
+        Path | None,
+        typer.Option(
+            help="File to go on from, and to keep up to date: at the end of each phase, every "
+            "2,000 updates and every minute."
+        ),
     ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
@@ -340,11 +344,13 @@ def calibrate(
     if policy == "adversary":
         raise ValueError("--policy adversary: leave --policy out, the adversary is then included")
     env = _make(env_id)
+    proposing = None if policy is None else _policy(policy, env, None, trust)
     shield = _shield(source).calibrate(
         env,
         epsilon=epsilon,
         confidence=confidence,
-        policy=None if policy is None else _policy(policy, env, None, trust),
+        policy=proposing,
+        policy_name=None if policy is None else _name(policy, proposing),
         deltas=None if deltas is None else _parse("--deltas", deltas, tuple[float, ...]),
         episodes=episodes,
         seed=seed,
@@ -737,6 +743,15 @@ def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
     known = ["random", "helmsmen", *(["adversary"] if shield is not None else [])]
     raise ValueError(f"--policy must be one of {known}, or an agent's .safetensors or .zip file, "
                      f"got '{name}'")  # fmt: skip
+
+
+def _name(name: str, policy: object) -> str:
+    """Return what a record calls a policy: its file, and whose it is."""
+    from safeshield.algorithms.agent import OfflineAgent
+
+    if isinstance(policy, OfflineAgent):
+        return f"{type(policy).__name__}, seed {policy.config.seed} ({Path(name).name})"
+    return Path(name).name
 
 
 def _settings(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: ANN401

@@ -136,7 +136,8 @@ def evaluate(
         name: of the policy, for tables.
 
     Raises:
-        ValueError: an argument out of range, or hardly any start is certified.
+        ValueError: an argument out of range, the environment's spaces are not the shield's, or
+            hardly any start is certified.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield.evaluation import evaluate
@@ -184,6 +185,13 @@ def draw_episodes(
     check_env(env)
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
+    prefix = "single_" if is_vector_env(env) else ""
+    for one in (shield, judge):
+        if one is not None:
+            seen, played = (
+                getattr(env, f"{prefix}{what}_space") for what in ("observation", "action")
+            )
+            one.check_fits(seen, played, name="")
     rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
     counted: list[FilteredEpisode] = []
     drawn = accepted = 0

@@ -29,6 +29,14 @@ Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
 _MAX_DIMENSIONS = 8
 _KEY = "safeshield"
+_READ_BY = {
+    "safeshield-safefql": "SafeFQL.load",
+    "safeshield-flrp": "FLRP.load",
+    "safeshield-fisor": "FISOR.load",
+    "safeshield-behaviour-cloning": "BehaviourCloning.load",
+    "safeshield-shield": "Shield.load",
+    "safeshield-checkpoint": "fit(checkpoint=...), which goes on from it,",
+}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("f4"),
     "I64": np.dtype("i8"),
@@ -164,9 +172,15 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
     found = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
         wanted = "of safeshield's" if kind is None else f"a '{kind}' file"
-        raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'")
+        raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{read_by(found)}")
     shapes, dtypes = _layout(table, size - 8 - length, path)
     return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
+
+
+def read_by(kind: object) -> str:
+    """Return what reads a file of this format, as the end of an error; "" where nothing does."""
+    reader = _READ_BY.get(str(kind))
+    return "" if reader is None else f"; {reader} reads it"
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {"kind": kind, **_describe_shield(path), **_size(file)}
     if kind == AGENT:
         return {"kind": kind, **_describe_agent(path), **_size(file)}
-    return {"kind": kind, "updates_done": file.header.get("done"), **_size(file)}
+    return {"kind": kind, **_describe_checkpoint(file.header), **_size(file)}
 
 
 def describe_log(log: OfflineDataset, card: DatasetCard) -> dict[str, Any]:
@@ -155,6 +155,21 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "promise": "none: not calibrated" if record is None else record.promise,
         "record": None if record is None else record.to_json(),
         "support": None if shield.support is None else shield.support.record.promise,
+    }
+
+
+def _describe_checkpoint(header: dict[str, Any]) -> dict[str, Any]:
+    # Files of earlier releases tell the updates alone.
+    run = header.get("run")
+    if not isinstance(run, dict):
+        return {"updates_done": header.get("done")}
+    return {
+        "algorithm": run.get("algorithm"),
+        "updates_done": header.get("done"),
+        "updates_in_all": run.get("steps"),
+        "phase": header.get("phase"),
+        "log": run.get("log"),
+        "config": run.get("config"),
     }
 
 

@@ -73,6 +73,22 @@ def test_flrp_from_log_to_shield(files: Path, tmp_path: Path) -> None:
         tmp_path / "agent.safetensors")  # fmt: skip
 
 
+def test_a_promise_names_the_file_that_proposed(files: Path, tmp_path: Path) -> None:
+    agent = files / "agent.safetensors"
+    for policy, name in ((agent, "SafeFQL, seed 3 (agent.safetensors)"), ("random", "random")):
+        output = run(
+            "calibrate", agent, BOAT, tmp_path / "shield.safetensors", "--epsilon", 0.95,
+            "--confidence", 0.6, "--episodes", 8, "--deltas", "0.3", "--policy", policy,
+        )  # fmt: skip
+        assert f"proposed by one of '{name}'" in output
+
+
+def test_an_environment_of_other_spaces_is_refused_as_the_wrapper_does(files: Path) -> None:
+    for source in ("shield.safetensors", "agent.safetensors"):
+        output = run("evaluate", files / source, "Pendulum-v1", "--episodes", 3, code=2)
+        assert "observation_space mismatch (shape): expected Box(" in output
+
+
 @pytest.mark.parametrize("policy", ["adversary", "helmsmen", "agent"])
 def test_who_proposes_can_be_chosen(files: Path, policy: str) -> None:
     name = str(files / "agent.safetensors") if policy == "agent" else policy
@@ -97,7 +113,10 @@ def test_settings_reach_the_agent_typed(files: Path) -> None:
     [
         ("log.hdf5", ["log", "16000", "violating episodes"]),
         ("agent.safetensors", ["agent", "SafeFQL", "critic_hidden"]),
-        ("checkpoint.safetensors", ["checkpoint", "updates done", "60"]),
+        (
+            "checkpoint.safetensors",
+            ["checkpoint", "updates done", "60", "SafeFQL", "phase", "student"],
+        ),
         ("shield.safetensors", ["shield", "With confidence 0.6", "nothing is promised"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from safeshield.algorithms.flrp import FLRP, FLRPConfig
 from safeshield.algorithms.flrp_updates import FLRPRun, GenerativeLoss, RefinerLoss
 from safeshield.algorithms.latent_policy import LatentPolicy
 from safeshield.algorithms.registry import load_agent
-from safeshield.algorithms.shift import base_shift
+from safeshield.algorithms.shift import BaseShift, base_shift
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import Draw, learning_rate
+from safeshield.inspection import describe
 from safeshield.nn.coupling import CouplingFlow
 from safeshield.nn.coupling_forward import CouplingForward
 from safeshield.nn.latent_forward import (
@@ -337,8 +339,16 @@ def test_the_divergence_of_an_affine_map_is_the_gaussians() -> None:
     shift = base_shift(policy, networks, torch.randn(3, 1), noise)
     exact = 2 * 0.5 * (0.25 + 0.09 - 1.0 - math.log(0.25))
     np.testing.assert_allclose(shift.divergence, exact, atol=0.03)
-    np.testing.assert_allclose(shift.total_variation, math.sqrt(exact / 2), atol=0.03)
+    bound = min(math.sqrt(exact / 2), math.sqrt(1 - math.exp(-exact)))
+    np.testing.assert_allclose(shift.total_variation, bound, atol=0.03)
     assert not shift.folds.any()
+    # The draws' spread tells how far the estimate is off: of 100 repetitions, about 95.
+    near = 0
+    for seed in range(100):
+        few = torch.randn(50, 2, generator=torch.Generator().manual_seed(seed))
+        one = base_shift(policy, networks, torch.zeros(1, 1), few)
+        near += abs(one.divergence[0] - exact) < 2 * one.standard_error[0]
+    assert 85 <= near <= 100
     # A map that mirrors the noise folds it; where it is not one to one, the formula is no bound.
     expert["1.weight"] = torch.cat([-2.0 * eye[:, :1], 2.0 * eye[:, :1]]).repeat(1, 2)[None] * (
         torch.tensor([1.0, 0.0])
@@ -359,6 +369,94 @@ def test_other_numbers_of_steps_share_the_weights(agent: FLRP, log: OfflineDatas
     assert plain.shift_summary is None
     with pytest.raises(ValueError, match="refine_steps must be at least 0, got -1"):
         agent.with_refine_steps(-1)
+    for wrong in (None, 1.5, True):
+        with pytest.raises(ValueError, match="refine_steps must be a whole number, got"):
+            agent.with_refine_steps(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_experts_that_no_step_calls_on_are_not_trained(
+    log: OfflineDataset, tmp_path: Path, trained: int
+) -> None:
+    config = dataclasses.replace(TINY, refine_steps=trained)
+    agent = FLRP(config, device="cpu").fit(log, steps=20)
+    model = agent._fitted()
+    run = FLRPRun(model, LogTensors.of(log, model.scaling, torch.device("cpu")), config, 20)
+    names = [phase.name for phase in run.phases()]
+    assert ("refiners" in names) == (trained > 0)
+    assert sum(phase.steps for phase in run.phases()) == 20
+    fresh = run.initial(torch.Generator().manual_seed(config.seed)).networks
+    for name in EXPERTS:
+        changed = any(not torch.equal(fresh[name][k], t) for k, t in agent._networks[name].items())
+        assert changed == (name in expert_order(trained)), name
+    # They are not called on after training either, of this agent or of its file.
+    agent.with_refine_steps(0).save(tmp_path / "agent")
+    for one in (agent, FLRP.load(tmp_path / "agent")):
+        assert np.isfinite(one.with_refine_steps(trained).predict(log.observations[:3])[0]).all()
+        with pytest.raises(ValueError, match=f"with refine_steps={trained} has left out"):
+            one.with_refine_steps(3)
+
+
+def test_the_bound_on_total_variation_is_never_vacuous() -> None:
+    divergence = np.array([0.0, 0.5, 1.9, 2.0, 5.0, 1e6])
+    shift = BaseShift(divergence, np.zeros(6), np.zeros(6))
+    assert (shift.total_variation < 1.0).all()
+    small, large = np.sqrt(divergence / 2), np.sqrt(1 - np.exp(-divergence))
+    np.testing.assert_allclose(shift.total_variation, np.minimum(small, large))
+    # Either is the smaller one somewhere: Pinsker's alone would be 1 from D = 2 on.
+    assert (small < large)[1]
+    assert (large < small)[2:].all()
+
+
+def test_what_base_shift_takes_and_tells(agent: FLRP, log: OfflineDataset) -> None:
+    seen = log.observations[:5]
+    for wrong in (math.nan, math.inf, 1e300):
+        with pytest.raises(ValueError, match=r"observations must be finite as float32"):
+            agent.base_shift(np.array([[0.0, 0.0], [wrong, 0.0]]))
+    for draws in (1, 0, -3):
+        with pytest.raises(ValueError, match=f"draws must be at least 2, got {draws}"):
+            agent.base_shift(seen, draws=draws)
+    for draws in (2.5, None, True):
+        with pytest.raises(TypeError, match="draws must be a whole number"):
+            agent.base_shift(seen, draws=draws)  # type: ignore[arg-type]
+    many, few = agent.base_shift(seen), agent.base_shift(seen, draws=16)
+    assert (many.standard_error < few.standard_error).all()
+    assert (few.divergence >= 0).all()
+    # Without experts nothing moves: the draws' mean is 0 exactly, and so is its error.
+    still = agent.with_refine_steps(0).base_shift(seen)
+    np.testing.assert_array_equal(still.standard_error, 0.0)
+
+
+def test_no_estimate_is_below_zero() -> None:
+    """A shift by little, seen through few draws: the mean is negative for some of them."""
+    policy = LatentPolicy(1, 1, LatentSpec(2, (4,), 2, refine_steps=1))
+    networks = policy.init(torch.Generator().manual_seed(0))
+    expert = {key: torch.zeros_like(t) for key, t in networks["shared_expert"].items()}
+    networks["shared_expert"] = {**expert, "1.bias": torch.full((1, 1, 2), 0.05)}
+    found = [
+        base_shift(
+            policy,
+            networks,
+            torch.zeros(1, 1),
+            torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)),
+        )
+        for seed in range(20)
+    ]
+    assert min(one.divergence[0] for one in found) == 0.0
+    assert all(one.standard_error[0] > 0 for one in found)
+
+
+def test_inspect_tells_of_the_estimate_and_of_another_t(agent: FLRP, tmp_path: Path) -> None:
+    agent.save(tmp_path / "agent")
+    told = describe(tmp_path / "agent")
+    assert "estimated from 64 draws, the same in every state" in told["refinement"]
+    assert told["base_shift"]["median_error"] > 0
+    assert f"(standard error {told['base_shift']['median_error']:.2g})" in told["refinement"]
+    agent.with_refine_steps(5).save(tmp_path / "other")
+    told = describe(tmp_path / "other")
+    assert "base_shift" not in told
+    assert "refines 5 times, but" in told["refinement"]
+    assert "measured for T = 3 only" in told["refinement"]
 
 
 # -- the agent ----------------------------------------------------------------------------------
@@ -467,6 +565,45 @@ def test_a_damaged_file_is_refused(
         _latent({**good, field: value})
 
 
+# -- its page -----------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "flrp.md").read_text()
+
+
+def test_the_page_explains_every_setting_and_every_curve(
+    log: OfflineDataset, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    table = PAGE.partition("## Settings")[2].partition("\n## ")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    named = re.findall(r"`(\w+)`", first)
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(FLRPConfig))
+    FLRP(TINY, device="cpu").fit(log, steps=12, log_dir=tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"flow/divergence", "refiner/folds", "safety/value", "reward/value"} <= set(tags)
+    for tag in tags:
+        assert f"`{tag}`" in PAGE or f"`{tag.partition('/')[0]}/*`" in PAGE, tag
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    env = gym.make("safeshield/Boat-v0", max_episode_steps=60)
+    collect(env, "random", episodes=100, seed=0).save(tmp_path / "log.hdf5")
+    monkeypatch.chdir(tmp_path)
+    small = "FLRPConfig(seed=0, critic_hidden=(8,), flow_hidden=(8,), batch_size=16)"
+    quick = code.replace("12_000", "12").replace("FLRPConfig(seed=0)", small)
+    assert quick.count("steps=12)") == quick.count(small) == 1
+    names: dict[str, Any] = {}
+    exec(quick, names)
+    assert names["bound"].shape == (100,)
+    assert names["actions"].shape == (100, 2)
+    assert names["shield"].support.record.score == "density"
+
+
 # -- bad input ----------------------------------------------------------------------------------
 
 
@@ -487,7 +624,7 @@ def rows(actions: np.ndarray, costs: np.ndarray, space: gym.Space[Any]) -> Offli
 
 
 def test_one_action_and_one_that_never_changes() -> None:
-    """One action entry gets two latent ones; a constant entry is reproduced."""
+    """One action entry gets two latent ones; a constant one comes back to about the spread."""
     rng = np.random.default_rng(0)
     costs = (rng.random(200) < 0.2).astype(float)
     one = rows(rng.uniform(-1, 1, (200, 1)), costs, gym.spaces.Box(-1, 1, (1,)))

@@ -261,7 +261,7 @@ def test_wrong_kinds_of_arguments_are_named(
         with pytest.raises(TypeError, match="env must be a Gymnasium environment"):
             call()
     for config in (SafeFQLConfig, ShieldConfig):
-        with pytest.raises(ValueError, match="batch_size must be an integer"):
+        with pytest.raises(ValueError, match=r"batch_size must be a whole number, got 1\.5"):
             config(batch_size=1.5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="critic_hidden must be a tuple"):
             config(critic_hidden=64)  # type: ignore[arg-type]

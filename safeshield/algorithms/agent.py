@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.algorithms.tensors import LogTensors, fingerprint
+from safeshield.algorithms.tensors import LogTensors, run_identity
 from safeshield.algorithms.training import Phase, TrainState, device_of, fit_options, run_phases
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files import read_tensors, write_tensors
@@ -84,18 +84,6 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 ModelT = TypeVar("ModelT", bound=Architecture)
 
 
-def config_from_json(kind: type[ConfigT], data: dict[str, Any]) -> ConfigT:
-    """Rebuild a configuration from `dataclasses.asdict` after a round trip through JSON.
-
-    Raises:
-        TypeError: an unknown field.
-        ValueError: a value out of range.
-    """
-    return kind(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    )
-
-
 def continuous_actions(space: gym.Space[Any], who: str) -> gym.spaces.Box:
     """Return the space as the Box that an actor needs.
 
@@ -124,6 +112,8 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     """Name of its files' format."""
     _before: ClassVar[dict[str, Any]] = {}
     """Settings that older files do not hold, with the values that those agents were trained by."""
+    _dropped: ClassVar[tuple[str, ...]] = ()
+    """Settings of older files that meant nothing."""
     _fewest_steps: ClassVar[int] = 1
     """One update for each phase."""
 
@@ -214,16 +204,18 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             log_dir: folder for TensorBoard files.
             checkpoint: file from which to go on where it exists, and which is kept up to date. A
                 resumed run ends with the same weights as one that was never interrupted.
-            checkpoint_every: updates between two checkpoints.
+            checkpoint_every: updates between two checkpoints; there is one at the end of each phase
+                and once a minute, too.
             stop_after: updates after which to stop early, for runs in instalments; needs
                 `checkpoint`.
 
         Raises:
-            TypeError: actions are discrete: the actors are continuous; `ShieldTrainer` takes them.
+            TypeError: a number is no whole one; or actions are discrete: the actors are
+                continuous; `ShieldTrainer` takes them.
             ValueError: the log does not hold what the algorithm learns from (a boundary between
                 safe and unsafe, say), its action box is unbounded, or the checkpoint belongs to
                 another run.
-            FloatingPointError: a loss became NaN.
+            FloatingPointError: a loss or a weight became NaN; the message names the phase.
         """
         options = fit_options(
             steps,
@@ -234,7 +226,7 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             checkpoint_every=checkpoint_every,
             stop_after=stop_after,
         )
-        dataset = self._check_log(dataset)
+        steps, dataset = options.steps, self._check_log(dataset)
         model = self._describe(dataset)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         log = LogTensors.of(dataset, model.scaling, self.device)
@@ -246,7 +238,7 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             transitions=len(log),
             noise_features=self._noise_features(model),
             options=options,
-            fingerprint=fingerprint(self.config, dataset, steps),
+            identity=run_identity(type(self).__name__, self.config, dataset, steps),
         )
         # What is deployed is what the advantages were fitted to: the critics' slow copies.
         self._adopt(model, {**state.networks, **state.targets})
@@ -299,13 +291,26 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             ValueError: a shape that is not the observation space's, or NaN.
         """
         model = self._fitted()
-        rows, single = flat_observations(model.observation_space).rows(observation, "observation")
-        rows = rows.astype(np.float32)
-        if not np.isfinite(rows).all():
-            raise ValueError(f"observation must be finite, got {observation}")
+        rows, single = self._rows(model, observation, "observation")
         scaled = self._act(model, model.scaling.observations(rows), deterministic)
         actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
         return (actions[0] if single else actions), state
+
+    def _rows(
+        self, model: ModelT, observation: Batch, name: str
+    ) -> tuple[npt.NDArray[np.float32], bool]:
+        """Return observations as rows (n, features), and whether it was a single one."""
+        rows, single = flat_observations(model.observation_space).rows(observation, name)
+        with np.errstate(over="ignore"):
+            small = rows.astype(np.float32)
+        bad = ~np.isfinite(small).all(axis=1)
+        if bad.any():
+            at = int(bad.argmax())
+            which = "" if single else f" of observation {at}"
+            raise ValueError(
+                f"{name} must be finite as float32 (at most 3.4e38 in size), got {rows[at]}{which}"
+            )
+        return small, single
 
     # -- files --------------------------------------------------------------------------------
 
@@ -336,15 +341,17 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             header = file.header
             if header["version"] != _VERSION:
                 raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
-            agent = cls(
-                config_from_json(cls.config_type, {**cls._before, **header["config"]}),
-                device=device,
-            )
+            known = {k: v for k, v in header["config"].items() if k not in cls._dropped}
+            agent = cls(cls.config_type(**{**cls._before, **known}), device=device)
             observation = flat_observations(space_from_json(header["observation_space"]))
             action = flat_actions(space_from_json(header["action_space"]))
             scaling = Scaling.from_json(header["scaling"], observation, action)
             model = agent._restore(observation.space, action.space, scaling, header)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: the header does not describe an agent: it lacks {error}"
+            ) from error
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: the header does not describe an agent: {error}") from error
         shapes = {
             f"{name}/{key}": shape

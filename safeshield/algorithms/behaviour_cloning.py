@@ -19,11 +19,10 @@ from torch import Tensor
 
 from safeshield.algorithms.agent import OfflineAgent, continuous_actions
 from safeshield.algorithms.checks import (
-    check_integers,
     check_not_negative,
     check_positive,
-    check_seed,
     check_sizes,
+    settle_types,
 )
 from safeshield.algorithms.critic_updates import with_networks
 from safeshield.algorithms.tensors import LogTensors
@@ -61,13 +60,10 @@ class BehaviourCloningConfig:
     """Adam's rate at the start; it falls to a fiftieth by the end."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.episodes not in ("all", "safe"):
-            raise ValueError(f"episodes must be 'all' or 'safe', got {self.episodes!r}")
-        check_not_negative(self, "cost_limit")
+        settle_types(self)
+        check_not_negative(self, "seed", "cost_limit")
         check_sizes(self, "hidden")
         check_positive(self, "batch_size", "learning_rate")
-        check_integers(self, "batch_size")
 
 
 @dataclass(frozen=True)

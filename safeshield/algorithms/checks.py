@@ -2,7 +2,86 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+
+def settle_types(config: Any) -> None:  # noqa: ANN401 - any frozen dataclass
+    """Give each field of a frozen dataclass the type of its annotation, from what means the same.
+
+    NumPy's numbers become Python's, whole numbers floats where a float is asked for, lists tuples;
+    so JSON holds every setting. The annotations are int, float (always finite), bool, Literal,
+    tuples of numbers, and any of these or None.
+
+    Raises:
+        ValueError: a value is of another kind.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Settings:
+    ...     widths: tuple[int, ...] = (8,)
+    ...     rate: float | None = None
+    ...     def __post_init__(self) -> None:
+    ...         settle_types(self)
+    >>> Settings([np.int64(16), 16], 1)
+    Settings(widths=(16, 16), rate=1.0)
+    >>> Settings(rate=float("inf"))
+    Traceback (most recent call last):
+    ...
+    ValueError: rate must be a finite number or None, got inf
+    """
+    kind: Any = type(config)
+    for name, hint in _annotations(kind).items():
+        value = getattr(config, name)
+        try:
+            settled = _as(hint, value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name} must be {_rule(hint)}, got {value!r:.100}") from None
+        object.__setattr__(config, name, settled)
+
+
+@functools.cache
+def _annotations(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _as(hint: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the value as an annotation's kind; any error: it is none."""
+    if type(None) in get_args(hint):
+        return None if value is None else _as(get_args(hint)[0], value)
+    if get_origin(hint) is Literal:
+        good = isinstance(value, str) and value in get_args(hint)
+    elif get_origin(hint) is tuple:
+        items = get_args(hint)
+        several = items[-1] is ...
+        if isinstance(value, list | tuple | np.ndarray) and len(value):
+            kinds = (items[0],) * len(value) if several else items
+            return tuple(_as(kind, one) for kind, one in zip(kinds, value, strict=True))
+        good = False
+    elif hint is bool:
+        good = isinstance(value, bool | np.bool_)
+    else:
+        numbers = int | np.integer if hint is int else int | float | np.integer | np.floating
+        good = isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+    if not good:
+        raise TypeError
+    return value if isinstance(value, str) else hint(value)
+
+
+def _rule(hint: Any) -> str:  # noqa: ANN401
+    items = get_args(hint)
+    if type(None) in items:
+        return f"{_rule(items[0])} or None"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, items))
+    if get_origin(hint) is tuple:
+        kind = "whole numbers of at least 1, as (64, 64)" if items[0] is int else "finite numbers"
+        return f"a tuple of {'' if items[-1] is ... else f'{len(items)} '}{kind}"
+    return {int: "a whole number", float: "a finite number", bool: "True or False"}[hint]
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -34,25 +113,14 @@ def check_shares(config: object, *names: str) -> None:
             raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
 
 
-def check_integers(config: object, *names: str) -> None:
-    """Raise ValueError unless the fields are integers."""
-    for name in names:
-        if type(getattr(config, name)) is not int:
-            raise ValueError(f"{name} must be an integer, got {getattr(config, name)!r}")
-
-
-def check_seed(seed: object) -> None:
-    """Raise ValueError unless it is an integer of at least 0."""
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, got {seed!r}")
-
-
 def check_sizes(config: object, *names: str) -> None:
-    """Raise ValueError unless the fields are tuples of numbers of 1 or more, not empty."""
+    """Raise ValueError unless the tuples hold numbers of at least 1."""
     for name in names:
         values = getattr(config, name)
-        if not isinstance(values, tuple) or not values or min(values) < 1:
-            raise ValueError(f"{name} must be a tuple of numbers of 1 or more, got {values!r}")
+        if min(values) < 1:
+            raise ValueError(
+                f"{name} must be a tuple of whole numbers of at least 1, as (64, 64), got {values}"
+            )
 
 
 def check_phase_shares(shares: tuple[float, ...], count: int) -> None:

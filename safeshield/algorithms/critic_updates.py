@@ -12,12 +12,11 @@ from torch import Tensor
 
 from safeshield.algorithms.checks import (
     check_fractions,
-    check_integers,
     check_not_negative,
     check_positive,
-    check_seed,
     check_shares,
     check_sizes,
+    settle_types,
 )
 from safeshield.algorithms.imitation import imitation_weights
 from safeshield.algorithms.safety_updates import SafetyLog, critic_rates, safety_critics, stages
@@ -88,20 +87,17 @@ class CriticConfig:
     """Share by which the slow copies move towards the critics at each update."""
     near_share: float = 0.5
     """Share of each batch drawn from the eighth of the log that lies nearest to V_h = 0."""
-    flow_steps: int = 10
-    """Euler steps of the flow."""
     margin: float = 0.058
     """Margin of the gate between safe and unsafe actions, in standard deviations of h over the
     log; where labels are continuous at least one step's worth of h (sigma_h), because an actor
     never sees a thinner gate. 0: no margin at all."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "learning_rate", "flow_steps")
+        settle_types(self)
+        check_positive(self, "batch_size", "learning_rate")
         check_fractions(self, "discount", "safety_discount", "reward_expectile", "safety_expectile")
         check_shares(self, "near_share", "polyak")
-        check_not_negative(self, "margin")
-        check_integers(self, "batch_size", "flow_steps")
-        check_seed(self.seed)
+        check_not_negative(self, "seed", "margin")
         check_sizes(
             self, "critic_hidden", "flow_hidden", "safety_backup_steps", "reward_backup_steps"
         )
@@ -126,6 +122,18 @@ class CriticConfig:
         share = self.margin * safety.scale.spread
         # Binary labels jump by more than lies between safe and unsafe.
         return max(share, safety.scale.step) if safety.continuous and self.margin else share
+
+
+@dataclass(frozen=True)
+class EulerConfig(CriticConfig):
+    """Settings of algorithms whose flow is integrated, beside those of their critics."""
+
+    flow_steps: int = 10
+    """Euler steps of the flow."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "flow_steps")
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,15 @@ import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.checks import (
-    check_integers,
     check_not_negative,
     check_phase_shares,
     check_positive,
 )
 from safeshield.algorithms.critic_agent import CriticAgent
 from safeshield.algorithms.critic_updates import (
-    CriticConfig,
     Critics,
     CriticsRun,
+    EulerConfig,
     phase_steps,
     with_networks,
 )
@@ -51,7 +50,7 @@ ACTOR = "actor"
 
 
 @dataclass(frozen=True)
-class FISORConfig(CriticConfig):
+class FISORConfig(EulerConfig):
     """Settings of the FISOR-style baseline."""
 
     margin: float = 0.0
@@ -69,7 +68,6 @@ class FISORConfig(CriticConfig):
         super().__post_init__()
         check_not_negative(self, "reward_temperature", "safety_temperature")
         check_positive(self, "candidates")
-        check_integers(self, "candidates")
         check_phase_shares(self.phase_shares, 2)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -25,7 +24,6 @@ import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.checks import (
-    check_integers,
     check_not_negative,
     check_phase_shares,
     check_positive,
@@ -37,9 +35,10 @@ from safeshield.algorithms.flrp_updates import Architecture, FLRPRun
 from safeshield.algorithms.latent_policy import LatentPolicy
 from safeshield.algorithms.shift import BaseShift, ShiftSummary, base_shift
 from safeshield.algorithms.tensors import LogTensors
+from safeshield.arguments import whole
 from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import Batch, flat_observations
-from safeshield.nn.latent_forward import LatentForward, LatentSpec
+from safeshield.flat import Batch
+from safeshield.nn.latent_forward import LatentForward, LatentSpec, expert_order
 from safeshield.nn.mlp import Networks
 from safeshield.scaling import SAFETY_NETWORKS, Scaling, finite_number
 from safeshield.shield.model import SafetyModel
@@ -103,7 +102,9 @@ class FLRPConfig(CriticConfig):
     safety_temperature: float = 5.0
     """b_h: how much more dangerous refined actions are pressed down."""
     refine_steps: int = 3
-    """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training."""
+    """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training. Only the
+    experts that T calls on are trained: with 1 the shared one, with 2 safety and shared; with 0 the
+    third phase is left out and its updates go to the second."""
     reward_weight: float = 1.0
     """lambda_r of the experts' loss."""
     safety_weight: float = 10.0
@@ -115,15 +116,11 @@ class FLRPConfig(CriticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latent is not None and (type(self.latent) is not int or self.latent < 2):
+        if self.latent is not None and self.latent < 2:
             raise ValueError(
-                f"latent must be an integer of at least 2 (a coupling flow splits it), or None for "
-                f"the action's own width, got {self.latent!r}"
+                "latent must be at least 2 (a coupling flow splits it), or None for the action's "
+                f"own width, got {self.latent}"
             )
-        if self.prior not in ("flow", "gaussian"):
-            raise ValueError(f"prior must be 'flow' or 'gaussian', got {self.prior!r}")
-        if self.feasibility not in ("safety", "cost"):
-            raise ValueError(f"feasibility must be 'safety' or 'cost', got {self.feasibility!r}")
         check_positive(
             self, "transforms", "decoder_spread", "action_temperature", "state_temperature"
         )
@@ -139,9 +136,6 @@ class FLRPConfig(CriticConfig):
             "safety_weight",
             "shared_weight",
         )
-        check_integers(self, "transforms", "refine_steps")
-        if not math.isfinite(self.entropy_floor):
-            raise ValueError(f"entropy_floor must be finite, got {self.entropy_floor}")
         check_phase_shares(self.phase_shares, 3)
 
 
@@ -164,6 +158,7 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
 
     config_type = FLRPConfig
     file_format = "safeshield-flrp"
+    _dropped = ("flow_steps",)
     _fewest_steps = 3
     _acting: LatentForward | None = None
     """The networks as NumPy runs them, made when first needed."""
@@ -172,14 +167,24 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
         """Return an agent of the same weights that refines `refine_steps` times (T; 0: not at all).
 
         Raises:
-            ValueError: T is no integer of at least 0.
+            ValueError: T is no whole number of at least 0, or calls on an expert that has not been
+                trained because the T of training did not.
         """
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, refine_steps=refine_steps)
+        trained = None if self._model is None else self._model.trained_steps
+        if trained is not None:
+            untrained = set(expert_order(other.config.refine_steps)) - set(expert_order(trained))
+            if untrained:
+                raise ValueError(
+                    f"refine_steps={refine_steps} needs {sorted(untrained)}, which training with "
+                    f"refine_steps={trained} has left out: train with at least "
+                    f"{min(other.config.refine_steps, 3)}"
+                )
         other._noise = np.random.default_rng(other.config.seed)
         if other._model is not None:
             policy = other._model.policy
-            spec = dataclasses.replace(policy.spec, refine_steps=refine_steps)
+            spec = dataclasses.replace(policy.spec, refine_steps=other.config.refine_steps)
             # The shift that the file tells is that of the T which was trained.
             model = dataclasses.replace(
                 other._model, policy=dataclasses.replace(policy, spec=spec), shift=None
@@ -206,21 +211,26 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
             trained_by=f"FLRP, seed {self.config.seed}",
         )
 
-    def base_shift(self, observations: Batch, draws: int = 64) -> BaseShift:
-        """Measure how far refinement moves the policy in given states (eq. 18 to 20).
+    def base_shift(self, observations: Batch, draws: int = 256) -> BaseShift:
+        """Estimate how far refinement moves the policy in given states (eq. 18 to 20).
 
         Args:
             observations: n of them, or one.
-            draws: of u_0 in each state.
+            draws: of u_0, the same in each state; at least 2.
 
         Returns:
-            The divergence D of the refined from the unrefined base distribution, (n,) in nats, and
-            the share of draws (n,) at which D is a lower bound only; `total_variation` of it bounds
-            how much likelier refinement makes any set of actions. See `algorithms.shift`.
+            The divergence D of the refined from the unrefined base distribution, (n,) in nats, its
+            standard error (n,), and the share of draws (n,) at which the map folds, so that D is a
+            lower bound only; `total_variation` of it bounds how much likelier refinement makes any
+            set of actions. See `algorithms.shift`.
+
+        Raises:
+            TypeError: `draws` is no whole number.
+            ValueError: it is below 2; or an observation has another shape, or is not finite.
         """
-        model = self._fitted()
-        rows, _ = flat_observations(model.observation_space).rows(observations, "observations")
-        seen = torch.tensor(model.scaling.observations(rows.astype(np.float32)), device=self.device)
+        model, draws = self._fitted(), whole("draws", draws, least=2)
+        rows, _ = self._rows(model, observations, "observations")
+        seen = torch.tensor(model.scaling.observations(rows), device=self.device)
         return self._shift(model, seen, draws)
 
     def _shift(self, model: Architecture, seen: torch.Tensor, draws: int) -> BaseShift:
@@ -235,9 +245,14 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
 
     def diagnostics(self) -> dict[str, Any]:
         """Return how far refinement moves the policy over its log, in numbers and in words."""
-        shift = self.shift_summary
+        shift, trained = self.shift_summary, self._fitted().trained_steps
         if shift is None:
-            return {}
+            known = "another T" if trained is None else f"T = {trained}"
+            return {
+                "refinement": f"refines {self.config.refine_steps} times, but how far that moves "
+                f"the policy over the log was measured for {known} only: base_shift(observations) "
+                "estimates it in states of your choice"
+            }
         return {"base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
 
     # -- what OfflineAgent asks for -----------------------------------------------------------
@@ -266,7 +281,17 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
             )
             model = dataclasses.replace(model, costs=costs)
         shift = header["shift"]
-        return dataclasses.replace(model, shift=None if shift is None else ShiftSummary(**shift))
+        # Older files do not say; what has a summary was trained with the T that it has.
+        trained = header.get(
+            "trained_refine_steps", None if shift is None else self.config.refine_steps
+        )
+        if trained is not None:
+            trained = whole("trained_refine_steps", trained, least=0)
+        return dataclasses.replace(
+            model,
+            shift=None if shift is None else ShiftSummary(**shift),
+            trained_steps=trained,
+        )
 
     def _architecture(
         self,
@@ -296,7 +321,8 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
     def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
         rows = torch.linspace(0, len(log) - 1, min(_SHIFT_STATES, len(log))).long()
         shift = self._shift(model, log.observations[rows.to(self.device)], _SHIFT_DRAWS)
-        return dataclasses.replace(model, shift=ShiftSummary.of(shift))
+        summary = ShiftSummary.of(shift, _SHIFT_DRAWS)
+        return dataclasses.replace(model, shift=summary, trained_steps=self.config.refine_steps)
 
     def _act(
         self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool

@@ -83,6 +83,8 @@ class Architecture:
     """Where costs take the place of safety values."""
     shift: ShiftSummary | None = None
     """How far the experts move the policy, over the log's states, once they are trained."""
+    trained_steps: int | None = None
+    """T in training; None: an older file that does not say."""
 
     def parts(self) -> dict[str, EnsembleMLP | CouplingFlow]:
         """Describe every network."""
@@ -96,6 +98,7 @@ class Architecture:
             **self.critics.units(),
             "cost_scale": None if costs is None else [costs.offset, costs.spread],
             "shift": None if shift is None else dataclasses.asdict(shift),
+            "trained_refine_steps": self.trained_steps,
         }
 
 
@@ -216,9 +219,11 @@ class FLRPRun:
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
-        critics, self._flow_steps, self._refiner_steps = phase_steps(
-            self.steps, config.phase_shares
-        )
+        shares: tuple[float, ...] = config.phase_shares
+        if not config.refine_steps:
+            shares = shares[:2]  # what would have been the experts' is the model's
+        critics, self._flow_steps, *rest = phase_steps(self.steps, shares)
+        self._refiner_steps = sum(rest)
         self._costs: CostRun | None = None
         self._feasibility: Feasibility = FromSafety(model.critics.safety)
         critic_config: CriticConfig = config
@@ -241,7 +246,8 @@ class FLRPRun:
         drawn = policy.init(generator)
         moments = {
             phase: adam_init({name: drawn[name] for name in parts})
-            for phase, parts in ((GENERATIVE, policy.generative), (REFINERS, policy.experts))
+            for phase, parts in ((GENERATIVE, policy.generative), (REFINERS, policy.refining))
+            if parts
         }
         return state._replace(
             networks={**state.networks, **drawn}, moments={**state.moments, **moments}
@@ -251,14 +257,15 @@ class FLRPRun:
         """List what to do, in order."""
         size, flow_steps = self.config.batch_size, self._flow_steps
         generative = Phase(GENERATIVE, flow_steps, self._generative, size)
-        refiners = Phase(
-            REFINERS, self._refiner_steps, self._refine, size, report=self._report_shift
-        )
+        refiners = []
+        if self._refiner_steps:
+            report = self._report_shift
+            refiners = [Phase(REFINERS, self._refiner_steps, self._refine, size, report=report)]
         if self._costs is None:
-            return [*self._critics.phases(), generative, refiners]
+            return [*self._critics.phases(), generative, *refiners]
         # The critics stand still from here on: one look at the log.
         leveled = replace(generative, refresh=self._level, refresh_every=flow_steps)
-        return [*self._both_kinds(self._costs), leveled, refiners]
+        return [*self._both_kinds(self._costs), leveled, *refiners]
 
     def _both_kinds(self, costs: CostRun) -> list[Phase]:
         """Learn the costs' critics in the same steps as the others, from the same rows."""
@@ -308,7 +315,7 @@ class FLRPRun:
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
             return refiner_loss(networks, state, observations, actions, draw.noise, good)
 
-        return self._descend(state, REFINERS, tuple(policy.experts), loss, self._refiner_steps)
+        return self._descend(state, REFINERS, tuple(policy.refining), loss, self._refiner_steps)
 
     def _report_shift(self, state: TrainState, draw: Draw) -> Metrics:
         """Measure the base-space divergence (eq. 18) in the batch's states."""

@@ -75,6 +75,11 @@ class LatentPolicy:
         """Describe the three experts."""
         return dict.fromkeys(EXPERTS, self.expert)
 
+    @property
+    def refining(self) -> dict[str, CouplingFlow | EnsembleMLP]:
+        """Describe those experts that T steps call on: none, the shared one, ..., all."""
+        return dict.fromkeys(expert_order(self.spec.refine_steps), self.expert)
+
     def parts(self) -> dict[str, CouplingFlow | EnsembleMLP]:
         """Describe every network."""
         return {**self.generative, **self.experts}

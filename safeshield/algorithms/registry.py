@@ -12,7 +12,7 @@ from safeshield.algorithms.behaviour_cloning import BehaviourCloning
 from safeshield.algorithms.fisor import FISOR
 from safeshield.algorithms.flrp import FLRP
 from safeshield.algorithms.safefql import SafeFQL
-from safeshield.files import read_tensors
+from safeshield.files import read_by, read_tensors
 
 ALGORITHMS: dict[str, type[OfflineAgent[Any, Any]]] = {
     "safefql": SafeFQL,
@@ -37,4 +37,6 @@ def load_agent(
         if agent.file_format == kind:
             return agent.load(path, device=device)
     known = [agent.file_format for agent in ALGORITHMS.values()]
-    raise ValueError(f"{path} must be an agent's file (one of {known}), but is a {kind!r}")
+    raise ValueError(
+        f"{path} must be an agent's file (one of {known}), but is a {kind!r}{read_by(kind)}"
+    )

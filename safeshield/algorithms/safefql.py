@@ -25,14 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.algorithms.checks import (
-    check_integers,
     check_not_negative,
     check_phase_shares,
     check_positive,
     check_sizes,
 )
 from safeshield.algorithms.critic_agent import CriticAgent
-from safeshield.algorithms.critic_updates import PAPER_CRITICS, CriticConfig, Critics
+from safeshield.algorithms.critic_updates import PAPER_CRITICS, Critics, EulerConfig
 from safeshield.algorithms.safefql_updates import STUDENT, TEACHER, Architecture, SafeFQLRun
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.nn.forward import forward
@@ -45,7 +44,7 @@ from safeshield.shield.shield import Shield
 
 
 @dataclass(frozen=True)
-class SafeFQLConfig(CriticConfig):
+class SafeFQLConfig(EulerConfig):
     """Settings of SafeFQL. The defaults, the preset "small", are one setting for all tasks.
 
     "paper" has those of the official code, for 100,000 updates on a GPU; the student's branches
@@ -92,11 +91,6 @@ class SafeFQLConfig(CriticConfig):
         check_positive(self, "safety_weight")
         check_not_negative(self, "distillation")
         check_positive(self, "candidates")
-        check_integers(self, "candidates")
-        if self.teacher not in ("feasible", "behaviour"):
-            raise ValueError(f"teacher must be 'feasible' or 'behaviour', got {self.teacher!r}")
-        if self.phases not in ("sequential", "joint"):
-            raise ValueError(f"phases must be 'sequential' or 'joint', got {self.phases!r}")
         check_phase_shares(self.phase_shares, 3)
         check_sizes(self, "student_hidden")
 

@@ -30,13 +30,12 @@ from torch import Tensor
 
 from safeshield.algorithms.checks import (
     check_fractions,
-    check_integers,
     check_not_negative,
     check_phase_shares,
     check_positive,
-    check_seed,
     check_shares,
     check_sizes,
+    settle_types,
 )
 from safeshield.algorithms.critic_updates import CRITICS, phase_steps, with_networks
 from safeshield.algorithms.safety_updates import (
@@ -50,7 +49,7 @@ from safeshield.algorithms.support_term import SupportTerm, held_out_episodes
 from safeshield.algorithms.tensors import (
     LogTensors,
     check_boundary,
-    fingerprint,
+    run_identity,
     safety_scale,
 )
 from safeshield.algorithms.training import (
@@ -125,20 +124,17 @@ class ShieldConfig:
     from them, the critics do."""
 
     def __post_init__(self) -> None:
+        settle_types(self)
         check_positive(self, "batch_size", "learning_rate", "flow_steps")
         check_fractions(self, "safety_discount", "safety_expectile")
         check_shares(self, "near_share", "polyak")
-        if self.support_weight is not None and not 0 < self.support_weight < float("inf"):
-            raise ValueError(
-                f"support_weight must be above 0 and finite, or None, got {self.support_weight}"
-            )
+        if self.support_weight is not None:
+            check_positive(self, "support_weight")
         check_share("support_alpha", self.support_alpha, positive=True)
         check_share("support_share", self.support_share, positive=False)
         check_share("support_held_out", self.support_held_out, positive=True)
-        check_not_negative(self, "distillation")
+        check_not_negative(self, "seed", "distillation")
         check_phase_shares(self.phase_shares, 3)
-        check_integers(self, "batch_size", "flow_steps")
-        check_seed(self.seed)
         check_sizes(
             self, "critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"
         )
@@ -189,12 +185,14 @@ class ShieldTrainer:
             progress_bar: show one.
             log_dir: folder for TensorBoard files.
             checkpoint: file from which to go on where it exists, and which is kept up to date.
-            checkpoint_every: updates between two checkpoints.
+            checkpoint_every: updates between two checkpoints; there is one at the end of each phase
+                and once a minute, too.
 
         Raises:
+            TypeError: a number is no whole one.
             ValueError: the log has no violation or nothing but violations, its action box is
                 unbounded, or the checkpoint belongs to another run.
-            FloatingPointError: a loss became NaN.
+            FloatingPointError: a loss or a weight became NaN; the message names the phase.
         """
         options = fit_options(
             steps,
@@ -205,7 +203,7 @@ class ShieldTrainer:
             checkpoint_every=checkpoint_every,
         )
         check_boundary(dataset)
-        config = self.config
+        steps, config = options.steps, self.config
         scaling, support = _scaling_and_support(dataset, config, self.device)
         critics = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
         log = LogTensors.of(dataset, scaling, self.device)
@@ -218,7 +216,7 @@ class ShieldTrainer:
             transitions=len(log),
             noise_features=scaling.action_features,
             options=options,
-            fingerprint=fingerprint(config, dataset, steps),
+            identity=run_identity(type(self).__name__, config, dataset, steps),
         )
         # The critics' slow copies are what the advantages were fitted to.
         learned = {**state.networks, **state.targets}

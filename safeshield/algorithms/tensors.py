@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.records import json_values
 from safeshield.scaling import SafetyScale, Scaling
 
 _LEARNED_FROM = (
@@ -72,13 +72,59 @@ class LogTensors:
         return len(self.rewards)
 
 
-def fingerprint(config: Any, dataset: OfflineDataset, steps: int) -> str:  # noqa: ANN401
-    """Return a digest of a configuration (a dataclass), a log and a number of updates."""
-    digest = hashlib.sha256(json.dumps([dataclasses.asdict(config), steps]).encode())
-    digest.update(repr((dataset.observation_space, dataset.action_space)).encode())
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is: a checkpoint of another one is refused, and can say what differs."""
+
+    algorithm: str
+    config: dict[str, Any]
+    """As JSON values."""
+    log: str
+    """Its size, and the beginning of its digest."""
+    steps: int
+    fingerprint: str
+    """Digest of all of it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, as JSON values."""
+        return json_values(self)
+
+    def difference(self, data: object) -> str | None:
+        """Say how a run that a checkpoint tells of differs from this one; None: it does not tell.
+
+        The values are called "checkpoint's -> this run's".
+        """
+        mine = self.to_json()
+        if not isinstance(data, dict) or set(data) != set(mine):
+            return None
+        pairs = {name: (data[name], mine[name]) for name in ("algorithm", "log", "steps")}
+        theirs = data["config"]
+        if not isinstance(theirs, dict):
+            return None
+        for name in sorted({*theirs, *self.config}):
+            pairs[name] = (
+                theirs.get(name, "no such setting"),
+                mine["config"].get(name, "no such setting"),
+            )
+        different = [
+            f"{name} {old!r:.80} -> {new!r:.80}" for name, (old, new) in pairs.items() if old != new
+        ]
+        return "; ".join(different) or None
+
+
+def run_identity(
+    algorithm: str,
+    config: Any,  # noqa: ANN401 - any dataclass
+    dataset: OfflineDataset,
+    steps: int,
+) -> RunIdentity:
+    """Return the identity of a run of `steps` updates on a log."""
+    digest = hashlib.sha256(repr((dataset.observation_space, dataset.action_space)).encode())
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
-    return digest.hexdigest()
+    log, values = digest.hexdigest(), json_values(config)
+    whole = hashlib.sha256(json.dumps([algorithm, values, log, steps]).encode()).hexdigest()
+    return RunIdentity(algorithm, values, f"of {len(dataset)} rows, {log[:12]}", steps, whole)
 
 
 def check_boundary(dataset: OfflineDataset) -> None:

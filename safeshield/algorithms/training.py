@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from safeshield.algorithms.tensors import RunIdentity
+from safeshield.arguments import whole
 from safeshield.files import read_tensors, write_tensors
 from safeshield.nn.mlp import Networks
 from safeshield.nn.optim import AdamState, adam
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 Metrics = dict[str, Tensor]
+_SECONDS = 60.0
+"""Between two checkpoints, at most."""
 
 
 class TrainState(NamedTuple):
@@ -143,6 +147,8 @@ def descend(
 class FitOptions:
     """How a run is shown, logged and saved."""
 
+    steps: int
+    """Updates in all."""
     progress_bar: bool = False
     log_dir: Path | None = None
     """Folder for TensorBoard files; none without it."""
@@ -167,18 +173,20 @@ def fit_options(
     """Check what users pass to `fit`, and return it as `FitOptions`.
 
     Raises:
+        TypeError: a number is no whole one.
         ValueError: `steps` does not suffice for one in each phase, or the others do not fit.
         FileNotFoundError: the checkpoint's folder does not exist.
     """
-    if steps < fewest_steps:
-        raise ValueError(f"steps must be at least {fewest_steps}, one for each phase, got {steps}")
+    checkpoint_every = whole("checkpoint_every", checkpoint_every, least=1)
+    if stop_after is not None:
+        stop_after = whole("stop_after", stop_after, least=0)
+    steps = whole("steps", steps, least=fewest_steps)  # one for each phase
     if stop_after is not None and checkpoint is None:
         raise ValueError("stop_after needs a checkpoint file to stop into")
-    if checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     if checkpoint is not None and not Path(checkpoint).parent.is_dir():
         raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
     return FitOptions(
+        steps=steps,
         progress_bar=progress_bar,
         log_dir=None if log_dir is None else Path(log_dir),
         checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -188,10 +196,21 @@ def fit_options(
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """Return a device; "auto" is CUDA where there is one, else the CPU."""
+    """Return a device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        if isinstance(device, str | torch.device):
+            return torch.device(device)
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"device must be 'auto', 'cpu', 'cuda' (or 'cuda:0', ...) or a torch.device, got {device!r}"
+    )
 
 
 def run_phases(
@@ -202,7 +221,7 @@ def run_phases(
     transitions: int,
     noise_features: int,
     options: FitOptions,
-    fingerprint: str,
+    identity: RunIdentity,
 ) -> tuple[TrainState, bool]:
     """Run all phases from wherever the checkpoint stands; return the state and whether it ended.
 
@@ -213,31 +232,32 @@ def run_phases(
         transitions: N, rows of the log.
         noise_features: width of the noise that an update draws for each transition.
         options: see `FitOptions`.
-        fingerprint: of the configuration and the log; a checkpoint of another one is refused.
+        identity: of the configuration, the log and the steps; a checkpoint of others is refused.
     """
     done = 0
     if options.checkpoint is not None and options.checkpoint.exists():
-        state, done = load_checkpoint(
-            options.checkpoint, state, generator, fingerprint, transitions
-        )
+        state, done = load_checkpoint(options.checkpoint, state, generator, identity, transitions)
     total = sum(phase.steps for phase in phases)
     writer = _writer(options.log_dir, done)
     bar = tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step")
     started, first = time.perf_counter(), done
-    offset = 0
+    offset, saved = 0, started
     try:
         for phase in phases:
+            end = offset + phase.steps
             for local in range(max(done - offset, 0), phase.steps):
                 if options.stop_after is not None and done >= options.stop_after:
                     if options.checkpoint is not None:
-                        save_checkpoint(options.checkpoint, state, done, generator, fingerprint)
+                        save_checkpoint(
+                            options.checkpoint, state, done, generator, identity, phase.name
+                        )
                     return state, False
                 if phase.refresh is not None and local % phase.refresh_every == 0:
                     state = phase.refresh(state, generator)
                 draw = _draw(phase, state, generator, transitions, noise_features)
                 state, metrics = phase.update(state, draw)
                 done += 1
-                if done % options.log_every == 0 or done == total:
+                if done % options.log_every == 0 or done == end:
                     # The only place where numbers leave the device.
                     if phase.report is not None:
                         metrics = {**metrics, **phase.report(state, draw)}
@@ -251,11 +271,18 @@ def run_phases(
                     if writer is not None:
                         for key, value in values.items():
                             writer.add_scalar(key, value, done)
+                if done == end:
+                    _check_weights(state, phase.name, done)
                 if options.checkpoint is not None and (
-                    done % options.checkpoint_every == 0 or done == total
+                    done % options.checkpoint_every == 0
+                    or done == end
+                    or time.perf_counter() - saved > _SECONDS
                 ):
-                    save_checkpoint(options.checkpoint, state, done, generator, fingerprint)
-            offset += phase.steps
+                    save_checkpoint(
+                        options.checkpoint, state, done, generator, identity, phase.name
+                    )
+                    saved = time.perf_counter()
+            offset = end
     finally:
         bar.close()
         if writer is not None:
@@ -288,10 +315,23 @@ def _writer(log_dir: Path | None, done: int) -> SummaryWriter | None:
 def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(
-            f"training diverged: {bad[0]} is {values[bad[0]]} at step {step} (phase {phase}); "
-            "lower learning_rate, or check the log for extreme rewards or constraints"
-        )
+        raise _diverged(f"{bad[0]} is {values[bad[0]]}", phase, step)
+
+
+def _check_weights(state: TrainState, phase: str, step: int) -> None:
+    # The metrics are of before the last update: only the weights tell what that one did.
+    for group in (state.networks, state.targets):
+        for name, params in group.items():
+            if not torch.stack([tensor.isfinite().all() for tensor in params.values()]).all():
+                raise _diverged(f"a weight of the network '{name}' is NaN or infinite", phase, step)
+
+
+def _diverged(what: str, phase: str, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"training diverged in the phase '{phase}': {what} at step {step}. Common causes: rewards "
+        "or constraints of extreme size in the log (rescale them), a learning_rate that is too "
+        "high, or a weight, temperature or discount of the config that makes a loss huge"
+    )
 
 
 def _flatten(state: TrainState) -> dict[str, Tensor]:
@@ -332,11 +372,21 @@ def _unflatten(state: TrainState, flat: Mapping[str, Tensor]) -> TrainState:
 
 
 def save_checkpoint(
-    path: Path, state: TrainState, done: int, generator: torch.Generator, fingerprint: str
+    path: Path,
+    state: TrainState,
+    done: int,
+    generator: torch.Generator,
+    identity: RunIdentity,
+    phase: str,
 ) -> None:
     """Write the whole state of a run, atomically."""
     flat = {**_flatten(state), "generator": generator.get_state()}
-    header = {"format": "safeshield-checkpoint", "done": done, "fingerprint": fingerprint}
+    header = {
+        "format": "safeshield-checkpoint",
+        "done": done,
+        "phase": phase,
+        "run": identity.to_json(),
+    }
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in flat.items()}
     write_tensors(path, arrays, header)
 
@@ -345,7 +395,7 @@ def load_checkpoint(
     path: Path,
     state: TrainState,
     generator: torch.Generator,
-    fingerprint: str,
+    identity: RunIdentity,
     transitions: int,
 ) -> tuple[TrainState, int]:
     """Read a run's state back; returns it with the number of steps done.
@@ -354,7 +404,7 @@ def load_checkpoint(
         path: what `save_checkpoint` wrote.
         state: a state of the same networks; gives names and shapes.
         generator: set to the state that it had then.
-        fingerprint: what the file must have been written with.
+        identity: of the run that the file must be of.
         transitions: N, rows of the log.
 
     Raises:
@@ -364,9 +414,12 @@ def load_checkpoint(
     shapes["generator"] = tuple(generator.get_state().shape)
     dtypes = {"near": np.int64, "generator": np.uint8}
     file = read_tensors(path, "safeshield-checkpoint")
-    if file.header.get("fingerprint") != fingerprint:
+    run = file.header.get("run")
+    if not isinstance(run, dict) or run.get("fingerprint") != identity.fingerprint:
+        difference = identity.difference(run)
+        told = "" if difference is None else f" (checkpoint's -> this run's: {difference})"
         raise ValueError(
-            f"checkpoint {path} belongs to another configuration, log or number of steps; "
+            f"checkpoint {path} belongs to another configuration, log or number of steps{told}; "
             "pass the same ones, or another checkpoint file"
         )
     done = file.header.get("done")

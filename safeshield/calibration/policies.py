@@ -116,10 +116,13 @@ class ShieldedProposals:
         return [column for wave in waves for column in np.stack(wave, axis=1)]
 
 
-def battery(shield: Shield, policy: object = None) -> dict[str, BatchPolicy]:
-    """Return who proposes: `policy`, or by default random proposals and the adversary."""
+def battery(
+    shield: Shield, policy: object = None, name: str | None = None
+) -> dict[str, BatchPolicy]:
+    """Return who proposes, by name: `policy`, or by default random proposals and the adversary."""
     if policy is not None:
-        return {CUSTOM: as_batch_policy(policy, shield.action_space)}
+        name = name or (policy if isinstance(policy, str) else CUSTOM)
+        return {name: as_batch_policy(policy, shield.action_space)}
     return {
         RANDOM: as_batch_policy("random", shield.action_space),
         ADVERSARY: Adversary(shield),

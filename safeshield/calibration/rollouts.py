@@ -81,9 +81,16 @@ class _Trials:
     """Fresh shielded episodes from accepted starts; remembers what the record needs."""
 
     def __init__(
-        self, shield: Shield, env: Env | VectorEnv, policy: object, seed: int, num_envs: int | None
+        self,
+        shield: Shield,
+        env: Env | VectorEnv,
+        policy: object,
+        policy_name: str | None,
+        seed: int,
+        num_envs: int | None,
     ) -> None:
-        self.shield, self.env, self.policy, self.num_envs = shield, env, policy, num_envs
+        self.shield, self.env, self.num_envs = shield, env, num_envs
+        self.policy, self.policy_name = policy, policy_name
         self.seeds = np.random.default_rng(np.random.SeedSequence([seed, 1]))
         self.intervention_rates: dict[tuple[float, str], float] = {}
         self.start_shares: dict[float, float] = {}
@@ -93,7 +100,7 @@ class _Trials:
             # It is not calibrated yet: that is why we are here.
             warnings.simplefilter("ignore")
             shield = self.shield.with_delta(delta)
-            acting = ShieldedProposals(shield, battery(shield, self.policy)[name])
+            acting = ShieldedProposals(shield, battery(shield, self.policy, self.policy_name)[name])
             keys = shield.observation_keys
             accepted = violations = resets = eligible = steps = replaced = 0
             while accepted < episodes and violations <= most:
@@ -137,6 +144,7 @@ def calibrate(
     epsilon: float = 0.01,
     confidence: float = 0.99,
     policy: object = None,
+    policy_name: str | None = None,
     deltas: Sequence[float] | None = None,
     episodes: int | None = None,
     seed: int = 0,
@@ -161,6 +169,7 @@ def calibrate(
         policy: who proposes the actions, anything `rollout.as_batch_policy` takes; the promise is
             then for this policy alone. By default a battery: random proposals and an adversary that
             always proposes the accepted action of highest Q_h.
+        policy_name: what the promise calls it; "policy" by default, and a name by itself.
         deltas: strictly decreasing thresholds to walk; by default those that keep given shares of
             the starts with V_h <= 0 (`DEFAULT_SHARES`), read off resets that test nothing.
         episodes: N for each test; by default as many as allow one violation.
@@ -202,8 +211,10 @@ def calibrate(
             "strictest threshold: pass smaller deltas, or check the labels (with binary ones, how "
             "far ahead a violation is felt: data.label_reach)"
         )
-    names = list(battery(shield, policy))
-    trials = _Trials(shield, env, policy, seed, num_envs)
+    if policy_name is not None and policy is None:
+        raise ValueError(f"policy_name={policy_name!r} is the name of a policy: pass policy, too")
+    names = list(battery(shield, policy, policy_name))
+    trials = _Trials(shield, env, policy, policy_name, seed, num_envs)
     delta, rungs = fixed_sequence_walk(
         trials, deltas, names, epsilon=epsilon, confidence=confidence, episodes=episodes
     )

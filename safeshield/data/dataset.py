@@ -137,7 +137,7 @@ class OfflineDataset:
         next_observations: npt.ArrayLike | Mapping[str, npt.ArrayLike],
         terminated: npt.ArrayLike,
         truncated: npt.ArrayLike,
-        costs: npt.ArrayLike,
+        costs: npt.ArrayLike | None = None,
         constraints: npt.ArrayLike | None = None,
         next_constraints: npt.ArrayLike | None = None,
         observation_space: gym.Space[Any] | None = None,
@@ -151,13 +151,15 @@ class OfflineDataset:
 
         Without `constraints` and `next_constraints` the labels are binary, from the costs (see
         `binary_labels`, which `label_magnitude` and `initial_costs` go to). With them the kind is
-        continuous unless `constraint_kind` says otherwise. Observations and actions are batches of
+        continuous unless `constraint_kind` says otherwise, and without `costs` each step into a
+        violation, `next_constraints` > 0, costs 1. Observations and actions are batches of
         points of their spaces, (N, *shape), (N,) for a Discrete, a dict of such for a Dict, or
         rows (N, width) already. Absent spaces are Box(-inf, inf) for observations and Box(-1, 1)
         for actions.
 
         Raises:
-            ValueError: a rule is broken, or one of the two constraint arrays is missing.
+            ValueError: a rule is broken, one of the two constraint arrays is missing, or they and
+                the costs are.
         """
         flags = {
             "terminated": as_field("terminated", terminated),
@@ -168,6 +170,12 @@ class OfflineDataset:
                 "constraints and next_constraints must be given together, or neither: the label "
                 "of an episode's last state stands in next_constraints alone"
             )
+        if costs is None:
+            if next_constraints is None:
+                raise ValueError(
+                    "costs are missing: give costs, or constraints and next_constraints"
+                )
+            costs = (as_field("next_constraints", next_constraints) > 0).astype(np.float32)
         if observation_space is None:
             observation_space = _box(np.inf, observations, "observations")
         if action_space is None:

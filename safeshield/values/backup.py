@@ -69,7 +69,7 @@ def safety_backup(
         terminated: (N,) bool.
         episode_last: (N,) int64, the last transition of each transition's episode.
         discount: g in (0, 1].
-        steps: n >= 1.
+        steps: n >= 1. More than the longest episode has are the same as that many.
         extra: (N,) one more constraint, of the transition itself, that joins m; None: there is
             none.
 
@@ -90,7 +90,7 @@ def safety_backup(
         last=torch.arange(len(m), device=m.device),
     )
     total = one
-    for _ in range(steps - 1):
+    for _ in range(min(steps, _longest(episode_last)) - 1):
         inside = total.last < episode_last
         nxt = torch.minimum(total.last + 1, episode_last)
         floor, offset, slope = one.floor[nxt], one.offset[nxt], one.slope[nxt]
@@ -123,7 +123,7 @@ def reward_backup(
     """
     one_slope = discount * (~terminated).to(rewards.dtype)
     total = RewardBackup(rewards, one_slope, torch.arange(len(rewards), device=rewards.device))
-    for _ in range(steps - 1):
+    for _ in range(min(steps, _longest(episode_last)) - 1):
         inside = total.last < episode_last
         nxt = torch.minimum(total.last + 1, episode_last)
         total = RewardBackup(
@@ -132,3 +132,9 @@ def reward_backup(
             last=nxt,
         )
     return total
+
+
+def _longest(episode_last: Tensor) -> int:
+    """Return the number of transitions of the longest episode."""
+    own = torch.arange(len(episode_last), device=episode_last.device)
+    return int((episode_last - own).max()) + 1
