@@ -116,7 +116,8 @@ def nearest_acceptable(
     distance = np.where(good, distance, np.inf)
     # Discrete actions are all equally near: of those the safest.
     nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
-    return np.where(good.any(axis=1), nearest, values.argmin(axis=1))
+    best: npt.NDArray[np.intp] = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
+    return best
 
 
 @dataclass(frozen=True)
