@@ -1008,7 +1008,7 @@ def test_bad_input(plain: Shield, held_out: OfflineDataset, discrete: Shield) ->
     ("wrong", "match"),
     [
         ({"support_weight": 0.0}, "support_weight must be above 0"),
-        ({"support_weight": float("inf")}, "support_weight must be above 0"),
+        ({"support_weight": float("inf")}, "support_weight must be a finite number or None"),
         ({"support_alpha": 0.0}, "support_alpha must be a number inside"),
         ({"support_share": 1.0}, "support_share must be a number in"),
         ({"support_held_out": 1.0}, "support_held_out must be a number inside"),
