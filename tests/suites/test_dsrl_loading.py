@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from safeshield.data import OfflineDataset
+from safeshield.suites import compat, dsrl
 
 WIDTHS = (8, 2)
 
@@ -38,7 +39,9 @@ def write(path: Path, dtype: str, columns: bool, **options: Any) -> Path:  # noq
 
 
 def dsrls(path: Path, widths: tuple[int, int]) -> dict[str, Any]:
-    from dsrl.offline_env import OfflineEnv
+    # Imported after our ids, dsrl would put its own environments in their place, for other tests.
+    with compat.registry_kept(dsrl._ALL):
+        from dsrl.offline_env import OfflineEnv
 
     env = OfflineEnv()
     env.observation_space = gym.spaces.Box(-np.inf, np.inf, widths[:1])
