@@ -256,7 +256,7 @@ class SafeSupportPolicy:
         chosen = np.zeros((len(rows), self.shield.model.played.width), np.float32)
         left = np.arange(len(rows))
         for k in range(self.rounds):
-            some = StateValue(states.inputs[left], states.value[left])
+            some = states.take(left)
             if self._proposal.fresh:
                 drawn = self._proposal.draw(some, take(seen, left), 2**k, rng)
             else:
@@ -336,7 +336,7 @@ class SafeSupportPolicy:
         at_once = max(1, _CHUNK // samples)
         wanted = np.flatnonzero(inside)
         for part in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
-            some = StateValue(states.inputs[part], states.value[part])
+            some = states.take(part)
             hits = self._hits(some, rows[part], take(seen, part), samples)
             z = (hits + 0.5) / (samples + 0.5)
             value[part] = log_q[part, 0] - np.log(z)
@@ -348,7 +348,7 @@ class SafeSupportPolicy:
         """Return how many of `samples` proposals are accepted in each state: (n,)."""
         rng = np.random.default_rng(0)
         if isinstance(self._proposal, Uniform):
-            first = StateValue(states.inputs[:1], states.value[:1])
+            first = states.take(slice(1))
             points = self._proposal.draw(first, take(seen, slice(1)), samples, rng)
             drawn = np.broadcast_to(points, (len(rows), *points.shape[1:]))
         else:

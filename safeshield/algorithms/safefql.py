@@ -186,14 +186,14 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
             noise = self._candidate_noise(len(at), each, width, deterministic)
             drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
             drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
-            judged = StateValue(states.inputs[at], states.value[at])
+            judged = states.take(at)
             values = safety.scaled_values(judged, drawn)
             safest = values.argmin(1)
             actions[at] = drawn[np.arange(len(at)), safest]
             lost = values.min(1) >= limit
             at = at[lost]
         if len(at):
-            judged = StateValue(states.inputs[at], states.value[at])
+            judged = states.take(at)
             actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
         return actions
 

@@ -45,7 +45,7 @@ def _weighed(
         # What runs then depends on what the log has shown: ask the filter itself.
         limit = shield.threshold if threshold is None else threshold
         limits = np.broadcast_to(np.asarray(limit, np.float64), (len(rows),))[nothing]
-        part = StateValue(states.inputs[nothing], states.value[nothing])
+        part = states.take(nothing)
         executed, _ = shield.judge(part, rows[nothing], choices[least], limits)
         least = (executed[:, None] == choices).all(axis=-1).argmax(axis=1)
     accepted[nothing, least] = True

@@ -44,6 +44,10 @@ class StateValue:
     value: _Float
     """(n,) V_h, units of h."""
 
+    def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> StateValue:
+        """Return what is said of some of the states."""
+        return StateValue(self.inputs[index], self.value[index])
+
 
 @dataclass(frozen=True, eq=False)
 class SafetyModel:

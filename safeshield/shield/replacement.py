@@ -79,7 +79,7 @@ class Rejected:
         """Return some of them."""
         return Rejected(
             self.model,
-            _states(self.states, index),
+            self.states.take(index),
             self.rows[index],
             self.wanted[index],
             self.known[index],
@@ -239,7 +239,7 @@ class ProjectedGradient:
             length = np.clip(_BEYOND * gap, _SHORTEST, reach[going])
             target = np.clip(scaled - (length / steep)[:, None] * slope, -1.0, 1.0)
             tried = np.clip(model.scaling.to_box(target), rejected.low, rejected.high)
-            tried_values, tried_slopes = _slopes(model, _states(rejected.states, going), tried)
+            tried_values, tried_slopes = _slopes(model, rejected.states.take(going), tried)
             lower = tried_values < values[going]
             down = going[lower]
             actions[down], values[down] = tried[lower], tried_values[lower]
@@ -389,10 +389,6 @@ def describe(replacement: Replacement) -> str:
 
 def _number(values: Scalars) -> Scalars:
     return np.where(np.isnan(values), np.float32(np.inf), values)
-
-
-def _states(states: StateValue, index: npt.NDArray[np.intp]) -> StateValue:
-    return StateValue(states.inputs[index], states.value[index])
 
 
 def _slopes(

@@ -343,7 +343,7 @@ class Shield:
             values = values.copy()
             acceptable = accepted.copy()
             picked, picked_values = self._replace(
-                _part(states, reject),
+                states.take(reject),
                 rows[reject],
                 actions[reject],
                 known[reject],
@@ -353,7 +353,7 @@ class Shield:
             executed[reject] = picked
             values[reject] = _where_known(seen[reject], picked_values)
             if self.support is not None:
-                supported[reject] = self._supported(_part(states, reject), picked, seen[reject])
+                supported[reject] = self._supported(states.take(reject), picked, seen[reject])
             acceptable[reject] = (values[reject] <= limit[reject]) & supported[reject]
         return executed, FilterReport(
             intervened=~accepted,
@@ -419,7 +419,7 @@ class Shield:
         if self.support is not None and good.any():
             at, which = np.nonzero(good)
             good[at, which] = self.support.accepts(
-                self.model, _part(states, at), candidates[at, which]
+                self.model, states.take(at), candidates[at, which]
             )
         return good, values
 
@@ -456,7 +456,7 @@ class Shield:
         supported = np.zeros(len(actions), dtype=bool)
         rows = np.flatnonzero(asked)
         if self.support is not None and len(rows):
-            supported[rows] = self.support.accepts(self.model, _part(states, rows), actions[rows])
+            supported[rows] = self.support.accepts(self.model, states.take(rows), actions[rows])
         return supported
 
     def warn_if_uncalibrated(self) -> None:
@@ -584,10 +584,6 @@ class Shield:
         from safeshield.shield.storage import load_shield
 
         return load_shield(cls, path)
-
-
-def _part(states: StateValue, rows: npt.NDArray[np.int64]) -> StateValue:
-    return StateValue(states.inputs[rows], states.value[rows])
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -81,7 +81,7 @@ class SupportTest:
             wanted = eligible[todo[:, None], columns]
             rows, picks = np.repeat(todo, wanted.sum(axis=1)), columns[wanted]
             hits = np.zeros_like(wanted)
-            hits[wanted] = self.accepts(model, _part(states, rows), candidates[rows, picks])
+            hits[wanted] = self.accepts(model, states.take(rows), candidates[rows, picks])
             some = hits.any(axis=1)
             found[todo[some]] = columns[some, hits[some].argmax(axis=1)]
             # Where the last one looked at was not eligible, nor are those to come.
@@ -120,7 +120,7 @@ class SupportTest:
             each, width = candidates.shape[1:]
             scores = self.scores(
                 model,
-                _part(states, np.repeat(rest, each)),
+                states.take(np.repeat(rest, each)),
                 candidates[rest].reshape(len(rest) * each, width),
             ).reshape(len(rest), each)
             supported = scores >= self.record.level
@@ -179,10 +179,6 @@ def calibrate_support(
     return SupportTest(
         chosen, record_of(scores, held_out.episode_starts, chosen.name, alpha, share)
     )
-
-
-def _part(states: StateValue, rows: npt.NDArray[np.int64]) -> StateValue:
-    return replace(states, inputs=states.inputs[rows], value=states.value[rows])
 
 
 @cache
