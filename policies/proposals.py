@@ -105,12 +105,12 @@ class Behaviour:
         self, states: StateValue, observations: Batch, each: int, rng: np.random.Generator
     ) -> _Array:
         """Return what the flow makes of noise."""
-        width = self._model.noise_features
+        width = self._model.behaviour_noise_features
         return self.carry(states, rng.standard_normal((len(states.value), each, width)))
 
     def best(self, states: StateValue, observations: Batch, rng: np.random.Generator) -> _Array:
         """Return what the flow makes of z = 0."""
-        shape = (len(states.value), 1, self._model.noise_features)
+        shape = (len(states.value), 1, self._model.behaviour_noise_features)
         return self.carry(states, np.zeros(shape))[:, 0]
 
     def log_prob(

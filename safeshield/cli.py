@@ -50,6 +50,7 @@ class Algorithm(StrEnum):
 
     safefql = "safefql"
     flrp = "flrp"
+    r2pac = "r2pac"
     fisor = "fisor"
     bc = "bc"
 
@@ -280,7 +281,7 @@ def train(
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
     debug: Debug = False,
 ) -> None:
-    """Train an agent from a log: SafeFQL, FLRP, or a baseline (FISOR-style, behaviour cloning)."""
+    """Train an agent from a log: SafeFQL, FLRP, R2PAC, or a baseline (FISOR-style, cloning)."""
     _check_output(out, (".safetensors",))
     if checkpoint is not None:
         _check_output(checkpoint, None)

@@ -32,6 +32,7 @@ _KEY = "safeshield"
 _READ_BY = {
     "safeshield-safefql": "SafeFQL.load",
     "safeshield-flrp": "FLRP.load",
+    "safeshield-r2pac": "R2PAC.load",
     "safeshield-fisor": "FISOR.load",
     "safeshield-behaviour-cloning": "BehaviourCloning.load",
     "safeshield-shield": "Shield.load",

@@ -19,6 +19,7 @@ AGENT, SHIELD, CHECKPOINT, LOG = "agent", "shield", "checkpoint", "log"
 _FORMATS = {
     "safeshield-safefql": AGENT,
     "safeshield-flrp": AGENT,
+    "safeshield-r2pac": AGENT,
     "safeshield-fisor": AGENT,
     "safeshield-behaviour-cloning": AGENT,
     "safeshield-shield": SHIELD,

@@ -18,8 +18,9 @@ _LARGEST = float(np.finfo(np.float32).max)
 CONSTRAINT, EXCESS, ADVANTAGE = "constraint", "excess", "advantage"
 SAFETY_NETWORKS = (CONSTRAINT, EXCESS, ADVANTAGE)
 """Names of the safety critics' networks, in memory and in files; see `values.safety`."""
-FALLBACK, BEHAVIOUR = "student", "behaviour"
-"""Names of a shield's fallback actor, and of the network that imitates the log."""
+FALLBACK, BEHAVIOUR, PLAN = "student", "behaviour", "plan_advantage"
+"""Names of a shield's fallback actor, of the network that imitates the log, and of the critic of
+whole plans."""
 
 
 def finite_number(value: object, what: str) -> float:

@@ -18,6 +18,7 @@ from safeshield import OfflineDataset, SafeFQL, Shield, ShieldTrainer, collect
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISORConfig
 from safeshield.algorithms.flrp import FLRP, FLRPConfig
+from safeshield.algorithms.r2pac import R2PACConfig
 from safeshield.algorithms.registry import load_agent
 from safeshield.algorithms.safefql import SafeFQLConfig
 from safeshield.algorithms.shield_trainer import ShieldConfig
@@ -27,7 +28,14 @@ from safeshield.files import read_tensors, write_tensors
 from safeshield.inspection import describe
 from safeshield.values.backup import reward_backup, safety_backup
 
-CONFIGS = (SafeFQLConfig, FLRPConfig, FISORConfig, BehaviourCloningConfig, ShieldConfig)
+CONFIGS = (
+    SafeFQLConfig,
+    FLRPConfig,
+    R2PACConfig,
+    FISORConfig,
+    BehaviourCloningConfig,
+    ShieldConfig,
+)
 TINY = BehaviourCloningConfig(hidden=(8,), batch_size=16)
 EACH_FIELD = [(kind, field.name) for kind in CONFIGS for field in dataclasses.fields(kind)]
 

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import gymnasium as gym
 
 from safeshield.algorithms.agent import Architecture, OfflineAgent, continuous_actions
-from safeshield.algorithms.critic_updates import CriticConfig, Critics
+from safeshield.algorithms.critic_updates import Critics, ValueConfig
 from safeshield.algorithms.tensors import check_boundary
 from safeshield.data.dataset import OfflineDataset
 from safeshield.scaling import Scaling
 
-ConfigT = TypeVar("ConfigT", bound=CriticConfig)
+ConfigT = TypeVar("ConfigT", bound=ValueConfig)
 ModelT = TypeVar("ModelT", bound=Architecture)
 
 

@@ -48,8 +48,8 @@ PAPER_CRITICS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class CriticConfig:
-    """Settings of the critics, and what every algorithm built on them shares."""
+class ValueConfig:
+    """Settings that every algorithm with safety values and an actor shares."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
     """Named settings; "small" is the defaults: two cores, minutes, one setting for all tasks."""
@@ -79,10 +79,6 @@ class CriticConfig:
     safety_backup_steps: tuple[int, ...] = (64, 32, 16, 8)
     """Steps along the log in the targets of V_h, in equal parts of the critics' phase. End on 1
     (the papers' form) where the environment is strongly random; see `values.safety`."""
-    reward_backup_steps: tuple[int, ...] = (64, 16, 8, 8)
-    """The same for V_r."""
-    safe_reward_value: bool = True
-    """Value states by the best SAFE way on (`values.reward`); the papers' critics by any."""
     polyak: float = 0.005
     """Share by which the slow copies move towards the critics at each update."""
     near_share: float = 0.5
@@ -98,9 +94,7 @@ class CriticConfig:
         check_fractions(self, "discount", "safety_discount", "reward_expectile", "safety_expectile")
         check_shares(self, "near_share", "polyak")
         check_not_negative(self, "seed", "margin")
-        check_sizes(
-            self, "critic_hidden", "flow_hidden", "safety_backup_steps", "reward_backup_steps"
-        )
+        check_sizes(self, "critic_hidden", "flow_hidden", "safety_backup_steps")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401
@@ -125,6 +119,20 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig(ValueConfig):
+    """Settings of safety and one-step reward critics together."""
+
+    reward_backup_steps: tuple[int, ...] = (64, 16, 8, 8)
+    """As `safety_backup_steps`, for V_r."""
+    safe_reward_value: bool = True
+    """Value states by the best SAFE way on (`values.reward`); the papers' critics by any."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "reward_backup_steps")
+
+
+@dataclass(frozen=True)
 class EulerConfig(CriticConfig):
     """Settings of algorithms whose flow is integrated, beside those of their critics."""
 
@@ -144,7 +152,7 @@ class Critics:
     reward: RewardCritics
 
     @classmethod
-    def of(cls, dataset: OfflineDataset, scaling: Scaling, config: CriticConfig) -> Critics:
+    def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
         """Read the units off a log."""
         widths = scaling.observation_features, scaling.action_features
         return cls(
@@ -153,7 +161,7 @@ class Critics:
         )
 
     @classmethod
-    def restore(cls, header: dict[str, Any], scaling: Scaling, config: CriticConfig) -> Critics:
+    def restore(cls, header: dict[str, Any], scaling: Scaling, config: ValueConfig) -> Critics:
         """Rebuild what `units` wrote into a file's header.
 
         Raises:

@@ -11,12 +11,14 @@ from safeshield.algorithms.agent import OfflineAgent
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning
 from safeshield.algorithms.fisor import FISOR
 from safeshield.algorithms.flrp import FLRP
+from safeshield.algorithms.r2pac import R2PAC
 from safeshield.algorithms.safefql import SafeFQL
 from safeshield.files import read_by, read_tensors
 
 ALGORITHMS: dict[str, type[OfflineAgent[Any, Any]]] = {
     "safefql": SafeFQL,
     "flrp": FLRP,
+    "r2pac": R2PAC,
     "fisor": FISOR,
     "bc": BehaviourCloning,
 }

@@ -56,9 +56,11 @@ class SafetyLog:
             steps,
             extra,
         )
+        floor, offset, slope = window.floor, window.offset, window.slope
 
         def batch(rows: Tensor) -> SafetyBatch:
-            last = window.last[rows]
+            # Where the window ends, computed anew: kept, it would be as large as the three others.
+            last = torch.minimum(rows + steps - 1, log.episode_last[rows])
             return SafetyBatch(
                 observations=log.observations[rows],
                 actions=log.actions[rows],
@@ -66,9 +68,9 @@ class SafetyLog:
                 constraints=log.constraints[rows],
                 next_constraints=log.next_constraints[rows],
                 terminated=log.terminated[rows],
-                floor=window.floor[rows],
-                offset=window.offset[rows],
-                slope=window.slope[rows],
+                floor=floor[rows],
+                offset=offset[rows],
+                slope=slope[rows],
                 window_observations=log.next_observations[last],
                 window_constraints=log.next_constraints[last],
                 extra=None if extra is None else extra[rows],

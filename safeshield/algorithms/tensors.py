@@ -162,13 +162,13 @@ def safety_scale(dataset: OfflineDataset) -> SafetyScale:
     return SafetyScale(float(h.mean()), float(h.std()) or 1.0, rms or float(h.std()) or 1.0)
 
 
-def return_scale(
+def returns_to_go(
     dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
-) -> tuple[float, float]:
-    """Return mean and standard deviation of the discounted return-to-go over a log.
+) -> npt.NDArray[np.float64]:
+    """Return the discounted sum of rewards from each step of a log on, (N,).
 
-    An episode that was truncated is continued with the log's mean reward for ever: only the size
-    matters here. `rewards` (N,) take the place of the log's own.
+    An episode that was truncated is continued with the log's mean reward for ever. `rewards` (N,)
+    take the place of the log's own.
     """
     if rewards is None:
         rewards = dataset.rewards.astype(np.float64)
@@ -181,4 +181,15 @@ def return_scale(
             value = 0.0 if dataset.terminated[t] else rest
         value = rewards[t] + discount * value
         returns[t] = value
+    return returns
+
+
+def return_scale(
+    dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
+) -> tuple[float, float]:
+    """Return mean and standard deviation of `returns_to_go` over a log.
+
+    Only the size matters here, so it does no harm that truncated episodes are continued roughly.
+    """
+    returns = returns_to_go(dataset, discount, rewards)
     return float(returns.mean()), max(float(returns.std()), 1e-6)

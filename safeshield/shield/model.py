@@ -21,12 +21,14 @@ from safeshield.nn.forward import (
     layers,
 )
 from safeshield.nn.latent_forward import LatentForward, LatentSpec
+from safeshield.nn.plan_forward import PlanForward, PlanSpec
 from safeshield.scaling import (
     ADVANTAGE,
     BEHAVIOUR,
     CONSTRAINT,
     EXCESS,
     FALLBACK,
+    PLAN,
     SafetyScale,
     Scaling,
 )
@@ -67,6 +69,9 @@ class SafetyModel:
         latent: where the fallback is FLRP's policy: its widths. Its networks ("prior",
             "posterior", "decoder" and the experts) then take the place of "student" and
             "behaviour".
+        plan: where the fallback plans several steps ("student" draws whole chunks of actions): how
+            many, and how an action is judged by them. Then Q_h(s, a) is the lowest value, over
+            plans that begin with a, of "plan_advantage" (`nn.plan_forward`).
     """
 
     observation_space: gym.Space[Any]
@@ -76,6 +81,7 @@ class SafetyModel:
     networks: Mapping[str, Weights]
     flow_steps: int = 10
     latent: LatentSpec | None = None
+    plan: PlanSpec | None = None
 
     @cached_property
     def seen(self) -> FlatSpace:
@@ -111,9 +117,23 @@ class SafetyModel:
         """FLRP's policy with its weights, where the fallback is one."""
         return None if self.latent is None else LatentForward(self.latent, self.networks)
 
+    @cached_property
+    def _planner(self) -> PlanForward | None:
+        if self.plan is None:
+            return None
+        planner, judge = layers(self.networks[FALLBACK]), layers(self.networks[PLAN])
+        return PlanForward(self.plan, planner, judge, self.scaling.action_features)
+
     @property
     def noise_features(self) -> int:
-        """Width of the noise that `fallback` and `behaviour` take."""
+        """Width of the noise that `fallback` takes."""
+        if self.plan is not None:
+            return self.plan.horizon * self.played.width
+        return self.behaviour_noise_features
+
+    @property
+    def behaviour_noise_features(self) -> int:
+        """Width of the noise that `behaviour` takes."""
         return self.played.width if self.latent is None else self.latent.latent
 
     @property
@@ -147,13 +167,14 @@ class SafetyModel:
 
     def action_values(self, states: StateValue, actions: Actions) -> Scalars:
         """Return Q_h of one action (n, act) in each of n states: (n,)."""
-        inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
-        worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
-        out: _Float = states.value + worst * np.float32(self.scale.step)
+        out: _Float = self.scaled_values(states, self.scaling.actions(actions)[:, None])[:, 0]
         return out
 
     def action_spread(self, states: StateValue, actions: Actions) -> Scalars:
-        """Return the standard deviation (n,) of Q_h among the members, units of h."""
+        """Return the standard deviation (n,) of Q_h among the members, units of h.
+
+        Of the action by itself, also where plans judge it.
+        """
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         members = forward_layers(self._advantage_layers, inputs)[..., 0]
         out: _Float = members.std(axis=0) * np.float32(self.scale.step)
@@ -166,6 +187,8 @@ class SafetyModel:
         """
         width = states.inputs.shape[1]
         features = self.scaling.actions(action)
+        if self._looks_ahead is not None:
+            return float(self.scaled_values(states, features[None, None])[0, 0])
         inputs = np.empty((1, width + features.shape[0]), np.float32)
         inputs[:, :width] = states.inputs
         inputs[0, width:] = features
@@ -181,10 +204,13 @@ class SafetyModel:
     def scaled_values(self, states: StateValue, candidates: Candidates) -> Scalars:
         """Return Q_h (n, c) of actions (n, c, features) as the networks see them."""
         count, each, width = candidates.shape
-        seen = np.repeat(states.inputs, each, axis=0)
-        inputs = np.concatenate([seen, candidates.reshape(count * each, width)], axis=-1)
-        worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
-        worst = worst.reshape(count, each)
+        if self._looks_ahead is not None:
+            worst = self._looks_ahead.worst(states.inputs, candidates)
+        else:
+            seen = np.repeat(states.inputs, each, axis=0)
+            inputs = np.concatenate([seen, candidates.reshape(count * each, width)], axis=-1)
+            worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
+            worst = worst.reshape(count, each)
         out: _Float = states.value[:, None] + worst * np.float32(self.scale.step)
         return out
 
@@ -196,10 +222,19 @@ class SafetyModel:
         That is (n,), and (n, act) in units of h for each half width of the box: dQ_h/du with u the
         action scaled to [-1, 1].
         """
-        inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
-        worst, gradient = largest_and_gradient(self._advantage_layers, inputs)
-        step = np.float32(self.scale.step)
-        return states.value + worst * step, gradient[:, states.inputs.shape[1] :] * step
+        features, step = self.scaling.actions(actions), np.float32(self.scale.step)
+        if self._looks_ahead is not None:
+            worst, gradient = self._looks_ahead.worst_and_gradient(states.inputs, features)
+        else:
+            inputs = np.concatenate([states.inputs, features], axis=-1)
+            worst, gradient = largest_and_gradient(self._advantage_layers, inputs)
+            gradient = gradient[:, states.inputs.shape[1] :]
+        return states.value + worst * step, gradient * step
+
+    @property
+    def _looks_ahead(self) -> PlanForward | None:
+        """The plans by which actions are judged; None: each is judged by itself."""
+        return self._planner if self.plan is not None and self.plan.plans else None
 
     def fallback_alone(self, states: StateValue) -> Actions:
         """Return the fallback's actions (n, act) without noise, in the box."""
@@ -220,6 +255,8 @@ class SafetyModel:
         inputs, noise = _rows(states, np.broadcast_to(noise, (len(states.inputs), *noise.shape)))
         if self.latent_policy is not None:
             raw = self.latent_policy.act(inputs, noise)
+        elif self._planner is not None:
+            raw = self._planner.draw(inputs, noise)[:, : self.played.width]
         else:
             raw = forward(self.networks[FALLBACK], np.concatenate([inputs, noise], axis=-1))[0]
         scaled = np.clip(np.nan_to_num(raw), -1.0, 1.0)

@@ -12,10 +12,12 @@ from safeshield.files import read_tensors, write_tensors
 from safeshield.flat import FlatSpace, flat_actions, flat_observations
 from safeshield.nn.forward import Weights, mlp_shapes
 from safeshield.nn.latent_forward import LatentSpec
+from safeshield.nn.plan_forward import PlanSpec
 from safeshield.scaling import (
     ADVANTAGE,
     BEHAVIOUR,
     FALLBACK,
+    PLAN,
     SAFETY_NETWORKS,
     SafetyScale,
     Scaling,
@@ -43,6 +45,7 @@ VERSION = 1
 _MAX_WIDTH, _MAX_LAYERS, _MAX_CANDIDATES = 16_384, 32, 4096
 _MAX_WEIGHTS = 1 << 28
 _MAX_FLOW_STEPS = 1000
+_MAX_PLAN = 1000
 _REPLACEMENTS: dict[str, type[NearestAcceptable | FallbackPolicy | ProjectedGradient]] = {
     "nearest_acceptable": NearestAcceptable,
     "fallback_policy": FallbackPolicy,
@@ -68,9 +71,10 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "hidden": {
             name: _hidden(weights)
             for name, weights in model.networks.items()
-            if name in (*SAFETY_NETWORKS, FALLBACK, BEHAVIOUR)
+            if name in (*SAFETY_NETWORKS, FALLBACK, BEHAVIOUR, PLAN)
         },
         "latent": None if model.latent is None else dataclasses.asdict(model.latent),
+        "plan": None if model.plan is None else dataclasses.asdict(model.plan),
         "flow_steps": model.flow_steps,
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
         "delta": shield.delta,
@@ -98,8 +102,8 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         scaling = Scaling.from_json(header["scaling"], observation, action)
         scale = SafetyScale.from_json(header["safety_scale"])
         # Files of earlier releases do not speak of it.
-        latent = _latent(header.get("latent"))
-        expected = _shapes(header["hidden"], header["members"], scaling, action, latent)
+        latent, plan = _latent(header.get("latent")), _plan(header.get("plan"), action)
+        expected = _shapes(header["hidden"], header["members"], scaling, action, latent, plan)
         flow_steps = header["flow_steps"]
         if type(flow_steps) is not int or not 1 <= flow_steps <= _MAX_FLOW_STEPS:
             raise ValueError(f"flow_steps must lie in [1, {_MAX_FLOW_STEPS}], got {flow_steps!r}")
@@ -123,7 +127,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         network, key = name.split("/")
         networks.setdefault(network, {})[key] = array
     model = SafetyModel(
-        observation.space, action.space, scaling, scale, networks, flow_steps, latent
+        observation.space, action.space, scaling, scale, networks, flow_steps, latent, plan
     )
     # Files of earlier releases do not speak of it.
     support = header.get("support")
@@ -204,8 +208,10 @@ def _shapes(
     scaling: Scaling,
     played: FlatSpace,
     latent: LatentSpec | None,
+    plan: PlanSpec | None,
 ) -> dict[str, tuple[int, ...]]:
     names = [*SAFETY_NETWORKS, *([] if played.discrete or latent else [FALLBACK])]
+    names += [PLAN] if plan else []
     if set(hidden) - {BEHAVIOUR} != set(names):
         raise ValueError(f"networks must be {names}, got {sorted(hidden)}")
     observation, action = scaling.observation_features, scaling.action_features
@@ -214,13 +220,14 @@ def _shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, widths in hidden.items():
         _check_widths(name, widths)
-        inputs = observation + (action if name in (ADVANTAGE, FALLBACK) else 0)
-        outputs = action if name == FALLBACK else 1
+        chunk = action * (plan.horizon if plan else 1)
+        inputs = observation + {ADVANTAGE: action, FALLBACK: chunk, PLAN: chunk}.get(name, 0)
+        outputs = chunk if name == FALLBACK else 1
         if name == BEHAVIOUR:
             # A classifier of the choices, or the velocity field of a flow: (s, x, t) to x.
             inputs = observation if played.discrete else observation + action + 1
             outputs = len(played.choices) if played.discrete else action
-        each = members if name == ADVANTAGE else 1
+        each = members if name in (ADVANTAGE, PLAN) else 1
         part = mlp_shapes(inputs, outputs, tuple(widths), each)
         shapes |= {f"{name}/{key}": shape for key, shape in part.items()}
     if latent is not None:
@@ -255,3 +262,17 @@ def _latent(data: dict[str, Any] | None) -> LatentSpec | None:
     if spread <= 0:
         raise ValueError(f"spread must be above 0, got {spread}")
     return LatentSpec(**{**data, "hidden": tuple(data["hidden"]), "spread": spread})
+
+
+def _plan(data: dict[str, Any] | None, played: FlatSpace) -> PlanSpec | None:
+    if data is None:
+        return None
+    names = {entry.name for entry in dataclasses.fields(PlanSpec)}
+    if set(data) != names or played.discrete:
+        raise ValueError(
+            f"plan must have the fields {sorted(names)}, and actions be a Box, got {data!r:.80}"
+        )
+    for name, least in (("horizon", 1), ("plans", 0)):
+        if type(data[name]) is not int or not least <= data[name] <= _MAX_PLAN:
+            raise ValueError(f"{name} must lie in [{least}, {_MAX_PLAN}], got {data[name]!r:.20}")
+    return PlanSpec(**data)

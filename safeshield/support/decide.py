@@ -51,7 +51,7 @@ class SupportTest:
         count = len(states.inputs)
         if model.played.discrete or not model.knows_behaviour:
             return np.empty((count, 0, model.played.width), np.float32)
-        noise = _noise(model.noise_features)
+        noise = _noise(model.behaviour_noise_features)
         return model.behaviour(states, np.broadcast_to(noise, (count, *noise.shape)))
 
     def first(

@@ -134,6 +134,33 @@ def reward_backup(
     return total
 
 
+def chunk_safety_target(
+    reached: Tensor, inside: Tensor, terminated: Tensor, after: Tensor, discount: float
+) -> Tensor:
+    """Compose the backups of h given steps, of the states that they reach: (batch,).
+
+    What `safety_backup` computes for a whole log, for a batch of chunks that need not be kept. As
+    Q_h does (`values.safety`) it leaves out the state in which the chunk begins.
+
+    Args:
+        reached: (batch, h) h of the states s_{t+1} .. s_{t+h}.
+        inside: (batch, h) bool, which of the steps were made.
+        terminated: (batch,) bool, whether the episode terminated at the last step made.
+        after: (batch,) V_h of the state after the last step.
+        discount: g.
+
+    >>> chunk_safety_target(torch.tensor([[-1.0, 0.25]]), torch.tensor([[True, True]]),
+    ...                     torch.tensor([True]), torch.tensor([9.0]), 0.5).tolist()
+    [-0.375]
+    """
+    value = after.masked_fill(terminated, -torch.inf)
+    for k in reversed(range(reached.shape[1])):
+        here = reached[:, k]
+        backed_up = (1.0 - discount) * here + discount * torch.maximum(here, value)
+        value = torch.where(inside[:, k], backed_up, value)
+    return value
+
+
 def _longest(episode_last: Tensor) -> int:
     """Return the number of transitions of the longest episode."""
     own = torch.arange(len(episode_last), device=episode_last.device)

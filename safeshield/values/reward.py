@@ -55,6 +55,9 @@ class RewardCritics:
     members: int = 2
     names: tuple[str, str] = (VALUE, ADVANTAGE)
     """Of the two networks, in memory and in files."""
+    bounds: tuple[float, float] | None = None
+    """What a return can be at least and at most, where that is known: values inside targets are cut
+    to it, so that no error can feed itself beyond."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Describe the two networks."""
@@ -73,6 +76,11 @@ class RewardCritics:
         name = self.names[0]
         raw = self.parts()[name](networks[name], observations)[0, :, 0]
         return self.offset + self.spread * raw
+
+    def possible(self, networks: Networks, observations: Tensor) -> Tensor:
+        """Return `value`, cut to what a return can be."""
+        value = self.value(networks, observations)
+        return value if self.bounds is None else value.clamp(*self.bounds)
 
     def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
         """Return A_i(s, a), (members, batch), in units of sigma."""
@@ -105,14 +113,14 @@ class RewardCritics:
             allowed: (batch,) 1 where the action may count for V, 0 where not; all by default.
         """
         with torch.no_grad():
-            here = self.value(targets, batch.observations)
-            after = self.value(targets, batch.next_observations)
+            here = self.possible(targets, batch.observations)
+            after = self.possible(targets, batch.next_observations)
             y = batch.rewards + discount * torch.where(batch.terminated, 0.0, after)
             if one_step:
                 low = self.advantages(targets, batch.observations, batch.actions).amin(0)
                 goal = here + sigma * low
             else:
-                end = self.value(targets, batch.window_observations)
+                end = self.possible(targets, batch.window_observations)
                 goal = batch.window_rewards + batch.window_slope * end
             residual = y - here
         value = self.value(networks, batch.observations)

@@ -105,7 +105,7 @@ class SafetyCritics:
         worst = self.advantages(networks, observations, actions).amax(0)
         return self.value(networks, observations) + self.scale.step * worst
 
-    def _log_value(self, networks: Networks, observations: Tensor, constraints: Tensor) -> Tensor:
+    def log_value(self, networks: Networks, observations: Tensor, constraints: Tensor) -> Tensor:
         """Return V_h at states of the log, where h is known."""
         if self.continuous:
             return constraints + self.excess(networks, observations).relu()
@@ -130,8 +130,8 @@ class SafetyCritics:
             one_step: fit V to Q_h of the slow copies (FLRP eq. 8) instead of to the windows.
         """
         with torch.no_grad():
-            here = self._log_value(targets, batch.observations, batch.constraints)
-            after = self._log_value(targets, batch.next_observations, batch.next_constraints)
+            here = self.log_value(targets, batch.observations, batch.constraints)
+            after = self.log_value(targets, batch.next_observations, batch.next_constraints)
             reached = batch.next_constraints
             later = torch.where(batch.terminated, reached, torch.maximum(reached, after))
             y = (1.0 - self.discount) * reached + self.discount * later
@@ -141,7 +141,7 @@ class SafetyCritics:
                 if batch.extra is not None:
                     goal = torch.maximum(goal, batch.extra)
             else:
-                end = self._log_value(targets, batch.window_observations, batch.window_constraints)
+                end = self.log_value(targets, batch.window_observations, batch.window_constraints)
                 goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
             residual = (y - here) / self.scale.step
         # Both ends of a step: the state in which an episode ends is nobody's first end.

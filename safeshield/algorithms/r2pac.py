@@ -1,0 +1,466 @@
+r"""R2PAC: Region-Based Reward Penalty over Action Chunks, whole.
+
+Three phases on one log (what differs from the paper and why: docs/r2pac.md):
+
+1. critics: costs and the region that they make unsafe (`algorithms.regions`), penalised rewards
+   over chunks of h actions, and the safety values that a shield is made of (eq. 10 to 16);
+2. actor: a flow that imitates chunks with the label "good", guided beyond them (eq. 17 to 21), or
+   one of two weighted imitators (eq. 40, 41; `algorithms.chunk_actors`);
+3. student: the actor distilled into one step, as SafeFQL has it.
+
+It acts by the plan of lowest Q_c among `candidates` draws, of which it executes the first action
+(or the first few, then plans anew). The losses stand at the head of `algorithms.r2pac_updates`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safeshield.algorithms.checks import (
+    check_fractions,
+    check_not_negative,
+    check_phase_shares,
+    check_positive,
+    check_shares,
+    check_sizes,
+)
+from safeshield.algorithms.chunk_actors import ChunkActor
+from safeshield.algorithms.critic_agent import CriticAgent
+from safeshield.algorithms.critic_updates import Critics, ValueConfig
+from safeshield.algorithms.feasibility import COST_NETWORKS
+from safeshield.algorithms.r2pac_updates import ACTOR, Architecture, R2PACRun, region_of
+from safeshield.algorithms.regions import LEVEL, CostRegion, RegionReport, report_region
+from safeshield.algorithms.tensors import LogTensors, check_boundary, return_scale, returns_to_go
+from safeshield.algorithms.training import TrainState
+from safeshield.arguments import whole
+from safeshield.data.dataset import OfflineDataset
+from safeshield.flat import Batch, flat_actions
+from safeshield.nn.forward import forward
+from safeshield.nn.plan_forward import PlanSpec
+from safeshield.scaling import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS, Scaling, finite_number
+from safeshield.shield.model import SafetyModel
+from safeshield.shield.shield import Shield
+from safeshield.values.reward import RewardCritics
+
+
+@dataclass(frozen=True)
+class R2PACConfig(ValueConfig):
+    """Settings of R2PAC. The defaults are the preset "small": two cores, minutes, all tasks.
+
+    "paper" has the settings of table 4, for 600,000 updates on a GPU, and the paper's own region,
+    with one alpha and one penalty for all tasks where table 5 has them by the task.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "small": {},
+        "paper": {
+            "critic_hidden": (512,) * 4,
+            "flow_hidden": (512,) * 4,
+            "student_hidden": (512,) * 4,
+            "batch_size": 1024,
+            "learning_rate": 3e-4,
+            "reward_expectile": 0.9,
+            "safety_expectile": 0.9,
+            "cost_expectile": 0.9,
+            "safety_backup_steps": (1,),
+            "near_share": 0.0,
+            "margin": 0.0,
+            "region": "quantile",
+            "region_test": "end",
+            "penalty": 1.0,
+            "flow_steps": 32,
+        },
+    }
+
+    chunk: int = 5
+    """h: actions of a chunk (the paper: 5; 1 for HalfCheetah)."""
+    execute: int = 1
+    """Actions of a chunk that are executed before the next is drawn, at most h. More than 1 needs
+    the state that `predict` returns to be passed to its next call."""
+    region: Literal["quantile", "horizon", "safety"] = "quantile"
+    """What is unsafe: V_c above the alpha-quantile of its own values over the log; V_c above what
+    `cost_limit` is worth (eq. 42); or V_h above -margin (appendix E.6), which learns no costs."""
+    quantile: float = 0.9
+    """alpha, of the region "quantile": share of the log's states that are not unsafe by V_c."""
+    cost_limit: float = 10.0
+    """kappa, of the region "horizon": violating steps that an episode may have."""
+    region_test: Literal["any", "end"] = "any"
+    """Which states of a chunk must not be unsafe: all it leads through, or the last (the paper)."""
+    penalise: bool = True
+    """Whether chunks into the unsafe region are penalised; False: the ablation without V_r bar."""
+    penalty: float | None = None
+    """What such a chunk is worth, with the sign turned, in discounted reward (the paper: 1 or 10).
+    None: minus the lowest discounted return from any step of the log on, so that no way that the
+    log shows is worse (proposition 1, in-sample)."""
+    recover: bool = True
+    """Whether in unsafe states the chunks of low cost are imitated, and not those of high reward;
+    False: the ablation without V_c."""
+    cost_expectile: float = 0.97
+    """Weight on the cheaper chunks in V_c (the paper: 0.9)."""
+    actor: Literal["guided", "awr_flow", "awr_gaussian"] = "guided"
+    """What imitates (`algorithms.chunk_actors`)."""
+    guidance: float = 2.0
+    """w of the guided actor."""
+    label_dropout: float = 0.1
+    """Share of the chunks that the guided actor sees without a label."""
+    reward_temperature: float = 6.0
+    """b_r of the weighted actors, in one chunk's advantage."""
+    safety_temperature: float = 6.0
+    """b_c of the weighted actors, the same."""
+    flow_steps: int = 10
+    """Euler steps of the flows (the paper: 32)."""
+    candidates: int = 16
+    """Plans of which the one of lowest Q_c is followed."""
+    inference: Literal["flow", "student"] = "flow"
+    """What draws them: the actor, or its one-step student. `R2PAC.acting_by` changes it."""
+    student_hidden: tuple[int, ...] = (128, 128, 128)
+    """Widths of the student's hidden layers."""
+    phase_shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    """Shares of the steps for critics, actor and student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "chunk", "execute", "flow_steps", "candidates")
+        if self.execute > self.chunk:
+            raise ValueError(
+                f"execute must be at most the actions of a chunk ({self.chunk}), got {self.execute}"
+            )
+        check_fractions(self, "quantile", "cost_expectile")
+        check_positive(self, "cost_limit")
+        check_shares(self, "label_dropout")
+        check_not_negative(self, "guidance", "reward_temperature", "safety_temperature")
+        check_sizes(self, "student_hidden")
+        check_phase_shares(self.phase_shares, 3)
+
+
+class R2PAC(CriticAgent[R2PACConfig, Architecture]):
+    """A planner of action chunks that stays out of the region from which costs follow.
+
+    Args:
+        config: settings; see `R2PACConfig`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    >>> import gymnasium, safeshield.envs
+    >>> from safeshield.data import collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> config = R2PACConfig(critic_hidden=(16,), flow_hidden=(16,), student_hidden=(16,))
+    >>> agent = R2PAC(config).fit(log, steps=30)
+    >>> agent.predict(np.zeros((3, 2), np.float32), deterministic=True)[0].shape
+    (3, 2)
+    >>> agent.plan(np.zeros(2, np.float32)).shape
+    (5, 2)
+    """
+
+    config_type = R2PACConfig
+    file_format = "safeshield-r2pac"
+    _fewest_steps = 3
+
+    def acting_by(
+        self,
+        inference: Literal["flow", "student"],
+        *,
+        candidates: int | None = None,
+        execute: int | None = None,
+    ) -> Self:
+        """Return an agent of the same weights that draws its plans in another way.
+
+        Args:
+            inference: "flow", or "student" (one step in the place of `flow_steps`).
+            candidates: plans to choose from; None: as before.
+            execute: actions of a plan to execute; None: as before.
+
+        Raises:
+            ValueError: an unknown name, or a number out of range.
+        """
+        other, config = copy.copy(self), self.config
+        other.config = dataclasses.replace(
+            config,
+            inference=inference,
+            candidates=config.candidates if candidates is None else candidates,
+            execute=config.execute if execute is None else execute,
+        )
+        other._noise = np.random.default_rng(other.config.seed)
+        return other
+
+    def shield(self, plans: int = 8) -> Shield:
+        """Return an uncalibrated shield (delta 0) that looks ahead, fallback its student.
+
+        It accepts an action where one of `plans` plans that begin with it keeps
+        Q_h(s, chunk) <= -delta, and replaces it by one that does.
+
+        Args:
+            plans: drawn by the student for each state; 0: an action is judged by itself, as the
+                shields of other agents do.
+
+        Raises:
+            TypeError: `plans` is no whole number.
+            ValueError: it is negative.
+        """
+        model, plans = self._fitted(), whole("plans", plans, least=0)
+        names = (*SAFETY_NETWORKS, PLAN, FALLBACK, BEHAVIOUR)
+        return Shield(
+            SafetyModel(
+                observation_space=model.observation_space,
+                action_space=model.action_space,
+                scaling=model.scaling,
+                scale=model.critics.safety.scale,
+                networks={name: self._arrays[name] for name in names},
+                flow_steps=self.config.flow_steps,
+                plan=PlanSpec(model.chunk, plans),
+            ),
+            trained_by=f"R2PAC, seed {self.config.seed}",
+        )
+
+    def plan(self, observation: Batch, deterministic: bool = False) -> npt.NDArray[np.float32]:
+        """Return the chunk of h actions that it would follow: (h, act), or (n, h, act).
+
+        Args:
+            observation: one, or a batch of them.
+            deterministic: choose from the same draws of noise in every state.
+
+        Raises:
+            ValueError: a shape that is not the observation space's, or NaN.
+        """
+        model = self._fitted()
+        rows, single = self._rows(model, observation, "observation")
+        chunks = self._plans(model, model.scaling.observations(rows), deterministic)
+        actions = model.scaling.to_box(chunks.reshape(len(rows), model.chunk, -1))
+        return actions[0] if single else actions
+
+    def predict(
+        self,
+        observation: Batch,
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[np.float32], tuple[npt.NDArray[Any], ...] | None]:
+        """Return actions and the state: Stable-Baselines3's signature.
+
+        Args:
+            observation: one, or a batch of them.
+            state: with `execute` above 1, what the last call returned: the plans under way. Without
+                it every call plans anew.
+            episode_start: (n,) where an episode begins, and with it a plan.
+            deterministic: choose from the same draws of noise in every state.
+
+        Raises:
+            ValueError: a shape that is not the observation space's, or NaN.
+        """
+        if self.config.execute == 1:
+            return super().predict(observation, state, episode_start, deterministic)
+        model = self._fitted()
+        rows, single = self._rows(model, observation, "observation")
+        plans, left = self._under_way(model, len(rows), state, episode_start)
+        due = np.flatnonzero(left == 0)
+        if len(due):
+            seen = model.scaling.observations(rows[due])
+            plans[due] = self._plans(model, seen, deterministic).reshape(len(due), model.chunk, -1)
+            left[due] = self.config.execute
+        scaled = plans[np.arange(len(rows)), self.config.execute - left]
+        actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        return (actions[0] if single else actions), (plans, left - 1)
+
+    def _under_way(
+        self,
+        model: Architecture,
+        count: int,
+        state: tuple[npt.NDArray[Any], ...] | None,
+        episode_start: npt.NDArray[np.bool_] | None,
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Return the plans (n, h, act) and how many of each one's actions are still to come."""
+        shape = (count, model.chunk, model.scaling.action_features)
+        if state is None:
+            return np.zeros(shape, np.float32), np.zeros(count, np.int64)
+        plans, left = (np.array(part) for part in state)
+        if plans.shape != shape or left.shape != (count,):
+            raise ValueError(
+                f"state must be what predict returned for {count} observations, plans {shape} and "
+                f"counts {(count,)}, got {plans.shape} and {left.shape}"
+            )
+        if episode_start is not None:
+            left = np.where(np.asarray(episode_start, dtype=bool), 0, left)
+        return plans, np.clip(left, 0, self.config.execute)
+
+    @property
+    def region(self) -> RegionReport:
+        """What the unsafe region came to over the log that it learned from."""
+        report = self._fitted().region
+        if report is None:
+            raise RuntimeError("this agent's file does not tell its region")
+        return report
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return the region and the penalty, as JSON values."""
+        return {"region": self.region._asdict(), "penalty": self._fitted().penalty}
+
+    # -- what OfflineAgent asks for -----------------------------------------------------------
+
+    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
+        check_boundary(dataset)
+        return with_chunks(dataset, self.config.chunk)
+
+    def _describe(self, dataset: OfflineDataset) -> Architecture:
+        model, config = super()._describe(dataset), self.config
+        penalty = config.penalty
+        if penalty is None:
+            penalty = -float(returns_to_go(dataset, config.discount).min())
+        costs = None
+        if config.region != "safety":
+            margin = config.margin_of(model.critics.safety)
+            paid = -(dataset.next_constraints > -margin).astype(np.float64)
+            _, spread = return_scale(dataset, config.discount, paid)
+            costs = self._costs(model, spread)
+        return dataclasses.replace(
+            model, costs=costs, penalty=penalty, longest=int(dataset.episode_lengths.max())
+        )
+
+    def _costs(self, model: Architecture, spread: float) -> RewardCritics:
+        # It starts from "no violation follows": what does follow is learned within a few chunks,
+        # while too high a start is forgotten at the pace of the discount.
+        return RewardCritics(
+            model.scaling.observation_features,
+            model.actor.width,
+            self.config.critic_hidden,
+            0.0,
+            spread,
+            names=COST_NETWORKS,
+            bounds=(-1.0 / (1.0 - self.config.discount), 0.0),
+        )
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> Architecture:
+        model = super()._restore(observation_space, action_space, scaling, header)
+        costs, region = header["cost_scale"], header["region"]
+        if (costs is None) != (self.config.region == "safety"):
+            raise ValueError(f"region {self.config.region!r} and cost_scale contradict each other")
+        if costs is not None:
+            costs = self._costs(model, finite_number(costs, "cost_scale"))
+        numbers = {name: finite_number(region[name], name) for name in RegionReport._fields}
+        return dataclasses.replace(
+            model,
+            costs=costs,
+            penalty=finite_number(header["penalty"], "penalty"),
+            longest=whole("longest", header["longest"], least=1),
+            region=RegionReport(**numbers),
+        )
+
+    def _architecture(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
+        scaling: Scaling,
+        critics: Critics,
+    ) -> Architecture:
+        config = self.config
+        width = config.chunk * scaling.action_features
+        actor = ChunkActor(
+            config.actor,
+            scaling.observation_features,
+            width,
+            config.flow_hidden,
+            config.flow_steps,
+            config.guidance,
+        )
+        chunked = dataclasses.replace(
+            critics, reward=dataclasses.replace(critics.reward, action=width)
+        )
+        return Architecture(
+            observation_space,
+            action_space,
+            scaling,
+            chunked,
+            config.chunk,
+            actor,
+            config.student_hidden,
+            config.flow_hidden,
+        )
+
+    def _noise_features(self, model: Architecture) -> int:
+        # One more tells which labels are left out.
+        return model.actor.width + 1
+
+    def _run(self, model: Architecture, log: LogTensors, steps: int) -> R2PACRun:
+        return R2PACRun(model, log, self.config, steps)
+
+    def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
+        region, device = region_of(model, self.config), self.device
+        level = region.level if isinstance(region, CostRegion) else None
+        scales = {} if level is None else {LEVEL: torch.tensor(level, device=device)}
+        state = TrainState({}, self._networks, {}, scales, torch.zeros(0, device=device))
+        generator = torch.Generator(device).manual_seed(self.config.seed)
+        state = region.read_level(state, log, generator)
+        margin = self.config.margin_of(model.critics.safety)
+        return dataclasses.replace(model, region=report_region(region, state, log, margin))
+
+    def _act(
+        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.floating]:
+        """Return the first actions of the plans."""
+        plans = self._plans(model, observations, deterministic)
+        return plans[:, : model.scaling.action_features]
+
+    def _plans(
+        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.float32]:
+        """Return the plan of lowest Q_c among the candidates, (n, h * act), in [-1, 1]."""
+        count, each, width = len(observations), self.config.candidates, model.actor.width
+        noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
+        seen = np.repeat(observations, each, axis=0)
+        if self.config.inference == "student":
+            raw = forward(self._arrays[FALLBACK], np.concatenate([seen, noise], -1))[0]
+            drawn = np.clip(raw, -1.0, 1.0)
+        else:
+            drawn = model.actor.draw(self._arrays[ACTOR], seen, noise)
+        if each == 1:
+            return np.asarray(drawn)
+        # Q = V(s) + sigma A: within a state the advantage alone decides.
+        judged = np.concatenate([seen, drawn], -1)
+        if model.costs is None:
+            danger = forward(self._arrays[PLAN], judged)[..., 0].max(0)
+        else:
+            danger = -forward(self._arrays[model.costs.names[1]], judged)[..., 0].min(0)
+        lowest = danger.reshape(count, each).argmin(1)
+        return np.asarray(drawn.reshape(count, each, width)[np.arange(count), lowest])
+
+
+def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:
+    """Return a log without the episodes that hold no chunk: truncated before h steps.
+
+    Warns:
+        UserWarning: some are left out.
+
+    Raises:
+        ValueError: none is left.
+    """
+    lengths = dataset.episode_lengths
+    ends = dataset.episode_starts + lengths - 1
+    short = (lengths < chunk) & ~dataset.terminated[ends]
+    if not short.any():
+        return dataset
+    if short.all():
+        raise ValueError(
+            f"chunk must be at most the steps of an episode: all {len(short)} episodes of the log "
+            f"are truncated before {chunk} steps, the longest after {lengths.max()}; lower chunk"
+        )
+    warnings.warn(
+        f"{short.sum()} of {len(short)} episodes are truncated before {chunk} steps: they hold no "
+        "chunk and are left out; lower chunk to learn from them",
+        stacklevel=4,
+    )
+    left = dataset.select(np.flatnonzero(~short))
+    check_boundary(left)
+    return left

@@ -1,0 +1,483 @@
+"""R2PAC: the agent, its ways to act, its files, and the shield that looks ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from safeshield import OfflineDataset, Shield, collect
+from safeshield.algorithms.chunk_actors import ChunkActor
+from safeshield.algorithms.r2pac import R2PAC, R2PACConfig, with_chunks
+from safeshield.algorithms.r2pac_updates import ACTOR
+from safeshield.algorithms.registry import load_agent
+from safeshield.algorithms.tensors import LogTensors
+from safeshield.algorithms.training import Draw
+from safeshield.files import read_tensors, write_tensors
+from safeshield.inspection import describe
+from safeshield.nn.plan_forward import PlanSpec
+from safeshield.rollout import run_episodes
+from safeshield.scaling import FALLBACK, PLAN
+from safeshield.shield import ProjectedGradient
+
+TINY = R2PACConfig(
+    chunk=3,
+    critic_hidden=(8,),
+    flow_hidden=(8,),
+    student_hidden=(8,),
+    batch_size=16,
+    flow_steps=3,
+    candidates=4,
+    safety_backup_steps=(8, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def log() -> OfflineDataset:
+    return collect(gym.make("safeshield/Boat-v0"), "random", episodes=12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def agent(log: OfflineDataset) -> R2PAC:
+    return R2PAC(TINY, device="cpu").fit(log, steps=60)
+
+
+def same_weights(one: R2PAC, other: R2PAC) -> bool:
+    return all(
+        np.array_equal(array, other._arrays[name][key])
+        for name, params in one._arrays.items()
+        for key, array in params.items()
+    )
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"region": "horizon", "cost_limit": 5.0},
+        {"region": "safety"},
+        {"actor": "awr_flow"},
+        {"actor": "awr_gaussian"},
+        {"chunk": 1, "region_test": "end"},
+        {"penalise": False},
+        {"recover": False},
+        {"penalty": 3.0, "inference": "student"},
+    ],
+)
+def test_every_variant_trains_acts_and_is_kept(
+    log: OfflineDataset, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(TINY, **changes)
+    trained = R2PAC(config, device="cpu").fit(log, steps=30)
+    trained.save(tmp_path / "agent")
+    again = load_agent(tmp_path / "agent")
+    assert isinstance(again, R2PAC)
+    assert again.config == config
+    assert same_weights(trained, again)
+    seen = log.observations[:5]
+    acted = trained.predict(seen, deterministic=True)[0]
+    np.testing.assert_array_equal(acted, again.predict(seen, deterministic=True)[0])
+    assert acted.shape == (5, 2)
+    assert np.abs(acted).max() <= 1.0
+    assert again.region == trained.region
+    assert describe(tmp_path / "agent")["region"]["unsafe_share"] == trained.region.unsafe_share
+
+
+def test_a_resumed_run_ends_with_the_same_weights(log: OfflineDataset, tmp_path: Path) -> None:
+    whole = R2PAC(TINY, device="cpu").fit(log, steps=40)
+    for stop in (7, 23, 38, None):
+        part = R2PAC(TINY, device="cpu")
+        part.fit(log, steps=40, checkpoint=tmp_path / "c", stop_after=stop)
+    assert same_weights(whole, part)
+
+
+def test_each_phase_trains_its_own(log: OfflineDataset) -> None:
+    """Actors leave the critics alone; the student leaves the actor alone."""
+    agent = R2PAC(TINY, device="cpu")
+    model = agent._describe(log)
+    run = agent._run(model, LogTensors.of(log, model.scaling, torch.device("cpu")), 30)
+    generator = torch.Generator().manual_seed(0)
+    state = run.initial(generator)
+    rows = torch.randint(len(log), (16,), generator=generator)
+    noise = torch.randn(16, model.actor.width + 1, generator=generator)
+    draw = Draw(rows, noise, torch.rand(16, 1, generator=generator))
+    critics, *_, actor, student = run.phases()
+    changed = [
+        {
+            name
+            for name, params in state.networks.items()
+            if any(not torch.equal(t, after.networks[name][k]) for k, t in params.items())
+        }
+        for after in (phase.update(state, draw)[0] for phase in (critics, actor, student))
+    ]
+    assert changed[0] == set(model.critic_parts())
+    assert changed[1] == {ACTOR, "behaviour"}
+    assert changed[2] == {FALLBACK}
+
+
+def test_no_copy_of_the_log_is_made_for_chunks() -> None:
+    """What training holds of the log: at most 1.2 times the log, whatever h."""
+    rng = np.random.default_rng(0)
+    count = 4000
+    seen = rng.normal(size=(count + 1, 8)).astype("f4")
+    wide = OfflineDataset.from_arrays(
+        observations=seen[:-1], actions=rng.uniform(-1, 1, (count, 2)), rewards=np.ones(count),
+        next_observations=seen[1:], terminated=np.zeros(count, bool),
+        truncated=np.arange(count) % 100 == 99, costs=(seen[1:, 0] > 1).astype(float),
+        constraints=seen[:-1, 0] - 1, next_constraints=seen[1:, 0] - 1,
+    )  # fmt: skip
+    names = (field.name for field in dataclasses.fields(wide))
+    arrays = [getattr(wide, name) for name in names]
+    size = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+    held = []
+    for chunk in (1, 5, 20):
+        agent = R2PAC(dataclasses.replace(TINY, chunk=chunk), device="cpu")
+        model = agent._describe(wide)
+        run = agent._run(model, LogTensors.of(wide, model.scaling, torch.device("cpu")), 30)
+        state = run.initial(torch.Generator().manual_seed(0))
+        for phase in run.phases()[:2]:
+            draw = Draw(torch.arange(16), torch.randn(16, model.actor.width + 1), torch.rand(16, 1))
+            phase.update(state, draw)
+        held.append(bytes_held(run))
+    assert held[0] == held[1] == held[2]
+    assert held[0] <= 1.2 * size
+
+
+def bytes_held(root: object) -> int:
+    """Sum the tensors that an object reaches: attributes, containers, closures, caches."""
+    import gc
+
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    todo = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, type) or callable(getattr(item, "mro", None)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            continue
+        module = type(item).__module__
+        if isinstance(item, dict) and "__builtins__" in item:
+            continue
+        if module == "builtins" or module.startswith(("safeshield", "functools")):
+            todo += [x for x in gc.get_referents(item) if type(x).__name__ != "module"]
+    return sum(storages.values())
+
+
+# -- the region ---------------------------------------------------------------------------------
+
+
+def test_the_level_is_the_quantile_of_the_costs(agent: R2PAC, log: OfflineDataset) -> None:
+    model = agent._fitted()
+    assert model.costs is not None
+    scaled = torch.tensor(model.scaling.observations(log.observations))
+    with torch.no_grad():
+        values = -model.costs.possible(agent._networks, scaled)
+    assert float(values.min()) >= 0.0
+    assert float(values.max()) <= 100.0 + 1e-4
+    below = float((values <= agent.region.level).float().mean())
+    assert below == pytest.approx(0.9, abs=0.03)
+    margin = agent.config.margin_of(model.critics.safety)
+    known = log.constraints > -margin
+    unsafe = (values.numpy() > agent.region.level) | known
+    assert agent.region.unsafe_share == pytest.approx(unsafe.mean(), abs=0.03)
+    assert agent.region.violating_share == pytest.approx(known.mean())
+
+
+def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDataset) -> None:
+    """Told with the level and the quantile."""
+    agent = R2PAC(TINY, device="cpu")
+    model = agent._describe(log)
+    run = agent._run(model, LogTensors.of(log, model.scaling, torch.device("cpu")), 30)
+    from safeshield.algorithms.regions import RegionReport
+
+    with pytest.raises(ValueError, match=r"V_c > 2, its 0.9-quantile\) holds all.*raise quantile"):
+        run.check_region(RegionReport(2.0, 1.0, 0.5))
+    with pytest.raises(ValueError, match=r"holds none of the log's states: lower quantile"):
+        run.check_region(RegionReport(2.0, 0.0, 0.0))
+    # A margin as wide as the log swallows everything, whatever the costs say.
+    wide = dataclasses.replace(TINY, margin=50.0)
+    with pytest.raises(ValueError, match=r"holds all of the log's states"):
+        R2PAC(wide, device="cpu").fit(log, steps=12)
+
+
+# -- acting -------------------------------------------------------------------------------------
+
+
+def test_it_follows_the_plan_of_lowest_cost(agent: R2PAC, log: OfflineDataset) -> None:
+    """One batched pass over all candidates equals judging them one by one."""
+    model = agent._fitted()
+    assert model.costs is not None
+    seen = model.scaling.observations(log.observations[:6])
+    noise = np.random.default_rng(agent.config.seed).standard_normal((4, model.actor.width))
+    plans = agent._plans(model, seen, deterministic=True)
+    for row, plan in zip(seen, plans, strict=True):
+        drawn = [
+            model.actor.draw(agent._arrays[ACTOR], row[None], z[None].astype("f4")) for z in noise
+        ]
+        judged = [
+            -float(
+                model.costs.advantages(
+                    agent._networks, torch.tensor(row[None]), torch.tensor(one)
+                ).amin(0)
+            )
+            for one in drawn
+        ]
+        np.testing.assert_allclose(plan, drawn[int(np.argmin(judged))][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["guided", "awr_flow", "awr_gaussian"])
+def test_numpy_draws_the_same_chunks(kind: Any) -> None:  # noqa: ANN401
+    actor = ChunkActor(kind, 3, 4, (8, 8), 6, 2.0)
+    params = actor.network.init(torch.Generator().manual_seed(0))
+    seen, noise = torch.randn(9, 3), torch.randn(9, 4)
+    with torch.no_grad():
+        slow = actor.sample(params, seen, noise)
+    arrays = {name: tensor.numpy() for name, tensor in params.items()}
+    np.testing.assert_allclose(actor.draw(arrays, seen.numpy(), noise.numpy()), slow, atol=1e-5)
+
+
+def test_chunks_are_executed_from_the_state_that_predict_returns(
+    agent: R2PAC, log: OfflineDataset
+) -> None:
+    """Of each plan the first 2 of 3 actions; an episode's start begins a new plan."""
+    several = agent.acting_by("flow", execute=2)
+    seen = log.observations[:4]
+    first, state = several.predict(seen, deterministic=True)
+    plan = several.plan(seen, deterministic=True)
+    np.testing.assert_allclose(first, plan[:, 0], atol=1e-6)
+    starts = np.array([False, True, False, False])
+    second, state = several.predict(seen[::-1], state, starts, deterministic=True)
+    anew = several.plan(seen[::-1], deterministic=True)
+    np.testing.assert_allclose(second[[0, 2, 3]], plan[[0, 2, 3], 1], atol=1e-6)
+    np.testing.assert_allclose(second[1], anew[1, 0], atol=1e-6)
+    third, state = several.predict(seen[::-1], state, np.zeros(4, bool), deterministic=True)
+    np.testing.assert_allclose(third[[0, 2, 3]], anew[[0, 2, 3], 0], atol=1e-6)
+    np.testing.assert_allclose(third[1], anew[1, 1], atol=1e-6)
+    single, state = several.predict(seen[0], deterministic=True)
+    assert single.shape == (2,)
+    followed, _ = several.predict(seen[1], state, np.array([False]), deterministic=True)
+    np.testing.assert_allclose(followed, plan[0, 1], atol=1e-6)
+    with pytest.raises(ValueError, match="state must be what predict returned for 4 observations"):
+        several.predict(seen, state)
+    runs = run_episodes(gym.make("safeshield/Boat-v0", max_episode_steps=7), several, 3, 0)
+    assert [len(run.actions) for run in runs] == [7, 7, 7]
+
+
+def test_ways_of_acting(agent: R2PAC) -> None:
+    student = agent.acting_by("student", candidates=1)
+    assert student.config.inference == "student"
+    assert agent.config.inference == "flow"
+    a = student.predict(np.zeros(2, np.float32), deterministic=True)[0]
+    b = agent.predict(np.zeros(2, np.float32), deterministic=True)[0]
+    assert not np.array_equal(a, b)
+    with pytest.raises(ValueError, match="execute must be at most the actions of a chunk"):
+        agent.acting_by("flow", execute=4)
+    with pytest.raises(ValueError, match="inference must be 'flow' or 'student'"):
+        agent.acting_by("euler")  # type: ignore[arg-type]
+
+
+# -- the shield ---------------------------------------------------------------------------------
+
+
+def test_the_shield_judges_an_action_by_the_best_plan_that_begins_with_it(
+    agent: R2PAC, log: OfflineDataset
+) -> None:
+    shield = agent.shield(plans=5)
+    model, networks = agent._fitted(), agent._networks
+    assert shield.model.plan == PlanSpec(3, 5)
+    seen, actions = log.observations[:7], log.actions[:7]
+    features = torch.tensor(model.scaling.observations(seen))
+    planner = shield.model._planner
+    assert planner is not None
+    noise = torch.tensor(planner._noise)
+    expected = []
+    with torch.no_grad():
+        for row, action in zip(features, actions, strict=True):
+            values = []
+            for z in noise:
+                drawn = model.student(networks[FALLBACK], torch.cat([row, z])[None])[0, 0]
+                plan = drawn.clamp(-1, 1)
+                plan[:2] = torch.tensor(model.scaling.actions(action))
+                judged = model.plan(networks[PLAN], torch.cat([row, plan])[None])
+                values.append(float(judged.max()))
+            value = float(model.critics.safety.value(networks, row[None]))
+            expected.append(value + model.critics.safety.scale.step * min(values))
+    np.testing.assert_allclose(shield.value(seen, actions), expected, atol=1e-4)
+    states = shield.model.states(seen)
+    single = [shield.model.action_value(states.take(slice(i, i + 1)), actions[i]) for i in range(7)]
+    np.testing.assert_allclose(single, expected, atol=1e-4)
+    by_itself = agent.shield(plans=0).value(seen, actions)
+    assert not np.allclose(by_itself, expected, atol=1e-4)
+
+
+def test_its_gradient_is_that_of_the_best_plan(agent: R2PAC, log: OfflineDataset) -> None:
+    model = agent.shield().model
+    states, actions = model.states(log.observations[:40]), log.actions[:40].astype("f8")
+    values, slopes = model.action_gradients(states, actions)
+    np.testing.assert_allclose(values, model.action_values(states, actions), atol=1e-5)
+    small, right = 1e-3, 0
+    for entry in range(2):
+        step = np.zeros(2)
+        step[entry] = small
+        ahead, behind = (model.action_values(states, actions + s * step) for s in (1, -1))
+        slope = (ahead - behind) / (2 * small)
+        right += int(np.isclose(slope, slopes[:, entry], atol=2e-3, rtol=0.02).sum())
+    assert right >= 0.9 * 80  # elsewhere a kink lies in between
+
+
+@pytest.mark.filterwarnings("ignore:this shield is not calibrated")
+def test_a_shield_that_looks_ahead_filters_and_is_kept(
+    agent: R2PAC, log: OfflineDataset, tmp_path: Path
+) -> None:
+    for plans, replacement in itertools.product((0, 4), (None, ProjectedGradient(steps=3))):
+        shield = agent.shield(plans).with_delta(0.1)
+        shield = shield if replacement is None else shield.with_replacement(replacement)
+        shield.save(tmp_path / "shield")
+        again = Shield.load(tmp_path / "shield")
+        rng = np.random.default_rng(0)
+        tried = rng.uniform(-1, 1, (30, 2)).astype("f4")
+        ours, told = shield.filter(log.observations[:30], tried)
+        theirs, _ = again.filter(log.observations[:30], tried)
+        np.testing.assert_array_equal(ours, theirs)
+        low = np.asarray(shield.value(log.observations[:30], ours))
+        assert (low[told.acceptable] <= -0.1 + 1e-6).all()
+        same = ~told.intervened
+        np.testing.assert_array_equal(ours[same], tried[same])
+    supported = agent.shield().with_support(collect(
+        gym.make("safeshield/Boat-v0"), "random", episodes=12, seed=5))  # fmt: skip
+    assert supported.support is not None
+
+
+@pytest.mark.parametrize(
+    "plan", [{"horizon": 0, "plans": 4}, {"horizon": 3, "plans": -1}, {"horizon": 3}, [], "x",
+             {"horizon": 3.0, "plans": 4}, {"horizon": 10**9, "plans": 4}]
+)  # fmt: skip
+def test_a_file_with_another_plan_is_refused(agent: R2PAC, tmp_path: Path, plan: object) -> None:
+    agent.shield().save(tmp_path / "shield")
+    file = read_tensors(tmp_path / "shield")
+    tensors = file.load(file.shapes)
+    write_tensors(tmp_path / "shield", tensors, {**file.header, "plan": plan})
+    with pytest.raises(ValueError, match="does not describe a shield"):
+        Shield.load(tmp_path / "shield")
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def test_episodes_shorter_than_a_chunk(log: OfflineDataset) -> None:
+    short = collect(
+        gym.make("safeshield/Boat-v0", max_episode_steps=4), "random", episodes=60, seed=0
+    )
+    assert short.violating_episodes.any()
+    with pytest.raises(ValueError, match="all 60 episodes of the log are truncated before 5 steps"):
+        R2PAC(dataclasses.replace(TINY, chunk=5), device="cpu").fit(short, steps=12)
+    assert with_chunks(log, 3) is log
+    both = OfflineDataset.from_arrays(
+        **{
+            name: np.concatenate([getattr(short, name), getattr(log, name)])
+            for name in (
+                "observations", "actions", "rewards", "next_observations", "terminated",
+                "truncated", "costs", "constraints", "next_constraints",
+            )
+        },
+        action_space=log.action_space,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="left out"):
+        assert with_chunks(both, 5).num_episodes == log.num_episodes
+    with pytest.warns(UserWarning, match="60 of 72 episodes are truncated before 5 steps"):
+        R2PAC(dataclasses.replace(TINY, chunk=5), device="cpu").fit(both, steps=12)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("chunk", 0),
+        ("chunk", 2.5),
+        ("execute", 0),
+        ("execute", 6),
+        ("quantile", 0.0),
+        ("quantile", 1.0),
+        ("quantile", -0.5),
+        ("quantile", 7.0),
+        ("cost_limit", 0.0),
+        ("region", "hazard"),
+        ("region_test", "all"),
+        ("actor", "gaussian"),
+        ("inference", "both"),
+        ("penalty", float("inf")),
+        ("label_dropout", 1.5),
+        ("guidance", -1.0),
+        ("candidates", 0),
+        ("phase_shares", (0.5, 0.5)),
+    ],
+)
+def test_a_wrong_setting_is_named(field: str, value: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match=field):
+        R2PACConfig(**{field: value})
+
+
+def test_discrete_actions_are_refused() -> None:
+    count = 40
+    log = OfflineDataset.from_arrays(
+        observations=np.zeros((count, 2)), actions=np.arange(count) % 3, rewards=np.zeros(count),
+        next_observations=np.zeros((count, 2)), terminated=np.zeros(count, bool),
+        truncated=np.arange(count) % 10 == 9, costs=(np.arange(count) % 4 == 0).astype(float),
+        action_space=gym.spaces.Discrete(3),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="R2PAC's actor needs a Box of actions"):
+        R2PAC(TINY, device="cpu").fit(log, steps=12)
+
+
+def test_a_file_whose_region_contradicts_its_costs(agent: R2PAC, tmp_path: Path) -> None:
+    agent.save(tmp_path / "agent")
+    file = read_tensors(tmp_path / "agent")
+    for change in ({"cost_scale": None}, {"region": None}, {"penalty": "much"}, {"longest": 0}):
+        write_tensors(tmp_path / "bad", file.load(file.shapes), {**file.header, **change})
+        with pytest.raises(ValueError, match="does not describe an agent"):
+            R2PAC.load(tmp_path / "bad")
+
+
+def test_presets() -> None:
+    paper = R2PACConfig.preset("paper", seed=3)
+    assert (paper.flow_steps, paper.region_test, paper.penalty, paper.seed) == (32, "end", 1.0, 3)
+    assert R2PACConfig.preset("small") == R2PACConfig()
+
+
+# -- its page -----------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "r2pac.md").read_text()
+
+
+def test_the_page_explains_every_setting(log: OfflineDataset, tmp_path: Path) -> None:
+    table = PAGE.partition("## Settings")[2].partition("\n## ")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    named = re.findall(r"`(\w+)`", first)
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(R2PACConfig))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    env = gym.make("safeshield/Boat-v0", max_episode_steps=60)
+    collect(env, "random", episodes=100, seed=0).save(tmp_path / "log.hdf5")
+    monkeypatch.chdir(tmp_path)
+    small = "seed=0, critic_hidden=(8,), flow_hidden=(8,), student_hidden=(8,), batch_size=16"
+    quick = code.replace("12_000", "12").replace("seed=0", small)
+    assert quick.count("steps=12)") == 1
+    names: dict[str, Any] = {}
+    exec(quick, names)
+    assert names["actions"].shape == (100, 2)
