@@ -15,10 +15,10 @@ from torch import Tensor
 
 from safeshield import OfflineDataset
 from safeshield.algorithms.chunk_actors import normal_below
-from safeshield.algorithms.chunks import Chunks
+from safeshield.algorithms.chunks import Chunks, log_window
 from safeshield.algorithms.r2pac import R2PAC, R2PACConfig
 from safeshield.algorithms.r2pac_updates import R2PACRun
-from safeshield.algorithms.regions import horizon_level
+from safeshield.algorithms.regions import UNSAFE, horizon_level, reached_unsafe
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.forward import layers
@@ -26,7 +26,7 @@ from safeshield.nn.guided import guided_network, guided_sample
 from safeshield.nn.guided_forward import guided_actions
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init, polyak
-from safeshield.values.backup import chunk_safety_target, safety_backup
+from safeshield.values.backup import chunk_safety_target, reward_backup, safety_backup
 from safeshield.values.reward import RewardBatch, RewardCritics
 
 
@@ -119,6 +119,25 @@ def test_the_safety_target_of_a_chunk_is_that_of_the_windows(length: int) -> Non
     expected = whole.target(value[whole.last])
     torch.testing.assert_close(target[same], expected[same])
     assert same.float().mean() > 0.7
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_a_window_of_a_batch_is_that_of_the_whole_log(steps: int) -> None:
+    log = log_of([9, 5, 7, 8], [True, False, False, True])
+    rows = torch.arange(len(log))
+    window = log_window(log, rows, steps, log.rewards, 0.9)
+    whole = reward_backup(log.rewards, log.terminated, log.episode_last, 0.9, steps)
+    torch.testing.assert_close(window.total, whole.reward)
+    torch.testing.assert_close(window.slope, whole.slope)
+    going = whole.slope > 0
+    assert torch.equal(window.end[going], whole.last[going])
+    # What fails ends a window as a termination does, and is worth what it is worth.
+    fails = torch.rand(len(log), generator=torch.Generator().manual_seed(1)) < 0.2
+    cut = log_window(log, rows, steps, log.rewards, 0.9, fails, -7.0)
+    paid = torch.where(fails, -7.0, log.rewards)
+    whole = reward_backup(paid, log.terminated | fails, log.episode_last, 0.9, steps)
+    torch.testing.assert_close(cut.total, whole.reward)
+    torch.testing.assert_close(cut.slope, whole.slope)
 
 
 def test_a_level_for_a_fixed_horizon() -> None:
@@ -311,7 +330,9 @@ def greedy_path(run: R2PACRun, log: LogTensors, length: int) -> list[int]:
     starts = torch.arange(0, len(log), length)
     chunk = run.chunks.batch(starts, torch.zeros(len(starts), run.chunks.width))
     state = run.initial(torch.Generator().manual_seed(0))
-    _, batch, _ = run.chunk_batches(state, chunk)["reward"]
+    reaches = reached_unsafe(run.region, state, log)
+    state = state._replace(scales={**state.scales, UNSAFE: reaches})
+    _, batch, _ = run.chunk_batches(state, chunk, 1)["reward"]
     at = chunk.observations[:, 0].long()
     after = batch.next_observations[:, 0].long()
     values = torch.zeros(Ring.size)

@@ -53,6 +53,60 @@ class Chunk(NamedTuple):
         return (flags & self.inside).any(1)
 
 
+class Window(NamedTuple):
+    """Up to n steps along the log from each of a batch of rows."""
+
+    total: Tensor
+    """(batch,) discounted sum."""
+    slope: Tensor
+    """(batch,) what the value at the end counts; 0 where it ended before."""
+    end: Tensor
+    """(batch,) the last transition."""
+
+
+def log_window(
+    log: LogTensors,
+    rows: Tensor,
+    steps: int,
+    values: Tensor,
+    discount: float,
+    fails: Tensor | None = None,
+    worth: float = 0.0,
+) -> Window:
+    """Sum up to `steps` discounted values along the log, from rows (batch,).
+
+    What `values.backup.reward_backup` computes for a whole log, for a batch, so that what ends a
+    window may change in training.
+
+    Args:
+        log: the log; no window crosses the end of an episode.
+        rows: where windows begin.
+        steps: n.
+        values: (N,) what each transition adds.
+        discount: g.
+        fails: (N,) bool: transitions that end a window, worth `worth` for good; None: none does.
+        worth: see `fails`.
+    """
+    at = rows[:, None] + torch.arange(steps, device=rows.device)
+    last = log.episode_last[rows][:, None]
+    inside = at <= last
+    at = torch.minimum(at, last)
+    added, stops = values[at], log.terminated[at]
+    if fails is not None:
+        failed = fails[at]
+        added, stops = torch.where(failed, worth, added), stops | failed
+    # A step counts where none before it has stopped the window.
+    going = torch.ones_like(stops)
+    going[:, 1:] = (~stops[:, :-1]).cumprod(1).bool()
+    powers = discount ** torch.arange(steps, device=rows.device)
+    open_end = ~(stops & inside).any(1)
+    return Window(
+        (added * powers * (going & inside)).sum(1),
+        open_end * discount ** inside.sum(1),
+        at[:, -1],
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Chunks:
     """A log of episodes that terminate, or have at least h steps.

@@ -72,6 +72,7 @@ class R2PACConfig(ValueConfig):
             "safety_expectile": 0.9,
             "cost_expectile": 0.9,
             "safety_backup_steps": (1,),
+            "reward_backup_steps": (1,),
             "near_share": 0.0,
             "margin": 0.0,
             "region": "quantile",
@@ -87,10 +88,11 @@ class R2PACConfig(ValueConfig):
     """Actions of a chunk that are executed before the next is drawn, at most h. More than 1 needs
     the state that `predict` returns to be passed to its next call."""
     region: Literal["quantile", "horizon", "safety"] = "quantile"
-    """What is unsafe: V_c above the alpha-quantile of its own values over the log; V_c above what
+    """What is unsafe: V_c above the alpha-quantile of its own values over the log's states that do
+    not violate; V_c above what
     `cost_limit` is worth (eq. 42); or V_h above -margin (appendix E.6), which learns no costs."""
     quantile: float = 0.9
-    """alpha, of the region "quantile": share of the log's states that are not unsafe by V_c."""
+    """alpha, of the region "quantile": share of those states that are not unsafe by V_c."""
     cost_limit: float = 10.0
     """kappa, of the region "horizon": violating steps that an episode may have."""
     region_test: Literal["any", "end"] = "any"
@@ -104,6 +106,9 @@ class R2PACConfig(ValueConfig):
     recover: bool = True
     """Whether in unsafe states the chunks of low cost are imitated, and not those of high reward;
     False: the ablation without V_c."""
+    reward_backup_steps: tuple[int, ...] = (64, 16, 8, 8)
+    """Steps along the log in the targets of V_r and V_c, in equal parts of the critics' phase; h
+    and less: V leans to Q over chunks, the papers' form."""
     cost_expectile: float = 0.97
     """Weight on the cheaper chunks in V_c (the paper: 0.9)."""
     actor: Literal["guided", "awr_flow", "awr_gaussian"] = "guided"
@@ -138,7 +143,7 @@ class R2PACConfig(ValueConfig):
         check_positive(self, "cost_limit")
         check_shares(self, "label_dropout")
         check_not_negative(self, "guidance", "reward_temperature", "safety_temperature")
-        check_sizes(self, "student_hidden")
+        check_sizes(self, "student_hidden", "reward_backup_steps")
         check_phase_shares(self.phase_shares, 3)
 
 

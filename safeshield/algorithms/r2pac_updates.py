@@ -7,6 +7,11 @@ state that step k leads to violates or lies within the margin:
     Q_r <- sum_k g^k r_{t+k} + g^h V_r(s_{t+h}),          V_r leans to the HIGHER
            -penalty     where a state of the chunk (or its last alone) lies in the unsafe region
 
+V_c and V_r lean to their Q where `reward_backup_steps` is h or less (the papers' form), and to the
+same sums over windows of the log where it is more: from h steps at a time, behind two slowly moving
+copies, what lies a hundred steps ahead takes longer to arrive than a small run lasts. A window that
+enters the unsafe region ends there, with -penalty.
+
 beside V_h and Q_h as all algorithms have them (`values.safety`), and for plans
 
     Q_h(s_t, a_{t:t+h}) = V_h(s_t) + sigma max_i A_i,     from the next state on, to V_h(s_{t+h}).
@@ -27,16 +32,18 @@ import torch
 from torch import Tensor
 
 from safeshield.algorithms.chunk_actors import LARGEST_WEIGHT, ChunkActor, Lesson, normal_below
-from safeshield.algorithms.chunks import Chunk, Chunks
+from safeshield.algorithms.chunks import Chunk, Chunks, Window, log_window
 from safeshield.algorithms.critic_updates import CRITICS, Critics, phase_steps, with_networks
 from safeshield.algorithms.regions import (
     LEVEL,
+    UNSAFE,
     CostRegion,
     Region,
     RegionReport,
     SafetyRegion,
     horizon_level,
     plan_advantages,
+    reached_unsafe,
     report_region,
 )
 from safeshield.algorithms.safety_updates import SafetyLog, critic_rates, flow_update, stages
@@ -62,6 +69,8 @@ if TYPE_CHECKING:
     from safeshield.algorithms.r2pac import R2PACConfig
 
 ACTOR = "actor"
+_LOOK_EVERY = 500
+"""Updates of the critics between two looks at the whole log."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,8 @@ class R2PACRun:
         model = self.model
         critics = {name: part.init(generator) for name, part in model.critic_parts().items()}
         zero = torch.zeros((), device=generator.device)
-        scales = {"reward": zero + model.critics.reward.spread}
+        reaches = (self.log.next_constraints > -self.margin).to(torch.uint8)
+        scales = {"reward": zero + model.critics.reward.spread, UNSAFE: reaches}
         if model.costs is not None:
             level = self.region.level if isinstance(self.region, CostRegion) else 0.0
             scales |= {"cost": zero + model.costs.spread, LEVEL: zero + level}
@@ -187,10 +197,18 @@ class R2PACRun:
         return [
             *(
                 Phase(
-                    f"{CRITICS} {i + 1}", count, self.critic_update(window), size, near, self._look
+                    f"{CRITICS} {i + 1}",
+                    count,
+                    self.critic_update(*windows),
+                    size,
+                    near,
+                    self._look,
+                    _LOOK_EVERY,
                 )
-                for i, (count, window) in enumerate(
-                    stages(critics, self.config.safety_backup_steps)
+                for i, (count, *windows) in enumerate(
+                    stages(
+                        critics, self.config.safety_backup_steps, self.config.reward_backup_steps
+                    )
                 )
             ),
             # The critics stand still from here on: one look at the log.
@@ -203,10 +221,14 @@ class R2PACRun:
     def _look(self, state: TrainState, generator: torch.Generator) -> TrainState:
         """Find the states near V_h = 0, and read the region's level anew."""
         state = self._safety.refresh(state, generator)
-        return self.region.read_level(state, self.log, generator)
+        return self._mark(self.region.read_level(state, self.log, generator))
+
+    def _mark(self, state: TrainState) -> TrainState:
+        reaches = reached_unsafe(self.region, state, self.log)
+        return state._replace(scales={**state.scales, UNSAFE: reaches})
 
     def _settle(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        state = self.region.read_level(state, self.log, generator)
+        state = self._mark(self.region.read_level(state, self.log, generator))
         self.check_region(report_region(self.region, state, self.log, self.margin))
         return state
 
@@ -231,8 +253,8 @@ class R2PACRun:
             repair = "raise cost_limit" if report.unsafe_share else "lower cost_limit"
         raise ValueError(f"the unsafe region ({told}) holds {how} of the log's states: {repair}")
 
-    def critic_update(self, window: int) -> Update:
-        """Return one update of all critics, with windows of this length in the targets of V_h."""
+    def critic_update(self, window: int, reward_steps: int) -> Update:
+        """Return one update of all critics, with windows of these lengths in the targets."""
         config, model = self.config, self.model
         names = tuple(model.critic_parts())
         costs = () if model.costs is None else model.costs.names[:1]
@@ -242,7 +264,7 @@ class R2PACRun:
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             chunk = self._chunk(draw)
             safety_batch = self._window(window)(draw.rows)
-            batches = self.chunk_batches(state, chunk)
+            batches = self.chunk_batches(state, chunk, reward_steps)
             seen: dict[str, Tensor] = {}
 
             def loss(networks: Networks) -> tuple[Tensor, Metrics]:
@@ -263,7 +285,7 @@ class R2PACRun:
                         state.scales[kind],
                         discount=config.discount**model.chunk,
                         expectile=expectile,
-                        one_step=True,
+                        one_step=reward_steps <= model.chunk,
                     )
                     value, metrics = value + part, {**metrics, **more}
                 return value, metrics
@@ -287,53 +309,58 @@ class R2PACRun:
         return self.chunks.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
 
     def chunk_batches(
-        self, state: TrainState, chunk: Chunk
+        self, state: TrainState, chunk: Chunk, steps: int
     ) -> dict[str, tuple[RewardCritics, RewardBatch, float]]:
-        """Return what the chunk critics are fitted to: critics, batch and expectile of each."""
+        """Return what the chunk critics are fitted to: critics, batch and expectile of each.
+
+        Args:
+            state: holds which transitions reach the unsafe region.
+            chunk: the batch.
+            steps: of the windows along the log that V is fitted to.
+        """
         config, log, model = self.config, self.log, self.model
+        start, unsafe = chunk.rows[:, 0], state.scales[UNSAFE].bool()
         reached = log.next_constraints[chunk.rows]
         rewards = chunk.discounted(log.rewards[chunk.rows], config.discount)
         ended = chunk.terminated
         if config.penalise:
-            with torch.no_grad():
-                fails = self._fails(state, chunk, reached)
+            fails = chunk.any(unsafe[chunk.rows])
+            if config.region_test == "end":
+                fails = unsafe[chunk.end]
             rewards = torch.where(fails, -model.penalty, rewards)
             ended = ended | fails
-        batches = {
-            "reward": (
-                model.critics.reward,
-                self._batch(chunk, rewards, ended),
-                config.reward_expectile,
-            )
-        }
+        window = log_window(
+            log,
+            start,
+            steps,
+            log.rewards,
+            config.discount,
+            unsafe if config.penalise else None,
+            -model.penalty,
+        )
+        batch = self._batch(chunk, rewards, ended, window)
+        batches = {"reward": (model.critics.reward, batch, config.reward_expectile)}
         if model.costs is not None:
             paid = (reached > -self.margin).to(rewards.dtype)
             costs = chunk.discounted(paid, config.discount)
-            batch = self._batch(chunk, -costs, chunk.terminated)
+            violates = -(log.next_constraints > -self.margin).to(rewards.dtype)
+            window = log_window(log, start, steps, violates, config.discount)
+            batch = self._batch(chunk, -costs, chunk.terminated, window)
             batches["cost"] = (model.costs, batch, config.cost_expectile)
         return batches
 
-    def _fails(self, state: TrainState, chunk: Chunk, reached: Tensor) -> Tensor:
-        """Whether chunks lead through (or into) the unsafe region, (batch,)."""
-        log = self.log
-        if self.config.region_test == "end":
-            end = chunk.end
-            return self.region.unsafe(state, log.next_observations[end], reached[:, -1])
-        flat = chunk.rows.flatten()
-        unsafe = self.region.unsafe(state, log.next_observations[flat], reached.flatten())
-        return chunk.any(unsafe.reshape(reached.shape))
-
-    def _batch(self, chunk: Chunk, rewards: Tensor, terminated: Tensor) -> RewardBatch:
-        after = self.log.next_observations[chunk.end]
+    def _batch(
+        self, chunk: Chunk, rewards: Tensor, terminated: Tensor, window: Window
+    ) -> RewardBatch:
         return RewardBatch(
             observations=chunk.observations,
             actions=chunk.actions,
-            next_observations=after,
+            next_observations=self.log.next_observations[chunk.end],
             rewards=rewards,
             terminated=terminated,
-            window_rewards=rewards,
-            window_slope=self.config.discount**self.model.chunk * (~terminated).float(),
-            window_observations=after,
+            window_rewards=window.total,
+            window_slope=window.slope,
+            window_observations=self.log.next_observations[window.end],
         )
 
     def _plan_loss(

@@ -3,7 +3,9 @@ r"""Which states R2PAC calls unsafe, and by how much a chunk of actions is worse
 `CostRegion`, the method (eq. 5, 10, 11): V_c(s) > l, with V_c the discounted number of violating
 steps on the cheapest way on, learned with Q_c by implicit Q-learning that leans to low cost, and
 
-- l the alpha-quantile of V_c over the log, read anew as V_c changes; or
+- l the alpha-quantile of V_c over the log's states that do not violate themselves, read anew as V_c
+  changes (over all states, as the paper has it, a log of which a third violates puts l so high that
+  nothing but violations is unsafe); or
 - l = kappa (1 - g^T) / ((1 - g) T), what a limit kappa on an episode of T steps is worth (eq. 42).
 
 `SafetyRegion`, the variant of appendix E.6: V_h(s) > -margin, and A_h in the place of A_c.
@@ -27,8 +29,9 @@ from safeshield.scaling import PLAN
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
-LEVEL = "region_level"
-"""Of l among the running statistics of a training state."""
+LEVEL, UNSAFE = "region_level", "region_unsafe"
+"""Of l, and of which states the log's transitions reach that are unsafe (N,) uint8, among the
+statistics of a training state."""
 _POOL = 65_536
 
 
@@ -92,8 +95,12 @@ class CostRegion:
         """See `Region`."""
         if self.quantile is None:
             return state
-        size = min(_POOL, len(log))
-        rows = torch.randint(len(log), (size,), generator=generator, device=generator.device)
+        free = torch.nonzero(log.constraints <= -self.margin).flatten()
+        size = min(_POOL, len(free))
+        if not size:  # everything is unsafe, whatever the level
+            return state
+        picks = torch.randint(len(free), (size,), generator=generator, device=generator.device)
+        rows = free[picks]
         with torch.no_grad():
             values = self.value(state.targets, log.observations[rows])
         level = torch.quantile(values, self.quantile)
@@ -140,6 +147,17 @@ def horizon_level(cost_limit: float, steps: int, discount: float) -> float:
     4.33
     """
     return cost_limit * (1.0 - discount**steps) / ((1.0 - discount) * steps)
+
+
+def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor:
+    """Return which transitions of a log reach an unsafe state, (N,) uint8."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(log), _POOL):
+            part = slice(start, start + _POOL)
+            seen, h = log.next_observations[part], log.next_constraints[part]
+            parts.append(region.unsafe(state, seen, h).to(torch.uint8))
+    return torch.cat(parts)
 
 
 def report_region(

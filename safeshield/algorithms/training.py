@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class TrainState(NamedTuple):
     moments: dict[str, AdamState]
     """Adam's moments, by phase."""
     scales: dict[str, Tensor]
-    """Running statistics, () each."""
+    """Statistics that go along: running ones, () each; what was read off the log, (N,)."""
     near: Tensor
     """(M,) int64: the transitions nearest to the learned boundary, drawn more often."""
 
@@ -412,7 +412,8 @@ def load_checkpoint(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in _flatten(state).items()}
     shapes["generator"] = tuple(generator.get_state().shape)
-    dtypes = {"near": np.int64, "generator": np.uint8}
+    dtypes: dict[str, Any] = {"near": np.int64, "generator": np.uint8}
+    dtypes |= {f"scales/{name}": value.cpu().numpy().dtype for name, value in state.scales.items()}
     file = read_tensors(path, "safeshield-checkpoint")
     run = file.header.get("run")
     if not isinstance(run, dict) or run.get("fingerprint") != identity.fingerprint:
