@@ -39,6 +39,7 @@ from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, Shield
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISOR, FISORConfig
 from safeshield.algorithms.flrp import FLRP, FLRPConfig
+from safeshield.algorithms.r2pac import R2PAC, R2PACConfig
 from safeshield.algorithms.registry import load_agent
 from safeshield.protocol import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
 from safeshield.suites.labels import label
@@ -49,6 +50,7 @@ UPDATES = {
     "bc": 6_000,
     "bc-safe": 6_000,
     **dict.fromkeys(("fisor", "safefql", "flrp", "flrp-gaussian", "flrp-cost"), 12_000),
+    **dict.fromkeys(("r2pac", "r2pac-plain", "r2pac-reward", "r2pac-awr"), 12_000),
 }
 PPO_STEPS = 100_000
 NAMES = {
@@ -57,12 +59,19 @@ NAMES = {
     "fisor": "FISOR-style",
     "safefql": "SafeFQL",
     "flrp": "FLRP",
+    "r2pac": "R2PAC",
     "ppo": "PPO, reward alone",
     "ppo-shield": "PPO, reward alone",
     "bc-shield": "BC",
 }
 """Methods in the order in which they run: one behind a shield needs what comes before it."""
-ABLATIONS = {"flrp-gaussian": "FLRP, Gaussian prior", "flrp-cost": "FLRP, plain costs"}
+ABLATIONS = {
+    "flrp-gaussian": "FLRP, Gaussian prior",
+    "flrp-cost": "FLRP, plain costs",
+    "r2pac-plain": "R2PAC, no penalty",
+    "r2pac-reward": "R2PAC, no V_c in unsafe states",
+    "r2pac-awr": "R2PAC, weighted Gaussian actor",
+}
 """Methods that run only when named."""
 
 
@@ -117,6 +126,10 @@ def trained(task: str, method: str, seed: int, data: Path) -> object:
             "flrp": lambda: FLRP(FLRPConfig(seed=seed), device="cpu"),
             "flrp-gaussian": lambda: FLRP(FLRPConfig(seed=seed, prior="gaussian"), device="cpu"),
             "flrp-cost": lambda: FLRP(FLRPConfig(seed=seed, feasibility="cost"), device="cpu"),
+            "r2pac": lambda: R2PAC(R2PACConfig(seed=seed), device="cpu"),
+            "r2pac-plain": lambda: R2PAC(R2PACConfig(seed=seed, penalise=False), device="cpu"),
+            "r2pac-reward": lambda: R2PAC(R2PACConfig(seed=seed, recover=False), device="cpu"),
+            "r2pac-awr": lambda: R2PAC(R2PACConfig(seed=seed, actor="awr_gaussian"), device="cpu"),
         }[method]()
         agent.fit(log, steps=UPDATES[method], checkpoint=path.with_suffix(".checkpoint"))
         agent.save(path)

@@ -35,6 +35,7 @@ TINY = R2PACConfig(
     batch_size=16,
     flow_steps=3,
     candidates=4,
+    cheapest=1,
     safety_backup_steps=(8, 1),
     reward_backup_steps=(6, 3),
 )
@@ -278,6 +279,27 @@ def test_chunks_are_executed_from_the_state_that_predict_returns(
     assert [len(run.actions) for run in runs] == [7, 7, 7]
 
 
+def test_of_the_cheapest_plans_the_best_acts(agent: R2PAC, log: OfflineDataset) -> None:
+    model, several = agent._fitted(), agent.acting_by("flow")
+    several.config = dataclasses.replace(agent.config, cheapest=3)
+    assert model.costs is not None
+    seen = model.scaling.observations(log.observations[::97])
+    noise = np.random.default_rng(0).standard_normal((4, model.actor.width)).astype("f4")
+    plans, moved = several._plans(model, seen, deterministic=True), 0
+    for row, plan in zip(seen, plans, strict=True):
+        rows = np.repeat(row[None], 4, axis=0)
+        drawn = torch.tensor(model.actor.draw(agent._arrays[ACTOR], rows, noise))
+        with torch.no_grad():
+            at = agent._networks, torch.tensor(rows), drawn
+            danger = -model.costs.advantages(*at).amin(0)
+            gain = model.critics.reward.advantages(*at).amin(0)
+        kept = danger.argsort()[:3]
+        best = int(kept[gain[kept].argmax()])
+        np.testing.assert_allclose(plan, drawn[best], atol=1e-5)
+        moved += best != int(danger.argmin())
+    assert moved  # else it would be the paper's
+
+
 def test_ways_of_acting(agent: R2PAC) -> None:
     student = agent.acting_by("student", candidates=1)
     assert student.config.inference == "student"
@@ -423,6 +445,7 @@ def test_episodes_shorter_than_a_chunk(log: OfflineDataset) -> None:
         ("label_dropout", 1.5),
         ("guidance", -1.0),
         ("candidates", 0),
+        ("cheapest", 0),
         ("phase_shares", (0.5, 0.5)),
     ],
 )

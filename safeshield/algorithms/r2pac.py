@@ -8,8 +8,8 @@ Three phases on one log (what differs from the paper and why: docs/r2pac.md):
    one of two weighted imitators (eq. 40, 41; `algorithms.chunk_actors`);
 3. student: the actor distilled into one step, as SafeFQL has it.
 
-It acts by the plan of lowest Q_c among `candidates` draws, of which it executes the first action
-(or the first few, then plans anew). The losses stand at the head of `algorithms.r2pac_updates`.
+It acts by a plan of low Q_c among `candidates` draws, of which it executes the first action (or the
+first few, then plans anew). The losses stand at the head of `algorithms.r2pac_updates`.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class R2PACConfig(ValueConfig):
             "region_test": "end",
             "penalty": 1.0,
             "flow_steps": 32,
+            "cheapest": 1,
         },
     }
 
@@ -124,7 +125,10 @@ class R2PACConfig(ValueConfig):
     flow_steps: int = 10
     """Euler steps of the flows (the paper: 32)."""
     candidates: int = 16
-    """Plans of which the one of lowest Q_c is followed."""
+    """Plans to choose from."""
+    cheapest: int = 4
+    """Plans of lowest Q_c among them, of which the one of highest Q_r is followed; 1: the one of
+    lowest Q_c, the paper's."""
     inference: Literal["flow", "student"] = "flow"
     """What draws them: the actor, or its one-step student. `R2PAC.acting_by` changes it."""
     student_hidden: tuple[int, ...] = (128, 128, 128)
@@ -134,7 +138,7 @@ class R2PACConfig(ValueConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "chunk", "execute", "flow_steps", "candidates")
+        check_positive(self, "chunk", "execute", "flow_steps", "candidates", "cheapest")
         if self.execute > self.chunk:
             raise ValueError(
                 f"execute must be at most the actions of a chunk ({self.chunk}), got {self.execute}"
@@ -421,7 +425,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
     def _plans(
         self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
-        """Return the plan of lowest Q_c among the candidates, (n, h * act), in [-1, 1]."""
+        """Return the best of the cheapest candidates, (n, h * act), in [-1, 1]."""
         count, each, width = len(observations), self.config.candidates, model.actor.width
         noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
         seen = np.repeat(observations, each, axis=0)
@@ -438,8 +442,15 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             danger = forward(self._arrays[PLAN], judged)[..., 0].max(0)
         else:
             danger = -forward(self._arrays[model.costs.names[1]], judged)[..., 0].min(0)
-        lowest = danger.reshape(count, each).argmin(1)
-        return np.asarray(drawn.reshape(count, each, width)[np.arange(count), lowest])
+        danger = danger.reshape(count, each)
+        chosen = danger.argmin(1)
+        if self.config.cheapest > 1:
+            name = model.critics.reward.names[1]
+            gain = forward(self._arrays[name], judged)[..., 0].min(0).reshape(count, each)
+            kept = np.argsort(danger, axis=1, kind="stable")[:, : self.config.cheapest]
+            best = np.take_along_axis(gain, kept, 1).argmax(1)
+            chosen = kept[np.arange(count), best]
+        return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
 
 
 def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:
