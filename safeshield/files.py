@@ -34,6 +34,7 @@ _READ_BY = {
     "safeshield-flrp": "FLRP.load",
     "safeshield-fisor": "FISOR.load",
     "safeshield-behaviour-cloning": "BehaviourCloning.load",
+    "safeshield-ssql": "SafeSupportQLearning.load",
     "safeshield-shield": "Shield.load",
     "safeshield-checkpoint": "fit(checkpoint=...), which goes on from it,",
 }

@@ -21,6 +21,7 @@ _FORMATS = {
     "safeshield-flrp": AGENT,
     "safeshield-fisor": AGENT,
     "safeshield-behaviour-cloning": AGENT,
+    "safeshield-ssql": AGENT,
     "safeshield-shield": SHIELD,
     "safeshield-checkpoint": CHECKPOINT,
 }
