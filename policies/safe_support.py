@@ -220,6 +220,32 @@ class SafeSupportPolicy:
             value, error = self._box_density(states, rows, batch, played, samples)
         return LogDensity(value[0], error[0]) if single else LogDensity(value, error)
 
+    def relative_log_prob(self, observations: Batch, actions: Batch) -> Scalars:
+        """Return log pi(a | s) (n,) up to a constant of the state: log q where accepted.
+
+        What depends on the action alone, without measuring Z(s); minus infinity outside the safe
+        support. Discrete: `log_prob` itself. None of what `log_density` estimates is needed by who
+        compares actions of one state.
+
+        Args:
+            observations: a batch.
+            actions: likewise.
+
+        Raises:
+            TypeError: the proposal has no density.
+            ValueError: a wrong shape.
+        """
+        if self.shield.model.played.discrete:
+            return np.asarray(self.log_prob(observations, actions))
+        rows, _ = self.shield.observation_rows(observations)
+        played, _ = self.shield.action_rows(actions)
+        states = self.shield.states(rows)
+        log_q = self._proposal.log_prob(states, finite(observations), played[:, None])
+        if log_q is None:
+            raise self._without_density()
+        accepted, _ = self.shield.admits(states, rows, played[:, None])
+        return np.where(accepted[:, 0], log_q[:, 0], -np.inf)
+
     # -- drawing --------------------------------------------------------------------------------
 
     def _act(

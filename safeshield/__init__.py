@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safeshield.calibration.walk import CalibrationError
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.online import SafeSupportQLearning, SSQLConfig
     from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
     from safeshield.shield.adaptive import AdaptiveThreshold
     from safeshield.shield.report import FilterReport
@@ -38,9 +39,11 @@ _HOMES = {
     "CalibrationRecord": "safeshield.calibration.record",
     "FilterReport": "safeshield.shield.report",
     "OfflineDataset": "safeshield.data.dataset",
+    "SSQLConfig": "safeshield.online",
     "SafeFQL": "safeshield.algorithms.safefql",
     "SafeFQLConfig": "safeshield.algorithms.safefql",
     "SafeSupportPolicy": "safeshield.policies",
+    "SafeSupportQLearning": "safeshield.online",
     "SafetyShield": "safeshield.wrappers",
     "ShieldConfig": "safeshield.algorithms.shield_trainer",
     "ShieldTrainer": "safeshield.algorithms.shield_trainer",
@@ -56,9 +59,11 @@ __all__ = [
     "CalibrationRecord",
     "FilterReport",
     "OfflineDataset",
+    "SSQLConfig",
     "SafeFQL",
     "SafeFQLConfig",
     "SafeSupportPolicy",
+    "SafeSupportQLearning",
     "SafetyShield",
     "Shield",
     "ShieldConfig",

@@ -35,6 +35,7 @@ _READ_BY = {
     "safeshield-r2pac": "R2PAC.load",
     "safeshield-fisor": "FISOR.load",
     "safeshield-behaviour-cloning": "BehaviourCloning.load",
+    "safeshield-ssql": "SafeSupportQLearning.load",
     "safeshield-shield": "Shield.load",
     "safeshield-checkpoint": "fit(checkpoint=...), which goes on from it,",
 }

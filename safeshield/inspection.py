@@ -22,6 +22,7 @@ _FORMATS = {
     "safeshield-r2pac": AGENT,
     "safeshield-fisor": AGENT,
     "safeshield-behaviour-cloning": AGENT,
+    "safeshield-ssql": AGENT,
     "safeshield-shield": SHIELD,
     "safeshield-checkpoint": CHECKPOINT,
 }

@@ -58,15 +58,21 @@ class Scaling:
     @classmethod
     def of(cls, dataset: OfflineDataset) -> Scaling:
         """Read the scaling off a log; the action box must be bounded."""
-        actions, observations = dataset.flat_actions, dataset.flat_observations
+        return cls.of_rows(dataset.observations, dataset.flat_observations, dataset.flat_actions)
+
+    @classmethod
+    def of_rows(
+        cls, rows: npt.NDArray[np.float32], observations: FlatSpace, actions: FlatSpace
+    ) -> Scaling:
+        """Read the scaling off rows of observations (n, obs)."""
         low, high = actions.low, actions.high
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ValueError(
                 "action_space must be a bounded box with low < high in every entry, got "
-                f"{dataset.action_space}; wrap the environment in RescaleAction or narrow the box"
+                f"{actions.space}; wrap the environment in RescaleAction or narrow the box"
             )
-        mean = dataset.observations.mean(0, dtype=np.float64)
-        spread = dataset.observations.std(0, dtype=np.float64)
+        mean = rows.mean(0, dtype=np.float64)
+        spread = rows.std(0, dtype=np.float64)
         floor = _CONSTANT * np.maximum(np.abs(mean), 1.0)
         spread = np.where(spread > floor, spread, 1.0)
         counts = np.array(observations.categories, dtype=bool)

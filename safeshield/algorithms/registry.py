@@ -1,9 +1,9 @@
-"""The offline algorithms by name, and agents from files of any of them."""
+"""The offline algorithms by name, and agents from files of any of them, the online one included."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,11 @@ from safeshield.algorithms.flrp import FLRP
 from safeshield.algorithms.r2pac import R2PAC
 from safeshield.algorithms.safefql import SafeFQL
 from safeshield.files import read_by, read_tensors
+
+if TYPE_CHECKING:
+    from safeshield.online import SafeSupportQLearning
+
+_ONLINE = "safeshield-ssql"
 
 ALGORITHMS: dict[str, type[OfflineAgent[Any, Any]]] = {
     "safefql": SafeFQL,
@@ -27,7 +32,7 @@ ALGORITHMS: dict[str, type[OfflineAgent[Any, Any]]] = {
 
 def load_agent(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
-) -> OfflineAgent[Any, Any]:
+) -> OfflineAgent[Any, Any] | SafeSupportQLearning:
     """Read an agent of any algorithm from its file.
 
     Raises:
@@ -38,7 +43,12 @@ def load_agent(
     for agent in ALGORITHMS.values():
         if agent.file_format == kind:
             return agent.load(path, device=device)
-    known = [agent.file_format for agent in ALGORITHMS.values()]
+    if kind == _ONLINE:
+        # On first use: it stands above the algorithms, and brings Stable-Baselines3 along.
+        from safeshield.online import SafeSupportQLearning
+
+        return SafeSupportQLearning.load(path, device=device)
+    known = [agent.file_format for agent in ALGORITHMS.values()] + [_ONLINE]
     raise ValueError(
         f"{path} must be an agent's file (one of {known}), but is a {kind!r}{read_by(kind)}"
     )

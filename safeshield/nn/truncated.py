@@ -1,0 +1,84 @@
+r"""Mixtures of truncated normals on the box [-1, 1]^d: a density that ends where the box ends.
+
+    p(x) = sum_k w_k prod_j N(x_j; m_kj, s_kj) / (Phi((1 - m_kj) / s_kj) - Phi((-1 - m_kj) / s_kj))
+
+A wide component is the uniform one, a narrow one at the edge a bang-bang action; neither has mass
+outside, and no logarithm of 1 - x^2 runs away at the edge as that of a squashed normal does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from safeshield.nn.mlp import EnsembleMLP, Params
+
+_LOW, _HIGH = -4.5, 1.5
+"""Range of the log of a component's width, in half widths of the box."""
+_EDGE = 1e-6
+
+
+class Mixture(NamedTuple):
+    """Parameters of n mixtures of k components in d dimensions."""
+
+    log_weights: Tensor
+    """(n, k)."""
+    means: Tensor
+    """(n, k, d) in (-1, 1)."""
+    widths: Tensor
+    """(n, k, d) standard deviations before truncation."""
+
+
+def mixture_network(inputs: int, act: int, hidden: tuple[int, ...], components: int) -> EnsembleMLP:
+    """Describe the network whose outputs `mixture` reads."""
+    return EnsembleMLP(inputs, components * (1 + 2 * act), hidden)
+
+
+def mixture(
+    network: EnsembleMLP, params: Params, observations: Tensor, act: int, components: int
+) -> Mixture:
+    """Return the mixtures of observations (n, obs) for actions of `act` entries."""
+    out = network(params, observations)[0]
+    logits, means, logs = torch.split(out, [components, components * act, components * act], -1)
+    shape = (len(out), components, act)
+    # Soft bounds: a hard clamp has no gradient back from beyond.
+    widths = _LOW + (_HIGH - _LOW) * torch.sigmoid(logs + 1.5)
+    return Mixture(
+        torch.log_softmax(logits, -1), torch.tanh(means).reshape(shape), widths.exp().reshape(shape)
+    )
+
+
+def log_density(parts: Mixture, actions: Tensor) -> Tensor:
+    """Return log p (n, c) of c actions (n, c, d) in [-1, 1], per unit of the scaled box's volume.
+
+    >>> flat = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.full((1, 1, 1), 1e3))
+    >>> log_density(flat, torch.zeros(1, 1, 1)).exp().round(decimals=3)
+    tensor([[0.5000]])
+    """
+    means, widths = parts.means[:, None], parts.widths[:, None]
+    z = (actions[:, :, None] - means) / widths
+    low, high = _ends(means, widths)
+    inside = (high - low).clamp(min=1e-12).log()
+    each = (-0.5 * z.square() - widths.log() - 0.5 * math.log(2.0 * math.pi) - inside).sum(-1)
+    return torch.logsumexp(parts.log_weights[:, None] + each, -1)
+
+
+def draw_each(parts: Mixture, uniform: Tensor) -> Tensor:
+    """Return one action of every component (n, k, d), differentiable in means and widths.
+
+    Args:
+        parts: the mixtures.
+        uniform: (n, k, d) in [0, 1): through the inverse of the distribution function.
+    """
+    low, high = _ends(parts.means, parts.widths)
+    level = (low + uniform * (high - low)).clamp(_EDGE, 1.0 - _EDGE)
+    z = math.sqrt(2.0) * torch.erfinv(2.0 * level - 1.0)
+    return (parts.means + parts.widths * z).clamp(-1.0, 1.0)
+
+
+def _ends(means: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    ends = [torch.special.ndtr((end - means) / widths) for end in (-1.0, 1.0)]
+    return ends[0], ends[1]

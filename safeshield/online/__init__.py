@@ -1,0 +1,23 @@
+"""Learning online inside a safe set: behaviours, the collector, Safe-Support Q-learning."""
+
+from safeshield.online.behaviours import Behaviour, FlowTeacher, MaskedUniform, Tabular
+from safeshield.online.cloned import ClonedBehaviour
+from safeshield.online.collecting import OutsideSafeSetWarning, Tally
+from safeshield.online.config import SSQLConfig
+from safeshield.online.safe_sets import NoSafeActionError, SafeRules
+from safeshield.online.ssql import RefreshRefusedWarning, SafeSupportQLearning
+
+__all__ = [
+    "Behaviour",
+    "ClonedBehaviour",
+    "FlowTeacher",
+    "MaskedUniform",
+    "NoSafeActionError",
+    "OutsideSafeSetWarning",
+    "RefreshRefusedWarning",
+    "SSQLConfig",
+    "SafeRules",
+    "SafeSupportQLearning",
+    "Tabular",
+    "Tally",
+]

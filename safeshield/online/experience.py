@@ -1,0 +1,103 @@
+"""Logs as experience: transitions with what a behaviour offers there, and a log's own clone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safeshield.algorithms.training import Draw
+from safeshield.data.dataset import OfflineDataset
+from safeshield.flat import FlatSpace
+from safeshield.nn.mlp import Params
+from safeshield.online.behaviours import Behaviour
+from safeshield.online.choices import choice_index
+from safeshield.online.cloned import ClonedBehaviour
+from safeshield.online.config import SSQLConfig
+from safeshield.online.offers import Offer, offer
+from safeshield.online.replay import Replay, Step
+from safeshield.online.safe_sets import SafeSet
+from safeshield.online.ssql_run import SSQLModel, SSQLUpdates
+from safeshield.online.ssql_updates import CLONE
+
+Array = npt.NDArray[Any]
+_CHUNK = 4096
+
+
+def replay_of_log(
+    dataset: OfflineDataset,
+    behaviour: Behaviour,
+    safe_set: SafeSet | None,
+    samples: int,
+    rng: np.random.Generator,
+) -> Replay:
+    """Return the transitions of a log, with the behaviour's offers in both of their states."""
+    seen, played = dataset.flat_observations, dataset.flat_actions
+
+    def offers(rows: Array) -> Offer:
+        parts = [
+            offer(behaviour, safe_set, played, seen.batch(rows[i : i + _CHUNK]), samples, rng)
+            for i in range(0, len(rows), _CHUNK)
+        ]
+        return Offer(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    here = offers(dataset.observations)
+    # The state after a step is where the next one starts; an episode's last is asked about where it
+    # was cut off. Nothing is asked about a terminal state, and what stands there is never read.
+    following = np.minimum(np.arange(len(dataset)) + 1, len(dataset) - 1)
+    after = Offer(*(np.array(part[following]) for part in here))
+    cut = np.flatnonzero(dataset.truncated & ~dataset.terminated)
+    if len(cut):
+        for part, last in zip(after, offers(dataset.next_observations[cut]), strict=True):
+            part[cut] = last
+    return _filled(dataset, played, here, after)
+
+
+def clone_of_log(
+    dataset: OfflineDataset, model: SSQLModel, config: SSQLConfig, device: torch.device
+) -> tuple[ClonedBehaviour, Params]:
+    """Return the log's own behaviour, by maximum likelihood of its actions; and the weights."""
+    played, count = dataset.flat_actions, len(dataset)
+    if played.discrete:
+        candidates = np.zeros((count, 0, played.width), np.float32)
+        log_mu = np.full((count, len(played.choices)), -np.inf, np.float32)
+        taken = choice_index(played, dataset.actions[:, None])[:, 0]
+        log_mu[np.arange(count), taken] = 0.0
+    else:
+        candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
+    no = np.zeros(count, np.bool_)
+    own = Offer(candidates, log_mu, dataset.actions, no, np.zeros(count), no)
+    replay = _filled(dataset, played, own, own)
+    total = max(config.extraction_steps, 1)
+    updates = SSQLUpdates(
+        model, replay, config.temperature, config.discount, config.learning_rate, config.polyak
+    ).clone(total)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    state = model.initial(generator)
+    empty = torch.zeros(0, device=device)
+    for _ in range(total):
+        rows = torch.randint(count, (config.batch_size,), generator=generator, device=device)
+        state, metrics = updates(state, Draw(rows, empty, empty))
+    if not torch.isfinite(metrics["clone/cross_entropy"]):
+        raise FloatingPointError("cloning the log diverged: lower learning_rate")
+    params = state.networks[CLONE]
+    seen = dataset.flat_observations
+    return ClonedBehaviour(seen, played, model.scaling, model.actor, params), params
+
+
+def _filled(dataset: OfflineDataset, played: FlatSpace, here: Offer, after: Offer) -> Replay:
+    replay = Replay(len(dataset), played)
+    replay.add(
+        Step(
+            dataset.observations,
+            here,
+            dataset.actions,
+            dataset.rewards,
+            dataset.next_observations,
+            after,
+            dataset.terminated,
+        )
+    )
+    return replay

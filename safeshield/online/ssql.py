@@ -1,0 +1,853 @@
+r"""Safe-Support Q-learning: learn online, inside a behaviour's support, and never leave it.
+
+A behaviour mu that is supported on a safe set collects all data. Two stages:
+
+1. critics by a Bellman target regularised by KL to mu,
+
+       y = r + g (1 - terminated) a log E_{x ~ mu(.|s')} [ exp(Q'(s', x) / a) ]
+
+2. the induced policy pi*(x|s) = mu(x|s) exp(Q(s, x) / a) / Z(s), and a network that stands for it.
+
+Source: arXiv 2604.25379. Only its abstract is known to us; the mathematics is derived, standard
+KL-regularised control (`values.soft`), and so is every design decision here.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import Any, Self, cast
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from tqdm.auto import tqdm
+
+from safeshield.algorithms.tensors import run_identity
+from safeshield.algorithms.training import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    device_of,
+    fit_options,
+    run_phases,
+)
+from safeshield.arguments import whole
+from safeshield.batch_policy import batch_policy
+from safeshield.calibration.binomial import episodes_needed
+from safeshield.calibration.walk import CalibrationError
+from safeshield.data.dataset import OfflineDataset
+from safeshield.flat import Batch, flat_actions, flat_observations
+from safeshield.online.actor import Actor
+from safeshield.online.behaviours import Behaviour, as_behaviour
+from safeshield.online.cloned import ClonedBehaviour
+from safeshield.online.collecting import Collector, Tally
+from safeshield.online.config import SSQLConfig
+from safeshield.online.experience import clone_of_log, replay_of_log
+from safeshield.online.offers import Offer, offer
+from safeshield.online.replay import Replay
+from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_safe_set
+from safeshield.online.ssql_run import SSQLModel, SSQLUpdates, units_of_returns
+from safeshield.online.ssql_updates import ACTOR, CLONE, CRITIC, SoftCritics, Support
+from safeshield.online.storage import read_agent, save_agent
+from safeshield.scaling import Scaling
+from safeshield.shield.nested import shielding_layer
+from safeshield.shield.shield import HasShield, Shield
+from safeshield.values.soft import induced_log_policy, soft_value
+from safeshield.vectorise import environment_id
+
+Array = npt.NDArray[Any]
+_CHECK_EVERY = 500
+"""Updates between two looks at whether the numbers are finite, and lines in TensorBoard."""
+
+
+class RefreshRefusedWarning(UserWarning):
+    """A refreshed collector failed its test, or the budget is spent: the former one goes on."""
+
+
+class SafeSupportQLearning:
+    """Learn a better policy from, and inside the support of, a behaviour that keeps to a safe set.
+
+    What is executed while it learns is always one of the behaviour's own actions that the safe set
+    admits (`tally` counts what was refused); where a shield accepts nothing, its least bad action.
+    What that promises is what the shield's record, or the author of the rules, promises, and no
+    more.
+
+    Args:
+        env: a Gymnasium environment, shielded already or not, or a `VecEnv` of Stable-Baselines3;
+            None for `fit` alone.
+        behaviour: mu, without memory: a `Behaviour` (`Tabular`, `MaskedUniform`, `FlowTeacher`,
+            `ClonedBehaviour`), `SafeRules` (uniform inside them), a `SafeSupportPolicy`, or any
+            policy that `as_batch_policy` takes, with or without a method ``log_prob``. None, for
+            `fit` alone: a clone of the log.
+        config: settings; see `SSQLConfig`.
+        safe: what may be executed: a `Shield`, a path to its file, an agent that has one, or
+            `SafeRules`. By default the shield around the environment, else the one inside the
+            behaviour; without any, whatever the behaviour proposes is executed.
+        calibration_env: for `recalibration_episodes`: where refreshed collectors are tested, a
+            simulator or a testbed; its episodes may violate.
+        tensorboard_log: folder for TensorBoard.
+        verbose: 1 prints a table of the log.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    Raises:
+        TypeError: no behaviour, no environment, a space that is not supported.
+        ValueError: the shield's spaces are not the environment's, or a setting does not fit.
+
+    >>> import gymnasium as gym
+    >>> from safeshield.online import SafeRules
+    >>> lake = gym.make("FrozenLake-v1", is_slippery=False, max_episode_steps=30)
+    >>> def safe(cell, move):  # the holes of the 4 x 4 map; moves: left, down, right, up
+    ...     row, column = divmod(cell, 4)
+    ...     row = min(max(row + (0, 1, 0, -1)[move], 0), 3)
+    ...     column = min(max(column + (-1, 0, 1, 0)[move], 0), 3)
+    ...     return 4 * row + column not in (5, 7, 11, 12)
+    >>> config = SSQLConfig(temperature=0.01, learning_rate=0.03, learning_starts=500)
+    >>> agent = SafeSupportQLearning(lake, SafeRules(safe, lake.action_space), config)
+    >>> agent.learn(1000).tally.proposed_outside
+    0
+    >>> int(agent.predict(14, deterministic=True)[0])  # beside the goal: right
+    2
+    """
+
+    def __init__(
+        self,
+        env: gym.Env[Any, Any] | VecEnv | None = None,
+        behaviour: object = None,
+        config: SSQLConfig | None = None,
+        *,
+        safe: SafeRules | Shield | HasShield | str | os.PathLike[str] | None = None,
+        calibration_env: gym.Env[Any, Any] | None = None,
+        tensorboard_log: str | os.PathLike[str] | None = None,
+        verbose: int = 0,
+        device: str | torch.device = "auto",
+    ) -> None:
+        self.config = SSQLConfig() if config is None else config
+        if not isinstance(self.config, SSQLConfig):
+            raise TypeError(f"config must be an SSQLConfig, got {type(config).__name__}")
+        self.device = device_of(device)
+        self.verbose = verbose
+        self.tensorboard_log = None if tensorboard_log is None else os.fspath(tensorboard_log)
+        self.num_timesteps = 0
+        self._venv = _as_venv(env)
+        layer = None if env is None else shielding_layer(env)
+        if safe is None and layer is not None:
+            safe = cast(Shield, vars(layer)["shield"])
+        self._given, self._behaviour = behaviour, cast("Behaviour | None", None)
+        self.safe_set: SafeSet | None = as_safe_set(safe, behaviour)
+        self._calibration_env = calibration_env
+        if self._venv is not None:
+            if behaviour is None:
+                raise TypeError(
+                    "behaviour must be given where there is an environment: a SafeSupportPolicy, "
+                    "SafeRules, a Behaviour or any other policy"
+                )
+            self._meet(self._venv)
+        self._check_recalibration()
+        self._rng = np.random.default_rng(self.config.seed)
+        self._generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        self._model: SSQLModel | None = None
+        self._state: TrainState | None = None
+        self._extracted = False
+        self._cloned = False
+        self._collector: Collector | None = None
+        self._replay: Replay | None = None
+        self._snapshot: dict[str, torch.Tensor] | None = None
+        self._logger: Logger | None = None
+        self.recalibration_spent = 0
+        """Episodes of the budget that tests of refreshed collectors have used."""
+
+    # -- what it is made of -----------------------------------------------------------------------
+
+    def _meet(self, venv: VecEnv) -> None:
+        played = flat_actions(venv.action_space)
+        flat_observations(venv.observation_space)
+        if isinstance(self.safe_set, ShieldSet):
+            self.safe_set.shield.check_fits(
+                venv.observation_space, venv.action_space, environment_id(venv)
+            )
+        elif self.safe_set is not None and self.safe_set.actions.space != played.space:
+            raise ValueError(
+                f"the rules are for {self.safe_set.actions.space}, the environment's actions are "
+                f"{played.space}"
+            )
+        _bounded(venv.action_space)
+        self._behaviour = as_behaviour(self._given, venv.action_space)
+
+    def _check_recalibration(self) -> None:
+        if not self.config.recalibration_episodes:
+            return
+        tested = self.safe_set.shield if isinstance(self.safe_set, ShieldSet) else None
+        if tested is None or tested.record is None:
+            raise ValueError(
+                "recalibration_episodes needs a calibrated shield, whose record says what to test; "
+                "rules are not tested, and an uncalibrated shield promises nothing"
+            )
+        if self._calibration_env is None:
+            raise ValueError(
+                "recalibration_episodes needs a calibration_env, in which refreshed collectors are "
+                "tested before they act"
+            )
+
+    @property
+    def tally(self) -> Tally:
+        """What has been proposed, executed and met since learning began."""
+        return Tally() if self._collector is None else self._collector.tally
+
+    @property
+    def observation_space(self) -> gym.Space[Any]:
+        """Space of one observation."""
+        return self._fitted()[0].observation_space
+
+    @property
+    def action_space(self) -> gym.Space[Any]:
+        """Space of one action."""
+        return self._fitted()[0].action_space
+
+    @property
+    def logger(self) -> Logger:
+        """The logger of the present `learn`, for callbacks."""
+        if self._logger is None:
+            raise RuntimeError("there is no logger before learn() is called")
+        return self._logger
+
+    def get_env(self) -> VecEnv | None:
+        """Return the environments, for callbacks."""
+        return self._venv
+
+    def get_vec_normalize_env(self) -> None:
+        """Return None: observations are normalised inside, for callbacks that ask."""
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what is known of a trained agent beside its settings, as JSON values."""
+        model, _ = self._fitted()
+        return {
+            "value_offset": model.critics.offset,
+            "value_spread": model.critics.spread,
+            "parametric_policy": self._extracted,
+        }
+
+    def _fitted(self) -> tuple[SSQLModel, TrainState]:
+        if self._model is None or self._state is None:
+            raise RuntimeError(
+                "this agent has not learned yet: call learn() with more than learning_starts "
+                f"({self.config.learning_starts}) steps, fit(), or SafeSupportQLearning.load()"
+            )
+        return self._model, self._state
+
+    def _describe(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        units: tuple[float, float],
+    ) -> SSQLModel:
+        config = self.config
+        seen, played = flat_observations(observation_space), flat_actions(action_space)
+        choices = len(played.choices) if played.discrete else 0
+        hidden = config.critic_hidden
+        if hidden is None:
+            table = isinstance(observation_space, gym.spaces.Discrete) and played.discrete
+            hidden = () if table else (128, 128)
+        inputs = scaling.observation_features
+        actor = Actor(inputs, choices, played.width, config.actor_hidden, config.components)
+        critics = SoftCritics(inputs, choices, played.width, hidden, *units)
+        return SSQLModel(seen, played, scaling, critics, actor)
+
+    def _updates(self, model: SSQLModel, replay: Replay) -> SSQLUpdates:
+        config = self.config
+        return SSQLUpdates(
+            model, replay, config.temperature, config.discount, config.learning_rate, config.polyak
+        )
+
+    # -- online -----------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Any = None,  # noqa: ANN401 - as in Stable-Baselines3
+        log_interval: int = 4,
+        tb_log_name: str = "SSQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Collect and learn in turn, then extract the parametric policy; returns self.
+
+        Args:
+            total_timesteps: steps of all environments together, warm-up included.
+            callback: a callback of Stable-Baselines3, a list of them, or a function; one that
+                returns False ends collecting, and stage two follows.
+            log_interval: episodes between two lines of the log.
+            tb_log_name: of the run in TensorBoard.
+            reset_num_timesteps: False goes on counting where the last call ended. What was learned
+                is kept either way.
+            progress_bar: show one.
+
+        Raises:
+            TypeError: a number is no whole one.
+            ValueError: no environment; fewer steps than `learning_starts`; a reward that is not
+                finite; a behaviour that returns no actions of the space.
+            NoSafeActionError: rules admit nothing in a state that was reached.
+            FloatingPointError: a loss or a weight became NaN.
+        """
+        total = whole("total_timesteps", total_timesteps, least=1)
+        log_interval = whole("log_interval", log_interval, least=1)
+        collector = self._collecting(total)
+        if reset_num_timesteps:
+            self.num_timesteps = 0
+        end = self.num_timesteps + total
+        self._logger = configure_logger(
+            self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps
+        )
+        callbacks = _as_callback(callback)
+        callbacks.init_callback(cast(Any, self))
+        # A callback's `learn` of its own keeps in step with what it is told here.
+        callbacks.on_training_start(
+            {"self": self, "total_timesteps": end, "reset_num_timesteps": reset_num_timesteps}, {}
+        )
+        with tqdm(total=end, initial=self.num_timesteps, disable=not progress_bar) as bar:
+            self._loop(collector, callbacks, end, log_interval, bar)
+        self._extract()
+        callbacks.on_training_end()
+        self._logger.dump(self.num_timesteps)
+        return self
+
+    def _collecting(self, total: int) -> Collector:
+        venv, behaviour = self._venv, self._behaviour
+        if venv is None or behaviour is None:
+            raise ValueError("learn() needs an environment: SafeSupportQLearning(env, behaviour)")
+        if self._model is None and total <= self.config.learning_starts:
+            raise ValueError(
+                f"total_timesteps must be above learning_starts ({self.config.learning_starts}), "
+                f"got {total}: nothing would be learned"
+            )
+        if self._collector is None:
+            seen, played = (
+                flat_observations(venv.observation_space),
+                flat_actions(venv.action_space),
+            )
+            self._collector = Collector(
+                venv, seen, played, behaviour, self.safe_set, self.config.samples, self._rng
+            )
+            self._replay = Replay(self.config.buffer_size, played)
+        venv.seed(self.config.seed)
+        self._collector.reset()
+        return self._collector
+
+    def _loop(
+        self,
+        collector: Collector,
+        callbacks: BaseCallback,
+        end: int,
+        log_interval: int,
+        bar: Any,  # noqa: ANN401
+    ) -> None:
+        config, replay = self.config, cast(Replay, self._replay)
+        count = collector.venv.num_envs
+        warm: list[tuple[Array, Array, Array]] = []
+        returns, running = deque[float](maxlen=100), np.zeros(count)
+        logged, turn, refreshed = 0, 0, self.num_timesteps
+        metrics: Metrics = {}
+        while self.num_timesteps < end:
+            callbacks.on_rollout_start()
+            for _ in range(config.train_freq):
+                step, dones, infos = collector.step(self._choose if self._snapshot else None)
+                if len(step.rewards):
+                    replay.add(step)
+                self.num_timesteps += count
+                bar.update(count)
+                if self._model is None and len(step.rewards) == count:
+                    warm.append((step.rewards, dones, step.terminated))
+                running += step.rewards if len(step.rewards) == count else 0.0
+                returns.extend(running[dones].tolist())
+                running[dones] = 0.0
+                callbacks.update_locals({"infos": infos, "dones": dones, "rewards": step.rewards})
+                if not callbacks.on_step():
+                    end = self.num_timesteps
+                    break
+            callbacks.on_rollout_end()
+            if self.num_timesteps < config.learning_starts or not len(replay):
+                continue
+            if self._model is None:
+                self._begin(replay, warm)
+            for _ in range(config.gradient_steps):
+                metrics = self._update(replay)
+                turn += 1
+                if turn % _CHECK_EVERY == 0:
+                    self._check_finite(metrics)
+            every = config.refresh_every
+            if every is not None and self.num_timesteps - refreshed >= every:
+                refreshed = self.num_timesteps
+                self._refresh(collector)
+            if collector.tally.episodes - logged >= log_interval:
+                logged = collector.tally.episodes
+                self._record(metrics, returns)
+                self.logger.dump(self.num_timesteps)
+        self._check_finite(metrics)
+
+    def _begin(self, replay: Replay, warm: list[tuple[Array, Array, Array]]) -> None:
+        """Read the units off what the behaviour has collected, and draw the weights."""
+        venv = cast(VecEnv, self._venv)
+        seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
+        scaling = Scaling.of_rows(replay.column("observations"), seen, played)
+        rewards, ends, terminated = (np.concatenate(part) for part in zip(*warm, strict=True))
+        units = units_of_returns(rewards, ends, terminated, self.config.discount, venv.num_envs)
+        self._model = self._describe(venv.observation_space, venv.action_space, scaling, units)
+        self._state = self._model.initial(self._generator)
+
+    def _update(self, replay: Replay) -> Metrics:
+        model, state = self._fitted()
+        self._state, metrics = self._updates(model, replay).critics(None)(state, self._draw(replay))
+        return metrics
+
+    def _draw(self, replay: Replay) -> Draw:
+        generator, size = self._generator, self.config.batch_size
+        device = generator.device
+        rows = torch.randint(len(replay), (size,), generator=generator, device=device)
+        return Draw(rows, torch.zeros(0, device=device), torch.zeros(0, device=device))
+
+    def _check_finite(self, metrics: Metrics) -> None:
+        state = self._state
+        bad = [name for name, value in metrics.items() if not torch.isfinite(value)]
+        if state is not None:
+            tensors = state.networks[CRITIC].values()
+            bad += [] if all(tensor.isfinite().all() for tensor in tensors) else ["a weight"]
+        if bad:
+            raise FloatingPointError(
+                f"learning diverged: {bad[0]} is NaN or infinite at step {self.num_timesteps}. "
+                "Common causes: rewards of extreme size, a learning_rate that is too high, or a "
+                "temperature far below the critics' errors"
+            )
+
+    def _record(self, metrics: Metrics, returns: deque[float]) -> None:
+        tally, logger = self.tally, self.logger
+        if returns:
+            logger.record("rollout/ep_rew_mean", float(np.mean(returns)))
+        logger.record("time/total_timesteps", self.num_timesteps)
+        for name, value in metrics.items():
+            logger.record(f"train/{name}", float(value))
+        logger.record("safe/proposed_outside", tally.proposed_outside)
+        logger.record("safe/nothing_admitted", tally.nothing_admitted)
+        logger.record("safe/unsafe_steps", tally.unsafe_steps)
+        logger.record("safe/unsafe_episodes", tally.unsafe_episodes)
+
+    # -- a refreshed collector --------------------------------------------------------------------
+
+    def _choose(self, observations: Batch, here: Offer, rng: np.random.Generator) -> Array:
+        """Weigh what is offered by the critics of the last refresh, in a share of the states."""
+        model, _ = self._fitted()
+        params = cast("dict[str, torch.Tensor]", self._snapshot)
+        chosen = self._weighed(model, params, observations, here, rng, deterministic=False)
+        takes = rng.random(len(chosen)) < self.config.refresh_share
+        return np.where(takes[:, None], chosen, here.executed)
+
+    def _refresh(self, collector: Collector) -> None:
+        former = self._snapshot
+        self._snapshot = dict(self._fitted()[1].targets[CRITIC])
+        if self.config.recalibration_episodes and not self._passes(collector):
+            self._snapshot = former
+
+    def _passes(self, collector: Collector) -> bool:
+        """Whether the new collector passes the test that the shield's record names."""
+        shield = cast(ShieldSet, self.safe_set).shield
+        record = shield.record
+        if record is None or self._calibration_env is None:
+            raise RuntimeError("a calibrated shield and a calibration_env were there at the start")
+        needed = episodes_needed(record.epsilon, record.confidence, violations=1)
+        left = self.config.recalibration_episodes - self.recalibration_spent
+        if needed > left:
+            return self._refused(f"the budget has {left} episodes left, a test needs {needed}")
+
+        @batch_policy
+        def refreshed(observations: Batch, rng: np.random.Generator) -> Array:
+            here = offer(
+                collector.behaviour, collector.safe_set, flat_actions(shield.action_space),
+                observations, self.config.samples, rng,
+            )  # fmt: skip
+            return shield.points(self._choose(observations, here, rng))
+
+        self.recalibration_spent += needed
+        try:
+            tested = shield.calibrate(
+                self._calibration_env,
+                epsilon=record.epsilon,
+                confidence=record.confidence,
+                policy=refreshed,
+                policy_name=f"SSQL's collector of step {self.num_timesteps}",
+                deltas=[shield.delta],
+                seed=self.config.seed + self.num_timesteps,
+            )
+        except CalibrationError as error:
+            return self._refused(str(error))
+        self.safe_set = collector.safe_set = ShieldSet(tested)
+        return True
+
+    def _refused(self, why: str) -> bool:
+        warnings.warn(
+            f"the collector was not refreshed at step {self.num_timesteps}: {why}",
+            RefreshRefusedWarning,
+            stacklevel=6,
+        )
+        return False
+
+    # -- from a log -------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        dataset: OfflineDataset,
+        behaviour: object = None,
+        steps: int = 20_000,
+        *,
+        progress_bar: bool = False,
+        log_dir: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 2000,
+    ) -> Self:
+        """Learn from a log that a behaviour has collected; returns self.
+
+        Args:
+            dataset: whole episodes.
+            behaviour: who collected, see the class; by default the one that this object was made
+                with, else a clone of the log's own actions.
+            steps: updates of the critics; `extraction_steps` more are stage two's.
+            progress_bar: show one.
+            log_dir: folder for TensorBoard files.
+            checkpoint: file from which to go on where it exists, and which is kept up to date.
+            checkpoint_every: updates between two checkpoints.
+
+        Raises:
+            TypeError: no log, a number is no whole one.
+            ValueError: the checkpoint is of another run, or the behaviour's actions do not fit.
+            FloatingPointError: a loss or a weight became NaN; the message names the phase.
+        """
+        if not isinstance(dataset, OfflineDataset):
+            raise TypeError(f"dataset must be an OfflineDataset, got {type(dataset).__name__}")
+        options = fit_options(
+            steps, 1, progress_bar=progress_bar, log_dir=log_dir, checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        _bounded(dataset.action_space)
+        ends = dataset.terminated | dataset.truncated
+        units = units_of_returns(dataset.rewards, ends, dataset.terminated, self.config.discount, 1)
+        scaling = Scaling.of(dataset)
+        model = self._describe(dataset.observation_space, dataset.action_space, scaling, units)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        state = model.initial(generator)
+        given = self._given if behaviour is None else behaviour
+        if behaviour is not None:
+            self.safe_set = as_safe_set(None, behaviour) or self.safe_set
+        self._cloned = given is None
+        if given is None:
+            cloned, params = clone_of_log(dataset, model, self.config, self.device)
+            state = state._replace(networks={**state.networks, CLONE: params, ACTOR: params})
+            given = cloned
+        mu = self._behaviour = as_behaviour(given, dataset.action_space)
+        replay = replay_of_log(dataset, mu, self.safe_set, self.config.samples, self._rng)
+        phases = [
+            Phase(
+                "critics",
+                options.steps,
+                self._updates(model, replay).critics(options.steps),
+                self.config.batch_size,
+            ),
+            *self._second_stage(model, replay),
+        ]
+        self._state, _ = run_phases(
+            phases,
+            state,
+            generator,
+            transitions=len(replay),
+            noise_features=model.noise_features,
+            options=options,
+            identity=run_identity(type(self).__name__, self.config, dataset, options.steps),
+        )
+        self._model, self._replay = model, replay
+        self._extracted = self.config.extraction_steps > 0
+        return self
+
+    # -- stage two --------------------------------------------------------------------------------
+
+    def _second_stage(self, model: SSQLModel, replay: Replay) -> list[Phase]:
+        config, updates = self.config, self._updates(model, replay)
+        total = config.extraction_steps
+        if not total:
+            return []
+        behaviour = cast(Behaviour, self._behaviour)
+        some = model.seen.batch(replay.column("observations")[:1])
+        known = behaviour.log_prob(some, self._tried(model)) is not None
+        direction = config.extraction
+        if direction == "auto":
+            direction = "reverse" if known else "forward"
+        if direction == "forward" or model.actor.choices:
+            update = updates.forward(total)
+            if direction == "reverse":
+                update = updates.reverse(total, _no_density)
+            return [Phase("actor", total, update, config.batch_size)]
+        # A box: the actor begins as a clone, inside the support; and where mu has no density of
+        # its own, the clone's takes its place.
+        first = 0 if self._cloned else max(1, total // 3)
+        rest = max(1, total - first)
+
+        def adopt(state: TrainState, _: torch.Generator) -> TrainState:
+            density.append(ClonedBehaviour(model.seen, model.played, model.scaling, model.actor,
+                                           state.networks[CLONE]))  # fmt: skip
+            return state._replace(networks={**state.networks, ACTOR: state.networks[CLONE]})
+
+        density: list[Behaviour] = []
+
+        def log_mu(rows: Array, actions: Array) -> Array:
+            judge = behaviour if known else density[-1]
+            seen = model.seen.batch(rows)
+            likely = cast(Array, judge.log_prob(seen, actions))
+            if self.safe_set is None:
+                return likely
+            return np.where(self.safe_set.admits(seen, actions), likely, -np.inf)
+
+        reverse = Phase(
+            "actor", rest, updates.reverse(rest, log_mu), config.batch_size, refresh=adopt,
+            refresh_every=rest,
+        )  # fmt: skip
+        cloning = Phase("clone", first, updates.clone(first), config.batch_size)
+        return [cloning, reverse] if first else [reverse]
+
+    def _tried(self, model: SSQLModel) -> Array:
+        if model.played.discrete:
+            return model.played.choices[None]
+        return (0.5 * (model.played.low + model.played.high)).astype(np.float32)[None, None]
+
+    def _extract(self) -> None:
+        """Run stage two on what has been collected."""
+        if not self.config.extraction_steps:
+            return
+        (model, state), replay = self._fitted(), cast(Replay, self._replay)
+        phases = self._second_stage(model, replay)
+        for phase in phases:
+            for local in range(phase.steps):
+                if phase.refresh is not None and local % phase.refresh_every == 0:
+                    state = phase.refresh(state, self._generator)
+                draw = self._draw(replay)
+                shape = (phase.batch_size, model.noise_features)
+                noise = torch.randn(shape, generator=self._generator, device=self.device)
+                state, metrics = phase.update(state, draw._replace(noise=noise))
+            self._check_finite(metrics)
+        self._state, self._extracted = state, True
+
+    # -- acting -----------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        observation: Batch,
+        state: tuple[Array, ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Return actions and the state, which is passed through: Stable-Baselines3's signature.
+
+        The induced policy weighs the behaviour's own actions (in a Box `predict_samples` draws of
+        them), inside the safe set; the parametric one is a network's, and may leave the
+        support: `ShieldedPolicy` puts a shield behind either.
+
+        Args:
+            observation: one, or a batch.
+            state: unused; there is no memory.
+            episode_start: unused.
+            deterministic: the likeliest choice, in a Box the draw of highest Q, or the centre of
+                the network's heaviest component.
+
+        Raises:
+            ValueError: another shape, or NaN.
+            RuntimeError: nothing has been learned; or config.policy asks for the induced policy and
+                the behaviour is not at hand, or for the parametric one and there is none.
+        """
+        model, weights = self._fitted()
+        rows, single = model.seen.rows(observation, "observation")
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}"
+            )
+        points = model.seen.batch(rows)
+        rng = np.random.default_rng(self.config.seed) if deterministic else self._rng
+        if self._acts_induced():
+            here = self._offered(model, points, self.config.predict_samples, rng)
+            chosen = self._weighed(
+                model, weights.targets[CRITIC], points, here, rng, deterministic=deterministic
+            )
+        else:
+            actor = ClonedBehaviour(
+                model.seen, model.played, model.scaling, model.actor, weights.networks[ACTOR]
+            )
+            chosen = (
+                actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
+            )
+        actions = model.played.points(chosen)
+        return (actions[0] if single else actions), state
+
+    def _acts_induced(self) -> bool:
+        wanted = self.config.policy
+        if wanted != "parametric" and self._behaviour is not None:
+            return True
+        if wanted == "induced":
+            raise RuntimeError(
+                "the induced policy weighs the behaviour's actions, and the behaviour is not at "
+                "hand: pass it, SafeSupportQLearning.load(path, behaviour)"
+            )
+        if not self._extracted:
+            raise RuntimeError(
+                "there is no parametric policy: learn with extraction_steps of at least 1, or pass "
+                "the behaviour, SafeSupportQLearning.load(path, behaviour)"
+            )
+        return False
+
+    def _offered(
+        self, model: SSQLModel, points: Batch, samples: int, rng: np.random.Generator
+    ) -> Offer:
+        behaviour = cast(Behaviour, self._behaviour)
+        return offer(behaviour, self.safe_set, model.played, points, samples, rng)
+
+    @torch.no_grad()
+    def _weighed(
+        self,
+        model: SSQLModel,
+        params: dict[str, torch.Tensor],
+        observations: Batch,
+        here: Offer,
+        rng: np.random.Generator,
+        *,
+        deterministic: bool,
+    ) -> Array:
+        """Return one of the offered actions (n, act) in each state, drawn from pi*."""
+        support = self._support(model, observations, here)
+        q = model.critics.lowest(params, support)
+        log_pi = (
+            induced_log_policy(q, self.config.temperature, support.log_mu).double().cpu().numpy()
+        )
+        if not deterministic:
+            log_pi = log_pi + rng.gumbel(size=log_pi.shape)
+        best = log_pi.argmax(axis=1)
+        if model.played.discrete:
+            every: Array = model.played.choices[best]
+            return every
+        chosen: Array = here.candidates[np.arange(len(best)), best]
+        return chosen
+
+    def _support(self, model: SSQLModel, observations: Batch, here: Offer) -> Support:
+        rows = np.array(model.seen.rows(observations, "observation")[0], np.float32)
+        log_mu, candidates = here.log_mu, here.candidates
+        if not model.played.discrete:
+            each = candidates.shape[1]
+            log_mu = np.full((len(rows), each), -np.log(each), np.float32)
+            candidates = model.scaling.actions(candidates)
+        parts = model.scaling.observations(rows), candidates, log_mu
+        return Support(*(torch.tensor(part, device=self.device) for part in parts))
+
+    @torch.no_grad()
+    def value(self, observation: Batch) -> Array | np.floating:
+        """Return V(s), () or (n,): the discounted return that the induced policy is promised here.
+
+        It is the regularised one: a KL to the behaviour, at every step, is taken off the rewards.
+
+        Raises:
+            ValueError: a wrong shape.
+            RuntimeError: nothing has been learned, or the behaviour is not at hand.
+        """
+        model, weights = self._fitted()
+        if self._behaviour is None:
+            raise RuntimeError(
+                "the value is a mean over actions of mu, and the behaviour is not at hand: pass "
+                "it, SafeSupportQLearning.load(path, behaviour)"
+            )
+        rows, single = model.seen.rows(observation, "observation")
+        points = model.seen.batch(rows)
+        rng = np.random.default_rng(self.config.seed)
+        here = self._offered(model, points, self.config.predict_samples, rng)
+        support = self._support(model, points, here)
+        q = model.critics.lowest(weights.targets[CRITIC], support)
+        value: Array = soft_value(q, self.config.temperature, support.log_mu).double().cpu().numpy()
+        return cast(np.floating, value[0]) if single else value
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the agent to one safetensors file; nothing in it can run.
+
+        The behaviour is not in it, unless `fit` made it: pass it to `load` again for the induced
+        policy. Nor is what was experienced.
+        """
+        model, state = self._fitted()
+        save_agent(Path(path), self.config, model, state, cloned=self._cloned,
+                   extracted=self._extracted)  # fmt: skip
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        behaviour: object = None,
+        *,
+        safe: SafeRules | Shield | HasShield | str | os.PathLike[str] | None = None,
+        device: str | torch.device = "auto",
+    ) -> Self:
+        """Read an agent from a file that `save` wrote.
+
+        Args:
+            path: the file.
+            behaviour: as it was when the agent learned, for the induced policy; without it the
+                parametric one acts.
+            safe: as in the class.
+            device: likewise.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or of another kind.
+        """
+        config, header, finish = read_agent(Path(path))
+        agent = cls(None, behaviour, config, safe=safe, device=device)
+        model = agent._describe(*header.spaces, header.scaling, header.units)
+        agent._state = finish(model, agent.device)
+        agent._model = model
+        agent._extracted, agent._cloned = header.extracted, header.cloned
+        if behaviour is not None:
+            agent._behaviour = as_behaviour(behaviour, model.action_space)
+        elif header.cloned:
+            agent._behaviour = ClonedBehaviour(
+                model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
+            )
+        return agent
+
+
+def _no_density(rows: Array, actions: Array) -> Array:
+    raise RuntimeError("discrete actions are summed, their density is stored with them")
+
+
+def _bounded(space: gym.Space[Any]) -> None:
+    played = flat_actions(space)
+    if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
+        raise ValueError(
+            f"action_space must be bounded, got {space}; wrap the environment in RescaleAction"
+        )
+
+
+def _as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
+    if env is None or isinstance(env, VecEnv):
+        return env
+    if not isinstance(env, gym.Env):
+        raise TypeError(
+            "env must be a Gymnasium environment or a VecEnv of Stable-Baselines3, got "
+            f"{type(env).__name__}"
+        )
+    return DummyVecEnv([lambda: env])
+
+
+def _as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
+    if isinstance(callback, BaseCallback):
+        return callback
+    if isinstance(callback, list):
+        return CallbackList(callback)
+    return CallbackList([]) if callback is None else ConvertCallback(callback)
