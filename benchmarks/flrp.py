@@ -47,6 +47,12 @@ STEPS = 20_000
 DENSITY_STEPS = 6_000
 REFINE_STEPS = (0, 1, 3, 5, 10)
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+LABELS = {
+    "return": "return",
+    "cost": "cost",
+    "Q_h": "Q_h, units of h",
+    "A_r": "A_r, one step's advantage",
+}
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#777777"
 
 
@@ -246,7 +252,7 @@ def refine(task: str, seed: int, data: Path) -> dict[str, Any]:
 
 
 def draw_refinement(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw figure 3 of the paper for these tasks: return, cost and shift over T."""
+    """Draw figure 3 of the paper for these tasks: return and cost, Q_h and A_r over T."""
     with mpl.rc_context({"font.size": 11, "axes.titlesize": 12, "legend.frameon": False}):
         figure = Figure(figsize=(4.0 * len(found), 6.0), layout="constrained")
         FigureCanvasAgg(figure)
@@ -256,17 +262,24 @@ def draw_refinement(found: dict[str, list[dict[str, Any]]]) -> None:
             for panel, pair in zip(column, (("return", "cost"), ("Q_h", "A_r")), strict=True):
                 for key, colour in zip(pair, (BLUE, VERMILION), strict=True):
                     values = np.array([[t[str(s)][key] for s in REFINE_STEPS] for t in tables])
-                    panel.plot(at, values.mean(0), "o-", color=colour, label=key, markersize=4)
+                    if pair[0] == "Q_h":
+                        # States differ in Q_h far more than actions do.
+                        values = values - values[:, :1]
+                    panel.plot(
+                        at, values.mean(0), "o-", color=colour, label=LABELS[key], markersize=4
+                    )
                     panel.fill_between(
                         at, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
                     )
                 panel.legend()
             column[0].set_title(task)
-            column[0].axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
+            column[0].axhline(1.0, color=GREY, linewidth=0.8, linestyle=":", label="cost limit")
+            column[0].legend()
+            column[1].axhline(0.0, color=GREY, linewidth=0.8, linestyle=":")
             column[1].set_xticks(at, [str(s) for s in REFINE_STEPS])
             column[1].set_xlabel("refinement steps T (trained with 3)")
         axes[0, 0].set_ylabel("played, normalised")
-        axes[1, 0].set_ylabel("critics, at logged states")
+        axes[1, 0].set_ylabel("change against T = 0, in new states")
         figure.savefig(PICTURES / "flrp-refinement.png", dpi=130)
 
 
