@@ -338,7 +338,8 @@ class SafeSupportQLearning:
                 venv, seen, played, behaviour, self.safe_set, self.config.samples, self._rng
             )
             self._replay = Replay(self.config.buffer_size, played)
-        venv.seed(self.config.seed)
+            # Once: a second call goes on with episodes that the first one has not seen.
+            venv.seed(self.config.seed)
         self._collector.reset()
         return self._collector
 
@@ -445,7 +446,7 @@ class SafeSupportQLearning:
         """Weigh what is offered by the critics of the last refresh, in a share of the states."""
         model, _ = self._fitted()
         params = cast("dict[str, torch.Tensor]", self._snapshot)
-        chosen = self._weighed(model, params, observations, here, rng, deterministic=False)
+        chosen, _ = self._weighed(model, params, observations, here, rng, deterministic=False)
         takes = rng.random(len(chosen)) < self.config.refresh_share
         return np.where(takes[:, None], chosen, here.executed)
 
@@ -677,7 +678,7 @@ class SafeSupportQLearning:
         rng = np.random.default_rng(self.config.seed) if deterministic else self._rng
         if self._acts_induced():
             here = self._offered(model, points, self.config.predict_samples, rng)
-            chosen = self._weighed(
+            chosen, _ = self._weighed(
                 model, weights.targets[CRITIC], points, here, rng, deterministic=deterministic
             )
         else:
@@ -690,15 +691,35 @@ class SafeSupportQLearning:
         actions = model.played.points(chosen)
         return (actions[0] if single else actions), state
 
+    def draw(self, observations: Batch, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Return actions of the induced policy in n states, and log pi*(a|s) - log mu(a|s) (n,).
+
+        `value` is the expected discounted sum of reward - temperature * these.
+
+        Raises:
+            RuntimeError: nothing has been learned, or the behaviour is not at hand.
+        """
+        (model, weights), _ = self._fitted(), self._with_behaviour()
+        here = self._offered(model, observations, self.config.predict_samples, rng)
+        chosen, nats = self._weighed(
+            model, weights.targets[CRITIC], observations, here, rng, deterministic=False
+        )
+        return model.played.points(chosen), nats
+
+    def _with_behaviour(self) -> Behaviour:
+        if self._behaviour is None:
+            raise RuntimeError(
+                "the induced policy and its value weigh the behaviour's actions, and the behaviour "
+                "is not at hand: pass it, SafeSupportQLearning.load(path, behaviour)"
+            )
+        return self._behaviour
+
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
         if wanted != "parametric" and self._behaviour is not None:
             return True
         if wanted == "induced":
-            raise RuntimeError(
-                "the induced policy weighs the behaviour's actions, and the behaviour is not at "
-                "hand: pass it, SafeSupportQLearning.load(path, behaviour)"
-            )
+            self._with_behaviour()
         if not self._extracted:
             raise RuntimeError(
                 "there is no parametric policy: learn with extraction_steps of at least 1, or pass "
@@ -709,7 +730,7 @@ class SafeSupportQLearning:
     def _offered(
         self, model: SSQLModel, points: Batch, samples: int, rng: np.random.Generator
     ) -> Offer:
-        behaviour = cast(Behaviour, self._behaviour)
+        behaviour = self._with_behaviour()
         return offer(behaviour, self.safe_set, model.played, points, samples, rng)
 
     @torch.no_grad()
@@ -722,21 +743,19 @@ class SafeSupportQLearning:
         rng: np.random.Generator,
         *,
         deterministic: bool,
-    ) -> Array:
-        """Return one of the offered actions (n, act) in each state, drawn from pi*."""
+    ) -> tuple[Array, Array]:
+        """Return one of the offered actions (n, act) in each state, drawn from pi*; log pi*/mu."""
         support = self._support(model, observations, here)
         q = model.critics.lowest(params, support)
-        log_pi = (
-            induced_log_policy(q, self.config.temperature, support.log_mu).double().cpu().numpy()
-        )
-        if not deterministic:
-            log_pi = log_pi + rng.gumbel(size=log_pi.shape)
-        best = log_pi.argmax(axis=1)
+        tensor = induced_log_policy(q, self.config.temperature, support.log_mu)
+        log_pi = tensor.double().cpu().numpy()
+        noisy = log_pi if deterministic else log_pi + rng.gumbel(size=log_pi.shape)
+        best = noisy.argmax(axis=1)
+        each = np.arange(len(best))
+        nats: Array = log_pi[each, best] - support.log_mu.cpu().numpy()[each, best]
         if model.played.discrete:
-            every: Array = model.played.choices[best]
-            return every
-        chosen: Array = here.candidates[np.arange(len(best)), best]
-        return chosen
+            return model.played.choices[best], nats
+        return here.candidates[each, best], nats
 
     def _support(self, model: SSQLModel, observations: Batch, here: Offer) -> Support:
         rows = np.array(model.seen.rows(observations, "observation")[0], np.float32)
@@ -759,11 +778,7 @@ class SafeSupportQLearning:
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
         model, weights = self._fitted()
-        if self._behaviour is None:
-            raise RuntimeError(
-                "the value is a mean over actions of mu, and the behaviour is not at hand: pass "
-                "it, SafeSupportQLearning.load(path, behaviour)"
-            )
+        self._with_behaviour()
         rows, single = model.seen.rows(observation, "observation")
         points = model.seen.batch(rows)
         rng = np.random.default_rng(self.config.seed)
