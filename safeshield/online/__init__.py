@@ -4,8 +4,9 @@ from safeshield.online.behaviours import Behaviour, FlowTeacher, MaskedUniform, 
 from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.collecting import OutsideSafeSetWarning, Tally
 from safeshield.online.config import SSQLConfig
+from safeshield.online.refreshing import RefreshRefusedWarning
 from safeshield.online.safe_sets import NoSafeActionError, SafeRules
-from safeshield.online.ssql import RefreshRefusedWarning, SafeSupportQLearning
+from safeshield.online.ssql import SafeSupportQLearning
 
 __all__ = [
     "Behaviour",

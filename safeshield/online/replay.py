@@ -88,34 +88,46 @@ class Replay:
         def move(array: Array) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
+        def support(prefix: str) -> Support:
+            rows, candidates, log_mu = (
+                take[prefix + name] for name in ("observations", "candidates", "log_mu")
+            )
+            return support_of(rows, candidates, log_mu, scaling, self._played, device)
+
         take = {name: array[rows] for name, array in self._arrays.items()}
         actions = take["actions"]
         if not self._played.discrete:
             actions = scaling.actions(actions)
         return Transitions(
-            self._support(take["observations"], take["candidates"], take["log_mu"], scaling, move),
+            support(""),
             move(actions),
             move(take["rewards"]),
             move(take["terminated"]),
-            self._support(
-                take["next_observations"],
-                take["next_candidates"],
-                take["next_log_mu"],
-                scaling,
-                move,
-            ),
+            support("next_"),
         )
 
-    def _support(
-        self,
-        observations: Array,
-        candidates: Array,
-        log_mu: Array,
-        scaling: Scaling,
-        move: Any,  # noqa: ANN401
-    ) -> Support:
-        if not self._played.discrete:
-            each = candidates.shape[1]
-            log_mu = np.full((len(candidates), each), -np.log(each), np.float32)
-            candidates = scaling.actions(candidates)
-        return Support(move(scaling.observations(observations)), move(candidates), move(log_mu))
+
+def support_of(
+    rows: Array,
+    candidates: Array,
+    log_mu: Array,
+    scaling: Scaling,
+    played: FlatSpace,
+    device: torch.device,
+) -> Support:
+    """Return what an offer holds on a device, in the networks' units.
+
+    Args:
+        rows: (n, obs) observations.
+        candidates: of the `Offer`.
+        log_mu: likewise.
+        scaling: units.
+        played: rows of actions.
+        device: where to.
+    """
+    if not played.discrete:
+        each = candidates.shape[1]
+        log_mu = np.full((len(candidates), each), -np.log(each), np.float32)
+        candidates = scaling.actions(candidates)
+    parts = (scaling.observations(rows), candidates, log_mu)
+    return Support(*(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts))

@@ -15,7 +15,6 @@ KL-regularised control (`values.soft`), and so is every design decision here.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any, Self, cast
@@ -41,9 +40,6 @@ from safeshield.algorithms.training import (
     run_phases,
 )
 from safeshield.arguments import whole
-from safeshield.batch_policy import batch_policy
-from safeshield.calibration.binomial import episodes_needed
-from safeshield.calibration.walk import CalibrationError
 from safeshield.data.dataset import OfflineDataset
 from safeshield.flat import Batch, flat_actions, flat_observations
 from safeshield.online.actor import Actor
@@ -52,25 +48,22 @@ from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.collecting import Collector, Tally
 from safeshield.online.config import SSQLConfig
 from safeshield.online.experience import clone_of_log, replay_of_log
-from safeshield.online.offers import Offer, offer
+from safeshield.online.induced import InducedPolicy
+from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_safe_set
+from safeshield.online.second_stage import second_stage
 from safeshield.online.ssql_run import SSQLModel, SSQLUpdates, units_of_returns
-from safeshield.online.ssql_updates import ACTOR, CLONE, CRITIC, SoftCritics, Support
+from safeshield.online.ssql_updates import ACTOR, CLONE, CRITIC, SoftCritics
 from safeshield.online.storage import read_agent, save_agent
 from safeshield.scaling import Scaling
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
-from safeshield.values.soft import induced_log_policy, soft_value
 from safeshield.vectorise import environment_id
 
 Array = npt.NDArray[Any]
 _CHECK_EVERY = 500
 """Updates between two looks at whether the numbers are finite, and lines in TensorBoard."""
-
-
-class RefreshRefusedWarning(UserWarning):
-    """A refreshed collector failed its test, or the budget is spent: the former one goes on."""
 
 
 class SafeSupportQLearning:
@@ -143,7 +136,6 @@ class SafeSupportQLearning:
             safe = cast(Shield, vars(layer)["shield"])
         self._given, self._behaviour = behaviour, cast("Behaviour | None", None)
         self.safe_set: SafeSet | None = as_safe_set(safe, behaviour)
-        self._calibration_env = calibration_env
         if self._venv is not None:
             if behaviour is None:
                 raise TypeError(
@@ -151,7 +143,7 @@ class SafeSupportQLearning:
                     "SafeRules, a Behaviour or any other policy"
                 )
             self._meet(self._venv)
-        self._check_recalibration()
+        self._refresher = Refresher(self.config, self.safe_set, calibration_env)
         self._rng = np.random.default_rng(self.config.seed)
         self._generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self._model: SSQLModel | None = None
@@ -160,10 +152,7 @@ class SafeSupportQLearning:
         self._cloned = False
         self._collector: Collector | None = None
         self._replay: Replay | None = None
-        self._snapshot: dict[str, torch.Tensor] | None = None
         self._logger: Logger | None = None
-        self.recalibration_spent = 0
-        """Episodes of the budget that tests of refreshed collectors have used."""
 
     # -- what it is made of -----------------------------------------------------------------------
 
@@ -182,25 +171,15 @@ class SafeSupportQLearning:
         _bounded(venv.action_space)
         self._behaviour = as_behaviour(self._given, venv.action_space)
 
-    def _check_recalibration(self) -> None:
-        if not self.config.recalibration_episodes:
-            return
-        tested = self.safe_set.shield if isinstance(self.safe_set, ShieldSet) else None
-        if tested is None or tested.record is None:
-            raise ValueError(
-                "recalibration_episodes needs a calibrated shield, whose record says what to test; "
-                "rules are not tested, and an uncalibrated shield promises nothing"
-            )
-        if self._calibration_env is None:
-            raise ValueError(
-                "recalibration_episodes needs a calibration_env, in which refreshed collectors are "
-                "tested before they act"
-            )
-
     @property
     def tally(self) -> Tally:
         """What has been proposed, executed and met since learning began."""
         return Tally() if self._collector is None else self._collector.tally
+
+    @property
+    def recalibration_spent(self) -> int:
+        """Episodes of the budget that tests of refreshed collectors have used."""
+        return self._refresher.spent
 
     @property
     def observation_space(self) -> gym.Space[Any]:
@@ -338,7 +317,8 @@ class SafeSupportQLearning:
                 venv, seen, played, behaviour, self.safe_set, self.config.samples, self._rng
             )
             self._replay = Replay(self.config.buffer_size, played)
-        venv.seed(self.config.seed)
+            # Once: a second call goes on with episodes that the first one has not seen.
+            venv.seed(self.config.seed)
         self._collector.reset()
         return self._collector
 
@@ -359,7 +339,7 @@ class SafeSupportQLearning:
         while self.num_timesteps < end:
             callbacks.on_rollout_start()
             for _ in range(config.train_freq):
-                step, dones, infos = collector.step(self._choose if self._snapshot else None)
+                step, dones, infos = collector.step(self._refresher.choose)
                 if len(step.rewards):
                     replay.add(step)
                 self.num_timesteps += count
@@ -386,7 +366,9 @@ class SafeSupportQLearning:
             every = config.refresh_every
             if every is not None and self.num_timesteps - refreshed >= every:
                 refreshed = self.num_timesteps
-                self._refresh(collector)
+                params = self._fitted()[1].targets[CRITIC]
+                self._refresher.refresh(self._induced(), params, collector, self.num_timesteps)
+                self.safe_set = collector.safe_set
             if collector.tally.episodes - logged >= log_interval:
                 logged = collector.tally.episodes
                 self._record(metrics, returns)
@@ -438,65 +420,6 @@ class SafeSupportQLearning:
         logger.record("safe/nothing_admitted", tally.nothing_admitted)
         logger.record("safe/unsafe_steps", tally.unsafe_steps)
         logger.record("safe/unsafe_episodes", tally.unsafe_episodes)
-
-    # -- a refreshed collector --------------------------------------------------------------------
-
-    def _choose(self, observations: Batch, here: Offer, rng: np.random.Generator) -> Array:
-        """Weigh what is offered by the critics of the last refresh, in a share of the states."""
-        model, _ = self._fitted()
-        params = cast("dict[str, torch.Tensor]", self._snapshot)
-        chosen = self._weighed(model, params, observations, here, rng, deterministic=False)
-        takes = rng.random(len(chosen)) < self.config.refresh_share
-        return np.where(takes[:, None], chosen, here.executed)
-
-    def _refresh(self, collector: Collector) -> None:
-        former = self._snapshot
-        self._snapshot = dict(self._fitted()[1].targets[CRITIC])
-        if self.config.recalibration_episodes and not self._passes(collector):
-            self._snapshot = former
-
-    def _passes(self, collector: Collector) -> bool:
-        """Whether the new collector passes the test that the shield's record names."""
-        shield = cast(ShieldSet, self.safe_set).shield
-        record = shield.record
-        if record is None or self._calibration_env is None:
-            raise RuntimeError("a calibrated shield and a calibration_env were there at the start")
-        needed = episodes_needed(record.epsilon, record.confidence, violations=1)
-        left = self.config.recalibration_episodes - self.recalibration_spent
-        if needed > left:
-            return self._refused(f"the budget has {left} episodes left, a test needs {needed}")
-
-        @batch_policy
-        def refreshed(observations: Batch, rng: np.random.Generator) -> Array:
-            here = offer(
-                collector.behaviour, collector.safe_set, flat_actions(shield.action_space),
-                observations, self.config.samples, rng,
-            )  # fmt: skip
-            return shield.points(self._choose(observations, here, rng))
-
-        self.recalibration_spent += needed
-        try:
-            tested = shield.calibrate(
-                self._calibration_env,
-                epsilon=record.epsilon,
-                confidence=record.confidence,
-                policy=refreshed,
-                policy_name=f"SSQL's collector of step {self.num_timesteps}",
-                deltas=[shield.delta],
-                seed=self.config.seed + self.num_timesteps,
-            )
-        except CalibrationError as error:
-            return self._refused(str(error))
-        self.safe_set = collector.safe_set = ShieldSet(tested)
-        return True
-
-    def _refused(self, why: str) -> bool:
-        warnings.warn(
-            f"the collector was not refreshed at step {self.num_timesteps}: {why}",
-            RefreshRefusedWarning,
-            stacklevel=6,
-        )
-        return False
 
     # -- from a log -------------------------------------------------------------------------------
 
@@ -576,52 +499,9 @@ class SafeSupportQLearning:
     # -- stage two --------------------------------------------------------------------------------
 
     def _second_stage(self, model: SSQLModel, replay: Replay) -> list[Phase]:
-        config, updates = self.config, self._updates(model, replay)
-        total = config.extraction_steps
-        if not total:
-            return []
         behaviour = cast(Behaviour, self._behaviour)
-        some = model.seen.batch(replay.column("observations")[:1])
-        known = behaviour.log_prob(some, self._tried(model)) is not None
-        direction = config.extraction
-        if direction == "auto":
-            direction = "reverse" if known else "forward"
-        if direction == "forward" or model.actor.choices:
-            update = updates.forward(total)
-            if direction == "reverse":
-                update = updates.reverse(total, _no_density)
-            return [Phase("actor", total, update, config.batch_size)]
-        # A box: the actor begins as a clone, inside the support; and where mu has no density of
-        # its own, the clone's takes its place.
-        first = 0 if self._cloned else max(1, total // 3)
-        rest = max(1, total - first)
-
-        def adopt(state: TrainState, _: torch.Generator) -> TrainState:
-            density.append(ClonedBehaviour(model.seen, model.played, model.scaling, model.actor,
-                                           state.networks[CLONE]))  # fmt: skip
-            return state._replace(networks={**state.networks, ACTOR: state.networks[CLONE]})
-
-        density: list[Behaviour] = []
-
-        def log_mu(rows: Array, actions: Array) -> Array:
-            judge = behaviour if known else density[-1]
-            seen = model.seen.batch(rows)
-            likely = cast(Array, judge.log_prob(seen, actions))
-            if self.safe_set is None:
-                return likely
-            return np.where(self.safe_set.admits(seen, actions), likely, -np.inf)
-
-        reverse = Phase(
-            "actor", rest, updates.reverse(rest, log_mu), config.batch_size, refresh=adopt,
-            refresh_every=rest,
-        )  # fmt: skip
-        cloning = Phase("clone", first, updates.clone(first), config.batch_size)
-        return [cloning, reverse] if first else [reverse]
-
-    def _tried(self, model: SSQLModel) -> Array:
-        if model.played.discrete:
-            return model.played.choices[None]
-        return (0.5 * (model.played.low + model.played.high)).astype(np.float32)[None, None]
+        updates = self._updates(model, replay)
+        return second_stage(updates, behaviour, self.safe_set, self.config, cloned=self._cloned)
 
     def _extract(self) -> None:
         """Run stage two on what has been collected."""
@@ -676,9 +556,10 @@ class SafeSupportQLearning:
         points = model.seen.batch(rows)
         rng = np.random.default_rng(self.config.seed) if deterministic else self._rng
         if self._acts_induced():
-            here = self._offered(model, points, self.config.predict_samples, rng)
-            chosen = self._weighed(
-                model, weights.targets[CRITIC], points, here, rng, deterministic=deterministic
+            induced = self._induced()
+            here = induced.offered(points, self.config.predict_samples, rng)
+            chosen, _ = induced.weigh(
+                weights.targets[CRITIC], points, here, rng, deterministic=deterministic
             )
         else:
             actor = ClonedBehaviour(
@@ -690,15 +571,37 @@ class SafeSupportQLearning:
         actions = model.played.points(chosen)
         return (actions[0] if single else actions), state
 
+    def draw(self, observations: Batch, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Return actions of the induced policy in n states, and log pi*(a|s) - log mu(a|s) (n,).
+
+        `value` is the expected discounted sum of reward - temperature * these.
+
+        Raises:
+            RuntimeError: nothing has been learned, or the behaviour is not at hand.
+        """
+        _, weights = self._fitted()
+        induced = self._induced()
+        here = induced.offered(observations, self.config.predict_samples, rng)
+        chosen, nats = induced.weigh(weights.targets[CRITIC], observations, here, rng)
+        return induced.model.played.points(chosen), nats
+
+    def _induced(self) -> InducedPolicy:
+        model, _ = self._fitted()
+        if self._behaviour is None:
+            raise RuntimeError(
+                "the induced policy and its value weigh the behaviour's actions, and the behaviour "
+                "is not at hand: pass it, SafeSupportQLearning.load(path, behaviour)"
+            )
+        return InducedPolicy(
+            model, self._behaviour, self.safe_set, self.config.temperature, self.device
+        )
+
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
         if wanted != "parametric" and self._behaviour is not None:
             return True
         if wanted == "induced":
-            raise RuntimeError(
-                "the induced policy weighs the behaviour's actions, and the behaviour is not at "
-                "hand: pass it, SafeSupportQLearning.load(path, behaviour)"
-            )
+            self._induced()
         if not self._extracted:
             raise RuntimeError(
                 "there is no parametric policy: learn with extraction_steps of at least 1, or pass "
@@ -706,49 +609,6 @@ class SafeSupportQLearning:
             )
         return False
 
-    def _offered(
-        self, model: SSQLModel, points: Batch, samples: int, rng: np.random.Generator
-    ) -> Offer:
-        behaviour = cast(Behaviour, self._behaviour)
-        return offer(behaviour, self.safe_set, model.played, points, samples, rng)
-
-    @torch.no_grad()
-    def _weighed(
-        self,
-        model: SSQLModel,
-        params: dict[str, torch.Tensor],
-        observations: Batch,
-        here: Offer,
-        rng: np.random.Generator,
-        *,
-        deterministic: bool,
-    ) -> Array:
-        """Return one of the offered actions (n, act) in each state, drawn from pi*."""
-        support = self._support(model, observations, here)
-        q = model.critics.lowest(params, support)
-        log_pi = (
-            induced_log_policy(q, self.config.temperature, support.log_mu).double().cpu().numpy()
-        )
-        if not deterministic:
-            log_pi = log_pi + rng.gumbel(size=log_pi.shape)
-        best = log_pi.argmax(axis=1)
-        if model.played.discrete:
-            every: Array = model.played.choices[best]
-            return every
-        chosen: Array = here.candidates[np.arange(len(best)), best]
-        return chosen
-
-    def _support(self, model: SSQLModel, observations: Batch, here: Offer) -> Support:
-        rows = np.array(model.seen.rows(observations, "observation")[0], np.float32)
-        log_mu, candidates = here.log_mu, here.candidates
-        if not model.played.discrete:
-            each = candidates.shape[1]
-            log_mu = np.full((len(rows), each), -np.log(each), np.float32)
-            candidates = model.scaling.actions(candidates)
-        parts = model.scaling.observations(rows), candidates, log_mu
-        return Support(*(torch.tensor(part, device=self.device) for part in parts))
-
-    @torch.no_grad()
     def value(self, observation: Batch) -> Array | np.floating:
         """Return V(s), () or (n,): the discounted return that the induced policy is promised here.
 
@@ -759,18 +619,11 @@ class SafeSupportQLearning:
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
         model, weights = self._fitted()
-        if self._behaviour is None:
-            raise RuntimeError(
-                "the value is a mean over actions of mu, and the behaviour is not at hand: pass "
-                "it, SafeSupportQLearning.load(path, behaviour)"
-            )
         rows, single = model.seen.rows(observation, "observation")
-        points = model.seen.batch(rows)
         rng = np.random.default_rng(self.config.seed)
-        here = self._offered(model, points, self.config.predict_samples, rng)
-        support = self._support(model, points, here)
-        q = model.critics.lowest(weights.targets[CRITIC], support)
-        value: Array = soft_value(q, self.config.temperature, support.log_mu).double().cpu().numpy()
+        value = self._induced().value(
+            weights.targets[CRITIC], model.seen.batch(rows), self.config.predict_samples, rng
+        )
         return cast(np.floating, value[0]) if single else value
 
     # -- files ------------------------------------------------------------------------------------
@@ -820,10 +673,6 @@ class SafeSupportQLearning:
                 model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
             )
         return agent
-
-
-def _no_density(rows: Array, actions: Array) -> Array:
-    raise RuntimeError("discrete actions are summed, their density is stored with them")
 
 
 def _bounded(space: gym.Space[Any]) -> None:

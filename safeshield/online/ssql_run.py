@@ -38,8 +38,8 @@ from safeshield.scaling import Scaling
 Array = npt.NDArray[Any]
 DRAWS = 4
 """Of each component of the actor, in an update of the reverse extraction; even."""
-LogMu = Callable[[Array, Array], Array]
-"""From rows of observations (n, obs) and actions (n, c, act) to log mu (n, c)."""
+LogMu = Callable[[TrainState, Array, Array], Array]
+"""From a state, rows of observations (n, obs) and actions (n, c, act) to log mu (n, c)."""
 
 
 @dataclass(frozen=True)
@@ -150,33 +150,51 @@ class SSQLUpdates:
 
         return update
 
-    def reverse(self, total: int, log_mu: LogMu) -> Update:
-        """Stage two: the actor by its own draws, which mu's density judges."""
-        model = self.model
+    def reverse_choices(self, total: int) -> Update:
+        """Stage two: the actor by KL(pi || pi*), summed over all choices."""
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             support = self._batch(draw).here
-            seen = support.observations
-            likely = seen
-            if not model.actor.choices:
-                shape = (len(seen), model.actor.components * DRAWS, model.played.width)
-                uniform = torch.special.ndtr(draw.noise).reshape(shape)
-                with torch.no_grad():
-                    actions = actor_draws(model.actor, state.networks[ACTOR], seen, uniform)
-                raw = self.replay.column("observations")[draw.rows.cpu().numpy()]
-                judged = log_mu(raw, model.scaling.to_box(actions.cpu().numpy()))
-                likely = torch.tensor(judged, dtype=seen.dtype, device=seen.device)
 
             def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                if model.actor.choices:
-                    return reverse_loss_choices(
-                        model.actor, networks[ACTOR], model.critics, state.targets, support,
-                        temperature=self.temperature,
-                    )  # fmt: skip
+                return reverse_loss_choices(
+                    self.model.actor,
+                    networks[ACTOR],
+                    self.model.critics,
+                    state.targets,
+                    support,
+                    temperature=self.temperature,
+                )
+
+            return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
+
+        return update
+
+    def reverse_box(self, total: int, log_mu: LogMu) -> Update:
+        """Stage two: the actor by its own draws, which mu's density judges."""
+        model = self.model
+        act = model.played.width
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            seen = self._batch(draw).here.observations
+            uniform = torch.special.ndtr(draw.noise).reshape(len(seen), -1, act)
+            with torch.no_grad():
+                actions = actor_draws(model.actor, state.networks[ACTOR], seen, uniform)
+            raw = self.replay.column("observations")[draw.rows.cpu().numpy()]
+            judged = log_mu(state, raw, model.scaling.to_box(actions.cpu().numpy()))
+            likely = torch.tensor(judged, dtype=seen.dtype, device=seen.device)
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
                 return reverse_loss_box(
-                    model.actor, networks[ACTOR], model.critics, state.targets, seen, uniform,
-                    likely, temperature=self.temperature,
-                )  # fmt: skip
+                    model.actor,
+                    networks[ACTOR],
+                    model.critics,
+                    state.targets,
+                    seen,
+                    uniform,
+                    likely,
+                    temperature=self.temperature,
+                )
 
             return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
 

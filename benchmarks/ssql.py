@@ -1,0 +1,477 @@
+"""Safe-Support Q-learning: unsafe visits in training, final returns, and how true its values are.
+
+    python benchmarks/ssql.py tabular            # CliffWalking, slippery FrozenLake; minutes
+    python benchmarks/ssql.py pendulum           # beside SAC and DQN; 5 seeds; resumes
+    python benchmarks/ssql.py boat
+    python benchmarks/ssql.py values             # predicted against realised, of the agents above
+    python benchmarks/ssql.py picture            # learning curves of the two
+    python benchmarks/ssql.py bullet --data FOLDER    # BallRun; needs the suites
+
+Every learner's violating episodes are counted from its first step on. Evaluations, between
+stretches of training, are other episodes, and not counted. A shield is learned and calibrated for
+each seed from a log of its own; Safe-Support Q-learning collects with uniform actions cut down to
+what it accepts, from certified starts. SAC and DQN have Stable-Baselines3's settings, but for nets
+of 64 x 64, and for DQN a grid of actions and learning_starts of 1,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from common import RESULTS, machine, once
+from stable_baselines3 import DQN, SAC
+
+import safeshield
+from safeshield import (
+    OfflineDataset,
+    SafeSupportPolicy,
+    SafeSupportQLearning,
+    SafetyShield,
+    Shield,
+    ShieldConfig,
+    ShieldTrainer,
+    SSQLConfig,
+)
+from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.online import SafeRules
+from safeshield.policies import ShieldCallback
+from safeshield.rollout import Episode, run_episodes
+from safeshield.wrappers import CertifiedStarts
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from cliff_walking_maskable_ppo import CLIFF, DOWN, RIGHT, START
+from cliff_walking_maskable_ppo import make as cliff
+from pendulum_speed_limit import HeldTorques
+from pendulum_speed_limit import make as pendulum
+
+Array = np.ndarray
+LEARNERS = ("SSQL", "SAC", "DQN")
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+class Holes(gym.Wrapper):
+    """FrozenLake, 8 x 8, slippery: a hole costs 1."""
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        """Say what a fall costs."""
+        cell, reward, terminated, truncated, info = self.env.step(action)
+        fell = self.unwrapped.desc.ravel()[cell] == b"H"
+        return cell, float(reward), terminated, truncated, {**info, "cost": float(fell)}
+
+
+def lake() -> gym.Env:
+    """Return the standard map; episodes of 200 steps."""
+    return Holes(gym.make("FrozenLake-v1", map_name="8x8", is_slippery=True))
+
+
+def model_of(env: gym.Env) -> tuple[Array, Array]:
+    """Return transitions (S, A, S) and mean rewards (S, A)."""
+    table = env.unwrapped.P
+    transitions = np.zeros((len(table), len(table[0]), len(table)))
+    rewards = np.zeros(transitions.shape[:2])
+    for state, moves in table.items():
+        for move, outcomes in moves.items():
+            for probability, reached, reward, _ in outcomes:
+                transitions[state, move, reached] += probability
+                rewards[state, move] += probability * reward
+    return transitions, rewards
+
+
+def lake_rules() -> tuple[Array, Array]:
+    """Return which moves (S, A) can never lead to a hole, whatever one does later; final cells."""
+    letters = lake().unwrapped.desc.ravel()
+    transitions, _ = model_of(lake())
+    holes, goal = letters == b"H", letters == b"G"
+    safe = np.ones(transitions.shape[:2], dtype=bool)
+    while True:
+        dead = holes | (~safe.any(axis=1) & ~goal)
+        kept = transitions @ dead == 0
+        if (kept == safe).all():
+            return safe, holes | goal
+        safe = kept
+
+
+def cliff_rules() -> tuple[Array, Array]:
+    """Return all moves but the 11 that fall; the goal is final."""
+    safe = np.ones((48, 4), dtype=bool)
+    safe[CLIFF - 12, DOWN] = safe[START, RIGHT] = False
+    return safe, np.arange(48) == 47
+
+
+def expected(env: gym.Env, safe: Array, final: Array, steps: int, policy: Array | None) -> Array:
+    """Return the exact undiscounted return (S,) of `steps` steps: of a policy, or the best safe."""
+    transitions, rewards = model_of(env)
+    value = np.zeros(len(safe))
+    for _ in range(steps):
+        q = rewards + transitions @ np.where(final, 0.0, value)
+        if policy is None:
+            value = np.where(safe.any(axis=1), np.where(safe, q, -np.inf).max(axis=1), 0.0)
+        else:
+            value = q[np.arange(len(q)), policy]
+    return value
+
+
+TABLES: dict[str, tuple[Callable[[], gym.Env], Callable[[], tuple[Array, Array]], Array, int]] = {
+    "CliffWalking": (lambda: cliff(anywhere=True), cliff_rules, np.arange(START + 1), 100),
+    "FrozenLake": (lake, lake_rules, np.arange(1), 200),
+}
+
+
+def table(task: str, seed: int, steps: int) -> dict[str, Any]:
+    """Learn one of the two from rules alone."""
+    make, rules, starts, horizon = TABLES[task]
+    safe, final = rules()
+    env = make()
+    given = SafeRules(lambda cell, move: safe[cell, int(move)], env.action_space)
+    config = SSQLConfig(
+        seed=seed,
+        temperature=0.01 if task == "FrozenLake" else 0.05,
+        discount=0.995 if task == "FrozenLake" else 0.98,
+        learning_rate=0.03,
+        polyak=0.05,
+        refresh_every=1000,
+        extraction_steps=0,
+    )
+    agent = SafeSupportQLearning(env, given, config, device="cpu").learn(steps)
+    live = np.flatnonzero(safe.any(axis=1) & ~final)
+    chosen = np.zeros(len(safe), np.int64)
+    chosen[live] = agent.predict(live, deterministic=True)[0]
+    best = expected(env, safe, final, horizon, None)
+    got = expected(env, safe, final, horizon, chosen)
+    draws = np.random.default_rng(seed)
+    played = run_episodes(make(), agent, 100, int(draws.integers(2**31)), num_envs=1)
+    return {
+        "episodes": agent.tally.episodes,
+        "falls": agent.tally.unsafe_episodes,
+        "outside": agent.tally.proposed_outside,
+        "return": float(got[starts].mean()),
+        "optimum": float(best[starts].mean()),
+        "falls_after": sum(run.violated for run in played),
+    }
+
+
+def tabular(arguments: argparse.Namespace) -> None:
+    """Print the table of the tabular tasks."""
+    for task in TABLES:
+        for seed in arguments.seeds:
+            row = once(
+                f"ssql_{task}_{seed}_{arguments.table_steps}",
+                lambda t=task, s=seed: table(t, s, arguments.table_steps),
+            )
+            print(
+                f"{task:13} seed {seed}: {row['falls']} falls in {row['episodes']} episodes, "
+                f"{row['outside']} proposals outside; return {row['return']:.4f}, best inside "
+                f"{row['optimum']:.4f}; {row['falls_after']} falls in 100 more",
+                flush=True,
+            )
+
+
+# -- a box, beside SAC and DQN --------------------------------------------------------------------
+
+
+def boat() -> gym.Env:
+    """Return a river whose helmsman acts every 0.02 s: 100 steps a trip."""
+    return gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
+
+
+def shield_of(task: str, seed: int) -> Shield:
+    """Return a seed's shield, learned and calibrated from a log of its own."""
+    path = RESULTS / f"ssql_{task}_{seed}_shield.safetensors"
+    if not path.exists():
+        make, driver = TASKS[task]
+        log = safeshield.collect(make(), driver(), 400, seed=1000 + seed)
+        config = ShieldConfig(seed=seed, critic_hidden=(64, 64, 64), safety_discount=0.99)
+        trainer = ShieldTrainer(config, device="cpu").fit(log, steps=8000)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        starts = start_observations(trainer.shield(), make(), 400, seed)
+        # The strictest threshold of the walk alone: four of five starts, and then no visit at all.
+        strict = default_deltas(trainer.shield(), starts)
+        shield = trainer.calibrate(
+            make(), epsilon=0.01, confidence=0.99, seed=seed, deltas=strict[:1]
+        )
+        shield.save(path)
+    return Shield.load(path)
+
+
+TASKS: dict[str, tuple[Callable[[], gym.Env], Callable[[], Any]]] = {
+    "pendulum": (pendulum, HeldTorques),
+    "boat": (boat, Helmsmen),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pendulum": {"temperature": 0.5, "discount": 0.98},
+    "boat": {"temperature": 0.1, "discount": 0.98},
+}
+
+
+class Grid(gym.ActionWrapper):
+    """A Box cut into choices, for DQN: 9 torques, or 16 courses."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._points = np.linspace(-2.0, 2.0, 9, dtype=np.float32)[:, None]
+        if env.action_space.shape == (2,):
+            angle = np.arange(16) * np.pi / 8
+            self._points = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+        self.action_space = gym.spaces.Discrete(len(self._points))
+
+    def action(self, action: int) -> Array:
+        """Return the point of a choice."""
+        return self._points[action]
+
+
+def start_at(env: gym.Env, shield: Shield) -> gym.Env:
+    """Begin where the shield certifies, and leave the actions alone."""
+
+    class Starts(gym.Wrapper):
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:  # noqa: ANN401
+            while True:
+                observation, info = self.env.reset(seed=seed, options=options)
+                seed = None
+                if shield.certified(observation):
+                    return observation, info
+
+    return Starts(env)
+
+
+def learner(name: str, task: str, seed: int, shield: Shield) -> tuple[Any, gym.Env]:
+    """Return a learner that has learned nothing, and the environment in which it is judged."""
+    make = TASKS[task][0]
+    nets = {"net_arch": [64, 64]}
+    if name == "SSQL":
+        config = SSQLConfig(
+            seed=seed, critic_hidden=(64, 64), actor_hidden=(64, 64), batch_size=128,
+            refresh_every=1000, extraction_steps=0, **SETTINGS[task],
+        )  # fmt: skip
+        behaviour = SafeSupportPolicy(shield, "uniform", seed=seed)
+        env = CertifiedStarts(SafetyShield(make(), shield))
+        judged = CertifiedStarts(SafetyShield(make(), shield))
+        return SafeSupportQLearning(env, behaviour, config, device="cpu"), judged
+    if name == "SAC":
+        env = start_at(make(), shield)
+        return SAC("MlpPolicy", env, policy_kwargs=nets, seed=seed, device="cpu"), env
+    env = Grid(start_at(make(), shield))
+    model = DQN("MlpPolicy", env, policy_kwargs=nets, seed=seed, device="cpu", learning_starts=1000)
+    return model, Grid(start_at(make(), shield))
+
+
+def run(name: str, task: str, seed: int, steps: int, stretches: int = 5) -> dict[str, Any]:
+    """Train one learner in stretches; after each, judge it by 20 episodes, at the end by 100."""
+    shield = shield_of(task, seed)
+    model, env = learner(name, task, seed, shield)
+    counts = ShieldCallback(require_shield=name == "SSQL")
+    curve = []
+    for stretch in range(stretches):
+        first = stretch == 0
+        model.learn(steps // stretches, callback=counts, reset_num_timesteps=first)
+        last = stretch == stretches - 1
+        runs = run_episodes(env, model, 100 if last else 20, 50_000 + seed, num_envs=1)
+        curve.append([(stretch + 1) * steps // stretches, mean_return(runs)])
+    if name == "SSQL":
+        model.save(RESULTS / f"ssql_{task}_{seed}_agent_{steps}.safetensors")
+    row = {
+        "episodes": counts.episodes,
+        "violating": counts.violating_episodes,
+        "final": curve[-1][1],
+        "final_violating": sum(run.violated for run in runs),
+        "curve": curve,
+        "delta": shield.delta,
+    }
+    if name == "SSQL":
+        acting = SafeSupportPolicy(shield, "uniform", seed=seed)
+        row["behaviour"] = mean_return(run_episodes(env, acting, 50, 60_000 + seed, num_envs=1))
+        row["proposed_outside"] = model.tally.proposed_outside
+        row["nothing_admitted"] = model.tally.nothing_admitted
+    return row
+
+
+def mean_return(runs: list[Episode]) -> float:
+    """Return the mean undiscounted return."""
+    return float(np.mean([run.total_return for run in runs]))
+
+
+def beside(task: str, arguments: argparse.Namespace) -> None:
+    """Print the table of one task."""
+    for name in arguments.learners:
+        for seed in arguments.seeds:
+            row = once(
+                f"ssql_{task}_{name}_{seed}_{arguments.steps}",
+                lambda n=name, s=seed: run(n, task, s, arguments.steps),
+            )
+            more = f"; behaviour {row['behaviour']:.1f}" if "behaviour" in row else ""
+            print(
+                f"{task} {name:4} seed {seed}: {row['violating']:3} of {row['episodes']} episodes "
+                f"violate; final {row['final']:.1f}, {row['final_violating']} of 100 violate{more}",
+                flush=True,
+            )
+
+
+# -- values ---------------------------------------------------------------------------------------
+
+
+def realised(agent: SafeSupportQLearning, env: gym.Env, episodes: int, seed: int) -> Array:
+    """Return (episodes, 3): predicted V(s0), discounted regularised and plain returns.
+
+    The last state's value stands for what an episode that is cut off would have gone on with.
+    """
+    rng = np.random.default_rng(seed)
+    g, a = agent.config.discount, agent.config.temperature
+    rows = []
+    for episode in range(episodes):
+        seen, _ = env.reset(seed=70_000 + 1000 * seed + episode)
+        predicted, soft, plain, weight = float(agent.value(seen)), 0.0, 0.0, 1.0
+        ended = False
+        while not ended:
+            actions, nats = agent.draw(seen[None], rng)
+            seen, reward, terminated, truncated, _ = env.step(actions[0])
+            soft += weight * (float(reward) - a * float(nats[0]))
+            plain += weight * float(reward)
+            weight *= g
+            ended = terminated or truncated
+        rest = 0.0 if terminated else weight * float(agent.value(seen))
+        # The regularised value begins after the first action is paid for, as V(s0) does.
+        rows.append([predicted, soft + rest, plain + rest])
+    return np.array(rows)
+
+
+def judge_values(task: str, seed: int, steps: int, episodes: int) -> dict[str, Any]:
+    """Fit realised = bias + slope * predicted."""
+    shield = shield_of(task, seed)
+    behaviour = SafeSupportPolicy(shield, "uniform", seed=seed)
+    path = RESULTS / f"ssql_{task}_{seed}_agent_{steps}.safetensors"
+    agent = SafeSupportQLearning.load(path, behaviour, device="cpu")
+    env = CertifiedStarts(SafetyShield(TASKS[task][0](), shield))
+    rows = realised(agent, env, episodes, seed)
+    facts: dict[str, Any] = {}
+    for name, column in (("regularised", 1), ("plain", 2)):
+        slope, _ = np.polyfit(rows[:, 0], rows[:, column], 1)
+        facts |= {
+            f"{name}_slope": float(slope),
+            f"{name}_bias": float((rows[:, 0] - rows[:, column]).mean()),
+            f"{name}_correlation": float(np.corrcoef(rows[:, 0], rows[:, column])[0, 1]),
+        }
+    return {**facts, "spread": float(rows[:, 0].std()), "episodes": episodes}
+
+
+def values(arguments: argparse.Namespace) -> None:
+    """Print slope and bias."""
+    for task in TASKS:
+        for seed in arguments.seeds:
+            row = once(
+                f"ssql_values_{task}_{seed}_{arguments.steps}",
+                lambda t=task, s=seed: judge_values(t, s, arguments.steps, 60),
+            )
+            print(
+                f"{task:8} seed {seed}: regularised slope {row['regularised_slope']:.2f}, bias "
+                f"{row['regularised_bias']:+.2f}, r {row['regularised_correlation']:.2f}; plain "
+                f"slope {row['plain_slope']:.2f}, bias {row['plain_bias']:+.2f} (spread "
+                f"{row['spread']:.1f})",
+                flush=True,
+            )
+
+
+def picture(arguments: argparse.Namespace) -> None:
+    """Draw the learning curves: means and the range of the seeds."""
+    import json
+
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(9, 3.4))
+    for axis, task in zip(axes, TASKS, strict=True):
+        for name in LEARNERS:
+            paths = [RESULTS / f"ssql_{task}_{name}_{s}_{arguments.steps}.json"
+                     for s in arguments.seeds]  # fmt: skip
+            rows = [json.loads(path.read_text()) for path in paths if path.exists()]
+            if not rows:
+                continue
+            curves = np.array([row["curve"] for row in rows])
+            at, mean = curves[0, :, 0], curves[:, :, 1].mean(axis=0)
+            unsafe = sum(row["violating"] for row in rows)
+            (line,) = axis.plot(at, mean, label=f"{name}: {unsafe} violating episodes")
+            axis.fill_between(at, curves[:, :, 1].min(axis=0), curves[:, :, 1].max(axis=0),
+                              alpha=0.2, color=line.get_color())  # fmt: skip
+        axis.set(title=task, xlabel="steps", ylabel="return")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(__file__).parents[1] / "docs" / "pictures" / "ssql.png", dpi=110)
+
+
+# -- a suite's task -------------------------------------------------------------------------------
+
+
+def ball(seed: int, data: str, steps: int) -> dict[str, Any]:
+    """BallRun from its log to a shield to learning."""
+    from safeshield.suites.constraints import with_constraint
+    from safeshield.suites.labels import label
+
+    def make() -> gym.Env:
+        return with_constraint(gym.make("safeshield.suites:SafetyBallRun-v0"))
+
+    log = label(OfflineDataset.load(Path(data) / "BallRun.hdf5"), "BallRun")
+    trainer = ShieldTrainer(ShieldConfig(seed=seed), device="cpu").fit(log, steps=8000)
+    shield = trainer.calibrate(make(), epsilon=0.05, confidence=0.95, seed=seed)
+    config = SSQLConfig(
+        seed=seed, temperature=1.0, refresh_every=1000, critic_hidden=(64, 64), batch_size=128,
+        extraction_steps=0,
+    )  # fmt: skip
+    env = CertifiedStarts(SafetyShield(make(), shield))
+    behaviour = SafeSupportPolicy(shield, "uniform", seed=seed)
+    agent = SafeSupportQLearning(env, behaviour, config, device="cpu").learn(steps)
+    runs = run_episodes(env, agent, 20, 50_000 + seed, num_envs=1)
+    before = run_episodes(env, behaviour, 20, 50_000 + seed, num_envs=1)
+    return {
+        "episodes": agent.tally.episodes,
+        "violating": agent.tally.unsafe_episodes,
+        "outside": agent.tally.proposed_outside,
+        "nothing_admitted": agent.tally.nothing_admitted,
+        "return": mean_return(runs),
+        "violating_after": sum(run.violated for run in runs),
+        "behaviour": mean_return(before),
+    }
+
+
+def bullet(arguments: argparse.Namespace) -> None:
+    """Print what BallRun gave."""
+    for seed in arguments.seeds:
+        row = once(
+            f"ssql_BallRun_{seed}_{arguments.steps}",
+            lambda s=seed: ball(s, arguments.data, arguments.steps),
+        )
+        print(f"BallRun seed {seed}:", {k: row[k] for k in list(row)[:7]}, flush=True)
+
+
+def main() -> None:
+    """Run what is missing and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["tabular", *TASKS, "values", "picture", "bullet"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--table-steps", type=int, default=20_000)
+    parser.add_argument("--learners", nargs="+", default=list(LEARNERS))
+    parser.add_argument("--data", default="data")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(machine())
+    if arguments.what in TASKS:
+        beside(arguments.what, arguments)
+    else:
+        does = {"tabular": tabular, "values": values, "picture": picture, "bullet": bullet}
+        does[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""From yesterday's log to a shield to a learner that never turns too fast, not even once.
+
+    python examples/learn_without_a_violation.py          # under two minutes
+
+Pendulum with a speed limit of 6 rad/s. A log of careless driving makes a shield; the shield cuts
+uniform torques down to what it accepts; Safe-Support Q-learning collects with these, online, and
+learns to swing up inside their support. SAC beside it learns the same task without a shield.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pendulum_speed_limit import HeldTorques, make
+from stable_baselines3 import SAC
+
+from safeshield import (
+    SafeSupportPolicy,
+    SafeSupportQLearning,
+    SafetyShield,
+    ShieldConfig,
+    ShieldTrainer,
+    SSQLConfig,
+    collect,
+)
+from safeshield.policies import ShieldCallback
+from safeshield.rollout import run_episodes
+from safeshield.wrappers import CertifiedStarts
+
+STEPS = 6000
+
+
+def main() -> None:
+    """Log, learn a shield, calibrate it, and learn behind it."""
+    torch.set_num_threads(1)  # small networks
+    log = collect(make(), HeldTorques(), episodes=300, seed=0)
+    config = ShieldConfig(seed=0, critic_hidden=(64, 64), safety_discount=0.99)
+    trainer = ShieldTrainer(config, device="cpu").fit(log, steps=4000, progress_bar=True)
+    shield = trainer.calibrate(make(), epsilon=0.05, confidence=0.95)
+    print(shield.record.promise)
+
+    behaviour = SafeSupportPolicy(shield, "uniform", seed=0)
+    env = CertifiedStarts(SafetyShield(make(), shield))
+    settings = SSQLConfig(
+        temperature=0.5, discount=0.98, critic_hidden=(64, 64), actor_hidden=(64, 64),
+        batch_size=128, refresh_every=1000, extraction_steps=500,
+    )  # fmt: skip
+    agent = SafeSupportQLearning(env, behaviour, settings, device="cpu")
+    agent.learn(STEPS, progress_bar=True)
+    tally = agent.tally
+
+    sac = SAC("MlpPolicy", make(), policy_kwargs={"net_arch": [64, 64]}, seed=0, device="cpu")
+    counts = ShieldCallback(require_shield=False)
+    sac.learn(1500, callback=counts)
+
+    def returns(policy: object) -> float:
+        runs = run_episodes(env, policy, 20, seed=1)
+        return float(np.mean([run.total_return for run in runs]))
+
+    print(f"the behaviour's return: {returns(behaviour):.0f}")
+    print(f"SSQL: {tally.unsafe_episodes} of {tally.episodes} episodes of its training violate; "
+          f"return {returns(agent):.0f}")  # fmt: skip
+    print(f"SAC, no shield: {counts.violating_episodes} of {counts.episodes} in a quarter as long")
+
+
+if __name__ == "__main__":
+    main()

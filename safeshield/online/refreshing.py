@@ -1,0 +1,128 @@
+"""A collector that is refreshed from what was learned, and tested before it acts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.batch_policy import batch_policy
+from safeshield.calibration.binomial import episodes_needed
+from safeshield.calibration.record import CalibrationRecord
+from safeshield.calibration.walk import CalibrationError
+from safeshield.flat import Batch
+from safeshield.nn.mlp import Params
+from safeshield.online.collecting import Choose, Collector
+from safeshield.online.config import SSQLConfig
+from safeshield.online.induced import InducedPolicy
+from safeshield.online.offers import Offer
+from safeshield.online.safe_sets import SafeSet, ShieldSet
+from safeshield.shield.shield import Shield
+
+Array = npt.NDArray[Any]
+
+
+class RefreshRefusedWarning(UserWarning):
+    """A refreshed collector failed its test, or the budget is spent: the former one goes on."""
+
+
+class Refresher:
+    """Mixtures of mu and of the induced policy at the last refresh; both are what mu offers.
+
+    Args:
+        config: settings.
+        safe_set: a calibrated shield where refreshes are to be tested.
+        calibration_env: where they are.
+
+    Raises:
+        ValueError: refreshes are to be tested, and there is no calibrated shield or no environment.
+    """
+
+    def __init__(
+        self,
+        config: SSQLConfig,
+        safe_set: SafeSet | None,
+        calibration_env: gym.Env[Any, Any] | None,
+    ) -> None:
+        self._config, self._env = config, calibration_env
+        self.choose: Choose | None = None
+        """What is executed of what mu offers; None: mu's own draw."""
+        self.spent = 0
+        """Episodes of the budget that tests have used."""
+        if not config.recalibration_episodes:
+            return
+        if not isinstance(safe_set, ShieldSet) or safe_set.shield.record is None:
+            raise ValueError(
+                "recalibration_episodes needs a calibrated shield, whose record says what to test; "
+                "rules are not tested, and an uncalibrated shield promises nothing"
+            )
+        if calibration_env is None:
+            raise ValueError(
+                "recalibration_episodes needs a calibration_env, in which refreshed collectors are "
+                "tested before they act"
+            )
+
+    def refresh(
+        self, induced: InducedPolicy, params: Params, collector: Collector, step: int
+    ) -> None:
+        """Put a new collector in place, once it has passed its test where there is one.
+
+        Args:
+            induced: the policy.
+            params: weights of the critics now; they are never changed in place.
+            collector: whose shield gets the new record.
+            step: when.
+        """
+        share = self._config.refresh_share
+
+        def choose(observations: Batch, here: Offer, rng: np.random.Generator) -> Array:
+            chosen, _ = induced.weigh(params, observations, here, rng)
+            return np.where(rng.random((len(chosen), 1)) < share, chosen, here.executed)
+
+        safe = induced.safe_set
+        if not self._config.recalibration_episodes or not isinstance(safe, ShieldSet):
+            self.choose = choose
+            return
+        try:
+            tested = self._tested(safe.shield, induced, choose, step)
+        except CalibrationError as error:
+            warnings.warn(
+                f"the collector was not refreshed at step {step}: {error}",
+                RefreshRefusedWarning,
+                stacklevel=4,
+            )
+            return
+        self.choose, collector.safe_set = choose, ShieldSet(tested)
+
+    def _tested(self, shield: Shield, induced: InducedPolicy, choose: Choose, step: int) -> Shield:
+        """Return the shield with a record of the new collector.
+
+        Raises:
+            CalibrationError: it failed the test of the shield's record, or there is no budget left.
+        """
+        record, env = shield.record, self._env
+        if not isinstance(record, CalibrationRecord) or env is None:
+            raise CalibrationError("the shield has lost its record")
+        needed = episodes_needed(record.epsilon, record.confidence, violations=1)
+        left = self._config.recalibration_episodes - self.spent
+        if needed > left:
+            raise CalibrationError(f"the budget has {left} episodes left, a test needs {needed}")
+        self.spent += needed
+
+        @batch_policy
+        def refreshed(observations: Batch, rng: np.random.Generator) -> Array:
+            here = induced.offered(observations, self._config.samples, rng)
+            return shield.points(choose(observations, here, rng))
+
+        return shield.calibrate(
+            env,
+            epsilon=record.epsilon,
+            confidence=record.confidence,
+            policy=refreshed,
+            policy_name=f"SSQL's collector of step {step}",
+            deltas=[shield.delta],
+            seed=self._config.seed + step,
+        )
