@@ -191,15 +191,16 @@ def shield_of(task: str, seed: int) -> Shield:
     if not path.exists():
         make, driver = TASKS[task]
         log = safeshield.collect(make(), driver(), 400, seed=1000 + seed)
-        config = ShieldConfig(seed=seed, critic_hidden=(64, 64, 64), safety_discount=0.99)
-        trainer = ShieldTrainer(config, device="cpu").fit(log, steps=8000)
+        config = ShieldConfig(seed=seed, critic_hidden=(64, 64), safety_discount=0.99)
+        trainer = ShieldTrainer(config, device="cpu").fit(log, steps=5000)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        starts = start_observations(trainer.shield(), make(), 400, seed)
-        # The strictest threshold of the walk alone: four of five starts, and then no visit at all.
-        strict = default_deltas(trainer.shield(), starts)
-        shield = trainer.calibrate(
-            make(), epsilon=0.01, confidence=0.99, seed=seed, deltas=strict[:1]
-        )
+        deltas = None
+        if task == "boat":
+            # The strictest threshold of the walk alone, which keeps four of five starts: the walk's
+            # most permissive one met its rate, and that is not no visit at all.
+            starts = start_observations(trainer.shield(), make(), 400, seed)
+            deltas = default_deltas(trainer.shield(), starts)[:1]
+        shield = trainer.calibrate(make(), epsilon=0.02, confidence=0.95, seed=seed, deltas=deltas)
         shield.save(path)
     return Shield.load(path)
 
@@ -367,6 +368,9 @@ def values(arguments: argparse.Namespace) -> None:
     """Print slope and bias."""
     for task in TASKS:
         for seed in arguments.seeds:
+            if not (RESULTS / f"ssql_{task}_{seed}_agent_{arguments.steps}.safetensors").exists():
+                print(f"{task} seed {seed}: run 'ssql.py {task} --steps {arguments.steps}' first")
+                continue
             row = once(
                 f"ssql_values_{task}_{seed}_{arguments.steps}",
                 lambda t=task, s=seed: judge_values(t, s, arguments.steps, 60),
@@ -421,15 +425,16 @@ def ball(seed: int, data: str, steps: int) -> dict[str, Any]:
         return with_constraint(gym.make("safeshield.suites:SafetyBallRun-v0"))
 
     log = label(OfflineDataset.load(Path(data) / "BallRun.hdf5"), "BallRun")
-    trainer = ShieldTrainer(ShieldConfig(seed=seed), device="cpu").fit(log, steps=8000)
+    config = ShieldConfig(seed=seed, critic_hidden=(64, 64), safety_discount=0.99)
+    trainer = ShieldTrainer(config, device="cpu").fit(log, steps=5000)
     shield = trainer.calibrate(make(), epsilon=0.05, confidence=0.95, seed=seed)
-    config = SSQLConfig(
+    settings = SSQLConfig(
         seed=seed, temperature=1.0, refresh_every=1000, critic_hidden=(64, 64), batch_size=128,
         extraction_steps=0,
     )  # fmt: skip
     env = CertifiedStarts(SafetyShield(make(), shield))
     behaviour = SafeSupportPolicy(shield, "uniform", seed=seed)
-    agent = SafeSupportQLearning(env, behaviour, config, device="cpu").learn(steps)
+    agent = SafeSupportQLearning(env, behaviour, settings, device="cpu").learn(steps)
     runs = run_episodes(env, agent, 20, 50_000 + seed, num_envs=1)
     before = run_episodes(env, behaviour, 20, 50_000 + seed, num_envs=1)
     return {

@@ -27,7 +27,7 @@ from safeshield.policies import ShieldCallback
 from safeshield.rollout import run_episodes
 from safeshield.wrappers import CertifiedStarts
 
-STEPS = 6000
+STEPS = 5000
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
     sac = SAC("MlpPolicy", make(), policy_kwargs={"net_arch": [64, 64]}, seed=0, device="cpu")
     counts = ShieldCallback(require_shield=False)
-    sac.learn(1500, callback=counts)
+    sac.learn(STEPS // 4, callback=counts)
 
     def returns(policy: object) -> float:
         runs = run_episodes(env, policy, 20, seed=1)

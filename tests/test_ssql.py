@@ -534,12 +534,18 @@ def test_callbacks_tensorboard_and_going_on(tmp_path: Path) -> None:
         calls.append(agent.num_timesteps)
         return agent.num_timesteps < 900
 
+    agent.learn(2000, lambda _locals, _globals: agent.num_timesteps < 100)
+    with pytest.raises(RuntimeError, match="has not learned yet"):
+        agent.predict(0)
     agent.learn(2000, stop, progress_bar=True)
     assert agent.num_timesteps == 900
+    assert agent._state is not None
+    assert agent._state.moments[ACTOR].updates == FAST.extraction_steps
     evaluated = EvalCallback(lake(), n_eval_episodes=1, eval_freq=200, verbose=0, warn=False)
     agent.learn(600, [evaluated], reset_num_timesteps=False)
     assert agent.num_timesteps == 1500
     assert evaluated.last_mean_reward == 1.0
+    assert agent._state.moments[ACTOR].updates == FAST.extraction_steps  # stage two begins anew
     assert list((tmp_path / "board").rglob("events.*"))
 
 

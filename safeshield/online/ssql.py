@@ -42,6 +42,7 @@ from safeshield.algorithms.training import (
 from safeshield.arguments import whole
 from safeshield.data.dataset import OfflineDataset
 from safeshield.flat import Batch, flat_actions, flat_observations
+from safeshield.nn.optim import adam_init
 from safeshield.online.actor import Actor
 from safeshield.online.behaviours import Behaviour, as_behaviour
 from safeshield.online.cloned import ClonedBehaviour
@@ -263,7 +264,7 @@ class SafeSupportQLearning:
         Args:
             total_timesteps: steps of all environments together, warm-up included.
             callback: a callback of Stable-Baselines3, a list of them, or a function; one that
-                returns False ends collecting, and stage two follows.
+                returns False ends collecting, and stage two follows if anything was learned.
             log_interval: episodes between two lines of the log.
             tb_log_name: of the run in TensorBoard.
             reset_num_timesteps: False goes on counting where the last call ended. What was learned
@@ -505,9 +506,12 @@ class SafeSupportQLearning:
 
     def _extract(self) -> None:
         """Run stage two on what has been collected."""
-        if not self.config.extraction_steps:
+        if not self.config.extraction_steps or self._model is None:
             return
         (model, state), replay = self._fitted(), cast(Replay, self._replay)
+        # Anew at each `learn`: by the counts of an earlier one the rates would be at their lowest.
+        fresh = {name: adam_init({name: state.networks[name]}) for name in (ACTOR, CLONE)}
+        state = state._replace(moments={**state.moments, **fresh})
         phases = self._second_stage(model, replay)
         for phase in phases:
             for local in range(phase.steps):
