@@ -27,7 +27,7 @@ from safeshield.policies import ShieldCallback
 from safeshield.rollout import run_episodes
 from safeshield.wrappers import CertifiedStarts
 
-STEPS = 5000
+STEPS = 3000
 
 
 def main() -> None:
