@@ -38,6 +38,8 @@ from safeshield.scaling import Scaling
 Array = npt.NDArray[Any]
 DRAWS = 4
 """Of each component of the actor, in an update of the reverse extraction; even."""
+ActorLoss = Callable[..., tuple[Tensor, Metrics]]
+"""`forward_loss`, or `reverse_loss_choices`: alike in what they take."""
 LogMu = Callable[[TrainState, Array, Array], Array]
 """From a state, rows of observations (n, obs) and actions (n, c, act) to log mu (n, c)."""
 
@@ -132,32 +134,20 @@ class SSQLUpdates:
 
     def forward(self, total: int) -> Update:
         """Stage two: the actor by the weighted likelihood of mu's draws."""
-
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            support = self._batch(draw).here
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return forward_loss(
-                    self.model.actor,
-                    networks[ACTOR],
-                    self.model.critics,
-                    state.targets,
-                    support,
-                    temperature=self.temperature,
-                )
-
-            return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
-
-        return update
+        return self._towards_induced(forward_loss, total)
 
     def reverse_choices(self, total: int) -> Update:
         """Stage two: the actor by KL(pi || pi*), summed over all choices."""
+        return self._towards_induced(reverse_loss_choices, total)
+
+    def _towards_induced(self, distance: ActorLoss, total: int) -> Update:
+        """Return the update that brings the actor nearer to pi* on what mu offers."""
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             support = self._batch(draw).here
 
             def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return reverse_loss_choices(
+                return distance(
                     self.model.actor,
                     networks[ACTOR],
                     self.model.critics,
