@@ -16,7 +16,8 @@ import torch
 from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.chunk_actors import ChunkActor
 from safeshield.algorithms.r2pac import R2PAC, R2PACConfig, with_chunks
-from safeshield.algorithms.r2pac_updates import ACTOR
+from safeshield.algorithms.r2pac_updates import ACTOR, region_of
+from safeshield.algorithms.regions import CostRegion, horizon_level
 from safeshield.algorithms.registry import load_agent
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import Draw
@@ -35,7 +36,8 @@ TINY = R2PACConfig(
     batch_size=16,
     flow_steps=3,
     candidates=4,
-    cheapest=1,
+    execute=1,
+    region="quantile",
     safety_backup_steps=(8, 1),
     reward_backup_steps=(6, 3),
 )
@@ -66,7 +68,7 @@ def same_weights(one: R2PAC, other: R2PAC) -> bool:
     "changes",
     [
         {},
-        {"region": "horizon", "cost_limit": 5.0},
+        {"region": "horizon", "cost_limit": 5.0, "execute": 2},
         {"region": "safety"},
         {"actor": "awr_flow"},
         {"actor": "awr_gaussian"},
@@ -182,7 +184,9 @@ def bytes_held(root: object) -> int:
 # -- the region ---------------------------------------------------------------------------------
 
 
-def test_the_level_is_the_quantile_of_the_costs(agent: R2PAC, log: OfflineDataset) -> None:
+def test_the_level_is_the_quantile_of_the_costs(log: OfflineDataset) -> None:
+    config = dataclasses.replace(TINY, cost_limit=None)
+    agent = R2PAC(config, device="cpu").fit(log, steps=60)
     model = agent._fitted()
     assert model.costs is not None
     scaled = torch.tensor(model.scaling.observations(log.observations))
@@ -197,6 +201,23 @@ def test_the_level_is_the_quantile_of_the_costs(agent: R2PAC, log: OfflineDatase
     unsafe = (values.numpy() > agent.region.level) | known
     assert agent.region.unsafe_share == pytest.approx(unsafe.mean(), abs=0.03)
     assert agent.region.violating_share == pytest.approx(known.mean())
+
+
+def test_a_cost_limit_caps_the_level(log: OfflineDataset) -> None:
+    """Never above what the limit is worth, whatever the quantile; "horizon" is that worth."""
+    free = R2PAC(dataclasses.replace(TINY, cost_limit=None), device="cpu").fit(log, steps=30)
+    worth = horizon_level(2.0, 400, TINY.discount)
+    assert worth < free.region.level
+    for region, limit in itertools.product(("quantile", "horizon"), (2.0, 300.0)):
+        config = dataclasses.replace(TINY, region=region, cost_limit=limit)  # type: ignore[arg-type]
+        level = R2PAC(config, device="cpu").fit(log, steps=30).region.level
+        most = horizon_level(limit, 400, TINY.discount)
+        if region == "horizon" or limit == 2.0:
+            assert level == pytest.approx(most)
+        else:
+            assert level < most
+    with pytest.raises(ValueError, match="cost_limit must be a number where region is 'horizon'"):
+        R2PACConfig(region="horizon", cost_limit=None)
 
 
 def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDataset) -> None:
@@ -219,26 +240,39 @@ def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDatase
 # -- acting -------------------------------------------------------------------------------------
 
 
-def test_it_follows_the_plan_of_lowest_cost(agent: R2PAC, log: OfflineDataset) -> None:
-    """One batched pass over all candidates equals judging them one by one."""
-    model = agent._fitted()
-    assert model.costs is not None
-    seen = model.scaling.observations(log.observations[:6])
-    noise = np.random.default_rng(agent.config.seed).standard_normal((4, model.actor.width))
-    plans = agent._plans(model, seen, deterministic=True)
-    for row, plan in zip(seen, plans, strict=True):
+@pytest.mark.parametrize("region", ["quantile", "safety"])
+@pytest.mark.parametrize("choose", ["region", "cost"])
+def test_which_plan_it_follows(log: OfflineDataset, region: Any, choose: Any) -> None:  # noqa: ANN401
+    """One batched pass over all candidates equals judging them one by one, in torch."""
+    config = dataclasses.replace(TINY, region=region, choose=choose, margin=0.0)
+    agent = R2PAC(config, device="cpu").fit(log, steps=60)
+    model, networks = agent._fitted(), agent._networks
+    # A level in the middle: some states are safe, some are not.
+    told = region_of(model, config)
+    seen = model.scaling.observations(log.observations[::97])
+    with torch.no_grad():
+        if isinstance(told, CostRegion):
+            value = told.value(networks, torch.tensor(seen))
+        else:
+            value = told.critics.value(networks, torch.tensor(seen))
+    level = float(value.median())
+    report = agent.region._replace(level=level)
+    agent._model = dataclasses.replace(model, region=report)
+    noise = np.random.default_rng(config.seed).standard_normal((4, model.actor.width))
+    plans = agent._plans(agent._model, seen, deterministic=True)
+    differ = 0
+    for row, v, plan in zip(seen, value, plans, strict=True):
         drawn = [
             model.actor.draw(agent._arrays[ACTOR], row[None], z[None].astype("f4")) for z in noise
         ]
-        judged = [
-            -float(
-                model.costs.advantages(
-                    agent._networks, torch.tensor(row[None]), torch.tensor(one)
-                ).amin(0)
-            )
-            for one in drawn
-        ]
-        np.testing.assert_allclose(plan, drawn[int(np.argmin(judged))][0], atol=1e-5)
+        with torch.no_grad():
+            at = networks, torch.tensor(np.repeat(row[None], 4, 0)), torch.tensor(np.vstack(drawn))
+            worse, gain = told.worse(*at), model.critics.reward.advantages(*at).amin(0)
+        by_reward = choose == "region" and float(v) <= level
+        best = int(gain.argmax()) if by_reward else int(worse.argmin())
+        np.testing.assert_allclose(plan, drawn[best][0], atol=1e-5)
+        differ += by_reward and best != int(worse.argmin())
+    assert (differ > 0) == (choose == "region")
 
 
 @pytest.mark.parametrize("kind", ["guided", "awr_flow", "awr_gaussian"])
@@ -257,6 +291,7 @@ def test_chunks_are_executed_from_the_state_that_predict_returns(
 ) -> None:
     """Of each plan the first 2 of 3 actions; an episode's start begins a new plan."""
     several = agent.acting_by("flow", execute=2)
+    at_ease(several)
     seen = log.observations[:4]
     first, state = several.predict(seen, deterministic=True)
     plan = several.plan(seen, deterministic=True)
@@ -279,25 +314,30 @@ def test_chunks_are_executed_from_the_state_that_predict_returns(
     assert [len(run.actions) for run in runs] == [7, 7, 7]
 
 
-def test_of_the_cheapest_plans_the_best_acts(agent: R2PAC, log: OfflineDataset) -> None:
-    model, several = agent._fitted(), agent.acting_by("flow")
-    several.config = dataclasses.replace(agent.config, cheapest=3)
+def at_ease(agent: R2PAC, level: float = 1e9) -> None:
+    """Call no state unsafe whose V_c is at most `level`."""
+    model = agent._fitted()
+    agent._model = dataclasses.replace(model, region=agent.region._replace(level=level))
+
+
+def test_a_plan_is_given_up_where_the_state_is_unsafe(agent: R2PAC, log: OfflineDataset) -> None:
+    several = agent.acting_by("flow", execute=3)
+    model = several._fitted()
     assert model.costs is not None
-    seen = model.scaling.observations(log.observations[::97])
-    noise = np.random.default_rng(0).standard_normal((4, model.actor.width)).astype("f4")
-    plans, moved = several._plans(model, seen, deterministic=True), 0
-    for row, plan in zip(seen, plans, strict=True):
-        rows = np.repeat(row[None], 4, axis=0)
-        drawn = torch.tensor(model.actor.draw(agent._arrays[ACTOR], rows, noise))
-        with torch.no_grad():
-            at = agent._networks, torch.tensor(rows), drawn
-            danger = -model.costs.advantages(*at).amin(0)
-            gain = model.critics.reward.advantages(*at).amin(0)
-        kept = danger.argsort()[:3]
-        best = int(kept[gain[kept].argmax()])
-        np.testing.assert_allclose(plan, drawn[best], atol=1e-5)
-        moved += best != int(danger.argmin())
-    assert moved  # else it would be the paper's
+    seen = log.observations[::97]
+    scaled = torch.tensor(model.scaling.observations(seen))
+    with torch.no_grad():
+        costs = -model.costs.value(several._networks, scaled).numpy()
+    level = float(np.median(costs))
+    unsafe = costs > level
+    assert 0 < unsafe.sum() < len(seen)
+    at_ease(several, level)
+    plan = several.plan(seen, deterministic=True)
+    _, state = several.predict(seen, deterministic=True)
+    second, (_, left) = several.predict(seen, state, np.zeros(len(seen), bool), deterministic=True)
+    np.testing.assert_allclose(second[unsafe], plan[unsafe, 0], atol=1e-6)
+    np.testing.assert_allclose(second[~unsafe], plan[~unsafe, 1], atol=1e-6)
+    np.testing.assert_array_equal(left, np.where(unsafe, 2, 1))
 
 
 def test_ways_of_acting(agent: R2PAC) -> None:
@@ -445,7 +485,7 @@ def test_episodes_shorter_than_a_chunk(log: OfflineDataset) -> None:
         ("label_dropout", 1.5),
         ("guidance", -1.0),
         ("candidates", 0),
-        ("cheapest", 0),
+        ("choose", "reward"),
         ("phase_shares", (0.5, 0.5)),
     ],
 )

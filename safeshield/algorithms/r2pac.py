@@ -8,8 +8,9 @@ Three phases on one log (what differs from the paper and why: docs/r2pac.md):
    one of two weighted imitators (eq. 40, 41; `algorithms.chunk_actors`);
 3. student: the actor distilled into one step, as SafeFQL has it.
 
-It acts by a plan of low Q_c among `candidates` draws, of which it executes the first action (or the
-first few, then plans anew). The losses stand at the head of `algorithms.r2pac_updates`.
+It acts by the best of `candidates` draws: in safe states the one of the highest penalised Q_r, in
+others the one of the lowest Q_c. It executes that plan's first few actions, then plans anew. The
+losses stand at the head of `algorithms.r2pac_updates`.
 """
 
 from __future__ import annotations
@@ -75,27 +76,32 @@ class R2PACConfig(ValueConfig):
             "reward_backup_steps": (1,),
             "near_share": 0.0,
             "margin": 0.0,
-            "region": "quantile",
+            "cost_limit": None,
             "region_test": "end",
             "penalty": 1.0,
             "flow_steps": 32,
-            "cheapest": 1,
+            "execute": 1,
+            "choose": "cost",
         },
     }
 
     chunk: int = 5
     """h: actions of a chunk (the paper: 5; 1 for HalfCheetah)."""
-    execute: int = 1
-    """Actions of a chunk that are executed before the next is drawn, at most h. More than 1 needs
-    the state that `predict` returns to be passed to its next call."""
+    execute: int | None = None
+    """Actions of a chunk that are executed before the next is drawn, at most h (the paper: 1);
+    fewer where a state on the way is unsafe. None: half of h, rounded up. More than 1 needs the
+    state that `predict` returns to be passed to its next call; a caller who does not pass it gets a
+    new plan each time."""
     region: Literal["quantile", "horizon", "safety"] = "quantile"
-    """What is unsafe: V_c above the alpha-quantile of its own values over the log's states that do
-    not violate; V_c above what
-    `cost_limit` is worth (eq. 42); or V_h above -margin (appendix E.6), which learns no costs."""
+    """What is unsafe. "quantile": V_c above the alpha-quantile of its own values over the log's
+    states that do not violate, or above what `cost_limit` is worth, where that is less; "horizon":
+    V_c above what `cost_limit` is worth (eq. 42); "safety": V_h above -margin (appendix E.6), which
+    learns no costs."""
     quantile: float = 0.9
     """alpha, of the region "quantile": share of those states that are not unsafe by V_c."""
-    cost_limit: float = 10.0
-    """kappa, of the region "horizon": violating steps that an episode may have."""
+    cost_limit: float | None = 10.0
+    """kappa: violating steps that an episode as long as the log's longest may have. None: the
+    quantile alone decides, as in the paper."""
     region_test: Literal["any", "end"] = "any"
     """Which states of a chunk must not be unsafe: all it leads through, or the last (the paper)."""
     penalise: bool = True
@@ -126,9 +132,10 @@ class R2PACConfig(ValueConfig):
     """Euler steps of the flows (the paper: 32)."""
     candidates: int = 16
     """Plans to choose from."""
-    cheapest: int = 4
-    """Plans of lowest Q_c among them, of which the one of highest Q_r is followed; 1: the one of
-    lowest Q_c, the paper's."""
+    choose: Literal["region", "cost"] = "region"
+    """Which of them is followed. "region": in safe states that of the highest penalised Q_r, in
+    others that of the lowest Q_c, as the actor's labels say what is good (eq. 18). "cost": that of
+    the lowest Q_c everywhere, the paper's."""
     inference: Literal["flow", "student"] = "flow"
     """What draws them: the actor, or its one-step student. `R2PAC.acting_by` changes it."""
     student_hidden: tuple[int, ...] = (128, 128, 128)
@@ -138,17 +145,31 @@ class R2PACConfig(ValueConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "chunk", "execute", "flow_steps", "candidates", "cheapest")
-        if self.execute > self.chunk:
+        check_positive(self, "chunk", "flow_steps", "candidates")
+        if self.execute is not None:
+            check_positive(self, "execute")
+        if self.steps_of_a_plan > self.chunk:
             raise ValueError(
                 f"execute must be at most the actions of a chunk ({self.chunk}), got {self.execute}"
             )
         check_fractions(self, "quantile", "cost_expectile")
-        check_positive(self, "cost_limit")
+        if self.cost_limit is not None:
+            check_positive(self, "cost_limit")
+        elif self.region == "horizon":
+            raise ValueError("cost_limit must be a number where region is 'horizon', got None")
         check_shares(self, "label_dropout")
         check_not_negative(self, "guidance", "reward_temperature", "safety_temperature")
         check_sizes(self, "student_hidden", "reward_backup_steps")
         check_phase_shares(self.phase_shares, 3)
+
+    @property
+    def steps_of_a_plan(self) -> int:
+        """Actions of a chunk that are executed before the next is drawn.
+
+        >>> R2PACConfig(chunk=5).steps_of_a_plan, R2PACConfig(chunk=1).steps_of_a_plan
+        (3, 1)
+        """
+        return (self.chunk + 1) // 2 if self.execute is None else self.execute
 
 
 class R2PAC(CriticAgent[R2PACConfig, Architecture]):
@@ -264,17 +285,19 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         Raises:
             ValueError: a shape that is not the observation space's, or NaN.
         """
-        if self.config.execute == 1:
+        if self.config.steps_of_a_plan == 1:
             return super().predict(observation, state, episode_start, deterministic)
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
         plans, left = self._under_way(model, len(rows), state, episode_start)
-        due = np.flatnonzero(left == 0)
+        seen = model.scaling.observations(rows)
+        # A plan made for safe states ends where the state is not.
+        due = np.flatnonzero((left == 0) | self._unsafe(model, seen))
         if len(due):
-            seen = model.scaling.observations(rows[due])
-            plans[due] = self._plans(model, seen, deterministic).reshape(len(due), model.chunk, -1)
-            left[due] = self.config.execute
-        scaled = plans[np.arange(len(rows)), self.config.execute - left]
+            made = self._plans(model, seen[due], deterministic)
+            plans[due] = made.reshape(len(due), model.chunk, -1)
+            left[due] = self.config.steps_of_a_plan
+        scaled = plans[np.arange(len(rows)), self.config.steps_of_a_plan - left]
         actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
         return (actions[0] if single else actions), (plans, left - 1)
 
@@ -297,7 +320,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             )
         if episode_start is not None:
             left = np.where(np.asarray(episode_start, dtype=bool), 0, left)
-        return plans, np.clip(left, 0, self.config.execute)
+        return plans, np.clip(left, 0, self.config.steps_of_a_plan)
 
     @property
     def region(self) -> RegionReport:
@@ -407,7 +430,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
 
     def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
         region, device = region_of(model, self.config), self.device
-        level = region.level if isinstance(region, CostRegion) else None
+        level = region.most if isinstance(region, CostRegion) else None
         scales = {} if level is None else {LEVEL: torch.tensor(level, device=device)}
         state = TrainState({}, self._networks, {}, scales, torch.zeros(0, device=device))
         generator = torch.Generator(device).manual_seed(self.config.seed)
@@ -425,7 +448,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
     def _plans(
         self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
-        """Return the best of the cheapest candidates, (n, h * act), in [-1, 1]."""
+        """Return the best of the candidates, (n, h * act), in [-1, 1]."""
         count, each, width = len(observations), self.config.candidates, model.actor.width
         noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
         seen = np.repeat(observations, each, axis=0)
@@ -438,19 +461,23 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             return np.asarray(drawn)
         # Q = V(s) + sigma A: within a state the advantage alone decides.
         judged = np.concatenate([seen, drawn], -1)
-        if model.costs is None:
-            danger = forward(self._arrays[PLAN], judged)[..., 0].max(0)
-        else:
-            danger = -forward(self._arrays[model.costs.names[1]], judged)[..., 0].min(0)
-        danger = danger.reshape(count, each)
-        chosen = danger.argmin(1)
-        if self.config.cheapest > 1:
+        worse = region_of(model, self.config).worse_of(self._arrays, judged).reshape(count, each)
+        chosen = worse.argmin(1)
+        if self.config.choose == "region":
             name = model.critics.reward.names[1]
             gain = forward(self._arrays[name], judged)[..., 0].min(0).reshape(count, each)
-            kept = np.argsort(danger, axis=1, kind="stable")[:, : self.config.cheapest]
-            best = np.take_along_axis(gain, kept, 1).argmax(1)
-            chosen = kept[np.arange(count), best]
+            safe = ~self._unsafe(model, observations)
+            chosen = np.where(safe, gain.argmax(1), chosen)
         return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
+
+    def _unsafe(
+        self, model: Architecture, observations: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell states in which the costs decide, (n,)."""
+        if not self.config.recover:
+            return np.zeros(len(observations), bool)
+        region = region_of(model, self.config)
+        return region.unsafe_of(self._arrays, observations, self.region.level)
 
 
 def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:

@@ -12,6 +12,11 @@ same sums over windows of the log where it is more: from h steps at a time, behi
 copies, what lies a hundred steps ahead takes longer to arrive than a small run lasts. A window that
 enters the unsafe region ends there, with -penalty.
 
+V_r is fitted in safe states alone: nothing asks for it in others (a chunk that enters the region
+is worth -penalty, within it the costs decide), and a network that need not follow the fall at the
+region's edge tells apart what lies inside. What a chunk adds is learned in units of what chunks add
+that stay safe, down to -`_LEAST` of them: how bad the forbidden is beyond that decides nothing.
+
 beside V_h and Q_h as all algorithms have them (`values.safety`), and for plans
 
     Q_h(s_t, a_{t:t+h}) = V_h(s_t) + sigma max_i A_i,     from the next state on, to V_h(s_{t+h}).
@@ -22,10 +27,11 @@ are learned as a state value plus an advantage; min over two critics for rewards
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import torch
@@ -71,6 +77,22 @@ if TYPE_CHECKING:
 ACTOR = "actor"
 _LOOK_EVERY = 500
 """Updates of the critics between two looks at the whole log."""
+_LEAST = 4.0
+"""Standard deviations below the best at which penalised chunks are no longer told apart."""
+
+
+class Fitting(NamedTuple):
+    """What chunk critics are fitted to."""
+
+    critics: RewardCritics
+    batch: RewardBatch
+    expectile: float
+    allowed: Tensor | None = None
+    """(batch,) 1 where the state counts for V; all by default."""
+    typical: Tensor | None = None
+    """(batch,) 1 where the chunk counts for the unit of A; all by default."""
+    least: float | None = None
+    """Of A's targets."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +167,11 @@ def region_of(model: Architecture, config: R2PACConfig) -> Region:
     margin = config.margin_of(model.critics.safety)
     if model.costs is None:
         return SafetyRegion(model.critics.safety, model.plan, margin)
-    if config.region == "quantile":
-        return CostRegion(model.costs, margin, config.quantile)
-    level = horizon_level(config.cost_limit, model.longest, config.discount)
-    return CostRegion(model.costs, margin, None, level)
+    most = math.inf
+    if config.cost_limit is not None:
+        most = horizon_level(config.cost_limit, model.longest, config.discount)
+    quantile = config.quantile if config.region == "quantile" else None
+    return CostRegion(model.costs, margin, quantile, most)
 
 
 @dataclass(eq=False)
@@ -179,7 +202,7 @@ class R2PACRun:
         reaches = (self.log.next_constraints > -self.margin).to(torch.uint8)
         scales = {"reward": zero + model.critics.reward.spread, UNSAFE: reaches}
         if model.costs is not None:
-            level = self.region.level if isinstance(self.region, CostRegion) else 0.0
+            level = self.region.most if isinstance(self.region, CostRegion) else 0.0
             scales |= {"cost": zero + model.costs.spread, LEVEL: zero + level}
         state = TrainState(
             networks=critics,
@@ -244,12 +267,12 @@ class R2PACRun:
         if self.model.costs is None:
             told = f"V_h > {report.level:g}"
             repair = "train longer, or change margin"
-        elif self.config.region == "quantile":
+        elif isinstance(self.region, CostRegion) and report.level < self.region.most:
             told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
             repair = "raise quantile" if report.unsafe_share else "lower quantile"
             repair += f" ({report.violating_share:.1%} of the states violate by themselves)"
         else:
-            told = f"V_c > {report.level:g}, from cost_limit {self.config.cost_limit:g}"
+            told = f"V_c > {report.level:g}, from cost_limit {self.config.cost_limit}"
             repair = "raise cost_limit" if report.unsafe_share else "lower cost_limit"
         raise ValueError(f"the unsafe region ({told}) holds {how} of the log's states: {repair}")
 
@@ -277,15 +300,18 @@ class R2PACRun:
                 )
                 plan, more = self._plan_loss(networks, state.targets, chunk)
                 value, metrics = value + plan, {**metrics, **more}
-                for kind, (critics, batch, expectile) in batches.items():
-                    part, seen[kind], more = critics.losses(
+                for kind, fitting in batches.items():
+                    part, seen[kind], more = fitting.critics.losses(
                         networks,
                         state.targets,
-                        batch,
+                        fitting.batch,
                         state.scales[kind],
                         discount=config.discount**model.chunk,
-                        expectile=expectile,
+                        expectile=fitting.expectile,
                         one_step=reward_steps <= model.chunk,
+                        allowed=fitting.allowed,
+                        typical=fitting.typical,
+                        least=fitting.least,
                     )
                     value, metrics = value + part, {**metrics, **more}
                 return value, metrics
@@ -308,46 +334,56 @@ class R2PACRun:
         """Return the batch's chunks; what pads them is drawn anew each time."""
         return self.chunks.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
 
-    def chunk_batches(
-        self, state: TrainState, chunk: Chunk, steps: int
-    ) -> dict[str, tuple[RewardCritics, RewardBatch, float]]:
-        """Return what the chunk critics are fitted to: critics, batch and expectile of each.
+    def chunk_batches(self, state: TrainState, chunk: Chunk, steps: int) -> dict[str, Fitting]:
+        """Return what the chunk critics are fitted to, rewards and costs.
 
         Args:
             state: holds which transitions reach the unsafe region.
             chunk: the batch.
             steps: of the windows along the log that V is fitted to.
         """
-        config, log, model = self.config, self.log, self.model
-        start, unsafe = chunk.rows[:, 0], state.scales[UNSAFE].bool()
-        reached = log.next_constraints[chunk.rows]
+        fitted = {"reward": self._reward_fitting(state, chunk, steps)}
+        if self.model.costs is not None:
+            fitted["cost"] = self._cost_fitting(self.model.costs, chunk, steps)
+        return fitted
+
+    def _reward_fitting(self, state: TrainState, chunk: Chunk, steps: int) -> Fitting:
+        """Fit to rewards, penalised where a chunk enters the region (eq. 14 to 16)."""
+        config, log, start = self.config, self.log, chunk.rows[:, 0]
         rewards = chunk.discounted(log.rewards[chunk.rows], config.discount)
-        ended = chunk.terminated
-        if config.penalise:
-            fails = chunk.any(unsafe[chunk.rows])
-            if config.region_test == "end":
-                fails = unsafe[chunk.end]
-            rewards = torch.where(fails, -model.penalty, rewards)
-            ended = ended | fails
-        window = log_window(
-            log,
-            start,
-            steps,
-            log.rewards,
-            config.discount,
-            unsafe if config.penalise else None,
-            -model.penalty,
+        critics, expectile = self.model.critics.reward, config.reward_expectile
+        if not config.penalise:
+            window = log_window(log, start, steps, log.rewards, config.discount)
+            batch = self._batch(chunk, rewards, chunk.terminated, window)
+            return Fitting(critics, batch, expectile)
+        unsafe, worth = state.scales[UNSAFE].bool(), -self.model.penalty
+        fails = chunk.any(unsafe[chunk.rows])
+        if config.region_test == "end":
+            fails = unsafe[chunk.end]
+        window = log_window(log, start, steps, log.rewards, config.discount, unsafe, worth)
+        batch = self._batch(
+            chunk, torch.where(fails, worth, rewards), chunk.terminated | fails, window
         )
-        batch = self._batch(chunk, rewards, ended, window)
-        batches = {"reward": (model.critics.reward, batch, config.reward_expectile)}
-        if model.costs is not None:
-            paid = (reached > -self.margin).to(rewards.dtype)
-            costs = chunk.discounted(paid, config.discount)
-            violates = -(log.next_constraints > -self.margin).to(rewards.dtype)
-            window = log_window(log, start, steps, violates, config.discount)
-            batch = self._batch(chunk, -costs, chunk.terminated, window)
-            batches["cost"] = (model.costs, batch, config.cost_expectile)
-        return batches
+        with torch.no_grad():
+            inside = self.region.unsafe(state, chunk.observations, log.constraints[start])
+        safe = (~inside).to(rewards.dtype)
+        return Fitting(
+            critics,
+            batch,
+            expectile,
+            allowed=safe if config.recover else None,
+            typical=safe * ~fails,
+            least=-_LEAST,
+        )
+
+    def _cost_fitting(self, critics: RewardCritics, chunk: Chunk, steps: int) -> Fitting:
+        """Fit to minus the violating steps (eq. 10, 11)."""
+        config, log, start = self.config, self.log, chunk.rows[:, 0]
+        pays = -(log.next_constraints > -self.margin).to(log.rewards.dtype)
+        costs = chunk.discounted(pays[chunk.rows], config.discount)
+        window = log_window(log, start, steps, pays, config.discount)
+        batch = self._batch(chunk, costs, chunk.terminated, window)
+        return Fitting(critics, batch, config.cost_expectile)
 
     def _batch(
         self, chunk: Chunk, rewards: Tensor, terminated: Tensor, window: Window

@@ -5,8 +5,10 @@ steps on the cheapest way on, learned with Q_c by implicit Q-learning that leans
 
 - l the alpha-quantile of V_c over the log's states that do not violate themselves, read anew as V_c
   changes (over all states, as the paper has it, a log of which a third violates puts l so high that
-  nothing but violations is unsafe); or
-- l = kappa (1 - g^T) / ((1 - g) T), what a limit kappa on an episode of T steps is worth (eq. 42).
+  nothing but violations is unsafe);
+- or l = kappa (1 - g^T) / ((1 - g) T), what a limit kappa on an episode of T steps is worth
+  (eq. 42);
+- or the lesser of the two: a log's worst tenth may cost more than anybody wants to pay.
 
 `SafetyRegion`, the variant of appendix E.6: V_h(s) > -margin, and A_h in the place of A_c.
 
@@ -16,16 +18,20 @@ a value says of it: there the answer is known.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from safeshield.algorithms.tensors import LogTensors
 from safeshield.algorithms.training import TrainState
+from safeshield.nn.forward import Weights, forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.scaling import PLAN
+from safeshield.scaling import CONSTRAINT, EXCESS, PLAN
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
@@ -33,6 +39,9 @@ LEVEL, UNSAFE = "region_level", "region_unsafe"
 """Of l, and of which states the log's transitions reach that are unsafe (N,) uint8, among the
 statistics of a training state."""
 _POOL = 65_536
+_Float = npt.NDArray[np.float32]
+_Flags = npt.NDArray[np.bool_]
+Arrays = Mapping[str, Weights]
 
 
 class RegionReport(NamedTuple):
@@ -63,6 +72,14 @@ class Region(Protocol):
     ) -> TrainState:
         """Read l off the log with the current critics."""
 
+    def unsafe_of(
+        self, weights: Arrays, observations: _Float, level: float
+    ) -> npt.NDArray[np.bool_]:
+        """Whether states (n, obs) of unknown h are unsafe, (n,), on NumPy arrays."""
+
+    def worse_of(self, weights: Arrays, inputs: _Float) -> _Float:
+        """`worse` of rows (n, obs + h * act), on NumPy arrays."""
+
 
 @dataclass(frozen=True)
 class CostRegion:
@@ -72,9 +89,9 @@ class CostRegion:
     margin: float
     """In units of h."""
     quantile: float | None
-    """alpha; None: l is given."""
-    level: float = 0.0
-    """l where it is given."""
+    """alpha; None: l is `most`."""
+    most: float
+    """What l is at most."""
 
     def value(self, networks: Networks, observations: Tensor) -> Tensor:
         """Return V_c, (n,), in discounted violating steps."""
@@ -103,8 +120,20 @@ class CostRegion:
         rows = free[picks]
         with torch.no_grad():
             values = self.value(state.targets, log.observations[rows])
-        level = torch.quantile(values, self.quantile)
+        level = torch.quantile(values, self.quantile).clamp(max=self.most)
         return state._replace(scales={**state.scales, LEVEL: level})
+
+    def unsafe_of(
+        self, weights: Arrays, observations: _Float, level: float
+    ) -> npt.NDArray[np.bool_]:
+        """See `Region`."""
+        critics = self.critics
+        value = critics.offset + critics.spread * forward(weights[critics.names[0]], observations)
+        return np.asarray(-value[0, :, 0] > level)
+
+    def worse_of(self, weights: Arrays, inputs: _Float) -> _Float:
+        """See `Region`."""
+        return np.asarray(-forward(weights[self.critics.names[1]], inputs)[..., 0].min(0))
 
 
 @dataclass(frozen=True)
@@ -131,6 +160,19 @@ class SafetyRegion:
     ) -> TrainState:
         """See `Region`."""
         return state
+
+    def unsafe_of(
+        self, weights: Arrays, observations: _Float, level: float
+    ) -> npt.NDArray[np.bool_]:
+        """See `Region`."""
+        scale = self.critics.scale
+        constraint = scale.offset + scale.spread * forward(weights[CONSTRAINT], observations)
+        excess = scale.excess * np.maximum(forward(weights[EXCESS], observations), 0.0)
+        return np.asarray((constraint + excess)[0, :, 0] > level)
+
+    def worse_of(self, weights: Arrays, inputs: _Float) -> _Float:
+        """See `Region`."""
+        return np.asarray(forward(weights[PLAN], inputs)[..., 0].max(0))
 
 
 def plan_advantages(

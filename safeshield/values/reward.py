@@ -99,8 +99,10 @@ class RewardCritics:
         expectile: float,
         one_step: bool,
         allowed: Tensor | None = None,
+        typical: Tensor | None = None,
+        least: float | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the summed losses, the root mean square of y - V(s), and what to log.
+        """Return the summed losses, the root mean square of y - V(s) as sigma, and what to log.
 
         Args:
             networks: online weights; gradients flow into these.
@@ -111,6 +113,9 @@ class RewardCritics:
             expectile: weight on targets above V, near 1.
             one_step: fit V to Q_r of the slow copies instead of to the windows.
             allowed: (batch,) 1 where the action may count for V, 0 where not; all by default.
+            typical: (batch,) 1 where the transition counts for the next sigma; all by default.
+            least: what a target of A_i is cut to from below, in units of sigma: how much worse than
+                that an action is, is not learned. None: nothing is cut.
         """
         with torch.no_grad():
             here = self.possible(targets, batch.observations)
@@ -123,10 +128,18 @@ class RewardCritics:
                 end = self.possible(targets, batch.window_observations)
                 goal = batch.window_rewards + batch.window_slope * end
             residual = y - here
+            square = residual.square()
+            if typical is None:
+                unit = square.mean().sqrt()
+            else:
+                unit = ((square * typical).sum() / typical.sum().clamp(min=1.0)).sqrt()
+            wanted = residual / sigma
+            if least is not None:
+                wanted = wanted.clamp(min=least)
         value = self.value(networks, batch.observations)
         advantage = self.advantages(networks, batch.observations, batch.actions)
         value_loss = expectile_loss((goal - value) / self.spread, expectile, allowed)
-        advantage_loss = (advantage - residual / sigma).square().mean(1).sum()
+        advantage_loss = (advantage - wanted).square().mean(1).sum()
         kind = self.names[0].removesuffix("_value")
         metrics = {
             f"{kind}/value_loss": value_loss.detach(),
@@ -134,4 +147,4 @@ class RewardCritics:
             f"{kind}/value": value.detach().mean(),
             f"{kind}/sigma": sigma,
         }
-        return value_loss + advantage_loss, residual.square().mean().sqrt(), metrics
+        return value_loss + advantage_loss, unit, metrics
