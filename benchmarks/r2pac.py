@@ -48,15 +48,18 @@ LENGTHS, UPDATES, EVERY = (1, 3, 5, 7), 2500, 50
 COLOURS = ("#777777", "#0072b2", "#d55e00", "#009e73")
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
-    "flow, 32 steps": (32, {"inference": "flow"}),
-    "flow, 10 steps": (10, {"inference": "flow"}),
-    "flow, 1 candidate": (10, {"inference": "flow", "candidates": 1}),
+    "the default": (10, {"inference": "flow"}),
+    "flow of 32 steps": (32, {"inference": "flow"}),
+    "1 candidate": (10, {"inference": "flow", "candidates": 1}),
+    "lowest Q_c": (10, {"inference": "flow", "choose": "cost"}),
+    "1 executed": (10, {"inference": "flow", "execute": 1}),
+    "5 executed": (10, {"inference": "flow", "execute": 5}),
+    "lowest Q_c, 1 executed": (10, {"inference": "flow", "choose": "cost", "execute": 1}),
     "student": (10, {"inference": "student"}),
+    "student, 1 executed": (10, {"inference": "student", "execute": 1}),
     "student, 1 candidate": (10, {"inference": "student", "candidates": 1}),
-    "flow, 3 executed": (10, {"inference": "flow", "execute": 3}),
-    "flow, 5 executed": (10, {"inference": "flow", "execute": 5}),
 }
-"""Euler steps and settings of each way to act; 16 candidates where not said otherwise."""
+"""Euler steps and settings of each way to act; 16 candidates, 3 executed where not said."""
 
 
 # -- chunk lengths --------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ def values(arguments: argparse.Namespace) -> None:
 
 
 def picture(arguments: argparse.Namespace) -> None:
-    """Draw the learning curves: means and the range of the seeds."""
+    """Draw the learning curves of each task's longest runs: means and the range of the seeds."""
     import json
 
     import matplotlib as mpl
@@ -393,14 +393,22 @@ def picture(arguments: argparse.Namespace) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(9, 3.4))
-    for axis, task in zip(axes, TASKS, strict=True):
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in TASKS:
         for name in LEARNERS:
-            paths = [RESULTS / f"ssql_{task}_{name}_{s}_{arguments.steps}.json"
-                     for s in arguments.seeds]  # fmt: skip
-            rows = [json.loads(path.read_text()) for path in paths if path.exists()]
-            if not rows:
-                continue
+            paths = [
+                p for s in arguments.seeds for p in RESULTS.glob(f"ssql_{task}_{name}_{s}_*.json")
+            ]
+            if paths:
+                rows = [json.loads(path.read_text()) for path in paths]
+                longest = max(row["curve"][-1][0] for row in rows)
+                rows = [row for row in rows if row["curve"][-1][0] == longest]
+                found.setdefault(task, {})[name] = rows
+    if not found:
+        raise SystemExit("nothing to draw: run 'ssql.py pendulum' or 'ssql.py boat' first")
+    figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 3.4), squeeze=False)
+    for axis, (task, learners) in zip(axes[0], found.items(), strict=True):
+        for name, rows in learners.items():
             curves = np.array([row["curve"] for row in rows])
             at, mean = curves[0, :, 0], curves[:, :, 1].mean(axis=0)
             unsafe = sum(row["violating"] for row in rows)

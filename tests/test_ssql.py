@@ -17,11 +17,13 @@ from stable_baselines3.common.callbacks import EvalCallback
 from tables import table_shield
 
 from safeshield import SafeSupportPolicy, SafeSupportQLearning, SafetyShield, Shield, SSQLConfig
+from safeshield.algorithms import training
 from safeshield.algorithms.registry import load_agent
 from safeshield.algorithms.training import TrainState, descend
 from safeshield.batch_policy import batch_policy
 from safeshield.calibration.record import CalibrationRecord, PolicyResult
 from safeshield.data import collect
+from safeshield.files import read_tensors
 from safeshield.inspection import describe
 from safeshield.nn.optim import adam_init
 from safeshield.nn.truncated import Mixture, draw_each, log_density
@@ -490,6 +492,45 @@ def test_from_a_log_with_a_behaviour_and_with_its_clone(tmp_path: Path) -> None:
     other = SafeSupportQLearning(config=SSQLConfig(**{**vars(config), "temperature": 0.1}))
     with pytest.raises(ValueError, match="belongs to another"):
         other.fit(log, masked, steps=600, checkpoint=checkpoint)
+
+
+def test_a_fit_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In stage one, in the clone's phase and in the actor's: the same weights in the end."""
+    env = Push()
+    masked = MaskedUniform(SafeRules(below, env.action_space))
+    acting = batch_policy(lambda o, rng: masked.draw(o, 1, rng)[:, 0])
+    log = collect(env, acting, episodes=10, seed=0)
+    config = SSQLConfig(
+        temperature=0.05, batch_size=16, critic_hidden=(8,), actor_hidden=(8,),
+        extraction_steps=30, extraction="reverse", components=2,
+    )  # fmt: skip
+    whole = SafeSupportQLearning(config=config).fit(log, masked, steps=20)._state
+    assert whole is not None
+    path, save = tmp_path / "checkpoint", training.save_checkpoint
+
+    class PowerCut(Exception):
+        pass
+
+    stops = [13, 25, 41]
+
+    def saving(*arguments: Any) -> None:  # noqa: ANN401
+        save(*arguments)
+        if stops and arguments[2] == stops[0]:
+            raise PowerCut
+
+    monkeypatch.setattr(training, "save_checkpoint", saving)
+    for phase in ("critics", "clone", "actor"):
+        with pytest.raises(PowerCut):
+            SafeSupportQLearning(config=config).fit(
+                log, masked, steps=20, checkpoint=path, checkpoint_every=1
+            )
+        assert read_tensors(path, "safeshield-checkpoint").header["phase"] == phase
+        stops.pop(0)
+    again = SafeSupportQLearning(config=config).fit(log, masked, steps=20, checkpoint=path)._state
+    assert again is not None
+    for name, params in whole.networks.items():
+        for key, tensor in params.items():
+            assert torch.equal(tensor, again.networks[name][key]), (name, key)
 
 
 def test_a_cloned_classifier_knows_the_logs_probabilities() -> None:

@@ -200,24 +200,27 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         *,
         candidates: int | None = None,
         execute: int | None = None,
+        choose: Literal["region", "cost"] | None = None,
     ) -> Self:
-        """Return an agent of the same weights that draws its plans in another way.
+        """Return an agent of the same weights that plans, or follows its plans, in another way.
 
         Args:
-            inference: "flow", or "student" (one step in the place of `flow_steps`).
+            inference: what draws them: "flow", or "student", in one step.
             candidates: plans to choose from; None: as before.
             execute: actions of a plan to execute; None: as before.
+            choose: which plan to follow (`R2PACConfig.choose`); None: as before.
 
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
-        other, config = copy.copy(self), self.config
-        other.config = dataclasses.replace(
-            config,
-            inference=inference,
-            candidates=config.candidates if candidates is None else candidates,
-            execute=config.execute if execute is None else execute,
-        )
+        given: dict[str, Any] = {
+            "candidates": candidates,
+            "execute": execute,
+            "choose": choose,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, inference=inference, **changes)
         other._noise = np.random.default_rng(other.config.seed)
         return other
 
