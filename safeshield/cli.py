@@ -471,7 +471,8 @@ def _evaluate_by_protocol(
 ) -> None:
     from safeshield.calibration.policies import Adversary
     from safeshield.evaluation import Saboteur
-    from safeshield.inspection import AGENT, file_kind
+    from safeshield.files import AGENT
+    from safeshield.inspection import file_kind
     from safeshield.protocol import (
         EPISODES,
         SEEDS,
@@ -697,7 +698,8 @@ def _make(env_id: str) -> Env:
 
 def _shield(path: Path) -> Shield:
     """Read a shield, or take that of an agent."""
-    from safeshield.inspection import AGENT, SHIELD, file_kind, with_article
+    from safeshield.files import AGENT, SHIELD
+    from safeshield.inspection import file_kind, with_article
 
     kind = file_kind(path)
     if kind == SHIELD:

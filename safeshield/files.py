@@ -29,16 +29,18 @@ Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
 _MAX_DIMENSIONS = 8
 _KEY = "safeshield"
-_READ_BY = {
-    "safeshield-safefql": "SafeFQL.load",
-    "safeshield-flrp": "FLRP.load",
-    "safeshield-r2pac": "R2PAC.load",
-    "safeshield-fisor": "FISOR.load",
-    "safeshield-behaviour-cloning": "BehaviourCloning.load",
-    "safeshield-ssql": "SafeSupportQLearning.load",
-    "safeshield-shield": "Shield.load",
-    "safeshield-checkpoint": "fit(checkpoint=...), which goes on from it,",
+AGENT, SHIELD, CHECKPOINT = "agent", "shield", "checkpoint"
+FORMATS = {
+    "safeshield-safefql": (AGENT, "SafeFQL.load"),
+    "safeshield-flrp": (AGENT, "FLRP.load"),
+    "safeshield-r2pac": (AGENT, "R2PAC.load"),
+    "safeshield-fisor": (AGENT, "FISOR.load"),
+    "safeshield-behaviour-cloning": (AGENT, "BehaviourCloning.load"),
+    "safeshield-ssql": (AGENT, "SafeSupportQLearning.load"),
+    "safeshield-shield": (SHIELD, "Shield.load"),
+    "safeshield-checkpoint": (CHECKPOINT, "fit(checkpoint=...), which goes on from it,"),
 }
+"""Every kind of file by the format in its header: what it holds, and what reads it."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("f4"),
     "I64": np.dtype("i8"),
@@ -181,8 +183,8 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
 
 def read_by(kind: object) -> str:
     """Return what reads a file of this format, as the end of an error; "" where nothing does."""
-    reader = _READ_BY.get(str(kind))
-    return "" if reader is None else f"; {reader} reads it"
+    known = FORMATS.get(str(kind))
+    return "" if known is None else f"; {known[1]} reads it"
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:

@@ -9,23 +9,13 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeshield.files import TensorFile, read_tensors
+from safeshield.files import AGENT, FORMATS, SHIELD, TensorFile, read_tensors
 
 if TYPE_CHECKING:
     from safeshield.data.card import DatasetCard
     from safeshield.data.dataset import OfflineDataset
 
-AGENT, SHIELD, CHECKPOINT, LOG = "agent", "shield", "checkpoint", "log"
-_FORMATS = {
-    "safeshield-safefql": AGENT,
-    "safeshield-flrp": AGENT,
-    "safeshield-r2pac": AGENT,
-    "safeshield-fisor": AGENT,
-    "safeshield-behaviour-cloning": AGENT,
-    "safeshield-ssql": AGENT,
-    "safeshield-shield": SHIELD,
-    "safeshield-checkpoint": CHECKPOINT,
-}
+LOG = "log"
 _LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
 # How other files begin that people have at hand.
 _OTHERS = {
@@ -132,13 +122,13 @@ def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
         file = read_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} is no file of safeshield's, or is damaged: {error}") from error
-    kind = _FORMATS.get(file.header["format"])
-    if kind is None:
+    known = FORMATS.get(file.header["format"])
+    if known is None:
         raise ValueError(
             f"{path} is a {file.header['format']!r:.60}, which this release does not know; a newer "
             "one may"
         )
-    return kind, file
+    return known[0], file
 
 
 def _describe_shield(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safeshield.algorithms.fisor import FISOR, FISORConfig
 from safeshield.algorithms.imitation import REWARD_LIMIT, SAFETY_LIMIT, imitation_weights
 from safeshield.algorithms.registry import ALGORITHMS, load_agent
 from safeshield.data import OfflineDataset, collect
+from safeshield.files import AGENT, FORMATS
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
 from safeshield.scaling import CONSTRAINT, SafetyScale
 from safeshield.shield import Shield
@@ -225,6 +226,12 @@ def test_load_agent_refuses_what_is_none(log: OfflineDataset, tmp_path: Path) ->
     with pytest.raises(ValueError, match="must be an agent's file"):
         load_agent(path)
     Shield.load(path)
+
+
+def test_every_algorithms_files_are_known() -> None:
+    readers = {f"{kind.__name__}.load": (kind.file_format, AGENT) for kind in ALGORITHMS.values()}
+    for name, (form, holds) in readers.items():
+        assert FORMATS[form] == (holds, name)
 
 
 @pytest.mark.parametrize("kind", list(ALGORITHMS.values()), ids=list(ALGORITHMS))
