@@ -227,14 +227,33 @@ def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDatase
     run = agent._run(model, LogTensors.of(log, model.scaling, torch.device("cpu")), 30)
     from safeshield.algorithms.regions import RegionReport
 
-    with pytest.raises(ValueError, match=r"V_c > 2, its 0.9-quantile\) holds all.*raise quantile"):
+    with pytest.raises(
+        ValueError, match=r"V_c > 2, its 0.9-quantile\) holds all.*50.0% violate.*or raise quantile"
+    ):
         run.check_region(RegionReport(2.0, 1.0, 0.5))
-    with pytest.raises(ValueError, match=r"holds none of the log's states: lower quantile"):
+    with pytest.raises(ValueError, match=r"holds none of .* train longer, or lower quantile"):
         run.check_region(RegionReport(2.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"from cost_limit\) holds none .*lower cost_limit"):
+        run.check_region(RegionReport(run.region.most, 0.0, 0.0))  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="nothing is foreseen"):
+        run.check_region(RegionReport(2.0, 0.25, 0.25))
     # A margin as wide as the log swallows everything, whatever the costs say.
     wide = dataclasses.replace(TINY, margin=50.0)
-    with pytest.raises(ValueError, match=r"holds all of the log's states"):
+    with pytest.raises(ValueError, match=r"holds all of the log's states: each violates"):
         R2PAC(wide, device="cpu").fit(log, steps=12)
+
+
+def test_windows_beyond_an_episode_mean_all_of_it(log: OfflineDataset) -> None:
+    fitted = [
+        R2PAC(
+            dataclasses.replace(
+                TINY, reward_backup_steps=(steps,), safety_backup_steps=(steps,), batch_size=4
+            ),
+            device="cpu",
+        ).fit(log, steps=9)
+        for steps in (400, 10**9)
+    ]
+    assert same_weights(*fitted)
 
 
 # -- acting -------------------------------------------------------------------------------------
@@ -334,10 +353,52 @@ def test_a_plan_is_given_up_where_the_state_is_unsafe(agent: R2PAC, log: Offline
     at_ease(several, level)
     plan = several.plan(seen, deterministic=True)
     _, state = several.predict(seen, deterministic=True)
-    second, (_, left) = several.predict(seen, state, np.zeros(len(seen), bool), deterministic=True)
+    second, (_, done) = several.predict(seen, state, np.zeros(len(seen), bool), deterministic=True)
     np.testing.assert_allclose(second[unsafe], plan[unsafe, 0], atol=1e-6)
     np.testing.assert_allclose(second[~unsafe], plan[~unsafe, 1], atol=1e-6)
-    np.testing.assert_array_equal(left, np.where(unsafe, 2, 1))
+    np.testing.assert_array_equal(done, np.where(unsafe, 1, 2))
+
+
+@pytest.mark.parametrize("shape", [(), (2, 2)])
+def test_plans_have_the_shape_of_the_actions(shape: tuple[int, ...]) -> None:
+    rng, count = np.random.default_rng(0), 60
+    box = gym.spaces.Box(-2.0, 2.0, shape)
+    seen = rng.normal(size=(count + 1, 3)).astype("f4")
+    shaped = OfflineDataset.from_arrays(
+        observations=seen[:-1], actions=rng.uniform(-2, 2, (count, *shape)), rewards=np.ones(count),
+        next_observations=seen[1:], terminated=np.zeros(count, bool), action_space=box,
+        truncated=np.arange(count) % 20 == 19, costs=(seen[1:, 0] > 1).astype(float),
+    )  # fmt: skip
+    agent = R2PAC(TINY, device="cpu").fit(shaped, steps=30)
+    assert agent.plan(seen[0]).shape == (3, *shape)
+    assert box.contains(agent.plan(seen[0])[1])
+    assert agent.plan(seen[:5]).shape == (5, 3, *shape)
+    several = agent.acting_by("flow", execute=2)
+    for way in (agent, several):
+        assert way.plan(seen[:0]).shape == (0, 3, *shape)
+        assert way.predict(seen[:0])[0].shape == (0, *shape)
+        assert way.predict(seen[:5])[0].shape == (5, *shape)
+
+
+def test_a_state_that_is_none(agent: R2PAC, log: OfflineDataset) -> None:
+    """No plan of NaN is followed, and a plan of another agent's goes on where it was."""
+    several, longer = agent.acting_by("flow", execute=2), agent.acting_by("flow", execute=3)
+    seen, no = log.observations[:4], np.zeros(4, bool)
+    _, (plans, done) = several.predict(seen)
+    for state in ((), "x", (plans,), (plans, done, done), (plans * np.nan, done),
+                  (plans + 3.0, done), (plans, done - 5), (plans, done + 9)):  # fmt: skip
+        with pytest.raises(ValueError, match="state must be what predict returned"):
+            several.predict(seen, state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"episode_start must have shape \(4,\), got \(3,\)"):
+        several.predict(seen, (plans, done), no[:3])
+    at_ease(longer)
+    plan = longer.plan(seen, deterministic=True)
+    _, state = longer.predict(seen, deterministic=True)
+    _, state = longer.predict(seen, state, no, deterministic=True)
+    third, _ = longer.predict(seen, state, no, deterministic=True)
+    np.testing.assert_allclose(third, plan[:, 2], atol=1e-6)
+    anew, _ = several.predict(seen, state, no, deterministic=True)  # its plans end after 2
+    np.testing.assert_allclose(anew, plan[:, 0], atol=1e-6)
 
 
 def test_ways_of_acting(agent: R2PAC) -> None:
@@ -482,6 +543,9 @@ def test_episodes_shorter_than_a_chunk(log: OfflineDataset) -> None:
         ("actor", "gaussian"),
         ("inference", "both"),
         ("penalty", float("inf")),
+        ("penalty", 1e39),
+        ("seed", 2**63),
+        ("seed", -1),
         ("label_dropout", 1.5),
         ("guidance", -1.0),
         ("candidates", 0),
@@ -504,6 +568,25 @@ def test_discrete_actions_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(TypeError, match="R2PAC's actor needs a Box of actions"):
         R2PAC(TINY, device="cpu").fit(log, steps=12)
+
+
+def test_whole_numbered_boxes_are_refused() -> None:
+    count = 40
+    log = OfflineDataset.from_arrays(
+        observations=np.zeros((count, 2)), actions=np.ones((count, 1), np.int64),
+        rewards=np.zeros(count), next_observations=np.zeros((count, 2)),
+        terminated=np.zeros(count, bool), truncated=np.arange(count) % 10 == 9,
+        costs=(np.arange(count) % 4 == 0).astype(float),
+        action_space=gym.spaces.Box(-3, 3, (1,), np.int64),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="a Box of floating-point actions"):
+        R2PAC(TINY, device="cpu").fit(log, steps=12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="this torch sees no CUDA"):
+        R2PAC(TINY, device="cuda")
 
 
 def test_a_file_whose_region_contradicts_its_costs(agent: R2PAC, tmp_path: Path) -> None:

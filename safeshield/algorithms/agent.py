@@ -95,6 +95,11 @@ def continuous_actions(space: gym.Space[Any], who: str) -> gym.spaces.Box:
             f"{who}'s actor needs a Box of actions, got {space!r}; ShieldTrainer makes a shield "
             "for discrete ones"
         )
+    if not np.issubdtype(space.dtype, np.floating):
+        raise TypeError(
+            f"{who}'s actor needs a Box of floating-point actions, got {space!r}; round what it "
+            "does in a wrapper of the environment"
+        )
     return space
 
 

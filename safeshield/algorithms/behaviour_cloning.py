@@ -21,6 +21,7 @@ from safeshield.algorithms.agent import OfflineAgent, continuous_actions
 from safeshield.algorithms.checks import (
     check_not_negative,
     check_positive,
+    check_seed,
     check_sizes,
     settle_types,
 )
@@ -61,7 +62,8 @@ class BehaviourCloningConfig:
 
     def __post_init__(self) -> None:
         settle_types(self)
-        check_not_negative(self, "seed", "cost_limit")
+        check_seed(self)
+        check_not_negative(self, "cost_limit")
         check_sizes(self, "hidden")
         check_positive(self, "batch_size", "learning_rate")
 

@@ -98,6 +98,13 @@ def check_not_negative(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}")
 
 
+def check_seed(config: object) -> None:
+    """Raise ValueError unless the field `seed` is one that NumPy and PyTorch both take."""
+    seed: int = config.seed  # type: ignore[attr-defined]
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
+
+
 def check_fractions(config: object, *names: str) -> None:
     """Raise ValueError unless the fields lie inside (0, 1), or are None."""
     for name in names:

@@ -14,6 +14,7 @@ from safeshield.algorithms.checks import (
     check_fractions,
     check_not_negative,
     check_positive,
+    check_seed,
     check_shares,
     check_sizes,
     settle_types,
@@ -93,7 +94,8 @@ class ValueConfig:
         check_positive(self, "batch_size", "learning_rate")
         check_fractions(self, "discount", "safety_discount", "reward_expectile", "safety_expectile")
         check_shares(self, "near_share", "polyak")
-        check_not_negative(self, "seed", "margin")
+        check_seed(self)
+        check_not_negative(self, "margin")
         check_sizes(self, "critic_hidden", "flow_hidden", "safety_backup_steps")
 
     @classmethod

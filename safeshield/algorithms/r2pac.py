@@ -57,8 +57,9 @@ from safeshield.values.reward import RewardCritics
 class R2PACConfig(ValueConfig):
     """Settings of R2PAC. The defaults are the preset "small": two cores, minutes, all tasks.
 
-    "paper" has the settings of table 4, for 600,000 updates on a GPU, and the paper's own region,
-    with one alpha and one penalty for all tasks where table 5 has them by the task.
+    "paper" has the settings of table 4, for 600,000 updates on a GPU, and no cost limit, with one
+    alpha (over the states that do not violate) and one penalty for all tasks where table 5 has them
+    by the task.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -100,16 +101,17 @@ class R2PACConfig(ValueConfig):
     quantile: float = 0.9
     """alpha, of the region "quantile": share of those states that are not unsafe by V_c."""
     cost_limit: float | None = 10.0
-    """kappa: violating steps that an episode as long as the log's longest may have. None: the
-    quantile alone decides, as in the paper."""
+    """kappa, above 0: violating steps that an episode as long as the log's longest may have. None:
+    the quantile alone decides, as in the paper."""
     region_test: Literal["any", "end"] = "any"
     """Which states of a chunk must not be unsafe: all it leads through, or the last (the paper)."""
     penalise: bool = True
     """Whether chunks into the unsafe region are penalised; False: the ablation without V_r bar."""
     penalty: float | None = None
     """What such a chunk is worth, with the sign turned, in discounted reward (the paper: 1 or 10).
-    None: minus the lowest discounted return from any step of the log on, so that no way that the
-    log shows is worse (proposition 1, in-sample)."""
+    None: minus the lowest discounted return from any step of the log on, an episode that was
+    truncated being taken to go on with the log's mean reward. Proposition 1 asks for more where the
+    safe ways earn less than that."""
     recover: bool = True
     """Whether in unsafe states the chunks of low cost are imitated, and not those of high reward;
     False: the ablation without V_c."""
@@ -160,6 +162,8 @@ class R2PACConfig(ValueConfig):
         check_shares(self, "label_dropout")
         check_not_negative(self, "guidance", "reward_temperature", "safety_temperature")
         check_sizes(self, "student_hidden", "reward_backup_steps")
+        if self.penalty is not None and abs(self.penalty) > float(np.finfo(np.float32).max):
+            raise ValueError(f"penalty must be finite as float32, got {self.penalty}")
         check_phase_shares(self.phase_shares, 3)
 
     @property
@@ -254,7 +258,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         )
 
     def plan(self, observation: Batch, deterministic: bool = False) -> npt.NDArray[np.float32]:
-        """Return the chunk of h actions that it would follow: (h, act), or (n, h, act).
+        """Return the chunk of h actions that it would follow: (h, *action's shape), or n of them.
 
         Args:
             observation: one, or a batch of them.
@@ -266,8 +270,10 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
         chunks = self._plans(model, model.scaling.observations(rows), deterministic)
-        actions = model.scaling.to_box(chunks.reshape(len(rows), model.chunk, -1))
-        return actions[0] if single else actions
+        scaled = chunks.reshape(len(rows) * model.chunk, model.scaling.action_features)
+        points = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        actions = points.reshape(len(rows), model.chunk, *points.shape[1:])
+        return np.asarray(actions[0] if single else actions)
 
     def predict(
         self,
@@ -286,23 +292,24 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             deterministic: choose from the same draws of noise in every state.
 
         Raises:
-            ValueError: a shape that is not the observation space's, or NaN.
+            ValueError: a shape that is not the observation space's, NaN, or a state that no call
+                for as many observations returned.
         """
         if self.config.steps_of_a_plan == 1:
             return super().predict(observation, state, episode_start, deterministic)
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
-        plans, left = self._under_way(model, len(rows), state, episode_start)
+        plans, done = self._under_way(model, len(rows), state, episode_start)
         seen = model.scaling.observations(rows)
         # A plan made for safe states ends where the state is not.
-        due = np.flatnonzero((left == 0) | self._unsafe(model, seen))
+        over = (done >= self.config.steps_of_a_plan) | self._unsafe(model, seen)
+        due = np.flatnonzero(over)
         if len(due):
-            made = self._plans(model, seen[due], deterministic)
-            plans[due] = made.reshape(len(due), model.chunk, -1)
-            left[due] = self.config.steps_of_a_plan
-        scaled = plans[np.arange(len(rows)), self.config.steps_of_a_plan - left]
+            plans[due] = self._plans(model, seen[due], deterministic).reshape(-1, *plans.shape[1:])
+            done[due] = 0
+        scaled = plans[np.arange(len(rows)), done]
         actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
-        return (actions[0] if single else actions), (plans, left - 1)
+        return (actions[0] if single else actions), (plans, done + 1)
 
     def _under_way(
         self,
@@ -311,19 +318,26 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         state: tuple[npt.NDArray[Any], ...] | None,
         episode_start: npt.NDArray[np.bool_] | None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Return the plans (n, h, act) and how many of each one's actions are still to come."""
+        """Return the plans (n, h, act) and how many actions of each have been executed."""
         shape = (count, model.chunk, model.scaling.action_features)
         if state is None:
-            return np.zeros(shape, np.float32), np.zeros(count, np.int64)
-        plans, left = (np.array(part) for part in state)
-        if plans.shape != shape or left.shape != (count,):
+            return np.zeros(shape, np.float32), np.full(count, model.chunk)
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            raise ValueError(f"state must be what predict returned, got {state!r:.60}")
+        plans, done = (np.array(part) for part in state)
+        if plans.shape != shape or done.shape != (count,):
             raise ValueError(
                 f"state must be what predict returned for {count} observations, plans {shape} and "
-                f"counts {(count,)}, got {plans.shape} and {left.shape}"
+                f"counts {(count,)}, got {plans.shape} and {done.shape}"
             )
+        if not (np.abs(plans) <= 1.0).all() or not ((done >= 0) & (done <= model.chunk)).all():
+            raise ValueError("state must be what predict returned, but holds no plans")
         if episode_start is not None:
-            left = np.where(np.asarray(episode_start, dtype=bool), 0, left)
-        return plans, np.clip(left, 0, self.config.steps_of_a_plan)
+            starts = np.asarray(episode_start, dtype=bool)
+            if starts.shape != (count,):
+                raise ValueError(f"episode_start must have shape {(count,)}, got {starts.shape}")
+            done = np.where(starts, model.chunk, done)
+        return plans, done
 
     @property
     def region(self) -> RegionReport:
@@ -345,12 +359,17 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
 
     def _describe(self, dataset: OfflineDataset) -> Architecture:
         model, config = super()._describe(dataset), self.config
+        margin = config.margin_of(model.critics.safety)
+        if (dataset.constraints > -margin).all():
+            raise ValueError(
+                "the unsafe region holds all of the log's states: each violates, or lies within "
+                f"the margin of doing so ({margin:g} in units of h)"
+            )
         penalty = config.penalty
         if penalty is None:
             penalty = -float(returns_to_go(dataset, config.discount).min())
         costs = None
         if config.region != "safety":
-            margin = config.margin_of(model.critics.safety)
             paid = -(dataset.next_constraints > -margin).astype(np.float64)
             _, spread = return_scale(dataset, config.discount, paid)
             costs = self._costs(model, spread)

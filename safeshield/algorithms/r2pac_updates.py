@@ -28,6 +28,7 @@ are learned as a state value plus an advantage; min over two critics for rewards
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -258,23 +259,35 @@ class R2PACRun:
     def check_region(self, report: RegionReport) -> None:
         """Refuse a region that leaves nothing to learn from.
 
+        Warns:
+            UserWarning: it holds nothing but states that violate by themselves.
+
         Raises:
             ValueError: it holds every state of the log, or none.
         """
-        if 0.0 < report.unsafe_share < 1.0:
-            return
-        how = "all" if report.unsafe_share else "none"
-        if self.model.costs is None:
-            told = f"V_h > {report.level:g}"
-            repair = "train longer, or change margin"
-        elif isinstance(self.region, CostRegion) and report.level < self.region.most:
-            told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
-            repair = "raise quantile" if report.unsafe_share else "lower quantile"
-            repair += f" ({report.violating_share:.1%} of the states violate by themselves)"
-        else:
-            told = f"V_c > {report.level:g}, from cost_limit {self.config.cost_limit}"
-            repair = "raise cost_limit" if report.unsafe_share else "lower cost_limit"
-        raise ValueError(f"the unsafe region ({told}) holds {how} of the log's states: {repair}")
+        told, setting = f"V_h > {report.level:g}", "margin"
+        if isinstance(self.region, CostRegion):
+            told, setting = f"V_c > {report.level:g}, from cost_limit", "cost_limit"
+            if report.level < self.region.most:
+                told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
+                setting = "quantile"
+        way = "raise" if report.unsafe_share else "lower"
+        if setting == "margin":
+            way = "change"
+        repair = f"train longer, or {way} {setting}"
+        if not 0.0 < report.unsafe_share < 1.0:
+            how = "all" if report.unsafe_share else "none"
+            raise ValueError(
+                f"the unsafe region ({told}) holds {how} of the log's states, of which "
+                f"{report.violating_share:.1%} violate by themselves: {repair}"
+            )
+        if report.unsafe_share == report.violating_share:
+            warnings.warn(
+                f"the unsafe region ({told}) holds nothing but the {report.violating_share:.1%} of "
+                f"the log's states that violate by themselves: nothing is foreseen; train longer, "
+                f"or {'change' if setting == 'margin' else 'lower'} {setting}",
+                stacklevel=2,
+            )
 
     def critic_update(self, window: int, reward_steps: int) -> Update:
         """Return one update of all critics, with windows of these lengths in the targets."""
@@ -342,6 +355,7 @@ class R2PACRun:
             chunk: the batch.
             steps: of the windows along the log that V is fitted to.
         """
+        steps = min(steps, self.model.longest)  # beyond, a window means all of an episode
         fitted = {"reward": self._reward_fitting(state, chunk, steps)}
         if self.model.costs is not None:
             fitted["cost"] = self._cost_fitting(self.model.costs, chunk, steps)

@@ -215,5 +215,5 @@ def report_region(
             violating += float((h > -margin).sum())
     level = state.scales.get(LEVEL)
     return RegionReport(
-        -margin if level is None else float(level), unsafe / len(log), violating / len(log)
+        -margin if level is None else float(level) + 0.0, unsafe / len(log), violating / len(log)
     )

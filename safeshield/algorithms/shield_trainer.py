@@ -33,6 +33,7 @@ from safeshield.algorithms.checks import (
     check_not_negative,
     check_phase_shares,
     check_positive,
+    check_seed,
     check_shares,
     check_sizes,
     settle_types,
@@ -133,7 +134,8 @@ class ShieldConfig:
         check_share("support_alpha", self.support_alpha, positive=True)
         check_share("support_share", self.support_share, positive=False)
         check_share("support_held_out", self.support_held_out, positive=True)
-        check_not_negative(self, "seed", "distillation")
+        check_seed(self)
+        check_not_negative(self, "distillation")
         check_phase_shares(self.phase_shares, 3)
         check_sizes(
             self, "critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"

@@ -205,7 +205,10 @@ def device_of(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if isinstance(device, str | torch.device):
-            return torch.device(device)
+            found = torch.device(device)
+            if found.type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"device {device!r}: this torch sees no CUDA; use 'cpu' or 'auto'")
+            return found
     except RuntimeError:
         pass
     raise ValueError(

@@ -34,7 +34,7 @@ def guided_actions(
     if guidance:
         table[1, :, -2] = 1.0
     x = noise.astype(np.float32)
-    rows = table.reshape(branches * count, -1)
+    rows = table.reshape(branches * count, table.shape[-1])
     for i in range(steps):
         table[..., width : width + action] = x
         table[..., width + action] = i / steps

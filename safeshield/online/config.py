@@ -9,6 +9,7 @@ from safeshield.algorithms.checks import (
     check_fractions,
     check_not_negative,
     check_positive,
+    check_seed,
     check_shares,
     check_sizes,
     settle_types,
@@ -75,7 +76,8 @@ class SSQLConfig:
 
     def __post_init__(self) -> None:
         settle_types(self)
-        check_not_negative(self, "seed", "extraction_steps", "recalibration_episodes")
+        check_seed(self)
+        check_not_negative(self, "extraction_steps", "recalibration_episodes")
         check_positive(
             self, "temperature", "samples", "components", "batch_size", "learning_rate", "polyak",
             "buffer_size", "learning_starts", "train_freq", "gradient_steps", "predict_samples",
