@@ -310,8 +310,8 @@ def penalised_run(length: int, penalty: float, test: Any) -> tuple[R2PACRun, Log
         truncated=truncated, constraints=before, next_constraints=h,
     )  # fmt: skip
     config = R2PACConfig(
-        chunk=length, discount=0.9, penalty=penalty, region_test=test, critic_hidden=(4,),
-        flow_hidden=(4,), student_hidden=(4,),
+        chunk=length, discount=0.9, penalty=penalty, region_test=test, margin=0.0,
+        critic_hidden=(4,), flow_hidden=(4,), student_hidden=(4,),
     )  # fmt: skip
     agent = R2PAC(config, device="cpu")
     model = agent._describe(data)

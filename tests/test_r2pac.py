@@ -618,7 +618,7 @@ def test_the_page_explains_every_setting(log: OfflineDataset, tmp_path: Path) ->
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_pages_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    code, loop = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     env = gym.make("safeshield/Boat-v0", max_episode_steps=60)
     collect(env, "random", episodes=100, seed=0).save(tmp_path / "log.hdf5")
     monkeypatch.chdir(tmp_path)
@@ -628,3 +628,5 @@ def test_the_pages_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names: dict[str, Any] = {}
     exec(quick, names)
     assert names["actions"].shape == (100, 2)
+    exec(loop.replace("1000", "70").replace('-v0"', '-v0", max_episode_steps=60'), names)
+    assert names["actions"].shape == (1, 2)
