@@ -271,10 +271,8 @@ class R2PACRun:
             if report.level < self.region.most:
                 told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
                 setting = "quantile"
-        way = "raise" if report.unsafe_share else "lower"
-        if setting == "margin":
-            way = "change"
-        repair = f"train longer, or {way} {setting}"
+        way = "raise" if report.unsafe_share == 1.0 else "lower"
+        repair = f"train longer, or {'change' if setting == 'margin' else way} {setting}"
         if not 0.0 < report.unsafe_share < 1.0:
             how = "all" if report.unsafe_share else "none"
             raise ValueError(
@@ -284,8 +282,7 @@ class R2PACRun:
         if report.unsafe_share == report.violating_share:
             warnings.warn(
                 f"the unsafe region ({told}) holds nothing but the {report.violating_share:.1%} of "
-                f"the log's states that violate by themselves: nothing is foreseen; train longer, "
-                f"or {'change' if setting == 'margin' else 'lower'} {setting}",
+                f"the log's states that violate by themselves: nothing is foreseen; {repair}",
                 stacklevel=2,
             )
 
