@@ -226,7 +226,7 @@ def test_bad_input(discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield]) -
         ShieldTrainer().shield()
     for wrong in (
         {"batch_size": 0}, {"phase_shares": (1.0, 0.0, 0.0)}, {"seed": -1}, {"near_share": 2.0},
-        {"critic_hidden": 64}, {"safety_expectile": 1.0}, {"distillation": -1.0},
+        {"polyak": 0.0}, {"critic_hidden": 64}, {"safety_expectile": 1.0}, {"distillation": -1.0},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ShieldConfig(**wrong)  # type: ignore[arg-type]

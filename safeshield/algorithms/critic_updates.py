@@ -91,7 +91,7 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         settle_types(self)
-        check_positive(self, "batch_size", "learning_rate")
+        check_positive(self, "batch_size", "learning_rate", "polyak")
         check_fractions(self, "discount", "safety_discount", "reward_expectile", "safety_expectile")
         check_shares(self, "near_share", "polyak")
         check_seed(self)

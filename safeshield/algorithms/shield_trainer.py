@@ -126,7 +126,7 @@ class ShieldConfig:
 
     def __post_init__(self) -> None:
         settle_types(self)
-        check_positive(self, "batch_size", "learning_rate", "flow_steps")
+        check_positive(self, "batch_size", "learning_rate", "flow_steps", "polyak")
         check_fractions(self, "safety_discount", "safety_expectile")
         check_shares(self, "near_share", "polyak")
         if self.support_weight is not None:

@@ -33,6 +33,9 @@ class SSQLConfig:
     critic_hidden: tuple[int, ...] | None = None
     """Widths of the critics' hidden layers. None: where the observation is one Discrete a table
     (no hidden layer over its indicators), else (128, 128)."""
+    twins: Literal["mean", "min"] = "mean"
+    """Q of the twin critics: their mean, or the lower of the two. The latter's caution adds up over
+    the steps, and no value needs it: what mu never does is not among what is compared."""
     actor_hidden: tuple[int, ...] = (128, 128)
     """Widths of the parametric policy's hidden layers."""
     components: int = 4

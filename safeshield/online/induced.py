@@ -59,7 +59,7 @@ class InducedPolicy:
             deterministic: the likeliest instead of a draw.
         """
         support = self._support(observations, here)
-        q = self.model.critics.lowest(params, support)
+        q = self.model.critics.offered(params, support)
         tensor = induced_log_policy(q, self.temperature, support.log_mu)
         log_pi = tensor.double().cpu().numpy()
         noisy = log_pi if deterministic else log_pi + rng.gumbel(size=log_pi.shape)
@@ -76,7 +76,7 @@ class InducedPolicy:
     ) -> Array:
         """Return V(s) (n,)."""
         support = self._support(observations, self.offered(observations, samples, rng))
-        q = self.model.critics.lowest(params, support)
+        q = self.model.critics.offered(params, support)
         value: Array = soft_value(q, self.temperature, support.log_mu).double().cpu().numpy()
         return value
 

@@ -239,7 +239,7 @@ class SafeSupportQLearning:
             hidden = () if table else (128, 128)
         inputs = scaling.observation_features
         actor = Actor(inputs, choices, played.width, config.actor_hidden, config.components)
-        critics = SoftCritics(inputs, choices, played.width, hidden, *units)
+        critics = SoftCritics(inputs, choices, played.width, hidden, *units, config.twins)
         return SSQLModel(seen, played, scaling, critics, actor)
 
     def _updates(self, model: SSQLModel, replay: Replay) -> SSQLUpdates:

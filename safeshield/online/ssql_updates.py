@@ -1,8 +1,8 @@
 r"""Safe-Support Q-learning's losses: pure functions of (networks, batch, noise).
 
-Stage one, the critics (twin; the lower of their slow copies makes the target):
+Stage one, the critics (twin; Q' is the mean, or the lower, of their slow copies):
 
-    y = r + g (1 - terminated) a log E_{x ~ mu(.|s')} [ exp(min_i Q'_i(s', x) / a) ]
+    y = r + g (1 - terminated) a log E_{x ~ mu(.|s')} [ exp(Q'(s', x) / a) ]
     L = sum_i mean (Q_i(s, x) - y)^2
 
 Stage two, an actor that stands alone, from pi* = mu exp(Q / a) / Z:
@@ -16,7 +16,7 @@ Source: arXiv 2604.25379, of which we know the abstract alone; derived in `value
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from safeshield.nn.truncated import draw_each, log_density
 from safeshield.online.actor import Actor
 from safeshield.values.soft import induced_log_policy, soft_value
 
+Twins = Literal["mean", "min"]
 CRITIC, ACTOR, CLONE = "critic", "actor", "behaviour"
 """Names of the networks, in memory and in files."""
 _FLOOR = 10.0
@@ -69,6 +70,8 @@ class SoftCritics:
     """Mean of the discounted returns that learning began with: where Q starts."""
     spread: float
     """Their standard deviation: the unit of the network's output."""
+    twins: Twins = "mean"
+    """How the members make one Q."""
     members: int = 2
 
     @property
@@ -95,9 +98,14 @@ class SoftCritics:
             raw = self.network(params, inputs).reshape(self.members, count, each)
         return self.offset + self.spread * raw
 
-    def lowest(self, params: Params, support: Support) -> Tensor:
-        """Return min_i Q_i (n, c) of what mu offers."""
-        return self.values(params, support.observations, support.candidates).amin(0)
+    def one(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
+        """Return Q (n, c): the mean, or the lowest, of the members' `values`."""
+        each = self.values(params, observations, actions)
+        return each.mean(0) if self.twins == "mean" else each.amin(0)
+
+    def offered(self, params: Params, support: Support) -> Tensor:
+        """Return Q (n, c) of what mu offers."""
+        return self.one(params, support.observations, support.candidates)
 
 
 def critic_loss(
@@ -111,7 +119,7 @@ def critic_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed squared errors, in units of the spread, and what to log."""
     with torch.no_grad():
-        after = critics.lowest(targets[CRITIC], batch.after)
+        after = critics.offered(targets[CRITIC], batch.after)
         value = soft_value(after, temperature, batch.after.log_mu)
         y = batch.rewards + discount * torch.where(batch.terminated, 0.0, value)
     here = batch.here.observations
@@ -146,7 +154,7 @@ def forward_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return KL(pi* || pi) up to a constant: the weighted likelihood of what mu offers."""
     with torch.no_grad():
-        q = critics.lowest(targets[CRITIC], support)
+        q = critics.offered(targets[CRITIC], support)
         log_target = induced_log_policy(q, temperature, support.log_mu)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(log_target.exp(), log_pi).mean()
@@ -167,7 +175,7 @@ def reverse_loss_choices(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return KL(pi || pi*) of discrete actions, the sum over all of them."""
     with torch.no_grad():
-        q = critics.lowest(targets[CRITIC], support)
+        q = critics.offered(targets[CRITIC], support)
         log_target = induced_log_policy(q, temperature, support.log_mu)
         # What mu never does is not impossible to a softmax, only dear: beyond the least likely.
         possible = log_target > -torch.inf
@@ -228,7 +236,7 @@ def reverse_loss_box(
     each = actions.shape[1] // actor.components
     weights = (parts.log_weights.exp() / each).repeat_interleave(each, -1)
     log_pi = log_density(parts, actions)
-    q = critics.values(targets[CRITIC], observations, actions).amin(0)
+    q = critics.one(targets[CRITIC], observations, actions)
     inside = log_mu > -torch.inf
     scaled = q / temperature
     with torch.no_grad():
