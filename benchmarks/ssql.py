@@ -139,7 +139,6 @@ def table(task: str, seed: int, steps: int) -> dict[str, Any]:
         temperature=0.01 if task == "FrozenLake" else 0.05,
         discount=0.995 if task == "FrozenLake" else 0.98,
         learning_rate=0.03,
-        polyak=0.05,
         refresh_every=1000,
         extraction_steps=0,
     )

@@ -117,6 +117,26 @@ def test_the_fixed_point_is_that_of_exact_soft_value_iteration(temperature: floa
     np.testing.assert_allclose(v.numpy(), value, atol=1e-6)
 
 
+@pytest.mark.parametrize("twins", ["mean", "min"])
+def test_the_twins_make_one_value_as_asked(twins: str) -> None:
+    """Two tables that disagree: the target is the soft value of their mean, or of the lower."""
+    q = torch.tensor([[[0.0, 3.0], [1.0, 1.0]], [[2.0, -1.0], [1.0, 5.0]]])  # (member, state, move)
+    critics = SoftCritics(2, 2, 1, (), 0.0, 1.0, twins)
+    params = {"0.weight": q, "0.bias": torch.zeros(2, 1, 2)}
+    half = torch.full((2, 2), 0.5).log()
+    support = Support(torch.eye(2), torch.zeros(2, 0, 1), half)
+    still = Transitions(
+        support, torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.zeros(2) > 0, support
+    )
+    _, told = critic_loss(
+        critics, {CRITIC: params}, {CRITIC: params}, still, temperature=0.5, discount=G
+    )
+    wanted = {"mean": [[1.0, 1.0], [1.0, 3.0]], "min": [[0.0, -1.0], [1.0, 1.0]]}[twins]
+    expected = soft_value(torch.tensor(wanted), 0.5, half)
+    assert critics.offered(params, support).tolist() == wanted
+    assert float(told["critic/value"]) == pytest.approx(float(expected.mean()), abs=1e-6)
+
+
 def test_a_large_temperature_evaluates_the_behaviour_and_a_small_one_is_the_best_inside() -> None:
     goes, rewards, mu = problem()
     transitions = np.eye(STATES)[goes] * ~ENDS[..., None]

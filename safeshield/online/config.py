@@ -44,7 +44,7 @@ class SSQLConfig:
     """Transitions in an update."""
     learning_rate: float = 1e-3
     """Adam's rate. Online it stays; in `fit` and in the extraction it falls to a fiftieth."""
-    polyak: float = 0.01
+    polyak: float = 0.05
     """Share by which the critics' slow copies move towards them at each update."""
     buffer_size: int = 200_000
     """Transitions that are kept while learning online."""
