@@ -153,9 +153,7 @@ def forward_loss(
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return KL(pi* || pi) up to a constant: the weighted likelihood of what mu offers."""
-    with torch.no_grad():
-        q = critics.offered(targets[CRITIC], support)
-        log_target = induced_log_policy(q, temperature, support.log_mu)
+    log_target = _log_induced(critics, targets, support, temperature)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(log_target.exp(), log_pi).mean()
     return loss, {
@@ -174,13 +172,11 @@ def reverse_loss_choices(
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return KL(pi || pi*) of discrete actions, the sum over all of them."""
-    with torch.no_grad():
-        q = critics.offered(targets[CRITIC], support)
-        log_target = induced_log_policy(q, temperature, support.log_mu)
-        # What mu never does is not impossible to a softmax, only dear: beyond the least likely.
-        possible = log_target > -torch.inf
-        least = torch.where(possible, log_target, torch.inf).amin(-1, keepdim=True)
-        log_target = torch.where(possible, log_target, least - _FLOOR)
+    log_target = _log_induced(critics, targets, support, temperature)
+    # What mu never does is not impossible to a softmax, only dear: beyond the least likely.
+    possible = log_target > -torch.inf
+    least = torch.where(possible, log_target, torch.inf).amin(-1, keepdim=True)
+    log_target = torch.where(possible, log_target, least - _FLOOR)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = (log_pi.exp() * (log_pi - log_target)).sum(-1).mean()
     return loss, {"actor/reverse_kl": loss.detach()}
@@ -257,6 +253,15 @@ def reverse_loss_box(
         "actor/outside_support": torch.where(inside, 0.0, fixed).sum(-1).mean(),
         "actor/entropy": -(fixed * log_pi.detach()).sum(-1).mean(),
     }
+
+
+@torch.no_grad()
+def _log_induced(
+    critics: SoftCritics, targets: Networks, support: Support, temperature: float
+) -> Tensor:
+    """Return log pi* (n, c) of what mu offers."""
+    q = critics.offered(targets[CRITIC], support)
+    return induced_log_policy(q, temperature, support.log_mu)
 
 
 def _mean(weights: Tensor, values: Tensor) -> Tensor:
