@@ -215,34 +215,37 @@ class SafeSupportPolicy:
         batch = finite(batch_of_one(observations) if single else observations)
         states = self.shield.states(rows)
         if self.shield.model.played.discrete:
-            value, error = self._choice_density(states, rows, batch, played)
+            found = self._choice_density(states, rows, batch, played)
         else:
-            value, error = self._box_density(states, rows, batch, played, samples)
+            found = self._box_density(states, rows, batch, played, samples)
+        if found is None:
+            raise self._without_density()
+        value, error = found
         return LogDensity(value[0], error[0]) if single else LogDensity(value, error)
 
-    def relative_log_prob(self, observations: Batch, actions: Batch) -> Scalars:
+    def relative_log_prob(self, observations: Batch, actions: Batch) -> Scalars | None:
         """Return log pi(a | s) (n,) up to a constant of the state: log q where accepted.
 
         What depends on the action alone, without measuring Z(s); minus infinity outside the safe
         support. Discrete: `log_prob` itself. None of what `log_density` estimates is needed by who
-        compares actions of one state.
+        compares actions of one state. None where the proposal has no density.
 
         Args:
             observations: a batch.
             actions: likewise.
 
         Raises:
-            TypeError: the proposal has no density.
             ValueError: a wrong shape.
         """
-        if self.shield.model.played.discrete:
-            return np.asarray(self.log_prob(observations, actions))
         rows, _ = self.shield.observation_rows(observations)
         played, _ = self.shield.action_rows(actions)
-        states = self.shield.states(rows)
-        log_q = self._proposal.log_prob(states, finite(observations), played[:, None])
+        states, seen = self.shield.states(rows), finite(observations)
+        if self.shield.model.played.discrete:
+            known = self._choice_density(states, rows, seen, played)
+            return None if known is None else known[0]
+        log_q = self._proposal.log_prob(states, seen, played[:, None])
         if log_q is None:
-            raise self._without_density()
+            return None
         accepted, _ = self.shield.admits(states, rows, played[:, None])
         return np.where(accepted[:, 0], log_q[:, 0], -np.inf)
 
@@ -339,10 +342,10 @@ class SafeSupportPolicy:
 
     def _choice_density(
         self, states: StateValue, rows: _Array, seen: Batch, played: _Array
-    ) -> tuple[_Array, _Array]:
+    ) -> tuple[_Array, _Array] | None:
         log_probs = self._choice_log_probs(states, rows, seen)
         if log_probs is None:
-            raise self._without_density()
+            return None
         flat = self.shield.model.played
         inside = np.asarray(flat.contains(played))
         entries = np.where(inside[:, None], played - flat.low, 0).astype(np.int64)
@@ -352,10 +355,10 @@ class SafeSupportPolicy:
 
     def _box_density(
         self, states: StateValue, rows: _Array, seen: Batch, played: _Array, samples: int
-    ) -> tuple[_Array, _Array]:
+    ) -> tuple[_Array, _Array] | None:
         log_q = self._proposal.log_prob(states, seen, played[:, None])
         if log_q is None:
-            raise self._without_density()
+            return None
         accepted, _ = self.shield.admits(states, rows, played[:, None])
         inside = accepted[:, 0]
         value, error = np.full(len(rows), -np.inf), np.zeros(len(rows))

@@ -215,6 +215,17 @@ def finite(points: Batch) -> Batch:
     return np.where(np.isfinite(array), array, 0.0).astype(array.dtype)
 
 
+def readable(points: Batch) -> Flags:
+    """Return which points (n,) of a batch hold nothing but finite numbers."""
+    if isinstance(points, Mapping):
+        good: Flags = np.logical_and.reduce([readable(part) for part in points.values()])
+        return good
+    array = np.asarray(points)
+    if array.dtype.kind != "f":
+        return np.ones(len(array), dtype=np.bool_)
+    return np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
+
+
 _LEAVES = (
     gym.spaces.Box,
     gym.spaces.Discrete,

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tables import table_shield
 
 from safeshield import SafeSupportPolicy, SafeSupportQLearning, SafetyShield, Shield, SSQLConfig
@@ -35,6 +37,7 @@ from safeshield.online import (
     RefreshRefusedWarning,
     SafeRules,
     Tabular,
+    UnguardedWarning,
 )
 from safeshield.online.actor import Actor
 from safeshield.online.offers import offer
@@ -577,6 +580,12 @@ def test_the_flow_teacher_is_judged_by_the_shield_it_comes_from(agent: Any) -> N
     stored, states = learner._replay.column("actions"), learner._replay.column("observations")
     accepted = np.asarray(shield.value(states, stored) <= shield.threshold)
     assert (~accepted).sum() == learner.tally.nothing_admitted < 100
+    # Without a shield around the environment the teacher's own judges; and what it makes of the
+    # flow, which has no density, is extracted too.
+    for behaviour in (FlowTeacher(shield), SafeSupportPolicy(shield, "behaviour", seed=0)):
+        alone = SafeSupportQLearning(env, behaviour, config).learn(150)
+        assert alone.safe_set.shield is shield
+        assert alone.diagnostics()["parametric_policy"]
     guarded = ShieldedPolicy(learner, shield)
     assert guarded.predict(states[:5])[0].shape == (5, 2)
 
@@ -759,7 +768,7 @@ class Odd:
     ("behaviour", "match"),
     [
         (Odd(np.log([0.5, 0.2, 0.2, 0.2])), r"must sum to 1 in every state, got 1\.(1|09)"),
-        (Odd([np.nan, 0.0, -np.inf, -np.inf]), "must sum to 1 in every state, got nan"),
+        (Odd([np.nan, 0.0, -np.inf, -np.inf]), "must be below infinity, got nan"),
         (Odd([-np.inf] * 4), "must sum to 1 in every state, got 0.0"),
         (Odd(None, np.zeros((1, 3))), r"must draw actions of shape \(1, 16, 1\)"),
         (Odd(None, np.full((1, 16, 1), 7)), r"must draw actions of Discrete\(4\), got \[7\]"),
@@ -767,8 +776,9 @@ class Odd:
     ],
 )
 def test_behaviours_that_are_none(behaviour: Any, match: str) -> None:  # noqa: ANN401
+    env = lake()
     with pytest.raises(ValueError, match=match):
-        SafeSupportQLearning(lake(), behaviour, FAST).learn(700)
+        SafeSupportQLearning(env, behaviour, FAST, safe=rules(env)).learn(700)
 
 
 def test_a_table_must_hold_probabilities() -> None:
@@ -792,12 +802,22 @@ def test_what_cannot_be_read_is_neither_learned_from_nor_passed() -> None:
             return np.full_like(x, np.nan) if self.unwrapped.t == 7 else x, *rest
 
     config = SSQLConfig(learning_starts=50, batch_size=16, critic_hidden=(8,), extraction_steps=0)
-    always = SafeRules(lambda x, a: True, env.action_space)
-    agent = SafeSupportQLearning(Blinks(env), always, config).learn(120)
+    anything = batch_policy(lambda x, rng: rng.uniform(-1.0, 1.0, (len(x), 1)))
+    with pytest.warns(UnguardedWarning, match="no safe set is known"):
+        agent = SafeSupportQLearning(Blinks(env), anything, config)
+    agent.learn(120)
     assert agent.tally.unreadable == 8  # into and out of the dark, four times
     assert np.isfinite(agent.value(np.zeros(1, np.float32)))
     with pytest.raises(ValueError, match="observation must be finite"):
         agent.predict(np.array([np.nan], np.float32))
+    with pytest.raises(ValueError, match="observation must be finite"):
+        agent.value(np.array([np.nan], np.float32))
+    with pytest.raises(ValueError, match="at least one, got an empty batch"):
+        agent.predict(np.zeros((0, 1), np.float32))
+    # Rules are not asked about what is not a number: how they compare would decide.
+    always = SafeRules(lambda x, a: True, env.action_space)
+    with pytest.raises(NoSafeActionError, match=r"no rule can be asked in the state .*not finite"):
+        SafeSupportQLearning(Blinks(Push()), always, config).learn(120)
 
     class Bankrupt(gym.Wrapper):
         def step(self, action: Any) -> Any:  # noqa: ANN401
@@ -806,3 +826,181 @@ def test_what_cannot_be_read_is_neither_learned_from_nor_passed() -> None:
 
     with pytest.raises(ValueError, match="reward that is not finite"):
         SafeSupportQLearning(Bankrupt(env), always, config).learn(120)
+
+
+# -- what a reader broke --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [0.5, -0.5, np.nan, "no", 2, None, np.array([True])])
+def test_rules_answer_true_or_false(answer: Any) -> None:  # noqa: ANN401
+    for space in (gym.spaces.Discrete(3), gym.spaces.Box(-1.0, 1.0, (1,))):
+        safe = SafeRules(lambda x, a: answer, space)
+        with pytest.raises(TypeError, match="must be True or False, got"):
+            safe.admits(np.array([0]), np.zeros((1, 1, 1), np.float32))
+    one = gym.spaces.Discrete(1)
+    masks = SafeRules.of_masks(lambda x: [answer if np.ndim(answer) == 0 else 0.5], one)
+    with pytest.raises(TypeError, match="the mask's entries must be True or False"):
+        masks.admits(np.array([0]), np.zeros((1, 1, 1), np.float32))
+
+
+def test_rules_may_write_into_what_they_are_given() -> None:
+    box = gym.spaces.Box(-1.0, 1.0, (2,))
+    seen, actions = np.ones((2, 2), np.float32), np.full((2, 3, 2), 0.5, np.float32)
+
+    def careless(x: Array, a: Array) -> bool:
+        x -= 1.0
+        a *= 0.1
+        return bool(np.abs(x).max() == 0.0)
+
+    assert SafeRules(careless, box).admits(seen, actions).all()  # each time of the same state
+    assert (seen == 1.0).all()
+    assert (actions == 0.5).all()
+    masked = SafeRules.of_masks(lambda x: np.array([1, 0], np.int8), gym.spaces.Discrete(2))
+    assert masked.admits(np.array([0]), np.array([[[0.0], [1.0]]])).tolist() == [[True, False]]
+
+
+def test_boxes_of_whole_numbers_are_refused() -> None:
+    space = gym.spaces.Box(0, 5, (1,), np.int64)
+    env = Push()
+    env.action_space = space
+    with pytest.raises(TypeError, match="must be of floating-point numbers"):
+        SafeSupportQLearning(env, SafeRules(lambda x, a: True, space), FAST)
+
+
+def test_an_action_that_a_shield_replaced_is_counted_and_one_changed_on_the_way_refused() -> None:
+    env = lake()
+    shield = table_shield(
+        np.array([[-1.0 if dry(c, m) else 1.0 for m in range(4)] for c in range(16)]),
+        env.action_space,
+    )
+    anything = SafeRules(lambda cell, move: True, env.action_space)
+    uniform = Tabular(np.full((16, 4), 0.25), env.observation_space, env.action_space)
+    agent = SafeSupportQLearning(SafetyShield(env, shield), uniform, FAST, safe=anything)
+    with pytest.warns(OutsideSafeSetWarning, match="judges otherwise than `safe`"):
+        agent.learn(650)
+    assert agent.tally.replaced > 20
+    assert agent.tally.unsafe_steps == 0
+    assert agent._replay is not None
+    cells = agent._replay.column("observations")[:, 0].astype(int)
+    taken = agent._replay.column("actions")
+    assert all(dry(c, m) for c, m in zip(cells, taken, strict=True))  # as executed
+
+    class Shifted(gym.ActionWrapper):
+        def action(self, action: Any) -> Any:  # noqa: ANN401
+            return (action + 1) % 4
+
+    wrapped = Shifted(SafetyShield(lake(), shield))
+    with pytest.raises(ValueError, match="a wrapper around it changes actions"):
+        SafeSupportQLearning(wrapped, MaskedUniform(shield), FAST).learn(650)
+
+
+def test_callbacks_may_ask_in_the_warm_up(tmp_path: Path) -> None:
+    env = lake()
+    agent = SafeSupportQLearning(env, rules(env), FAST)
+    judged = EvalCallback(Monitor(lake()), n_eval_episodes=3, eval_freq=200, verbose=0)
+    kept = CheckpointCallback(200, str(tmp_path), "agent")
+    with pytest.warns(UserWarning, match="nothing has been learned in 200 steps of warm-up"):
+        agent.learn(1000, [judged, kept])
+    assert np.isfinite(judged.last_mean_reward)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["agent_1000_steps.zip", "agent_800_steps.zip"]
+
+
+def test_a_density_is_looked_at_before_anything_is_collected() -> None:
+    class Told:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def draw(self, observations: Any, each: int, rng: Any, /) -> Array:  # noqa: ANN401
+            return rng.uniform(-1.0, 1.0, (len(observations), each, 1)).astype(np.float32)
+
+        def log_prob(self, observations: Any, candidates: Array, /) -> Array:  # noqa: ANN401
+            return np.full(candidates.shape[:2], self.value)
+
+    env = Push()
+    safe = SafeRules(lambda x, a: True, env.action_space)
+    for value, match in (
+        (np.nan, "must be below infinity, got nan"),
+        (np.inf, "must be below infinity, got inf"),
+        (-np.inf, "says of all of its own draws that it never makes them"),
+    ):
+        agent = SafeSupportQLearning(env, Told(value), FAST, safe=safe)
+        with pytest.raises(ValueError, match=match):
+            agent.learn(700)
+        assert agent.tally.steps == 0
+
+
+def test_spaces_and_settings_that_do_not_fit_are_told_at_once(tmp_path: Path) -> None:
+    env = lake()
+    small, moves = gym.spaces.Discrete(9), env.action_space
+    with pytest.raises(ValueError, match=r"observation_space is Discrete\(9\), the environment's"):
+        SafeSupportQLearning(
+            env, Tabular(np.full((9, 4), 0.25), small, moves), FAST, safe=rules(env)
+        )
+    with pytest.raises(ValueError, match="calibration_env is for tests of refreshed collectors"):
+        SafeSupportQLearning(env, rules(env), FAST, calibration_env=lake())
+    shield = calibrated(table_shield(np.full((16, 4), -1.0), moves))
+    tests = SSQLConfig(**{**vars(FAST), "refresh_every": 300, "recalibration_episodes": 40})
+    with pytest.raises(ValueError, match="shield"):
+        SafeSupportQLearning(
+            env, MaskedUniform(shield), tests, calibration_env=SafetyShield(lake(), shield)
+        )
+    with pytest.raises(ValueError, match="calibration_env's observation_space is"):
+        SafeSupportQLearning(env, MaskedUniform(shield), tests, calibration_env=Push())
+    pushed = Push()
+    normalised = VecNormalize(DummyVecEnv([lambda: pushed]))
+    with pytest.raises(ValueError, match="VecNormalize hides the observations"):
+        SafeSupportQLearning(normalised, SafeRules(below, pushed.action_space), FAST)
+
+    agent = SafeSupportQLearning(env, rules(env), FAST).learn(700)
+    agent.save(tmp_path / "agent.safetensors")
+    with pytest.raises(ValueError, match="the rules are for"):
+        SafeSupportQLearning.load(
+            tmp_path / "agent.safetensors", SafeRules(dry, gym.spaces.Discrete(3))
+        )
+    anything = batch_policy(lambda o, rng: rng.integers(0, 4, len(o)))
+    with pytest.warns(UnguardedWarning, match="learned inside a safe set, and none is given"):
+        SafeSupportQLearning.load(tmp_path / "agent.safetensors", anything)
+
+
+def test_costs_that_are_no_number_are_named() -> None:
+    class Strange(gym.Wrapper):
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            *rest, info = self.env.step(action)
+            return *rest, {**info, "cost": None}
+
+    env = Strange(lake())
+    with pytest.raises(ValueError, match=r"info\['cost'\] must be one number, got None"):
+        SafeSupportQLearning(env, rules(env), FAST).learn(700)
+
+
+def test_a_log_with_falls_is_learned_from_where_rules_admit_something() -> None:
+    log = collect(lake(), "random", episodes=60, seed=3)
+    assert (log.costs > 0).any()
+    env = lake()
+    # Lost one step before a hole already: nothing is admitted in the cells 6, 9 and 14 or so.
+    strict = SafeRules(lambda cell, move: cell not in (6, 9) and dry(cell, move), env.action_space)
+    config = SSQLConfig(**{**vars(FAST), "extraction_steps": 0})
+    with pytest.warns(OutsideSafeSetWarning, match="begin or end where the rules admit nothing"):
+        agent = SafeSupportQLearning(config=config).fit(log, strict, steps=50)
+    assert agent._replay is not None
+    met = agent._replay.column("observations")[:, 0]
+    assert len(met) < len(log)
+    assert not np.isin(met, (6, 9)).any()
+    nowhere = SafeRules(lambda cell, move: False, env.action_space)
+    with pytest.raises(ValueError, match="admit no action in any state of the log"):
+        SafeSupportQLearning(config=config).fit(log, nowhere, steps=50)
+
+
+def test_a_parametric_policy_keeps_to_the_safe_set_at_hand(tmp_path: Path) -> None:
+    """A network that has learned nothing of the rules: what they refuse is replaced."""
+    env = lake()
+    config = SSQLConfig(**{**vars(FAST), "extraction_steps": 1, "policy": "parametric"})
+    agent = SafeSupportQLearning(env, rules(env), config).learn(700)
+    cells = np.repeat([c for c in range(16) if LAKE[c // 4][c % 4] == "F"], 30)
+    moves, _ = agent.predict(cells)
+    assert all(dry(c, m) for c, m in zip(cells, moves, strict=True))
+    agent.save(tmp_path / "agent.safetensors")
+    alone = SafeSupportQLearning.load(tmp_path / "agent.safetensors")
+    moves, _ = alone.predict(cells)
+    assert not all(dry(c, m) for c, m in zip(cells, moves, strict=True))

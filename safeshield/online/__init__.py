@@ -2,7 +2,7 @@
 
 from safeshield.online.behaviours import Behaviour, FlowTeacher, MaskedUniform, Tabular
 from safeshield.online.cloned import ClonedBehaviour
-from safeshield.online.collecting import OutsideSafeSetWarning, Tally
+from safeshield.online.collecting import OutsideSafeSetWarning, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.refreshing import RefreshRefusedWarning
 from safeshield.online.safe_sets import NoSafeActionError, SafeRules
@@ -21,4 +21,5 @@ __all__ = [
     "SafeSupportQLearning",
     "Tabular",
     "Tally",
+    "UnguardedWarning",
 ]

@@ -17,7 +17,7 @@ from safeshield.batch_policy import as_batch_policy, executable_actions
 from safeshield.flat import Batch, batch_length, copied, flat_actions, take
 from safeshield.nn.forward import forward_layers
 from safeshield.online.choices import choice_index, draw_choices, normalised
-from safeshield.online.safe_sets import SafeRules, ShieldSet
+from safeshield.online.safe_sets import LoggedRules, SafeRules, ShieldSet
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
 
@@ -81,6 +81,7 @@ class Tabular:
                 "table must hold probabilities, at least 0, that sum to 1 in every row; row "
                 f"{row} is {values[row]}"
             )
+        self.observation_space, self.action_space = observation_space, action_space
         self._start = int(observation_space.start)
         with np.errstate(divide="ignore"):
             self._log_table = np.log(values)
@@ -109,10 +110,19 @@ class MaskedUniform:
         rounds: how often a Box is tried before giving up; 2^k actions a state in round k.
     """
 
-    def __init__(self, safe: SafeRules | Shield | HasShield | str, rounds: int = 8) -> None:
-        self.safe_set = safe if isinstance(safe, SafeRules) else ShieldSet(as_shield(safe))
+    def __init__(
+        self, safe: SafeRules | LoggedRules | Shield | HasShield | str, rounds: int = 8
+    ) -> None:
+        self.safe_set: SafeRules | LoggedRules | ShieldSet = (
+            safe if isinstance(safe, SafeRules | LoggedRules) else ShieldSet(as_shield(safe))
+        )
         self._played = self.safe_set.actions
         self._rounds = rounds
+
+    def of_a_log(self) -> MaskedUniform:
+        """Return the same that rules do not stop: for states of a log, in which nothing runs."""
+        own = self.safe_set
+        return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
 
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
         """Return admitted actions; where none is found, what the safe set puts in their place."""
@@ -186,29 +196,51 @@ class PolicyBehaviour:
         """Return what the policy itself says.
 
         Raises:
-            ValueError: another shape, NaN, or infinite.
+            ValueError: another shape.
         """
         if not callable(self._log_prob):
             return None
         count, each, width = candidates.shape
         asked = copied(take(observations, np.repeat(np.arange(count), each)))
         actions = self._played.points(candidates.reshape(-1, width))
-        values = np.asarray(self._log_prob(asked, actions), np.float64)
+        told = self._log_prob(asked, actions)
+        if told is None:
+            return None
+        values = np.asarray(told, np.float64)
         if values.shape != (count * each,):
             raise ValueError(
                 f"the behaviour's log_prob must return a number for each of {count * each} "
                 f"actions, got shape {values.shape}"
             )
-        if not (values < np.inf).all():
-            bad = values[~(values < np.inf)][0]
-            raise ValueError(f"the behaviour's log_prob must be below infinity, got {bad}")
         return values.reshape(count, each)
+
+
+def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) -> Array | None:
+    """Return a behaviour's log_prob (n, c), looked at; None without one.
+
+    Raises:
+        ValueError: another shape, NaN, or infinite.
+    """
+    told = behaviour.log_prob(observations, candidates)
+    if told is None:
+        return None
+    values = np.asarray(told, np.float64)
+    if values.shape != candidates.shape[:2]:
+        raise ValueError(
+            f"the behaviour's log_prob must return numbers of shape {candidates.shape[:2]} (states,"
+            f" actions), got {values.shape}"
+        )
+    if not (values < np.inf).all():
+        bad = values[~(values < np.inf)][0]
+        raise ValueError(f"the behaviour's log_prob must be below infinity, got {bad}")
+    return values
 
 
 class FlowTeacher:
     """What the log does, by the flow (a Box) or classifier that a shield or agent carries.
 
-    Not cut down to what the shield accepts: `SafeSupportPolicy(shield, "behaviour")` is.
+    What it draws is not cut down to what the shield accepts (`SafeSupportPolicy(shield,
+    "behaviour")` is); a learner does so, by this shield where it knows no other.
 
     Args:
         shield: a `Shield` that knows the behaviour, a path, or an agent such as `SafeFQL`.
@@ -218,8 +250,8 @@ class FlowTeacher:
     """
 
     def __init__(self, shield: Shield | HasShield | str) -> None:
-        self._shield = as_shield(shield)
-        self._model = self._shield.model
+        self.shield = as_shield(shield)
+        self._model = self.shield.model
         if not self._model.knows_behaviour:
             raise ValueError(
                 "shield has not learned what the log does: make it with ShieldTrainer or SafeFQL"
@@ -242,7 +274,7 @@ class FlowTeacher:
         return np.take_along_axis(log_probs, choice_index(played, candidates), axis=1)
 
     def _states(self, observations: Batch) -> StateValue:
-        return self._shield.states(self._shield.observation_rows(observations)[0])
+        return self.shield.states(self.shield.observation_rows(observations)[0])
 
     def _log_probs(self, states: StateValue) -> Array:
         logits = forward_layers(self._model.behaviour_layers, states.inputs)[0].astype(np.float64)

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
-from safeshield.flat import Batch, FlatSpace, copied, take
-from safeshield.online.behaviours import Behaviour
+from safeshield.flat import Batch, FlatSpace, copied, finite, take
+from safeshield.online.behaviours import Behaviour, log_density
 from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Step
 from safeshield.online.safe_sets import SafeSet
@@ -24,6 +24,10 @@ _VIOLATIONS = ("constraint", "cost")
 
 class OutsideSafeSetWarning(UserWarning):
     """A behaviour proposes actions outside the safe set; they are counted and never executed."""
+
+
+class UnguardedWarning(UserWarning):
+    """No safe set is known: whatever a behaviour proposes is executed, or was learned from."""
 
 
 @dataclass
@@ -40,6 +44,9 @@ class Tally:
     """States in which some of what the behaviour may do, or did in its draws, lies outside."""
     nothing_admitted: int = 0
     """Steps in states where a shield accepts nothing: its least bad action was executed."""
+    replaced: int = 0
+    """Steps in which a shield around the environment executed another action than was chosen here:
+    it judges otherwise than the safe set. What it executed is learned from."""
     unreadable: int = 0
     """Steps that were executed and not learned from: an observation was not finite."""
     unsafe_steps: int = 0
@@ -84,7 +91,7 @@ class Collector:
         self._violated = np.zeros(venv.num_envs, dtype=np.bool_)
         self._observations: Batch = None
         self._offer: Offer | None = None
-        self._warned = False
+        self._warned = self._warned_replaced = False
 
     def reset(self) -> None:
         """Begin new episodes."""
@@ -98,6 +105,20 @@ class Collector:
             self.behaviour, self.safe_set, self._played, observations, self._samples, self._rng
         )
 
+    def check_density(self) -> None:
+        """Raise ValueError where the behaviour's density is none, before steps are spent on it."""
+        here = self._offer
+        if here is None or self._played.discrete:  # of choices it is read in every state
+            return
+        seen = finite(self._observations)
+        drawn = self.behaviour.draw(seen, self._samples, self._rng)
+        told = log_density(self.behaviour, seen, np.asarray(drawn, np.float32))
+        if told is not None and np.isneginf(told).all():
+            raise ValueError(
+                "the behaviour's log_prob says of all of its own draws that it never makes them "
+                f"(minus infinity) in the state {take(self._observations, 0)}"
+            )
+
     def step(self, choose: Choose | None) -> tuple[Step, Array, list[dict[str, Any]]]:
         """Execute one action in every environment.
 
@@ -109,7 +130,8 @@ class Collector:
 
         Raises:
             RuntimeError: called before `reset`.
-            ValueError: a reward is not finite.
+            ValueError: a reward is not finite, a label no number; or what the shield around the
+                environment was given is not what was sent.
             NoSafeActionError: rules admit nothing in a state.
         """
         here, before = self._offer, self._observations
@@ -124,7 +146,7 @@ class Collector:
         returned, rewards, dones, infos = self.venv.step(points)
         if not np.isfinite(rewards).all():
             raise ValueError(f"the environment returned a reward that is not finite: {rewards}")
-        executed = self._told(executed, infos)
+        executed = self._told(executed, points, infos)
         truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
         terminated = dones & ~truncated
         reached = np.array(self._seen.rows(returned, "observation")[0], np.float32)
@@ -153,25 +175,41 @@ class Collector:
             part[cut] = more
         return Offer(*parts)
 
-    def _told(self, executed: Array, infos: list[dict[str, Any]]) -> Array:
+    def _told(self, executed: Array, sent: Array, infos: list[dict[str, Any]]) -> Array:
         """Return what ran, where a shield around the environment tells."""
         rows = np.array(executed)
         for i, info in enumerate(infos):
-            told = info.get("action_executed")
-            if told is not None:
-                rows[i] = np.ravel(told)
+            told, given = info.get("action_executed"), info.get("action_proposed")
+            if told is None:
+                continue
+            if given is not None and not _alike(given, sent[i]):
+                raise ValueError(
+                    f"the shield around the environment was given the action {given} where "
+                    f"{sent[i]} was sent: a wrapper around it changes actions, so that nobody "
+                    "judges what runs; put it inside, SafetyShield(wrapper(env), shield)"
+                )
+            if not _alike(told, sent[i]):
+                self.tally.replaced += 1
+                self._warn_replaced(sent[i], told)
+            rows[i] = np.ravel(told)
         return rows
+
+    def _warn_replaced(self, sent: Array, told: Array) -> None:
+        if self._warned_replaced:
+            return
+        self._warned_replaced = True
+        warnings.warn(
+            f"the shield around the environment executed {told} where {sent} was chosen: it judges "
+            "otherwise than `safe`. Such steps are counted (tally.replaced), and learned from as "
+            "executed; leave `safe` out, and the environment's own shield is asked beforehand",
+            OutsideSafeSetWarning,
+            stacklevel=5,
+        )
 
     def _readable(self, step: Step) -> Step:
         good = np.isfinite(step.observations).all(1) & np.isfinite(step.next_observations).all(1)
         self.tally.unreadable += int((~good).sum())
-        if good.all():
-            return step
-        here, after = (Offer(*(part[good] for part in one)) for one in (step.here, step.after))
-        return Step(
-            step.observations[good], here, step.actions[good], step.rewards[good],
-            step.next_observations[good], after, step.terminated[good],
-        )  # fmt: skip
+        return step if good.all() else step.take(good)
 
     def _count_proposals(self, here: Offer) -> None:
         tally = self.tally
@@ -195,7 +233,7 @@ class Collector:
     def _count_outcomes(self, dones: Array, infos: list[dict[str, Any]]) -> None:
         tally = self.tally
         for i, info in enumerate(infos):
-            reports = [float(info[key]) for key in _VIOLATIONS if key in info]
+            reports = [_number(info, key) for key in _VIOLATIONS if key in info]
             tally.labelled = tally.labelled or bool(reports)
             # Written so that NaN counts.
             if any(not report <= 0.0 for report in reports):
@@ -204,3 +242,15 @@ class Collector:
                 self._violated[i] = True
         tally.episodes += int(dones.sum())
         self._violated[dones] = False
+
+
+def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 - actions
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    return one.size == other.size and bool(np.allclose(one.ravel(), other.ravel(), 1e-5, 1e-6))
+
+
+def _number(info: dict[str, Any], key: str) -> float:
+    value = np.asarray(info[key])
+    if value.dtype.kind not in "fiub" or value.size != 1:
+        raise ValueError(f"info[{key!r}] must be one number, got {info[key]!r:.60}")
+    return float(value.item())

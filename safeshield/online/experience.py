@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from safeshield.algorithms.training import Draw
 from safeshield.data.dataset import OfflineDataset
 from safeshield.flat import FlatSpace
 from safeshield.nn.mlp import Params
-from safeshield.online.behaviours import Behaviour
+from safeshield.online.behaviours import Behaviour, MaskedUniform
 from safeshield.online.choices import choice_index
 from safeshield.online.cloned import ClonedBehaviour
+from safeshield.online.collecting import OutsideSafeSetWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Replay, Step
-from safeshield.online.safe_sets import SafeSet
+from safeshield.online.safe_sets import LoggedRules, SafeRules, SafeSet
 from safeshield.online.ssql_run import SSQLModel, SSQLUpdates
 from safeshield.online.ssql_updates import CLONE
 
@@ -33,12 +35,22 @@ def replay_of_log(
     samples: int,
     rng: np.random.Generator,
 ) -> Replay:
-    """Return the transitions of a log, with the behaviour's offers in both of their states."""
+    """Return the transitions of a log, with the behaviour's offers in both of their states.
+
+    Rules admit nothing in a state that is lost: transitions from there, and into there unless they
+    terminate, are left out, with a warning.
+
+    Raises:
+        ValueError: none are left.
+    """
     seen, played = dataset.flat_observations, dataset.flat_actions
+    asked = LoggedRules(safe_set) if isinstance(safe_set, SafeRules) else safe_set
+    if isinstance(behaviour, MaskedUniform):
+        behaviour = behaviour.of_a_log()
 
     def offers(rows: Array) -> Offer:
         parts = [
-            offer(behaviour, safe_set, played, seen.batch(rows[i : i + _CHUNK]), samples, rng)
+            offer(behaviour, asked, played, seen.batch(rows[i : i + _CHUNK]), samples, rng)
             for i in range(0, len(rows), _CHUNK)
         ]
         return Offer(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -52,7 +64,26 @@ def replay_of_log(
     if len(cut):
         for part, last in zip(after, offers(dataset.next_observations[cut]), strict=True):
             part[cut] = last
-    return _filled(dataset, played, here, after)
+    if here.mass_outside.any():
+        warnings.warn(
+            f"{here.mass_outside.mean():.1%} of what the behaviour offers in the log's states lies "
+            "outside the safe set: it is never learned from",
+            OutsideSafeSetWarning,
+            stacklevel=3,
+        )
+    kept = np.ones(len(dataset), dtype=np.bool_)
+    if asked is not safe_set:
+        kept = ~here.lost & (dataset.terminated | ~after.lost)
+    if not kept.all():
+        if not kept.any():
+            raise ValueError("the rules admit no action in any state of the log")
+        warnings.warn(
+            f"{(~kept).sum()} of the log's {len(kept)} transitions begin or end where the rules "
+            "admit nothing, and are left out",
+            OutsideSafeSetWarning,
+            stacklevel=3,
+        )
+    return _filled(dataset, played, here, after, kept)
 
 
 def clone_of_log(
@@ -69,7 +100,7 @@ def clone_of_log(
         candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
     no = np.zeros(count, np.bool_)
     own = Offer(candidates, log_mu, dataset.actions, no, np.zeros(count), no)
-    replay = _filled(dataset, played, own, own)
+    replay = _filled(dataset, played, own, own, np.ones(count, dtype=np.bool_))
     total = max(config.extraction_steps, 1)
     updates = SSQLUpdates(
         model, replay, config.temperature, config.discount, config.learning_rate, config.polyak
@@ -87,17 +118,18 @@ def clone_of_log(
     return ClonedBehaviour(seen, played, model.scaling, model.actor, params), params
 
 
-def _filled(dataset: OfflineDataset, played: FlatSpace, here: Offer, after: Offer) -> Replay:
-    replay = Replay(len(dataset), played)
-    replay.add(
-        Step(
-            dataset.observations,
-            here,
-            dataset.actions,
-            dataset.rewards,
-            dataset.next_observations,
-            after,
-            dataset.terminated,
-        )
+def _filled(
+    dataset: OfflineDataset, played: FlatSpace, here: Offer, after: Offer, kept: Array
+) -> Replay:
+    step = Step(
+        dataset.observations,
+        here,
+        dataset.actions,
+        dataset.rewards,
+        dataset.next_observations,
+        after,
+        dataset.terminated,
     )
+    replay = Replay(int(kept.sum()), played)
+    replay.add(step if kept.all() else step.take(kept))
     return replay

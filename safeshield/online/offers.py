@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.flat import Batch, FlatSpace, batch_length, finite, take
-from safeshield.online.behaviours import Behaviour
+from safeshield.online.behaviours import Behaviour, log_density
 from safeshield.online.choices import choice_index, normalised
 from safeshield.online.safe_sets import SafeSet
 
@@ -101,7 +101,7 @@ def _discrete(
 ) -> Offer:
     count, choices = batch_length(seen), played.choices
     every = np.broadcast_to(choices, (count, *choices.shape))
-    log_mu = behaviour.log_prob(seen, every)
+    log_mu = log_density(behaviour, seen, every)
     if log_mu is None:
         drawn = _checked(behaviour.draw(seen, samples, rng), played, count, samples)
         counts = np.zeros((count, len(choices)))

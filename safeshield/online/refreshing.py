@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from stable_baselines3.common.vec_env import VecEnv
 
 from safeshield.batch_policy import batch_policy
 from safeshield.calibration.binomial import episodes_needed
@@ -20,6 +21,7 @@ from safeshield.online.config import SSQLConfig
 from safeshield.online.induced import InducedPolicy
 from safeshield.online.offers import Offer
 from safeshield.online.safe_sets import SafeSet, ShieldSet
+from safeshield.shield.nested import refuse_shielded
 from safeshield.shield.shield import Shield
 
 Array = npt.NDArray[Any]
@@ -36,9 +38,11 @@ class Refresher:
         config: settings.
         safe_set: a calibrated shield where refreshes are to be tested.
         calibration_env: where they are.
+        venv: where learning collects; the other's spaces are these.
 
     Raises:
-        ValueError: refreshes are to be tested, and there is no calibrated shield or no environment.
+        ValueError: refreshes are to be tested, and there is no calibrated shield or no environment;
+            or that environment is shielded, has other spaces, or nothing is to be tested in it.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Refresher:
         config: SSQLConfig,
         safe_set: SafeSet | None,
         calibration_env: gym.Env[Any, Any] | None,
+        venv: VecEnv | None = None,
     ) -> None:
         self._config, self._env = config, calibration_env
         self.choose: Choose | None = None
@@ -53,6 +58,11 @@ class Refresher:
         self.spent = 0
         """Episodes of the budget that tests have used."""
         if not config.recalibration_episodes:
+            if calibration_env is not None:
+                raise ValueError(
+                    "calibration_env is for tests of refreshed collectors: set "
+                    "SSQLConfig(refresh_every=..., recalibration_episodes=...) with it"
+                )
             return
         if not isinstance(safe_set, ShieldSet) or safe_set.shield.record is None:
             raise ValueError(
@@ -64,6 +74,11 @@ class Refresher:
                 "recalibration_episodes needs a calibration_env, in which refreshed collectors are "
                 "tested before they act"
             )
+        refuse_shielded(calibration_env, "pass the environment without its shield")
+        for name in ("observation_space", "action_space"):
+            given, met = getattr(calibration_env, name), getattr(venv, name, None)
+            if met is not None and given != met:
+                raise ValueError(f"calibration_env's {name} is {given}, the environment's {met}")
 
     def refresh(
         self, induced: InducedPolicy, params: Params, collector: Collector, step: int

@@ -34,6 +34,14 @@ class Step(NamedTuple):
     terminated: npt.NDArray[np.bool_]
     """(n,)."""
 
+    def take(self, rows: Array) -> Step:
+        """Return some of the rows."""
+        here, after = (Offer(*(part[rows] for part in one)) for one in (self.here, self.after))
+        return Step(
+            self.observations[rows], here, self.actions[rows], self.rewards[rows],
+            self.next_observations[rows], after, self.terminated[rows],
+        )  # fmt: skip
+
 
 class Replay:
     """A ring of transitions in NumPy; memory is taken once, when the first step is added.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, FlatSpace, flat_actions, take
+from safeshield.flat import Batch, FlatSpace, copied, flat_actions, readable, take
 from safeshield.shield.shield import HasShield, Shield, as_shield
 
 Array = npt.NDArray[Any]
@@ -18,7 +19,10 @@ _CANDIDATES = 256
 
 
 class NoSafeActionError(RuntimeError):
-    """Rules admit no action in a state that an episode has reached: nothing may be executed."""
+    """Rules admit no action in a state that an episode has reached: nothing may be executed.
+
+    Or none was found, or the observation is not readable, so that no rule can judge.
+    """
 
 
 class SafeSet(Protocol):
@@ -58,12 +62,18 @@ class SafeRules:
     """A shield's substitute of a few lines: a function that says what may be done.
 
     It promises what its author knows: an action that it admits must lead only to states in which
-    it admits another one. Where it admits none, learning stops with `NoSafeActionError`.
+    it admits another one. Where it admits none, learning stops with `NoSafeActionError`; likewise
+    where an observation holds NaN or infinity, about which it is not asked.
 
     Args:
-        safe: ``safe(observation, action) -> bool``, of one observation and one action; always the
-            same answer for the same two.
+        safe: ``safe(observation, action) -> bool``, of one observation and one action as the
+            spaces' own members are: an array of the Box, a whole number of a Discrete, a dict of a
+            Dict; copies, which it may change. The same answer for the same two, always. True or
+            False: a constraint h is ``h <= 0``.
         action_space: of the environment.
+
+    Raises:
+        TypeError: `safe` is no function; when asked, it answered neither True nor False.
 
     >>> rules = SafeRules(lambda cell, move: not (cell == 36 and move == 1), gym.spaces.Discrete(4))
     >>> rules.admits(np.array([36]), rules.actions.choices[None]).tolist()
@@ -84,7 +94,7 @@ class SafeRules:
     def of_masks(
         cls, mask: Callable[[Any], npt.ArrayLike], action_space: gym.Space[Any]
     ) -> SafeRules:
-        """Make rules of ``mask(observation) -> (c,)``, true for the choices that may be taken.
+        """Make rules of ``mask(observation) -> (c,)``, True (1) for what may be taken, else False.
 
         >>> rules = SafeRules.of_masks(lambda cell: [True, cell > 3], gym.spaces.Discrete(2))
         >>> rules.admits(np.array([0, 9]), np.array([[[1.0]], [[1.0]]])).ravel().tolist()
@@ -99,14 +109,15 @@ class SafeRules:
             allowed = np.asarray(mask(observation))
             if allowed.shape != (len(names),):
                 raise ValueError(f"the mask must have shape {(len(names),)}, got {allowed.shape}")
-            return bool(allowed[names.index(np.asarray(action).tobytes())])
+            entry = allowed[names.index(np.asarray(action).tobytes())]
+            return _truth(bool(entry) if entry in (0, 1) else entry, "the mask's entries")
 
         return cls(safe, action_space)
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Ask the function about each pair; once for each pair of integers."""
         count, each = candidates.shape[:2]
-        inside = np.asarray(self.actions.contains(candidates))
+        inside = np.asarray(self.actions.contains(candidates)) & readable(observations)[:, None]
         points = self.actions.points(candidates.reshape(count * each, -1))
         for i, j in zip(*np.nonzero(inside), strict=True):
             inside[i, j] = self._ask(take(observations, i), points[i * each + j])
@@ -116,34 +127,70 @@ class SafeRules:
         """Return the nearest admitted action of all choices, or of 256 points of the box.
 
         Raises:
-            NoSafeActionError: none is admitted.
+            NoSafeActionError: none is admitted, as far as was tried; or the observation is not
+                finite.
         """
-        if self.actions.discrete:
-            tried = self.actions.choices
-        else:
-            rng = np.random.default_rng(0)
-            low, high = self.actions.low, self.actions.high
-            tried = rng.uniform(low, high, (_CANDIDATES, len(low))).astype(np.float32)
-        candidates = np.broadcast_to(tried, (len(rows), *tried.shape))
-        inside = self.admits(observations, candidates)
-        if not inside.any(axis=1).all():
-            at = int(inside.any(axis=1).argmin())
+        nearest, admitted = self.nearest(observations, rows)
+        if not admitted.all():
+            at = int(admitted.argmin())
+            where = f"in the state {take(observations, at)}"
+            if not readable(observations)[at]:
+                raise NoSafeActionError(f"no rule can be asked {where}: it is not finite")
+            points = "actions" if self.actions.discrete else "points of the box"
             raise NoSafeActionError(
-                f"the rules admit none of {len(tried)} actions in the state "
-                f"{take(observations, at)}: they must admit one in every state to which an "
-                "admitted action may lead"
+                f"the rules admit none of {len(self._tried)} {points} {where}: they must admit one "
+                "in every state to which an admitted action may lead (in a Box one that can be "
+                "found: give a behaviour that proposes what they admit where that is little)"
             )
+        return nearest, admitted
+
+    def nearest(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """Return the same, and False where none is admitted, with an action that means nothing."""
+        tried = self._tried
+        inside = self.admits(observations, np.broadcast_to(tried, (len(rows), *tried.shape)))
         distance = np.square(tried - rows[:, None]).sum(axis=-1)
         best = np.where(inside, distance, np.inf).argmin(axis=1)
-        return tried[best], np.ones(len(rows), dtype=np.bool_)
+        return tried[best], inside.any(axis=1)
+
+    @cached_property
+    def _tried(self) -> Array:
+        """All choices; or points of the box, always the same."""
+        if self.actions.discrete:
+            return self.actions.choices
+        low, high = self.actions.low, self.actions.high
+        points = np.random.default_rng(0).uniform(low, high, (_CANDIDATES, len(low)))
+        return points.astype(np.float32)
 
     def _ask(self, observation: Any, action: Any) -> bool:  # noqa: ANN401
         if not isinstance(observation, np.integer) or not self.actions.discrete:
-            return bool(self._safe(observation, action))
+            # Copies: a function that writes into its arguments must not move what is judged next.
+            return _truth(self._safe(copied(observation), copied(action)), "safe(...)")
         key = int(observation), np.asarray(action).tobytes()
         if key not in self._known:
-            self._known[key] = bool(self._safe(int(observation), action))
+            self._known[key] = _truth(self._safe(int(observation), copied(action)), "safe(...)")
         return self._known[key]
+
+
+class LoggedRules:
+    """Rules asked about a log: where they admit nothing, nothing is going to run.
+
+    `replace` tells so instead of stopping.
+    """
+
+    def __init__(self, rules: SafeRules) -> None:
+        self.actions, self.admits, self.replace = rules.actions, rules.admits, rules.nearest
+
+
+def _truth(answer: object, what: str) -> bool:
+    """Return an answer that is one; of anything else Python would make one that was not meant."""
+    if isinstance(answer, np.ndarray) and answer.dtype == np.bool_ and answer.ndim == 0:
+        answer = answer[()]
+    if not isinstance(answer, bool | np.bool_):
+        raise TypeError(
+            f"{what} must be True or False, got {answer!r:.60} ({type(answer).__name__}): of a "
+            "constraint h return `h <= 0`"
+        )
+    return bool(answer)
 
 
 def as_safe_set(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.training import Phase, TrainState
-from safeshield.online.behaviours import Behaviour
+from safeshield.online.behaviours import Behaviour, log_density
 from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.config import SSQLConfig
 from safeshield.online.safe_sets import SafeSet
@@ -57,7 +57,7 @@ def second_stage(
 
     def log_mu(state: TrainState, rows: Array, actions: Array) -> Array:
         seen = model.seen.batch(rows)
-        likely = behaviour.log_prob(seen, actions)
+        likely = log_density(behaviour, seen, actions)
         if likely is None:
             params = state.networks[CLONE]
             clone = ClonedBehaviour(model.seen, model.played, model.scaling, model.actor, params)
@@ -79,4 +79,4 @@ def _has_density(updates: SSQLUpdates, behaviour: Behaviour) -> bool:
     middle = (0.5 * (model.played.low + model.played.high)).astype(np.float32)[None]
     tried = model.played.choices if model.played.discrete else middle
     some = model.seen.batch(updates.replay.column("observations")[:1])
-    return behaviour.log_prob(some, tried[None]) is not None
+    return log_density(behaviour, some, tried[None]) is not None

@@ -15,6 +15,7 @@ KL-regularised control (`values.soft`), and so is every design decision here.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any, Self, cast
@@ -26,7 +27,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from tqdm.auto import tqdm
 
 from safeshield.algorithms.tensors import run_identity
@@ -41,15 +42,16 @@ from safeshield.algorithms.training import (
 )
 from safeshield.arguments import whole
 from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import Batch, flat_actions, flat_observations
+from safeshield.flat import Batch, FlatSpace, flat_actions, flat_observations, take
 from safeshield.nn.optim import adam_init
 from safeshield.online.actor import Actor
 from safeshield.online.behaviours import Behaviour, as_behaviour
 from safeshield.online.cloned import ClonedBehaviour
-from safeshield.online.collecting import Collector, Tally
+from safeshield.online.collecting import Collector, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.experience import clone_of_log, replay_of_log
 from safeshield.online.induced import InducedPolicy
+from safeshield.online.offers import offer
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_safe_set
@@ -85,7 +87,8 @@ class SafeSupportQLearning:
         config: settings; see `SSQLConfig`.
         safe: what may be executed: a `Shield`, a path to its file, an agent that has one, or
             `SafeRules`. By default the shield around the environment, else the one inside the
-            behaviour; without any, whatever the behaviour proposes is executed.
+            behaviour; without any, whatever the behaviour proposes is executed, and an
+            `UnguardedWarning` says so.
         calibration_env: for `recalibration_episodes`: where refreshed collectors are tested, a
             simulator or a testbed; its episodes may violate.
         tensorboard_log: folder for TensorBoard.
@@ -144,7 +147,7 @@ class SafeSupportQLearning:
                     "SafeRules, a Behaviour or any other policy"
                 )
             self._meet(self._venv)
-        self._refresher = Refresher(self.config, self.safe_set, calibration_env)
+        self._refresher = Refresher(self.config, self.safe_set, calibration_env, self._venv)
         self._rng = np.random.default_rng(self.config.seed)
         self._generator = torch.Generator(self.device).manual_seed(self.config.seed)
         self._model: SSQLModel | None = None
@@ -152,25 +155,52 @@ class SafeSupportQLearning:
         self._extracted = False
         self._cloned = False
         self._collector: Collector | None = None
+        self._collecting_now = False
         self._replay: Replay | None = None
         self._logger: Logger | None = None
 
     # -- what it is made of -----------------------------------------------------------------------
 
     def _meet(self, venv: VecEnv) -> None:
-        played = flat_actions(venv.action_space)
+        flat_actions(venv.action_space)
         flat_observations(venv.observation_space)
-        if isinstance(self.safe_set, ShieldSet):
-            self.safe_set.shield.check_fits(
-                venv.observation_space, venv.action_space, environment_id(venv)
+        self._check_safe_set(venv.observation_space, venv.action_space, environment_id(venv))
+        _playable(venv.action_space)
+        normalised = unwrap_vec_normalize(venv)
+        if normalised is not None and normalised.norm_obs:
+            raise ValueError(
+                "VecNormalize hides the observations from whoever judges actions by them: pass "
+                "norm_obs=False (the critics normalise what they see)"
             )
-        elif self.safe_set is not None and self.safe_set.actions.space != played.space:
+        self._behaviour = as_behaviour(self._given, venv.action_space)
+        _check_spaces(self._behaviour, venv.observation_space, venv.action_space)
+        if self.safe_set is None:
+            warnings.warn(
+                "no safe set is known: whatever the behaviour proposes is executed. Pass safe=, a "
+                "shield or SafeRules, or put a SafetyShield around the environment; where the "
+                "behaviour itself never leaves the safe set, this may be ignored",
+                UnguardedWarning,
+                stacklevel=3,
+            )
+
+    def _check_safe_set(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        environment: str = "",
+    ) -> None:
+        """Raise ValueError where it is for other spaces."""
+        if isinstance(self.safe_set, ShieldSet):
+            self.safe_set.shield.check_fits(observation_space, action_space, environment)
+        elif self.safe_set is not None and self.safe_set.actions.space != action_space:
             raise ValueError(
                 f"the rules are for {self.safe_set.actions.space}, the environment's actions are "
-                f"{played.space}"
+                f"{action_space}"
             )
-        _bounded(venv.action_space)
-        self._behaviour = as_behaviour(self._given, venv.action_space)
+
+    def _warming(self) -> bool:
+        """Whether `learn` is collecting and has not learned anything yet."""
+        return self._model is None and self._collecting_now
 
     @property
     def tally(self) -> Tally:
@@ -293,8 +323,12 @@ class SafeSupportQLearning:
         callbacks.on_training_start(
             {"self": self, "total_timesteps": end, "reset_num_timesteps": reset_num_timesteps}, {}
         )
-        with tqdm(total=end, initial=self.num_timesteps, disable=not progress_bar) as bar:
-            self._loop(collector, callbacks, end, log_interval, bar)
+        self._collecting_now = True
+        try:
+            with tqdm(total=end, initial=self.num_timesteps, disable=not progress_bar) as bar:
+                self._loop(collector, callbacks, end, log_interval, bar)
+        finally:
+            self._collecting_now = False
         self._extract()
         callbacks.on_training_end()
         self._logger.dump(self.num_timesteps)
@@ -321,6 +355,8 @@ class SafeSupportQLearning:
             # Once: a second call goes on with episodes that the first one has not seen.
             venv.seed(self.config.seed)
         self._collector.reset()
+        if self.config.extraction_steps and self._model is None:
+            self._collector.check_density()
         return self._collector
 
     def _loop(
@@ -458,7 +494,7 @@ class SafeSupportQLearning:
             steps, 1, progress_bar=progress_bar, log_dir=log_dir, checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
         )  # fmt: skip
-        _bounded(dataset.action_space)
+        _playable(dataset.action_space)
         ends = dataset.terminated | dataset.truncated
         units = units_of_returns(dataset.rewards, ends, dataset.terminated, self.config.discount, 1)
         scaling = Scaling.of(dataset)
@@ -536,8 +572,9 @@ class SafeSupportQLearning:
         """Return actions and the state, which is passed through: Stable-Baselines3's signature.
 
         The induced policy weighs the behaviour's own actions (in a Box `predict_samples` draws of
-        them), inside the safe set; the parametric one is a network's, and may leave the
-        support: `ShieldedPolicy` puts a shield behind either.
+        them), inside the safe set; the parametric one is a network's, which may leave mu's support:
+        what the safe set refuses is replaced, where one is at hand. In the warm-up of `learn`,
+        where a callback may ask, the behaviour itself acts.
 
         Args:
             observation: one, or a batch.
@@ -551,14 +588,11 @@ class SafeSupportQLearning:
             RuntimeError: nothing has been learned; or config.policy asks for the induced policy and
                 the behaviour is not at hand, or for the parametric one and there is none.
         """
-        model, weights = self._fitted()
-        rows, single = model.seen.rows(observation, "observation")
-        if not np.isfinite(rows).all():
-            raise ValueError(
-                f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}"
-            )
-        points = model.seen.batch(rows)
         rng = np.random.default_rng(self.config.seed) if deterministic else self._rng
+        if self._warming():
+            return self._unlearned(observation, rng), state
+        model, weights = self._fitted()
+        points, single = _readable(model.seen, observation)
         if self._acts_induced():
             induced = self._induced()
             here = induced.offered(points, self.config.predict_samples, rng)
@@ -572,8 +606,30 @@ class SafeSupportQLearning:
             chosen = (
                 actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
             )
+            chosen = self._admitted(points, chosen)
         actions = model.played.points(chosen)
         return (actions[0] if single else actions), state
+
+    def _unlearned(self, observation: Batch, rng: np.random.Generator) -> Array:
+        """Return mu's own draws, cut down to the safe set: pi* of critics that know nothing."""
+        collector = cast(Collector, self._collector)
+        seen = flat_observations(collector.venv.observation_space)
+        played = flat_actions(collector.venv.action_space)
+        points, single = _readable(seen, observation)
+        behaviour = cast(Behaviour, self._behaviour)
+        here = offer(behaviour, self.safe_set, played, points, self.config.samples, rng)
+        actions = played.points(here.executed)
+        return cast(Array, actions[0]) if single else actions
+
+    def _admitted(self, points: Batch, chosen: Array) -> Array:
+        """Return actions, those that the safe set refuses replaced by ones that it does not."""
+        if self.safe_set is None:
+            return chosen
+        refused = np.flatnonzero(~self.safe_set.admits(points, chosen[:, None])[:, 0])
+        if len(refused):
+            chosen = chosen.copy()
+            chosen[refused], _ = self.safe_set.replace(take(points, refused), chosen[refused])
+        return chosen
 
     def draw(self, observations: Batch, rng: np.random.Generator) -> tuple[Array, Array]:
         """Return actions of the induced policy in n states, and log pi*(a|s) - log mu(a|s) (n,).
@@ -619,14 +675,14 @@ class SafeSupportQLearning:
         It is the regularised one: a KL to the behaviour, at every step, is taken off the rewards.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: a wrong shape, or NaN.
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
         model, weights = self._fitted()
-        rows, single = model.seen.rows(observation, "observation")
+        points, single = _readable(model.seen, observation)
         rng = np.random.default_rng(self.config.seed)
         value = self._induced().value(
-            weights.targets[CRITIC], model.seen.batch(rows), self.config.predict_samples, rng
+            weights.targets[CRITIC], points, self.config.predict_samples, rng
         )
         return cast(np.floating, value[0]) if single else value
 
@@ -636,11 +692,21 @@ class SafeSupportQLearning:
         """Write the agent to one safetensors file; nothing in it can run.
 
         The behaviour is not in it, unless `fit` made it: pass it to `load` again for the induced
-        policy. Nor is what was experienced.
+        policy. Nor is what was experienced. In the warm-up of `learn`, where a callback may ask for
+        it, no file is written, and a warning says so.
         """
+        if self._warming():
+            warnings.warn(
+                f"nothing has been learned in {self.num_timesteps} steps of warm-up: "
+                f"{os.fspath(path)} is not written",
+                stacklevel=2,
+            )
+            return
         model, state = self._fitted()
-        save_agent(Path(path), self.config, model, state, cloned=self._cloned,
-                   extracted=self._extracted)  # fmt: skip
+        save_agent(
+            Path(path), self.config, model, state, cloned=self._cloned, extracted=self._extracted,
+            guarded=self.safe_set is not None,
+        )  # fmt: skip
 
     @classmethod
     def load(
@@ -662,25 +728,62 @@ class SafeSupportQLearning:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of another kind.
+            ValueError: the file is damaged or of another kind; the behaviour or the safe set is for
+                other spaces.
         """
         config, header, finish = read_agent(Path(path))
         agent = cls(None, behaviour, config, safe=safe, device=device)
         model = agent._describe(*header.spaces, header.scaling, header.units)
+        agent._check_safe_set(*header.spaces)
         agent._state = finish(model, agent.device)
         agent._model = model
         agent._extracted, agent._cloned = header.extracted, header.cloned
         if behaviour is not None:
             agent._behaviour = as_behaviour(behaviour, model.action_space)
+            _check_spaces(agent._behaviour, *header.spaces)
         elif header.cloned:
             agent._behaviour = ClonedBehaviour(
                 model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
             )
+        if header.guarded and agent.safe_set is None and agent._behaviour is not None:
+            warnings.warn(
+                "this agent learned inside a safe set, and none is given: what it does is the "
+                "behaviour's own, whatever that is; pass safe=",
+                UnguardedWarning,
+                stacklevel=2,
+            )
         return agent
 
 
-def _bounded(space: gym.Space[Any]) -> None:
+def _readable(seen: FlatSpace, observation: Batch) -> tuple[Batch, bool]:
+    """Return a batch of observations, and whether it was one."""
+    rows, single = seen.rows(observation, "observation")
+    if not len(rows):
+        raise ValueError("observation must hold at least one, got an empty batch")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}")
+    return seen.batch(rows), single
+
+
+def _check_spaces(
+    behaviour: Behaviour, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+) -> None:
+    """Raise ValueError where a behaviour was made for other spaces, as far as it tells."""
+    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+        own = getattr(behaviour, name, None)
+        if isinstance(own, gym.Space) and own != space:
+            raise ValueError(f"the behaviour's {name} is {own}, the environment's {space}")
+
+
+def _playable(space: gym.Space[Any]) -> None:
+    """Raise unless actions are discrete, or of a bounded Box of floating-point numbers."""
     played = flat_actions(space)
+    if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise TypeError(
+            f"a Box of actions must be of floating-point numbers, got {space!r}: what is judged "
+            "would be rounded before it runs; round in a wrapper of the environment, or make it "
+            "MultiDiscrete"
+        )
     if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
         raise ValueError(
             f"action_space must be bounded, got {space}; wrap the environment in RescaleAction"

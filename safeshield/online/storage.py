@@ -34,6 +34,8 @@ class AgentHeader(NamedTuple):
     """Offset and spread of the values."""
     extracted: bool
     cloned: bool
+    guarded: bool
+    """Whether a safe set cut down what it learned from."""
 
 
 def save_agent(
@@ -44,6 +46,7 @@ def save_agent(
     *,
     extracted: bool,
     cloned: bool,
+    guarded: bool,
 ) -> None:
     """Write the critics' slow copies, and the actor and the clone where there are any."""
     networks = {CRITIC: state.targets[CRITIC]}
@@ -58,6 +61,7 @@ def save_agent(
         "value": {"offset": model.critics.offset, "spread": model.critics.spread},
         "extracted": extracted,
         "cloned": cloned,
+        "guarded": guarded,
     }
     flat = {
         f"{name}/{key}": tensor.detach().cpu().numpy()
@@ -80,8 +84,9 @@ def read_agent(
     try:
         if data["version"] != _VERSION:
             raise ValueError(f"version {data['version']!r:.20}, known is {_VERSION}")
-        if not all(isinstance(data[name], bool) for name in ("extracted", "cloned")):
-            raise ValueError("'extracted' and 'cloned' must be true or false")
+        flags = {name: data[name] for name in ("extracted", "cloned", "guarded")}
+        if not all(isinstance(flag, bool) for flag in flags.values()):
+            raise ValueError(f"{', '.join(flags)} must be true or false")
         config = SSQLConfig(**data["config"])
         seen = flat_observations(space_from_json(data["observation_space"]))
         played = flat_actions(space_from_json(data["action_space"]))
@@ -89,10 +94,7 @@ def read_agent(
         units = tuple(finite_number(data["value"][name], name) for name in ("offset", "spread"))
         if not units[1] > 0:
             raise ValueError(f"the values' spread must be above 0, got {units[1]}")
-        header = AgentHeader(
-            (seen.space, played.space), scaling, (units[0], units[1]), data["extracted"],
-            data["cloned"],
-        )  # fmt: skip
+        header = AgentHeader((seen.space, played.space), scaling, (units[0], units[1]), **flags)
     except KeyError as error:
         raise ValueError(
             f"{path}: the header does not describe an agent: it lacks {error}"
