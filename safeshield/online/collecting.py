@@ -209,7 +209,7 @@ class Collector:
     def _readable(self, step: Step) -> Step:
         good = np.isfinite(step.observations).all(1) & np.isfinite(step.next_observations).all(1)
         self.tally.unreadable += int((~good).sum())
-        return step if good.all() else step.take(good)
+        return step if good.all() else step.take(np.flatnonzero(good))
 
     def _count_proposals(self, here: Offer) -> None:
         tally = self.tally

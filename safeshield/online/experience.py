@@ -131,5 +131,5 @@ def _filled(
         dataset.terminated,
     )
     replay = Replay(int(kept.sum()), played)
-    replay.add(step if kept.all() else step.take(kept))
+    replay.add(step if kept.all() else step.take(np.flatnonzero(kept)))
     return replay

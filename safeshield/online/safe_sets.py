@@ -117,7 +117,8 @@ class SafeRules:
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Ask the function about each pair; once for each pair of integers."""
         count, each = candidates.shape[:2]
-        inside = np.asarray(self.actions.contains(candidates)) & readable(observations)[:, None]
+        inside: npt.NDArray[np.bool_] = np.array(self.actions.contains(candidates))
+        inside &= readable(observations)[:, None]
         points = self.actions.points(candidates.reshape(count * each, -1))
         for i, j in zip(*np.nonzero(inside), strict=True):
             inside[i, j] = self._ask(take(observations, i), points[i * each + j])
@@ -150,7 +151,7 @@ class SafeRules:
         inside = self.admits(observations, np.broadcast_to(tried, (len(rows), *tried.shape)))
         distance = np.square(tried - rows[:, None]).sum(axis=-1)
         best = np.where(inside, distance, np.inf).argmin(axis=1)
-        return tried[best], inside.any(axis=1)
+        return tried[best], np.asarray(inside.any(axis=1))
 
     @cached_property
     def _tried(self) -> Array:
