@@ -24,10 +24,10 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 from tqdm.auto import tqdm
 
 from safeshield.algorithms.tensors import run_identity
@@ -42,13 +42,21 @@ from safeshield.algorithms.training import (
 )
 from safeshield.arguments import whole
 from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import Batch, FlatSpace, flat_actions, flat_observations, take
+from safeshield.flat import Batch, flat_actions, flat_observations, take
 from safeshield.nn.optim import adam_init
 from safeshield.online.actor import Actor
 from safeshield.online.behaviours import Behaviour, as_behaviour
 from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.collecting import Collector, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig
+from safeshield.online.entry import (
+    as_callback,
+    as_venv,
+    check_playable,
+    check_spaces,
+    readable_batch,
+    refuse_normalised,
+)
 from safeshield.online.experience import clone_of_log, replay_of_log
 from safeshield.online.induced import InducedPolicy
 from safeshield.online.offers import offer
@@ -134,7 +142,7 @@ class SafeSupportQLearning:
         self.verbose = verbose
         self.tensorboard_log = None if tensorboard_log is None else os.fspath(tensorboard_log)
         self.num_timesteps = 0
-        self._venv = _as_venv(env)
+        self._venv = as_venv(env)
         layer = None if env is None else shielding_layer(env)
         if safe is None and layer is not None:
             safe = cast(Shield, vars(layer)["shield"])
@@ -165,15 +173,10 @@ class SafeSupportQLearning:
         flat_actions(venv.action_space)
         flat_observations(venv.observation_space)
         self._check_safe_set(venv.observation_space, venv.action_space, environment_id(venv))
-        _playable(venv.action_space)
-        normalised = unwrap_vec_normalize(venv)
-        if normalised is not None and normalised.norm_obs:
-            raise ValueError(
-                "VecNormalize hides the observations from whoever judges actions by them: pass "
-                "norm_obs=False (the critics normalise what they see)"
-            )
+        check_playable(venv.action_space)
+        refuse_normalised(venv)
         self._behaviour = as_behaviour(self._given, venv.action_space)
-        _check_spaces(self._behaviour, venv.observation_space, venv.action_space)
+        check_spaces(self._behaviour, venv.observation_space, venv.action_space)
         if self.safe_set is None:
             warnings.warn(
                 "no safe set is known: whatever the behaviour proposes is executed. Pass safe=, a "
@@ -317,7 +320,7 @@ class SafeSupportQLearning:
         self._logger = configure_logger(
             self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps
         )
-        callbacks = _as_callback(callback)
+        callbacks = as_callback(callback)
         callbacks.init_callback(cast(Any, self))
         # A callback's `learn` of its own keeps in step with what it is told here.
         callbacks.on_training_start(
@@ -494,7 +497,7 @@ class SafeSupportQLearning:
             steps, 1, progress_bar=progress_bar, log_dir=log_dir, checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
         )  # fmt: skip
-        _playable(dataset.action_space)
+        check_playable(dataset.action_space)
         ends = dataset.terminated | dataset.truncated
         units = units_of_returns(dataset.rewards, ends, dataset.terminated, self.config.discount, 1)
         scaling = Scaling.of(dataset)
@@ -592,7 +595,7 @@ class SafeSupportQLearning:
         if self._warming():
             return self._unlearned(observation, rng), state
         model, weights = self._fitted()
-        points, single = _readable(model.seen, observation)
+        points, single = readable_batch(model.seen, observation)
         if self._acts_induced():
             induced = self._induced()
             here = induced.offered(points, self.config.predict_samples, rng)
@@ -615,7 +618,7 @@ class SafeSupportQLearning:
         collector = cast(Collector, self._collector)
         seen = flat_observations(collector.venv.observation_space)
         played = flat_actions(collector.venv.action_space)
-        points, single = _readable(seen, observation)
+        points, single = readable_batch(seen, observation)
         behaviour = cast(Behaviour, self._behaviour)
         here = offer(behaviour, self.safe_set, played, points, self.config.samples, rng)
         actions = played.points(here.executed)
@@ -679,7 +682,7 @@ class SafeSupportQLearning:
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
         model, weights = self._fitted()
-        points, single = _readable(model.seen, observation)
+        points, single = readable_batch(model.seen, observation)
         rng = np.random.default_rng(self.config.seed)
         value = self._induced().value(
             weights.targets[CRITIC], points, self.config.predict_samples, rng
@@ -740,7 +743,7 @@ class SafeSupportQLearning:
         agent._extracted, agent._cloned = header.extracted, header.cloned
         if behaviour is not None:
             agent._behaviour = as_behaviour(behaviour, model.action_space)
-            _check_spaces(agent._behaviour, *header.spaces)
+            check_spaces(agent._behaviour, *header.spaces)
         elif header.cloned:
             agent._behaviour = ClonedBehaviour(
                 model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
@@ -753,57 +756,3 @@ class SafeSupportQLearning:
                 stacklevel=2,
             )
         return agent
-
-
-def _readable(seen: FlatSpace, observation: Batch) -> tuple[Batch, bool]:
-    """Return a batch of observations, and whether it was one."""
-    rows, single = seen.rows(observation, "observation")
-    if not len(rows):
-        raise ValueError("observation must hold at least one, got an empty batch")
-    if not np.isfinite(rows).all():
-        raise ValueError(f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}")
-    return seen.batch(rows), single
-
-
-def _check_spaces(
-    behaviour: Behaviour, observation_space: gym.Space[Any], action_space: gym.Space[Any]
-) -> None:
-    """Raise ValueError where a behaviour was made for other spaces, as far as it tells."""
-    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
-        own = getattr(behaviour, name, None)
-        if isinstance(own, gym.Space) and own != space:
-            raise ValueError(f"the behaviour's {name} is {own}, the environment's {space}")
-
-
-def _playable(space: gym.Space[Any]) -> None:
-    """Raise unless actions are discrete, or of a bounded Box of floating-point numbers."""
-    played = flat_actions(space)
-    if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
-        raise TypeError(
-            f"a Box of actions must be of floating-point numbers, got {space!r}: what is judged "
-            "would be rounded before it runs; round in a wrapper of the environment, or make it "
-            "MultiDiscrete"
-        )
-    if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
-        raise ValueError(
-            f"action_space must be bounded, got {space}; wrap the environment in RescaleAction"
-        )
-
-
-def _as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
-    if env is None or isinstance(env, VecEnv):
-        return env
-    if not isinstance(env, gym.Env):
-        raise TypeError(
-            "env must be a Gymnasium environment or a VecEnv of Stable-Baselines3, got "
-            f"{type(env).__name__}"
-        )
-    return DummyVecEnv([lambda: env])
-
-
-def _as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
-    if isinstance(callback, BaseCallback):
-        return callback
-    if isinstance(callback, list):
-        return CallbackList(callback)
-    return CallbackList([]) if callback is None else ConvertCallback(callback)
