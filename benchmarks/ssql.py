@@ -189,9 +189,10 @@ def shield_of(task: str, seed: int) -> Shield:
     path = RESULTS / f"ssql_{task}_{seed}_shield.safetensors"
     if not path.exists():
         make, driver = TASKS[task]
-        log = safeshield.collect(make(), driver(), 400, seed=1000 + seed)
+        episodes, updates = LOGS[task]
+        log = safeshield.collect(make(), driver(), episodes, seed=1000 + seed)
         config = ShieldConfig(seed=seed, critic_hidden=(64, 64), safety_discount=0.99)
-        trainer = ShieldTrainer(config, device="cpu").fit(log, steps=5000)
+        trainer = ShieldTrainer(config, device="cpu").fit(log, steps=updates)
         RESULTS.mkdir(parents=True, exist_ok=True)
         deltas = None
         if task == "boat":
@@ -208,6 +209,8 @@ TASKS: dict[str, tuple[Callable[[], gym.Env], Callable[[], Any]]] = {
     "pendulum": (pendulum, HeldTorques),
     "boat": (boat, Helmsmen),
 }
+LOGS = {"pendulum": (400, 5000), "boat": (1500, 10_000)}
+"""Episodes of a shield's log, and updates."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "pendulum": {"temperature": 0.5, "discount": 0.98},
     "boat": {"temperature": 0.1, "discount": 0.98},
