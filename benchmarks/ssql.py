@@ -17,6 +17,7 @@ of 64 x 64, and for DQN a grid of actions and learning_starts of 1,000.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -354,16 +355,23 @@ def judge_values(task: str, seed: int, steps: int, episodes: int) -> dict[str, A
     path = RESULTS / f"ssql_{task}_{seed}_agent_{steps}.safetensors"
     agent = SafeSupportQLearning.load(path, behaviour, device="cpu")
     env = CertifiedStarts(SafetyShield(TASKS[task][0](), shield))
-    rows = realised(agent, env, episodes, seed)
-    facts: dict[str, Any] = {}
-    for name, column in (("regularised", 1), ("plain", 2)):
-        slope, _ = np.polyfit(rows[:, 0], rows[:, column], 1)
-        facts |= {
-            f"{name}_slope": float(slope),
-            f"{name}_bias": float((rows[:, 0] - rows[:, column]).mean()),
-            f"{name}_correlation": float(np.corrcoef(rows[:, 0], rows[:, column])[0, 1]),
-        }
-    return {**facts, "spread": float(rows[:, 0].std()), "episodes": episodes}
+    facts: dict[str, Any] = {"episodes": episodes}
+    # Of the policy that chooses among as many draws as the targets do: whose value it is. And of
+    # `predict`'s, which chooses among more.
+    for draws in (agent.config.samples, agent.config.predict_samples):
+        agent.config = dataclasses.replace(agent.config, predict_samples=draws)
+        rows = realised(agent, env, episodes, seed)
+        for name, column in (("regularised", 1), ("plain", 2)):
+            slope, _ = np.polyfit(rows[:, 0], rows[:, column], 1)
+            facts |= {
+                f"{draws}_{name}_slope": float(slope),
+                f"{draws}_{name}_bias": float((rows[:, 0] - rows[:, column]).mean()),
+                f"{draws}_{name}_correlation": float(
+                    np.corrcoef(rows[:, 0], rows[:, column])[0, 1]
+                ),
+            }
+        facts[f"{draws}_predicted"] = float(rows[:, 0].mean())
+    return facts
 
 
 def values(arguments: argparse.Namespace) -> None:
@@ -377,13 +385,16 @@ def values(arguments: argparse.Namespace) -> None:
                 f"ssql_values_{task}_{seed}_{arguments.steps}",
                 lambda t=task, s=seed: judge_values(t, s, arguments.steps, 60),
             )
-            print(
-                f"{task:8} seed {seed}: regularised slope {row['regularised_slope']:.2f}, bias "
-                f"{row['regularised_bias']:+.2f}, r {row['regularised_correlation']:.2f}; plain "
-                f"slope {row['plain_slope']:.2f}, bias {row['plain_bias']:+.2f} (spread "
-                f"{row['spread']:.1f})",
-                flush=True,
-            )
+            for draws in (key.split("_")[0] for key in row if key.endswith("_predicted")):
+                told = {name: row[f"{draws}_{name}"] for name in (
+                    "predicted", "regularised_slope", "regularised_bias",
+                    "regularised_correlation", "plain_slope", "plain_bias",
+                )}  # fmt: skip
+                print(
+                    f"{task:8} seed {seed}, {draws} draws:",
+                    *(f"{name} {value:.2f}" for name, value in told.items()),
+                    flush=True,
+                )
 
 
 def picture(arguments: argparse.Namespace) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pytest
 
-from safeshield import Shield, collect
+from safeshield import Shield, ShieldConfig, ShieldTrainer, collect
 from safeshield.demo.helmsmen import Helmsmen
+from safeshield.wrappers import ConstraintFromFunction
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -51,3 +53,23 @@ def test_the_import_lines_of_the_guide_work() -> None:
     code = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
     assert len(code) == 1
     exec(code[0], {})
+
+
+def test_learning_online_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a shield of little training, and few steps."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "SafeSupportQLearning(env" in block)
+    assert "learn(10_000)" in code
+    plant = ConstraintFromFunction(gym.make("Pendulum-v1"), lambda obs: abs(obs[2]) - 6.0)
+    config = ShieldConfig(seed=0, critic_hidden=(32,), behaviour_hidden=(16,))
+    trainer = ShieldTrainer(config, device="cpu").fit(
+        collect(plant, "random", episodes=150, seed=0), steps=1500
+    )
+    shield = trainer.calibrate(plant, policy="random", epsilon=0.5, confidence=0.9)
+    shield.save(tmp_path / "shield.safetensors")
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("temperature=0.5", "temperature=0.5, extraction_steps=20")
+    exec(code.replace("learn(10_000)", "learn(1_200)"), {})
+    assert "steps=1200" in capsys.readouterr().out
