@@ -210,6 +210,7 @@ TASKS: dict[str, tuple[Callable[[], gym.Env], Callable[[], Any]]] = {
     "pendulum": (pendulum, HeldTorques),
     "boat": (boat, Helmsmen),
 }
+TITLES = {"pendulum": "Pendulum with a speed limit", "boat": "Boat between two rocks"}
 LOGS = {"pendulum": (400, 5000), "boat": (1500, 10_000)}
 """Episodes of a shield's log, and updates."""
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -419,17 +420,20 @@ def picture(arguments: argparse.Namespace) -> None:
                 found.setdefault(task, {})[name] = rows
     if not found:
         raise SystemExit("nothing to draw: run 'ssql.py pendulum' or 'ssql.py boat' first")
-    figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 3.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(found), figsize=(4.8 * len(found), 4.0), squeeze=False)
     for axis, (task, learners) in zip(axes[0], found.items(), strict=True):
         for name, rows in learners.items():
             curves = np.array([row["curve"] for row in rows])
             at, mean = curves[0, :, 0], curves[:, :, 1].mean(axis=0)
-            unsafe = sum(row["violating"] for row in rows)
-            (line,) = axis.plot(at, mean, label=f"{name}: {unsafe} violating episodes")
+            unsafe, all_of = (sum(row[key] for row in rows) for key in ("violating", "episodes"))
+            told = f"{name}: {unsafe} of {all_of} episodes of training violate"
+            (line,) = axis.plot(at, mean, marker=".", label=told)
             axis.fill_between(at, curves[:, :, 1].min(axis=0), curves[:, :, 1].max(axis=0),
                               alpha=0.2, color=line.get_color())  # fmt: skip
-        axis.set(title=task, xlabel="steps", ylabel="return")
-        axis.legend(fontsize=7)
+        axis.set(title=TITLES[task], xlabel="steps of the environment", ylabel="return")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+    seeds = max(len(rows) for learners in found.values() for rows in learners.values())
+    figure.suptitle(f"Return while learning: mean and range of {seeds} seeds", fontsize=10)
     figure.tight_layout()
     figure.savefig(Path(__file__).parents[1] / "docs" / "pictures" / "ssql.png", dpi=110)
 
