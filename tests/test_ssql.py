@@ -815,9 +815,17 @@ def test_what_cannot_be_read_is_neither_learned_from_nor_passed() -> None:
     with pytest.raises(ValueError, match="at least one, got an empty batch"):
         agent.predict(np.zeros((0, 1), np.float32))
     # Rules are not asked about what is not a number: how they compare would decide.
-    always = SafeRules(lambda x, a: True, env.action_space)
+    asked: list[float] = []
+
+    def told(x: Array, a: Array) -> bool:
+        asked.append(float(x[0]))
+        return True
+
+    always = SafeRules(told, env.action_space)
     with pytest.raises(NoSafeActionError, match=r"no rule can be asked in the state .*not finite"):
         SafeSupportQLearning(Blinks(Push()), always, config).learn(120)
+    assert np.isfinite(asked).all()
+    assert 0.0 not in asked  # nor about a state that was made up in its place
 
     class Bankrupt(gym.Wrapper):
         def step(self, action: Any) -> Any:  # noqa: ANN401
@@ -904,6 +912,14 @@ def test_callbacks_may_ask_in_the_warm_up(tmp_path: Path) -> None:
     assert np.isfinite(judged.last_mean_reward)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["agent_1000_steps.zip", "agent_800_steps.zip"]
+    # The network of stage two is asked for before it is there: the induced policy acts.
+    config = SSQLConfig(**{**vars(FAST), "policy": "parametric"})
+    before = EvalCallback(Monitor(lake()), n_eval_episodes=1, eval_freq=650, verbose=0)
+    agent = SafeSupportQLearning(env, rules(env), config)
+    tally = agent.tally
+    agent.learn(700, before)
+    assert np.isfinite(before.last_mean_reward)
+    assert (tally.steps, agent.tally.steps) == (0, 700)
 
 
 def test_a_density_is_looked_at_before_anything_is_collected() -> None:
@@ -959,8 +975,26 @@ def test_spaces_and_settings_that_do_not_fit_are_told_at_once(tmp_path: Path) ->
             tmp_path / "agent.safetensors", SafeRules(dry, gym.spaces.Discrete(3))
         )
     anything = batch_policy(lambda o, rng: rng.integers(0, 4, len(o)))
-    with pytest.warns(UnguardedWarning, match="learned inside a safe set, and none is given"):
-        SafeSupportQLearning.load(tmp_path / "agent.safetensors", anything)
+    for behaviour in (anything, None):
+        with pytest.warns(UnguardedWarning, match="learned inside a safe set, and none is given"):
+            SafeSupportQLearning.load(tmp_path / "agent.safetensors", behaviour)
+
+
+def test_rules_of_a_box_are_not_asked_in_stage_two() -> None:
+    asked = []
+    for steps in (1, 60):
+        env, calls = Push(), [0]
+
+        def counted(x: Array, a: Array, calls: list[int] = calls) -> bool:
+            calls[0] += 1
+            return below(x, a)
+
+        config = SSQLConfig(
+            learning_starts=50, batch_size=16, critic_hidden=(8,), extraction_steps=steps
+        )
+        SafeSupportQLearning(env, SafeRules(counted, env.action_space), config).learn(60)
+        asked.append(calls[0])
+    assert asked[0] == asked[1] > 0
 
 
 def test_costs_that_are_no_number_are_named() -> None:

@@ -56,8 +56,9 @@ class SSQLConfig:
     """Updates at a time."""
     extraction: Literal["auto", "reverse", "forward"] = "auto"
     """Direction of the KL by which the parametric policy is fitted to the induced one; "auto":
-    reverse where the behaviour has a density, else forward. "reverse" without one uses that of a
-    clone."""
+    reverse where the behaviour has a density, else forward, and forward behind `SafeRules` in a Box
+    (which reverse asks about thousands of actions in each update). "reverse" without a density uses
+    that of a clone."""
     extraction_steps: int = 2000
     """Updates of stage two, after the last step; 0: no parametric policy."""
     policy: Literal["auto", "induced", "parametric"] = "auto"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from safeshield.flat import Batch, FlatSpace, batch_length, finite, take
 from safeshield.online.behaviours import Behaviour, log_density
 from safeshield.online.choices import choice_index, normalised
-from safeshield.online.safe_sets import SafeSet
+from safeshield.online.safe_sets import SafeRules, SafeSet
 
 Array = npt.NDArray[Any]
 
@@ -49,7 +49,11 @@ def offer(
 
     Raises:
         ValueError: the behaviour returns another shape, NaN, or no probabilities.
+        NoSafeActionError: rules admit nothing, or an observation is not finite.
     """
+    if isinstance(safe_set, SafeRules):
+        # Before a behaviour is asked, which may ask these very rules about the zeros below.
+        safe_set.refuse_unreadable(observations)
     # Behaviours may refuse what is not a number; safe sets do not admit anything there.
     seen = finite(observations)
     if played.discrete:

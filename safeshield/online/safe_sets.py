@@ -67,9 +67,9 @@ class SafeRules:
 
     Args:
         safe: ``safe(observation, action) -> bool``, of one observation and one action as the
-            spaces' own members are: an array of the Box, a whole number of a Discrete, a dict of a
-            Dict; copies, which it may change. The same answer for the same two, always. True or
-            False: a constraint h is ``h <= 0``.
+            spaces' own members are: an array of a Box (of actions in float32), a whole number of a
+            Discrete, a dict of a Dict; copies, which it may change. The same answer for the same
+            two, always. True or False: a constraint h is ``h <= 0``.
         action_space: of the environment.
 
     Raises:
@@ -131,12 +131,10 @@ class SafeRules:
             NoSafeActionError: none is admitted, as far as was tried; or the observation is not
                 finite.
         """
+        self.refuse_unreadable(observations)
         nearest, admitted = self.nearest(observations, rows)
         if not admitted.all():
-            at = int(admitted.argmin())
-            where = f"in the state {take(observations, at)}"
-            if not readable(observations)[at]:
-                raise NoSafeActionError(f"no rule can be asked {where}: it is not finite")
+            where = f"in the state {take(observations, int(admitted.argmin()))}"
             points = "actions" if self.actions.discrete else "points of the box"
             raise NoSafeActionError(
                 f"the rules admit none of {len(self._tried)} {points} {where}: they must admit one "
@@ -144,6 +142,15 @@ class SafeRules:
                 "found: give a behaviour that proposes what they admit where that is little)"
             )
         return nearest, admitted
+
+    def refuse_unreadable(self, observations: Batch) -> None:
+        """Raise NoSafeActionError where an observation is not finite."""
+        good = readable(observations)
+        if not good.all():
+            raise NoSafeActionError(
+                f"no rule can be asked in the state {take(observations, int(good.argmin()))}: it "
+                "is not finite"
+            )
 
     def nearest(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Return the same, and False where none is admitted, with an action that means nothing."""

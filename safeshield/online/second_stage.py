@@ -12,7 +12,7 @@ from safeshield.algorithms.training import Phase, TrainState
 from safeshield.online.behaviours import Behaviour, log_density
 from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.config import SSQLConfig
-from safeshield.online.safe_sets import SafeSet
+from safeshield.online.safe_sets import LoggedRules, SafeRules, SafeSet
 from safeshield.online.ssql_run import SSQLUpdates
 from safeshield.online.ssql_updates import ACTOR, CLONE
 
@@ -44,7 +44,11 @@ def second_stage(
     if not total:
         return []
     known = _has_density(updates, behaviour)
-    reverse = config.extraction == "reverse" or (config.extraction == "auto" and known)
+    # Rules would be asked about every draw of every update, in Python; mu's own draws are judged.
+    costly = isinstance(safe_set, SafeRules | LoggedRules) and not model.actor.choices
+    reverse = config.extraction == "reverse" or (
+        config.extraction == "auto" and known and not costly
+    )
     if not reverse:
         return [Phase("actor", total, updates.forward(total), size)]
     if model.actor.choices:

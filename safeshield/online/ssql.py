@@ -14,6 +14,7 @@ KL-regularised control (`values.soft`), and so is every design decision here.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import deque
@@ -163,7 +164,7 @@ class SafeSupportQLearning:
         self._extracted = False
         self._cloned = False
         self._collector: Collector | None = None
-        self._collecting_now = False
+        self._collecting_now = self._told_unsaved = False
         self._replay: Replay | None = None
         self._logger: Logger | None = None
 
@@ -207,8 +208,8 @@ class SafeSupportQLearning:
 
     @property
     def tally(self) -> Tally:
-        """What has been proposed, executed and met since learning began."""
-        return Tally() if self._collector is None else self._collector.tally
+        """What has been proposed, executed and met since learning began, up to now."""
+        return Tally() if self._collector is None else dataclasses.replace(self._collector.tally)
 
     @property
     def recalibration_spent(self) -> int:
@@ -661,7 +662,9 @@ class SafeSupportQLearning:
 
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
-        if wanted != "parametric" and self._behaviour is not None:
+        # A callback of the first `learn` may ask before stage two has made the network.
+        early = self._collecting_now and not self._extracted
+        if (wanted != "parametric" or early) and self._behaviour is not None:
             return True
         if wanted == "induced":
             self._induced()
@@ -699,11 +702,14 @@ class SafeSupportQLearning:
         it, no file is written, and a warning says so.
         """
         if self._warming():
-            warnings.warn(
-                f"nothing has been learned in {self.num_timesteps} steps of warm-up: "
-                f"{os.fspath(path)} is not written",
-                stacklevel=2,
-            )
+            if not self._told_unsaved:
+                warnings.warn(
+                    f"nothing has been learned in {self.num_timesteps} steps of warm-up: "
+                    f"{os.fspath(path)} is not written, nor what else is asked for before step "
+                    f"{self.config.learning_starts}",
+                    stacklevel=2,
+                )
+            self._told_unsaved = True
             return
         model, state = self._fitted()
         save_agent(
@@ -748,10 +754,10 @@ class SafeSupportQLearning:
             agent._behaviour = ClonedBehaviour(
                 model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
             )
-        if header.guarded and agent.safe_set is None and agent._behaviour is not None:
+        if header.guarded and agent.safe_set is None:
             warnings.warn(
-                "this agent learned inside a safe set, and none is given: what it does is the "
-                "behaviour's own, whatever that is; pass safe=",
+                "this agent learned inside a safe set, and none is given: what it does is not "
+                "judged; pass safe=, or put a ShieldedPolicy around it",
                 UnguardedWarning,
                 stacklevel=2,
             )
