@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.batch_policy import as_batch_policy
-from safeshield.flat import Batch, batch_length, copied, take
+from safeshield.batch_policy import as_batch_policy, checked_log_prob
+from safeshield.flat import Batch, batch_length, copied, repeated
 from safeshield.nn.forward import forward_layers
 from safeshield.shield.model import StateValue
 from safeshield.shield.shield import Shield
@@ -179,16 +179,8 @@ class Asked:
             return None
         count, each, width = candidates.shape
         actions = self._shield.points(candidates.reshape(-1, width))
-        values = np.asarray(log_prob(repeated(observations, each), actions), np.float64)
-        if values.shape != (count * each,):
-            raise ValueError(
-                f"the policy's log_prob must return a number for each of {count * each} actions, "
-                f"got shape {values.shape}"
-            )
-        if not (values < np.inf).all():
-            bad = values[~(values < np.inf)][0]
-            raise ValueError(f"the policy's log_prob must be numbers below infinity, got {bad}")
-        return values.reshape(count, each)
+        told = log_prob(repeated(observations, each), actions)
+        return checked_log_prob(told, (count * each,), "the policy's").reshape(count, each)
 
     def _ask(self, observations: Batch, rng: np.random.Generator, *, deterministic: bool) -> _Array:
         # It is asked more than once about the same states, and may write into what it is given.
@@ -209,11 +201,6 @@ class Asked:
                 "observations; one that takes a whole batch needs batched = True (batch_policy)"
             )
         return rows if self._shield.model.played.discrete else rows.astype(np.float32)
-
-
-def repeated(observations: Batch, times: int) -> Batch:
-    """Return each observation of a batch `times` times, one after the other."""
-    return take(observations, np.repeat(np.arange(batch_length(observations)), times))
 
 
 def batch_of_one(observation: Batch) -> Batch:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, batch_length, finite, take
+from safeshield.flat import Batch, batch_length, finite, repeated, take
 from safeshield.policies.proposals import (
     Asked,
     Behaviour,
@@ -24,7 +24,6 @@ from safeshield.policies.proposals import (
     Proposal,
     Uniform,
     batch_of_one,
-    repeated,
 )
 from safeshield.shield.masks import acceptable_choices
 from safeshield.shield.model import StateValue

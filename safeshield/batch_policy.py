@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -137,6 +138,24 @@ def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int
     box = cast(gym.spaces.Box, space)
     inside: Array = np.clip(array, box.low.astype(np.float32), box.high.astype(np.float32))
     return inside
+
+
+def checked_log_prob(told: npt.ArrayLike, shape: tuple[int, ...], whose: str) -> Array:
+    """Return what a `log_prob` told of actions, as numbers of that shape.
+
+    Raises:
+        ValueError: another shape, NaN, or infinite.
+    """
+    values = np.asarray(told, np.float64)
+    if values.shape != shape:
+        raise ValueError(
+            f"{whose} log_prob must return a number for each of {math.prod(shape)} actions, got "
+            f"shape {values.shape}"
+        )
+    if not (values < np.inf).all():
+        bad = values[~(values < np.inf)][0]
+        raise ValueError(f"{whose} log_prob must be below infinity, got {bad}")
+    return values
 
 
 def _random_policy(space: gym.Space[Any]) -> BatchPolicy:

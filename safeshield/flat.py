@@ -194,6 +194,11 @@ def take(points: Batch, index: int | Array | slice) -> Batch:
     return np.asarray(points)[index]
 
 
+def repeated(points: Batch, times: int) -> Batch:
+    """Return copies of each point of a batch, `times` times, one after the other."""
+    return take(points, np.repeat(np.arange(batch_length(points)), times))
+
+
 def copied(points: Batch) -> Batch:
     """Return a copy of points, one or a batch, that shares no array with them.
 

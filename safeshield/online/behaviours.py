@@ -13,8 +13,8 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.batch_policy import as_batch_policy, executable_actions
-from safeshield.flat import Batch, batch_length, copied, flat_actions, take
+from safeshield.batch_policy import as_batch_policy, checked_log_prob, executable_actions
+from safeshield.flat import Batch, batch_length, flat_actions, repeated, take
 from safeshield.nn.forward import forward_layers
 from safeshield.online.choices import choice_index, draw_choices, normalised
 from safeshield.online.safe_sets import LoggedRules, SafeRules, ShieldSet
@@ -22,6 +22,7 @@ from safeshield.shield.model import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
 
 Array = npt.NDArray[Any]
+_WHOSE = "the behaviour's"
 
 
 @runtime_checkable
@@ -130,8 +131,9 @@ class MaskedUniform:
             count = batch_length(observations)
             every = np.broadcast_to(self._played.choices, (count, *self._played.choices.shape))
             return draw_choices(self._played, self.log_prob(observations, every), each, rng)
-        asked = take(observations, np.repeat(np.arange(batch_length(observations)), each))
-        return self._rejected(asked, rng).reshape(-1, each, self._played.width)
+        return self._rejected(repeated(observations, each), rng).reshape(
+            -1, each, self._played.width
+        )
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
         """Return 0 (a Box) or minus the log of their number where admitted."""
@@ -187,7 +189,7 @@ class PolicyBehaviour:
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
         """Ask it `each` times about each state, all at once."""
         count = batch_length(observations)
-        asked = copied(take(observations, np.repeat(np.arange(count), each)))
+        asked = repeated(observations, each)
         actions = executable_actions(self._acting(asked, rng), self._played.space, count * each)
         rows, _ = self._played.rows(actions, "the behaviour's actions")
         return rows.astype(np.float32).reshape(count, each, self._played.width)
@@ -196,23 +198,16 @@ class PolicyBehaviour:
         """Return what the policy itself says.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, NaN, or infinite.
         """
         if not callable(self._log_prob):
             return None
         count, each, width = candidates.shape
-        asked = copied(take(observations, np.repeat(np.arange(count), each)))
         actions = self._played.points(candidates.reshape(-1, width))
-        told = self._log_prob(asked, actions)
+        told = self._log_prob(repeated(observations, each), actions)
         if told is None:
             return None
-        values = np.asarray(told, np.float64)
-        if values.shape != (count * each,):
-            raise ValueError(
-                f"the behaviour's log_prob must return a number for each of {count * each} "
-                f"actions, got shape {values.shape}"
-            )
-        return values.reshape(count, each)
+        return checked_log_prob(told, (count * each,), _WHOSE).reshape(count, each)
 
 
 def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) -> Array | None:
@@ -222,18 +217,7 @@ def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) ->
         ValueError: another shape, NaN, or infinite.
     """
     told = behaviour.log_prob(observations, candidates)
-    if told is None:
-        return None
-    values = np.asarray(told, np.float64)
-    if values.shape != candidates.shape[:2]:
-        raise ValueError(
-            f"the behaviour's log_prob must return numbers of shape {candidates.shape[:2]} (states,"
-            f" actions), got {values.shape}"
-        )
-    if not (values < np.inf).all():
-        bad = values[~(values < np.inf)][0]
-        raise ValueError(f"the behaviour's log_prob must be below infinity, got {bad}")
-    return values
+    return None if told is None else checked_log_prob(told, candidates.shape[:2], _WHOSE)
 
 
 class FlowTeacher:

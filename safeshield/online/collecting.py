@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from safeshield.flat import Batch, FlatSpace, copied, finite, take
 from safeshield.online.behaviours import Behaviour, log_density
+from safeshield.online.entry import readable_batch
 from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Step
 from safeshield.online.safe_sets import SafeSet
@@ -99,11 +100,24 @@ class Collector:
         self._violated[:] = False
         self._offer = self.ask(self._observations)
 
-    def ask(self, observations: Batch) -> Offer:
+    def ask(self, observations: Batch, rng: np.random.Generator | None = None) -> Offer:
         """Return what the behaviour offers in n states, inside the safe set."""
-        return offer(
-            self.behaviour, self.safe_set, self._played, observations, self._samples, self._rng
-        )
+        rng = self._rng if rng is None else rng
+        return offer(self.behaviour, self.safe_set, self._played, observations, self._samples, rng)
+
+    def propose(self, observation: Batch, rng: np.random.Generator) -> Array:
+        """Return mu's own draws, cut down to the safe set: what nothing learned would do.
+
+        Args:
+            observation: one, or a batch.
+            rng: of the draws.
+
+        Raises:
+            ValueError: another shape, or NaN.
+        """
+        points, single = readable_batch(self._seen, observation)
+        actions = self._played.points(self.ask(points, rng).executed)
+        return np.asarray(actions[0]) if single else actions
 
     def check_density(self) -> None:
         """Raise ValueError where the behaviour's density is none, before steps are spent on it."""

@@ -10,7 +10,6 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from safeshield.flat import Batch, FlatSpace, flat_actions
-from safeshield.online.behaviours import Behaviour
 
 
 def readable_batch(seen: FlatSpace, observation: Batch) -> tuple[Batch, bool]:
@@ -34,13 +33,13 @@ def refuse_normalised(venv: VecEnv) -> None:
 
 
 def check_spaces(
-    behaviour: Behaviour, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+    given: object, whose: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]
 ) -> None:
-    """Raise ValueError where a behaviour was made for other spaces, as far as it tells."""
+    """Raise ValueError where what is given is for other spaces, as far as it tells."""
     for name, space in (("observation_space", observation_space), ("action_space", action_space)):
-        own = getattr(behaviour, name, None)
+        own = getattr(given, name, None)
         if isinstance(own, gym.Space) and own != space:
-            raise ValueError(f"the behaviour's {name} is {own}, the environment's {space}")
+            raise ValueError(f"{whose} {name} is {own}, the environment's {space}")
 
 
 def check_playable(space: gym.Space[Any]) -> None:

@@ -18,6 +18,7 @@ from safeshield.flat import Batch
 from safeshield.nn.mlp import Params
 from safeshield.online.collecting import Choose, Collector
 from safeshield.online.config import SSQLConfig
+from safeshield.online.entry import check_spaces
 from safeshield.online.induced import InducedPolicy
 from safeshield.online.offers import Offer
 from safeshield.online.safe_sets import SafeSet, ShieldSet
@@ -75,10 +76,9 @@ class Refresher:
                 "tested before they act"
             )
         refuse_shielded(calibration_env, "pass the environment without its shield")
-        for name in ("observation_space", "action_space"):
-            given, met = getattr(calibration_env, name), getattr(venv, name, None)
-            if met is not None and given != met:
-                raise ValueError(f"calibration_env's {name} is {given}, the environment's {met}")
+        if venv is not None:
+            spaces = venv.observation_space, venv.action_space
+            check_spaces(calibration_env, "calibration_env's", *spaces)
 
     def refresh(
         self, induced: InducedPolicy, params: Params, collector: Collector, step: int

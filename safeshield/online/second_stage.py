@@ -12,7 +12,7 @@ from safeshield.algorithms.training import Phase, TrainState
 from safeshield.online.behaviours import Behaviour, log_density
 from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.config import SSQLConfig
-from safeshield.online.safe_sets import LoggedRules, SafeRules, SafeSet
+from safeshield.online.safe_sets import SafeRules, SafeSet
 from safeshield.online.ssql_run import SSQLUpdates
 from safeshield.online.ssql_updates import ACTOR, CLONE
 
@@ -45,7 +45,7 @@ def second_stage(
         return []
     known = _has_density(updates, behaviour)
     # Rules would be asked about every draw of every update, in Python; mu's own draws are judged.
-    costly = isinstance(safe_set, SafeRules | LoggedRules) and not model.actor.choices
+    costly = isinstance(safe_set, SafeRules) and not model.actor.choices
     reverse = config.extraction == "reverse" or (
         config.extraction == "auto" and known and not costly
     )

@@ -60,7 +60,6 @@ from safeshield.online.entry import (
 )
 from safeshield.online.experience import clone_of_log, replay_of_log
 from safeshield.online.induced import InducedPolicy
-from safeshield.online.offers import offer
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_safe_set
@@ -177,7 +176,7 @@ class SafeSupportQLearning:
         check_playable(venv.action_space)
         refuse_normalised(venv)
         self._behaviour = as_behaviour(self._given, venv.action_space)
-        check_spaces(self._behaviour, venv.observation_space, venv.action_space)
+        check_spaces(self._behaviour, "the behaviour's", venv.observation_space, venv.action_space)
         if self.safe_set is None:
             warnings.warn(
                 "no safe set is known: whatever the behaviour proposes is executed. Pass safe=, a "
@@ -594,7 +593,7 @@ class SafeSupportQLearning:
         """
         rng = np.random.default_rng(self.config.seed) if deterministic else self._rng
         if self._warming():
-            return self._unlearned(observation, rng), state
+            return cast(Collector, self._collector).propose(observation, rng), state
         model, weights = self._fitted()
         points, single = readable_batch(model.seen, observation)
         if self._acts_induced():
@@ -613,17 +612,6 @@ class SafeSupportQLearning:
             chosen = self._admitted(points, chosen)
         actions = model.played.points(chosen)
         return (actions[0] if single else actions), state
-
-    def _unlearned(self, observation: Batch, rng: np.random.Generator) -> Array:
-        """Return mu's own draws, cut down to the safe set: pi* of critics that know nothing."""
-        collector = cast(Collector, self._collector)
-        seen = flat_observations(collector.venv.observation_space)
-        played = flat_actions(collector.venv.action_space)
-        points, single = readable_batch(seen, observation)
-        behaviour = cast(Behaviour, self._behaviour)
-        here = offer(behaviour, self.safe_set, played, points, self.config.samples, rng)
-        actions = played.points(here.executed)
-        return cast(Array, actions[0]) if single else actions
 
     def _admitted(self, points: Batch, chosen: Array) -> Array:
         """Return actions, those that the safe set refuses replaced by ones that it does not."""
@@ -749,7 +737,7 @@ class SafeSupportQLearning:
         agent._extracted, agent._cloned = header.extracted, header.cloned
         if behaviour is not None:
             agent._behaviour = as_behaviour(behaviour, model.action_space)
-            check_spaces(agent._behaviour, *header.spaces)
+            check_spaces(agent._behaviour, "the behaviour's", *header.spaces)
         elif header.cloned:
             agent._behaviour = ClonedBehaviour(
                 model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
