@@ -22,12 +22,12 @@ from common import RESULTS, machine, once, rank_correlation
 
 import safeshield
 from safeshield import SafeFQL, SafeFQLConfig, Shield
-from safeshield.batch_policy import BatchPolicy, as_batch_policy, batch_policy
-from safeshield.calibration.policies import Adversary, ShieldedProposals
+from safeshield.calibration.proposers import Adversary, ShieldedProposals
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import GOAL, STATE_HIGH, STATE_LOW
 from safeshield.exact import GridValue, boat_value
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, batch_policy
 
 BOAT = "safeshield/Boat-v0"
 STARTS, MARGIN = 500, 0.02

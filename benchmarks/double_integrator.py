@@ -19,7 +19,7 @@ from common import machine, once, rank_correlation
 import safeshield
 from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig
 from safeshield.exact.double_integrator import action_value, value
-from safeshield.types import Actions, Observations
+from safeshield.spaces.shapes import Actions, Observations
 
 TIME_STEPS = (0.05, 0.02, 0.005)
 WALLS = 2.0  # metres between them

@@ -35,7 +35,7 @@ import numpy.typing as npt
 from common import RESULTS, machine, once
 
 from safeshield import AdaptiveThreshold, SafeFQL, Shield
-from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.calibration.calibrate import default_deltas, start_observations
 from safeshield.envs.boat import (
     CURRENT,
     GOAL,

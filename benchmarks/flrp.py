@@ -36,11 +36,11 @@ from support import area, logs, never_shown, scores_of, trained
 import safeshield
 from safeshield import OfflineDataset, Shield
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning
-from safeshield.algorithms.flrp import FLRP, FLRPConfig
-from safeshield.algorithms.training import Phase
+from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.exact import boat_value
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.training.loop import Phase
 
 BOAT = "safeshield/Boat-v0"
 STEPS = 20_000
@@ -117,8 +117,8 @@ def speed() -> dict[str, Any]:
     )
     agent, rates = FLRP(device="cpu"), {}
     model = agent._describe(log)
-    from safeshield.algorithms.tensors import LogTensors
-    from safeshield.algorithms.training import _draw
+    from safeshield.training.log import LogTensors
+    from safeshield.training.loop import _draw
 
     generator = torch.Generator().manual_seed(0)
     run = agent._run(model, LogTensors.of(log, model.scaling, agent.device), 1000)
@@ -217,7 +217,7 @@ def refine(task: str, seed: int, data: Path) -> dict[str, Any]:
     from suites import FOLDER
 
     import safeshield.suites  # noqa: F401 - registers the tasks
-    from safeshield.protocol import EPISODES, ReferenceReturns, play
+    from safeshield.evaluation import EPISODES, ReferenceReturns, play
     from safeshield.suites.tasks import COST_LIMIT, find_task
 
     torch.set_num_threads(1)

@@ -27,12 +27,12 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from safeshield import SafeFQL, SafetyShield, Shield
-from safeshield.batch_policy import as_batch_policy
-from safeshield.calibration.policies import ShieldedProposals
+from safeshield.calibration.proposers import ShieldedProposals
 from safeshield.envs.boat import STATE_HIGH, STATE_LOW
 from safeshield.exact import boat_value
 from safeshield.policies import ShieldCallback
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import as_batch_policy
 from safeshield.wrappers import CertifiedStarts
 
 STEPS = 50_000

@@ -30,11 +30,11 @@ from scipy.stats import binom
 
 import safeshield
 from safeshield import CalibrationError, SafeFQL, SafeFQLConfig, Shield
-from safeshield.batch_policy import as_batch_policy
 from safeshield.calibration import episodes_needed, fixed_sequence_walk, upper_bound
-from safeshield.calibration.policies import ShieldedProposals
+from safeshield.calibration.proposers import ShieldedProposals
 from safeshield.calibration.walk import violations_allowed
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import as_batch_policy
 
 TASK = "safeshield/DoubleIntegrator-v0"
 EPSILON, CONFIDENCE = 0.05, 0.9

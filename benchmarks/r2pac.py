@@ -34,15 +34,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import safeshield
-from safeshield.algorithms.r2pac import R2PAC, R2PACConfig
-from safeshield.algorithms.r2pac_updates import R2PACRun
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import _draw
-from safeshield.batch_policy import as_batch_policy, batch_policy
-from safeshield.calibration.policies import ShieldedProposals
-from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
+from safeshield.algorithms.r2pac.losses import R2PACRun
+from safeshield.calibration.calibrate import default_deltas, start_observations
+from safeshield.calibration.proposers import ShieldedProposals
 from safeshield.demo.helmsmen import Helmsmen
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import as_batch_policy, batch_policy
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import _draw
 
 LENGTHS, UPDATES, EVERY = (1, 3, 5, 7), 2500, 50
 COLOURS = ("#777777", "#0072b2", "#d55e00", "#009e73")
@@ -145,7 +145,7 @@ def acting(task: str, seed: int, data: Path) -> dict[str, Any]:
     from suites import FOLDER
 
     import safeshield.suites  # noqa: F401 - registers the tasks
-    from safeshield.protocol import ReferenceReturns, play
+    from safeshield.evaluation import ReferenceReturns, play
     from safeshield.suites.tasks import COST_LIMIT, find_task
 
     torch.set_num_threads(1)

@@ -34,13 +34,12 @@ from boat import BOAT, straight
 from common import RESULTS, machine, once
 
 from safeshield import SafeFQL, Shield, ShieldConfig, ShieldTrainer, collect
-from safeshield.batch_policy import BatchPolicy, as_batch_policy, batch_policy
-from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.calibration.calibrate import default_deltas, start_observations
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import STATE_HIGH, STATE_LOW
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.rollout import run_episodes
-from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale, Scaling
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, batch_policy
 from safeshield.shield import (
     FallbackPolicy,
     NearestAcceptable,
@@ -48,7 +47,9 @@ from safeshield.shield import (
     ProjectedGradient,
     Replacement,
 )
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.spaces.scaling import Scaling
+from safeshield.values.units import ADVANTAGE, CONSTRAINT, EXCESS, FALLBACK, SafetyScale
 
 NOISE, SHARE, ROUNDS = 0.3, 0.9, 15
 STRATEGIES: dict[str, Callable[[object], Replacement]] = {

@@ -24,10 +24,10 @@ from common import machine
 
 import safeshield
 from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield
-from safeshield.algorithms.safefql_updates import SafeFQLRun
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import Draw
+from safeshield.algorithms.safefql import SafeFQLRun
 from safeshield.envs.boat import BoatVectorEnv
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import Draw
 from safeshield.wrappers import VectorSafetyShield
 
 REPEATS = 15

@@ -41,11 +41,11 @@ from safeshield import (
     ShieldTrainer,
     SSQLConfig,
 )
-from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.calibration.calibrate import default_deltas, start_observations
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.online import SafeRules
 from safeshield.policies import ShieldCallback
-from safeshield.rollout import Episode, run_episodes
+from safeshield.rollouts.episodes import Episode, run_episodes
 from safeshield.wrappers import CertifiedStarts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

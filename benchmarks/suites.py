@@ -38,12 +38,12 @@ import safeshield.suites  # noqa: F401 - registers the tasks
 from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, Shield
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISOR, FISORConfig
-from safeshield.algorithms.flrp import FLRP, FLRPConfig
-from safeshield.algorithms.r2pac import R2PAC, R2PACConfig
-from safeshield.algorithms.registry import load_agent
-from safeshield.protocol import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
+from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
+from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
+from safeshield.evaluation import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
 from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
+from safeshield.training.registry import load_agent
 
 FOLDER = RESULTS / "suites"
 UPDATES = {

@@ -31,12 +31,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from safeshield import OfflineDataset, Shield, ShieldConfig, ShieldTrainer, collect
-from safeshield.batch_policy import as_batch_policy
-from safeshield.calibration.policies import ShieldedProposals
+from safeshield.calibration.proposers import ShieldedProposals
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import STATE_HIGH, STATE_LOW, BoatTask
 from safeshield.envs.vector import StateVectorEnv
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import as_batch_policy
 
 BOAT = "safeshield/Boat-v0"
 STEPS, TRIPS, NEW_TRIPS, DELTA = 6000, 500, 100, 0.05

@@ -24,7 +24,7 @@ from safeshield import (
     collect,
 )
 from safeshield.policies import ShieldCallback
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
 from safeshield.wrappers import CertifiedStarts
 
 STEPS = 3000

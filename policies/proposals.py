@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.batch_policy import as_batch_policy, checked_log_prob
-from safeshield.flat import Batch, batch_length, copied, repeated
 from safeshield.nn.forward import forward_layers
-from safeshield.shield.model import StateValue
+from safeshield.rollouts.policies import as_batch_policy, checked_log_prob
+from safeshield.shield.critics import StateValue
 from safeshield.shield.shield import Shield
+from safeshield.spaces.batches import Batch, batch_length, copied, repeated
 
 Memory = tuple[npt.NDArray[Any], ...] | None
 """A recurrent state, as Stable-Baselines3's ``predict`` takes and returns it."""
@@ -20,7 +20,7 @@ _Array = npt.NDArray[Any]
 
 
 class Proposal(Protocol):
-    """A way to propose actions, as rows of `flat`, in n states.
+    """A way to propose actions, as rows of `spaces.rows`, in n states.
 
     A state comes twice: as the critics see it, and as the environment returned it.
     """

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, batch_length, finite, repeated, take
 from safeshield.policies.proposals import (
     Asked,
     Behaviour,
@@ -25,11 +24,12 @@ from safeshield.policies.proposals import (
     Uniform,
     batch_of_one,
 )
+from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import acceptable_choices
-from safeshield.shield.model import StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.types import Scalars
+from safeshield.spaces.batches import Batch, batch_length, finite, repeated, take
+from safeshield.spaces.shapes import Scalars
 
 PROPOSALS = ("uniform", "behaviour")
 """Proposals with a name; anything else is a policy."""

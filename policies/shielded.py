@@ -9,11 +9,11 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.batch_policy import BatchPolicy, as_batch_policy
-from safeshield.flat import Batch, copied, finite
 from safeshield.policies.proposals import batch_of_one
+from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces import check_same_space
+from safeshield.spaces.batches import Batch, copied, finite
+from safeshield.spaces.schema import check_same_space
 
 _State = tuple[npt.NDArray[Any], ...] | None
 
@@ -42,7 +42,7 @@ class ShieldedPolicy:
 
     Args:
         model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
-            or another policy that `batch_policy.as_batch_policy` takes, such as a function of one
+            or another policy that `rollouts.policies.as_batch_policy` takes, such as a function of one
             observation. One with a memory of its own (`start_wave`) begins anew whenever the
             number of observations changes, or ``episode_start`` is True for all of them.
         shield: the filter, a path to its file, or an agent that has one; the spaces must be the

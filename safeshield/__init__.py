@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from safeshield._moved import install
 from safeshield.requirements import explained
 
 try:
@@ -20,13 +21,13 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
     from safeshield.algorithms.shield_trainer import ShieldConfig, ShieldTrainer
-    from safeshield.calibration.record import CalibrationRecord
     from safeshield.calibration.walk import CalibrationError
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
     from safeshield.online import SafeSupportQLearning, SSQLConfig
     from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
     from safeshield.shield.adaptive import AdaptiveThreshold
+    from safeshield.shield.record import CalibrationRecord
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
     from safeshield.wrappers import SafetyShield
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptiveThreshold": "safeshield.shield.adaptive",
     "CalibrationError": "safeshield.calibration.walk",
-    "CalibrationRecord": "safeshield.calibration.record",
+    "CalibrationRecord": "safeshield.shield.record",
     "FilterReport": "safeshield.shield.report",
     "OfflineDataset": "safeshield.data.dataset",
     "SSQLConfig": "safeshield.online",
@@ -74,6 +75,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+install()
 register_envs()
 
 

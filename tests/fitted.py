@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.algorithms.training import learning_rate
 from safeshield.nn.mlp import EnsembleMLP, like, tensors
 from safeshield.nn.optim import adam, adam_init
-from safeshield.scaling import FALLBACK, SafetyScale, Scaling
 from safeshield.shield import Shield
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.loop import learning_rate
 from safeshield.values.safety import SafetyCritics
+from safeshield.values.units import FALLBACK, SafetyScale
 
 Array = npt.NDArray[Any]
 DT = 0.02

@@ -8,10 +8,11 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import FlatSpace
-from safeshield.scaling import ADVANTAGE, BEHAVIOUR, CONSTRAINT, EXCESS, SafetyScale, Scaling
 from safeshield.shield import Shield
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.scaling import Scaling
+from safeshield.values.units import ADVANTAGE, BEHAVIOUR, CONSTRAINT, EXCESS, SafetyScale
 
 Array = npt.NDArray[Any]
 
@@ -22,7 +23,7 @@ def table_shield(
     """Make a shield with Q_h = `q` (states, choices) and V_h its row's minimum.
 
     Args:
-        q: columns in the order of `flat.choices`.
+        q: columns in the order of `spaces.rows.choices`.
         actions: Discrete by default.
         behaviour: (states, choices) probabilities of a classifier, if there is to be one.
     """

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from safeshield.algorithms.agent import OfflineAgent
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISOR, FISORConfig
-from safeshield.algorithms.imitation import REWARD_LIMIT, SAFETY_LIMIT, imitation_weights
-from safeshield.algorithms.registry import ALGORITHMS, load_agent
 from safeshield.data import OfflineDataset, collect
-from safeshield.files import AGENT, FORMATS
+from safeshield.files.tensors import AGENT, FORMATS
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
-from safeshield.scaling import CONSTRAINT, SafetyScale
 from safeshield.shield import Shield
+from safeshield.training.agent import OfflineAgent
+from safeshield.training.imitation import REWARD_LIMIT, SAFETY_LIMIT, imitation_weights
+from safeshield.training.registry import ALGORITHMS, load_agent
 from safeshield.values.safety import SafetyCritics
+from safeshield.values.units import CONSTRAINT, SafetyScale
 from safeshield.wrappers import ConstraintFromFunction
 
 TINY_FISOR = FISORConfig(

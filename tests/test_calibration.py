@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from safeshield.batch_policy import batch_policy
 from safeshield.calibration import (
     CalibrationError,
     CalibrationRecord,
@@ -25,16 +24,17 @@ from safeshield.calibration import (
     upper_bound,
     violations_allowed,
 )
-from safeshield.calibration.policies import Adversary
-from safeshield.calibration.rollouts import (
+from safeshield.calibration.calibrate import (
     DEFAULT_SHARES,
     calibrate,
     default_deltas,
     start_observations,
 )
+from safeshield.calibration.proposers import Adversary
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield
 from safeshield.wrappers import SafetyShield
 
@@ -310,7 +310,7 @@ def into_the_rocks(
 
 
 def test_the_promise_holds_in_fresh_episodes(calibrated: Shield) -> None:
-    from safeshield.calibration.policies import ShieldedProposals
+    from safeshield.calibration.proposers import ShieldedProposals
 
     acting = ShieldedProposals(calibrated, Adversary(calibrated))
     runs = run_episodes(boat(), acting, 200, seed=99)
@@ -360,7 +360,7 @@ def test_only_accepted_starts_count(shield: Shield, monkeypatch: pytest.MonkeyPa
     env = Counting(boat(3))
     # The resets that only look where episodes start are not under test.
     far = np.tile(np.array([[-2.9, 1.9]], np.float32), (20, 1))
-    monkeypatch.setattr("safeshield.calibration.rollouts.start_observations", lambda *_: far)
+    monkeypatch.setattr("safeshield.calibration.calibrate.start_observations", lambda *_: far)
     record = calibrate(
         shield, env, epsilon=0.3, confidence=0.7, policy="random", deltas=[0.6], num_envs=1
     )

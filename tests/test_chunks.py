@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safeshield import OfflineDataset
-from safeshield.algorithms.chunk_actors import normal_below
-from safeshield.algorithms.chunks import Chunks, log_window
-from safeshield.algorithms.r2pac import R2PAC, R2PACConfig
-from safeshield.algorithms.r2pac_updates import R2PACRun
-from safeshield.algorithms.regions import UNSAFE, horizon_level, reached_unsafe
-from safeshield.algorithms.tensors import LogTensors
+from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
+from safeshield.algorithms.r2pac.chunks import Chunks, log_window
+from safeshield.algorithms.r2pac.losses import R2PACRun
+from safeshield.algorithms.r2pac.regions import UNSAFE, horizon_level, reached_unsafe
+from safeshield.nn.chunk_actors import normal_below
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.forward import layers
 from safeshield.nn.guided import guided_network, guided_sample
 from safeshield.nn.guided_forward import guided_actions
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init, polyak
+from safeshield.training.log import LogTensors
 from safeshield.values.backup import chunk_safety_target, reward_backup, safety_backup
 from safeshield.values.reward import RewardBatch, RewardCritics
 

@@ -23,7 +23,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from typer.testing import CliRunner
 
-from safeshield.cli import app
+from safeshield.cli.app import app
 from safeshield.collection import (
     LearnerConfig,
     Multiplier,
@@ -37,7 +37,7 @@ from safeshield.collection.lock import locked
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
 from safeshield.data.collect import collect, log_of
 from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import flat_actions, flat_observations
+from safeshield.spaces.rows import flat_actions, flat_observations
 
 Array = npt.NDArray[Any]
 SMALL = LearnerConfig(

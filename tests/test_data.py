@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from safeshield.data import OfflineDataset, binary_labels, label_reach
 from safeshield.data.storage import DSRL_KEYS
-from safeshield.spaces import check_same_space, space_from_json, space_to_json
+from safeshield.spaces.schema import check_same_space, space_from_json, space_to_json
 
 FIELDS = (
     "observations",

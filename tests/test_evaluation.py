@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from safeshield.evaluation import (
+from safeshield.evaluation.episodes import (
     Evaluation,
     FilteredEpisode,
     Saboteur,
@@ -18,9 +18,10 @@ from safeshield.evaluation import (
     format_table,
     mean_interval,
 )
-from safeshield.scaling import SafetyScale, Scaling
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
+from safeshield.spaces.scaling import Scaling
+from safeshield.values.units import SafetyScale
 
 pytestmark = pytest.mark.filterwarnings("ignore::safeshield.UncalibratedShieldWarning")
 
@@ -153,7 +154,7 @@ def test_the_shield_prevents_what_happens_without_it_from_the_same_starts() -> N
 
 
 def test_starts_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
-    import safeshield.evaluation as module
+    import safeshield.evaluation.episodes as module
 
     starts: list[list[float]] = []
     original = module.summarise

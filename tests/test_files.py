@@ -20,14 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeshield.calibration.record import CalibrationRecord, PolicyResult
-from safeshield.calibration.walk import Rung
-from safeshield.files import read_tensors, write_tensors
+from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.scaling import SafetyScale, Scaling
 from safeshield.shield import CandidateSet, ProjectedGradient, Shield
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
 from safeshield.shield.replacement import describe
+from safeshield.spaces.scaling import Scaling
+from safeshield.values.units import SafetyScale
 
 Json = dict[str, Any]
 

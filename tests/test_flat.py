@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from safeshield.data import OfflineDataset
-from safeshield.flat import FlatSpace, batch_length, flat_actions, flat_observations, take
-from safeshield.scaling import Scaling
-from safeshield.spaces import part_of
+from safeshield.spaces.batches import batch_length, take
+from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.scaling import Scaling
+from safeshield.spaces.schema import part_of
 
 MIXED = gym.spaces.Dict(
     at=gym.spaces.Discrete(5, start=2),

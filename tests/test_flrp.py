@@ -16,16 +16,13 @@ import torch
 from torch.func import jacrev, vmap
 
 from safeshield import OfflineDataset, Shield, collect
-from safeshield.algorithms.flrp import FLRP, FLRPConfig
-from safeshield.algorithms.flrp_updates import FLRPRun, GenerativeLoss, RefinerLoss
-from safeshield.algorithms.latent_policy import LatentPolicy
-from safeshield.algorithms.registry import load_agent
-from safeshield.algorithms.shift import BaseShift, base_shift
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import Draw, learning_rate
-from safeshield.inspection import describe
+from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
+from safeshield.algorithms.flrp.losses import FLRPRun, GenerativeLoss, RefinerLoss
+from safeshield.algorithms.flrp.shift import BaseShift, base_shift
+from safeshield.cli.kinds import describe
 from safeshield.nn.coupling import CouplingFlow
 from safeshield.nn.coupling_forward import CouplingForward
+from safeshield.nn.latent_actor import LatentPolicy
 from safeshield.nn.latent_forward import (
     EXPERTS,
     POSTERIOR,
@@ -36,6 +33,9 @@ from safeshield.nn.latent_forward import (
 )
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import Draw, learning_rate
+from safeshield.training.registry import load_agent
 
 TINY = FLRPConfig(
     critic_hidden=(8,),
@@ -557,7 +557,7 @@ def test_a_damaged_file_is_refused(
     field: str,
     value: Any,  # noqa: ANN401
 ) -> None:
-    from safeshield.shield.storage import _latent
+    from safeshield.shield.file import _latent
 
     good = dataclasses.asdict(agent._fitted().policy.spec) | {"hidden": [8]}
     assert _latent(good) == agent._fitted().policy.spec

@@ -11,11 +11,11 @@ import pytest
 from fitted import DT
 
 from safeshield.data import collect
-from safeshield.evaluation import filtered_episodes
+from safeshield.evaluation.episodes import filtered_episodes
 from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
 from safeshield.policies.shielded import _shared
 from safeshield.shield import FilterReport, Shield
-from safeshield.spaces import check_same_space
+from safeshield.spaces.schema import check_same_space
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"

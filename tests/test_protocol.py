@@ -25,12 +25,10 @@ from stable_baselines3 import PPO
 from typer.testing import CliRunner
 
 import safeshield.envs
-from safeshield.cli import app
+from safeshield.cli.app import app
 from safeshield.data.collect import collect
 from safeshield.data.dataset import OfflineDataset
-from safeshield.evaluation import Saboteur, evaluate
-from safeshield.policies import ShieldedPolicy
-from safeshield.protocol import (
+from safeshield.evaluation import (
     FieldScore,
     ReferenceReturns,
     Run,
@@ -43,8 +41,10 @@ from safeshield.protocol import (
     play,
     stratified_interval,
 )
+from safeshield.evaluation.episodes import Saboteur, evaluate
+from safeshield.policies import ShieldedPolicy
+from safeshield.rollouts.workers import WorkerVectorEnv
 from safeshield.shield import Shield
-from safeshield.workers import WorkerVectorEnv
 from safeshield.wrappers import SafetyShield
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -473,7 +473,7 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import gymnasium, safeshield.envs\n"
-        "from safeshield.protocol import play\n"
+        "from safeshield.evaluation import play\n"
         f"play(gymnasium.make({BOAT!r}), 'random', 0, episodes=1, workers=1)\n"
     )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)

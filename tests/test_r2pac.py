@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from safeshield import OfflineDataset, Shield, collect
-from safeshield.algorithms.chunk_actors import ChunkActor
-from safeshield.algorithms.r2pac import R2PAC, R2PACConfig, with_chunks
-from safeshield.algorithms.r2pac_updates import ACTOR, region_of
-from safeshield.algorithms.regions import CostRegion, horizon_level
-from safeshield.algorithms.registry import load_agent
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import Draw
-from safeshield.files import read_tensors, write_tensors
-from safeshield.inspection import describe
+from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig, with_chunks
+from safeshield.algorithms.r2pac.losses import ACTOR, region_of
+from safeshield.algorithms.r2pac.regions import CostRegion, horizon_level
+from safeshield.cli.kinds import describe
+from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.nn.chunk_actors import ChunkActor
 from safeshield.nn.plan_forward import PlanSpec
-from safeshield.rollout import run_episodes
-from safeshield.scaling import FALLBACK, PLAN
+from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import Draw
+from safeshield.training.registry import load_agent
+from safeshield.values.units import FALLBACK, PLAN
 
 TINY = R2PACConfig(
     chunk=3,
@@ -225,7 +225,7 @@ def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDatase
     agent = R2PAC(TINY, device="cpu")
     model = agent._describe(log)
     run = agent._run(model, LogTensors.of(log, model.scaling, torch.device("cpu")), 30)
-    from safeshield.algorithms.regions import RegionReport
+    from safeshield.algorithms.r2pac.regions import RegionReport
 
     with pytest.raises(
         ValueError, match=r"V_c > 2, its 0.9-quantile\) holds all.*50.0% violate.*or raise quantile"

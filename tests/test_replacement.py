@@ -21,13 +21,10 @@ from test_files import _write_raw
 from test_shield import near_the_edge, record, shield_with_box
 
 from safeshield import SafetyShield
-from safeshield.batch_policy import as_batch_policy, batch_policy
-from safeshield.calibration.record import CalibrationRecord
-from safeshield.files import read_tensors
-from safeshield.flat import Batch, flat_actions, flat_observations
+from safeshield.files.tensors import read_tensors
 from safeshield.nn.forward import largest_and_gradient, layers
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.scaling import FALLBACK, SAFETY_NETWORKS, SafetyScale, Scaling
+from safeshield.rollouts.policies import as_batch_policy, batch_policy
 from safeshield.shield import (
     CandidateSet,
     FallbackPolicy,
@@ -38,8 +35,13 @@ from safeshield.shield import (
     Replacement,
     Shield,
 )
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.replacement import describe
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import flat_actions, flat_observations
+from safeshield.spaces.scaling import Scaling
+from safeshield.values.units import FALLBACK, SAFETY_NETWORKS, SafetyScale
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"

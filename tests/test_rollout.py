@@ -12,13 +12,10 @@ import numpy.typing as npt
 import pytest
 
 import safeshield.envs
-from safeshield.batch_policy import as_batch_policy, batch_policy, executable_actions
 from safeshield.data import OfflineDataset, collect
-from safeshield.rollout import Episode, VectorStep, run_episodes
-from safeshield.vectorise import (
-    is_vector_env,
-    vectorise,
-)
+from safeshield.rollouts.copies import is_vector_env, vectorise
+from safeshield.rollouts.episodes import Episode, VectorStep, run_episodes
+from safeshield.rollouts.policies import as_batch_policy, batch_policy, executable_actions
 
 Array = npt.NDArray[Any]
 Env = gym.Env[Any, Any]

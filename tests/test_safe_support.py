@@ -18,16 +18,16 @@ from scipy.stats import binom, chisquare, kstest
 from tables import table_shield
 
 from safeshield.algorithms.safefql import SafeFQL
-from safeshield.batch_policy import batch_policy
-from safeshield.calibration.policies import battery
+from safeshield.calibration.proposers import battery
 from safeshield.data import collect
 from safeshield.envs.boat import STATE_HIGH, STATE_LOW
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.policies import SafeSupportPolicy
 from safeshield.policies.proposals import Behaviour
-from safeshield.rollout import run_episodes
-from safeshield.scaling import BEHAVIOUR
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield
+from safeshield.values.units import BEHAVIOUR
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from safeshield.algorithms.imitation import imitation_weights
-from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
-from safeshield.algorithms.safefql_updates import SafeFQLRun
-from safeshield.algorithms.safety_updates import stages
-from safeshield.algorithms.tensors import LogTensors, check_boundary
-from safeshield.algorithms.training import Draw, TrainState, _flatten
+from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig, SafeFQLRun
 from safeshield.data import OfflineDataset, collect
-from safeshield.files import read_tensors, write_tensors
+from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.flow import flow_matching_loss
+from safeshield.training.imitation import imitation_weights
+from safeshield.training.log import LogTensors, check_boundary
+from safeshield.training.loop import Draw, TrainState, _flatten
+from safeshield.training.safety import stages
 
 TINY = SafeFQLConfig(
     critic_hidden=(8,),
@@ -119,7 +118,7 @@ def test_interruptions_are_felt_if_the_randomness_is_not_restored(
     # That the tests above can fail: the same without the generator's state.
     file = tmp_path / "run.safetensors"
     tiny().fit(log, steps=STEPS, checkpoint=file, stop_after=20)
-    from safeshield.algorithms import training
+    from safeshield.training import loop as training
 
     class Forgetful:
         def __init__(self, inner: torch.Generator) -> None:
@@ -381,7 +380,7 @@ def test_on_cuda_it_learns_what_it_learns_on_the_cpu(log: OfflineDataset) -> Non
 
 
 def _to(state: TrainState, device: str) -> TrainState:
-    from safeshield.algorithms.training import _unflatten
+    from safeshield.training.loop import _unflatten
 
     return _unflatten(state, {name: t.to(device) for name, t in _flatten(state).items()})
 
@@ -489,7 +488,7 @@ def test_a_broken_agent_header_is_a_clear_error(
     fitted: SafeFQL,
     tmp_path: Path,
 ) -> None:
-    from safeshield.files import read_tensors, write_tensors
+    from safeshield.files.tensors import read_tensors, write_tensors
 
     path = tmp_path / "agent"
     fitted.save(path)

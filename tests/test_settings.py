@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-import safeshield.algorithms.training as training
+import safeshield.training.loop as training
 from safeshield import OfflineDataset, SafeFQL, Shield, ShieldTrainer, collect
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISORConfig
-from safeshield.algorithms.flrp import FLRP, FLRPConfig
-from safeshield.algorithms.r2pac import R2PACConfig
-from safeshield.algorithms.registry import load_agent
+from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
+from safeshield.algorithms.r2pac.agent import R2PACConfig
 from safeshield.algorithms.safefql import SafeFQLConfig
 from safeshield.algorithms.shield_trainer import ShieldConfig
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import device_of
-from safeshield.files import read_tensors, write_tensors
-from safeshield.inspection import describe
+from safeshield.cli.kinds import describe
+from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import device_of
+from safeshield.training.registry import load_agent
 from safeshield.values.backup import reward_backup, safety_backup
 
 CONFIGS = (

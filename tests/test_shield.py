@@ -15,9 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeshield.calibration.record import CalibrationRecord, PolicyResult
-from safeshield.calibration.walk import Rung
-from safeshield.scaling import Scaling
 from safeshield.shield import (
     CandidateSet,
     FilterReport,
@@ -25,7 +22,9 @@ from safeshield.shield import (
     Shield,
     UncalibratedShieldWarning,
 )
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
+from safeshield.spaces.scaling import Scaling
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"
@@ -395,7 +394,7 @@ def test_candidates_lie_in_the_box_and_are_as_many_as_said(
     import torch
 
     from safeshield.nn.mlp import EnsembleMLP
-    from safeshield.scaling import FALLBACK
+    from safeshield.values.units import FALLBACK
 
     chosen = CandidateSet(*counts)
     box = gym.spaces.Box(-2.0, 3.0, (width,))

@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 from safeshield import SafetyShield, Shield, ShieldConfig, ShieldedPolicy, ShieldTrainer, collect
 from safeshield.data import OfflineDataset
-from safeshield.flat import take
+from safeshield.spaces.batches import take
 
 SMALL = ShieldConfig(
     critic_hidden=(48, 48),
@@ -247,7 +247,7 @@ def test_wrong_kinds_of_arguments_are_named(
     discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield],
 ) -> None:
     from safeshield import SafeFQL, SafeFQLConfig
-    from safeshield.evaluation import evaluate
+    from safeshield.evaluation.episodes import evaluate
 
     env, _, shield = discrete
     for trainer in (ShieldTrainer(SMALL), SafeFQL()):

@@ -19,16 +19,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tables import table_shield
 
 from safeshield import SafeSupportPolicy, SafeSupportQLearning, SafetyShield, Shield, SSQLConfig
-from safeshield.algorithms import training
-from safeshield.algorithms.registry import load_agent
-from safeshield.algorithms.training import TrainState, descend
-from safeshield.batch_policy import batch_policy
-from safeshield.calibration.record import CalibrationRecord, PolicyResult
+from safeshield.cli.kinds import describe
 from safeshield.data import collect
-from safeshield.files import read_tensors
-from safeshield.inspection import describe
+from safeshield.files.tensors import read_tensors
+from safeshield.nn.mixture import Mixture, draw_each, log_density
 from safeshield.nn.optim import adam_init
-from safeshield.nn.truncated import Mixture, draw_each, log_density
 from safeshield.online import (
     FlowTeacher,
     MaskedUniform,
@@ -40,8 +35,7 @@ from safeshield.online import (
     UnguardedWarning,
 )
 from safeshield.online.actor import Actor
-from safeshield.online.offers import offer
-from safeshield.online.ssql_updates import (
+from safeshield.online.losses import (
     ACTOR,
     CRITIC,
     SoftCritics,
@@ -53,7 +47,13 @@ from safeshield.online.ssql_updates import (
     reverse_loss_box,
     reverse_loss_choices,
 )
+from safeshield.online.offers import offer
 from safeshield.policies import ShieldCallback, ShieldedPolicy
+from safeshield.rollouts.policies import batch_policy
+from safeshield.shield.record import CalibrationRecord, PolicyResult
+from safeshield.training import loop as training
+from safeshield.training.loop import TrainState, descend
+from safeshield.training.registry import load_agent
 from safeshield.values.soft import induced_log_policy, soft_value, soft_value_iteration
 
 pytestmark = pytest.mark.filterwarnings(

@@ -29,32 +29,29 @@ from safeshield import (
     ShieldTrainer,
     collect,
 )
-from safeshield.algorithms.safety_updates import SafetyLog
-from safeshield.algorithms.support_term import held_out_episodes
-from safeshield.algorithms.tensors import LogTensors, safety_scale
-from safeshield.calibration.policies import Adversary
-from safeshield.calibration.record import PolicyResult
-from safeshield.calibration.walk import Rung
+from safeshield.calibration.proposers import Adversary
+from safeshield.calibration.support import (
+    calibrate_support,
+    conformal_level,
+    episode_scores,
+    record_of,
+)
 from safeshield.data import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
-from safeshield.files import read_tensors
+from safeshield.files.tensors import read_tensors
 from safeshield.nn import flow_forward
-from safeshield.scaling import BEHAVIOUR, Scaling
 from safeshield.shield import ProjectedGradient
+from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.guard import Guard
-from safeshield.shield.model import SafetyModel, StateValue
-from safeshield.support import (
-    SCORES,
-    SupportRecord,
-    SupportTest,
-    calibrate_support,
-    episodes_needed,
-    record_of,
-    support_score,
-)
-from safeshield.support.level import conformal_level, episode_scores
+from safeshield.shield.record import PolicyResult, Rung
+from safeshield.spaces.scaling import Scaling
+from safeshield.support import SCORES, SupportRecord, SupportTest, episodes_needed, support_score
+from safeshield.training.log import LogTensors, safety_scale
+from safeshield.training.safety import SafetyLog
+from safeshield.training.support_term import held_out_episodes
 from safeshield.values.backup import safety_backup
 from safeshield.values.safety import SafetyCritics
+from safeshield.values.units import BEHAVIOUR
 
 
 def to_actions(model: SafetyModel, inputs: Array, noise: Array) -> Array:
@@ -576,7 +573,7 @@ def test_the_file_keeps_the_test(tested: Shield, tmp_path: Path) -> None:
 
 
 def test_inspect_tells_of_the_test(tested: Shield, plain: Shield, tmp_path: Path) -> None:
-    from safeshield.inspection import describe
+    from safeshield.cli.kinds import describe
 
     for shield in (tested, plain):
         shield.save(tmp_path / "shield.safetensors")
@@ -756,8 +753,8 @@ def test_discrete_scores_are_the_logs_frequencies(discrete: Shield) -> None:
 
 
 def test_the_index_of_a_combination_is_its_place_among_the_choices(discrete: Shield) -> None:
-    from safeshield.flat import flat_actions
     from safeshield.nn.mlp import EnsembleMLP
+    from safeshield.spaces.rows import flat_actions
 
     for space in (
         gym.spaces.MultiDiscrete([2, 3]),
@@ -917,7 +914,7 @@ def test_with_the_term_a_run_in_instalments_ends_with_the_same_weights(
     )  # fmt: skip
     whole = ShieldTrainer(config, device="cpu").fit(log, steps=60).shield()
     path = tmp_path / "checkpoint.safetensors"
-    from safeshield.algorithms import training
+    from safeshield.training import loop as training
 
     # Stop in the middle of the critics, after the behaviour: the labels are made again.
     kept, stop = training.save_checkpoint, 35

@@ -17,13 +17,13 @@ import pytest
 from fitted import DT
 from test_shield import record
 
-from safeshield.batch_policy import batch_policy
 from safeshield.envs.boat import BoatEnv
 from safeshield.envs.vector import BEFORE_1_0, autoreset_modes
-from safeshield.flat import FlatSpace
-from safeshield.rollout import run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield, UncalibratedShieldWarning
 from safeshield.shield.guard import Guard
+from safeshield.spaces.rows import FlatSpace
 from safeshield.wrappers import SafetyShield, vector
 from safeshield.wrappers.vector import VectorSafetyShield
 

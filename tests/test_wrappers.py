@@ -18,7 +18,7 @@ from test_shield import record
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.data import collect
-from safeshield.evaluation import evaluate
+from safeshield.evaluation.episodes import evaluate
 from safeshield.shield import OtherEnvironmentWarning, Shield, UncalibratedShieldWarning
 from safeshield.wrappers import SafetyShield, VecSafetyShield, VectorSafetyShield
 

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.rollouts.copies import environment_id
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
+from safeshield.shield.critics import StateValue
 from safeshield.shield.guard import as_penalty
 from safeshield.shield.masks import agent_mask, with_own_mask
-from safeshield.shield.model import StateValue
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.vectorise import environment_id
 
 if TYPE_CHECKING:
     _Wrapper = gym.Wrapper[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]

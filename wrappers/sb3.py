@@ -22,15 +22,15 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from safeshield.flat import copied
+from safeshield.rollouts.copies import environment_id
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.types import Flags, Scalars
-from safeshield.vectorise import environment_id
+from safeshield.spaces.batches import copied
+from safeshield.spaces.shapes import Flags, Scalars
 from safeshield.wrappers.safety_shield import SafetyShield
 
 Infos = list[dict[str, Any]]

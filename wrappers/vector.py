@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import copied
+from safeshield.rollouts.copies import column_of, environment_id
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
@@ -20,8 +20,8 @@ from safeshield.shield.nested import (
     refuse_shielded_infos,
 )
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.types import Flags, Scalars
-from safeshield.vectorise import column_of, environment_id
+from safeshield.spaces.batches import copied
+from safeshield.spaces.shapes import Flags, Scalars
 
 _BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
 

@@ -17,28 +17,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.algorithms.agent import OfflineAgent, continuous_actions
-from safeshield.algorithms.checks import (
+from safeshield.data.dataset import OfflineDataset
+from safeshield.nn.forward import forward
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.agent import OfflineAgent, continuous_actions
+from safeshield.training.checks import (
     check_not_negative,
     check_positive,
     check_seed,
     check_sizes,
     settle_types,
 )
-from safeshield.algorithms.critic_updates import with_networks
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import (
-    Draw,
-    Metrics,
-    Phase,
-    TrainState,
-    descend,
-    learning_rate,
-)
-from safeshield.data.dataset import OfflineDataset
-from safeshield.nn.forward import forward
-from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.scaling import Scaling
+from safeshield.training.critics import with_networks
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import Draw, Metrics, Phase, TrainState, descend, learning_rate
 
 ACTOR = "actor"
 

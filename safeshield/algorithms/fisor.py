@@ -5,7 +5,7 @@ After Zheng et al., "Safe Offline Reinforcement Learning with Feasibility-Guided
 
 1. critics: safety values V_h, Q_h and reward values V_r, Q_r, the same as SafeFQL's;
 2. actor: a flow (the paper: a diffusion model) that imitates each logged action with the weights of
-   `algorithms.imitation`, good actions in feasible states and safe ones in the others.
+   `training.imitation`, good actions in feasible states and safe ones in the others.
 
 It acts by the candidate of lowest Q_h among N draws of the flow. A baseline to be judged beside:
 what differs from the paper beside the units are the critics (docs/safefql.md) and the flow.
@@ -21,30 +21,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.algorithms.checks import (
-    check_not_negative,
-    check_phase_shares,
-    check_positive,
-)
-from safeshield.algorithms.critic_agent import CriticAgent
-from safeshield.algorithms.critic_updates import (
-    Critics,
-    CriticsRun,
-    EulerConfig,
-    phase_steps,
-    with_networks,
-)
-from safeshield.algorithms.safety_updates import flow_update
-from safeshield.algorithms.tensors import LogTensors
-from safeshield.algorithms.training import (
-    Phase,
-    TrainState,
-)
 from safeshield.nn.flow import velocity_network
 from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import forward, layers
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.scaling import ADVANTAGE, Scaling
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.checks import check_not_negative, check_phase_shares, check_positive
+from safeshield.training.critic_agent import CriticAgent
+from safeshield.training.critics import Critics, CriticsRun, EulerConfig, phase_steps, with_networks
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import Phase, TrainState
+from safeshield.training.safety import flow_update
+from safeshield.values.units import ADVANTAGE
 
 ACTOR = "actor"
 

@@ -14,7 +14,7 @@ For users who bring their own agent. Three phases on one log:
 
 With `support_weight` the behaviour is learned first, from nine tenths of the episodes; the others
 set the level of a support test, and leaving the support is one more failure inside the backups
-(`algorithms.support_term`).
+(`training.support_term`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safeshield.algorithms.checks import (
+from safeshield.data.dataset import OfflineDataset
+from safeshield.nn.flow import euler_sample, velocity_network
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.optim import adam_init, polyak
+from safeshield.shield.critics import SafetyModel
+from safeshield.shield.shield import Shield
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.scaling import Scaling
+from safeshield.support.record import check_share
+from safeshield.training.checks import (
     check_fractions,
     check_not_negative,
     check_phase_shares,
@@ -38,22 +47,9 @@ from safeshield.algorithms.checks import (
     check_sizes,
     settle_types,
 )
-from safeshield.algorithms.critic_updates import CRITICS, phase_steps, with_networks
-from safeshield.algorithms.safety_updates import (
-    SafetyLog,
-    critic_rates,
-    flow_update,
-    safety_critics,
-    stages,
-)
-from safeshield.algorithms.support_term import SupportTerm, held_out_episodes
-from safeshield.algorithms.tensors import (
-    LogTensors,
-    check_boundary,
-    run_identity,
-    safety_scale,
-)
-from safeshield.algorithms.training import (
+from safeshield.training.critics import CRITICS, phase_steps, with_networks
+from safeshield.training.log import LogTensors, check_boundary, run_identity, safety_scale
+from safeshield.training.loop import (
     Draw,
     Metrics,
     Phase,
@@ -65,19 +61,13 @@ from safeshield.algorithms.training import (
     learning_rate,
     run_phases,
 )
-from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import FlatSpace
-from safeshield.nn.flow import euler_sample, velocity_network
-from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.nn.optim import adam_init, polyak
-from safeshield.scaling import BEHAVIOUR, FALLBACK, SAFETY_NETWORKS, Scaling
-from safeshield.shield.model import SafetyModel
-from safeshield.shield.shield import Shield
-from safeshield.support.record import check_share
+from safeshield.training.safety import SafetyLog, critic_rates, flow_update, safety_critics, stages
+from safeshield.training.support_term import SupportTerm, held_out_episodes
 from safeshield.values.safety import VALUE_NETWORKS, SafetyBatch, SafetyCritics
+from safeshield.values.units import BEHAVIOUR, FALLBACK, SAFETY_NETWORKS
 
 if TYPE_CHECKING:
-    from safeshield.vectorise import Env, VectorEnv
+    from safeshield.rollouts.copies import Env, VectorEnv
 
 
 @dataclass(frozen=True)
@@ -146,7 +136,7 @@ class ShieldTrainer:
     """Learn a shield from a log, for an agent that one has already, or is about to train.
 
     Box, Discrete, MultiDiscrete and MultiBinary actions; observations of every kind that
-    `safeshield.flat` lists.
+    `safeshield.spaces.rows` lists.
 
     Args:
         config: settings; see `ShieldConfig`.

@@ -1,8 +1,8 @@
 """Thresholds that keep a promise: binomial tails, fixed-sequence tests, rollouts, records."""
 
 from safeshield.calibration.binomial import episodes_needed, upper_bound, violations_allowed
-from safeshield.calibration.record import CalibrationRecord, PolicyResult
-from safeshield.calibration.walk import CalibrationError, Rung, fixed_sequence_walk
+from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
+from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
 
 __all__ = [
     "CalibrationError",

@@ -14,28 +14,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from safeshield.calibration.binomial import episodes_needed, upper_bound, violations_allowed
+from safeshield.shield.record import Rung
 
 
 class CalibrationError(ValueError):
     """No threshold meets the request; the message says what was reached."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """The test of one threshold against one policy."""
-
-    delta: float
-    policy: str
-    episodes: int
-    """N, tested; fewer than asked for where the test stopped early, having failed."""
-    violations: int
-    """k."""
-    bound: float
-    """Upper confidence bound on the violation rate."""
-    passed: bool
 
 
 Trial = Callable[[float, str, int, int], tuple[int, int]]

@@ -26,15 +26,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from safeshield.arguments import whole
 from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
 from safeshield.data.collect import log_of
 from safeshield.data.dataset import OfflineDataset
-from safeshield.evaluation import episode_cost
-from safeshield.files import read_tensors, write_tensors
-from safeshield.flat import flat_actions, flat_observations
-from safeshield.rollout import Episode
+from safeshield.evaluation.episodes import episode_cost
+from safeshield.files.schema import whole
+from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.rollouts.episodes import Episode
+from safeshield.spaces.rows import flat_actions, flat_observations
 
 Array = npt.NDArray[Any]
 STATE = "state.safetensors"

@@ -9,10 +9,11 @@ import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from safeshield.batch_policy import executable_actions
-from safeshield.flat import FlatSpace, copied
-from safeshield.rollout import Episode
-from safeshield.vectorise import check_reward
+from safeshield.rollouts.copies import check_reward
+from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.policies import executable_actions
+from safeshield.spaces.batches import copied
+from safeshield.spaces.rows import FlatSpace
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,6 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
-from safeshield.arguments import whole
 from safeshield.collection.learner import (
     STATE,
     LearnerConfig,
@@ -31,9 +30,8 @@ from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.flat import flat_actions
-from safeshield.spaces import space_to_json
-from safeshield.vectorise import (
+from safeshield.files.schema import versions, whole
+from safeshield.rollouts.copies import (
     Env,
     Member,
     environment_name,
@@ -41,7 +39,8 @@ from safeshield.vectorise import (
     spec_to_copy,
     why_alone,
 )
-from safeshield.versions import versions
+from safeshield.spaces.rows import flat_actions
+from safeshield.spaces.schema import space_to_json
 
 LIMITS: tuple[float | None, ...] = (None, 25.0, 5.0, 0.0)
 """Of four learners: one for the reward alone, three under a limit on an episode's cost."""
@@ -95,7 +94,7 @@ def collect_while_learning(
         ValueError: an argument out of range; `folder` is of another run, or another one is using
             it; the environment tells neither cost nor constraint, its rewards are not finite, its
             actions not bounded, or its episodes do not end.
-        TypeError: a space that `flat` does not support, or no whole number where one must be.
+        TypeError: a space that `spaces.rows` does not support, or no whole number where one must be.
     """
     _check_env(env)
     config = config or config_for(env)

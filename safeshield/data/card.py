@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import ConstraintKind, OfflineDataset
-from safeshield.records import json_values
+from safeshield.files.schema import json_values
 
 DEFAULT_LIMITS = (0.0, 5.0, 10.0)
 """Cost limits of an episode: none at all, and those of the papers on DSRL's tasks."""

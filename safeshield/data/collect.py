@@ -10,12 +10,12 @@ import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.rollout import Episode, run_episodes
-from safeshield.spaces import part_of
-from safeshield.vectorise import Env, check_env, is_vector_env
+from safeshield.rollouts.copies import Env, check_env, is_vector_env
+from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.spaces.schema import part_of
 
 if TYPE_CHECKING:
-    from safeshield.vectorise import VectorEnv
+    from safeshield.rollouts.copies import VectorEnv
 
 
 def collect(
@@ -50,7 +50,7 @@ def collect(
 
     Raises:
         ValueError: the environment reports neither key, or one of them at some steps only.
-        TypeError: a space that `flat` does not support.
+        TypeError: a space that `spaces.rows` does not support.
 
     >>> import gymnasium, safeshield.envs
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=3, seed=0)

@@ -23,8 +23,8 @@ from safeshield.data.validation import (
     check_log,
     starts_of,
 )
-from safeshield.flat import FlatSpace, flat_actions, flat_observations
-from safeshield.spaces import check_same_space, space_from_json, space_to_json
+from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.schema import check_same_space, space_from_json, space_to_json
 
 ConstraintKind = Literal["continuous", "binary"]
 Array = npt.NDArray[Any]
@@ -39,7 +39,7 @@ _VERSION = 1
 class OfflineDataset:
     """Whole episodes, one after the other, as read-only arrays of N transitions.
 
-    Observations and actions are kept as rows of numbers (see `flat`): a Box of any shape flattened,
+    Observations and actions are kept as rows of numbers (see `spaces.rows`): a Box of any shape flattened,
     a Discrete as one integer, the entries of a Dict side by side.
 
     Row t is the step from s[t] by a[t] to s[t+1]. Rewards, costs and `next_constraints` of the row
@@ -321,7 +321,7 @@ class OfflineDataset:
             ImportError: the package minari is not installed.
             FileNotFoundError: there is no such dataset here; it is not downloaded.
             ValueError: it is damaged, lacks these infos, or breaks a rule of logs.
-            TypeError: a space that `flat` does not support.
+            TypeError: a space that `spaces.rows` does not support.
         """
         from safeshield.data.minari import from_minari
 

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.flat import Batch, FlatSpace, flat_actions, flat_observations
-from safeshield.spaces import part_of
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.schema import part_of
 
 Array = npt.NDArray[Any]
 MinariDataset = Any

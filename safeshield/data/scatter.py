@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.drawing import BLACK, BLUE, DPI, GREEN, GREY, STYLE, VERMILION, new_figure
+from safeshield.data.drawing import BLACK, BLUE, DPI, GREEN, GREY, STYLE, VERMILION, new_figure
 
 DEFAULT_LIMIT = 10.0
 """Cost limit of an episode in most papers on DSRL's tasks."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import FlatSpace
+from safeshield.spaces.rows import FlatSpace
 
 Array = npt.NDArray[Any]
 

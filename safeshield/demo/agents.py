@@ -12,9 +12,9 @@ import numpy.typing as npt
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from safeshield.batch_policy import batch_policy
 from safeshield.envs.boat import GOAL, BoatVectorEnv
-from safeshield.types import Actions, Observations
+from safeshield.rollouts.policies import batch_policy
+from safeshield.spaces.shapes import Actions, Observations
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices

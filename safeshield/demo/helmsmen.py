@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from safeshield.envs.boat import GOAL, ROCK_CENTRES, ROCK_RADII
-from safeshield.types import Actions, Observations
+from safeshield.spaces.shapes import Actions, Observations
 
 WANDERER, STRAIGHT, CAUTIOUS, RECKLESS = range(4)
 _CORRECTION = 1.0 / 32.0  # chance, at each step, of a new course or course error

@@ -13,9 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 
-from safeshield.drawing import BLACK, BLUE, DPI, GREEN, GREY, ORANGE, STYLE, VERMILION, new_figure
+from safeshield.data.drawing import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    ORANGE,
+    STYLE,
+    VERMILION,
+    new_figure,
+)
 from safeshield.envs.boat import CURRENT, GOAL, ROCK_CENTRES, ROCK_RADII, STATE_HIGH, STATE_LOW
-from safeshield.evaluation import FilteredEpisode
+from safeshield.evaluation.episodes import FilteredEpisode
 from safeshield.exact.boat import GridValue
 from safeshield.shield.shield import Shield
 

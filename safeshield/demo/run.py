@@ -25,13 +25,13 @@ import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.safefql import SafeFQL
-from safeshield.calibration.policies import Adversary
-from safeshield.calibration.rollouts import default_deltas, start_observations
+from safeshield.calibration.calibrate import default_deltas, start_observations
+from safeshield.calibration.proposers import Adversary
 from safeshield.data.collect import collect
 from safeshield.data.dataset import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.demo.settings import DemoConfig
-from safeshield.evaluation import (
+from safeshield.evaluation.episodes import (
     Evaluation,
     FilteredEpisode,
     Saboteur,
@@ -40,8 +40,8 @@ from safeshield.evaluation import (
     summarise,
 )
 from safeshield.exact.boat import boat_value
+from safeshield.files.schema import versions
 from safeshield.shield.shield import Shield
-from safeshield.versions import versions
 
 if TYPE_CHECKING:
     from safeshield.exact.boat import GridValue

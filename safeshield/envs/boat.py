@@ -24,7 +24,7 @@ from safeshield.envs.rendering import Canvas
 from safeshield.envs.single import StateEnv
 from safeshield.envs.task import Array, Frame, StateTask, positive
 from safeshield.envs.vector import StateVectorEnv
-from safeshield.types import Actions, Observations, Scalars
+from safeshield.spaces.shapes import Actions, Observations, Scalars
 
 STATE_LOW = np.array([-3.0, -2.0])
 STATE_HIGH = np.array([2.0, 2.0])

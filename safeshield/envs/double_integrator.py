@@ -22,7 +22,7 @@ from safeshield.envs.rendering import Canvas
 from safeshield.envs.single import StateEnv
 from safeshield.envs.task import Array, Frame, StateTask, positive
 from safeshield.envs.vector import StateVectorEnv
-from safeshield.types import Actions, Observations, Scalars
+from safeshield.spaces.shapes import Actions, Observations, Scalars
 
 POSITION_LIMIT = 1.5
 SPEED_LIMIT = 2.0

@@ -45,7 +45,7 @@ from safeshield.envs.boat import (
 )
 from safeshield.envs.task import positive
 from safeshield.exact.cache import cached_grid
-from safeshield.types import Actions, Observations, Scalars
+from safeshield.spaces.shapes import Actions, Observations, Scalars
 
 Array = npt.NDArray[np.float64]
 

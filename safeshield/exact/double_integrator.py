@@ -33,7 +33,7 @@ import numpy as np
 
 from safeshield.envs.double_integrator import MAX_ACCELERATION, POSITION_LIMIT, WALL, next_state
 from safeshield.envs.task import positive
-from safeshield.types import Actions, Observations, Scalars
+from safeshield.spaces.shapes import Actions, Observations, Scalars
 
 
 def value(

@@ -1,4 +1,4 @@
-r"""FLRP's policy on NumPy arrays (`algorithms.latent_policy`): its actions, and its density.
+r"""FLRP's policy on NumPy arrays (`nn.latent_actor`): its actions, and its density.
 
 The density of an action is that of the whole generative model, without refinement,
 

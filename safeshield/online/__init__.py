@@ -1,12 +1,12 @@
 """Learning online inside a safe set: behaviours, the collector, Safe-Support Q-learning."""
 
-from safeshield.online.behaviours import Behaviour, FlowTeacher, MaskedUniform, Tabular
-from safeshield.online.cloned import ClonedBehaviour
-from safeshield.online.collecting import OutsideSafeSetWarning, Tally, UnguardedWarning
+from safeshield.online.collector import OutsideSafeSetWarning, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.refreshing import RefreshRefusedWarning
 from safeshield.online.safe_sets import NoSafeActionError, SafeRules
 from safeshield.online.ssql import SafeSupportQLearning
+from safeshield.proposals.cloned import ClonedBehaviour
+from safeshield.proposals.sources import Behaviour, FlowTeacher, MaskedUniform, Tabular
 
 __all__ = [
     "Behaviour",

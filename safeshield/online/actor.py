@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeshield.nn.mixture import Mixture, log_density, mixture, mixture_network
 from safeshield.nn.mlp import EnsembleMLP, Params
-from safeshield.nn.truncated import Mixture, log_density, mixture, mixture_network
 
 
 @dataclass(frozen=True)

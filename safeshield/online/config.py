@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safeshield.algorithms.checks import (
+from safeshield.training.checks import (
     check_fractions,
     check_not_negative,
     check_positive,

@@ -9,7 +9,8 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from safeshield.flat import Batch, FlatSpace, flat_actions
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import FlatSpace, flat_actions
 
 
 def readable_batch(seen: FlatSpace, observation: Batch) -> tuple[Batch, bool]:

@@ -9,20 +9,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.algorithms.training import Draw
 from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import FlatSpace
 from safeshield.nn.mlp import Params
-from safeshield.online.behaviours import Behaviour, MaskedUniform
-from safeshield.online.choices import choice_index
-from safeshield.online.cloned import ClonedBehaviour
-from safeshield.online.collecting import OutsideSafeSetWarning
+from safeshield.online.collector import OutsideSafeSetWarning
 from safeshield.online.config import SSQLConfig
+from safeshield.online.losses import CLONE
 from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Replay, Step
 from safeshield.online.safe_sets import LoggedRules, SafeRules, SafeSet
-from safeshield.online.ssql_run import SSQLModel, SSQLUpdates
-from safeshield.online.ssql_updates import CLONE
+from safeshield.online.updates import SSQLModel, SSQLUpdates
+from safeshield.proposals.choices import choice_index
+from safeshield.proposals.cloned import ClonedBehaviour
+from safeshield.proposals.sources import Behaviour, MaskedUniform
+from safeshield.spaces.rows import FlatSpace
+from safeshield.training.loop import Draw
 
 Array = npt.NDArray[Any]
 _CHUNK = 4096

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, FlatSpace, batch_length, finite, take
-from safeshield.online.behaviours import Behaviour, log_density
-from safeshield.online.choices import choice_index, normalised
 from safeshield.online.safe_sets import SafeRules, SafeSet
+from safeshield.proposals.choices import choice_index, normalised
+from safeshield.proposals.sources import Behaviour, log_density
+from safeshield.spaces.batches import Batch, batch_length, finite, take
+from safeshield.spaces.rows import FlatSpace
 
 Array = npt.NDArray[Any]
 

@@ -10,20 +10,20 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
-from safeshield.batch_policy import batch_policy
 from safeshield.calibration.binomial import episodes_needed
-from safeshield.calibration.record import CalibrationRecord
 from safeshield.calibration.walk import CalibrationError
-from safeshield.flat import Batch
 from safeshield.nn.mlp import Params
-from safeshield.online.collecting import Choose, Collector
+from safeshield.online.collector import Choose, Collector
 from safeshield.online.config import SSQLConfig
 from safeshield.online.entry import check_spaces
-from safeshield.online.induced import InducedPolicy
+from safeshield.online.extraction import InducedPolicy
 from safeshield.online.offers import Offer
 from safeshield.online.safe_sets import SafeSet, ShieldSet
+from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.nested import refuse_shielded
+from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.shield import Shield
+from safeshield.spaces.batches import Batch
 
 Array = npt.NDArray[Any]
 

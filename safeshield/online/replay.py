@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.flat import FlatSpace
-from safeshield.online.choices import choice_index
+from safeshield.online.losses import Support, Transitions
 from safeshield.online.offers import Offer
-from safeshield.online.ssql_updates import Support, Transitions
-from safeshield.scaling import Scaling
+from safeshield.proposals.choices import choice_index
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.scaling import Scaling
 
 Array = npt.NDArray[Any]
 

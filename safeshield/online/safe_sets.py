@@ -11,8 +11,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch, FlatSpace, copied, flat_actions, readable, take
 from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces.batches import Batch, copied, readable, take
+from safeshield.spaces.rows import FlatSpace, flat_actions
 
 Array = npt.NDArray[Any]
 _CANDIDATES = 256

@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.algorithms.training import Phase, TrainState
-from safeshield.online.behaviours import Behaviour, log_density
-from safeshield.online.cloned import ClonedBehaviour
 from safeshield.online.config import SSQLConfig
+from safeshield.online.losses import ACTOR, CLONE
 from safeshield.online.safe_sets import SafeRules, SafeSet
-from safeshield.online.ssql_run import SSQLUpdates
-from safeshield.online.ssql_updates import ACTOR, CLONE
+from safeshield.online.updates import SSQLUpdates
+from safeshield.proposals.cloned import ClonedBehaviour
+from safeshield.proposals.sources import Behaviour, log_density
+from safeshield.training.loop import Phase, TrainState
 
 Array = npt.NDArray[Any]
 

@@ -31,24 +31,11 @@ from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm.auto import tqdm
 
-from safeshield.algorithms.tensors import run_identity
-from safeshield.algorithms.training import (
-    Draw,
-    Metrics,
-    Phase,
-    TrainState,
-    device_of,
-    fit_options,
-    run_phases,
-)
-from safeshield.arguments import whole
 from safeshield.data.dataset import OfflineDataset
-from safeshield.flat import Batch, flat_actions, flat_observations, take
+from safeshield.files.schema import whole
 from safeshield.nn.optim import adam_init
 from safeshield.online.actor import Actor
-from safeshield.online.behaviours import Behaviour, as_behaviour
-from safeshield.online.cloned import ClonedBehaviour
-from safeshield.online.collecting import Collector, Tally, UnguardedWarning
+from safeshield.online.collector import Collector, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.entry import (
     as_callback,
@@ -59,18 +46,32 @@ from safeshield.online.entry import (
     refuse_normalised,
 )
 from safeshield.online.experience import clone_of_log, replay_of_log
-from safeshield.online.induced import InducedPolicy
+from safeshield.online.extraction import InducedPolicy
+from safeshield.online.losses import ACTOR, CLONE, CRITIC, SoftCritics
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_safe_set
 from safeshield.online.second_stage import second_stage
-from safeshield.online.ssql_run import SSQLModel, SSQLUpdates, units_of_returns
-from safeshield.online.ssql_updates import ACTOR, CLONE, CRITIC, SoftCritics
 from safeshield.online.storage import read_agent, save_agent
-from safeshield.scaling import Scaling
+from safeshield.online.updates import SSQLModel, SSQLUpdates, units_of_returns
+from safeshield.proposals.cloned import ClonedBehaviour
+from safeshield.proposals.sources import Behaviour, as_behaviour
+from safeshield.rollouts.copies import environment_id
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
-from safeshield.vectorise import environment_id
+from safeshield.spaces.batches import Batch, take
+from safeshield.spaces.rows import flat_actions, flat_observations
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.log import run_identity
+from safeshield.training.loop import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    device_of,
+    fit_options,
+    run_phases,
+)
 
 Array = npt.NDArray[Any]
 _CHECK_EVERY = 500

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import torch
 
-from safeshield.algorithms.training import TrainState
-from safeshield.files import read_tensors, write_tensors
-from safeshield.flat import flat_actions, flat_observations
+from safeshield.files.schema import finite_number
+from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.mlp import Networks
 from safeshield.online.config import SSQLConfig
-from safeshield.online.ssql_run import SSQLModel
-from safeshield.online.ssql_updates import ACTOR, CLONE, CRITIC
-from safeshield.scaling import Scaling, finite_number
-from safeshield.spaces import space_from_json, space_to_json
+from safeshield.online.losses import ACTOR, CLONE, CRITIC
+from safeshield.online.updates import SSQLModel
+from safeshield.spaces.rows import flat_actions, flat_observations
+from safeshield.spaces.scaling import Scaling
+from safeshield.spaces.schema import space_from_json, space_to_json
+from safeshield.training.loop import TrainState
 
 FORMAT = "safeshield-ssql"
 _VERSION = 1

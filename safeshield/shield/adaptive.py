@@ -61,7 +61,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.shield.report import FilterReport
-from safeshield.types import Flags, Scalars
+from safeshield.spaces.shapes import Flags, Scalars
 
 _Array = npt.NDArray[np.float64]
 MOST_HELD = 100

@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.shield.model import SafetyModel, StateValue
-from safeshield.types import Actions, Candidates
+from safeshield.shield.critics import SafetyModel, StateValue
+from safeshield.spaces.shapes import Actions, Candidates
 
 _SEED = 20_260_315
 

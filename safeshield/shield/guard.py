@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import Batch
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
+from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import agent_mask
-from safeshield.shield.model import StateValue
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield
-from safeshield.types import Flags, Scalars
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.shapes import Flags, Scalars
 
 
 def as_penalty(intervention_penalty: float) -> float:

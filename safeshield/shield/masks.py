@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.flat import FlatSpace
-from safeshield.shield.model import StateValue
-from safeshield.types import Observations, Scalars
+from safeshield.shield.critics import StateValue
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.shapes import Observations, Scalars
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield

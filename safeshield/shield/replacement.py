@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.batch_policy import as_batch_policy
-from safeshield.flat import FlatSpace
+from safeshield.rollouts.policies import as_batch_policy
 from safeshield.shield.candidates import CandidateSet
-from safeshield.shield.model import SafetyModel, StateValue
-from safeshield.types import Actions, Candidates, Flags, Judged, Scalars
+from safeshield.shield.critics import SafetyModel, StateValue
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.shapes import Actions, Candidates, Flags, Judged, Scalars
 
 MAX_STEPS, MAX_SAMPLES = 1000, 4096
 # Shortest step of a descent, in half widths of the box: below it rounding decides.
@@ -34,7 +34,7 @@ _BEYOND = 1.1
 
 @dataclass(frozen=True, eq=False)
 class Rejected:
-    """n actions that may not run, and what a strategy may know of them. Arrays are rows of `flat`.
+    """n actions that may not run, and what a strategy may know of them. Arrays are rows of `spaces.rows`.
 
     Attributes:
         model: critics and fallback.
@@ -262,7 +262,7 @@ class OwnSamples:
         policy: the agent: anything with Stable-Baselines3's ``predict`` (called with
             ``deterministic=False``; recurrent agents draw as at an episode's start; one trained
             with `use_sde` holds its noise, so all its draws are alike), or another
-            policy that `safeshield.batch_policy.as_batch_policy` takes. It gets the observations
+            policy that `safeshield.rollouts.policies.as_batch_policy` takes. It gets the observations
             that the shield sees: of a Dict the shield's entries alone.
         count: draws for each action, all asked for at once.
         candidates: where to look when none of the draws is acceptable.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.types import Flags, Scalars
+from safeshield.spaces.shapes import Flags, Scalars
 
 
 class FilterReport(NamedTuple):

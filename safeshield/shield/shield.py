@@ -27,10 +27,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.calibration.record import CalibrationRecord
-from safeshield.flat import Batch
+from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.masks import agent_mask
-from safeshield.shield.model import SafetyModel, StateValue
+from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.replacement import (
     NearestAcceptable,
     Rejected,
@@ -40,13 +39,14 @@ from safeshield.shield.replacement import (
     replace_actions,
 )
 from safeshield.shield.report import FilterReport
-from safeshield.spaces import check_same_space
-from safeshield.types import Actions, Candidates, Flags, Observations, Scalars
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.schema import check_same_space
+from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.rollouts.copies import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
-    from safeshield.vectorise import Env, VectorEnv
 
 
 # Standard deviations from the log's mean beyond which a reading counts as broken, as NaN does: it
@@ -195,7 +195,7 @@ class Shield:
 
         It accepts an action only where Q_h <= -delta AND its score reaches a level, set so that
         with probability at least 1 - alpha a new episode of the logging policy has at most the
-        share `share` of its steps below (split conformal over episodes: `support.level`). The
+        share `share` of its steps below (split conformal over episodes: `calibration.support`). The
         record is dropped: what was promised was for another shield; calibrate again.
 
         Args:
@@ -208,7 +208,7 @@ class Shield:
         Raises:
             TypeError, ValueError: see `support.calibrate_support`.
         """
-        from safeshield.support import calibrate_support
+        from safeshield.calibration.support import calibrate_support
 
         test = calibrate_support(self.model, held_out, alpha, share, score)
         return replace(self, support=test, record=None)
@@ -235,7 +235,7 @@ class Shield:
         return values[0] if single else values
 
     def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
-        """`value` for rows (n, obs) and (n, act) of `flat`."""
+        """`value` for rows (n, obs) and (n, act) of `spaces.rows`."""
         finite = self.readable(rows)
         states = self.states(rows)
         if actions is None:
@@ -549,9 +549,9 @@ class Shield:
     ) -> Self:
         """Return a copy whose delta keeps a promise, tested by rollouts with the shield on.
 
-        See `calibration.rollouts.calibrate` for the arguments, the procedure and the promise.
+        See `calibration.calibrate.calibrate` for the arguments, the procedure and the promise.
         """
-        from safeshield.calibration.rollouts import calibrate
+        from safeshield.calibration.calibrate import calibrate
 
         record = calibrate(
             self,
@@ -569,7 +569,7 @@ class Shield:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the shield to ONE safetensors file, its configuration strict JSON inside."""
-        from safeshield.shield.storage import save_shield
+        from safeshield.shield.file import save_shield
 
         save_shield(self, path)
 
@@ -581,7 +581,7 @@ class Shield:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, hostile, or of another kind.
         """
-        from safeshield.shield.storage import load_shield
+        from safeshield.shield.file import load_shield
 
         return load_shield(cls, path)
 

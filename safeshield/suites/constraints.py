@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from safeshield.vectorise import check_env
+from safeshield.rollouts.copies import check_env
 
 if TYPE_CHECKING:
     _Wrapper = gym.Wrapper[Any, Any, Any, Any]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from safeshield.records import json_values
+from safeshield.files.schema import json_values
 from safeshield.requirements import command, lacking
 from safeshield.suites.packages import Suite, commands, missing, needed, python_note
 from safeshield.suites.tasks import TASKS

@@ -4,8 +4,8 @@ Where the log has shown nothing, Q_h is a guess. A shield with a support test
 (`Shield.with_support`) also asks how much an action looks like what the log does in that state.
 """
 
-from safeshield.support.decide import SupportTest, calibrate_support
-from safeshield.support.level import record_of
+from safeshield.calibration.support import calibrate_support, record_of
+from safeshield.support.decide import SupportTest
 from safeshield.support.record import SupportRecord, episodes_needed
 from safeshield.support.scores import SCORES, SupportScore, support_score
 

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.data.dataset import OfflineDataset
-from safeshield.spaces import check_same_space
-from safeshield.support.level import record_of
+from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
 from safeshield.support.record import SupportRecord
-from safeshield.support.scores import SupportScore, support_score
-from safeshield.types import Actions, Candidates, Flags, Observations, Scalars
+from safeshield.support.scores import SupportScore
 
 if TYPE_CHECKING:
-    from safeshield.shield.model import SafetyModel, StateValue
+    from safeshield.shield.critics import SafetyModel, StateValue
 
 _PROPOSALS = 8
 _SEED = 20_260_316
@@ -133,52 +130,10 @@ def step_scores(
     model: SafetyModel, score: SupportScore, observations: Observations, actions: Actions
 ) -> Scalars:
     """Return the scores (n,) of logged rows (n, obs) and (n, act); needs no critics."""
-    from safeshield.shield.model import StateValue
+    from safeshield.shield.critics import StateValue
 
     inputs = model.scaling.observations(observations)
     return score(model, StateValue(inputs, np.zeros(len(inputs), np.float32)), actions)
-
-
-def calibrate_support(
-    model: SafetyModel,
-    held_out: OfflineDataset,
-    alpha: float = 0.1,
-    share: float = 0.01,
-    score: str | SupportScore | None = None,
-) -> SupportTest:
-    """Set the level of a support test from whole episodes that were NOT trained on.
-
-    See `support.level` for the procedure, `SupportRecord.promise` for what it promises.
-
-    Args:
-        model: of a shield.
-        held_out: episodes of the policy that made the training log.
-        alpha: probability that a new episode of that policy raises more false alarms than `share`.
-        share: of an episode's steps that may be false alarms; 0: none.
-        score: a name of `SCORES`, a `SupportScore`, or None for the default of the actions' kind.
-
-    Raises:
-        TypeError: `held_out` is no OfflineDataset, or `score` no score.
-        ValueError: spaces differ, the score is unknown or cannot be had from this model, alpha or
-            share is out of range, or there are too few episodes (the message says how many).
-    """
-    if not isinstance(held_out, OfflineDataset):
-        raise TypeError(
-            f"held_out must be an OfflineDataset of whole episodes, got {type(held_out).__name__}; "
-            "OfflineDataset.split makes one"
-        )
-    for what in ("observation_space", "action_space"):
-        check_same_space(
-            getattr(model, what),
-            getattr(held_out, what),
-            f"held_out's {what}",
-            unbounded_matches_any=what == "observation_space",
-        )
-    chosen = support_score(score, model)
-    scores = step_scores(model, chosen, held_out.observations, held_out.actions)
-    return SupportTest(
-        chosen, record_of(scores, held_out.episode_starts, chosen.name, alpha, share)
-    )
 
 
 @cache

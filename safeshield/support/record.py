@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from safeshield.records import json_values
-from safeshield.scaling import finite_number
+from safeshield.files.schema import finite_number, json_values
 
 
 def episodes_needed(alpha: float) -> int:

@@ -10,11 +10,11 @@ import numpy as np
 
 from safeshield.nn.flow_forward import to_noise
 from safeshield.nn.forward import forward_layers
-from safeshield.scaling import ADVANTAGE, BEHAVIOUR
-from safeshield.types import Actions, Scalars
+from safeshield.spaces.shapes import Actions, Scalars
+from safeshield.values.units import ADVANTAGE, BEHAVIOUR
 
 if TYPE_CHECKING:
-    from safeshield.shield.model import SafetyModel, StateValue
+    from safeshield.shield.critics import SafetyModel, StateValue
 
 
 class SupportScore(Protocol):

@@ -45,8 +45,8 @@ import torch
 from torch import Tensor
 
 from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.scaling import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale
 from safeshield.values.expectile import expectile_loss
+from safeshield.values.units import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale
 
 VALUE_NETWORKS = (CONSTRAINT, EXCESS)
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.scaling import FALLBACK, SafetyScale, Scaling
 from safeshield.shield import Shield
-from safeshield.shield.model import SafetyModel
+from safeshield.shield.critics import SafetyModel
+from safeshield.spaces.scaling import Scaling
 from safeshield.values.safety import SafetyCritics
+from safeshield.values.units import FALLBACK, SafetyScale
 
 
 def untrained_shield(env: gym.Env[Any, Any]) -> Shield:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safeshield.protocol import FieldScore, ReferenceReturns, Run
+from safeshield.evaluation import FieldScore, ReferenceReturns, Run
 
 FOUND = importlib.util.find_spec("dsrl")
 pytestmark = pytest.mark.skipif(FOUND is None, reason="needs the benchmark stack")

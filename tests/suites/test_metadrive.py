@@ -17,9 +17,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from typer.testing import CliRunner
 
 import safeshield.suites  # noqa: F401 - registers them
-from safeshield.cli import app
+from safeshield.cli.app import app
 from safeshield.data import OfflineDataset, collect
-from safeshield.protocol import play
+from safeshield.evaluation import play
 from safeshield.suites import packages
 from safeshield.suites.labels import agreement, label
 from safeshield.suites.metadrive import (

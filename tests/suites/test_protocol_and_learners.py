@@ -13,7 +13,7 @@ import pytest
 
 from safeshield.collection import LearnerConfig, collect_while_learning
 from safeshield.data.dataset import OfflineDataset
-from safeshield.protocol import ReferenceReturns, field_score
+from safeshield.evaluation import ReferenceReturns, field_score
 
 
 def found(name: str) -> bool:

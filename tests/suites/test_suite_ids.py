@@ -19,9 +19,9 @@ from shields import untrained_shield
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import safeshield.suites
+from safeshield.rollouts.copies import vectorise
 from safeshield.suites import TASKS, Family, Task, bullet, safety_gymnasium
 from safeshield.suites.safety_gymnasium import five_values_id, native_ids
-from safeshield.vectorise import vectorise
 from safeshield.wrappers import CostFromStep, SafetyShield, VectorSafetyShield
 
 Env = gym.Env[Any, Any]

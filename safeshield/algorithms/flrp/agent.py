@@ -1,0 +1,339 @@
+r"""FLRP: Flow-guided Latent Refiner Policies, whole.
+
+Three phases on one log (what differs from the paper and why: docs/flrp.md):
+
+1. critics: safety values V_h, Q_h and reward values V_r, Q_r, the same as SafeFQL's;
+2. generative model: flows p(z | s) and q(z | s, a) and a decoder pi(a | s, z), by a safety-weighted
+   evidence bound, shaped so that good safe actions come from the middle of the base (eq. 11 - 13);
+3. experts for safety, reward and both refine the base noise; the rest is frozen (eq. 14 - 17).
+
+It acts by one draw u ~ N(0, I), T refinements, the prior flow, and the decoder's mean. The losses
+stand at the head of `algorithms.flrp.losses`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safeshield.algorithms.flrp.feasibility import COST_NETWORKS, cost_critics
+from safeshield.algorithms.flrp.losses import Architecture, FLRPRun
+from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
+from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import finite_number, whole
+from safeshield.nn.latent_actor import LatentPolicy
+from safeshield.nn.latent_forward import LatentForward, LatentSpec, expert_order
+from safeshield.nn.mlp import Networks
+from safeshield.shield.critics import SafetyModel
+from safeshield.shield.shield import Shield
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.checks import check_not_negative, check_phase_shares, check_positive
+from safeshield.training.critic_agent import CriticAgent
+from safeshield.training.critics import PAPER_CRITICS, CriticConfig, Critics
+from safeshield.training.log import LogTensors
+from safeshield.values.reward import RewardCritics
+from safeshield.values.units import SAFETY_NETWORKS
+
+_SHIFT_STATES, _SHIFT_DRAWS = 512, 64
+
+
+@dataclass(frozen=True)
+class FLRPConfig(CriticConfig):
+    """Settings of FLRP. The defaults are the preset "small": two cores, minutes, all tasks.
+
+    "paper" has the settings of tables 4 and 5, for 1,000,000 updates on a GPU. What the paper does
+    not say (flows' depth, KL weight, entropy floor) is as in "small"; so are the temperatures'
+    units.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "small": {},
+        "paper": {
+            "critic_hidden": (256, 256),
+            "flow_hidden": (256, 256),
+            "batch_size": 512,
+            "learning_rate": 3e-4,
+            "polyak": 0.001,
+            "safety_weight": 1.0,
+            **PAPER_CRITICS,
+        },
+    }
+
+    flow_hidden: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts."""
+    latent: int | None = None
+    """Width of the latent space, at least 2; None: the action's, at least 2."""
+    transforms: int = 4
+    """Coupling layers of each flow."""
+    prior: Literal["flow", "gaussian"] = "flow"
+    """p(z | s); "gaussian" is N(0, I), the paper's ablation."""
+    feasibility: Literal["safety", "cost"] = "safety"
+    """What tells feasible from infeasible: Hamilton-Jacobi values, or (the ablation) cost values
+    below the 75th percentile of the log's transitions that violate nothing. The shield is always
+    made of the safety values."""
+    decoder_spread: float = 0.1
+    """Standard deviation of the decoder's Gaussian, in half widths of the action box."""
+    action_temperature: float = 0.3
+    """T_q of the evidence bound's weight, in standard deviations of h over the log."""
+    state_temperature: float = 0.5
+    """T_v, the same for V_h."""
+    kl_weight: float = 1.0
+    """Weight of the divergence of posterior from prior; 1: an evidence bound."""
+    shape_weight: float = 0.1
+    """Weight of the prior's shaping, eq. 12."""
+    entropy_floor: float = -1.0
+    """H0: lowest entropy of the posterior, in nats for each latent entry. (A Gaussian of standard
+    deviation 0.09 has it.)"""
+    entropy_weight: float = 1.0
+    """lambda_H: weight of what is missing to that floor."""
+    reward_temperature: float = 3.0
+    """b_r: how much better actions count for more; in units of one step's advantage."""
+    safety_temperature: float = 5.0
+    """b_h: how much more dangerous refined actions are pressed down."""
+    refine_steps: int = 3
+    """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training. Only the
+    experts that T calls on are trained: with 1 the shared one, with 2 safety and shared; with 0 the
+    third phase is left out and its updates go to the second."""
+    reward_weight: float = 1.0
+    """lambda_r of the experts' loss."""
+    safety_weight: float = 10.0
+    """lambda_h (the paper: 1, with advantages in units of h)."""
+    shared_weight: float = 0.5
+    """lambda_sh."""
+    phase_shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    """Shares of the steps for critics, generative model and experts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent is not None and self.latent < 2:
+            raise ValueError(
+                "latent must be at least 2 (a coupling flow splits it), or None for the action's "
+                f"own width, got {self.latent}"
+            )
+        check_positive(
+            self, "transforms", "decoder_spread", "action_temperature", "state_temperature"
+        )
+        check_not_negative(
+            self,
+            "kl_weight",
+            "shape_weight",
+            "entropy_weight",
+            "reward_temperature",
+            "safety_temperature",
+            "refine_steps",
+            "reward_weight",
+            "safety_weight",
+            "shared_weight",
+        )
+        check_phase_shares(self.phase_shares, 3)
+
+
+class FLRP(CriticAgent[FLRPConfig, Architecture]):
+    """A policy that refines the noise of a safety-shaped generative model of the log.
+
+    Args:
+        config: settings; see `FLRPConfig`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    >>> import gymnasium, safeshield.envs
+    >>> from safeshield.data import collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> agent = FLRP(FLRPConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
+    >>> agent.predict(np.zeros((3, 2), np.float32), deterministic=True)[0].shape
+    (3, 2)
+    >>> agent.base_shift(np.zeros((3, 2), np.float32)).divergence.shape
+    (3,)
+    """
+
+    config_type = FLRPConfig
+    file_format = "safeshield-flrp"
+    _dropped = ("flow_steps",)
+    _fewest_steps = 3
+    _acting: LatentForward | None = None
+    """The networks as NumPy runs them, made when first needed."""
+
+    def with_refine_steps(self, refine_steps: int) -> Self:
+        """Return an agent of the same weights that refines `refine_steps` times (T; 0: not at all).
+
+        Raises:
+            ValueError: T is no whole number of at least 0, or calls on an expert that has not been
+                trained because the T of training did not.
+        """
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, refine_steps=refine_steps)
+        trained = None if self._model is None else self._model.trained_steps
+        if trained is not None:
+            untrained = set(expert_order(other.config.refine_steps)) - set(expert_order(trained))
+            if untrained:
+                raise ValueError(
+                    f"refine_steps={refine_steps} needs {sorted(untrained)}, which training with "
+                    f"refine_steps={trained} has left out: train with at least "
+                    f"{min(other.config.refine_steps, 3)}"
+                )
+        other._noise = np.random.default_rng(other.config.seed)
+        if other._model is not None:
+            policy = other._model.policy
+            spec = dataclasses.replace(policy.spec, refine_steps=other.config.refine_steps)
+            # The shift that the file tells is that of the T which was trained.
+            model = dataclasses.replace(
+                other._model, policy=dataclasses.replace(policy, spec=spec), shift=None
+            )
+            other._adopt(model, other._networks)
+        return other
+
+    def shield(self) -> Shield:
+        """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor.
+
+        Its support test can ask the policy's own density: `with_support(log, score="density")`.
+        """
+        model = self._fitted()
+        names = (*SAFETY_NETWORKS, *model.policy.parts())
+        return Shield(
+            SafetyModel(
+                observation_space=model.observation_space,
+                action_space=model.action_space,
+                scaling=model.scaling,
+                scale=model.critics.safety.scale,
+                networks={name: self._arrays[name] for name in names},
+                latent=model.policy.spec,
+            ),
+            trained_by=f"FLRP, seed {self.config.seed}",
+        )
+
+    def base_shift(self, observations: Batch, draws: int = 256) -> BaseShift:
+        """Estimate how far refinement moves the policy in given states (eq. 18 to 20).
+
+        Args:
+            observations: n of them, or one.
+            draws: of u_0, the same in each state; at least 2.
+
+        Returns:
+            The divergence D of the refined from the unrefined base distribution, (n,) in nats, its
+            standard error (n,), and the share of draws (n,) at which the map folds, so that D is a
+            lower bound only; `total_variation` of it bounds how much likelier refinement makes any
+            set of actions. See `algorithms.flrp.shift`.
+
+        Raises:
+            TypeError: `draws` is no whole number.
+            ValueError: it is below 2; or an observation has another shape, or is not finite.
+        """
+        model, draws = self._fitted(), whole("draws", draws, least=2)
+        rows, _ = self._rows(model, observations, "observations")
+        seen = torch.tensor(model.scaling.observations(rows), device=self.device)
+        return self._shift(model, seen, draws)
+
+    def _shift(self, model: Architecture, seen: torch.Tensor, draws: int) -> BaseShift:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(draws, model.policy.spec.latent, generator=generator).to(self.device)
+        return base_shift(model.policy, self._networks, seen, noise)
+
+    @property
+    def shift_summary(self) -> ShiftSummary | None:
+        """The shift over states of the log that it learned from; None after `with_refine_steps`."""
+        return self._fitted().shift
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return how far refinement moves the policy over its log, in numbers and in words."""
+        shift, trained = self.shift_summary, self._fitted().trained_steps
+        if shift is None:
+            known = "another T" if trained is None else f"T = {trained}"
+            return {
+                "refinement": f"refines {self.config.refine_steps} times, but how far that moves "
+                f"the policy over the log was measured for {known} only: base_shift(observations) "
+                "estimates it in states of your choice"
+            }
+        return {"base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
+
+    # -- what OfflineAgent asks for -----------------------------------------------------------
+
+    def _describe(self, dataset: OfflineDataset) -> Architecture:
+        model = super()._describe(dataset)
+        if self.config.feasibility == "safety":
+            return model
+        config = self.config
+        costs = cost_critics(dataset, model.scaling, config.critic_hidden, config.discount)
+        return dataclasses.replace(model, costs=costs)
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> Architecture:
+        model = super()._restore(observation_space, action_space, scaling, header)
+        if self.config.feasibility == "cost":
+            offset, spread = (finite_number(x, "cost_scale") for x in header["cost_scale"])
+            widths = scaling.observation_features, scaling.action_features
+            costs = RewardCritics(
+                *widths, self.config.critic_hidden, offset, spread, names=COST_NETWORKS
+            )
+            model = dataclasses.replace(model, costs=costs)
+        shift = header["shift"]
+        # Older files do not say; what has a summary was trained with the T that it has.
+        trained = header.get(
+            "trained_refine_steps", None if shift is None else self.config.refine_steps
+        )
+        if trained is not None:
+            trained = whole("trained_refine_steps", trained, least=0)
+        return dataclasses.replace(
+            model,
+            shift=None if shift is None else ShiftSummary(**shift),
+            trained_steps=trained,
+        )
+
+    def _architecture(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
+        scaling: Scaling,
+        critics: Critics,
+    ) -> Architecture:
+        config = self.config
+        spec = LatentSpec(
+            config.latent or max(2, scaling.action_features),
+            config.flow_hidden,
+            config.transforms,
+            config.prior,
+            config.decoder_spread,
+            config.refine_steps,
+        )
+        policy = LatentPolicy(scaling.observation_features, scaling.action_features, spec)
+        return Architecture(observation_space, action_space, scaling, critics, policy)
+
+    def _noise_features(self, model: Architecture) -> int:
+        return model.policy.spec.latent
+
+    def _run(self, model: Architecture, log: LogTensors, steps: int) -> FLRPRun:
+        return FLRPRun(model, log, self.config, steps)
+
+    def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
+        rows = torch.linspace(0, len(log) - 1, min(_SHIFT_STATES, len(log))).long()
+        shift = self._shift(model, log.observations[rows.to(self.device)], _SHIFT_DRAWS)
+        summary = ShiftSummary.of(shift, _SHIFT_DRAWS)
+        return dataclasses.replace(model, shift=summary, trained_steps=self.config.refine_steps)
+
+    def _act(
+        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.floating]:
+        """Refine one draw of u, or u = 0."""
+        shape = (len(observations), model.policy.spec.latent)
+        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
+        return self._actor(model).act(observations, noise.astype(np.float32))
+
+    def _actor(self, model: Architecture) -> LatentForward:
+        if self._acting is None:
+            self._acting = LatentForward(model.policy.spec, self._arrays)
+        return self._acting
+
+    def _adopt(self, model: Architecture, networks: Networks) -> None:
+        super()._adopt(model, networks)
+        self._acting = None

@@ -1,0 +1,201 @@
+r"""What tells an actor which states and actions are feasible: safety values, or plain cost values.
+
+`FromSafety`, the method: V_h and Q_h, feasible where <= -margin. `FromCost`, the ablation "without
+Hamilton-Jacobi" of FLRP's table 2: expected discounted costs V_c and Q_c, each minus the 75th
+percentile of its own values over the logged transitions that violate nothing.
+
+Both give numbers without units, so that temperatures mean the same on every task: values in
+standard deviations (of h over the log; of the cost's return), advantages in one step's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safeshield.data.dataset import OfflineDataset
+from safeshield.nn.mlp import Networks
+from safeshield.nn.optim import adam_init, polyak
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.critics import CriticConfig, reward_batch
+from safeshield.training.log import LogTensors, return_scale
+from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend
+from safeshield.training.safety import critic_rates
+from safeshield.values.backup import reward_backup
+from safeshield.values.reward import RewardCritics
+from safeshield.values.safety import SafetyCritics
+
+COST_NETWORKS = ("cost_value", "cost_advantage")
+COSTS = "costs"
+_LEVELS = ("cost_value_level", "cost_action_level")
+PERCENTILE = 0.75
+_POOL = 65_536
+
+
+class Judgement(NamedTuple):
+    """Values of states and of actions in them, in standard deviations; at most 0: feasible."""
+
+    value: Tensor
+    """(batch,)"""
+    action_value: Tensor
+    """(batch,)"""
+
+
+class Feasibility(Protocol):
+    """Judges states and actions with the critics that a training state holds."""
+
+    def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
+        """Judge actions (batch, act) in states (batch, obs)."""
+
+    def excess(
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+    ) -> Tensor:
+        """Return how much more dangerous than need be actions are, (batch,), in one step's worth.
+
+        Q - max(V, -margin): at most 0 for every feasible action, and elsewhere the advantage.
+        `margin` is in standard deviations.
+        """
+
+
+@dataclass(frozen=True)
+class FromSafety:
+    """V_h and Q_h."""
+
+    critics: SafetyCritics
+
+    def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
+        """See `Feasibility`."""
+        value = self.critics.value(state.targets, observations)
+        worst = self.critics.advantages(state.targets, observations, actions).amax(0)
+        scale = self.critics.scale
+        return Judgement(value / scale.spread, (value + scale.step * worst) / scale.spread)
+
+    def excess(
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+    ) -> Tensor:
+        """See `Feasibility`."""
+        scale = self.critics.scale
+        value, worst = self.judge(state, observations, actions)
+        return (worst - value.clamp(min=-margin)) * (scale.spread / scale.step)
+
+
+@dataclass(frozen=True)
+class FromCost:
+    """V_c and Q_c; `critics` learns the return of minus the cost."""
+
+    critics: RewardCritics
+
+    def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
+        """See `Feasibility`."""
+        value, action_value = self._costs(state, observations, actions)
+        lowest, spread = [state.scales[name] for name in _LEVELS], self.critics.spread
+        return Judgement((value - lowest[0]) / spread, (action_value - lowest[1]) / spread)
+
+    def excess(
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+    ) -> Tensor:
+        """See `Feasibility`."""
+        value, worst = self.judge(state, observations, actions)
+        return (worst - value.clamp(min=-margin)) * (self.critics.spread / state.scales["cost"])
+
+    def _costs(
+        self, state: TrainState, observations: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        value = -self.critics.value(state.targets, observations)
+        worst = -self.critics.advantages(state.targets, observations, actions).amin(0)
+        return value, value + state.scales["cost"] * worst
+
+    def level(self, state: TrainState, log: LogTensors, generator: torch.Generator) -> TrainState:
+        """Read both percentiles off the log's transitions that violate nothing."""
+        free = torch.nonzero((log.next_constraints <= 0) & (log.constraints <= 0)).flatten()
+        picks = torch.randint(
+            len(free), (min(_POOL, len(free)),), generator=generator, device=generator.device
+        )
+        rows = free[picks]
+        with torch.no_grad():
+            found = self._costs(state, log.observations[rows], log.actions[rows])
+        levels = [torch.quantile(costs, PERCENTILE) for costs in found]
+        return state._replace(scales={**state.scales, **dict(zip(_LEVELS, levels, strict=True))})
+
+
+def cost_critics(
+    dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float
+) -> RewardCritics:
+    """Describe V_c and Q_c in the units of a log: critics of the return of minus the cost."""
+    widths = scaling.observation_features, scaling.action_features
+    scale = return_scale(dataset, discount, -(dataset.next_constraints > 0).astype(np.float64))
+    return RewardCritics(*widths, hidden, *scale, names=COST_NETWORKS)
+
+
+@dataclass(eq=False)
+class CostRun:
+    """Learns V_c and Q_c by implicit Q-learning that leans to low cost, beside the other critics.
+
+    A step's cost is 1 where the state that it leads to violates (h > 0), else 0.
+    """
+
+    critics: RewardCritics
+    log: LogTensors
+    config: CriticConfig
+    total: int
+    """Updates in all."""
+    expectile: float = 0.9
+    """Weight on the cheaper actions in V_c (the papers' choice)."""
+
+    def extend(self, state: TrainState, generator: torch.Generator) -> TrainState:
+        """Add the weights."""
+        drawn = self.critics.init(generator)
+        zero = torch.zeros((), device=generator.device)
+        return state._replace(
+            networks={**state.networks, **drawn},
+            targets={**state.targets, **drawn},
+            moments={**state.moments, COSTS: adam_init(drawn)},
+            scales={
+                **state.scales,
+                "cost": zero + self.critics.spread,
+                **dict.fromkeys(_LEVELS, zero),
+            },
+        )
+
+    def update(self, steps: int) -> Update:
+        """Return one update of the cost critics, with windows of this length in the targets."""
+        log, config, names = self.log, self.config, self.critics.names
+        paid = replace(log, rewards=-(log.next_constraints > 0).to(log.rewards.dtype))
+        window = reward_backup(
+            paid.rewards, log.terminated, log.episode_last, config.discount, steps
+        )
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            batch = reward_batch(paid, window, draw.rows)
+            sigma = state.scales["cost"]
+            seen: list[Tensor] = []
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                value, residual, metrics = self.critics.losses(
+                    networks,
+                    state.targets,
+                    batch,
+                    sigma,
+                    discount=config.discount,
+                    expectile=self.expectile,
+                    one_step=steps == 1,
+                )
+                seen.append(residual)
+                return value, metrics
+
+            count = state.moments[COSTS].updates
+            rates = critic_rates(config.learning_rate, count, self.total, names, names[:1])
+            state, metrics = descend(state, COSTS, names, loss, rates)
+            return (
+                state._replace(
+                    targets=polyak(state.targets, state.networks, config.polyak),
+                    scales={**state.scales, "cost": torch.lerp(sigma, seen[0], config.polyak)},
+                ),
+                metrics,
+            )
+
+        return update

@@ -1,0 +1,333 @@
+r"""What FLRP learns besides its critics: the generative model, then the experts.
+
+Generative model (eq. 11 to 13), z ~ q(z | s, a), means over the batch:
+
+    w_e (-log pi(a | s, z) + kl_weight (log q(z | s, a) - log p(z | s)))
+    + shape_weight w_s ||u||^2 / latent,                       f(u; s) = z
+    + entropy_weight max(entropy_floor latent + log q(z | s, a), 0)
+
+    w_e = sigmoid(-Q_h / T_q) sigmoid(-V_h / T_v)
+    w_s = min(exp(b_r A_r), 100) 1{Q_h <= -margin}
+
+Experts (eq. 14 to 17), u_0 ~ N(0, I), a = the decoded action of u_T, a' the logged one:
+
+    reward_weight w_s ||a - a'||  +  safety_weight w_h softplus(E_h(s, a))
+    + shared_weight (||u_T||^2 + ||u_T - u_0||^2)
+
+    E_h = (Q_h - max(V_h, -margin)) / sigma_h,    w_h = min(exp(b_h E_h), 150), without a gradient
+
+A_r = min_i (Q_r,i - V_r) / sigma_r and E_h stand in units of one step's advantage; w_e, w_s and w_h
+are divided by their means over the batch. The paper's E_h is the advantage Q_h - V_h, which is
+positive for nearly every action however far from danger (V_h is the best action's), so that the
+safety expert steers by it everywhere. The excess is the advantage where the state is infeasible,
+and where it is feasible counts only what is not: the reward expert has the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from safeshield.algorithms.flrp.feasibility import CostRun, Feasibility, FromCost, FromSafety
+from safeshield.algorithms.flrp.shift import ShiftSummary, base_shift
+from safeshield.nn.coupling import CouplingFlow
+from safeshield.nn.latent_actor import LatentPolicy
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.optim import adam_init
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.critics import CRITICS, CriticConfig, Critics, CriticsRun, phase_steps
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    descend,
+    learning_rate,
+    together,
+)
+from safeshield.values.reward import RewardCritics
+
+if TYPE_CHECKING:
+    from safeshield.algorithms.flrp.agent import FLRPConfig
+
+REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
+"""Largest weights of a transition (the paper's table 5)."""
+_REPORTED = 32
+"""States, and draws in each, of which the divergence is logged."""
+GENERATIVE, REFINERS = "generative", "refiners"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a log and a configuration fix besides the weights: spaces, widths, units."""
+
+    observation_space: gym.Space[Any]
+    action_space: gym.spaces.Box
+    scaling: Scaling
+    critics: Critics
+    policy: LatentPolicy
+    costs: RewardCritics | None = None
+    """Where costs take the place of safety values."""
+    shift: ShiftSummary | None = None
+    """How far the experts move the policy, over the log's states, once they are trained."""
+    trained_steps: int | None = None
+    """T in training; None: an older file that does not say."""
+
+    def parts(self) -> dict[str, EnsembleMLP | CouplingFlow]:
+        """Describe every network."""
+        costs = {} if self.costs is None else self.costs.parts()
+        return {**self.critics.parts(), **costs, **self.policy.parts()}
+
+    def units(self) -> dict[str, Any]:
+        """Return the critics' units, and what is known of the shift, as JSON."""
+        costs, shift = self.costs, self.shift
+        return {
+            **self.critics.units(),
+            "cost_scale": None if costs is None else [costs.offset, costs.spread],
+            "shift": None if shift is None else dataclasses.asdict(shift),
+            "trained_refine_steps": self.trained_steps,
+        }
+
+
+@dataclass(frozen=True)
+class GenerativeLoss:
+    """Eq. 13; the formula stands at the file's head."""
+
+    policy: LatentPolicy
+    config: FLRPConfig
+
+    def __call__(
+        self,
+        networks: Networks,
+        observations: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        elbo_weights: Tensor,
+        shape_weights: Tensor,
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and what to log.
+
+        Args:
+            networks: hold prior, posterior and decoder.
+            observations: (batch, obs) normalised.
+            actions: (batch, act) logged, in [-1, 1].
+            noise: (batch, latent) standard normal.
+            elbo_weights: (batch,) w_e, of mean 1.
+            shape_weights: (batch,) w_s, of mean 1 (or all 0).
+        """
+        policy, config = self.policy, self.config
+        latent, log_q = policy.encode(networks, observations, actions, noise)
+        base, log_p = policy.to_base(networks, observations, latent)
+        fit = policy.log_likelihood(actions, policy.decode(networks, observations, latent))
+        divergence = log_q - log_p
+        energy = base.square().mean(-1)
+        floor = config.entropy_floor * policy.spec.latent
+        missing = (floor + log_q.mean()).relu()
+        elbo = (elbo_weights * (config.kl_weight * divergence - fit)).mean()
+        shape = (shape_weights * energy).mean()
+        loss = elbo + config.shape_weight * shape + config.entropy_weight * missing
+        return loss, {
+            "flow/negative_elbo": elbo.detach(),
+            "flow/log_likelihood": fit.detach().mean(),
+            "flow/divergence": divergence.detach().mean(),
+            "flow/posterior_entropy": -log_q.detach().mean(),
+            "flow/base_energy": energy.detach().mean(),
+        }
+
+
+@dataclass(frozen=True)
+class RefinerLoss:
+    """Eq. 17; the formula stands at the file's head."""
+
+    policy: LatentPolicy
+    config: FLRPConfig
+    feasibility: Feasibility
+    margin: float
+    """Of the gate, in standard deviations of h."""
+
+    def __call__(
+        self,
+        networks: Networks,
+        state: TrainState,
+        observations: Tensor,
+        actions: Tensor,
+        noise: Tensor,
+        reward_weights: Tensor,
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and what to log.
+
+        Args:
+            networks: hold the experts, which get the gradient, and the frozen rest.
+            state: holds the critics.
+            observations: (batch, obs) normalised.
+            actions: (batch, act) logged, in [-1, 1].
+            noise: (batch, latent) u_0.
+            reward_weights: (batch,) w_s, of mean 1 (or all 0).
+        """
+        policy, config = self.policy, self.config
+        refined = policy.refine(networks, observations, noise)
+        latent = policy.to_latent(networks, observations, refined)
+        action = policy.decode(networks, observations, latent)
+        danger = self.feasibility.excess(state, observations, action, self.margin)
+        pressing = _of_mean_one(
+            (config.safety_temperature * danger.detach()).exp().clamp(max=SAFETY_LIMIT)
+        )
+        safety = (pressing * torch.nn.functional.softplus(danger)).mean()
+        # The root of a sum of squares has no slope at 0; this one is 0 there.
+        distance = ((action - actions).square().sum(-1) + 1e-12).sqrt()
+        reward = (reward_weights * distance).mean()
+        energy, way = refined.square().sum(-1), (refined - noise).square().sum(-1)
+        shared = (energy + way).mean()
+        loss = (
+            config.reward_weight * reward
+            + config.safety_weight * safety
+            + config.shared_weight * shared
+        )
+        return loss, {
+            "refiner/distance_to_good_actions": reward.detach(),
+            "refiner/danger_steps": danger.detach().mean(),
+            "refiner/base_energy": 0.5 * energy.detach().mean(),
+            "refiner/way": way.detach().mean(),
+        }
+
+
+def _of_mean_one(weights: Tensor) -> Tensor:
+    return weights / weights.mean().clamp(min=1e-6)
+
+
+@dataclass(eq=False)
+class FLRPRun:
+    """One call of fit: the updates of its phases, closed over the log."""
+
+    model: Architecture
+    log: LogTensors
+    config: FLRPConfig
+    steps: int
+
+    def __post_init__(self) -> None:
+        config, model = self.config, self.model
+        shares: tuple[float, ...] = config.phase_shares
+        if not config.refine_steps:
+            shares = shares[:2]  # what would have been the experts' is the model's
+        critics, self._flow_steps, *rest = phase_steps(self.steps, shares)
+        self._refiner_steps = sum(rest)
+        self._costs: CostRun | None = None
+        self._feasibility: Feasibility = FromSafety(model.critics.safety)
+        critic_config: CriticConfig = config
+        if model.costs is not None:
+            # Nothing that the policy learns from may then know the safety values.
+            critic_config = replace(config, safe_reward_value=False)
+            self._costs = CostRun(model.costs, self.log, config, critics)
+            self._feasibility = FromCost(model.costs)
+        self._critics = CriticsRun(model.critics, self.log, critic_config, critics)
+        margin = self._critics.margin / model.critics.safety.scale.spread
+        # A level read off the log's costs has no margin of its own.
+        self._margin = margin if self._costs is None else 0.0
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Draw all weights."""
+        state = self._critics.initial(generator)
+        if self._costs is not None:
+            state = self._costs.extend(state, generator)
+        policy = self.model.policy
+        drawn = policy.init(generator)
+        moments = {
+            phase: adam_init({name: drawn[name] for name in parts})
+            for phase, parts in ((GENERATIVE, policy.generative), (REFINERS, policy.refining))
+            if parts
+        }
+        return state._replace(
+            networks={**state.networks, **drawn}, moments={**state.moments, **moments}
+        )
+
+    def phases(self) -> list[Phase]:
+        """List what to do, in order."""
+        size, flow_steps = self.config.batch_size, self._flow_steps
+        generative = Phase(GENERATIVE, flow_steps, self._generative, size)
+        refiners = []
+        if self._refiner_steps:
+            report = self._report_shift
+            refiners = [Phase(REFINERS, self._refiner_steps, self._refine, size, report=report)]
+        if self._costs is None:
+            return [*self._critics.phases(), generative, *refiners]
+        # The critics stand still from here on: one look at the log.
+        leveled = replace(generative, refresh=self._level, refresh_every=flow_steps)
+        return [*self._both_kinds(self._costs), leveled, *refiners]
+
+    def _both_kinds(self, costs: CostRun) -> list[Phase]:
+        """Learn the costs' critics in the same steps as the others, from the same rows."""
+        return [
+            self._critics.phase(
+                f"{CRITICS} {i + 1}",
+                count,
+                together(self._critics.update(safety, reward), costs.update(reward)),
+            )
+            for i, (count, safety, reward) in enumerate(self._critics.stages())
+        ]
+
+    def _level(self, state: TrainState, generator: torch.Generator) -> TrainState:
+        if not isinstance(self._feasibility, FromCost):
+            raise TypeError("only costs have a level to be read off the log")
+        return self._feasibility.level(state, self.log, generator)
+
+    def _good(self, state: TrainState, observations: Tensor, actions: Tensor, q: Tensor) -> Tensor:
+        """Return w_s of actions with Q_h = q, (batch,)."""
+        gain = self.model.critics.reward.advantages(state.targets, observations, actions).amin(0)
+        raised = (self.config.reward_temperature * gain).exp().clamp(max=REWARD_LIMIT)
+        return _of_mean_one(raised * (q <= -self._margin))
+
+    def _generative(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        config, policy = self.config, self.model.policy
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
+        with torch.no_grad():
+            value, q = self._feasibility.judge(state, observations, actions)
+            safe = torch.sigmoid(-q / config.action_temperature)
+            elbo = _of_mean_one(safe * torch.sigmoid(-value / config.state_temperature))
+            shape = self._good(state, observations, actions, q)
+        generative_loss = GenerativeLoss(policy, config)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            return generative_loss(networks, observations, actions, draw.noise, elbo, shape)
+
+        return self._descend(state, GENERATIVE, tuple(policy.generative), loss, self._flow_steps)
+
+    def _refine(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        policy = self.model.policy
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
+        with torch.no_grad():
+            _, q = self._feasibility.judge(state, observations, actions)
+            good = self._good(state, observations, actions, q)
+        refiner_loss = RefinerLoss(policy, self.config, self._feasibility, self._margin)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            return refiner_loss(networks, state, observations, actions, draw.noise, good)
+
+        return self._descend(state, REFINERS, tuple(policy.refining), loss, self._refiner_steps)
+
+    def _report_shift(self, state: TrainState, draw: Draw) -> Metrics:
+        """Measure the base-space divergence (eq. 18) in the batch's states."""
+        seen = self.log.observations[draw.rows[:_REPORTED]]
+        policy, noise = self.model.policy, draw.noise[:_REPORTED]
+        shift = base_shift(policy, state.networks, seen, noise)
+        return {
+            "refiner/base_divergence": torch.tensor(shift.divergence.mean()),
+            "refiner/folds": torch.tensor(shift.folds.mean()),
+        }
+
+    def _descend(
+        self,
+        state: TrainState,
+        phase: str,
+        names: tuple[str, ...],
+        loss: Callable[[Networks], tuple[Tensor, Metrics]],
+        total: int,
+    ) -> tuple[TrainState, Metrics]:
+        rate = learning_rate(self.config.learning_rate, state.moments[phase].updates, total)
+        return descend(state, phase, names, loss, dict.fromkeys(names, rate))

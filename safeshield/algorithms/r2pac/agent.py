@@ -1,0 +1,533 @@
+r"""R2PAC: Region-Based Reward Penalty over Action Chunks, whole.
+
+Three phases on one log (what differs from the paper and why: docs/r2pac.md):
+
+1. critics: costs and the region that they make unsafe (`algorithms.r2pac.regions`), penalised rewards
+   over chunks of h actions, and the safety values that a shield is made of (eq. 10 to 16);
+2. actor: a flow that imitates chunks with the label "good", guided beyond them (eq. 17 to 21), or
+   one of two weighted imitators (eq. 40, 41; `nn.chunk_actors`);
+3. student: the actor distilled into one step, as SafeFQL has it.
+
+It acts by the best of `candidates` draws: in safe states the one of the highest penalised Q_r, in
+others the one of the lowest Q_c. It executes that plan's first few actions, then plans anew. The
+losses stand at the head of `algorithms.r2pac.losses`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safeshield.algorithms.flrp.feasibility import COST_NETWORKS
+from safeshield.algorithms.r2pac.losses import ACTOR, Architecture, R2PACRun, region_of
+from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, RegionReport, report_region
+from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import finite_number, whole
+from safeshield.nn.chunk_actors import ChunkActor
+from safeshield.nn.forward import forward
+from safeshield.nn.plan_forward import PlanSpec
+from safeshield.shield.critics import SafetyModel
+from safeshield.shield.shield import Shield
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import flat_actions
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.checks import (
+    check_fractions,
+    check_not_negative,
+    check_phase_shares,
+    check_positive,
+    check_shares,
+    check_sizes,
+)
+from safeshield.training.critic_agent import CriticAgent
+from safeshield.training.critics import Critics, ValueConfig
+from safeshield.training.log import LogTensors, check_boundary, return_scale, returns_to_go
+from safeshield.training.loop import TrainState
+from safeshield.values.reward import RewardCritics
+from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
+
+
+@dataclass(frozen=True)
+class R2PACConfig(ValueConfig):
+    """Settings of R2PAC. The defaults are the preset "small": two cores, minutes, all tasks.
+
+    "paper" has the settings of table 4, for 600,000 updates on a GPU, and no cost limit, with one
+    alpha (over the states that do not violate) and one penalty for all tasks where table 5 has them
+    by the task.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "small": {},
+        "paper": {
+            "critic_hidden": (512,) * 4,
+            "flow_hidden": (512,) * 4,
+            "student_hidden": (512,) * 4,
+            "batch_size": 1024,
+            "learning_rate": 3e-4,
+            "reward_expectile": 0.9,
+            "safety_expectile": 0.9,
+            "cost_expectile": 0.9,
+            "safety_backup_steps": (1,),
+            "reward_backup_steps": (1,),
+            "near_share": 0.0,
+            "margin": 0.0,
+            "cost_limit": None,
+            "region_test": "end",
+            "penalty": 1.0,
+            "flow_steps": 32,
+            "execute": 1,
+            "choose": "cost",
+        },
+    }
+
+    chunk: int = 5
+    """h: actions of a chunk (the paper: 5; 1 for HalfCheetah)."""
+    execute: int | None = None
+    """Actions of a chunk that are executed before the next is drawn, at most h (the paper: 1);
+    fewer where a state on the way is unsafe. None: half of h, rounded up. More than 1 needs the
+    state that `predict` returns to be passed to its next call; a caller who does not pass it gets a
+    new plan each time."""
+    region: Literal["quantile", "horizon", "safety"] = "quantile"
+    """What is unsafe. "quantile": V_c above the alpha-quantile of its own values over the log's
+    states that do not violate, or above what `cost_limit` is worth, where that is less; "horizon":
+    V_c above what `cost_limit` is worth (eq. 42); "safety": V_h above -margin (appendix E.6), which
+    learns no costs."""
+    quantile: float = 0.9
+    """alpha, of the region "quantile": share of those states that are not unsafe by V_c."""
+    cost_limit: float | None = 10.0
+    """kappa, above 0: violating steps that an episode as long as the log's longest may have. None:
+    the quantile alone decides, as in the paper."""
+    region_test: Literal["any", "end"] = "any"
+    """Which states of a chunk must not be unsafe: all it leads through, or the last (the paper)."""
+    penalise: bool = True
+    """Whether chunks into the unsafe region are penalised; False: the ablation without V_r bar."""
+    penalty: float | None = None
+    """What such a chunk is worth, with the sign turned, in discounted reward (the paper: 1 or 10).
+    None: minus the lowest discounted return from any step of the log on, an episode that was
+    truncated being taken to go on with the log's mean reward. Proposition 1 asks for more where the
+    safe ways earn less than that."""
+    recover: bool = True
+    """Whether in unsafe states the chunks of low cost are imitated, and not those of high reward;
+    False: the ablation without V_c."""
+    reward_backup_steps: tuple[int, ...] = (64, 16, 8, 8)
+    """Steps along the log in the targets of V_r and V_c, in equal parts of the critics' phase; h
+    and less: V leans to Q over chunks, the papers' form."""
+    cost_expectile: float = 0.97
+    """Weight on the cheaper chunks in V_c (the paper: 0.9)."""
+    actor: Literal["guided", "awr_flow", "awr_gaussian"] = "guided"
+    """What imitates (`nn.chunk_actors`)."""
+    guidance: float = 2.0
+    """w of the guided actor."""
+    label_dropout: float = 0.1
+    """Share of the chunks that the guided actor sees without a label."""
+    reward_temperature: float = 6.0
+    """b_r of the weighted actors, in one chunk's advantage."""
+    safety_temperature: float = 6.0
+    """b_c of the weighted actors, the same."""
+    flow_steps: int = 10
+    """Euler steps of the flows (the paper: 32)."""
+    candidates: int = 16
+    """Plans to choose from."""
+    choose: Literal["region", "cost"] = "region"
+    """Which of them is followed. "region": in safe states that of the highest penalised Q_r, in
+    others that of the lowest Q_c, as the actor's labels say what is good (eq. 18). "cost": that of
+    the lowest Q_c everywhere, the paper's."""
+    inference: Literal["flow", "student"] = "flow"
+    """What draws them: the actor, or its one-step student. `R2PAC.acting_by` changes it."""
+    student_hidden: tuple[int, ...] = (128, 128, 128)
+    """Widths of the student's hidden layers."""
+    phase_shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    """Shares of the steps for critics, actor and student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "chunk", "flow_steps", "candidates")
+        if self.execute is not None:
+            check_positive(self, "execute")
+        if self.steps_of_a_plan > self.chunk:
+            raise ValueError(
+                f"execute must be at most the actions of a chunk ({self.chunk}), got {self.execute}"
+            )
+        check_fractions(self, "quantile", "cost_expectile")
+        if self.cost_limit is not None:
+            check_positive(self, "cost_limit")
+        elif self.region == "horizon":
+            raise ValueError("cost_limit must be a number where region is 'horizon', got None")
+        check_shares(self, "label_dropout")
+        check_not_negative(self, "guidance", "reward_temperature", "safety_temperature")
+        check_sizes(self, "student_hidden", "reward_backup_steps")
+        if self.penalty is not None and abs(self.penalty) > float(np.finfo(np.float32).max):
+            raise ValueError(f"penalty must be finite as float32, got {self.penalty}")
+        check_phase_shares(self.phase_shares, 3)
+
+    @property
+    def steps_of_a_plan(self) -> int:
+        """Actions of a chunk that are executed before the next is drawn.
+
+        >>> R2PACConfig(chunk=5).steps_of_a_plan, R2PACConfig(chunk=1).steps_of_a_plan
+        (3, 1)
+        """
+        return (self.chunk + 1) // 2 if self.execute is None else self.execute
+
+
+class R2PAC(CriticAgent[R2PACConfig, Architecture]):
+    """A planner of action chunks that stays out of the region from which costs follow.
+
+    Args:
+        config: settings; see `R2PACConfig`.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    >>> import gymnasium, safeshield.envs
+    >>> from safeshield.data import collect
+    >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    >>> config = R2PACConfig(critic_hidden=(16,), flow_hidden=(16,), student_hidden=(16,))
+    >>> agent = R2PAC(config).fit(log, steps=30)
+    >>> agent.predict(np.zeros((3, 2), np.float32), deterministic=True)[0].shape
+    (3, 2)
+    >>> agent.plan(np.zeros(2, np.float32)).shape
+    (5, 2)
+    """
+
+    config_type = R2PACConfig
+    file_format = "safeshield-r2pac"
+    _fewest_steps = 3
+
+    def acting_by(
+        self,
+        inference: Literal["flow", "student"],
+        *,
+        candidates: int | None = None,
+        execute: int | None = None,
+        choose: Literal["region", "cost"] | None = None,
+    ) -> Self:
+        """Return an agent of the same weights that plans, or follows its plans, in another way.
+
+        Args:
+            inference: what draws them: "flow", or "student", in one step.
+            candidates: plans to choose from; None: as before.
+            execute: actions of a plan to execute; None: as before.
+            choose: which plan to follow (`R2PACConfig.choose`); None: as before.
+
+        Raises:
+            ValueError: an unknown name, or a number out of range.
+        """
+        given: dict[str, Any] = {
+            "candidates": candidates,
+            "execute": execute,
+            "choose": choose,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, inference=inference, **changes)
+        other._noise = np.random.default_rng(other.config.seed)
+        return other
+
+    def shield(self, plans: int = 8) -> Shield:
+        """Return an uncalibrated shield (delta 0) that looks ahead, fallback its student.
+
+        It accepts an action where one of `plans` plans that begin with it keeps
+        Q_h(s, chunk) <= -delta, and replaces it by one that does.
+
+        Args:
+            plans: drawn by the student for each state; 0: an action is judged by itself, as the
+                shields of other agents do.
+
+        Raises:
+            TypeError: `plans` is no whole number.
+            ValueError: it is negative.
+        """
+        model, plans = self._fitted(), whole("plans", plans, least=0)
+        names = (*SAFETY_NETWORKS, PLAN, FALLBACK, BEHAVIOUR)
+        return Shield(
+            SafetyModel(
+                observation_space=model.observation_space,
+                action_space=model.action_space,
+                scaling=model.scaling,
+                scale=model.critics.safety.scale,
+                networks={name: self._arrays[name] for name in names},
+                flow_steps=self.config.flow_steps,
+                plan=PlanSpec(model.chunk, plans),
+            ),
+            trained_by=f"R2PAC, seed {self.config.seed}",
+        )
+
+    def plan(self, observation: Batch, deterministic: bool = False) -> npt.NDArray[np.float32]:
+        """Return the chunk of h actions that it would follow: (h, *action's shape), or n of them.
+
+        Args:
+            observation: one, or a batch of them.
+            deterministic: choose from the same draws of noise in every state.
+
+        Raises:
+            ValueError: a shape that is not the observation space's, or NaN.
+        """
+        model = self._fitted()
+        rows, single = self._rows(model, observation, "observation")
+        chunks = self._plans(model, model.scaling.observations(rows), deterministic)
+        scaled = chunks.reshape(len(rows) * model.chunk, model.scaling.action_features)
+        points = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        actions = points.reshape(len(rows), model.chunk, *points.shape[1:])
+        return np.asarray(actions[0] if single else actions)
+
+    def predict(
+        self,
+        observation: Batch,
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[np.float32], tuple[npt.NDArray[Any], ...] | None]:
+        """Return actions and the state: Stable-Baselines3's signature.
+
+        Args:
+            observation: one, or a batch of them.
+            state: with `execute` above 1, what the last call returned: the plans under way. Without
+                it every call plans anew.
+            episode_start: (n,) where an episode begins, and with it a plan.
+            deterministic: choose from the same draws of noise in every state.
+
+        Raises:
+            ValueError: a shape that is not the observation space's, NaN, or a state that no call
+                for as many observations returned.
+        """
+        if self.config.steps_of_a_plan == 1:
+            return super().predict(observation, state, episode_start, deterministic)
+        model = self._fitted()
+        rows, single = self._rows(model, observation, "observation")
+        plans, done = self._under_way(model, len(rows), state, episode_start)
+        seen = model.scaling.observations(rows)
+        # A plan made for safe states ends where the state is not.
+        over = (done >= self.config.steps_of_a_plan) | self._unsafe(model, seen)
+        due = np.flatnonzero(over)
+        if len(due):
+            plans[due] = self._plans(model, seen[due], deterministic).reshape(-1, *plans.shape[1:])
+            done[due] = 0
+        scaled = plans[np.arange(len(rows)), done]
+        actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        return (actions[0] if single else actions), (plans, done + 1)
+
+    def _under_way(
+        self,
+        model: Architecture,
+        count: int,
+        state: tuple[npt.NDArray[Any], ...] | None,
+        episode_start: npt.NDArray[np.bool_] | None,
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Return the plans (n, h, act) and how many actions of each have been executed."""
+        shape = (count, model.chunk, model.scaling.action_features)
+        if state is None:
+            return np.zeros(shape, np.float32), np.full(count, model.chunk)
+        if not isinstance(state, tuple | list) or len(state) != 2:
+            raise ValueError(f"state must be what predict returned, got {state!r:.60}")
+        plans, done = (np.array(part) for part in state)
+        if plans.shape != shape or done.shape != (count,):
+            raise ValueError(
+                f"state must be what predict returned for {count} observations, plans {shape} and "
+                f"counts {(count,)}, got {plans.shape} and {done.shape}"
+            )
+        if not (np.abs(plans) <= 1.0).all() or not ((done >= 0) & (done <= model.chunk)).all():
+            raise ValueError("state must be what predict returned, but holds no plans")
+        if episode_start is not None:
+            starts = np.asarray(episode_start, dtype=bool)
+            if starts.shape != (count,):
+                raise ValueError(f"episode_start must have shape {(count,)}, got {starts.shape}")
+            done = np.where(starts, model.chunk, done)
+        return plans, done
+
+    @property
+    def region(self) -> RegionReport:
+        """What the unsafe region came to over the log that it learned from."""
+        report = self._fitted().region
+        if report is None:
+            raise RuntimeError("this agent's file does not tell its region")
+        return report
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return the region and the penalty, as JSON values."""
+        return {"region": self.region._asdict(), "penalty": self._fitted().penalty}
+
+    # -- what OfflineAgent asks for -----------------------------------------------------------
+
+    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
+        check_boundary(dataset)
+        return with_chunks(dataset, self.config.chunk)
+
+    def _describe(self, dataset: OfflineDataset) -> Architecture:
+        model, config = super()._describe(dataset), self.config
+        margin = config.margin_of(model.critics.safety)
+        if (dataset.constraints > -margin).all():
+            raise ValueError(
+                "the unsafe region holds all of the log's states: each violates, or lies within "
+                f"the margin of doing so ({margin:g} in units of h)"
+            )
+        penalty = config.penalty
+        if penalty is None:
+            penalty = -float(returns_to_go(dataset, config.discount).min())
+        costs = None
+        if config.region != "safety":
+            paid = -(dataset.next_constraints > -margin).astype(np.float64)
+            _, spread = return_scale(dataset, config.discount, paid)
+            costs = self._costs(model, spread)
+        return dataclasses.replace(
+            model, costs=costs, penalty=penalty, longest=int(dataset.episode_lengths.max())
+        )
+
+    def _costs(self, model: Architecture, spread: float) -> RewardCritics:
+        # It starts from "no violation follows": what does follow is learned within a few chunks,
+        # while too high a start is forgotten at the pace of the discount.
+        return RewardCritics(
+            model.scaling.observation_features,
+            model.actor.width,
+            self.config.critic_hidden,
+            0.0,
+            spread,
+            names=COST_NETWORKS,
+            bounds=(-1.0 / (1.0 - self.config.discount), 0.0),
+        )
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> Architecture:
+        model = super()._restore(observation_space, action_space, scaling, header)
+        costs, region = header["cost_scale"], header["region"]
+        if (costs is None) != (self.config.region == "safety"):
+            raise ValueError(f"region {self.config.region!r} and cost_scale contradict each other")
+        if costs is not None:
+            costs = self._costs(model, finite_number(costs, "cost_scale"))
+        numbers = {name: finite_number(region[name], name) for name in RegionReport._fields}
+        return dataclasses.replace(
+            model,
+            costs=costs,
+            penalty=finite_number(header["penalty"], "penalty"),
+            longest=whole("longest", header["longest"], least=1),
+            region=RegionReport(**numbers),
+        )
+
+    def _architecture(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
+        scaling: Scaling,
+        critics: Critics,
+    ) -> Architecture:
+        config = self.config
+        width = config.chunk * scaling.action_features
+        actor = ChunkActor(
+            config.actor,
+            scaling.observation_features,
+            width,
+            config.flow_hidden,
+            config.flow_steps,
+            config.guidance,
+        )
+        chunked = dataclasses.replace(
+            critics, reward=dataclasses.replace(critics.reward, action=width)
+        )
+        return Architecture(
+            observation_space,
+            action_space,
+            scaling,
+            chunked,
+            config.chunk,
+            actor,
+            config.student_hidden,
+            config.flow_hidden,
+        )
+
+    def _noise_features(self, model: Architecture) -> int:
+        # One more tells which labels are left out.
+        return model.actor.width + 1
+
+    def _run(self, model: Architecture, log: LogTensors, steps: int) -> R2PACRun:
+        return R2PACRun(model, log, self.config, steps)
+
+    def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
+        region, device = region_of(model, self.config), self.device
+        level = region.most if isinstance(region, CostRegion) else None
+        scales = {} if level is None else {LEVEL: torch.tensor(level, device=device)}
+        state = TrainState({}, self._networks, {}, scales, torch.zeros(0, device=device))
+        generator = torch.Generator(device).manual_seed(self.config.seed)
+        state = region.read_level(state, log, generator)
+        margin = self.config.margin_of(model.critics.safety)
+        return dataclasses.replace(model, region=report_region(region, state, log, margin))
+
+    def _act(
+        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.floating]:
+        """Return the first actions of the plans."""
+        plans = self._plans(model, observations, deterministic)
+        return plans[:, : model.scaling.action_features]
+
+    def _plans(
+        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.float32]:
+        """Return the best of the candidates, (n, h * act), in [-1, 1]."""
+        count, each, width = len(observations), self.config.candidates, model.actor.width
+        noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
+        seen = np.repeat(observations, each, axis=0)
+        if self.config.inference == "student":
+            raw = forward(self._arrays[FALLBACK], np.concatenate([seen, noise], -1))[0]
+            drawn = np.clip(raw, -1.0, 1.0)
+        else:
+            drawn = model.actor.draw(self._arrays[ACTOR], seen, noise)
+        if each == 1:
+            return np.asarray(drawn)
+        # Q = V(s) + sigma A: within a state the advantage alone decides.
+        judged = np.concatenate([seen, drawn], -1)
+        worse = region_of(model, self.config).worse_of(self._arrays, judged).reshape(count, each)
+        chosen = worse.argmin(1)
+        if self.config.choose == "region":
+            name = model.critics.reward.names[1]
+            gain = forward(self._arrays[name], judged)[..., 0].min(0).reshape(count, each)
+            safe = ~self._unsafe(model, observations)
+            chosen = np.where(safe, gain.argmax(1), chosen)
+        return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
+
+    def _unsafe(
+        self, model: Architecture, observations: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.bool_]:
+        """Tell states in which the costs decide, (n,)."""
+        if not self.config.recover:
+            return np.zeros(len(observations), bool)
+        region = region_of(model, self.config)
+        return region.unsafe_of(self._arrays, observations, self.region.level)
+
+
+def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:
+    """Return a log without the episodes that hold no chunk: truncated before h steps.
+
+    Warns:
+        UserWarning: some are left out.
+
+    Raises:
+        ValueError: none is left.
+    """
+    lengths = dataset.episode_lengths
+    ends = dataset.episode_starts + lengths - 1
+    short = (lengths < chunk) & ~dataset.terminated[ends]
+    if not short.any():
+        return dataset
+    if short.all():
+        raise ValueError(
+            f"chunk must be at most the steps of an episode: all {len(short)} episodes of the log "
+            f"are truncated before {chunk} steps, the longest after {lengths.max()}; lower chunk"
+        )
+    warnings.warn(
+        f"{short.sum()} of {len(short)} episodes are truncated before {chunk} steps: they hold no "
+        "chunk and are left out; lower chunk to learn from them",
+        stacklevel=4,
+    )
+    left = dataset.select(np.flatnonzero(~short))
+    check_boundary(left)
+    return left

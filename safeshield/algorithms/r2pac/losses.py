@@ -1,0 +1,506 @@
+r"""What R2PAC learns: critics of chunks of h actions, an actor of chunks, and its one-step student.
+
+Critics, over chunks (s_t, a_{t:t+h}, s_{t+h}) of the log (eq. 10, 11, 14 to 16), c_k = 1 where the
+state that step k leads to violates or lies within the margin:
+
+    Q_c <- sum_k g^k c_{t+k} + g^h V_c(s_{t+h}),          V_c leans to the LOWER of them
+    Q_r <- sum_k g^k r_{t+k} + g^h V_r(s_{t+h}),          V_r leans to the HIGHER
+           -penalty     where a state of the chunk (or its last alone) lies in the unsafe region
+
+V_c and V_r lean to their Q where `reward_backup_steps` is h or less (the papers' form), and to the
+same sums over windows of the log where it is more: from h steps at a time, behind two slowly moving
+copies, what lies a hundred steps ahead takes longer to arrive than a small run lasts. A window that
+enters the unsafe region ends there, with -penalty.
+
+V_r is fitted in safe states alone: nothing asks for it in others (a chunk that enters the region
+is worth -penalty, within it the costs decide), and a network that need not follow the fall at the
+region's edge tells apart what lies inside. What a chunk adds is learned in units of what chunks add
+that stay safe, down to -`_LEAST` of them: how bad the forbidden is beyond that decides nothing.
+
+beside V_h and Q_h as all algorithms have them (`values.safety`), and for plans
+
+    Q_h(s_t, a_{t:t+h}) = V_h(s_t) + sigma max_i A_i,     from the next state on, to V_h(s_{t+h}).
+
+A bootstrap ends where the episode terminated inside the chunk, never where it was truncated. All Q
+are learned as a state value plus an advantage; min over two critics for rewards, max for costs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from safeshield.algorithms.r2pac.chunks import Chunk, Chunks, Window, log_window
+from safeshield.algorithms.r2pac.regions import (
+    LEVEL,
+    UNSAFE,
+    CostRegion,
+    Region,
+    RegionReport,
+    SafetyRegion,
+    horizon_level,
+    plan_advantages,
+    reached_unsafe,
+    report_region,
+)
+from safeshield.nn.chunk_actors import LARGEST_WEIGHT, ChunkActor, Lesson, normal_below
+from safeshield.nn.flow import velocity_network
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.optim import adam_init, polyak
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.critics import CRITICS, Critics, phase_steps, with_networks
+from safeshield.training.log import LogTensors
+from safeshield.training.loop import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    Update,
+    descend,
+    learning_rate,
+)
+from safeshield.training.safety import SafetyLog, critic_rates, flow_update, stages
+from safeshield.values.backup import chunk_safety_target
+from safeshield.values.reward import RewardBatch, RewardCritics
+from safeshield.values.safety import VALUE_NETWORKS
+from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN
+
+if TYPE_CHECKING:
+    from safeshield.algorithms.r2pac.agent import R2PACConfig
+
+ACTOR = "actor"
+_LOOK_EVERY = 500
+"""Updates of the critics between two looks at the whole log."""
+_LEAST = 4.0
+"""Standard deviations below the best at which penalised chunks are no longer told apart."""
+
+
+class Fitting(NamedTuple):
+    """What chunk critics are fitted to."""
+
+    critics: RewardCritics
+    batch: RewardBatch
+    expectile: float
+    allowed: Tensor | None = None
+    """(batch,) 1 where the state counts for V; all by default."""
+    typical: Tensor | None = None
+    """(batch,) 1 where the chunk counts for the unit of A; all by default."""
+    least: float | None = None
+    """Of A's targets."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a log and a configuration fix besides the weights: spaces, widths, units."""
+
+    observation_space: gym.Space[Any]
+    action_space: gym.spaces.Box
+    scaling: Scaling
+    critics: Critics
+    """Its reward critics are of chunks."""
+    chunk: int
+    """h."""
+    actor: ChunkActor
+    student_hidden: tuple[int, ...]
+    flow_hidden: tuple[int, ...]
+    costs: RewardCritics | None = None
+    """Of the return of minus the cost, over chunks; None where V_h tells the region."""
+    penalty: float = 0.0
+    """What a chunk into the unsafe region is worth, with the sign turned; in discounted reward."""
+    longest: int = 0
+    """Steps of the log's longest episode."""
+    region: RegionReport | None = None
+    """What the region came to over the log, once trained."""
+
+    @property
+    def plan(self) -> EnsembleMLP:
+        """Describe A_h of chunks."""
+        safety = self.critics.safety
+        inputs = safety.observation + self.actor.width
+        return EnsembleMLP(inputs, 1, safety.hidden, safety.members)
+
+    @property
+    def student(self) -> EnsembleMLP:
+        """Describe the one-step actor: (s, z) to a chunk."""
+        width = self.actor.width
+        return EnsembleMLP(self.scaling.observation_features + width, width, self.student_hidden)
+
+    @property
+    def behaviour(self) -> EnsembleMLP:
+        """Describe the flow that imitates the log's single actions, for the shield's tests."""
+        features = self.scaling.observation_features, self.scaling.action_features
+        return velocity_network(*features, self.flow_hidden)
+
+    def critic_parts(self) -> dict[str, EnsembleMLP]:
+        """Describe the networks of the first phase."""
+        costs = {} if self.costs is None else self.costs.parts()
+        return {**self.critics.parts(), PLAN: self.plan, **costs}
+
+    def actor_parts(self) -> dict[str, EnsembleMLP]:
+        """Describe the networks of the others."""
+        return {ACTOR: self.actor.network, FALLBACK: self.student, BEHAVIOUR: self.behaviour}
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """Describe every network."""
+        return {**self.critic_parts(), **self.actor_parts()}
+
+    def units(self) -> dict[str, Any]:
+        """Return the critics' units, and what was read off the log, as JSON."""
+        costs, region = self.costs, self.region
+        return {
+            **self.critics.units(),
+            "cost_scale": None if costs is None else costs.spread,
+            "penalty": self.penalty,
+            "longest": self.longest,
+            "region": None if region is None else region._asdict(),
+        }
+
+
+def region_of(model: Architecture, config: R2PACConfig) -> Region:
+    """Return what tells the unsafe states, as the configuration says."""
+    margin = config.margin_of(model.critics.safety)
+    if model.costs is None:
+        return SafetyRegion(model.critics.safety, model.plan, margin)
+    most = math.inf
+    if config.cost_limit is not None:
+        most = horizon_level(config.cost_limit, model.longest, config.discount)
+    quantile = config.quantile if config.region == "quantile" else None
+    return CostRegion(model.costs, margin, quantile, most)
+
+
+@dataclass(eq=False)
+class R2PACRun:
+    """One call of fit: the updates of its phases, closed over the log."""
+
+    model: Architecture
+    log: LogTensors
+    config: R2PACConfig
+    steps: int
+
+    def __post_init__(self) -> None:
+        config, model = self.config, self.model
+        self.chunks = Chunks(self.log, model.chunk)
+        self.margin = config.margin_of(model.critics.safety)
+        self.region = region_of(model, config)
+        self._safety = SafetyLog(model.critics.safety, self.log)
+        # One stage's windows at a time: all at once would be as large as the log.
+        self._window = lru_cache(maxsize=1)(self._safety.batches)
+        self._shares = phase_steps(self.steps, config.phase_shares)
+        self._label_below = normal_below(config.label_dropout)
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Draw all weights."""
+        model = self.model
+        critics = {name: part.init(generator) for name, part in model.critic_parts().items()}
+        zero = torch.zeros((), device=generator.device)
+        reaches = (self.log.next_constraints > -self.margin).to(torch.uint8)
+        scales = {"reward": zero + model.critics.reward.spread, UNSAFE: reaches}
+        if model.costs is not None:
+            level = self.region.most if isinstance(self.region, CostRegion) else 0.0
+            scales |= {"cost": zero + model.costs.spread, LEVEL: zero + level}
+        state = TrainState(
+            networks=critics,
+            targets=critics,
+            moments={CRITICS: adam_init(critics)},
+            scales=scales,
+            near=torch.zeros(0, dtype=torch.int64, device=generator.device),
+        )
+        return with_networks(state, model.actor_parts(), generator)
+
+    def phases(self) -> list[Phase]:
+        """List what to do, in order."""
+        size, near = self.config.batch_size, self.config.near_share
+        critics, actor, student = self._shares
+        return [
+            *(
+                Phase(
+                    f"{CRITICS} {i + 1}",
+                    count,
+                    self.critic_update(*windows),
+                    size,
+                    near,
+                    self._look,
+                    _LOOK_EVERY,
+                )
+                for i, (count, *windows) in enumerate(
+                    stages(
+                        critics, self.config.safety_backup_steps, self.config.reward_backup_steps
+                    )
+                )
+            ),
+            # The critics stand still from here on: one look at the log.
+            Phase(ACTOR, actor, self._actor(), size, refresh=self._settle, refresh_every=actor),
+            Phase("student", student, self._student, size),
+        ]
+
+    # -- critics ------------------------------------------------------------------------------
+
+    def _look(self, state: TrainState, generator: torch.Generator) -> TrainState:
+        """Find the states near V_h = 0, and read the region's level anew."""
+        state = self._safety.refresh(state, generator)
+        return self._mark(self.region.read_level(state, self.log, generator))
+
+    def _mark(self, state: TrainState) -> TrainState:
+        reaches = reached_unsafe(self.region, state, self.log)
+        return state._replace(scales={**state.scales, UNSAFE: reaches})
+
+    def _settle(self, state: TrainState, generator: torch.Generator) -> TrainState:
+        state = self._mark(self.region.read_level(state, self.log, generator))
+        self.check_region(report_region(self.region, state, self.log, self.margin))
+        return state
+
+    def check_region(self, report: RegionReport) -> None:
+        """Refuse a region that leaves nothing to learn from.
+
+        Warns:
+            UserWarning: it holds nothing but states that violate by themselves.
+
+        Raises:
+            ValueError: it holds every state of the log, or none.
+        """
+        told, setting = f"V_h > {report.level:g}", "margin"
+        if isinstance(self.region, CostRegion):
+            told, setting = f"V_c > {report.level:g}, from cost_limit", "cost_limit"
+            if report.level < self.region.most:
+                told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
+                setting = "quantile"
+        way = "raise" if report.unsafe_share == 1.0 else "lower"
+        repair = f"train longer, or {'change' if setting == 'margin' else way} {setting}"
+        if not 0.0 < report.unsafe_share < 1.0:
+            how = "all" if report.unsafe_share else "none"
+            raise ValueError(
+                f"the unsafe region ({told}) holds {how} of the log's states, of which "
+                f"{report.violating_share:.1%} violate by themselves: {repair}"
+            )
+        if report.unsafe_share == report.violating_share:
+            warnings.warn(
+                f"the unsafe region ({told}) holds nothing but the {report.violating_share:.1%} of "
+                f"the log's states that violate by themselves: nothing is foreseen; {repair}",
+                stacklevel=2,
+            )
+
+    def critic_update(self, window: int, reward_steps: int) -> Update:
+        """Return one update of all critics, with windows of these lengths in the targets."""
+        config, model = self.config, self.model
+        names = tuple(model.critic_parts())
+        costs = () if model.costs is None else model.costs.names[:1]
+        values = (*VALUE_NETWORKS, model.critics.reward.names[0], *costs)
+        total = self._shares[0]
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            chunk = self._chunk(draw)
+            safety_batch = self._window(window)(draw.rows)
+            batches = self.chunk_batches(state, chunk, reward_steps)
+            seen: dict[str, Tensor] = {}
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                value, metrics = model.critics.safety.losses(
+                    networks,
+                    state.targets,
+                    safety_batch,
+                    expectile=config.safety_expectile,
+                    one_step=window == 1,
+                )
+                plan, more = self._plan_loss(networks, state.targets, chunk)
+                value, metrics = value + plan, {**metrics, **more}
+                for kind, fitting in batches.items():
+                    part, seen[kind], more = fitting.critics.losses(
+                        networks,
+                        state.targets,
+                        fitting.batch,
+                        state.scales[kind],
+                        discount=config.discount**model.chunk,
+                        expectile=fitting.expectile,
+                        one_step=reward_steps <= model.chunk,
+                        allowed=fitting.allowed,
+                        typical=fitting.typical,
+                        least=fitting.least,
+                    )
+                    value, metrics = value + part, {**metrics, **more}
+                return value, metrics
+
+            count = state.moments[CRITICS].updates
+            rates = critic_rates(config.learning_rate, count, total, names, values)
+            state, metrics = descend(state, CRITICS, names, loss, rates)
+            moved = {k: torch.lerp(state.scales[k], v, config.polyak) for k, v in seen.items()}
+            return (
+                state._replace(
+                    targets=polyak(state.targets, state.networks, config.polyak),
+                    scales={**state.scales, **moved},
+                ),
+                metrics,
+            )
+
+        return update
+
+    def _chunk(self, draw: Draw) -> Chunk:
+        """Return the batch's chunks; what pads them is drawn anew each time."""
+        return self.chunks.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
+
+    def chunk_batches(self, state: TrainState, chunk: Chunk, steps: int) -> dict[str, Fitting]:
+        """Return what the chunk critics are fitted to, rewards and costs.
+
+        Args:
+            state: holds which transitions reach the unsafe region.
+            chunk: the batch.
+            steps: of the windows along the log that V is fitted to.
+        """
+        steps = min(steps, self.model.longest)  # beyond, a window means all of an episode
+        fitted = {"reward": self._reward_fitting(state, chunk, steps)}
+        if self.model.costs is not None:
+            fitted["cost"] = self._cost_fitting(self.model.costs, chunk, steps)
+        return fitted
+
+    def _reward_fitting(self, state: TrainState, chunk: Chunk, steps: int) -> Fitting:
+        """Fit to rewards, penalised where a chunk enters the region (eq. 14 to 16)."""
+        config, log, start = self.config, self.log, chunk.rows[:, 0]
+        rewards = chunk.discounted(log.rewards[chunk.rows], config.discount)
+        critics, expectile = self.model.critics.reward, config.reward_expectile
+        if not config.penalise:
+            window = log_window(log, start, steps, log.rewards, config.discount)
+            batch = self._batch(chunk, rewards, chunk.terminated, window)
+            return Fitting(critics, batch, expectile)
+        unsafe, worth = state.scales[UNSAFE].bool(), -self.model.penalty
+        fails = chunk.any(unsafe[chunk.rows])
+        if config.region_test == "end":
+            fails = unsafe[chunk.end]
+        window = log_window(log, start, steps, log.rewards, config.discount, unsafe, worth)
+        batch = self._batch(
+            chunk, torch.where(fails, worth, rewards), chunk.terminated | fails, window
+        )
+        with torch.no_grad():
+            inside = self.region.unsafe(state, chunk.observations, log.constraints[start])
+        safe = (~inside).to(rewards.dtype)
+        return Fitting(
+            critics,
+            batch,
+            expectile,
+            allowed=safe if config.recover else None,
+            typical=safe * ~fails,
+            least=-_LEAST,
+        )
+
+    def _cost_fitting(self, critics: RewardCritics, chunk: Chunk, steps: int) -> Fitting:
+        """Fit to minus the violating steps (eq. 10, 11)."""
+        config, log, start = self.config, self.log, chunk.rows[:, 0]
+        pays = -(log.next_constraints > -self.margin).to(log.rewards.dtype)
+        costs = chunk.discounted(pays[chunk.rows], config.discount)
+        window = log_window(log, start, steps, pays, config.discount)
+        batch = self._batch(chunk, costs, chunk.terminated, window)
+        return Fitting(critics, batch, config.cost_expectile)
+
+    def _batch(
+        self, chunk: Chunk, rewards: Tensor, terminated: Tensor, window: Window
+    ) -> RewardBatch:
+        return RewardBatch(
+            observations=chunk.observations,
+            actions=chunk.actions,
+            next_observations=self.log.next_observations[chunk.end],
+            rewards=rewards,
+            terminated=terminated,
+            window_rewards=window.total,
+            window_slope=window.slope,
+            window_observations=self.log.next_observations[window.end],
+        )
+
+    def _plan_loss(
+        self, networks: Networks, targets: Networks, chunk: Chunk
+    ) -> tuple[Tensor, Metrics]:
+        """Fit A_h of chunks to what they lead to."""
+        log, safety = self.log, self.model.critics.safety
+        with torch.no_grad():
+            start, end = chunk.rows[:, 0], chunk.end
+            here = safety.log_value(targets, chunk.observations, log.constraints[start])
+            after = safety.log_value(targets, log.next_observations[end], log.next_constraints[end])
+            goal = chunk_safety_target(
+                log.next_constraints[chunk.rows],
+                chunk.inside,
+                chunk.terminated,
+                after,
+                safety.discount,
+            )
+            residual = (goal - here) / safety.scale.step
+        advantage = plan_advantages(self.model.plan, networks, chunk.observations, chunk.actions)
+        loss = (advantage - residual).square().mean(1).sum()
+        return loss, {"safety/plan_loss": loss.detach()}
+
+    # -- actors -------------------------------------------------------------------------------
+
+    def lesson(self, state: TrainState, draw: Draw) -> tuple[Lesson, Metrics]:
+        """Label and weigh the batch's chunks (eq. 18, 40)."""
+        config, log, model = self.config, self.log, self.model
+        chunk = self._chunk(draw)
+        with torch.no_grad():
+            seen, targets = chunk.observations, state.targets
+            gain = model.critics.reward.advantages(targets, seen, chunk.actions).amin(0)
+            worse = self.region.worse(targets, seen, chunk.actions)
+            unsafe = self.region.unsafe(state, seen, log.constraints[chunk.rows[:, 0]])
+            unsafe = unsafe & config.recover
+            good = torch.where(unsafe, worse <= 0, gain >= 0)
+            urge = torch.where(
+                unsafe, -config.safety_temperature * worse, config.reward_temperature * gain
+            )
+            counts = chunk.inside[..., None].expand(-1, -1, log.actions.shape[1]).flatten(1)
+        lesson = Lesson(
+            observations=seen,
+            chunks=chunk.actions,
+            counts=counts.to(draw.noise.dtype),
+            good=good,
+            weights=urge.exp().clamp(max=LARGEST_WEIGHT),
+            noise=draw.noise[:, :-1],
+            time=draw.time,
+            dropped=draw.noise[:, -1] < self._label_below,
+        )
+        return lesson, {
+            "actor/unsafe_share": unsafe.float().mean(),
+            "actor/good_share": good.float().mean(),
+        }
+
+    def _actor(self) -> Update:
+        model, total, rate = self.model, self._shares[1], self.config.learning_rate
+        behaviour = flow_update(BEHAVIOUR, model.behaviour, self.log, rate, total)
+        width = model.scaling.action_features
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            lesson, told = self.lesson(state, draw)
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return model.actor.loss(networks[ACTOR], lesson)
+
+            state, metrics = self._descend(state, ACTOR, loss, total)
+            state, more = behaviour(state, draw._replace(noise=draw.noise[:, :width]))
+            return state, {**metrics, **told, **more}
+
+        return update
+
+    def _student(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        """Distil the actor: from the same noise to the same chunk, in one step."""
+        model, noise = self.model, draw.noise[:, :-1]
+        observations = self.log.observations[draw.rows]
+        with torch.no_grad():
+            taught = model.actor.sample(state.networks[ACTOR], observations, noise)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            drawn = model.student(networks[FALLBACK], torch.cat([observations, noise], -1))[0]
+            value = (drawn - taught).square().sum(-1).mean()
+            return value, {"student/distance_to_actor": value.detach()}
+
+        return self._descend(state, FALLBACK, loss, self._shares[2])
+
+    def _descend(
+        self,
+        state: TrainState,
+        name: str,
+        loss: Callable[[Networks], tuple[Tensor, Metrics]],
+        total: int,
+    ) -> tuple[TrainState, Metrics]:
+        rate = learning_rate(self.config.learning_rate, state.moments[name].updates, total)
+        return descend(state, name, (name,), loss, {name: rate})

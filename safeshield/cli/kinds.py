@@ -1,0 +1,189 @@
+"""What a file is and holds, told from its header; and agents of Stable-Baselines3 from theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safeshield.files.tensors import AGENT, FORMATS, SHIELD, TensorFile, read_tensors
+
+if TYPE_CHECKING:
+    from safeshield.data.card import DatasetCard
+    from safeshield.data.dataset import OfflineDataset
+
+LOG = "log"
+_LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
+# How other files begin that people have at hand.
+_OTHERS = {
+    b"\x89PNG": "a picture (PNG)",
+    b"PK\x03\x04": "a zip file: a model of Stable-Baselines3 goes to safeshield evaluate, with "
+    "--trust; a log in this form must be named .npz",
+    b"\x89HDF": "an HDF5 file; a log must be named .hdf5 or .h5",
+    b"%PDF": "a PDF file",
+    b"\x1f\x8b": "a gzip file",
+}
+# A setting that only this algorithm of Stable-Baselines3 has, in its zip's JSON.
+_SB3_MARKS = {
+    "PPO": "clip_range",
+    "SAC": "target_entropy",
+    "TD3": "target_policy_noise",
+    "A2C": "normalize_advantage",
+}
+
+
+def file_kind(path: str | os.PathLike[str]) -> str:
+    """Return "agent", "shield", "checkpoint" or "log".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of them, or a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give a file in it")
+    if Path(path).suffix.lower() in _LOG_SUFFIXES:
+        return LOG
+    return _open(path)[0]
+
+
+def with_article(kind: str) -> str:
+    """Return "an agent", "a shield", "a checkpoint" or "a log"."""
+    return f"an {kind}" if kind == AGENT else f"a {kind}"
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file holds as JSON values, in a readable order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or neither agent, shield, checkpoint nor log.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _LOG_SUFFIXES:
+        from safeshield.data.card import card_of
+        from safeshield.data.dataset import OfflineDataset
+
+        log = OfflineDataset.load(path)
+        return describe_log(log, card_of(log, file=path))
+    kind, file = _open(path)
+    if kind == SHIELD:
+        return {"kind": kind, **_describe_shield(path), **_size(file)}
+    if kind == AGENT:
+        return {"kind": kind, **_describe_agent(path), **_size(file)}
+    return {"kind": kind, **_describe_checkpoint(file.header), **_size(file)}
+
+
+def describe_log(log: OfflineDataset, card: DatasetCard) -> dict[str, Any]:
+    """Return a log's card and how it was made, as JSON values."""
+    made = {} if log.provenance is None else {"provenance": dict(log.provenance)}
+    return {"kind": LOG, **card.to_json(), **made}
+
+
+def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN401
+    """Load an agent of Stable-Baselines3, of the algorithm that its zip's JSON shows.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not trusted, or of no algorithm that acts in a Box (PPO, A2C, SAC, TD3).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not trust:
+        raise ValueError(
+            f"{path}: loading a Stable-Baselines3 zip unpickles it, which runs whatever its maker "
+            "put in it; pass --trust if you know where it comes from"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            settings = json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a zip file of Stable-Baselines3: {error}") from error
+    import stable_baselines3
+
+    for name, mark in _SB3_MARKS.items():
+        if mark in settings:
+            return getattr(stable_baselines3, name).load(path, device="cpu")
+    raise ValueError(f"{path} must hold one of {list(_SB3_MARKS)}; load it in a script instead")
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with Path(path).open("rb") as stream:
+        begins = stream.read(8)
+    for signature, what in _OTHERS.items():
+        if begins.startswith(signature):
+            raise ValueError(f"{path} is no file of safeshield's but {what}")
+    try:
+        file = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of safeshield's, or is damaged: {error}") from error
+    known = FORMATS.get(file.header["format"])
+    if known is None:
+        raise ValueError(
+            f"{path} is a {file.header['format']!r:.60}, which this release does not know; a newer "
+            "one may"
+        )
+    return known[0], file
+
+
+def _describe_shield(path: Path) -> dict[str, Any]:
+    from safeshield.shield.replacement import describe as describe_replacement
+    from safeshield.shield.shield import Shield
+
+    shield = Shield.load(path)
+    record = shield.record
+    return {
+        "trained_by": shield.trained_by,
+        "observation_space": str(shield.observation_space),
+        "action_space": str(shield.action_space),
+        "delta": shield.delta,
+        "replacement": describe_replacement(shield.replacement) or "NearestAcceptable()",
+        "calibrated": record is not None,
+        "promise": "none: not calibrated" if record is None else record.promise,
+        "record": None if record is None else record.to_json(),
+        "support": None if shield.support is None else shield.support.record.promise,
+    }
+
+
+def _describe_checkpoint(header: dict[str, Any]) -> dict[str, Any]:
+    # Files of earlier releases tell the updates alone.
+    run = header.get("run")
+    if not isinstance(run, dict):
+        return {"updates_done": header.get("done")}
+    return {
+        "algorithm": run.get("algorithm"),
+        "updates_done": header.get("done"),
+        "updates_in_all": run.get("steps"),
+        "phase": header.get("phase"),
+        "log": run.get("log"),
+        "config": run.get("config"),
+    }
+
+
+def _describe_agent(path: Path) -> dict[str, Any]:
+    from safeshield.training.registry import load_agent
+
+    agent = load_agent(path)
+    return {
+        "algorithm": type(agent).__name__,
+        "observation_space": str(agent.observation_space),
+        "action_space": str(agent.action_space),
+        "config": dataclasses.asdict(agent.config),
+        **agent.diagnostics(),
+    }
+
+
+def _size(file: TensorFile) -> dict[str, Any]:
+    import math
+
+    numbers = sum(math.prod(shape) for shape in file.shapes.values())
+    return {
+        "tensors": len(file.shapes),
+        "numbers": numbers,
+        "bytes": file.path.stat().st_size,
+    }

@@ -1,0 +1,52 @@
+"""The field's protocol: normalised return and cost, safe or unsafe, interquartile means, tables.
+
+DSRL (Liu et al. 2024, "Datasets and Benchmarks for Offline Safe Reinforcement Learning") scores the
+return R and the cost C of an episode, both undiscounted sums, by the least and the greatest return
+of the task's log and by a cost limit::
+
+    normalised return = (R - least) / (greatest - least)
+    normalised cost   = (C + e) / (limit + e)        e = 1 where the limit is 0, else 0
+
+An agent is safe where its normalised cost, the mean over seeds and episodes, is at most 1. One seed
+is a run; over the runs of several tasks the mean of the middle half is told with an interval
+(Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice").
+"""
+
+from safeshield.evaluation.across_tasks import (
+    Aggregate,
+    aggregate,
+    interquartile_mean,
+    stratified_interval,
+)
+from safeshield.evaluation.episodes import Evaluation, Saboteur, evaluate, format_table
+from safeshield.evaluation.field import EPISODES, SEEDS, field_score, play
+from safeshield.evaluation.scores import (
+    COST_LIMIT,
+    FieldScore,
+    ReferenceReturns,
+    Run,
+    normalised_cost,
+)
+from safeshield.evaluation.tables import describe_score, format_scores
+
+__all__ = [
+    "COST_LIMIT",
+    "EPISODES",
+    "SEEDS",
+    "Aggregate",
+    "Evaluation",
+    "FieldScore",
+    "ReferenceReturns",
+    "Run",
+    "Saboteur",
+    "aggregate",
+    "describe_score",
+    "evaluate",
+    "field_score",
+    "format_scores",
+    "format_table",
+    "interquartile_mean",
+    "normalised_cost",
+    "play",
+    "stratified_interval",
+]

@@ -1,0 +1,164 @@
+"""Scores as text: tables as the papers print them, and one score in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.evaluation.across_tasks import aggregate, interquartile_mean, stratified_interval
+from safeshield.evaluation.episodes import Interval
+from safeshield.evaluation.scores import FieldScore
+
+Markup = Literal["text", "markdown"]
+LEGEND = (
+    "normalised return / normalised cost; in parentheses: unsafe, a cost above 1; "
+    "*: the highest return of the safe"
+)
+
+
+def format_scores(scores: Sequence[FieldScore], *, markup: Markup = "text") -> str:
+    """Return a table as the papers print it: a row a task, a column an agent.
+
+    Safe agents stand as they are (in Markdown: bold), unsafe ones, which the papers print in grey,
+    in parentheses; the safe agent with the highest return has a star. Below several tasks stand,
+    for agents that were tried on all of them, the mean, the interquartile mean with its interval,
+    and the number of tasks on which they are safe.
+
+    Args:
+        scores: at most one of each agent on each task; those of a task share limit and references.
+        markup: "text" or "markdown".
+
+    Raises:
+        ValueError: none, or scores that do not belong in one table.
+    """
+    if markup not in ("text", "markdown"):
+        raise ValueError(f"markup must be 'text' or 'markdown', got {markup!r}")
+    grid = _grid(scores)
+    agents = list(dict.fromkeys(score.agent for score in scores))
+    rows = [["task", "limit", *agents]]
+    for task, cells in grid.items():
+        limit = next(iter(cells.values())).cost_limit
+        safe = [score.normalised_return for score in cells.values() if score.safe]
+        rows.append(
+            [
+                task,
+                f"{limit:g}",
+                *(_cell(cells.get(agent), max(safe, default=None), markup) for agent in agents),
+            ]
+        )
+    if len(grid) > 1:
+        rows += _totals(grid, agents, markup)
+    return _lines(rows, markup) + f"\n\n{LEGEND.replace('*', _star(markup))}"
+
+
+def describe_score(score: FieldScore) -> str:
+    """Return a score in a few lines: task, runs, return, cost and verdict."""
+    returns, costs = score.run_returns[:, None], score.run_costs[:, None]
+    raw = [np.mean([run.returns for run in score.runs]), np.mean([run.costs for run in score.runs])]
+    seeds = ", ".join(str(run.seed) for run in score.runs)
+    seeds = f"seeds {seeds}" if len(score.runs) > 1 else f"seed {seeds}"
+    spread = "trained with these seeds" if score.trained_apart else "of one agent"
+    runs = "1 run" if len(score.runs) == 1 else f"{len(score.runs)} runs"
+    lines = [
+        f"task      {score.task}, cost limit {score.cost_limit:g}, reference returns "
+        f"{score.references.least:.6g} and {score.references.greatest:.6g}",
+        f"agent     {score.agent}, {runs} {spread} ({seeds}) of "
+        f"{len(score.runs[0].returns)} episodes",
+        f"return    {raw[0]:.6g}; normalised {score.normalised_return:.3f}{_middle(returns)}",
+        f"cost      {raw[1]:.6g}; normalised {score.normalised_cost:.3f}{_middle(costs)}",
+    ]
+    if score.intervention_rate is not None:
+        lines.append(f"replaced  {score.intervention_rate:.1%} of the actions")
+    verdict = "safe: at most 1" if score.safe else "unsafe: above 1"
+    lines.append(f"verdict   normalised cost {score.normalised_cost:.3f}, {verdict}")
+    return "\n".join(lines)
+
+
+def _grid(scores: Sequence[FieldScore]) -> dict[str, dict[str, FieldScore]]:
+    if not scores:
+        raise ValueError("scores must hold at least one FieldScore, got none")
+    grid: dict[str, dict[str, FieldScore]] = {}
+    for score in scores:
+        cells = grid.setdefault(score.task, {})
+        if score.agent in cells:
+            raise ValueError(f"{score.agent} has two scores on {score.task}; name them apart")
+        other = next(iter(cells.values()), score)
+        if (other.cost_limit, other.references) != (score.cost_limit, score.references):
+            raise ValueError(
+                f"scores on {score.task} must share cost limit and reference returns, got "
+                f"{other.cost_limit:g}, {other.references} and {score.cost_limit:g}, "
+                f"{score.references}"
+            )
+        cells[score.agent] = score
+    return grid
+
+
+def _totals(
+    grid: Mapping[str, Mapping[str, FieldScore]], agents: Sequence[str], markup: Markup
+) -> list[list[str]]:
+    means, middles, safes = ["mean", ""], ["interquartile mean", ""], ["safe on", ""]
+    for agent in agents:
+        found = [cells[agent] for cells in grid.values() if agent in cells]
+        if len(found) < len(grid) or len({len(score.runs) for score in found}) > 1:
+            for row in (means, middles, safes):
+                row.append("-")
+            continue
+        total = aggregate(found)
+        means.append(_marked(total.mean_return, total.mean_cost, total.safe, "", markup))
+        middles.append(
+            f"{total.iqm_return:.2f}{_interval(total.return_interval, 2)} / "
+            f"{total.iqm_cost:.2f}{_interval(total.cost_interval, 2)}"
+        )
+        safes.append(f"{total.safe_tasks} of {len(grid)}")
+    return [means, middles, safes]
+
+
+def _cell(score: FieldScore | None, best: float | None, markup: Markup) -> str:
+    if score is None:
+        return "-"
+    star = _star(markup) if score.safe and score.normalised_return == best else ""
+    return _marked(score.normalised_return, score.normalised_cost, score.safe, star, markup)
+
+
+def _marked(reward: float, cost: float, safe: bool, star: str, markup: Markup) -> str:
+    text = f"{reward:.2f}{star} / {cost:.2f}"
+    if not safe:
+        return f"({text})"
+    return f"**{text}**" if markup == "markdown" else text
+
+
+def _star(markup: Markup) -> str:
+    return r"\*" if markup == "markdown" else "*"
+
+
+def _lines(rows: Sequence[Sequence[str]], markup: Markup) -> str:
+    if markup == "markdown":
+        ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+        return "\n".join("| " + " | ".join(row) + " |" for row in ruled)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _middle(scores: npt.NDArray[np.float64]) -> str:
+    """What several runs show beyond their mean."""
+    if len(scores) == 1:
+        return ""
+    interval = _interval(stratified_interval(scores), 3)
+    return f"; interquartile mean of the runs {interquartile_mean(scores):.3f}{interval}"
+
+
+def _interval(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    return f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"

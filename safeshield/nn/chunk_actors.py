@@ -1,0 +1,133 @@
+r"""What imitates the good chunks of a log, three ways; all draw a chunk from noise z ~ N(0, I).
+
+- "guided": one velocity field with labels good, not good and none; it is followed beyond the good
+  ones (`nn.guided`; eq. 18 to 21).
+- "awr_flow": a velocity field without labels, good chunks weigh more (eq. 41).
+- "awr_gaussian": a Gaussian of diagonal covariance, weighed alike (eq. 40).
+
+Good means, with A_r of the penalised reward critic and A_c of the cost critic (eq. 18):
+
+    safe state:     o = 1{A_r >= 0},     weight min(exp(b_r A_r), 100)
+    unsafe state:   o = 1{A_c <= 0},     weight min(exp(-b_c A_c), 100)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from safeshield.nn.forward import Weights, forward, layers
+from safeshield.nn.guided import LABELS, guided_loss, guided_network, guided_sample
+from safeshield.nn.guided_forward import guided_actions
+from safeshield.nn.mlp import EnsembleMLP, Params
+from safeshield.training.loop import Metrics
+
+LARGEST_WEIGHT = 100.0
+_LOG_SPREAD = (-4.0, 0.5)
+"""Bounds of the Gaussian's log standard deviation, in half widths of the action box."""
+_Float = npt.NDArray[np.float32]
+Kind = Literal["guided", "awr_flow", "awr_gaussian"]
+
+
+class Lesson(NamedTuple):
+    """A batch of chunks to imitate, with all randomness drawn outside."""
+
+    observations: Tensor
+    """(batch, obs) normalised."""
+    chunks: Tensor
+    """(batch, h * act) in [-1, 1]."""
+    counts: Tensor
+    """(batch, h * act) 1 for actions that were taken, 0 for padding."""
+    good: Tensor
+    """(batch,) bool: o."""
+    weights: Tensor
+    """(batch,) how much a chunk counts where it is weighed."""
+    noise: Tensor
+    """(batch, h * act) z."""
+    time: Tensor
+    """(batch, 1) uniform in [0, 1]."""
+    dropped: Tensor
+    """(batch,) bool: whether the label is left out."""
+
+
+@dataclass(frozen=True)
+class ChunkActor:
+    """One of the three, as pure functions of weights."""
+
+    kind: Kind
+    observation: int
+    width: int
+    """Entries of a chunk: h * act."""
+    hidden: tuple[int, ...]
+    steps: int
+    """Euler steps of the flows."""
+    guidance: float
+    """w of the guided flow."""
+
+    @property
+    def network(self) -> EnsembleMLP:
+        """Describe its network."""
+        if self.kind == "awr_gaussian":
+            return EnsembleMLP(self.observation, 2 * self.width, self.hidden)
+        return guided_network(self.observation, self.width, self.hidden)
+
+    @property
+    def _strength(self) -> float:
+        return self.guidance if self.kind == "guided" else 0.0
+
+    def loss(self, params: Params, lesson: Lesson) -> tuple[Tensor, Metrics]:
+        """Return the loss and what to log."""
+        weights = lesson.counts
+        if self.kind != "guided":
+            weights = weights * lesson.weights[:, None]
+        if self.kind == "awr_gaussian":
+            mean, log_spread = self._gaussian(params, lesson.observations)
+            error = (lesson.chunks - mean) * (-log_spread).exp()
+            loss = (weights * (0.5 * error.square() + log_spread)).sum(-1).mean()
+            return loss, {"actor/negative_log_likelihood": loss.detach()}
+        labels = torch.zeros_like(lesson.time).expand(-1, LABELS)
+        if self.kind == "guided":
+            kinds = torch.stack([lesson.good, ~lesson.good], -1)
+            labels = (kinds & ~lesson.dropped[:, None]).to(lesson.time.dtype)
+        loss = guided_loss(
+            self.network,
+            params,
+            lesson.observations,
+            lesson.chunks,
+            lesson.noise,
+            lesson.time,
+            labels,
+            weights,
+        )
+        return loss, {"actor/flow_matching_loss": loss.detach()}
+
+    def sample(self, params: Params, observations: Tensor, noise: Tensor) -> Tensor:
+        """Return chunks (n, h * act) in [-1, 1] for noise (n, h * act)."""
+        if self.kind == "awr_gaussian":
+            mean, log_spread = self._gaussian(params, observations)
+            return (mean + log_spread.exp() * noise).clamp(-1.0, 1.0)
+        return guided_sample(self.network, params, observations, noise, self.steps, self._strength)
+
+    def _gaussian(self, params: Params, observations: Tensor) -> tuple[Tensor, Tensor]:
+        raw = self.network(params, observations)[0]
+        mean, log_spread = raw.chunk(2, -1)
+        return mean.tanh(), log_spread.clamp(*_LOG_SPREAD)
+
+    def draw(self, weights: Weights, inputs: _Float, noise: _Float) -> _Float:
+        """`sample` on NumPy arrays."""
+        if self.kind == "awr_gaussian":
+            mean, log_spread = np.split(forward(weights, inputs)[0], 2, axis=-1)
+            spread = np.exp(np.clip(log_spread, *_LOG_SPREAD))
+            return np.asarray(np.clip(np.tanh(mean) + spread * noise, -1.0, 1.0), np.float32)
+        return guided_actions(layers(weights), inputs, noise, self.steps, self._strength)
+
+
+def normal_below(share: float) -> float:
+    """Return the number below which a standard normal draw lies with probability `share`."""
+    return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(2.0 * share - 1.0)))

@@ -1,0 +1,271 @@
+"""Collecting inside a safe set: what is proposed, what is executed, what it led to, all counted."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from stable_baselines3.common.vec_env import VecEnv
+
+from safeshield.online.entry import readable_batch
+from safeshield.online.offers import Offer, offer
+from safeshield.online.replay import Step
+from safeshield.online.safe_sets import SafeSet
+from safeshield.proposals.sources import Behaviour, log_density
+from safeshield.spaces.batches import Batch, copied, finite, take
+from safeshield.spaces.rows import FlatSpace
+
+Array = npt.NDArray[Any]
+_VIOLATIONS = ("constraint", "cost")
+
+
+class OutsideSafeSetWarning(UserWarning):
+    """A behaviour proposes actions outside the safe set; they are counted and never executed."""
+
+
+class UnguardedWarning(UserWarning):
+    """No safe set is known: whatever a behaviour proposes is executed, or was learned from."""
+
+
+@dataclass
+class Tally:
+    """What happened since learning began, in single environments' steps and episodes."""
+
+    steps: int = 0
+    """Actions executed."""
+    episodes: int = 0
+    """Episodes that have ended."""
+    proposed_outside: int = 0
+    """Steps whose proposal lay outside the safe set: another action was executed."""
+    support_outside: int = 0
+    """States in which some of what the behaviour may do, or did in its draws, lies outside."""
+    nothing_admitted: int = 0
+    """Steps in states where a shield accepts nothing: its least bad action was executed."""
+    replaced: int = 0
+    """Steps in which a shield around the environment executed another action than was chosen here:
+    it judges otherwise than the safe set. What it executed is learned from."""
+    unreadable: int = 0
+    """Steps that were executed and not learned from: an observation was not finite."""
+    unsafe_steps: int = 0
+    """Steps after which ``info["constraint"] > 0`` or ``info["cost"] > 0`` (or NaN there)."""
+    unsafe_episodes: int = 0
+    """Episodes with such a step, counted as soon as it happens."""
+    labelled: bool = False
+    """Whether any info carried "constraint" or "cost": without one no violation can be seen."""
+
+
+Choose = Callable[[Batch, Offer, np.random.Generator], Array]
+"""From observations and an offer to the actions (n, act) to execute, all among what is offered."""
+
+
+class Collector:
+    """The environments, the behaviour and the safe set, one step at a time.
+
+    Args:
+        venv: of Stable-Baselines3.
+        seen: rows of observations.
+        played: rows of actions.
+        behaviour: who proposes.
+        safe_set: what may be executed; None: whatever is proposed.
+        samples: draws of mu in each state of a Box.
+        rng: of all draws.
+    """
+
+    def __init__(
+        self,
+        venv: VecEnv,
+        seen: FlatSpace,
+        played: FlatSpace,
+        behaviour: Behaviour,
+        safe_set: SafeSet | None,
+        samples: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self.venv, self._seen, self._played = venv, seen, played
+        self.behaviour, self.safe_set = behaviour, safe_set
+        self._samples, self._rng = samples, rng
+        self.tally = Tally()
+        self._violated = np.zeros(venv.num_envs, dtype=np.bool_)
+        self._observations: Batch = None
+        self._offer: Offer | None = None
+        self._warned = self._warned_replaced = False
+
+    def reset(self) -> None:
+        """Begin new episodes."""
+        self._observations = copied(self.venv.reset())
+        self._violated[:] = False
+        self._offer = self.ask(self._observations)
+
+    def ask(self, observations: Batch, rng: np.random.Generator | None = None) -> Offer:
+        """Return what the behaviour offers in n states, inside the safe set."""
+        rng = self._rng if rng is None else rng
+        return offer(self.behaviour, self.safe_set, self._played, observations, self._samples, rng)
+
+    def propose(self, observation: Batch, rng: np.random.Generator) -> Array:
+        """Return mu's own draws, cut down to the safe set: what nothing learned would do.
+
+        Args:
+            observation: one, or a batch.
+            rng: of the draws.
+
+        Raises:
+            ValueError: another shape, or NaN.
+        """
+        points, single = readable_batch(self._seen, observation)
+        actions = self._played.points(self.ask(points, rng).executed)
+        return np.asarray(actions[0]) if single else actions
+
+    def check_density(self) -> None:
+        """Raise ValueError where the behaviour's density is none, before steps are spent on it."""
+        here = self._offer
+        if here is None or self._played.discrete:  # of choices it is read in every state
+            return
+        seen = finite(self._observations)
+        drawn = self.behaviour.draw(seen, self._samples, self._rng)
+        told = log_density(self.behaviour, seen, np.asarray(drawn, np.float32))
+        if told is not None and np.isneginf(told).all():
+            raise ValueError(
+                "the behaviour's log_prob says of all of its own draws that it never makes them "
+                f"(minus infinity) in the state {take(self._observations, 0)}"
+            )
+
+    def step(self, choose: Choose | None) -> tuple[Step, Array, list[dict[str, Any]]]:
+        """Execute one action in every environment.
+
+        Args:
+            choose: what to execute of what is offered; None: the behaviour's own draw.
+
+        Returns:
+            what was experienced, the ends of episodes (n,), and the infos.
+
+        Raises:
+            RuntimeError: called before `reset`.
+            ValueError: a reward is not finite, a label no number; or what the shield around the
+                environment was given is not what was sent.
+            NoSafeActionError: rules admit nothing in a state.
+        """
+        here, before = self._offer, self._observations
+        if here is None:
+            raise RuntimeError("reset() the collector first")
+        executed = here.executed if choose is None else choose(before, here, self._rng)
+        self._count_proposals(here)
+        points = self._played.points(executed)
+        if isinstance(self._played.space, gym.spaces.Box):
+            box = self._played.space
+            points = np.clip(points.astype(box.dtype), box.low, box.high)
+        returned, rewards, dones, infos = self.venv.step(points)
+        if not np.isfinite(rewards).all():
+            raise ValueError(f"the environment returned a reward that is not finite: {rewards}")
+        executed = self._told(executed, points, infos)
+        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        terminated = dones & ~truncated
+        reached = np.array(self._seen.rows(returned, "observation")[0], np.float32)
+        for i in np.flatnonzero(dones):
+            reached[i] = self._seen.rows(infos[i]["terminal_observation"], "observation")[0][0]
+        self._observations = copied(returned)
+        self._offer = self.ask(self._observations)
+        after = self._offered_after(reached, dones, terminated)
+        self._count_outcomes(dones, infos)
+        rows = np.array(self._seen.rows(before, "observation")[0], np.float32)
+        step = Step(rows, here, executed, rewards, reached, after, terminated)
+        return self._readable(step), dones, infos
+
+    def _offered_after(self, reached: Array, dones: Array, terminated: Array) -> Offer:
+        """Return the offer in the states reached: where an episode was cut off, in its last one."""
+        after = self._offer
+        if after is None:
+            raise RuntimeError("reset() the collector first")
+        cut = np.flatnonzero(dones & ~terminated)
+        if not len(cut):
+            # Nothing is asked about a terminal state; what stands there is never read.
+            return after
+        last = self.ask(self._seen.batch(reached[cut]))
+        parts = [np.array(part) for part in after]
+        for part, more in zip(parts, last, strict=True):
+            part[cut] = more
+        return Offer(*parts)
+
+    def _told(self, executed: Array, sent: Array, infos: list[dict[str, Any]]) -> Array:
+        """Return what ran, where a shield around the environment tells."""
+        rows = np.array(executed)
+        for i, info in enumerate(infos):
+            told, given = info.get("action_executed"), info.get("action_proposed")
+            if told is None:
+                continue
+            if given is not None and not _alike(given, sent[i]):
+                raise ValueError(
+                    f"the shield around the environment was given the action {given} where "
+                    f"{sent[i]} was sent: a wrapper around it changes actions, so that nobody "
+                    "judges what runs; put it inside, SafetyShield(wrapper(env), shield)"
+                )
+            if not _alike(told, sent[i]):
+                self.tally.replaced += 1
+                self._warn_replaced(sent[i], told)
+            rows[i] = np.ravel(told)
+        return rows
+
+    def _warn_replaced(self, sent: Array, told: Array) -> None:
+        if self._warned_replaced:
+            return
+        self._warned_replaced = True
+        warnings.warn(
+            f"the shield around the environment executed {told} where {sent} was chosen: it judges "
+            "otherwise than `safe`. Such steps are counted (tally.replaced), and learned from as "
+            "executed; leave `safe` out, and the environment's own shield is asked beforehand",
+            OutsideSafeSetWarning,
+            stacklevel=5,
+        )
+
+    def _readable(self, step: Step) -> Step:
+        good = np.isfinite(step.observations).all(1) & np.isfinite(step.next_observations).all(1)
+        self.tally.unreadable += int((~good).sum())
+        return step if good.all() else step.take(np.flatnonzero(good))
+
+    def _count_proposals(self, here: Offer) -> None:
+        tally = self.tally
+        tally.steps += len(here.executed)
+        tally.nothing_admitted += int(here.lost.sum())
+        outside = (here.mass_outside > 0) & ~here.lost
+        tally.proposed_outside += int((here.outside & ~here.lost).sum())
+        tally.support_outside += int(outside.sum())
+        if outside.any() and not self._warned:
+            self._warned = True
+            at = int(outside.argmax())
+            warnings.warn(
+                f"the behaviour's support is not inside the safe set: {here.mass_outside[at]:.1%} "
+                f"of it lies outside in the state {take(self._observations, at)}. Such actions are "
+                "counted (tally.proposed_outside), never executed and never learned from; draw "
+                "from SafeSupportPolicy(shield, policy) to be rid of them",
+                OutsideSafeSetWarning,
+                stacklevel=4,
+            )
+
+    def _count_outcomes(self, dones: Array, infos: list[dict[str, Any]]) -> None:
+        tally = self.tally
+        for i, info in enumerate(infos):
+            reports = [_number(info, key) for key in _VIOLATIONS if key in info]
+            tally.labelled = tally.labelled or bool(reports)
+            # Written so that NaN counts.
+            if any(not report <= 0.0 for report in reports):
+                tally.unsafe_steps += 1
+                tally.unsafe_episodes += not self._violated[i]
+                self._violated[i] = True
+        tally.episodes += int(dones.sum())
+        self._violated[dones] = False
+
+
+def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 - actions
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    return one.size == other.size and bool(np.allclose(one.ravel(), other.ravel(), 1e-5, 1e-6))
+
+
+def _number(info: dict[str, Any], key: str) -> float:
+    value = np.asarray(info[key])
+    if value.dtype.kind not in "fiub" or value.size != 1:
+        raise ValueError(f"info[{key!r}] must be one number, got {info[key]!r:.60}")
+    return float(value.item())

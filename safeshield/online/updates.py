@@ -1,0 +1,230 @@
+"""The updates of Safe-Support Q-learning, closed over what has been experienced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.optim import polyak
+from safeshield.online.actor import Actor
+from safeshield.online.losses import (
+    ACTOR,
+    CLONE,
+    CRITIC,
+    SoftCritics,
+    Transitions,
+    actor_draws,
+    clone_loss,
+    critic_loss,
+    forward_loss,
+    reverse_loss_box,
+    reverse_loss_choices,
+)
+from safeshield.online.replay import Replay
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.scaling import Scaling
+from safeshield.training.critics import with_networks
+from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend, learning_rate
+
+Array = npt.NDArray[Any]
+DRAWS = 4
+"""Of each component of the actor, in an update of the reverse extraction; even."""
+ActorLoss = Callable[..., tuple[Tensor, Metrics]]
+"""`forward_loss`, or `reverse_loss_choices`: alike in what they take."""
+LogMu = Callable[[TrainState, Array, Array], Array]
+"""From a state, rows of observations (n, obs) and actions (n, c, act) to log mu (n, c)."""
+
+
+@dataclass(frozen=True)
+class SSQLModel:
+    """What experience and a configuration fix besides the weights: spaces, widths, units."""
+
+    seen: FlatSpace
+    played: FlatSpace
+    scaling: Scaling
+    critics: SoftCritics
+    actor: Actor
+
+    @property
+    def observation_space(self) -> gym.Space[Any]:
+        """Space of one observation."""
+        return self.seen.space
+
+    @property
+    def action_space(self) -> gym.Space[Any]:
+        """Space of one action."""
+        return self.played.space
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """Describe every network; the clone has the actor's architecture."""
+        actor = self.actor.network
+        return {CRITIC: self.critics.network, ACTOR: actor, CLONE: actor}
+
+    @property
+    def noise_features(self) -> int:
+        """Width of the noise that an update draws for each transition."""
+        return self.actor.components * DRAWS * self.played.width
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Draw all weights."""
+        near = torch.zeros(0, dtype=torch.int64, device=generator.device)
+        state = with_networks(TrainState({}, {}, {}, {}, near), self.parts(), generator)
+        # The actor begins as the clone: inside what it is about to be weighed by.
+        networks = {**state.networks, ACTOR: state.networks[CLONE]}
+        return state._replace(networks=networks, targets={CRITIC: networks[CRITIC]})
+
+
+@dataclass(frozen=True, eq=False)
+class SSQLUpdates:
+    """All updates of one run; each maps (state, draw) to (state, metrics)."""
+
+    model: SSQLModel
+    replay: Replay
+    temperature: float
+    discount: float
+    rate: float
+    """Adam's rate, at the start where it falls."""
+    polyak: float
+
+    def critics(self, total: int | None) -> Update:
+        """Stage one. `total` updates over which the rate falls; None: it stays."""
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            batch = self._batch(draw)
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return critic_loss(
+                    self.model.critics,
+                    networks,
+                    state.targets,
+                    batch,
+                    temperature=self.temperature,
+                    discount=self.discount,
+                )
+
+            state, metrics = descend(
+                state, CRITIC, (CRITIC,), loss, self._rates(state, CRITIC, total)
+            )
+            targets = polyak(state.targets, state.networks, self.polyak)
+            return state._replace(targets=targets), metrics
+
+        return update
+
+    def clone(self, total: int) -> Update:
+        """Stage two, first: imitate what mu offers."""
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            support = self._batch(draw).here
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return clone_loss(self.model.actor, networks[CLONE], support)
+
+            return descend(state, CLONE, (CLONE,), loss, self._rates(state, CLONE, total))
+
+        return update
+
+    def forward(self, total: int) -> Update:
+        """Stage two: the actor by the weighted likelihood of mu's draws."""
+        return self._towards_induced(forward_loss, total)
+
+    def reverse_choices(self, total: int) -> Update:
+        """Stage two: the actor by KL(pi || pi*), summed over all choices."""
+        return self._towards_induced(reverse_loss_choices, total)
+
+    def _towards_induced(self, distance: ActorLoss, total: int) -> Update:
+        """Return the update that brings the actor nearer to pi* on what mu offers."""
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            support = self._batch(draw).here
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return distance(
+                    self.model.actor,
+                    networks[ACTOR],
+                    self.model.critics,
+                    state.targets,
+                    support,
+                    temperature=self.temperature,
+                )
+
+            return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
+
+        return update
+
+    def reverse_box(self, total: int, log_mu: LogMu) -> Update:
+        """Stage two: the actor by its own draws, which mu's density judges."""
+        model = self.model
+        act = model.played.width
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            seen = self._batch(draw).here.observations
+            uniform = torch.special.ndtr(draw.noise).reshape(len(seen), -1, act)
+            with torch.no_grad():
+                actions = actor_draws(model.actor, state.networks[ACTOR], seen, uniform)
+            raw = self.replay.column("observations")[draw.rows.cpu().numpy()]
+            judged = log_mu(state, raw, model.scaling.to_box(actions.cpu().numpy()))
+            likely = torch.tensor(judged, dtype=seen.dtype, device=seen.device)
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return reverse_loss_box(
+                    model.actor,
+                    networks[ACTOR],
+                    model.critics,
+                    state.targets,
+                    seen,
+                    uniform,
+                    likely,
+                    temperature=self.temperature,
+                )
+
+            return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
+
+        return update
+
+    def _batch(self, draw: Draw) -> Transitions:
+        rows = draw.rows.cpu().numpy()
+        return self.replay.transitions(rows, self.model.scaling, draw.rows.device)
+
+    def _rates(self, state: TrainState, name: str, total: int | None) -> Mapping[str, Tensor]:
+        count = state.moments[name].updates
+        if total is None:
+            return {name: torch.full_like(count, self.rate)}
+        return {name: learning_rate(self.rate, count, total)}
+
+
+def units_of_returns(
+    rewards: Array, ends: Array, terminated: Array, discount: float, columns: int
+) -> tuple[float, float]:
+    """Return mean and standard deviation of the discounted returns-to-go.
+
+    An episode that was cut off goes on with the mean reward for ever, as far as its size matters.
+
+    Args:
+        rewards: (N,), of `columns` environments in turn.
+        ends: (N,) where an episode ended.
+        terminated: (N,) where it ended for good.
+        discount: g.
+        columns: number of environments.
+
+    >>> units_of_returns(np.ones(4), np.zeros(4, bool), np.zeros(4, bool), 0.5, 1)
+    (2.0, 1e-06)
+    """
+    rest = float(rewards.mean()) / (1.0 - discount)
+    returns = np.empty(len(rewards))
+    value = np.full(columns, rest)
+    for start in range(len(rewards) - columns, -1, -columns):
+        part = slice(start, start + columns)
+        value = np.where(ends[part], np.where(terminated[part], 0.0, rest), value)
+        value = rewards[part] + discount * value
+        returns[part] = value
+    spread = float(returns.std())
+    return float(returns.mean()), spread if math.isfinite(spread) and spread > 1e-6 else 1e-6

@@ -1,0 +1,1 @@
+"""Policies that propose actions for exploration: uniform, of the log, of a table, of a user."""

@@ -1,0 +1,80 @@
+"""A behaviour's clone: a network that draws as it does, and knows its density."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from safeshield.nn.mixture import draw_each
+from safeshield.nn.mlp import Params
+from safeshield.online.actor import Actor
+from safeshield.proposals.choices import choice_index, draw_choices
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.scaling import Scaling
+
+Array = npt.NDArray[Any]
+
+
+class ClonedBehaviour:
+    """An `Actor` with its weights as a behaviour: what `clone` and `fit` make.
+
+    Args:
+        seen: rows of observations.
+        played: rows of actions.
+        scaling: units.
+        actor: the network.
+        params: its weights.
+    """
+
+    def __init__(
+        self, seen: FlatSpace, played: FlatSpace, scaling: Scaling, actor: Actor, params: Params
+    ) -> None:
+        self._seen, self._played, self._scaling, self._actor = seen, played, scaling, actor
+        self._params = {name: tensor.detach().cpu() for name, tensor in params.items()}
+
+    @torch.no_grad()
+    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
+        """Return draws of the network's distribution, with noise from `rng` alone."""
+        features = self._features(observations)
+        if self._played.discrete:
+            log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
+            return draw_choices(self._played, log_probs, each, rng)
+        parts = self._actor.mixture(self._params, features)
+        noise = rng.gumbel(size=(len(features), each, self._actor.components))
+        which = (parts.log_weights.numpy()[:, None] + noise).argmax(axis=-1)
+        index = torch.from_numpy(which)[..., None].expand(-1, -1, self._played.width)
+        means, widths = parts.means.gather(1, index), parts.widths.gather(1, index)
+        uniform = torch.from_numpy(rng.random(means.shape, np.float32))
+        actions = draw_each(parts._replace(means=means, widths=widths), uniform)
+        return self._scaling.to_box(actions.numpy())
+
+    @torch.no_grad()
+    def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
+        """Return the network's density, of the box scaled to [-1, 1]; or its probabilities."""
+        features = self._features(observations)
+        if self._played.discrete:
+            log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
+            return np.take_along_axis(log_probs, choice_index(self._played, candidates), axis=1)
+        scaled = torch.from_numpy(self._scaling.actions(candidates))
+        density: Array = self._actor.log_prob(self._params, features, scaled).double().numpy()
+        return density
+
+    @torch.no_grad()
+    def most_likely(self, observations: Batch) -> Array:
+        """Return one action (n, act) a state without noise: the likeliest choice or centre."""
+        features = self._features(observations)
+        if self._played.discrete:
+            log_probs = self._actor.log_prob(self._params, features, features)
+            chosen: Array = self._played.choices[log_probs.argmax(-1).numpy()]
+            return chosen
+        parts = self._actor.mixture(self._params, features)
+        best = parts.log_weights.argmax(-1)
+        return self._scaling.to_box(parts.means[torch.arange(len(best)), best].numpy())
+
+    def _features(self, observations: Batch) -> torch.Tensor:
+        rows, _ = self._seen.rows(observations, "observation")
+        return torch.from_numpy(self._scaling.observations(rows))

@@ -1,0 +1,1 @@
+"""Whole episodes of any policy in many copies of any environment."""

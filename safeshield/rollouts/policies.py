@@ -1,0 +1,201 @@
+"""Policies that act for many environments at once, made of whatever users have."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.spaces.batches import Batch, batch_length, take
+from safeshield.spaces.rows import flat_actions
+
+Array = npt.NDArray[Any]
+
+
+class BatchPolicy(Protocol):
+    """A policy that acts for n environments at once.
+
+    A method ``start_wave(num_envs)``, where there is one, is called before each wave of episodes:
+    the place to forget a recurrent state. `batch_policy` marks a function as one of these.
+    """
+
+    batched: bool
+    """True: tells a batch policy from a function of one observation."""
+
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
+        """Map n observations to n actions, drawing noise from `rng` alone.
+
+        Both are batched as Gymnasium's vector environments do: arrays (n, ...), integers (n,) for
+        a Discrete, dicts of arrays for a Dict.
+        """
+        ...
+
+
+def batch_policy(function: Callable[[Batch, np.random.Generator], npt.ArrayLike]) -> BatchPolicy:
+    """Mark ``function(observations, rng) -> actions`` as a batch policy; a decorator.
+
+    >>> @batch_policy
+    ... def still(observations, rng):
+    ...     return np.zeros((len(observations), 2))
+    >>> still.batched
+    True
+    """
+
+    @functools.wraps(function)
+    def policy(observations: Batch, rng: np.random.Generator, /) -> Array:
+        return np.asarray(function(observations, rng))
+
+    marked = cast(BatchPolicy, policy)
+    marked.batched = True
+    return marked
+
+
+def as_batch_policy(
+    policy: object, action_space: gym.Space[Any], *, deterministic: bool = True
+) -> BatchPolicy:
+    """Make a batch policy of what users have.
+
+    In this order, `policy` may be:
+
+    - ``"random"``: uniform in the action space;
+    - an object with ``act_batch(observations, rng) -> actions``;
+    - a callable with ``batched = True`` (see `batch_policy`): used as it is;
+    - an object with Stable-Baselines3's ``predict``: called with the whole batch, recurrent state
+      and `deterministic` passed through. Where it draws noise, it is from torch's own generator;
+    - any other callable: ``policy(observation) -> action``, one observation at a time.
+
+    Raises:
+        ValueError: an unknown name, or "random" with an unbounded box.
+        TypeError: none of the above.
+
+    >>> box = gym.spaces.Box(-1.0, 1.0, (1,))
+    >>> policy = as_batch_policy(lambda observation: -observation[:1], box)
+    >>> policy(np.array([[0.5, 0.0], [0.25, 0.0]]), np.random.default_rng(0)).tolist()
+    [[-0.5], [-0.25]]
+    """
+    if isinstance(policy, str):
+        if policy != "random":
+            raise ValueError(f"the only policy with a name is 'random', got {policy!r}")
+        return _random_policy(action_space)
+    act_batch = getattr(policy, "act_batch", None)
+    if callable(act_batch):
+        return batch_policy(lambda observations, rng: act_batch(observations, rng))
+    if callable(policy) and getattr(policy, "batched", False):
+        return cast(BatchPolicy, policy)
+    if callable(getattr(policy, "predict", None)):
+        return _PredictPolicy(policy, deterministic)
+    if callable(policy):
+        return batch_policy(
+            lambda observations, _: np.stack(
+                [
+                    np.asarray(policy(take(observations, i)))
+                    for i in range(batch_length(observations))
+                ]
+            )
+        )
+    raise TypeError(
+        "policy must be 'random', have act_batch or predict, or be a function of one observation; "
+        f"got {type(policy).__name__}"
+    )
+
+
+def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int) -> Array:
+    """Return actions (count, *shape) as the space holds them.
+
+    For a Box as float32 inside it, clipped as Stable-Baselines3 does.
+
+    Raises:
+        ValueError: another shape, NaN, or no integers of a discrete space.
+
+    >>> executable_actions([[2.0], [-0.5]], gym.spaces.Box(-1.0, 1.0, (1,)), 2).tolist()
+    [[1.0], [-0.5]]
+    """
+    flat = flat_actions(space)
+    discrete, shape = flat.discrete, (count, *(space.shape or ()))
+    array = np.asarray(actions, dtype=None if discrete else np.float32)
+    if array.shape != shape:
+        raise ValueError(
+            f"the policy must return actions of shape {shape}, got {array.shape}; "
+            "a policy that takes a whole batch needs batched = True (see batch_policy)"
+        )
+    if discrete:
+        rows, _ = flat.rows(array, "the policy's actions")
+        good = flat.contains(rows)
+        if not good.all():
+            row = int(np.argmin(good))
+            raise ValueError(
+                f"the policy must return integers of {space}, got {array[row]} for environment "
+                f"{row}"
+            )
+        return flat.points(rows)
+    if np.isnan(array).any():
+        row = int(np.argmax(np.isnan(array).reshape(count, -1).any(axis=1)))
+        raise ValueError(f"the policy returned NaN for environment {row}: {array[row]}")
+    box = cast(gym.spaces.Box, space)
+    inside: Array = np.clip(array, box.low.astype(np.float32), box.high.astype(np.float32))
+    return inside
+
+
+def checked_log_prob(told: npt.ArrayLike, shape: tuple[int, ...], whose: str) -> Array:
+    """Return what a `log_prob` told of actions, as numbers of that shape.
+
+    Raises:
+        ValueError: another shape, NaN, or infinite.
+    """
+    values = np.asarray(told, np.float64)
+    if values.shape != shape:
+        raise ValueError(
+            f"{whose} log_prob must return a number for each of {math.prod(shape)} actions, got "
+            f"shape {values.shape}"
+        )
+    if not (values < np.inf).all():
+        bad = values[~(values < np.inf)][0]
+        raise ValueError(f"{whose} log_prob must be below infinity, got {bad}")
+    return values
+
+
+def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
+    flat = flat_actions(space)
+    low, high = flat.low, flat.high
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(f"the policy 'random' needs a bounded action space, got {space}")
+
+    @batch_policy
+    def uniform(observations: Batch, rng: np.random.Generator) -> Array:
+        shape = (batch_length(observations), flat.width)
+        if flat.discrete:
+            return flat.points(rng.integers(low.astype(np.int64), high.astype(np.int64) + 1, shape))
+        return flat.points(rng.uniform(low, high, shape))
+
+    return uniform
+
+
+class _PredictPolicy:
+    batched = True
+
+    def __init__(self, model: Any, deterministic: bool) -> None:  # noqa: ANN401
+        self._model = model
+        self._deterministic = deterministic
+        self.start_wave(0)
+
+    def start_wave(self, num_envs: int) -> None:
+        self._state: Any = None
+        self._starts = np.ones(num_envs, dtype=np.bool_)
+
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
+        count = batch_length(observations)
+        if len(self._starts) != count:
+            self.start_wave(count)
+        actions, self._state = self._model.predict(
+            observations,
+            state=self._state,
+            episode_start=self._starts,
+            deterministic=self._deterministic,
+        )
+        self._starts = np.zeros(count, dtype=np.bool_)
+        return np.asarray(actions)

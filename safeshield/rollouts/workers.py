@@ -1,0 +1,279 @@
+"""Copies of an environment that step in processes of their own, for environments that are slow."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+
+from safeshield.rollouts.copies import (
+    Env,
+    Member,
+    is_vector_env,
+    one_per_process,
+    spec_to_copy,
+    why_alone,
+)
+
+if TYPE_CHECKING:
+    _SyncVectorEnv = gym.vector.SyncVectorEnv[Any, Any]
+else:
+    _SyncVectorEnv = gym.vector.SyncVectorEnv
+
+# Modules whose import registers environments: a process that starts afresh needs the same ones.
+_REGISTERING = ("safeshield.envs", "safeshield.suites")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_SECONDS_TO_END = 5.0
+
+
+class WorkerVectorEnv(_SyncVectorEnv):
+    """`num_envs` copies of an environment, stepped by `workers` processes.
+
+    It is a SyncVectorEnv whose members live elsewhere: what it returns is the same, bit for bit,
+    whatever the number of processes, and each of them steps its share of the copies at the same
+    time. A copy stands still once its episode is over, until the next reset with a seed, so it
+    is for whole episodes (`run_episodes`), not for training. Processes start afresh (no
+    fork: PyTorch's threads do not survive it) and read the script again that started them, so a
+    script must make this below ``if __name__ == "__main__":``.
+
+    Args:
+        env: what to copy; `gymnasium.make` must be able to rebuild it.
+        num_envs: how many copies, at least 1; at most `workers` where a process can hold one only
+            (``metadata["one_per_process"]``).
+        workers: how many processes, at least 1; no more than `num_envs` are started.
+
+    Raises:
+        ValueError: a number out of range, or an environment that cannot be copied.
+        RuntimeError: a process ended by itself.
+
+    >>> import safeshield.envs
+    >>> env = gym.make("safeshield/Boat-v0")
+    >>> envs = WorkerVectorEnv(env, num_envs=4, workers=2)  # doctest: +SKIP
+    """
+
+    def __init__(self, env: Env, num_envs: int, workers: int) -> None:
+        if num_envs < 1 or workers < 1:
+            raise ValueError(
+                f"num_envs and workers must be at least 1, got {num_envs} and {workers}"
+            )
+        if is_vector_env(env):
+            raise ValueError(f"workers need one environment to copy, got the VectorEnv {env}")
+        spec = spec_to_copy(env, elsewhere=True)
+        if spec is None:
+            raise ValueError(
+                f"workers need an environment that gymnasium.make can rebuild, got {env}, "
+                f"{why_alone(env, elsewhere=True)}; register it and make it by its id alone, or "
+                "leave workers out"
+            )
+        if one_per_process(env) and num_envs > workers:
+            raise ValueError(
+                f"num_envs must be at most workers = {workers} for {env}, of which a process can "
+                f"hold one only; got {num_envs}"
+            )
+        self._remotes: list[_Remote] = []
+        self._processes: list[_Process] = []
+        packed = cloudpickle.dumps(spec)
+        try:
+            for share in np.array_split(np.arange(num_envs), min(workers, num_envs)):
+                process = _Process(packed, len(share))
+                self._processes.append(process)
+                self._remotes += [_Remote(env, process, i) for i in range(len(share))]
+            for process in self._processes:
+                process.await_answers()
+            self._members = [Member(one, owned=False, freeze=True) for one in self._remotes]
+            super().__init__([_giving(member) for member in self._members])
+        except BaseException:
+            self._stop()
+            raise
+        self.spec = spec
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset every copy, with the seeds seed, seed + 1, ... or those of a list."""
+        seeds: list[int | None]
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        for remote, one, member in zip(self._remotes, seeds, self._members, strict=True):
+            if one is not None or not member.over:
+                remote.ask("reset", (one, options))
+        self._send()
+        return super().reset(seed=seeds, options=options)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:  # noqa: ANN401
+        """Step every copy whose episode is not over."""
+        each = gym.vector.utils.iterate(self.action_space, actions)
+        for remote, action, member in zip(self._remotes, each, self._members, strict=True):
+            if not member.over:
+                remote.ask("step", action)
+        self._send()
+        return super().step(actions)
+
+    def close_extras(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """End the processes."""
+        self._stop()
+
+    def _send(self) -> None:
+        for process in self._processes:
+            process.send()
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.stop()
+        self._processes = []
+
+
+class _Remote(gym.Env[Any, Any]):
+    """A stand-in for one environment in another process: it returns what has been asked for."""
+
+    def __init__(self, env: Env, process: _Process, index: int) -> None:
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.metadata, self.spec = env.metadata, env.spec
+        self._process, self._index = process, index
+
+    def ask(self, what: str, argument: object) -> None:
+        self._process.ask(self._index, what, argument)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        answer: tuple[Any, dict[str, Any]] = self._process.answer(self._index)
+        return answer
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401 - checked by Member
+        return self._process.answer(self._index)
+
+
+class _Process:
+    """One process with some environments; questions go out together, so do the answers."""
+
+    def __init__(self, spec: bytes, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        modules = [name for name in _REGISTERING if name in sys.modules]
+        self._process: BaseProcess = context.Process(
+            target=_work, args=(theirs, spec, count, modules), daemon=True
+        )
+        before = {name: os.environ.get(name) for name in _THREADS}
+        # Several processes with several threads each wait for one another.
+        os.environ.update(dict.fromkeys(_THREADS, "1"))
+        try:
+            self._process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+        theirs.close()
+        self._questions: dict[int, tuple[str, object]] = {}
+        self._answers: dict[int, Any] = {}
+        self._waiting, self._begun = True, False
+
+    def ask(self, index: int, what: str, argument: object) -> None:
+        self._questions[index] = (what, argument)
+
+    def send(self) -> None:
+        if self._questions:
+            self._connection.send(self._questions)
+            self._questions, self._waiting = {}, True
+
+    def answer(self, index: int) -> Any:  # noqa: ANN401
+        self.await_answers()
+        return self._answers.pop(index)
+
+    def await_answers(self) -> None:
+        if not self._waiting:
+            return
+        self._waiting = False
+        try:
+            answers, error = self._connection.recv()
+        except (EOFError, ConnectionError) as gone:
+            self._process.join(_SECONDS_TO_END)
+            ended = f"a worker process ended with exit code {self._process.exitcode}"
+            if self._begun:
+                raise RuntimeError(f"{ended}; run with workers=0 to see why") from gone
+            raise RuntimeError(
+                f"{ended} before it could begin. Workers read the script again that started them: "
+                'what it does must stand below `if __name__ == "__main__":`, and the script be '
+                "a file. Where it is so, what the worker printed, or workers=0, says why"
+            ) from gone
+        if error is not None:
+            raise error
+        self._answers, self._begun = answers, True
+
+    def stop(self) -> None:
+        # Closing the pipe is what ends the process: its recv raises EOFError.
+        self._connection.close()
+        self._process.join(_SECONDS_TO_END)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join(_SECONDS_TO_END)
+
+
+def _giving(env: Member) -> Callable[[], Member]:
+    return lambda: env
+
+
+def _work(connection: Connection, spec: bytes, count: int, modules: Sequence[str]) -> None:
+    """Run in a worker: answer until the pipe is closed."""
+    envs: list[Env] = []
+    try:
+        for name in modules:
+            importlib.import_module(name)
+        made = cloudpickle.loads(spec)
+        # disable_env_checker: what it would say of the copies it has said of the environment.
+        envs = [gym.make(made, disable_env_checker=True) for _ in range(count)]
+        connection.send(({}, None))
+        while (questions := _next_questions(connection)) is not None:
+            answers: dict[int, Any] = {}
+            for index, (what, argument) in questions.items():
+                if what == "step":
+                    answers[index] = envs[index].step(argument)
+                else:
+                    seed, options = argument
+                    answers[index] = envs[index].reset(seed=seed, options=options)
+            connection.send((answers, None))
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(({}, _sendable(error)))
+    finally:
+        for env in envs:
+            env.close()
+        connection.close()
+
+
+def _next_questions(connection: Connection) -> dict[int, tuple[str, Any]] | None:
+    try:
+        questions: dict[int, tuple[str, Any]] = connection.recv()
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        return None
+    return questions
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return the error with its traceback as a note; as a RuntimeError where it cannot be sent."""
+    text = traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"in a worker process:\n{text}")
+    return error

@@ -1,0 +1,245 @@
+"""Points of Gymnasium spaces as rows of numbers, and back: all that the engine computes with.
+
+A row holds an observation's or an action's numbers in the space's own units: the entries of a Box
+in C order, the integers of a Discrete, MultiDiscrete or MultiBinary as they are, and the parts of
+a Dict one after the other. How rows become what a network sees is `spaces.scaling`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.spaces.batches import Batch
+from safeshield.spaces.shapes import Flags, Rows
+
+Array = npt.NDArray[Any]
+
+MAX_CHOICES = 1024
+"""Most combinations of a discrete action space: all of them are weighed at once."""
+
+_PARTS = "Box (any shape), Discrete, MultiDiscrete, MultiBinary"
+OBSERVATIONS = f"{_PARTS} and Dict of these"
+ACTIONS = f"bounded {_PARTS} with at most {MAX_CHOICES} combinations"
+
+
+@dataclass(frozen=True, eq=False)
+class FlatSpace:
+    """The rows of one space. A Dict names the entries that are used; points may have more.
+
+    >>> flat = FlatSpace(gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)}))
+    >>> flat.width, flat.categories
+    (2, (5, 0))
+    >>> rows, single = flat.rows({"at": 3, "v": [0.5], "unused": None})
+    >>> rows.tolist(), single
+    ([[3.0, 0.5]], True)
+    """
+
+    space: gym.Space[Any]
+
+    @cached_property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return len(self.low)
+
+    @cached_property
+    def categories(self) -> tuple[int, ...]:
+        """For each column how many integers it counts from `low`; 0 where it is continuous."""
+        return tuple(n for part in _leaves(self.space) for n in _columns(part)[2])
+
+    @cached_property
+    def low(self) -> npt.NDArray[np.float64]:
+        """(width,) lower bounds."""
+        return np.concatenate([_columns(part)[0] for part in _leaves(self.space)])
+
+    @cached_property
+    def high(self) -> npt.NDArray[np.float64]:
+        """(width,) upper bounds."""
+        return np.concatenate([_columns(part)[1] for part in _leaves(self.space)])
+
+    @property
+    def discrete(self) -> bool:
+        """Whether every column counts."""
+        return all(self.categories)
+
+    def rows(self, points: Batch, what: str = "point") -> tuple[Rows, bool]:
+        """Return one point, or a batch of them, as rows (n, width); and whether it was one.
+
+        Raises:
+            ValueError: another shape, no numbers, or an entry of a Dict is missing.
+        """
+        if not self._nested:
+            return _rows_of(points, self.space, what)
+        parts = [_rows_of(part, space, what) for part, space in _pairs(points, self.space, what)]
+        singles = {single for _, single in parts}
+        lengths = {len(rows) for rows, _ in parts}
+        if len(singles) > 1 or len(lengths) > 1:
+            raise ValueError(f"the entries of one {what} must be of one point or of n alike")
+        return np.concatenate([rows for rows, _ in parts], axis=1), singles.pop()
+
+    def points(self, rows: Rows) -> Array:
+        """Return rows (n, width) as a batch of points of a space without Dicts."""
+        shape = self.space.shape
+        if shape is None:
+            raise TypeError(f"no batch of points can be made for {self.space}")
+        out = rows.reshape(len(rows), *shape)
+        return np.rint(out).astype(self.space.dtype) if self.discrete else out
+
+    def batch(self, rows: Rows) -> Batch:
+        """Return rows (n, width) as a batch of points of any space: `points`, Dicts included.
+
+        A row has one dtype for all entries of a Dict; here each has its own again.
+
+        >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
+        >>> FlatSpace(space).batch(np.array([[3, 0.5], [0, 0.25]]))["at"]
+        array([3, 0])
+        """
+        if not isinstance(self.space, gym.spaces.Dict):
+            return self.points(rows)
+        batch: dict[str, Batch] = {}
+        start = 0
+        for key, space in self.space.spaces.items():
+            part = FlatSpace(space)
+            batch[key] = part.batch(rows[:, start : start + part.width])
+            if isinstance(space, gym.spaces.Box):
+                batch[key] = batch[key].astype(space.dtype)
+            start += part.width
+        return batch
+
+    def contains(self, rows: Rows) -> Flags:
+        """Whether rows (n, width) lie within the bounds, on integers where they count; NaN: no."""
+        inside = (rows >= self.low) & (rows <= self.high)
+        counts = np.array(self.categories, dtype=bool)
+        if counts.any():
+            inside &= ~counts | (np.floor(rows) == rows)
+        return np.asarray(inside.all(axis=-1))
+
+    @cached_property
+    def _nested(self) -> bool:
+        return isinstance(self.space, gym.spaces.Dict)
+
+    @property
+    def nothing(self) -> Array:
+        """What stands for "no action yet": NaN in a Box, an integer that is no action elsewhere."""
+        shape = self.space.shape or ()
+        if self.discrete:
+            return np.full(shape, int(self.low.min()) - 1, np.int64)
+        return np.full(shape, np.nan, np.float32)
+
+    @cached_property
+    def choices(self) -> npt.NDArray[np.float32]:
+        """(c, width) every point of a discrete space."""
+        ranges = [np.arange(n) + low for n, low in zip(self.categories, self.low, strict=True)]
+        grid = np.meshgrid(*ranges, indexing="ij")
+        return np.stack([axis.ravel() for axis in grid], axis=-1).astype(np.float32)
+
+
+def flat_observations(space: gym.Space[Any], what: str = "observation_space") -> FlatSpace:
+    """Return the rows of an observation space.
+
+    Raises:
+        TypeError: a space of another kind; the message lists what is supported.
+    """
+    flat = FlatSpace(space)
+    try:
+        empty = flat.width == 0
+    except TypeError as error:
+        raise TypeError(f"{what} must be {OBSERVATIONS}, got {space!r}; {error}") from None
+    if empty:
+        raise TypeError(f"{what} must not be empty, got {space!r}")
+    return flat
+
+
+def flat_actions(space: gym.Space[Any], what: str = "action_space") -> FlatSpace:
+    """Return the rows of an action space.
+
+    Raises:
+        TypeError: a space of another kind, or with too many combinations; the message lists what
+            is supported.
+
+    >>> flat_actions(gym.spaces.Tuple([gym.spaces.Discrete(2)]))
+    Traceback (most recent call last):
+    ...
+    TypeError: action_space must be bounded Box (any shape), Discrete, MultiDiscrete, MultiBinary \
+with at most 1024 combinations, got Tuple(Discrete(2))
+    """
+    flat = FlatSpace(space)
+    supported = isinstance(space, _LEAVES) and flat.width > 0
+    if supported and flat.discrete:
+        supported = math.prod(flat.categories) <= MAX_CHOICES
+    if not supported:
+        raise TypeError(f"{what} must be {ACTIONS}, got {space!r}")
+    return flat
+
+
+_LEAVES = (
+    gym.spaces.Box,
+    gym.spaces.Discrete,
+    gym.spaces.MultiDiscrete,
+    gym.spaces.MultiBinary,
+)
+
+
+def _leaves(space: gym.Space[Any]) -> list[gym.Space[Any]]:
+    if isinstance(space, gym.spaces.Dict):
+        return [leaf for part in space.spaces.values() for leaf in _leaves(part)]
+    if not isinstance(space, _LEAVES):
+        raise TypeError(f"{type(space).__name__} is not supported")
+    return [space]
+
+
+def _pairs(points: Batch, space: gym.Space[Any], what: str) -> list[tuple[Any, gym.Space[Any]]]:
+    if not isinstance(space, gym.spaces.Dict):
+        return [(points, space)]
+    if not isinstance(points, Mapping) or not set(space.spaces) <= set(points):
+        got = sorted(points) if isinstance(points, Mapping) else type(points).__name__
+        raise ValueError(f"{what} must be a dict with the entries {list(space.spaces)}, got {got}")
+    return [pair for key, part in space.spaces.items() for pair in _pairs(points[key], part, what)]
+
+
+def _columns(
+    space: gym.Space[Any],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Sequence[int]]:
+    """Low, high and categories of the columns of a space that is no Dict."""
+    if isinstance(space, gym.spaces.Box):
+        low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
+        return low, high, [0] * len(low)
+    if isinstance(space, gym.spaces.Discrete):
+        counts, starts = np.array([int(space.n)]), np.array([int(space.start)])
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+        counts = np.asarray(space.nvec).ravel()
+        starts = np.asarray(getattr(space, "start", np.zeros_like(counts))).ravel()
+    elif isinstance(space, gym.spaces.MultiBinary):
+        counts = np.full(math.prod(space.shape), 2)
+        starts = np.zeros_like(counts)
+    else:
+        raise TypeError(f"{type(space).__name__} is not supported")
+    return (
+        starts.astype(np.float64),
+        (starts + counts - 1).astype(np.float64),
+        [int(n) for n in counts],
+    )
+
+
+def _rows_of(points: Any, space: gym.Space[Any], what: str) -> tuple[Rows, bool]:  # noqa: ANN401
+    array = np.asarray(points)
+    shape = space.shape or ()
+    single = array.shape == shape
+    if array.dtype.kind not in "fiub" or (
+        (array.shape[1:] != shape or not array.ndim) and not single
+    ):
+        raise ValueError(
+            f"{what} must be numbers of shape {shape} or {('n', *shape)}, got {array.dtype} "
+            f"{array.shape}; the space is {space}"
+        )
+    if array.dtype.kind == "b":
+        array = array.astype(np.int8)
+    # Not -1: of an empty batch nobody could tell the width.
+    return array.reshape(1 if single else len(array), math.prod(shape)), single

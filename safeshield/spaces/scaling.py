@@ -1,0 +1,180 @@
+"""Units: how raw observations, actions and constraints become what the networks see, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.files.schema import finite_number
+from safeshield.spaces.rows import FlatSpace
+
+# Below this share of its own size the spread of an observation entry is rounding, not information.
+_CONSTANT = 1e-6
+
+
+class LoggedRows(Protocol):
+    """What a scaling reads off a log, such as an `OfflineDataset`."""
+
+    @property
+    def observations(self) -> npt.NDArray[np.float32]:
+        """Observations as rows, (N, obs)."""
+        ...
+
+    @property
+    def flat_observations(self) -> FlatSpace:
+        """How observations become rows."""
+        ...
+
+    @property
+    def flat_actions(self) -> FlatSpace:
+        """How actions become rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How rows of observations and actions (see `spaces.rows`) become what the networks see.
+
+    Continuous columns come first, normalised or mapped to [-1, 1]; then, for each column that
+    counts, one indicator for each of its integers.
+    """
+
+    observation_mean: npt.NDArray[np.float32]
+    """(obs,) mean over the log; the lowest integer of a column that counts."""
+    observation_spread: npt.NDArray[np.float32]
+    """(obs,) standard deviation over the log; 1 for entries that never change."""
+    action_low: npt.NDArray[np.float32]
+    """(act,) lower corner of the action box, which becomes -1."""
+    action_high: npt.NDArray[np.float32]
+    """(act,) upper corner, which becomes +1."""
+    observation_categories: tuple[int, ...] = ()
+    """For each column the integers it counts, 0 where it is continuous; () where all are."""
+    action_categories: tuple[int, ...] = ()
+    """The same for actions."""
+
+    @classmethod
+    def of(cls, dataset: LoggedRows) -> Scaling:
+        """Read the scaling off a log; the action box must be bounded."""
+        return cls.of_rows(dataset.observations, dataset.flat_observations, dataset.flat_actions)
+
+    @classmethod
+    def of_rows(
+        cls, rows: npt.NDArray[np.float32], observations: FlatSpace, actions: FlatSpace
+    ) -> Scaling:
+        """Read the scaling off rows of observations (n, obs)."""
+        low, high = actions.low, actions.high
+        if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+            raise ValueError(
+                "action_space must be a bounded box with low < high in every entry, got "
+                f"{actions.space}; wrap the environment in RescaleAction or narrow the box"
+            )
+        mean = rows.mean(0, dtype=np.float64)
+        spread = rows.std(0, dtype=np.float64)
+        floor = _CONSTANT * np.maximum(np.abs(mean), 1.0)
+        spread = np.where(spread > floor, spread, 1.0)
+        counts = np.array(observations.categories, dtype=bool)
+        return cls(
+            np.where(counts, observations.low, mean).astype(np.float32),
+            np.where(counts, 1.0, spread).astype(np.float32),
+            low.astype(np.float32),
+            high.astype(np.float32),
+            observations.categories if counts.any() else (),
+            actions.categories if any(actions.categories) else (),
+        )
+
+    @property
+    def observation_features(self) -> int:
+        """Width of what the networks see of an observation."""
+        return _features(len(self.observation_mean), self.observation_categories)
+
+    @property
+    def action_features(self) -> int:
+        """Width of what the networks see of an action."""
+        return _features(len(self.action_low), self.action_categories)
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Return the arrays as lists, for a file's header; categories only where there are any."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else list(value)
+            for name, value in fields.items()
+            if len(value)
+        }
+
+    @classmethod
+    def from_json(
+        cls, data: dict[str, list[float]], observations: FlatSpace, actions: FlatSpace
+    ) -> Scaling:
+        """Rebuild a scaling, checking widths and values.
+
+        Raises:
+            ValueError: a list is missing, of another length, not finite or out of order.
+        """
+        widths = dict.fromkeys(("observation_mean", "observation_spread"), observations.width)
+        widths |= dict.fromkeys(("action_low", "action_high"), actions.width)
+        arrays: dict[str, npt.NDArray[np.float32]] = {}
+        for name, width in widths.items():
+            values = data.get(name)
+            if not isinstance(values, list) or len(values) != width:
+                raise ValueError(f"scaling '{name}' must be a list of {width} numbers")
+            numbers = [finite_number(value, f"scaling '{name}'") for value in values]
+            arrays[name] = np.array(numbers, dtype=np.float32)
+        categories: dict[str, tuple[int, ...]] = {}
+        for name, flat in (("observation", observations), ("action", actions)):
+            expected = flat.categories if any(flat.categories) else ()
+            if data.get(f"{name}_categories", []) != list(expected):
+                raise ValueError(f"scaling '{name}_categories' must be those of the space")
+            categories[f"{name}_categories"] = expected
+        scaling = cls(
+            arrays["observation_mean"],
+            arrays["observation_spread"],
+            arrays["action_low"],
+            arrays["action_high"],
+            categories["observation_categories"],
+            categories["action_categories"],
+        )
+        if (scaling.observation_spread <= 0).any():
+            raise ValueError("scaling 'observation_spread' must be above 0")
+        if (scaling.action_low >= scaling.action_high).any():
+            raise ValueError("scaling 'action_low' must lie below 'action_high'")
+        return scaling
+
+    def observations(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Turn rows of observations (..., obs) into features."""
+        scaled = np.asarray((raw - self.observation_mean) / self.observation_spread, np.float32)
+        if not self.observation_categories:
+            return scaled
+        return _indicators(scaled, scaled, self.observation_categories)
+
+    def actions(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Turn rows of actions (..., act) into features: from the box to [-1, 1]."""
+        unit = (raw - self.action_low) / (self.action_high - self.action_low)
+        scaled = np.asarray(2.0 * unit - 1.0, np.float32)
+        if not self.action_categories:
+            return scaled
+        return _indicators(scaled, raw - self.action_low, self.action_categories)
+
+    def to_box(self, scaled: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """Map continuous actions (..., act) from [-1, 1] to the box, never outside it."""
+        unit = 0.5 * (scaled + 1.0)
+        raw = self.action_low + unit * (self.action_high - self.action_low)
+        return np.asarray(np.clip(raw, self.action_low, self.action_high), np.float32)
+
+
+def _features(width: int, categories: tuple[int, ...]) -> int:
+    return sum(n or 1 for n in categories) if categories else width
+
+
+def _indicators(
+    scaled: npt.NDArray[np.float32], counted: npt.NDArray[np.floating], categories: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    """Continuous columns of `scaled`, then an indicator for each integer of those that count."""
+    parts = [scaled[..., [i for i, n in enumerate(categories) if not n]]]
+    for i, n in enumerate(categories):
+        if n:
+            parts.append((np.rint(counted[..., i, None]) == np.arange(n)).astype(np.float32))
+    return np.concatenate(parts, axis=-1)
