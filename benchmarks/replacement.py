@@ -13,7 +13,7 @@ random. The agents' own noise is what `OwnSamples` draws.
 Dimensions: untrained critics (kinked, not convex) of m actions, proposals spread over the box, a
 threshold that accepts three in ten of them; how far each strategy moves the rejected ones.
 
-Time: calls of `Shield.judge` with every action rejected, states known, by action; states and
+Time: calls of `Shield.filter_rows` with every action rejected, states known, by action; states and
 proposals as the first agent met them behind ShieldTrainer's shield; medians of rounds, in each of
 which the reference, a bare NumPy forward of one (256, 256) network, is timed too.
 """
@@ -186,7 +186,7 @@ def dimensions(width: int, count: int = 2000) -> dict[str, Any]:
         limit = float(np.quantile(values, 0.3))
         for name in ("nearest", "fallback", "gradient", "own samples"):
             acting = shield.with_replacement(STRATEGIES[name]("random"))
-            executed, report = acting.judge(states, seen, proposed, limit)
+            executed, report = acting.filter_rows(states, seen, proposed, limit)
             replaced = np.asarray(report.intervened)
             moved = np.linalg.norm(executed - proposed, axis=-1)[replaced]
             rows.setdefault(name, []).append(float(moved.mean()))
@@ -226,7 +226,7 @@ def times(steps: int) -> dict[str, Any]:
 
                 def judge_all(acting: Shield = acting, parts: list[Any] = parts) -> None:
                     for part in parts:
-                        acting.judge(*part)
+                        acting.filter_rows(*part)
 
                 timed.setdefault(name, []).append(cpu_microseconds(judge_all) / (calls * batch))
 

@@ -55,7 +55,7 @@ class Uniform:
     fresh = True
 
     def __init__(self, shield: Shield) -> None:
-        self._played = shield.model.played
+        self._played = shield.model.action_codec
         if self._played.discrete:
             self._log_size = np.log(len(self._played.choices))
         else:
@@ -117,7 +117,7 @@ class Behaviour:
         self, states: StateValue, observations: Batch, candidates: _Array
     ) -> _Array | None:
         """Return the classifier's log probabilities."""
-        played = self._model.played
+        played = self._model.action_codec
         if not played.discrete:
             return None
         logits = forward_layers(self._model.behaviour_layers, states.inputs)[0].astype(np.float64)
@@ -200,7 +200,7 @@ class Asked:
                 f"the policy returned {len(rows)} actions for {batch_length(observations)} "
                 "observations; one that takes a whole batch needs batched = True (batch_policy)"
             )
-        return rows if self._shield.model.played.discrete else rows.astype(np.float32)
+        return rows if self._shield.model.action_codec.discrete else rows.astype(np.float32)
 
 
 def batch_of_one(observation: Batch) -> Batch:

@@ -213,7 +213,7 @@ class SafeSupportPolicy:
             raise ValueError(f"got {len(rows)} observations and {len(played)} actions")
         batch = finite(batch_of_one(observations) if single else observations)
         states = self.shield.states(rows)
-        if self.shield.model.played.discrete:
+        if self.shield.model.action_codec.discrete:
             found = self._choice_density(states, rows, batch, played)
         else:
             found = self._box_density(states, rows, batch, played, samples)
@@ -239,13 +239,13 @@ class SafeSupportPolicy:
         rows, _ = self.shield.observation_rows(observations)
         played, _ = self.shield.action_rows(actions)
         states, seen = self.shield.states(rows), finite(observations)
-        if self.shield.model.played.discrete:
+        if self.shield.model.action_codec.discrete:
             known = self._choice_density(states, rows, seen, played)
             return None if known is None else known[0]
         log_q = self._proposal.log_prob(states, seen, played[:, None])
         if log_q is None:
             return None
-        accepted, _ = self.shield.admits(states, rows, played[:, None])
+        accepted, _ = self.shield.acceptable(states, rows, played[:, None])
         return np.where(accepted[:, 0], log_q[:, 0], -np.inf)
 
     # -- drawing --------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ class SafeSupportPolicy:
             proposals = self._proposal.best(states, seen, rng)
         else:
             proposals = self._accepted(states, rows, seen, rng)
-        executed, self.report = self.shield.judge(states, rows, proposals)
+        executed, self.report = self.shield.filter_rows(states, rows, proposals)
         if isinstance(self._proposal, Asked):
             memory = self._proposal.memory
         return self.shield.points(executed), memory
@@ -281,7 +281,7 @@ class SafeSupportPolicy:
         self, states: StateValue, rows: _Array, seen: Batch, rng: np.random.Generator
     ) -> _Array:
         """Return the first proposal that is accepted, or where none is the last: (n, act)."""
-        chosen = np.zeros((len(rows), self.shield.model.played.width), np.float32)
+        chosen = np.zeros((len(rows), self.shield.model.action_codec.width), np.float32)
         left = np.arange(len(rows))
         for k in range(self.rounds):
             some = states.take(left)
@@ -289,7 +289,7 @@ class SafeSupportPolicy:
                 drawn = self._proposal.draw(some, take(seen, left), 2**k, rng)
             else:
                 drawn = self._proposal.draw(states, seen, 1, rng)[left]
-            accepted, _ = self.shield.admits(some, rows[left], drawn)
+            accepted, _ = self.shield.acceptable(some, rows[left], drawn)
             found = accepted.any(axis=1)
             first = np.where(found, accepted.argmax(axis=1), -1)
             chosen[left] = drawn[np.arange(len(left)), first]
@@ -307,10 +307,10 @@ class SafeSupportPolicy:
         rng: np.random.Generator,
         deterministic: bool,
     ) -> _Array:
-        choices = self.shield.model.played.choices
+        choices = self.shield.model.action_codec.choices
         if deterministic:
             every = np.broadcast_to(choices, (len(rows), *choices.shape))
-            values = self.shield.admits(states, rows, every)[1]
+            values = self.shield.acceptable(states, rows, every)[1]
             likely = log_probs >= log_probs.max(axis=1, keepdims=True)
             index = np.where(likely, values, np.inf).argmin(axis=1)
         else:
@@ -323,9 +323,9 @@ class SafeSupportPolicy:
 
     def _choice_log_probs(self, states: StateValue, rows: _Array, seen: Batch) -> _Array | None:
         """Return log pi (n, c) of all discrete actions; None for a Box, or without a density."""
-        if not self.shield.model.played.discrete:
+        if not self.shield.model.action_codec.discrete:
             return None
-        choices = self.shield.model.played.choices
+        choices = self.shield.model.action_codec.choices
         every = np.broadcast_to(choices, (len(rows), *choices.shape))
         log_probs = self._proposal.log_prob(states, seen, every)
         if log_probs is None:
@@ -345,7 +345,7 @@ class SafeSupportPolicy:
         log_probs = self._choice_log_probs(states, rows, seen)
         if log_probs is None:
             return None
-        flat = self.shield.model.played
+        flat = self.shield.model.action_codec
         inside = np.asarray(flat.contains(played))
         entries = np.where(inside[:, None], played - flat.low, 0).astype(np.int64)
         index = np.ravel_multi_index(tuple(entries.T), tuple(flat.categories))
@@ -358,7 +358,7 @@ class SafeSupportPolicy:
         log_q = self._proposal.log_prob(states, seen, played[:, None])
         if log_q is None:
             return None
-        accepted, _ = self.shield.admits(states, rows, played[:, None])
+        accepted, _ = self.shield.acceptable(states, rows, played[:, None])
         inside = accepted[:, 0]
         value, error = np.full(len(rows), -np.inf), np.zeros(len(rows))
         at_once = max(1, _CHUNK // samples)
@@ -385,7 +385,7 @@ class SafeSupportPolicy:
                 np.repeat(states.inputs, samples, axis=0), np.repeat(states.value, samples)
             )
             drawn = self._proposal.draw(asked, many, 1, rng).reshape(len(rows), samples, -1)
-        hits: _Array = self.shield.admits(states, rows, drawn)[0].sum(axis=1)
+        hits: _Array = self.shield.acceptable(states, rows, drawn)[0].sum(axis=1)
         return hits
 
     def _without_density(self) -> TypeError:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from safeshield.shield import Shield
 from safeshield.shield.critics import SafetyModel
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.values.units import ADVANTAGE, BEHAVIOUR, CONSTRAINT, EXCESS, SafetyScale
 
@@ -29,8 +29,8 @@ def table_shield(
     """
     q = np.asarray(q, np.float32)
     count = q.shape[0]
-    seen = FlatSpace(gym.spaces.Discrete(count))
-    played = FlatSpace(actions if actions is not None else gym.spaces.Discrete(q.shape[1]))
+    seen = SpaceCodec(gym.spaces.Discrete(count))
+    played = SpaceCodec(actions if actions is not None else gym.spaces.Discrete(q.shape[1]))
     scaling = Scaling(
         np.zeros(1, np.float32),
         np.ones(1, np.float32),

@@ -397,8 +397,8 @@ def test_it_executes_nothing_that_the_fixed_threshold_would_refuse(
     states, actions = near_the_edge(shield)
     rows = shield.states(states)
     stricter = shield.threshold - strictness * rng.random(len(states))
-    executed, strict = shield.judge(rows, states, actions, stricter)
-    fixed = shield.judge(rows, states, actions)[1]
+    executed, strict = shield.filter_rows(rows, states, actions, stricter)
+    fixed = shield.filter_rows(rows, states, actions)[1]
     assert not (~strict.intervened & fixed.intervened).any()
     assert not (strict.acceptable & ~fixed.acceptable).any()
     again = shield.row_values(states, executed)
@@ -447,7 +447,7 @@ def test_a_single_environment_step_by_step(shield: Shield) -> None:
         while not over:
             action = AHEAD if rng.random() < 0.8 else rng.uniform(-1, 1, 2).astype(np.float32)
             rows = observation[None]
-            verdict = shield.judge(shield.states(rows), rows, action[None], slow.threshold)[1]
+            verdict = shield.filter_rows(shield.states(rows), rows, action[None], slow.threshold)[1]
             observation, _, _, over, info = env.step(action)
             assert info["shield/threshold"] == pytest.approx(slow.threshold, abs=1e-6)
             assert info["shield/intervened"] == verdict.intervened[0]  # type: ignore[index]

@@ -110,7 +110,7 @@ def test_weights_are_those_of_the_formula(fisor: FISOR, log: OfflineDataset) -> 
     middle = safety.value(networks, observations).median() / safety.scale.spread
     networks[CONSTRAINT]["1.bias"] = bias - middle
     config = dataclasses.replace(TINY_FISOR, reward_temperature=40.0, safety_temperature=40.0)
-    margin = 0.3 * safety.scale.step
+    margin = 0.3 * safety.scale.step_rms
     weights = imitation_weights(
         model.critics.safety,
         model.critics.reward,
@@ -127,7 +127,7 @@ def test_weights_are_those_of_the_formula(fisor: FISOR, log: OfflineDataset) -> 
         value = float(safety.value(networks, one))
         q = float(safety.action_value(networks, one, act))
         if value > -margin:
-            gain = -40.0 * (q - value) / safety.scale.step
+            gain = -40.0 * (q - value) / safety.scale.step_rms
             expected, branch = min(np.exp(gain), SAFETY_LIMIT), "unsafe"
         elif q > -margin:
             expected, branch = 0.0, "leaves"
@@ -178,7 +178,7 @@ def test_it_acts_by_the_safest_of_its_candidates(fisor: FISOR, log: OfflineDatas
 
 @pytest.mark.parametrize("steps", [0.1, 2.0])
 def test_the_margin_is_a_share_of_the_spread_and_at_least_a_step(steps: float) -> None:
-    scale = SafetyScale(offset=0.0, spread=10.0, step=steps)
+    scale = SafetyScale(offset=0.0, spread=10.0, step_rms=steps)
     binary, continuous = (SafetyCritics(1, 1, (8,), scale, continuous=c) for c in (False, True))
     config = FISORConfig(margin=0.058)
     assert config.margin_of(binary) == pytest.approx(0.58)

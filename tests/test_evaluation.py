@@ -11,7 +11,7 @@ from scipy import stats
 from safeshield.evaluation.episodes import (
     Evaluation,
     FilteredEpisode,
-    Saboteur,
+    UnshieldedAdversary,
     binomial_interval,
     evaluate,
     filtered_episodes,
@@ -74,7 +74,7 @@ def linear_shield(delta: float = 0.0) -> Shield:
         }
 
     one = np.ones(1, np.float32)
-    low = SafetyScale(offset=0.0, spread=1.0, step=1.0)
+    low = SafetyScale(offset=0.0, spread=1.0, step_rms=1.0)
     floor = linear([0.0])
     floor["1.bias"] = np.full((1, 1, 1), -100.0, np.float32)
     excess = linear([1.0 / low.excess])
@@ -193,7 +193,9 @@ def test_intervals_are_scipys() -> None:
 
 
 def test_the_saboteur_takes_the_worst_action() -> None:
-    actions = Saboteur(linear_shield())(np.zeros((3, 1), np.float32), np.random.default_rng(0))
+    actions = UnshieldedAdversary(linear_shield())(
+        np.zeros((3, 1), np.float32), np.random.default_rng(0)
+    )
     np.testing.assert_allclose(actions, 1.0)
 
 

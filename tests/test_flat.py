@@ -10,7 +10,7 @@ import pytest
 
 from safeshield.data import OfflineDataset
 from safeshield.spaces.batches import batch_length, take
-from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import part_of
 
@@ -35,18 +35,18 @@ def test_a_batch_is_its_points_stacked(space: gym.Space[Any]) -> None:
     space.seed(0)
     flat = flat_observations(space)
     points = [space.sample() for _ in range(7)]
-    singles = [flat.rows(point) for point in points]
+    singles = [flat.flatten(point) for point in points]
     assert all(single for _, single in singles)
     stacked = gym.vector.utils.concatenate(
         space, points, gym.vector.utils.create_empty_array(space, 7)
     )
-    rows, single = flat.rows(stacked)
+    rows, single = flat.flatten(stacked)
     assert not single
     assert rows.shape == (7, flat.width)
     np.testing.assert_array_equal(rows, np.concatenate([row for row, _ in singles]))
     assert flat.contains(rows).all()
     assert batch_length(stacked) == 7
-    np.testing.assert_array_equal(flat.rows(take(stacked, 3))[0], singles[3][0])
+    np.testing.assert_array_equal(flat.flatten(take(stacked, 3))[0], singles[3][0])
 
 
 @pytest.mark.parametrize("space", SPACES[:5], ids=str)
@@ -55,7 +55,7 @@ def test_points_undo_rows(space: gym.Space[Any]) -> None:
     flat = flat_actions(space)
     for _ in range(5):
         point = space.sample()
-        back = flat.points(flat.rows(point)[0])[0]
+        back = flat.unflatten(flat.flatten(point)[0])[0]
         np.testing.assert_array_equal(back, point)
         assert space.contains(back if np.ndim(point) else int(back))
     if flat.discrete:
@@ -68,11 +68,11 @@ def test_a_batch_comes_back_from_its_rows(space: gym.Space[Any]) -> None:
     space.seed(2)
     flat = flat_observations(space)
     points = [space.sample() for _ in range(4)]
-    back = flat.batch(np.concatenate([flat.rows(point)[0] for point in points]))
+    back = flat.batch(np.concatenate([flat.flatten(point)[0] for point in points]))
     assert batch_length(back) == 4
     for i, point in enumerate(points):
         one = take(back, i)
-        np.testing.assert_array_equal(flat.rows(one)[0], flat.rows(point)[0])
+        np.testing.assert_array_equal(flat.flatten(one)[0], flat.flatten(point)[0])
         if isinstance(space, gym.spaces.Dict):
             assert space.contains({**one, "at": int(one["at"])})
             assert {key: part.dtype for key, part in one["deep"].items()} == {
@@ -100,7 +100,7 @@ def test_numbers_come_before_indicators() -> None:
         np.array([1, 2], "f4"), np.array([1, 4], "f4"), np.zeros(1, "f4"), np.ones(1, "f4"),
         flat.categories,
     )  # fmt: skip
-    rows, _ = flat.rows({"a": 3, "b": [6.0]})
+    rows, _ = flat.flatten({"a": 3, "b": [6.0]})
     assert scaling.observations(rows).tolist() == [[1.0, 0.0, 0.0, 1.0]]
     flats = flat_observations(space), flat_actions(gym.spaces.Box(0, 1, (1,)))
     again = Scaling.from_json(scaling.to_json(), *flats)
@@ -127,11 +127,11 @@ def test_other_spaces_and_points_are_errors_that_say_what_is_supported() -> None
             flat_actions(space)
     with pytest.raises(TypeError, match="must not be empty"):
         flat_observations(gym.spaces.Box(0, 1, (0,)))
-    flat = FlatSpace(MIXED)
+    flat = SpaceCodec(MIXED)
     with pytest.raises(ValueError, match="must be a dict with the entries"):
-        flat.rows({"at": 1})
+        flat.flatten({"at": 1})
     with pytest.raises(ValueError, match="must be numbers of shape"):
-        FlatSpace(gym.spaces.Discrete(3)).rows([[1, 2]])
+        SpaceCodec(gym.spaces.Discrete(3)).flatten([[1, 2]])
     for keys in ([], ["nothing"]):
         with pytest.raises(ValueError, match="observation_keys must be some of"):
             part_of(MIXED, keys)

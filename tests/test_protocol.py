@@ -41,7 +41,7 @@ from safeshield.evaluation import (
     play,
     stratified_interval,
 )
-from safeshield.evaluation.episodes import Saboteur, evaluate
+from safeshield.evaluation.episodes import UnshieldedAdversary, evaluate
 from safeshield.policies import ShieldedPolicy
 from safeshield.rollouts.workers import WorkerVectorEnv
 from safeshield.shield import Shield
@@ -360,7 +360,7 @@ def test_shields_that_are_there_already_are_told(shield: Shield) -> None:
     )
     assert field_score(env, {0: policy}, **common).shielded
     # Who plays against a shield is not behind it.
-    assert not field_score(env, Saboteur(shield), **common).shielded
+    assert not field_score(env, UnshieldedAdversary(shield), **common).shielded
 
 
 @pytest.mark.parametrize("make", [pendulum, lambda: gym.make(BOAT)], ids=["copied", "native"])

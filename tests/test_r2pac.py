@@ -439,7 +439,7 @@ def test_the_shield_judges_an_action_by_the_best_plan_that_begins_with_it(
                 judged = model.plan(networks[PLAN], torch.cat([row, plan])[None])
                 values.append(float(judged.max()))
             value = float(model.critics.safety.value(networks, row[None]))
-            expected.append(value + model.critics.safety.scale.step * min(values))
+            expected.append(value + model.critics.safety.scale.step_rms * min(values))
     np.testing.assert_allclose(shield.value(seen, actions), expected, atol=1e-4)
     states = shield.model.states(seen)
     single = [shield.model.action_value(states.take(slice(i, i + 1)), actions[i]) for i in range(7)]

@@ -269,11 +269,11 @@ def test_of_discrete_actions_the_one_that_differs_in_the_fewest_entries() -> Non
     shield = untrained(space)
     rng = np.random.default_rng(1)
     observations = rng.uniform(-1, 1, (200, 3)).astype("f4")
-    proposals = shield.model.played.choices[rng.integers(24, size=200)].astype(np.int64)
-    choices = shield.model.played.choices
+    proposals = shield.model.action_codec.choices[rng.integers(24, size=200)].astype(np.int64)
+    choices = shield.model.action_codec.choices
     limit = limit_for(shield, observations, choices, 0.25)
     states = shield.states(observations)
-    executed, report = shield.judge(states, observations, proposals, limit)
+    executed, report = shield.filter_rows(states, observations, proposals, limit)
     replaced = 0
     for i in np.flatnonzero(report.intervened):
         q = shield.row_values(np.tile(observations[i], (24, 1)), choices)
@@ -307,11 +307,13 @@ def test_discrete_fallback_is_the_lowest_value() -> None:
     shield = untrained(gym.spaces.MultiDiscrete([3, 4])).with_replacement(FallbackPolicy())
     rng = np.random.default_rng(0)
     observations = rng.uniform(-1, 1, (50, 3)).astype("f4")
-    choices = shield.model.played.choices
+    choices = shield.model.action_codec.choices
     table = np.stack([shield.row_values(np.tile(o, (12, 1)), choices) for o in observations])
     proposals = choices[table.argmax(axis=1)].astype(np.int64)
     limit = np.median(table, axis=1)
-    executed, report = shield.judge(shield.states(observations), observations, proposals, limit)
+    executed, report = shield.filter_rows(
+        shield.states(observations), observations, proposals, limit
+    )
     assert np.asarray(report.intervened).all()
     np.testing.assert_array_equal(executed, choices[table.argmin(axis=1)])
 
@@ -329,7 +331,7 @@ def autograd(shield: Shield, observations: Array, actions: Array) -> tuple[Array
     seen = torch.tensor(model.scaling.observations(observations))
     inputs = torch.cat([seen, scaled], -1)
     network = EnsembleMLP(inputs.shape[1], 1, hidden, members)
-    worst = network(params, inputs)[..., 0].max(0).values * model.scale.step
+    worst = network(params, inputs)[..., 0].max(0).values * model.scale.step_rms
     (gradient,) = torch.autograd.grad(worst.sum(), scaled)
     value = worst.detach().numpy() + model.states(observations).value
     return value, gradient.numpy()
@@ -342,7 +344,9 @@ def test_the_gradient_is_autograds(shield: Shield, count: int) -> None:
     for acting in (shield, wide):
         box = acting.action_space
         assert isinstance(box, gym.spaces.Box)
-        observations = rng.uniform(-1, 1, (count, acting.model.seen.width)).astype("f4")
+        observations = rng.uniform(-1, 1, (count, acting.model.observation_codec.width)).astype(
+            "f4"
+        )
         actions = rng.uniform(box.low, box.high, (count, *box.shape)).astype("f4")
         values, slopes = acting.model.action_gradients(acting.states(observations), actions)
         expected, gradient = autograd(acting, observations, actions)
@@ -558,7 +562,7 @@ def test_broken_draws_are_passed_over(shield: Shield) -> None:
 
 def test_broken_discrete_draws_are_passed_over() -> None:
     shield = untrained(gym.spaces.Discrete(4, start=1))
-    choices = shield.model.played.choices
+    choices = shield.model.action_codec.choices
     rng = np.random.default_rng(0)
     observations = rng.uniform(-1, 1, (60, 3)).astype("f4")
     table = np.stack([shield.row_values(np.tile(o, (4, 1)), choices) for o in observations])
@@ -568,7 +572,7 @@ def test_broken_discrete_draws_are_passed_over() -> None:
     draws = np.array([0, 5, 3, 1, 2, 4])
     model = Predictor(lambda o: np.tile(draws, len(o) // 6))
     acting = shield.with_replacement(OwnSamples(model, 6))
-    executed, report = acting.judge(
+    executed, report = acting.filter_rows(
         acting.states(observations), observations, proposals[:, None], limit
     )
     good = table[:, draws[2:] - 1] <= limit[:, None]

@@ -1064,7 +1064,7 @@ def test_masks_and_sampling_ask_the_support_test_too(tested: Shield) -> None:
     observations = rng.uniform(-1.5, 1.5, (40, 2)).astype(np.float32)
     actions = rng.uniform(-1, 1, (40, 6, 2)).astype(np.float32)
     states = tested.states(observations)
-    admitted, _ = tested.admits(states, observations, actions)
+    admitted, _ = tested.acceptable(states, observations, actions)
     for i in range(6):
         _, report = tested.filter(observations, actions[:, i])
         np.testing.assert_array_equal(admitted[:, i], ~np.asarray(report.intervened))

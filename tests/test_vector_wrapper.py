@@ -23,7 +23,7 @@ from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield, UncalibratedShieldWarning
 from safeshield.shield.guard import Guard
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.wrappers import SafetyShield, vector
 from safeshield.wrappers.vector import VectorSafetyShield
 
@@ -834,10 +834,10 @@ def test_dict_observations(shield: Shield, mode: str) -> None:
 
 def test_where_actions_are_whole_numbers_none_is_below_them_all() -> None:
     spaces = gym.spaces
-    assert FlatSpace(spaces.Discrete(3)).nothing == -1
-    assert FlatSpace(spaces.Discrete(3, start=-2)).nothing == -3
-    np.testing.assert_array_equal(FlatSpace(spaces.MultiDiscrete([2, 5])).nothing, [-1, -1])
-    assert np.isnan(FlatSpace(spaces.Box(-1, 1, (3,))).nothing).tolist() == [True] * 3
+    assert SpaceCodec(spaces.Discrete(3)).nothing == -1
+    assert SpaceCodec(spaces.Discrete(3, start=-2)).nothing == -3
+    np.testing.assert_array_equal(SpaceCodec(spaces.MultiDiscrete([2, 5])).nothing, [-1, -1])
+    assert np.isnan(SpaceCodec(spaces.Box(-1, 1, (3,))).nothing).tolist() == [True] * 3
 
 
 # -- one shield, and nothing past it ------------------------------------------------------------

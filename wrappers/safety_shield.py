@@ -113,7 +113,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self.shield.check_fits(env.observation_space, env.action_space, environment_id(env))
         self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
         self.intervention_penalty = as_penalty(intervention_penalty)
-        self._no_action = self.shield.model.played.nothing
+        self._no_action = self.shield.model.action_codec.nothing
         self._rows: npt.NDArray[Any] | None = None
         self._finite = False
         self._states: StateValue | None = None
@@ -167,7 +167,9 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         if accepted is not None:
             value, intervened = accepted, False
         else:
-            executed, report = self.shield.judge(self._states, self._rows, row[None], threshold)
+            executed, report = self.shield.filter_rows(
+                self._states, self._rows, row[None], threshold
+            )
             verdict = report.row(0)
             intervened, value = bool(verdict.intervened), float(verdict.value)
             if intervened:
@@ -223,11 +225,11 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             own = self.env.get_wrapper_attr("action_masks")
         except AttributeError:
             return mask.copy()
-        return with_own_mask(mask, own(), self.shield.model.played)
+        return with_own_mask(mask, own(), self.shield.model.action_codec)
 
     def _mask_info(self, info: dict[str, Any]) -> dict[str, Any]:
         """Mask the actions to come, for the info of the state just reached."""
-        played = self.shield.model.played
+        played = self.shield.model.action_codec
         if self._states is None or self._rows is None or not played.discrete:
             return {}
         self._mask = agent_mask(self.shield, self._states, self._rows, self._threshold())[0]

@@ -109,10 +109,10 @@ class VecSafetyShield(VecEnvWrapper):
         self.shield.check_fits(venv.observation_space, venv.action_space, environment_id(venv))
         self.intervention_penalty = as_penalty(intervention_penalty)
         self.guard = Guard(self.shield, adaptive)
-        self._no_action = self.shield.model.played.nothing
+        self._no_action = self.shield.model.action_codec.nothing
         self._ready = False
         self._decision: _Decision | None = None
-        self._own_masks = self.shield.model.played.discrete and _has_masks(venv)
+        self._own_masks = self.shield.model.action_codec.discrete and _has_masks(venv)
 
     @property
     def adaptive(self) -> AdaptiveMargin | None:
@@ -210,7 +210,7 @@ class VecSafetyShield(VecEnvWrapper):
 
     def has_attr(self, attr_name: str) -> bool:
         """Whether the environments have an attribute; ``action_masks`` for discrete actions."""
-        ours = attr_name == _MASKS and self.shield.model.played.discrete
+        ours = attr_name == _MASKS and self.shield.model.action_codec.discrete
         return ours or super().has_attr(attr_name)
 
     def env_method(
@@ -229,14 +229,14 @@ class VecSafetyShield(VecEnvWrapper):
         refuse_past_shield(
             method_name, "call reset() or step() of the VecEnv, after seed() or set_options()"
         )
-        if method_name != _MASKS or not self.shield.model.played.discrete:
+        if method_name != _MASKS or not self.shield.model.action_codec.discrete:
             return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
         if not self._ready:
             raise RuntimeError("there are no masks before reset(), or while a step is under way")
         masks = {i: self._masks[i].copy() for i in self._get_indices(indices)}
         if self._own_masks:
             for i, own in zip(masks, self.venv.env_method(_MASKS, indices=indices), strict=True):
-                masks[i] = with_own_mask(masks[i], own, self.shield.model.played)
+                masks[i] = with_own_mask(masks[i], own, self.shield.model.action_codec)
         return list(masks.values())
 
     def set_attr(
@@ -255,7 +255,7 @@ class VecSafetyShield(VecEnvWrapper):
 
     def _mask_infos(self, infos: Sequence[Mapping[str, Any]]) -> Infos:
         """Mask the actions to come, for the infos of the states just reached: {} for a Box."""
-        played = self.shield.model.played
+        played = self.shield.model.action_codec
         if not played.discrete:
             return [{} for _ in infos]
         self._masks = self.guard.masks()

@@ -129,7 +129,7 @@ class VectorSafetyShield(_Wrapper):
         )
         self.intervention_penalty = as_penalty(intervention_penalty)
         self._mode = _autoreset_mode(env)
-        self._no_action = self.shield.model.played.nothing
+        self._no_action = self.shield.model.action_codec.nothing
         self._guard = Guard(self.shield, adaptive)
         self._over = np.zeros(env.num_envs, np.bool_)
         self._values = np.full(env.num_envs, np.inf)
@@ -322,7 +322,7 @@ class VectorSafetyShield(_Wrapper):
 
     def _final_masks(self, last: _Batch, infos: _Infos, over: Flags) -> _Infos:
         """Mask actions in the states that ended episodes, for their infos: (n, k)."""
-        played = self.shield.model.played
+        played = self.shield.model.action_codec
         if not played.discrete:
             return {}
         threshold = self._threshold()[over]
@@ -336,7 +336,7 @@ class VectorSafetyShield(_Wrapper):
 
     def _mask_news(self, infos: _Infos) -> _Infos:
         """Mask the actions to come, for the infos of the states just reached."""
-        played = self.shield.model.played
+        played = self.shield.model.action_codec
         if not played.discrete:
             return {}
         masks = self._guard.masks()

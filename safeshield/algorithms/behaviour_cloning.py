@@ -76,7 +76,7 @@ class _Architecture:
     def parts(self) -> dict[str, EnsembleMLP]:
         return {ACTOR: self.actor}
 
-    def units(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
         return {}
 
 

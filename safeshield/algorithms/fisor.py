@@ -75,8 +75,8 @@ class _Architecture:
     def parts(self) -> dict[str, EnsembleMLP]:
         return {**self.critics.parts(), ACTOR: self.actor}
 
-    def units(self) -> dict[str, Any]:
-        return self.critics.units()
+    def header(self) -> dict[str, Any]:
+        return self.critics.header()
 
 
 class FISOR(CriticAgent[FISORConfig, _Architecture]):

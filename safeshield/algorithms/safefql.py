@@ -154,9 +154,9 @@ class Architecture:
         flows = dict.fromkeys((TEACHER, self.behaviour), self.teacher)
         return {**self.critics.parts(), **flows, STUDENT: self.student}
 
-    def units(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
         """Return the critics' units as JSON."""
-        return self.critics.units()
+        return self.critics.header()
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class StudentLoss:
         unsafe = safety.action_value(critics, observations, action)
         reward = model.critics.reward.advantages(critics, observations, action).amin(0)
         feasible = (unsafe < -self.margin).float()
-        excess = (unsafe + self.margin).relu() / safety.scale.step
+        excess = (unsafe + self.margin).relu() / safety.scale.step_rms
         distance = (raw - taught).square().sum(-1).mean()
         gain = _mean_over(reward, feasible)
         danger = _mean_over(excess, 1.0 - feasible)
@@ -368,7 +368,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
         if each == 1:
             return actions
         safety = self._safety(model)
-        states = safety.states_of(observations)
+        states = safety.evaluate_features(observations)
         limit = -self._margin(model)
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)

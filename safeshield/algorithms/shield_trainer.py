@@ -34,7 +34,7 @@ from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.nn.optim import adam_init, polyak
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.support.record import check_share
 from safeshield.training.checks import (
@@ -269,7 +269,7 @@ class _Run:
     """One call of fit: the updates of its phases, closed over the log."""
 
     critics: SafetyCritics
-    played: FlatSpace
+    action_codec: SpaceCodec
     scaling: Scaling
     log: LogTensors
     config: ShieldConfig
@@ -281,8 +281,8 @@ class _Run:
         widths = self.critics.observation, self.critics.action
         hidden = self.config.behaviour_hidden
         self.behaviour = (
-            EnsembleMLP(widths[0], len(self.played.choices), hidden)
-            if self.played.discrete
+            EnsembleMLP(widths[0], len(self.action_codec.choices), hidden)
+            if self.action_codec.discrete
             else velocity_network(*widths, hidden)
         )
         self.fallback = EnsembleMLP(sum(widths), widths[1], self.config.fallback_hidden)
@@ -290,7 +290,7 @@ class _Run:
     @property
     def kept(self) -> tuple[str, ...]:
         """Names of the networks that make a shield."""
-        return (*SAFETY_NETWORKS, BEHAVIOUR, *(() if self.played.discrete else (FALLBACK,)))
+        return (*SAFETY_NETWORKS, BEHAVIOUR, *(() if self.action_codec.discrete else (FALLBACK,)))
 
     def initial(self, generator: torch.Generator) -> TrainState:
         """Draw all weights."""
@@ -301,7 +301,7 @@ class _Run:
             targets=critics,
             moments={CRITICS: adam_init(critics)},
             scales={},
-            near=torch.zeros(0, dtype=torch.int64, device=generator.device),
+            boundary_rows=torch.zeros(0, dtype=torch.int64, device=generator.device),
         )
         others = {name: part for name, part in parts.items() if name in self.kept}
         return with_networks(state, others, generator)
@@ -310,7 +310,7 @@ class _Run:
         """List what to do, in order."""
         size, near = self.config.batch_size, self.config.near_share
         critics, behaviour, fallback = phase_steps(self.steps, self.config.phase_shares)
-        if self.played.discrete:
+        if self.action_codec.discrete:
             critics, fallback = critics + fallback, 0
         phases = [
             Phase(
@@ -384,10 +384,12 @@ class _Run:
 
     def _imitate(self, total: int) -> Update:
         config, log = self.config, self.log
-        if not self.played.discrete:
+        if not self.action_codec.discrete:
             return flow_update(BEHAVIOUR, self.behaviour, log, config.learning_rate, total)
         # An action's features are indicators: the choice with the largest product is the action.
-        table = torch.tensor(self.scaling.actions(self.played.choices), device=log.actions.device)
+        table = torch.tensor(
+            self.scaling.actions(self.action_codec.choices), device=log.actions.device
+        )
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             observations, actions = log.observations[draw.rows], log.actions[draw.rows]

@@ -22,9 +22,9 @@ def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
 
     Where actions are discrete: all of them.
     """
-    if shield.model.played.discrete:
-        return shield.model.played.choices
-    width = shield.model.played.width
+    if shield.model.action_codec.discrete:
+        return shield.model.action_codec.choices
+    width = shield.model.action_codec.width
     points = np.random.default_rng(0).uniform(-1.0, 1.0, (count, width))
     if width == 1:
         points = np.linspace(-1.0, 1.0, count)[:, None]
@@ -97,7 +97,7 @@ class ShieldedProposals:
         """Return the executed actions."""
         # A copy: what is judged is what was there before a policy wrote into it.
         proposed = np.asarray(self._proposals(copied(observations), rng))
-        if not self._shield.model.played.discrete:
+        if not self._shield.model.action_codec.discrete:
             # Rounded first: what is judged is what the environment gets.
             proposed = proposed.astype(np.float32)
         executed, report = self._shield.filter(observations, proposed)

@@ -426,7 +426,7 @@ def evaluate(
     needless = [name for name, value in given.items() if value]
     if needless:
         raise ValueError(f"{', '.join(needless)} belong to the field's protocol: add --cost-limit")
-    from safeshield.evaluation.episodes import Saboteur, format_table
+    from safeshield.evaluation.episodes import UnshieldedAdversary, format_table
     from safeshield.evaluation.episodes import evaluate as evaluate_policy
 
     policy = policy or "random"
@@ -436,7 +436,7 @@ def evaluate(
     for shielded in (False, True) if without else (True,):
         acting = _policy(policy, env, shield, trust)
         if policy == "adversary" and not shielded:
-            acting = Saboteur(shield)
+            acting = UnshieldedAdversary(shield)
         results.append(
             evaluate_policy(
                 env,
@@ -479,7 +479,7 @@ def _evaluate_by_protocol(
         field_score,
         format_scores,
     )
-    from safeshield.evaluation.episodes import Saboteur
+    from safeshield.evaluation.episodes import UnshieldedAdversary
     from safeshield.files.tensors import AGENT
 
     if (log is None) == (references is None):
@@ -509,7 +509,7 @@ def _evaluate_by_protocol(
     for shielded in (False,) if alone else (False, True) if without else (True,):
         acting: object
         if name == "adversary" and shield is not None:
-            kind = Adversary if shielded else Saboteur
+            kind = Adversary if shielded else UnshieldedAdversary
             acting = (
                 {seed: kind(one) for seed, one in shield.items()}
                 if isinstance(shield, dict)

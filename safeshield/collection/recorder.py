@@ -13,7 +13,7 @@ from safeshield.rollouts.copies import check_reward
 from safeshield.rollouts.episodes import Episode
 from safeshield.rollouts.policies import executable_actions
 from safeshield.spaces.batches import copied
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 
 Array = npt.NDArray[Any]
 
@@ -30,7 +30,7 @@ class EpisodeRecorder(VecEnvWrapper):
         played: how actions become rows.
     """
 
-    def __init__(self, venv: VecEnv, seen: FlatSpace, played: FlatSpace) -> None:
+    def __init__(self, venv: VecEnv, seen: SpaceCodec, played: SpaceCodec) -> None:
         super().__init__(venv)
         self._seen, self._played = seen, played
         self._episodes: list[Episode] = []
@@ -53,7 +53,7 @@ class EpisodeRecorder(VecEnvWrapper):
         """Start new episodes; those that were not over are forgotten."""
         observations = self.venv.reset()
         self.current = copied(observations)
-        rows = self._seen.rows(observations, "observation")[0]
+        rows = self._seen.flatten(observations, "observation")[0]
         self._running = [
             _Running(row, info) for row, info in zip(rows, self.venv.reset_infos, strict=True)
         ]
@@ -68,13 +68,13 @@ class EpisodeRecorder(VecEnvWrapper):
         """Write the step down."""
         observations, rewards, dones, infos = self.venv.step_wait()
         self.current = copied(observations)
-        after = np.array(self._seen.rows(observations, "observation")[0])
-        actions = self._played.rows(self._actions)[0]
+        after = np.array(self._seen.flatten(observations, "observation")[0])
+        actions = self._played.flatten(self._actions)[0]
         for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
             reached = after[i]
             if done:
                 last = info["terminal_observation"]
-                reached = self._seen.rows(last, "observation")[0][0]
+                reached = self._seen.flatten(last, "observation")[0][0]
             # Before the learner sees it, which would go on with weights that are no numbers.
             where = f"an episode of environment {i}"
             check_reward(float(rewards[i]), len(self._running[i].rewards), where)

@@ -94,7 +94,7 @@ def collect_while_learning(
         ValueError: an argument out of range; `folder` is of another run, or another one is using
             it; the environment tells neither cost nor constraint, its rewards are not finite, its
             actions not bounded, or its episodes do not end.
-        TypeError: a space that `spaces.rows` does not support, or no whole number where one must be.
+        TypeError: a space that `spaces.rows` does not support, or a number that is not whole.
     """
     _check_env(env)
     config = config or config_for(env)

@@ -23,7 +23,7 @@ from safeshield.data.validation import (
     check_log,
     starts_of,
 )
-from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import check_same_space, space_from_json, space_to_json
 
 ConstraintKind = Literal["continuous", "binary"]
@@ -39,8 +39,8 @@ _VERSION = 1
 class OfflineDataset:
     """Whole episodes, one after the other, as read-only arrays of N transitions.
 
-    Observations and actions are kept as rows of numbers (see `spaces.rows`): a Box of any shape flattened,
-    a Discrete as one integer, the entries of a Dict side by side.
+    Observations and actions are kept as rows of numbers (see `spaces.rows`): a Box of any shape
+    flattened, a Discrete as one integer, the entries of a Dict side by side.
 
     Row t is the step from s[t] by a[t] to s[t+1]. Rewards, costs and `next_constraints` of the row
     belong to what the step led to, `constraints` to where it started. Floating arrays become
@@ -101,12 +101,12 @@ class OfflineDataset:
         check_log(self._arrays(), self.flat_observations, self.flat_actions, self.constraint_kind)
 
     @cached_property
-    def flat_observations(self) -> FlatSpace:
+    def flat_observations(self) -> SpaceCodec:
         """How observations become rows."""
         return flat_observations(self.observation_space)
 
     @cached_property
-    def flat_actions(self) -> FlatSpace:
+    def flat_actions(self) -> SpaceCodec:
         """How actions become rows."""
         return flat_actions(self.action_space)
 
@@ -555,12 +555,14 @@ def _read_header(
     )
 
 
-def _rows(name: str, points: npt.ArrayLike | Mapping[str, npt.ArrayLike], flat: FlatSpace) -> Array:
+def _rows(
+    name: str, points: npt.ArrayLike | Mapping[str, npt.ArrayLike], flat: SpaceCodec
+) -> Array:
     """Points of a space, or rows of them already, as rows; other shapes are refused later."""
     if isinstance(points, Mapping) or isinstance(flat.space, gym.spaces.Dict):
         if not isinstance(points, Mapping):
             return as_field(name, points)
-        return as_field(name, flat.rows(points, name)[0])
+        return as_field(name, flat.flatten(points, name)[0])
     array = as_field(name, points)
     if array.ndim > 2 or (array.ndim == 1 and flat.space.shape == ()):
         flattened = array.reshape(len(array), -1)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
 
 Array = npt.NDArray[Any]
@@ -104,7 +104,7 @@ def to_minari(
 class _Filling:
     """The arrays of a log, allocated once and filled episode by episode."""
 
-    def __init__(self, steps: int, seen: FlatSpace, played: FlatSpace) -> None:
+    def __init__(self, steps: int, seen: SpaceCodec, played: SpaceCodec) -> None:
         self._seen, self._played = seen, played
         self._at = 0
         self._reported: frozenset[str] | None = None
@@ -131,12 +131,12 @@ class _Filling:
         part = slice(self._at, self._at + steps)
         if part.stop > len(self._columns["rewards"]):
             raise ValueError(f"{where} goes beyond the steps that the metadata claim")
-        rows = self._seen.rows(episode.observations, f"{where}: observations")[0]
+        rows = self._seen.flatten(episode.observations, f"{where}: observations")[0]
         ends = {
             "terminated": np.array(episode.terminations, np.bool_),
             "truncated": np.array(episode.truncations, np.bool_),
         }
-        acted = self._played.rows(episode.actions, f"{where}: actions")[0]
+        acted = self._played.flatten(episode.actions, f"{where}: actions")[0]
         lengths = [len(acted), *map(len, ends.values())]
         if len(rows) != steps + 1 or set(lengths) != {steps}:
             raise ValueError(
@@ -151,7 +151,7 @@ class _Filling:
         infos = _infos(episode.infos, steps, where)
         self._check_reported(infos, where)
         if EXECUTED in infos:
-            acted = self._played.rows(infos[EXECUTED][1:], f"{where}: {EXECUTED}")[0]
+            acted = self._played.flatten(infos[EXECUTED][1:], f"{where}: {EXECUTED}")[0]
         named = {
             "observations": rows[:-1],
             "next_observations": rows[1:],
@@ -281,7 +281,7 @@ def _check_spaces_stored(place: Path) -> None:
         )
 
 
-def _points(flat: FlatSpace, rows: npt.NDArray[np.float32]) -> Batch:
+def _points(flat: SpaceCodec, rows: npt.NDArray[np.float32]) -> Batch:
     batch = flat.batch(rows)
     return batch if isinstance(batch, Mapping) else batch.astype(flat.space.dtype)
 

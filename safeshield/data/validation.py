@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 
 Array = npt.NDArray[Any]
 
@@ -48,8 +48,8 @@ def as_field(name: str, value: npt.ArrayLike) -> Array:
 
 def check_log(
     fields: Mapping[str, Array],
-    observations: FlatSpace,
-    actions: FlatSpace,
+    observations: SpaceCodec,
+    actions: SpaceCodec,
     constraint_kind: str,
 ) -> None:
     """Raise ValueError at the first rule that the fields of an `OfflineDataset` break."""
@@ -125,7 +125,7 @@ def _check_flags(fields: Mapping[str, Array], starts: Array) -> None:
         )
 
 
-def _check_actions(actions: Array, flat: FlatSpace, starts: Array) -> None:
+def _check_actions(actions: Array, flat: SpaceCodec, starts: Array) -> None:
     low, high = flat.low, flat.high
     bounds = np.stack([low, high])
     scale = np.max(np.abs(np.where(np.isfinite(bounds), bounds, 0.0)), axis=0)
@@ -141,7 +141,7 @@ def _check_actions(actions: Array, flat: FlatSpace, starts: Array) -> None:
     _check_counts("actions", actions, flat, starts)
 
 
-def _check_counts(name: str, rows: Array, flat: FlatSpace, starts: Array) -> None:
+def _check_counts(name: str, rows: Array, flat: SpaceCodec, starts: Array) -> None:
     counted = [i for i, n in enumerate(flat.categories) if n]
     if not counted:
         return

@@ -34,7 +34,7 @@ from safeshield.demo.settings import DemoConfig
 from safeshield.evaluation.episodes import (
     Evaluation,
     FilteredEpisode,
-    Saboteur,
+    UnshieldedAdversary,
     draw_episodes,
     format_table,
     summarise,
@@ -191,7 +191,7 @@ def _policy(name: str, folder: Path, shield: Shield, shielded: bool) -> object:
     if name == "random":
         return "random"
     if name == "adversary":
-        return Adversary(shield) if shielded else Saboteur(shield)
+        return Adversary(shield) if shielded else UnshieldedAdversary(shield)
     from stable_baselines3 import PPO
 
     from safeshield.demo.agents import straight

@@ -18,7 +18,7 @@ from safeshield.evaluation.across_tasks import (
     interquartile_mean,
     stratified_interval,
 )
-from safeshield.evaluation.episodes import Evaluation, Saboteur, evaluate, format_table
+from safeshield.evaluation.episodes import Evaluation, UnshieldedAdversary, evaluate, format_table
 from safeshield.evaluation.field import EPISODES, SEEDS, field_score, play
 from safeshield.evaluation.scores import (
     COST_LIMIT,
@@ -38,7 +38,7 @@ __all__ = [
     "FieldScore",
     "ReferenceReturns",
     "Run",
-    "Saboteur",
+    "UnshieldedAdversary",
     "aggregate",
     "describe_score",
     "evaluate",

@@ -86,7 +86,7 @@ class FilteredEpisode:
     """(L,) whether the step's action was replaced; None without a shield."""
 
 
-class Saboteur:
+class UnshieldedAdversary:
     """What the calibration's adversary is without a shield: always the action of highest Q_h.
 
     Args:
@@ -102,10 +102,12 @@ class Saboteur:
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
         """Propose actions for n observations."""
-        states = self._model.states(self._model.seen.rows(observations, "observation")[0])
+        states = self._model.states(
+            self._model.observation_codec.flatten(observations, "observation")[0]
+        )
         shape = (len(states.value), *self._points.shape)
         values = self._model.candidate_values(states, np.broadcast_to(self._points, shape))
-        return self._model.played.points(self._points[values.argmax(axis=1)])
+        return self._model.action_codec.unflatten(self._points[values.argmax(axis=1)])
 
 
 def evaluate(

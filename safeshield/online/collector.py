@@ -18,7 +18,7 @@ from safeshield.online.replay import Step
 from safeshield.online.safe_sets import SafeSet
 from safeshield.proposals.sources import Behaviour, log_density
 from safeshield.spaces.batches import Batch, copied, finite, take
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 
 Array = npt.NDArray[Any]
 _VIOLATIONS = ("constraint", "cost")
@@ -79,8 +79,8 @@ class Collector:
     def __init__(
         self,
         venv: VecEnv,
-        seen: FlatSpace,
-        played: FlatSpace,
+        seen: SpaceCodec,
+        played: SpaceCodec,
         behaviour: Behaviour,
         safe_set: SafeSet | None,
         samples: int,
@@ -117,7 +117,7 @@ class Collector:
             ValueError: another shape, or NaN.
         """
         points, single = readable_batch(self._seen, observation)
-        actions = self._played.points(self.ask(points, rng).executed)
+        actions = self._played.unflatten(self.ask(points, rng).executed)
         return np.asarray(actions[0]) if single else actions
 
     def check_density(self) -> None:
@@ -154,7 +154,7 @@ class Collector:
             raise RuntimeError("reset() the collector first")
         executed = here.executed if choose is None else choose(before, here, self._rng)
         self._count_proposals(here)
-        points = self._played.points(executed)
+        points = self._played.unflatten(executed)
         if isinstance(self._played.space, gym.spaces.Box):
             box = self._played.space
             points = np.clip(points.astype(box.dtype), box.low, box.high)
@@ -164,14 +164,14 @@ class Collector:
         executed = self._told(executed, points, infos)
         truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
         terminated = dones & ~truncated
-        reached = np.array(self._seen.rows(returned, "observation")[0], np.float32)
+        reached = np.array(self._seen.flatten(returned, "observation")[0], np.float32)
         for i in np.flatnonzero(dones):
-            reached[i] = self._seen.rows(infos[i]["terminal_observation"], "observation")[0][0]
+            reached[i] = self._seen.flatten(infos[i]["terminal_observation"], "observation")[0][0]
         self._observations = copied(returned)
         self._offer = self.ask(self._observations)
         after = self._offered_after(reached, dones, terminated)
         self._count_outcomes(dones, infos)
-        rows = np.array(self._seen.rows(before, "observation")[0], np.float32)
+        rows = np.array(self._seen.flatten(before, "observation")[0], np.float32)
         step = Step(rows, here, executed, rewards, reached, after, terminated)
         return self._readable(step), dones, infos
 

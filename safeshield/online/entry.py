@@ -10,12 +10,12 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.rows import FlatSpace, flat_actions
+from safeshield.spaces.rows import SpaceCodec, flat_actions
 
 
-def readable_batch(seen: FlatSpace, observation: Batch) -> tuple[Batch, bool]:
+def readable_batch(seen: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
     """Return a batch of observations, and whether it was one."""
-    rows, single = seen.rows(observation, "observation")
+    rows, single = seen.flatten(observation, "observation")
     if not len(rows):
         raise ValueError("observation must hold at least one, got an empty batch")
     if not np.isfinite(rows).all():

@@ -21,7 +21,7 @@ from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.choices import choice_index
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour, MaskedUniform
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.training.loop import Draw
 
 Array = npt.NDArray[Any]
@@ -119,7 +119,7 @@ def clone_of_log(
 
 
 def _filled(
-    dataset: OfflineDataset, played: FlatSpace, here: Offer, after: Offer, kept: Array
+    dataset: OfflineDataset, played: SpaceCodec, here: Offer, after: Offer, kept: Array
 ) -> Replay:
     step = Step(
         dataset.observations,

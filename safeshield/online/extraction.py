@@ -37,7 +37,9 @@ class InducedPolicy:
 
     def offered(self, observations: Batch, samples: int, rng: np.random.Generator) -> Offer:
         """Return what mu offers in n states."""
-        return offer(self.behaviour, self.safe_set, self.model.played, observations, samples, rng)
+        return offer(
+            self.behaviour, self.safe_set, self.model.action_codec, observations, samples, rng
+        )
 
     @torch.no_grad()
     def weigh(
@@ -66,8 +68,8 @@ class InducedPolicy:
         best = noisy.argmax(axis=1)
         each = np.arange(len(best))
         nats: Array = log_pi[each, best] - support.log_mu.cpu().numpy()[each, best]
-        if self.model.played.discrete:
-            return self.model.played.choices[best], nats
+        if self.model.action_codec.discrete:
+            return self.model.action_codec.choices[best], nats
         return here.candidates[each, best], nats
 
     @torch.no_grad()
@@ -81,7 +83,14 @@ class InducedPolicy:
         return value
 
     def _support(self, observations: Batch, here: Offer) -> Support:
-        rows = np.array(self.model.seen.rows(observations, "observation")[0], np.float32)
+        rows = np.array(
+            self.model.observation_codec.flatten(observations, "observation")[0], np.float32
+        )
         return support_of(
-            rows, here.candidates, here.log_mu, self.model.scaling, self.model.played, self.device
+            rows,
+            here.candidates,
+            here.log_mu,
+            self.model.scaling,
+            self.model.action_codec,
+            self.device,
         )

@@ -11,7 +11,7 @@ from safeshield.online.safe_sets import SafeRules, SafeSet
 from safeshield.proposals.choices import choice_index, normalised
 from safeshield.proposals.sources import Behaviour, log_density
 from safeshield.spaces.batches import Batch, batch_length, finite, take
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +37,7 @@ class Offer(NamedTuple):
 def offer(
     behaviour: Behaviour,
     safe_set: SafeSet | None,
-    played: FlatSpace,
+    played: SpaceCodec,
     observations: Batch,
     samples: int,
     rng: np.random.Generator,
@@ -65,7 +65,7 @@ def offer(
 def _box(
     behaviour: Behaviour,
     safe_set: SafeSet | None,
-    played: FlatSpace,
+    played: SpaceCodec,
     observations: Batch,
     seen: Batch,
     samples: int,
@@ -98,7 +98,7 @@ def _box(
 def _discrete(
     behaviour: Behaviour,
     safe_set: SafeSet | None,
-    played: FlatSpace,
+    played: SpaceCodec,
     observations: Batch,
     seen: Batch,
     samples: int,
@@ -141,7 +141,7 @@ def _discrete(
     return Offer(empty, masked.astype(np.float32), executed, outside, mass, lost)
 
 
-def _checked(drawn: Array, played: FlatSpace, count: int, samples: int) -> Array:
+def _checked(drawn: Array, played: SpaceCodec, count: int, samples: int) -> Array:
     drawn = np.asarray(drawn)
     if drawn.shape != (count, samples, played.width):
         raise ValueError(

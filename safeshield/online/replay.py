@@ -12,7 +12,7 @@ from torch import Tensor
 from safeshield.online.losses import Support, Transitions
 from safeshield.online.offers import Offer
 from safeshield.proposals.choices import choice_index
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 
 Array = npt.NDArray[Any]
@@ -51,7 +51,7 @@ class Replay:
         played: rows of actions.
     """
 
-    def __init__(self, capacity: int, played: FlatSpace) -> None:
+    def __init__(self, capacity: int, played: SpaceCodec) -> None:
         self._capacity = capacity
         self._played = played
         self._arrays: dict[str, Array] = {}
@@ -120,7 +120,7 @@ def support_of(
     candidates: Array,
     log_mu: Array,
     scaling: Scaling,
-    played: FlatSpace,
+    played: SpaceCodec,
     device: torch.device,
 ) -> Support:
     """Return what an offer holds on a device, in the networks' units.

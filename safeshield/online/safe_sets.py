@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch, copied, readable, take
-from safeshield.spaces.rows import FlatSpace, flat_actions
+from safeshield.spaces.rows import SpaceCodec, flat_actions
 
 Array = npt.NDArray[Any]
 _CANDIDATES = 256
@@ -29,7 +29,7 @@ class NoSafeActionError(RuntimeError):
 class SafeSet(Protocol):
     """Which actions may be executed in a state."""
 
-    actions: FlatSpace
+    actions: SpaceCodec
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Whether each of c actions (n, c, act) of n states may: (n, c)."""
@@ -45,17 +45,17 @@ class ShieldSet:
 
     def __init__(self, shield: Shield) -> None:
         self.shield = shield
-        self.actions = shield.model.played
+        self.actions = shield.model.action_codec
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Ask the shield."""
         rows, _ = self.shield.observation_rows(observations)
-        return self.shield.admits(self.shield.states(rows), rows, candidates)[0]
+        return self.shield.acceptable(self.shield.states(rows), rows, candidates)[0]
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Let the shield replace them; where nothing is acceptable its least bad one runs."""
         seen, _ = self.shield.observation_rows(observations)
-        executed, report = self.shield.judge(self.shield.states(seen), seen, rows)
+        executed, report = self.shield.filter_rows(self.shield.states(seen), seen, rows)
         return executed, np.asarray(report.acceptable)
 
 
@@ -104,7 +104,7 @@ class SafeRules:
         played = flat_actions(action_space)
         if not played.discrete:
             raise TypeError(f"masks need discrete actions, got {action_space}")
-        names = [point.tobytes() for point in played.points(played.choices)]
+        names = [point.tobytes() for point in played.unflatten(played.choices)]
 
         def safe(observation: Any, action: Any) -> bool:  # noqa: ANN401
             allowed = np.asarray(mask(observation))
@@ -120,7 +120,7 @@ class SafeRules:
         count, each = candidates.shape[:2]
         inside: npt.NDArray[np.bool_] = np.array(self.actions.contains(candidates))
         inside &= readable(observations)[:, None]
-        points = self.actions.points(candidates.reshape(count * each, -1))
+        points = self.actions.unflatten(candidates.reshape(count * each, -1))
         for i, j in zip(*np.nonzero(inside), strict=True):
             inside[i, j] = self._ask(take(observations, i), points[i * each + j])
         return inside

@@ -60,11 +60,13 @@ def second_stage(
         return state._replace(networks={**state.networks, ACTOR: state.networks[CLONE]})
 
     def log_mu(state: TrainState, rows: Array, actions: Array) -> Array:
-        seen = model.seen.batch(rows)
+        seen = model.observation_codec.batch(rows)
         likely = log_density(behaviour, seen, actions)
         if likely is None:
             params = state.networks[CLONE]
-            clone = ClonedBehaviour(model.seen, model.played, model.scaling, model.actor, params)
+            clone = ClonedBehaviour(
+                model.observation_codec, model.action_codec, model.scaling, model.actor, params
+            )
             likely = clone.log_prob(seen, actions)
         if safe_set is None:
             return likely
@@ -80,7 +82,7 @@ def second_stage(
 def _has_density(updates: SSQLUpdates, behaviour: Behaviour) -> bool:
     """Whether mu tells one: asked about an action that may be done, in a state that was met."""
     model = updates.model
-    middle = (0.5 * (model.played.low + model.played.high)).astype(np.float32)[None]
-    tried = model.played.choices if model.played.discrete else middle
-    some = model.seen.batch(updates.replay.column("observations")[:1])
+    middle = (0.5 * (model.action_codec.low + model.action_codec.high)).astype(np.float32)[None]
+    tried = model.action_codec.choices if model.action_codec.discrete else middle
+    some = model.observation_codec.batch(updates.replay.column("observations")[:1])
     return log_density(behaviour, some, tried[None]) is not None

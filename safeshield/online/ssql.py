@@ -596,7 +596,7 @@ class SafeSupportQLearning:
         if self._warming():
             return cast(Collector, self._collector).propose(observation, rng), state
         model, weights = self._fitted()
-        points, single = readable_batch(model.seen, observation)
+        points, single = readable_batch(model.observation_codec, observation)
         if self._acts_induced():
             induced = self._induced()
             here = induced.offered(points, self.config.predict_samples, rng)
@@ -605,13 +605,17 @@ class SafeSupportQLearning:
             )
         else:
             actor = ClonedBehaviour(
-                model.seen, model.played, model.scaling, model.actor, weights.networks[ACTOR]
+                model.observation_codec,
+                model.action_codec,
+                model.scaling,
+                model.actor,
+                weights.networks[ACTOR],
             )
             chosen = (
                 actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
             )
             chosen = self._admitted(points, chosen)
-        actions = model.played.points(chosen)
+        actions = model.action_codec.unflatten(chosen)
         return (actions[0] if single else actions), state
 
     def _admitted(self, points: Batch, chosen: Array) -> Array:
@@ -636,7 +640,7 @@ class SafeSupportQLearning:
         induced = self._induced()
         here = induced.offered(observations, self.config.predict_samples, rng)
         chosen, nats = induced.weigh(weights.targets[CRITIC], observations, here, rng)
-        return induced.model.played.points(chosen), nats
+        return induced.model.action_codec.unflatten(chosen), nats
 
     def _induced(self) -> InducedPolicy:
         model, _ = self._fitted()
@@ -674,7 +678,7 @@ class SafeSupportQLearning:
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
         model, weights = self._fitted()
-        points, single = readable_batch(model.seen, observation)
+        points, single = readable_batch(model.observation_codec, observation)
         rng = np.random.default_rng(self.config.seed)
         value = self._induced().value(
             weights.targets[CRITIC], points, self.config.predict_samples, rng
@@ -741,7 +745,11 @@ class SafeSupportQLearning:
             check_spaces(agent._behaviour, "the behaviour's", *header.spaces)
         elif header.cloned:
             agent._behaviour = ClonedBehaviour(
-                model.seen, model.played, model.scaling, model.actor, agent._state.networks[CLONE]
+                model.observation_codec,
+                model.action_codec,
+                model.scaling,
+                model.actor,
+                agent._state.networks[CLONE],
             )
         if header.guarded and agent.safe_set is None:
             warnings.warn(

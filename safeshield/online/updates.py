@@ -30,7 +30,7 @@ from safeshield.online.losses import (
     reverse_loss_choices,
 )
 from safeshield.online.replay import Replay
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.critics import with_networks
 from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend, learning_rate
@@ -48,8 +48,8 @@ LogMu = Callable[[TrainState, Array, Array], Array]
 class SSQLModel:
     """What experience and a configuration fix besides the weights: spaces, widths, units."""
 
-    seen: FlatSpace
-    played: FlatSpace
+    observation_codec: SpaceCodec
+    action_codec: SpaceCodec
     scaling: Scaling
     critics: SoftCritics
     actor: Actor
@@ -57,12 +57,12 @@ class SSQLModel:
     @property
     def observation_space(self) -> gym.Space[Any]:
         """Space of one observation."""
-        return self.seen.space
+        return self.observation_codec.space
 
     @property
     def action_space(self) -> gym.Space[Any]:
         """Space of one action."""
-        return self.played.space
+        return self.action_codec.space
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Describe every network; the clone has the actor's architecture."""
@@ -72,7 +72,7 @@ class SSQLModel:
     @property
     def noise_features(self) -> int:
         """Width of the noise that an update draws for each transition."""
-        return self.actor.components * DRAWS * self.played.width
+        return self.actor.components * DRAWS * self.action_codec.width
 
     def initial(self, generator: torch.Generator) -> TrainState:
         """Draw all weights."""
@@ -163,7 +163,7 @@ class SSQLUpdates:
     def reverse_box(self, total: int, log_mu: LogMu) -> Update:
         """Stage two: the actor by its own draws, which mu's density judges."""
         model = self.model
-        act = model.played.width
+        act = model.action_codec.width
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
             seen = self._batch(draw).here.observations

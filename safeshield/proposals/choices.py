@@ -1,4 +1,4 @@
-"""Discrete actions by their place in `FlatSpace.choices`: draws, logs of probabilities."""
+"""Discrete actions by their place in `SpaceCodec.choices`: draws, logs of probabilities."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 
 Array = npt.NDArray[Any]
 
@@ -19,7 +19,9 @@ def normalised(log_weights: Array) -> Array:
     return total
 
 
-def draw_choices(played: FlatSpace, log_probs: Array, each: int, rng: np.random.Generator) -> Array:
+def draw_choices(
+    played: SpaceCodec, log_probs: Array, each: int, rng: np.random.Generator
+) -> Array:
     """Return `each` choices (n, each, act) of every row of log probabilities (n, c)."""
     # The largest of log p + Gumbel noise is distributed as p.
     noise = rng.gumbel(size=(len(log_probs), each, log_probs.shape[1]))
@@ -27,7 +29,7 @@ def draw_choices(played: FlatSpace, log_probs: Array, each: int, rng: np.random.
     return drawn
 
 
-def choice_index(played: FlatSpace, candidates: Array) -> Array:
+def choice_index(played: SpaceCodec, candidates: Array) -> Array:
     """Return the place (n, c) in `choices` of each discrete action (n, c, act)."""
     entries = np.moveaxis(np.rint(candidates - played.low).astype(np.int64), -1, 0)
     index: Array = np.ravel_multi_index(tuple(entries), tuple(played.categories))

@@ -13,7 +13,7 @@ from safeshield.nn.mlp import Params
 from safeshield.online.actor import Actor
 from safeshield.proposals.choices import choice_index, draw_choices
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 
 Array = npt.NDArray[Any]
@@ -31,7 +31,7 @@ class ClonedBehaviour:
     """
 
     def __init__(
-        self, seen: FlatSpace, played: FlatSpace, scaling: Scaling, actor: Actor, params: Params
+        self, seen: SpaceCodec, played: SpaceCodec, scaling: Scaling, actor: Actor, params: Params
     ) -> None:
         self._seen, self._played, self._scaling, self._actor = seen, played, scaling, actor
         self._params = {name: tensor.detach().cpu() for name, tensor in params.items()}
@@ -76,5 +76,5 @@ class ClonedBehaviour:
         return self._scaling.to_box(parts.means[torch.arange(len(best)), best].numpy())
 
     def _features(self, observations: Batch) -> torch.Tensor:
-        rows, _ = self._seen.rows(observations, "observation")
+        rows, _ = self._seen.flatten(observations, "observation")
         return torch.from_numpy(self._scaling.observations(rows))

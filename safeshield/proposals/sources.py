@@ -192,7 +192,7 @@ class PolicyBehaviour:
         count = batch_length(observations)
         asked = repeated(observations, each)
         actions = executable_actions(self._acting(asked, rng), self._played.space, count * each)
-        rows, _ = self._played.rows(actions, "the behaviour's actions")
+        rows, _ = self._played.flatten(actions, "the behaviour's actions")
         return rows.astype(np.float32).reshape(count, each, self._played.width)
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
@@ -204,7 +204,7 @@ class PolicyBehaviour:
         if not callable(self._log_prob):
             return None
         count, each, width = candidates.shape
-        actions = self._played.points(candidates.reshape(-1, width))
+        actions = self._played.unflatten(candidates.reshape(-1, width))
         told = self._log_prob(repeated(observations, each), actions)
         if told is None:
             return None
@@ -245,14 +245,14 @@ class FlowTeacher:
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
         """Carry noise along the flow; or draw from the classifier."""
         states = self._states(observations)
-        if self._model.played.discrete:
-            return draw_choices(self._model.played, self._log_probs(states), each, rng)
+        if self._model.action_codec.discrete:
+            return draw_choices(self._model.action_codec, self._log_probs(states), each, rng)
         shape = (len(states.value), each, self._model.noise_features)
         return self._model.behaviour(states, rng.standard_normal(shape).astype(np.float32))
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
         """Return the classifier's log probabilities; a clipped flow has no density."""
-        played = self._model.played
+        played = self._model.action_codec
         if not played.discrete:
             return None
         log_probs = self._log_probs(self._states(observations))

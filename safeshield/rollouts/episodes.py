@@ -29,7 +29,7 @@ from safeshield.rollouts.copies import (
 )
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, executable_actions
 from safeshield.spaces.batches import Batch, copied, take
-from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
 
 Array = npt.NDArray[Any]
@@ -193,8 +193,8 @@ class _Runner:
     def __init__(
         self,
         envs: VectorEnv,
-        seen: FlatSpace,
-        played: FlatSpace,
+        seen: SpaceCodec,
+        played: SpaceCodec,
         policy: BatchPolicy,
         rng: np.random.Generator,
         on_step: Callable[[VectorStep], None] | None,
@@ -244,8 +244,8 @@ class _Runner:
             ended = np.asarray(terminated) | np.asarray(truncated)
             reached, replaced = self._reached(returned, ended, infos)
             step = VectorStep(
-                self._waves, index, active, self._seen.rows(observations)[0],
-                self._played.rows(actions)[0], np.array(rewards), reached,
+                self._waves, index, active, self._seen.flatten(observations)[0],
+                self._played.flatten(actions)[0], np.array(rewards), reached,
                 np.array(terminated), np.array(truncated), infos,
             )  # fmt: skip
             record.add(step, replaced)
@@ -271,7 +271,7 @@ class _Runner:
         self, returned: Batch, ended: npt.NDArray[np.bool_], infos: Mapping[str, Any]
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Rows after the step, and where `returned` is already of the next episode."""
-        reached = np.array(self._seen.rows(returned, "observation")[0])
+        reached = np.array(self._seen.flatten(returned, "observation")[0])
         key = next((key for key in ("final_obs", "final_observation") if key in infos), None)
         if key is None:
             if self._mode == "samestep" and ended.any():
@@ -282,7 +282,7 @@ class _Runner:
             return reached, np.zeros_like(ended)
         replaced = np.array(infos.get(f"_{key}", ended), dtype=np.bool_)
         for i in np.flatnonzero(replaced):
-            reached[i] = self._seen.rows(take(infos[key], int(i)), "observation")[0][0]
+            reached[i] = self._seen.flatten(take(infos[key], int(i)), "observation")[0][0]
         return reached, replaced
 
 

@@ -124,7 +124,7 @@ def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int
             "a policy that takes a whole batch needs batched = True (see batch_policy)"
         )
     if discrete:
-        rows, _ = flat.rows(array, "the policy's actions")
+        rows, _ = flat.flatten(array, "the policy's actions")
         good = flat.contains(rows)
         if not good.all():
             row = int(np.argmin(good))
@@ -132,7 +132,7 @@ def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int
                 f"the policy must return integers of {space}, got {array[row]} for environment "
                 f"{row}"
             )
-        return flat.points(rows)
+        return flat.unflatten(rows)
     if np.isnan(array).any():
         row = int(np.argmax(np.isnan(array).reshape(count, -1).any(axis=1)))
         raise ValueError(f"the policy returned NaN for environment {row}: {array[row]}")
@@ -169,8 +169,10 @@ def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
     def uniform(observations: Batch, rng: np.random.Generator) -> Array:
         shape = (batch_length(observations), flat.width)
         if flat.discrete:
-            return flat.points(rng.integers(low.astype(np.int64), high.astype(np.int64) + 1, shape))
-        return flat.points(rng.uniform(low, high, shape))
+            return flat.unflatten(
+                rng.integers(low.astype(np.int64), high.astype(np.int64) + 1, shape)
+            )
+        return flat.unflatten(rng.uniform(low, high, shape))
 
     return uniform
 

@@ -46,10 +46,10 @@ class CandidateSet:
 
         Where actions are discrete, they are all there is, whatever the counts say.
         """
-        if model.played.discrete:
-            choices = model.played.choices
+        if model.action_codec.discrete:
+            choices = model.action_codec.choices
             return np.broadcast_to(choices, (len(proposals), *choices.shape))
-        tables = _tables(self, model.played.width, model.noise_features)
+        tables = _tables(self, model.action_codec.width, model.noise_features)
         parts = [model.fallback(states, tables.noise)]
         if self.around:
             near = model.scaling.actions(proposals)[:, None, :] + tables.around

@@ -21,7 +21,7 @@ from safeshield.nn.forward import (
 )
 from safeshield.nn.latent_forward import LatentForward, LatentSpec
 from safeshield.nn.plan_forward import PlanForward, PlanSpec
-from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.shapes import Actions, Candidates, Noise, Observations, Scalars
 from safeshield.values.units import (
@@ -84,12 +84,12 @@ class SafetyModel:
     plan: PlanSpec | None = None
 
     @cached_property
-    def seen(self) -> FlatSpace:
+    def observation_codec(self) -> SpaceCodec:
         """How observations become rows."""
         return flat_observations(self.observation_space)
 
     @cached_property
-    def played(self) -> FlatSpace:
+    def action_codec(self) -> SpaceCodec:
         """How actions become rows."""
         return flat_actions(self.action_space)
 
@@ -128,13 +128,13 @@ class SafetyModel:
     def noise_features(self) -> int:
         """Width of the noise that `fallback` takes."""
         if self.plan is not None:
-            return self.plan.horizon * self.played.width
+            return self.plan.horizon * self.action_codec.width
         return self.behaviour_noise_features
 
     @property
     def behaviour_noise_features(self) -> int:
         """Width of the noise that `behaviour` takes."""
-        return self.played.width if self.latent is None else self.latent.latent
+        return self.action_codec.width if self.latent is None else self.latent.latent
 
     @property
     def knows_behaviour(self) -> bool:
@@ -152,13 +152,15 @@ class SafetyModel:
             scaled = self.latent_policy.act(inputs, noise, refined=False)
         else:
             scaled = to_actions(self.behaviour_layers, inputs, noise, self.flow_steps)
-        return self.scaling.to_box(scaled).reshape(len(states.inputs), each, self.played.width)
+        return self.scaling.to_box(scaled).reshape(
+            len(states.inputs), each, self.action_codec.width
+        )
 
     def states(self, observations: Observations) -> StateValue:
         """Judge finite observations (n, obs)."""
-        return self.states_of(self.scaling.observations(observations))
+        return self.evaluate_features(self.scaling.observations(observations))
 
-    def states_of(self, inputs: _Float) -> StateValue:
+    def evaluate_features(self, inputs: _Float) -> StateValue:
         """Judge what `spaces.scaling` made of observations, (n, features)."""
         out = forward_layers(self._state_layers, inputs)
         constraint = out[0, :, 0] * np.float32(self.scale.spread) + np.float32(self.scale.offset)
@@ -177,7 +179,7 @@ class SafetyModel:
         """
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         members = forward_layers(self._advantage_layers, inputs)[..., 0]
-        out: _Float = members.std(axis=0) * np.float32(self.scale.step)
+        out: _Float = members.std(axis=0) * np.float32(self.scale.step_rms)
         return out
 
     def action_value(self, states: StateValue, action: Actions) -> float:
@@ -193,7 +195,7 @@ class SafetyModel:
         inputs[:, :width] = states.inputs
         inputs[0, width:] = features
         worst = float(forward_layers(self._advantage_layers, inputs).max())
-        return float(states.value[0]) + worst * self.scale.step
+        return float(states.value[0]) + worst * self.scale.step_rms
 
     def candidate_values(self, states: StateValue, candidates: Candidates) -> Scalars:
         """Return Q_h of c actions (n, c, act) in each of n states: (n, c), in one pass."""
@@ -211,7 +213,7 @@ class SafetyModel:
             inputs = np.concatenate([seen, candidates.reshape(count * each, width)], axis=-1)
             worst = forward_layers(self._advantage_layers, inputs)[..., 0].max(axis=0)
             worst = worst.reshape(count, each)
-        out: _Float = states.value[:, None] + worst * np.float32(self.scale.step)
+        out: _Float = states.value[:, None] + worst * np.float32(self.scale.step_rms)
         return out
 
     def action_gradients(
@@ -222,7 +224,7 @@ class SafetyModel:
         That is (n,), and (n, act) in units of h for each half width of the box: dQ_h/du with u the
         action scaled to [-1, 1].
         """
-        features, step = self.scaling.actions(actions), np.float32(self.scale.step)
+        features, step = self.scaling.actions(actions), np.float32(self.scale.step_rms)
         if self._looks_ahead is not None:
             worst, gradient = self._looks_ahead.worst_and_gradient(states.inputs, features)
         else:
@@ -245,22 +247,24 @@ class SafetyModel:
 
         Where actions are discrete: the one of lowest Q_h, c times.
         """
-        if self.played.discrete:
+        if self.action_codec.discrete:
             every = np.broadcast_to(
-                self.played.choices, (len(states.inputs), *self.played.choices.shape)
+                self.action_codec.choices, (len(states.inputs), *self.action_codec.choices.shape)
             )
             lowest = self.candidate_values(states, every).argmin(axis=1)
-            return np.repeat(self.played.choices[lowest][:, None, :], len(noise), axis=1)
+            return np.repeat(self.action_codec.choices[lowest][:, None, :], len(noise), axis=1)
         each = len(noise)
         inputs, noise = _rows(states, np.broadcast_to(noise, (len(states.inputs), *noise.shape)))
         if self.latent_policy is not None:
             raw = self.latent_policy.act(inputs, noise)
         elif self._planner is not None:
-            raw = self._planner.draw(inputs, noise)[:, : self.played.width]
+            raw = self._planner.draw(inputs, noise)[:, : self.action_codec.width]
         else:
             raw = forward(self.networks[FALLBACK], np.concatenate([inputs, noise], axis=-1))[0]
         scaled = np.clip(np.nan_to_num(raw), -1.0, 1.0)
-        return self.scaling.to_box(scaled).reshape(len(states.inputs), each, self.played.width)
+        return self.scaling.to_box(scaled).reshape(
+            len(states.inputs), each, self.action_codec.width
+        )
 
 
 def _rows(states: StateValue, noise: Noise) -> tuple[_Float, _Float]:

@@ -22,7 +22,7 @@ from safeshield.shield.replacement import (
     Replacement,
     check_replacement,
 )
-from safeshield.spaces.rows import FlatSpace, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.support import SCORES, SupportRecord, SupportTest, support_score
@@ -67,7 +67,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "observation_space": space_to_json(model.observation_space),
         "action_space": space_to_json(model.action_space),
         "scaling": model.scaling.to_json(),
-        "safety_scale": dataclasses.asdict(model.scale),
+        "safety_scale": model.scale.to_json(),
         "hidden": {
             name: _hidden(weights)
             for name, weights in model.networks.items()
@@ -206,7 +206,7 @@ def _shapes(
     hidden: dict[str, list[int]],
     members: int,
     scaling: Scaling,
-    played: FlatSpace,
+    played: SpaceCodec,
     latent: LatentSpec | None,
     plan: PlanSpec | None,
 ) -> dict[str, tuple[int, ...]]:
@@ -264,7 +264,7 @@ def _latent(data: dict[str, Any] | None) -> LatentSpec | None:
     return LatentSpec(**{**data, "hidden": tuple(data["hidden"]), "spread": spread})
 
 
-def _plan(data: dict[str, Any] | None, played: FlatSpace) -> PlanSpec | None:
+def _plan(data: dict[str, Any] | None, played: SpaceCodec) -> PlanSpec | None:
     if data is None:
         return None
     names = {entry.name for entry in dataclasses.fields(PlanSpec)}

@@ -121,7 +121,7 @@ class Guard:
         rows, _ = self.shield.action_rows(actions)
         if len(rows) != len(self._rows):
             raise ValueError(f"got {len(rows)} actions for {len(self._rows)} environments")
-        executed, report = self.shield.judge(self._states, self._rows, rows, self.threshold)
+        executed, report = self.shield.filter_rows(self._states, self._rows, rows, self.threshold)
         self._report = report
         return (self.shield.points(executed) if report.intervened.any() else actions), report
 

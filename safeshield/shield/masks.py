@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.shield.critics import StateValue
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.shapes import Observations, Scalars
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def _weighed(
     shield: Shield, states: StateValue, rows: Observations, threshold: float | Scalars | None
 ) -> tuple[Mask, npt.NDArray[np.floating]]:
     """`acceptable_choices`, and the Q_h (n, c) of all."""
-    choices = shield.model.played.choices
+    choices = shield.model.action_codec.choices
     every = np.broadcast_to(choices, (len(rows), *choices.shape))
-    accepted, values = shield.admits(states, rows, every, threshold)
+    accepted, values = shield.acceptable(states, rows, every, threshold)
     nothing = np.flatnonzero(~accepted.any(axis=1))
     least = values[nothing].argmin(axis=1)
     if shield.support is not None and len(nothing):
@@ -46,7 +46,7 @@ def _weighed(
         limit = shield.threshold if threshold is None else threshold
         limits = np.broadcast_to(np.asarray(limit, np.float64), (len(rows),))[nothing]
         part = states.take(nothing)
-        executed, _ = shield.judge(part, rows[nothing], choices[least], limits)
+        executed, _ = shield.filter_rows(part, rows[nothing], choices[least], limits)
         least = (executed[:, None] == choices).all(axis=-1).argmax(axis=1)
     accepted[nothing, least] = True
     return accepted, values
@@ -63,7 +63,7 @@ def agent_mask(
     Raises:
         TypeError: actions are not discrete.
     """
-    played = shield.model.played
+    played = shield.model.action_codec
     if not played.discrete:
         raise TypeError(
             "a mask needs discrete actions (Discrete, MultiDiscrete, MultiBinary), the shield's "
@@ -114,7 +114,7 @@ def product_mask(accepted: Mask, values: Scalars, categories: Sequence[int]) -> 
             return np.concatenate(chosen)
 
 
-def with_own_mask(masks: Mask, own: object, played: FlatSpace) -> Mask:
+def with_own_mask(masks: Mask, own: object, played: SpaceCodec) -> Mask:
     """Return masks (..., k) without what the environment's own masks forbid, its info's say.
 
     Where the two together leave nothing to choose, the shield's masks alone.

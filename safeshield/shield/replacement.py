@@ -22,7 +22,7 @@ import numpy.typing as npt
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Judged, Scalars
 
 MAX_STEPS, MAX_SAMPLES = 1000, 4096
@@ -34,7 +34,9 @@ _BEYOND = 1.1
 
 @dataclass(frozen=True, eq=False)
 class Rejected:
-    """n actions that may not run, and what a strategy may know of them. Arrays are rows of `spaces.rows`.
+    """n actions that may not run, and what a strategy may know of them.
+
+    Arrays are rows of `spaces.rows`.
 
     Attributes:
         model: critics and fallback.
@@ -68,7 +70,7 @@ class Rejected:
 
         Clipped into the box; `wanted` stands in for what is NaN, infinite, or no discrete action.
         """
-        played = self.model.played
+        played = self.model.action_codec
         usable = np.isfinite(candidates).all(axis=-1)
         if played.discrete:
             usable = played.contains(candidates)
@@ -262,8 +264,8 @@ class OwnSamples:
         policy: the agent: anything with Stable-Baselines3's ``predict`` (called with
             ``deterministic=False``; recurrent agents draw as at an episode's start; one trained
             with `use_sde` holds its noise, so all its draws are alike), or another
-            policy that `safeshield.rollouts.policies.as_batch_policy` takes. It gets the observations
-            that the shield sees: of a Dict the shield's entries alone.
+            policy that `safeshield.rollouts.policies.as_batch_policy` takes. It gets the
+            observations that the shield sees: of a Dict the shield's entries alone.
         count: draws for each action, all asked for at once.
         candidates: where to look when none of the draws is acceptable.
         seed: of the noise that batch policies get; ``predict`` draws from the agent's own.
@@ -304,7 +306,7 @@ class OwnSamples:
     def _draw(self, rejected: Rejected) -> Candidates:
         """Return draws (n, count, act), NaN where the observation is not readable."""
         model = rejected.model
-        shape = (len(rejected.rows), self.count, model.played.width)
+        shape = (len(rejected.rows), self.count, model.action_codec.width)
         draws = np.full(shape, np.nan)
         seen = rejected.seen
         if not seen.any():
@@ -313,8 +315,8 @@ class OwnSamples:
         # Made anew: it carries the memory of recurrent agents from one call to the next.
         policy = as_batch_policy(self.policy, model.action_space, deterministic=False)
         rng: np.random.Generator = self.__dict__["_rng"]
-        points = np.asarray(policy(model.seen.batch(rows), rng))
-        actions, single = model.played.rows(points, "a draw of the policy of OwnSamples")
+        points = np.asarray(policy(model.observation_codec.batch(rows), rng))
+        actions, single = model.action_codec.flatten(points, "a draw of the policy of OwnSamples")
         if single or len(actions) != len(rows):
             raise ValueError(
                 f"the policy of OwnSamples must return {len(rows)} actions for {len(rows)} "
@@ -328,7 +330,7 @@ BUILT_IN = (NearestAcceptable, FallbackPolicy, ProjectedGradient, OwnSamples)
 _NAMES = ", ".join(f"{kind.__name__}(...)" for kind in BUILT_IN)
 
 
-def check_replacement(replacement: object, played: FlatSpace) -> None:
+def check_replacement(replacement: object, played: SpaceCodec) -> None:
     """Refuse what cannot replace actions of this space.
 
     Raises:

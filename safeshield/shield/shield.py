@@ -91,7 +91,7 @@ class Shield:
                 "drop the record or calibrate again"
             )
         self.delta = float(self.delta)
-        played = self.model.played
+        played = self.model.action_codec
         check_replacement(self.replacement, played)
         if self.support is not None and not isinstance(self.replacement, NearestAcceptable):
             raise ValueError(
@@ -117,7 +117,7 @@ class Shield:
         )
         mean = self.model.scaling.observation_mean.astype(np.float64)
         reach = _READABLE * self.model.scaling.observation_spread.astype(np.float64)
-        seen = self.model.seen
+        seen = self.model.observation_codec
         counts = np.array(seen.categories, dtype=bool)
         self._counts = counts if counts.any() else None
         self._readable_low = np.where(counts, seen.low, mean - reach)
@@ -129,7 +129,7 @@ class Shield:
         replaced = describe(self.replacement)
         return (
             f"{type(self).__name__}(delta={self.delta:.4g}, {promise}, "
-            f"obs {self.model.seen.width}, act {self.model.played.width}"
+            f"obs {self.model.observation_codec.width}, act {self.model.action_codec.width}"
             f"{replaced and ', '}{replaced})"
         )
 
@@ -240,7 +240,7 @@ class Shield:
         states = self.states(rows)
         if actions is None:
             return _where_known(finite, states.value)
-        finite = finite & self.model.played.contains(actions)
+        finite = finite & self.model.action_codec.contains(actions)
         values = self.model.action_values(states, np.where(finite[:, None], actions, self._low))
         return _where_known(finite, values)
 
@@ -271,14 +271,14 @@ class Shield:
         rows, _ = self.observation_rows(observation)
         if len(actions) != len(rows):
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
-        executed, report = self.judge(self.states(rows), rows, actions)
+        executed, report = self.filter_rows(self.states(rows), rows, actions)
         if single:
             one = report.row(0)
             return (self.points(executed)[0] if one.intervened else np.asarray(action)), one
         return (self.points(executed) if report.intervened.any() else np.asarray(action)), report
 
     def states(self, rows: Observations) -> StateValue:
-        """Judge observations (n, obs), for `judge`."""
+        """Judge observations (n, obs), for `filter_rows`."""
         near = self._near(rows)
         if not near.all():
             rows = np.where(near, rows, self.model.scaling.observation_mean)
@@ -289,8 +289,8 @@ class Shield:
     ) -> float | None:
         """Return Q_h of one action (act,) in one state where it may pass, else None.
 
-        The short way for the common case; `judge` gives the whole verdict. The state must come
-        from a finite observation.
+        The short way for the common case; `filter_rows` gives the whole verdict. The state must
+        come from a finite observation.
         """
         # Comparisons with NaN are false: no NaN gets past this line.
         if not ((action >= self._low).all() and (action <= self._high).all()):
@@ -304,7 +304,7 @@ class Shield:
             return None
         return value
 
-    def judge(
+    def filter_rows(
         self,
         states: StateValue,
         rows: Observations,
@@ -326,7 +326,7 @@ class Shield:
         self.warn_if_uncalibrated()
         seen = self.readable(rows)
         known = np.isfinite(actions).all(axis=-1)
-        inside = self.model.played.contains(actions)
+        inside = self.model.action_codec.contains(actions)
         values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
         proposed_values = _where_known(inside & seen, values)
         accepted = proposed_values <= limit
@@ -393,14 +393,14 @@ class Shield:
                 stacklevel=3,
             )
 
-    def admits(
+    def acceptable(
         self,
         states: StateValue,
         rows: Observations,
         candidates: Candidates,
         threshold: float | Scalars | None = None,
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.floating]]:
-        """Return which of c actions in each of n states `judge` accepts, and their Q_h: (n, c).
+        """Return which of c actions (n, c) in each of n states are acceptable, and their Q_h.
 
         Args:
             states: from `states`, of the same rows.
@@ -412,7 +412,7 @@ class Shield:
         accepted and Q_h is that of the state put in its place.
         """
         limit = np.asarray(self.threshold if threshold is None else threshold, np.float64)
-        inside = self.model.played.contains(candidates)
+        inside = self.model.action_codec.contains(candidates)
         known = np.where(inside[..., None], candidates, self._low)
         values = _where_known(inside, self.model.candidate_values(states, known))
         good = (values <= limit[..., None]) & self.readable(rows)[:, None]
@@ -482,7 +482,7 @@ class Shield:
         near = np.clip(proposals, self._low, self._high)
         known = known & seen
         if self._discrete:
-            known = known & self.model.played.contains(near)
+            known = known & self.model.action_codec.contains(near)
         wanted = near
         if not known.all():
             # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
@@ -522,15 +522,15 @@ class Shield:
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one observation or a batch of them as rows (n, obs), and whether it was one."""
-        return self.model.seen.rows(observations, "observation")
+        return self.model.observation_codec.flatten(observations, "observation")
 
     def action_rows(self, actions: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one action or a batch of them as rows (n, act), and whether it was one."""
-        return self.model.played.rows(actions, "action")
+        return self.model.action_codec.flatten(actions, "action")
 
     def points(self, rows: Actions) -> npt.NDArray[Any]:
         """Return rows (n, act) as a batch of actions (n, *shape)."""
-        return self.model.played.points(rows)
+        return self.model.action_codec.unflatten(rows)
 
     # -- calibration and files ------------------------------------------------------------------
 

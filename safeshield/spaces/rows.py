@@ -31,13 +31,14 @@ ACTIONS = f"bounded {_PARTS} with at most {MAX_CHOICES} combinations"
 
 
 @dataclass(frozen=True, eq=False)
-class FlatSpace:
+class SpaceCodec:
     """The rows of one space. A Dict names the entries that are used; points may have more.
 
-    >>> flat = FlatSpace(gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)}))
+    >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
+    >>> flat = SpaceCodec(space)
     >>> flat.width, flat.categories
     (2, (5, 0))
-    >>> rows, single = flat.rows({"at": 3, "v": [0.5], "unused": None})
+    >>> rows, single = flat.flatten({"at": 3, "v": [0.5], "unused": None})
     >>> rows.tolist(), single
     ([[3.0, 0.5]], True)
     """
@@ -69,7 +70,7 @@ class FlatSpace:
         """Whether every column counts."""
         return all(self.categories)
 
-    def rows(self, points: Batch, what: str = "point") -> tuple[Rows, bool]:
+    def flatten(self, points: Batch, what: str = "point") -> tuple[Rows, bool]:
         """Return one point, or a batch of them, as rows (n, width); and whether it was one.
 
         Raises:
@@ -84,7 +85,7 @@ class FlatSpace:
             raise ValueError(f"the entries of one {what} must be of one point or of n alike")
         return np.concatenate([rows for rows, _ in parts], axis=1), singles.pop()
 
-    def points(self, rows: Rows) -> Array:
+    def unflatten(self, rows: Rows) -> Array:
         """Return rows (n, width) as a batch of points of a space without Dicts."""
         shape = self.space.shape
         if shape is None:
@@ -98,15 +99,15 @@ class FlatSpace:
         A row has one dtype for all entries of a Dict; here each has its own again.
 
         >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
-        >>> FlatSpace(space).batch(np.array([[3, 0.5], [0, 0.25]]))["at"]
+        >>> SpaceCodec(space).batch(np.array([[3, 0.5], [0, 0.25]]))["at"]
         array([3, 0])
         """
         if not isinstance(self.space, gym.spaces.Dict):
-            return self.points(rows)
+            return self.unflatten(rows)
         batch: dict[str, Batch] = {}
         start = 0
         for key, space in self.space.spaces.items():
-            part = FlatSpace(space)
+            part = SpaceCodec(space)
             batch[key] = part.batch(rows[:, start : start + part.width])
             if isinstance(space, gym.spaces.Box):
                 batch[key] = batch[key].astype(space.dtype)
@@ -141,13 +142,13 @@ class FlatSpace:
         return np.stack([axis.ravel() for axis in grid], axis=-1).astype(np.float32)
 
 
-def flat_observations(space: gym.Space[Any], what: str = "observation_space") -> FlatSpace:
+def flat_observations(space: gym.Space[Any], what: str = "observation_space") -> SpaceCodec:
     """Return the rows of an observation space.
 
     Raises:
         TypeError: a space of another kind; the message lists what is supported.
     """
-    flat = FlatSpace(space)
+    flat = SpaceCodec(space)
     try:
         empty = flat.width == 0
     except TypeError as error:
@@ -157,7 +158,7 @@ def flat_observations(space: gym.Space[Any], what: str = "observation_space") ->
     return flat
 
 
-def flat_actions(space: gym.Space[Any], what: str = "action_space") -> FlatSpace:
+def flat_actions(space: gym.Space[Any], what: str = "action_space") -> SpaceCodec:
     """Return the rows of an action space.
 
     Raises:
@@ -170,7 +171,7 @@ def flat_actions(space: gym.Space[Any], what: str = "action_space") -> FlatSpace
     TypeError: action_space must be bounded Box (any shape), Discrete, MultiDiscrete, MultiBinary \
 with at most 1024 combinations, got Tuple(Discrete(2))
     """
-    flat = FlatSpace(space)
+    flat = SpaceCodec(space)
     supported = isinstance(space, _LEAVES) and flat.width > 0
     if supported and flat.discrete:
         supported = math.prod(flat.categories) <= MAX_CHOICES

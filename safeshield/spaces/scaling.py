@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.files.schema import finite_number
-from safeshield.spaces.rows import FlatSpace
+from safeshield.spaces.rows import SpaceCodec
 
 # Below this share of its own size the spread of an observation entry is rounding, not information.
 _CONSTANT = 1e-6
@@ -25,12 +25,12 @@ class LoggedRows(Protocol):
         ...
 
     @property
-    def flat_observations(self) -> FlatSpace:
+    def flat_observations(self) -> SpaceCodec:
         """How observations become rows."""
         ...
 
     @property
-    def flat_actions(self) -> FlatSpace:
+    def flat_actions(self) -> SpaceCodec:
         """How actions become rows."""
         ...
 
@@ -63,7 +63,7 @@ class Scaling:
 
     @classmethod
     def of_rows(
-        cls, rows: npt.NDArray[np.float32], observations: FlatSpace, actions: FlatSpace
+        cls, rows: npt.NDArray[np.float32], observations: SpaceCodec, actions: SpaceCodec
     ) -> Scaling:
         """Read the scaling off rows of observations (n, obs)."""
         low, high = actions.low, actions.high
@@ -107,7 +107,7 @@ class Scaling:
 
     @classmethod
     def from_json(
-        cls, data: dict[str, list[float]], observations: FlatSpace, actions: FlatSpace
+        cls, data: dict[str, list[float]], observations: SpaceCodec, actions: SpaceCodec
     ) -> Scaling:
         """Rebuild a scaling, checking widths and values.
 

@@ -46,8 +46,8 @@ class SupportTest:
         to draw from, nor for discrete actions, all of which are candidates anyway.
         """
         count = len(states.inputs)
-        if model.played.discrete or not model.knows_behaviour:
-            return np.empty((count, 0, model.played.width), np.float32)
+        if model.action_codec.discrete or not model.knows_behaviour:
+            return np.empty((count, 0, model.action_codec.width), np.float32)
         noise = _noise(model.behaviour_noise_features)
         return model.behaviour(states, np.broadcast_to(noise, (count, *noise.shape)))
 

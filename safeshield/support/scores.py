@@ -51,7 +51,7 @@ class NoiseDistance:
 
     def check(self, model: SafetyModel) -> None:
         """Need a Box of actions and the flow."""
-        if model.played.discrete:
+        if model.action_codec.discrete:
             raise ValueError(
                 f"score 'noise' needs a Box of actions, got {model.action_space}; use 'probability'"
             )
@@ -95,7 +95,7 @@ class LogProbability:
 
     def check(self, model: SafetyModel) -> None:
         """Need discrete actions and the classifier."""
-        if not model.played.discrete:
+        if not model.action_codec.discrete:
             raise ValueError(
                 f"score 'probability' needs discrete actions, got {model.action_space}; use 'noise'"
             )
@@ -106,9 +106,9 @@ class LogProbability:
         logits = forward_layers(model.behaviour_layers, states.inputs)[0]
         logits = logits - logits.max(axis=-1, keepdims=True)
         total = np.log(np.exp(logits).sum(axis=-1))
-        digits = np.rint(np.asarray(actions) - model.played.low).astype(np.int64)
+        digits = np.rint(np.asarray(actions) - model.action_codec.low).astype(np.int64)
         # `choices` lists the combinations with the last column counting fastest.
-        taken = np.ravel_multi_index(tuple(digits.T), model.played.categories)
+        taken = np.ravel_multi_index(tuple(digits.T), model.action_codec.categories)
         return np.asarray(logits[np.arange(len(taken)), taken] - total)
 
 
@@ -161,7 +161,7 @@ def support_score(score: str | SupportScore | None, model: SafetyModel) -> Suppo
     """
     if score is None:
         box = NoiseDistance.name if model.latent is None else Density.name
-        score = LogProbability.name if model.played.discrete else box
+        score = LogProbability.name if model.action_codec.discrete else box
     if isinstance(score, str):
         if score not in SCORES:
             raise ValueError(f"score must be one of {sorted(SCORES)}, got {score!r}")

@@ -57,7 +57,7 @@ class Architecture(Protocol):
     def parts(self) -> Mapping[str, Network]:
         """Describe every network."""
 
-    def units(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
         """Return what a file must hold beside spaces and scaling, as JSON."""
 
 
@@ -299,14 +299,14 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
         scaled = self._act(model, model.scaling.observations(rows), deterministic)
-        actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        actions = flat_actions(model.action_space).unflatten(model.scaling.to_box(scaled))
         return (actions[0] if single else actions), state
 
     def _rows(
         self, model: ModelT, observation: Batch, name: str
     ) -> tuple[npt.NDArray[np.float32], bool]:
         """Return observations as rows (n, features), and whether it was a single one."""
-        rows, single = flat_observations(model.observation_space).rows(observation, name)
+        rows, single = flat_observations(model.observation_space).flatten(observation, name)
         with np.errstate(over="ignore"):
             small = rows.astype(np.float32)
         bad = ~np.isfinite(small).all(axis=1)
@@ -330,7 +330,7 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             "observation_space": space_to_json(model.observation_space),
             "action_space": space_to_json(model.action_space),
             "scaling": model.scaling.to_json(),
-            **model.units(),
+            **model.header(),
         }
         flat = {f"{n}/{k}": a for n, params in self._arrays.items() for k, a in params.items()}
         write_tensors(path, flat, header)

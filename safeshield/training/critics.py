@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -119,7 +118,7 @@ class ValueConfig:
         """Return the margin of the gate, in units of h."""
         share = self.margin * safety.scale.spread
         # Binary labels jump by more than lies between safe and unsafe.
-        return max(share, safety.scale.step) if safety.continuous and self.margin else share
+        return max(share, safety.scale.step_rms) if safety.continuous and self.margin else share
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,10 @@ class Critics:
             RewardCritics(*widths, config.critic_hidden, mean, spread),
         )
 
-    def units(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
         """Return the units as JSON."""
         return {
-            "safety_scale": dataclasses.asdict(self.safety.scale),
+            "safety_scale": self.safety.scale.to_json(),
             "reward_scale": [self.reward.offset, self.reward.spread],
             "constraint_kind": "continuous" if self.safety.continuous else "binary",
         }
@@ -223,7 +222,7 @@ class CriticsRun:
             targets=critics,
             moments={CRITICS: adam_init(critics)},
             scales={"reward": torch.full((), self.critics.reward.spread, device=device)},
-            near=torch.zeros(0, dtype=torch.int64, device=device),
+            boundary_rows=torch.zeros(0, dtype=torch.int64, device=device),
         )
 
     def phases(self) -> list[Phase]:
@@ -328,7 +327,7 @@ class CriticsRun:
             observations, actions = self.log.observations[rows], self.log.actions[rows]
             here = safety.value(critics, observations)
             worst = safety.advantages(critics, observations, actions).amax(0)
-            passes = here + safety.scale.step * worst < -self.margin
+            passes = here + safety.scale.step_rms * worst < -self.margin
             return (passes | (here >= -self.margin)).float()
 
 

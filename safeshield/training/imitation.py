@@ -50,5 +50,5 @@ def imitation_weights(
     gain = reward.advantages(networks, observations, actions).amin(0)
     good = (reward_temperature * gain).exp().clamp(max=REWARD_LIMIT)
     safe = (-safety_temperature * danger).exp().clamp(max=SAFETY_LIMIT)
-    passes = (value + safety.scale.step * danger <= -margin).float()
+    passes = (value + safety.scale.step_rms * danger <= -margin).float()
     return torch.where(value <= -margin, good * passes, safe)

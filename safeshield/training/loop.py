@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
     """Adam's moments, by phase."""
     scales: dict[str, Tensor]
     """Statistics that go along: running ones, () each; what was read off the log, (N,)."""
-    near: Tensor
+    boundary_rows: Tensor
     """(M,) int64: the transitions nearest to the learned boundary, drawn more often."""
 
 
@@ -73,7 +73,7 @@ class Phase:
     update: Update
     batch_size: int
     near_share: float = 0.0
-    """Share of each batch that is drawn from `TrainState.near`."""
+    """Share of each batch that is drawn from `TrainState.boundary_rows`."""
     refresh: Callable[[TrainState, torch.Generator], TrainState] | None = None
     """Called every `refresh_every` steps: re-reads the log with the current networks."""
     refresh_every: int = 250
@@ -298,10 +298,10 @@ def _draw(
 ) -> Draw:
     device, size = generator.device, phase.batch_size
     rows = torch.randint(transitions, (size,), generator=generator, device=device)
-    near = round(size * phase.near_share) if len(state.near) else 0
+    near = round(size * phase.near_share) if len(state.boundary_rows) else 0
     if near:
-        picks = torch.randint(len(state.near), (near,), generator=generator, device=device)
-        rows[:near] = state.near[picks]
+        picks = torch.randint(len(state.boundary_rows), (near,), generator=generator, device=device)
+        rows[:near] = state.boundary_rows[picks]
     noise = torch.randn(size, features, generator=generator, device=device)
     uniform = torch.rand(size, 1, generator=generator, device=device)
     return Draw(rows, noise, uniform)
@@ -338,7 +338,7 @@ def _diverged(what: str, phase: str, step: int) -> FloatingPointError:
 
 
 def _flatten(state: TrainState) -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {"near": state.near}
+    flat: dict[str, Tensor] = {"near": state.boundary_rows}
     for group, networks in (("networks", state.networks), ("targets", state.targets)):
         for name, params in networks.items():
             flat |= {f"{group}/{name}/{key}": tensor for key, tensor in params.items()}

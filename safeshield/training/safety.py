@@ -83,7 +83,7 @@ class SafetyLog:
             value = self.critics.value(state.targets, self.log.observations[rows])
         kept = max(1, size * _KEPT // _POOL)
         nearest = value.abs().topk(kept, largest=False).indices
-        return state._replace(near=rows[nearest])
+        return state._replace(boundary_rows=rows[nearest])
 
 
 def safety_critics(

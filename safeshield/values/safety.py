@@ -103,7 +103,7 @@ class SafetyCritics:
     def action_value(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
         """Return Q_h(s, a), (batch,), in units of h, of states s' on: the larger of the two."""
         worst = self.advantages(networks, observations, actions).amax(0)
-        return self.value(networks, observations) + self.scale.step * worst
+        return self.value(networks, observations) + self.scale.step_rms * worst
 
     def log_value(self, networks: Networks, observations: Tensor, constraints: Tensor) -> Tensor:
         """Return V_h at states of the log, where h is known."""
@@ -137,13 +137,13 @@ class SafetyCritics:
             y = (1.0 - self.discount) * reached + self.discount * later
             if one_step:
                 worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
-                goal = torch.maximum(here + self.scale.step * worst, batch.constraints)
+                goal = torch.maximum(here + self.scale.step_rms * worst, batch.constraints)
                 if batch.extra is not None:
                     goal = torch.maximum(goal, batch.extra)
             else:
                 end = self.log_value(targets, batch.window_observations, batch.window_constraints)
                 goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
-            residual = (y - here) / self.scale.step
+            residual = (y - here) / self.scale.step_rms
         # Both ends of a step: the state in which an episode ends is nobody's first end.
         constraint = self.constraint(
             networks, torch.cat([batch.observations, batch.next_observations])
@@ -154,7 +154,7 @@ class SafetyCritics:
         value = base + self.excess(networks, batch.observations)
         advantage = self.advantages(networks, batch.observations, batch.actions)
         constraint_loss = ((constraint - labels) / self.scale.spread).square().mean()
-        value_loss = expectile_loss((value - goal) / self.scale.step, expectile)
+        value_loss = expectile_loss((value - goal) / self.scale.step_rms, expectile)
         advantage_loss = (advantage - residual).square().mean(1).sum()
         metrics = {
             "safety/constraint_loss": constraint_loss.detach(),

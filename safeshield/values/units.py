@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,14 +27,18 @@ class SafetyScale:
     """Mean of h."""
     spread: float
     """Standard deviation of h."""
-    step: float
+    step_rms: float
     """Root mean square of h(s') - h(s), one step's worth of h: sigma."""
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(x) for x in (self.offset, self.spread, self.step)):
+        if not all(math.isfinite(x) for x in (self.offset, self.spread, self.step_rms)):
             raise ValueError(f"the units of h must be finite, got {self}")
-        if self.spread <= 0 or self.step <= 0:
+        if self.spread <= 0 or self.step_rms <= 0:
             raise ValueError(f"spread and step of h must be above 0, got {self}")
+
+    def to_json(self) -> dict[str, float]:
+        """Return the units for a file's header, where `step_rms` is called "step"."""
+        return {"offset": self.offset, "spread": self.spread, "step": self.step_rms}
 
     @classmethod
     def from_json(cls, data: object) -> SafetyScale:
@@ -44,12 +47,12 @@ class SafetyScale:
         Raises:
             ValueError: a number is missing, unknown, or out of range.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
+        names = ("offset", "spread", "step")
+        if not isinstance(data, dict) or set(data) != set(names):
             raise ValueError(
                 f"the units of h must be the numbers {sorted(names)}, got {data!r:.80}"
             )
-        return cls(**{name: finite_number(value, name) for name, value in data.items()})
+        return cls(*(finite_number(data[name], name) for name in names))
 
     @property
     def excess(self) -> float:

@@ -72,7 +72,7 @@ class FromSafety:
         value = self.critics.value(state.targets, observations)
         worst = self.critics.advantages(state.targets, observations, actions).amax(0)
         scale = self.critics.scale
-        return Judgement(value / scale.spread, (value + scale.step * worst) / scale.spread)
+        return Judgement(value / scale.spread, (value + scale.step_rms * worst) / scale.spread)
 
     def excess(
         self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
@@ -80,7 +80,7 @@ class FromSafety:
         """See `Feasibility`."""
         scale = self.critics.scale
         value, worst = self.judge(state, observations, actions)
-        return (worst - value.clamp(min=-margin)) * (scale.spread / scale.step)
+        return (worst - value.clamp(min=-margin)) * (scale.spread / scale.step_rms)
 
 
 @dataclass(frozen=True)

@@ -85,11 +85,11 @@ class Architecture:
         costs = {} if self.costs is None else self.costs.parts()
         return {**self.critics.parts(), **costs, **self.policy.parts()}
 
-    def units(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
         """Return the critics' units, and what is known of the shift, as JSON."""
         costs, shift = self.costs, self.shift
         return {
-            **self.critics.units(),
+            **self.critics.header(),
             "cost_scale": None if costs is None else [costs.offset, costs.spread],
             "shift": None if shift is None else dataclasses.asdict(shift),
             "trained_refine_steps": self.trained_steps,

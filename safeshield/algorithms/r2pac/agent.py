@@ -2,8 +2,8 @@ r"""R2PAC: Region-Based Reward Penalty over Action Chunks, whole.
 
 Three phases on one log (what differs from the paper and why: docs/r2pac.md):
 
-1. critics: costs and the region that they make unsafe (`algorithms.r2pac.regions`), penalised rewards
-   over chunks of h actions, and the safety values that a shield is made of (eq. 10 to 16);
+1. critics: costs and the region that they make unsafe (`regions`), penalised rewards over
+   chunks of h actions, and the safety values that a shield is made of (eq. 10 to 16);
 2. actor: a flow that imitates chunks with the label "good", guided beyond them (eq. 17 to 21), or
    one of two weighted imitators (eq. 40, 41; `nn.chunk_actors`);
 3. student: the actor distilled into one step, as SafeFQL has it.
@@ -273,7 +273,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         rows, single = self._rows(model, observation, "observation")
         chunks = self._plans(model, model.scaling.observations(rows), deterministic)
         scaled = chunks.reshape(len(rows) * model.chunk, model.scaling.action_features)
-        points = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        points = flat_actions(model.action_space).unflatten(model.scaling.to_box(scaled))
         actions = points.reshape(len(rows), model.chunk, *points.shape[1:])
         return np.asarray(actions[0] if single else actions)
 
@@ -310,7 +310,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             plans[due] = self._plans(model, seen[due], deterministic).reshape(-1, *plans.shape[1:])
             done[due] = 0
         scaled = plans[np.arange(len(rows)), done]
-        actions = flat_actions(model.action_space).points(model.scaling.to_box(scaled))
+        actions = flat_actions(model.action_space).unflatten(model.scaling.to_box(scaled))
         return (actions[0] if single else actions), (plans, done + 1)
 
     def _under_way(

@@ -152,11 +152,11 @@ class Architecture:
         """Describe every network."""
         return {**self.critic_parts(), **self.actor_parts()}
 
-    def units(self) -> dict[str, Any]:
+    def header(self) -> dict[str, Any]:
         """Return the critics' units, and what was read off the log, as JSON."""
         costs, region = self.costs, self.region
         return {
-            **self.critics.units(),
+            **self.critics.header(),
             "cost_scale": None if costs is None else costs.spread,
             "penalty": self.penalty,
             "longest": self.longest,
@@ -211,7 +211,7 @@ class R2PACRun:
             targets=critics,
             moments={CRITICS: adam_init(critics)},
             scales=scales,
-            near=torch.zeros(0, dtype=torch.int64, device=generator.device),
+            boundary_rows=torch.zeros(0, dtype=torch.int64, device=generator.device),
         )
         return with_networks(state, model.actor_parts(), generator)
 
@@ -427,7 +427,7 @@ class R2PACRun:
                 after,
                 safety.discount,
             )
-            residual = (goal - here) / safety.scale.step
+            residual = (goal - here) / safety.scale.step_rms
         advantage = plan_advantages(self.model.plan, networks, chunk.observations, chunk.actions)
         loss = (advantage - residual).square().mean(1).sum()
         return loss, {"safety/plan_loss": loss.detach()}
