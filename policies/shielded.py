@@ -43,8 +43,9 @@ class ShieldedPolicy:
     Args:
         model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
             or another policy that `rollouts.policies.as_batch_policy` takes, such as a
-            function of one observation. One with a memory of its own (`start_wave`) begins anew whenever the
-            number of observations changes, or ``episode_start`` is True for all of them.
+            function of one observation. One with a memory of its own (`start_wave`) begins
+            anew whenever the number of observations changes, or ``episode_start`` is True for
+            all of them.
         shield: the filter, a path to its file, or an agent that has one; the spaces must be the
             agent's.
         seed: of the noise that batch policies get; ``predict`` draws from the agent's own.
