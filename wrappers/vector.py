@@ -10,7 +10,8 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.copies import column_of, environment_id
+from safeshield.rollouts.copies import environment_id
+from safeshield.rollouts.infos import column_of
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask

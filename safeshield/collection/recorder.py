@@ -11,6 +11,14 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from safeshield.rollouts.copies import check_reward
 from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.infos import (
+    CONSTRAINT,
+    COST,
+    EXECUTED,
+    LABELS,
+    TERMINAL_OBSERVATION,
+    TIME_LIMIT,
+)
 from safeshield.rollouts.policies import executable_actions
 from safeshield.spaces.batches import copied
 from safeshield.spaces.rows import SpaceCodec
@@ -73,7 +81,7 @@ class EpisodeRecorder(VecEnvWrapper):
         for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
             reached = after[i]
             if done:
-                last = info["terminal_observation"]
+                last = info[TERMINAL_OBSERVATION]
                 reached = self._seen.flatten(last, "observation")[0][0]
             # Before the learner sees it, which would go on with weights that are no numbers.
             where = f"an episode of environment {i}"
@@ -81,7 +89,7 @@ class EpisodeRecorder(VecEnvWrapper):
             self.costs[i] = _cost(info)
             self._running[i].add(actions[i], float(rewards[i]), reached, info)
             if done:
-                cut = bool(info.get("TimeLimit.truncated", False))
+                cut = bool(info.get(TIME_LIMIT, False))
                 self._episodes.append(self._running[i].episode(truncated=cut))
                 self._running[i] = _Running(after[i], self.venv.reset_infos[i])
         return observations, rewards, dones, infos
@@ -117,12 +125,10 @@ class _Running:
         self.states = [np.array(start)]
         self.actions: list[Array] = []
         self.rewards: list[float] = []
-        self.labels: dict[str, list[float | None]] = {
-            key: [_number(info, key)] for key in ("cost", "constraint")
-        }
+        self.labels: dict[str, list[float | None]] = {key: [_number(info, key)] for key in LABELS}
 
     def add(self, action: Array, reward: float, reached: Array, info: dict[str, Any]) -> None:
-        executed = info.get("action_executed")
+        executed = info.get(EXECUTED)
         self.actions.append(np.array(action) if executed is None else np.ravel(executed))
         self.rewards.append(reward)
         self.states.append(np.array(reached))
@@ -133,7 +139,7 @@ class _Running:
         states = np.stack(self.states).astype(np.float32)
         flags = np.zeros((2, len(self.rewards)), np.bool_)
         flags[int(truncated), -1] = True
-        constraints = self._complete("constraint", self.labels["constraint"])
+        constraints = self._complete(CONSTRAINT, self.labels[CONSTRAINT])
         return Episode(
             observations=states[:-1],
             actions=np.stack(self.actions).astype(np.float32),
@@ -141,8 +147,8 @@ class _Running:
             next_observations=states[1:],
             terminated=flags[0],
             truncated=flags[1],
-            costs=self._complete("cost", self.labels["cost"][1:]),
-            initial_cost=self.labels["cost"][0],
+            costs=self._complete(COST, self.labels[COST][1:]),
+            initial_cost=self.labels[COST][0],
             constraints=None if constraints is None else constraints[:-1],
             next_constraints=None if constraints is None else constraints[1:],
         )
@@ -153,7 +159,7 @@ class _Running:
         if not known:
             return None
         if len(known) < len(values):
-            where = "at reset and at every step" if key == "constraint" else "at every step"
+            where = "at reset and at every step" if key == CONSTRAINT else "at every step"
             raise ValueError(f"info[{key!r}] must be reported {where}, but is missing at some")
         return np.array(known, np.float32)
 
@@ -165,13 +171,13 @@ def _number(info: dict[str, Any], key: str) -> float | None:
     number = np.asarray(value, np.float64)
     if number.size != 1 or not np.isfinite(number).all():
         raise ValueError(f"info[{key!r}] must be one finite number, got {value!r}")
-    if key == "cost" and number.item() < 0.0:
+    if key == COST and number.item() < 0.0:
         raise ValueError(f"info['cost'] must be at least 0 (0 is safe), got {value!r}")
     return float(number.item())
 
 
 def _cost(info: dict[str, Any]) -> float:
-    cost, constraint = _number(info, "cost"), _number(info, "constraint")
+    cost, constraint = _number(info, COST), _number(info, CONSTRAINT)
     if cost is not None:
         return cost
     if constraint is None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.rollouts.infos import CONSTRAINT, COST, EXECUTED
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
@@ -27,7 +28,6 @@ Array = npt.NDArray[Any]
 MinariDataset = Any
 """A `minari.MinariDataset`: the package is optional."""
 
-COST, CONSTRAINT, EXECUTED = "cost", "constraint", "action_executed"
 _INFOS = (COST, CONSTRAINT, EXECUTED)
 _DAMAGE = (OSError, KeyError, IndexError, RuntimeError, AssertionError, TypeError)
 

@@ -20,8 +20,9 @@ from safeshield.calibration.proposers import ShieldedProposals, spread_actions
 from safeshield.files.schema import json_values
 from safeshield.rollouts.copies import Env, check_env, environment_name, is_vector_env
 from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import as_batch_policy
-from safeshield.shield.nested import INTERVENED, refuse_shielded, shielding_layer
+from safeshield.shield.nested import refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch
 

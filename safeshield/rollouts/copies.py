@@ -1,16 +1,15 @@
-"""Many copies of one environment, in all of Gymnasium's forms, and how to read their infos."""
+"""Many copies of one environment, in all of Gymnasium's forms."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from safeshield.rollouts.infos import LABELS
+
 Env = gym.Env[Any, Any]
 
 if TYPE_CHECKING:
@@ -222,7 +221,7 @@ class Member(_Wrapper):
 def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
     labels = {
         key: float(np.reshape(info[key], ()))
-        for key in ("cost", "constraint")
+        for key in LABELS
         if info.get(key) is not None and np.size(info[key]) == 1
     }
     return {**info, **labels}
@@ -258,57 +257,3 @@ def autoreset_mode(envs: VectorEnv) -> str:
     if mode is None:
         return "samestep" if _BEFORE_1_0 else "nextstep"
     return str(getattr(mode, "value", mode)).replace("_", "").lower()
-
-
-@dataclass
-class Column:
-    """One key of the infos of all environments: values (n, ...) and where there is one (n,)."""
-
-    values: Array
-    present: npt.NDArray[np.bool_]
-
-
-def column_of(infos: Mapping[str, Any] | Array, key: str, count: int) -> Column | None:
-    """Read one key of the infos of `count` environments; None where nobody reports it."""
-    if isinstance(infos, np.ndarray):
-        # Gymnasium 0.29's final_info: an array of dictionaries and None.
-        rows = [None if one is None else one.get(key) for one in infos]
-        return _column_of_rows(rows)
-    if key not in infos:
-        return None
-    values = np.asarray(infos[key])
-    present = np.array(infos.get(f"_{key}", np.ones(count)), dtype=np.bool_)
-    if values.dtype != object:
-        return Column(values.copy(), present)
-    return _column_of_rows([values[i] if present[i] else None for i in range(count)])
-
-
-def _column_of_rows(rows: Sequence[object]) -> Column | None:
-    present = np.array([row is not None for row in rows])
-    if not present.any():
-        return None
-    first = np.asarray(next(row for row in rows if row is not None))
-    values = np.zeros((len(rows), *first.shape), np.result_type(first.dtype, np.float32))
-    for i, row in enumerate(rows):
-        if row is not None:
-            values[i] = row
-    return Column(values, present)
-
-
-def step_column(
-    infos: Mapping[str, Any], key: str, replaced: npt.NDArray[np.bool_]
-) -> Column | None:
-    """A key as it was after the step: from final_info where the environment has reset itself."""
-    count = len(replaced)
-    column = column_of(infos, key, count)
-    if not replaced.any():
-        return column
-    final = column_of(infos.get("final_info", {}), key, count)
-    if column is None:
-        column = final
-    if column is None:
-        return None
-    column.present[replaced] = False if final is None else final.present[replaced]
-    if final is not None:
-        column.values[replaced] = final.values[replaced]
-    return column

@@ -17,14 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.rollouts.copies import (
-    Column,
     Env,
     VectorEnv,
     autoreset_mode,
     check_reward,
     check_step,
-    column_of,
     copies,
+)
+from safeshield.rollouts.infos import (
+    CONSTRAINT,
+    COST,
+    EXECUTED,
+    Column,
+    column_of,
+    final_observations_key,
     step_column,
 )
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, executable_actions
@@ -272,7 +278,7 @@ class _Runner:
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Rows after the step, and where `returned` is already of the next episode."""
         reached = np.array(self._seen.flatten(returned, "observation")[0])
-        key = next((key for key in ("final_obs", "final_observation") if key in infos), None)
+        key = final_observations_key(infos)
         if key is None:
             if self._mode == "samestep" and ended.any():
                 raise ValueError(
@@ -294,7 +300,7 @@ class _WaveRecord:
     ) -> None:
         self._count = count
         self._info_keys = info_keys
-        keys = ("cost", "constraint", "action_executed", *info_keys)
+        keys = (COST, CONSTRAINT, EXECUTED, *info_keys)
         self._reset = {key: column_of(reset_infos, key, count) for key in keys}
         self._columns: dict[str, list[Column | None]] = {key: [] for key in keys}
         self._steps: list[VectorStep] = []
@@ -314,14 +320,14 @@ class _WaveRecord:
             for name in ("observations", "actions", "rewards", "next_observations")
         }
         floats = {name: array.astype(np.float32) for name, array in rows.items()}
-        for t, executed in enumerate(self._values("action_executed", i)):
+        for t, executed in enumerate(self._values(EXECUTED, i)):
             if executed is not None:
                 floats["actions"][t] = np.ravel(executed)
         terminated = np.array([bool(step.terminated[i]) for step in steps])
         truncated = np.array([bool(step.truncated[i]) for step in steps])
-        costs = self._complete("cost", i)
-        after = self._complete("constraint", i)
-        first = self._at_reset("constraint", i)
+        costs = self._complete(COST, i)
+        after = self._complete(CONSTRAINT, i)
+        first = self._at_reset(CONSTRAINT, i)
         if (after is None) != (first is None):
             raise ValueError(
                 "info['constraint'] must be reported at reset and at every step (h of the state "
@@ -342,7 +348,7 @@ class _WaveRecord:
             terminated=terminated,
             truncated=truncated & ~terminated,
             costs=None if costs is None else costs.astype(np.float32),
-            initial_cost=self._at_reset("cost", i),
+            initial_cost=self._at_reset(COST, i),
             constraints=now,
             next_constraints=None if after is None else after.astype(np.float32),
             info=info,
@@ -384,10 +390,10 @@ def _one_number_each(array: Array, key: str) -> Array:
         )
     numbers = array.reshape(len(array))
     bad = ~np.isfinite(numbers.astype(np.float64))
-    if key == "cost":
+    if key == COST:
         bad |= numbers < 0
     if bad.any():
         step = int(np.argmax(bad))
-        rule = "finite and at least 0 (0 is safe)" if key == "cost" else "finite"
+        rule = "finite and at least 0 (0 is safe)" if key == COST else "finite"
         raise ValueError(f"info[{key!r}] must be {rule}, got {numbers[step]} at entry {step}")
     return numbers

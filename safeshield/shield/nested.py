@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from safeshield.rollouts.infos import INTERVENED
 from safeshield.shield.shield import Shield
 
-INTERVENED = "shield/intervened"
-"""Where a shield around an environment tells whether it replaced the action."""
 _PAST = ("reset", "step")
 
 

@@ -1,0 +1,126 @@
+"""Keys of the infos that an environment returns, and how to read them.
+
+Gymnasium's vector environments report one key of all environments as a column, an array with one
+row for each, beside a mask ``"_" + key`` that says which of them report it. Where an environment
+has reset itself in a step, the entries of the episode that ended are in ``infos["final_info"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Infos = Mapping[str, Any]
+
+COST = "cost"
+"""Cost of the state just reached, at least 0; 0 is safe."""
+CONSTRAINT = "constraint"
+"""h of the state just reached; positive is a violation."""
+LABELS = (COST, CONSTRAINT)
+"""What an environment may report about the safety of a state."""
+
+PROPOSED = "action_proposed"
+"""The action that the agent sent."""
+EXECUTED = "action_executed"
+"""The action that the dynamics saw."""
+ACTION_MASK = "action_mask"
+"""Which of the discrete actions may be taken next."""
+
+INTERVENED = "shield/intervened"
+"""Whether the shield replaced the action."""
+VALUE = "shield/value"
+"""Q_h of the executed action; at reset V_h of the state."""
+THRESHOLD = "shield/threshold"
+"""What the value must not exceed."""
+CERTIFIED = "shield/certified"
+"""Whether the state just reached is in the calibrated set."""
+PENALTY = "shield/penalty"
+"""What an intervention took off the reward."""
+
+FINAL_INFO = "final_info"
+FINAL_OBSERVATIONS = ("final_obs", "final_observation")
+"""Where the last observation of an episode is: from Gymnasium 1.0 on, and before."""
+TERMINAL_OBSERVATION = "terminal_observation"
+"""Where Stable-Baselines3 puts the last observation of an episode."""
+TIME_LIMIT = "TimeLimit.truncated"
+"""Where Stable-Baselines3 says that an episode was cut off."""
+
+
+@dataclass
+class Column:
+    """One key of the infos of all environments: values (n, ...) and where there is one (n,)."""
+
+    values: Array
+    present: npt.NDArray[np.bool_]
+
+
+def reported(infos: Infos, key: str, count: int) -> npt.NDArray[np.bool_]:
+    """Return which of `count` environments report a key of `infos`: (n,).
+
+    The key must be there. An entry of an array of objects that is None counts as not reported.
+    """
+    present = np.array(infos.get(f"_{key}", np.ones(count)), np.bool_)
+    values = infos[key]
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        present &= np.array([value is not None for value in values])
+    return present
+
+
+def final_observations_key(infos: Infos) -> str | None:
+    """Return the key under which last observations of episodes are reported, None without one."""
+    return next((key for key in FINAL_OBSERVATIONS if key in infos), None)
+
+
+def column_of(infos: Infos | Array, key: str, count: int) -> Column | None:
+    """Read one key of the infos of `count` environments; None where none reports it."""
+    if isinstance(infos, np.ndarray):
+        # Gymnasium 0.29's final_info: an array of dictionaries and None.
+        return _column_of_rows([None if one is None else one.get(key) for one in infos])
+    if key not in infos:
+        return None
+    values = np.asarray(infos[key])
+    present = reported(infos, key, count)
+    if values.dtype != object:
+        return Column(values.copy(), present)
+    return _column_of_rows([values[i] if present[i] else None for i in range(count)])
+
+
+def step_column(infos: Infos, key: str, replaced: npt.NDArray[np.bool_]) -> Column | None:
+    """Read one key as it was after a step.
+
+    Args:
+        infos: of the step.
+        key: which one.
+        replaced: (n,) where the environment has reset itself since, so that ``"final_info"`` holds
+            the entry.
+    """
+    count = len(replaced)
+    column = column_of(infos, key, count)
+    if not replaced.any():
+        return column
+    final = column_of(infos.get(FINAL_INFO, {}), key, count)
+    if column is None:
+        column = final
+    if column is None:
+        return None
+    column.present[replaced] = False if final is None else final.present[replaced]
+    if final is not None:
+        column.values[replaced] = final.values[replaced]
+    return column
+
+
+def _column_of_rows(rows: Sequence[object]) -> Column | None:
+    present = np.array([row is not None for row in rows])
+    if not present.any():
+        return None
+    first = np.asarray(next(row for row in rows if row is not None))
+    values = np.zeros((len(rows), *first.shape), np.result_type(first.dtype, np.float32))
+    for i, row in enumerate(rows):
+        if row is not None:
+            values[i] = row
+    return Column(values, present)
