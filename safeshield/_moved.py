@@ -1,4 +1,4 @@
-"""Modules that have moved: the old import path loads the new module, with a DeprecationWarning."""
+"""Modules that have moved: the old import path finds their names, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from importlib.util import spec_from_loader
 from types import ModuleType
 
 MOVED = {
-    "safeshield.algorithms.registry": "safeshield.training.registry",
-    "safeshield.algorithms.safefql_updates": "safeshield.algorithms.safefql",
-    "safeshield.algorithms.tensors": "safeshield.training.log",
-    "safeshield.algorithms.training": "safeshield.training.loop",
-    "safeshield.batch_policy": "safeshield.rollouts.policies",
-    "safeshield.calibration.policies": "safeshield.calibration.proposers",
-    "safeshield.calibration.rollouts": "safeshield.calibration.calibrate",
-    "safeshield.protocol": "safeshield.evaluation",
-    "safeshield.rollout": "safeshield.rollouts.episodes",
-    "safeshield.scaling": "safeshield.spaces.scaling",
-    "safeshield.shield.model": "safeshield.shield.critics",
-    "safeshield.types": "safeshield.spaces.shapes",
+    "safeshield.algorithms.r2pac_updates": ("safeshield.algorithms.r2pac.losses",),
+    "safeshield.algorithms.registry": ("safeshield.training.registry",),
+    "safeshield.algorithms.safefql_updates": ("safeshield.algorithms.safefql",),
+    "safeshield.algorithms.tensors": ("safeshield.training.log",),
+    "safeshield.algorithms.training": ("safeshield.training.loop",),
+    "safeshield.batch_policy": ("safeshield.rollouts.policies",),
+    "safeshield.calibration.policies": ("safeshield.calibration.proposers",),
+    "safeshield.calibration.rollouts": ("safeshield.calibration.calibrate",),
+    "safeshield.protocol": ("safeshield.evaluation",),
+    "safeshield.rollout": ("safeshield.rollouts.episodes",),
+    "safeshield.scaling": ("safeshield.spaces.scaling", "safeshield.values.units"),
+    "safeshield.shield.model": ("safeshield.shield.critics",),
+    "safeshield.types": ("safeshield.spaces.shapes",),
 }
-"""Old module -> new module."""
+"""Old module -> the modules that its names are in now."""
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Loads the new module under the old name."""
+    """Makes an old module out of the names of the new ones."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -38,17 +39,19 @@ class MovedModules(MetaPathFinder, Loader):
         return spec_from_loader(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the new module in the place of the old one."""
-        old = module.__name__
+        """Put the names of the new modules into the old one."""
+        old, homes = module.__name__, MOVED[module.__name__]
         warnings.warn(
-            f"{old} has moved to {MOVED[old]}; the old path will be removed",
+            f"{old} has moved to {' and '.join(homes)}; the old path will be removed",
             DeprecationWarning,
             stacklevel=2,
         )
-        sys.modules[old] = importlib.import_module(MOVED[old])
+        for home in homes:
+            names = vars(importlib.import_module(home))
+            vars(module).update({k: v for k, v in names.items() if not k.startswith("__")})
 
 
 def install() -> None:
-    """Let old import paths load the new modules."""
+    """Let old import paths find the names in the new modules."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, MovedModules())
