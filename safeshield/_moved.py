@@ -46,9 +46,15 @@ class MovedModules(MetaPathFinder, Loader):
             DeprecationWarning,
             stacklevel=2,
         )
-        for home in homes:
-            names = vars(importlib.import_module(home))
-            vars(module).update({k: v for k, v in names.items() if not k.startswith("__")})
+        modules = [importlib.import_module(home) for home in homes]
+
+        def lookup(name: str) -> object:
+            for one in modules:
+                if hasattr(one, name):
+                    return getattr(one, name)
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+
+        vars(module)["__getattr__"] = lookup
 
 
 def install() -> None:
