@@ -15,6 +15,7 @@ CORE = {
     "numpy": "numpy>=2.0",
     "packaging": "packaging>=23",
     "PIL": "pillow>=10",
+    "pydantic": "pydantic>=2.7",
     "safetensors": "safetensors>=0.4.5",
     "scipy": "scipy>=1.13",
     "stable_baselines3": "stable-baselines3>=2.9",

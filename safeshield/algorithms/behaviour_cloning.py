@@ -18,17 +18,11 @@ import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import NonNegative, Positive, PositiveInt, Seed, Settings, Sizes
 from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent, continuous_actions
-from safeshield.training.checks import (
-    check_not_negative,
-    check_positive,
-    check_seed,
-    check_sizes,
-    settle_types,
-)
 from safeshield.training.critics import with_networks
 from safeshield.training.log import LogTensors
 from safeshield.training.loop import Draw, Metrics, Phase, TrainState, descend, learning_rate
@@ -37,28 +31,21 @@ ACTOR = "actor"
 
 
 @dataclass(frozen=True)
-class BehaviourCloningConfig:
+class BehaviourCloningConfig(Settings):
     """Settings of behaviour cloning."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights and batches."""
     episodes: Literal["all", "safe"] = "all"
     """Which episodes to imitate."""
-    cost_limit: float = 10.0
+    cost_limit: NonNegative = 10.0
     """With episodes="safe": the largest summed cost of an episode that is imitated."""
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: Sizes = (256, 256)
     """Widths of the actor's hidden layers."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Transitions in an update."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Adam's rate at the start; it falls to a fiftieth by the end."""
-
-    def __post_init__(self) -> None:
-        settle_types(self)
-        check_seed(self)
-        check_not_negative(self, "cost_limit")
-        check_sizes(self, "hidden")
-        check_positive(self, "batch_size", "learning_rate")
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from safeshield.files.schema import NonNegative, PositiveInt, TwoPhases
 from safeshield.nn.flow import velocity_network
 from safeshield.nn.flow_forward import to_actions
 from safeshield.nn.forward import forward, layers
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.checks import check_not_negative, check_phase_shares, check_positive
+from safeshield.training.config import EulerConfig
 from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import Critics, CriticsRun, EulerConfig, phase_steps, with_networks
+from safeshield.training.critics import Critics, CriticsRun, phase_steps, with_networks
 from safeshield.training.log import LogTensors
 from safeshield.training.loop import Phase, TrainState
 from safeshield.training.safety import flow_update
@@ -41,22 +42,16 @@ ACTOR = "actor"
 class FISORConfig(EulerConfig):
     """Settings of the FISOR-style baseline."""
 
-    margin: float = 0.0
+    margin: NonNegative = 0.0
     """Margin of the gate, in standard deviations of h over the log; the paper has none."""
-    reward_temperature: float = 3.0
+    reward_temperature: NonNegative = 3.0
     """b_r: how much better actions count for more, where it is safe."""
-    safety_temperature: float = 5.0
+    safety_temperature: NonNegative = 5.0
     """b_h: how much safer actions count for more, where it is not."""
-    candidates: int = 16
+    candidates: PositiveInt = 16
     """N, of which the safest acts."""
-    phase_shares: tuple[float, float] = (0.5, 0.5)
+    phase_shares: TwoPhases = (0.5, 0.5)
     """Shares of the steps for critics and actor."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "reward_temperature", "safety_temperature")
-        check_positive(self, "candidates")
-        check_phase_shares(self.phase_shares, 2)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from safeshield.files.schema import NonNegative, Positive, PositiveInt, Sizes, ThreePhases
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
@@ -34,18 +35,11 @@ from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.replacement import nearest_acceptable
 from safeshield.shield.shield import Shield
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.checks import (
-    check_not_negative,
-    check_phase_shares,
-    check_positive,
-    check_sizes,
-)
+from safeshield.training.config import PAPER_CRITICS, EulerConfig
 from safeshield.training.critic_agent import CriticAgent
 from safeshield.training.critics import (
-    PAPER_CRITICS,
     Critics,
     CriticsRun,
-    EulerConfig,
     phase_steps,
     with_networks,
 )
@@ -89,31 +83,23 @@ class SafeFQLConfig(EulerConfig):
         },
     }
 
-    student_hidden: tuple[int, ...] = (128, 128, 128)
+    student_hidden: Sizes = (128, 128, 128)
     """Widths of the student's hidden layers (official code: four of 512)."""
     teacher: Literal["feasible", "behaviour"] = "feasible"
     """What the teacher imitates: in feasible states the feasible actions of the log, in others its
     safer ones (`training.imitation` with b_r = 0); or the log as it is, the paper's."""
-    distillation: float = 3.0
+    distillation: NonNegative = 3.0
     """Weight of the student's distance to the teacher."""
-    safety_weight: float = 1.0
+    safety_weight: Positive = 1.0
     """Weight of the student's unsafe branch."""
-    candidates: int = 16
+    candidates: PositiveInt = 16
     """N: where the first draw does not pass the gate, the safest of it and N more acts; where that
     does not pass either, the acceptable action nearest to it that a shield finds. 1: the first
     draw acts whatever it is, the paper's."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Critics, then teacher, then student; or all three in every step, as the official code."""
-    phase_shares: tuple[float, float, float] = (0.5, 0.15, 0.35)
+    phase_shares: ThreePhases = (0.5, 0.15, 0.35)
     """Shares of the steps for the three phases; ignored by "joint"."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "safety_weight")
-        check_not_negative(self, "distillation")
-        check_positive(self, "candidates")
-        check_phase_shares(self.phase_shares, 3)
-        check_sizes(self, "student_hidden")
 
 
 TEACHER, STUDENT = "teacher", "student"

@@ -29,6 +29,20 @@ import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import (
+    Below1,
+    Fraction,
+    Inside,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rate,
+    Seed,
+    Settings,
+    Share,
+    Sizes,
+    ThreePhases,
+)
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.nn.optim import adam_init, polyak
@@ -36,17 +50,6 @@ from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
-from safeshield.support.record import check_share
-from safeshield.training.checks import (
-    check_fractions,
-    check_not_negative,
-    check_phase_shares,
-    check_positive,
-    check_seed,
-    check_shares,
-    check_sizes,
-    settle_types,
-)
 from safeshield.training.critics import CRITICS, phase_steps, with_networks
 from safeshield.training.log import LogTensors, check_boundary, run_identity, safety_scale
 from safeshield.training.loop import (
@@ -71,65 +74,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ShieldConfig:
+class ShieldConfig(Settings):
     """Settings of `ShieldTrainer`; those of the critics mean what they mean in `SafeFQLConfig`."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, batches and noise."""
-    critic_hidden: tuple[int, ...] = (128, 128, 128)
+    critic_hidden: Sizes = (128, 128, 128)
     """Widths of the critics' hidden layers."""
-    behaviour_hidden: tuple[int, ...] = (128, 128)
+    behaviour_hidden: Sizes = (128, 128)
     """Widths of the hidden layers of the network that imitates the log."""
-    fallback_hidden: tuple[int, ...] = (128, 128)
+    fallback_hidden: Sizes = (128, 128)
     """Widths of the fallback actor's hidden layers."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Transitions in an update."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Adam's rate at the start of a phase; it falls to a fiftieth by its end."""
-    safety_discount: float | None = None
+    safety_discount: Fraction | None = None
     """Discount of the safety backup, per step; None: 0.997 for continuous labels, else 0.99."""
-    safety_expectile: float = 0.99
+    safety_expectile: Fraction = 0.99
     """Weight on the safer actions in V_h."""
-    safety_backup_steps: tuple[int, ...] = (64, 32, 16, 8)
+    safety_backup_steps: Sizes = (64, 32, 16, 8)
     """Steps along the log in the targets of V_h, in equal parts of the critics' phase."""
-    polyak: float = 0.005
+    polyak: Rate = 0.005
     """Share by which the slow copies move towards the critics at each update."""
-    near_share: float = 0.5
+    near_share: Share = 0.5
     """Share of each batch drawn from the eighth of the log that lies nearest to V_h = 0."""
-    flow_steps: int = 10
+    flow_steps: PositiveInt = 10
     """Euler steps of the behaviour's flow."""
-    distillation: float = 0.1
+    distillation: NonNegative = 0.1
     """Weight of the fallback's distance to the behaviour."""
-    phase_shares: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    phase_shares: ThreePhases = (0.7, 0.15, 0.15)
     """Shares of the steps for critics, behaviour, fallback; discrete actions leave the last out."""
-    support_weight: float | None = None
+    support_weight: Positive | None = None
     """Weight of leaving the data's support inside the safety backup, where 1 counts a standard
     deviation of the score below its level like one of h above 0; None: it does not count, and the
     shield comes without a support test (`Shield.with_support` adds one)."""
-    support_alpha: float = 0.1
+    support_alpha: Inside = 0.1
     """With `support_weight`: the test's alpha; see `Shield.with_support`."""
-    support_share: float = 0.01
+    support_share: Below1 = 0.01
     """With `support_weight`: the share of an episode's steps that may count as unseen."""
-    support_held_out: float = 0.1
+    support_held_out: Inside = 0.1
     """With `support_weight`: share of the episodes that set the level; the behaviour does not learn
     from them, the critics do."""
-
-    def __post_init__(self) -> None:
-        settle_types(self)
-        check_positive(self, "batch_size", "learning_rate", "flow_steps", "polyak")
-        check_fractions(self, "safety_discount", "safety_expectile")
-        check_shares(self, "near_share", "polyak")
-        if self.support_weight is not None:
-            check_positive(self, "support_weight")
-        check_share("support_alpha", self.support_alpha, positive=True)
-        check_share("support_share", self.support_share, positive=False)
-        check_share("support_held_out", self.support_held_out, positive=True)
-        check_seed(self)
-        check_not_negative(self, "distillation")
-        check_phase_shares(self.phase_shares, 3)
-        check_sizes(
-            self, "critic_hidden", "behaviour_hidden", "fallback_hidden", "safety_backup_steps"
-        )
 
 
 class ShieldTrainer:

@@ -31,7 +31,7 @@ from safeshield.collection.recorder import EpisodeRecorder, PricedReward
 from safeshield.data.collect import log_of
 from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation.episodes import episode_cost
-from safeshield.files.schema import whole
+from safeshield.files.schema import Count, Settings
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.rollouts.episodes import Episode
 from safeshield.spaces.rows import flat_actions, flat_observations
@@ -43,20 +43,20 @@ _STEP_LIMIT = 100_000
 
 
 @dataclass(frozen=True)
-class LearnerConfig:
+class LearnerConfig(Settings):
     """How a learner learns.
 
     Raises:
+        KindError: a value is of another type; a TypeError and a ValueError.
         ValueError: a number is out of range, or the batch size does not divide a rollout.
-        TypeError: a count is no whole number.
     """
 
-    num_envs: int = 4
+    num_envs: Count = 4
     """Environments that step together; 1 where a process can hold one only (`config_for`)."""
-    rollout_steps: int = 512
+    rollout_steps: Count = 512
     """Steps of each environment between two updates."""
-    batch_size: int = 256
-    epochs: int = 10
+    batch_size: Count = 256
+    epochs: Count = 10
     """Passes over a rollout in an update."""
     learning_rate: float = 3e-4
     discount: float = 0.99
@@ -72,12 +72,11 @@ class LearnerConfig:
     """Price of a unit of cost at first, in units of reward."""
     multiplier_rate: float = 0.25
     """Greatest change of its logarithm after a rollout."""
-    segment_steps: int = 50_000
+    segment_steps: Count = 50_000
     """Steps, of all environments together, between two files to go on from."""
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "rollout_steps", "batch_size", "epochs", "segment_steps"):
-            whole(name, getattr(self, name), least=1)
+        super().__post_init__()
         if self.rollout % self.batch_size:
             raise ValueError(
                 f"batch_size must divide num_envs * rollout_steps = {self.rollout}, got "

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.files.schema import Count, NonNegativeInt, Settings
+
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Thinning:
+class Thinning(Settings):
     """How many episodes stay, and how they are drawn.
 
     The ranges of cost and of return are cut into `bins` equal parts each. The episodes of a cell
@@ -24,22 +26,14 @@ class Thinning:
         ValueError: a number below 1, or a negative seed.
     """
 
-    episodes: int | None = None
+    episodes: Count | None = None
     """How many stay in all; None: as many as `cap` lets."""
-    cap: int | None = None
+    cap: Count | None = None
     """How many of a cell stay at most; None: no limit."""
-    bins: int = 30
+    bins: Count = 30
     """Parts of the range of costs, and of that of returns."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the random orders."""
-
-    def __post_init__(self) -> None:
-        numbers = {"episodes": self.episodes, "cap": self.cap, "bins": self.bins}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def keep(self, returns: npt.ArrayLike, costs: npt.ArrayLike) -> Indices:
         """Return which of E episodes stay, ascending.

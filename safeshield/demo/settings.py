@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from safeshield.algorithms.safefql import SafeFQLConfig
+from safeshield.files.schema import Count, Seed, Settings
 
 
 def _training() -> SafeFQLConfig:
@@ -20,12 +21,12 @@ def _training() -> SafeFQLConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """What the demonstration does, and how much of it."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
-    trips: int = 600
+    trips: Count = 600
     """Trips in the log."""
     training: SafeFQLConfig = field(default_factory=_training)
     """Settings of SafeFQL; its seed is replaced by `seed`."""
@@ -48,7 +49,7 @@ class DemoConfig:
     """Trips in a picture."""
     grid_refinement: int = 2
     """How much finer the exact value is computed than its grid; see `exact.boat_value`."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; None: one a core, at most eight."""
 
     @classmethod

@@ -4,7 +4,6 @@ Where the log has shown nothing, Q_h is a guess. A shield with a support test
 (`Shield.with_support`) also asks how much an action looks like what the log does in that state.
 """
 
-from safeshield.calibration.support import calibrate_support, record_of
 from safeshield.support.decide import SupportTest
 from safeshield.support.record import SupportRecord, episodes_needed
 from safeshield.support.scores import SCORES, SupportScore, support_score
@@ -14,8 +13,6 @@ __all__ = [
     "SupportRecord",
     "SupportScore",
     "SupportTest",
-    "calibrate_support",
     "episodes_needed",
-    "record_of",
     "support_score",
 ]

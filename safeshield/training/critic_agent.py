@@ -10,7 +10,8 @@ import gymnasium as gym
 from safeshield.data.dataset import OfflineDataset
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import Architecture, OfflineAgent, continuous_actions
-from safeshield.training.critics import Critics, ValueConfig
+from safeshield.training.config import ValueConfig
+from safeshield.training.critics import Critics
 from safeshield.training.log import check_boundary
 
 ConfigT = TypeVar("ConfigT", bound=ValueConfig)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -27,7 +27,17 @@ from safeshield.algorithms.flrp.feasibility import COST_NETWORKS, cost_critics
 from safeshield.algorithms.flrp.losses import Architecture, FLRPRun
 from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import finite_number, whole
+from safeshield.files.schema import (
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Rule,
+    Sizes,
+    ThreePhases,
+    finite_number,
+    whole,
+)
 from safeshield.nn.latent_actor import LatentPolicy
 from safeshield.nn.latent_forward import LatentForward, LatentSpec, expert_order
 from safeshield.nn.mlp import Networks
@@ -35,14 +45,21 @@ from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.checks import check_not_negative, check_phase_shares, check_positive
+from safeshield.training.config import PAPER_CRITICS, CriticConfig
 from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import PAPER_CRITICS, CriticConfig, Critics
+from safeshield.training.critics import Critics
 from safeshield.training.log import LogTensors
 from safeshield.values.reward import RewardCritics
 from safeshield.values.units import SAFETY_NETWORKS
 
 _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
+Latent = Annotated[
+    int,
+    Rule(
+        "be at least 2 (a coupling flow splits it), or None for the action's own width",
+        lambda width: width >= 2,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -67,11 +84,11 @@ class FLRPConfig(CriticConfig):
         },
     }
 
-    flow_hidden: tuple[int, ...] = (128, 128)
+    flow_hidden: Sizes = (128, 128)
     """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts."""
-    latent: int | None = None
+    latent: Latent | None = None
     """Width of the latent space, at least 2; None: the action's, at least 2."""
-    transforms: int = 4
+    transforms: PositiveInt = 4
     """Coupling layers of each flow."""
     prior: Literal["flow", "gaussian"] = "flow"
     """p(z | s); "gaussian" is N(0, I), the paper's ablation."""
@@ -79,61 +96,37 @@ class FLRPConfig(CriticConfig):
     """What tells feasible from infeasible: Hamilton-Jacobi values, or (the ablation) cost values
     below the 75th percentile of the log's transitions that violate nothing. The shield is always
     made of the safety values."""
-    decoder_spread: float = 0.1
+    decoder_spread: Positive = 0.1
     """Standard deviation of the decoder's Gaussian, in half widths of the action box."""
-    action_temperature: float = 0.3
+    action_temperature: Positive = 0.3
     """T_q of the evidence bound's weight, in standard deviations of h over the log."""
-    state_temperature: float = 0.5
+    state_temperature: Positive = 0.5
     """T_v, the same for V_h."""
-    kl_weight: float = 1.0
+    kl_weight: NonNegative = 1.0
     """Weight of the divergence of posterior from prior; 1: an evidence bound."""
-    shape_weight: float = 0.1
+    shape_weight: NonNegative = 0.1
     """Weight of the prior's shaping, eq. 12."""
     entropy_floor: float = -1.0
     """H0: lowest entropy of the posterior, in nats for each latent entry. (A Gaussian of standard
     deviation 0.09 has it.)"""
-    entropy_weight: float = 1.0
+    entropy_weight: NonNegative = 1.0
     """lambda_H: weight of what is missing to that floor."""
-    reward_temperature: float = 3.0
+    reward_temperature: NonNegative = 3.0
     """b_r: how much better actions count for more; in units of one step's advantage."""
-    safety_temperature: float = 5.0
+    safety_temperature: NonNegative = 5.0
     """b_h: how much more dangerous refined actions are pressed down."""
-    refine_steps: int = 3
+    refine_steps: NonNegativeInt = 3
     """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training. Only the
     experts that T calls on are trained: with 1 the shared one, with 2 safety and shared; with 0 the
     third phase is left out and its updates go to the second."""
-    reward_weight: float = 1.0
+    reward_weight: NonNegative = 1.0
     """lambda_r of the experts' loss."""
-    safety_weight: float = 10.0
+    safety_weight: NonNegative = 10.0
     """lambda_h (the paper: 1, with advantages in units of h)."""
-    shared_weight: float = 0.5
+    shared_weight: NonNegative = 0.5
     """lambda_sh."""
-    phase_shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    phase_shares: ThreePhases = (0.5, 0.3, 0.2)
     """Shares of the steps for critics, generative model and experts."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.latent is not None and self.latent < 2:
-            raise ValueError(
-                "latent must be at least 2 (a coupling flow splits it), or None for the action's "
-                f"own width, got {self.latent}"
-            )
-        check_positive(
-            self, "transforms", "decoder_spread", "action_temperature", "state_temperature"
-        )
-        check_not_negative(
-            self,
-            "kl_weight",
-            "shape_weight",
-            "entropy_weight",
-            "reward_temperature",
-            "safety_temperature",
-            "refine_steps",
-            "reward_weight",
-            "safety_weight",
-            "shared_weight",
-        )
-        check_phase_shares(self.phase_shares, 3)
 
 
 class FLRP(CriticAgent[FLRPConfig, Architecture]):

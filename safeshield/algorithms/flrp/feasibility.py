@@ -21,7 +21,8 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.mlp import Networks
 from safeshield.nn.optim import adam_init, polyak
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.critics import CriticConfig, reward_batch
+from safeshield.training.config import CriticConfig
+from safeshield.training.critics import reward_batch
 from safeshield.training.log import LogTensors, return_scale
 from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend
 from safeshield.training.safety import critic_rates

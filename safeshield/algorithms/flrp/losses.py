@@ -41,7 +41,8 @@ from safeshield.nn.latent_actor import LatentPolicy
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.nn.optim import adam_init
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.critics import CRITICS, CriticConfig, Critics, CriticsRun, phase_steps
+from safeshield.training.config import CriticConfig
+from safeshield.training.critics import CRITICS, Critics, CriticsRun, phase_steps
 from safeshield.training.log import LogTensors
 from safeshield.training.loop import (
     Draw,

@@ -19,7 +19,7 @@ import copy
 import dataclasses
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -30,7 +30,18 @@ from safeshield.algorithms.flrp.feasibility import COST_NETWORKS
 from safeshield.algorithms.r2pac.losses import ACTOR, Architecture, R2PACRun, region_of
 from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, RegionReport, report_region
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import finite_number, whole
+from safeshield.files.schema import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Rule,
+    Share,
+    Sizes,
+    ThreePhases,
+    finite_number,
+    whole,
+)
 from safeshield.nn.chunk_actors import ChunkActor
 from safeshield.nn.forward import forward
 from safeshield.nn.plan_forward import PlanSpec
@@ -39,20 +50,18 @@ from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.checks import (
-    check_fractions,
-    check_not_negative,
-    check_phase_shares,
-    check_positive,
-    check_shares,
-    check_sizes,
-)
+from safeshield.training.config import ValueConfig
 from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import Critics, ValueConfig
+from safeshield.training.critics import Critics
 from safeshield.training.log import LogTensors, check_boundary, return_scale, returns_to_go
 from safeshield.training.loop import TrainState
 from safeshield.values.reward import RewardCritics
 from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
+
+Penalty = Annotated[
+    float,
+    Rule("be finite as float32", lambda value: abs(value) <= float(np.finfo(np.float32).max)),
+]
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,9 @@ class R2PACConfig(ValueConfig):
         },
     }
 
-    chunk: int = 5
+    chunk: PositiveInt = 5
     """h: actions of a chunk (the paper: 5; 1 for HalfCheetah)."""
-    execute: int | None = None
+    execute: PositiveInt | None = None
     """Actions of a chunk that are executed before the next is drawn, at most h (the paper: 1);
     fewer where a state on the way is unsafe. None: half of h, rounded up. More than 1 needs the
     state that `predict` returns to be passed to its next call; a caller who does not pass it gets a
@@ -100,16 +109,16 @@ class R2PACConfig(ValueConfig):
     states that do not violate, or above what `cost_limit` is worth, where that is less; "horizon":
     V_c above what `cost_limit` is worth (eq. 42); "safety": V_h above -margin (appendix E.6), which
     learns no costs."""
-    quantile: float = 0.9
+    quantile: Fraction = 0.9
     """alpha, of the region "quantile": share of those states that are not unsafe by V_c."""
-    cost_limit: float | None = 10.0
+    cost_limit: Positive | None = 10.0
     """kappa, above 0: violating steps that an episode as long as the log's longest may have. None:
     the quantile alone decides, as in the paper."""
     region_test: Literal["any", "end"] = "any"
     """Which states of a chunk must not be unsafe: all it leads through, or the last (the paper)."""
     penalise: bool = True
     """Whether chunks into the unsafe region are penalised; False: the ablation without V_r bar."""
-    penalty: float | None = None
+    penalty: Penalty | None = None
     """What such a chunk is worth, with the sign turned, in discounted reward (the paper: 1 or 10).
     None: minus the lowest discounted return from any step of the log on, an episode that was
     truncated being taken to go on with the log's mean reward. Proposition 1 asks for more where the
@@ -117,24 +126,24 @@ class R2PACConfig(ValueConfig):
     recover: bool = True
     """Whether in unsafe states the chunks of low cost are imitated, and not those of high reward;
     False: the ablation without V_c."""
-    reward_backup_steps: tuple[int, ...] = (64, 16, 8, 8)
+    reward_backup_steps: Sizes = (64, 16, 8, 8)
     """Steps along the log in the targets of V_r and V_c, in equal parts of the critics' phase; h
     and less: V leans to Q over chunks, the papers' form."""
-    cost_expectile: float = 0.97
+    cost_expectile: Fraction = 0.97
     """Weight on the cheaper chunks in V_c (the paper: 0.9)."""
     actor: Literal["guided", "awr_flow", "awr_gaussian"] = "guided"
     """What imitates (`nn.chunk_actors`)."""
-    guidance: float = 2.0
+    guidance: NonNegative = 2.0
     """w of the guided actor."""
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     """Share of the chunks that the guided actor sees without a label."""
-    reward_temperature: float = 6.0
+    reward_temperature: NonNegative = 6.0
     """b_r of the weighted actors, in one chunk's advantage."""
-    safety_temperature: float = 6.0
+    safety_temperature: NonNegative = 6.0
     """b_c of the weighted actors, the same."""
-    flow_steps: int = 10
+    flow_steps: PositiveInt = 10
     """Euler steps of the flows (the paper: 32)."""
-    candidates: int = 16
+    candidates: PositiveInt = 16
     """Plans to choose from."""
     choose: Literal["region", "cost"] = "region"
     """Which of them is followed. "region": in safe states that of the highest penalised Q_r, in
@@ -142,31 +151,19 @@ class R2PACConfig(ValueConfig):
     the lowest Q_c everywhere, the paper's."""
     inference: Literal["flow", "student"] = "flow"
     """What draws them: the actor, or its one-step student. `R2PAC.acting_by` changes it."""
-    student_hidden: tuple[int, ...] = (128, 128, 128)
+    student_hidden: Sizes = (128, 128, 128)
     """Widths of the student's hidden layers."""
-    phase_shares: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    phase_shares: ThreePhases = (0.5, 0.3, 0.2)
     """Shares of the steps for critics, actor and student."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "chunk", "flow_steps", "candidates")
-        if self.execute is not None:
-            check_positive(self, "execute")
         if self.steps_of_a_plan > self.chunk:
             raise ValueError(
                 f"execute must be at most the actions of a chunk ({self.chunk}), got {self.execute}"
             )
-        check_fractions(self, "quantile", "cost_expectile")
-        if self.cost_limit is not None:
-            check_positive(self, "cost_limit")
-        elif self.region == "horizon":
+        if self.cost_limit is None and self.region == "horizon":
             raise ValueError("cost_limit must be a number where region is 'horizon', got None")
-        check_shares(self, "label_dropout")
-        check_not_negative(self, "guidance", "reward_temperature", "safety_temperature")
-        check_sizes(self, "student_hidden", "reward_backup_steps")
-        if self.penalty is not None and abs(self.penalty) > float(np.finfo(np.float32).max):
-            raise ValueError(f"penalty must be finite as float32, got {self.penalty}")
-        check_phase_shares(self.phase_shares, 3)
 
     @property
     def steps_of_a_plan(self) -> int:
