@@ -26,7 +26,6 @@ from safeshield.nn.forward import Weights, forward, layers
 from safeshield.nn.guided import LABELS, guided_loss, guided_network, guided_sample
 from safeshield.nn.guided_forward import guided_actions
 from safeshield.nn.mlp import EnsembleMLP, Params
-from safeshield.training.loop import Metrics
 
 LARGEST_WEIGHT = 100.0
 _LOG_SPREAD = (-4.0, 0.5)
@@ -81,7 +80,7 @@ class ChunkActor:
     def _strength(self) -> float:
         return self.guidance if self.kind == "guided" else 0.0
 
-    def loss(self, params: Params, lesson: Lesson) -> tuple[Tensor, Metrics]:
+    def loss(self, params: Params, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and what to log."""
         weights = lesson.counts
         if self.kind != "guided":

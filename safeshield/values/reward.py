@@ -25,6 +25,8 @@ from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.values.expectile import expectile_loss
 
 VALUE, ADVANTAGE = "reward_value", "reward_advantage"
+COST_NETWORKS = ("cost_value", "cost_advantage")
+"""Names of the same two networks where they learn the return of minus the cost."""
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,9 @@ from safeshield.training.log import LogTensors, return_scale
 from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend
 from safeshield.training.safety import critic_rates
 from safeshield.values.backup import reward_backup
-from safeshield.values.reward import RewardCritics
+from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.safety import SafetyCritics
 
-COST_NETWORKS = ("cost_value", "cost_advantage")
 COSTS = "costs"
 _LEVELS = ("cost_value_level", "cost_action_level")
 PERCENTILE = 0.75

@@ -28,12 +28,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
+from safeshield.algorithms.flrp.config import FLRPConfig
 from safeshield.algorithms.flrp.feasibility import CostRun, Feasibility, FromCost, FromSafety
 from safeshield.algorithms.flrp.shift import ShiftSummary, base_shift
 from safeshield.nn.coupling import CouplingFlow
@@ -54,9 +55,6 @@ from safeshield.training.loop import (
     together,
 )
 from safeshield.values.reward import RewardCritics
-
-if TYPE_CHECKING:
-    from safeshield.algorithms.flrp.agent import FLRPConfig
 
 REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
 """Largest weights of a transition (the paper's table 5)."""

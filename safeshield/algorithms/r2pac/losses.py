@@ -32,13 +32,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
 from safeshield.algorithms.r2pac.chunks import Chunk, Chunks, Window, log_window
+from safeshield.algorithms.r2pac.config import R2PACConfig
 from safeshield.algorithms.r2pac.regions import (
     LEVEL,
     UNSAFE,
@@ -72,9 +73,6 @@ from safeshield.values.backup import chunk_safety_target
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS
 from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN
-
-if TYPE_CHECKING:
-    from safeshield.algorithms.r2pac.agent import R2PACConfig
 
 ACTOR = "actor"
 _LOOK_EVERY = 500
