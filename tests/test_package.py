@@ -15,6 +15,7 @@ import safeshield
 
 ROOT = Path(safeshield.__file__).parent
 OUTER = ("safeshield.wrappers", "safeshield.policies")
+GOLDEN = Path(__file__).parent / "golden"
 FACES = {"__init__.py"}
 # What stands above the engine and below its face.
 ABOVE = ("suites", "evaluation", "collection", "cli")
@@ -92,6 +93,80 @@ def test_importing_it_loads_no_torch_and_registers_the_environments(tmp_path: Pa
         "print(sorted({'torch', 'stable_baselines3', 'matplotlib'} & set(sys.modules)))"
     )
     assert run(code, tmp_path) == "[]"
+
+
+HEAVY = (
+    "torch", "stable_baselines3", "matplotlib", "h5py", "tensorboard", "scipy.stats", "pandas",
+    "zuko", "tqdm", "typer",
+)  # fmt: skip
+"""What a shield at run time must do without: it may run where none of this is installed."""
+
+BLOCKED = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocked(MetaPathFinder):
+    def find_spec(self, fullname, path, target=None):
+        if any(fullname == name or fullname.startswith(name + ".") for name in {HEAVY}):
+            raise ImportError("blocked: " + fullname)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_what_is_blocked_cannot_be_imported(tmp_path: Path) -> None:
+    code = BLOCKED + (
+        "for name in ('torch', 'matplotlib.figure', 'scipy.stats'):\n"
+        "    try: __import__(name)\n"
+        "    except ImportError as error: print(error)\n"
+    )
+    assert run(code, tmp_path).splitlines() == [
+        "blocked: torch", "blocked: matplotlib", "blocked: scipy.stats"
+    ]  # fmt: skip
+
+
+def test_a_shield_steps_without_what_training_needs(tmp_path: Path) -> None:
+    file = GOLDEN / "shield_calibrated.safetensors"
+    code = (
+        BLOCKED
+        + f"""
+import gymnasium
+from safeshield import SafetyShield, Shield
+from safeshield.wrappers import VectorSafetyShield
+
+shield = Shield.load({str(file)!r})
+env = SafetyShield(gymnasium.make("safeshield/DoubleIntegrator-v0"), shield)
+env.reset(seed=0)
+info = env.step(env.action_space.sample())[4]
+make = lambda: gymnasium.make("safeshield/DoubleIntegrator-v0")
+envs = VectorSafetyShield(gymnasium.vector.SyncVectorEnv([make] * 3), shield)
+envs.reset(seed=0)
+infos = envs.step(envs.action_space.sample())[4]
+print(info["action_executed"].shape, infos["shield/value"].shape)
+"""
+    )
+    assert run(code, tmp_path) == "(1,) (3,)"
+
+
+def test_every_kind_of_shield_filters_without_what_training_needs(tmp_path: Path) -> None:
+    code = (
+        BLOCKED
+        + f"""
+from pathlib import Path
+import warnings
+from safeshield import Shield
+
+warnings.simplefilter("ignore")
+files = sorted(Path({str(GOLDEN)!r}).glob("shield_*.safetensors"))
+for file in files:
+    shield = Shield.load(file)
+    observations, actions = shield.observation_space, shield.action_space
+    observations.seed(0), actions.seed(0)
+    shield.filter(observations.sample(), actions.sample())
+print(len(files) > 10)
+"""
+    )
+    assert run(code, tmp_path) == "True"
 
 
 def test_nothing_is_called_wrappers_or_policies_at_the_top_level(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 
-from scipy.stats import beta
-
 
 def upper_bound(episodes: int, violations: int, confidence: float) -> float:
     """Return eps for k violations in N episodes.
@@ -37,6 +35,9 @@ def upper_bound(episodes: int, violations: int, confidence: float) -> float:
     _check_probability("confidence", confidence)
     if violations == episodes:
         return 1.0
+    # Imported here: a shield at run time computes no bound, and SciPy's statistics load slowly.
+    from scipy.stats import beta
+
     return float(1.0 - beta.ppf(1.0 - confidence, episodes - violations, violations + 1))
 
 

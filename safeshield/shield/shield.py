@@ -206,7 +206,7 @@ class Shield:
                 ones), "ensemble", or a `SupportScore` of your own.
 
         Raises:
-            TypeError, ValueError: see `support.calibrate_support`.
+            TypeError, ValueError: see `calibration.support.calibrate_support`.
         """
         from safeshield.calibration.support import calibrate_support
 
