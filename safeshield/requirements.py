@@ -1,41 +1,52 @@
-"""What the core needs, and what to say where it is missing. Nothing is imported here but Python."""
+"""What the core needs, and what to say where it is missing.
+
+The list is the one in the metadata of the installed package. This module is imported first, so it
+imports nothing but Python's own modules until it has something to say.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
+from importlib import metadata
 
-CORE = {
-    "cloudpickle": "cloudpickle>=2",
-    "gymnasium": "gymnasium>=0.29.1",
-    "h5py": "h5py>=3.10",
-    "jaxtyping": "jaxtyping>=0.2.36",
-    "matplotlib": "matplotlib>=3.8",
-    "numpy": "numpy>=2.0",
-    "packaging": "packaging>=23",
-    "PIL": "pillow>=10",
-    "pydantic": "pydantic>=2.7",
-    "safetensors": "safetensors>=0.4.5",
-    "scipy": "scipy>=1.13",
-    "stable_baselines3": "stable-baselines3>=2.9",
-    "tensorboard": "tensorboard>=2.16",
-    "torch": "torch>=2.8",
-    "tqdm": "tqdm>=4.66",
-    "typer": "typer>=0.15",
-    "zuko": "zuko>=1.4",
-}
-"""Module that is imported -> what pip installs."""
+_MODULES = {"pillow": "PIL"}
+"""Distributions whose module has another name."""
+
+
+def core() -> dict[str, str]:
+    """Return what pip installs by the module that is imported, such as torch -> torch>=2.8."""
+    try:
+        asked = metadata.requires("safeshield") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    # What stands behind a semicolon belongs to an extra.
+    plain = (requirement for requirement in asked if ";" not in requirement)
+    return {_module(_name(requirement)): requirement for requirement in plain}
 
 
 def lacking() -> dict[str, str | None]:
     """Return what of the core is absent or too old: requirement -> version, None where absent."""
-    found = {one: _version(module, one) for module, one in CORE.items()}
+    found = {one: installed(_name(one), module) for module, one in core().items()}
     return {
         requirement: version
         for requirement, version in found.items()
         if version is None or not _enough(requirement, version)
     }
+
+
+def installed(name: str, module: str = "") -> str | None:
+    """Return the version of a distribution; None where it is absent.
+
+    Args:
+        name: that pip knows.
+        module: that it brings. Where this can be imported without the distribution, the version
+            is not known: "?".
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "?" if module and importlib.util.find_spec(module) is not None else None
 
 
 def command(requirements: list[str]) -> str:
@@ -49,34 +60,29 @@ def command(requirements: list[str]) -> str:
 
 def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
     """Return the error with the command that mends it, where it is of a package of the core."""
-    module = (error.name or "").partition(".")[0]
-    if module not in CORE:
+    requirement = core().get((error.name or "").partition(".")[0])
+    if requirement is None:
         return error
     return ModuleNotFoundError(
-        f"{_name(CORE[module])} is not installed, and safeshield needs it: run "
-        f"{command([CORE[module]])} ; then see `safeshield doctor`",
+        f"{_name(requirement)} is not installed, and safeshield needs it: run "
+        f"{command([requirement])} ; then see `safeshield doctor`",
         name=error.name,
     )
 
 
 def _name(requirement: str) -> str:
-    return requirement.partition(">=")[0]
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
 
 
-def _version(module: str, requirement: str) -> str | None:
-    try:
-        return importlib.metadata.version(_name(requirement))
-    except importlib.metadata.PackageNotFoundError:
-        # There, but not from a package: it says no version, and is not asked for one.
-        return "?" if importlib.util.find_spec(module) is not None else None
+def _module(name: str) -> str:
+    return _MODULES.get(name, name.replace("-", "_"))
 
 
 def _enough(requirement: str, version: str) -> bool:
-    wanted = _numbers(requirement.partition(">=")[2])
-    return version == "?" or _numbers(version) >= wanted
+    """Whether the release meets the requirement: of 2.8.0a0+cpu the release is 2.8.0."""
+    from packaging.requirements import Requirement
+    from packaging.version import Version
 
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the numbers of a release: 2.10.1 of 2.10.1+cpu, of 2.10.1rc1 and of 2.10.1.post0."""
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else ()
+    if version == "?":
+        return True
+    return Requirement(requirement).specifier.contains(Version(version).base_version)

@@ -472,10 +472,10 @@ def test_a_library_that_draws_is_not_blamed_on_versions(monkeypatch: pytest.Monk
 
 def test_doctor_says_what_the_core_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert requirements.lacking() == {}
-    real = requirements._version
-    missing = {"h5py": None, "scipy": "1.9.3", "PIL": "10.0.1rc1"}
+    real = requirements.installed
+    missing = {"h5py": None, "scipy": "1.9.3", "pillow": "10.0.1rc1", "torch": "2.8.0a0+git1"}
     monkeypatch.setattr(
-        requirements, "_version", lambda module, one: missing.get(module, real(module, one))
+        requirements, "installed", lambda name, module: missing.get(name, real(name, module))
     )
     (finding,) = examine([Part.core])
     assert finding.state is State.broken
@@ -488,7 +488,7 @@ def test_doctor_says_what_the_core_lacks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_core_is_what_the_package_asks_for() -> None:
     asked = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert sorted(requirements.CORE.values()) == sorted(asked)
+    assert sorted(requirements.core().values()) == sorted(asked)
 
 
 def test_what_is_no_task_and_no_environment_is_refused() -> None:

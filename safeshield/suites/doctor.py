@@ -5,7 +5,6 @@ Each part is tried in a process of its own: what crashes there is told here.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ from enum import StrEnum
 from typing import Any
 
 from safeshield.files.schema import json_values
-from safeshield.requirements import command, lacking
+from safeshield.requirements import command, installed, lacking
 from safeshield.suites.packages import Suite, commands, missing, needed, python_note
 from safeshield.suites.tasks import TASKS
 
@@ -135,7 +134,10 @@ def _examine(part: Part) -> Finding:
     packages = needed(*suites)
     versions = {package.name: package.version for package in packages}
     if part is Part.core:
-        versions = {"python": platform.python_version(), **{name: _version(name) for name in _CORE}}
+        versions = {
+            "python": platform.python_version(),
+            **{name: installed(name) for name in _CORE},
+        }
     present = {name: number for name, number in versions.items() if number is not None}
     if part is Part.core and (lacks := lacking()):
         parts = [
@@ -157,13 +159,6 @@ def _examine(part: Part) -> Finding:
     if works:
         return Finding(part, State.works, present, detail, untried)
     return Finding(part, State.broken, present, detail, untried, tuple(commands(others)))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _try(ids: Sequence[str]) -> tuple[bool, str]:

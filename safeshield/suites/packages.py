@@ -6,8 +6,6 @@ needs new, so pip cannot resolve them: they are installed with ``--no-deps``, af
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import sys
 import traceback
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import gymnasium as gym
 from packaging.requirements import Requirement
+
+from safeshield.requirements import installed
 
 if TYPE_CHECKING:
     from functools import _lru_cache_wrapper
@@ -52,11 +52,8 @@ class Package:
     @property
     def version(self) -> str | None:
         """What is installed; None where that is nothing, "?" where it does not say."""
-        try:
-            return importlib.metadata.version(self.name)
-        except importlib.metadata.PackageNotFoundError:
-            # Some modules come from more than one package: opencv-python-headless, opencv-python.
-            return "?" if importlib.util.find_spec(self.module) is not None else None
+        # Some modules come from more than one package: opencv-python-headless, opencv-python.
+        return installed(self.name, self.module)
 
     @property
     def as_tried(self) -> bool:
