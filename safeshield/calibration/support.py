@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import Below1, Inside, check
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Scalars
 from safeshield.support.record import SupportRecord
@@ -30,7 +31,7 @@ from safeshield.support.scores import SupportScore, support_score
 if TYPE_CHECKING:
     from safeshield.shield.critics import SafetyModel
 from safeshield.support.decide import SupportTest, step_scores
-from safeshield.support.record import check_share, episodes_needed
+from safeshield.support.record import episodes_needed
 
 
 def episode_scores(
@@ -46,7 +47,7 @@ def episode_scores(
     >>> episode_scores(np.array([3.0, 1.0, 2.0, 5.0]), np.array([0, 3]), share=0.4).tolist()
     [2.0, 5.0]
     """
-    check_share("share", share, positive=False)
+    check("share", Below1, share)
     known = np.where(np.isnan(scores), -np.inf, scores).astype(np.float64)
     parts = np.split(known, starts[1:])
     ranks = [math.floor(round(share * len(part), 9)) for part in parts]
@@ -62,7 +63,7 @@ def conformal_level(episodes: npt.NDArray[np.float64], alpha: float = 0.1) -> fl
     >>> conformal_level(np.arange(9.0), alpha=0.2)
     1.0
     """
-    check_share("alpha", alpha, positive=True)
+    check("alpha", Inside, alpha)
     rank = math.floor(round(alpha * (len(episodes) + 1), 9))
     if rank < 1:
         raise ValueError(

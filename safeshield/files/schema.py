@@ -36,6 +36,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    TypeVar,
     cast,
     get_args,
     get_origin,
@@ -136,8 +137,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        kind: Any = type(self)
-        for name, hint in _annotations(kind).items():
+        for name, hint in _annotations(cast("Any", type(self))).items():
             object.__setattr__(self, name, check(name, hint, getattr(self, name)))
 
 
@@ -256,6 +256,8 @@ def _kind_in_words(hint: Any) -> str:  # noqa: ANN401
     if get_origin(hint) is tuple:
         kind = "whole numbers" if items[0] is int else "finite numbers"
         return f"be a tuple of {'' if items[-1] is ... else f'{len(items)} '}{kind}"
+    if get_origin(hint) is dict:
+        return "be an object of strings"
     names = {int: "whole number", float: "finite number", bool: "True or False", str: "text"}
     what = names.get(hint) or getattr(hint, "__name__", str(hint))
     return f"be {what}" if hint in (bool, str) else f"be a {what}"
@@ -306,6 +308,49 @@ def _as_lists(value: Any) -> Any:  # noqa: ANN401
     return [_as_lists(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+R = TypeVar("R")
+
+
+def record_from_json(kind: type[R], data: object, what: str) -> R:
+    """Rebuild a dataclass from the JSON values that `json_values` gave, checking every field.
+
+    Fields with a default may be missing: they are younger than files that lack them.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type or out of range.
+
+    >>> @dataclass(frozen=True)
+    ... class Pair:
+    ...     ends: tuple[float, float]
+    >>> record_from_json(Pair, {"ends": [0.0, 1.0]}, "header")
+    Pair(ends=(0.0, 1.0))
+    >>> record_from_json(Pair, {"end": 0.0}, "header")
+    Traceback (most recent call last):
+    ...
+    ValueError: header: Pair must have the fields ['ends'], got ['end']
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{what}: {kind.__name__} must be an object, got {type(data).__name__}")
+    hints = _annotations(cast("Any", kind))
+    needed = {one.name for one in _fields(kind) if one.default is MISSING}
+    if not needed <= set(data) <= set(hints):
+        raise ValueError(
+            f"{what}: {kind.__name__} must have the fields {sorted(hints)}, got {sorted(data)}"
+        )
+    return kind(**{name: _from_json(hints[name], data[name], what, name) for name in data})
+
+
+def _from_json(hint: Any, value: object, what: str, name: str) -> Any:  # noqa: ANN401
+    if hint is float:
+        return finite_number(value, f"{what}: '{name}'")
+    item = (get_args(hint) or (None,))[0]
+    if get_origin(hint) is tuple and dataclasses.is_dataclass(item):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{what}: '{name}' must be a list, got {type(value).__name__}")
+        return tuple(record_from_json(cast("type[Any]", item), one, what) for one in value)
+    return check(f"{what}: '{name}'", hint, value)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that every result rests on."""
     names = ("safeshield", "torch", "numpy", "gymnasium", "stable-baselines3")
@@ -322,5 +367,5 @@ def finite_number(value: object, what: str) -> float:
         ValueError: it is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
-        raise ValueError(f"{what} must be finite numbers below {_LARGEST:.1e}")
+        raise ValueError(f"{what} must be a finite number below {_LARGEST:.1e}, got {value!r:.60}")
     return float(value)

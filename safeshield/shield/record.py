@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from safeshield.files.schema import finite_number, json_values
+from safeshield.files.schema import json_values, record_from_json
 
 
 @dataclass(frozen=True)
@@ -91,53 +90,9 @@ class CalibrationRecord:
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """Rebuild a record, checking every field's type.
+        """Rebuild a record from what `to_json` wrote, checking every field.
 
         Raises:
             ValueError: a field is missing, unknown or of another type.
         """
-        fields = _fields(cls, data)
-        policies, walk = _list(fields["policies"]), _list(fields["walk"])
-        fields["policies"] = tuple(PolicyResult(**_fields(PolicyResult, x)) for x in policies)
-        fields["walk"] = tuple(Rung(**_fields(Rung, x)) for x in walk)
-        versions = fields["versions"]
-        if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
-            raise ValueError("record: 'versions' must be an object of strings")
-        return cls(**fields)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "float": (float, int),
-    "int": (int,),
-    "str": (str,),
-    "bool": (bool,),
-}
-
-
-def _fields(kind: type, data: object) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"record: {kind.__name__} must be an object, got {type(data).__name__}")
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    # Fields with a default are younger than files that lack them.
-    optional = {
-        field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING
-    }
-    if not set(fields) - optional <= set(data) <= set(fields):
-        raise ValueError(
-            f"record: {kind.__name__} must have the fields {sorted(fields)}, got {sorted(data)}"
-        )
-    for name, value in data.items():
-        type_name = fields[name]
-        allowed = _KINDS.get(type_name)
-        wrong_bool = isinstance(value, bool) and type_name != "bool"
-        if allowed is not None and (wrong_bool or not isinstance(value, allowed)):
-            raise ValueError(f"record: '{name}' must be {type_name}, got {value!r:.60}")
-        if type_name == "float":
-            finite_number(value, f"record: '{name}'")
-    return dict(data)
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"record: expected a list, got {type(value).__name__}")
-    return list(value)
+        return record_from_json(cls, data, "record")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from safeshield.files.schema import finite_number, json_values
+from safeshield.files.schema import Below1, Inside, Settings, check, json_values, record_from_json
 
 
 def episodes_needed(alpha: float) -> int:
@@ -16,25 +15,17 @@ def episodes_needed(alpha: float) -> int:
     >>> episodes_needed(0.1), episodes_needed(0.01)
     (9, 99)
     """
-    check_share("alpha", alpha, positive=True)
+    check("alpha", Inside, alpha)
     return math.ceil(round(1.0 / alpha, 9)) - 1
 
 
-def check_share(name: str, value: object, *, positive: bool) -> None:
-    """Raise unless a number lies inside (0, 1), or in [0, 1) where 0 is allowed."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (numeric and (value > 0 if positive else value >= 0) and value < 1):  # type: ignore[operator]
-        interval = "inside (0, 1)" if positive else "in [0, 1)"
-        raise ValueError(f"{name} must be a number {interval}, got {value!r}")
-
-
 @dataclass(frozen=True)
-class SupportRecord:
+class SupportRecord(Settings):
     """The calibration of one support test by split conformal over episodes."""
 
-    alpha: float
+    alpha: Inside
     """Probability that a new episode has more unseen steps than `share` of them."""
-    share: float
+    share: Below1
     """q, the share of an episode's steps that may count as unseen."""
     episodes: int
     """Held-out episodes that set the level."""
@@ -44,16 +35,12 @@ class SupportRecord:
     """An action counts as unseen where its score is below, in units of the score."""
 
     def __post_init__(self) -> None:
-        check_share("alpha", self.alpha, positive=True)
-        check_share("share", self.share, positive=False)
-        if type(self.episodes) is not int or self.episodes < episodes_needed(self.alpha):
+        super().__post_init__()
+        if self.episodes < episodes_needed(self.alpha):
             raise ValueError(
                 f"episodes must be an integer of at least {episodes_needed(self.alpha)} for alpha "
                 f"{self.alpha:g}, got {self.episodes!r}"
             )
-        if not isinstance(self.score, str):
-            raise ValueError(f"score must be a name, got {type(self.score).__name__}")
-        finite_number(self.level, "level")
 
     @property
     def promise(self) -> str:
@@ -78,7 +65,4 @@ class SupportRecord:
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            raise ValueError(f"support must be an object with the fields {sorted(names)}")
-        return cls(**data)
+        return record_from_json(cls, data, "support")
