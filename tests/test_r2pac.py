@@ -21,6 +21,8 @@ from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.chunk_actors import ChunkActor
 from safeshield.nn.plan_forward import PlanSpec
+from safeshield.online import FlowTeacher
+from safeshield.policies.proposals import Behaviour
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
 from safeshield.training.log import LogTensors
@@ -484,6 +486,24 @@ def test_a_shield_that_looks_ahead_filters_and_is_kept(
     supported = agent.shield().with_support(collect(
         gym.make("safeshield/Boat-v0"), "random", episodes=12, seed=5))  # fmt: skip
     assert supported.support is not None
+
+
+@pytest.mark.parametrize("plans", [0, 4])
+def test_the_flow_teacher_draws_single_actions_from_a_shield_that_plans(
+    agent: R2PAC, log: OfflineDataset, plans: int
+) -> None:
+    """The behavior's noise has the width of one action, not that of a whole plan."""
+    shield = agent.shield(plans=plans)
+    model, observations = shield.model, log.observations[:5]
+    assert model.noise_features == TINY.chunk * model.behaviour_noise_features
+    drawn = FlowTeacher(shield).draw(observations, 3, np.random.default_rng(0))
+    assert drawn.shape == (5, 3, 2)
+    noise = np.random.default_rng(0).standard_normal((5, 3, 2)).astype(np.float32)
+    np.testing.assert_array_equal(drawn, model.behaviour(model.states(observations), noise))
+    proposed = Behaviour(shield).draw(
+        model.states(observations), observations, 3, np.random.default_rng(0)
+    )
+    np.testing.assert_array_equal(drawn, proposed)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ class FlowTeacher:
         states = self._states(observations)
         if self._model.action_codec.discrete:
             return draw_choices(self._model.action_codec, self._log_probs(states), each, rng)
-        shape = (len(states.value), each, self._model.noise_features)
+        shape = (len(states.value), each, self._model.behaviour_noise_features)
         return self._model.behaviour(states, rng.standard_normal(shape).astype(np.float32))
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
