@@ -195,3 +195,15 @@ def test_it_is_typed() -> None:
     spec = find_spec("safeshield")
     assert spec is not None
     assert (ROOT / "py.typed").exists()
+
+
+def test_the_distribution_carries_its_license(tmp_path: Path) -> None:
+    # In a folder of its own, where no metadata of a source tree stand before the installed ones.
+    code = (
+        "from importlib.metadata import distribution as d; it = d('safeshield');"
+        "print(it.metadata['License-Expression'], it.metadata.get_all('License-File'));"
+        "print(it.read_text('licenses/LICENSE'))"
+    )
+    told, *text = run(code, tmp_path).splitlines()
+    assert told == "MIT ['LICENSE']"
+    assert text == (Path(__file__).parents[1] / "LICENSE").read_text().splitlines()
