@@ -1,4 +1,4 @@
-"""Shapes checked at run time, one thread, and the small shared fixtures."""
+"""Shapes checked at run time, one thread, no deadlines, and the small shared fixtures."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from fitted import DT, fitted_shield
+from hypothesis import HealthCheck, settings
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.data import OfflineDataset, collect
@@ -39,6 +40,10 @@ from safeshield.exact import boat_value
 from safeshield.shield import Shield
 
 torch.set_num_threads(1)
+
+# A busy machine is slow, which says nothing of the code. Modules set no deadlines (test_deadlines).
+settings.register_profile("no-clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no-clock")
 
 
 def _one_blas_thread() -> None:

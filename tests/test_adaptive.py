@@ -387,7 +387,10 @@ def test_what_is_read_cannot_change_it() -> None:
 # -- behind a shield ----------------------------------------------------------------------------
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.integers(0, 10_000), st.floats(0.0, 1.0))
 def test_it_executes_nothing_that_the_fixed_threshold_would_refuse(
     shield: Shield, seed: int, strictness: float

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safeshield.values.backup import SafetyBackup, reward_backup, safety_backup
 
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=60)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_known_bounds(episodes: int, violations: int, confidence: float, bound: 
     share=st.floats(0, 1),
     confidence=st.sampled_from([0.5, 0.9, 0.99, 0.999]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_bound_solves_the_binomial_equation(
     episodes: int, share: float, confidence: float
 ) -> None:
@@ -79,7 +79,7 @@ def test_the_bound_solves_the_binomial_equation(
     confidence=st.sampled_from([0.8, 0.95, 0.99]),
     violations=st.integers(0, 6),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_needed_and_allowed_are_each_others_inverse(
     epsilon: float, confidence: float, violations: int
 ) -> None:

@@ -53,7 +53,7 @@ def log_of(lengths: list[int], ends: list[bool], act: int = 1, seed: int = 0) ->
 # -- chunks -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=5),
     st.integers(1, 4),

@@ -277,7 +277,7 @@ unit = st.floats(0.0, 1.0)
 points = st.tuples(unit, unit)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(point=points, action=st.tuples(*[st.floats(-1e300, 1e300)] * 2))
 def test_boat_follows_its_equations(point: tuple, action: tuple) -> None:
     low, high = boat.STATE_LOW, boat.STATE_HIGH
@@ -293,7 +293,7 @@ def test_boat_follows_its_equations(point: tuple, action: tuple) -> None:
     np.testing.assert_allclose(boat.reward(state), -np.hypot(x - 1.5, y), atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(point=points, action=st.floats(-3, 3), dt=st.sampled_from([0.005, 0.02, 0.05]))
 def test_cart_follows_fine_integration(point: tuple, action: float, dt: float) -> None:
     low, high = double_integrator.STATE_LOW, double_integrator.STATE_HIGH

@@ -76,7 +76,7 @@ def test_cart_value_is_a_fixed_point_of_the_backup(dt: float) -> None:
     np.testing.assert_allclose(q, exact.value(states, dt=dt), atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     position=st.floats(-1.5, 1.5),
     speed=st.floats(-2.0, 2.0),

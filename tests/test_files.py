@@ -216,7 +216,7 @@ def test_every_truncation_is_refused(path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_flipped_bits_are_refused_or_harmless(shield: Shield, data: st.DataObject) -> None:
     raw = _bytes_of(shield)
     end = 8 + struct.unpack("<Q", raw[:8])[0]

@@ -133,7 +133,7 @@ def test_an_unreadable_observation_leaves_the_action_that_the_filter_executes(
     delta=st.sampled_from([0.0, 0.5, 1.5]),
     sizes=st.sampled_from([(3, 4), (2, 6), (2, 3, 2), (12,)]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_all_combinations_of_a_product_mask_are_what_the_filter_would_execute(
     q: Array, delta: float, sizes: tuple[int, ...]
 ) -> None:

@@ -73,7 +73,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     rows=st.integers(0, 5),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_numpy_forward_equals_torch(
     inputs: int, outputs: int, hidden: list[int], members: int, rows: int, seed: int
 ) -> None:

@@ -182,7 +182,7 @@ def slow_interval(scores: Array, resamples: int, seed: int) -> tuple[float, floa
     return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(matrices, st.integers(0, 5))
 def test_the_interval_is_that_of_the_plain_loop(matrix: Array, seed: int) -> None:
     fast = stratified_interval(matrix, resamples=60, seed=seed)

@@ -115,7 +115,7 @@ def test_nothing_outside_the_safe_support_is_ever_sampled(taught: Shield, propos
     proposal=st.sampled_from(["uniform", "behaviour"]),
     deterministic=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_discrete_actions_are_acceptable_or_the_least_bad(
     q: Array, p: Array, delta: float, proposal: str, deterministic: bool
 ) -> None:

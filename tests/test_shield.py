@@ -101,7 +101,7 @@ def test_intervened_exactly_where_the_proposal_is_not_acceptable(shield: Shield)
 
 
 @given(seed=st.integers(0, 10_000), small=st.floats(0, 0.3), more=st.floats(0, 0.3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_larger_delta_accepts_a_subset(
     shield: Shield, seed: int, small: float, more: float
 ) -> None:
@@ -175,7 +175,7 @@ def test_out_of_the_box_is_clipped_and_counts_as_an_intervention(shield: Shield)
     action=st.lists(st.floats(width=64), min_size=2, max_size=2),
     kinds=st.tuples(st.sampled_from(["f4", "f8"]), st.sampled_from(["f4", "f8"])),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 def test_whatever_comes_in_an_action_of_the_box_comes_out(
     shield: Shield, observation: list[float], action: list[float], kinds: tuple[str, str]

@@ -161,7 +161,7 @@ def test_a_large_temperature_evaluates_the_behaviour_and_a_small_one_is_the_best
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 100.0), st.floats(-5.0, 5.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_soft_value_is_what_it_says(seed: int, temperature: float, shift: float) -> None:
     rng = np.random.default_rng(seed)
     q = torch.tensor(rng.normal(size=6))

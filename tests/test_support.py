@@ -176,7 +176,7 @@ def test_the_promise_holds_and_counting_steps_breaks_it(alpha: float, share: flo
     share=st.sampled_from([0.0, 0.01, 0.05, 0.3, 0.99]),
     shift=st.floats(-1, 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_episodes_score_is_where_its_share_is_used_up(
     seed: int, share: float, shift: float
 ) -> None:
