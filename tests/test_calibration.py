@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -33,6 +35,7 @@ from safeshield.calibration.calibrate import (
 from safeshield.calibration.proposers import Adversary
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
+from safeshield.files.schema import json_arguments
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield
@@ -282,6 +285,7 @@ def test_the_record_says_what_was_done(calibrated: Shield) -> None:
     assert calibrated.delta == record.delta >= 0
     assert (record.epsilon, record.confidence, record.seed) == (0.15, 0.9, 1)
     assert record.environment == "safeshield/Boat-v0"
+    assert record.environment_kwargs == {"dt": DT}
     assert [result.policy for result in record.policies] == ["random", "adversary"]
     for result in record.policies:
         assert result.episodes == needed
@@ -300,6 +304,57 @@ def test_the_record_says_what_was_done(calibrated: Shield) -> None:
     for words in ("confidence 0.9", "'random', 'adversary'", "safeshield/Boat-v0", "at most 0.15"):
         assert words in record.promise
     assert CalibrationRecord.from_json(record.to_json()) == record
+
+
+def test_a_records_file_keeps_the_arguments_and_older_ones_load(
+    calibrated: Shield, tmp_path: Path
+) -> None:
+    calibrated.save(tmp_path / "shield")
+    again = Shield.load(tmp_path / "shield").record
+    assert again == calibrated.record
+    assert again is not None
+    older = again.to_json()
+    del older["environment_kwargs"]
+    unknown = CalibrationRecord.from_json(older)
+    assert unknown.environment_kwargs is None
+    assert unknown.speaks_of(again.environment, {"dt": 7.0})
+    assert not unknown.speaks_of("Other-v0", {"dt": DT})
+    assert not again.speaks_of(again.environment, {"dt": 7.0})
+    assert again.speaks_of(again.environment, None)
+    assert again.speaks_of("", {"dt": 7.0})
+    for wrong in ([], "dt", 3):
+        with pytest.raises(ValueError, match="'environment_kwargs' must be an object or None"):
+            CalibrationRecord.from_json({**older, "environment_kwargs": wrong})
+
+
+class Wind:
+    """An argument that JSON has no form for, and whose repr names its place in memory."""
+
+
+def test_arguments_are_told_alike_in_every_process() -> None:
+    told = {
+        "plain": [None, True, 3, 0.5, "text"],
+        "nested": {"1": [0.5, "nan"], "2": []},
+        "array": [[1.0, 2.0]],
+        "number": 2.5,
+        "set": ["a", "b"],
+        "kind": f"{__name__}.Wind",
+        "object": f"<{__name__}.Wind object>",
+    }
+    given = {
+        "plain": (None, True, 3, 0.5, "text"),
+        "nested": {1: (0.5, float("nan")), 2: []},
+        "array": np.array([[1.0, 2.0]]),
+        "number": np.float64(2.5),
+        "set": {"b", "a"},
+        "kind": Wind,
+        "object": Wind(),
+    }
+    assert json_arguments(given) == told
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    large = np.arange(1000.0)
+    one, same, other = (json_arguments({"map": x}) for x in (large, large.copy(), large + 1))
+    assert one == same != other
 
 
 @batch_policy

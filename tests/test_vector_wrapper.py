@@ -813,8 +813,8 @@ def test_observations_are_passed_on_as_they_are(
         def value(self, observation: Any, action: Any = None) -> Any:  # noqa: ANN401
             return super().value(observation["at"], action)
 
-        def check_fits(self, *_: object) -> None:
-            pass
+        def check_fits(self, *_: object) -> bool:
+            return True
 
     monkeypatch.setattr(vector, "Guard", NamedGuard)
     named = NamedShield(shield.model, shield.delta, record(0.05))

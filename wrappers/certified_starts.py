@@ -63,6 +63,6 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
             if info[_KEY]:
                 return observation, info
         raise ValueError(
-            f"none of {self._most} starts was certified: the shield is not calibrated, or the "
-            "environment hardly ever starts where its promise applies"
+            f"none of {self._most} starts was certified: the shield is not calibrated, or in "
+            "another environment, or this environment hardly ever starts where its promise applies"
         )

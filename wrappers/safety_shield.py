@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
-from safeshield.rollouts.copies import environment_id
+from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.critics import StateValue
 from safeshield.shield.guard import as_penalty
@@ -50,7 +50,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     shield/threshold        float: what the value must not exceed: -delta (or less, where it
                             adapts)
     shield/certified        bool: the state just reached has V_h <= -delta, and the shield
-                            is calibrated
+                            is calibrated, in no other environment (see below)
     action_proposed         array: what the agent sent (at reset: NaN; where actions are discrete
                             an integer that is none of them)
     action_executed         array: what the dynamics saw (at reset likewise)
@@ -71,6 +71,11 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     threshold accepts too, and what it executes has Q_h <= -delta wherever that one finds such an
     action. ``shield/certified`` and the shield's record go on speaking of -delta, of a shield that
     kept to it, and of the dynamics it was calibrated in: the stricter one was not put to the test.
+
+    Where the environment's spec has another id, or other keyword arguments, than the environment
+    the shield was calibrated in, an `OtherEnvironmentWarning` says so and ``shield/certified`` is
+    False from then on. An environment without a spec is not compared, nor are the arguments
+    ``render_mode`` and ``max_episode_steps``.
 
     Args:
         env: an environment with the spaces that the shield was trained on.
@@ -110,7 +115,9 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         )
         gym.Wrapper.__init__(self, env)
         self.shield = as_shield(shield)
-        self.shield.check_fits(env.observation_space, env.action_space, environment_id(env))
+        self._certifies = self.shield.check_fits(
+            env.observation_space, env.action_space, environment_id(env), environment_kwargs(env)
+        )
         self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
         self.intervention_penalty = as_penalty(intervention_penalty)
         self._no_action = self.shield.model.action_codec.nothing
@@ -134,7 +141,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             "shield/intervened": False,
             "shield/value": value,
             "shield/threshold": self._threshold(),
-            "shield/certified": self.shield.record is not None and value <= self.shield.threshold,
+            "shield/certified": self._certified(value),
             "action_proposed": self._no_action.copy(),
             "action_executed": self._no_action.copy(),
         }
@@ -198,12 +205,16 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
                 "shield/intervened": intervened,
                 "shield/value": value,
                 "shield/threshold": threshold,
-                "shield/certified": self.shield.record is not None
-                and reached <= self.shield.threshold,
+                "shield/certified": self._certified(reached),
                 "action_proposed": proposed,
                 "action_executed": ran.copy(),
             },
         )
+
+    def _certified(self, value: float) -> bool:
+        """Whether a state of this V_h is what the shield's record speaks of."""
+        vouched = self._certifies and self.shield.record is not None
+        return vouched and value <= self.shield.threshold
 
     def _threshold(self) -> float:
         fixed = self.shield.threshold

@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from safeshield.rollouts.copies import environment_id
+from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.guard import Guard, as_penalty
 from safeshield.shield.masks import with_own_mask
@@ -67,6 +67,9 @@ class VecSafetyShield(VecEnvWrapper):
     go around it, as in ``VecNormalize(VecSafetyShield(venv, shield))``. Random warm-up actions
     (``learning_starts``) pass through it like all others.
 
+    Environments in other processes (`SubprocVecEnv`) tell no spec that could be compared with that
+    of the shield's calibration (see `SafetyShield`); with `worker_env` each is compared in its own.
+
     Args:
         venv: environments with the spaces that the shield was trained on.
         shield: a path to its file, a `Shield`, or an agent.
@@ -106,9 +109,14 @@ class VecSafetyShield(VecEnvWrapper):
         _check_inner(venv)
         super().__init__(venv)
         self.shield = as_shield(shield)
-        self.shield.check_fits(venv.observation_space, venv.action_space, environment_id(venv))
+        certifies = self.shield.check_fits(
+            venv.observation_space,
+            venv.action_space,
+            environment_id(venv),
+            environment_kwargs(venv),
+        )
         self.intervention_penalty = as_penalty(intervention_penalty)
-        self.guard = Guard(self.shield, adaptive)
+        self.guard = Guard(self.shield, adaptive, certifies=certifies)
         self._no_action = self.shield.model.action_codec.nothing
         self._ready = False
         self._decision: _Decision | None = None

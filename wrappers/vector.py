@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.copies import environment_id
+from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.rollouts.infos import column_of
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
 from safeshield.shield.guard import Guard, as_penalty
@@ -56,7 +56,8 @@ class VectorSafetyShield(_Wrapper):
     shield/threshold        (n,) float: what the value must not exceed: -delta (or less, where
                             it adapts)
     shield/certified        (n,) bool: the state just reached has V_h <= -delta, and the
-                            shield is calibrated
+                            shield is calibrated, in no other environment (see
+                            `SafetyShield`)
     action_proposed         (n, ...): what the agent sent
     action_executed         (n, ...): what the dynamics saw
     action_mask             where actions are discrete, (n, k) int8: which of them may be
@@ -76,6 +77,9 @@ class VectorSafetyShield(_Wrapper):
       says of that step: as in a `SyncVectorEnv` of environments in a `SafetyShield` each.
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the rows in the mask, and only
       these have infos; the others keep what was known of them.
+
+    Environments in other processes have no spec that could be compared, unless
+    ``gymnasium.make_vec`` made them.
 
     Args:
         env: a vector environment whose single spaces are those the shield was trained on.
@@ -125,13 +129,16 @@ class VectorSafetyShield(_Wrapper):
             ):  # fmt: skip
                 setattr(self, name, getattr(env, name))
         self.shield = as_shield(shield)
-        self.shield.check_fits(
-            env.single_observation_space, env.single_action_space, environment_id(env)
+        certifies = self.shield.check_fits(
+            env.single_observation_space,
+            env.single_action_space,
+            environment_id(env),
+            environment_kwargs(env),
         )
         self.intervention_penalty = as_penalty(intervention_penalty)
         self._mode = _autoreset_mode(env)
         self._no_action = self.shield.model.action_codec.nothing
-        self._guard = Guard(self.shield, adaptive)
+        self._guard = Guard(self.shield, adaptive, certifies=certifies)
         self._over = np.zeros(env.num_envs, np.bool_)
         self._values = np.full(env.num_envs, np.inf)
         # The states that the guard has judged; None where the environment may be in others.

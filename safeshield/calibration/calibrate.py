@@ -16,7 +16,14 @@ import numpy.typing as npt
 from safeshield.calibration.binomial import episodes_needed
 from safeshield.calibration.proposers import ShieldedProposals, battery
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
-from safeshield.rollouts.copies import Env, check_env, environment_name, is_vector_env, vectorise
+from safeshield.rollouts.copies import (
+    Env,
+    check_env,
+    environment_kwargs,
+    environment_name,
+    is_vector_env,
+    vectorise,
+)
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield.record import CalibrationRecord, PolicyResult
 from safeshield.shield.replacement import describe
@@ -245,6 +252,7 @@ def calibrate(
             **{name: version(name) for name in ("safeshield", "gymnasium", "numpy")},
         },
         replacement=describe(shield.replacement),
+        environment_kwargs=environment_kwargs(env),
     )
 
 

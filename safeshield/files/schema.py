@@ -22,13 +22,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import hashlib
 import inspect
 import itertools
 import math
 import operator
 import platform
+import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from importlib.metadata import version
 from typing import (
@@ -257,7 +259,7 @@ def _kind_in_words(hint: Any) -> str:  # noqa: ANN401
         kind = "whole numbers" if items[0] is int else "finite numbers"
         return f"be a tuple of {'' if items[-1] is ... else f'{len(items)} '}{kind}"
     if get_origin(hint) is dict:
-        return "be an object of strings"
+        return "be an object of strings" if items[1] is str else "be an object"
     names = {int: "whole number", float: "finite number", bool: "True or False", str: "text"}
     what = names.get(hint) or getattr(hint, "__name__", str(hint))
     return f"be {what}" if hint in (bool, str) else f"be a {what}"
@@ -287,6 +289,12 @@ def whole(name: str, value: object, least: int) -> int:
     return number
 
 
+_MOST_NUMBERS = 64
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
 def json_values(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
     """Return the fields of a dataclass as JSON values: whatever has an order becomes a list.
 
@@ -306,6 +314,40 @@ def _as_lists(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {key: _as_lists(one) for key, one in value.items()}
     return [_as_lists(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def json_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments as JSON values that are the same in every process.
+
+    What JSON has not, becomes a text: a class or function its qualified name, a number that is not
+    finite or any other object its ``repr`` without memory addresses. A NumPy array of more than 64
+    entries is told by its shape, type and a hash of its contents.
+
+    >>> json_arguments({"gravity": 9.8, "wind": (0.5, float("inf")), "kind": float})
+    {'gravity': 9.8, 'wind': [0.5, 'inf'], 'kind': 'builtins.float'}
+    """
+    return {str(name): _json_value(value) for name, value in arguments.items()}
+
+
+def _json_value(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, np.ndarray) and value.size > _MOST_NUMBERS and not value.dtype.hasobject:
+        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return f"array {value.shape} {value.dtype} sha256 {digest[:16]}"
+    if isinstance(value, np.ndarray | np.generic):
+        return _json_value(value.tolist())
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    if isinstance(value, Mapping):
+        return json_arguments(value)
+    if isinstance(value, list | tuple):
+        return [_json_value(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(_json_value, value), key=repr)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return _ADDRESS.sub("", repr(value))
 
 
 R = TypeVar("R")

@@ -18,6 +18,7 @@ import dataclasses
 import os
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -56,7 +57,7 @@ from safeshield.online.storage import read_agent, save_agent
 from safeshield.online.updates import SSQLModel, SSQLUpdates, units_of_returns
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour, as_behaviour
-from safeshield.rollouts.copies import environment_id
+from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.batches import Batch, take
@@ -173,7 +174,12 @@ class SafeSupportQLearning:
     def _meet(self, venv: VecEnv) -> None:
         flat_actions(venv.action_space)
         flat_observations(venv.observation_space)
-        self._check_safe_set(venv.observation_space, venv.action_space, environment_id(venv))
+        self._check_safe_set(
+            venv.observation_space,
+            venv.action_space,
+            environment_id(venv),
+            environment_kwargs(venv),
+        )
         check_playable(venv.action_space)
         refuse_normalised(venv)
         self._behaviour = as_behaviour(self._given, venv.action_space)
@@ -192,10 +198,11 @@ class SafeSupportQLearning:
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
         environment: str = "",
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Raise ValueError where it is for other spaces."""
         if isinstance(self.safe_set, ShieldSet):
-            self.safe_set.shield.check_fits(observation_space, action_space, environment)
+            self.safe_set.shield.check_fits(observation_space, action_space, environment, kwargs)
         elif self.safe_set is not None and self.safe_set.actions.space != action_space:
             raise ValueError(
                 f"the rules are for {self.safe_set.actions.space}, the environment's actions are "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
 
+from safeshield.files.schema import json_arguments
 from safeshield.rollouts.infos import LABELS
 
 Env = gym.Env[Any, Any]
@@ -24,6 +25,9 @@ _MAX_NATIVE_ENVS = 256
 _MAX_COPIED_ENVS = 8
 # Rebuilt from their arguments these would start with empty statistics, not with the trained ones.
 _STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
+# Arguments that change no dynamics; the others are those of a vector environment by itself.
+_NO_DYNAMICS = ("render_mode", "max_episode_steps")
+_OF_VECTORS = ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers", "autoreset_mode")
 _MANY_VALUES = "too many values to unpack"
 
 
@@ -46,6 +50,37 @@ def environment_id(env: object) -> str:
         return str(spec.id)
     members = getattr(inner, "envs", None)
     return environment_id(members[0]) if members else ""
+
+
+def environment_kwargs(env: object) -> dict[str, Any] | None:
+    """Return the keyword arguments that an environment was made with, as JSON values.
+
+    They are those of its spec, the registered ones included, without ``render_mode`` and
+    ``max_episode_steps``, which leave its dynamics as they are. None where there is no spec to be
+    seen. Where the members of a vector environment differ in an argument, the list of its values.
+    """
+    inner = getattr(env, "unwrapped", env)
+    spec = getattr(inner, "spec", None)
+    if spec is not None:
+        ignored = (*_NO_DYNAMICS, *(_OF_VECTORS if is_vector_env(inner) else ()))
+        return json_arguments({k: v for k, v in spec.kwargs.items() if k not in ignored})
+    told = [environment_kwargs(one) for one in getattr(inner, "envs", None) or ()]
+    known = [one for one in told if one is not None]
+    if not known:
+        return None
+    first, *others = known
+    if all(one == first for one in others):
+        return first
+    names = _distinct(name for one in known for name in one)
+    return {name: _distinct(one.get(name) for one in known) for name in names}
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def environment_name(env: object) -> str:

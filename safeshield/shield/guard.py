@@ -43,6 +43,8 @@ class Guard:
         shield: the filter.
         adaptive: lets each environment's threshold follow its errors (`AdaptiveThreshold`, or a
             dict of its arguments).
+        certifies: whether the shield's record may speak of these environments: what
+            `Shield.check_fits` returned for them. Where it is False, no state is certified.
 
     Raises:
         TypeError, ValueError: `adaptive` is wrong.
@@ -63,8 +65,11 @@ class Guard:
         self,
         shield: Shield,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
+        *,
+        certifies: bool = True,
     ) -> None:
         self.shield = shield
+        self._certifies = certifies
         self.adaptive: AdaptiveMargin | None = None
         self._settings = as_adaptive(adaptive)
         self._rows: npt.NDArray[Any] | None = None
@@ -96,7 +101,8 @@ class Guard:
 
         The record's delta counts, also where the threshold in force is stricter.
         """
-        return (values <= self.shield.threshold) & (self.shield.record is not None)
+        vouched = self._certifies and self.shield.record is not None
+        return (values <= self.shield.threshold) & vouched
 
     def masks(self) -> Flags:
         """Return `Shield.action_mask` (n, k) of the states last seen, at the present threshold.

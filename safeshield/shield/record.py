@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -65,6 +66,8 @@ class CalibrationRecord:
     """Of the packages that were used."""
     replacement: str = ""
     """How the shield replaced actions, where not by default; see `shield.replacement.describe`."""
+    environment_kwargs: dict[str, Any] | None = None
+    """Keyword arguments the environment was made with, JSON values; None where not known."""
 
     @property
     def promise(self) -> str:
@@ -83,6 +86,21 @@ class CalibrationRecord:
             f"{self.epsilon:g}. Violating episodes seen: {seen}. For another policy, start "
             "distribution or environment nothing is promised."
         )
+
+    def speaks_of(self, environment: str, kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Whether an environment is the one that was tested, as far as can be told.
+
+        Args:
+            environment: its id; "" where it is not known, and then nothing is compared.
+            kwargs: `rollouts.copies.environment_kwargs`; where they, or those of the test, are not
+                known, ids alone are compared.
+        """
+        if not environment:
+            return True
+        if environment != self.environment:
+            return False
+        known = kwargs is not None and self.environment_kwargs is not None
+        return not known or kwargs == self.environment_kwargs
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""

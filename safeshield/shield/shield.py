@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
@@ -366,14 +366,24 @@ class Shield:
         )
 
     def check_fits(
-        self, observation_space: gym.Space[Any], action_space: gym.Space[Any], name: str
-    ) -> None:
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        name: str,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Raise unless the spaces of one environment are the shield's; warn if it is another.
 
         Args:
             observation_space: of one environment.
             action_space: of one environment.
             name: its id; "" where it is not known.
+            kwargs: the keyword arguments it was made with, as `rollouts.copies.environment_kwargs`
+                tells them; None where they are not known.
+
+        Returns:
+            Whether nothing is known that makes it another environment than the one the record
+            speaks of. Where it is another, no state may be called certified.
 
         Raises:
             ValueError: the spaces differ; the message shows both.
@@ -385,13 +395,16 @@ class Shield:
             unbounded_matches_any=True,
         )
         check_same_space(self.action_space, action_space, "action_space")
-        if self.record is not None and name and self.record.environment != name:
-            warnings.warn(
-                f"this shield was calibrated in {self.record.environment}, not in {name}: here its "
-                "record promises nothing; calibrate it in the environment that it will protect",
-                OtherEnvironmentWarning,
-                stacklevel=3,
-            )
+        if self.record is None or self.record.speaks_of(name, kwargs):
+            return True
+        tested = _with_arguments(self.record.environment, self.record.environment_kwargs)
+        warnings.warn(
+            f"this shield was calibrated in {tested}, not in {_with_arguments(name, kwargs)}: here "
+            "its record promises nothing; calibrate it in the environment that it will protect",
+            OtherEnvironmentWarning,
+            stacklevel=3,
+        )
+        return False
 
     def acceptable(
         self,
@@ -584,6 +597,12 @@ class Shield:
         from safeshield.shield.file import load_shield
 
         return load_shield(cls, path)
+
+
+def _with_arguments(environment: str, kwargs: Mapping[str, Any] | None) -> str:
+    """Name an environment by its id and, where it has any, its keyword arguments."""
+    told = ", ".join(f"{name}={value!r}" for name, value in sorted((kwargs or {}).items()))
+    return f"{environment} ({told})" if told else environment
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
