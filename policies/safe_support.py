@@ -16,19 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.policies.proposals import (
-    Asked,
-    Behaviour,
-    Memory,
-    Proposal,
-    Uniform,
-    batch_of_one,
-)
+from safeshield.proposals.choices import choice_index, normalised
+from safeshield.proposals.sources import LoggedBehaviour, Source, Uniform, UserPolicy
+from safeshield.rollouts.policies import Memory
 from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import acceptable_choices
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import Batch, batch_length, finite, repeated, take
+from safeshield.spaces.batches import Batch, batch_length, batch_of_one, finite, take
 from safeshield.spaces.shapes import Scalars
 
 PROPOSALS = ("uniform", "behaviour")
@@ -107,7 +102,7 @@ class SafeSupportPolicy:
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}")
         self.rounds = rounds
-        self._proposal = _proposal_of(self.shield, proposal)
+        self._source = _source_of(self.shield, proposal)
         self._rng = np.random.default_rng(seed)
         self._memory: Memory = None
         self._starts: npt.NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
@@ -117,8 +112,8 @@ class SafeSupportPolicy:
     def start_wave(self, num_envs: int) -> None:
         """Begin new episodes: what a policy remembers is forgotten."""
         self._memory, self._starts = None, np.ones(num_envs, dtype=np.bool_)
-        if isinstance(self._proposal, Asked):
-            self._proposal.start_wave(num_envs)
+        if isinstance(self._source, UserPolicy):
+            self._source.start_wave(num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> _Array:
         """Map n observations to n actions, as a batch policy: noise from `rng` alone."""
@@ -242,7 +237,7 @@ class SafeSupportPolicy:
         if self.shield.model.action_codec.discrete:
             known = self._choice_density(states, rows, seen, played)
             return None if known is None else known[0]
-        log_q = self._proposal.log_prob(states, seen, played[:, None])
+        log_q = self._source.log_prob(seen, played[:, None], states)
         if log_q is None:
             return None
         accepted, _ = self.shield.acceptable(states, rows, played[:, None])
@@ -263,18 +258,18 @@ class SafeSupportPolicy:
         states = self.shield.states(rows)
         # Policies may refuse what is not a number; the shield does not act on their answer then.
         seen = finite(observations)
-        if isinstance(self._proposal, Asked):
-            self._proposal.see(memory, starts)
+        if isinstance(self._source, UserPolicy):
+            self._source.remember(memory, starts)
         choices = self._choice_log_probs(states, rows, seen)
         if choices is not None:
             proposals = self._chosen(choices, states, rows, rng, deterministic)
         elif deterministic:
-            proposals = self._proposal.best(states, seen, rng)
+            proposals = self._source.most_likely(seen, rng, states)
         else:
             proposals = self._accepted(states, rows, seen, rng)
         executed, self.report = self.shield.filter_rows(states, rows, proposals)
-        if isinstance(self._proposal, Asked):
-            memory = self._proposal.memory
+        if isinstance(self._source, UserPolicy):
+            memory = self._source.memory
         return self.shield.points(executed), memory
 
     def _accepted(
@@ -285,10 +280,11 @@ class SafeSupportPolicy:
         left = np.arange(len(rows))
         for k in range(self.rounds):
             some = states.take(left)
-            if self._proposal.fresh:
-                drawn = self._proposal.draw(some, take(seen, left), 2**k, rng)
+            if isinstance(self._source, UserPolicy):
+                # One answer in all states: the policy may remember that it was asked.
+                drawn = self._source.draw(seen, 1, rng)[left]
             else:
-                drawn = self._proposal.draw(states, seen, 1, rng)[left]
+                drawn = self._source.draw(take(seen, left), 2**k, rng, some)
             accepted, _ = self.shield.acceptable(some, rows[left], drawn)
             found = accepted.any(axis=1)
             first = np.where(found, accepted.argmax(axis=1), -1)
@@ -327,17 +323,14 @@ class SafeSupportPolicy:
             return None
         choices = self.shield.model.action_codec.choices
         every = np.broadcast_to(choices, (len(rows), *choices.shape))
-        log_probs = self._proposal.log_prob(states, seen, every)
+        log_probs = self._source.log_prob(seen, every, states)
         if log_probs is None:
             return None
         mask = acceptable_choices(self.shield, states, rows)
         masked = np.where(mask, log_probs, -np.inf)
         # A proposal that never does what may be done leaves the choice among that open.
         never = masked.max(axis=1, keepdims=True) == -np.inf
-        masked = np.where(never & mask, 0.0, masked)
-        masked -= masked.max(axis=1, keepdims=True)
-        total: _Array = masked - np.log(np.exp(masked).sum(axis=1, keepdims=True))
-        return total
+        return normalised(np.where(never & mask, 0.0, masked))
 
     def _choice_density(
         self, states: StateValue, rows: _Array, seen: Batch, played: _Array
@@ -347,15 +340,14 @@ class SafeSupportPolicy:
             return None
         flat = self.shield.model.action_codec
         inside = np.asarray(flat.contains(played))
-        entries = np.where(inside[:, None], played - flat.low, 0).astype(np.int64)
-        index = np.ravel_multi_index(tuple(entries.T), tuple(flat.categories))
+        index = choice_index(flat, np.where(inside[:, None], played, flat.low)[:, None])[:, 0]
         value = np.where(inside, log_probs[np.arange(len(rows)), index], -np.inf)
         return value, np.zeros(len(rows))
 
     def _box_density(
         self, states: StateValue, rows: _Array, seen: Batch, played: _Array, samples: int
     ) -> tuple[_Array, _Array] | None:
-        log_q = self._proposal.log_prob(states, seen, played[:, None])
+        log_q = self._source.log_prob(seen, played[:, None], states)
         if log_q is None:
             return None
         accepted, _ = self.shield.acceptable(states, rows, played[:, None])
@@ -375,23 +367,18 @@ class SafeSupportPolicy:
     def _hits(self, states: StateValue, rows: _Array, seen: Batch, samples: int) -> _Array:
         """Return how many of `samples` proposals are accepted in each state: (n,)."""
         rng = np.random.default_rng(0)
-        if isinstance(self._proposal, Uniform):
-            first = states.take(slice(1))
-            points = self._proposal.draw(first, take(seen, slice(1)), samples, rng)
+        if isinstance(self._source, Uniform):
+            points = self._source.draw(take(seen, slice(1)), samples, rng)
             drawn = np.broadcast_to(points, (len(rows), *points.shape[1:]))
         else:
-            many = repeated(seen, samples)
-            asked = StateValue(
-                np.repeat(states.inputs, samples, axis=0), np.repeat(states.value, samples)
-            )
-            drawn = self._proposal.draw(asked, many, 1, rng).reshape(len(rows), samples, -1)
+            drawn = self._source.draw(seen, samples, rng)
         hits: _Array = self.shield.acceptable(states, rows, drawn)[0].sum(axis=1)
         return hits
 
     def _without_density(self) -> TypeError:
         why = (
             "a policy without a method log_prob(observations, actions) -> (n,)"
-            if isinstance(self._proposal, Asked)
+            if isinstance(self._source, UserPolicy)
             else "the behaviour of a Box of actions, a flow whose end is clipped to the box"
         )
         return TypeError(
@@ -399,9 +386,17 @@ class SafeSupportPolicy:
         )
 
 
-def _proposal_of(shield: Shield, proposal: object) -> Proposal:
+def _source_of(shield: Shield, proposal: object) -> Source:
     if not isinstance(proposal, str):
-        return Asked(shield, proposal)
+        return UserPolicy(proposal, shield.action_space, judged=True)
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal must be one of {list(PROPOSALS)} or a policy, got {proposal!r}")
-    return Behaviour(shield) if proposal == "behaviour" else Uniform(shield)
+    if proposal == "uniform":
+        return Uniform(shield.action_space)
+    if not shield.model.knows_behaviour:
+        raise ValueError(
+            "proposal='behaviour' needs a shield that has learned what the log does, and this "
+            "one has no such network: make it with ShieldTrainer or SafeFQL, or pass "
+            "proposal='uniform' or a policy"
+        )
+    return LoggedBehaviour(shield)

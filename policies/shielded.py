@@ -9,10 +9,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.policies.proposals import batch_of_one
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import Batch, copied, finite
+from safeshield.spaces.batches import Batch, batch_of_one, copied, finite
 from safeshield.spaces.schema import check_same_space
 
 _State = tuple[npt.NDArray[Any], ...] | None

@@ -23,7 +23,6 @@ from safeshield.data import collect
 from safeshield.envs.boat import STATE_HIGH, STATE_LOW
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.policies import SafeSupportPolicy
-from safeshield.policies.proposals import Behaviour
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield
@@ -338,7 +337,7 @@ def test_the_flow_in_numpy_is_the_flow_in_torch(taught: Shield) -> None:
     seen = states(40)
     view = model.states(seen)
     noise = np.random.default_rng(0).standard_normal((40, 3, 2)).astype(np.float32)
-    got = Behaviour(taught).carry(view, noise)
+    got = model.behaviour(view, noise)
     params = {key: torch.tensor(array) for key, array in model.networks[BEHAVIOUR].items()}
     hidden = tuple(
         array.shape[2]
@@ -360,13 +359,14 @@ def test_where_all_is_accepted_samples_are_the_flows_own(taught: Shield) -> None
     policy = SafeSupportPolicy(loose, "behaviour", seed=0)
     seen = np.tile(np.array([-2.0, 0.0], np.float32), (4000, 1))
     actions, _ = policy.predict(seen)
-    noise = np.random.default_rng(5).standard_normal((4000, 1, 2))
-    direct = Behaviour(loose).carry(loose.model.states(seen), noise)[:, 0]
+    noise = np.random.default_rng(5).standard_normal((4000, 1, 2)).astype(np.float32)
+    direct = loose.model.behaviour(loose.model.states(seen), noise)[:, 0]
     for column in range(2):
         assert kstest(actions[:, column], direct[:, column]).pvalue > 1e-3
     middle, _ = policy.predict(seen[0], deterministic=True)
     np.testing.assert_allclose(
-        middle, Behaviour(loose).carry(loose.model.states(seen[:1]), np.zeros((1, 1, 2)))[0, 0]
+        middle,
+        loose.model.behaviour(loose.model.states(seen[:1]), np.zeros((1, 1, 2), np.float32))[0, 0],
     )
 
 

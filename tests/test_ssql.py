@@ -22,7 +22,7 @@ from safeshield import SafeSupportPolicy, SafeSupportQLearning, SafetyShield, Sh
 from safeshield.cli.kinds import describe
 from safeshield.data import collect
 from safeshield.files.tensors import read_tensors
-from safeshield.nn.mixture import Mixture, draw_each, log_density
+from safeshield.nn.mixture import Mixture, MixtureActor, draw_each, log_density
 from safeshield.nn.optim import adam_init
 from safeshield.online import (
     FlowTeacher,
@@ -34,7 +34,6 @@ from safeshield.online import (
     Tabular,
     UnguardedWarning,
 )
-from safeshield.online.actor import Actor
 from safeshield.online.losses import (
     ACTOR,
     CRITIC,
@@ -192,7 +191,7 @@ def test_both_extractions_of_choices_recover_the_induced_policy(direction: Any) 
     critics = SoftCritics(STATES, MOVES, 1, (), 0.0, 1.0)
     table = {"0.weight": torch.tensor(q, dtype=torch.float32).repeat(2, 1, 1)}
     table["0.bias"] = torch.zeros(2, 1, MOVES)
-    actor = Actor(STATES, MOVES, 1, (32,), 1)
+    actor = MixtureActor(STATES, MOVES, 1, (32,), 1)
     support = Support(torch.eye(STATES), torch.zeros(STATES, 0, 1), mu.log())
     networks = {ACTOR: actor.network.init(torch.Generator().manual_seed(0))}
     state = TrainState(networks, {}, {ACTOR: adam_init(networks)}, {}, torch.zeros(0))
@@ -221,7 +220,7 @@ def test_both_extractions_of_a_box_recover_the_induced_policy(direction: str) ->
     """mu uniform on [-1, 0.5], Q = x: pi* is exp(x / a) there, and nothing beyond."""
     temperature = 0.4
     critics, params = _line()
-    actor = Actor(1, 0, 1, (32,), 3)
+    actor = MixtureActor(1, 0, 1, (32,), 3)
     generator = torch.Generator().manual_seed(1)
     networks = {ACTOR: actor.network.init(generator)}
     state = TrainState(networks, {}, {ACTOR: adam_init(networks)}, {}, torch.zeros(0))

@@ -9,6 +9,7 @@ outside, and no logarithm of 1 - x^2 runs away at the edge as that of a squashed
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,3 +83,38 @@ def draw_each(parts: Mixture, uniform: Tensor) -> Tensor:
 def _ends(means: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
     ends = [torch.special.ndtr((end - means) / widths) for end in (-1.0, 1.0)]
     return ends[0], ends[1]
+
+
+@dataclass(frozen=True)
+class MixtureActor:
+    """A stochastic policy as a network: pure functions of (params, inputs).
+
+    A softmax over choices where actions are discrete, else a `Mixture` over the scaled box.
+    """
+
+    inputs: int
+    """Features of an observation."""
+    choices: int
+    """Number of discrete choices; 0 for a Box."""
+    act: int
+    """Entries of an action of a Box."""
+    hidden: tuple[int, ...]
+    components: int
+    """Of the mixture; without effect where actions are discrete."""
+
+    @property
+    def network(self) -> EnsembleMLP:
+        """Describe the network."""
+        if self.choices:
+            return EnsembleMLP(self.inputs, self.choices, self.hidden)
+        return mixture_network(self.inputs, self.act, self.hidden, self.components)
+
+    def mixture(self, params: Params, observations: Tensor) -> Mixture:
+        """Return the mixtures over [-1, 1]^act of observations (n, features)."""
+        return mixture(self.network, params, observations, self.act, self.components)
+
+    def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
+        """Return log pi (n, c): of all choices, or of actions (n, c, act) in [-1, 1] of a Box."""
+        if self.choices:
+            return torch.log_softmax(self.network(params, observations)[0], -1)
+        return log_density(self.mixture(params, observations), actions)

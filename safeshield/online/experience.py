@@ -16,11 +16,11 @@ from safeshield.online.config import SSQLConfig
 from safeshield.online.losses import CLONE
 from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Replay, Step
-from safeshield.online.safe_sets import LoggedRules, SafeRules, SafeSet
+from safeshield.online.safe_sets import LoggedRules, MaskedUniform, SafeRules, SafeSet
 from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.choices import choice_index
 from safeshield.proposals.cloned import ClonedBehaviour
-from safeshield.proposals.sources import Behaviour, MaskedUniform
+from safeshield.proposals.sources import Behaviour
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.training.loop import Draw
 

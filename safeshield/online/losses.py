@@ -21,9 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from safeshield.nn.mixture import draw_each, log_density
+from safeshield.nn.mixture import MixtureActor, draw_each, log_density
 from safeshield.nn.mlp import EnsembleMLP, Networks, Params
-from safeshield.online.actor import Actor
 from safeshield.values.soft import induced_log_policy, soft_value
 
 Twins = Literal["mean", "min"]
@@ -136,7 +135,9 @@ def critic_loss(
     }
 
 
-def clone_loss(actor: Actor, params: Params, support: Support) -> tuple[Tensor, dict[str, Tensor]]:
+def clone_loss(
+    actor: MixtureActor, params: Params, support: Support
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return minus the mean log likelihood of what mu offers: cross-entropy to mu itself."""
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(support.log_mu.exp(), log_pi).mean()
@@ -144,7 +145,7 @@ def clone_loss(actor: Actor, params: Params, support: Support) -> tuple[Tensor, 
 
 
 def forward_loss(
-    actor: Actor,
+    actor: MixtureActor,
     params: Params,
     critics: SoftCritics,
     targets: Networks,
@@ -163,7 +164,7 @@ def forward_loss(
 
 
 def reverse_loss_choices(
-    actor: Actor,
+    actor: MixtureActor,
     params: Params,
     critics: SoftCritics,
     targets: Networks,
@@ -182,7 +183,9 @@ def reverse_loss_choices(
     return loss, {"actor/reverse_kl": loss.detach()}
 
 
-def actor_draws(actor: Actor, params: Params, observations: Tensor, uniform: Tensor) -> Tensor:
+def actor_draws(
+    actor: MixtureActor, params: Params, observations: Tensor, uniform: Tensor
+) -> Tensor:
     """Return draws (n, k * s, act) of a mixture of k components, s of each.
 
     Args:
@@ -199,7 +202,7 @@ def actor_draws(actor: Actor, params: Params, observations: Tensor, uniform: Ten
 
 
 def reverse_loss_box(
-    actor: Actor,
+    actor: MixtureActor,
     params: Params,
     critics: SoftCritics,
     targets: Networks,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.proposals.choices import draw_choices
+from safeshield.proposals.sources import Behaviour, UserPolicy
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import Batch, copied, readable, take
+from safeshield.spaces.batches import Batch, batch_length, copied, readable, repeated, take
 from safeshield.spaces.rows import SpaceCodec, flat_actions
 
 Array = npt.NDArray[Any]
@@ -219,3 +222,90 @@ def as_safe_set(
             return own
         return ShieldSet(own) if isinstance(own, Shield) else None
     return safe if isinstance(safe, SafeRules) else ShieldSet(as_shield(safe))
+
+
+class MaskedUniform:
+    """Uniform over what rules, or a shield, admit.
+
+    Discrete: over the admitted choices. A Box: by rejection from the uniform one.
+
+    Args:
+        safe: a `SafeRules`, or a shield, a path to its file or an agent that has one.
+        rounds: how often a Box is tried before giving up; 2^k actions a state in round k.
+    """
+
+    def __init__(
+        self, safe: SafeRules | LoggedRules | Shield | HasShield | str, rounds: int = 8
+    ) -> None:
+        self.safe_set: SafeRules | LoggedRules | ShieldSet = (
+            safe if isinstance(safe, SafeRules | LoggedRules) else ShieldSet(as_shield(safe))
+        )
+        self._codec = self.safe_set.actions
+        self._rounds = rounds
+
+    def of_a_log(self) -> MaskedUniform:
+        """Return the same that rules do not stop: for states of a log, in which nothing runs."""
+        own = self.safe_set
+        return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
+
+    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
+        """Return admitted actions; where none is found, what the safe set puts in their place."""
+        if self._codec.discrete:
+            count = batch_length(observations)
+            every = np.broadcast_to(self._codec.choices, (count, *self._codec.choices.shape))
+            return draw_choices(self._codec, self.log_prob(observations, every), each, rng)
+        return self._rejected(repeated(observations, each), rng).reshape(
+            -1, each, self._codec.width
+        )
+
+    def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
+        """Return 0 (a Box) or minus the log of their number where admitted."""
+        inside = self.safe_set.admits(observations, candidates)
+        if not self._codec.discrete:
+            return np.where(inside, 0.0, -np.inf)
+        every = np.broadcast_to(self._codec.choices, (len(candidates), *self._codec.choices.shape))
+        number = self.safe_set.admits(observations, every).sum(axis=1, keepdims=True)
+        log_prob = np.where(inside, -np.log(np.maximum(number, 1)), -np.inf)
+        lost = np.flatnonzero(number == 0)
+        if len(lost):
+            # As the safe set has it: a shield's least bad action stands alone.
+            first = np.repeat(self._codec.choices[:1], len(lost), axis=0)
+            instead, _ = self.safe_set.replace(take(observations, lost), first)
+            same = (candidates[lost] == instead[:, None]).all(axis=-1)
+            log_prob[lost] = np.where(same, 0.0, -np.inf)
+        return log_prob
+
+    def _rejected(self, observations: Batch, rng: np.random.Generator) -> Array:
+        low, high = self._codec.low, self._codec.high
+        chosen = rng.uniform(low, high, (batch_length(observations), len(low))).astype(np.float32)
+        left = np.flatnonzero(~self.safe_set.admits(observations, chosen[:, None])[:, 0])
+        for k in range(1, self._rounds):
+            if not len(left):
+                return chosen
+            drawn = rng.uniform(low, high, (len(left), 2**k, len(low))).astype(np.float32)
+            inside = self.safe_set.admits(take(observations, left), drawn)
+            found = inside.any(axis=1)
+            chosen[left[found]] = drawn[found, inside[found].argmax(axis=1)]
+            left = left[~found]
+        if len(left):
+            chosen[left], _ = self.safe_set.replace(take(observations, left), chosen[left])
+        return chosen
+
+
+def as_behaviour(behaviour: object, action_space: gym.Space[Any]) -> Behaviour:
+    """Return a behaviour from one, from rules (uniform inside), or from any policy.
+
+    Raises:
+        TypeError: none of them.
+    """
+    if isinstance(behaviour, SafeRules):
+        return MaskedUniform(behaviour)
+    if not inspect.isclass(behaviour) and callable(getattr(behaviour, "draw", None)):
+        return cast(Behaviour, behaviour)
+    try:
+        return UserPolicy(behaviour, action_space)
+    except TypeError as error:
+        raise TypeError(
+            "behaviour must be a Behaviour (Tabular, MaskedUniform, FlowTeacher, ...), SafeRules, "
+            f"or a policy: {error}"
+        ) from error

@@ -34,8 +34,8 @@ from tqdm.auto import tqdm
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import whole
+from safeshield.nn.mixture import MixtureActor
 from safeshield.nn.optim import adam_init
-from safeshield.online.actor import Actor
 from safeshield.online.collector import Collector, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.entry import (
@@ -51,12 +51,12 @@ from safeshield.online.extraction import InducedPolicy
 from safeshield.online.losses import ACTOR, CLONE, CRITIC, SoftCritics
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
-from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_safe_set
+from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_behaviour, as_safe_set
 from safeshield.online.second_stage import second_stage
 from safeshield.online.storage import read_agent, save_agent
 from safeshield.online.updates import SSQLModel, SSQLUpdates, units_of_returns
 from safeshield.proposals.cloned import ClonedBehaviour
-from safeshield.proposals.sources import Behaviour, as_behaviour
+from safeshield.proposals.sources import Behaviour
 from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
@@ -279,7 +279,7 @@ class SafeSupportQLearning:
             table = isinstance(observation_space, gym.spaces.Discrete) and played.discrete
             hidden = () if table else (128, 128)
         inputs = scaling.observation_features
-        actor = Actor(inputs, choices, played.width, config.actor_hidden, config.components)
+        actor = MixtureActor(inputs, choices, played.width, config.actor_hidden, config.components)
         critics = SoftCritics(inputs, choices, played.width, hidden, *units, config.twins)
         return SSQLModel(seen, played, scaling, critics, actor)
 

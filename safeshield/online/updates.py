@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from safeshield.nn.mixture import MixtureActor
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.nn.optim import polyak
-from safeshield.online.actor import Actor
 from safeshield.online.losses import (
     ACTOR,
     CLONE,
@@ -52,7 +52,7 @@ class SSQLModel:
     action_codec: SpaceCodec
     scaling: Scaling
     critics: SoftCritics
-    actor: Actor
+    actor: MixtureActor
 
     @property
     def observation_space(self) -> gym.Space[Any]:

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from safeshield.nn.mixture import draw_each
+from safeshield.nn.mixture import MixtureActor, draw_each
 from safeshield.nn.mlp import Params
-from safeshield.online.actor import Actor
 from safeshield.proposals.choices import choice_index, draw_choices
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import SpaceCodec
@@ -20,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class ClonedBehaviour:
-    """An `Actor` with its weights as a behaviour: what `clone` and `fit` make.
+    """A `MixtureActor` with its weights as a behaviour: what `clone` and `fit` make.
 
     Args:
         seen: rows of observations.
@@ -31,7 +30,12 @@ class ClonedBehaviour:
     """
 
     def __init__(
-        self, seen: SpaceCodec, played: SpaceCodec, scaling: Scaling, actor: Actor, params: Params
+        self,
+        seen: SpaceCodec,
+        played: SpaceCodec,
+        scaling: Scaling,
+        actor: MixtureActor,
+        params: Params,
     ) -> None:
         self._seen, self._played, self._scaling, self._actor = seen, played, scaling, actor
         self._params = {name: tensor.detach().cpu() for name, tensor in params.items()}

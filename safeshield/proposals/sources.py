@@ -1,25 +1,30 @@
-"""Behaviour policies mu: who collects, and inside whose support is learned.
+"""Sources of proposals: the whole action space, what a log does, a policy of the user's.
 
-A behaviour draws as many actions as one likes in many states at once, and may know their density.
+A source draws as many actions as are wanted in many states at once, and may know their density.
 All of it is NumPy: observations as environments batch them, actions as rows of `spaces.rows`.
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, Protocol, cast, runtime_checkable
+import os
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
 from safeshield.nn.forward import forward_layers
-from safeshield.online.safe_sets import LoggedRules, SafeRules, ShieldSet
 from safeshield.proposals.choices import choice_index, draw_choices, normalised
-from safeshield.rollouts.policies import as_batch_policy, checked_log_prob, executable_actions
+from safeshield.rollouts.policies import (
+    Memory,
+    PredictPolicy,
+    as_batch_policy,
+    checked_log_prob,
+    executable_actions,
+)
 from safeshield.shield.critics import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import Batch, batch_length, repeated, take
+from safeshield.spaces.batches import Batch, batch_length, repeated
 from safeshield.spaces.rows import flat_actions
 
 Array = npt.NDArray[Any]
@@ -37,182 +42,15 @@ class Behaviour(Protocol):
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
         """Return log mu (n, c) of c actions (n, c, act) in each state; None without a density.
 
-        Where actions are discrete a probability; in a Box up to a constant of the state, which is
-        all that learning asks. Minus infinity for what mu never does.
+        Where actions are discrete this is the log of a probability. In a Box it is known up to a
+        constant of the state, which suffices for learning. It is minus infinity for what mu never
+        does.
         """
         ...
 
 
-class Tabular:
-    """A table of probabilities over discrete states and actions.
-
-    Args:
-        table: (S, c) rows in the order of the observation's integers, columns in that of the
-            actions'; at least 0, every row sums to 1.
-        observation_space: a Discrete of S states.
-        action_space: discrete, of c choices.
-
-    Raises:
-        ValueError: another shape, or rows that are no probabilities.
-
-    >>> two = gym.spaces.Discrete(2)
-    >>> mu = Tabular([[0.5, 0.5], [1.0, 0.0]], two, two)
-    >>> mu.draw(np.array([1, 1]), 3, np.random.default_rng(0)).ravel().tolist()
-    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    """
-
-    def __init__(
-        self,
-        table: npt.ArrayLike,
-        observation_space: gym.spaces.Discrete,
-        action_space: gym.Space[Any],
-    ) -> None:
-        self._choices = flat_actions(action_space)
-        if not (isinstance(observation_space, gym.spaces.Discrete) and self._choices.discrete):
-            raise TypeError(
-                "a table needs a Discrete observation_space and discrete actions, got "
-                f"{observation_space} and {action_space}"
-            )
-        values = np.asarray(table, np.float64)
-        shape = (int(observation_space.n), len(self._choices.choices))
-        if values.shape != shape:
-            raise ValueError(f"table must have shape {shape} (states, actions), got {values.shape}")
-        if not ((values >= 0).all() and np.allclose(values.sum(axis=1), 1.0, atol=1e-6)):
-            row = int(np.argmin((values >= 0).all(1) & np.isclose(values.sum(1), 1.0, atol=1e-6)))
-            raise ValueError(
-                "table must hold probabilities, at least 0, that sum to 1 in every row; row "
-                f"{row} is {values[row]}"
-            )
-        self.observation_space, self.action_space = observation_space, action_space
-        self._start = int(observation_space.start)
-        with np.errstate(divide="ignore"):
-            self._log_table = np.log(values)
-
-    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return draws of the states' rows."""
-        log_probs = self._log_table[self._index(observations)]
-        return draw_choices(self._choices, log_probs, each, rng)
-
-    def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return the table's entries."""
-        rows = self._log_table[self._index(observations)]
-        return np.take_along_axis(rows, choice_index(self._choices, candidates), axis=1)
-
-    def _index(self, observations: Batch) -> Array:
-        return np.asarray(observations, np.int64).reshape(-1) - self._start
-
-
-class MaskedUniform:
-    """Uniform over what rules, or a shield, admit.
-
-    Discrete: over the admitted choices. A Box: by rejection from the uniform one.
-
-    Args:
-        safe: a `SafeRules`, or a shield, a path to its file or an agent that has one.
-        rounds: how often a Box is tried before giving up; 2^k actions a state in round k.
-    """
-
-    def __init__(
-        self, safe: SafeRules | LoggedRules | Shield | HasShield | str, rounds: int = 8
-    ) -> None:
-        self.safe_set: SafeRules | LoggedRules | ShieldSet = (
-            safe if isinstance(safe, SafeRules | LoggedRules) else ShieldSet(as_shield(safe))
-        )
-        self._played = self.safe_set.actions
-        self._rounds = rounds
-
-    def of_a_log(self) -> MaskedUniform:
-        """Return the same that rules do not stop: for states of a log, in which nothing runs."""
-        own = self.safe_set
-        return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
-
-    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return admitted actions; where none is found, what the safe set puts in their place."""
-        if self._played.discrete:
-            count = batch_length(observations)
-            every = np.broadcast_to(self._played.choices, (count, *self._played.choices.shape))
-            return draw_choices(self._played, self.log_prob(observations, every), each, rng)
-        return self._rejected(repeated(observations, each), rng).reshape(
-            -1, each, self._played.width
-        )
-
-    def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return 0 (a Box) or minus the log of their number where admitted."""
-        inside = self.safe_set.admits(observations, candidates)
-        if not self._played.discrete:
-            return np.where(inside, 0.0, -np.inf)
-        every = np.broadcast_to(
-            self._played.choices, (len(candidates), *self._played.choices.shape)
-        )
-        number = self.safe_set.admits(observations, every).sum(axis=1, keepdims=True)
-        log_prob = np.where(inside, -np.log(np.maximum(number, 1)), -np.inf)
-        lost = np.flatnonzero(number == 0)
-        if len(lost):
-            # As the safe set has it: a shield's least bad action stands alone.
-            first = np.repeat(self._played.choices[:1], len(lost), axis=0)
-            instead, _ = self.safe_set.replace(take(observations, lost), first)
-            same = (candidates[lost] == instead[:, None]).all(axis=-1)
-            log_prob[lost] = np.where(same, 0.0, -np.inf)
-        return log_prob
-
-    def _rejected(self, observations: Batch, rng: np.random.Generator) -> Array:
-        low, high = self._played.low, self._played.high
-        chosen = rng.uniform(low, high, (batch_length(observations), len(low))).astype(np.float32)
-        left = np.flatnonzero(~self.safe_set.admits(observations, chosen[:, None])[:, 0])
-        for k in range(1, self._rounds):
-            if not len(left):
-                return chosen
-            drawn = rng.uniform(low, high, (len(left), 2**k, len(low))).astype(np.float32)
-            inside = self.safe_set.admits(take(observations, left), drawn)
-            found = inside.any(axis=1)
-            chosen[left[found]] = drawn[found, inside[found].argmax(axis=1)]
-            left = left[~found]
-        if len(left):
-            chosen[left], _ = self.safe_set.replace(take(observations, left), chosen[left])
-        return chosen
-
-
-class PolicyBehaviour:
-    """A user's policy as a behaviour: a `SafeSupportPolicy`, a function, a model of SB3.
-
-    Anything that `as_batch_policy` takes, asked for its random actions. It must act in each state
-    by itself: the same state comes many times in one batch. Its density is its method
-    ``log_prob(observations, actions) -> (n,)``, or, known up to a constant of the state,
-    ``relative_log_prob``, where it has one.
-    """
-
-    def __init__(self, policy: Any, action_space: gym.Space[Any]) -> None:  # noqa: ANN401
-        self._played = flat_actions(action_space)
-        self._acting = as_batch_policy(policy, action_space, deterministic=False)
-        relative = getattr(policy, "relative_log_prob", None)
-        self._log_prob = relative if callable(relative) else getattr(policy, "log_prob", None)
-
-    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Ask it `each` times about each state, all at once."""
-        count = batch_length(observations)
-        asked = repeated(observations, each)
-        actions = executable_actions(self._acting(asked, rng), self._played.space, count * each)
-        rows, _ = self._played.flatten(actions, "the behaviour's actions")
-        return rows.astype(np.float32).reshape(count, each, self._played.width)
-
-    def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
-        """Return what the policy itself says.
-
-        Raises:
-            ValueError: another shape, NaN, or infinite.
-        """
-        if not callable(self._log_prob):
-            return None
-        count, each, width = candidates.shape
-        actions = self._played.unflatten(candidates.reshape(-1, width))
-        told = self._log_prob(repeated(observations, each), actions)
-        if told is None:
-            return None
-        return checked_log_prob(told, (count * each,), _WHOSE).reshape(count, each)
-
-
 def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) -> Array | None:
-    """Return a behaviour's log_prob (n, c), looked at; None without one.
+    """Return a behaviour's log_prob (n, c) once it has been checked; None where it has none.
 
     Raises:
         ValueError: another shape, NaN, or infinite.
@@ -221,11 +59,85 @@ def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) ->
     return None if told is None else checked_log_prob(told, candidates.shape[:2], _WHOSE)
 
 
-class FlowTeacher:
-    """What the log does, by the flow (a Box) or classifier that a shield or agent carries.
+class Source(Protocol):
+    """A `Behaviour` with a density per unit of volume and a proposal that needs no noise.
 
-    What it draws is not cut down to what the shield accepts (`SafeSupportPolicy(shield,
-    "behaviour")` is); a learner does so, by this shield where it knows no other.
+    `states` is what a shield has said of the states, where it has been asked already; only a
+    source that uses the shield's networks reads it.
+    """
+
+    def draw(
+        self,
+        observations: Batch,
+        each: int,
+        rng: np.random.Generator,
+        /,
+        states: StateValue | None = None,
+    ) -> Array:
+        """Return `each` proposals of each of n states, as rows (n, each, act)."""
+        ...
+
+    def most_likely(
+        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
+    ) -> Array:
+        """Return the proposals (n, act) of ``deterministic=True``."""
+        ...
+
+    def log_prob(
+        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+    ) -> Array | None:
+        """Return log densities (n, c) of c actions (n, c, act); None without a density."""
+        ...
+
+
+class Uniform:
+    """Draw from the whole action space, with the same distribution in every state."""
+
+    def __init__(self, action_space: gym.Space[Any]) -> None:
+        self._codec = flat_actions(action_space)
+        if self._codec.discrete:
+            self._log_size = np.log(len(self._codec.choices))
+        else:
+            self._log_size = np.log(self._codec.high - self._codec.low).sum()
+
+    def draw(
+        self,
+        observations: Batch,
+        each: int,
+        rng: np.random.Generator,
+        /,
+        states: StateValue | None = None,
+    ) -> Array:
+        """Return points of the box."""
+        shape = (batch_length(observations), each, self._codec.width)
+        return rng.uniform(self._codec.low, self._codec.high, shape).astype(np.float32)
+
+    def most_likely(
+        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
+    ) -> Array:
+        """Return the middle of the box."""
+        middle = 0.5 * (self._codec.low + self._codec.high)
+        return np.tile(middle.astype(np.float32), (batch_length(observations), 1))
+
+    def log_prob(
+        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+    ) -> Array:
+        """Return minus the log of the box's volume, or of the number of choices."""
+        return np.full(candidates.shape[:2], -self._log_size)
+
+
+class LoggedBehaviour:
+    """What the log does, by the network that a shield or agent carries; also called `FlowTeacher`.
+
+    For a Box of actions this is a flow, or FLRP's generative model. Noise z ~ N(0, I) is carried
+    along the velocity field, x <- x + v(s, x, i/K) / K for i = 0 .. K - 1, and clipped to the box,
+    so that points of its boundary have a probability of their own and there is no density. Where
+    actions are discrete it is a classifier.
+
+    What it draws is not restricted to what the shield accepts (`SafeSupportPolicy(shield,
+    "behaviour")` is). A learner restricts it by this shield, unless it is given another safe set.
+
+    Source: flow matching as in SafeFQL (arXiv 2603.15136); `nn.flow`.
 
     Args:
         shield: a `Shield` that knows the behaviour, a path, or an agent such as `SafeFQL`.
@@ -234,7 +146,7 @@ class FlowTeacher:
         ValueError: the shield has learned no behaviour.
     """
 
-    def __init__(self, shield: Shield | HasShield | str) -> None:
+    def __init__(self, shield: Shield | HasShield | str | os.PathLike[str]) -> None:
         self.shield = as_shield(shield)
         self._model = self.shield.model
         if not self._model.knows_behaviour:
@@ -242,21 +154,41 @@ class FlowTeacher:
                 "shield has not learned what the log does: make it with ShieldTrainer or SafeFQL"
             )
 
-    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Carry noise along the flow; or draw from the classifier."""
-        states = self._states(observations)
+    def draw(
+        self,
+        observations: Batch,
+        each: int,
+        rng: np.random.Generator,
+        /,
+        states: StateValue | None = None,
+    ) -> Array:
+        """Carry noise along the flow, or draw from the classifier."""
+        states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
             return draw_choices(self._model.action_codec, self._log_probs(states), each, rng)
         shape = (len(states.value), each, self._model.behaviour_noise_features)
         return self._model.behaviour(states, rng.standard_normal(shape).astype(np.float32))
 
-    def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
+    def most_likely(
+        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
+    ) -> Array:
+        """Return what the flow makes of z = 0; the likeliest choice of the classifier."""
+        states = self._states(observations) if states is None else states
+        if self._model.action_codec.discrete:
+            chosen: Array = self._model.action_codec.choices[self._log_probs(states).argmax(1)]
+            return chosen
+        shape = (len(states.value), 1, self._model.behaviour_noise_features)
+        return self._model.behaviour(states, np.zeros(shape, np.float32))[:, 0]
+
+    def log_prob(
+        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+    ) -> Array | None:
         """Return the classifier's log probabilities; a clipped flow has no density."""
-        played = self._model.action_codec
-        if not played.discrete:
+        codec = self._model.action_codec
+        if not codec.discrete:
             return None
-        log_probs = self._log_probs(self._states(observations))
-        return np.take_along_axis(log_probs, choice_index(played, candidates), axis=1)
+        log_probs = self._log_probs(self._states(observations) if states is None else states)
+        return np.take_along_axis(log_probs, choice_index(codec, candidates), axis=1)
 
     def _states(self, observations: Batch) -> StateValue:
         return self.shield.states(self.shield.observation_rows(observations)[0])
@@ -266,20 +198,112 @@ class FlowTeacher:
         return normalised(logits)
 
 
-def as_behaviour(behaviour: object, action_space: gym.Space[Any]) -> Behaviour:
-    """Return a behaviour from one, from rules (uniform inside), or from any policy.
+FlowTeacher = LoggedBehaviour
+"""The first name of `LoggedBehaviour`."""
+
+
+class UserPolicy:
+    """A policy of the user's: a `SafeSupportPolicy`, a function, a model of Stable-Baselines3.
+
+    Anything that `as_batch_policy` takes, asked for its random actions. The same state comes many
+    times in one batch, and it may act differently each time.
+
+    Args:
+        policy: the policy.
+        action_space: of the environment.
+        judged: whether a shield judges every proposal. Then actions outside the box are passed on
+            to it, and the density must be per unit of volume: the policy's own ``log_prob(
+            observations, actions) -> (n,)``. Otherwise actions are clipped to the box as
+            Stable-Baselines3 does, and a ``relative_log_prob``, which is known up to a constant of
+            the state, is preferred.
 
     Raises:
-        TypeError: none of them.
+        TypeError: `policy` is no policy.
     """
-    if isinstance(behaviour, SafeRules):
-        return MaskedUniform(behaviour)
-    if not inspect.isclass(behaviour) and callable(getattr(behaviour, "draw", None)):
-        return cast(Behaviour, behaviour)
-    try:
-        return PolicyBehaviour(behaviour, action_space)
-    except TypeError as error:
-        raise TypeError(
-            "behaviour must be a Behaviour (Tabular, MaskedUniform, FlowTeacher, ...), SafeRules, "
-            f"or a policy: {error}"
-        ) from error
+
+    def __init__(
+        self,
+        policy: Any,  # noqa: ANN401
+        action_space: gym.Space[Any],
+        *,
+        judged: bool = False,
+    ) -> None:
+        self._codec = flat_actions(action_space)
+        self._acting = as_batch_policy(policy, action_space, deterministic=False)
+        self._judged = judged
+        relative = None if judged else getattr(policy, "relative_log_prob", None)
+        self._log_prob = relative if callable(relative) else getattr(policy, "log_prob", None)
+        self.remember(None, None)
+
+    def remember(self, memory: Memory, starts: npt.NDArray[np.bool_] | None) -> None:
+        """Go on to new states, with the recurrent state that the policy has returned before.
+
+        The recurrent state is the same whenever the policy is asked in these states, so that it
+        tells what was observed and not how often the policy was asked. Afterwards `memory` is what
+        the last answer left.
+        """
+        self._before, self._starts = memory, starts
+        self.memory = memory
+
+    def start_wave(self, num_envs: int) -> None:
+        """Begin new episodes."""
+        start = getattr(self._acting, "start_wave", None)
+        if callable(start):
+            start(num_envs)
+
+    def draw(
+        self,
+        observations: Batch,
+        each: int,
+        rng: np.random.Generator,
+        /,
+        states: StateValue | None = None,
+    ) -> Array:
+        """Ask the policy `each` times about each state, all at once."""
+        # Copies: it may write into what it is given, and is asked about the same states again.
+        rows = self._ask(repeated(observations, each), rng, deterministic=False)
+        return rows.reshape(-1, each, self._codec.width)
+
+    def most_likely(
+        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
+    ) -> Array:
+        """Return the policy's deterministic answers, where it has them."""
+        return self._ask(repeated(observations, 1), rng, deterministic=True)
+
+    def log_prob(
+        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+    ) -> Array | None:
+        """Return what the policy itself says.
+
+        Raises:
+            ValueError: another shape, NaN, or infinite.
+        """
+        if not callable(self._log_prob):
+            return None
+        count, each, width = candidates.shape
+        actions = self._codec.unflatten(candidates.reshape(-1, width))
+        told = self._log_prob(repeated(observations, each), actions)
+        if told is None:
+            return None
+        whose = "the policy's" if self._judged else _WHOSE
+        return checked_log_prob(told, (count * each,), whose).reshape(count, each)
+
+    def _ask(self, observations: Batch, rng: np.random.Generator, *, deterministic: bool) -> Array:
+        count = batch_length(observations)
+        if isinstance(self._acting, PredictPolicy):
+            # Where nothing is remembered every state is the beginning of an episode.
+            starts = self._starts if self._judged else np.ones(count, dtype=np.bool_)
+            actions, self.memory = self._acting.predict(
+                observations, self._before, starts, deterministic=deterministic
+            )
+        else:
+            actions = np.asarray(self._acting(observations, rng))
+        if not self._judged:
+            actions = executable_actions(actions, self._codec.space, count)
+        rows, _ = self._codec.flatten(actions, "action")
+        if len(rows) != count:
+            raise ValueError(
+                f"the policy returned {len(rows)} actions for {count} "
+                "observations; one that takes a whole batch needs batched = True (batch_policy)"
+            )
+        return rows if self._codec.discrete else rows.astype(np.float32)

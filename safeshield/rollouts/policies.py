@@ -15,6 +15,8 @@ from safeshield.spaces.batches import Batch, batch_length, take
 from safeshield.spaces.rows import flat_actions
 
 Array = npt.NDArray[Any]
+Memory = tuple[npt.NDArray[Any], ...] | None
+"""A recurrent state, as Stable-Baselines3's ``predict`` takes and returns it."""
 
 
 class BatchPolicy(Protocol):
@@ -88,7 +90,7 @@ def as_batch_policy(
     if callable(policy) and getattr(policy, "batched", False):
         return cast(BatchPolicy, policy)
     if callable(getattr(policy, "predict", None)):
-        return _PredictPolicy(policy, deterministic)
+        return PredictPolicy(policy, deterministic)
     if callable(policy):
         return batch_policy(
             lambda observations, _: np.stack(
@@ -177,7 +179,9 @@ def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
     return uniform
 
 
-class _PredictPolicy:
+class PredictPolicy:
+    """A model with Stable-Baselines3's ``predict`` as a batch policy, with its recurrent state."""
+
     batched = True
 
     def __init__(self, model: Any, deterministic: bool) -> None:  # noqa: ANN401
@@ -186,18 +190,31 @@ class _PredictPolicy:
         self.start_wave(0)
 
     def start_wave(self, num_envs: int) -> None:
-        self._state: Any = None
+        """Begin new episodes: the recurrent state is forgotten."""
+        self._state: Memory = None
         self._starts = np.ones(num_envs, dtype=np.bool_)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
+        """Ask the model, whose noise is from a generator of its own."""
         count = batch_length(observations)
         if len(self._starts) != count:
             self.start_wave(count)
-        actions, self._state = self._model.predict(
-            observations,
-            state=self._state,
-            episode_start=self._starts,
-            deterministic=self._deterministic,
+        actions, self._state = self.predict(
+            observations, self._state, self._starts, deterministic=self._deterministic
         )
         self._starts = np.zeros(count, dtype=np.bool_)
-        return np.asarray(actions)
+        return actions
+
+    def predict(
+        self,
+        observations: Batch,
+        state: Memory,
+        starts: npt.NDArray[np.bool_] | None,
+        *,
+        deterministic: bool,
+    ) -> tuple[Array, Memory]:
+        """Return the model's actions in n states and its recurrent state, keeping nothing."""
+        actions, state = self._model.predict(
+            observations, state=state, episode_start=starts, deterministic=deterministic
+        )
+        return np.asarray(actions), state

@@ -24,6 +24,13 @@ def batch_length(points: Batch) -> int:
     return len(points)
 
 
+def batch_of_one(point: Batch) -> Batch:
+    """Return a single point as a batch."""
+    if isinstance(point, Mapping):
+        return {key: batch_of_one(part) for key, part in point.items()}
+    return np.asarray(point)[None]
+
+
 def take(points: Batch, index: int | Array | slice) -> Batch:
     """Return some points of a batch, or one."""
     if isinstance(points, Mapping):
