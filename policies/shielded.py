@@ -82,7 +82,7 @@ class ShieldedPolicy:
         self._rng = np.random.default_rng(seed)
         self._count = 0
         self.report: Any = None
-        """The verdict on the last prediction, a `FilterReport`."""
+        """The verdict on the last prediction, a `FilterReport`; None where that failed."""
 
     def predict(
         self,
@@ -92,6 +92,7 @@ class ShieldedPolicy:
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], _State]:
         """Return the actions to execute, and the agent's recurrent state."""
+        self.report = None
         # Agents may refuse what is not a number; the shield does not act on their answer then. And
         # a copy: the shield must judge what was there before an agent normalised it in place.
         seen = copied(finite(observation))

@@ -41,6 +41,22 @@ def test_starts_are_the_first_certified_ones_in_the_environments_own_order(shiel
     assert len(np.unique(np.stack(kept), axis=0)) == len(kept)
 
 
+def test_no_step_follows_a_reset_that_found_no_certified_start(shield: Shield) -> None:
+    delta = 0.5
+    calibrated = replace(shield, delta=delta, record=record(delta))
+    env = CertifiedStarts(SafetyShield(boat(), calibrated), most=3)
+    still = np.zeros(2, np.float32)
+    rock = {"state": [-0.5, 0.5]}
+    env.reset(seed=0, options={"state": [1.9, 0.0]})
+    env.step(still)
+    with pytest.raises(ValueError, match="none of 3 starts"):
+        env.reset(options=rock)
+    with pytest.raises(gym.error.ResetNeeded, match="did not begin with a certified start"):
+        env.step(still)
+    env.reset(options={"state": [1.9, 0.0]})
+    env.step(still)
+
+
 def test_what_cannot_be_certified_is_told(shield: Shield) -> None:
     with pytest.raises(ValueError, match="put SafetyShield inside"):
         CertifiedStarts(boat()).reset(seed=0)

@@ -204,6 +204,19 @@ def test_a_box_has_no_mask(agent: Any) -> None:  # noqa: ANN401
     assert "action_mask" not in envs.step(np.zeros((1, 2), np.float32))[3][0]
 
 
+def test_a_guard_forgets_what_it_saw_where_seeing_fails(shield: Shield) -> None:
+    for wrong in (np.arange(N - 1), np.zeros((N, 2))):  # margins of N environments; no states
+        guard = Guard(shield, {"window": 10})
+        guard.see(np.arange(N))
+        with pytest.raises(ValueError, match=r"margins of 6|numbers of shape"):
+            guard.see(wrong)
+        for call in (guard.masks, lambda guard=guard: guard.act(np.ones(N, int))):
+            with pytest.raises(RuntimeError, match="see"):
+                call()
+        guard.see(np.arange(N))
+        guard.masks()
+
+
 def test_the_guard_masks_at_its_own_threshold(shield: Shield) -> None:
     guard = Guard(shield.with_delta(0.75))
     with pytest.raises(RuntimeError, match="see"):
@@ -213,6 +226,68 @@ def test_the_guard_masks_at_its_own_threshold(shield: Shield) -> None:
 
 
 # -- single environments -------------------------------------------------------------------------
+
+
+class Drops(gym.Wrapper):  # type: ignore[type-arg]
+    """Moves, and then fails, or tells a mask of another shape."""
+
+    how = ""
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self._result(self.env.reset(**kwargs))
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        return self._result(self.env.step(action))
+
+    def _result(self, result: Any) -> Any:  # noqa: ANN401
+        if self.how == "raises":
+            raise OSError("the connection was lost")
+        return (*result[:-1], {"action_mask": np.ones(3)}) if self.how == "mask" else result
+
+
+@pytest.mark.parametrize("how", ["raises", "mask"])
+def test_there_is_no_mask_after_a_failure(shield: Shield, how: str) -> None:
+    inner = Drops(Walk())
+    env = SafetyShield(inner, shield)
+    for fail in (lambda: env.step(2), lambda: env.reset(seed=1)):
+        env.reset(seed=0)
+        env.action_masks()
+        inner.how = how
+        with pytest.raises((OSError, ValueError), match=r"connection|own action mask"):
+            fail()
+        inner.how = ""
+        with pytest.raises(
+            gym.error.ResetNeeded, match="no mask after a step or reset that failed"
+        ):
+            env.action_masks()
+        with pytest.raises(gym.error.ResetNeeded, match="cannot step after a step or reset that"):
+            env.step(2)
+
+
+@pytest.mark.parametrize("how", ["raises", "mask"])
+def test_nor_behind_many_environments(shield: Shield, how: str) -> None:
+    inner = [Drops(Walk()), Drops(Walk())]
+    few = np.full(2, 2)
+
+    def fails(*calls: Any) -> None:  # noqa: ANN401
+        envs = calls[0]
+        for fail in (lambda: envs.step(few), envs.reset):
+            envs.reset()
+            for env in inner:
+                env.how = how
+            with pytest.raises((OSError, ValueError), match=r"connection|own action mask|shape"):
+                fail()
+            for env in inner:
+                env.how = ""
+            for call in calls[1:]:
+                with pytest.raises((RuntimeError, gym.error.ResetNeeded), match="reset"):
+                    call()
+
+    makers = [lambda env=env: env for env in inner]
+    envs = VecSafetyShield(DummyVecEnv(makers), shield)
+    fails(envs, lambda: envs.step(few), lambda: envs.env_method("action_masks"))
+    vector = VectorSafetyShield(gym.vector.SyncVectorEnv(makers), shield)
+    fails(vector, lambda: vector.step(few), lambda: vector.state_values)
 
 
 def test_every_info_and_the_method_tell_of_the_state_just_reached(shield: Shield) -> None:

@@ -209,6 +209,39 @@ def test_before_reset_the_env_answers_itself() -> None:
     assert ShieldOverlay(Early()).render() is own
 
 
+class Breaks(gym.Wrapper):  # type: ignore[type-arg]
+    """Moves, and then fails."""
+
+    broken = False
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self._unless_broken(self.env.reset(**kwargs))
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        return self._unless_broken(self.env.step(action))
+
+    def _unless_broken(self, result: Any) -> Any:  # noqa: ANN401
+        if self.broken:
+            raise OSError("the connection was lost")
+        return result
+
+
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_no_verdict_of_an_earlier_state_is_drawn_after_a_failure(where: str) -> None:
+    inner = Breaks(boat())
+    env = ShieldOverlay(Claims(inner))
+    env.reset(seed=0)
+    env.step(np.zeros(2, np.float32))
+    assert not np.array_equal(env.render(), inner.render())
+    inner.broken = True
+    with pytest.raises(OSError, match="connection"):
+        env.step(np.zeros(2, np.float32)) if where == "step" else env.reset(seed=1)
+    np.testing.assert_array_equal(env.render(), inner.render())
+    inner.broken = False
+    env.reset(seed=0)
+    assert not np.array_equal(env.render(), inner.render())
+
+
 def test_without_a_render_mode() -> None:
     with pytest.raises(ValueError, match=r'render_mode is None.*render_mode="rgb_array"'):
         ShieldOverlay(boat(render_mode=None))

@@ -129,6 +129,15 @@ def test_what_a_policy_writes_into_its_observation_changes_no_verdict(shield: Sh
     np.testing.assert_allclose(own.predict(start)[0], expected, atol=1e-6)
 
 
+def test_a_prediction_that_failed_has_no_verdict(shield: Shield) -> None:
+    policy = ShieldedPolicy(Downstream(), shield)
+    policy.predict(np.array([1.9, 0.0], np.float32))
+    assert policy.report is not None
+    with pytest.raises(ValueError, match="numbers of shape"):
+        policy.predict(np.zeros(3, np.float32))
+    assert policy.report is None
+
+
 def test_what_a_policy_writes_into_its_observation_changes_no_log_and_no_test(
     shield: Shield,
 ) -> None:

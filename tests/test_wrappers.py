@@ -285,6 +285,66 @@ def test_stepping_before_reset(shield: Shield) -> None:
         env.step(np.zeros(2, np.float32))
 
 
+class Fails(gym.Wrapper):  # type: ignore[type-arg]
+    """Moves, and then fails in a way of its own; counts the steps that it takes."""
+
+    def __init__(self, env: Env) -> None:
+        super().__init__(env)
+        self.how = ""
+        self.steps = 0
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self._result(self.env.reset(**kwargs))
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.steps += 1
+        return self._result(self.env.step(action))
+
+    def _result(self, result: Any) -> Any:  # noqa: ANN401
+        if self.how == "raises":
+            raise OSError("the connection was lost")
+        if self.how == "stops":
+            raise KeyboardInterrupt
+        if self.how == "shape":
+            return (result[0][:1], *result[1:])
+        if self.how == "batch":
+            return (np.array([result[0]] * 2), *result[1:])
+        if self.how == "four":
+            return result[1:]
+        return (*result[:-1], None) if self.how == "infos" else result
+
+
+@pytest.mark.parametrize("how", ["raises", "stops", "shape", "batch", "four", "infos"])
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_no_action_runs_after_a_failure_until_a_reset(shield: Shield, how: str, where: str) -> None:
+    fails = Fails(gym.make(BOAT, dt=DT).unwrapped)
+    env = SafetyShield(fails, shield)
+    start = {"state": [1.9, 0.0]}
+    action = np.array([1.0, 0.0], np.float32)
+    env.reset(seed=0, options=start)
+    env.step(action)
+    fails.how = how
+    with pytest.raises((OSError, ValueError, KeyboardInterrupt)):
+        env.step(action) if where == "step" else env.reset(options=UPSTREAM)
+    fails.how, steps = "", fails.steps
+    for _ in range(3):
+        with pytest.raises(gym.error.ResetNeeded, match=r"step or reset that failed.*call reset\("):
+            env.step(action)
+    assert fails.steps == steps
+    observation, _ = env.reset(options=UPSTREAM)
+    expected = float(shield.filter(observation, action)[1].value)
+    assert env.step(action)[4]["shield/value"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_refused_action_needs_no_reset(shield: Shield) -> None:
+    env, watch = watched(shield)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action must"):
+        env.step(np.zeros(3))
+    env.step(np.zeros(2, np.float32))
+    assert len(watch.seen) == 1
+
+
 @pytest.mark.parametrize("action", [0.0, [0.0], np.zeros(3), np.zeros((1, 2)), ["a", "b"]])
 def test_actions_of_another_shape_or_kind(shield: Shield, action: Any) -> None:  # noqa: ANN401
     env, watch = watched(shield)

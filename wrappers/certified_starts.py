@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, SupportsFloat, cast
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
@@ -34,6 +34,7 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
     Raises:
         ValueError: `most` is below 1, or the shield inside is not calibrated; at reset, the key is
             missing or no start was certified.
+        gymnasium.error.ResetNeeded: at a step, after a reset that failed.
     """
 
     def __init__(self, env: _Env, most: int = 1000) -> None:
@@ -42,6 +43,7 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
         if most < 1:
             raise ValueError(f"most must be at least 1, got {most}")
         self._most = most
+        self._failed = False
         layer = shielding_layer(env)
         if layer is not None and cast(SafetyShield, layer).shield.record is None:
             raise ValueError(
@@ -53,6 +55,7 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Reset until the start is certified."""
+        self._failed = True
         for _ in range(self._most):
             observation, info = self.env.reset(seed=seed, options=options)
             seed = None
@@ -61,8 +64,18 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
                     f"env must report info[{_KEY!r}] at reset: put SafetyShield inside"
                 )
             if info[_KEY]:
+                self._failed = False
                 return observation, info
         raise ValueError(
             f"none of {self._most} starts was certified: the shield is not calibrated, or in "
             "another environment, or this environment hardly ever starts where its promise applies"
         )
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:  # noqa: ANN401
+        """Take a step of an episode that began with a certified start."""
+        if self._failed:
+            raise gym.error.ResetNeeded(
+                "cannot step after a reset that failed: the episode under way did not begin with a "
+                "certified start; call reset() first"
+            )
+        return self.env.step(action)

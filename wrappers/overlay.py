@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
@@ -64,7 +66,8 @@ class ShieldOverlay(_Wrapper, RecordConstructorArgs):
     * ``"human"`` and others: passed through, without the overlay.
     * None: a ValueError here, as there would never be a frame.
 
-    Before the first reset ``render()`` is the environment's own.
+    Before the first reset, and after a step or reset that failed, ``render()`` is the environment's
+    own.
 
     Args:
         env: an environment whose infos carry the shield's keys, such as `SafetyShield`.
@@ -108,14 +111,16 @@ class ShieldOverlay(_Wrapper, RecordConstructorArgs):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Reset the environment."""
-        observation, info = self.env.reset(seed=seed, options=options)
-        self._note(info, "V")
+        with self._forgetting():
+            observation, info = self.env.reset(seed=seed, options=options)
+            self._note(info, "V")
         return observation, info
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Take a step."""
-        result = self.env.step(action)
-        self._note(result[4], "Q")
+        with self._forgetting():
+            result = self.env.step(action)
+            self._note(result[4], "Q")
         return result
 
     def render(self) -> Any:  # noqa: ANN401
@@ -132,6 +137,15 @@ class ShieldOverlay(_Wrapper, RecordConstructorArgs):
             drawn = map(self._drawn, rendered[first:], self._verdicts)
             return [*rendered[:first], *drawn]
         return rendered
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Forget all verdicts where a step or reset fails: none is of the frame to come."""
+        try:
+            yield
+        except BaseException:
+            self._verdicts.clear()
+            raise
 
     def _note(self, info: dict[str, Any], name: str) -> None:
         keys = ("shield/value", "shield/threshold", "shield/intervened")

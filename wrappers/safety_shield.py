@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -35,6 +35,24 @@ _SIX_VALUES = (
 )
 
 _ONE_SHIELD = "put SafetyShield around the plain environment, once"
+
+
+class _Seen(NamedTuple):
+    """A state that the environment is known to be in, judged once.
+
+    Attributes:
+        rows: (1, obs) the observation.
+        finite: whether it is readable.
+        states: what the critics say of it.
+        value: V_h; infinity where the observation is not readable.
+        mask: (k,) which discrete actions may be taken next; None where actions are no integers.
+    """
+
+    rows: npt.NDArray[Any]
+    finite: bool
+    states: StateValue
+    value: float
+    mask: npt.NDArray[np.bool_] | None = None
 
 
 class SafetyShield(_Wrapper, RecordConstructorArgs):
@@ -121,27 +139,28 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
         self.intervention_penalty = as_penalty(intervention_penalty)
         self._no_action = self.shield.model.action_codec.nothing
-        self._rows: npt.NDArray[Any] | None = None
-        self._finite = False
-        self._states: StateValue | None = None
-        self._mask: npt.NDArray[np.bool_] | None = None
+        # None before the first reset, and where the environment may be in a state not yet judged.
+        self._seen: _Seen | None = None
+        self._called = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """Reset the environment and judge where it starts."""
+        self._seen, self._called = None, True
         observation, info = self.env.reset(seed=seed, options=options)
         if not isinstance(info, dict):
             raise _no_info("reset", info)
         refuse_shielded_infos(info, _ONE_SHIELD)
-        value = self._see(observation)
+        seen = self._masked(self._judged(observation), info)
+        self._seen = seen
         return observation, {
             **info,
-            **self._mask_info(info),
+            **_mask_info(seen),
             "shield/intervened": False,
-            "shield/value": value,
+            "shield/value": seen.value,
             "shield/threshold": self._threshold(),
-            "shield/certified": self._certified(value),
+            "shield/certified": self._certified(seen),
             "action_proposed": self._no_action.copy(),
             "action_executed": self._no_action.copy(),
         }
@@ -152,11 +171,11 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         """Execute `action`, or its replacement.
 
         Raises:
-            gymnasium.error.ResetNeeded: called before the first reset.
+            gymnasium.error.ResetNeeded: called before the first reset, or after a step or reset
+                that failed: the environment may have moved to a state that was never judged.
             ValueError: an action of another shape, or an environment that steps by 6-tuples.
         """
-        if self._states is None or self._rows is None:
-            raise gym.error.ResetNeeded("cannot step before the first call of reset()")
+        seen = self._known("cannot step")
         proposed = np.array(action)
         if proposed.shape != self._no_action.shape or proposed.dtype.kind not in "fiu":
             raise ValueError(
@@ -169,30 +188,32 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         ran = proposed
         self.shield.warn_if_uncalibrated()
         threshold = self._threshold()
-        accepted = self.shield.accepts(self._states, row, threshold) if self._finite else None
+        accepted = self.shield.accepts(seen.states, row, threshold) if seen.finite else None
         report = None
         if accepted is not None:
             value, intervened = accepted, False
         else:
-            executed, report = self.shield.filter_rows(
-                self._states, self._rows, row[None], threshold
-            )
+            executed, report = self.shield.filter_rows(seen.states, seen.rows, row[None], threshold)
             verdict = report.row(0)
             intervened, value = bool(verdict.intervened), float(verdict.value)
             if intervened:
                 sent = self.shield.points(executed)[0]
                 ran = np.array(sent)
+        self._seen = None
         observation, reward, terminated, truncated, info = self._step_env(sent)
         penalised: dict[str, float] = {}
         if self.intervention_penalty:
             penalised = {"shield/penalty": self.intervention_penalty * intervened}
             reward = float(reward) - penalised["shield/penalty"]
-        reached = self._see(observation)
+        reached = self._judged(observation)
         if self.adaptive is not None:
             if report is None:
                 self.adaptive.passed()
             else:
-                self.adaptive.learn(report, np.array([reached]), np.ones(1, np.bool_))
+                self.adaptive.learn(report, np.array([reached.value]), np.ones(1, np.bool_))
+        # After the margin has learned: the mask is that of the threshold now in force.
+        reached = self._masked(reached, info)
+        self._seen = reached
         return (
             observation,
             reward,
@@ -200,7 +221,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             truncated,
             {
                 **info,
-                **self._mask_info(info),
+                **_mask_info(reached),
                 **penalised,
                 "shield/intervened": intervened,
                 "shield/value": value,
@@ -211,10 +232,10 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             },
         )
 
-    def _certified(self, value: float) -> bool:
-        """Whether a state of this V_h is what the shield's record speaks of."""
+    def _certified(self, seen: _Seen) -> bool:
+        """Whether a state is what the shield's record speaks of."""
         vouched = self._certifies and self.shield.record is not None
-        return vouched and value <= self.shield.threshold
+        return vouched and seen.value <= self.shield.threshold
 
     def _threshold(self) -> float:
         fixed = self.shield.threshold
@@ -224,29 +245,39 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         """Return which discrete actions may be taken next: what sb3-contrib's MaskablePPO asks.
 
         Raises:
-            gymnasium.error.ResetNeeded: called before the first reset.
+            gymnasium.error.ResetNeeded: called before the first reset, or after a step or reset
+                that failed.
             TypeError: actions are not discrete.
         """
-        if self._states is None or self._rows is None:
-            raise gym.error.ResetNeeded("there is no mask before the first call of reset()")
-        mask = self._mask
+        seen = self._known("there is no mask")
+        mask = seen.mask
         if mask is None:
-            mask = agent_mask(self.shield, self._states, self._rows, self._threshold())[0]
+            mask = agent_mask(self.shield, seen.states, seen.rows, self._threshold())[0]
         try:
             own = self.env.get_wrapper_attr("action_masks")
         except AttributeError:
             return mask.copy()
         return with_own_mask(mask, own(), self.shield.model.action_codec)
 
-    def _mask_info(self, info: dict[str, Any]) -> dict[str, Any]:
+    def _known(self, what: str) -> _Seen:
+        if self._seen is not None:
+            return self._seen
+        if not self._called:
+            raise gym.error.ResetNeeded(f"{what} before the first call of reset()")
+        raise gym.error.ResetNeeded(
+            f"{what} after a step or reset that failed: the state of the environment is not known; "
+            "call reset() first"
+        )
+
+    def _masked(self, seen: _Seen, info: dict[str, Any]) -> _Seen:
         """Mask the actions to come, for the info of the state just reached."""
         played = self.shield.model.action_codec
-        if self._states is None or self._rows is None or not played.discrete:
-            return {}
-        self._mask = agent_mask(self.shield, self._states, self._rows, self._threshold())[0]
+        if not played.discrete:
+            return seen
+        mask = agent_mask(self.shield, seen.states, seen.rows, self._threshold())[0]
         if "action_mask" in info:
-            self._mask = with_own_mask(self._mask, info["action_mask"], played)
-        return {"action_mask": self._mask.astype(np.int8)}
+            mask = with_own_mask(mask, info["action_mask"], played)
+        return seen._replace(mask=mask)
 
     def _step_env(
         self, action: npt.NDArray[Any]
@@ -264,8 +295,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             raise _no_info("step", result[4])
         return result
 
-    def _see(self, observation: npt.NDArray[Any]) -> float:
-        """Judge a state once, for its info and for the action to come; returns V_h."""
+    def _judged(self, observation: npt.NDArray[Any]) -> _Seen:
+        """Judge a state once, for its info and for the action to come."""
         rows, single = self.shield.observation_rows(observation)
         if not single:
             raise ValueError(
@@ -273,12 +304,15 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
                 f"{self.shield.observation_space}"
             )
         # A copy: environments may write into what they returned.
-        self._rows = np.array(rows)
-        self._finite = bool(self.shield.readable(self._rows)[0])
+        rows = np.array(rows)
+        finite = bool(self.shield.readable(rows)[0])
         # Unreadable rows are judged with the log's mean in place of what cannot be read.
-        judge = self.shield.model.states if self._finite else self.shield.states
-        self._states = judge(self._rows)
-        return float(self._states.value[0]) if self._finite else float("inf")
+        states = self.shield.model.states(rows) if finite else self.shield.states(rows)
+        return _Seen(rows, finite, states, float(states.value[0]) if finite else float("inf"))
+
+
+def _mask_info(seen: _Seen) -> dict[str, Any]:
+    return {} if seen.mask is None else {"action_mask": seen.mask.astype(np.int8)}
 
 
 def _no_info(where: str, info: object) -> ValueError:

@@ -131,7 +131,7 @@ class VecSafetyShield(VecEnvWrapper):
         """Reset all environments and judge where they start; see `reset_infos`."""
         self._ready, self._decision = False, None
         observations = self.venv.reset()
-        values = self._see(observations)
+        values = self.guard.see(copied(observations))
         certified = self.guard.certified(values)
         thresholds = self._thresholds()
         inner = self._inner_reset_infos()
@@ -140,6 +140,7 @@ class VecSafetyShield(VecEnvWrapper):
             self._start_info({**info, **masks[i]}, values[i], certified[i], thresholds[i])
             for i, info in enumerate(inner)
         ]
+        self._ready = True
         return observations
 
     def step_async(self, actions: npt.ArrayLike) -> None:
@@ -179,7 +180,7 @@ class VecSafetyShield(VecEnvWrapper):
             raise RuntimeError("no step is under way: call step_async() first")
         observations, rewards, dones, infos = self._step_inner()
         ends = np.flatnonzero(dones)
-        values = self._see(observations)
+        values = self.guard.see(copied(observations))
         reached = np.array(values, np.float64)
         if len(ends):
             reached[ends] = self._last_values([infos[i] for i in ends])
@@ -202,6 +203,8 @@ class VecSafetyShield(VecEnvWrapper):
             for info, penalty in zip(shielded, penalties.tolist(), strict=True):
                 info["shield/penalty"] = penalty
             rewards = rewards - penalties.astype(np.result_type(rewards, np.float32))
+        # Not before: after an error in between the agent does not know where it is.
+        self._ready = True
         return observations, rewards, dones, shielded
 
     def _step_inner(self) -> VecEnvStepReturn:
@@ -271,11 +274,6 @@ class VecSafetyShield(VecEnvWrapper):
             if "action_mask" in info:
                 self._masks[i] = with_own_mask(self._masks[i], info["action_mask"], played)
         return [{"action_mask": mask.astype(np.int8)} for mask in self._masks]
-
-    def _see(self, observations: VecEnvObs) -> Scalars:
-        values = self.guard.see(copied(observations))
-        self._ready = True
-        return values
 
     def _thresholds(self) -> list[float]:
         each = np.broadcast_to(np.asarray(self.guard.threshold, np.float64), (self.num_envs,))

@@ -141,7 +141,8 @@ class VectorSafetyShield(_Wrapper):
         self._guard = Guard(self.shield, adaptive, certifies=certifies)
         self._over = np.zeros(env.num_envs, np.bool_)
         self._values = np.full(env.num_envs, np.inf)
-        # The states that the guard has judged; None where the environment may be in others.
+        # The states that the guard has judged; None before the first reset, and after a step or
+        # reset that failed: the environments may be in others.
         self._seen: _Batch | None = None
         self._pending: npt.ArrayLike | None = None
 
@@ -185,11 +186,11 @@ class VectorSafetyShield(_Wrapper):
             changed = ~mask & ~_same_rows(seen, observations, len(mask))
             if changed.any():
                 raise _mixed_up("reset() changed what options['reset_mask'] leaves out", changed)
-        self._see(observations)
+        seen = self._judged(observations)
         self._over = self._over & ~mask
-        return observations, _with_news(
-            infos, {**self._start_news(), **self._mask_news(infos)}, mask
-        )
+        infos = _with_news(infos, {**self._start_news(), **self._mask_news(infos)}, mask)
+        self._seen = seen
+        return observations, infos
 
     def step(self, actions: npt.ArrayLike) -> tuple[_Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
         """Execute `actions` (n, ...), or their replacements.
@@ -221,7 +222,7 @@ class VectorSafetyShield(_Wrapper):
         if (over & ignored).any():
             raise _mixed_up(f"metadata says {_NEXT_STEP}, but no new episode began", over & ignored)
         last = self._last_observations(infos, over)
-        self._see(observations)
+        seen = self._judged(observations)
         self._over = over & (self._mode != _SAME_STEP)
         reached = self._values.copy()
         if last is not None:
@@ -245,6 +246,7 @@ class VectorSafetyShield(_Wrapper):
         masks = self._mask_news(infos)
         infos = _with_news(infos, self._penalty_news(intervened & took), took)
         infos = _with_news(infos, {**news, **masks}, np.ones(len(over), np.bool_))
+        self._seen = seen
         return observations, rewards, terminated, truncated, infos
 
     # The outer vector wrappers of Gymnasium 0.29 go through these four, past step and reset.
@@ -300,7 +302,8 @@ class VectorSafetyShield(_Wrapper):
         if self._seen is None:
             raise gym.error.ResetNeeded("reset() all environments first, or after an error")
 
-    def _see(self, observations: _Batch) -> None:
+    def _judged(self, observations: _Batch) -> _Batch:
+        """Judge the states just reached; returns a copy of the observations."""
         # A copy: environments may write the next observations into the same array.
         seen = copied(observations)
         values = np.asarray(self._guard.see(seen), np.float64)
@@ -309,7 +312,8 @@ class VectorSafetyShield(_Wrapper):
                 f"the environment returned {len(values)} observations, its num_envs is "
                 f"{len(self._over)}"
             )
-        self._seen, self._values = seen, values
+        self._values = values
+        return seen
 
     def _start_news(self) -> _Infos:
         """Tell of the states last seen as a reset does: nothing was proposed and nothing ran."""

@@ -82,10 +82,18 @@ class Guard:
         return self.shield.threshold if self.adaptive is None else self.adaptive.threshold
 
     def see(self, observations: Batch) -> Scalars:
-        """Judge the states that n environments are in: V_h (n,), infinity where not readable."""
+        """Judge the states that n environments are in: V_h (n,), infinity where not readable.
+
+        Where this raises, the states seen before are forgotten too: the environments have left
+        them.
+
+        Raises:
+            ValueError: observations of another shape, or of another number of environments than
+                there are margins for.
+        """
+        self._rows = self._states = None
         rows, _ = self.shield.observation_rows(observations)
-        self._rows = rows
-        self._states = self.shield.states(rows)
+        states = self.shield.states(rows)
         if self._settings is not None:
             if self.adaptive is None:
                 self.adaptive = AdaptiveMargin(self._settings, self.shield.delta, len(rows))
@@ -94,7 +102,9 @@ class Guard:
                     f"got {len(rows)} observations, and margins of "
                     f"{len(self.adaptive.threshold)} environments: make a guard for each group"
                 )
-        return np.where(self.shield.readable(rows), self._states.value, np.float32(np.inf))
+        values = np.where(self.shield.readable(rows), states.value, np.float32(np.inf))
+        self._rows, self._states = rows, states
+        return values
 
     def certified(self, values: Scalars) -> Flags:
         """Whether states of these values (n,) are what the shield's record speaks of.
