@@ -10,7 +10,7 @@ import pytest
 
 from safeshield.data import OfflineDataset
 from safeshield.spaces.batches import batch_length, take
-from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, fitted, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import part_of
 
@@ -166,3 +166,38 @@ def test_a_log_of_dicts_and_integers_round_trips(tmp_path: Any) -> None:  # noqa
     for wrong in ({"actions": arrays["actions"] + 2}, {"actions": arrays["actions"] + 0.5}):
         with pytest.raises(ValueError, match="actions must"):
             OfflineDataset.from_arrays(**{**arrays, **wrong}, **spaces)
+
+
+@pytest.mark.parametrize("kind", ["i1", "u1", "i4", "i8", "u8"])
+def test_integers_take_what_they_hold_and_leave_the_rest_as_it_came(kind: str) -> None:
+    limits = np.iinfo(kind)
+    inside = [limits.min, 0, 1, limits.max]
+    for given in (np.array(inside, kind), np.array([0.0, 100.0]), np.array([True, False])):
+        taken = fitted(given, np.dtype(kind))
+        assert taken.dtype == kind
+        assert taken.tolist() == [int(number) for number in given]
+    outside = [1.5, np.nan, np.inf, -np.inf, float(limits.max) * 2, 2.0**64, -(2.0**64)]
+    if kind != "u8":
+        outside += [np.uint64(limits.max) + np.uint64(1), np.uint64(2**64 - 1)]
+    if kind == "i8":
+        outside.append(2.0**63)  # as a float, the largest int64 is equal to it
+    if kind.startswith("u"):
+        outside += [-1, -1.0]
+    for number in outside:
+        for array in (np.array(number), np.array([0, number])):
+            assert fitted(array, np.dtype(kind)) is array
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+def test_floats_take_the_nearest_number_and_none_becomes_infinite(kind: str) -> None:
+    dtype = np.dtype(kind)
+    given = np.array([[0.1, -0.3], [np.nan, np.inf]])
+    taken = fitted(given, dtype)
+    assert taken.tobytes() == given.astype(kind).tobytes()
+    assert fitted(np.array([3, -4]), dtype).tobytes() == np.array([3, -4], kind).tobytes()
+    if kind != "f8":
+        large = np.array([0.0, 1e300])
+        assert fitted(large, dtype) is large
+    words, objects = np.array(["a"]), np.array([None])
+    assert fitted(words, dtype) is words
+    assert fitted(objects, dtype) is objects

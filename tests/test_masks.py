@@ -228,6 +228,53 @@ def test_the_guard_masks_at_its_own_threshold(shield: Shield) -> None:
 # -- single environments -------------------------------------------------------------------------
 
 
+class Takes(Walk):
+    """Notes the action as it came."""
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.came = action
+        return super().step(action)
+
+
+@pytest.mark.parametrize(
+    "action", [4, np.int64(4), np.int32(4), np.uint8(4), 4.0, np.array(4), np.array(4.0, "f4")]
+)
+def test_a_discrete_action_arrives_as_a_scalar_of_the_space(action: Any) -> None:  # noqa: ANN401
+    inner = Takes()
+    env = SafetyShield(inner, table_shield(np.full((N, C), -1.0), inner.action_space))
+    env.reset(seed=0)
+    info = env.step(action)[4]
+    assert type(inner.came) is (int if type(action) is int else np.int64)
+    assert inner.came == 4
+    assert inner.came in env.action_space
+    assert not info["shield/intervened"]
+    assert info["action_proposed"] == info["action_executed"] == 4
+
+
+@pytest.mark.parametrize(
+    "action",
+    [1.5, np.nan, -np.inf, 0, 6, 2.0**63, np.uint64(2**63), np.uint64(2**64 - 1), np.uint8(255)],
+)
+def test_what_is_no_action_of_the_space_is_replaced_and_never_wraps_around(
+    action: Any,  # noqa: ANN401
+) -> None:
+    inner = Takes()
+    shield = table_shield(np.full((N, C), -1.0), inner.action_space)
+    env = SafetyShield(inner, shield)
+    envs = VectorSafetyShield(gym.vector.SyncVectorEnv([Takes, Takes]), shield)
+    venv = VecSafetyShield(DummyVecEnv([Takes, Takes]), shield)
+    env.reset(seed=0)
+    envs.reset(seed=0)
+    venv.reset()
+    assert env.step(action)[4]["shield/intervened"]
+    assert inner.came in env.action_space
+    both = np.array([action, action])
+    assert envs.step(both)[4]["shield/intervened"].all()
+    assert all(info["shield/intervened"] for info in venv.step(both)[3])
+    for came in (*envs.env.get_attr("came"), *venv.get_attr("came")):  # type: ignore[attr-defined]
+        assert came in env.action_space
+
+
 class Drops(gym.Wrapper):  # type: ignore[type-arg]
     """Moves, and then fails, or tells a mask of another shape."""
 

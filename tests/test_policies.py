@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fitted import DT
+from hostile import hostile
 
 from safeshield.data import collect
 from safeshield.evaluation.episodes import filtered_episodes
@@ -127,6 +128,23 @@ def test_what_a_policy_writes_into_its_observation_changes_no_verdict(shield: Sh
         np.testing.assert_array_equal(observation, kept)
     own = SafeSupportPolicy(shield, Edits().act, rounds=2, seed=0)
     np.testing.assert_allclose(own.predict(start)[0], expected, atol=1e-6)
+
+
+def test_what_was_judged_is_returned_however_the_prediction_changes(shield: Shield) -> None:
+    class Says:
+        action: Any = None
+
+        def predict(self, *_: Any, **__: Any) -> tuple[Any, None]:  # noqa: ANN401
+            return self.action, None
+
+    says = Says()
+    policy = ShieldedPolicy(says, shield)
+    still = np.zeros(2, np.float32)
+    for says.action in hostile(still):
+        executed, _ = policy.predict(np.array([1.9, 0.0], np.float32))
+        assert not policy.report.intervened
+        assert type(executed) is np.ndarray
+        assert executed.tobytes() == still.tobytes()
 
 
 def test_a_prediction_that_failed_has_no_verdict(shield: Shield) -> None:

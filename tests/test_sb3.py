@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from fitted import DT
+from hostile import hostile
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
@@ -30,6 +31,7 @@ from stable_baselines3.common.vec_env import (
     SubprocVecEnv,
     VecCheckNan,
     VecEnv,
+    VecEnvWrapper,
     VecMonitor,
     VecNormalize,
 )
@@ -194,6 +196,32 @@ def test_certified_speaks_of_the_end_and_not_of_the_next_start(calibrated: Shiel
         assert infos[0]["shield/certified"] == bool(calibrated.certified(end))
         assert not np.array_equal(observations[0], end)
         assert envs.reset_infos[0]["shield/certified"] is not safe
+
+
+def test_what_was_judged_is_sent_however_the_actions_change_meanwhile(shield: Shield) -> None:
+    class Notes(VecEnvWrapper):
+        def reset(self) -> Any:  # noqa: ANN401
+            return self.venv.reset()
+
+        def step_async(self, actions: Any) -> None:  # noqa: ANN401
+            self.sent = actions
+            self.venv.step_async(actions)
+
+        def step_wait(self) -> Any:  # noqa: ANN401
+            return self.venv.step_wait()
+
+    notes = Notes(rivers(2))
+    envs = VecSafetyShield(notes, shield)
+    mild = np.full((2, 2), -0.1)
+    for actions in (mild, *hostile(mild)):
+        envs.reset()
+        infos = envs.step(actions)[3]
+        assert type(notes.sent) is np.ndarray
+        assert notes.sent.tobytes() == mild.astype(np.float32).tobytes()
+        for info in infos:
+            assert not info["shield/intervened"]
+            assert info["action_proposed"].tobytes() == mild[0].tobytes()
+            assert info["action_executed"].tobytes() == notes.sent[0].tobytes()
 
 
 def test_accepted_actions_reach_the_dynamics_bit_for_bit(shield: Shield) -> None:

@@ -6,12 +6,14 @@ import copy
 import pickle
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hostile import Changes, hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +25,7 @@ from safeshield.shield import (
     UncalibratedShieldWarning,
 )
 from safeshield.shield.critics import SafetyModel
+from safeshield.shield.guard import Guard
 from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
 from safeshield.spaces.scaling import Scaling
 
@@ -78,6 +81,24 @@ def test_an_accepted_action_passes_bit_for_bit(shield: Shield, kind: str) -> Non
             assert report.acceptable
             assert report.value == report.proposed_value <= shield.threshold
     assert passed > 20
+
+
+def test_what_was_judged_is_returned_however_the_action_changes_meanwhile(shield: Shield) -> None:
+    one, many = np.array([1.9, 0.0], np.float32), np.full((3, 2), [1.9, 0.0], np.float32)
+    guard = Guard(shield)
+    guard.see(many)
+    for act, shape in (
+        (partial(shield.filter, one), (2,)),
+        (partial(shield.filter, many), (3, 2)),
+        (guard.act, (3, 2)),
+    ):
+        for action in hostile(np.zeros(shape, np.float32)):
+            executed, report = act(action)
+            assert not np.any(report.intervened)
+            assert type(executed) is np.ndarray
+            assert executed.tobytes() == np.zeros(shape, np.float32).tobytes()
+            given = action.action if isinstance(action, Changes) else np.asarray(action)
+            assert not np.shares_memory(executed, given)
 
 
 def test_in_a_batch_accepted_rows_keep_their_bits(shield: Shield) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fitted import DT
+from hostile import hostile
 from test_shield import record
 
 from safeshield.envs.boat import BoatEnv
@@ -371,17 +372,33 @@ def test_all_accepted_passes_bit_for_bit_and_rewards_and_ends_come_back_untouche
         actions = np.full((N, 2), [0.1, -0.3]).astype(kind)
         observations, rewards, terminated, truncated, infos = env.step(actions)
         assert not infos["shield/intervened"].any()
-        assert spy.sent[-1].dtype == actions.dtype
-        assert spy.sent[-1].tobytes() == actions.tobytes()
+        assert spy.sent[-1].dtype == np.float32
+        assert spy.sent[-1].tobytes() == actions.astype(np.float32).tobytes()
         assert not np.shares_memory(spy.sent[-1], actions)
         for mine, theirs in zip(
             (observations, rewards, terminated, truncated), spy.result, strict=False
         ):
             assert mine is theirs
         assert not set(KEYS) & set(spy.result[4])
+        np.testing.assert_array_equal(infos["action_proposed"], actions)
+        np.testing.assert_array_equal(infos["action_executed"], actions.astype(np.float32))
         for key in ("action_proposed", "action_executed"):
-            np.testing.assert_array_equal(infos[key], actions)
             assert not np.shares_memory(infos[key], actions)
+
+
+def test_what_was_judged_is_sent_however_the_actions_change_meanwhile(shield: Shield) -> None:
+    spy = Spy(native(MODES[0]))
+    env = VectorSafetyShield(spy, shield)
+    still = np.zeros((N, 2), np.float32)
+    for actions in hostile(still):
+        env.reset(seed=0, options={"state": OPEN})
+        infos = env.step(actions)[4]
+        assert type(spy.sent[-1]) is np.ndarray
+        assert spy.sent[-1].tobytes() == still.tobytes()
+        assert not infos["shield/intervened"].any()
+        for key in ("action_proposed", "action_executed"):
+            assert type(infos[key]) is np.ndarray
+            assert infos[key].tobytes() == still.tobytes()
 
 
 def test_infos_say_what_was_sent_whatever_the_env_does_to_the_array(shield: Shield) -> None:

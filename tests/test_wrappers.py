@@ -13,6 +13,7 @@ import pytest
 from fitted import DT
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
+from hostile import hostile
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_shield import record
 
@@ -138,6 +139,37 @@ def test_the_dynamics_see_what_info_says_and_an_accepted_action_untouched(shield
         assert not np.shares_memory(watch.seen[-1], action)
         assert not np.shares_memory(info["action_executed"], action)
         assert not np.shares_memory(info["action_proposed"], action)
+
+
+def test_what_was_judged_is_sent_however_the_action_changes_meanwhile(shield: Shield) -> None:
+    env, watch = watched(shield)
+    still = np.zeros(2, np.float32)
+    for action in hostile(still):
+        env.reset(options={"state": [1.9, 0.0]})
+        info = env.step(action)[4]
+        assert type(watch.seen[-1]) is np.ndarray
+        assert not info["shield/intervened"]
+        for array in (watch.seen[-1], info["action_proposed"], info["action_executed"]):
+            assert array.tobytes() == still.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", ">f4", "f8", "i1", "i8", "list"])
+def test_an_action_is_converted_to_the_dtype_of_the_space_before_it_is_judged(
+    shield: Shield, kind: str
+) -> None:
+    env, watch = watched(shield)
+    observation, _ = env.reset(options={"state": [1.9, 0.0]})
+    numbers = np.array([1, -1]) if kind in ("i1", "i8") else np.array([0.1, -0.3])
+    action: Any = numbers.tolist() if kind == "list" else numbers.astype(kind)
+    converted = np.array(action, np.float32)
+    info = env.step(action)[4]
+    sent = watch.seen[-1]
+    assert sent in env.action_space
+    assert sent.dtype == np.float32
+    assert sent.tobytes() == converted.tobytes() == info["action_executed"].tobytes()
+    np.testing.assert_array_equal(info["action_proposed"], action)
+    assert info["shield/value"] == pytest.approx(float(shield.value(observation, converted)))
+    assert not info["shield/intervened"]
 
 
 def test_it_changes_nothing_but_the_action(shield: Shield) -> None:

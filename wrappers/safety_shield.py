@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
@@ -19,6 +18,7 @@ from safeshield.shield.guard import as_penalty
 from safeshield.shield.masks import agent_mask, with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces.rows import fitted, plain
 
 if TYPE_CHECKING:
     _Wrapper = gym.Wrapper[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
@@ -62,7 +62,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     penalty is asked for. At reset and every step these infos are added, plain Python and NumPy:
 
     ======================  ==========================================================
-    shield/intervened       bool: the executed action is not the proposed one
+    shield/intervened       bool: the executed action is a replacement of the proposed one
     shield/value            float: Q_h of the executed action in the state it was taken in
                             (at reset: V_h of the state); infinity where not finite
     shield/threshold        float: what the value must not exceed: -delta (or less, where it
@@ -75,6 +75,14 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
     action_mask             where actions are discrete, int8 array: which of them may be taken
                             next, see `Shield.action_mask` (`action_masks` tells it too)
     ======================  ==========================================================
+
+    An action is read once and converted to the dtype of the environment's action space, as
+    Gymnasium's own environments do. That array is judged, and where it is accepted, the dynamics
+    see a copy of it, bit for bit. So where a float64 action for a Box of float32 is accepted,
+    ``action_executed`` is the nearest float32 action and ``shield/intervened`` is False. An action
+    that does not fit the dtype, such as 1.5 or NaN where actions are integers, is judged as it
+    came. The environment gets an array; the action of a Discrete is a scalar of NumPy, or an int
+    where the agent sent one.
 
     What an environment itself forbids, by its ``info["action_mask"]`` or its ``action_masks()``,
     stays forbidden in the same place, unless this and the shield's mask have nothing in common.
@@ -139,6 +147,8 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
         self.intervention_penalty = as_penalty(intervention_penalty)
         self._no_action = self.shield.model.action_codec.nothing
+        self._dtype = np.dtype(env.action_space.dtype)
+        self._scalar = isinstance(env.action_space, gym.spaces.Discrete)
         # None before the first reset, and where the environment may be in a state not yet judged.
         self._seen: _Seen | None = None
         self._called = False
@@ -166,7 +176,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
         }
 
     def step(
-        self, action: npt.NDArray[Any]
+        self, action: npt.ArrayLike
     ) -> tuple[npt.NDArray[Any], SupportsFloat, bool, bool, dict[str, Any]]:
         """Execute `action`, or its replacement.
 
@@ -176,16 +186,18 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
             ValueError: an action of another shape, or an environment that steps by 6-tuples.
         """
         seen = self._known("cannot step")
-        proposed = np.array(action)
+        proposed = plain(action)
         if proposed.shape != self._no_action.shape or proposed.dtype.kind not in "fiu":
             raise ValueError(
                 f"action must be numbers of shape {self._no_action.shape}, got "
                 f"{proposed.dtype} {proposed.shape}"
             )
-        row = proposed.reshape(-1)
+        ran = fitted(proposed, self._dtype)
+        row = ran.reshape(-1)
         # The environment's own: nobody's array is changed, and infos stay true, if it edits it.
-        sent: Any = _copied(action)
-        ran = proposed
+        sent: Any = ran.copy()
+        if self._scalar:
+            sent = int(ran) if type(action) is int else ran[()]
         self.shield.warn_if_uncalibrated()
         threshold = self._threshold()
         accepted = self.shield.accepts(seen.states, row, threshold) if seen.finite else None
@@ -320,10 +332,3 @@ def _no_info(where: str, info: object) -> ValueError:
         f"the environment's {where} must return its infos as a dict, empty where there are none, "
         f"got {type(info).__name__}"
     )
-
-
-def _copied(action: Any) -> Any:  # noqa: ANN401
-    """Return an action of the same kind, bit for bit, that shares nothing with the agent's."""
-    if isinstance(action, np.ndarray):
-        return action.copy()
-    return action if isinstance(action, int | float | np.generic) else copy.deepcopy(action)

@@ -30,6 +30,7 @@ from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import copied
+from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
 from safeshield.wrappers.safety_shield import SafetyShield
 
@@ -62,6 +63,9 @@ class VecSafetyShield(VecEnvWrapper):
     Where actions are discrete, infos carry ``action_mask`` for each environment's next action (at
     an episode's end, for the first of the new one), and ``env_method("action_masks")`` tells the
     same: sb3-contrib's MaskablePPO trains on it as it is.
+
+    Actions are read once and converted to the dtype of the action space before they are judged,
+    see `SafetyShield`; a batch of which one number does not fit that dtype is judged as it came.
 
     The shield must see what it was trained on: `VecNormalize` and others that change observations
     go around it, as in ``VecNormalize(VecSafetyShield(venv, shield))``. Random warm-up actions
@@ -118,6 +122,7 @@ class VecSafetyShield(VecEnvWrapper):
         self.intervention_penalty = as_penalty(intervention_penalty)
         self.guard = Guard(self.shield, adaptive, certifies=certifies)
         self._no_action = self.shield.model.action_codec.nothing
+        self._dtype = np.dtype(venv.action_space.dtype)
         self._ready = False
         self._decision: _Decision | None = None
         self._own_masks = self.shield.model.action_codec.discrete and _has_masks(venv)
@@ -154,8 +159,8 @@ class VecSafetyShield(VecEnvWrapper):
             raise RuntimeError(
                 "cannot step before reset(), after a step that failed, or before step_wait()"
             )
-        # A copy: nobody can change these between the decision and their execution.
-        proposed = np.array(actions)
+        # Read once: nobody can change these between the decision and their execution.
+        proposed = plain(actions)
         expected = (self.num_envs, *self._no_action.shape)
         if proposed.shape != expected:
             raise ValueError(
@@ -163,7 +168,7 @@ class VecSafetyShield(VecEnvWrapper):
                 f"{proposed.dtype} {proposed.shape}"
             )
         thresholds = self._thresholds()
-        executed, report = self.guard.act(proposed)
+        executed, report = self.guard.act(fitted(proposed, self._dtype))
         self._ready = False
         self.venv.step_async(np.array(executed))
         self._decision = _Decision(proposed, executed, report, thresholds)

@@ -22,6 +22,7 @@ from safeshield.shield.nested import (
 )
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import copied
+from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
 
 _BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
@@ -50,7 +51,7 @@ class VectorSafetyShield(_Wrapper):
     row for each of n environments, each with its mask ``"_" + key``:
 
     ======================  ==========================================================
-    shield/intervened       (n,) bool: the executed action is not the proposed one
+    shield/intervened       (n,) bool: the executed action is a replacement of the proposed one
     shield/value            (n,) float: Q_h of the executed action in the state it was taken
                             in (at reset: V_h of the state); infinity where not finite
     shield/threshold        (n,) float: what the value must not exceed: -delta (or less, where
@@ -63,6 +64,9 @@ class VectorSafetyShield(_Wrapper):
     action_mask             where actions are discrete, (n, k) int8: which of them may be
                             taken next, see `Shield.action_mask`
     ======================  ==========================================================
+
+    Actions are read once and converted to the dtype of the action space before they are judged,
+    see `SafetyShield`; a batch of which one number does not fit that dtype is judged as it came.
 
     Where no action was taken, at a reset, both actions are NaN (below every action where actions
     are whole numbers: -1 as a rule). What happens around the end of an episode follows
@@ -138,6 +142,7 @@ class VectorSafetyShield(_Wrapper):
         self.intervention_penalty = as_penalty(intervention_penalty)
         self._mode = _autoreset_mode(env)
         self._no_action = self.shield.model.action_codec.nothing
+        self._dtype = np.dtype(env.single_action_space.dtype)
         self._guard = Guard(self.shield, adaptive, certifies=certifies)
         self._over = np.zeros(env.num_envs, np.bool_)
         self._values = np.full(env.num_envs, np.inf)
@@ -203,18 +208,19 @@ class VectorSafetyShield(_Wrapper):
         """
         self._need_reset()
         proposed = self._checked_actions(actions)
+        judged = fitted(proposed, self._dtype)
         ignored = self._ignored()
         threshold = self._threshold()
         # Actions that will be ignored are judged too: if the environment used them after all,
         # they would be safe.
-        executed, report = self._guard.act(proposed)
-        sent = executed if np.any(report.intervened) else proposed
+        executed, report = self._guard.act(judged)
+        sent = np.asarray(executed)
         intervened = np.asarray(report.intervened & ~ignored)
         news = {
             "shield/intervened": intervened,
             "shield/threshold": threshold,
             "action_proposed": self._without(proposed, ignored),
-            "action_executed": self._without(np.asarray(sent), ignored),
+            "action_executed": self._without(sent, ignored),
         }
         self._seen = None
         observations, rewards, terminated, truncated, infos = self.env.step(sent)
@@ -371,8 +377,7 @@ class VectorSafetyShield(_Wrapper):
 
     def _checked_actions(self, actions: npt.ArrayLike) -> npt.NDArray[Any]:
         shape = (len(self._over), *self._no_action.shape)
-        # A copy: the environment may write into what it is sent.
-        array = np.array(actions)
+        array = plain(actions)
         if array.shape != shape or array.dtype.kind not in "fiu":
             raise ValueError(
                 f"actions must be numbers of shape {shape}, a row for each environment, got "

@@ -14,6 +14,7 @@ from safeshield.shield.masks import agent_mask
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import plain
 from safeshield.spaces.shapes import Flags, Scalars
 
 
@@ -128,12 +129,15 @@ class Guard:
     def act(self, actions: Batch) -> tuple[Batch, FilterReport]:
         """Return what to execute in the states last seen, and the verdicts.
 
+        The actions are read once, and what is returned shares nothing with them.
+
         Raises:
             RuntimeError: nothing has been seen yet.
             ValueError: not one action of the right shape for each state.
         """
         if self._rows is None or self._states is None:
             raise RuntimeError("see() the states first: call reset()")
+        actions = plain(actions)
         rows, _ = self.shield.action_rows(actions)
         if len(rows) != len(self._rows):
             raise ValueError(f"got {len(rows)} actions for {len(self._rows)} environments")

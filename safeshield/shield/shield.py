@@ -40,6 +40,7 @@ from safeshield.shield.replacement import (
 )
 from safeshield.shield.report import FilterReport
 from safeshield.spaces.batches import Batch
+from safeshield.spaces.rows import plain
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
 
@@ -255,10 +256,11 @@ class Shield:
     def filter(self, observation: Batch, action: Batch) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the verdict.
 
-        An accepted action is returned as it came, bit for bit. An action outside the box is
-        clipped into it first, which counts as an intervention. NaN anywhere never passes: with an
-        observation that is not finite, or not whole where it counts, the fallback acts on the log's
-        mean in the entries' place and the verdict is not `valid`.
+        An accepted action is returned as it came, bit for bit and in its own dtype. It is read
+        once: the array that was judged is returned, and shares nothing with what was given. An
+        action outside the box is clipped into it first, which counts as an intervention. NaN
+        anywhere never passes: with an observation that is not finite, or not whole where it counts,
+        the fallback acts on the log's mean in the entries' place and the verdict is not `valid`.
 
         Args:
             observation: one, or a batch (see `value`).
@@ -267,15 +269,16 @@ class Shield:
         Raises:
             ValueError: a wrong shape.
         """
-        actions, single = self.action_rows(action)
+        proposed = plain(action)
+        actions, single = self.action_rows(proposed)
         rows, _ = self.observation_rows(observation)
         if len(actions) != len(rows):
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
         executed, report = self.filter_rows(self.states(rows), rows, actions)
         if single:
             one = report.row(0)
-            return (self.points(executed)[0] if one.intervened else np.asarray(action)), one
-        return (self.points(executed) if report.intervened.any() else np.asarray(action)), report
+            return (self.points(executed)[0] if one.intervened else proposed), one
+        return (self.points(executed) if report.intervened.any() else proposed), report
 
     def states(self, rows: Observations) -> StateValue:
         """Judge observations (n, obs), for `filter_rows`."""

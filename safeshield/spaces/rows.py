@@ -180,6 +180,49 @@ with at most 1024 combinations, got Tuple(Discrete(2))
     return flat
 
 
+def plain(points: Any) -> Array:  # noqa: ANN401
+    """Return points, one or a batch of a space without Dicts, as an array of NumPy's own class.
+
+    The object is read once, by `numpy.asarray`, and the array shares nothing with it: whatever its
+    methods answer afterwards, what was judged is what can be sent on. Of a masked array the data
+    beneath the mask are taken.
+    """
+    # Not np.array alone: where an object makes the array, NumPy leaves the copy to the object.
+    return np.array(np.asarray(points))
+
+
+def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
+    """Return numbers in a space's dtype, or as they came where one of them does not fit in it.
+
+    A float dtype takes the nearest of its numbers; what would become infinite does not fit. An
+    integer dtype takes whole numbers in its range and nothing else, so that none wraps around.
+
+    Args:
+        points: of any shape; what is no array of numbers is returned as it came.
+        dtype: of the space.
+
+    >>> fitted(np.array([0.1, 2.0]), np.dtype(np.float32))
+    array([0.1, 2. ], dtype=float32)
+    >>> fitted(np.array([1.0, 255.0]), np.dtype(np.uint8))
+    array([  1, 255], dtype=uint8)
+    >>> fitted(np.array([1.0, 300.0]), np.dtype(np.uint8))
+    array([  1., 300.])
+    """
+    if points.dtype == dtype or points.dtype.kind not in "fiub" or not points.size:
+        return points
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            converted = points.astype(dtype)
+        fits = bool((np.isfinite(converted) | ~np.isfinite(points)).all())
+        return converted if fits else points
+    if not (np.isfinite(points).all() and (np.floor(points) == points).all()):
+        return points
+    # Python's integers: compared as floats, 2.0**63 would be the largest int64.
+    limits = np.iinfo(dtype)
+    fits = limits.min <= int(points.min()) and int(points.max()) <= limits.max
+    return points.astype(dtype) if fits else points
+
+
 _LEAVES = (
     gym.spaces.Box,
     gym.spaces.Discrete,
