@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeshield.values.backup import SafetyBackup, reward_backup, safety_backup
+from safeshield.values.backup import SafetyBackup, SafetyWindow, reward_windows, safety_windows
 
 SETTINGS = settings(max_examples=60)
 
@@ -25,8 +25,8 @@ class Log:
     discount: float
     steps: int
 
-    def backup(self) -> SafetyBackup:
-        return safety_backup(
+    def backup(self) -> SafetyWindow:
+        return safety_windows(
             self.h, self.next_h, self.terminated, self.last, self.discount, self.steps
         )
 
@@ -132,18 +132,19 @@ def test_never_below_the_constraint_of_either_end_of_the_step(log: Log) -> None:
 @given(log=logs())
 @SETTINGS
 def test_one_step_is_the_papers_form(log: Log) -> None:
-    one = safety_backup(log.h, log.next_h, log.terminated, log.last, log.discount)
     m, g = torch.maximum(log.h, log.next_h), log.discount
     bootstrapped = (1 - g) * m + g * torch.maximum(m, log.values)
     expected = torch.where(log.terminated, m, bootstrapped)
-    torch.testing.assert_close(one.target(log.values), expected, rtol=0, atol=1e-12)
+    window = safety_windows(log.h, log.next_h, log.terminated, log.last, g)
+    for one in (window, SafetyBackup.one_step(m, log.terminated, g)):
+        torch.testing.assert_close(one.target(log.values), expected, rtol=0, atol=1e-12)
 
 
 def test_termination_cuts_and_truncation_bootstraps() -> None:
     h, last = torch.tensor([-1.0, -1.0]), torch.tensor([1, 1])
     for steps in (1, 2, 5):
-        ended = safety_backup(h, h, torch.tensor([False, True]), last, 0.9, steps)
-        cut = safety_backup(h, h, torch.tensor([False, False]), last, 0.9, steps)
+        ended = safety_windows(h, h, torch.tensor([False, True]), last, 0.9, steps)
+        cut = safety_windows(h, h, torch.tensor([False, False]), last, 0.9, steps)
         far = torch.tensor([5.0, 5.0])
         assert float(ended.target(far)[1]) == -1.0
         assert float(cut.target(far)[1]) > 4.0
@@ -152,7 +153,7 @@ def test_termination_cuts_and_truncation_bootstraps() -> None:
 def test_the_violation_that_ends_an_episode_reaches_the_steps_before_it() -> None:
     # Only the last state, which the log names in next_constraints alone, is a violation.
     h, next_h = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.0, 2.0])
-    backup = safety_backup(
+    backup = safety_windows(
         h, next_h, torch.tensor([False, False, True]), torch.full((3,), 2), 0.5, 3
     )
     assert backup.target(torch.full((3,), -9.0)).tolist() == [-0.25, 0.5, 2.0]
@@ -161,7 +162,7 @@ def test_the_violation_that_ends_an_episode_reaches_the_steps_before_it() -> Non
 @given(log=logs())
 @SETTINGS
 def test_reward_backup_equals_the_discounted_sum(log: Log) -> None:
-    backup = reward_backup(log.rewards, log.terminated, log.last, log.discount, log.steps)
+    backup = reward_windows(log.rewards, log.terminated, log.last, log.discount, log.steps)
     targets = backup.target(log.values[backup.last])
     for row in range(len(log.h)):
         total, weight, at = 0.0, 1.0, row

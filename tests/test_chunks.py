@@ -26,7 +26,7 @@ from safeshield.nn.guided_forward import guided_actions
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init, polyak
 from safeshield.training.log import LogTensors
-from safeshield.values.backup import chunk_safety_target, reward_backup, safety_backup
+from safeshield.values.backup import RewardWindow, SafetyBackup, reward_windows, safety_windows
 from safeshield.values.reward import RewardBatch, RewardCritics
 
 
@@ -103,7 +103,7 @@ def test_the_safety_target_of_a_chunk_is_that_of_the_windows(length: int) -> Non
     log = log_of([9, 5, 7, 8], [True, True, False, True])
     rows = torch.arange(len(log))
     chunk = Chunks(log, length).batch(rows, torch.zeros(len(log), length))
-    whole = safety_backup(
+    whole = safety_windows(
         log.next_constraints,
         log.next_constraints,
         log.terminated,
@@ -112,9 +112,8 @@ def test_the_safety_target_of_a_chunk_is_that_of_the_windows(length: int) -> Non
         length,
     )
     value = torch.randn(len(log), generator=torch.Generator().manual_seed(5))
-    target = chunk_safety_target(
-        log.next_constraints[chunk.rows], chunk.inside, chunk.terminated, value[chunk.end], 0.9
-    )
+    backup = SafetyBackup(log.next_constraints[chunk.rows], chunk.inside, chunk.terminated, 0.9)
+    target = backup.target(value[chunk.end])
     same = chunk.rows[:, 0] == rows
     expected = whole.target(value[whole.last])
     torch.testing.assert_close(target[same], expected[same])
@@ -126,17 +125,17 @@ def test_a_window_of_a_batch_is_that_of_the_whole_log(steps: int) -> None:
     log = log_of([9, 5, 7, 8], [True, False, False, True])
     rows = torch.arange(len(log))
     window = log_window(log, rows, steps, log.rewards, 0.9)
-    whole = reward_backup(log.rewards, log.terminated, log.episode_last, 0.9, steps)
-    torch.testing.assert_close(window.total, whole.reward)
+    whole = reward_windows(log.rewards, log.terminated, log.episode_last, 0.9, steps)
+    torch.testing.assert_close(window.reward, whole.reward)
     torch.testing.assert_close(window.slope, whole.slope)
     going = whole.slope > 0
-    assert torch.equal(window.end[going], whole.last[going])
+    assert torch.equal(window.last[going], whole.last[going])
     # What fails ends a window as a termination does, and is worth what it is worth.
     fails = torch.rand(len(log), generator=torch.Generator().manual_seed(1)) < 0.2
     cut = log_window(log, rows, steps, log.rewards, 0.9, fails, -7.0)
     paid = torch.where(fails, -7.0, log.rewards)
-    whole = reward_backup(paid, log.terminated | fails, log.episode_last, 0.9, steps)
-    torch.testing.assert_close(cut.total, whole.reward)
+    whole = reward_windows(paid, log.terminated | fails, log.episode_last, 0.9, steps)
+    torch.testing.assert_close(cut.reward, whole.reward)
     torch.testing.assert_close(cut.slope, whole.slope)
 
 
@@ -233,8 +232,9 @@ def in_sample_values(
     chunk = chunks.batch(torch.arange(len(log)), torch.zeros(len(log), chunks.width))
     sums = chunk.discounted(log.rewards[chunk.rows], discount)
     after = log.next_observations[chunk.end]
+    unused = RewardWindow(sums, sums, chunk.end)
     batch = RewardBatch(
-        chunk.observations, chunk.actions, after, sums, chunk.terminated, sums, sums, after
+        chunk.observations, chunk.actions, after, sums, chunk.terminated, unused, after
     )
     for step in range(2000):
         leaves = like(networks, [t.detach().requires_grad_() for t in tensors(networks)])

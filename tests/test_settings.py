@@ -26,7 +26,7 @@ from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.training.log import LogTensors
 from safeshield.training.loop import device_of
 from safeshield.training.registry import load_agent
-from safeshield.values.backup import reward_backup, safety_backup
+from safeshield.values.backup import reward_windows, safety_windows
 
 CONFIGS = (
     SafeFQLConfig,
@@ -104,13 +104,13 @@ def test_a_window_beyond_the_longest_episode_is_the_episode(log: OfflineDataset)
     agent = BehaviourCloning(TINY, device="cpu").fit(log, steps=1)
     rows = LogTensors.of(log, agent._fitted().scaling, torch.device("cpu"))
     for steps in (int(log.episode_lengths.max()), 10**9):
-        safety = safety_backup(
+        safety = safety_windows(
             rows.constraints, rows.next_constraints, rows.terminated, rows.episode_last, 0.9, steps
         )
-        reward = reward_backup(rows.rewards, rows.terminated, rows.episode_last, 0.9, steps)
+        reward = reward_windows(rows.rewards, rows.terminated, rows.episode_last, 0.9, steps)
         assert torch.equal(safety.last, rows.episode_last)
         assert torch.equal(reward.last, rows.episode_last)
-    shorter = reward_backup(rows.rewards, rows.terminated, rows.episode_last, 0.9, 2)
+    shorter = reward_windows(rows.rewards, rows.terminated, rows.episode_last, 0.9, 2)
     assert not torch.equal(shorter.last, rows.episode_last)
 
 

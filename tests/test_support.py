@@ -49,7 +49,7 @@ from safeshield.support import SCORES, SupportRecord, SupportTest, episodes_need
 from safeshield.training.log import LogTensors, safety_scale
 from safeshield.training.safety import SafetyLog
 from safeshield.training.support_term import held_out_episodes
-from safeshield.values.backup import safety_backup
+from safeshield.values.backup import safety_windows
 from safeshield.values.safety import SafetyCritics
 from safeshield.values.units import BEHAVIOUR
 
@@ -865,14 +865,14 @@ def test_the_term_joins_the_maximum(half_log: OfflineDataset) -> None:
     log = half_log.select(range(3))
     safety, rows = tensors(log)
     extra = torch.tensor(np.random.default_rng(0).normal(size=len(rows)).astype(np.float32))
-    one = safety_backup(
+    one = safety_windows(
         rows.constraints, rows.next_constraints, rows.terminated, rows.episode_last, 0.9, 1, extra
     )
     m = torch.maximum(torch.maximum(rows.constraints, rows.next_constraints), extra)
     assert torch.equal(one.floor, m)
     # As if the constraint itself had been that high on both sides of the step.
-    plain = safety_backup(m, m, rows.terminated, rows.episode_last, 0.9, 4)
-    several = safety_backup(
+    plain = safety_windows(m, m, rows.terminated, rows.episode_last, 0.9, 4)
+    several = safety_windows(
         rows.constraints, rows.next_constraints, rows.terminated, rows.episode_last, 0.9, 4, extra
     )
     for mine, theirs in zip(several, plain, strict=True):

@@ -19,7 +19,7 @@ from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, return_scale
 from safeshield.training.loop import Draw, Metrics, Phase, TrainState, Update, descend
 from safeshield.training.safety import SafetyLog, critic_rates, safety_critics, stages
-from safeshield.values.backup import RewardBackup, reward_backup
+from safeshield.values.backup import RewardWindow, reward_windows, rows_of
 from safeshield.values.reward import VALUE as REWARD_VALUE
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
@@ -128,7 +128,7 @@ class CriticsRun:
         """Return one update of all critics, with windows of these lengths in the targets."""
         log, config, critics = self.log, self.config, self.critics
         safety_batches = self._safety.batches(safety_steps)
-        reward_window = reward_backup(
+        reward_window = reward_windows(
             log.rewards, log.terminated, log.episode_last, config.discount, reward_steps
         )
         names = tuple(critics.parts())
@@ -235,15 +235,15 @@ def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
     return (*counts, steps - sum(counts))
 
 
-def reward_batch(log: LogTensors, window: RewardBackup, rows: Tensor) -> RewardBatch:
-    """Gather rows (batch,) of a log, with the targets of `window`."""
+def reward_batch(log: LogTensors, windows: RewardWindow, rows: Tensor) -> RewardBatch:
+    """Gather rows (batch,) of a log, with the targets of `windows`."""
+    window = rows_of(windows, rows)
     return RewardBatch(
         observations=log.observations[rows],
         actions=log.actions[rows],
         next_observations=log.next_observations[rows],
         rewards=log.rewards[rows],
         terminated=log.terminated[rows],
-        window_rewards=window.reward[rows],
-        window_slope=window.slope[rows],
-        window_observations=log.next_observations[window.last[rows]],
+        window=window,
+        window_observations=log.next_observations[window.last],
     )

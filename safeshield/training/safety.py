@@ -16,7 +16,7 @@ from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import LogTensors, safety_scale
 from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend, learning_rate
-from safeshield.values.backup import safety_backup
+from safeshield.values.backup import rows_of, safety_windows
 from safeshield.values.safety import SafetyBatch, SafetyCritics
 
 VALUES_END = 0.8
@@ -40,7 +40,7 @@ class SafetyLog:
             extra: (N,) one more constraint of each transition, in units of h.
         """
         log = self.log
-        window = safety_backup(
+        windows = safety_windows(
             log.constraints,
             log.next_constraints,
             log.terminated,
@@ -49,11 +49,9 @@ class SafetyLog:
             steps,
             extra,
         )
-        floor, offset, slope = window.floor, window.offset, window.slope
 
         def batch(rows: Tensor) -> SafetyBatch:
-            # Where the window ends, computed anew: kept, it would be as large as the three others.
-            last = torch.minimum(rows + steps - 1, log.episode_last[rows])
+            window = rows_of(windows, rows)
             return SafetyBatch(
                 observations=log.observations[rows],
                 actions=log.actions[rows],
@@ -61,11 +59,9 @@ class SafetyLog:
                 constraints=log.constraints[rows],
                 next_constraints=log.next_constraints[rows],
                 terminated=log.terminated[rows],
-                floor=floor[rows],
-                offset=offset[rows],
-                slope=slope[rows],
-                window_observations=log.next_observations[last],
-                window_constraints=log.next_constraints[last],
+                window=window,
+                window_observations=log.next_observations[window.last],
+                window_constraints=log.next_constraints[window.last],
                 extra=None if extra is None else extra[rows],
             )
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.values.backup import RewardWindow
 from safeshield.values.expectile import expectile_loss
 
 VALUE, ADVANTAGE = "reward_value", "reward_advantage"
@@ -38,9 +39,10 @@ class RewardBatch:
     next_observations: Tensor
     rewards: Tensor
     terminated: Tensor
-    window_rewards: Tensor
-    window_slope: Tensor
+    window: RewardWindow
+    """The many-step targets of V."""
     window_observations: Tensor
+    """(batch, obs) of the states in which the windows end."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class RewardCritics:
                 goal = here + sigma * low
             else:
                 end = self.possible(targets, batch.window_observations)
-                goal = batch.window_rewards + batch.window_slope * end
+                goal = batch.window.target(end)
             residual = y - here
             square = residual.square()
             if typical is None:

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 
 from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.values.backup import SafetyBackup, SafetyWindow
 from safeshield.values.expectile import expectile_loss
 from safeshield.values.units import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale
 
@@ -132,9 +133,7 @@ class SafetyCritics:
         with torch.no_grad():
             here = self.log_value(targets, batch.observations, batch.constraints)
             after = self.log_value(targets, batch.next_observations, batch.next_constraints)
-            reached = batch.next_constraints
-            later = torch.where(batch.terminated, reached, torch.maximum(reached, after))
-            y = (1.0 - self.discount) * reached + self.discount * later
+            step = SafetyBackup.one_step(batch.next_constraints, batch.terminated, self.discount)
             if one_step:
                 worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
                 goal = torch.maximum(here + self.scale.step_rms * worst, batch.constraints)
@@ -142,9 +141,9 @@ class SafetyCritics:
                     goal = torch.maximum(goal, batch.extra)
             else:
                 end = self.log_value(targets, batch.window_observations, batch.window_constraints)
-                goal = torch.maximum(batch.floor, batch.offset + batch.slope * end)
-            residual = (y - here) / self.scale.step_rms
-        # Both ends of a step: the state in which an episode ends is nobody's first end.
+                goal = batch.window.target(end)
+            residual = (step.target(after) - here) / self.scale.step_rms
+        # Both ends of each step, because terminal states occur only as s'.
         constraint = self.constraint(
             networks, torch.cat([batch.observations, batch.next_observations])
         )
@@ -176,10 +175,10 @@ class SafetyBatch:
     constraints: Tensor
     next_constraints: Tensor
     terminated: Tensor
-    floor: Tensor
-    offset: Tensor
-    slope: Tensor
+    window: SafetyWindow
+    """The many-step targets of V."""
     window_observations: Tensor
+    """(batch, obs) of the states in which the windows end."""
     window_constraints: Tensor
     extra: Tensor | None = None
     """One more constraint, of the transition itself, in units of h: part of the windows, and of

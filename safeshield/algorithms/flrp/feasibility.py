@@ -26,7 +26,7 @@ from safeshield.training.critics import reward_batch
 from safeshield.training.log import LogTensors, return_scale
 from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend
 from safeshield.training.safety import critic_rates
-from safeshield.values.backup import reward_backup
+from safeshield.values.backup import reward_windows
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.safety import SafetyCritics
 
@@ -165,7 +165,7 @@ class CostRun:
         """Return one update of the cost critics, with windows of this length in the targets."""
         log, config, names = self.log, self.config, self.critics.names
         paid = replace(log, rewards=-(log.next_constraints > 0).to(log.rewards.dtype))
-        window = reward_backup(
+        window = reward_windows(
             paid.rewards, log.terminated, log.episode_last, config.discount, steps
         )
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from safeshield.training.log import LogTensors
+from safeshield.values.backup import RewardWindow
 
 
 class Chunk(NamedTuple):
@@ -53,17 +54,6 @@ class Chunk(NamedTuple):
         return (flags & self.inside).any(1)
 
 
-class Window(NamedTuple):
-    """Up to n steps along the log from each of a batch of rows."""
-
-    total: Tensor
-    """(batch,) discounted sum."""
-    slope: Tensor
-    """(batch,) what the value at the end counts; 0 where it ended before."""
-    end: Tensor
-    """(batch,) the last transition."""
-
-
 def log_window(
     log: LogTensors,
     rows: Tensor,
@@ -72,10 +62,10 @@ def log_window(
     discount: float,
     fails: Tensor | None = None,
     worth: float = 0.0,
-) -> Window:
+) -> RewardWindow:
     """Sum up to `steps` discounted values along the log, from rows (batch,).
 
-    What `values.backup.reward_backup` computes for a whole log, for a batch, so that what ends a
+    What `values.backup.reward_windows` computes for a whole log, for a batch, so that what ends a
     window may change in training.
 
     Args:
@@ -100,7 +90,7 @@ def log_window(
     going[:, 1:] = (~stops[:, :-1]).cumprod(1).bool()
     powers = discount ** torch.arange(steps, device=rows.device)
     open_end = ~(stops & inside).any(1)
-    return Window(
+    return RewardWindow(
         (added * powers * (going & inside)).sum(1),
         open_end * discount ** inside.sum(1),
         at[:, -1],

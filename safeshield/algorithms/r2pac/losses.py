@@ -38,7 +38,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
-from safeshield.algorithms.r2pac.chunks import Chunk, Chunks, Window, log_window
+from safeshield.algorithms.r2pac.chunks import Chunk, Chunks, log_window
 from safeshield.algorithms.r2pac.config import R2PACConfig
 from safeshield.algorithms.r2pac.regions import (
     LEVEL,
@@ -69,7 +69,7 @@ from safeshield.training.loop import (
     learning_rate,
 )
 from safeshield.training.safety import SafetyLog, critic_rates, flow_update, stages
-from safeshield.values.backup import chunk_safety_target
+from safeshield.values.backup import RewardWindow, SafetyBackup
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS
 from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN
@@ -396,7 +396,7 @@ class R2PACRun:
         return Fitting(critics, batch, config.cost_expectile)
 
     def _batch(
-        self, chunk: Chunk, rewards: Tensor, terminated: Tensor, window: Window
+        self, chunk: Chunk, rewards: Tensor, terminated: Tensor, window: RewardWindow
     ) -> RewardBatch:
         return RewardBatch(
             observations=chunk.observations,
@@ -404,9 +404,8 @@ class R2PACRun:
             next_observations=self.log.next_observations[chunk.end],
             rewards=rewards,
             terminated=terminated,
-            window_rewards=window.total,
-            window_slope=window.slope,
-            window_observations=self.log.next_observations[window.end],
+            window=window,
+            window_observations=self.log.next_observations[window.last],
         )
 
     def _plan_loss(
@@ -418,14 +417,11 @@ class R2PACRun:
             start, end = chunk.rows[:, 0], chunk.end
             here = safety.log_value(targets, chunk.observations, log.constraints[start])
             after = safety.log_value(targets, log.next_observations[end], log.next_constraints[end])
-            goal = chunk_safety_target(
-                log.next_constraints[chunk.rows],
-                chunk.inside,
-                chunk.terminated,
-                after,
-                safety.discount,
+            # As Q_h does, it leaves out the state in which the chunk begins.
+            backup = SafetyBackup(
+                log.next_constraints[chunk.rows], chunk.inside, chunk.terminated, safety.discount
             )
-            residual = (goal - here) / safety.scale.step_rms
+            residual = (backup.target(after) - here) / safety.scale.step_rms
         advantage = plan_advantages(self.model.plan, networks, chunk.observations, chunk.actions)
         loss = (advantage - residual).square().mean(1).sum()
         return loss, {"safety/plan_loss": loss.detach()}
