@@ -54,7 +54,7 @@ from safeshield.online.replay import Replay
 from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_behaviour, as_safe_set
 from safeshield.online.second_stage import second_stage
 from safeshield.online.storage import read_agent, save_agent
-from safeshield.online.updates import SSQLModel, SSQLUpdates, units_of_returns
+from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour
 from safeshield.rollouts.copies import environment_id, environment_kwargs
@@ -63,7 +63,7 @@ from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.batches import Batch, take
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.log import run_identity
+from safeshield.training.log import returns_to_go, run_identity, scale_of_returns
 from safeshield.training.loop import (
     Draw,
     Metrics,
@@ -429,7 +429,8 @@ class SafeSupportQLearning:
         seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
         scaling = Scaling.of_rows(replay.column("observations"), seen, played)
         rewards, ends, terminated = (np.concatenate(part) for part in zip(*warm, strict=True))
-        units = units_of_returns(rewards, ends, terminated, self.config.discount, venv.num_envs)
+        returns = returns_to_go(rewards, ends, terminated, self.config.discount, venv.num_envs)
+        units = scale_of_returns(returns)
         self._model = self._describe(venv.observation_space, venv.action_space, scaling, units)
         self._state = self._model.initial(self._generator)
 
@@ -507,7 +508,8 @@ class SafeSupportQLearning:
         )  # fmt: skip
         check_playable(dataset.action_space)
         ends = dataset.terminated | dataset.truncated
-        units = units_of_returns(dataset.rewards, ends, dataset.terminated, self.config.discount, 1)
+        returns = returns_to_go(dataset.rewards, ends, dataset.terminated, self.config.discount)
+        units = scale_of_returns(returns)
         scaling = Scaling.of(dataset)
         model = self._describe(dataset.observation_space, dataset.action_space, scaling, units)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -199,32 +197,3 @@ class SSQLUpdates:
         if total is None:
             return {name: torch.full_like(count, self.rate)}
         return {name: learning_rate(self.rate, count, total)}
-
-
-def units_of_returns(
-    rewards: Array, ends: Array, terminated: Array, discount: float, columns: int
-) -> tuple[float, float]:
-    """Return mean and standard deviation of the discounted returns-to-go.
-
-    An episode that was cut off goes on with the mean reward for ever, as far as its size matters.
-
-    Args:
-        rewards: (N,), of `columns` environments in turn.
-        ends: (N,) where an episode ended.
-        terminated: (N,) where it ended for good.
-        discount: g.
-        columns: number of environments.
-
-    >>> units_of_returns(np.ones(4), np.zeros(4, bool), np.zeros(4, bool), 0.5, 1)
-    (2.0, 1e-06)
-    """
-    rest = float(rewards.mean()) / (1.0 - discount)
-    returns = np.empty(len(rewards))
-    value = np.full(columns, rest)
-    for start in range(len(rewards) - columns, -1, -columns):
-        part = slice(start, start + columns)
-        value = np.where(ends[part], np.where(terminated[part], 0.0, rest), value)
-        value = rewards[part] + discount * value
-        returns[part] = value
-    spread = float(returns.std())
-    return float(returns.mean()), spread if math.isfinite(spread) and spread > 1e-6 else 1e-6

@@ -16,7 +16,7 @@ from safeshield.nn.optim import adam_init, polyak
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
-from safeshield.training.log import LogTensors, return_scale
+from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
 from safeshield.training.loop import Draw, Metrics, Phase, TrainState, Update, descend
 from safeshield.training.safety import SafetyLog, critic_rates, safety_critics, stages
 from safeshield.values.backup import RewardWindow, reward_windows, rows_of
@@ -40,9 +40,10 @@ class Critics:
     def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
         """Read the units off a log."""
         widths = scaling.observation_features, scaling.action_features
+        scale = scale_of_returns(logged_returns(dataset, config.discount))
         return cls(
             safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount),
-            RewardCritics(*widths, config.critic_hidden, *return_scale(dataset, config.discount)),
+            RewardCritics(*widths, config.critic_hidden, *scale),
         )
 
     @classmethod

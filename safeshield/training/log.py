@@ -164,33 +164,58 @@ def safety_scale(dataset: OfflineDataset) -> SafetyScale:
 
 
 def returns_to_go(
-    dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
+    rewards: npt.NDArray[np.floating],
+    ends: npt.NDArray[np.bool_],
+    terminated: npt.NDArray[np.bool_],
+    discount: float,
+    columns: int = 1,
 ) -> npt.NDArray[np.float64]:
-    """Return the discounted sum of rewards from each step of a log on, (N,).
+    """Return the discounted sum of rewards from each step on, (N,).
 
-    An episode that was truncated is continued with the log's mean reward for ever. `rewards` (N,)
-    take the place of the log's own.
+    An episode that was cut off is continued with the mean reward for ever: that is rough, but only
+    the size of the returns matters.
+
+    Args:
+        rewards: (N,), of `columns` environments in turn.
+        ends: (N,) where an episode ended.
+        terminated: (N,) where it ended for good.
+        discount: g.
+        columns: number of environments.
+
+    >>> returns_to_go(np.ones(4), np.zeros(4, bool), np.zeros(4, bool), 0.5).tolist()
+    [2.0, 2.0, 2.0, 2.0]
     """
-    if rewards is None:
-        rewards = dataset.rewards.astype(np.float64)
     rest = float(rewards.mean()) / max(1.0 - discount, 1e-6)
-    returns = np.empty_like(rewards)
-    value = 0.0
-    ends = dataset.terminated | dataset.truncated
-    for t in range(len(rewards) - 1, -1, -1):
-        if ends[t]:
-            value = 0.0 if dataset.terminated[t] else rest
-        value = rewards[t] + discount * value
-        returns[t] = value
+    returns = np.empty(len(rewards))
+    for column in range(columns):
+        steps = slice(column, None, columns)
+        paid: list[float] = rewards[steps].astype(np.float64).tolist()
+        cut, gone = ends[steps].tolist(), terminated[steps].tolist()
+        value = rest
+        for t in range(len(paid) - 1, -1, -1):
+            if cut[t]:
+                value = 0.0 if gone[t] else rest
+            value = paid[t] + discount * value
+            paid[t] = value
+        returns[steps] = paid
     return returns
 
 
-def return_scale(
-    dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
-) -> tuple[float, float]:
-    """Return mean and standard deviation of `returns_to_go` over a log.
+def scale_of_returns(returns: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean and the standard deviation of returns (N,): the units of their critics.
 
-    Only the size matters here, so it does no harm that truncated episodes are continued roughly.
+    >>> scale_of_returns(np.full(4, 2.0))
+    (2.0, 1e-06)
     """
-    returns = returns_to_go(dataset, discount, rewards)
-    return float(returns.mean()), max(float(returns.std()), 1e-6)
+    spread = float(returns.std())
+    return float(returns.mean()), spread if math.isfinite(spread) and spread > 1e-6 else 1e-6
+
+
+def logged_returns(
+    dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return `returns_to_go` of a log, (N,). `rewards` (N,) take the place of the log's own."""
+    if rewards is None:
+        rewards = dataset.rewards.astype(np.float64)
+    ends = dataset.terminated | dataset.truncated
+    return returns_to_go(rewards, ends, dataset.terminated, discount)

@@ -23,7 +23,7 @@ from safeshield.nn.optim import adam_init, polyak
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig
 from safeshield.training.critics import reward_batch
-from safeshield.training.log import LogTensors, return_scale
+from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
 from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend
 from safeshield.training.safety import critic_rates
 from safeshield.values.backup import reward_windows
@@ -127,7 +127,8 @@ def cost_critics(
 ) -> RewardCritics:
     """Describe V_c and Q_c in the units of a log: critics of the return of minus the cost."""
     widths = scaling.observation_features, scaling.action_features
-    scale = return_scale(dataset, discount, -(dataset.next_constraints > 0).astype(np.float64))
+    paid = -(dataset.next_constraints > 0).astype(np.float64)
+    scale = scale_of_returns(logged_returns(dataset, discount, paid))
     return RewardCritics(*widths, hidden, *scale, names=COST_NETWORKS)
 
 

@@ -40,7 +40,7 @@ from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.critic_agent import CriticAgent
 from safeshield.training.critics import Critics
-from safeshield.training.log import LogTensors, check_boundary, return_scale, returns_to_go
+from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
 from safeshield.training.loop import TrainState
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
@@ -237,11 +237,11 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             )
         penalty = config.penalty
         if penalty is None:
-            penalty = -float(returns_to_go(dataset, config.discount).min())
+            penalty = -float(logged_returns(dataset, config.discount).min())
         costs = None
         if config.region != "safety":
             paid = -(dataset.next_constraints > -margin).astype(np.float64)
-            _, spread = return_scale(dataset, config.discount, paid)
+            _, spread = scale_of_returns(logged_returns(dataset, config.discount, paid))
             costs = self._costs(model, spread)
         return dataclasses.replace(
             model, costs=costs, penalty=penalty, longest=int(dataset.episode_lengths.max())
