@@ -16,7 +16,11 @@ MOVED = {
     "safeshield.algorithms.registry": ("safeshield.training.registry",),
     "safeshield.algorithms.safefql_updates": ("safeshield.algorithms.safefql",),
     "safeshield.algorithms.tensors": ("safeshield.training.log",),
-    "safeshield.algorithms.training": ("safeshield.training.loop",),
+    "safeshield.algorithms.training": (
+        "safeshield.training.loop",
+        "safeshield.training.state",
+        "safeshield.training.checkpoint",
+    ),
     "safeshield.batch_policy": ("safeshield.rollouts.policies",),
     "safeshield.calibration.policies": ("safeshield.calibration.proposers",),
     "safeshield.calibration.rollouts": ("safeshield.calibration.calibrate",),

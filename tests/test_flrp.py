@@ -34,8 +34,8 @@ from safeshield.nn.latent_forward import (
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import Draw, learning_rate
 from safeshield.training.registry import load_agent
+from safeshield.training.state import Draw, learning_rate
 
 TINY = FLRPConfig(
     critic_hidden=(8,),

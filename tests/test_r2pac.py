@@ -26,8 +26,8 @@ from safeshield.policies.proposals import Behaviour
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import Draw
 from safeshield.training.registry import load_agent
+from safeshield.training.state import Draw
 from safeshield.values.units import FALLBACK, PLAN
 
 TINY = R2PACConfig(

@@ -51,8 +51,8 @@ from safeshield.policies import ShieldCallback, ShieldedPolicy
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.record import CalibrationRecord, PolicyResult
 from safeshield.training import loop as training
-from safeshield.training.loop import TrainState, descend
 from safeshield.training.registry import load_agent
+from safeshield.training.state import TrainState, descend
 from safeshield.values.soft import induced_log_policy, soft_value, soft_value_iteration
 
 pytestmark = pytest.mark.filterwarnings(

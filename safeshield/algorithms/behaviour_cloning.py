@@ -25,7 +25,14 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent, continuous_actions
 from safeshield.training.critics import with_networks
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import Draw, Metrics, Phase, TrainState, descend, learning_rate
+from safeshield.training.state import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    descend,
+    learning_rate,
+)
 
 ACTOR = "actor"
 

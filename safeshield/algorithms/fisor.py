@@ -31,8 +31,8 @@ from safeshield.training.config import EulerConfig
 from safeshield.training.critic_agent import CriticAgent
 from safeshield.training.critics import Critics, CriticsRun, phase_steps, with_networks
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import Phase, TrainState
 from safeshield.training.safety import flow_update
+from safeshield.training.state import Phase, TrainState
 from safeshield.values.units import ADVANTAGE
 
 ACTOR = "actor"

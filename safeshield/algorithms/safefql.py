@@ -44,7 +44,8 @@ from safeshield.training.critics import (
     with_networks,
 )
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import (
+from safeshield.training.safety import flow_update
+from safeshield.training.state import (
     Draw,
     Metrics,
     Phase,
@@ -54,7 +55,6 @@ from safeshield.training.loop import (
     learning_rate,
     together,
 )
-from safeshield.training.safety import flow_update
 from safeshield.values.units import BEHAVIOUR, SAFETY_NETWORKS
 
 

@@ -52,19 +52,17 @@ from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.critics import CRITICS, phase_steps, with_networks
 from safeshield.training.log import LogTensors, check_boundary, run_identity, safety_scale
-from safeshield.training.loop import (
+from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.training.safety import SafetyLog, critic_rates, flow_update, safety_critics, stages
+from safeshield.training.state import (
     Draw,
     Metrics,
     Phase,
     TrainState,
     Update,
     descend,
-    device_of,
-    fit_options,
     learning_rate,
-    run_phases,
 )
-from safeshield.training.safety import SafetyLog, critic_rates, flow_update, safety_critics, stages
 from safeshield.training.support_term import SupportTerm, held_out_episodes
 from safeshield.values.safety import VALUE_NETWORKS, SafetyBatch, SafetyCritics
 from safeshield.values.units import BEHAVIOUR, FALLBACK, SAFETY_NETWORKS

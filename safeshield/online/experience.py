@@ -22,7 +22,7 @@ from safeshield.proposals.choices import choice_index
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour
 from safeshield.spaces.rows import SpaceCodec
-from safeshield.training.loop import Draw
+from safeshield.training.state import Draw
 
 Array = npt.NDArray[Any]
 _CHUNK = 4096

@@ -14,7 +14,7 @@ from safeshield.online.safe_sets import SafeRules, SafeSet
 from safeshield.online.updates import SSQLUpdates
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour, log_density
-from safeshield.training.loop import Phase, TrainState
+from safeshield.training.state import Phase, TrainState
 
 Array = npt.NDArray[Any]
 

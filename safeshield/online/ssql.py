@@ -64,15 +64,8 @@ from safeshield.spaces.batches import Batch, take
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import returns_to_go, run_identity, scale_of_returns
-from safeshield.training.loop import (
-    Draw,
-    Metrics,
-    Phase,
-    TrainState,
-    device_of,
-    fit_options,
-    run_phases,
-)
+from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.training.state import Draw, Metrics, Phase, TrainState
 
 Array = npt.NDArray[Any]
 _CHECK_EVERY = 500

@@ -19,7 +19,7 @@ from safeshield.online.updates import SSQLModel
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
-from safeshield.training.loop import TrainState
+from safeshield.training.state import TrainState
 
 FORMAT = "safeshield-ssql"
 _VERSION = 1

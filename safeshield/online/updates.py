@@ -31,7 +31,14 @@ from safeshield.online.replay import Replay
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.critics import with_networks
-from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend, learning_rate
+from safeshield.training.state import (
+    Draw,
+    Metrics,
+    TrainState,
+    Update,
+    descend,
+    learning_rate,
+)
 
 Array = npt.NDArray[Any]
 DRAWS = 4

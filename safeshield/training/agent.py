@@ -25,7 +25,8 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.training.log import LogTensors, run_identity
-from safeshield.training.loop import Phase, TrainState, device_of, fit_options, run_phases
+from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.training.state import Phase, TrainState
 
 _VERSION = 1
 Weights = dict[str, dict[str, npt.NDArray[np.float32]]]

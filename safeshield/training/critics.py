@@ -17,8 +17,15 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
-from safeshield.training.loop import Draw, Metrics, Phase, TrainState, Update, descend
 from safeshield.training.safety import SafetyLog, critic_rates, safety_critics, stages
+from safeshield.training.state import (
+    Draw,
+    Metrics,
+    Phase,
+    TrainState,
+    Update,
+    descend,
+)
 from safeshield.values.backup import RewardWindow, reward_windows, rows_of
 from safeshield.values.reward import VALUE as REWARD_VALUE
 from safeshield.values.reward import RewardBatch, RewardCritics

@@ -11,136 +11,24 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from safeshield.files.schema import whole
-from safeshield.files.tensors import read_tensors, write_tensors
-from safeshield.nn.mlp import Networks
-from safeshield.nn.optim import AdamState, adam
+from safeshield.training.checkpoint import load_checkpoint, save_checkpoint
 from safeshield.training.log import RunIdentity
+from safeshield.training.state import Draw, Phase, TrainState
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-Metrics = dict[str, Tensor]
 _SECONDS = 60.0
 """Between two checkpoints, at most."""
-
-
-class TrainState(NamedTuple):
-    """Everything that an update reads and writes."""
-
-    networks: Networks
-    """What is trained."""
-    targets: Networks
-    """Slow copies of some of them."""
-    moments: dict[str, AdamState]
-    """Adam's moments, by phase."""
-    scales: dict[str, Tensor]
-    """Statistics that go along: running ones, () each; what was read off the log, (N,)."""
-    boundary_rows: Tensor
-    """(M,) int64: the transitions nearest to the learned boundary, drawn more often."""
-
-
-class Draw(NamedTuple):
-    """What one update uses: all its randomness, drawn outside."""
-
-    rows: Tensor
-    """(batch,) int64 indices of transitions."""
-    noise: Tensor
-    """(batch, act) standard normal; (batch, latent) where a policy has a latent space."""
-    time: Tensor
-    """(batch, 1) uniform in [0, 1]."""
-
-
-Update = Callable[[TrainState, Draw], tuple[TrainState, Metrics]]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with one update."""
-
-    name: str
-    steps: int
-    update: Update
-    batch_size: int
-    near_share: float = 0.0
-    """Share of each batch that is drawn from `TrainState.boundary_rows`."""
-    refresh: Callable[[TrainState, torch.Generator], TrainState] | None = None
-    """Called every `refresh_every` steps: re-reads the log with the current networks."""
-    refresh_every: int = 250
-    report: Callable[[TrainState, Draw], Metrics] | None = None
-    """What to log besides, asked only when numbers are written down."""
-
-
-def together(*updates: Update) -> Update:
-    """Return one update that makes several in order, from the same draw."""
-
-    def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        metrics: Metrics = {}
-        for part in updates:
-            state, more = part(state, draw)
-            metrics |= more
-        return state, metrics
-
-    return update
-
-
-def learning_rate(base: float, count: Tensor, steps: int, end: float = 1.0) -> Tensor:
-    """Constant until half of ``end * steps``, then linearly down to a fiftieth at that point.
-
-    Args:
-        base: the rate at the start.
-        count: () updates made.
-        steps: updates in all.
-        end: share of them after which the rate stays at its lowest.
-    """
-    progress = count / (steps * end)
-    return base * torch.clamp(2.0 - 2.0 * progress, 0.02, 1.0)
-
-
-def descend(
-    state: TrainState,
-    phase: str,
-    names: tuple[str, ...],
-    loss: Callable[[Networks], tuple[Tensor, Metrics]],
-    rates: Mapping[str, Tensor],
-) -> tuple[TrainState, Metrics]:
-    """One Adam step on `loss` for the networks called `names`; everything else is held fixed.
-
-    Args:
-        state: what is known so far; not changed.
-        phase: whose moments to use.
-        names: networks to update.
-        loss: from all networks to a () loss and metrics.
-        rates: learning rate of each of them.
-    """
-    leaves = {
-        name: {key: tensor.detach().requires_grad_() for key, tensor in params.items()}
-        for name, params in state.networks.items()
-        if name in names
-    }
-    value, metrics = loss({**state.networks, **leaves})
-    flat = [tensor for params in leaves.values() for tensor in params.values()]
-    gradients = list(torch.autograd.grad(value, flat))
-    with torch.no_grad():
-        plain = {name: state.networks[name] for name in leaves}
-        steps = [rates[name] for name, params in plain.items() for _ in params]
-        updated, moments = adam(plain, gradients, state.moments[phase], steps)
-    return (
-        state._replace(
-            networks={**state.networks, **updated}, moments={**state.moments, phase: moments}
-        ),
-        metrics,
-    )
 
 
 @dataclass(frozen=True)
@@ -335,108 +223,3 @@ def _diverged(what: str, phase: str, step: int) -> FloatingPointError:
         "or constraints of extreme size in the log (rescale them), a learning_rate that is too "
         "high, or a weight, temperature or discount of the config that makes a loss huge"
     )
-
-
-def _flatten(state: TrainState) -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {"near": state.boundary_rows}
-    for group, networks in (("networks", state.networks), ("targets", state.targets)):
-        for name, params in networks.items():
-            flat |= {f"{group}/{name}/{key}": tensor for key, tensor in params.items()}
-    for phase, moments in state.moments.items():
-        flat[f"moments/{phase}/updates"] = moments.updates
-        for group, networks in (("mean", moments.mean), ("square", moments.square)):
-            for name, params in networks.items():
-                flat |= {f"moments/{phase}/{group}/{name}/{k}": t for k, t in params.items()}
-    flat |= {f"scales/{name}": value for name, value in state.scales.items()}
-    return flat
-
-
-def _unflatten(state: TrainState, flat: Mapping[str, Tensor]) -> TrainState:
-    def take(prefix: str, networks: Networks) -> Networks:
-        return {
-            name: {key: flat[f"{prefix}/{name}/{key}"] for key in params}
-            for name, params in networks.items()
-        }
-
-    return TrainState(
-        take("networks", state.networks),
-        take("targets", state.targets),
-        {
-            phase: AdamState(
-                take(f"moments/{phase}/mean", moments.mean),
-                take(f"moments/{phase}/square", moments.square),
-                flat[f"moments/{phase}/updates"],
-            )
-            for phase, moments in state.moments.items()
-        },
-        {name: flat[f"scales/{name}"] for name in state.scales},
-        flat["near"],
-    )
-
-
-def save_checkpoint(
-    path: Path,
-    state: TrainState,
-    done: int,
-    generator: torch.Generator,
-    identity: RunIdentity,
-    phase: str,
-) -> None:
-    """Write the whole state of a run, atomically."""
-    flat = {**_flatten(state), "generator": generator.get_state()}
-    header = {
-        "format": "safeshield-checkpoint",
-        "done": done,
-        "phase": phase,
-        "run": identity.to_json(),
-    }
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in flat.items()}
-    write_tensors(path, arrays, header)
-
-
-def load_checkpoint(
-    path: Path,
-    state: TrainState,
-    generator: torch.Generator,
-    identity: RunIdentity,
-    transitions: int,
-) -> tuple[TrainState, int]:
-    """Read a run's state back; returns it with the number of steps done.
-
-    Args:
-        path: what `save_checkpoint` wrote.
-        state: a state of the same networks; gives names and shapes.
-        generator: set to the state that it had then.
-        identity: of the run that the file must be of.
-        transitions: N, rows of the log.
-
-    Raises:
-        ValueError: the file is damaged, or is of another configuration, log or number of steps.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in _flatten(state).items()}
-    shapes["generator"] = tuple(generator.get_state().shape)
-    dtypes: dict[str, Any] = {"near": np.int64, "generator": np.uint8}
-    dtypes |= {f"scales/{name}": value.cpu().numpy().dtype for name, value in state.scales.items()}
-    file = read_tensors(path, "safeshield-checkpoint")
-    run = file.header.get("run")
-    if not isinstance(run, dict) or run.get("fingerprint") != identity.fingerprint:
-        difference = identity.difference(run)
-        told = "" if difference is None else f" (checkpoint's -> this run's: {difference})"
-        raise ValueError(
-            f"checkpoint {path} belongs to another configuration, log or number of steps{told}; "
-            "pass the same ones, or another checkpoint file"
-        )
-    done = file.header.get("done")
-    if type(done) is not int or done < 0:
-        raise ValueError(f"checkpoint {path} has no step count")
-    # The number of rows near the boundary is fixed only once the log has been read.
-    shapes["near"] = file.shape("near")
-    if len(shapes["near"]) != 1:
-        raise ValueError(f"checkpoint {path}: 'near' must have one axis, got {shapes['near']}")
-    arrays = file.load(shapes, dtypes)
-    if not ((arrays["near"] >= 0) & (arrays["near"] < transitions)).all():
-        raise ValueError(f"checkpoint {path}: 'near' points outside the log")
-    flat = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    generator.set_state(flat.pop("generator"))
-    moved = {name: tensor.to(generator.device) for name, tensor in flat.items()}
-    return _unflatten(state, moved), done

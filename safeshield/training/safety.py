@@ -15,7 +15,14 @@ from safeshield.nn.flow import flow_matching_loss
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import LogTensors, safety_scale
-from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend, learning_rate
+from safeshield.training.state import (
+    Draw,
+    Metrics,
+    TrainState,
+    Update,
+    descend,
+    learning_rate,
+)
 from safeshield.values.backup import rows_of, safety_windows
 from safeshield.values.safety import SafetyBatch, SafetyCritics
 

@@ -24,8 +24,14 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig
 from safeshield.training.critics import reward_batch
 from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
-from safeshield.training.loop import Draw, Metrics, TrainState, Update, descend
 from safeshield.training.safety import critic_rates
+from safeshield.training.state import (
+    Draw,
+    Metrics,
+    TrainState,
+    Update,
+    descend,
+)
 from safeshield.values.backup import reward_windows
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.safety import SafetyCritics

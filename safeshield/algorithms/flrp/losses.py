@@ -45,7 +45,7 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig
 from safeshield.training.critics import CRITICS, Critics, CriticsRun, phase_steps
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import (
+from safeshield.training.state import (
     Draw,
     Metrics,
     Phase,

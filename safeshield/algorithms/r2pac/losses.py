@@ -59,7 +59,8 @@ from safeshield.nn.optim import adam_init, polyak
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.critics import CRITICS, Critics, phase_steps, with_networks
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import (
+from safeshield.training.safety import SafetyLog, critic_rates, flow_update, stages
+from safeshield.training.state import (
     Draw,
     Metrics,
     Phase,
@@ -68,7 +69,6 @@ from safeshield.training.loop import (
     descend,
     learning_rate,
 )
-from safeshield.training.safety import SafetyLog, critic_rates, flow_update, stages
 from safeshield.values.backup import RewardWindow, SafetyBackup
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS

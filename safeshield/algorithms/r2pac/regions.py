@@ -30,7 +30,7 @@ from torch import Tensor
 from safeshield.nn.forward import Weights, forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import TrainState
+from safeshield.training.state import TrainState
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 from safeshield.values.units import CONSTRAINT, EXCESS, PLAN
