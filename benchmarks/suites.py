@@ -40,10 +40,10 @@ from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourC
 from safeshield.algorithms.fisor import FISOR, FISORConfig
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
 from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
+from safeshield.algorithms.registry import load_agent
 from safeshield.evaluation import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
 from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
-from safeshield.training.registry import load_agent
 
 FOLDER = RESULTS / "suites"
 UPDATES = {

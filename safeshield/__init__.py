@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     raise explained(error) from error
 
 if TYPE_CHECKING:
+    from safeshield.algorithms.registry import load_agent
     from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
     from safeshield.algorithms.shield_trainer import ShieldConfig, ShieldTrainer
     from safeshield.calibration.walk import CalibrationError
@@ -52,6 +53,7 @@ _HOMES = {
     "Shield": "safeshield.shield.shield",
     "UncalibratedShieldWarning": "safeshield.shield.shield",
     "collect": "safeshield.data.collect",
+    "load_agent": "safeshield.algorithms.registry",
 }
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "ShieldedPolicy",
     "UncalibratedShieldWarning",
     "collect",
+    "load_agent",
 ]
 __version__ = "0.1.0"
 

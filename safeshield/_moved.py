@@ -13,7 +13,6 @@ from types import ModuleType
 
 MOVED = {
     "safeshield.algorithms.r2pac_updates": ("safeshield.algorithms.r2pac.losses",),
-    "safeshield.algorithms.registry": ("safeshield.training.registry",),
     "safeshield.algorithms.safefql_updates": ("safeshield.algorithms.safefql",),
     "safeshield.algorithms.tensors": ("safeshield.training.log",),
     "safeshield.algorithms.training": (

@@ -19,6 +19,7 @@ from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
 from safeshield.algorithms.flrp.losses import FLRPRun, GenerativeLoss, RefinerLoss
 from safeshield.algorithms.flrp.shift import BaseShift, base_shift
+from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
 from safeshield.nn.coupling import CouplingFlow
 from safeshield.nn.coupling_forward import CouplingForward
@@ -34,7 +35,6 @@ from safeshield.nn.latent_forward import (
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init
 from safeshield.training.log import LogTensors
-from safeshield.training.registry import load_agent
 from safeshield.training.state import Draw, learning_rate
 
 TINY = FLRPConfig(

@@ -17,6 +17,7 @@ from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig, with_chunks
 from safeshield.algorithms.r2pac.losses import ACTOR, region_of
 from safeshield.algorithms.r2pac.regions import CostRegion, horizon_level
+from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.chunk_actors import ChunkActor
@@ -26,7 +27,6 @@ from safeshield.policies.proposals import Behaviour
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
 from safeshield.training.log import LogTensors
-from safeshield.training.registry import load_agent
 from safeshield.training.state import Draw
 from safeshield.values.units import FALLBACK, PLAN
 

@@ -19,13 +19,13 @@ from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourC
 from safeshield.algorithms.fisor import FISORConfig
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
 from safeshield.algorithms.r2pac.agent import R2PACConfig
+from safeshield.algorithms.registry import load_agent
 from safeshield.algorithms.safefql import SafeFQLConfig
 from safeshield.algorithms.shield_trainer import ShieldConfig
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.training.log import LogTensors
 from safeshield.training.loop import device_of
-from safeshield.training.registry import load_agent
 from safeshield.values.backup import reward_windows, safety_windows
 
 CONFIGS = (

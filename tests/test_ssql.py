@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tables import table_shield
 
 from safeshield import SafeSupportPolicy, SafeSupportQLearning, SafetyShield, Shield, SSQLConfig
+from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
 from safeshield.data import collect
 from safeshield.files.tensors import read_tensors
@@ -51,7 +52,6 @@ from safeshield.policies import ShieldCallback, ShieldedPolicy
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.record import CalibrationRecord, PolicyResult
 from safeshield.training import loop as training
-from safeshield.training.registry import load_agent
 from safeshield.training.state import TrainState, descend
 from safeshield.values.soft import induced_log_policy, soft_value, soft_value_iteration
 

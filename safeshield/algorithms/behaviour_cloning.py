@@ -25,6 +25,7 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent, continuous_actions
 from safeshield.training.critics import with_networks
 from safeshield.training.log import LogTensors
+from safeshield.training.registry import register
 from safeshield.training.state import (
     Draw,
     Metrics,
@@ -74,6 +75,7 @@ class _Architecture:
         return {}
 
 
+@register("bc")
 class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, _Architecture]):
     """Imitate the episodes of a log.
 

@@ -31,6 +31,7 @@ from safeshield.training.config import EulerConfig
 from safeshield.training.critic_agent import CriticAgent
 from safeshield.training.critics import Critics, CriticsRun, phase_steps, with_networks
 from safeshield.training.log import LogTensors
+from safeshield.training.registry import register
 from safeshield.training.safety import flow_update
 from safeshield.training.state import Phase, TrainState
 from safeshield.values.units import ADVANTAGE
@@ -74,6 +75,7 @@ class _Architecture:
         return self.critics.header()
 
 
+@register("fisor")
 class FISOR(CriticAgent[FISORConfig, _Architecture]):
     """Imitate good actions where it is safe and safe ones where it is not; act by the safest of N.
 

@@ -44,6 +44,7 @@ from safeshield.training.critics import (
     with_networks,
 )
 from safeshield.training.log import LogTensors
+from safeshield.training.registry import register
 from safeshield.training.safety import flow_update
 from safeshield.training.state import (
     Draw,
@@ -271,6 +272,7 @@ class SafeFQLRun:
         )
 
 
+@register("safefql")
 class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
     """Offline safe actor and safety critics from one log.
 

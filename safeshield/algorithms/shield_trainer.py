@@ -53,6 +53,7 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.critics import CRITICS, phase_steps, with_networks
 from safeshield.training.log import LogTensors, check_boundary, run_identity, safety_scale
 from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.training.registry import register
 from safeshield.training.safety import SafetyLog, critic_rates, flow_update, safety_critics, stages
 from safeshield.training.state import (
     Draw,
@@ -116,6 +117,7 @@ class ShieldConfig(Settings):
     from them, the critics do."""
 
 
+@register("shield")
 class ShieldTrainer:
     """Learn a shield from a log, for an agent that one has already, or is about to train.
 
@@ -135,6 +137,8 @@ class ShieldTrainer:
     >>> action.shape
     (2,)
     """
+
+    config_type = ShieldConfig
 
     def __init__(
         self, config: ShieldConfig | None = None, *, device: str | torch.device = "auto"
@@ -219,6 +223,10 @@ class ShieldTrainer:
         if self._shield is None:
             raise RuntimeError("nothing has been trained yet: call fit()")
         return self._shield
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the learned shield, uncalibrated, to a file that `Shield.load` reads."""
+        self.shield().save(path)
 
     def calibrate(self, env: Env | VectorEnv, **arguments: Any) -> Shield:  # noqa: ANN401
         """Return the learned shield, calibrated: `Shield.calibrate` says how."""

@@ -287,12 +287,12 @@ def train(
         _check_output(checkpoint, None)
     import torch
 
+    from safeshield.algorithms.registry import ALGORITHMS
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.training.registry import ALGORITHMS
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
-    kind = ALGORITHMS[algorithm.value]
+    kind = ALGORITHMS[algorithm.value].kind
     if preset is None:
         named = {}
     elif preset in getattr(kind.config_type, "presets", {}):
@@ -707,8 +707,8 @@ def _shield(path: Path) -> Shield:
 
         return Shield.load(path)
     if kind == AGENT:
+        from safeshield.algorithms.registry import load_agent
         from safeshield.shield.shield import HasShield
-        from safeshield.training.registry import load_agent
 
         agent = load_agent(path)
         if isinstance(agent, HasShield):
@@ -736,7 +736,7 @@ def _policy(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
         return Helmsmen()
     path = Path(name)
     if path.suffix == ".safetensors":
-        from safeshield.training.registry import load_agent
+        from safeshield.algorithms.registry import load_agent
 
         return load_agent(path)
     if path.suffix == ".zip":

@@ -122,13 +122,23 @@ def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
         file = read_tensors(path)
     except ValueError as error:
         raise ValueError(f"{path} is no file of safeshield's, or is damaged: {error}") from error
-    known = FORMATS.get(file.header["format"])
+    known = _known_format(file.header["format"])
     if known is None:
         raise ValueError(
             f"{path} is a {file.header['format']!r:.60}, which this release does not know; a newer "
             "one may"
         )
     return known[0], file
+
+
+def _known_format(form: str) -> tuple[str, str] | None:
+    """Return what a format holds and what reads it; a shield's is known without PyTorch."""
+    import safeshield.shield.file
+
+    if form not in FORMATS:
+        import safeshield.algorithms.registry  # noqa: F401 - registers every format
+
+    return FORMATS.get(form)
 
 
 def _describe_shield(path: Path) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def _describe_checkpoint(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_agent(path: Path) -> dict[str, Any]:
-    from safeshield.training.registry import load_agent
+    from safeshield.algorithms.registry import load_agent
 
     agent = load_agent(path)
     return {

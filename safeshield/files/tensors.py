@@ -30,17 +30,9 @@ _MAX_HEADER = 4 << 20
 _MAX_DIMENSIONS = 8
 _KEY = "safeshield"
 AGENT, SHIELD, CHECKPOINT = "agent", "shield", "checkpoint"
-FORMATS = {
-    "safeshield-safefql": (AGENT, "SafeFQL.load"),
-    "safeshield-flrp": (AGENT, "FLRP.load"),
-    "safeshield-r2pac": (AGENT, "R2PAC.load"),
-    "safeshield-fisor": (AGENT, "FISOR.load"),
-    "safeshield-behaviour-cloning": (AGENT, "BehaviourCloning.load"),
-    "safeshield-ssql": (AGENT, "SafeSupportQLearning.load"),
-    "safeshield-shield": (SHIELD, "Shield.load"),
-    "safeshield-checkpoint": (CHECKPOINT, "fit(checkpoint=...), which goes on from it,"),
-}
-"""Every kind of file by the format in its header: what it holds, and what reads it."""
+FORMATS: dict[str, tuple[str, str]] = {}
+"""Every kind of file that this process can read, by the format in its header: what it holds, and
+what reads it."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("f4"),
     "I64": np.dtype("i8"),
@@ -181,10 +173,32 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
     return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
 
 
+def register_format(name: str, holds: str, reader: str) -> None:
+    """Enter a format in `FORMATS`; whoever defines one calls this.
+
+    Args:
+        name: what the header's "format" says.
+        holds: AGENT, SHIELD or CHECKPOINT.
+        reader: what reads it, as `Shield.load`.
+
+    Raises:
+        ValueError: another reader has the name.
+    """
+    if FORMATS.setdefault(name, (holds, reader)) != (holds, reader):
+        raise ValueError(
+            f"the file format '{name}' is read by {FORMATS[name][1]}; choose another file_format"
+        )
+
+
 def read_by(kind: object) -> str:
-    """Return what reads a file of this format, as the end of an error; "" where nothing does."""
+    """Return what reads a file of this format, as the end of an error."""
     known = FORMATS.get(str(kind))
-    return "" if known is None else f"; {known[1]} reads it"
+    if known is not None:
+        return f"; {known[1]} reads it"
+    return (
+        "; nothing that has been imported reads it: import the module that defines it (this "
+        "package's are in safeshield.algorithms), or pass it as --plugin FILE.py"
+    )
 
 
 def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_behaviour, as_safe_set
 from safeshield.online.second_stage import second_stage
-from safeshield.online.storage import read_agent, save_agent
+from safeshield.online.storage import FORMAT, read_agent, save_agent
 from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour
@@ -65,6 +65,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import returns_to_go, run_identity, scale_of_returns
 from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.training.registry import register
 from safeshield.training.state import Draw, Metrics, Phase, TrainState
 
 Array = npt.NDArray[Any]
@@ -72,6 +73,7 @@ _CHECK_EVERY = 500
 """Updates between two looks at whether the numbers are finite, and lines in TensorBoard."""
 
 
+@register("ssql", offline=False)
 class SafeSupportQLearning:
     """Learn a better policy from, and inside the support of, a behaviour that keeps to a safe set.
 
@@ -117,6 +119,9 @@ class SafeSupportQLearning:
     >>> int(agent.predict(14, deterministic=True)[0])  # beside the goal: right
     2
     """
+
+    config_type = SSQLConfig
+    file_format = FORMAT
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safeshield.files.schema import finite_number
-from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.files.tensors import SHIELD, read_tensors, register_format, write_tensors
 from safeshield.nn.forward import Weights, mlp_shapes
 from safeshield.nn.latent_forward import LatentSpec
 from safeshield.nn.plan_forward import PlanSpec
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound=Shield)
 
 FORMAT = "safeshield-shield"
+register_format(FORMAT, SHIELD, "Shield.load")
 VERSION = 1
 _MAX_WIDTH, _MAX_LAYERS, _MAX_CANDIDATES = 16_384, 32, 4096
 _MAX_WEIGHTS = 1 << 28

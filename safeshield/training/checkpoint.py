@@ -10,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.files.tensors import CHECKPOINT, read_tensors, register_format, write_tensors
 from safeshield.nn.mlp import Networks
 from safeshield.nn.optim import AdamState
 from safeshield.training.log import RunIdentity
 from safeshield.training.state import TrainState
+
+_FORMAT = "safeshield-checkpoint"
+register_format(_FORMAT, CHECKPOINT, "fit(checkpoint=...), which goes on from it,")
 
 
 def flatten(state: TrainState) -> dict[str, Tensor]:
@@ -68,7 +71,7 @@ def save_checkpoint(
     """Write the whole state of a run, atomically."""
     flat = {**flatten(state), "generator": generator.get_state()}
     header = {
-        "format": "safeshield-checkpoint",
+        "format": _FORMAT,
         "done": done,
         "phase": phase,
         "run": identity.to_json(),
@@ -100,7 +103,7 @@ def load_checkpoint(
     shapes["generator"] = tuple(generator.get_state().shape)
     dtypes: dict[str, Any] = {"near": np.int64, "generator": np.uint8}
     dtypes |= {f"scales/{name}": value.cpu().numpy().dtype for name, value in state.scales.items()}
-    file = read_tensors(path, "safeshield-checkpoint")
+    file = read_tensors(path, _FORMAT)
     run = file.header.get("run")
     if not isinstance(run, dict) or run.get("fingerprint") != identity.fingerprint:
         difference = identity.difference(run)

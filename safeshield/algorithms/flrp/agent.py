@@ -38,12 +38,14 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.critic_agent import CriticAgent
 from safeshield.training.critics import Critics
 from safeshield.training.log import LogTensors
+from safeshield.training.registry import register
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.units import SAFETY_NETWORKS
 
 _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
 
 
+@register("flrp")
 class FLRP(CriticAgent[FLRPConfig, Architecture]):
     """A policy that refines the noise of a safety-shaped generative model of the log.
 

@@ -41,11 +41,13 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.critic_agent import CriticAgent
 from safeshield.training.critics import Critics
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
+from safeshield.training.registry import register
 from safeshield.training.state import TrainState
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
 
 
+@register("r2pac")
 class R2PAC(CriticAgent[R2PACConfig, Architecture]):
     """A planner of action chunks that stays out of the region from which costs follow.
 
