@@ -47,7 +47,6 @@ from safeshield.online.losses import (
     reverse_loss_box,
     reverse_loss_choices,
 )
-from safeshield.online.offers import offer
 from safeshield.policies import ShieldCallback, ShieldedPolicy
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.record import CalibrationRecord, PolicyResult
@@ -667,9 +666,8 @@ def test_a_behaviour_outside_is_counted_told_and_never_executed() -> None:
     falls = np.zeros((16, 4))
     falls[:, 2] = 1.0  # right, always: into the hole beside cell 5
     always = Tabular(falls, env.observation_space, env.action_space)
-    got = offer(
-        always, rules(env), rules(env).actions, np.array([5, 0]), 1, np.random.default_rng(0)
-    )
+    mu = SafeBehaviour(always, rules(env), rules(env).actions)
+    got = mu.propose(np.array([5, 0]), 1, np.random.default_rng(0))
     assert got.outside.tolist() == [True, False]
     assert got.mass_outside.tolist() == [1.0, 0.0]
     assert dry(5, int(got.executed[0, 0]))

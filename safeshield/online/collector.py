@@ -12,16 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
-from safeshield.online.entry import readable_batch
-from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Step
-from safeshield.online.safe_sets import SafeSet
-from safeshield.proposals.sources import Behaviour, log_density
+from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
+from safeshield.proposals.sources import log_density
+from safeshield.rollouts.infos import EXECUTED, LABELS, PROPOSED, TERMINAL_OBSERVATION, TIME_LIMIT
 from safeshield.spaces.batches import Batch, copied, finite, take
 from safeshield.spaces.rows import SpaceCodec
 
 Array = npt.NDArray[Any]
-_VIOLATIONS = ("constraint", "cost")
 
 
 class OutsideSafeSetWarning(UserWarning):
@@ -59,8 +57,8 @@ class Tally:
     """Whether any info carried "constraint" or "cost": without one no violation can be seen."""
 
 
-Choose = Callable[[Batch, Offer, np.random.Generator], Array]
-"""From observations and an offer to the actions (n, act) to execute, all among what is offered."""
+Choose = Callable[[Batch, SafeProposals, np.random.Generator], Array]
+"""From observations and proposals to the actions (n, act) to execute, which are among these."""
 
 
 class Collector:
@@ -68,10 +66,8 @@ class Collector:
 
     Args:
         venv: of Stable-Baselines3.
-        seen: rows of observations.
-        played: rows of actions.
-        behaviour: who proposes.
-        safe_set: what may be executed; None: whatever is proposed.
+        codec: rows of observations.
+        mu: the behaviour, restricted to the safe set; it may be exchanged between two steps.
         samples: draws of mu in each state of a Box.
         rng: of all draws.
     """
@@ -79,35 +75,30 @@ class Collector:
     def __init__(
         self,
         venv: VecEnv,
-        seen: SpaceCodec,
-        played: SpaceCodec,
-        behaviour: Behaviour,
-        safe_set: SafeSet | None,
+        codec: SpaceCodec,
+        mu: SafeBehaviour,
         samples: int,
         rng: np.random.Generator,
     ) -> None:
-        self.venv, self._seen, self._played = venv, seen, played
-        self.behaviour, self.safe_set = behaviour, safe_set
-        self._samples, self._rng = samples, rng
+        self.venv, self.mu = venv, mu
+        self._codec, self._samples, self._rng = codec, samples, rng
         self.tally = Tally()
         self._violated = np.zeros(venv.num_envs, dtype=np.bool_)
         self._observations: Batch = None
-        self._offer: Offer | None = None
+        self._proposals: SafeProposals | None = None
         self._warned = self._warned_replaced = False
 
     def reset(self) -> None:
         """Begin new episodes."""
         self._observations = copied(self.venv.reset())
         self._violated[:] = False
-        self._offer = self.ask(self._observations)
+        self._proposals = self._propose(self._observations)
 
-    def ask(self, observations: Batch, rng: np.random.Generator | None = None) -> Offer:
-        """Return what the behaviour offers in n states, inside the safe set."""
-        rng = self._rng if rng is None else rng
-        return offer(self.behaviour, self.safe_set, self._played, observations, self._samples, rng)
+    def _propose(self, observations: Batch) -> SafeProposals:
+        return self.mu.propose(observations, self._samples, self._rng)
 
     def propose(self, observation: Batch, rng: np.random.Generator) -> Array:
-        """Return mu's own draws, cut down to the safe set: what nothing learned would do.
+        """Return mu's own draws, restricted to the safe set: what acts before anything is learned.
 
         Args:
             observation: one, or a batch.
@@ -116,18 +107,19 @@ class Collector:
         Raises:
             ValueError: another shape, or NaN.
         """
-        points, single = readable_batch(self._seen, observation)
-        actions = self._played.unflatten(self.ask(points, rng).executed)
+        points, single = readable_batch(self._codec, observation)
+        executed = self.mu.propose(points, self._samples, rng).executed
+        actions = self.mu.codec.unflatten(executed)
         return np.asarray(actions[0]) if single else actions
 
     def check_density(self) -> None:
         """Raise ValueError where the behaviour's density is none, before steps are spent on it."""
-        here = self._offer
-        if here is None or self._played.discrete:  # of choices it is read in every state
+        behaviour = self.mu.behaviour
+        if self._proposals is None or self.mu.codec.discrete:  # of choices it is always read
             return
         seen = finite(self._observations)
-        drawn = self.behaviour.draw(seen, self._samples, self._rng)
-        told = log_density(self.behaviour, seen, np.asarray(drawn, np.float32))
+        drawn = behaviour.draw(seen, self._samples, self._rng)
+        told = log_density(behaviour, seen, np.asarray(drawn, np.float32))
         if told is not None and np.isneginf(told).all():
             raise ValueError(
                 "the behaviour's log_prob says of all of its own draws that it never makes them "
@@ -149,52 +141,45 @@ class Collector:
                 environment was given is not what was sent.
             NoSafeActionError: rules admit nothing in a state.
         """
-        here, before = self._offer, self._observations
+        here, before, codec = self._proposals, self._observations, self.mu.codec
         if here is None:
             raise RuntimeError("reset() the collector first")
         executed = here.executed if choose is None else choose(before, here, self._rng)
         self._count_proposals(here)
-        points = self._played.unflatten(executed)
-        if isinstance(self._played.space, gym.spaces.Box):
-            box = self._played.space
-            points = np.clip(points.astype(box.dtype), box.low, box.high)
+        points = codec.unflatten(executed)
+        if isinstance(codec.space, gym.spaces.Box):
+            points = np.clip(points.astype(codec.space.dtype), codec.space.low, codec.space.high)
         returned, rewards, dones, infos = self.venv.step(points)
         if not np.isfinite(rewards).all():
             raise ValueError(f"the environment returned a reward that is not finite: {rewards}")
         executed = self._told(executed, points, infos)
-        truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        truncated = np.array([bool(info.get(TIME_LIMIT, False)) for info in infos])
         terminated = dones & ~truncated
-        reached = np.array(self._seen.flatten(returned, "observation")[0], np.float32)
+        reached = self._rows(returned)
         for i in np.flatnonzero(dones):
-            reached[i] = self._seen.flatten(infos[i]["terminal_observation"], "observation")[0][0]
+            reached[i] = self._rows(infos[i][TERMINAL_OBSERVATION])[0]
         self._observations = copied(returned)
-        self._offer = self.ask(self._observations)
-        after = self._offered_after(reached, dones, terminated)
-        self._count_outcomes(dones, infos)
-        rows = np.array(self._seen.flatten(before, "observation")[0], np.float32)
-        step = Step(rows, here, executed, rewards, reached, after, terminated)
-        return self._readable(step), dones, infos
-
-    def _offered_after(self, reached: Array, dones: Array, terminated: Array) -> Offer:
-        """Return the offer in the states reached: where an episode was cut off, in its last one."""
-        after = self._offer
-        if after is None:
-            raise RuntimeError("reset() the collector first")
+        self._proposals = after = self._propose(self._observations)
+        # Nothing is asked about a terminal state; what stands there is never read. Where an episode
+        # was cut off, its last state is asked about.
         cut = np.flatnonzero(dones & ~terminated)
-        if not len(cut):
-            # Nothing is asked about a terminal state; what stands there is never read.
-            return after
-        last = self.ask(self._seen.batch(reached[cut]))
-        parts = [np.array(part) for part in after]
-        for part, more in zip(parts, last, strict=True):
-            part[cut] = more
-        return Offer(*parts)
+        if len(cut):
+            after = after.replaced(cut, self._propose(self._codec.batch(reached[cut])))
+        self._count_outcomes(dones, infos)
+        rows = self._rows(before)
+        step = Step.of(rows, here, executed, rewards, reached, after, terminated)
+        good = np.isfinite(rows).all(1) & np.isfinite(reached).all(1)
+        self.tally.unreadable += int((~good).sum())
+        return (step if good.all() else step.take(np.flatnonzero(good))), dones, infos
+
+    def _rows(self, observations: Batch) -> Array:
+        return np.array(self._codec.flatten(observations, "observation")[0], np.float32)
 
     def _told(self, executed: Array, sent: Array, infos: list[dict[str, Any]]) -> Array:
         """Return what ran, where a shield around the environment tells."""
         rows = np.array(executed)
         for i, info in enumerate(infos):
-            told, given = info.get("action_executed"), info.get("action_proposed")
+            told, given = info.get(EXECUTED), info.get(PROPOSED)
             if told is None:
                 continue
             if given is not None and not _alike(given, sent[i]):
@@ -221,17 +206,12 @@ class Collector:
             stacklevel=5,
         )
 
-    def _readable(self, step: Step) -> Step:
-        good = np.isfinite(step.observations).all(1) & np.isfinite(step.next_observations).all(1)
-        self.tally.unreadable += int((~good).sum())
-        return step if good.all() else step.take(np.flatnonzero(good))
-
-    def _count_proposals(self, here: Offer) -> None:
+    def _count_proposals(self, here: SafeProposals) -> None:
         tally = self.tally
         tally.steps += len(here.executed)
-        tally.nothing_admitted += int(here.lost.sum())
-        outside = (here.mass_outside > 0) & ~here.lost
-        tally.proposed_outside += int((here.outside & ~here.lost).sum())
+        tally.nothing_admitted += int(here.no_safe_action.sum())
+        outside = (here.mass_outside > 0) & ~here.no_safe_action
+        tally.proposed_outside += int((here.outside & ~here.no_safe_action).sum())
         tally.support_outside += int(outside.sum())
         if outside.any() and not self._warned:
             self._warned = True
@@ -248,7 +228,7 @@ class Collector:
     def _count_outcomes(self, dones: Array, infos: list[dict[str, Any]]) -> None:
         tally = self.tally
         for i, info in enumerate(infos):
-            reports = [_number(info, key) for key in _VIOLATIONS if key in info]
+            reports = [_number(info, key) for key in LABELS if key in info]
             tally.labelled = tally.labelled or bool(reports)
             # Written so that NaN counts.
             if any(not report <= 0.0 for report in reports):
@@ -269,3 +249,17 @@ def _number(info: dict[str, Any], key: str) -> float:
     if value.dtype.kind not in "fiub" or value.size != 1:
         raise ValueError(f"info[{key!r}] must be one number, got {info[key]!r:.60}")
     return float(value.item())
+
+
+def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
+    """Return a batch of observations, and whether it was one.
+
+    Raises:
+        ValueError: another shape, none at all, or NaN.
+    """
+    rows, single = codec.flatten(observation, "observation")
+    if not len(rows):
+        raise ValueError("observation must hold at least one, got an empty batch")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}")
+    return codec.batch(rows), single

@@ -1,8 +1,9 @@
-"""Logs as experience: transitions with what a behaviour offers there, and a log's own clone."""
+"""Logs as experience: transitions with what a behaviour proposes there; and a log's own clone."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,12 @@ from safeshield.nn.mlp import Params
 from safeshield.online.collector import OutsideSafeSetWarning
 from safeshield.online.config import SSQLConfig
 from safeshield.online.losses import CLONE
-from safeshield.online.offers import Offer, offer
 from safeshield.online.replay import Replay, Step
-from safeshield.online.safe_sets import LoggedRules, MaskedUniform, SafeRules, SafeSet
+from safeshield.online.safe_proposals import MaskedUniform, SafeBehaviour, SafeProposals
+from safeshield.online.safe_sets import LoggedRules, SafeRules
 from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.choices import choice_index
 from safeshield.proposals.cloned import ClonedBehaviour
-from safeshield.proposals.sources import Behaviour
-from safeshield.spaces.rows import SpaceCodec
 from safeshield.training.state import Draw
 
 Array = npt.NDArray[Any]
@@ -29,13 +28,9 @@ _CHUNK = 4096
 
 
 def replay_of_log(
-    dataset: OfflineDataset,
-    behaviour: Behaviour,
-    safe_set: SafeSet | None,
-    samples: int,
-    rng: np.random.Generator,
+    dataset: OfflineDataset, mu: SafeBehaviour, samples: int, rng: np.random.Generator
 ) -> Replay:
-    """Return the transitions of a log, with the behaviour's offers in both of their states.
+    """Return the transitions of a log, with the behaviour's proposals in both of their states.
 
     Rules admit nothing in a state that is lost: transitions from there, and into there unless they
     terminate, are left out, with a warning.
@@ -43,27 +38,26 @@ def replay_of_log(
     Raises:
         ValueError: none are left.
     """
-    seen, played = dataset.flat_observations, dataset.flat_actions
-    asked = LoggedRules(safe_set) if isinstance(safe_set, SafeRules) else safe_set
-    if isinstance(behaviour, MaskedUniform):
-        behaviour = behaviour.of_a_log()
+    seen, rules = dataset.flat_observations, isinstance(mu.safe_set, SafeRules)
+    if isinstance(mu.safe_set, SafeRules):
+        mu = replace(mu, safe_set=LoggedRules(mu.safe_set))
+    if isinstance(mu.behaviour, MaskedUniform):
+        mu = replace(mu, behaviour=mu.behaviour.of_a_log())
 
-    def offers(rows: Array) -> Offer:
+    def proposals(rows: Array) -> SafeProposals:
         parts = [
-            offer(behaviour, asked, played, seen.batch(rows[i : i + _CHUNK]), samples, rng)
+            mu.propose(seen.batch(rows[i : i + _CHUNK]), samples, rng)
             for i in range(0, len(rows), _CHUNK)
         ]
-        return Offer(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return SafeProposals(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    here = offers(dataset.observations)
+    here = proposals(dataset.observations)
     # The state after a step is where the next one starts; an episode's last is asked about where it
     # was cut off. Nothing is asked about a terminal state, and what stands there is never read.
-    following = np.minimum(np.arange(len(dataset)) + 1, len(dataset) - 1)
-    after = Offer(*(np.array(part[following]) for part in here))
+    after = here.take(np.minimum(np.arange(len(dataset)) + 1, len(dataset) - 1))
     cut = np.flatnonzero(dataset.truncated & ~dataset.terminated)
     if len(cut):
-        for part, last in zip(after, offers(dataset.next_observations[cut]), strict=True):
-            part[cut] = last
+        after = after.replaced(cut, proposals(dataset.next_observations[cut]))
     if here.mass_outside.any():
         warnings.warn(
             f"{here.mass_outside.mean():.1%} of what the behaviour offers in the log's states lies "
@@ -72,8 +66,8 @@ def replay_of_log(
             stacklevel=3,
         )
     kept = np.ones(len(dataset), dtype=np.bool_)
-    if asked is not safe_set:
-        kept = ~here.lost & (dataset.terminated | ~after.lost)
+    if rules:
+        kept = ~here.no_safe_action & (dataset.terminated | ~after.no_safe_action)
     if not kept.all():
         if not kept.any():
             raise ValueError("the rules admit no action in any state of the log")
@@ -83,24 +77,23 @@ def replay_of_log(
             OutsideSafeSetWarning,
             stacklevel=3,
         )
-    return _filled(dataset, played, here, after, kept)
+    return _filled(dataset, here, after, kept)
 
 
 def clone_of_log(
     dataset: OfflineDataset, model: SSQLModel, config: SSQLConfig, device: torch.device
 ) -> tuple[ClonedBehaviour, Params]:
     """Return the log's own behaviour, by maximum likelihood of its actions; and the weights."""
-    played, count = dataset.flat_actions, len(dataset)
-    if played.discrete:
-        candidates = np.zeros((count, 0, played.width), np.float32)
-        log_mu = np.full((count, len(played.choices)), -np.inf, np.float32)
-        taken = choice_index(played, dataset.actions[:, None])[:, 0]
-        log_mu[np.arange(count), taken] = 0.0
-    else:
-        candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
+    codec, count = dataset.flat_actions, len(dataset)
+    candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
+    if codec.discrete:
+        taken = choice_index(codec, candidates)
+        log_mu = np.full((count, len(codec.choices)), -np.inf, np.float32)
+        np.put_along_axis(log_mu, taken, 0.0, axis=1)
+        candidates = candidates[:, :0]
     no = np.zeros(count, np.bool_)
-    own = Offer(candidates, log_mu, dataset.actions, no, np.zeros(count), no)
-    replay = _filled(dataset, played, own, own, np.ones(count, dtype=np.bool_))
+    own = SafeProposals(candidates, log_mu, dataset.actions, no, np.zeros(count), no)
+    replay = _filled(dataset, own, own, ~no)
     total = max(config.extraction_steps, 1)
     updates = SSQLUpdates(
         model, replay, config.temperature, config.discount, config.learning_rate, config.polyak
@@ -114,14 +107,13 @@ def clone_of_log(
     if not torch.isfinite(metrics["clone/cross_entropy"]):
         raise FloatingPointError("cloning the log diverged: lower learning_rate")
     params = state.networks[CLONE]
-    seen = dataset.flat_observations
-    return ClonedBehaviour(seen, played, model.scaling, model.actor, params), params
+    return model.policy(params), params
 
 
 def _filled(
-    dataset: OfflineDataset, played: SpaceCodec, here: Offer, after: Offer, kept: Array
+    dataset: OfflineDataset, here: SafeProposals, after: SafeProposals, kept: Array
 ) -> Replay:
-    step = Step(
+    step = Step.of(
         dataset.observations,
         here,
         dataset.actions,
@@ -130,6 +122,6 @@ def _filled(
         after,
         dataset.terminated,
     )
-    replay = Replay(int(kept.sum()), played)
+    replay = Replay(int(kept.sum()), dataset.flat_actions)
     replay.add(step if kept.all() else step.take(np.flatnonzero(kept)))
     return replay

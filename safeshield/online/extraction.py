@@ -1,4 +1,4 @@
-"""The induced policy: what a behaviour offers, weighed by exp(Q / a)."""
+"""Stage two: the induced policy, and which updates fit the parametric policy to it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy.typing as npt
 import torch
 
 from safeshield.nn.mlp import Params
-from safeshield.online.losses import Support
-from safeshield.online.offers import Offer, offer
+from safeshield.online.config import SSQLConfig
+from safeshield.online.losses import ACTOR, CLONE, Support
 from safeshield.online.replay import support_of
-from safeshield.online.safe_sets import SafeSet
-from safeshield.online.updates import SSQLModel
-from safeshield.proposals.sources import Behaviour
+from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
+from safeshield.online.safe_sets import SafeRules
+from safeshield.online.updates import SSQLModel, SSQLUpdates
+from safeshield.proposals.sources import log_density
 from safeshield.spaces.batches import Batch
+from safeshield.training.state import Phase, TrainState
 from safeshield.values.soft import induced_log_policy, soft_value
 
 Array = npt.NDArray[Any]
@@ -24,39 +26,32 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class InducedPolicy:
-    """pi* = mu exp(Q / a) / Z for the weights of critics that one passes.
+    """pi* = mu exp(Q / a) / Z for weights of the critics that are passed.
 
-    Whatever it does is among what mu offers, inside the safe set.
+    Whatever it does is among what mu proposes, inside the safe set.
     """
 
     model: SSQLModel
-    behaviour: Behaviour
-    safe_set: SafeSet | None
+    mu: SafeBehaviour
     temperature: float
     device: torch.device
-
-    def offered(self, observations: Batch, samples: int, rng: np.random.Generator) -> Offer:
-        """Return what mu offers in n states."""
-        return offer(
-            self.behaviour, self.safe_set, self.model.action_codec, observations, samples, rng
-        )
 
     @torch.no_grad()
     def weigh(
         self,
         params: Params,
         observations: Batch,
-        here: Offer,
+        here: SafeProposals,
         rng: np.random.Generator,
         *,
         deterministic: bool = False,
     ) -> tuple[Array, Array]:
-        """Return one of the offered actions (n, act) in each state, and log pi*/mu of it (n,).
+        """Return one of the proposed actions (n, act) in each state, and log pi*/mu of it (n,).
 
         Args:
             params: of the critics.
             observations: n of them.
-            here: what mu offers there.
+            here: what mu proposes there.
             rng: of the draw.
             deterministic: the likeliest instead of a draw.
         """
@@ -77,20 +72,71 @@ class InducedPolicy:
         self, params: Params, observations: Batch, samples: int, rng: np.random.Generator
     ) -> Array:
         """Return V(s) (n,)."""
-        support = self._support(observations, self.offered(observations, samples, rng))
+        support = self._support(observations, self.mu.propose(observations, samples, rng))
         q = self.model.critics.offered(params, support)
         value: Array = soft_value(q, self.temperature, support.log_mu).double().cpu().numpy()
         return value
 
-    def _support(self, observations: Batch, here: Offer) -> Support:
-        rows = np.array(
-            self.model.observation_codec.flatten(observations, "observation")[0], np.float32
-        )
+    def _support(self, observations: Batch, here: SafeProposals) -> Support:
+        model = self.model
+        rows = model.observation_codec.flatten(observations, "observation")[0].astype(np.float32)
         return support_of(
-            rows,
-            here.candidates,
-            here.log_mu,
-            self.model.scaling,
-            self.model.action_codec,
-            self.device,
+            rows, here.candidates, here.log_mu, model.scaling, model.action_codec, self.device
         )
+
+
+def second_stage(
+    updates: SSQLUpdates, mu: SafeBehaviour, config: SSQLConfig, *, cloned: bool
+) -> list[Phase]:
+    """Return the phases, in order; none where `extraction_steps` is 0.
+
+    Discrete actions: one, of either direction. A Box: forward is one; reverse begins with a clone
+    of mu, from which the actor sets out, inside the support, and whose density takes the place of
+    mu's where mu has none.
+
+    Args:
+        updates: closed over what was experienced.
+        mu: the behaviour, restricted to the safe set.
+        config: settings.
+        cloned: the clone is there already.
+    """
+    model, total, size = updates.model, config.extraction_steps, config.batch_size
+    if not total:
+        return []
+    # Rules would be asked about every draw of every update, in Python; mu's own draws are judged.
+    costly = isinstance(mu.safe_set, SafeRules) and not model.actor.choices
+    known = _has_density(updates, mu)
+    reverse = config.extraction == "reverse" or (
+        config.extraction == "auto" and known and not costly
+    )
+    if not reverse:
+        return [Phase("actor", total, updates.forward(total), size)]
+    if model.actor.choices:
+        return [Phase("actor", total, updates.reverse_choices(total), size)]
+    first = 0 if cloned else max(1, total // 3)
+    rest = max(1, total - first)
+
+    def begin(state: TrainState, _: torch.Generator) -> TrainState:
+        return state._replace(networks={**state.networks, ACTOR: state.networks[CLONE]})
+
+    def log_mu(state: TrainState, rows: Array, actions: Array) -> Array:
+        seen = model.observation_codec.batch(rows)
+        likely = log_density(mu.behaviour, seen, actions)
+        if likely is None:
+            likely = model.policy(state.networks[CLONE]).log_prob(seen, actions)
+        return mu.masked(seen, actions, likely)
+
+    # Begun once, in its first step: a run that goes on from a checkpoint must not begin again.
+    actor = Phase(
+        "actor", rest, updates.reverse_box(rest, log_mu), size, refresh=begin, refresh_every=rest
+    )
+    return [Phase("clone", first, updates.clone(first), size), actor] if first else [actor]
+
+
+def _has_density(updates: SSQLUpdates, mu: SafeBehaviour) -> bool:
+    """Whether mu tells one: asked about an action that may be done, in a state that was met."""
+    codec = updates.model.action_codec
+    middle = (0.5 * (codec.low + codec.high)).astype(np.float32)[None]
+    tried = codec.choices if codec.discrete else middle
+    some = updates.model.observation_codec.batch(updates.replay.column("observations")[:1])
+    return log_density(mu.behaviour, some, tried[None]) is not None

@@ -33,7 +33,7 @@ _FLOOR = 10.0
 
 
 class Support(NamedTuple):
-    """What mu offers in n states (see `offers.Offer`), on the device."""
+    """What mu proposes in n states (see `SafeProposals`), on the device."""
 
     observations: Tensor
     """(n, features)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -15,10 +16,9 @@ from safeshield.calibration.walk import CalibrationError
 from safeshield.nn.mlp import Params
 from safeshield.online.collector import Choose, Collector
 from safeshield.online.config import SSQLConfig
-from safeshield.online.entry import check_spaces
 from safeshield.online.extraction import InducedPolicy
-from safeshield.online.offers import Offer
-from safeshield.online.safe_sets import SafeSet, ShieldSet
+from safeshield.online.safe_proposals import SafeProposals
+from safeshield.online.safe_sets import SafeSet, ShieldSet, check_spaces
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.nested import refuse_shielded
 from safeshield.shield.record import CalibrationRecord
@@ -33,7 +33,7 @@ class RefreshRefusedWarning(UserWarning):
 
 
 class Refresher:
-    """Mixtures of mu and of the induced policy at the last refresh; both are what mu offers.
+    """Mixtures of mu and of the induced policy at the last refresh; both do what mu proposes.
 
     Args:
         config: settings.
@@ -55,7 +55,7 @@ class Refresher:
     ) -> None:
         self._config, self._env = config, calibration_env
         self.choose: Choose | None = None
-        """What is executed of what mu offers; None: mu's own draw."""
+        """What is executed of what mu proposes; None: mu's own draw."""
         self.spent = 0
         """Episodes of the budget that tests have used."""
         if not config.recalibration_episodes:
@@ -93,11 +93,11 @@ class Refresher:
         """
         share = self._config.refresh_share
 
-        def choose(observations: Batch, here: Offer, rng: np.random.Generator) -> Array:
+        def choose(observations: Batch, here: SafeProposals, rng: np.random.Generator) -> Array:
             chosen, _ = induced.weigh(params, observations, here, rng)
             return np.where(rng.random((len(chosen), 1)) < share, chosen, here.executed)
 
-        safe = induced.safe_set
+        safe = induced.mu.safe_set
         if not self._config.recalibration_episodes or not isinstance(safe, ShieldSet):
             self.choose = choose
             return
@@ -110,7 +110,7 @@ class Refresher:
                 stacklevel=4,
             )
             return
-        self.choose, collector.safe_set = choose, ShieldSet(tested)
+        self.choose, collector.mu = choose, replace(induced.mu, safe_set=ShieldSet(tested))
 
     def _tested(self, shield: Shield, induced: InducedPolicy, choose: Choose, step: int) -> Shield:
         """Return the shield with a record of the new collector.
@@ -129,7 +129,7 @@ class Refresher:
 
         @batch_policy
         def refreshed(observations: Batch, rng: np.random.Generator) -> Array:
-            here = induced.offered(observations, self._config.samples, rng)
+            here = induced.mu.propose(observations, self._config.samples, rng)
             return shield.points(choose(observations, here, rng))
 
         return shield.calibrate(

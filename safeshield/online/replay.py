@@ -1,4 +1,4 @@
-"""What has been experienced, with what the behaviour offered there: a ring of transitions."""
+"""What has been experienced, with what the behaviour proposed there: a ring of transitions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safeshield.online.losses import Support, Transitions
-from safeshield.online.offers import Offer
+from safeshield.online.safe_proposals import SafeProposals
 from safeshield.proposals.choices import choice_index
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
@@ -19,42 +19,66 @@ Array = npt.NDArray[Any]
 
 
 class Step(NamedTuple):
-    """One step of n environments, as rows; `after` offers nothing where an episode terminated."""
+    """One step of n environments: one row for each."""
 
     observations: Array
     """(n, obs)."""
-    here: Offer
+    candidates: Array
+    """`SafeProposals` in the states before."""
+    log_mu: Array
     actions: Array
     """(n, act) executed."""
     rewards: Array
     """(n,)."""
     next_observations: Array
     """(n, obs)."""
-    after: Offer
+    next_candidates: Array
+    """`SafeProposals` in the states after; without meaning where an episode has terminated."""
+    next_log_mu: Array
     terminated: npt.NDArray[np.bool_]
     """(n,)."""
 
+    @classmethod
+    def of(
+        cls,
+        observations: Array,
+        here: SafeProposals,
+        actions: Array,
+        rewards: Array,
+        next_observations: Array,
+        after: SafeProposals,
+        terminated: npt.NDArray[np.bool_],
+    ) -> Step:
+        """Return a step with what was proposed in the states before and after it."""
+        return cls(
+            observations,
+            here.candidates,
+            here.log_mu,
+            actions,
+            rewards,
+            next_observations,
+            after.candidates,
+            after.log_mu,
+            terminated,
+        )
+
     def take(self, rows: Array) -> Step:
         """Return some of the rows."""
-        here, after = (Offer(*(part[rows] for part in one)) for one in (self.here, self.after))
-        return Step(
-            self.observations[rows], here, self.actions[rows], self.rewards[rows],
-            self.next_observations[rows], after, self.terminated[rows],
-        )  # fmt: skip
+        return Step(*(part[rows] for part in self))
 
 
 class Replay:
     """A ring of transitions in NumPy; memory is taken once, when the first step is added.
 
     Args:
-        capacity: transitions that are kept; the oldest give way.
-        played: rows of actions.
+        capacity: transitions that are kept; the oldest are overwritten.
+        codec: rows of actions.
     """
 
-    def __init__(self, capacity: int, played: SpaceCodec) -> None:
+    def __init__(self, capacity: int, codec: SpaceCodec) -> None:
         self._capacity = capacity
-        self._played = played
-        self._arrays: dict[str, Array] = {}
+        self._codec = codec
+        self._ring: Step | None = None
         self._next = 0
         self.added = 0
 
@@ -64,54 +88,48 @@ class Replay:
     def add(self, step: Step) -> None:
         """Append n transitions."""
         actions = step.actions.astype(np.float32)
-        if self._played.discrete:
-            actions = choice_index(self._played, actions[:, None])[:, 0].astype(np.int64)
-        new: dict[str, Array] = {
-            "observations": step.observations.astype(np.float32),
-            "actions": actions,
-            "rewards": step.rewards.astype(np.float32),
-            "terminated": step.terminated,
-            "next_observations": step.next_observations.astype(np.float32),
-            "candidates": step.here.candidates,
-            "log_mu": step.here.log_mu,
-            "next_candidates": step.after.candidates,
-            "next_log_mu": step.after.log_mu,
-        }
-        if not self._arrays:
-            for name, array in new.items():
-                self._arrays[name] = np.zeros((self._capacity, *array.shape[1:]), array.dtype)
-        rows = (self._next + np.arange(len(actions))) % self._capacity
-        for name, array in new.items():
-            self._arrays[name][rows] = array
+        if self._codec.discrete:
+            actions = choice_index(self._codec, actions[:, None])[:, 0].astype(np.int64)
+        step = step._replace(
+            observations=step.observations.astype(np.float32),
+            actions=actions,
+            rewards=step.rewards.astype(np.float32),
+            next_observations=step.next_observations.astype(np.float32),
+        )
+        if self._ring is None:
+            self._ring = Step(
+                *(np.zeros((self._capacity, *part.shape[1:]), part.dtype) for part in step)
+            )
+        rows = (self._next + np.arange(len(step.rewards))) % self._capacity
+        for ring, part in zip(self._ring, step, strict=True):
+            ring[rows] = part
         self._next = int(rows[-1] + 1) % self._capacity
-        self.added += len(actions)
+        self.added += len(rows)
+
+    def _filled(self) -> Step:
+        if self._ring is None:
+            raise RuntimeError("nothing has been added to the replay yet")
+        return self._ring
 
     def column(self, name: str) -> Array:
-        """Return one array as far as it is filled."""
-        return self._arrays[name][: len(self)]
+        """Return one field of `Step` as far as it is filled."""
+        column: Array = getattr(self._filled(), name)[: len(self)]
+        return column
 
     def transitions(self, rows: Array, scaling: Scaling, device: torch.device) -> Transitions:
         """Return a batch on a device, in the networks' units."""
-
-        def move(array: Array) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        def support(prefix: str) -> Support:
-            rows, candidates, log_mu = (
-                take[prefix + name] for name in ("observations", "candidates", "log_mu")
-            )
-            return support_of(rows, candidates, log_mu, scaling, self._played, device)
-
-        take = {name: array[rows] for name, array in self._arrays.items()}
-        actions = take["actions"]
-        if not self._played.discrete:
-            actions = scaling.actions(actions)
+        step, codec = self._filled().take(rows), self._codec
+        actions = step.actions if codec.discrete else scaling.actions(step.actions)
+        here = support_of(step.observations, step.candidates, step.log_mu, scaling, codec, device)
+        after = support_of(
+            step.next_observations, step.next_candidates, step.next_log_mu, scaling, codec, device
+        )
         return Transitions(
-            support(""),
-            move(actions),
-            move(take["rewards"]),
-            move(take["terminated"]),
-            support("next_"),
+            here,
+            _moved(actions, device),
+            _moved(step.rewards, device),
+            _moved(step.terminated, device),
+            after,
         )
 
 
@@ -120,22 +138,26 @@ def support_of(
     candidates: Array,
     log_mu: Array,
     scaling: Scaling,
-    played: SpaceCodec,
+    codec: SpaceCodec,
     device: torch.device,
 ) -> Support:
-    """Return what an offer holds on a device, in the networks' units.
+    """Return what is proposed, on a device and in the networks' units.
 
     Args:
         rows: (n, obs) observations.
-        candidates: of the `Offer`.
+        candidates: of the `SafeProposals`.
         log_mu: likewise.
         scaling: units.
-        played: rows of actions.
+        codec: rows of actions.
         device: where to.
     """
-    if not played.discrete:
+    if not codec.discrete:
         each = candidates.shape[1]
         log_mu = np.full((len(candidates), each), -np.log(each), np.float32)
         candidates = scaling.actions(candidates)
     parts = (scaling.observations(rows), candidates, log_mu)
-    return Support(*(torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in parts))
+    return Support(*(_moved(part, device) for part in parts))
+
+
+def _moved(array: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.proposals.choices import draw_choices
-from safeshield.proposals.sources import Behaviour, UserPolicy
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import Batch, batch_length, copied, readable, repeated, take
+from safeshield.spaces.batches import Batch, copied, readable, take
 from safeshield.spaces.rows import SpaceCodec, flat_actions
 
 Array = npt.NDArray[Any]
@@ -42,6 +39,16 @@ class SafeSet(Protocol):
         """Return what runs in place of actions (n, act), and whether it is admitted (n,)."""
         ...
 
+    def check_fits(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        environment: str = "",
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise ValueError where the set is for other spaces; see `Shield.check_fits`."""
+        ...
+
 
 class ShieldSet:
     """What a shield accepts: Q_h <= -delta, and what its support test admits."""
@@ -49,6 +56,16 @@ class ShieldSet:
     def __init__(self, shield: Shield) -> None:
         self.shield = shield
         self.actions = shield.model.action_codec
+
+    def check_fits(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        environment: str = "",
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Ask the shield, which also warns where its record is of another environment."""
+        self.shield.check_fits(observation_space, action_space, environment, kwargs)
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Ask the shield."""
@@ -147,6 +164,20 @@ class SafeRules:
             )
         return nearest, admitted
 
+    def check_fits(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        environment: str = "",
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise ValueError where the rules are for other actions."""
+        if self.actions.space != action_space:
+            raise ValueError(
+                f"the rules are for {self.actions.space}, the environment's actions are "
+                f"{action_space}"
+            )
+
     def refuse_unreadable(self, observations: Batch) -> None:
         """Raise NoSafeActionError where an observation is not finite."""
         good = readable(observations)
@@ -190,7 +221,8 @@ class LoggedRules:
     """
 
     def __init__(self, rules: SafeRules) -> None:
-        self.actions, self.admits, self.replace = rules.actions, rules.admits, rules.nearest
+        self.actions, self.check_fits = rules.actions, rules.check_fits
+        self.admits, self.replace = rules.admits, rules.nearest
 
 
 def _truth(answer: object, what: str) -> bool:
@@ -224,88 +256,11 @@ def as_safe_set(
     return safe if isinstance(safe, SafeRules) else ShieldSet(as_shield(safe))
 
 
-class MaskedUniform:
-    """Uniform over what rules, or a shield, admit.
-
-    Discrete: over the admitted choices. A Box: by rejection from the uniform one.
-
-    Args:
-        safe: a `SafeRules`, or a shield, a path to its file or an agent that has one.
-        rounds: how often a Box is tried before giving up; 2^k actions a state in round k.
-    """
-
-    def __init__(
-        self, safe: SafeRules | LoggedRules | Shield | HasShield | str, rounds: int = 8
-    ) -> None:
-        self.safe_set: SafeRules | LoggedRules | ShieldSet = (
-            safe if isinstance(safe, SafeRules | LoggedRules) else ShieldSet(as_shield(safe))
-        )
-        self._codec = self.safe_set.actions
-        self._rounds = rounds
-
-    def of_a_log(self) -> MaskedUniform:
-        """Return the same that rules do not stop: for states of a log, in which nothing runs."""
-        own = self.safe_set
-        return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
-
-    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return admitted actions; where none is found, what the safe set puts in their place."""
-        if self._codec.discrete:
-            count = batch_length(observations)
-            every = np.broadcast_to(self._codec.choices, (count, *self._codec.choices.shape))
-            return draw_choices(self._codec, self.log_prob(observations, every), each, rng)
-        return self._rejected(repeated(observations, each), rng).reshape(
-            -1, each, self._codec.width
-        )
-
-    def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return 0 (a Box) or minus the log of their number where admitted."""
-        inside = self.safe_set.admits(observations, candidates)
-        if not self._codec.discrete:
-            return np.where(inside, 0.0, -np.inf)
-        every = np.broadcast_to(self._codec.choices, (len(candidates), *self._codec.choices.shape))
-        number = self.safe_set.admits(observations, every).sum(axis=1, keepdims=True)
-        log_prob = np.where(inside, -np.log(np.maximum(number, 1)), -np.inf)
-        lost = np.flatnonzero(number == 0)
-        if len(lost):
-            # As the safe set has it: a shield's least bad action stands alone.
-            first = np.repeat(self._codec.choices[:1], len(lost), axis=0)
-            instead, _ = self.safe_set.replace(take(observations, lost), first)
-            same = (candidates[lost] == instead[:, None]).all(axis=-1)
-            log_prob[lost] = np.where(same, 0.0, -np.inf)
-        return log_prob
-
-    def _rejected(self, observations: Batch, rng: np.random.Generator) -> Array:
-        low, high = self._codec.low, self._codec.high
-        chosen = rng.uniform(low, high, (batch_length(observations), len(low))).astype(np.float32)
-        left = np.flatnonzero(~self.safe_set.admits(observations, chosen[:, None])[:, 0])
-        for k in range(1, self._rounds):
-            if not len(left):
-                return chosen
-            drawn = rng.uniform(low, high, (len(left), 2**k, len(low))).astype(np.float32)
-            inside = self.safe_set.admits(take(observations, left), drawn)
-            found = inside.any(axis=1)
-            chosen[left[found]] = drawn[found, inside[found].argmax(axis=1)]
-            left = left[~found]
-        if len(left):
-            chosen[left], _ = self.safe_set.replace(take(observations, left), chosen[left])
-        return chosen
-
-
-def as_behaviour(behaviour: object, action_space: gym.Space[Any]) -> Behaviour:
-    """Return a behaviour from one, from rules (uniform inside), or from any policy.
-
-    Raises:
-        TypeError: none of them.
-    """
-    if isinstance(behaviour, SafeRules):
-        return MaskedUniform(behaviour)
-    if not inspect.isclass(behaviour) and callable(getattr(behaviour, "draw", None)):
-        return cast(Behaviour, behaviour)
-    try:
-        return UserPolicy(behaviour, action_space)
-    except TypeError as error:
-        raise TypeError(
-            "behaviour must be a Behaviour (Tabular, MaskedUniform, FlowTeacher, ...), SafeRules, "
-            f"or a policy: {error}"
-        ) from error
+def check_spaces(
+    given: object, whose: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+) -> None:
+    """Raise ValueError where what is given is for other spaces, as far as it tells."""
+    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+        own = getattr(given, name, None)
+        if isinstance(own, gym.Space) and own != space:
+            raise ValueError(f"{whose} {name} is {own}, the environment's {space}")

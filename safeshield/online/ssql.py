@@ -18,7 +18,6 @@ import dataclasses
 import os
 import warnings
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,36 +25,27 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from tqdm.auto import tqdm
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import whole
 from safeshield.nn.mixture import MixtureActor
 from safeshield.nn.optim import adam_init
-from safeshield.online.collector import Collector, Tally, UnguardedWarning
+from safeshield.online.collector import Collector, Tally, UnguardedWarning, readable_batch
 from safeshield.online.config import SSQLConfig
-from safeshield.online.entry import (
-    as_callback,
-    as_venv,
-    check_playable,
-    check_spaces,
-    readable_batch,
-    refuse_normalised,
-)
 from safeshield.online.experience import clone_of_log, replay_of_log
-from safeshield.online.extraction import InducedPolicy
+from safeshield.online.extraction import InducedPolicy, second_stage
 from safeshield.online.losses import ACTOR, CLONE, CRITIC, SoftCritics
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
-from safeshield.online.safe_sets import SafeRules, SafeSet, ShieldSet, as_behaviour, as_safe_set
-from safeshield.online.second_stage import second_stage
+from safeshield.online.safe_proposals import SafeBehaviour, as_behaviour
+from safeshield.online.safe_sets import SafeRules, SafeSet, as_safe_set, check_spaces
 from safeshield.online.storage import FORMAT, read_agent, save_agent
 from safeshield.online.updates import SSQLModel, SSQLUpdates
-from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.proposals.sources import Behaviour
 from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.nested import shielding_layer
@@ -172,12 +162,13 @@ class SafeSupportQLearning:
     def _meet(self, venv: VecEnv) -> None:
         flat_actions(venv.action_space)
         flat_observations(venv.observation_space)
-        self._check_safe_set(
-            venv.observation_space,
-            venv.action_space,
-            environment_id(venv),
-            environment_kwargs(venv),
-        )
+        if self.safe_set is not None:
+            self.safe_set.check_fits(
+                venv.observation_space,
+                venv.action_space,
+                environment_id(venv),
+                environment_kwargs(venv),
+            )
         check_playable(venv.action_space)
         refuse_normalised(venv)
         self._behaviour = as_behaviour(self._given, venv.action_space)
@@ -189,22 +180,6 @@ class SafeSupportQLearning:
                 "behaviour itself never leaves the safe set, this may be ignored",
                 UnguardedWarning,
                 stacklevel=3,
-            )
-
-    def _check_safe_set(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        environment: str = "",
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Raise ValueError where it is for other spaces."""
-        if isinstance(self.safe_set, ShieldSet):
-            self.safe_set.shield.check_fits(observation_space, action_space, environment, kwargs)
-        elif self.safe_set is not None and self.safe_set.actions.space != action_space:
-            raise ValueError(
-                f"the rules are for {self.safe_set.actions.space}, the environment's actions are "
-                f"{action_space}"
             )
 
     def _warming(self) -> bool:
@@ -353,14 +328,12 @@ class SafeSupportQLearning:
                 f"got {total}: nothing would be learned"
             )
         if self._collector is None:
-            seen, played = (
-                flat_observations(venv.observation_space),
-                flat_actions(venv.action_space),
-            )
+            codec = flat_actions(venv.action_space)
+            mu = SafeBehaviour(behaviour, self.safe_set, codec)
             self._collector = Collector(
-                venv, seen, played, behaviour, self.safe_set, self.config.samples, self._rng
+                venv, flat_observations(venv.observation_space), mu, self.config.samples, self._rng
             )
-            self._replay = Replay(self.config.buffer_size, played)
+            self._replay = Replay(self.config.buffer_size, codec)
             # Once: a second call goes on with episodes that the first one has not seen.
             venv.seed(self.config.seed)
         self._collector.reset()
@@ -414,7 +387,7 @@ class SafeSupportQLearning:
                 refreshed = self.num_timesteps
                 params = self._fitted()[1].targets[CRITIC]
                 self._refresher.refresh(self._induced(), params, collector, self.num_timesteps)
-                self.safe_set = collector.safe_set
+                self.safe_set = collector.mu.safe_set
             if collector.tally.episodes - logged >= log_interval:
                 logged = collector.tally.episodes
                 self._record(metrics, returns)
@@ -521,7 +494,8 @@ class SafeSupportQLearning:
             state = state._replace(networks={**state.networks, CLONE: params, ACTOR: params})
             given = cloned
         mu = self._behaviour = as_behaviour(given, dataset.action_space)
-        replay = replay_of_log(dataset, mu, self.safe_set, self.config.samples, self._rng)
+        safe_mu = SafeBehaviour(mu, self.safe_set, model.action_codec)
+        replay = replay_of_log(dataset, safe_mu, self.config.samples, self._rng)
         phases = [
             Phase(
                 "critics",
@@ -547,9 +521,8 @@ class SafeSupportQLearning:
     # -- stage two --------------------------------------------------------------------------------
 
     def _second_stage(self, model: SSQLModel, replay: Replay) -> list[Phase]:
-        behaviour = cast(Behaviour, self._behaviour)
-        updates = self._updates(model, replay)
-        return second_stage(updates, behaviour, self.safe_set, self.config, cloned=self._cloned)
+        mu = SafeBehaviour(cast(Behaviour, self._behaviour), self.safe_set, model.action_codec)
+        return second_stage(self._updates(model, replay), mu, self.config, cloned=self._cloned)
 
     def _extract(self) -> None:
         """Run stage two on what has been collected."""
@@ -606,18 +579,12 @@ class SafeSupportQLearning:
         points, single = readable_batch(model.observation_codec, observation)
         if self._acts_induced():
             induced = self._induced()
-            here = induced.offered(points, self.config.predict_samples, rng)
+            here = induced.mu.propose(points, self.config.predict_samples, rng)
             chosen, _ = induced.weigh(
                 weights.targets[CRITIC], points, here, rng, deterministic=deterministic
             )
         else:
-            actor = ClonedBehaviour(
-                model.observation_codec,
-                model.action_codec,
-                model.scaling,
-                model.actor,
-                weights.networks[ACTOR],
-            )
+            actor = model.policy(weights.networks[ACTOR])
             chosen = (
                 actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
             )
@@ -645,7 +612,7 @@ class SafeSupportQLearning:
         """
         _, weights = self._fitted()
         induced = self._induced()
-        here = induced.offered(observations, self.config.predict_samples, rng)
+        here = induced.mu.propose(observations, self.config.predict_samples, rng)
         chosen, nats = induced.weigh(weights.targets[CRITIC], observations, here, rng)
         return induced.model.action_codec.unflatten(chosen), nats
 
@@ -656,9 +623,8 @@ class SafeSupportQLearning:
                 "the induced policy and its value weigh the behaviour's actions, and the behaviour "
                 "is not at hand: pass it, SafeSupportQLearning.load(path, behaviour)"
             )
-        return InducedPolicy(
-            model, self._behaviour, self.safe_set, self.config.temperature, self.device
-        )
+        mu = SafeBehaviour(self._behaviour, self.safe_set, model.action_codec)
+        return InducedPolicy(model, mu, self.config.temperature, self.device)
 
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
@@ -743,7 +709,8 @@ class SafeSupportQLearning:
         config, header, finish = read_agent(Path(path))
         agent = cls(None, behaviour, config, safe=safe, device=device)
         model = agent._describe(*header.spaces, header.scaling, header.units)
-        agent._check_safe_set(*header.spaces)
+        if agent.safe_set is not None:
+            agent.safe_set.check_fits(*header.spaces)
         agent._state = finish(model, agent.device)
         agent._model = model
         agent._extracted, agent._cloned = header.extracted, header.cloned
@@ -751,13 +718,7 @@ class SafeSupportQLearning:
             agent._behaviour = as_behaviour(behaviour, model.action_space)
             check_spaces(agent._behaviour, "the behaviour's", *header.spaces)
         elif header.cloned:
-            agent._behaviour = ClonedBehaviour(
-                model.observation_codec,
-                model.action_codec,
-                model.scaling,
-                model.actor,
-                agent._state.networks[CLONE],
-            )
+            agent._behaviour = model.policy(agent._state.networks[CLONE])
         if header.guarded and agent.safe_set is None:
             warnings.warn(
                 "this agent learned inside a safe set, and none is given: what it does is not "
@@ -766,3 +727,49 @@ class SafeSupportQLearning:
                 stacklevel=2,
             )
         return agent
+
+
+def refuse_normalised(venv: VecEnv) -> None:
+    """Raise ValueError where observations are hidden from whoever judges actions by them."""
+    normalised = unwrap_vec_normalize(venv)
+    if normalised is not None and normalised.norm_obs:
+        raise ValueError(
+            "VecNormalize hides the observations from whoever judges actions by them: pass "
+            "norm_obs=False (the critics normalise what they see)"
+        )
+
+
+def check_playable(space: gym.Space[Any]) -> None:
+    """Raise unless actions are discrete, or of a bounded Box of floating-point numbers."""
+    played = flat_actions(space)
+    if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise TypeError(
+            f"a Box of actions must be of floating-point numbers, got {space!r}: what is judged "
+            "would be rounded before it runs; round in a wrapper of the environment, or make it "
+            "MultiDiscrete"
+        )
+    if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
+        raise ValueError(
+            f"action_space must be bounded, got {space}; wrap the environment in RescaleAction"
+        )
+
+
+def as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
+    """Return an environment as a `VecEnv` of one; raise TypeError for what is none."""
+    if env is None or isinstance(env, VecEnv):
+        return env
+    if not isinstance(env, gym.Env):
+        raise TypeError(
+            "env must be a Gymnasium environment or a VecEnv of Stable-Baselines3, got "
+            f"{type(env).__name__}"
+        )
+    return DummyVecEnv([lambda: env])
+
+
+def as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
+    """Return what Stable-Baselines3 makes of a callback, a list, a function or None."""
+    if isinstance(callback, BaseCallback):
+        return callback
+    if isinstance(callback, list):
+        return CallbackList(callback)
+    return CallbackList([]) if callback is None else ConvertCallback(callback)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safeshield.nn.mixture import MixtureActor
-from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.mlp import EnsembleMLP, Networks, Params
 from safeshield.nn.optim import polyak
 from safeshield.online.losses import (
     ACTOR,
@@ -28,6 +28,7 @@ from safeshield.online.losses import (
     reverse_loss_choices,
 )
 from safeshield.online.replay import Replay
+from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.critics import with_networks
@@ -43,6 +44,7 @@ from safeshield.training.state import (
 Array = npt.NDArray[Any]
 DRAWS = 4
 """Of each component of the actor, in an update of the reverse extraction; even."""
+Loss = tuple[Tensor, Metrics]
 ActorLoss = Callable[..., tuple[Tensor, Metrics]]
 """`forward_loss`, or `reverse_loss_choices`: alike in what they take."""
 LogMu = Callable[[TrainState, Array, Array], Array]
@@ -74,6 +76,12 @@ class SSQLModel:
         actor = self.actor.network
         return {CRITIC: self.critics.network, ACTOR: actor, CLONE: actor}
 
+    def policy(self, params: Params) -> ClonedBehaviour:
+        """Return the actor with its weights as a policy."""
+        return ClonedBehaviour(
+            self.observation_codec, self.action_codec, self.scaling, self.actor, params
+        )
+
     @property
     def noise_features(self) -> int:
         """Width of the noise that an update draws for each transition."""
@@ -103,39 +111,32 @@ class SSQLUpdates:
     def critics(self, total: int | None) -> Update:
         """Stage one. `total` updates over which the rate falls; None: it stays."""
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            batch = self._batch(draw)
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return critic_loss(
-                    self.model.critics,
-                    networks,
-                    state.targets,
-                    batch,
-                    temperature=self.temperature,
-                    discount=self.discount,
-                )
-
-            state, metrics = descend(
-                state, CRITIC, (CRITIC,), loss, self._rates(state, CRITIC, total)
+        def loss(state: TrainState, networks: Networks, batch: Transitions) -> Loss:
+            return critic_loss(
+                self.model.critics,
+                networks,
+                state.targets,
+                batch,
+                temperature=self.temperature,
+                discount=self.discount,
             )
+
+        descent = self._descent(CRITIC, loss, total)
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            state, metrics = descent(state, draw)
             targets = polyak(state.targets, state.networks, self.polyak)
             return state._replace(targets=targets), metrics
 
         return update
 
     def clone(self, total: int) -> Update:
-        """Stage two, first: imitate what mu offers."""
+        """Stage two, first: imitate what mu proposes."""
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            support = self._batch(draw).here
+        def loss(_: TrainState, networks: Networks, batch: Transitions) -> Loss:
+            return clone_loss(self.model.actor, networks[CLONE], batch.here)
 
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return clone_loss(self.model.actor, networks[CLONE], support)
-
-            return descend(state, CLONE, (CLONE,), loss, self._rates(state, CLONE, total))
-
-        return update
+        return self._descent(CLONE, loss, total)
 
     def forward(self, total: int) -> Update:
         """Stage two: the actor by the weighted likelihood of mu's draws."""
@@ -146,24 +147,19 @@ class SSQLUpdates:
         return self._towards_induced(reverse_loss_choices, total)
 
     def _towards_induced(self, distance: ActorLoss, total: int) -> Update:
-        """Return the update that brings the actor nearer to pi* on what mu offers."""
+        """Return the update that brings the actor nearer to pi* on what mu proposes."""
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            support = self._batch(draw).here
+        def loss(state: TrainState, networks: Networks, batch: Transitions) -> Loss:
+            return distance(
+                self.model.actor,
+                networks[ACTOR],
+                self.model.critics,
+                state.targets,
+                batch.here,
+                temperature=self.temperature,
+            )
 
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return distance(
-                    self.model.actor,
-                    networks[ACTOR],
-                    self.model.critics,
-                    state.targets,
-                    support,
-                    temperature=self.temperature,
-                )
-
-            return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
-
-        return update
+        return self._descent(ACTOR, loss, total)
 
     def reverse_box(self, total: int, log_mu: LogMu) -> Update:
         """Stage two: the actor by its own draws, which mu's density judges."""
@@ -192,6 +188,20 @@ class SSQLUpdates:
                 )
 
             return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
+
+        return update
+
+    def _descent(
+        self,
+        name: str,
+        loss: Callable[[TrainState, Networks, Transitions], Loss],
+        total: int | None,
+    ) -> Update:
+        """Return one step of Adam on a loss for one network."""
+
+        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            batch, rates = self._batch(draw), self._rates(state, name, total)
+            return descend(state, name, (name,), lambda new: loss(state, new, batch), rates)
 
         return update
 
