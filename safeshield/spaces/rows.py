@@ -213,7 +213,8 @@ def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             converted = points.astype(dtype)
-        fits = bool((np.isfinite(converted) | ~np.isfinite(points)).all())
+        kept = np.isfinite(converted)
+        fits = kept.all() or bool((kept | ~np.isfinite(points)).all())
         return converted if fits else points
     if not (np.isfinite(points).all() and (np.floor(points) == points).all()):
         return points
