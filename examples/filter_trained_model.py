@@ -19,7 +19,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from safeshield import ShieldConfig, ShieldedPolicy, ShieldTrainer, collect
 from safeshield.demo.helmsmen import Helmsmen
-from safeshield.evaluation.episodes import evaluate, format_table
+from safeshield.evaluation import evaluate, format_table
 
 
 def boat() -> gym.Env[Any, Any]:

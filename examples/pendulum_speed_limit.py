@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from safeshield import SafetyShield, ShieldConfig, ShieldTrainer, collect
-from safeshield.evaluation.episodes import evaluate, format_table
+from safeshield.evaluation import evaluate, format_table
 from safeshield.wrappers import ConstraintFromFunction
 
 LIMIT = 6.0  # rad/s

@@ -10,14 +10,13 @@ from scipy import stats
 
 from safeshield.evaluation.episodes import (
     Evaluation,
-    FilteredEpisode,
     UnshieldedAdversary,
-    binomial_interval,
     evaluate,
     filtered_episodes,
-    format_table,
-    mean_interval,
 )
+from safeshield.evaluation.intervals import binomial_interval, mean_interval
+from safeshield.evaluation.tables import format_table
+from safeshield.rollouts.episodes import Episode
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
 from safeshield.spaces.scaling import Scaling
@@ -159,8 +158,8 @@ def test_starts_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[list[float]] = []
     original = module.summarise
 
-    def spy(runs: list[FilteredEpisode], **rest: object) -> Evaluation:
-        starts.append([float(run.episode.observations[0, 0]) for run in runs])
+    def spy(runs: list[Episode], **rest: object) -> Evaluation:
+        starts.append([float(run.observations[0, 0]) for run in runs])
         return original(runs, **cast(Any, rest))
 
     monkeypatch.setattr(module, "summarise", spy)
@@ -176,16 +175,18 @@ def test_starts_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interventions_are_those_of_each_episode() -> None:
     for run in filtered_episodes(Walk(), up, 5, 0, shield=linear_shield()):
         assert run.intervened is not None
-        start = run.episode.observations[:, 0]
+        start = run.observations[:, 0]
         # What passes is exactly what Q_h = x + 0.5 allows.
         np.testing.assert_array_equal(run.intervened, start + 0.5 > 1e-4)
-        np.testing.assert_array_equal(run.intervened, run.episode.actions[:, 0] != 0.5)
+        np.testing.assert_array_equal(run.intervened, run.actions[:, 0] != 0.5)
 
 
 def test_intervals_are_scipys() -> None:
     for k, n in [(0, 10), (3, 10), (10, 10), (5, 1000)]:
-        exact = stats.binomtest(k, n).proportion_ci(0.95, method="exact")
-        assert binomial_interval(k, n) == pytest.approx((exact.low, exact.high), abs=1e-12)
+        # Clopper and Pearson's formula: quantiles of beta distributions.
+        low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
+        high = stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
+        assert binomial_interval(k, n) == pytest.approx((low, high), abs=1e-12)
     values = np.random.default_rng(0).normal(3.0, 2.0, 17)
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert mean_interval(values) == pytest.approx((expected.low, expected.high))

@@ -169,7 +169,7 @@ def test_what_a_policy_writes_into_its_observation_changes_no_log_and_no_test(
     assert logs[0].costs.sum() > 0
     runs = [filtered_episodes(env, p, 1, 0, shield=shield)[0] for p in (still, Edits().act)]
     for run in runs:
-        assert not run.episode.violated
+        assert not run.violated
     np.testing.assert_array_equal(runs[0].intervened, runs[1].intervened)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import math
+import functools
 import platform
 import warnings
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.calibration.binomial import episodes_needed
-from safeshield.calibration.proposers import ShieldedProposals, battery
+from safeshield.calibration.proposers import ShieldedProposals, battery, shielded_episodes
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
+from safeshield.rollouts.accepted import Starts, accepted_episodes
 from safeshield.rollouts.copies import (
     Env,
     check_env,
@@ -24,7 +25,7 @@ from safeshield.rollouts.copies import (
     is_vector_env,
     vectorise,
 )
-from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.infos import INTERVENED
 from safeshield.shield.record import CalibrationRecord, PolicyResult
 from safeshield.shield.replacement import describe
 from safeshield.spaces.schema import check_same_space
@@ -37,7 +38,7 @@ DEFAULT_SHARES = (0.8, 0.9, 0.95, 0.965, 0.975, 0.985)
 """Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
 _STARTS = 2000
 _STARTS_OF_SLOW = 400  # without a vectorised form a reset may take a second
-_WAVE = 1024
+_AT_ONCE = 1024
 _MOST_RESETS_PER_EPISODE = 20
 
 
@@ -108,39 +109,37 @@ class _Trials:
             warnings.simplefilter("ignore")
             shield = self.shield.with_delta(delta)
             acting = ShieldedProposals(shield, battery(shield, self.policy, self.policy_name)[name])
-            keys = shield.observation_keys
-            accepted = violations = resets = eligible = steps = replaced = 0
-            while accepted < episodes and violations <= most:
-                # A few more than are missing on average: the last are not worth waves of their own.
-                share = max(eligible / resets, 0.05) if resets else 1.0
-                wanted = math.ceil(1.05 * (episodes - accepted) / share)
-                runs = run_episodes(
-                    self.env,
-                    acting,
-                    min(wanted, _WAVE),
-                    int(self.seeds.integers(2**31 - 1)),
-                    num_envs=self.num_envs,
-                    observation_keys=keys,
-                )
-                resets += len(runs)
-                first = np.stack([run.observations[0] for run in runs])
-                certain = shield.row_values(first) <= shield.threshold
-                eligible += int(np.count_nonzero(certain))
-                # The last wave may hold more environments than there are episodes left.
-                flags = acting.interventions()
-                for run, counts, replacements in zip(runs, certain, flags, strict=False):
-                    if counts and accepted < episodes:
-                        accepted += 1
-                        violations += run.violated
-                        steps += len(run)
-                        replaced += int(replacements[: len(run)].sum())
-                if resets > _MOST_RESETS_PER_EPISODE * max(accepted, episodes // 10, 50):
+            draw = functools.partial(
+                shielded_episodes,
+                self.env,
+                acting,
+                num_envs=self.num_envs,
+                observation_keys=shield.observation_keys,
+            )
+            starts = Starts()
+            accepted = violations = steps = replaced = 0
+            for batch in accepted_episodes(
+                draw,
+                lambda rows: shield.row_values(rows) <= shield.threshold,
+                episodes,
+                self.seeds,
+                starts,
+                spare=1.05,
+                most=_AT_ONCE,
+            ):
+                accepted += len(batch)
+                violations += sum(run.violated for run in batch)
+                steps += sum(map(len, batch))
+                replaced += sum(int(run.info[INTERVENED].sum()) for run in batch)
+                if starts.drawn > _MOST_RESETS_PER_EPISODE * max(accepted, episodes // 10, 50):
                     raise CalibrationError(
-                        f"only {accepted} of {resets} starts have V_h <= -{delta:.4g}: the "
+                        f"only {accepted} of {starts.drawn} starts have V_h <= -{delta:.4g}: the "
                         "environment starts almost everywhere outside the certified set"
                     )
+                if violations > most:
+                    break
         self.intervention_rates[delta, name] = replaced / max(steps, 1)
-        self.start_shares[delta] = eligible / resets
+        self.start_shares[delta] = starts.share
         return accepted, violations
 
 

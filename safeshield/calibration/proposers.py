@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.rollouts.copies import Env
+from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
 from safeshield.spaces.batches import Batch, copied
 from safeshield.spaces.shapes import Flags
 
 if TYPE_CHECKING:
+    from safeshield.rollouts.copies import VectorEnv
     from safeshield.shield.shield import Shield
 
 RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
@@ -114,6 +120,30 @@ class ShieldedProposals:
         """
         waves, self._waves = self._waves, []
         return [column for wave in waves for column in np.stack(wave, axis=1)]
+
+
+def shielded_episodes(
+    env: Env | VectorEnv,
+    acting: ShieldedProposals,
+    episodes: int,
+    seed: int,
+    *,
+    num_envs: int | None = None,
+    observation_keys: Sequence[str] | None = None,
+) -> list[Episode]:
+    """Run `run_episodes`; each episode then says in which steps the shield intervened.
+
+    Raises:
+        ValueError: as `run_episodes` does.
+    """
+    runs = run_episodes(
+        env, acting, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
+    )
+    # The last batch may hold more environments than there are episodes left.
+    pairs = zip(runs, acting.interventions(), strict=False)
+    return [
+        replace(run, info={**run.info, INTERVENED: replaced[: len(run)]}) for run, replaced in pairs
+    ]
 
 
 def battery(

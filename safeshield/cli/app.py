@@ -426,8 +426,8 @@ def evaluate(
     needless = [name for name, value in given.items() if value]
     if needless:
         raise ValueError(f"{', '.join(needless)} belong to the field's protocol: add --cost-limit")
-    from safeshield.evaluation.episodes import UnshieldedAdversary, format_table
-    from safeshield.evaluation.episodes import evaluate as evaluate_policy
+    from safeshield.evaluation import UnshieldedAdversary, format_table
+    from safeshield.evaluation import evaluate as evaluate_policy
 
     policy = policy or "random"
     shield = _shield(source)

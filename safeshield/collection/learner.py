@@ -30,7 +30,6 @@ from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
 from safeshield.data.collect import log_of
 from safeshield.data.dataset import OfflineDataset
-from safeshield.evaluation.episodes import episode_cost
 from safeshield.files.schema import Count, Settings
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.rollouts.episodes import Episode
@@ -281,20 +280,20 @@ class _Watch(BaseCallback):
         ended = self._recorder.take()
         self.episodes += ended
         if self.price is not None and ended:
-            self.price = self.price.updated(float(np.mean([episode_cost(one) for one in ended])))
+            self.price = self.price.updated(
+                float(np.mean([one.cost_or_violations for one in ended]))
+            )
             self._priced.price = self.price.value
         price = None if self.price is None else self.price.value
-        told = [
-            np.array([of(one) for one in self.episodes], np.float32)
-            for of in (lambda one: one.total_return, episode_cost)
-        ]
+        returns = np.array([one.total_return for one in self.episodes], np.float32)
+        costs = np.array([one.cost_or_violations for one in self.episodes], np.float32)
         self._report(
             self._steps,
             dataclasses.replace(
                 self._before,
                 price=price,
-                returns=np.concatenate([self._before.returns, told[0]]),
-                costs=np.concatenate([self._before.costs, told[1]]),
+                returns=np.concatenate([self._before.returns, returns]),
+                costs=np.concatenate([self._before.costs, costs]),
             ),
         )
 

@@ -25,8 +25,8 @@ from safeshield.data.drawing import (
     new_figure,
 )
 from safeshield.envs.boat import CURRENT, GOAL, ROCK_CENTRES, ROCK_RADII, STATE_HIGH, STATE_LOW
-from safeshield.evaluation.episodes import FilteredEpisode
 from safeshield.exact.boat import GridValue
+from safeshield.rollouts.episodes import Episode
 from safeshield.shield.shield import Shield
 
 WATER, ROCK, DOOMED, FLOW = "#eef5fa", "#6b655f", "#f3c9a5", "#a9c4d8"
@@ -67,7 +67,7 @@ def trips(
     path: Path,
     shield: Shield,
     exact: GridValue,
-    runs: Mapping[tuple[str, bool], Sequence[FilteredEpisode]],
+    runs: Mapping[tuple[str, bool], Sequence[Episode]],
 ) -> None:
     """Draw each agent's trips without the shield (left) and with it (right)."""
     names = list(dict.fromkeys(name for name, _ in runs))
@@ -182,9 +182,8 @@ def _river(axes: Any, exact: GridValue) -> None:  # noqa: ANN401 - matplotlib ha
     axes.set_ylabel("y across the river, metres")
 
 
-def _trip(axes: Any, run: FilteredEpisode) -> bool:  # noqa: ANN401
+def _trip(axes: Any, episode: Episode) -> bool:  # noqa: ANN401
     """Draw one trip up to the rock, where it hits one; returns whether it does."""
-    episode = run.episode
     way = np.concatenate([episode.observations[:1], episode.next_observations])
     hit = episode.violated
     if hit and episode.next_constraints is not None:
@@ -192,8 +191,8 @@ def _trip(axes: Any, run: FilteredEpisode) -> bool:  # noqa: ANN401
         axes.plot(*way[-1], marker="X", markersize=8, color=VERMILION, mec="white", zorder=5)
     axes.plot(*way.T, color=VERMILION if hit else BLUE, linewidth=1.0, alpha=0.8, zorder=3)
     axes.plot(*way[0], marker=".", markersize=5, color=BLACK, zorder=4)
-    if run.intervened is not None:
-        for start, stop in _stretches(run.intervened[: len(way) - 1]):
+    if episode.intervened is not None:
+        for start, stop in _stretches(episode.intervened[: len(way) - 1]):
             part = way[start : stop + 1]
             axes.plot(*part.T, color=ORANGE, linewidth=3.2, zorder=3.5, solid_capstyle="round")
     return hit

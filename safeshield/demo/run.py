@@ -33,14 +33,14 @@ from safeshield.demo.helmsmen import Helmsmen
 from safeshield.demo.settings import DemoConfig
 from safeshield.evaluation.episodes import (
     Evaluation,
-    FilteredEpisode,
     UnshieldedAdversary,
     draw_episodes,
-    format_table,
     summarise,
 )
+from safeshield.evaluation.tables import format_table
 from safeshield.exact.boat import boat_value
 from safeshield.files.schema import versions
+from safeshield.rollouts.episodes import Episode
 from safeshield.shield.shield import Shield
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _policy(name: str, folder: Path, shield: Shield, shielded: bool) -> object:
 
 def _episodes(
     folder: Path, name: str, shielded: bool, episodes: int, seed: int
-) -> tuple[list[FilteredEpisode], float]:
+) -> tuple[list[Episode], float]:
     """Run in a worker: episodes from certified starts, and the share of starts that is."""
     shield = Shield.load(folder / SHIELD)
     runs, share = draw_episodes(
@@ -248,7 +248,7 @@ def _evaluate(pool: ProcessPoolExecutor, folder: Path, config: DemoConfig) -> li
 
 def _trips(
     pool: ProcessPoolExecutor, folder: Path, config: DemoConfig
-) -> dict[tuple[str, bool], list[FilteredEpisode]]:
+) -> dict[tuple[str, bool], list[Episode]]:
     jobs = {
         (name, shielded): pool.submit(
             _episodes, folder, name, shielded, config.pictured_trips, 10 * config.seed + _PARTS + 1
@@ -264,7 +264,7 @@ def _draw(
     shield: Shield,
     starts: npt.NDArray[np.float32],
     exact: Future[GridValue],
-    trips: dict[tuple[str, bool], list[FilteredEpisode]],
+    trips: dict[tuple[str, bool], list[Episode]],
 ) -> None:
     from safeshield.demo import pictures
 

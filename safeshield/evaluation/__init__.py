@@ -18,7 +18,7 @@ from safeshield.evaluation.across_tasks import (
     interquartile_mean,
     stratified_interval,
 )
-from safeshield.evaluation.episodes import Evaluation, UnshieldedAdversary, evaluate, format_table
+from safeshield.evaluation.episodes import Evaluation, UnshieldedAdversary, evaluate
 from safeshield.evaluation.field import EPISODES, SEEDS, field_score, play
 from safeshield.evaluation.scores import (
     COST_LIMIT,
@@ -27,7 +27,7 @@ from safeshield.evaluation.scores import (
     Run,
     normalised_cost,
 )
-from safeshield.evaluation.tables import describe_score, format_scores
+from safeshield.evaluation.tables import describe_score, format_scores, format_table
 
 __all__ = [
     "COST_LIMIT",

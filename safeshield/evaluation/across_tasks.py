@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from safeshield.evaluation.episodes import LEVEL, Interval
+from safeshield.evaluation.intervals import LEVEL, Interval
 from safeshield.evaluation.scores import FieldScore
 from safeshield.files.schema import json_values
 

@@ -6,7 +6,7 @@ starts in the same order, so an agent with and without its shield can be compare
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
-from safeshield.calibration.proposers import ShieldedProposals, spread_actions
+from safeshield.calibration.proposers import (
+    ShieldedProposals,
+    shielded_episodes,
+    spread_actions,
+)
+from safeshield.evaluation.intervals import Interval, binomial_interval, mean_interval
 from safeshield.files.schema import json_values
+from safeshield.rollouts.accepted import Starts, accepted_episodes
 from safeshield.rollouts.copies import Env, check_env, environment_name, is_vector_env
-from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.rollouts.episodes import Episode, intervention_rate, run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.shield.nested import refuse_shielded, shielding_layer
@@ -30,9 +35,6 @@ if TYPE_CHECKING:
     from safeshield.rollouts.copies import VectorEnv
 
 ShieldLike: TypeAlias = Shield | HasShield | str | os.PathLike[str]
-Interval: TypeAlias = tuple[float, float]
-LEVEL = 0.95
-"""Confidence of every interval, two-sided."""
 _MOST_AT_ONCE = 256
 _MOST_RESETS_PER_EPISODE = 50
 
@@ -76,15 +78,6 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return the record, and the rate, as JSON values."""
         return {**json_values(self), "violation_rate": self.violation_rate}
-
-
-@dataclass(frozen=True)
-class FilteredEpisode:
-    """One episode, and where a shield stepped in."""
-
-    episode: Episode
-    intervened: npt.NDArray[np.bool_] | None
-    """(L,) whether the step's action was replaced; None without a shield."""
 
 
 class UnshieldedAdversary:
@@ -177,7 +170,7 @@ def draw_episodes(
     starts: Literal["certified"] | None = None,
     certified_by: ShieldLike | None = None,
     num_envs: int | None = None,
-) -> tuple[list[FilteredEpisode], float | None]:
+) -> tuple[list[Episode], float | None]:
     """Return the episodes that `evaluate` counts, and the share of starts that was certified.
 
     Raises:
@@ -195,41 +188,41 @@ def draw_episodes(
                 getattr(env, f"{prefix}{what}_space") for what in ("observation", "action")
             )
             one.check_fits(seen, played, name="")
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
-    counted: list[FilteredEpisode] = []
-    drawn = accepted = 0
-    while len(counted) < episodes:
-        missing = episodes - len(counted)
-        share = max(accepted / drawn, 0.05) if drawn else 1.0
-        # A few more than are missing on average: the last ones are not worth a wave of their own.
-        # All of this depends on the starts alone, so that it is the same with and without a shield.
-        wanted = missing if judge is None else math.ceil(1.1 * missing / share)
-        runs = filtered_episodes(
-            env,
-            policy,
-            min(wanted, _MOST_AT_ONCE),
-            int(rng.integers(2**31 - 1)),
-            shield=shield,
-            num_envs=num_envs,
-            observation_keys=None if judge is None else judge.observation_keys,
-        )
-        drawn += len(runs)
-        if judge is not None:
-            first = np.stack([run.episode.observations[0] for run in runs])
-            certain = judge.row_values(first) <= judge.threshold
-            runs = [run for run, counts in zip(runs, certain, strict=True) if counts]
-        accepted += len(runs)
-        counted += runs[:missing]
-        if drawn > _MOST_RESETS_PER_EPISODE * max(accepted, 20):
+    draw = functools.partial(
+        filtered_episodes,
+        env,
+        policy,
+        shield=shield,
+        num_envs=num_envs,
+        observation_keys=None if judge is None else judge.observation_keys,
+    )
+    starts_drawn = Starts()
+    counted: list[Episode] = []
+    for batch in accepted_episodes(
+        draw,
+        lambda rows: (
+            np.ones(len(rows), np.bool_)
+            if judge is None
+            else judge.row_values(rows) <= judge.threshold
+        ),
+        episodes,
+        np.random.default_rng(np.random.SeedSequence([seed, 2])),
+        starts_drawn,
+        spare=1.0 if judge is None else 1.1,
+        most=_MOST_AT_ONCE,
+    ):
+        counted += batch
+        if starts_drawn.drawn > _MOST_RESETS_PER_EPISODE * max(starts_drawn.accepted, 20):
             raise ValueError(
-                f"only {accepted} of {drawn} starts have V_h <= -delta: the environment starts "
-                "almost everywhere outside the certified set; evaluate with starts=None"
+                f"only {starts_drawn.accepted} of {starts_drawn.drawn} starts have V_h <= -delta: "
+                "the environment starts almost everywhere outside the certified set; evaluate with "
+                "starts=None"
             )
-    return counted, None if judge is None else accepted / drawn
+    return counted, None if judge is None else starts_drawn.share
 
 
 def summarise(
-    runs: Sequence[FilteredEpisode],
+    runs: Sequence[Episode],
     *,
     policy: str,
     environment: str,
@@ -245,12 +238,12 @@ def summarise(
         start_share: share of the starts that was certified; None where all starts count.
         seed: that they were drawn with.
     """
-    violating = sum(run.episode.violated for run in runs)
-    returns = [run.episode.total_return for run in runs]
-    replaced = [run.intervened for run in runs if run.intervened is not None]
+    violating = sum(run.violated for run in runs)
+    returns = [run.total_return for run in runs]
+    replaced = intervention_rate(runs)
     return Evaluation(
         policy=policy,
-        shielded=bool(replaced),
+        shielded=replaced is not None,
         environment=environment,
         starts="all" if start_share is None else "certified",
         start_share=start_share,
@@ -260,8 +253,8 @@ def summarise(
         violation_interval=binomial_interval(violating, len(runs)),
         mean_return=float(np.mean(returns)),
         return_interval=mean_interval(returns),
-        mean_cost=float(np.mean([episode_cost(run.episode) for run in runs])),
-        intervention_rate=float(np.concatenate(replaced).mean()) if replaced else None,
+        mean_cost=float(np.mean([run.cost_or_violations for run in runs])),
+        intervention_rate=replaced,
     )
 
 
@@ -274,7 +267,7 @@ def filtered_episodes(
     shield: Shield | None = None,
     num_envs: int | None = None,
     observation_keys: Sequence[str] | None = None,
-) -> list[FilteredEpisode]:
+) -> list[Episode]:
     """Run `run_episodes` with a shield behind the policy, or without one.
 
     Raises:
@@ -283,7 +276,7 @@ def filtered_episodes(
     if shield is None:
         # A shield around the environment tells in its infos where it stepped in.
         told = () if shielding_layer(env) is None else (INTERVENED,)
-        runs = run_episodes(
+        return run_episodes(
             env,
             policy,
             episodes,
@@ -292,76 +285,17 @@ def filtered_episodes(
             info_keys=told,
             observation_keys=observation_keys,
         )
-        return [
-            FilteredEpisode(run, np.asarray(run.info[INTERVENED], np.bool_) if told else None)
-            for run in runs
-        ]
     refuse_shielded(env, "leave out shield=, or pass the plain environment")
     prefix = "single_" if is_vector_env(env) else ""
     space = getattr(env, f"{prefix}action_space")
-    acting = ShieldedProposals(shield, as_batch_policy(policy, space))
-    runs = run_episodes(
-        env, acting, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
+    return shielded_episodes(
+        env,
+        ShieldedProposals(shield, as_batch_policy(policy, space)),
+        episodes,
+        seed,
+        num_envs=num_envs,
+        observation_keys=observation_keys,
     )
-    # The last wave may hold more environments than there are episodes left.
-    pairs = zip(runs, acting.interventions(), strict=False)
-    return [FilteredEpisode(run, flags[: len(run)]) for run, flags in pairs]
-
-
-def format_table(evaluations: Sequence[Evaluation]) -> str:
-    """Return the evaluations as lines of aligned text, with their intervals.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not evaluations:
-        raise ValueError("evaluations must hold at least one Evaluation, got none")
-    header = (
-        "agent", "shield", "episodes", "violating", "rate in %, 95% interval",
-        "return, 95% interval", "cost", "replaced",
-    )  # fmt: skip
-    rows = [header, *(_cells(one) for one in evaluations)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def binomial_interval(successes: int, trials: int) -> Interval:
-    """Return Clopper and Pearson's two-sided 95% interval for k successes in N trials.
-
-    Raises:
-        ValueError: not 0 <= successes <= trials, or no trial.
-
-    >>> [round(bound, 4) for bound in binomial_interval(0, 1000)]
-    [0.0, 0.0037]
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"need 0 <= successes <= trials >= 1, got {successes} and {trials}")
-    tail = 0.5 * (1.0 - LEVEL)
-    low, high = 0.0, 1.0
-    if successes > 0:
-        low = float(stats.beta.ppf(tail, successes, trials - successes + 1))
-    if successes < trials:
-        high = float(stats.beta.ppf(1.0 - tail, successes + 1, trials - successes))
-    return low, high
-
-
-def mean_interval(values: npt.ArrayLike) -> Interval | None:
-    """Return Student's two-sided 95% interval for the mean of values (N,); None for N = 1."""
-    array = np.asarray(values, np.float64)
-    if len(array) < 2:
-        return None
-    reach = float(stats.t.ppf(0.5 * (1.0 + LEVEL), len(array) - 1))
-    reach *= float(array.std(ddof=1)) / math.sqrt(len(array))
-    middle = float(array.mean())
-    return middle - reach, middle + reach
 
 
 def _judge(
@@ -380,31 +314,3 @@ def _judge(
             "to evaluate an unshielded agent from another shield's starts"
         )
     return judge
-
-
-def episode_cost(episode: Episode) -> float:
-    """Return the summed costs of an episode; where none is reported, its steps in violation.
-
-    Raises:
-        ValueError: the environment reports neither costs nor constraints.
-    """
-    if episode.costs is None and episode.next_constraints is not None:
-        return float(np.count_nonzero(episode.next_constraints > 0))
-    return episode.total_cost
-
-
-def _cells(one: Evaluation) -> tuple[str, ...]:
-    low, high = one.violation_interval
-    reward = f"{one.mean_return:.1f}"
-    if one.return_interval is not None:
-        reward += f" [{one.return_interval[0]:.1f}, {one.return_interval[1]:.1f}]"
-    return (
-        one.policy,
-        "yes" if one.shielded else "no",
-        str(one.episodes),
-        str(one.violating),
-        f"{100 * one.violation_rate:.2f} [{100 * low:.2f}, {100 * high:.2f}]",
-        reward,
-        f"{one.mean_cost:.2f}",
-        "-" if one.intervention_rate is None else f"{one.intervention_rate:.1%}",
-    )

@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
-from safeshield.evaluation.episodes import ShieldLike, draw_episodes, episode_cost
+from safeshield.evaluation.episodes import ShieldLike, draw_episodes
 from safeshield.evaluation.scores import (
     COST_LIMIT,
     FieldScore,
@@ -28,6 +26,7 @@ from safeshield.rollouts.copies import (
     one_per_process,
     spec_to_copy,
 )
+from safeshield.rollouts.episodes import intervention_rate
 from safeshield.shield.nested import is_shielded_policy, shielding_layer
 
 if TYPE_CHECKING:
@@ -138,13 +137,12 @@ def play(
         ValueError: an argument out of range.
     """
     with _side_by_side(env, episodes, num_envs, workers) as envs:
-        filtered, _ = draw_episodes(envs, policy, episodes, seed, shield=shield)
-    replaced = [one.intervened for one in filtered if one.intervened is not None]
+        runs, _ = draw_episodes(envs, policy, episodes, seed, shield=shield)
     return Run(
         seed=seed,
-        returns=tuple(one.episode.total_return for one in filtered),
-        costs=tuple(episode_cost(one.episode) for one in filtered),
-        intervention_rate=float(np.concatenate(replaced).mean()) if replaced else None,
+        returns=tuple(one.total_return for one in runs),
+        costs=tuple(one.cost_or_violations for one in runs),
+        intervention_rate=intervention_rate(runs),
     )
 
 

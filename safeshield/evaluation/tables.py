@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.evaluation.across_tasks import aggregate, interquartile_mean, stratified_interval
-from safeshield.evaluation.episodes import Interval
+from safeshield.evaluation.episodes import Evaluation
+from safeshield.evaluation.intervals import Interval
 from safeshield.evaluation.scores import FieldScore
 
 Markup = Literal["text", "markdown"]
@@ -17,6 +18,35 @@ LEGEND = (
     "normalised return / normalised cost; in parentheses: unsafe, a cost above 1; "
     "*: the highest return of the safe"
 )
+
+
+def format_table(evaluations: Sequence[Evaluation]) -> str:
+    """Return the evaluations as lines of aligned text, with their intervals.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not evaluations:
+        raise ValueError("evaluations must hold at least one Evaluation, got none")
+    header = (
+        "agent", "shield", "episodes", "violating", "rate in %, 95% interval",
+        "return, 95% interval", "cost", "replaced",
+    )  # fmt: skip
+    return _aligned([header, *map(_cells, evaluations)], 2)
+
+
+def _cells(one: Evaluation) -> tuple[str, ...]:
+    low, high = one.violation_interval
+    return (
+        one.policy,
+        "yes" if one.shielded else "no",
+        str(one.episodes),
+        str(one.violating),
+        f"{100 * one.violation_rate:.2f} [{100 * low:.2f}, {100 * high:.2f}]",
+        f"{one.mean_return:.1f}{_interval(one.return_interval, 1)}",
+        f"{one.mean_cost:.2f}",
+        "-" if one.intervention_rate is None else f"{one.intervention_rate:.1%}",
+    )
 
 
 def format_scores(scores: Sequence[FieldScore], *, markup: Markup = "text") -> str:
@@ -138,11 +168,16 @@ def _lines(rows: Sequence[Sequence[str]], markup: Markup) -> str:
     if markup == "markdown":
         ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
         return "\n".join("| " + " | ".join(row) + " |" for row in ruled)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return _aligned(rows, 1)
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return rows as text in columns, the first `left` of them left-aligned, below a header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
     lines = [
         "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            put(cell, width) for put, cell, width in zip(sides, row, widths, strict=True)
         ).rstrip()
         for row in rows
     ]

@@ -28,6 +28,7 @@ from safeshield.rollouts.infos import (
     CONSTRAINT,
     COST,
     EXECUTED,
+    INTERVENED,
     Column,
     column_of,
     final_observations_key,
@@ -92,6 +93,23 @@ class Episode:
         return float(self.costs.sum(dtype=np.float64))
 
     @property
+    def cost_or_violations(self) -> float:
+        """Summed costs; where none is reported, the number of steps in violation.
+
+        Raises:
+            ValueError: the environment reports neither costs nor constraints.
+        """
+        if self.costs is None and self.next_constraints is not None:
+            return float(np.count_nonzero(self.next_constraints > 0))
+        return self.total_cost
+
+    @property
+    def intervened(self) -> npt.NDArray[np.bool_] | None:
+        """(L,) whether a shield replaced the step's action; None where no shield says so."""
+        replaced = self.info.get(INTERVENED)
+        return None if replaced is None else np.asarray(replaced, np.bool_)
+
+    @property
     def violated(self) -> bool:
         """Whether h > 0, or cost > 0 where no constraint is reported, at any state.
 
@@ -104,6 +122,12 @@ class Episode:
         if self.costs is None:
             raise ValueError("the environment reports neither info['constraint'] nor info['cost']")
         return not bool((self.initial_cost or 0.0) <= 0 and (self.costs <= 0).all())
+
+
+def intervention_rate(episodes: Sequence[Episode]) -> float | None:
+    """Return the share of all steps in which a shield replaced the action; None without one."""
+    replaced = [one.intervened for one in episodes if one.intervened is not None]
+    return float(np.concatenate(replaced).mean()) if replaced else None
 
 
 @dataclass(frozen=True)
