@@ -12,8 +12,9 @@ import numpy.typing as npt
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-_VIOLATIONS = ("constraint", "cost")
-_SHIELD = ("shield/intervened", "shield/value", "shield/certified")
+from safeshield.rollouts.infos import CERTIFIED, INTERVENED, VALUE, violates
+
+_SHIELD = (INTERVENED, VALUE, CERTIFIED)
 _PREFIX = "shield/"
 _LONGEST = 100_000
 
@@ -114,15 +115,14 @@ class ShieldCallback(BaseCallback):
                 "or VecSafetyShield around the vector environment, or pass require_shield=False "
                 "to count violations without a shield"
             )
-        intervened = bool(info["shield/intervened"])
+        intervened = bool(info[INTERVENED])
         self.interventions += intervened
-        self._window.append((intervened, float(info["shield/value"]), bool(info[_SHIELD[2]])))
+        self._window.append((intervened, float(info[VALUE]), bool(info[CERTIFIED])))
 
     def _count_violation(self, index: int, info: Mapping[str, Any]) -> None:
-        reports = [float(info[key]) for key in _VIOLATIONS if key in info]
-        self._reported = self._reported or bool(reports)
-        # Written so that NaN counts.
-        if not self._violated[index] and any(not report <= 0.0 for report in reports):
+        unsafe = violates(info)
+        self._reported = self._reported or unsafe is not None
+        if unsafe and not self._violated[index]:
             self._violated[index] = True
             self.violating_episodes += 1
 

@@ -13,11 +13,14 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from safeshield.rollouts.infos import EXECUTED, INTERVENED, PENALTY, PROPOSED
+from safeshield.spaces.batches import take
+
 STORES = ("proposed", "executed", "both")
 """What can be stored: see `ShieldedReplayBuffer`."""
 
 _Array = npt.NDArray[Any]
-_KEYS = ("shield/intervened", "action_proposed", "action_executed")
+_KEYS = (INTERVENED, PROPOSED, EXECUTED)
 
 
 class _ShieldedRows(ReplayBuffer):
@@ -111,18 +114,18 @@ class _ShieldedRows(ReplayBuffer):
                     f"store={self.store!r} needs {missing} in every info: put SafetyShield around "
                     "each environment or VecSafetyShield around the vector environment"
                 )
-        if not self._same_actions(proposed, [info["action_proposed"] for info in infos]):
+        if not self._same_actions(proposed, [info[PROPOSED] for info in infos]):
             raise ValueError(
                 "the actions that the shield saw are not those of the agent, so what it executed "
                 "cannot be stored in the agent's units: with RescaleAction around the shield pass "
                 "replay_buffer_kwargs=dict(shield_space=shield.action_space); with any other "
                 "wrapper that changes actions, put it inside the shield, and make the log with it"
             )
-        intervened = np.array([bool(info["shield/intervened"]) for info in infos])
-        ran = self._scaled([info["action_executed"] for info in infos])
+        intervened = np.array([bool(info[INTERVENED]) for info in infos])
+        ran = self._scaled([info[EXECUTED] for info in infos])
         # Where nothing was replaced the row stays as it came: scaling there and back rounds.
         executed = np.where(intervened[:, None], ran, proposed)
-        penalties = [float(info.get("shield/penalty", 0.0)) for info in infos]
+        penalties = [float(info.get(PENALTY, 0.0)) for info in infos]
         return executed, np.where(intervened, penalties, 0.0).astype(np.float32)
 
     def _scaled(self, actions: Sequence[Any]) -> _Array:
@@ -155,15 +158,15 @@ class _ShieldedRows(ReplayBuffer):
         actions = np.where(coin[:, None], self.proposed_actions[at], self.actions[at])
         rewards = self.rewards[at] - coin * self.penalties[at]
         if self.optimize_memory_usage:
-            after = _at(self.observations, ((batch_inds + 1) % self.buffer_size, columns))
+            after = take(self.observations, ((batch_inds + 1) % self.buffer_size, columns))
         else:
-            after = _at(self.next_observations, at)
+            after = take(self.next_observations, at)
         dones = self.dones[at] * (1 - self.timeouts[at])
         # Cast: a penalty must not turn float32 rewards into float64 ones.
         rewards = self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env)
         kind = DictReplayBufferSamples if isinstance(after, dict) else ReplayBufferSamples
         return kind(
-            self._tensors(self._normalize_obs(_at(self.observations, at), env)),
+            self._tensors(self._normalize_obs(take(self.observations, at), env)),
             self.to_torch(actions),
             self._tensors(self._normalize_obs(after, env)),
             self.to_torch(dones.reshape(-1, 1)),
@@ -224,9 +227,3 @@ class ShieldedReplayBuffer(_ShieldedRows):
 
 class ShieldedDictReplayBuffer(_ShieldedRows, DictReplayBuffer):
     """`ShieldedReplayBuffer` for observations that are dicts (``MultiInputPolicy``)."""
-
-
-def _at(points: Any, index: tuple[_Array, _Array]) -> Any:  # noqa: ANN401
-    if isinstance(points, dict):
-        return {key: part[index] for key, part in points.items()}
-    return points[index]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.proposals.choices import choice_index, normalised
+from safeshield.proposals.choices import choice_index, draw_choices, every_choice, normalised
 from safeshield.proposals.sources import LoggedBehaviour, Source, Uniform, UserPolicy
 from safeshield.rollouts.policies import Memory
 from safeshield.shield.critics import StateValue
@@ -39,6 +39,20 @@ class LogDensity(NamedTuple):
     """(n,) or (): natural logarithm; minus infinity outside the safe support."""
     error: Scalars | np.floating
     """(n,) or (): standard error of `value`; 0 where it is computed and not estimated."""
+
+
+class _View(NamedTuple):
+    """Observations of n states in each of their forms."""
+
+    observations: Batch
+    """As environments batch them. Policies may refuse what is not a number, so zeros take its
+    place; the shield does not act on their answer then."""
+    rows: _Array
+    """(n, obs) as they came."""
+    states: StateValue
+
+    def take(self, index: npt.NDArray[np.int64] | slice) -> _View:
+        return _View(take(self.observations, index), self.rows[index], self.states.take(index))
 
 
 class SafeSupportPolicy:
@@ -99,6 +113,7 @@ class SafeSupportPolicy:
         seed: int | None = None,
     ) -> None:
         self.shield = as_shield(shield)
+        self._codec = self.shield.model.action_codec
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}")
         self.rounds = rounds
@@ -120,8 +135,9 @@ class SafeSupportPolicy:
         count = batch_length(observations)
         if len(self._starts) != count:
             self.start_wave(count)
+        view, _ = self._look(observations)
         actions, self._memory = self._act(
-            observations, self._memory, self._starts, rng, deterministic=False
+            view, self._memory, self._starts, rng, deterministic=False
         )
         self._starts = np.zeros(count, dtype=np.bool_)
         return actions
@@ -144,10 +160,9 @@ class SafeSupportPolicy:
         Raises:
             ValueError: a wrong shape.
         """
-        _, single = self.shield.observation_rows(observation)
-        batch = batch_of_one(observation) if single else observation
+        view, single = self._look(observation)
         actions, state = self._act(
-            batch, state, episode_start, self._rng, deterministic=deterministic
+            view, state, episode_start, self._rng, deterministic=deterministic
         )
         if single and self.report is not None:
             self.report = self.report.row(0)
@@ -202,19 +217,18 @@ class SafeSupportPolicy:
         """
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        rows, single = self.shield.observation_rows(observations)
-        played, _ = self.shield.action_rows(actions)
-        if len(played) != len(rows):
-            raise ValueError(f"got {len(rows)} observations and {len(played)} actions")
-        batch = finite(batch_of_one(observations) if single else observations)
-        states = self.shield.states(rows)
-        if self.shield.model.action_codec.discrete:
-            found = self._choice_density(states, rows, batch, played)
-        else:
-            found = self._box_density(states, rows, batch, played, samples)
-        if found is None:
+        view, single = self._look(observations)
+        action_rows, _ = self.shield.action_rows(actions)
+        if len(action_rows) != len(view.rows):
+            raise ValueError(f"got {len(view.rows)} observations and {len(action_rows)} actions")
+        value = self._relative(view, action_rows)
+        if value is None:
             raise self._without_density()
-        value, error = found
+        error = np.zeros(len(value))
+        if not self._codec.discrete:
+            inside = np.flatnonzero(np.isfinite(value))
+            log_z, error[inside] = self._log_z(view.take(inside), samples)
+            value[inside] -= log_z
         return LogDensity(value[0], error[0]) if single else LogDensity(value, error)
 
     def relative_log_prob(self, observations: Batch, actions: Batch) -> Scalars | None:
@@ -231,148 +245,124 @@ class SafeSupportPolicy:
         Raises:
             ValueError: a wrong shape.
         """
-        rows, _ = self.shield.observation_rows(observations)
-        played, _ = self.shield.action_rows(actions)
-        states, seen = self.shield.states(rows), finite(observations)
-        if self.shield.model.action_codec.discrete:
-            known = self._choice_density(states, rows, seen, played)
-            return None if known is None else known[0]
-        log_q = self._source.log_prob(seen, played[:, None], states)
-        if log_q is None:
-            return None
-        accepted, _ = self.shield.acceptable(states, rows, played[:, None])
-        return np.where(accepted[:, 0], log_q[:, 0], -np.inf)
+        return self._relative(self._look(observations)[0], self.shield.action_rows(actions)[0])
 
     # -- drawing --------------------------------------------------------------------------------
 
+    def _look(self, observations: Batch) -> tuple[_View, bool]:
+        """Return one observation or a batch as a `_View`, and whether it was one."""
+        rows, single = self.shield.observation_rows(observations)
+        batch = batch_of_one(observations) if single else observations
+        return _View(finite(batch), rows, self.shield.states(rows)), single
+
     def _act(
         self,
-        observations: Batch,
+        view: _View,
         memory: Memory,
         starts: npt.NDArray[np.bool_] | None,
         rng: np.random.Generator,
         *,
         deterministic: bool,
     ) -> tuple[_Array, Memory]:
-        rows, _ = self.shield.observation_rows(observations)
-        states = self.shield.states(rows)
-        # Policies may refuse what is not a number; the shield does not act on their answer then.
-        seen = finite(observations)
         if isinstance(self._source, UserPolicy):
             self._source.remember(memory, starts)
-        choices = self._choice_log_probs(states, rows, seen)
+        choices = self._choice_log_probs(view)
         if choices is not None:
-            proposals = self._chosen(choices, states, rows, rng, deterministic)
+            proposals = self._chosen(choices, view, rng, deterministic)
         elif deterministic:
-            proposals = self._source.most_likely(seen, rng, states)
+            proposals = self._source.most_likely(view.observations, rng, view.states)
         else:
-            proposals = self._accepted(states, rows, seen, rng)
-        executed, self.report = self.shield.filter_rows(states, rows, proposals)
+            proposals = self._accepted(view, rng)
+        executed, self.report = self.shield.filter_rows(view.states, view.rows, proposals)
         if isinstance(self._source, UserPolicy):
             memory = self._source.memory
         return self.shield.points(executed), memory
 
-    def _accepted(
-        self, states: StateValue, rows: _Array, seen: Batch, rng: np.random.Generator
-    ) -> _Array:
+    def _accepted(self, view: _View, rng: np.random.Generator) -> _Array:
         """Return the first proposal that is accepted, or where none is the last: (n, act)."""
-        chosen = np.zeros((len(rows), self.shield.model.action_codec.width), np.float32)
-        left = np.arange(len(rows))
+        chosen = np.zeros((len(view.rows), self._codec.width), np.float32)
+        left = np.arange(len(view.rows))
         for k in range(self.rounds):
-            some = states.take(left)
+            some = view.take(left)
             if isinstance(self._source, UserPolicy):
                 # One answer in all states: the policy may remember that it was asked.
-                drawn = self._source.draw(seen, 1, rng)[left]
+                drawn = self._source.draw(view.observations, 1, rng)[left]
             else:
-                drawn = self._source.draw(take(seen, left), 2**k, rng, some)
-            accepted, _ = self.shield.acceptable(some, rows[left], drawn)
+                drawn = self._source.draw(some.observations, 2**k, rng, some.states)
+            accepted, _ = self.shield.acceptable(some.states, some.rows, drawn)
             found = accepted.any(axis=1)
             first = np.where(found, accepted.argmax(axis=1), -1)
             chosen[left] = drawn[np.arange(len(left)), first]
             # Where the observation cannot be read nothing will ever be accepted.
-            left = left[~found & self.shield.readable(rows[left])]
+            left = left[~found & self.shield.readable(some.rows)]
             if not len(left):
                 break
         return chosen
 
     def _chosen(
-        self,
-        log_probs: _Array,
-        states: StateValue,
-        rows: _Array,
-        rng: np.random.Generator,
-        deterministic: bool,
+        self, log_probs: _Array, view: _View, rng: np.random.Generator, deterministic: bool
     ) -> _Array:
-        choices = self.shield.model.action_codec.choices
         if deterministic:
-            every = np.broadcast_to(choices, (len(rows), *choices.shape))
-            values = self.shield.acceptable(states, rows, every)[1]
+            every = every_choice(self._codec, len(view.rows))
+            values = self.shield.acceptable(view.states, view.rows, every)[1]
             likely = log_probs >= log_probs.max(axis=1, keepdims=True)
             index = np.where(likely, values, np.inf).argmin(axis=1)
-        else:
-            # The largest of log p + Gumbel noise is distributed as p.
-            index = (log_probs + rng.gumbel(size=log_probs.shape)).argmax(axis=1)
-        chosen: _Array = choices[index]
-        return chosen
+            return np.asarray(self._codec.choices[index])
+        return draw_choices(self._codec, log_probs, 1, rng)[:, 0]
 
     # -- densities ------------------------------------------------------------------------------
 
-    def _choice_log_probs(self, states: StateValue, rows: _Array, seen: Batch) -> _Array | None:
-        """Return log pi (n, c) of all discrete actions; None for a Box, or without a density."""
-        if not self.shield.model.action_codec.discrete:
-            return None
-        choices = self.shield.model.action_codec.choices
-        every = np.broadcast_to(choices, (len(rows), *choices.shape))
-        log_probs = self._source.log_prob(seen, every, states)
+    def _relative(self, view: _View, action_rows: _Array) -> _Array | None:
+        """Return log pi (n,) of actions (n, act): of a Box up to log Z; None without a density."""
+        if not self._codec.discrete:
+            candidates = action_rows[:, None]
+            log_q = self._source.log_prob(view.observations, candidates, view.states)
+            if log_q is None:
+                return None
+            accepted, _ = self.shield.acceptable(view.states, view.rows, candidates)
+            return np.where(accepted[:, 0], log_q[:, 0], -np.inf)
+        log_probs = self._choice_log_probs(view)
         if log_probs is None:
             return None
-        mask = acceptable_choices(self.shield, states, rows)
+        inside = np.asarray(self._codec.contains(action_rows))
+        known = np.where(inside[:, None], action_rows, self._codec.low)
+        index = choice_index(self._codec, known[:, None])
+        return np.where(inside, np.take_along_axis(log_probs, index, axis=1)[:, 0], -np.inf)
+
+    def _choice_log_probs(self, view: _View) -> _Array | None:
+        """Return log pi (n, c) of all discrete actions; None for a Box, or without a density."""
+        if not self._codec.discrete:
+            return None
+        every = every_choice(self._codec, len(view.rows))
+        log_probs = self._source.log_prob(view.observations, every, view.states)
+        if log_probs is None:
+            return None
+        mask = acceptable_choices(self.shield, view.states, view.rows)
         masked = np.where(mask, log_probs, -np.inf)
         # A proposal that never does what may be done leaves the choice among that open.
         never = masked.max(axis=1, keepdims=True) == -np.inf
         return normalised(np.where(never & mask, 0.0, masked))
 
-    def _choice_density(
-        self, states: StateValue, rows: _Array, seen: Batch, played: _Array
-    ) -> tuple[_Array, _Array] | None:
-        log_probs = self._choice_log_probs(states, rows, seen)
-        if log_probs is None:
-            return None
-        flat = self.shield.model.action_codec
-        inside = np.asarray(flat.contains(played))
-        index = choice_index(flat, np.where(inside[:, None], played, flat.low)[:, None])[:, 0]
-        value = np.where(inside, log_probs[np.arange(len(rows)), index], -np.inf)
-        return value, np.zeros(len(rows))
-
-    def _box_density(
-        self, states: StateValue, rows: _Array, seen: Batch, played: _Array, samples: int
-    ) -> tuple[_Array, _Array] | None:
-        log_q = self._source.log_prob(seen, played[:, None], states)
-        if log_q is None:
-            return None
-        accepted, _ = self.shield.acceptable(states, rows, played[:, None])
-        inside = accepted[:, 0]
-        value, error = np.full(len(rows), -np.inf), np.zeros(len(rows))
+    def _log_z(self, view: _View, samples: int) -> tuple[_Array, _Array]:
+        """Return the estimates of log Z (n,) and their standard errors."""
         at_once = max(1, _CHUNK // samples)
-        wanted = np.flatnonzero(inside)
-        for part in (wanted[i : i + at_once] for i in range(0, len(wanted), at_once)):
-            some = states.take(part)
-            hits = self._hits(some, rows[part], take(seen, part), samples)
-            z = (hits + 0.5) / (samples + 0.5)
-            value[part] = log_q[part, 0] - np.log(z)
-            # Where all were accepted the error is not 0: one more might not have been.
-            error[part] = np.sqrt((samples - hits + 0.5) / (samples + 1.0) / (hits + 0.5))
-        return value, error
+        parts = [slice(i, i + at_once) for i in range(0, len(view.rows), at_once)]
+        hits = np.zeros(len(view.rows))
+        for part in parts:
+            hits[part] = self._hits(view.take(part), samples)
+        # Where all were accepted the error is not 0: one more might not have been.
+        error = np.sqrt((samples - hits + 0.5) / (samples + 1.0) / (hits + 0.5))
+        return np.log((hits + 0.5) / (samples + 0.5)), error
 
-    def _hits(self, states: StateValue, rows: _Array, seen: Batch, samples: int) -> _Array:
+    def _hits(self, view: _View, samples: int) -> _Array:
         """Return how many of `samples` proposals are accepted in each state: (n,)."""
         rng = np.random.default_rng(0)
         if isinstance(self._source, Uniform):
-            points = self._source.draw(take(seen, slice(1)), samples, rng)
-            drawn = np.broadcast_to(points, (len(rows), *points.shape[1:]))
+            points = self._source.draw(take(view.observations, slice(1)), samples, rng)
+            drawn = np.broadcast_to(points, (len(view.rows), *points.shape[1:]))
         else:
-            drawn = self._source.draw(seen, samples, rng)
-        hits: _Array = self.shield.acceptable(states, rows, drawn)[0].sum(axis=1)
+            drawn = self._source.draw(view.observations, samples, rng)
+        hits: _Array = self.shield.acceptable(view.states, view.rows, drawn)[0].sum(axis=1)
         return hits
 
     def _without_density(self) -> TypeError:

@@ -47,6 +47,7 @@ from safeshield.online.losses import (
     reverse_loss_box,
     reverse_loss_choices,
 )
+from safeshield.online.safe_proposals import SafeBehaviour
 from safeshield.policies import ShieldCallback, ShieldedPolicy
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.record import CalibrationRecord, PolicyResult

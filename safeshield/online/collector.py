@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from safeshield.online.replay import Step
 from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
 from safeshield.proposals.sources import log_density
-from safeshield.rollouts.infos import EXECUTED, LABELS, PROPOSED, TERMINAL_OBSERVATION, TIME_LIMIT
+from safeshield.rollouts.infos import EXECUTED, PROPOSED, TERMINAL_OBSERVATION, TIME_LIMIT, violates
 from safeshield.spaces.batches import Batch, copied, finite, take
 from safeshield.spaces.rows import SpaceCodec
 
@@ -228,10 +228,9 @@ class Collector:
     def _count_outcomes(self, dones: Array, infos: list[dict[str, Any]]) -> None:
         tally = self.tally
         for i, info in enumerate(infos):
-            reports = [_number(info, key) for key in LABELS if key in info]
-            tally.labelled = tally.labelled or bool(reports)
-            # Written so that NaN counts.
-            if any(not report <= 0.0 for report in reports):
+            unsafe = violates(info)
+            tally.labelled = tally.labelled or unsafe is not None
+            if unsafe:
                 tally.unsafe_steps += 1
                 tally.unsafe_episodes += not self._violated[i]
                 self._violated[i] = True
@@ -242,13 +241,6 @@ class Collector:
 def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 - actions
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     return one.size == other.size and bool(np.allclose(one.ravel(), other.ravel(), 1e-5, 1e-6))
-
-
-def _number(info: dict[str, Any], key: str) -> float:
-    value = np.asarray(info[key])
-    if value.dtype.kind not in "fiub" or value.size != 1:
-        raise ValueError(f"info[{key!r}] must be one number, got {info[key]!r:.60}")
-    return float(value.item())
 
 
 def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:

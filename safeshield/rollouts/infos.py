@@ -124,3 +124,26 @@ def _column_of_rows(rows: Sequence[object]) -> Column | None:
         if row is not None:
             values[i] = row
     return Column(values, present)
+
+
+def violates(info: Infos) -> bool | None:
+    """Return whether one environment's info reports a violation; None where it reports no label.
+
+    A label that is NaN counts as a violation.
+
+    Raises:
+        ValueError: a label is not a number.
+
+    >>> violates({"cost": 0.0}), violates({"constraint": float("nan")}), violates({})
+    (False, True, None)
+    """
+    reports = [_number(info, key) for key in LABELS if key in info]
+    # Not "any above 0": a label that is not a number must not count as safe.
+    return any(not report <= 0.0 for report in reports) if reports else None
+
+
+def _number(info: Infos, key: str) -> float:
+    value = np.asarray(info[key])
+    if value.dtype.kind not in "fiub" or value.size != 1:
+        raise ValueError(f"info[{key!r}] must be one number, got {info[key]!r:.60}")
+    return float(value.item())
