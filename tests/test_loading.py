@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeshield.data import OfflineDataset, card_of, hdf5, storage
+from safeshield.data import OfflineDataset, card_of, storage
 from safeshield.data.storage import DSRL_KEYS
 
 FLAGS = ("terminals", "timeouts")
@@ -64,7 +64,7 @@ def fields(log: OfflineDataset) -> dict[str, Any]:
         ]
     ),
     columns=st.booleans(),
-    block=st.integers(1, 400) | st.just(hdf5.BLOCK_BYTES),
+    block=st.integers(1, 400) | st.just(storage.BLOCK_BYTES),
     cores=st.sampled_from([1, 3]),
     seed=st.integers(0, 999),
 )
@@ -81,9 +81,9 @@ def test_hdf5_is_read_as_numpy_casts_it(
 ) -> None:
     """Whatever dtype, layout, chunks, blocks, threads: the same float32 numbers and flags."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hdf5, "_cores", lambda: cores)
-        patch.setattr(hdf5, "_LEAST_CHUNK", 1)
-        patch.setattr(hdf5, "BLOCK_BYTES", block)
+        patch.setattr(storage, "_cores", lambda: cores)
+        patch.setattr(storage, "_LEAST_CHUNK", 1)
+        patch.setattr(storage, "BLOCK_BYTES", block)
         arrays = stored(steps, dtype, flags, columns, seed)
         with h5py.File(Path(folder) / "log.hdf5", "w") as file:
             for key, value in arrays.items():
@@ -114,7 +114,7 @@ def test_npz_is_read_as_numpy_casts_it(
     seed: int,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hdf5, "BLOCK_BYTES", block)
+        patch.setattr(storage, "BLOCK_BYTES", block)
         arrays = stored(steps, dtype, flags, columns, seed)
         if by_columns:
             arrays = {key: np.asfortranarray(value) for key, value in arrays.items()}
@@ -148,8 +148,8 @@ def test_threads_read_what_hdf5_reads(
     tmp_path: Path, width: int, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks of all rows or a few columns, at the edge, and such that a writer did not pack."""
-    monkeypatch.setattr(hdf5, "_cores", lambda: cores)
-    monkeypatch.setattr(hdf5, "_LEAST_CHUNK", 1)
+    monkeypatch.setattr(storage, "_cores", lambda: cores)
+    monkeypatch.setattr(storage, "_LEAST_CHUNK", 1)
     values = np.random.default_rng(0).normal(size=(500, width)).astype(np.float32).round(2)
     with h5py.File(tmp_path / "log.hdf5", "w") as file:
         for chunks in ((50, width), (70, 2), (9, 1)):
@@ -163,7 +163,7 @@ def test_threads_read_what_hdf5_reads(
                 file[name].id.write_direct_chunk((50 * mask, 0), bytes(range(200)) * 3, mask)
         for entry in file.values():
             out = np.empty(values.shape, np.float32)
-            hdf5.read_into(out, entry, out.__setitem__)
+            storage.read_into(out, entry, out.__setitem__)
             np.testing.assert_array_equal(out.view(np.uint32), entry[()].view(np.uint32))
 
 
@@ -172,7 +172,7 @@ def test_loading_takes_the_memory_of_the_arrays(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read from float64: no copy in the file's dtype, no second copy of anything."""
-    monkeypatch.setattr(hdf5, "BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 17)
     arrays = dsrl_arrays(30_000, width=40)
     if kind == "npz":
         np.savez(tmp_path / "log.npz", **arrays)
@@ -262,7 +262,7 @@ def test_a_chunk_of_another_size_is_refused(
     tmp_path: Path, change: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that expands to much more than its place holds is never unpacked whole."""
-    monkeypatch.setattr(hdf5, "_cores", lambda: 2)
+    monkeypatch.setattr(storage, "_cores", lambda: 2)
     path = write_hdf5(tmp_path / "log.hdf5", dsrl_arrays(1000), compression="gzip")
     with h5py.File(path, "a") as file:
         del file["rewards"]

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -30,6 +29,7 @@ from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.files.atomic import written_whole
 from safeshield.files.schema import versions, whole
 from safeshield.rollouts.copies import (
     Env,
@@ -399,9 +399,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    with written_whole(path) as part:
         part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

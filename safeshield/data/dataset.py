@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.data import storage
+from safeshield.data import minari, storage
 from safeshield.data.labels import DEFAULT_MAGNITUDE, binary_labels
 from safeshield.data.validation import (
     FLAG_FIELDS,
@@ -323,14 +323,12 @@ class OfflineDataset:
             ValueError: it is damaged, lacks these infos, or breaks a rule of logs.
             TypeError: a space that `spaces.rows` does not support.
         """
-        from safeshield.data.minari import from_minari
-
-        return from_minari(
-            source,
-            observation_keys=observation_keys,
-            action_space=action_space,
-            label_magnitude=label_magnitude,
-        )
+        opened = minari.open_dataset(source)
+        with minari.errors_named(opened):
+            return cls.from_arrays(
+                **minari.arrays_of(opened, observation_keys, action_space),
+                label_magnitude=label_magnitude,
+            )
 
     def to_minari(self, dataset_id: str, **metadata: Any) -> Any:  # noqa: ANN401 - optional
         """Write the log into Minari's store and return the `minari.MinariDataset`.
@@ -343,9 +341,7 @@ class OfflineDataset:
             ImportError: the package minari is not installed.
             ValueError: the id is taken or no id, or a state differs from the one reached before.
         """
-        from safeshield.data.minari import to_minari
-
-        return to_minari(self, dataset_id, **metadata)
+        return minari.write_dataset(self, dataset_id, **metadata)
 
     def with_label_magnitude(self, magnitude: float) -> OfflineDataset:
         """Return the same log with binary labels of another magnitude.

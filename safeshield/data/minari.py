@@ -7,22 +7,24 @@ therefore entry t + 1 of ``infos["cost"]``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.data.dataset import OfflineDataset
-from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.rollouts.infos import CONSTRAINT, COST, EXECUTED
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
+
+if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
 
 Array = npt.NDArray[Any]
 MinariDataset = Any
@@ -32,35 +34,81 @@ _INFOS = (COST, CONSTRAINT, EXECUTED)
 _DAMAGE = (OSError, KeyError, IndexError, RuntimeError, AssertionError, TypeError)
 
 
-def from_minari(
-    source: str | os.PathLike[str] | MinariDataset,
-    *,
-    observation_keys: Sequence[str] | None = None,
-    action_space: gym.Space[Any] | None = None,
-    label_magnitude: float = DEFAULT_MAGNITUDE,
-) -> OfflineDataset:
-    """Read a Minari dataset as a log; see `OfflineDataset.from_minari`."""
-    dataset = _open(source)
+def open_dataset(source: str | os.PathLike[str] | MinariDataset) -> MinariDataset:
+    """Return a Minari dataset that is here already.
+
+    Args:
+        source: an id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
+
+    Raises:
+        ImportError: the package minari is not installed.
+        FileNotFoundError: there is no such dataset here.
+        TypeError: `source` is none of the three.
+        ValueError: it is damaged, or does not name its spaces.
+    """
+    minari = _package()
+    if isinstance(source, minari.MinariDataset):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            "source must be a Minari id, the folder of a dataset, or a minari.MinariDataset, got "
+            f"{type(source).__name__}"
+        )
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    for folder in (Path(source), Path(get_dataset_path(os.fspath(source)))):
+        for place in (folder / "data", folder):
+            if (place / "metadata.json").is_file():
+                _check_spaces_stored(place)
+                try:
+                    return minari.MinariDataset(place)
+                except _DAMAGE as error:
+                    raise ValueError(
+                        f"{place} is damaged or no Minari dataset: {type(error).__name__}: {error}"
+                    ) from error
+    raise FileNotFoundError(
+        f"no Minari dataset {os.fspath(source)!r}, neither as a folder nor in Minari's store; "
+        f"`minari list local` shows those here, `minari download {os.fspath(source)}` fetches one"
+    )
+
+
+@contextlib.contextmanager
+def errors_named(dataset: MinariDataset) -> Iterator[None]:
+    """Begin the messages of errors with the dataset's name."""
     name = f"Minari dataset {dataset.id!r}"
     try:
-        space = part_of(dataset.observation_space, observation_keys)
-        seen, played = flat_observations(space), flat_actions(action_space or dataset.action_space)
-        filling = _Filling(int(dataset.total_steps), seen, played)
-        for number, episode in _episodes(dataset):
-            filling.add(number, episode)
-        return OfflineDataset.from_arrays(
-            **filling.arrays(),
-            observation_space=space,
-            action_space=played.space,
-            label_magnitude=label_magnitude,
-        )
+        yield
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
     except (ValueError, MemoryError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def to_minari(
+def arrays_of(
+    dataset: MinariDataset,
+    observation_keys: Sequence[str] | None,
+    action_space: gym.Space[Any] | None,
+) -> dict[str, Any]:
+    """Return the arguments of `OfflineDataset.from_arrays` that a Minari dataset gives.
+
+    Args:
+        dataset: from `open_dataset`.
+        observation_keys: entries of a Dict observation to keep, all by default.
+        action_space: where logged actions leave the space that the dataset names.
+
+    Raises:
+        TypeError: a space that `spaces.rows` does not support.
+        ValueError: it is damaged, or lacks the infos that label a log.
+    """
+    space = part_of(dataset.observation_space, observation_keys)
+    seen, played = flat_observations(space), flat_actions(action_space or dataset.action_space)
+    filling = _Filling(int(dataset.total_steps), seen, played)
+    for number, episode in _episodes(dataset):
+        filling.add(number, episode)
+    return {**filling.arrays(), "observation_space": space, "action_space": played.space}
+
+
+def write_dataset(
     dataset: OfflineDataset,
     dataset_id: str,
     **metadata: Any,  # noqa: ANN401 - what Minari takes
@@ -238,33 +286,6 @@ def _episodes(dataset: MinariDataset) -> Iterator[tuple[int, Any]]:
             return
         yield number, episode
         number += 1
-
-
-def _open(source: str | os.PathLike[str] | MinariDataset) -> MinariDataset:
-    minari = _package()
-    if isinstance(source, minari.MinariDataset):
-        return source
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(
-            "source must be a Minari id, the folder of a dataset, or a minari.MinariDataset, got "
-            f"{type(source).__name__}"
-        )
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    for folder in (Path(source), Path(get_dataset_path(os.fspath(source)))):
-        for place in (folder / "data", folder):
-            if (place / "metadata.json").is_file():
-                _check_spaces_stored(place)
-                try:
-                    return minari.MinariDataset(place)
-                except _DAMAGE as error:
-                    raise ValueError(
-                        f"{place} is damaged or no Minari dataset: {type(error).__name__}: {error}"
-                    ) from error
-    raise FileNotFoundError(
-        f"no Minari dataset {os.fspath(source)!r}, neither as a folder nor in Minari's store; "
-        f"`minari list local` shows those here, `minari download {os.fspath(source)}` fetches one"
-    )
 
 
 def _check_spaces_stored(place: Path) -> None:

@@ -8,16 +8,37 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.data.drawing import BLACK, BLUE, DPI, GREEN, GREY, STYLE, VERMILION, new_figure
+
+# Colours that colour-blind readers can tell apart (Okabe and Ito).
+BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+BLACK, GREY = "#222222", "#dddddd"
+DPI = 160
+STYLE: Any = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+"""For `matplotlib.rc_context`."""
 
 DEFAULT_LIMIT = 10.0
 """Cost limit of an episode in most papers on DSRL's tasks."""
 _FAR = 5.0
 """Greatest cost, in limits, up to which the cost axis is linear."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches that needs no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def draw_scatter(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 
-from safeshield.data.drawing import (
+from safeshield.data.scatter import (
     BLACK,
     BLUE,
     DPI,

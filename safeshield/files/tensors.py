@@ -13,7 +13,6 @@ import json
 import math
 import os
 import struct
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
+
+from safeshield.files.atomic import written_whole
 
 Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
@@ -118,22 +119,12 @@ def write_tensors(
         ValueError: the header is not strict JSON.
         FileNotFoundError: the folder does not exist.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # One key: with several their order, and so the file, would differ from run to run.
     text = _dump({"header": header, "sha256": _digest(header, plain)})
     content = format_safetensors(plain, {_KEY: text})
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(Path(path)) as part:
+        part.write_bytes(content)
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> TensorFile:

@@ -1,0 +1,28 @@
+"""Writing a file so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which replaces `path` where nothing fails.
+
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield part
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
