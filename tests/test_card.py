@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from safeshield.cli.app import app
+from safeshield.cli import app
 from safeshield.data import DatasetCard, OfflineDataset, card_of
 from safeshield.data.card import SafeEpisodes, Spread
 from safeshield.data.scatter import draw_scatter

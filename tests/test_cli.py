@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from safeshield.cli.app import app
+from safeshield.cli import app
 
 BOAT = "safeshield/Boat-v0"
 SMALL = (
@@ -226,7 +226,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_a_package_of_the_core_that_is_missing_is_named_with_its_command(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules[sys.argv[1]] = None\n"
-        "from safeshield.cli.app import main\n"
+        "from safeshield.cli import main\n"
         "sys.argv[1:] = sys.argv[2:]; main()\n"
     )
     for module, command, wanted in (
@@ -247,8 +247,8 @@ def test_a_package_of_the_core_that_is_missing_is_named_with_its_command(tmp_pat
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys, safeshield.cli.app, typer.testing\n"
-        "result = typer.testing.CliRunner().invoke(safeshield.cli.app.app, ['--help'])\n"
+        "import sys, safeshield.cli, typer.testing\n"
+        "result = typer.testing.CliRunner().invoke(safeshield.cli.app, ['--help'])\n"
         "assert result.exit_code == 0 and 'calibrate' in result.output\n"
         "print([m for m in ('torch', 'scipy', 'matplotlib', 'h5py') if m in sys.modules])"
     )
@@ -264,7 +264,7 @@ def test_the_quick_demo_runs_every_stage(tmp_path: Path) -> None:
     # In a process of its own, as a user runs it: its workers start from the command's module.
     folder = tmp_path / "demo"
     result = subprocess.run(
-        [sys.executable, "-m", "safeshield.cli.app", "demo", "--quick", "--out", str(folder)],
+        [sys.executable, "-m", "safeshield.cli", "demo", "--quick", "--out", str(folder)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -23,7 +23,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from typer.testing import CliRunner
 
-from safeshield.cli.app import app
+from safeshield.cli import app
 from safeshield.collection import (
     LearnerConfig,
     Multiplier,

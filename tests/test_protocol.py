@@ -25,7 +25,7 @@ from stable_baselines3 import PPO
 from typer.testing import CliRunner
 
 import safeshield.envs
-from safeshield.cli.app import app
+from safeshield.cli import app
 from safeshield.data.collect import collect
 from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation import (

@@ -39,7 +39,7 @@ def test_ten_lines(tmp_path: Path) -> None:
 
 def test_the_command_line_exists() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "safeshield.cli.app", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "safeshield.cli", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
     for command in re.findall(

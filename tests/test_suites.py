@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import safeshield.suites
 from safeshield import requirements
-from safeshield.cli.app import app
+from safeshield.cli import app
 from safeshield.data import OfflineDataset
 from safeshield.suites import (
     TASKS,

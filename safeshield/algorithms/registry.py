@@ -18,9 +18,9 @@ from safeshield.algorithms import (  # noqa: F401 - each registers itself
     shield_trainer,
 )
 from safeshield.online import ssql  # noqa: F401
-from safeshield.training.registry import ALGORITHMS, load_agent, register
+from safeshield.training.registry import ALGORITHMS, load_agent, offline_algorithm, register
 
-__all__ = ["ALGORITHMS", "load_agent", "register"]
+__all__ = ["ALGORITHMS", "load_agent", "offline_algorithm", "register"]
 
 GROUP = "safeshield.algorithms"
 

@@ -1,5 +1,6 @@
-"""The command line."""
+"""The command line: a file for each command; `main` puts them together."""
 
-from safeshield.cli.app import main
+from safeshield.cli.app import app
+from safeshield.cli.main import main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

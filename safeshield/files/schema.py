@@ -153,6 +153,8 @@ class Field:
     default: object
     meaning: str
     """The docstring below it, on one line; "" where there is none."""
+    rule: str
+    """What its annotation asks of a value, in words."""
 
 
 def fields_of(kind: type) -> tuple[Field, ...]:
@@ -161,16 +163,18 @@ def fields_of(kind: type) -> tuple[Field, ...]:
     >>> @dataclass(frozen=True)
     ... class Sampling(Settings):
     ...     rate: Positive = 1.0
-    >>> fields_of(Sampling)
-    (Field(name='rate', kind=<class 'float'>, default=1.0, meaning=''),)
+    >>> fields_of(Sampling)[0].rule
+    'a finite number, above 0'
     """
     hints, meanings, declared = get_type_hints(kind), _meanings(kind), _fields(kind)
+    rules = _annotations(cast("Any", kind))
     return tuple(
         Field(
             field.name,
             hints[field.name],
             field.default if field.default_factory is MISSING else field.default_factory(),
             meanings.get(field.name, ""),
+            _in_words(rules[field.name]),
         )
         for field in declared
     )
@@ -263,6 +267,17 @@ def _kind_in_words(hint: Any) -> str:  # noqa: ANN401
     names = {int: "whole number", float: "finite number", bool: "True or False", str: "text"}
     what = names.get(hint) or getattr(hint, "__name__", str(hint))
     return f"be {what}" if hint in (bool, str) else f"be a {what}"
+
+
+def _in_words(hint: Any) -> str:  # noqa: ANN401
+    """Return an annotation's kind and rules, as "a finite number, above 0"."""
+    items = get_args(hint)
+    if type(None) in items:
+        return f"{_in_words(items[0])}, or None"
+    rules = [one for one in items if isinstance(one, Rule) and not one.tells_kind]
+    # Without "be" and "lie".
+    words = [_kind_in_words(hint), *(rule.words for rule in rules)]
+    return ", ".join(each.partition(" ")[2] for each in words)
 
 
 # -- single values, records ---------------------------------------------------------------------

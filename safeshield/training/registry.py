@@ -101,7 +101,7 @@ def register(name: str, *, offline: bool = True) -> Callable[[K], K]:
         if held is not None and _place(held.kind) != _place(kind):
             raise ValueError(
                 f"the algorithm '{name}' is {'.'.join(_place(held.kind))} already; register "
-                f"{kind.__qualname__} under another name"
+                f"{kind.__name__} under another name"
             )
         form = getattr(kind, "file_format", None)
         if form is not None:
@@ -122,7 +122,7 @@ def offline_algorithm(name: str) -> Algorithm:
     Raises:
         ValueError: none that is registered has the name.
     """
-    known = [one.name for one in ALGORITHMS.values() if one.offline]
+    known = sorted(one.name for one in ALGORITHMS.values() if one.offline)
     if name not in known:
         raise ValueError(
             f"--algorithm must be one of {known}, got '{name}'; for one of your own, pass the file "

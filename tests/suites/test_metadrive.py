@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from typer.testing import CliRunner
 
 import safeshield.suites  # noqa: F401 - registers them
-from safeshield.cli.app import app
+from safeshield.cli import app
 from safeshield.data import OfflineDataset, collect
 from safeshield.evaluation import play
 from safeshield.suites import packages

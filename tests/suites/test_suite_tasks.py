@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from safeshield.cli.app import app
+from safeshield.cli import app
 from safeshield.suites import TASKS, Family
 from safeshield.suites.doctor import Part, State, examine, healthy
 from safeshield.suites.labels import log_label

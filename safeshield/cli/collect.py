@@ -1,0 +1,141 @@
+"""``safeshield collect``: log a policy, or learners."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_output
+from safeshield.cli.settings import parse, settings_of
+from safeshield.cli.sources import make_env, policy_of
+
+if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
+
+
+def collect(
+    env_id: EnvId,
+    out: Out,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Who acts: random (the default), helmsmen (of the boat), an agent's .safetensors "
+            "or .zip."
+        ),
+    ] = None,
+    episodes: Annotated[
+        int, typer.Option(help="Whole episodes; with --limits: those that stay.", min=1)
+    ] = 500,
+    seed: Seed = 0,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a policy: log PPO while it learns, once under each of these limits on "
+            "an episode's cost, as none,25,5,0."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Of each learner, rounded up to whole rollouts; default 200000.", min=1),
+    ] = None,
+    cap: Annotated[
+        int | None, typer.Option(help="Learners' episodes a cell of the cost-return grid.", min=1)
+    ] = None,
+    bins: Annotated[
+        int | None, typer.Option(help="Parts of each side of that grid; default 30.", min=1)
+    ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="Folder that learners go on from; default OUT.parts. It can be deleted."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A learner's setting, name=value. Repeatable.")
+    ] = None,
+    trust: Trust = False,
+    plugins: Plugins = None,
+    debug: Debug = False,
+) -> None:
+    """Log whole episodes of an environment to an HDF5 or NPZ file.
+
+    Of a policy; or, with --limits, everything that learners do from their first steps to their
+    last, thinned on a grid of cost and return. If that is stopped, the same command goes on.
+    """
+    from safeshield.files.schema import versions
+
+    check_output(out, (".hdf5", ".h5", ".npz"))
+    given = {"--steps": steps, "--cap": cap, "--bins": bins, "--parts": parts, "--set": settings}
+    needless = [name for name, value in given.items() if value is not None]
+    if limits is None and needless:
+        raise ValueError(f"{', '.join(needless)} belong to learners: add --limits none,25,5,0")
+    if limits is not None and (policy is not None or trust):
+        raise ValueError("--limits logs learners, and --policy and --trust a policy: leave one out")
+    env = make_env(env_id)
+    if limits is not None:
+        from safeshield.collection import (
+            STEPS,
+            LearnerConfig,
+            Thinning,
+            collect_while_learning,
+            config_for,
+        )
+
+        folder = out.with_name(f"{out.name}.parts") if parts is None else parts
+        config = settings_of(LearnerConfig, settings or [], **vars(config_for(env)))
+        steps = STEPS if steps is None else steps
+        try:
+            log = collect_while_learning(
+                env,
+                folder,
+                limits=parse("--limits", limits, tuple[float | None, ...]),
+                steps=steps,
+                seed=seed,
+                thinning=Thinning(episodes, cap, 30 if bins is None else bins, seed),
+                config=config,
+                progress_bar=True,
+            )
+        except KeyboardInterrupt:
+            typer.echo(f"stopped; the same command goes on from {folder}", err=True)
+            raise typer.Exit(130) from None
+        for note in _other_than_asked(
+            log, steps=config.updates(steps) * config.rollout, episodes=episodes, cap=cap
+        ):
+            typer.echo(note, err=True)
+    else:
+        from safeshield.data.collect import collect as collect_log
+
+        name = policy or "random"
+        log = collect_log(env, policy_of(name, env, None, trust), episodes, seed)
+        log = dataclasses.replace(
+            log,
+            provenance={
+                "collected_by": Path(name).name,
+                "environment": env_id,
+                "seed": seed,
+                "versions": [versions()],
+            },
+        )
+    log.save(out)
+    typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
+
+
+def _other_than_asked(
+    log: OfflineDataset, *, steps: int, episodes: int, cap: int | None
+) -> Iterator[str]:
+    """Say where learners' episodes are more, or fewer, than the command asked for."""
+    learners = (log.provenance or {}).get("learners", [])
+    done = max(one["steps"] for one in learners)
+    if done > steps:
+        yield (
+            f"note: learners had done up to {done} steps before, and none are taken back: the log "
+            f"is of all of them, not of {steps}; for fewer, begin in another folder (--parts)"
+        )
+    if log.num_episodes < episodes:
+        ended = sum(one["episodes"] for one in learners)
+        why = f"the learners ended {ended}; raise --steps"
+        if log.num_episodes < ended:
+            why += f", or --cap, which keeps at most {cap} of a cell of the grid"
+        yield f"note: {log.num_episodes} episodes, fewer than --episodes {episodes}: {why}"

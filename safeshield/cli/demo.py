@@ -1,0 +1,37 @@
+"""``safeshield demo``: every stage from log to shield."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeshield.cli.app import Debug, Seed
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for log, agent, shield, table and pictures.")
+    ] = Path("safeshield-demo"),
+    seed: Seed = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every stage, too briefly to learn anything.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Log, learn, calibrate, and try four agents with the shield and without it."""
+    from safeshield.demo.run import hardware, run_demo
+    from safeshield.demo.settings import DemoConfig
+    from safeshield.files.schema import versions
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, but {out} is a file")
+    typer.echo(f"seed {seed}; {hardware()}")
+    typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()))
+    config = DemoConfig.quick(seed) if quick else DemoConfig(seed=seed)
+    result = run_demo(out, config, say=typer.echo)
+    typer.echo(f"\n{result.table}\n\n{result.promise}\n")
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    typer.echo(f"{times}; {sum(result.seconds.values()):.0f} s in all")
+    typer.echo(f"Log, agent, shield, table and pictures are in {result.folder}")

@@ -1,0 +1,37 @@
+"""``safeshield doctor``: what is installed and works."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from safeshield.cli.app import Debug
+
+
+def doctor(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="core, navigation, velocity, bullet, dsrl, metadrive; default: all."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is installed and works, and which commands are missing.
+
+    Exit status 1: something installed does not work, or a part that was named is not installed.
+    """
+    from safeshield.suites.doctor import Part, examine, healthy, report
+
+    unknown = [part for part in parts or [] if part not in list(Part)]
+    if unknown:
+        raise ValueError(f"PARTS must be of {', '.join(Part)}, got {', '.join(unknown)}")
+    asked = [Part(part) for part in parts or []]
+    findings = examine(asked)
+    if as_json:
+        typer.echo(json.dumps([one.to_json() for one in findings], indent=2))
+    else:
+        typer.echo(report(findings))
+    if not healthy(findings, asked):
+        raise typer.Exit(1)

@@ -1,0 +1,191 @@
+"""``safeshield evaluate``: violations behind a shield, or the field's protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from safeshield.cli.app import Debug, EnvId, Plugins, Trust
+from safeshield.cli.settings import parse
+from safeshield.cli.sources import log_of, make_env, policy_of, shield_of
+
+R = TypeVar("R")
+
+
+def evaluate(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Shield or agent, .safetensors; with --cost-limit also a model's .zip. {seed} in "
+            "the name stands for each of --seeds.",
+        ),
+    ],
+    env_id: EnvId,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Who proposes behind SOURCE's shield: random (the default), adversary, helmsmen, "
+            "an agent's .safetensors or .zip. With --cost-limit an agent or a model acts itself, "
+            "unshielded, where this is left out."
+        ),
+    ] = None,
+    episodes: Annotated[
+        int | None,
+        typer.Option(help="Whole episodes; default 1000, with --cost-limit 20 a seed.", min=1),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all draws.", min=0)] = None,
+    without: Annotated[
+        bool, typer.Option("--without", help="Also without the shield, from the same starts.")
+    ] = False,
+    cost_limit: Annotated[
+        float | None,
+        typer.Option(help="Score by the field's protocol, at this limit (the papers': 10).", min=0),
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="The task's log: its returns are the reference.")
+    ] = None,
+    references: Annotated[
+        str | None, typer.Option(help="Reference returns instead of a log, LEAST,GREATEST.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the protocol's runs; default 0,1,2.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that step the protocol's environments; 0: none.", min=0)
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust: Trust = False,
+    plugins: Plugins = None,
+    debug: Debug = False,
+) -> None:
+    """Count violations behind a shield, from starts that it certifies.
+
+    With --cost-limit: score an agent, shielded or not, by the field's protocol instead.
+    """
+    if cost_limit is not None:
+        if seed is not None:
+            raise ValueError(f"--seed {seed}: with --cost-limit give the runs' --seeds")
+        _evaluate_by_protocol(
+            source, env_id, policy, episodes, without, cost_limit, log, references, seeds, workers,
+            as_json, trust,
+        )  # fmt: skip
+        return
+    given = {"--log": log, "--references": references, "--seeds": seeds, "--workers": workers}
+    needless = [name for name, value in given.items() if value]
+    if needless:
+        raise ValueError(f"{', '.join(needless)} belong to the field's protocol: add --cost-limit")
+    from safeshield.evaluation import UnshieldedAdversary, format_table
+    from safeshield.evaluation import evaluate as evaluate_policy
+
+    policy = policy or "random"
+    shield = shield_of(source)
+    env = make_env(env_id)
+    results = []
+    for shielded in (False, True) if without else (True,):
+        acting = policy_of(policy, env, shield, trust)
+        if policy == "adversary" and not shielded:
+            acting = UnshieldedAdversary(shield)
+        results.append(
+            evaluate_policy(
+                env,
+                acting,
+                1000 if episodes is None else episodes,
+                seed or 0,
+                shield=shield if shielded else None,
+                starts="certified",
+                certified_by=shield,
+                name=Path(policy).name,
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps([result.to_json() for result in results], indent=2))
+    else:
+        typer.echo(format_table(results))
+
+
+def _evaluate_by_protocol(
+    source: Path,
+    env_id: str,
+    policy: str | None,
+    episodes: int | None,
+    without: bool,
+    cost_limit: float,
+    log: Path | None,
+    references: str | None,
+    seeds: str | None,
+    workers: int,
+    as_json: bool,
+    trust: bool,
+) -> None:
+    from safeshield.calibration.proposers import Adversary
+    from safeshield.cli.kinds import file_kind
+    from safeshield.evaluation import (
+        EPISODES,
+        SEEDS,
+        ReferenceReturns,
+        UnshieldedAdversary,
+        describe_score,
+        field_score,
+        format_scores,
+    )
+    from safeshield.files.tensors import AGENT
+
+    if (log is None) == (references is None):
+        raise ValueError("--cost-limit needs reference returns: one of --log and --references")
+    runs: tuple[int, ...] = SEEDS if seeds is None else parse("--seeds", seeds, tuple[int, ...])
+    first = Path(str(source).replace("{seed}", str(runs[0]) if runs else ""))
+    alone = first.suffix == ".zip" or (policy is None and file_kind(first) == AGENT)
+    if alone and (policy is not None or without):
+        raise ValueError(
+            "--policy and --without need a shield, and SOURCE is evaluated without one; give a "
+            "shield as SOURCE and the agent as --policy"
+        )
+    env = make_env(env_id)
+    if references is not None:
+        reference = ReferenceReturns(*parse("--references", references, tuple[float, float]))
+    else:
+        reference = ReferenceReturns.of_log(log_of(str(log), env))
+
+    def each(name: str, make: Callable[[str], R]) -> R | dict[int, R]:
+        if "{seed}" not in name:
+            return make(name)
+        return {seed: make(name.replace("{seed}", str(seed))) for seed in runs}
+
+    shield = None if alone else each(str(source), lambda name: shield_of(Path(name)))
+    name = str(source) if alone else policy or "random"
+    scores = []
+    for shielded in (False,) if alone else (False, True) if without else (True,):
+        acting: object
+        if name == "adversary" and shield is not None:
+            kind = Adversary if shielded else UnshieldedAdversary
+            acting = (
+                {seed: kind(one) for seed, one in shield.items()}
+                if isinstance(shield, dict)
+                else kind(shield)
+            )
+        else:
+            acting = each(name, lambda name: policy_of(name, env, None, trust))
+        scores.append(
+            field_score(
+                env,
+                acting,
+                references=reference,
+                cost_limit=cost_limit,
+                seeds=runs,
+                episodes=EPISODES if episodes is None else episodes,
+                shield=shield if shielded else None,
+                name=Path(name).name,
+                workers=workers,
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps([score.to_json() for score in scores], indent=2))
+        return
+    typer.echo("\n\n".join(describe_score(score) for score in scores))
+    if len(scores) > 1:
+        typer.echo(f"\n{format_scores(scores)}")

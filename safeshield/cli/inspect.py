@@ -1,0 +1,91 @@
+"""``safeshield inspect``: what a file is and holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safeshield.cli.app import Debug, Plugins, check_output
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Agent, shield, checkpoint or log.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cost_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a log's episode: safe ones are counted. Default: 0, 5 and 10.", min=0
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="File for a log's cost-return scatter, .png, .svg or .pdf."),
+    ] = None,
+    plugins: Plugins = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a file is and holds; nothing in it is run."""
+    from safeshield.cli.kinds import LOG, describe, file_kind, with_article
+
+    kind = file_kind(file)
+    if kind == LOG:
+        _inspect_log(file, as_json, cost_limit, picture)
+        return
+    if cost_limit is not None or picture is not None:
+        raise ValueError(
+            f"--cost-limit and --picture are for logs, but {file} is {with_article(kind)}"
+        )
+    description = describe(file)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+        return
+    # The promise says in words what the record says in numbers.
+    description.pop("record", None)
+    width = max(map(len, description))
+    for name, value in description.items():
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
+
+
+def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: Path | None) -> None:
+    if picture is not None:
+        check_output(picture, (".png", ".svg", ".pdf"), "--picture")
+    from safeshield.cli.kinds import describe_log
+    from safeshield.data.card import DEFAULT_LIMITS, card_of
+    from safeshield.data.dataset import OfflineDataset
+
+    log = OfflineDataset.load(file)
+    limits = DEFAULT_LIMITS if cost_limit is None else (cost_limit,)
+    card = card_of(log, file=file, limits=limits)
+    if picture is not None:
+        from safeshield.data.scatter import draw_scatter
+
+        draw_scatter(picture, log, limit=max(limits), title=card.env_id or file.stem)
+    if as_json:
+        typer.echo(json.dumps(describe_log(log, card), indent=2))
+        return
+    typer.echo(card)
+    if log.provenance is not None:
+        typer.echo(_provenance_text(log.provenance))
+
+
+def _provenance_text(provenance: Mapping[str, Any]) -> str:
+    """Return how a log was made, a line for each entry, and for each entry of a list of them."""
+    width = max(map(len, provenance), default=0)
+    lines = []
+    for name, value in provenance.items():
+        several = isinstance(value, list) and any(isinstance(one, dict) for one in value)
+        for one in value if several else [value]:
+            lines.append(f"  {name.replace('_', ' '):<{width}}  {_plain(one)}")
+    return "\n".join(["made", *lines])
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,175 @@
+"""Settings on the command line: ``--set name=value``, files of them, and what help says of each."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+from safeshield.files.schema import Field, fields_of
+
+if TYPE_CHECKING:
+    from safeshield.training.registry import Algorithm
+
+R = TypeVar("R")
+
+
+def settings_of(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: ANN401
+    """Return a configuration of this class from "name=value" texts, over other values.
+
+    Raises:
+        ValueError: no such setting, or a value of another type.
+    """
+    hints = {field.name: field.kind for field in fields_of(kind)}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip()
+        if not equals:
+            raise ValueError(f"--set takes name=value, got '{setting}'")
+        if name not in hints:
+            raise ValueError(f"--set {name}: no such setting; known: {', '.join(hints)}")
+        values[name] = parse(f"--set {name}", text.strip(), hints[name])
+    return kind(**values)
+
+
+def parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
+    """Return the value of an annotation's kind that a text stands for.
+
+    Raises:
+        ValueError: it stands for none; the message begins with `name`.
+
+    >>> parse("--set widths", "(64, 64)", tuple[int, ...])
+    (64, 64)
+    """
+    origin = get_origin(hint)
+    if type(None) in get_args(hint):
+        if text.lower() == "none":
+            return None
+        return parse(name, text, next(one for one in get_args(hint) if one is not type(None)))
+    if origin is tuple:
+        parts = [part for part in text.strip("()[] ").split(",") if part.strip()]
+        item = get_args(hint)[0]
+        fixed = [one for one in get_args(hint) if one is not ...]
+        if len(fixed) == len(get_args(hint)) and len(parts) != len(fixed):
+            raise ValueError(f"{name}: takes {len(fixed)} values, got '{text}'")
+        return tuple(parse(name, part.strip(), item) for part in parts)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name}: must be true or false, got '{text}'")
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"{name}: must be {kind}, got '{text}'") from None
+    if origin is not None and text not in (choices := get_args(hint)):
+        raise ValueError(f"{name}: must be one of {list(choices)}, got '{text}'")
+    return text
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Read settings from a TOML or YAML file; "none" stands for None, which TOML lacks.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or names a setting that the class does not have.
+        ModuleNotFoundError: it is YAML, and PyYAML is not installed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() == ".toml":
+        try:
+            values: object = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not TOML: {error}") from error
+    elif path.suffix.lower() in (".yaml", ".yml"):
+        values = _yaml(path, text)
+    else:
+        raise ValueError(f"--config must end in .toml, .yaml or .yml, got '{path}'")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings as name and value, got a {type(values)}")
+    hints = {field.name: field.kind for field in fields_of(kind)}
+    unknown = [str(name) for name in values if name not in hints]
+    if unknown:
+        raise ValueError(
+            f"{path}: no such setting: {', '.join(unknown)}; known: {', '.join(hints)}"
+        )
+    return {
+        name: None if value == "none" and type(None) in get_args(hints[name]) else value
+        for name, value in values.items()
+    }
+
+
+def _yaml(path: Path, text: str) -> object:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading {path} needs PyYAML: run pip install pyyaml, or write the settings as TOML"
+        ) from error
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def write_settings(path: Path, config: object, heading: str) -> None:
+    """Write a configuration as TOML that `read_settings` reads."""
+    lines = [f"# {line}" for line in heading.splitlines()]
+    for field in fields_of(type(config)):
+        value = getattr(config, field.name)
+        # TOML is written as JSON is, as far as settings go.
+        lines.append(f"{field.name} = {json.dumps('none' if value is None else value)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# -- help ---------------------------------------------------------------------------------------
+
+
+def settings_help(algorithms: Iterable[Algorithm]) -> str:
+    """Return every setting of these algorithms: default, meaning with its unit, and rule.
+
+    A setting that means the same in several algorithms is told once.
+    """
+    owners: dict[tuple[str, str], list[str]] = {}
+    listed = sorted((one for one in algorithms if one.offline), key=lambda one: one.name)
+    for one in listed:
+        for field in fields_of(one.config_type):
+            owners.setdefault(_told(field), []).append(one.name)
+    parts = [
+        "Settings: --set NAME=VALUE, or NAME = VALUE in a file for --config.",
+        "First those that several algorithms have with the same default, then those of each.\n",
+    ]
+    shared = {told: names for told, names in owners.items() if len(names) > 1}
+    for (head, body), names in shared.items():
+        parts.append(_entry(f"{head}  ({', '.join(names)})", body))
+    for one in listed:
+        presets = f" (--preset {', '.join(one.presets)})" if one.presets else ""
+        head = f"\n--algorithm {one.name}{presets}\n"
+        parts.append(f"{head}{textwrap.fill(one.summary, 96)}\n")
+        own = [told for told, names in owners.items() if names == [one.name]]
+        parts += [_entry(*told) for told in own]
+    return "\n".join(parts) + "\n"
+
+
+def _told(field: Field) -> tuple[str, str]:
+    return f"{field.name}={_text(field.default)}", f"{field.meaning} [{field.rule}]"
+
+
+def _text(value: object) -> str:
+    """Return a value as ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _entry(head: str, body: str) -> str:
+    return f"  {head}\n{textwrap.fill(body, 96, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"

@@ -1,0 +1,97 @@
+"""``safeshield train``: a learner from a log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from safeshield.cli.app import Debug, Device, Out, Plugins, check_output
+from safeshield.cli.settings import read_settings, settings_help, settings_of, write_settings
+
+
+class TrainCommand(TyperCommand):
+    """A command whose help ends with every setting of every algorithm."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - of typer's own click
+        """Write the help."""
+        super().format_help(ctx, formatter)
+        from safeshield.algorithms.registry import ALGORITHMS
+
+        formatter.write(settings_help(ALGORITHMS.values()))
+
+
+def train(
+    log: Annotated[Path, typer.Argument(help="Log, HDF5 or NPZ.", dir_okay=False)],
+    out: Out,
+    algorithm: Annotated[
+        str, typer.Option(help="What to train; they are listed below, with their settings.")
+    ] = "safefql",
+    steps: Annotated[int, typer.Option(help="Updates in all.", min=3)] = 100_000,
+    seed: Annotated[int | None, typer.Option(help="Seed of all draws; default 0.", min=0)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Named settings to begin with: small (default), paper.")
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="File of settings, .toml or .yaml, over those of --preset; --seed and --set are "
+            "over it. All settings of a run are written beside OUT, with the ending .toml.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting, name=value; lists as 256,256. Repeatable."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to go on from, and to keep up to date: at the end of each phase, every "
+            "2,000 updates and every minute."
+        ),
+    ] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    plugins: Plugins = None,
+    debug: Debug = False,
+) -> None:
+    """Train an agent, or a shield alone, from a log."""
+    check_output(out, (".safetensors",))
+    if checkpoint is not None:
+        check_output(checkpoint, None)
+    record = out.with_suffix(".toml")
+    if config_file is not None and config_file.resolve() == record.resolve():
+        raise ValueError(
+            f"--config must not be {record}, where the settings of this run are written: copy it "
+            "to another name"
+        )
+    import torch
+
+    from safeshield.algorithms.registry import offline_algorithm
+    from safeshield.data.dataset import OfflineDataset
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
+    chosen = offline_algorithm(algorithm)
+    if preset is not None and preset not in chosen.presets:
+        raise ValueError(f"--preset {preset}: {algorithm} knows {sorted(chosen.presets) or 'none'}")
+    values = dict(chosen.presets[preset]) if preset is not None else {}
+    if config_file is not None:
+        values |= read_settings(config_file, chosen.config_type)
+    if seed is not None:
+        values["seed"] = seed
+    config = settings_of(chosen.config_type, settings or [], **values)
+    learner = chosen.kind(config, device=device.value)
+    learner.fit(
+        OfflineDataset.load(log),
+        steps,
+        progress_bar=True,
+        log_dir=log_dir,
+        checkpoint=checkpoint,
+    )
+    learner.save(out)
+    write_settings(record, config, f"safeshield train --algorithm {algorithm} --steps {steps}")
+    typer.echo(f"{out}: {algorithm}, {steps} updates, seed {config.seed}")
