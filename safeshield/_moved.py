@@ -17,6 +17,7 @@ MOVED = {
     "safeshield.algorithms.tensors": ("safeshield.training.log",),
     "safeshield.algorithms.training": (
         "safeshield.training.loop",
+        "safeshield.training.schedule",
         "safeshield.training.state",
         "safeshield.training.checkpoint",
     ),

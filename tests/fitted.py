@@ -14,7 +14,7 @@ from safeshield.nn.optim import adam, adam_init
 from safeshield.shield import Shield
 from safeshield.shield.critics import SafetyModel
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.state import learning_rate
+from safeshield.training.schedule import learning_rate
 from safeshield.values.safety import SafetyCritics
 from safeshield.values.units import FALLBACK, SafetyScale
 

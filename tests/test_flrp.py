@@ -35,7 +35,8 @@ from safeshield.nn.latent_forward import (
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init
 from safeshield.training.log import LogTensors
-from safeshield.training.state import Draw, learning_rate
+from safeshield.training.schedule import learning_rate
+from safeshield.training.state import Draw
 
 TINY = FLRPConfig(
     critic_hidden=(8,),

@@ -20,7 +20,7 @@ from safeshield.nn.flow import flow_matching_loss
 from safeshield.training.checkpoint import flatten
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary
-from safeshield.training.safety import stages
+from safeshield.training.schedule import stages
 from safeshield.training.state import Draw, TrainState
 
 TINY = SafeFQLConfig(

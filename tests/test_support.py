@@ -848,12 +848,14 @@ def tensors(log: OfflineDataset) -> tuple[SafetyLog, LogTensors]:
 def test_absent_or_harmless_the_term_changes_no_bit(half_log: OfflineDataset, window: int) -> None:
     safety, rows = tensors(half_log.select(range(5)))
     drawn = torch.arange(0, len(rows), 3)
-    without = safety.batches(window)(drawn)
-    harmless = safety.batches(window, torch.full((len(rows),), -torch.inf))(drawn)
+    without = safety.batch(drawn, window)
+    harmless = safety.batch(drawn, window, torch.full((len(rows),), -torch.inf))
     assert without.extra is None
     networks = safety.critics.init(torch.Generator().manual_seed(0))
-    for name in ("floor", "offset", "slope", "constraints", "window_constraints"):
+    for name in ("constraints", "window_constraints"):
         assert torch.equal(getattr(without, name), getattr(harmless, name))
+    for mine, theirs in zip(without.window, harmless.window, strict=True):
+        assert torch.equal(mine, theirs)
     losses = [
         safety.critics.losses(networks, networks, b, expectile=0.9, one_step=window == 1)[0]
         for b in (without, harmless)
@@ -884,7 +886,7 @@ def test_the_term_joins_the_maximum(half_log: OfflineDataset) -> None:
     for window in (1, 2):
         plainly, worsened = (
             safety.critics.losses(
-                networks, networks, safety.batches(window, e)(drawn), expectile=0.9,
+                networks, networks, safety.batch(drawn, window, e), expectile=0.9,
                 one_step=window == 1,
             )[1]
             for e in (None, worse)
@@ -894,12 +896,13 @@ def test_the_term_joins_the_maximum(half_log: OfflineDataset) -> None:
 
 
 def test_training_without_the_term_runs_as_before(chain: OfflineDataset, tmp_path: Path) -> None:
-    from safeshield.algorithms.shield_trainer import _Run
+    from safeshield.algorithms.shield_trainer import ShieldRun
 
     log = chain.select(range(60))
-    safety, rows = tensors(log)
+    _, rows = tensors(log)
     config = replace(SMALL, safety_backup_steps=(2, 1))
-    run = _Run(safety.critics, log.flat_actions, Scaling.of(log), rows, config, 100)
+    model = ShieldTrainer(config, device="cpu")._describe(log)
+    run = ShieldRun(model, rows, config, 100)
     assert [phase.name for phase in run.phases()] == ["critics 1", "critics 2", "behaviour"]
     assert ShieldTrainer(config, device="cpu").fit(log, steps=20).shield().support is None
 
@@ -944,11 +947,9 @@ def test_with_the_term_a_run_in_instalments_ends_with_the_same_weights(
 def test_the_behaviour_does_not_see_the_episodes_that_set_the_level(
     half_log: OfflineDataset,
 ) -> None:
-    from safeshield.algorithms.shield_trainer import _scaling_and_support
-
     log = half_log.select(range(40))
     config = ShieldConfig(support_weight=1.0, support_held_out=0.25, seed=3)
-    _, term = _scaling_and_support(log, config, torch.device("cpu"))
+    term = ShieldTrainer(config, device="cpu")._describe(log).term
     assert term is not None
     drawn = term.learned_from(torch.arange(len(log)))
     episode = np.repeat(np.arange(40), log.episode_lengths)[drawn.numpy()]
@@ -1019,8 +1020,6 @@ def test_bad_configurations(wrong: dict[str, Any], match: str) -> None:
 def test_the_labels_are_the_formula_and_the_level_that_of_the_held_out_episodes(
     half_log: OfflineDataset,
 ) -> None:
-    from safeshield.algorithms.shield_trainer import _scaling_and_support
-
     log = half_log.select(range(40))
     config = ShieldConfig(
         critic_hidden=(8,), behaviour_hidden=(8,), fallback_hidden=(8,), batch_size=32,
@@ -1031,7 +1030,7 @@ def test_the_labels_are_the_formula_and_the_level_that_of_the_held_out_episodes(
     assert shield.support is not None
     outside = calibrate_support(shield.model, log.select(held), alpha=0.2, share=0.05)
     assert outside.record == shield.support.record
-    _, term = _scaling_and_support(log, config, torch.device("cpu"))
+    term = ShieldTrainer(config, device="cpu")._describe(log).term
     assert term is not None
     behaviour = {k: torch.tensor(v) for k, v in shield.model.networks[BEHAVIOUR].items()}
     labels = term.read(behaviour)[1].numpy()

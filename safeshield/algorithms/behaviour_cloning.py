@@ -9,12 +9,10 @@ the episodes whose summed cost is at most `cost_limit`, so it knows the limit it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
@@ -22,18 +20,11 @@ from safeshield.files.schema import NonNegative, Positive, PositiveInt, Seed, Se
 from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.agent import OfflineAgent, continuous_actions
-from safeshield.training.critics import with_networks
-from safeshield.training.log import LogTensors
+from safeshield.training.agent import OfflineAgent
+from safeshield.training.architecture import Architecture
 from safeshield.training.registry import register
-from safeshield.training.state import (
-    Draw,
-    Metrics,
-    Phase,
-    TrainState,
-    descend,
-    learning_rate,
-)
+from safeshield.training.run import Run
+from safeshield.training.state import Draw, Loss, Metrics, Phase, TrainState
 
 ACTOR = "actor"
 
@@ -56,27 +47,27 @@ class BehaviourCloningConfig(Settings):
     """Adam's rate at the start; it falls to a fiftieth by the end."""
 
 
-@dataclass(frozen=True)
-class _Architecture:
-    observation_space: gym.Space[Any]
-    action_space: gym.spaces.Box
-    scaling: Scaling
-    hidden: tuple[int, ...]
+@dataclass(eq=False)
+class _Run(Run[Architecture, BehaviourCloningConfig]):
+    """Imitate all transitions in one phase."""
 
-    @property
-    def actor(self) -> EnsembleMLP:
-        widths = self.scaling.observation_features, self.scaling.action_features
-        return EnsembleMLP(*widths, self.hidden)
+    def phases(self) -> list[Phase]:
+        update = self.falling(ACTOR, self._loss, self.steps)
+        return [Phase("cloning", self.steps, update, self.config.batch_size)]
 
-    def parts(self) -> dict[str, EnsembleMLP]:
-        return {ACTOR: self.actor}
+    def _loss(self, state: TrainState, draw: Draw) -> Loss:
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
 
-    def header(self) -> dict[str, Any]:
-        return {}
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            error = self.model.networks[ACTOR](networks[ACTOR], observations)[0] - actions
+            value = error.square().mean()
+            return value, {"actor/squared_error": value.detach()}
+
+        return loss
 
 
 @register("bc")
-class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, _Architecture]):
+class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
     """Imitate the episodes of a log.
 
     Args:
@@ -94,6 +85,7 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, _Architecture]):
 
     config_type = BehaviourCloningConfig
     file_format = "safeshield-behaviour-cloning"
+    run_type = _Run
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         if not isinstance(dataset, OfflineDataset):
@@ -109,52 +101,11 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, _Architecture]):
             )
         return dataset.select(safe)
 
-    def _describe(self, dataset: OfflineDataset) -> _Architecture:
-        return self._restore(
-            dataset.observation_space, dataset.action_space, Scaling.of(dataset), {}
-        )
-
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> _Architecture:
-        action = continuous_actions(action_space, "BehaviourCloning")
-        return _Architecture(observation_space, action, scaling, self.config.hidden)
-
-    def _run(self, model: _Architecture, log: LogTensors, steps: int) -> _Run:
-        return _Run(model, log, self.config, steps)
+    def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
+        widths = scaling.observation_features, scaling.action_features
+        return {ACTOR: EnsembleMLP(*widths, self.config.hidden)}
 
     def _act(
-        self, model: _Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
         return np.asarray(np.clip(forward(self._arrays[ACTOR], observations)[0], -1.0, 1.0))
-
-
-@dataclass(eq=False)
-class _Run:
-    model: _Architecture
-    log: LogTensors
-    config: BehaviourCloningConfig
-    steps: int
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        near = torch.zeros(0, dtype=torch.int64, device=generator.device)
-        return with_networks(TrainState({}, {}, {}, {}, near), self.model.parts(), generator)
-
-    def phases(self) -> list[Phase]:
-        return [Phase("cloning", self.steps, self._update, self.config.batch_size)]
-
-    def _update(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            error = self.model.actor(networks[ACTOR], observations)[0] - actions
-            value = error.square().mean()
-            return value, {"actor/squared_error": value.detach()}
-
-        count = state.moments[ACTOR].updates
-        rate = learning_rate(self.config.learning_rate, count, self.steps)
-        return descend(state, ACTOR, (ACTOR,), loss, {ACTOR: rate})

@@ -14,12 +14,9 @@ what differs from the paper beside the units are the critics (docs/safefql.md) a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from safeshield.files.schema import NonNegative, PositiveInt, TwoPhases
 from safeshield.nn.flow import velocity_network
@@ -28,12 +25,12 @@ from safeshield.nn.forward import forward, layers
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import EulerConfig
-from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import Critics, CriticsRun, phase_steps, with_networks
-from safeshield.training.log import LogTensors
+from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
+from safeshield.training.imitation import flow_update
 from safeshield.training.registry import register
-from safeshield.training.safety import flow_update
-from safeshield.training.state import Phase, TrainState
+from safeshield.training.run import Run
+from safeshield.training.schedule import phase_steps
+from safeshield.training.state import Phase
 from safeshield.values.units import ADVANTAGE
 
 ACTOR = "actor"
@@ -55,28 +52,25 @@ class FISORConfig(EulerConfig):
     """Shares of the steps for critics and actor."""
 
 
-@dataclass(frozen=True)
-class _Architecture:
-    observation_space: gym.Space[Any]
-    action_space: gym.spaces.Box
-    scaling: Scaling
-    flow_hidden: tuple[int, ...]
-    critics: Critics
+@dataclass(eq=False)
+class _Run(Run[CriticArchitecture, FISORConfig]):
+    """The critics, then the weighted actor."""
 
-    @property
-    def actor(self) -> EnsembleMLP:
-        widths = self.scaling.observation_features, self.scaling.action_features
-        return velocity_network(*widths, self.flow_hidden)
-
-    def parts(self) -> dict[str, EnsembleMLP]:
-        return {**self.critics.parts(), ACTOR: self.actor}
-
-    def header(self) -> dict[str, Any]:
-        return self.critics.header()
+    def phases(self) -> list[Phase]:
+        config = self.config
+        critic_steps, actor_steps = phase_steps(self.steps, config.phase_shares)
+        critics = CriticsRun(self.model.critics, self.log, config, critic_steps)
+        weigh = critics.imitation(
+            reward_temperature=config.reward_temperature,
+            safety_temperature=config.safety_temperature,
+        )
+        network, rate = self.model.networks[ACTOR], config.learning_rate
+        update = flow_update(ACTOR, network, self.log, rate, actor_steps, weigh)
+        return [*critics.phases(), Phase(ACTOR, actor_steps, update, config.batch_size)]
 
 
 @register("fisor")
-class FISOR(CriticAgent[FISORConfig, _Architecture]):
+class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
     """Imitate good actions where it is safe and safe ones where it is not; act by the safest of N.
 
     Args:
@@ -93,23 +87,15 @@ class FISOR(CriticAgent[FISORConfig, _Architecture]):
 
     config_type = FISORConfig
     file_format = "safeshield-fisor"
+    run_type = _Run
     _fewest_steps = 2
 
-    def _architecture(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.spaces.Box,
-        scaling: Scaling,
-        critics: Critics,
-    ) -> _Architecture:
-        hidden = self.config.flow_hidden
-        return _Architecture(observation_space, action_space, scaling, hidden, critics)
-
-    def _run(self, model: _Architecture, log: LogTensors, steps: int) -> _Run:
-        return _Run(model, log, self.config, steps)
+    def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
+        widths = scaling.observation_features, scaling.action_features
+        return {ACTOR: velocity_network(*widths, self.config.flow_hidden)}
 
     def _act(
-        self, model: _Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
         """Weigh N candidates; deterministic: from the same N draws of noise in every state."""
         config, width = self.config, model.scaling.action_features
@@ -125,35 +111,3 @@ class FISOR(CriticAgent[FISORConfig, _Architecture]):
             np.arange(count), lowest
         ]
         return chosen
-
-
-@dataclass(eq=False)
-class _Run:
-    model: _Architecture
-    log: LogTensors
-    config: FISORConfig
-    steps: int
-
-    def __post_init__(self) -> None:
-        critics, self._actor_steps = phase_steps(self.steps, self.config.phase_shares)
-        self._critics = CriticsRun(self.model.critics, self.log, self.config, critics)
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        state = self._critics.initial(generator)
-        return with_networks(state, {ACTOR: self.model.actor}, generator)
-
-    def phases(self) -> list[Phase]:
-        config = self.config
-        update = flow_update(
-            ACTOR,
-            self.model.actor,
-            self.log,
-            config.learning_rate,
-            self._actor_steps,
-            self._critics.imitation(
-                reward_temperature=config.reward_temperature,
-                safety_temperature=config.safety_temperature,
-            ),
-        )
-        actor = Phase(ACTOR, self._actor_steps, update, config.batch_size)
-        return [*self._critics.phases(), actor]

@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,26 +35,12 @@ from safeshield.shield.replacement import nearest_acceptable
 from safeshield.shield.shield import Shield
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import PAPER_CRITICS, EulerConfig
-from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import (
-    Critics,
-    CriticsRun,
-    phase_steps,
-    with_networks,
-)
-from safeshield.training.log import LogTensors
+from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
+from safeshield.training.imitation import flow_update
 from safeshield.training.registry import register
-from safeshield.training.safety import flow_update
-from safeshield.training.state import (
-    Draw,
-    Metrics,
-    Phase,
-    TrainState,
-    Update,
-    descend,
-    learning_rate,
-    together,
-)
+from safeshield.training.run import Run
+from safeshield.training.schedule import phase_steps
+from safeshield.training.state import Draw, Loss, Metrics, Phase, TrainState, Update, together
 from safeshield.values.units import BEHAVIOUR, SAFETY_NETWORKS
 
 
@@ -110,170 +95,89 @@ SAFETY_TEMPERATURE = 5.0
 """b_h of the teacher's weights, FISOR's (`training.imitation`)."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What a log and a configuration fix besides the weights: spaces, widths, units."""
+@dataclass(eq=False)
+class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
+    """The three phases, one after the other or in every step."""
 
-    observation_space: gym.Space[Any]
-    action_space: gym.spaces.Box
-    scaling: Scaling
-    flow_hidden: tuple[int, ...]
-    student_hidden: tuple[int, ...]
-    critics: Critics
-    behaviour: str
-    """Name of the network that imitates the whole log: a second flow, or the teacher itself."""
+    def __post_init__(self) -> None:
+        joint = self.config.phases == "joint"
+        shared = phase_steps(self.steps, self.config.phase_shares)
+        self._phase_steps = (self.steps,) * 3 if joint else shared
+        self._critics = CriticsRun(self.model.critics, self.log, self.config, self._phase_steps[0])
 
-    @property
-    def teacher(self) -> EnsembleMLP:
-        """Describe the velocity field."""
-        return velocity_network(
-            self.scaling.observation_features, self.scaling.action_features, self.flow_hidden
+    def phases(self) -> list[Phase]:
+        """List what to do, in order. The windows of the critics' targets get shorter in stages."""
+        critics, (_, teacher, student) = self._critics, self._phase_steps
+        imitate, improve = self._teacher(), self.falling(STUDENT, self._student, student)
+        if self.config.phases == "joint":
+            return [
+                critics.phase(
+                    f"joint {i + 1}", count, together(critics.update(*lengths), imitate, improve)
+                )
+                for i, (count, *lengths) in enumerate(critics.stages())
+            ]
+        return [
+            *critics.phases(),
+            Phase(TEACHER, teacher, imitate, self.config.batch_size),
+            # The critics stand still from here on, so one look at the log is enough.
+            critics.phase(STUDENT, student, improve, refresh_every=student),
+        ]
+
+    def _teacher(self) -> Update:
+        """Imitate the feasible part of the log, and beside it the whole, for the shield's test."""
+        networks, rate, total = self.model.networks, self.config.learning_rate, self._phase_steps[1]
+        if BEHAVIOUR not in networks:
+            return flow_update(TEACHER, networks[TEACHER], self.log, rate, total)
+        weigh = self._critics.imitation(
+            reward_temperature=0.0, safety_temperature=SAFETY_TEMPERATURE
+        )
+        return together(
+            flow_update(TEACHER, networks[TEACHER], self.log, rate, total, weigh),
+            flow_update(BEHAVIOUR, networks[BEHAVIOUR], self.log, rate, total),
         )
 
-    @property
-    def student(self) -> EnsembleMLP:
-        """Describe the one-step actor: (s, z) to an action."""
-        observation, action = self.scaling.observation_features, self.scaling.action_features
-        return EnsembleMLP(observation + action, action, self.student_hidden)
-
-    def parts(self) -> dict[str, EnsembleMLP]:
-        """Describe every network."""
-        flows = dict.fromkeys((TEACHER, self.behaviour), self.teacher)
-        return {**self.critics.parts(), **flows, STUDENT: self.student}
-
-    def header(self) -> dict[str, Any]:
-        """Return the critics' units as JSON."""
-        return self.critics.header()
-
-
-@dataclass(frozen=True)
-class StudentLoss:
-    """The student's loss; the formula stands at the head of `algorithms.safefql`."""
-
-    model: Architecture
-    margin: float
-    """Of the gate, in units of h."""
-    safety_weight: float
-    distillation: float
-    flow_steps: int
-
-    def __call__(
-        self, networks: Networks, critics: Networks, observations: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        """Return the loss of the student in `networks` and what to log.
-
-        Args:
-            networks: holds the student, which gets the gradient, and the teacher.
-            critics: safety and reward critics, held fixed.
-            observations: (batch, obs) normalised.
-            noise: (batch, act) z.
-        """
-        model = self.model
+    def _student(self, state: TrainState, draw: Draw) -> Loss:
+        """Return the student's loss; the formula stands at the head of this file."""
+        config, model = self.config, self.model
+        margin, safety = self._critics.margin, model.critics.safety
+        critics, observations, noise = state.targets, self.log.observations[draw.rows], draw.noise
         with torch.no_grad():
             taught = euler_sample(
-                model.teacher, networks[TEACHER], observations, noise, self.flow_steps
+                model.networks[TEACHER],
+                state.networks[TEACHER],
+                observations,
+                noise,
+                config.flow_steps,
             )
-        raw = model.student(networks[STUDENT], torch.cat([observations, noise], -1))[0]
-        action = raw.clamp(-1.0, 1.0)
-        safety = model.critics.safety
-        unsafe = safety.action_value(critics, observations, action)
-        reward = model.critics.reward.advantages(critics, observations, action).amin(0)
-        feasible = (unsafe < -self.margin).float()
-        excess = (unsafe + self.margin).relu() / safety.scale.step_rms
-        distance = (raw - taught).square().sum(-1).mean()
-        gain = _mean_over(reward, feasible)
-        danger = _mean_over(excess, 1.0 - feasible)
-        loss = self.distillation * distance - gain + self.safety_weight * danger
-        return loss, {
-            "student/feasible_share": feasible.mean(),
-            "student/reward_advantage": gain.detach(),
-            "student/danger_steps": danger.detach(),
-            "student/distance_to_teacher": distance.detach(),
-        }
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            inputs = torch.cat([observations, noise], -1)
+            raw = model.networks[STUDENT](networks[STUDENT], inputs)[0]
+            action = raw.clamp(-1.0, 1.0)
+            unsafe = safety.action_value(critics, observations, action)
+            reward = model.critics.reward.advantages(critics, observations, action).amin(0)
+            feasible = (unsafe < -margin).float()
+            excess = (unsafe + margin).relu() / safety.scale.step_rms
+            distance = (raw - taught).square().sum(-1).mean()
+            gain = _mean_over(reward, feasible)
+            danger = _mean_over(excess, 1.0 - feasible)
+            value = config.distillation * distance - gain + config.safety_weight * danger
+            return value, {
+                "student/feasible_share": feasible.mean(),
+                "student/reward_advantage": gain.detach(),
+                "student/danger_steps": danger.detach(),
+                "student/distance_to_teacher": distance.detach(),
+            }
+
+        return loss
 
 
 def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-@dataclass(eq=False)
-class SafeFQLRun:
-    """One call of fit: the updates of its phases, closed over the log."""
-
-    model: Architecture
-    log: LogTensors
-    config: SafeFQLConfig
-    steps: int
-
-    def __post_init__(self) -> None:
-        self._critics = CriticsRun(
-            self.model.critics, self.log, self.config, self._phase_steps()[0]
-        )
-        self._known = set(self.model.critics.parts())
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
-        parts = self.model.parts()
-        actors = {name: part for name, part in parts.items() if name not in self._known}
-        return with_networks(self._critics.initial(generator), actors, generator)
-
-    def phases(self) -> list[Phase]:
-        """List what to do, in order. The windows of the critics' targets get shorter in stages."""
-        if self.config.phases == "joint":
-            return [
-                self._critics.phase(f"joint {i + 1}", count, self._joint(*lengths))
-                for i, (count, *lengths) in enumerate(self._critics.stages())
-            ]
-        _, teacher, student = self._phase_steps()
-        return [
-            *self._critics.phases(),
-            Phase(TEACHER, teacher, self._teacher(), self.config.batch_size),
-            # The critics stand still from here on, so one look at the log is enough.
-            self._critics.phase(STUDENT, student, self._student, refresh_every=student),
-        ]
-
-    def _phase_steps(self) -> tuple[int, ...]:
-        if self.config.phases == "joint":
-            return self.steps, self.steps, self.steps
-        return phase_steps(self.steps, self.config.phase_shares)
-
-    def _teacher(self) -> Update:
-        """Imitate the feasible part of the log, and beside it the whole, for the shield's test."""
-        model, rate, total = self.model, self.config.learning_rate, self._phase_steps()[1]
-        whole = flow_update(model.behaviour, model.teacher, self.log, rate, total)
-        if model.behaviour == TEACHER:
-            return whole
-        weigh = self._critics.imitation(
-            reward_temperature=0.0, safety_temperature=SAFETY_TEMPERATURE
-        )
-        return together(flow_update(TEACHER, model.teacher, self.log, rate, total, weigh), whole)
-
-    def _student(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        config = self.config
-        student_loss = StudentLoss(
-            self.model,
-            self._critics.margin,
-            config.safety_weight,
-            config.distillation,
-            config.flow_steps,
-        )
-        observations = self.log.observations[draw.rows]
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            return student_loss(networks, state.targets, observations, draw.noise)
-
-        count = state.moments[STUDENT].updates
-        rate = learning_rate(config.learning_rate, count, self._phase_steps()[2])
-        return descend(state, STUDENT, (STUDENT,), loss, {STUDENT: rate})
-
-    def _joint(self, safety_steps: int, reward_steps: int) -> Update:
-        return together(
-            self._critics.update(safety_steps, reward_steps), self._teacher(), self._student
-        )
-
-
 @register("safefql")
-class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
+class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     """Offline safe actor and safety critics from one log.
 
     Args:
@@ -292,6 +196,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
 
     config_type = SafeFQLConfig
     file_format = "safeshield-safefql"
+    run_type = SafeFQLRun
     _before: ClassVar[dict[str, Any]] = {"teacher": "behaviour", "candidates": 1}
     _fewest_steps = 3
     _safety_model: SafetyModel | None = None
@@ -301,10 +206,10 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
         """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor."""
         return Shield(self._safety(self._fitted()), trained_by=f"SafeFQL, seed {self.config.seed}")
 
-    def _safety(self, model: Architecture) -> SafetyModel:
+    def _safety(self, model: CriticArchitecture) -> SafetyModel:
         if self._safety_model is None:
             names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)}
-            names[BEHAVIOUR] = model.behaviour
+            names[BEHAVIOUR] = BEHAVIOUR if BEHAVIOUR in model.networks else TEACHER
             self._safety_model = SafetyModel(
                 observation_space=model.observation_space,
                 action_space=model.action_space,
@@ -315,33 +220,20 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
             )
         return self._safety_model
 
-    def _adopt(self, model: Architecture, networks: Networks) -> None:
+    def _adopt(self, model: CriticArchitecture, networks: Networks) -> None:
         super()._adopt(model, networks)
         self._safety_model = None
 
-    def _architecture(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.spaces.Box,
-        scaling: Scaling,
-        critics: Critics,
-    ) -> Architecture:
-        config = self.config
-        return Architecture(
-            observation_space,
-            action_space,
-            scaling,
-            config.flow_hidden,
-            config.student_hidden,
-            critics,
-            TEACHER if config.teacher == "behaviour" else BEHAVIOUR,
-        )
-
-    def _run(self, model: Architecture, log: LogTensors, steps: int) -> SafeFQLRun:
-        return SafeFQLRun(model, log, self.config, steps)
+    def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
+        observation, action = scaling.observation_features, scaling.action_features
+        flow = velocity_network(observation, action, self.config.flow_hidden)
+        # Where the teacher imitates the whole log, no second flow has to.
+        flows = [TEACHER] if self.config.teacher == "behaviour" else [TEACHER, BEHAVIOUR]
+        student = EnsembleMLP(observation + action, action, self.config.student_hidden)
+        return {**dict.fromkeys(flows, flow), STUDENT: student}
 
     def _act(
-        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
         """Take one draw of z, or z = 0; where the gate rejects it, the safest of N more and it.
 
@@ -397,5 +289,5 @@ class SafeFQL(CriticAgent[SafeFQLConfig, Architecture]):
         inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
         return np.asarray(np.clip(forward(self._arrays[STUDENT], inputs)[0], -1.0, 1.0))
 
-    def _margin(self, model: Architecture) -> float:
+    def _margin(self, model: CriticArchitecture) -> float:
         return self.config.margin_of(model.critics.safety)

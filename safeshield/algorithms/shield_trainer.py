@@ -19,12 +19,14 @@ set the level of a support test, and leaving the support is one more failure ins
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,29 +46,36 @@ from safeshield.files.schema import (
     ThreePhases,
 )
 from safeshield.nn.flow import euler_sample, velocity_network
+from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.nn.optim import adam_init, polyak
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
-from safeshield.spaces.rows import SpaceCodec
+from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.critics import CRITICS, phase_steps, with_networks
-from safeshield.training.log import LogTensors, check_boundary, run_identity, safety_scale
-from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.support.decide import SupportTest
+from safeshield.support.record import SupportRecord
+from safeshield.support.scores import support_score
+from safeshield.training.agent import OfflineAgent
+from safeshield.training.architecture import CRITICS, Architecture
+from safeshield.training.imitation import flow_update
+from safeshield.training.log import LogTensors, check_boundary, safety_scale
 from safeshield.training.registry import register
-from safeshield.training.safety import SafetyLog, critic_rates, flow_update, safety_critics, stages
+from safeshield.training.run import Run
+from safeshield.training.safety import SafetyLog, restored_safety, safety_critics, safety_header
+from safeshield.training.schedule import phase_steps, stages
 from safeshield.training.state import (
+    CriticLoss,
     Draw,
+    Loss,
     Metrics,
     Phase,
     TrainState,
     Update,
-    descend,
-    learning_rate,
+    critic_update,
 )
 from safeshield.training.support_term import SupportTerm, held_out_episodes
-from safeshield.values.safety import VALUE_NETWORKS, SafetyBatch, SafetyCritics
-from safeshield.values.units import BEHAVIOUR, FALLBACK, SAFETY_NETWORKS
+from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
+from safeshield.values.units import BEHAVIOUR, FALLBACK
 
 if TYPE_CHECKING:
     from safeshield.rollouts.copies import Env, VectorEnv
@@ -117,8 +126,127 @@ class ShieldConfig(Settings):
     from them, the critics do."""
 
 
+@dataclass(frozen=True)
+class ShieldArchitecture(Architecture):
+    """Safety critics, the behaviour and, for a Box of actions, the fallback."""
+
+    safety: SafetyCritics
+    term: SupportTerm | None = None
+    """Where leaving the support counts in the backups: how it does, while critics are trained."""
+    support: SupportRecord | None = None
+    """What was found of the support in training; None: no test comes with the shield."""
+
+    def critic_parts(self) -> Mapping[str, EnsembleMLP]:
+        """See `Architecture`."""
+        return self.safety.parts()
+
+    def header(self) -> dict[str, Any]:
+        """See `Architecture`."""
+        support = None if self.support is None else self.support.to_json()
+        return {**safety_header(self.safety), "support": support}
+
+
+@dataclass(eq=False)
+class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
+    """The three phases; where the support counts in the backups, the behaviour comes first."""
+
+    def __post_init__(self) -> None:
+        self._safety = SafetyLog(self.model.safety, self.log)
+
+    def phases(self) -> list[Phase]:
+        """List what to do, in order."""
+        config, size, near = self.config, self.config.batch_size, self.config.near_share
+        refresh = self._safety.refresh
+        critics, behaviour, fallback = phase_steps(self.steps, config.phase_shares)
+        if FALLBACK not in self.model.networks:
+            critics, fallback = critics + fallback, 0
+        phases = [
+            Phase(f"{CRITICS} {i + 1}", count, self._critics(window, critics), size, near, refresh)
+            for i, (count, window) in enumerate(stages(critics, config.safety_backup_steps))
+        ]
+        imitation = Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), size)
+        phases.insert(len(phases) if self.model.term is None else 0, imitation)
+        if fallback:
+            update = self.falling(FALLBACK, self._fallback, fallback)
+            phases.append(Phase(FALLBACK, fallback, update, size, near, refresh, fallback))
+        return phases
+
+    def _critics(self, window: int, total: int) -> Update:
+        config, term = self.config, self.model.term
+
+        def losses(state: TrainState, draw: Draw) -> CriticLoss:
+            extra = None if term is None else term.read(state.networks[BEHAVIOUR])[1]
+            return self._safety.loss(state, draw.rows, window, config.safety_expectile, extra)
+
+        return critic_update(
+            CRITICS,
+            losses,
+            self.model.slow(),
+            VALUE_NETWORKS,
+            base=config.learning_rate,
+            total=total,
+            share=config.polyak,
+        )
+
+    def _behaviour(self, total: int) -> Update:
+        """Imitate the log, without the episodes that set the level of a support test."""
+        network, term = self.model.networks[BEHAVIOUR], self.model.term
+        if flat_actions(self.model.action_space).discrete:
+            imitate = self.falling(BEHAVIOUR, self._classify, total)
+        else:
+            rate = self.config.learning_rate
+            imitate = flow_update(BEHAVIOUR, network, self.log, rate, total)
+        if term is None:
+            return imitate
+
+        def others(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            return imitate(state, draw._replace(rows=term.learned_from(draw.rows)))
+
+        return others
+
+    def _classify(self, state: TrainState, draw: Draw) -> Loss:
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
+        # An action's features are indicators: the choice with the largest product is the action.
+        taken = (actions @ self._table.T).argmax(-1)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            logits = self.model.networks[BEHAVIOUR](networks[BEHAVIOUR], observations)[0]
+            value = torch.nn.functional.cross_entropy(logits, taken)
+            return value, {"behaviour/cross_entropy": value.detach()}
+
+        return loss
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """(choices, features) of all discrete actions."""
+        choices = flat_actions(self.model.action_space).choices
+        return torch.tensor(self.model.scaling.actions(choices), device=self.log.actions.device)
+
+    def _fallback(self, state: TrainState, draw: Draw) -> Loss:
+        """Return the fallback's loss; the formula stands at the head of this file."""
+        config, model, noise = self.config, self.model, draw.noise
+        observations = self.log.observations[draw.rows]
+        with torch.no_grad():
+            behaviour = model.networks[BEHAVIOUR], state.networks[BEHAVIOUR]
+            taught = euler_sample(*behaviour, observations, noise, config.flow_steps)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            inputs = torch.cat([observations, noise], -1)
+            raw = model.networks[FALLBACK](networks[FALLBACK], inputs)[0]
+            action = raw.clamp(-1.0, 1.0)
+            danger = model.safety.advantages(state.targets, observations, action).amax(0)
+            distance = (raw - taught).square().sum(-1)
+            value = (danger + config.distillation * distance).mean()
+            return value, {
+                "fallback/advantage": danger.detach().mean(),
+                "fallback/distance_to_behaviour": distance.detach().mean(),
+            }
+
+        return loss
+
+
 @register("shield")
-class ShieldTrainer:
+class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     """Learn a shield from a log, for an agent that one has already, or is about to train.
 
     Box, Discrete, MultiDiscrete and MultiBinary actions; observations of every kind that
@@ -139,291 +267,124 @@ class ShieldTrainer:
     """
 
     config_type = ShieldConfig
-
-    def __init__(
-        self, config: ShieldConfig | None = None, *, device: str | torch.device = "auto"
-    ) -> None:
-        self.config = config or ShieldConfig()
-        self.device = device_of(device)
-        self._shield: Shield | None = None
-
-    def fit(
-        self,
-        dataset: OfflineDataset,
-        steps: int = 20_000,
-        *,
-        progress_bar: bool = False,
-        log_dir: str | os.PathLike[str] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 2000,
-    ) -> Self:
-        """Train on a log; returns self.
-
-        Args:
-            dataset: whole episodes with labels.
-            steps: updates in all, shared among the phases.
-            progress_bar: show one.
-            log_dir: folder for TensorBoard files.
-            checkpoint: file from which to go on where it exists, and which is kept up to date.
-            checkpoint_every: updates between two checkpoints; there is one at the end of each phase
-                and once a minute, too.
-
-        Raises:
-            TypeError: a number is no whole one.
-            ValueError: the log has no violation or nothing but violations, its action box is
-                unbounded, or the checkpoint belongs to another run.
-            FloatingPointError: a loss or a weight became NaN; the message names the phase.
-        """
-        options = fit_options(
-            steps,
-            3,
-            progress_bar=progress_bar,
-            log_dir=log_dir,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-        )
-        check_boundary(dataset)
-        steps, config = options.steps, self.config
-        scaling, support = _scaling_and_support(dataset, config, self.device)
-        critics = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
-        log = LogTensors.of(dataset, scaling, self.device)
-        run = _Run(critics, dataset.flat_actions, scaling, log, config, steps, support)
-        generator = torch.Generator(self.device).manual_seed(config.seed)
-        state, _ = run_phases(
-            run.phases(),
-            run.initial(generator),
-            generator,
-            transitions=len(log),
-            noise_features=scaling.action_features,
-            options=options,
-            identity=run_identity(type(self).__name__, config, dataset, steps),
-        )
-        # The critics' slow copies are what the advantages were fitted to.
-        learned = {**state.networks, **state.targets}
-        networks = {
-            name: {key: tensor.detach().cpu().numpy() for key, tensor in learned[name].items()}
-            for name in run.kept
-        }
-        self._shield = Shield(
-            SafetyModel(
-                dataset.observation_space,
-                dataset.action_space,
-                scaling,
-                critics.scale,
-                networks,
-                flow_steps=config.flow_steps,
-            ),
-            trained_by=f"ShieldTrainer, seed {config.seed}",
-            support=None if support is None else support.read(learned[BEHAVIOUR])[0],
-        )
-        return self
+    file_format = "safeshield-shield-trainer"
+    run_type = ShieldRun
+    default_steps = 20_000
+    _fewest_steps = 3
+    _shield: Shield | None = None
+    """Made when first asked for."""
 
     def shield(self) -> Shield:
         """Return the learned shield, uncalibrated (delta 0)."""
+        model = self._fitted()
         if self._shield is None:
-            raise RuntimeError("nothing has been trained yet: call fit()")
+            safety = SafetyModel(
+                model.observation_space,
+                model.action_space,
+                model.scaling,
+                model.safety.scale,
+                self._arrays,
+                flow_steps=self.config.flow_steps,
+            )
+            record = model.support
+            test = None
+            if record is not None:
+                test = SupportTest(support_score(record.score, safety), record)
+            self._shield = Shield(
+                safety, trained_by=f"ShieldTrainer, seed {self.config.seed}", support=test
+            )
         return self._shield
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the learned shield, uncalibrated, to a file that `Shield.load` reads."""
-        self.shield().save(path)
 
     def calibrate(self, env: Env | VectorEnv, **arguments: Any) -> Shield:  # noqa: ANN401
         """Return the learned shield, calibrated: `Shield.calibrate` says how."""
         return self.shield().calibrate(env, **arguments)
 
+    # -- what OfflineAgent asks for -----------------------------------------------------------
 
-def _scaling_and_support(
-    dataset: OfflineDataset, config: ShieldConfig, device: torch.device
-) -> tuple[Scaling, SupportTerm | None]:
-    if config.support_weight is None:
-        return Scaling.of(dataset), None
-    held_out = held_out_episodes(
-        dataset.num_episodes, config.support_held_out, config.support_alpha, config.seed
-    )
-    # The scaling is part of the score, so it must not know the held-out episodes either.
-    scaling = Scaling.of(dataset.select(np.flatnonzero(~held_out)))
-    return scaling, SupportTerm(
-        dataset,
-        held_out,
-        scaling,
-        safety_scale(dataset),
-        config.flow_steps,
-        config.support_weight,
-        config.support_alpha,
-        config.support_share,
-        device,
-    )
+    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
+        check_boundary(dataset)
+        return dataset
 
-
-@dataclass(eq=False)
-class _Run:
-    """One call of fit: the updates of its phases, closed over the log."""
-
-    critics: SafetyCritics
-    action_codec: SpaceCodec
-    scaling: Scaling
-    log: LogTensors
-    config: ShieldConfig
-    steps: int
-    support: SupportTerm | None = None
-
-    def __post_init__(self) -> None:
-        self._safety = SafetyLog(self.critics, self.log)
-        widths = self.critics.observation, self.critics.action
-        hidden = self.config.behaviour_hidden
-        self.behaviour = (
-            EnsembleMLP(widths[0], len(self.action_codec.choices), hidden)
-            if self.action_codec.discrete
-            else velocity_network(*widths, hidden)
-        )
-        self.fallback = EnsembleMLP(sum(widths), widths[1], self.config.fallback_hidden)
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Names of the networks that make a shield."""
-        return (*SAFETY_NETWORKS, BEHAVIOUR, *(() if self.action_codec.discrete else (FALLBACK,)))
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
-        critics = self.critics.init(generator)
-        parts = {BEHAVIOUR: self.behaviour, FALLBACK: self.fallback}
-        state = TrainState(
-            networks=critics,
-            targets=critics,
-            moments={CRITICS: adam_init(critics)},
-            scales={},
-            boundary_rows=torch.zeros(0, dtype=torch.int64, device=generator.device),
-        )
-        others = {name: part for name, part in parts.items() if name in self.kept}
-        return with_networks(state, others, generator)
-
-    def phases(self) -> list[Phase]:
-        """List what to do, in order."""
-        size, near = self.config.batch_size, self.config.near_share
-        critics, behaviour, fallback = phase_steps(self.steps, self.config.phase_shares)
-        if self.action_codec.discrete:
-            critics, fallback = critics + fallback, 0
-        phases = [
-            Phase(
-                f"{CRITICS} {i + 1}",
-                count,
-                self._critics(window, critics),
-                size,
-                near,
-                self._safety.refresh,
+    def _describe(self, dataset: OfflineDataset) -> ShieldArchitecture:
+        config, term = self.config, None
+        scaling, weight = Scaling.of(dataset), config.support_weight
+        if weight is not None:
+            alpha, share = config.support_alpha, config.support_held_out
+            held_out = held_out_episodes(dataset.num_episodes, share, alpha, config.seed)
+            # The scaling is part of the score, so it must not know the held-out episodes either.
+            scaling = Scaling.of(dataset.select(np.flatnonzero(~held_out)))
+            term = SupportTerm(
+                dataset,
+                held_out,
+                scaling,
+                safety_scale(dataset),
+                config.flow_steps,
+                weight,
+                alpha,
+                config.support_share,
+                self.device,
             )
-            for i, (count, window) in enumerate(stages(critics, self.config.safety_backup_steps))
-        ]
-        imitation = Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), size)
-        # Where the support counts in the backups, the behaviour must be known before them.
-        phases.insert(len(phases) if self.support is None else 0, imitation)
-        if fallback:
-            refresh = self._safety.refresh
-            update = self._fallback(fallback)
-            phases.append(Phase(FALLBACK, fallback, update, size, near, refresh, fallback))
-        return phases
+        safety = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
+        spaces = dataset.observation_space, dataset.action_space
+        return self._architecture(*spaces, scaling, safety, term=term)
 
-    def _batches(self, window: int) -> Callable[[TrainState], Callable[[Tensor], SafetyBatch]]:
-        """Return what makes batches in a state in which the behaviour, if it counts, is learned."""
-        support = self.support
-        if support is None:
-            plain = self._safety.batches(window)
-            return lambda state: plain
-        made: list[Callable[[Tensor], SafetyBatch]] = []
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> ShieldArchitecture:
+        safety = restored_safety(header, scaling, self.config.critic_hidden)
+        support = header["support"]
+        record = None if support is None else SupportRecord.from_json(support)
+        return self._architecture(observation_space, action_space, scaling, safety, support=record)
 
-        def batches(state: TrainState) -> Callable[[Tensor], SafetyBatch]:
-            if not made:
-                _, extra = support.read(state.networks[BEHAVIOUR])
-                made.append(self._safety.batches(window, extra))
-            return made[0]
+    def _architecture(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        safety: SafetyCritics,
+        **support: Any,  # noqa: ANN401 - the architecture's own fields
+    ) -> ShieldArchitecture:
+        codec, config = flat_actions(action_space), self.config
+        seen, act = scaling.observation_features, scaling.action_features
+        if codec.discrete:
+            choices = EnsembleMLP(seen, len(codec.choices), config.behaviour_hidden)
+            networks = {BEHAVIOUR: choices}
+        else:
+            networks = {
+                BEHAVIOUR: velocity_network(seen, act, config.behaviour_hidden),
+                FALLBACK: EnsembleMLP(seen + act, act, config.fallback_hidden),
+            }
+        spaces = observation_space, action_space
+        return ShieldArchitecture(*spaces, scaling, networks, safety, **support)
 
-        return batches
+    def _settle(self, model: ShieldArchitecture, log: LogTensors) -> ShieldArchitecture:
+        if model.term is None:
+            return model
+        test, _ = model.term.read(self._networks[BEHAVIOUR])
+        return replace(model, term=None, support=test.record)
 
-    def _critics(self, window: int, total: int) -> Update:
-        batches, config = self._batches(window), self.config
-        names = tuple(self.critics.parts())
+    def _adopt(self, model: ShieldArchitecture, networks: Networks) -> None:
+        super()._adopt(model, networks)
+        self._shield = None
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            batch = batches(state)(draw.rows)
+    def _action_rows(
+        self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.float32]:
+        """Return the fallback's actions; of discrete ones the choice of lowest Q_h."""
+        if FALLBACK in model.networks:
+            return super()._action_rows(model, observations, deterministic)
+        safety = self.shield().model
+        return safety.fallback_alone(safety.evaluate_features(observations))
 
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return self.critics.losses(
-                    networks,
-                    state.targets,
-                    batch,
-                    expectile=config.safety_expectile,
-                    one_step=window == 1,
-                )
-
-            count = state.moments[CRITICS].updates
-            rates = critic_rates(config.learning_rate, count, total, names, VALUE_NETWORKS)
-            state, metrics = descend(state, CRITICS, names, loss, rates)
-            targets = polyak(state.targets, state.networks, config.polyak)
-            return state._replace(targets=targets), metrics
-
-        return update
-
-    def _behaviour(self, total: int) -> Update:
-        update, support = self._imitate(total), self.support
-        if support is None:
-            return update
-
-        def others(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            return update(state, draw._replace(rows=support.learned_from(draw.rows)))
-
-        return others
-
-    def _imitate(self, total: int) -> Update:
-        config, log = self.config, self.log
-        if not self.action_codec.discrete:
-            return flow_update(BEHAVIOUR, self.behaviour, log, config.learning_rate, total)
-        # An action's features are indicators: the choice with the largest product is the action.
-        table = torch.tensor(
-            self.scaling.actions(self.action_codec.choices), device=log.actions.device
-        )
-
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            observations, actions = log.observations[draw.rows], log.actions[draw.rows]
-            taken = (actions @ table.T).argmax(-1)
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                logits = self.behaviour(networks[BEHAVIOUR], observations)[0]
-                value = torch.nn.functional.cross_entropy(logits, taken)
-                return value, {"behaviour/cross_entropy": value.detach()}
-
-            rate = learning_rate(config.learning_rate, state.moments[BEHAVIOUR].updates, total)
-            return descend(state, BEHAVIOUR, (BEHAVIOUR,), loss, {BEHAVIOUR: rate})
-
-        return update
-
-    def _fallback(self, total: int) -> Update:
-        config, log = self.config, self.log
-
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            observations = log.observations[draw.rows]
-            with torch.no_grad():
-                taught = euler_sample(
-                    self.behaviour,
-                    state.networks[BEHAVIOUR],
-                    observations,
-                    draw.noise,
-                    config.flow_steps,
-                )
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                inputs = torch.cat([observations, draw.noise], -1)
-                raw = self.fallback(networks[FALLBACK], inputs)[0]
-                action = raw.clamp(-1.0, 1.0)
-                danger = self.critics.advantages(state.targets, observations, action).amax(0)
-                distance = (raw - taught).square().sum(-1)
-                value = (danger + config.distillation * distance).mean()
-                return value, {
-                    "fallback/advantage": danger.detach().mean(),
-                    "fallback/distance_to_behaviour": distance.detach().mean(),
-                }
-
-            rate = learning_rate(config.learning_rate, state.moments[FALLBACK].updates, total)
-            return descend(state, FALLBACK, (FALLBACK,), loss, {FALLBACK: rate})
-
-        return update
+    def _act(
+        self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.floating]:
+        """Take one draw of z, or z = 0."""
+        shape = (len(observations), model.scaling.action_features)
+        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
+        inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
+        return np.asarray(np.clip(forward(self._arrays[FALLBACK], inputs)[0], -1.0, 1.0))

@@ -31,15 +31,8 @@ from safeshield.online.replay import Replay
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.critics import with_networks
-from safeshield.training.state import (
-    Draw,
-    Metrics,
-    TrainState,
-    Update,
-    descend,
-    learning_rate,
-)
+from safeshield.training.schedule import learning_rate
+from safeshield.training.state import Draw, Metrics, TrainState, Update, descend, initial_state
 
 Array = npt.NDArray[Any]
 DRAWS = 4
@@ -89,8 +82,7 @@ class SSQLModel:
 
     def initial(self, generator: torch.Generator) -> TrainState:
         """Draw all weights."""
-        near = torch.zeros(0, dtype=torch.int64, device=generator.device)
-        state = with_networks(TrainState({}, {}, {}, {}, near), self.parts(), generator)
+        state = initial_state(self.parts(), generator)
         # The actor begins as the clone: inside what it is about to be weighed by.
         networks = {**state.networks, ACTOR: state.networks[CLONE]}
         return state._replace(networks=networks, targets={CRITIC: networks[CRITIC]})

@@ -1,16 +1,26 @@
-"""What every agent that is learned from a log has in common: fit, predict, save, load.
+"""What every learner has in common: fit or learn, predict, save, load.
 
-An algorithm adds what it learns: an `Architecture` (which networks, in which units), a `Run` (which
-updates, in which order) and how its networks act.
+`Learner` is what all of them share: settings, a device, spaces, weights, files. `OfflineAgent` adds
+`fit`. An algorithm adds
+
+- a frozen dataclass of settings (`config_type`) and the name of its files' format (`file_format`);
+- its networks (`_parts`), which make an `Architecture`;
+- a `Run` (`run_type`): which updates, in which order;
+- how its networks act (`_act`).
+
+A learner that collects its own experience derives from `Learner`: it implements `_restore` and
+`predict` (or `_act`), calls `_adopt` when it has learned something, and overrides `_kept` where its
+file holds fewer networks than its architecture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -18,70 +28,20 @@ import numpy.typing as npt
 import torch
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.tensors import read_tensors, write_tensors
-from safeshield.nn.mlp import Networks
+from safeshield.files.tensors import TensorFile, read_tensors, write_tensors
+from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
+from safeshield.training.architecture import Architecture
 from safeshield.training.log import LogTensors, run_identity
-from safeshield.training.loop import device_of, fit_options, run_phases
-from safeshield.training.state import Phase, TrainState
+from safeshield.training.loop import FitOptions, device_of, fit_options, run_phases
+from safeshield.training.run import Config, Run
+from safeshield.training.state import TrainState
 
 _VERSION = 1
 Weights = dict[str, dict[str, npt.NDArray[np.float32]]]
-
-
-class Network(Protocol):
-    """The description of one network."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every weight, by name."""
-
-
-class Architecture(Protocol):
-    """What a log and a configuration fix besides the weights: spaces, widths, units."""
-
-    @property
-    def observation_space(self) -> gym.Space[Any]:
-        """Space of one observation."""
-
-    @property
-    def action_space(self) -> gym.spaces.Box:
-        """Space of one action."""
-
-    @property
-    def scaling(self) -> Scaling:
-        """Units of observations and actions."""
-
-    def parts(self) -> Mapping[str, Network]:
-        """Describe every network."""
-
-    def header(self) -> dict[str, Any]:
-        """Return what a file must hold beside spaces and scaling, as JSON."""
-
-
-class Run(Protocol):
-    """One call of fit: updates closed over a log."""
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
-
-    def phases(self) -> list[Phase]:
-        """List what to do, in order."""
-
-
-class Config(Protocol):
-    """A frozen dataclass of settings."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def seed(self) -> int:
-        """Seed of weights, batches and noise."""
-
-
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModelT = TypeVar("ModelT", bound=Architecture)
 
@@ -105,12 +65,45 @@ def continuous_actions(space: gym.Space[Any], who: str) -> gym.spaces.Box:
     return space
 
 
-class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
-    """An agent learned from one log, with Stable-Baselines3's `predict`.
+class AgentFile(NamedTuple):
+    """An agent's file whose common header has been read and checked."""
+
+    path: str | os.PathLike[str]
+    file: TensorFile
+    config: Any
+    """Of the learner's `config_type`."""
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    scaling: Scaling
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """Everything that the file tells besides its weights."""
+        return self.file.header
+
+
+@contextlib.contextmanager
+def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong while a header is read into a ValueError that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"{path}: the header does not describe an agent: it lacks {error}"
+        ) from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: the header does not describe an agent: {error}") from error
+
+
+class Learner(ABC, Generic[ConfigT, ModelT]):
+    """Settings, spaces, weights and files of anything that learns.
 
     Args:
-        config: settings.
+        config: settings; None: the defaults.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+
+    Raises:
+        TypeError: the settings are another learner's.
     """
 
     config: ConfigT
@@ -121,8 +114,6 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     """Settings that older files do not hold, with the values that those agents were trained by."""
     _dropped: ClassVar[tuple[str, ...]] = ()
     """Settings of older files that meant nothing."""
-    _fewest_steps: ClassVar[int] = 1
-    """One update for each phase."""
 
     def __init__(
         self, config: ConfigT | None = None, *, device: str | torch.device = "auto"
@@ -141,10 +132,6 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     # -- what an algorithm adds ---------------------------------------------------------------
 
     @abstractmethod
-    def _describe(self, dataset: OfflineDataset) -> ModelT:
-        """Return the networks' architecture, in the units of a log."""
-
-    @abstractmethod
     def _restore(
         self,
         observation_space: gym.Space[Any],
@@ -152,11 +139,11 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
         scaling: Scaling,
         header: dict[str, Any],
     ) -> ModelT:
-        """Return the architecture that a file's header describes."""
+        """Return the architecture that a file's header describes.
 
-    @abstractmethod
-    def _run(self, model: ModelT, log: LogTensors, steps: int) -> Run:
-        """Return the updates of one call of fit."""
+        `Architecture.header` says what the header holds beside spaces, scaling and settings. A
+        KeyError, TypeError or ValueError means that the file is damaged.
+        """
 
     @abstractmethod
     def _act(
@@ -164,95 +151,24 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
     ) -> npt.NDArray[np.floating]:
         """Return actions (n, act) in [-1, 1] for observations (n, features), normalised."""
 
-    def _candidate_noise(
-        self, rows: int, each: int, width: int, deterministic: bool
-    ) -> npt.NDArray[np.float64]:
-        """Draw noise (rows * each, width); deterministic: the same `each` draws for every row."""
-        if deterministic:
-            drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
-            return np.tile(drawn, (rows, 1))
-        return self._noise.standard_normal((rows * each, width))
+    def _action_rows(
+        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.float32]:
+        """Return what `_act` does as rows (n, act) of the action space."""
+        return model.scaling.to_box(self._act(model, observations, deterministic))
 
-    def _noise_features(self, model: ModelT) -> int:
-        """Return the width of the noise that an update draws for each transition."""
-        return model.scaling.action_features
-
-    def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
-        """Return the architecture with what only the trained networks tell; they are adopted."""
-        return model
-
-    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        """Return the log to learn from, or refuse it."""
-        return dataset
+    def _kept(self, model: ModelT) -> tuple[str, ...]:
+        """Name the networks that the agent's file holds."""
+        return tuple(model.parts())
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what is known of a trained agent beside its settings, as JSON values."""
         return {}
 
-    # -- training -----------------------------------------------------------------------------
-
-    def fit(
-        self,
-        dataset: OfflineDataset,
-        steps: int = 100_000,
-        *,
-        progress_bar: bool = False,
-        log_dir: str | os.PathLike[str] | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 2000,
-        stop_after: int | None = None,
-    ) -> Self:
-        """Train on a log; returns self.
-
-        Args:
-            dataset: whole episodes with labels.
-            steps: updates in all, shared among the phases.
-            progress_bar: show one.
-            log_dir: folder for TensorBoard files.
-            checkpoint: file from which to go on where it exists, and which is kept up to date. A
-                resumed run ends with the same weights as one that was never interrupted.
-            checkpoint_every: updates between two checkpoints; there is one at the end of each phase
-                and once a minute, too.
-            stop_after: updates after which to stop early, for runs in instalments; needs
-                `checkpoint`.
-
-        Raises:
-            TypeError: a number is no whole one; or actions are discrete: the actors are
-                continuous; `ShieldTrainer` takes them.
-            ValueError: the log does not hold what the algorithm learns from (a boundary between
-                safe and unsafe, say), its action box is unbounded, or the checkpoint belongs to
-                another run.
-            FloatingPointError: a loss or a weight became NaN; the message names the phase.
-        """
-        options = fit_options(
-            steps,
-            self._fewest_steps,
-            progress_bar=progress_bar,
-            log_dir=log_dir,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            stop_after=stop_after,
-        )
-        steps, dataset = options.steps, self._check_log(dataset)
-        model = self._describe(dataset)
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        log = LogTensors.of(dataset, model.scaling, self.device)
-        run = self._run(model, log, steps)
-        state, _ = run_phases(
-            run.phases(),
-            run.initial(generator),
-            generator,
-            transitions=len(log),
-            noise_features=self._noise_features(model),
-            options=options,
-            identity=run_identity(type(self).__name__, self.config, dataset, steps),
-        )
-        # What is deployed is what the advantages were fitted to: the critics' slow copies.
-        self._adopt(model, {**state.networks, **state.targets})
-        self._model = self._settle(model, log)
-        return self
+    # -- what was learned ---------------------------------------------------------------------
 
     def _adopt(self, model: ModelT, networks: Networks) -> None:
+        """Act by these weights from now on."""
         self._model = model
         self._networks = networks
         self._arrays = {
@@ -269,11 +185,11 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
 
     @property
     def observation_space(self) -> gym.Space[Any]:
-        """Space of one observation of the log it learned from."""
+        """Space of one observation of what it learned from."""
         return self._fitted().observation_space
 
     @property
-    def action_space(self) -> gym.spaces.Box:
+    def action_space(self) -> gym.Space[Any]:
         """Space of one action."""
         return self._fitted().action_space
 
@@ -285,7 +201,7 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
         state: tuple[npt.NDArray[Any], ...] | None = None,
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
-    ) -> tuple[npt.NDArray[np.float32], tuple[npt.NDArray[Any], ...] | None]:
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
         """Return actions and the state, which is passed through: Stable-Baselines3's signature.
 
         Args:
@@ -299,8 +215,8 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
         """
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
-        scaled = self._act(model, model.scaling.observations(rows), deterministic)
-        actions = flat_actions(model.action_space).unflatten(model.scaling.to_box(scaled))
+        chosen = self._action_rows(model, model.scaling.observations(rows), deterministic)
+        actions = flat_actions(model.action_space).unflatten(chosen)
         return (actions[0] if single else actions), state
 
     def _rows(
@@ -319,6 +235,15 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             )
         return small, single
 
+    def _candidate_noise(
+        self, rows: int, each: int, width: int, deterministic: bool
+    ) -> npt.NDArray[np.float64]:
+        """Draw noise (rows * each, width); deterministic: the same `each` draws for every row."""
+        if deterministic:
+            drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
+            return np.tile(drawn, (rows, 1))
+        return self._noise.standard_normal((rows * each, width))
+
     # -- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -333,7 +258,8 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
             "scaling": model.scaling.to_json(),
             **model.header(),
         }
-        flat = {f"{n}/{k}": a for n, params in self._arrays.items() for k, a in params.items()}
+        kept = {name: self._arrays[name] for name in self._kept(model)}
+        flat = {f"{n}/{k}": a for n, params in kept.items() for k, a in params.items()}
         write_tensors(path, flat, header)
 
     @classmethod
@@ -343,31 +269,189 @@ class OfflineAgent(ABC, Generic[ConfigT, ModelT]):
         Raises:
             ValueError: the file is damaged or of another kind.
         """
+        read = cls._read(path)
+        agent = cls(read.config, device=device)
+        agent._take(read)
+        return agent
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> AgentFile:
+        """Read what every agent's file has, without its weights."""
         file = read_tensors(path, cls.file_format)
-        try:
+        with _describing(path):
             header = file.header
             if header["version"] != _VERSION:
                 raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
             known = {k: v for k, v in header["config"].items() if k not in cls._dropped}
-            agent = cls(cls.config_type(**{**cls._before, **known}), device=device)
+            config = cls.config_type(**{**cls._before, **known})
             observation = flat_observations(space_from_json(header["observation_space"]))
             action = flat_actions(space_from_json(header["action_space"]))
             scaling = Scaling.from_json(header["scaling"], observation, action)
-            model = agent._restore(observation.space, action.space, scaling, header)
-        except KeyError as error:
-            raise ValueError(
-                f"{path}: the header does not describe an agent: it lacks {error}"
-            ) from error
-        except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: the header does not describe an agent: {error}") from error
+        return AgentFile(path, file, config, observation.space, action.space, scaling)
+
+    def _take(self, read: AgentFile) -> None:
+        """Adopt the architecture and the weights of a file."""
+        with _describing(read.path):
+            model = self._restore(
+                read.observation_space, read.action_space, read.scaling, read.header
+            )
+        parts = model.parts()
         shapes = {
             f"{name}/{key}": shape
-            for name, part in model.parts().items()
-            for key, shape in part.shapes.items()
+            for name in self._kept(model)
+            for key, shape in parts[name].shapes.items()
         }
         networks: Networks = {}
-        for name, array in file.load(shapes).items():
+        for name, array in read.file.load(shapes).items():
             network, key = name.split("/")
-            networks.setdefault(network, {})[key] = torch.tensor(array, device=agent.device)
-        agent._adopt(model, networks)
-        return agent
+            networks.setdefault(network, {})[key] = torch.tensor(array, device=self.device)
+        self._adopt(model, networks)
+
+    # -- training -----------------------------------------------------------------------------
+
+    def _train(
+        self,
+        run: Run[Any, Any],
+        dataset: OfflineDataset,
+        options: FitOptions,
+        *,
+        transitions: int,
+        noise_features: int,
+    ) -> TrainState:
+        """Run all phases on a log, from its checkpoint where there is one.
+
+        Args:
+            run: what to do.
+            dataset: the log, by which a checkpoint knows its run.
+            options: how the run is shown, logged and saved.
+            transitions: rows that batches are drawn from.
+            noise_features: width of the noise that an update draws for each transition.
+        """
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        state, _ = run_phases(
+            run.phases(),
+            run.initial(generator),
+            generator,
+            transitions=transitions,
+            noise_features=noise_features,
+            options=options,
+            identity=run_identity(type(self).__name__, self.config, dataset, options.steps),
+        )
+        return state
+
+
+class OfflineAgent(Learner[ConfigT, ModelT]):
+    """An agent learned from one log, with Stable-Baselines3's `predict`.
+
+    Args:
+        config: settings; None: the defaults.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
+    """
+
+    model_type: ClassVar[type[Any]] = Architecture
+    """What describes it: an `Architecture`."""
+    run_type: ClassVar[type[Any]]
+    """What trains it: a `Run`."""
+    default_steps: ClassVar[int] = 100_000
+    """Updates of `fit` where none are given."""
+    _fewest_steps: ClassVar[int] = 1
+    """One update for each phase."""
+
+    # -- what an algorithm adds ---------------------------------------------------------------
+
+    def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
+        """Describe the algorithm's own networks, for observations and actions of these widths."""
+        raise NotImplementedError(f"{type(self).__name__} must describe its networks")
+
+    def _describe(self, dataset: OfflineDataset) -> ModelT:
+        """Return the networks' architecture, in the units of a log."""
+        return self._restore(
+            dataset.observation_space, dataset.action_space, Scaling.of(dataset), {}
+        )
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> ModelT:
+        action = continuous_actions(action_space, type(self).__name__)
+        model: ModelT = self.model_type(observation_space, action, scaling, self._parts(scaling))
+        return model
+
+    def _run(self, model: ModelT, log: LogTensors, steps: int) -> Run[ModelT, ConfigT]:
+        """Return the updates of one call of fit."""
+        run: Run[ModelT, ConfigT] = self.run_type(model, log, self.config, steps)
+        return run
+
+    def _noise_features(self, model: ModelT) -> int:
+        """Return the width of the noise that an update draws for each transition."""
+        return model.scaling.action_features
+
+    def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
+        """Return the architecture with what only the trained networks tell; they are adopted."""
+        return model
+
+    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
+        """Return the log to learn from, or refuse it."""
+        return dataset
+
+    # -- training -----------------------------------------------------------------------------
+
+    def fit(
+        self,
+        dataset: OfflineDataset,
+        steps: int | None = None,
+        *,
+        progress_bar: bool = False,
+        log_dir: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 2000,
+        stop_after: int | None = None,
+    ) -> Self:
+        """Train on a log; returns self.
+
+        Args:
+            dataset: whole episodes with labels.
+            steps: updates in all, shared among the phases; None: `default_steps`.
+            progress_bar: show one.
+            log_dir: folder for TensorBoard files.
+            checkpoint: file from which to go on where it exists, and which is kept up to date. A
+                resumed run ends with the same weights as one that was never interrupted.
+            checkpoint_every: updates between two checkpoints; there is one at the end of each phase
+                and once a minute, too.
+            stop_after: updates after which to stop early, for runs in instalments; needs
+                `checkpoint`.
+
+        Raises:
+            TypeError: a number is no whole one; or actions are discrete and the algorithm's actor
+                is continuous; `ShieldTrainer` takes them.
+            ValueError: the log does not hold what the algorithm learns from (a boundary between
+                safe and unsafe, say), its action box is unbounded, or the checkpoint belongs to
+                another run.
+            FloatingPointError: a loss or a weight became NaN; the message names the phase.
+        """
+        options = fit_options(
+            self.default_steps if steps is None else steps,
+            self._fewest_steps,
+            progress_bar=progress_bar,
+            log_dir=log_dir,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            stop_after=stop_after,
+        )
+        dataset = self._check_log(dataset)
+        model = self._describe(dataset)
+        log = LogTensors.of(dataset, model.scaling, self.device)
+        state = self._train(
+            self._run(model, log, options.steps),
+            dataset,
+            options,
+            transitions=len(log),
+            noise_features=self._noise_features(model),
+        )
+        # What is deployed is what the advantages were fitted to: the critics' slow copies.
+        self._adopt(model, {**state.networks, **state.targets})
+        self._model = self._settle(model, log)
+        return self

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.nn.optim import adam_init, polyak
 from safeshield.spaces.scaling import Scaling
+from safeshield.training.agent import OfflineAgent, continuous_actions
+from safeshield.training.architecture import CRITICS, Architecture
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
-from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
-from safeshield.training.safety import SafetyLog, critic_rates, safety_critics, stages
+from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
+from safeshield.training.safety import SafetyLog, restored_safety, safety_critics, safety_header
+from safeshield.training.schedule import stages
 from safeshield.training.state import (
+    CriticLoss,
     Draw,
     Metrics,
     Phase,
     TrainState,
     Update,
-    descend,
+    critic_update,
+    summed,
 )
 from safeshield.values.backup import RewardWindow, reward_windows, rows_of
 from safeshield.values.reward import VALUE as REWARD_VALUE
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
-from safeshield.values.units import SafetyScale
 
-CRITICS = "critics"
 _VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
+ConfigT = TypeVar("ConfigT", bound=ValueConfig)
+ModelT = TypeVar("ModelT", bound="CriticArchitecture")
 
 
 @dataclass(frozen=True)
 class Critics:
-    """Safety and reward critics of one architecture, in the units of one log."""
+    """Safety and reward critics, in the units of one log."""
 
     safety: SafetyCritics
     reward: RewardCritics
@@ -55,39 +60,164 @@ class Critics:
 
     @classmethod
     def restore(cls, header: dict[str, Any], scaling: Scaling, config: ValueConfig) -> Critics:
-        """Rebuild what `units` wrote into a file's header.
+        """Rebuild what `header` wrote into a file's header.
 
         Raises:
             KeyError, TypeError, ValueError: it is not there, or damaged.
         """
         widths = scaling.observation_features, scaling.action_features
-        scale = SafetyScale.from_json(header["safety_scale"])
+        safety = restored_safety(header, scaling, config.critic_hidden)
         mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
-        # Older files do not say, and did not need it.
-        kind = header.get("constraint_kind", "continuous")
-        if kind not in ("continuous", "binary"):
-            raise ValueError(f"constraint_kind must be 'continuous' or 'binary', got {kind!r:.20}")
-        continuous = kind == "continuous"
-        return cls(
-            SafetyCritics(*widths, config.critic_hidden, scale, continuous=continuous),
-            RewardCritics(*widths, config.critic_hidden, mean, spread),
-        )
+        return cls(safety, RewardCritics(*widths, config.critic_hidden, mean, spread))
 
     def header(self) -> dict[str, Any]:
         """Return the units as JSON."""
-        return {
-            "safety_scale": self.safety.scale.to_json(),
-            "reward_scale": [self.reward.offset, self.reward.spread],
-            "constraint_kind": "continuous" if self.safety.continuous else "binary",
-        }
+        reward = [self.reward.offset, self.reward.spread]
+        return {**safety_header(self.safety), "reward_scale": reward}
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Describe every network."""
         return {**self.safety.parts(), **self.reward.parts()}
 
-    def init(self, generator: torch.Generator) -> Networks:
-        """Draw all weights."""
-        return {**self.safety.init(generator), **self.reward.init(generator)}
+
+@dataclass(frozen=True)
+class CriticArchitecture(Architecture):
+    """Safety and reward critics that are trained together, and the networks of an actor."""
+
+    critics: Critics
+
+    def critic_parts(self) -> Mapping[str, EnsembleMLP]:
+        """See `Architecture`."""
+        return self.critics.parts()
+
+    def scales(self) -> dict[str, float]:
+        """See `Architecture`."""
+        return {"reward": self.critics.reward.spread}
+
+    def header(self) -> dict[str, Any]:
+        """See `Architecture`."""
+        return self.critics.header()
+
+
+class CriticAgent(OfflineAgent[ConfigT, ModelT]):
+    """An agent that learns safety and reward critics first, then an actor from them.
+
+    An algorithm says in `_parts` what its actor is made of, and in its `Run` how that is
+    trained. One whose architecture holds more (another `model_type`) overrides `_architecture`.
+    """
+
+    model_type: ClassVar[type[Any]] = CriticArchitecture
+
+    def _architecture(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.spaces.Box,
+        scaling: Scaling,
+        critics: Critics,
+    ) -> ModelT:
+        """Return the whole architecture around these critics."""
+        model: ModelT = self.model_type(
+            observation_space, action_space, scaling, self._parts(scaling), critics
+        )
+        return model
+
+    def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
+        check_boundary(dataset)
+        return dataset
+
+    def _describe(self, dataset: OfflineDataset) -> ModelT:
+        action = continuous_actions(dataset.action_space, type(self).__name__)
+        scaling = Scaling.of(dataset)
+        critics = Critics.of(dataset, scaling, self.config)
+        return self._architecture(dataset.observation_space, action, scaling, critics)
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> ModelT:
+        action = continuous_actions(action_space, type(self).__name__)
+        critics = Critics.restore(header, scaling, self.config)
+        return self._architecture(observation_space, action, scaling, critics)
+
+
+@dataclass(eq=False)
+class RewardLog:
+    """A log as its reward critics draw from it."""
+
+    critics: RewardCritics
+    log: LogTensors
+    discount: float
+    unit: str
+    """Name of the advantages' unit among the running statistics."""
+    _kept: tuple[int, RewardWindow] | None = field(default=None, init=False)
+    """The windows of the present stage."""
+
+    def loss(
+        self,
+        state: TrainState,
+        rows: Tensor,
+        steps: int,
+        expectile: float,
+        allowed: Tensor | None = None,
+    ) -> CriticLoss:
+        """Return the reward critics' loss on rows (batch,) of the log.
+
+        Args:
+            state: holds the slow copies, and the unit of the advantages.
+            rows: of the log.
+            steps: length of the windows that V is fitted to; 1: V is fitted to Q_r.
+            expectile: weight on targets above V.
+            allowed: (batch,) 1 where the action may count for V; all by default.
+        """
+        return reward_loss(
+            self.critics,
+            self.unit,
+            state,
+            self._batch(rows, steps),
+            discount=self.discount,
+            expectile=expectile,
+            one_step=steps == 1,
+            allowed=allowed,
+        )
+
+    def _batch(self, rows: Tensor, steps: int) -> RewardBatch:
+        log = self.log
+        if self._kept is None or self._kept[0] != steps:
+            windows = reward_windows(
+                log.rewards, log.terminated, log.episode_last, self.discount, steps
+            )
+            self._kept = (steps, windows)
+        window = rows_of(self._kept[1], rows)
+        return RewardBatch(
+            observations=log.observations[rows],
+            actions=log.actions[rows],
+            next_observations=log.next_observations[rows],
+            rewards=log.rewards[rows],
+            terminated=log.terminated[rows],
+            window=window,
+            window_observations=log.next_observations[window.last],
+        )
+
+
+def reward_loss(
+    critics: RewardCritics,
+    unit: str,
+    state: TrainState,
+    batch: RewardBatch,
+    **options: Any,  # noqa: ANN401 - see RewardCritics.losses
+) -> CriticLoss:
+    """Return the loss of reward critics on a batch, with the advantages' newest unit."""
+
+    def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
+        value, newest, metrics = critics.losses(
+            networks, state.targets, batch, state.scales[unit], **options
+        )
+        return value, metrics, {unit: newest}
+
+    return loss
 
 
 @dataclass(eq=False)
@@ -102,18 +232,7 @@ class CriticsRun:
 
     def __post_init__(self) -> None:
         self._safety = SafetyLog(self.critics.safety, self.log)
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw the critics' weights; `with_networks` adds those of an actor."""
-        critics = self.critics.init(generator)
-        device = generator.device
-        return TrainState(
-            networks=critics,
-            targets=critics,
-            moments={CRITICS: adam_init(critics)},
-            scales={"reward": torch.full((), self.critics.reward.spread, device=device)},
-            boundary_rows=torch.zeros(0, dtype=torch.int64, device=device),
-        )
+        self._reward = RewardLog(self.critics.reward, self.log, self.config.discount, "reward")
 
     def phases(self) -> list[Phase]:
         """List what to do, in order. The windows of the critics' targets get shorter in stages."""
@@ -134,53 +253,25 @@ class CriticsRun:
 
     def update(self, safety_steps: int, reward_steps: int) -> Update:
         """Return one update of all critics, with windows of these lengths in the targets."""
-        log, config, critics = self.log, self.config, self.critics
-        safety_batches = self._safety.batches(safety_steps)
-        reward_window = reward_windows(
-            log.rewards, log.terminated, log.episode_last, config.discount, reward_steps
-        )
-        names = tuple(critics.parts())
+        config = self.config
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            safety_batch = safety_batches(draw.rows)
-            rewarded = reward_batch(log, reward_window, draw.rows)
-            sigma = state.scales["reward"]
-            allowed = self._allowed(state.targets, draw.rows) if config.safe_reward_value else None
-            seen: list[Tensor] = []
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                safety, safety_metrics = critics.safety.losses(
-                    networks,
-                    state.targets,
-                    safety_batch,
-                    expectile=config.safety_expectile,
-                    one_step=safety_steps == 1,
-                )
-                reward, residual, reward_metrics = critics.reward.losses(
-                    networks,
-                    state.targets,
-                    rewarded,
-                    sigma,
-                    discount=config.discount,
-                    expectile=config.reward_expectile,
-                    one_step=reward_steps == 1,
-                    allowed=allowed,
-                )
-                seen.append(residual)
-                return safety + reward, {**safety_metrics, **reward_metrics}
-
-            count = state.moments[CRITICS].updates
-            rates = critic_rates(config.learning_rate, count, self.total, names, _VALUES)
-            state, metrics = descend(state, CRITICS, names, loss, rates)
-            return (
-                state._replace(
-                    targets=polyak(state.targets, state.networks, config.polyak),
-                    scales={**state.scales, "reward": torch.lerp(sigma, seen[0], config.polyak)},
-                ),
-                metrics,
+        def losses(state: TrainState, draw: Draw) -> CriticLoss:
+            rows = draw.rows
+            allowed = self._allowed(state.targets, rows) if config.safe_reward_value else None
+            return summed(
+                self._safety.loss(state, rows, safety_steps, config.safety_expectile),
+                self._reward.loss(state, rows, reward_steps, config.reward_expectile, allowed),
             )
 
-        return update
+        return critic_update(
+            CRITICS,
+            losses,
+            tuple(self.critics.parts()),
+            _VALUES,
+            base=config.learning_rate,
+            total=self.total,
+            share=config.polyak,
+        )
 
     @property
     def margin(self) -> float:
@@ -219,39 +310,3 @@ class CriticsRun:
             worst = safety.advantages(critics, observations, actions).amax(0)
             passes = here + safety.scale.step_rms * worst < -self.margin
             return (passes | (here >= -self.margin)).float()
-
-
-def with_networks(
-    state: TrainState, parts: dict[str, EnsembleMLP], generator: torch.Generator
-) -> TrainState:
-    """Add freshly drawn networks to a state, each trained by itself."""
-    networks = {name: part.init(generator) for name, part in parts.items()}
-    moments: dict[str, Any] = {name: adam_init({name: net}) for name, net in networks.items()}
-    return state._replace(
-        networks={**state.networks, **networks}, moments={**state.moments, **moments}
-    )
-
-
-def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """Share out `steps` updates, at least one to each part; the last gets the rest.
-
-    >>> phase_steps(10, (0.5, 0.2, 0.3)), phase_steps(3, (0.98, 0.01, 0.01))
-    ((5, 2, 3), (1, 1, 1))
-    """
-    counts: list[int] = [max(1, round(share * steps)) for share in shares[:-1]]
-    counts[0] = min(counts[0], steps - sum(counts[1:]) - 1)
-    return (*counts, steps - sum(counts))
-
-
-def reward_batch(log: LogTensors, windows: RewardWindow, rows: Tensor) -> RewardBatch:
-    """Gather rows (batch,) of a log, with the targets of `windows`."""
-    window = rows_of(windows, rows)
-    return RewardBatch(
-        observations=log.observations[rows],
-        actions=log.actions[rows],
-        next_observations=log.next_observations[rows],
-        rewards=log.rewards[rows],
-        terminated=log.terminated[rows],
-        window=window,
-        window_observations=log.next_observations[window.last],
-    )

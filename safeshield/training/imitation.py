@@ -11,10 +11,15 @@ Source: FISOR (Zheng et al., ICLR 2024) and its official code, margin 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from safeshield.nn.mlp import Networks
+from safeshield.nn.flow import flow_matching_loss
+from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.training.log import LogTensors
+from safeshield.training.state import Draw, Loss, Metrics, TrainState, Update, falling
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
@@ -52,3 +57,41 @@ def imitation_weights(
     safe = (-safety_temperature * danger).exp().clamp(max=SAFETY_LIMIT)
     passes = (value + safety.scale.step_rms * danger <= -margin).float()
     return torch.where(value <= -margin, good * passes, safe)
+
+
+def flow_update(
+    name: str,
+    network: EnsembleMLP,
+    log: LogTensors,
+    base: float,
+    total: int,
+    weigh: Callable[[TrainState, Tensor], Tensor] | None = None,
+) -> Update:
+    """Return the update that fits the log's behaviour by flow matching (`nn.flow`).
+
+    Args:
+        name: of the network in a training state.
+        network: the velocity field.
+        log: what to imitate.
+        base: learning rate at the start.
+        total: updates in all.
+        weigh: from (state, rows) to how much these logged actions count, (batch,); all alike by
+            default.
+    """
+
+    def matching(state: TrainState, draw: Draw) -> Loss:
+        observations, actions = log.observations[draw.rows], log.actions[draw.rows]
+        weights = None if weigh is None else weigh(state, draw.rows)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+            value = flow_matching_loss(
+                network, networks[name], observations, actions, draw.noise, draw.time, weights
+            )
+            metrics = {f"{name}/flow_matching_loss": value.detach()}
+            if weights is not None:
+                metrics[f"{name}/mean_weight"] = weights.mean()
+            return value, metrics
+
+        return loss
+
+    return falling(name, matching, base, total)

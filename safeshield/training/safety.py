@@ -1,78 +1,98 @@
-"""What every trainer of safety critics does alike: batches, stages, rates, and the behaviour."""
+"""A log as safety critics learn from it, and the critics in its units."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.nn.flow import flow_matching_loss
-from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.mlp import Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import LogTensors, safety_scale
-from safeshield.training.state import (
-    Draw,
-    Metrics,
-    TrainState,
-    Update,
-    descend,
-    learning_rate,
-)
-from safeshield.values.backup import rows_of, safety_windows
+from safeshield.training.state import CriticLoss, Metrics, TrainState
+from safeshield.values.backup import SafetyWindow, rows_of, safety_windows
 from safeshield.values.safety import SafetyBatch, SafetyCritics
+from safeshield.values.units import SafetyScale
 
-VALUES_END = 0.8
-"""Share of the critics' updates after which V stands still while the advantages catch up."""
 # The states nearest to V_h = 0 are sought among this many, and one in eight of them is kept.
 _POOL, _KEPT = 65_536, 8_192
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SafetyLog:
     """A log as its safety critics draw from it."""
 
     critics: SafetyCritics
     log: LogTensors
+    _kept: tuple[int, Tensor | None, SafetyWindow] | None = field(default=None, init=False)
+    """The windows of the present stage: those of all stages would be as large as the log."""
 
-    def batches(self, steps: int, extra: Tensor | None = None) -> Callable[[Tensor], SafetyBatch]:
-        """Return what makes a batch of rows (batch,), with targets that reach `steps` ahead.
+    def batch(self, rows: Tensor, steps: int, extra: Tensor | None = None) -> SafetyBatch:
+        """Return the transitions of rows (batch,), with targets that reach `steps` ahead.
 
         Args:
+            rows: of the log.
             steps: length of the windows.
             extra: (N,) one more constraint of each transition, in units of h.
         """
-        log = self.log
-        windows = safety_windows(
-            log.constraints,
-            log.next_constraints,
-            log.terminated,
-            log.episode_last,
-            self.critics.discount,
-            steps,
-            extra,
+        log, window = self.log, rows_of(self._windows(steps, extra), rows)
+        return SafetyBatch(
+            observations=log.observations[rows],
+            actions=log.actions[rows],
+            next_observations=log.next_observations[rows],
+            constraints=log.constraints[rows],
+            next_constraints=log.next_constraints[rows],
+            terminated=log.terminated[rows],
+            window=window,
+            window_observations=log.next_observations[window.last],
+            window_constraints=log.next_constraints[window.last],
+            extra=None if extra is None else extra[rows],
         )
 
-        def batch(rows: Tensor) -> SafetyBatch:
-            window = rows_of(windows, rows)
-            return SafetyBatch(
-                observations=log.observations[rows],
-                actions=log.actions[rows],
-                next_observations=log.next_observations[rows],
-                constraints=log.constraints[rows],
-                next_constraints=log.next_constraints[rows],
-                terminated=log.terminated[rows],
-                window=window,
-                window_observations=log.next_observations[window.last],
-                window_constraints=log.next_constraints[window.last],
-                extra=None if extra is None else extra[rows],
+    def _windows(self, steps: int, extra: Tensor | None) -> SafetyWindow:
+        if self._kept is None or self._kept[0] != steps or self._kept[1] is not extra:
+            log = self.log
+            windows = safety_windows(
+                log.constraints,
+                log.next_constraints,
+                log.terminated,
+                log.episode_last,
+                self.critics.discount,
+                steps,
+                extra,
             )
+            self._kept = (steps, extra, windows)
+        return self._kept[2]
 
-        return batch
+    def loss(
+        self,
+        state: TrainState,
+        rows: Tensor,
+        steps: int,
+        expectile: float,
+        extra: Tensor | None = None,
+    ) -> CriticLoss:
+        """Return the safety critics' loss on rows (batch,) of the log.
+
+        Args:
+            state: holds the slow copies.
+            rows: of the log.
+            steps: length of the windows that V is fitted to; 1: V is fitted to Q_h.
+            expectile: weight on targets below V.
+            extra: (N,) one more constraint of each transition, in units of h.
+        """
+        batch = self.batch(rows, steps, extra)
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
+            value, metrics = self.critics.losses(
+                networks, state.targets, batch, expectile=expectile, one_step=steps == 1
+            )
+            return value, metrics, {}
+
+        return loss
 
     def refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
         """Find the transitions that start nearest to V_h = 0.
@@ -114,74 +134,31 @@ def safety_critics(
     )
 
 
-def stages(steps: int, *windows: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Cut `steps` updates wherever one of the lists moves on: (updates, an entry of each).
+def safety_header(critics: SafetyCritics) -> dict[str, Any]:
+    """Return the units of safety critics as JSON, for a file's header."""
+    return {
+        "safety_scale": critics.scale.to_json(),
+        "constraint_kind": "continuous" if critics.continuous else "binary",
+    }
 
-    >>> stages(8, (4, 1), (3, 2, 2, 1))
-    [(2, 4, 3), (2, 4, 2), (2, 1, 2), (2, 1, 1)]
+
+def restored_safety(
+    header: dict[str, Any], scaling: Scaling, hidden: tuple[int, ...]
+) -> SafetyCritics:
+    """Rebuild what `safety_header` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not there, or damaged.
     """
-    # Rounded up, so that the first step of part i counts as part i below.
-    edges = sorted(
-        {math.ceil(i * steps / len(window)) for window in windows for i in range(len(window) + 1)}
+    scale = SafetyScale.from_json(header["safety_scale"])
+    # Older files do not say, and did not need it.
+    kind = header.get("constraint_kind", "continuous")
+    if kind not in ("continuous", "binary"):
+        raise ValueError(f"constraint_kind must be 'continuous' or 'binary', got {kind!r:.20}")
+    return SafetyCritics(
+        scaling.observation_features,
+        scaling.action_features,
+        hidden,
+        scale,
+        continuous=kind == "continuous",
     )
-    return [
-        (stop - start, *(window[start * len(window) // steps] for window in windows))
-        for start, stop in itertools.pairwise(edges)
-    ]
-
-
-def critic_rates(
-    base: float, count: Tensor, total: int, names: tuple[str, ...], values: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """Return each network's learning rate: those of `values` stand still for the last fifth.
-
-    Args:
-        base: the rate at the start.
-        count: () updates made.
-        total: updates in all.
-        names: of the networks.
-        values: which of them are state values.
-    """
-    early = learning_rate(base, count, total, VALUES_END)
-    still = torch.where(count < VALUES_END * total, early, torch.zeros_like(early))
-    late = learning_rate(base, count, total)
-    return {name: still if name in values else late for name in names}
-
-
-def flow_update(
-    name: str,
-    network: EnsembleMLP,
-    log: LogTensors,
-    base: float,
-    total: int,
-    weigh: Callable[[TrainState, Tensor], Tensor] | None = None,
-) -> Update:
-    """Return the update that fits the log's behaviour by flow matching (`nn.flow`).
-
-    Args:
-        name: of the network in a training state.
-        network: the velocity field.
-        log: what to imitate.
-        base: learning rate at the start.
-        total: updates in all.
-        weigh: from (state, rows) to how much these logged actions count, (batch,); all alike by
-            default.
-    """
-
-    def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        observations, actions = log.observations[draw.rows], log.actions[draw.rows]
-        weights = None if weigh is None else weigh(state, draw.rows)
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            value = flow_matching_loss(
-                network, networks[name], observations, actions, draw.noise, draw.time, weights
-            )
-            metrics = {f"{name}/flow_matching_loss": value.detach()}
-            if weights is not None:
-                metrics[f"{name}/mean_weight"] = weights.mean()
-            return value, metrics
-
-        rate = learning_rate(base, state.moments[name].updates, total)
-        return descend(state, name, (name,), loss, {name: rate})
-
-    return update

@@ -24,7 +24,7 @@ import torch
 
 from safeshield.algorithms.flrp.config import FLRPConfig
 from safeshield.algorithms.flrp.feasibility import cost_critics
-from safeshield.algorithms.flrp.losses import Architecture, FLRPRun
+from safeshield.algorithms.flrp.losses import FLRPRun, LatentArchitecture
 from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
@@ -35,8 +35,7 @@ from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import Critics
+from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors
 from safeshield.training.registry import register
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
@@ -46,7 +45,7 @@ _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
 
 
 @register("flrp")
-class FLRP(CriticAgent[FLRPConfig, Architecture]):
+class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     """A policy that refines the noise of a safety-shaped generative model of the log.
 
     Args:
@@ -65,6 +64,7 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
 
     config_type = FLRPConfig
     file_format = "safeshield-flrp"
+    run_type = FLRPRun
     _dropped = ("flow_steps",)
     _fewest_steps = 3
     _acting: LatentForward | None = None
@@ -140,7 +140,7 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
         seen = torch.tensor(model.scaling.observations(rows), device=self.device)
         return self._shift(model, seen, draws)
 
-    def _shift(self, model: Architecture, seen: torch.Tensor, draws: int) -> BaseShift:
+    def _shift(self, model: LatentArchitecture, seen: torch.Tensor, draws: int) -> BaseShift:
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = torch.randn(draws, model.policy.spec.latent, generator=generator).to(self.device)
         return base_shift(model.policy, self._networks, seen, noise)
@@ -164,7 +164,7 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
 
     # -- what OfflineAgent asks for -----------------------------------------------------------
 
-    def _describe(self, dataset: OfflineDataset) -> Architecture:
+    def _describe(self, dataset: OfflineDataset) -> LatentArchitecture:
         model = super()._describe(dataset)
         if self.config.feasibility == "safety":
             return model
@@ -178,7 +178,7 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
         action_space: gym.Space[Any],
         scaling: Scaling,
         header: dict[str, Any],
-    ) -> Architecture:
+    ) -> LatentArchitecture:
         model = super()._restore(observation_space, action_space, scaling, header)
         if self.config.feasibility == "cost":
             offset, spread = (finite_number(x, "cost_scale") for x in header["cost_scale"])
@@ -206,7 +206,7 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
         action_space: gym.spaces.Box,
         scaling: Scaling,
         critics: Critics,
-    ) -> Architecture:
+    ) -> LatentArchitecture:
         config = self.config
         spec = LatentSpec(
             config.latent or max(2, scaling.action_features),
@@ -217,33 +217,30 @@ class FLRP(CriticAgent[FLRPConfig, Architecture]):
             config.refine_steps,
         )
         policy = LatentPolicy(scaling.observation_features, scaling.action_features, spec)
-        return Architecture(observation_space, action_space, scaling, critics, policy)
+        return LatentArchitecture(observation_space, action_space, scaling, {}, critics, policy)
 
-    def _noise_features(self, model: Architecture) -> int:
+    def _noise_features(self, model: LatentArchitecture) -> int:
         return model.policy.spec.latent
 
-    def _run(self, model: Architecture, log: LogTensors, steps: int) -> FLRPRun:
-        return FLRPRun(model, log, self.config, steps)
-
-    def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
+    def _settle(self, model: LatentArchitecture, log: LogTensors) -> LatentArchitecture:
         rows = torch.linspace(0, len(log) - 1, min(_SHIFT_STATES, len(log))).long()
         shift = self._shift(model, log.observations[rows.to(self.device)], _SHIFT_DRAWS)
         summary = ShiftSummary.of(shift, _SHIFT_DRAWS)
         return dataclasses.replace(model, shift=summary, trained_steps=self.config.refine_steps)
 
     def _act(
-        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: LatentArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
         """Refine one draw of u, or u = 0."""
         shape = (len(observations), model.policy.spec.latent)
         noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
         return self._actor(model).act(observations, noise.astype(np.float32))
 
-    def _actor(self, model: Architecture) -> LatentForward:
+    def _actor(self, model: LatentArchitecture) -> LatentForward:
         if self._acting is None:
             self._acting = LatentForward(model.policy.spec, self._arrays)
         return self._acting
 
-    def _adopt(self, model: Architecture, networks: Networks) -> None:
+    def _adopt(self, model: LatentArchitecture, networks: Networks) -> None:
         super()._adopt(model, networks)
         self._acting = None

@@ -18,26 +18,17 @@ import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.nn.mlp import Networks
-from safeshield.nn.optim import adam_init, polyak
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig
-from safeshield.training.critics import reward_batch
+from safeshield.training.critics import RewardLog
 from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
-from safeshield.training.safety import critic_rates
-from safeshield.training.state import (
-    Draw,
-    Metrics,
-    TrainState,
-    Update,
-    descend,
-)
-from safeshield.values.backup import reward_windows
+from safeshield.training.state import CriticLoss, Draw, TrainState, Update, critic_update
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.safety import SafetyCritics
 
 COSTS = "costs"
-_LEVELS = ("cost_value_level", "cost_action_level")
+LEVELS = ("cost_value_level", "cost_action_level")
+"""Of V_c and Q_c, among the statistics of a training state."""
 PERCENTILE = 0.75
 _POOL = 65_536
 
@@ -98,7 +89,7 @@ class FromCost:
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """See `Feasibility`."""
         value, action_value = self._costs(state, observations, actions)
-        lowest, spread = [state.scales[name] for name in _LEVELS], self.critics.spread
+        lowest, spread = [state.scales[name] for name in LEVELS], self.critics.spread
         return Judgement((value - lowest[0]) / spread, (action_value - lowest[1]) / spread)
 
     def excess(
@@ -125,7 +116,7 @@ class FromCost:
         with torch.no_grad():
             found = self._costs(state, log.observations[rows], log.actions[rows])
         levels = [torch.quantile(costs, PERCENTILE) for costs in found]
-        return state._replace(scales={**state.scales, **dict(zip(_LEVELS, levels, strict=True))})
+        return state._replace(scales={**state.scales, **dict(zip(LEVELS, levels, strict=True))})
 
 
 def cost_critics(
@@ -153,56 +144,24 @@ class CostRun:
     expectile: float = 0.9
     """Weight on the cheaper actions in V_c (the papers' choice)."""
 
-    def extend(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        """Add the weights."""
-        drawn = self.critics.init(generator)
-        zero = torch.zeros((), device=generator.device)
-        return state._replace(
-            networks={**state.networks, **drawn},
-            targets={**state.targets, **drawn},
-            moments={**state.moments, COSTS: adam_init(drawn)},
-            scales={
-                **state.scales,
-                "cost": zero + self.critics.spread,
-                **dict.fromkeys(_LEVELS, zero),
-            },
-        )
+    def __post_init__(self) -> None:
+        log = self.log
+        paid = replace(log, rewards=-(log.next_constraints > 0).to(log.rewards.dtype))
+        self._costs = RewardLog(self.critics, paid, self.config.discount, "cost")
 
     def update(self, steps: int) -> Update:
         """Return one update of the cost critics, with windows of this length in the targets."""
-        log, config, names = self.log, self.config, self.critics.names
-        paid = replace(log, rewards=-(log.next_constraints > 0).to(log.rewards.dtype))
-        window = reward_windows(
-            paid.rewards, log.terminated, log.episode_last, config.discount, steps
+        names, config = self.critics.names, self.config
+
+        def losses(state: TrainState, draw: Draw) -> CriticLoss:
+            return self._costs.loss(state, draw.rows, steps, self.expectile)
+
+        return critic_update(
+            COSTS,
+            losses,
+            names,
+            names[:1],
+            base=config.learning_rate,
+            total=self.total,
+            share=config.polyak,
         )
-
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            batch = reward_batch(paid, window, draw.rows)
-            sigma = state.scales["cost"]
-            seen: list[Tensor] = []
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                value, residual, metrics = self.critics.losses(
-                    networks,
-                    state.targets,
-                    batch,
-                    sigma,
-                    discount=config.discount,
-                    expectile=self.expectile,
-                    one_step=steps == 1,
-                )
-                seen.append(residual)
-                return value, metrics
-
-            count = state.moments[COSTS].updates
-            rates = critic_rates(config.learning_rate, count, self.total, names, names[:1])
-            state, metrics = descend(state, COSTS, names, loss, rates)
-            return (
-                state._replace(
-                    targets=polyak(state.targets, state.networks, config.polyak),
-                    scales={**state.scales, "cost": torch.lerp(sigma, seen[0], config.polyak)},
-                ),
-                metrics,
-            )
-
-        return update

@@ -26,32 +26,37 @@ and where it is feasible counts only what is not: the reward expert has the rest
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
 from safeshield.algorithms.flrp.config import FLRPConfig
-from safeshield.algorithms.flrp.feasibility import CostRun, Feasibility, FromCost, FromSafety
+from safeshield.algorithms.flrp.feasibility import (
+    COSTS,
+    LEVELS,
+    CostRun,
+    Feasibility,
+    FromCost,
+    FromSafety,
+)
 from safeshield.algorithms.flrp.shift import ShiftSummary, base_shift
-from safeshield.nn.coupling import CouplingFlow
 from safeshield.nn.latent_actor import LatentPolicy
 from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.nn.optim import adam_init
-from safeshield.spaces.scaling import Scaling
+from safeshield.training.architecture import CRITICS
 from safeshield.training.config import CriticConfig
-from safeshield.training.critics import CRITICS, Critics, CriticsRun, phase_steps
-from safeshield.training.log import LogTensors
+from safeshield.training.critics import CriticArchitecture, CriticsRun
+from safeshield.training.run import Run
+from safeshield.training.schedule import phase_steps
 from safeshield.training.state import (
     Draw,
+    Loss,
     Metrics,
+    Network,
     Phase,
     TrainState,
-    descend,
-    learning_rate,
     together,
 )
 from safeshield.values.reward import RewardCritics
@@ -64,13 +69,9 @@ GENERATIVE, REFINERS = "generative", "refiners"
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a log and a configuration fix besides the weights: spaces, widths, units."""
+class LatentArchitecture(CriticArchitecture):
+    """Critics, the latent policy, and what is known of it."""
 
-    observation_space: gym.Space[Any]
-    action_space: gym.spaces.Box
-    scaling: Scaling
-    critics: Critics
     policy: LatentPolicy
     costs: RewardCritics | None = None
     """Where costs take the place of safety values."""
@@ -79,16 +80,38 @@ class Architecture:
     trained_steps: int | None = None
     """T in training; None: an older file that does not say."""
 
-    def parts(self) -> dict[str, EnsembleMLP | CouplingFlow]:
-        """Describe every network."""
-        costs = {} if self.costs is None else self.costs.parts()
-        return {**self.critics.parts(), **costs, **self.policy.parts()}
+    def _cost_parts(self) -> Mapping[str, EnsembleMLP]:
+        return {} if self.costs is None else self.costs.parts()
+
+    def parts(self) -> Mapping[str, Network]:
+        """See `Architecture`."""
+        return {**self.critic_parts(), **self._cost_parts(), **self.policy.parts()}
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """See `Architecture`."""
+        groups = {
+            CRITICS: tuple(self.critic_parts()),
+            COSTS: tuple(self._cost_parts()),
+            GENERATIVE: tuple(self.policy.generative),
+            REFINERS: tuple(self.policy.refining),
+        }
+        return {name: group for name, group in groups.items() if group}
+
+    def slow(self) -> tuple[str, ...]:
+        """See `Architecture`."""
+        return (*super().slow(), *self._cost_parts())
+
+    def scales(self) -> dict[str, float]:
+        """See `Architecture`."""
+        costs = self.costs
+        more = {} if costs is None else {"cost": costs.spread, **dict.fromkeys(LEVELS, 0.0)}
+        return {**super().scales(), **more}
 
     def header(self) -> dict[str, Any]:
-        """Return the critics' units, and what is known of the shift, as JSON."""
+        """See `Architecture`."""
         costs, shift = self.costs, self.shift
         return {
-            **self.critics.header(),
+            **super().header(),
             "cost_scale": None if costs is None else [costs.offset, costs.spread],
             "shift": None if shift is None else dataclasses.asdict(shift),
             "trained_refine_steps": self.trained_steps,
@@ -202,13 +225,8 @@ def _of_mean_one(weights: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class FLRPRun:
-    """One call of fit: the updates of its phases, closed over the log."""
-
-    model: Architecture
-    log: LogTensors
-    config: FLRPConfig
-    steps: int
+class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
+    """The critics, the generative model, then the experts."""
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
@@ -230,30 +248,16 @@ class FLRPRun:
         # A level read off the log's costs has no margin of its own.
         self._margin = margin if self._costs is None else 0.0
 
-    def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
-        state = self._critics.initial(generator)
-        if self._costs is not None:
-            state = self._costs.extend(state, generator)
-        policy = self.model.policy
-        drawn = policy.init(generator)
-        moments = {
-            phase: adam_init({name: drawn[name] for name in parts})
-            for phase, parts in ((GENERATIVE, policy.generative), (REFINERS, policy.refining))
-            if parts
-        }
-        return state._replace(
-            networks={**state.networks, **drawn}, moments={**state.moments, **moments}
-        )
-
     def phases(self) -> list[Phase]:
         """List what to do, in order."""
-        size, flow_steps = self.config.batch_size, self._flow_steps
-        generative = Phase(GENERATIVE, flow_steps, self._generative, size)
+        size, policy, flow_steps = self.config.batch_size, self.model.policy, self._flow_steps
+        fit = self.falling(GENERATIVE, self._generative, flow_steps, tuple(policy.generative))
+        generative = Phase(GENERATIVE, flow_steps, fit, size)
         refiners = []
         if self._refiner_steps:
-            report = self._report_shift
-            refiners = [Phase(REFINERS, self._refiner_steps, self._refine, size, report=report)]
+            names, report = tuple(policy.refining), self._report_shift
+            refine = self.falling(REFINERS, self._refine, self._refiner_steps, names)
+            refiners = [Phase(REFINERS, self._refiner_steps, refine, size, report=report)]
         if self._costs is None:
             return [*self._critics.phases(), generative, *refiners]
         # The critics stand still from here on: one look at the log.
@@ -282,7 +286,7 @@ class FLRPRun:
         raised = (self.config.reward_temperature * gain).exp().clamp(max=REWARD_LIMIT)
         return _of_mean_one(raised * (q <= -self._margin))
 
-    def _generative(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+    def _generative(self, state: TrainState, draw: Draw) -> Loss:
         config, policy = self.config, self.model.policy
         observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
         with torch.no_grad():
@@ -295,9 +299,9 @@ class FLRPRun:
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
             return generative_loss(networks, observations, actions, draw.noise, elbo, shape)
 
-        return self._descend(state, GENERATIVE, tuple(policy.generative), loss, self._flow_steps)
+        return loss
 
-    def _refine(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+    def _refine(self, state: TrainState, draw: Draw) -> Loss:
         policy = self.model.policy
         observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
         with torch.no_grad():
@@ -308,7 +312,7 @@ class FLRPRun:
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
             return refiner_loss(networks, state, observations, actions, draw.noise, good)
 
-        return self._descend(state, REFINERS, tuple(policy.refining), loss, self._refiner_steps)
+        return loss
 
     def _report_shift(self, state: TrainState, draw: Draw) -> Metrics:
         """Measure the base-space divergence (eq. 18) in the batch's states."""
@@ -319,14 +323,3 @@ class FLRPRun:
             "refiner/base_divergence": torch.tensor(shift.divergence.mean()),
             "refiner/folds": torch.tensor(shift.folds.mean()),
         }
-
-    def _descend(
-        self,
-        state: TrainState,
-        phase: str,
-        names: tuple[str, ...],
-        loss: Callable[[Networks], tuple[Tensor, Metrics]],
-        total: int,
-    ) -> tuple[TrainState, Metrics]:
-        rate = learning_rate(self.config.learning_rate, state.moments[phase].updates, total)
-        return descend(state, phase, names, loss, dict.fromkeys(names, rate))

@@ -26,20 +26,21 @@ import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.r2pac.config import R2PACConfig
-from safeshield.algorithms.r2pac.losses import ACTOR, Architecture, R2PACRun, region_of
+from safeshield.algorithms.r2pac.losses import ACTOR, ChunkArchitecture, R2PACRun, region_of
 from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, RegionReport, report_region
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
 from safeshield.nn.chunk_actors import ChunkActor
+from safeshield.nn.flow import velocity_network
 from safeshield.nn.forward import forward
+from safeshield.nn.mlp import EnsembleMLP
 from safeshield.nn.plan_forward import PlanSpec
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.critic_agent import CriticAgent
-from safeshield.training.critics import Critics
+from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
 from safeshield.training.registry import register
 from safeshield.training.state import TrainState
@@ -48,7 +49,7 @@ from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
 
 
 @register("r2pac")
-class R2PAC(CriticAgent[R2PACConfig, Architecture]):
+class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     """A planner of action chunks that stays out of the region from which costs follow.
 
     Args:
@@ -68,6 +69,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
 
     config_type = R2PACConfig
     file_format = "safeshield-r2pac"
+    run_type = R2PACRun
     _fewest_steps = 3
 
     def acting_by(
@@ -185,7 +187,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
 
     def _under_way(
         self,
-        model: Architecture,
+        model: ChunkArchitecture,
         count: int,
         state: tuple[npt.NDArray[Any], ...] | None,
         episode_start: npt.NDArray[np.bool_] | None,
@@ -229,7 +231,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         check_boundary(dataset)
         return with_chunks(dataset, self.config.chunk)
 
-    def _describe(self, dataset: OfflineDataset) -> Architecture:
+    def _describe(self, dataset: OfflineDataset) -> ChunkArchitecture:
         model, config = super()._describe(dataset), self.config
         margin = config.margin_of(model.critics.safety)
         if (dataset.constraints > -margin).all():
@@ -249,7 +251,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
             model, costs=costs, penalty=penalty, longest=int(dataset.episode_lengths.max())
         )
 
-    def _costs(self, model: Architecture, spread: float) -> RewardCritics:
+    def _costs(self, model: ChunkArchitecture, spread: float) -> RewardCritics:
         # It starts from "no violation follows": what does follow is learned within a few chunks,
         # while too high a start is forgotten at the pace of the discount.
         return RewardCritics(
@@ -268,7 +270,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         action_space: gym.Space[Any],
         scaling: Scaling,
         header: dict[str, Any],
-    ) -> Architecture:
+    ) -> ChunkArchitecture:
         model = super()._restore(observation_space, action_space, scaling, header)
         costs, region = header["cost_scale"], header["region"]
         if (costs is None) != (self.config.region == "safety"):
@@ -290,7 +292,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         action_space: gym.spaces.Box,
         scaling: Scaling,
         critics: Critics,
-    ) -> Architecture:
+    ) -> ChunkArchitecture:
         config = self.config
         width = config.chunk * scaling.action_features
         actor = ChunkActor(
@@ -304,25 +306,21 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         chunked = dataclasses.replace(
             critics, reward=dataclasses.replace(critics.reward, action=width)
         )
-        return Architecture(
-            observation_space,
-            action_space,
-            scaling,
-            chunked,
-            config.chunk,
-            actor,
-            config.student_hidden,
-            config.flow_hidden,
+        seen, act = scaling.observation_features, scaling.action_features
+        networks = {
+            ACTOR: actor.network,
+            FALLBACK: EnsembleMLP(seen + width, width, config.student_hidden),
+            BEHAVIOUR: velocity_network(seen, act, config.flow_hidden),
+        }
+        return ChunkArchitecture(
+            observation_space, action_space, scaling, networks, chunked, config.chunk, actor
         )
 
-    def _noise_features(self, model: Architecture) -> int:
+    def _noise_features(self, model: ChunkArchitecture) -> int:
         # One more tells which labels are left out.
         return model.actor.width + 1
 
-    def _run(self, model: Architecture, log: LogTensors, steps: int) -> R2PACRun:
-        return R2PACRun(model, log, self.config, steps)
-
-    def _settle(self, model: Architecture, log: LogTensors) -> Architecture:
+    def _settle(self, model: ChunkArchitecture, log: LogTensors) -> ChunkArchitecture:
         region, device = region_of(model, self.config), self.device
         level = region.most if isinstance(region, CostRegion) else None
         scales = {} if level is None else {LEVEL: torch.tensor(level, device=device)}
@@ -333,14 +331,14 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         return dataclasses.replace(model, region=report_region(region, state, log, margin))
 
     def _act(
-        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: ChunkArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
         """Return the first actions of the plans."""
         plans = self._plans(model, observations, deterministic)
         return plans[:, : model.scaling.action_features]
 
     def _plans(
-        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: ChunkArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
         """Return the best of the candidates, (n, h * act), in [-1, 1]."""
         count, each, width = len(observations), self.config.candidates, model.actor.width
@@ -365,7 +363,7 @@ class R2PAC(CriticAgent[R2PACConfig, Architecture]):
         return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
 
     def _unsafe(
-        self, model: Architecture, observations: npt.NDArray[np.float32]
+        self, model: ChunkArchitecture, observations: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.bool_]:
         """Tell states in which the costs decide, (n,)."""
         if not self.config.recover:

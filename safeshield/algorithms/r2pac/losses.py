@@ -29,12 +29,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -53,21 +51,24 @@ from safeshield.algorithms.r2pac.regions import (
     report_region,
 )
 from safeshield.nn.chunk_actors import LARGEST_WEIGHT, ChunkActor, Lesson, normal_below
-from safeshield.nn.flow import velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.nn.optim import adam_init, polyak
-from safeshield.spaces.scaling import Scaling
-from safeshield.training.critics import CRITICS, Critics, phase_steps, with_networks
-from safeshield.training.log import LogTensors
-from safeshield.training.safety import SafetyLog, critic_rates, flow_update, stages
+from safeshield.training.architecture import CRITICS
+from safeshield.training.critics import CriticArchitecture, reward_loss
+from safeshield.training.imitation import flow_update
+from safeshield.training.run import Run
+from safeshield.training.safety import SafetyLog
+from safeshield.training.schedule import phase_steps, stages
 from safeshield.training.state import (
+    CriticLoss,
     Draw,
+    Loss,
     Metrics,
     Phase,
     TrainState,
     Update,
-    descend,
-    learning_rate,
+    critic_update,
+    summed,
+    together,
 )
 from safeshield.values.backup import RewardWindow, SafetyBackup
 from safeshield.values.reward import RewardBatch, RewardCritics
@@ -96,19 +97,16 @@ class Fitting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a log and a configuration fix besides the weights: spaces, widths, units."""
+class ChunkArchitecture(CriticArchitecture):
+    """Critics and actors of chunks, and what was read off the log. `critics.reward` is of chunks.
 
-    observation_space: gym.Space[Any]
-    action_space: gym.spaces.Box
-    scaling: Scaling
-    critics: Critics
-    """Its reward critics are of chunks."""
+    Its `networks` are the actor, its student, and the flow that imitates the log's single actions,
+    for the shield's tests.
+    """
+
     chunk: int
     """h."""
     actor: ChunkActor
-    student_hidden: tuple[int, ...]
-    flow_hidden: tuple[int, ...]
     costs: RewardCritics | None = None
     """Of the return of minus the cost, over chunks; None where V_h tells the region."""
     penalty: float = 0.0
@@ -125,36 +123,21 @@ class Architecture:
         inputs = safety.observation + self.actor.width
         return EnsembleMLP(inputs, 1, safety.hidden, safety.members)
 
-    @property
-    def student(self) -> EnsembleMLP:
-        """Describe the one-step actor: (s, z) to a chunk."""
-        width = self.actor.width
-        return EnsembleMLP(self.scaling.observation_features + width, width, self.student_hidden)
-
-    @property
-    def behaviour(self) -> EnsembleMLP:
-        """Describe the flow that imitates the log's single actions, for the shield's tests."""
-        features = self.scaling.observation_features, self.scaling.action_features
-        return velocity_network(*features, self.flow_hidden)
-
-    def critic_parts(self) -> dict[str, EnsembleMLP]:
-        """Describe the networks of the first phase."""
+    def critic_parts(self) -> Mapping[str, EnsembleMLP]:
+        """See `Architecture`."""
         costs = {} if self.costs is None else self.costs.parts()
-        return {**self.critics.parts(), PLAN: self.plan, **costs}
+        return {**super().critic_parts(), PLAN: self.plan, **costs}
 
-    def actor_parts(self) -> dict[str, EnsembleMLP]:
-        """Describe the networks of the others."""
-        return {ACTOR: self.actor.network, FALLBACK: self.student, BEHAVIOUR: self.behaviour}
-
-    def parts(self) -> dict[str, EnsembleMLP]:
-        """Describe every network."""
-        return {**self.critic_parts(), **self.actor_parts()}
+    def scales(self) -> dict[str, float]:
+        """See `Architecture`."""
+        costs = {} if self.costs is None else {"cost": self.costs.spread}
+        return {**super().scales(), **costs}
 
     def header(self) -> dict[str, Any]:
-        """Return the critics' units, and what was read off the log, as JSON."""
+        """See `Architecture`."""
         costs, region = self.costs, self.region
         return {
-            **self.critics.header(),
+            **super().header(),
             "cost_scale": None if costs is None else costs.spread,
             "penalty": self.penalty,
             "longest": self.longest,
@@ -162,7 +145,7 @@ class Architecture:
         }
 
 
-def region_of(model: Architecture, config: R2PACConfig) -> Region:
+def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
     """Return what tells the unsafe states, as the configuration says."""
     margin = config.margin_of(model.critics.safety)
     if model.costs is None:
@@ -175,13 +158,8 @@ def region_of(model: Architecture, config: R2PACConfig) -> Region:
 
 
 @dataclass(eq=False)
-class R2PACRun:
-    """One call of fit: the updates of its phases, closed over the log."""
-
-    model: Architecture
-    log: LogTensors
-    config: R2PACConfig
-    steps: int
+class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
+    """The critics, the actor, then its student."""
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
@@ -189,55 +167,46 @@ class R2PACRun:
         self.margin = config.margin_of(model.critics.safety)
         self.region = region_of(model, config)
         self._safety = SafetyLog(model.critics.safety, self.log)
-        # One stage's windows at a time: all at once would be as large as the log.
-        self._window = lru_cache(maxsize=1)(self._safety.batches)
         self._shares = phase_steps(self.steps, config.phase_shares)
         self._label_below = normal_below(config.label_dropout)
 
     def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
-        model = self.model
-        critics = {name: part.init(generator) for name, part in model.critic_parts().items()}
-        zero = torch.zeros((), device=generator.device)
-        reaches = (self.log.next_constraints > -self.margin).to(torch.uint8)
-        scales = {"reward": zero + model.critics.reward.spread, UNSAFE: reaches}
-        if model.costs is not None:
+        """Draw all weights, and mark what violates by itself."""
+        state = super().initial(generator)
+        scales = {**state.scales, UNSAFE: self._violates.to(torch.uint8)}
+        if self.model.costs is not None:
             level = self.region.most if isinstance(self.region, CostRegion) else 0.0
-            scales |= {"cost": zero + model.costs.spread, LEVEL: zero + level}
-        state = TrainState(
-            networks=critics,
-            targets=critics,
-            moments={CRITICS: adam_init(critics)},
-            scales=scales,
-            boundary_rows=torch.zeros(0, dtype=torch.int64, device=generator.device),
-        )
-        return with_networks(state, model.actor_parts(), generator)
+            scales[LEVEL] = torch.full((), level, device=generator.device)
+        return state._replace(scales=scales)
 
     def phases(self) -> list[Phase]:
         """List what to do, in order."""
-        size, near = self.config.batch_size, self.config.near_share
+        config, size, near = self.config, self.config.batch_size, self.config.near_share
         critics, actor, student = self._shares
+        windows = stages(critics, config.safety_backup_steps, config.reward_backup_steps)
+        distil = self.falling(FALLBACK, self._student, student)
         return [
             *(
                 Phase(
                     f"{CRITICS} {i + 1}",
                     count,
-                    self.critic_update(*windows),
+                    self.critic_update(*lengths),
                     size,
                     near,
                     self._look,
                     _LOOK_EVERY,
                 )
-                for i, (count, *windows) in enumerate(
-                    stages(
-                        critics, self.config.safety_backup_steps, self.config.reward_backup_steps
-                    )
-                )
+                for i, (count, *lengths) in enumerate(windows)
             ),
             # The critics stand still from here on: one look at the log.
             Phase(ACTOR, actor, self._actor(), size, refresh=self._settle, refresh_every=actor),
-            Phase("student", student, self._student, size),
+            Phase("student", student, distil, size),
         ]
+
+    @property
+    def _violates(self) -> Tensor:
+        """(N,) bool: transitions that lead into a violation, or within the margin of one."""
+        return self.log.next_constraints > -self.margin
 
     # -- critics ------------------------------------------------------------------------------
 
@@ -288,56 +257,42 @@ class R2PACRun:
     def critic_update(self, window: int, reward_steps: int) -> Update:
         """Return one update of all critics, with windows of these lengths in the targets."""
         config, model = self.config, self.model
-        names = tuple(model.critic_parts())
         costs = () if model.costs is None else model.costs.names[:1]
-        values = (*VALUE_NETWORKS, model.critics.reward.names[0], *costs)
-        total = self._shares[0]
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        def losses(state: TrainState, draw: Draw) -> CriticLoss:
             chunk = self._chunk(draw)
-            safety_batch = self._window(window)(draw.rows)
-            batches = self.chunk_batches(state, chunk, reward_steps)
-            seen: dict[str, Tensor] = {}
-
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                value, metrics = model.critics.safety.losses(
-                    networks,
-                    state.targets,
-                    safety_batch,
-                    expectile=config.safety_expectile,
-                    one_step=window == 1,
-                )
-                plan, more = self._plan_loss(networks, state.targets, chunk)
-                value, metrics = value + plan, {**metrics, **more}
-                for kind, fitting in batches.items():
-                    part, seen[kind], more = fitting.critics.losses(
-                        networks,
-                        state.targets,
-                        fitting.batch,
-                        state.scales[kind],
-                        discount=config.discount**model.chunk,
-                        expectile=fitting.expectile,
-                        one_step=reward_steps <= model.chunk,
-                        allowed=fitting.allowed,
-                        typical=fitting.typical,
-                        least=fitting.least,
-                    )
-                    value, metrics = value + part, {**metrics, **more}
-                return value, metrics
-
-            count = state.moments[CRITICS].updates
-            rates = critic_rates(config.learning_rate, count, total, names, values)
-            state, metrics = descend(state, CRITICS, names, loss, rates)
-            moved = {k: torch.lerp(state.scales[k], v, config.polyak) for k, v in seen.items()}
-            return (
-                state._replace(
-                    targets=polyak(state.targets, state.networks, config.polyak),
-                    scales={**state.scales, **moved},
-                ),
-                metrics,
+            return summed(
+                self._safety.loss(state, draw.rows, window, config.safety_expectile),
+                self._plan_loss(state, chunk),
+                *self._chunk_losses(state, chunk, reward_steps),
             )
 
-        return update
+        return critic_update(
+            CRITICS,
+            losses,
+            model.slow(),
+            (*VALUE_NETWORKS, model.critics.reward.names[0], *costs),
+            base=config.learning_rate,
+            total=self._shares[0],
+            share=config.polyak,
+        )
+
+    def _chunk_losses(self, state: TrainState, chunk: Chunk, steps: int) -> list[CriticLoss]:
+        return [
+            reward_loss(
+                fitting.critics,
+                kind,
+                state,
+                fitting.batch,
+                discount=self.config.discount**self.model.chunk,
+                expectile=fitting.expectile,
+                one_step=steps <= self.model.chunk,
+                allowed=fitting.allowed,
+                typical=fitting.typical,
+                least=fitting.least,
+            )
+            for kind, fitting in self.chunk_batches(state, chunk, steps).items()
+        ]
 
     def _chunk(self, draw: Draw) -> Chunk:
         """Return the batch's chunks; what pads them is drawn anew each time."""
@@ -389,7 +344,7 @@ class R2PACRun:
     def _cost_fitting(self, critics: RewardCritics, chunk: Chunk, steps: int) -> Fitting:
         """Fit to minus the violating steps (eq. 10, 11)."""
         config, log, start = self.config, self.log, chunk.rows[:, 0]
-        pays = -(log.next_constraints > -self.margin).to(log.rewards.dtype)
+        pays = -self._violates.to(log.rewards.dtype)
         costs = chunk.discounted(pays[chunk.rows], config.discount)
         window = log_window(log, start, steps, pays, config.discount)
         batch = self._batch(chunk, costs, chunk.terminated, window)
@@ -408,11 +363,9 @@ class R2PACRun:
             window_observations=self.log.next_observations[window.last],
         )
 
-    def _plan_loss(
-        self, networks: Networks, targets: Networks, chunk: Chunk
-    ) -> tuple[Tensor, Metrics]:
+    def _plan_loss(self, state: TrainState, chunk: Chunk) -> CriticLoss:
         """Fit A_h of chunks to what they lead to."""
-        log, safety = self.log, self.model.critics.safety
+        log, safety, targets = self.log, self.model.critics.safety, state.targets
         with torch.no_grad():
             start, end = chunk.rows[:, 0], chunk.end
             here = safety.log_value(targets, chunk.observations, log.constraints[start])
@@ -422,9 +375,14 @@ class R2PACRun:
                 log.next_constraints[chunk.rows], chunk.inside, chunk.terminated, safety.discount
             )
             residual = (backup.target(after) - here) / safety.scale.step_rms
-        advantage = plan_advantages(self.model.plan, networks, chunk.observations, chunk.actions)
-        loss = (advantage - residual).square().mean(1).sum()
-        return loss, {"safety/plan_loss": loss.detach()}
+
+        def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
+            seen, plan = chunk.observations, self.model.plan
+            advantage = plan_advantages(plan, networks, seen, chunk.actions)
+            value = (advantage - residual).square().mean(1).sum()
+            return value, {"safety/plan_loss": value.detach()}, {}
+
+        return loss
 
     # -- actors -------------------------------------------------------------------------------
 
@@ -460,22 +418,24 @@ class R2PACRun:
 
     def _actor(self) -> Update:
         model, total, rate = self.model, self._shares[1], self.config.learning_rate
-        behaviour = flow_update(BEHAVIOUR, model.behaviour, self.log, rate, total)
+        flow = flow_update(BEHAVIOUR, model.networks[BEHAVIOUR], self.log, rate, total)
         width = model.scaling.action_features
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        def imitate(state: TrainState, draw: Draw) -> Loss:
             lesson, told = self.lesson(state, draw)
 
             def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return model.actor.loss(networks[ACTOR], lesson)
+                value, metrics = model.actor.loss(networks[ACTOR], lesson)
+                return value, {**metrics, **told}
 
-            state, metrics = self._descend(state, ACTOR, loss, total)
-            state, more = behaviour(state, draw._replace(noise=draw.noise[:, :width]))
-            return state, {**metrics, **told, **more}
+            return loss
 
-        return update
+        def behaviour(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+            return flow(state, draw._replace(noise=draw.noise[:, :width]))
 
-    def _student(self, state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        return together(self.falling(ACTOR, imitate, total), behaviour)
+
+    def _student(self, state: TrainState, draw: Draw) -> Loss:
         """Distil the actor: from the same noise to the same chunk, in one step."""
         model, noise = self.model, draw.noise[:, :-1]
         observations = self.log.observations[draw.rows]
@@ -483,18 +443,9 @@ class R2PACRun:
             taught = model.actor.sample(state.networks[ACTOR], observations, noise)
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            drawn = model.student(networks[FALLBACK], torch.cat([observations, noise], -1))[0]
+            inputs = torch.cat([observations, noise], -1)
+            drawn = model.networks[FALLBACK](networks[FALLBACK], inputs)[0]
             value = (drawn - taught).square().sum(-1).mean()
             return value, {"student/distance_to_actor": value.detach()}
 
-        return self._descend(state, FALLBACK, loss, self._shares[2])
-
-    def _descend(
-        self,
-        state: TrainState,
-        name: str,
-        loss: Callable[[Networks], tuple[Tensor, Metrics]],
-        total: int,
-    ) -> tuple[TrainState, Metrics]:
-        rate = learning_rate(self.config.learning_rate, state.moments[name].updates, total)
-        return descend(state, name, (name,), loss, {name: rate})
+        return loss
