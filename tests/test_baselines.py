@@ -160,7 +160,7 @@ def test_it_acts_by_the_safest_of_its_candidates(fisor: FISOR, log: OfflineDatas
     for i, action in enumerate(acted):
         repeated = inputs[i].expand(config.candidates, -1)
         drawn = euler_sample(
-            model.actor,
+            model.networks["actor"],
             fisor._networks["actor"],
             repeated,
             torch.tensor(noise, dtype=torch.float32),

@@ -435,7 +435,9 @@ def test_the_shield_judges_an_action_by_the_best_plan_that_begins_with_it(
         for row, action in zip(features, actions, strict=True):
             values = []
             for z in noise:
-                drawn = model.student(networks[FALLBACK], torch.cat([row, z])[None])[0, 0]
+                drawn = model.networks[FALLBACK](networks[FALLBACK], torch.cat([row, z])[None])[
+                    0, 0
+                ]
                 plan = drawn.clamp(-1, 1)
                 plan[:2] = torch.tensor(model.scaling.actions(action))
                 judged = model.plan(networks[PLAN], torch.cat([row, plan])[None])

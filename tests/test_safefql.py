@@ -248,7 +248,13 @@ def test_the_teacher_is_matched_to_feasible_actions_with_fisors_weights(
     assert 0.0 < float((weights == 1.0).float().mean()) < 1.0
     for name, counted in (("teacher", weights), ("behaviour", None)):
         expected = flow_matching_loss(
-            run.model.teacher, state.networks[name], seen, taken, given.noise, given.time, counted
+            run.model.networks["teacher"],
+            state.networks[name],
+            seen,
+            taken,
+            given.noise,
+            given.time,
+            counted,
         )
         torch.testing.assert_close(metrics[f"{name}/flow_matching_loss"], expected)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import gymnasium as gym
 import numpy as np
@@ -269,10 +269,13 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     config_type = ShieldConfig
     file_format = "safeshield-shield-trainer"
     run_type = ShieldRun
-    default_steps = 20_000
     _fewest_steps = 3
     _shield: Shield | None = None
     """Made when first asked for."""
+
+    def fit(self, dataset: OfflineDataset, steps: int = 20_000, **options: Any) -> Self:  # noqa: ANN401
+        """Train on a log; returns self. See `OfflineAgent.fit` for options and errors."""
+        return super().fit(dataset, steps, **options)
 
     def shield(self) -> Shield:
         """Return the learned shield, uncalibrated (delta 0)."""

@@ -352,8 +352,6 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     """What describes it: an `Architecture`."""
     run_type: ClassVar[type[Any]]
     """What trains it: a `Run`."""
-    default_steps: ClassVar[int] = 100_000
-    """Updates of `fit` where none are given."""
     _fewest_steps: ClassVar[int] = 1
     """One update for each phase."""
 
@@ -402,7 +400,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     def fit(
         self,
         dataset: OfflineDataset,
-        steps: int | None = None,
+        steps: int = 100_000,
         *,
         progress_bar: bool = False,
         log_dir: str | os.PathLike[str] | None = None,
@@ -414,7 +412,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
 
         Args:
             dataset: whole episodes with labels.
-            steps: updates in all, shared among the phases; None: `default_steps`.
+            steps: updates in all, shared among the phases.
             progress_bar: show one.
             log_dir: folder for TensorBoard files.
             checkpoint: file from which to go on where it exists, and which is kept up to date. A
@@ -433,7 +431,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             FloatingPointError: a loss or a weight became NaN; the message names the phase.
         """
         options = fit_options(
-            self.default_steps if steps is None else steps,
+            steps,
             self._fewest_steps,
             progress_bar=progress_bar,
             log_dir=log_dir,
