@@ -45,7 +45,8 @@ from safeshield.calibration.calibrate import default_deltas, start_observations
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.online import SafeRules
 from safeshield.policies import ShieldCallback
-from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.recorded import Episode
 from safeshield.wrappers import CertifiedStarts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

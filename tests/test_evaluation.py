@@ -16,7 +16,7 @@ from safeshield.evaluation.episodes import (
 )
 from safeshield.evaluation.intervals import binomial_interval, mean_interval
 from safeshield.evaluation.tables import format_table
-from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.recorded import Episode
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
 from safeshield.spaces.scaling import Scaling

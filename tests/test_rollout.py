@@ -14,8 +14,9 @@ import pytest
 import safeshield.envs
 from safeshield.data import OfflineDataset, collect
 from safeshield.rollouts.copies import is_vector_env, vectorise
-from safeshield.rollouts.episodes import Episode, VectorStep, run_episodes
+from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.policies import as_batch_policy, batch_policy, executable_actions
+from safeshield.rollouts.recorded import Episode
 
 Array = npt.NDArray[Any]
 Env = gym.Env[Any, Any]

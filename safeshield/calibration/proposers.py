@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.rollouts.copies import Env
-from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
+from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.batches import Batch, copied
 from safeshield.spaces.shapes import Flags
 
@@ -90,11 +91,11 @@ class ShieldedProposals:
     def __init__(self, shield: Shield, proposals: BatchPolicy) -> None:
         self._shield = shield
         self._proposals = proposals
-        self._waves: list[list[Flags]] = []
+        self._batches: list[list[Flags]] = []
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin a new wave: recurrent state of the proposing policy is forgotten."""
-        self._waves.append([])
+        """Begin a new batch of episodes: recurrent state of the proposing policy is forgotten."""
+        self._batches.append([])
         start = getattr(self._proposals, "start_wave", None)
         if callable(start):
             start(num_envs)
@@ -107,19 +108,19 @@ class ShieldedProposals:
             # Rounded first: what is judged is what the environment gets.
             proposed = proposed.astype(np.float32)
         executed, report = self._shield.filter(observations, proposed)
-        if not self._waves:
-            self._waves.append([])
-        self._waves[-1].append(np.asarray(report.intervened))
+        if not self._batches:
+            self._batches.append([])
+        self._batches[-1].append(np.asarray(report.intervened))
         return executed
 
     def interventions(self) -> list[Flags]:
-        """Whether each step was interfered with, for each environment of each wave in order.
+        """Whether each step was interfered with, for each environment of each batch in order.
 
         These are the episodes that `run_episodes` returned, in its order; one may be
-        shorter than its wave. What has been told is forgotten.
+        shorter than its batch. What has been told is forgotten.
         """
-        waves, self._waves = self._waves, []
-        return [column for wave in waves for column in np.stack(wave, axis=1)]
+        batches, self._batches = self._batches, []
+        return [column for batch in batches for column in np.stack(batch, axis=1)]
 
 
 def shielded_episodes(

@@ -32,7 +32,7 @@ from safeshield.data.collect import log_of
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import Count, Settings
 from safeshield.files.tensors import read_tensors, write_tensors
-from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.rows import flat_actions, flat_observations
 
 Array = npt.NDArray[Any]

@@ -10,7 +10,6 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from safeshield.rollouts.copies import check_reward
-from safeshield.rollouts.episodes import Episode
 from safeshield.rollouts.infos import (
     CONSTRAINT,
     COST,
@@ -18,12 +17,13 @@ from safeshield.rollouts.infos import (
     LABELS,
     TERMINAL_OBSERVATION,
     TIME_LIMIT,
+    Array,
+    Infos,
 )
 from safeshield.rollouts.policies import executable_actions
+from safeshield.rollouts.recorded import Episode, number_of, recorded_episode
 from safeshield.spaces.batches import copied
 from safeshield.spaces.rows import SpaceCodec
-
-Array = npt.NDArray[Any]
 
 
 class EpisodeRecorder(VecEnvWrapper):
@@ -121,63 +121,38 @@ class PricedReward(VecEnvWrapper):
 class _Running:
     """An episode that is not over."""
 
-    def __init__(self, start: Array, info: dict[str, Any]) -> None:
+    def __init__(self, start: Array, info: Infos) -> None:
         self.states = [np.array(start)]
         self.actions: list[Array] = []
         self.rewards: list[float] = []
-        self.labels: dict[str, list[float | None]] = {key: [_number(info, key)] for key in LABELS}
+        self.at_reset = {key: number_of(info, key) for key in LABELS}
+        self.after: dict[str, list[Any]] = {key: [] for key in (*LABELS, EXECUTED)}
 
-    def add(self, action: Array, reward: float, reached: Array, info: dict[str, Any]) -> None:
-        executed = info.get(EXECUTED)
-        self.actions.append(np.array(action) if executed is None else np.ravel(executed))
+    def add(self, action: Array, reward: float, reached: Array, info: Infos) -> None:
+        self.actions.append(np.array(action))
         self.rewards.append(reward)
         self.states.append(np.array(reached))
-        for key, values in self.labels.items():
-            values.append(_number(info, key))
+        executed = info.get(EXECUTED)
+        self.after[EXECUTED].append(None if executed is None else np.array(executed))
+        for key in LABELS:
+            self.after[key].append(number_of(info, key))
 
     def episode(self, *, truncated: bool) -> Episode:
-        states = np.stack(self.states).astype(np.float32)
         flags = np.zeros((2, len(self.rewards)), np.bool_)
         flags[int(truncated), -1] = True
-        constraints = self._complete(CONSTRAINT, self.labels[CONSTRAINT])
-        return Episode(
-            observations=states[:-1],
-            actions=np.stack(self.actions).astype(np.float32),
-            rewards=np.array(self.rewards, np.float32),
-            next_observations=states[1:],
-            terminated=flags[0],
-            truncated=flags[1],
-            costs=self._complete(COST, self.labels[COST][1:]),
-            initial_cost=self.labels[COST][0],
-            constraints=None if constraints is None else constraints[:-1],
-            next_constraints=None if constraints is None else constraints[1:],
-        )
-
-    @staticmethod
-    def _complete(key: str, values: list[float | None]) -> npt.NDArray[np.float32] | None:
-        known = [value for value in values if value is not None]
-        if not known:
-            return None
-        if len(known) < len(values):
-            where = "at reset and at every step" if key == CONSTRAINT else "at every step"
-            raise ValueError(f"info[{key!r}] must be reported {where}, but is missing at some")
-        return np.array(known, np.float32)
+        rows = {
+            "observations": np.stack(self.states[:-1]),
+            "actions": np.stack(self.actions),
+            "rewards": np.array(self.rewards),
+            "next_observations": np.stack(self.states[1:]),
+            "terminated": flags[0],
+            "truncated": flags[1],
+        }
+        return recorded_episode(rows, self.at_reset, self.after)
 
 
-def _number(info: dict[str, Any], key: str) -> float | None:
-    value = info.get(key)
-    if value is None:
-        return None
-    number = np.asarray(value, np.float64)
-    if number.size != 1 or not np.isfinite(number).all():
-        raise ValueError(f"info[{key!r}] must be one finite number, got {value!r}")
-    if key == COST and number.item() < 0.0:
-        raise ValueError(f"info['cost'] must be at least 0 (0 is safe), got {value!r}")
-    return float(number.item())
-
-
-def _cost(info: dict[str, Any]) -> float:
-    cost, constraint = _number(info, COST), _number(info, CONSTRAINT)
+def _cost(info: Infos) -> float:
+    cost, constraint = number_of(info, COST), number_of(info, CONSTRAINT)
     if cost is not None:
         return cost
     if constraint is None:

@@ -11,7 +11,8 @@ import numpy as np
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.rollouts.copies import Env, check_env, is_vector_env
-from safeshield.rollouts.episodes import Episode, run_episodes
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.schema import part_of
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from safeshield.data.scatter import (
 )
 from safeshield.envs.boat import CURRENT, GOAL, ROCK_CENTRES, ROCK_RADII, STATE_HIGH, STATE_LOW
 from safeshield.exact.boat import GridValue
-from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.recorded import Episode
 from safeshield.shield.shield import Shield
 
 WATER, ROCK, DOOMED, FLOW = "#eef5fa", "#6b655f", "#f3c9a5", "#a9c4d8"

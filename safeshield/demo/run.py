@@ -40,7 +40,7 @@ from safeshield.evaluation.episodes import (
 from safeshield.evaluation.tables import format_table
 from safeshield.exact.boat import boat_value
 from safeshield.files.schema import versions
-from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.recorded import Episode
 from safeshield.shield.shield import Shield
 
 if TYPE_CHECKING:

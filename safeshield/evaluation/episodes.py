@@ -24,9 +24,10 @@ from safeshield.evaluation.intervals import Interval, binomial_interval, mean_in
 from safeshield.files.schema import json_values
 from safeshield.rollouts.accepted import Starts, accepted_episodes
 from safeshield.rollouts.copies import Env, check_env, environment_name, is_vector_env
-from safeshield.rollouts.episodes import Episode, intervention_rate, run_episodes
+from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import as_batch_policy
+from safeshield.rollouts.recorded import Episode, intervention_rate
 from safeshield.shield.nested import refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch

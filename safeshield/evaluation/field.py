@@ -26,7 +26,7 @@ from safeshield.rollouts.copies import (
     one_per_process,
     spec_to_copy,
 )
-from safeshield.rollouts.episodes import intervention_rate
+from safeshield.rollouts.recorded import intervention_rate
 from safeshield.shield.nested import is_shielded_policy, shielding_layer
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _side_by_side(
 ) -> Iterator[VectorEnv]:
     """Yield the copies of an environment that step together.
 
-    By default as many as share the episodes evenly in waves of up to 8, or 256 where the
+    By default as many as share the episodes evenly in batches of up to 8, or 256 where the
     environment has a vector form of its own: a number that `workers` does not change, since a
     policy may round otherwise in a batch of another size. Where a process can hold one only, it is
     the number of processes.
@@ -174,8 +174,8 @@ def _side_by_side(
         num_envs = max(workers, 1)
     elif num_envs is None and spec is not None:
         native = spec.vector_entry_point and not spec.additional_wrappers
-        waves = math.ceil(episodes / (_MOST_NATIVE if native else _MOST_TOGETHER))
-        num_envs = math.ceil(episodes / waves)
+        batches = math.ceil(episodes / (_MOST_NATIVE if native else _MOST_TOGETHER))
+        num_envs = math.ceil(episodes / batches)
     if workers:
         from safeshield.rollouts.workers import WorkerVectorEnv
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.episodes import Episode
+from safeshield.rollouts.recorded import Episode
 
 _LEAST_SHARE = 0.05
 

@@ -210,8 +210,9 @@ class Member(_Wrapper):
     """One environment of a SyncVectorEnv.
 
     With `freeze` it stands still once an episode is `over`, until a reset with a seed: the steps
-    that a wave throws away cost nothing. Costs are made floats, because Gymnasium gives the column
-    of all environments the type of the first one's value, and 0.5 beside the integer 0 is lost.
+    that a batch of episodes throws away cost nothing. Costs are made floats, because Gymnasium
+    gives the column of all environments the type of the first one's value, and 0.5 beside the
+    integer 0 is lost.
     """
 
     def __init__(self, env: Env, *, owned: bool, freeze: bool) -> None:

@@ -22,7 +22,7 @@ Memory = tuple[npt.NDArray[Any], ...] | None
 class BatchPolicy(Protocol):
     """A policy that acts for n environments at once.
 
-    A method ``start_wave(num_envs)``, where there is one, is called before each wave of episodes:
+    A method ``start_wave(num_envs)``, where there is one, is called before each batch of episodes:
     the place to forget a recurrent state. `batch_policy` marks a function as one of these.
     """
 

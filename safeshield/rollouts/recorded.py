@@ -1,0 +1,195 @@
+"""One episode as it was recorded, put together from what an environment said step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.rollouts.infos import CONSTRAINT, COST, EXECUTED, INTERVENED, Array, Infos
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode of L steps; row t is the step from s[t] to s[t+1].
+
+    Attributes:
+        observations: (L, obs) float32, rows of `spaces.rows`, as the next three are.
+        actions: (L, act) float32: ``info["action_executed"]`` where a shield or wrapper reports
+            it, else what the policy proposed, clipped.
+        rewards: (L,) float32.
+        next_observations: (L, obs) float32; the last is where the episode ended.
+        terminated: (L,) bool, only the last can be set.
+        truncated: (L,) bool, likewise; false where terminated is set too.
+        costs: (L,) float32 ``info["cost"]`` after each step, or None.
+        initial_cost: ``info["cost"]`` at reset, or None.
+        constraints: (L,) float32 ``info["constraint"]`` of s[t], or None.
+        next_constraints: (L,) float32 of s[t+1], or None.
+        info: for each of `info_keys` its values after each step, (L, ...).
+    """
+
+    observations: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.float32]
+    rewards: npt.NDArray[np.float32]
+    next_observations: npt.NDArray[np.float32]
+    terminated: npt.NDArray[np.bool_]
+    truncated: npt.NDArray[np.bool_]
+    costs: npt.NDArray[np.float32] | None
+    initial_cost: float | None
+    constraints: npt.NDArray[np.float32] | None
+    next_constraints: npt.NDArray[np.float32] | None
+    info: Mapping[str, Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def total_return(self) -> float:
+        """Undiscounted sum of rewards."""
+        return float(self.rewards.sum(dtype=np.float64))
+
+    @property
+    def total_cost(self) -> float:
+        """Undiscounted sum of the costs after each step.
+
+        Raises:
+            ValueError: the environment reports no cost.
+        """
+        if self.costs is None:
+            raise ValueError("the environment reports no info['cost'] at its steps")
+        return float(self.costs.sum(dtype=np.float64))
+
+    @property
+    def cost_or_violations(self) -> float:
+        """Summed costs; where none is reported, the number of steps in violation.
+
+        Raises:
+            ValueError: the environment reports neither costs nor constraints.
+        """
+        if self.costs is None and self.next_constraints is not None:
+            return float(np.count_nonzero(self.next_constraints > 0))
+        return self.total_cost
+
+    @property
+    def intervened(self) -> npt.NDArray[np.bool_] | None:
+        """(L,) whether a shield replaced the step's action; None where no shield says so."""
+        replaced = self.info.get(INTERVENED)
+        return None if replaced is None else np.asarray(replaced, np.bool_)
+
+    @property
+    def violated(self) -> bool:
+        """Whether h > 0, or cost > 0 where no constraint is reported, at any state.
+
+        Raises:
+            ValueError: the environment reports neither.
+        """
+        if self.constraints is not None and self.next_constraints is not None:
+            # Not "any above 0": a label that is not a number must not count as safe.
+            return not bool(self.constraints[0] <= 0 and (self.next_constraints <= 0).all())
+        if self.costs is None:
+            raise ValueError("the environment reports neither info['constraint'] nor info['cost']")
+        return not bool((self.initial_cost or 0.0) <= 0 and (self.costs <= 0).all())
+
+
+def intervention_rate(episodes: Sequence[Episode]) -> float | None:
+    """Return the share of all steps in which a shield replaced the action; None without one."""
+    replaced = [one.intervened for one in episodes if one.intervened is not None]
+    return float(np.concatenate(replaced).mean()) if replaced else None
+
+
+def recorded_episode(
+    rows: Mapping[str, Array],
+    at_reset: Infos,
+    after: Mapping[str, Sequence[Any]],
+    info_keys: Sequence[str] = (),
+) -> Episode:
+    """Return the episode of L steps, with its labels in place.
+
+    Args:
+        rows: (L, ...) each: observations, actions, rewards, next_observations, terminated and
+            truncated, named as in `Episode`.
+        at_reset: infos at reset by key, None where one was not reported.
+        after: infos after each step by key, L each, None where one was not reported.
+        info_keys: keys of `after` to keep in `Episode.info`.
+
+    Raises:
+        ValueError: a key is reported at some steps only, or is no number that means a label.
+    """
+    costs, reached = (_complete(after[key], key) for key in (COST, CONSTRAINT))
+    if (reached is None) != (at_reset[CONSTRAINT] is None):
+        raise ValueError(
+            "info['constraint'] must be reported at reset and at every step (h of the state "
+            f"just reached), but is missing at {'every step' if reached is None else 'reset'}; "
+            "add it there, or leave it out and report info['cost']"
+        )
+    constraints = next_constraints = None
+    if reached is not None:
+        next_constraints = _numbers(reached, CONSTRAINT).astype(np.float32)
+        start = np.array([number_of(at_reset, CONSTRAINT)], np.float32)
+        constraints = np.concatenate([start, next_constraints[:-1]])
+    info = {}
+    for key in info_keys:
+        values = _complete(after[key], key)
+        if values is None:
+            raise ValueError(f"info_keys must be reported at every step, but {key!r} is not")
+        info[key] = values
+    actions = np.array(rows["actions"], np.float32)
+    for t, executed in enumerate(after[EXECUTED]):
+        if executed is not None:
+            actions[t] = np.ravel(executed)
+    return Episode(
+        observations=rows["observations"].astype(np.float32),
+        actions=actions,
+        rewards=rows["rewards"].astype(np.float32),
+        next_observations=rows["next_observations"].astype(np.float32),
+        terminated=rows["terminated"],
+        truncated=rows["truncated"] & ~rows["terminated"],
+        costs=None if costs is None else _numbers(costs, COST).astype(np.float32),
+        initial_cost=number_of(at_reset, COST),
+        constraints=constraints,
+        next_constraints=next_constraints,
+        info=info,
+    )
+
+
+def number_of(info: Infos, key: str) -> float | None:
+    """Return the label that an info reports, None where it reports none.
+
+    Raises:
+        ValueError: it is not one finite number, or a cost below 0.
+    """
+    value = info.get(key)
+    return None if value is None else float(_numbers(np.asarray(value)[None], key)[0])
+
+
+def _complete(values: Sequence[Any], key: str) -> Array | None:
+    """The values of a key at every step, or None where it is reported at none."""
+    missing = [t for t, value in enumerate(values) if value is None]
+    if len(missing) == len(values):
+        return None
+    if missing:
+        raise ValueError(
+            f"info[{key!r}] must be reported at every step, but it is missing at step "
+            f"{missing[0]} of an episode"
+        )
+    return np.stack(values)
+
+
+def _numbers(array: Array, key: str) -> Array:
+    if array.size != len(array):
+        raise ValueError(
+            f"info[{key!r}] must be one number, got shape {array.shape[1:]}; with several "
+            "constraints report the largest"
+        )
+    numbers = array.reshape(len(array))
+    bad = ~np.isfinite(numbers.astype(np.float64))
+    if key == COST:
+        bad |= numbers < 0
+    if bad.any():
+        step = int(np.argmax(bad))
+        rule = "finite and at least 0 (0 is safe)" if key == COST else "finite"
+        raise ValueError(f"info[{key!r}] must be {rule}, got {numbers[step]} at entry {step}")
+    return numbers
