@@ -10,11 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
-from stable_baselines3.common.type_aliases import DictReplayBufferSamples, ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from safeshield.rollouts.infos import EXECUTED, INTERVENED, PENALTY, PROPOSED
-from safeshield.spaces.batches import take
 
 STORES = ("proposed", "executed", "both")
 """What can be stored: see `ShieldedReplayBuffer`."""
@@ -150,33 +148,20 @@ class _ShieldedRows(ReplayBuffer):
     def _get_samples(self, batch_inds: _Array, env: VecNormalize | None = None) -> Any:  # noqa: ANN401
         if self.store != "both":
             return super()._get_samples(batch_inds, env)
-        # As in the base class, with one coin more; from the generator that `seed` has seeded.
+        # The base class draws which environment each row is from; the same draw again tells it.
+        before = np.random.get_state()  # noqa: NPY002
+        samples = super()._get_samples(batch_inds, env)
+        np.random.set_state(before)  # noqa: NPY002
         count = len(batch_inds)
-        columns = np.random.randint(0, self.n_envs, size=count)  # noqa: NPY002
+        at = batch_inds, np.random.randint(0, self.n_envs, size=count)  # noqa: NPY002
         coin = np.random.randint(0, 2, size=count).astype(bool)  # noqa: NPY002
-        at = batch_inds, columns
         actions = np.where(coin[:, None], self.proposed_actions[at], self.actions[at])
-        rewards = self.rewards[at] - coin * self.penalties[at]
-        if self.optimize_memory_usage:
-            after = take(self.observations, ((batch_inds + 1) % self.buffer_size, columns))
-        else:
-            after = take(self.next_observations, at)
-        dones = self.dones[at] * (1 - self.timeouts[at])
         # Cast: a penalty must not turn float32 rewards into float64 ones.
-        rewards = self._normalize_reward(rewards.astype(np.float32).reshape(-1, 1), env)
-        kind = DictReplayBufferSamples if isinstance(after, dict) else ReplayBufferSamples
-        return kind(
-            self._tensors(self._normalize_obs(take(self.observations, at), env)),
-            self.to_torch(actions),
-            self._tensors(self._normalize_obs(after, env)),
-            self.to_torch(dones.reshape(-1, 1)),
-            self.to_torch(rewards),
+        rewards = (self.rewards[at] - coin * self.penalties[at]).astype(np.float32).reshape(-1, 1)
+        return samples._replace(
+            actions=self.to_torch(actions),
+            rewards=self.to_torch(self._normalize_reward(rewards, env)),
         )
-
-    def _tensors(self, points: Any) -> Any:  # noqa: ANN401
-        if isinstance(points, dict):
-            return {key: self.to_torch(part) for key, part in points.items()}
-        return self.to_torch(points)
 
 
 class ShieldedReplayBuffer(_ShieldedRows):

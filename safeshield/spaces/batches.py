@@ -31,7 +31,7 @@ def batch_of_one(point: Batch) -> Batch:
     return np.asarray(point)[None]
 
 
-def take(points: Batch, index: int | Array | slice | tuple[Array, ...]) -> Batch:
+def take(points: Batch, index: int | Array | slice) -> Batch:
     """Return some points of a batch, or one."""
     if isinstance(points, Mapping):
         return {key: take(part, index) for key, part in points.items()}
