@@ -722,7 +722,7 @@ def test_wrong_arguments() -> None:
         SafeSupportQLearning(env, 3)
     with pytest.raises(TypeError, match="env must be a Gymnasium environment"):
         SafeSupportQLearning("lake", safe)
-    with pytest.raises(TypeError, match="config must be an SSQLConfig, got dict"):
+    with pytest.raises(TypeError, match="config must be a SSQLConfig, got dict"):
         SafeSupportQLearning(env, safe, {})
     with pytest.raises(ValueError, match="the rules are for"):
         SafeSupportQLearning(env, safe, safe=SafeRules(dry, gym.spaces.Discrete(3)))

@@ -10,14 +10,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
 from safeshield.online.replay import Step
 from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
+from safeshield.online.safe_sets import SafeSet, spaces_of
 from safeshield.proposals.sources import log_density
 from safeshield.rollouts.infos import EXECUTED, PROPOSED, TERMINAL_OBSERVATION, TIME_LIMIT, violates
 from safeshield.spaces.batches import Batch, copied, finite, take
-from safeshield.spaces.rows import SpaceCodec
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 
 Array = npt.NDArray[Any]
 
@@ -255,3 +256,51 @@ def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
     if not np.isfinite(rows).all():
         raise ValueError(f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}")
     return codec.batch(rows), single
+
+
+def check_environment(venv: VecEnv, safe_set: SafeSet | None) -> None:
+    """Check that actions can be judged in an environment, and that the safe set is made for it.
+
+    Raises:
+        TypeError: a space that is not supported.
+        ValueError: observations are normalised, so that they are hidden from whoever judges actions
+            by them; an action space without bounds; or the safe set is for other spaces.
+    """
+    flat_actions(venv.action_space)
+    flat_observations(venv.observation_space)
+    if safe_set is not None:
+        safe_set.check_fits(spaces_of(venv), venv)
+    check_playable(venv.action_space)
+    normalised = unwrap_vec_normalize(venv)
+    if normalised is not None and normalised.norm_obs:
+        raise ValueError(
+            "VecNormalize hides the observations from whoever judges actions by them: pass "
+            "norm_obs=False (the critics normalise what they see)"
+        )
+
+
+def check_playable(space: gym.Space[Any]) -> None:
+    """Raise unless actions are discrete, or of a bounded Box of floating-point numbers."""
+    played = flat_actions(space)
+    if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise TypeError(
+            f"a Box of actions must be of floating-point numbers, got {space!r}: what is judged "
+            "would be rounded before it runs; round in a wrapper of the environment, or make it "
+            "MultiDiscrete"
+        )
+    if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
+        raise ValueError(
+            f"action_space must be bounded, got {space}; wrap the environment in RescaleAction"
+        )
+
+
+def as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
+    """Return an environment as a `VecEnv` of one; raise TypeError for what is none."""
+    if env is None or isinstance(env, VecEnv):
+        return env
+    if not isinstance(env, gym.Env):
+        raise TypeError(
+            "env must be a Gymnasium environment or a VecEnv of Stable-Baselines3, got "
+            f"{type(env).__name__}"
+        )
+    return DummyVecEnv([lambda: env])

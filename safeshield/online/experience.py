@@ -20,8 +20,6 @@ from safeshield.online.safe_proposals import MaskedUniform, SafeBehaviour, SafeP
 from safeshield.online.safe_sets import LoggedRules, SafeRules
 from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.choices import choice_index
-from safeshield.proposals.cloned import ClonedBehaviour
-from safeshield.training.state import Draw
 
 Array = npt.NDArray[Any]
 _CHUNK = 4096
@@ -82,8 +80,8 @@ def replay_of_log(
 
 def clone_of_log(
     dataset: OfflineDataset, model: SSQLModel, config: SSQLConfig, device: torch.device
-) -> tuple[ClonedBehaviour, Params]:
-    """Return the log's own behaviour, by maximum likelihood of its actions; and the weights."""
+) -> Params:
+    """Return the weights of the log's own behaviour, by maximum likelihood of its actions."""
     codec, count = dataset.flat_actions, len(dataset)
     candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
     if codec.discrete:
@@ -95,19 +93,15 @@ def clone_of_log(
     own = SafeProposals(candidates, log_mu, dataset.actions, no, np.zeros(count), no)
     replay = _filled(dataset, own, own, ~no)
     total = max(config.extraction_steps, 1)
-    updates = SSQLUpdates(
-        model, replay, config.temperature, config.discount, config.learning_rate, config.polyak
-    ).clone(total)
+    updates = SSQLUpdates(model, replay, config)
+    update = updates.clone(total)
     generator = torch.Generator(device).manual_seed(config.seed)
     state = model.initial(generator)
-    empty = torch.zeros(0, device=device)
     for _ in range(total):
-        rows = torch.randint(count, (config.batch_size,), generator=generator, device=device)
-        state, metrics = updates(state, Draw(rows, empty, empty))
+        state, metrics = update(state, updates.draw(generator))
     if not torch.isfinite(metrics["clone/cross_entropy"]):
         raise FloatingPointError("cloning the log diverged: lower learning_rate")
-    params = state.networks[CLONE]
-    return model.policy(params), params
+    return state.networks[CLONE]
 
 
 def _filled(

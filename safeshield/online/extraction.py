@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 
 from safeshield.nn.mlp import Params
-from safeshield.online.config import SSQLConfig
-from safeshield.online.losses import ACTOR, CLONE, Support
+from safeshield.online.losses import ACTOR, CLONE, Support, forward_loss, reverse_loss_choices
 from safeshield.online.replay import support_of
 from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
 from safeshield.online.safe_sets import SafeRules
@@ -85,9 +84,7 @@ class InducedPolicy:
         )
 
 
-def second_stage(
-    updates: SSQLUpdates, mu: SafeBehaviour, config: SSQLConfig, *, cloned: bool
-) -> list[Phase]:
+def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> list[Phase]:
     """Return the phases, in order; none where `extraction_steps` is 0.
 
     Discrete actions: one, of either direction. A Box: forward is one; reverse begins with a clone
@@ -97,10 +94,10 @@ def second_stage(
     Args:
         updates: closed over what was experienced.
         mu: the behaviour, restricted to the safe set.
-        config: settings.
         cloned: the clone is there already.
     """
-    model, total, size = updates.model, config.extraction_steps, config.batch_size
+    model, config = updates.model, updates.config
+    total, size = config.extraction_steps, config.batch_size
     if not total:
         return []
     # Rules would be asked about every draw of every update, in Python; mu's own draws are judged.
@@ -109,10 +106,9 @@ def second_stage(
     reverse = config.extraction == "reverse" or (
         config.extraction == "auto" and known and not costly
     )
-    if not reverse:
-        return [Phase("actor", total, updates.forward(total), size)]
-    if model.actor.choices:
-        return [Phase("actor", total, updates.reverse_choices(total), size)]
+    if not reverse or model.actor.choices:
+        distance = reverse_loss_choices if reverse else forward_loss
+        return [Phase("actor", total, updates.towards_induced(distance, total), size)]
     first = 0 if cloned else max(1, total // 3)
     rest = max(1, total - first)
 

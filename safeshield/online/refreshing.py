@@ -18,7 +18,7 @@ from safeshield.online.collector import Choose, Collector
 from safeshield.online.config import SSQLConfig
 from safeshield.online.extraction import InducedPolicy
 from safeshield.online.safe_proposals import SafeProposals
-from safeshield.online.safe_sets import SafeSet, ShieldSet, check_spaces
+from safeshield.online.safe_sets import SafeSet, ShieldSet, check_spaces, spaces_of
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.nested import refuse_shielded
 from safeshield.shield.record import CalibrationRecord
@@ -77,8 +77,7 @@ class Refresher:
             )
         refuse_shielded(calibration_env, "pass the environment without its shield")
         if venv is not None:
-            spaces = venv.observation_space, venv.action_space
-            check_spaces(calibration_env, "calibration_env's", *spaces)
+            check_spaces(calibration_env, "calibration_env's", spaces_of(venv))
 
     def refresh(
         self, induced: InducedPolicy, params: Params, collector: Collector, step: int

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from stable_baselines3.common.vec_env import VecEnv
 
+from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch, copied, readable, take
 from safeshield.spaces.rows import SpaceCodec, flat_actions
 
 Array = npt.NDArray[Any]
+Spaces = tuple[gym.Space[Any], gym.Space[Any]]
+"""Of observations and of actions."""
 _CANDIDATES = 256
 
 
@@ -39,14 +43,13 @@ class SafeSet(Protocol):
         """Return what runs in place of actions (n, act), and whether it is admitted (n,)."""
         ...
 
-    def check_fits(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        environment: str = "",
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Raise ValueError where the set is for other spaces; see `Shield.check_fits`."""
+    def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
+        """Raise ValueError where the set is for other spaces than these of observations, actions.
+
+        Args:
+            spaces: both.
+            venv: of which they are; a shield warns where its record is of another environment.
+        """
         ...
 
 
@@ -57,15 +60,10 @@ class ShieldSet:
         self.shield = shield
         self.actions = shield.model.action_codec
 
-    def check_fits(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        environment: str = "",
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Ask the shield, which also warns where its record is of another environment."""
-        self.shield.check_fits(observation_space, action_space, environment, kwargs)
+    def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
+        """Ask the shield."""
+        name = "" if venv is None else environment_id(venv)
+        self.shield.check_fits(*spaces, name, None if venv is None else environment_kwargs(venv))
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Ask the shield."""
@@ -164,18 +162,11 @@ class SafeRules:
             )
         return nearest, admitted
 
-    def check_fits(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        environment: str = "",
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
+    def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
         """Raise ValueError where the rules are for other actions."""
-        if self.actions.space != action_space:
+        if self.actions.space != spaces[1]:
             raise ValueError(
-                f"the rules are for {self.actions.space}, the environment's actions are "
-                f"{action_space}"
+                f"the rules are for {self.actions.space}, the environment's actions are {spaces[1]}"
             )
 
     def refuse_unreadable(self, observations: Batch) -> None:
@@ -256,11 +247,14 @@ def as_safe_set(
     return safe if isinstance(safe, SafeRules) else ShieldSet(as_shield(safe))
 
 
-def check_spaces(
-    given: object, whose: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]
-) -> None:
+def spaces_of(env: Any) -> Spaces:  # noqa: ANN401
+    """Return the spaces of what has them: an environment, a log, an agent's networks."""
+    return env.observation_space, env.action_space
+
+
+def check_spaces(given: object, whose: str, spaces: Spaces) -> None:
     """Raise ValueError where what is given is for other spaces, as far as it tells."""
-    for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+    for name, space in zip(("observation_space", "action_space"), spaces, strict=True):
         own = getattr(given, name, None)
         if isinstance(own, gym.Space) and own != space:
             raise ValueError(f"{whose} {name} is {own}, the environment's {space}")

@@ -18,7 +18,6 @@ import dataclasses
 import os
 import warnings
 from collections import deque
-from pathlib import Path
 from typing import Any, Self, cast
 
 import gymnasium as gym
@@ -28,35 +27,42 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 from tqdm.auto import tqdm
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import whole
-from safeshield.nn.mixture import MixtureActor
+from safeshield.files.schema import finite_number, whole
+from safeshield.nn.mlp import Networks
 from safeshield.nn.optim import adam_init
-from safeshield.online.collector import Collector, Tally, UnguardedWarning, readable_batch
+from safeshield.online.collector import (
+    Collector,
+    Tally,
+    UnguardedWarning,
+    as_venv,
+    check_environment,
+    check_playable,
+    readable_batch,
+)
 from safeshield.online.config import SSQLConfig
 from safeshield.online.experience import clone_of_log, replay_of_log
 from safeshield.online.extraction import InducedPolicy, second_stage
-from safeshield.online.losses import ACTOR, CLONE, CRITIC, SoftCritics
+from safeshield.online.losses import ACTOR, CLONE, CRITIC
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_proposals import SafeBehaviour, as_behaviour
-from safeshield.online.safe_sets import SafeRules, SafeSet, as_safe_set, check_spaces
-from safeshield.online.storage import FORMAT, read_agent, save_agent
+from safeshield.online.safe_sets import SafeRules, SafeSet, as_safe_set, check_spaces, spaces_of
 from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.sources import Behaviour
-from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.batches import Batch, take
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.log import returns_to_go, run_identity, scale_of_returns
-from safeshield.training.loop import device_of, fit_options, run_phases
+from safeshield.training.agent import Learner
+from safeshield.training.log import returns_to_go, scale_of_returns
+from safeshield.training.loop import fit_options
 from safeshield.training.registry import register
-from safeshield.training.state import Draw, Metrics, Phase, TrainState
+from safeshield.training.state import Metrics, Phase, TrainState
 
 Array = npt.NDArray[Any]
 _CHECK_EVERY = 500
@@ -64,7 +70,7 @@ _CHECK_EVERY = 500
 
 
 @register("ssql", offline=False)
-class SafeSupportQLearning:
+class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
     """Learn a better policy from, and inside the support of, a behaviour that keeps to a safe set.
 
     What is executed while it learns is always one of the behaviour's own actions that the safe set
@@ -111,7 +117,7 @@ class SafeSupportQLearning:
     """
 
     config_type = SSQLConfig
-    file_format = FORMAT
+    file_format = "safeshield-ssql"
 
     def __init__(
         self,
@@ -125,10 +131,7 @@ class SafeSupportQLearning:
         verbose: int = 0,
         device: str | torch.device = "auto",
     ) -> None:
-        self.config = SSQLConfig() if config is None else config
-        if not isinstance(self.config, SSQLConfig):
-            raise TypeError(f"config must be an SSQLConfig, got {type(config).__name__}")
-        self.device = device_of(device)
+        super().__init__(config, device=device)
         self.verbose = verbose
         self.tensorboard_log = None if tensorboard_log is None else os.fspath(tensorboard_log)
         self.num_timesteps = 0
@@ -139,19 +142,11 @@ class SafeSupportQLearning:
         self._given, self._behaviour = behaviour, cast("Behaviour | None", None)
         self.safe_set: SafeSet | None = as_safe_set(safe, behaviour)
         if self._venv is not None:
-            if behaviour is None:
-                raise TypeError(
-                    "behaviour must be given where there is an environment: a SafeSupportPolicy, "
-                    "SafeRules, a Behaviour or any other policy"
-                )
-            self._meet(self._venv)
+            self._behaviour = self._behaviour_of(self._venv)
         self._refresher = Refresher(self.config, self.safe_set, calibration_env, self._venv)
-        self._rng = np.random.default_rng(self.config.seed)
         self._generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        self._model: SSQLModel | None = None
         self._state: TrainState | None = None
-        self._extracted = False
-        self._cloned = False
+        self._extracted = self._cloned = False
         self._collector: Collector | None = None
         self._collecting_now = self._told_unsaved = False
         self._replay: Replay | None = None
@@ -159,20 +154,16 @@ class SafeSupportQLearning:
 
     # -- what it is made of -----------------------------------------------------------------------
 
-    def _meet(self, venv: VecEnv) -> None:
-        flat_actions(venv.action_space)
-        flat_observations(venv.observation_space)
-        if self.safe_set is not None:
-            self.safe_set.check_fits(
-                venv.observation_space,
-                venv.action_space,
-                environment_id(venv),
-                environment_kwargs(venv),
+    def _behaviour_of(self, venv: VecEnv) -> Behaviour:
+        """Return the behaviour that was given, for environments that have been checked."""
+        if self._given is None:
+            raise TypeError(
+                "behaviour must be given where there is an environment: a SafeSupportPolicy, "
+                "SafeRules, a Behaviour or any other policy"
             )
-        check_playable(venv.action_space)
-        refuse_normalised(venv)
-        self._behaviour = as_behaviour(self._given, venv.action_space)
-        check_spaces(self._behaviour, "the behaviour's", venv.observation_space, venv.action_space)
+        check_environment(venv, self.safe_set)
+        behaviour = as_behaviour(self._given, venv.action_space)
+        check_spaces(behaviour, "the behaviour's", spaces_of(venv))
         if self.safe_set is None:
             warnings.warn(
                 "no safe set is known: whatever the behaviour proposes is executed. Pass safe=, a "
@@ -181,6 +172,7 @@ class SafeSupportQLearning:
                 UnguardedWarning,
                 stacklevel=3,
             )
+        return behaviour
 
     def _warming(self) -> bool:
         """Whether `learn` is collecting and has not learned anything yet."""
@@ -195,16 +187,6 @@ class SafeSupportQLearning:
     def recalibration_spent(self) -> int:
         """Episodes of the budget that tests of refreshed collectors have used."""
         return self._refresher.spent
-
-    @property
-    def observation_space(self) -> gym.Space[Any]:
-        """Space of one observation."""
-        return self._fitted()[0].observation_space
-
-    @property
-    def action_space(self) -> gym.Space[Any]:
-        """Space of one action."""
-        return self._fitted()[0].action_space
 
     @property
     def logger(self) -> Logger:
@@ -222,45 +204,28 @@ class SafeSupportQLearning:
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what is known of a trained agent beside its settings, as JSON values."""
-        model, _ = self._fitted()
+        critics = self._fitted().critics
         return {
-            "value_offset": model.critics.offset,
-            "value_spread": model.critics.spread,
+            "value_offset": critics.offset,
+            "value_spread": critics.spread,
             "parametric_policy": self._extracted,
         }
 
-    def _fitted(self) -> tuple[SSQLModel, TrainState]:
-        if self._model is None or self._state is None:
+    def _fitted(self) -> SSQLModel:
+        if self._model is None:
             raise RuntimeError(
                 "this agent has not learned yet: call learn() with more than learning_starts "
                 f"({self.config.learning_starts}) steps, fit(), or SafeSupportQLearning.load()"
             )
-        return self._model, self._state
+        return self._model
 
-    def _describe(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        units: tuple[float, float],
-    ) -> SSQLModel:
-        config = self.config
-        seen, played = flat_observations(observation_space), flat_actions(action_space)
-        choices = len(played.choices) if played.discrete else 0
-        hidden = config.critic_hidden
-        if hidden is None:
-            table = isinstance(observation_space, gym.spaces.Discrete) and played.discrete
-            hidden = () if table else (128, 128)
-        inputs = scaling.observation_features
-        actor = MixtureActor(inputs, choices, played.width, config.actor_hidden, config.components)
-        critics = SoftCritics(inputs, choices, played.width, hidden, *units, config.twins)
-        return SSQLModel(seen, played, scaling, critics, actor)
+    def _weights(self) -> Networks:
+        """Return what acts: the critics' slow copies, and the other networks."""
+        state = cast(TrainState, self._state)
+        return {**state.networks, **state.targets}
 
-    def _updates(self, model: SSQLModel, replay: Replay) -> SSQLUpdates:
-        config = self.config
-        return SSQLUpdates(
-            model, replay, config.temperature, config.discount, config.learning_rate, config.polyak
-        )
+    def _safe_behaviour(self, model: SSQLModel) -> SafeBehaviour:
+        return SafeBehaviour(cast(Behaviour, self._behaviour), self.safe_set, model.action_codec)
 
     # -- online -----------------------------------------------------------------------------------
 
@@ -301,7 +266,7 @@ class SafeSupportQLearning:
         self._logger = configure_logger(
             self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps
         )
-        callbacks = as_callback(callback)
+        callbacks = _as_callback(callback)
         callbacks.init_callback(cast(Any, self))
         # A callback's `learn` of its own keeps in step with what it is told here.
         callbacks.on_training_start(
@@ -329,9 +294,12 @@ class SafeSupportQLearning:
             )
         if self._collector is None:
             codec = flat_actions(venv.action_space)
-            mu = SafeBehaviour(behaviour, self.safe_set, codec)
             self._collector = Collector(
-                venv, flat_observations(venv.observation_space), mu, self.config.samples, self._rng
+                venv,
+                flat_observations(venv.observation_space),
+                SafeBehaviour(behaviour, self.safe_set, codec),
+                self.config.samples,
+                self._noise,
             )
             self._replay = Replay(self.config.buffer_size, codec)
             # Once: a second call goes on with episodes that the first one has not seen.
@@ -377,15 +345,18 @@ class SafeSupportQLearning:
                 continue
             if self._model is None:
                 self._begin(replay, warm)
+            updates = SSQLUpdates(self._fitted(), replay, config)
+            update = updates.critics(None)
             for _ in range(config.gradient_steps):
-                metrics = self._update(replay)
+                draw = updates.draw(self._generator)
+                self._state, metrics = update(cast(TrainState, self._state), draw)
                 turn += 1
                 if turn % _CHECK_EVERY == 0:
                     self._check_finite(metrics)
             every = config.refresh_every
             if every is not None and self.num_timesteps - refreshed >= every:
                 refreshed = self.num_timesteps
-                params = self._fitted()[1].targets[CRITIC]
+                params = self._weights()[CRITIC]
                 self._refresher.refresh(self._induced(), params, collector, self.num_timesteps)
                 self.safe_set = collector.mu.safe_set
             if collector.tally.episodes - logged >= log_interval:
@@ -402,19 +373,8 @@ class SafeSupportQLearning:
         rewards, ends, terminated = (np.concatenate(part) for part in zip(*warm, strict=True))
         returns = returns_to_go(rewards, ends, terminated, self.config.discount, venv.num_envs)
         units = scale_of_returns(returns)
-        self._model = self._describe(venv.observation_space, venv.action_space, scaling, units)
+        self._model = SSQLModel.of(self.config, spaces_of(venv), scaling, units)
         self._state = self._model.initial(self._generator)
-
-    def _update(self, replay: Replay) -> Metrics:
-        model, state = self._fitted()
-        self._state, metrics = self._updates(model, replay).critics(None)(state, self._draw(replay))
-        return metrics
-
-    def _draw(self, replay: Replay) -> Draw:
-        generator, size = self._generator, self.config.batch_size
-        device = generator.device
-        rows = torch.randint(len(replay), (size,), generator=generator, device=device)
-        return Draw(rows, torch.zeros(0, device=device), torch.zeros(0, device=device))
 
     def _check_finite(self, metrics: Metrics) -> None:
         state = self._state
@@ -480,39 +440,30 @@ class SafeSupportQLearning:
         check_playable(dataset.action_space)
         ends = dataset.terminated | dataset.truncated
         returns = returns_to_go(dataset.rewards, ends, dataset.terminated, self.config.discount)
-        units = scale_of_returns(returns)
-        scaling = Scaling.of(dataset)
-        model = self._describe(dataset.observation_space, dataset.action_space, scaling, units)
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        state = model.initial(generator)
-        given = self._given if behaviour is None else behaviour
+        scaling, units = Scaling.of(dataset), scale_of_returns(returns)
+        model = SSQLModel.of(self.config, spaces_of(dataset), scaling, units)
         if behaviour is not None:
             self.safe_set = as_safe_set(None, behaviour) or self.safe_set
+        given, clone = (self._given if behaviour is None else behaviour), None
         self._cloned = given is None
         if given is None:
-            cloned, params = clone_of_log(dataset, model, self.config, self.device)
-            state = state._replace(networks={**state.networks, CLONE: params, ACTOR: params})
-            given = cloned
-        mu = self._behaviour = as_behaviour(given, dataset.action_space)
-        safe_mu = SafeBehaviour(mu, self.safe_set, model.action_codec)
-        replay = replay_of_log(dataset, safe_mu, self.config.samples, self._rng)
-        phases = [
-            Phase(
-                "critics",
-                options.steps,
-                self._updates(model, replay).critics(options.steps),
-                self.config.batch_size,
-            ),
-            *self._second_stage(model, replay),
-        ]
-        self._state, _ = run_phases(
-            phases,
-            state,
-            generator,
+            clone = clone_of_log(dataset, model, self.config, self.device)
+            given = model.policy(clone)
+        self._behaviour = as_behaviour(given, dataset.action_space)
+        mu = self._safe_behaviour(model)
+        replay = replay_of_log(dataset, mu, self.config.samples, self._noise)
+        updates = SSQLUpdates(model, replay, self.config)
+        critics = updates.critics(options.steps)
+        self._state = self._train(
+            [
+                Phase("critics", options.steps, critics, self.config.batch_size),
+                *second_stage(updates, mu, cloned=self._cloned),
+            ],
+            lambda generator: model.initial(generator, clone),
+            dataset,
+            options,
             transitions=len(replay),
             noise_features=model.noise_features,
-            options=options,
-            identity=run_identity(type(self).__name__, self.config, dataset, options.steps),
         )
         self._model, self._replay = model, replay
         self._extracted = self.config.extraction_steps > 0
@@ -520,27 +471,21 @@ class SafeSupportQLearning:
 
     # -- stage two --------------------------------------------------------------------------------
 
-    def _second_stage(self, model: SSQLModel, replay: Replay) -> list[Phase]:
-        mu = SafeBehaviour(cast(Behaviour, self._behaviour), self.safe_set, model.action_codec)
-        return second_stage(self._updates(model, replay), mu, self.config, cloned=self._cloned)
-
     def _extract(self) -> None:
         """Run stage two on what has been collected."""
         if not self.config.extraction_steps or self._model is None:
             return
-        (model, state), replay = self._fitted(), cast(Replay, self._replay)
+        model, state = self._model, cast(TrainState, self._state)
         # Anew at each `learn`: by the counts of an earlier one the rates would be at their lowest.
         fresh = {name: adam_init({name: state.networks[name]}) for name in (ACTOR, CLONE)}
         state = state._replace(moments={**state.moments, **fresh})
-        phases = self._second_stage(model, replay)
-        for phase in phases:
+        updates = SSQLUpdates(model, cast(Replay, self._replay), self.config)
+        for phase in second_stage(updates, self._safe_behaviour(model), cloned=self._cloned):
             for local in range(phase.steps):
                 if phase.refresh is not None and local % phase.refresh_every == 0:
                     state = phase.refresh(state, self._generator)
-                draw = self._draw(replay)
-                shape = (phase.batch_size, model.noise_features)
-                noise = torch.randn(shape, generator=self._generator, device=self.device)
-                state, metrics = phase.update(state, draw._replace(noise=noise))
+                draw = updates.draw(self._generator, model.noise_features)
+                state, metrics = phase.update(state, draw)
             self._check_finite(metrics)
         self._state, self._extracted = state, True
 
@@ -572,19 +517,19 @@ class SafeSupportQLearning:
             RuntimeError: nothing has been learned; or config.policy asks for the induced policy and
                 the behaviour is not at hand, or for the parametric one and there is none.
         """
-        rng = np.random.default_rng(self.config.seed) if deterministic else self._rng
+        rng = np.random.default_rng(self.config.seed) if deterministic else self._noise
         if self._warming():
             return cast(Collector, self._collector).propose(observation, rng), state
-        model, weights = self._fitted()
+        model, weights = self._fitted(), self._weights()
         points, single = readable_batch(model.observation_codec, observation)
         if self._acts_induced():
             induced = self._induced()
             here = induced.mu.propose(points, self.config.predict_samples, rng)
             chosen, _ = induced.weigh(
-                weights.targets[CRITIC], points, here, rng, deterministic=deterministic
+                weights[CRITIC], points, here, rng, deterministic=deterministic
             )
         else:
-            actor = model.policy(weights.networks[ACTOR])
+            actor = model.policy(weights[ACTOR])
             chosen = (
                 actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
             )
@@ -610,20 +555,19 @@ class SafeSupportQLearning:
         Raises:
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
-        _, weights = self._fitted()
         induced = self._induced()
         here = induced.mu.propose(observations, self.config.predict_samples, rng)
-        chosen, nats = induced.weigh(weights.targets[CRITIC], observations, here, rng)
+        chosen, nats = induced.weigh(self._weights()[CRITIC], observations, here, rng)
         return induced.model.action_codec.unflatten(chosen), nats
 
     def _induced(self) -> InducedPolicy:
-        model, _ = self._fitted()
+        model = self._fitted()
         if self._behaviour is None:
             raise RuntimeError(
                 "the induced policy and its value weigh the behaviour's actions, and the behaviour "
                 "is not at hand: pass it, SafeSupportQLearning.load(path, behaviour)"
             )
-        mu = SafeBehaviour(self._behaviour, self.safe_set, model.action_codec)
+        mu = self._safe_behaviour(model)
         return InducedPolicy(model, mu, self.config.temperature, self.device)
 
     def _acts_induced(self) -> bool:
@@ -650,12 +594,10 @@ class SafeSupportQLearning:
             ValueError: a wrong shape, or NaN.
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
-        model, weights = self._fitted()
-        points, single = readable_batch(model.observation_codec, observation)
+        points, single = readable_batch(self._fitted().observation_codec, observation)
         rng = np.random.default_rng(self.config.seed)
-        value = self._induced().value(
-            weights.targets[CRITIC], points, self.config.predict_samples, rng
-        )
+        samples = self.config.predict_samples
+        value = self._induced().value(self._weights()[CRITIC], points, samples, rng)
         return cast(np.floating, value[0]) if single else value
 
     # -- files ------------------------------------------------------------------------------------
@@ -677,11 +619,33 @@ class SafeSupportQLearning:
                 )
             self._told_unsaved = True
             return
-        model, state = self._fitted()
-        save_agent(
-            Path(path), self.config, model, state, cloned=self._cloned, extracted=self._extracted,
-            guarded=self.safe_set is not None,
-        )  # fmt: skip
+        self._adopt(self._fitted(), self._weights())
+        super().save(path)
+
+    def _header(self, model: SSQLModel) -> dict[str, Any]:
+        flags = {"extracted": self._extracted, "cloned": self._cloned}
+        return {**super()._header(model), **flags, "guarded": self.safe_set is not None}
+
+    def _kept(self, model: SSQLModel) -> tuple[str, ...]:
+        there = {CRITIC: True, ACTOR: self._extracted, CLONE: self._cloned}
+        return tuple(name for name, kept in there.items() if kept)
+
+    def _restore(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        scaling: Scaling,
+        header: dict[str, Any],
+    ) -> SSQLModel:
+        flags = {name: header[name] for name in ("extracted", "cloned", "guarded")}
+        if not all(isinstance(flag, bool) for flag in flags.values()):
+            raise ValueError(f"{', '.join(flags)} must be true or false")
+        self._extracted, self._cloned = flags["extracted"], flags["cloned"]
+        offset, spread = (finite_number(header["value"][k], k) for k in ("offset", "spread"))
+        if not spread > 0:
+            raise ValueError(f"the values' spread must be above 0, got {spread}")
+        spaces = observation_space, action_space
+        return SSQLModel.of(self.config, spaces, scaling, (offset, spread))
 
     @classmethod
     def load(
@@ -706,20 +670,23 @@ class SafeSupportQLearning:
             ValueError: the file is damaged or of another kind; the behaviour or the safe set is for
                 other spaces.
         """
-        config, header, finish = read_agent(Path(path))
-        agent = cls(None, behaviour, config, safe=safe, device=device)
-        model = agent._describe(*header.spaces, header.scaling, header.units)
+        read = cls._read(path)
+        agent = cls(None, behaviour, read.config, safe=safe, device=device)
+        agent._take(read)
+        model, networks = agent._fitted(), agent._networks
         if agent.safe_set is not None:
-            agent.safe_set.check_fits(*header.spaces)
-        agent._state = finish(model, agent.device)
-        agent._model = model
-        agent._extracted, agent._cloned = header.extracted, header.cloned
+            agent.safe_set.check_fits(spaces_of(model))
+        # What the file does not hold is as new: a loaded agent may go on learning.
+        fresh = model.initial(torch.Generator(agent.device).manual_seed(read.config.seed))
+        agent._state = fresh._replace(
+            networks={**fresh.networks, **networks}, targets={CRITIC: networks[CRITIC]}
+        )
         if behaviour is not None:
             agent._behaviour = as_behaviour(behaviour, model.action_space)
-            check_spaces(agent._behaviour, "the behaviour's", *header.spaces)
-        elif header.cloned:
-            agent._behaviour = model.policy(agent._state.networks[CLONE])
-        if header.guarded and agent.safe_set is None:
+            check_spaces(agent._behaviour, "the behaviour's", spaces_of(model))
+        elif agent._cloned:
+            agent._behaviour = model.policy(networks[CLONE])
+        if read.header["guarded"] and agent.safe_set is None:
             warnings.warn(
                 "this agent learned inside a safe set, and none is given: what it does is not "
                 "judged; pass safe=, or put a ShieldedPolicy around it",
@@ -729,44 +696,7 @@ class SafeSupportQLearning:
         return agent
 
 
-def refuse_normalised(venv: VecEnv) -> None:
-    """Raise ValueError where observations are hidden from whoever judges actions by them."""
-    normalised = unwrap_vec_normalize(venv)
-    if normalised is not None and normalised.norm_obs:
-        raise ValueError(
-            "VecNormalize hides the observations from whoever judges actions by them: pass "
-            "norm_obs=False (the critics normalise what they see)"
-        )
-
-
-def check_playable(space: gym.Space[Any]) -> None:
-    """Raise unless actions are discrete, or of a bounded Box of floating-point numbers."""
-    played = flat_actions(space)
-    if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
-        raise TypeError(
-            f"a Box of actions must be of floating-point numbers, got {space!r}: what is judged "
-            "would be rounded before it runs; round in a wrapper of the environment, or make it "
-            "MultiDiscrete"
-        )
-    if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
-        raise ValueError(
-            f"action_space must be bounded, got {space}; wrap the environment in RescaleAction"
-        )
-
-
-def as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
-    """Return an environment as a `VecEnv` of one; raise TypeError for what is none."""
-    if env is None or isinstance(env, VecEnv):
-        return env
-    if not isinstance(env, gym.Env):
-        raise TypeError(
-            "env must be a Gymnasium environment or a VecEnv of Stable-Baselines3, got "
-            f"{type(env).__name__}"
-        )
-    return DummyVecEnv([lambda: env])
-
-
-def as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
+def _as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
     """Return what Stable-Baselines3 makes of a callback, a list, a function or None."""
     if isinstance(callback, BaseCallback):
         return callback

@@ -1,10 +1,11 @@
-"""The updates of Safe-Support Q-learning, closed over what has been experienced."""
+"""The networks of Safe-Support Q-learning and their updates, closed over what was experienced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy.typing as npt
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from safeshield.nn.mixture import MixtureActor
-from safeshield.nn.mlp import EnsembleMLP, Networks, Params
+from safeshield.nn.mlp import Networks, Params
 from safeshield.nn.optim import polyak
+from safeshield.online.config import SSQLConfig
 from safeshield.online.losses import (
     ACTOR,
     CLONE,
@@ -23,21 +25,29 @@ from safeshield.online.losses import (
     actor_draws,
     clone_loss,
     critic_loss,
-    forward_loss,
     reverse_loss_box,
-    reverse_loss_choices,
 )
 from safeshield.online.replay import Replay
+from safeshield.online.safe_sets import Spaces
 from safeshield.proposals.cloned import ClonedBehaviour
-from safeshield.spaces.rows import SpaceCodec
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
+from safeshield.training.architecture import Architecture
 from safeshield.training.schedule import learning_rate
-from safeshield.training.state import Draw, Metrics, TrainState, Update, descend, initial_state
+from safeshield.training.state import (
+    Draw,
+    Loss,
+    Metrics,
+    TrainState,
+    Update,
+    descend,
+    falling,
+    initial_state,
+)
 
 Array = npt.NDArray[Any]
 DRAWS = 4
 """Of each component of the actor, in an update of the reverse extraction; even."""
-Loss = tuple[Tensor, Metrics]
 ActorLoss = Callable[..., tuple[Tensor, Metrics]]
 """`forward_loss`, or `reverse_loss_choices`: alike in what they take."""
 LogMu = Callable[[TrainState, Array, Array], Array]
@@ -45,29 +55,53 @@ LogMu = Callable[[TrainState, Array, Array], Array]
 
 
 @dataclass(frozen=True)
-class SSQLModel:
-    """What experience and a configuration fix besides the weights: spaces, widths, units."""
+class SSQLModel(Architecture):
+    """What experience and a configuration fix besides the weights: spaces, units, networks."""
 
-    observation_codec: SpaceCodec
-    action_codec: SpaceCodec
-    scaling: Scaling
     critics: SoftCritics
     actor: MixtureActor
+    """Of the parametric policy; the behaviour's clone has the same architecture."""
+
+    @classmethod
+    def of(
+        cls,
+        config: SSQLConfig,
+        spaces: Spaces,
+        scaling: Scaling,
+        units: tuple[float, float],
+    ) -> Self:
+        """Describe the networks for spaces; `units` are the offset and the spread of returns."""
+        observation_space, action_space = spaces
+        codec = flat_actions(action_space)
+        choices = len(codec.choices) if codec.discrete else 0
+        hidden = config.critic_hidden
+        if hidden is None:
+            table = isinstance(observation_space, gym.spaces.Discrete) and codec.discrete
+            hidden = () if table else (128, 128)
+        inputs = scaling.observation_features
+        actor = MixtureActor(inputs, choices, codec.width, config.actor_hidden, config.components)
+        critics = SoftCritics(inputs, choices, codec.width, hidden, *units, config.twins)
+        networks = {CRITIC: critics.network, ACTOR: actor.network, CLONE: actor.network}
+        return cls(observation_space, action_space, scaling, networks, critics, actor)
+
+    @cached_property
+    def observation_codec(self) -> SpaceCodec:
+        """Rows of observations."""
+        return flat_observations(self.observation_space)
+
+    @cached_property
+    def action_codec(self) -> SpaceCodec:
+        """Rows of actions."""
+        return flat_actions(self.action_space)
 
     @property
-    def observation_space(self) -> gym.Space[Any]:
-        """Space of one observation."""
-        return self.observation_codec.space
+    def noise_features(self) -> int:
+        """Width of the noise that an update draws for each transition."""
+        return self.actor.components * DRAWS * self.action_codec.width
 
-    @property
-    def action_space(self) -> gym.Space[Any]:
-        """Space of one action."""
-        return self.action_codec.space
-
-    def parts(self) -> dict[str, EnsembleMLP]:
-        """Describe every network; the clone has the actor's architecture."""
-        actor = self.actor.network
-        return {CRITIC: self.critics.network, ACTOR: actor, CLONE: actor}
+    def header(self) -> dict[str, Any]:
+        """Return the units of the values, as JSON."""
+        return {"value": {"offset": self.critics.offset, "spread": self.critics.spread}}
 
     def policy(self, params: Params) -> ClonedBehaviour:
         """Return the actor with its weights as a policy."""
@@ -75,17 +109,12 @@ class SSQLModel:
             self.observation_codec, self.action_codec, self.scaling, self.actor, params
         )
 
-    @property
-    def noise_features(self) -> int:
-        """Width of the noise that an update draws for each transition."""
-        return self.actor.components * DRAWS * self.action_codec.width
-
-    def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
-        state = initial_state(self.parts(), generator)
+    def initial(self, generator: torch.Generator, clone: Params | None = None) -> TrainState:
+        """Draw all weights; `clone`, where there is one already, takes the clone's place."""
+        state = initial_state(self.parts(), generator, slow=(CRITIC,))
         # The actor begins as the clone: inside what it is about to be weighed by.
-        networks = {**state.networks, ACTOR: state.networks[CLONE]}
-        return state._replace(networks=networks, targets={CRITIC: networks[CRITIC]})
+        clone = state.networks[CLONE] if clone is None else clone
+        return state._replace(networks={**state.networks, CLONE: clone, ACTOR: clone})
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,115 +123,93 @@ class SSQLUpdates:
 
     model: SSQLModel
     replay: Replay
-    temperature: float
-    discount: float
-    rate: float
-    """Adam's rate, at the start where it falls."""
-    polyak: float
+    config: SSQLConfig
+
+    def draw(self, generator: torch.Generator, noise_features: int = 0) -> Draw:
+        """Draw a batch of transitions, and noise of a width for each."""
+        size, device = self.config.batch_size, generator.device
+        rows = torch.randint(len(self.replay), (size,), generator=generator, device=device)
+        noise = torch.randn((size, noise_features), generator=generator, device=device)
+        return Draw(rows, noise, torch.zeros(0, device=device))
 
     def critics(self, total: int | None) -> Update:
         """Stage one. `total` updates over which the rate falls; None: it stays."""
-
-        def loss(state: TrainState, networks: Networks, batch: Transitions) -> Loss:
-            return critic_loss(
-                self.model.critics,
-                networks,
-                state.targets,
-                batch,
-                temperature=self.temperature,
-                discount=self.discount,
-            )
-
-        descent = self._descent(CRITIC, loss, total)
+        base = self.config.learning_rate
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            state, metrics = descent(state, draw)
-            targets = polyak(state.targets, state.networks, self.polyak)
-            return state._replace(targets=targets), metrics
+            batch, count = self._batch(draw), state.moments[CRITIC].updates
+            rate = (
+                torch.full_like(count, base) if total is None else learning_rate(base, count, total)
+            )
+
+            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
+                return critic_loss(
+                    self.model.critics,
+                    networks,
+                    state.targets,
+                    batch,
+                    temperature=self.config.temperature,
+                    discount=self.config.discount,
+                )
+
+            moved, metrics = descend(state, CRITIC, (CRITIC,), loss, {CRITIC: rate})
+            targets = polyak(moved.targets, moved.networks, self.config.polyak)
+            return moved._replace(targets=targets), metrics
 
         return update
 
     def clone(self, total: int) -> Update:
         """Stage two, first: imitate what mu proposes."""
 
-        def loss(_: TrainState, networks: Networks, batch: Transitions) -> Loss:
-            return clone_loss(self.model.actor, networks[CLONE], batch.here)
+        def loss(_: TrainState, draw: Draw) -> Loss:
+            here = self._batch(draw).here
+            return lambda networks: clone_loss(self.model.actor, networks[CLONE], here)
 
-        return self._descent(CLONE, loss, total)
+        return falling(CLONE, loss, self.config.learning_rate, total)
 
-    def forward(self, total: int) -> Update:
-        """Stage two: the actor by the weighted likelihood of mu's draws."""
-        return self._towards_induced(forward_loss, total)
+    def towards_induced(self, distance: ActorLoss, total: int) -> Update:
+        """Stage two: bring the actor nearer to pi* on what mu proposes."""
 
-    def reverse_choices(self, total: int) -> Update:
-        """Stage two: the actor by KL(pi || pi*), summed over all choices."""
-        return self._towards_induced(reverse_loss_choices, total)
-
-    def _towards_induced(self, distance: ActorLoss, total: int) -> Update:
-        """Return the update that brings the actor nearer to pi* on what mu proposes."""
-
-        def loss(state: TrainState, networks: Networks, batch: Transitions) -> Loss:
-            return distance(
+        def loss(state: TrainState, draw: Draw) -> Loss:
+            here = self._batch(draw).here
+            return lambda networks: distance(
                 self.model.actor,
                 networks[ACTOR],
                 self.model.critics,
                 state.targets,
-                batch.here,
-                temperature=self.temperature,
+                here,
+                temperature=self.config.temperature,
             )
 
-        return self._descent(ACTOR, loss, total)
+        return falling(ACTOR, loss, self.config.learning_rate, total)
 
     def reverse_box(self, total: int, log_mu: LogMu) -> Update:
         """Stage two: the actor by its own draws, which mu's density judges."""
         model = self.model
-        act = model.action_codec.width
 
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
+        def loss(state: TrainState, draw: Draw) -> Loss:
             seen = self._batch(draw).here.observations
-            uniform = torch.special.ndtr(draw.noise).reshape(len(seen), -1, act)
+            uniform = torch.special.ndtr(draw.noise).reshape(
+                len(seen), -1, model.action_codec.width
+            )
             with torch.no_grad():
                 actions = actor_draws(model.actor, state.networks[ACTOR], seen, uniform)
             raw = self.replay.column("observations")[draw.rows.cpu().numpy()]
             judged = log_mu(state, raw, model.scaling.to_box(actions.cpu().numpy()))
             likely = torch.tensor(judged, dtype=seen.dtype, device=seen.device)
+            return lambda networks: reverse_loss_box(
+                model.actor,
+                networks[ACTOR],
+                model.critics,
+                state.targets,
+                seen,
+                uniform,
+                likely,
+                temperature=self.config.temperature,
+            )
 
-            def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-                return reverse_loss_box(
-                    model.actor,
-                    networks[ACTOR],
-                    model.critics,
-                    state.targets,
-                    seen,
-                    uniform,
-                    likely,
-                    temperature=self.temperature,
-                )
-
-            return descend(state, ACTOR, (ACTOR,), loss, self._rates(state, ACTOR, total))
-
-        return update
-
-    def _descent(
-        self,
-        name: str,
-        loss: Callable[[TrainState, Networks, Transitions], Loss],
-        total: int | None,
-    ) -> Update:
-        """Return one step of Adam on a loss for one network."""
-
-        def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            batch, rates = self._batch(draw), self._rates(state, name, total)
-            return descend(state, name, (name,), lambda new: loss(state, new, batch), rates)
-
-        return update
+        return falling(ACTOR, loss, self.config.learning_rate, total)
 
     def _batch(self, draw: Draw) -> Transitions:
         rows = draw.rows.cpu().numpy()
         return self.replay.transitions(rows, self.model.scaling, draw.rows.device)
-
-    def _rates(self, state: TrainState, name: str, total: int | None) -> Mapping[str, Tensor]:
-        count = state.moments[name].updates
-        if total is None:
-            return {name: torch.full_like(count, self.rate)}
-        return {name: learning_rate(self.rate, count, total)}

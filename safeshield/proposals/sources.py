@@ -28,6 +28,9 @@ from safeshield.spaces.batches import Batch, batch_length, repeated
 from safeshield.spaces.rows import flat_actions
 
 Array = npt.NDArray[Any]
+Rng = np.random.Generator
+Seen = StateValue | None
+"""What a shield has said of some states; None where it has not been asked."""
 _WHOSE = "the behaviour's"
 
 
@@ -35,7 +38,7 @@ _WHOSE = "the behaviour's"
 class Behaviour(Protocol):
     """A policy without memory that can be asked for many actions in the same states."""
 
-    def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
+    def draw(self, observations: Batch, each: int, rng: Rng, /) -> Array:
         """Return `each` independent actions of each of n states, as rows (n, each, act)."""
         ...
 
@@ -66,25 +69,16 @@ class Source(Protocol):
     source that uses the shield's networks reads it.
     """
 
-    def draw(
-        self,
-        observations: Batch,
-        each: int,
-        rng: np.random.Generator,
-        /,
-        states: StateValue | None = None,
-    ) -> Array:
+    def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
         """Return `each` proposals of each of n states, as rows (n, each, act)."""
         ...
 
-    def most_likely(
-        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
-    ) -> Array:
+    def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
         """Return the proposals (n, act) of ``deterministic=True``."""
         ...
 
     def log_prob(
-        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+        self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
         """Return log densities (n, c) of c actions (n, c, act); None without a density."""
         ...
@@ -100,28 +94,17 @@ class Uniform:
         else:
             self._log_size = np.log(self._codec.high - self._codec.low).sum()
 
-    def draw(
-        self,
-        observations: Batch,
-        each: int,
-        rng: np.random.Generator,
-        /,
-        states: StateValue | None = None,
-    ) -> Array:
+    def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
         """Return points of the box."""
         shape = (batch_length(observations), each, self._codec.width)
         return rng.uniform(self._codec.low, self._codec.high, shape).astype(np.float32)
 
-    def most_likely(
-        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
-    ) -> Array:
+    def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
         """Return the middle of the box."""
         middle = 0.5 * (self._codec.low + self._codec.high)
         return np.tile(middle.astype(np.float32), (batch_length(observations), 1))
 
-    def log_prob(
-        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
-    ) -> Array:
+    def log_prob(self, observations: Batch, candidates: Array, /, states: Seen = None) -> Array:
         """Return minus the log of the box's volume, or of the number of choices."""
         return np.full(candidates.shape[:2], -self._log_size)
 
@@ -154,14 +137,7 @@ class LoggedBehaviour:
                 "shield has not learned what the log does: make it with ShieldTrainer or SafeFQL"
             )
 
-    def draw(
-        self,
-        observations: Batch,
-        each: int,
-        rng: np.random.Generator,
-        /,
-        states: StateValue | None = None,
-    ) -> Array:
+    def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
         """Carry noise along the flow, or draw from the classifier."""
         states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
@@ -169,9 +145,7 @@ class LoggedBehaviour:
         shape = (len(states.value), each, self._model.behaviour_noise_features)
         return self._model.behaviour(states, rng.standard_normal(shape).astype(np.float32))
 
-    def most_likely(
-        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
-    ) -> Array:
+    def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
         """Return what the flow makes of z = 0; the likeliest choice of the classifier."""
         states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
@@ -181,7 +155,7 @@ class LoggedBehaviour:
         return self._model.behaviour(states, np.zeros(shape, np.float32))[:, 0]
 
     def log_prob(
-        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+        self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
         """Return the classifier's log probabilities; a clipped flow has no density."""
         codec = self._model.action_codec
@@ -251,27 +225,18 @@ class UserPolicy:
         if callable(start):
             start(num_envs)
 
-    def draw(
-        self,
-        observations: Batch,
-        each: int,
-        rng: np.random.Generator,
-        /,
-        states: StateValue | None = None,
-    ) -> Array:
+    def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
         """Ask the policy `each` times about each state, all at once."""
         # Copies: it may write into what it is given, and is asked about the same states again.
         rows = self._ask(repeated(observations, each), rng, deterministic=False)
         return rows.reshape(-1, each, self._codec.width)
 
-    def most_likely(
-        self, observations: Batch, rng: np.random.Generator, /, states: StateValue | None = None
-    ) -> Array:
+    def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
         """Return the policy's deterministic answers, where it has them."""
         return self._ask(repeated(observations, 1), rng, deterministic=True)
 
     def log_prob(
-        self, observations: Batch, candidates: Array, /, states: StateValue | None = None
+        self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
         """Return what the policy itself says.
 
@@ -288,7 +253,7 @@ class UserPolicy:
         whose = "the policy's" if self._judged else _WHOSE
         return checked_log_prob(told, (count * each,), whose).reshape(count, each)
 
-    def _ask(self, observations: Batch, rng: np.random.Generator, *, deterministic: bool) -> Array:
+    def _ask(self, observations: Batch, rng: Rng, *, deterministic: bool) -> Array:
         count = batch_length(observations)
         if isinstance(self._acting, PredictPolicy):
             # Where nothing is remembered every state is the beginning of an episode.

@@ -9,8 +9,8 @@
 - how its networks act (`_act`).
 
 A learner that collects its own experience derives from `Learner`: it implements `_restore` and
-`predict` (or `_act`), calls `_adopt` when it has learned something, and overrides `_kept` where its
-file holds fewer networks than its architecture.
+`predict`, calls `_adopt` when it has learned something, and overrides `_kept` where its file holds
+fewer networks than its architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import gymnasium as gym
@@ -38,7 +38,7 @@ from safeshield.training.architecture import Architecture
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, device_of, fit_options, run_phases
 from safeshield.training.run import Config, Run
-from safeshield.training.state import TrainState
+from safeshield.training.state import Phase, TrainState
 
 _VERSION = 1
 Weights = dict[str, dict[str, npt.NDArray[np.float32]]]
@@ -145,25 +145,27 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         KeyError, TypeError or ValueError means that the file is damaged.
         """
 
-    @abstractmethod
-    def _act(
-        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
-        """Return actions (n, act) in [-1, 1] for observations (n, features), normalised."""
-
-    def _action_rows(
-        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.float32]:
-        """Return what `_act` does as rows (n, act) of the action space."""
-        return model.scaling.to_box(self._act(model, observations, deterministic))
-
     def _kept(self, model: ModelT) -> tuple[str, ...]:
         """Name the networks that the agent's file holds."""
         return tuple(model.parts())
 
+    def _header(self, model: ModelT) -> dict[str, Any]:
+        """Return what the agent's file holds beside spaces, scaling and settings, as JSON."""
+        return model.header()
+
     def diagnostics(self) -> dict[str, Any]:
         """Return what is known of a trained agent beside its settings, as JSON values."""
         return {}
+
+    @abstractmethod
+    def predict(
+        self,
+        observation: Batch,
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
+        """Return actions and the state: Stable-Baselines3's signature."""
 
     # -- what was learned ---------------------------------------------------------------------
 
@@ -193,57 +195,6 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """Space of one action."""
         return self._fitted().action_space
 
-    # -- acting -------------------------------------------------------------------------------
-
-    def predict(
-        self,
-        observation: Batch,
-        state: tuple[npt.NDArray[Any], ...] | None = None,
-        episode_start: npt.NDArray[np.bool_] | None = None,
-        deterministic: bool = False,
-    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
-        """Return actions and the state, which is passed through: Stable-Baselines3's signature.
-
-        Args:
-            observation: one, or a batch of them.
-            state: unused; the actor has no memory.
-            episode_start: unused.
-            deterministic: leave out the noise that actions are drawn with, where there is any.
-
-        Raises:
-            ValueError: a shape that is not the observation space's, or NaN.
-        """
-        model = self._fitted()
-        rows, single = self._rows(model, observation, "observation")
-        chosen = self._action_rows(model, model.scaling.observations(rows), deterministic)
-        actions = flat_actions(model.action_space).unflatten(chosen)
-        return (actions[0] if single else actions), state
-
-    def _rows(
-        self, model: ModelT, observation: Batch, name: str
-    ) -> tuple[npt.NDArray[np.float32], bool]:
-        """Return observations as rows (n, features), and whether it was a single one."""
-        rows, single = flat_observations(model.observation_space).flatten(observation, name)
-        with np.errstate(over="ignore"):
-            small = rows.astype(np.float32)
-        bad = ~np.isfinite(small).all(axis=1)
-        if bad.any():
-            at = int(bad.argmax())
-            which = "" if single else f" of observation {at}"
-            raise ValueError(
-                f"{name} must be finite as float32 (at most 3.4e38 in size), got {rows[at]}{which}"
-            )
-        return small, single
-
-    def _candidate_noise(
-        self, rows: int, each: int, width: int, deterministic: bool
-    ) -> npt.NDArray[np.float64]:
-        """Draw noise (rows * each, width); deterministic: the same `each` draws for every row."""
-        if deterministic:
-            drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
-            return np.tile(drawn, (rows, 1))
-        return self._noise.standard_normal((rows * each, width))
-
     # -- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -256,7 +207,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             "observation_space": space_to_json(model.observation_space),
             "action_space": space_to_json(model.action_space),
             "scaling": model.scaling.to_json(),
-            **model.header(),
+            **self._header(model),
         }
         kept = {name: self._arrays[name] for name in self._kept(model)}
         flat = {f"{n}/{k}": a for n, params in kept.items() for k, a in params.items()}
@@ -311,7 +262,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     def _train(
         self,
-        run: Run[Any, Any],
+        phases: list[Phase],
+        initial: Callable[[torch.Generator], TrainState],
         dataset: OfflineDataset,
         options: FitOptions,
         *,
@@ -321,7 +273,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """Run all phases on a log, from its checkpoint where there is one.
 
         Args:
-            run: what to do.
+            phases: what to do, in order.
+            initial: draws all weights.
             dataset: the log, by which a checkpoint knows its run.
             options: how the run is shown, logged and saved.
             transitions: rows that batches are drawn from.
@@ -329,8 +282,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         state, _ = run_phases(
-            run.phases(),
-            run.initial(generator),
+            phases,
+            initial(generator),
             generator,
             transitions=transitions,
             noise_features=noise_features,
@@ -356,6 +309,18 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     """One update for each phase."""
 
     # -- what an algorithm adds ---------------------------------------------------------------
+
+    @abstractmethod
+    def _act(
+        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.floating]:
+        """Return actions (n, act) in [-1, 1] for observations (n, features), normalised."""
+
+    def _action_rows(
+        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.float32]:
+        """Return what `_act` does as rows (n, act) of the action space."""
+        return model.scaling.to_box(self._act(model, observations, deterministic))
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         """Describe the algorithm's own networks, for observations and actions of these widths."""
@@ -442,8 +407,10 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         dataset = self._check_log(dataset)
         model = self._describe(dataset)
         log = LogTensors.of(dataset, model.scaling, self.device)
+        run = self._run(model, log, options.steps)
         state = self._train(
-            self._run(model, log, options.steps),
+            run.phases(),
+            run.initial,
             dataset,
             options,
             transitions=len(log),
@@ -453,3 +420,54 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         self._adopt(model, {**state.networks, **state.targets})
         self._model = self._settle(model, log)
         return self
+
+    # -- acting -------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        observation: Batch,
+        state: tuple[npt.NDArray[Any], ...] | None = None,
+        episode_start: npt.NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
+        """Return actions and the state, which is passed through: Stable-Baselines3's signature.
+
+        Args:
+            observation: one, or a batch of them.
+            state: unused; the actor has no memory.
+            episode_start: unused.
+            deterministic: leave out the noise that actions are drawn with, where there is any.
+
+        Raises:
+            ValueError: a shape that is not the observation space's, or NaN.
+        """
+        model = self._fitted()
+        rows, single = self._rows(model, observation, "observation")
+        chosen = self._action_rows(model, model.scaling.observations(rows), deterministic)
+        actions = flat_actions(model.action_space).unflatten(chosen)
+        return (actions[0] if single else actions), state
+
+    def _rows(
+        self, model: ModelT, observation: Batch, name: str
+    ) -> tuple[npt.NDArray[np.float32], bool]:
+        """Return observations as rows (n, features), and whether it was a single one."""
+        rows, single = flat_observations(model.observation_space).flatten(observation, name)
+        with np.errstate(over="ignore"):
+            small = rows.astype(np.float32)
+        bad = ~np.isfinite(small).all(axis=1)
+        if bad.any():
+            at = int(bad.argmax())
+            which = "" if single else f" of observation {at}"
+            raise ValueError(
+                f"{name} must be finite as float32 (at most 3.4e38 in size), got {rows[at]}{which}"
+            )
+        return small, single
+
+    def _candidate_noise(
+        self, rows: int, each: int, width: int, deterministic: bool
+    ) -> npt.NDArray[np.float64]:
+        """Draw noise (rows * each, width); deterministic: the same `each` draws for every row."""
+        if deterministic:
+            drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
+            return np.tile(drawn, (rows, 1))
+        return self._noise.standard_normal((rows * each, width))
