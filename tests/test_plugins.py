@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from safeshield import OfflineDataset, Shield, collect, load_agent
+from safeshield import OfflineDataset, Shield, ShieldTrainer, collect, load_agent
 from safeshield.algorithms.r2pac import R2PACConfig
 from safeshield.algorithms.registry import ALGORITHMS, register
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
@@ -230,7 +230,10 @@ def test_a_shield_is_trained_alone(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "shield.safetensors"
     run("train", folder / "log.npz", out, "--algorithm", "shield", "--steps", 3, "--device", "cpu",
         "--set", "critic_hidden=8", "--set", "behaviour_hidden=8", "--seed", 2)  # fmt: skip
-    assert Shield.load(out).trained_by == "ShieldTrainer, seed 2"
+    trainer = load_agent(out)
+    assert isinstance(trainer, ShieldTrainer)
+    assert trainer.shield().trained_by == "ShieldTrainer, seed 2"
+    assert run("inspect", out)
 
 
 # -- help ---------------------------------------------------------------------------------------

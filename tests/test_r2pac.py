@@ -23,7 +23,6 @@ from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.chunk_actors import ChunkActor
 from safeshield.nn.plan_forward import PlanSpec
 from safeshield.online import FlowTeacher
-from safeshield.policies.proposals import Behaviour
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
 from safeshield.training.log import LogTensors
@@ -502,10 +501,6 @@ def test_the_flow_teacher_draws_single_actions_from_a_shield_that_plans(
     assert drawn.shape == (5, 3, 2)
     noise = np.random.default_rng(0).standard_normal((5, 3, 2)).astype(np.float32)
     np.testing.assert_array_equal(drawn, model.behaviour(model.states(observations), noise))
-    proposed = Behaviour(shield).draw(
-        model.states(observations), observations, 3, np.random.default_rng(0)
-    )
-    np.testing.assert_array_equal(drawn, proposed)
 
 
 @pytest.mark.parametrize(

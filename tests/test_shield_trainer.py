@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from safeshield import SafetyShield, Shield, ShieldConfig, ShieldedPolicy, ShieldTrainer, collect
+from safeshield import (
+    SafetyShield,
+    Shield,
+    ShieldConfig,
+    ShieldedPolicy,
+    ShieldTrainer,
+    collect,
+    load_agent,
+)
 from safeshield.data import OfflineDataset
 from safeshield.spaces.batches import take
 
@@ -219,6 +228,83 @@ def test_a_run_in_instalments_ends_with_the_same_weights(
     again = ShieldTrainer(SMALL, device="cpu").fit(log, steps=40, checkpoint=path).shield()
     cells = np.arange(25)
     np.testing.assert_array_equal(whole.value(cells), again.value(cells))
+
+
+@pytest.mark.parametrize("kind", ["box", "discrete", "multi", "dict"])
+def test_its_file_acts_and_shields_alike(
+    kind: str, boat_log: OfflineDataset, tmp_path: Path
+) -> None:
+    """Whatever the spaces: the same actions, the same shield, and it is listed as an agent."""
+    log = boat_log
+    if kind != "box":
+        log = collect(gym.make(f"Slope-{kind}-v0"), "random", episodes=30, seed=0)
+    trainer = ShieldTrainer(SMALL, device="cpu").fit(log, steps=30)
+    path = tmp_path / "trainer.safetensors"
+    trainer.save(path)
+    again = load_agent(path)
+    assert isinstance(again, ShieldTrainer)
+    assert again.config == SMALL
+    observations = log.flat_observations.batch(log.observations[:20])
+    actions = log.flat_actions.unflatten(log.actions[:20])
+    for deterministic in (True, False):
+        mine, _ = ShieldTrainer.load(path).predict(observations, deterministic=deterministic)
+        theirs, state = again.predict(observations, deterministic=deterministic)
+        np.testing.assert_array_equal(mine, theirs)
+        assert state is None
+    one, _ = again.predict(take(observations, 0))
+    assert again.action_space.contains(one)
+    np.testing.assert_array_equal(
+        again.shield().value(observations, actions), trainer.shield().value(observations, actions)
+    )
+
+
+def test_it_acts_by_its_fallback(
+    discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield], boat_log: OfflineDataset
+) -> None:
+    """Discrete: the choice of lowest Q_h. A Box: the shield's fallback without noise."""
+    _, log, _ = discrete
+    cells = np.arange(2 * SIZE, SIZE * SIZE)
+    trainer = ShieldTrainer(SMALL, device="cpu").fit(log, steps=100)
+    chosen, _ = trainer.predict(cells)
+    q = [trainer.shield().value(cells, np.full(len(cells), action)) for action in range(1, 5)]
+    np.testing.assert_array_equal(chosen, np.argmin(q, axis=0) + 1)
+    boat = ShieldTrainer(SMALL, device="cpu").fit(boat_log, steps=30)
+    rows = boat_log.observations[:50]
+    alone = boat.shield().model.fallback_alone(boat.shield().states(rows))
+    np.testing.assert_array_equal(boat.predict(rows, deterministic=True)[0], alone)
+    drawn = boat.predict(rows)[0]
+    assert (drawn != alone).any()
+    assert (np.abs(drawn) <= 1.0).all()
+
+
+def test_a_support_test_is_in_the_file(boat_log: OfflineDataset, tmp_path: Path) -> None:
+    config = replace(SMALL, support_weight=0.5, support_held_out=0.3)
+    trainer = ShieldTrainer(config, device="cpu").fit(boat_log, steps=30)
+    trainer.save(tmp_path / "trainer.safetensors")
+    again = ShieldTrainer.load(tmp_path / "trainer.safetensors")
+    mine, theirs = trainer.shield().support, again.shield().support
+    assert mine is not None
+    assert theirs is not None
+    assert mine.record == theirs.record
+    rows, actions = boat_log.observations[:50], boat_log.actions[:50]
+    states = again.shield().states(rows)
+    np.testing.assert_array_equal(
+        mine.scores(trainer.shield().model, states, actions),
+        theirs.scores(again.shield().model, states, actions),
+    )
+
+
+def test_a_run_is_stopped_and_gone_on_with(boat_log: OfflineDataset, tmp_path: Path) -> None:
+    whole = ShieldTrainer(SMALL, device="cpu").fit(boat_log, steps=30)
+    path = tmp_path / "checkpoint.safetensors"
+    for stop in (10, 20, None):
+        part = ShieldTrainer(SMALL, device="cpu").fit(
+            boat_log, steps=30, checkpoint=path, stop_after=stop
+        )
+    rows = boat_log.observations
+    np.testing.assert_array_equal(
+        whole.predict(rows, deterministic=True)[0], part.predict(rows, deterministic=True)[0]
+    )
 
 
 def test_bad_input(discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield]) -> None:
