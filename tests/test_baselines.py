@@ -229,7 +229,7 @@ def test_load_agent_refuses_what_is_none(log: OfflineDataset, tmp_path: Path) ->
 
 
 def test_every_algorithms_files_are_known() -> None:
-    kinds = [one.kind for one in ALGORITHMS.values() if one.name != "shield"]
+    kinds = [one.kind for one in ALGORITHMS.values()]
     assert {kind.__name__ for kind in kinds} >= {"SafeFQL", "FLRP", "SafeSupportQLearning"}
     for kind in kinds:
         assert FORMATS[kind.file_format] == (AGENT, f"{kind.__name__}.load")

@@ -21,68 +21,66 @@ from safeshield.cli import app
 from safeshield.cli.settings import read_settings, settings_help, write_settings
 from safeshield.files.schema import fields_of
 
-NEAREST = '''
-"""Acts as the logged state nearest to the present one did; nothing is fitted."""
+LINEAR = '''
+"""Imitates a log by a linear actor."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from safeshield.algorithms.registry import register
-from safeshield.files import read_tensors, write_tensors
-from safeshield.files.schema import Positive, Seed, Settings
-from safeshield.spaces.schema import space_from_json, space_to_json
+from safeshield.files.schema import Positive, PositiveInt, Seed, Settings
+from safeshield.nn.forward import forward
+from safeshield.nn.mlp import EnsembleMLP
+from safeshield.training.agent import OfflineAgent
+from safeshield.training.run import Run
+from safeshield.training.state import Phase
 
 
 @dataclass(frozen=True)
-class NearestConfig(Settings):
+class LinearConfig(Settings):
     seed: Seed = 0
-    """Seed of nothing: the learner draws nothing."""
+    """Seed of weights and batches."""
+    batch_size: PositiveInt = 32
+    """Transitions in an update."""
+    learning_rate: Positive = 0.01
+    """Adam's rate at the start; it falls to a fiftieth by the end."""
     unit: Positive = 1.0
-    """Unit of the first entry of an observation, in metres."""
+    """Weight of an error, per half width of the action box."""
     norm: Literal["l1", "l2"] = "l2"
-    """What near means."""
+    """Of the error."""
 
 
-@register("nearest")
-class Nearest:
-    """Act as the nearest logged state did."""
+@dataclass(eq=False)
+class LinearRun(Run):
+    def phases(self):
+        return [Phase("imitation", self.steps, self.falling("actor", self.loss, self.steps), 32)]
 
-    config_type = NearestConfig
-    file_format = "mine-nearest"
+    def loss(self, state, draw):
+        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
 
-    def __init__(self, config=None, *, device="auto"):
-        self.config = config or NearestConfig()
+        def loss(networks):
+            error = self.model.networks["actor"](networks["actor"], observations)[0] - actions
+            size = error.abs() if self.config.norm == "l1" else error.square()
+            return self.config.unit * size.mean(), {"actor/error": error.detach().abs().mean()}
 
-    def fit(self, dataset, steps=1, *, progress_bar=False, log_dir=None, checkpoint=None):
-        self.observation_space, self.action_space = dataset.observation_space, dataset.action_space
-        self.rows = {"seen": dataset.observations, "done": dataset.actions}
-        return self
+        return loss
 
-    def predict(self, observation, state=None, episode_start=None, deterministic=False):
-        gap = observation[..., None, :] - self.rows["seen"]
-        gap = gap / np.array([self.config.unit, 1.0])
-        nearest = np.linalg.norm(gap, 1 if self.config.norm == "l1" else 2, axis=-1).argmin(-1)
-        return self.rows["done"][nearest], state
 
-    def diagnostics(self):
-        return {"rows": len(self.rows["seen"])}
+@register("linear")
+class Linear(OfflineAgent):
+    """Imitate a log by a linear actor."""
 
-    def save(self, path):
-        spaces = [space_to_json(one) for one in (self.observation_space, self.action_space)]
-        header = {"config": dataclasses.asdict(self.config), "spaces": spaces}
-        write_tensors(path, self.rows, {"format": self.file_format, **header})
+    config_type = LinearConfig
+    file_format = "mine-linear"
+    run_type = LinearRun
 
-    @classmethod
-    def load(cls, path, *, device="auto"):
-        file = read_tensors(path, cls.file_format)
-        agent = cls(NearestConfig(**file.header["config"]))
-        spaces = map(space_from_json, file.header["spaces"])
-        agent.observation_space, agent.action_space = spaces
-        agent.rows = file.load(file.shapes)
-        return agent
+    def _parts(self, scaling):
+        return {"actor": EnsembleMLP(scaling.observation_features, scaling.action_features, ())}
+
+    def _act(self, model, observations, deterministic):
+        return np.clip(forward(self._arrays["actor"], observations)[0], -1.0, 1.0)
 '''
 
 
@@ -94,10 +92,10 @@ def run(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with log.npz and nearest.py."""
+    """A folder with log.npz and linear.py."""
     folder = tmp_path_factory.mktemp("plugins")
     collect(gym.make("safeshield/Boat-v0"), "random", episodes=6, seed=0).save(folder / "log.npz")
-    (folder / "nearest.py").write_text(NEAREST)
+    (folder / "linear.py").write_text(LINEAR)
     return folder
 
 
@@ -105,24 +103,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> Path:
     out = folder / "agent.safetensors"
     told = run(
-        "train", folder / "log.npz", out, "--plugin", folder / "nearest.py", "--algorithm",
-        "nearest", "--steps", 3, "--set", "norm=l1", "--seed", 5,
+        "train", folder / "log.npz", out, "--plugin", folder / "linear.py", "--algorithm",
+        "linear", "--steps", 40, "--set", "norm=l1", "--seed", 5, "--device", "cpu",
+        "--checkpoint", folder / "checkpoint.safetensors",
     )  # fmt: skip
-    assert "nearest, 3 updates, seed 5" in told
+    assert "linear, 40 updates, seed 5" in told
     return out
 
 
 def test_an_eighth_learner_is_one_file(folder: Path, trained: Path) -> None:
     """It trains, saves, loads, is inspected and evaluated; no other file knows it."""
     log = OfflineDataset.load(folder / "log.npz")
-    agent = load_agent(trained)
-    assert agent.config.norm == "l1"
-    np.testing.assert_array_equal(agent.predict(log.observations[7])[0], log.actions[7])
-    plugin = ("--plugin", folder / "nearest.py")
+    agent, kind = load_agent(trained), ALGORITHMS["linear"].kind
+    assert type(agent) is kind
+    assert agent.config == ALGORITHMS["linear"].config_type(seed=5, norm="l1")
+    again = kind(agent.config, device="cpu").fit(log, 40)
+    seen = log.observations[:9]
+    np.testing.assert_array_equal(agent.predict(seen)[0], again.predict(seen)[0])
+    plugin = ("--plugin", folder / "linear.py")
     told = json.loads(run("inspect", trained, "--json", *plugin))
-    expected = {"kind": "agent", "algorithm": "Nearest", "rows": len(log)}
-    assert {**told, **expected} == told
-    assert told["config"] == {"seed": 5, "unit": 1.0, "norm": "l1"}
+    assert (told["kind"], told["algorithm"], told["config"]["norm"]) == ("agent", "Linear", "l1")
+    assert "Linear" in run("inspect", folder / "checkpoint.safetensors", *plugin)
     scored = run(
         "evaluate", trained, "safeshield/Boat-v0", "--cost-limit", 10, "--references", "0,1",
         "--seeds", "0", "--episodes", 1, "--json", *plugin,
@@ -131,11 +132,11 @@ def test_an_eighth_learner_is_one_file(folder: Path, trained: Path) -> None:
 
 
 def test_help_lists_a_plugins_settings(folder: Path) -> None:
-    told = " ".join(run("train", "--plugin", folder / "nearest.py", "--help").split())
+    told = " ".join(run("train", "--plugin", folder / "linear.py", "--help").split())
     for text in (
-        "--algorithm nearest Act as the nearest logged state did.",
-        "unit=1.0 Unit of the first entry of an observation, in metres.",
-        "in metres. [a finite number, above 0]",
+        "--algorithm linear Imitate a log by a linear actor.",
+        "unit=1.0 Weight of an error, per half width of the action box.",
+        "of the action box. [a finite number, above 0]",
     ):
         assert text in told
 
@@ -145,12 +146,12 @@ def test_a_file_imports_nothing_and_its_error_says_what_to_import(trained: Path)
     code = (
         "import sys\nfrom safeshield import load_agent\n"
         "try:\n    load_agent(sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
-        "print([name for name in sys.modules if 'nearest' in name.rpartition('/')[2]])"
+        "print([name for name in sys.modules if name == 'linear'])"
     )
     told = subprocess.run(
         [sys.executable, "-c", code, str(trained)], check=True, capture_output=True, text=True
     ).stdout
-    assert "but is a 'mine-nearest'; nothing that has been imported reads it" in told
+    assert "but is a 'mine-linear'; nothing that has been imported reads it" in told
     assert "import the module that defines it" in told
     assert "--plugin FILE.py" in told
     assert told.strip().endswith("[]")
@@ -201,6 +202,7 @@ def test_names_and_formats_belong_to_one_class() -> None:
     [
         (None, "FileNotFoundError: no such file"),
         ("def (", "SyntaxError"),
+        ("x = 1", "another module is called 'random'; give the file another name"),
         ("import no_such_module_at_all", "ModuleNotFoundError"),
         (
             "from safeshield.algorithms.registry import register\n"
@@ -210,7 +212,8 @@ def test_names_and_formats_belong_to_one_class() -> None:
     ],
 )
 def test_a_plugin_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
-    file = tmp_path / "mine.py"
+    name = "random.py" if content == "x = 1" else f"{tmp_path.name}.py"
+    file = tmp_path / name
     if content is not None:
         file.write_text(content)
     told = run("train", "log.npz", "a.safetensors", "--plugin", file, code=2)

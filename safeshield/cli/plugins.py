@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,25 +11,15 @@ import safeshield.algorithms.registry  # noqa: F401
 
 
 def load_plugin(file: Path) -> None:
-    """Run a file, once; what it defines with `register` is then known to every command.
+    """Import a file, beside which it finds its own imports, as ``python FILE`` does.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: it is no Python file.
+        ImportError: another module has its name.
     """
     if not file.is_file():
         raise FileNotFoundError("no such file")
-    name = str(file.resolve())
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up while they are made.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    sys.path.insert(0, str(file.resolve().parent))
+    module = importlib.import_module(file.stem)
+    if module.__file__ is None or not file.samefile(module.__file__):
+        raise ImportError(f"another module is called '{file.stem}'; give the file another name")

@@ -26,7 +26,6 @@ import hashlib
 import inspect
 import itertools
 import math
-import operator
 import platform
 import re
 import textwrap
@@ -287,18 +286,13 @@ def whole(name: str, value: object, least: int) -> int:
     """Return a whole number of at least `least`; NumPy's integers are such numbers too.
 
     Raises:
-        TypeError: it is no whole number.
+        KindError: it is no whole number; a TypeError and a ValueError.
         ValueError: it is below `least`.
 
     >>> whole("steps", 3, least=1)
     3
     """
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    number: int = check(name, int, value)
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

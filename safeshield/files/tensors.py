@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
@@ -28,7 +26,6 @@ from safeshield.files.atomic import written_whole
 
 Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
-_MAX_DIMENSIONS = 8
 _KEY = "safeshield"
 AGENT, SHIELD, CHECKPOINT = "agent", "shield", "checkpoint"
 FORMATS: dict[str, tuple[str, str]] = {}
@@ -140,27 +137,32 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
             together.
     """
     path = Path(path)
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ValueError(
-                f"{path} is not a safeshield file, or is truncated: its {size} bytes do not begin "
-                "with the length of a header that they hold"
-            )
-        raw = stream.read(length)
-    table = _parse_json(raw, path)
-    metadata = table.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
+        length = int.from_bytes(stream.read(8), "little")
+    try:
+        if length > _MAX_HEADER:
+            raise SafetensorError(f"a header of {length} bytes")
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            kinds = {name: one.get_dtype() for name, one in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safeshield file, or is truncated or has a tail: {error}"
+        ) from error
+    if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not one of safeshield's")
+    unknown = sorted(set(kinds.values()) - set(_DTYPES))
+    if unknown:
+        raise ValueError(f"{path}: tensors must be of {list(_DTYPES)}, got {unknown}")
+    dtypes = {name: _DTYPES[kind] for name, kind in kinds.items()}
     contents = _parse_json(metadata[_KEY].encode(), path)
     header = contents.get("header")
     found = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
         wanted = "of safeshield's" if kind is None else f"a '{kind}' file"
         raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{read_by(found)}")
-    shapes, dtypes = _layout(table, size - 8 - length, path)
     return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
 
 
@@ -208,46 +210,6 @@ def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: the header must be a JSON object")
     return value
-
-
-def _layout(
-    table: dict[str, Any], room: int, path: Path
-) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype[Any]]]:
-    """Check every tensor's entry; return shapes and dtypes."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, np.dtype[Any]] = {}
-    spans: list[tuple[int, ...]] = []
-    for name, entry in table.items():
-        fields = entry if isinstance(entry, dict) else {}
-        dtype = _DTYPES.get(str(fields.get("dtype")))
-        shape = _whole_numbers(fields.get("shape"))
-        span = _whole_numbers(fields.get("data_offsets"))
-        if (
-            dtype is None
-            or shape is None
-            or span is None
-            or len(span) != 2
-            or span[1] - span[0] != dtype.itemsize * math.prod(shape)
-        ):
-            raise ValueError(f"{path}: the entry of tensor '{name[:80]}' does not hold together")
-        shapes[name], dtypes[name] = shape, dtype
-        spans.append(span)
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise ValueError(f"{path}: the tensors overlap or leave gaps")
-        end = stop
-    if end != room:
-        raise ValueError(f"{path} is truncated or has a tail: {end} bytes of tensors, {room} found")
-    return shapes, dtypes
-
-
-def _whole_numbers(value: object) -> tuple[int, ...] | None:
-    """Return a list of few whole numbers, none so large that a product of them takes long."""
-    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
-        return None
-    fine = all(type(x) is int and 0 <= x < 1 << 48 for x in value)
-    return tuple(value) if fine else None
 
 
 def _dump(value: object) -> str:

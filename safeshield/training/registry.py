@@ -9,45 +9,16 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from safeshield.files.tensors import AGENT, read_by, read_tensors, register_format
 
 if TYPE_CHECKING:
-    import gymnasium as gym
     import torch
 
+    from safeshield.training.agent import Learner
+
 K = TypeVar("K", bound=type[Any])
-
-
-class Agent(Protocol):
-    """What `load_agent` returns: any registered class that has a file format."""
-
-    config: Any
-    """Its settings, a frozen dataclass."""
-
-    @property
-    def observation_space(self) -> gym.Space[Any]:
-        """Space of one observation."""
-
-    @property
-    def action_space(self) -> gym.Space[Any]:
-        """Space of one action."""
-
-    def predict(
-        self,
-        observation: object,
-        state: object = None,
-        episode_start: object = None,
-        deterministic: bool = False,
-    ) -> tuple[Any, Any]:
-        """Return actions and the state: Stable-Baselines3's signature."""
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the agent to one file."""
-
-    def diagnostics(self) -> dict[str, Any]:
-        """Return what is known of a trained agent beside its settings, as JSON values."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +28,14 @@ class Algorithm:
     name: str
     """What the command line calls it."""
     kind: type[Any]
-    """The class: ``kind(config, device=...)``, `fit`, `save`, and, with a file format, `load`."""
+    """The class: ``kind(config, device=...)``, `fit`, `predict`, `save` and `load`."""
     offline: bool
     """Whether it is trained from a log alone, as ``safeshield train`` does."""
 
     @property
     def config_type(self) -> type[Any]:
         """Its settings, a dataclass on `files.schema.Settings`."""
-        kind: type[Any] = self.kind.config_type
-        return kind
+        return cast("type[Any]", self.kind.config_type)
 
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
@@ -85,8 +55,8 @@ ALGORITHMS: dict[str, Algorithm] = {}
 def register(name: str, *, offline: bool = True) -> Callable[[K], K]:
     """Return a class decorator that enters a learner in the registry.
 
-    The class has `config_type`, a dataclass of settings, and may have `file_format`, the name of
-    its files' format; then `load_agent` reads them by its classmethod `load`.
+    The class has `config_type`, a dataclass of settings, and `file_format`, the name of its files'
+    format, which its classmethod `load` reads; most derive from `training.agent.OfflineAgent`.
 
     Args:
         name: what the command line calls it.
@@ -103,9 +73,7 @@ def register(name: str, *, offline: bool = True) -> Callable[[K], K]:
                 f"the algorithm '{name}' is {'.'.join(_place(held.kind))} already; register "
                 f"{kind.__name__} under another name"
             )
-        form = getattr(kind, "file_format", None)
-        if form is not None:
-            register_format(form, AGENT, f"{kind.__name__}.load")
+        register_format(kind.file_format, AGENT, f"{kind.__name__}.load")
         ALGORITHMS[name] = Algorithm(name, kind, offline)
         return kind
 
@@ -131,7 +99,9 @@ def offline_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def load_agent(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Agent:
+def load_agent(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+) -> Learner[Any, Any]:
     """Read an agent of any registered algorithm from its file; the file imports nothing.
 
     Raises:
@@ -139,14 +109,11 @@ def load_agent(path: str | os.PathLike[str], *, device: str | torch.device = "cp
         ValueError: it is damaged, or no agent, or its algorithm is not registered.
     """
     form = read_tensors(path).header["format"]
-    known: dict[str, type[Any]] = {}
-    for one in ALGORITHMS.values():
-        if getattr(one.kind, "file_format", None) is not None:
-            known[one.kind.file_format] = one.kind
+    known = {one.kind.file_format: one.kind for one in ALGORITHMS.values()}
     if form not in known:
         raise ValueError(
             f"{path} must be an agent's file (one of {list(known)}), but is a {form!r}"
             f"{read_by(form)}"
         )
-    agent: Agent = known[form].load(path, device=device)
+    agent: Learner[Any, Any] = known[form].load(path, device=device)
     return agent
