@@ -32,9 +32,16 @@ from safeshield.collection import (
     config_for,
 )
 from safeshield.collection import learner as learner_module
-from safeshield.collection.learner import STATE, Progress, read_progress, segment_file
 from safeshield.collection.lock import locked
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
+from safeshield.collection.state import (
+    STATE,
+    Progress,
+    read_progress,
+    restore,
+    segment_file,
+    write_state,
+)
 from safeshield.data.collect import collect, log_of
 from safeshield.data.dataset import OfflineDataset
 from safeshield.spaces.rows import flat_actions, flat_observations
@@ -477,7 +484,7 @@ def test_an_interrupted_run_ends_in_the_same_log(
 ) -> None:
     owner, name, calls = {
         "in a rollout": (EpisodeRecorder, "step_wait", 200),
-        "before the state": (learner_module, "_write_state", 2),
+        "before the state": (learner_module, "write_state", 2),
         "while finishing": (learner_module, "_finish_episodes", 4),
     }[where]
     original, left = getattr(owner, name), [calls]
@@ -509,9 +516,9 @@ def test_a_state_is_restored_whole(tmp_path: Path) -> None:
     trained.learn(128)
     nothing = np.zeros(0, np.float32)
     progress = Progress(2, 1, 0.1 + 0.2, nothing, nothing)
-    learner_module._write_state(tmp_path / STATE, trained, seen, progress)
+    write_state(tmp_path / STATE, trained, seen, progress)
     fresh, unseen = learner(1)
-    learner_module._restore(tmp_path / STATE, fresh, unseen)
+    restore(tmp_path / STATE, fresh, unseen)
     pairs = zip(fresh.policy.named_parameters(), trained.policy.named_parameters(), strict=True)
     for (name, mine), (_, theirs) in pairs:
         assert torch.equal(mine, theirs), name
@@ -703,7 +710,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monke
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(learner_module, "_segment", stopped)
+    monkeypatch.setattr(learner_module.Learner, "_segment", stopped)
     command = ("collect", "safeshield/Boat-v0", tmp_path / "log.hdf5", "--limits", "none")
     assert "stopped; the same command goes on" in run(*command, code=130)
     assert not (tmp_path / "log.hdf5").exists()

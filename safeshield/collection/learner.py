@@ -15,29 +15,29 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import numpy.typing as npt
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
+from safeshield.collection.state import (
+    STATE,
+    Progress,
+    read_progress,
+    restore,
+    segment_file,
+    write_state,
+)
 from safeshield.data.collect import log_of
-from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import Count, Settings
-from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.rows import flat_actions, flat_observations
 
-Array = npt.NDArray[Any]
-STATE = "state.safetensors"
-_FORMAT = "safeshield-learner"
 _STEP_LIMIT = 100_000
 
 
@@ -103,109 +103,77 @@ class LearnerConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a learner is."""
+class Learner:
+    """One learner of a run; what it has done is kept in its folder."""
 
-    updates: int
-    """Done."""
-    segments: int
-    """Done, each with a file of episodes."""
-    price: float | None
-    """Its multiplier; None without a limit."""
-    returns: npt.NDArray[np.float32]
-    """(E,) of its episodes so far, in order."""
-    costs: npt.NDArray[np.float32]
-    """(E,) likewise."""
+    venv: VecEnv
+    """Environments that nothing else steps; raw, without wrappers."""
+    folder: Path
+    """Of this learner alone: its state, and the episodes of its segments."""
+    limit: float | None
+    """On the mean cost of an episode; None: it learns for the reward alone."""
+    seed: tuple[int, int]
+    """Seed of the run, and number of the learner."""
+    config: LearnerConfig
+    """The same as when it began."""
+    label_magnitude: float
+    """See `OfflineDataset`."""
+    report: Callable[[int, Progress], None]
+    """Called after each rollout with its number of steps, and after each segment (0 steps)."""
 
+    def learn(self, updates: int) -> Progress:
+        """Go on until so many updates are done in all.
 
-def segment_file(folder: Path, segment: int) -> Path:
-    """Return where the episodes of a segment are."""
-    return folder / f"segment-{segment:04d}.hdf5"
+        Raises:
+            ValueError: the environment does not report its costs, never ends, or a file is
+                damaged.
+        """
+        progress = read_progress(self.folder)
+        with _one_thread():
+            while progress.updates < updates:
+                count = min(self.config.segment, updates - progress.updates)
+                progress = self._segment(progress, count)
+                self.report(0, progress)
+        return progress
 
-
-def read_progress(folder: Path) -> Progress:
-    """Return how far the learner of a folder is.
-
-    Raises:
-        ValueError: its file is damaged, or the episodes of a segment are missing.
-    """
-    path = folder / STATE
-    if not path.exists():
-        nothing = np.zeros(0, np.float32)
-        return Progress(0, 0, None, nothing, nothing)
-    with _saying_the_way_out(folder):
-        header, arrays = _read_state(path)
-    progress = Progress(
-        header["updates"], header["segments"], header["price"], arrays[_RETURNS], arrays[_COSTS]
-    )
-    for segment in range(progress.segments):
-        if not segment_file(folder, segment).is_file():
-            raise ValueError(
-                f"{segment_file(folder, segment)} is missing, but {path} goes on from it; put it "
-                f"back, or delete the folder {folder} to let this learner begin anew"
-            )
-    return progress
-
-
-def learn(
-    venv: VecEnv,
-    folder: Path,
-    *,
-    limit: float | None,
-    updates: int,
-    seed: tuple[int, int],
-    config: LearnerConfig,
-    label_magnitude: float,
-    report: Callable[[int, Progress], None],
-) -> Progress:
-    """Go on with a learner until it has done so many updates.
-
-    Args:
-        venv: environments that nobody else steps; raw, without wrappers.
-        folder: of this learner alone: its state, and the episodes of its segments.
-        limit: on the mean cost of an episode; None: it learns for the reward alone.
-        updates: in all.
-        seed: of the run, and number of the learner.
-        config: the same as when it began.
-        label_magnitude: see `OfflineDataset`.
-        report: told after each rollout how many steps it had, and after each segment (0 steps).
-
-    Raises:
-        ValueError: the environment does not tell its costs, never ends, or a file is damaged.
-    """
-    progress = read_progress(folder)
-    with _one_thread():
-        while progress.updates < updates:
-            count = min(config.segment, updates - progress.updates)
-            progress = _segment(
-                venv, folder, progress, limit, count, seed, config, label_magnitude, report
-            )
-            report(0, progress)
-    return progress
+    def _segment(self, progress: Progress, updates: int) -> Progress:
+        config = self.config
+        seen = flat_observations(self.venv.observation_space)
+        played = flat_actions(self.venv.action_space)
+        recorder = EpisodeRecorder(self.venv, seen, played)
+        price = None
+        if self.limit is not None:
+            value = config.multiplier_start if progress.price is None else progress.price
+            price = Multiplier(self.limit, value, config.multiplier_rate)
+        priced = PricedReward(recorder, 0.0 if price is None else price.value)
+        stack = _normalised(priced, config)
+        numbers = np.random.SeedSequence([*self.seed, progress.segments]).generate_state(1)
+        # Half the range: environments are seeded with it and the numbers that follow.
+        model = _ppo(stack, config, seed=int(numbers[0]) // 2)
+        if progress.segments:
+            restore(self.folder / STATE, model, stack)
+        watch = _Watch(recorder, priced, price, config.rollout, progress, self.report)
+        model.learn(updates * config.rollout, callback=watch)
+        _finish_episodes(model, stack, recorder)
+        episodes = [*watch.episodes, *recorder.take()]
+        log = log_of(episodes, seen.space, played.space, label_magnitude=self.label_magnitude)
+        log.save(segment_file(self.folder, progress.segments))
+        after = Progress(
+            updates=progress.updates + updates,
+            segments=progress.segments + 1,
+            price=None if watch.price is None else watch.price.value,
+            returns=np.concatenate([progress.returns, log.returns.astype(np.float32)]),
+            costs=np.concatenate([progress.costs, log.episode_costs.astype(np.float32)]),
+        )
+        # Last: until this file is there, the segment has not happened.
+        write_state(self.folder / STATE, model, stack, after)
+        return after
 
 
-def _segment(
-    venv: VecEnv,
-    folder: Path,
-    progress: Progress,
-    limit: float | None,
-    updates: int,
-    seed: tuple[int, int],
-    config: LearnerConfig,
-    label_magnitude: float,
-    report: Callable[[int, Progress], None],
-) -> Progress:
-    seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
-    recorder = EpisodeRecorder(venv, seen, played)
-    price = None
-    if limit is not None:
-        value = config.multiplier_start if progress.price is None else progress.price
-        price = Multiplier(limit, value, config.multiplier_rate)
-    priced = PricedReward(recorder, 0.0 if price is None else price.value)
-    stack = _normalised(priced, config)
-    numbers = np.random.SeedSequence([*seed, progress.segments]).generate_state(1)
-    model = PPO(
-        "MultiInputPolicy" if isinstance(seen.space, gym.spaces.Dict) else "MlpPolicy",
+def _ppo(stack: VecNormalize, config: LearnerConfig, seed: int) -> PPO:
+    nested = isinstance(stack.observation_space, gym.spaces.Dict)
+    return PPO(
+        "MultiInputPolicy" if nested else "MlpPolicy",
         stack,
         learning_rate=config.learning_rate,
         n_steps=config.rollout_steps,
@@ -216,28 +184,9 @@ def _segment(
         clip_range=config.clip_range,
         ent_coef=config.entropy_weight,
         policy_kwargs={"net_arch": list(config.hidden)},
-        # Half the range: environments are seeded with it and the numbers that follow.
-        seed=int(numbers[0]) // 2,
+        seed=seed,
         device="cpu",
     )
-    if progress.segments:
-        _restore(folder / STATE, model, stack)
-    watch = _Watch(recorder, priced, price, config.rollout, progress, report)
-    model.learn(updates * config.rollout, callback=watch)
-    _finish_episodes(model, stack, recorder)
-    episodes = [*watch.episodes, *recorder.take()]
-    log = log_of(episodes, seen.space, played.space, label_magnitude=label_magnitude)
-    log.save(segment_file(folder, progress.segments))
-    after = Progress(
-        updates=progress.updates + updates,
-        segments=progress.segments + 1,
-        price=None if watch.price is None else watch.price.value,
-        returns=np.concatenate([progress.returns, log.returns.astype(np.float32)]),
-        costs=np.concatenate([progress.costs, log.episode_costs.astype(np.float32)]),
-    )
-    # Last: until this file is there, the segment has not happened.
-    _write_state(folder / STATE, model, stack, after)
-    return after
 
 
 def _normalised(priced: PricedReward, config: LearnerConfig) -> VecNormalize:
@@ -314,71 +263,6 @@ def _finish_episodes(model: PPO, stack: VecNormalize, recorder: EpisodeRecorder)
     )
 
 
-_RETURNS, _COSTS, _POLICY, _MOMENTS = "episodes.returns", "episodes.costs", "policy.", "moments."
-
-
-def _write_state(path: Path, model: PPO, stack: VecNormalize, progress: Progress) -> None:
-    """Write weights, Adam's moments, running statistics and how far it is; nothing that can run."""
-    arrays = {_RETURNS: progress.returns, _COSTS: progress.costs}
-    for name, tensor in model.policy.state_dict().items():
-        arrays[_POLICY + name] = tensor.detach().numpy()
-    for index, moments in model.policy.optimizer.state_dict()["state"].items():
-        for name, tensor in moments.items():
-            arrays[f"{_MOMENTS}{index}.{name}"] = np.asarray(tensor, np.float32)
-    header = {
-        "format": _FORMAT,
-        "updates": progress.updates,
-        "segments": progress.segments,
-        "price": progress.price,
-        "statistics": {name: _statistics_json(one) for name, one in _statistics(stack).items()},
-    }
-    write_tensors(path, arrays, header)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    file = read_tensors(path, _FORMAT)
-    return file.header, file.load(file.shapes)
-
-
-def _restore(path: Path, model: PPO, stack: VecNormalize) -> None:
-    header, arrays = _read_state(path)
-    # Copies: the arrays may be views of the file's bytes, which must not be trained in place.
-    weights = {
-        name.removeprefix(_POLICY): torch.tensor(array)
-        for name, array in arrays.items()
-        if name.startswith(_POLICY)
-    }
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, array in arrays.items():
-        if name.startswith(_MOMENTS):
-            index, key = name.removeprefix(_MOMENTS).split(".")
-            moments.setdefault(int(index), {})[key] = torch.tensor(array)
-    model.policy.load_state_dict(weights)
-    groups = model.policy.optimizer.state_dict()["param_groups"]
-    model.policy.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    for name, one in _statistics(stack).items():
-        stored = header["statistics"][name]
-        one.mean = np.array(stored["mean"], np.float64)
-        one.var = np.array(stored["variance"], np.float64)
-        one.count = float(stored["count"])
-
-
-def _statistics(stack: VecNormalize) -> dict[str, RunningMeanStd]:
-    """The running statistics by name; of observations only where they are normalised."""
-    found = {"rewards": stack.ret_rms}
-    if stack.norm_obs:
-        kept = stack.obs_rms
-        parts = kept if isinstance(kept, dict) else {"": kept}
-        found |= {f"observations.{name}": one for name, one in parts.items()}
-    return found
-
-
-def _statistics_json(one: RunningMeanStd) -> dict[str, Any]:
-    # Python writes a float64 so that it is read back exactly.
-    mean, variance = np.asarray(one.mean).tolist(), np.asarray(one.var).tolist()
-    return {"mean": mean, "variance": variance, "count": float(one.count)}
-
-
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """One thread: networks this small gain nothing from a second, and sums keep their order."""
@@ -388,25 +272,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def load_segment(folder: Path, segment: int) -> OfflineDataset:
-    """Read the episodes of a segment.
-
-    Raises:
-        ValueError: its file is damaged.
-    """
-    with _saying_the_way_out(folder):
-        return OfflineDataset.load(segment_file(folder, segment))
-
-
-@contextlib.contextmanager
-def _saying_the_way_out(folder: Path) -> Iterator[None]:
-    """Add to the error of a damaged file what there is to be done in this place."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. Where there is no whole copy of that file, delete the folder {folder} to "
-            "let this learner begin anew; the others go on from theirs"
-        ) from error

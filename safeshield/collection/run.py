@@ -5,48 +5,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
-from safeshield.collection.learner import (
-    STATE,
-    LearnerConfig,
-    Progress,
-    learn,
-    load_segment,
-    read_progress,
-)
-from safeshield.collection.lock import LOCK, locked
-from safeshield.collection.multiplier import Multiplier
+from safeshield.collection.learner import Learner, LearnerConfig
+from safeshield.collection.lock import locked
+from safeshield.collection.plan import Plan, learner_folder, refuse_foreign, versions_used
+from safeshield.collection.state import Progress, load_segment, read_progress
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.files.atomic import written_whole
-from safeshield.files.schema import versions, whole
+from safeshield.files.schema import whole
 from safeshield.rollouts.copies import (
     Env,
     Member,
-    environment_name,
     is_vector_env,
     spec_to_copy,
     why_alone,
 )
-from safeshield.spaces.rows import flat_actions
-from safeshield.spaces.schema import space_to_json
 
 LIMITS: tuple[float | None, ...] = (None, 25.0, 5.0, 0.0)
 """Of four learners: one for the reward alone, three under a limit on an episode's cost."""
 STEPS = 200_000
-PLAN = "plan.json"
-_FORMAT = "safeshield-collection"
 
 
 def collect_while_learning(
@@ -98,33 +85,32 @@ def collect_while_learning(
     """
     _check_env(env)
     config = config or config_for(env)
-    plan = _Plan.of(env, limits, seed, config, label_magnitude)
+    plan = Plan.of(env, limits, seed, config, label_magnitude)
     updates = config.updates(whole("steps", steps, least=1))
     folder = Path(folder)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(folder))
         plan.claim(folder)
         venv = stack.enter_context(_environments(env, config.num_envs))
         bar = stack.enter_context(_Bar(folder, plan, updates, shown=progress_bar))
         done = [
-            learn(
+            Learner(
                 venv,
-                _learner_folder(folder, number),
-                limit=limit,
-                updates=updates,
-                seed=(seed, number),
-                config=config,
-                label_magnitude=label_magnitude,
+                learner_folder(folder, number),
+                limit,
+                (seed, number),
+                config,
+                label_magnitude,
                 report=bar.of(limit),
-            )
+            ).learn(updates)
             for number, limit in enumerate(plan.limits)
         ]
         kept = _kept(done, thinning)
         parts = [
             part
             for number, (progress, indices) in enumerate(zip(done, kept, strict=True))
-            for part in _selected(_learner_folder(folder, number), progress, indices)
+            for part in _selected(learner_folder(folder, number), progress, indices)
         ]
         provenance = _provenance(folder, plan, done, kept, thinning)
     return dataclasses.replace(OfflineDataset.concatenate(parts), provenance=provenance)
@@ -150,113 +136,6 @@ def _check_env(env: object) -> None:
             f"env must be a single Gymnasium environment, got {type(env).__name__}; make one "
             "with gymnasium.make(id)"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What must be the same for a folder to be gone on with."""
-
-    environment: str
-    wrappers: tuple[str, ...]
-    """Around it, by name."""
-    spaces: dict[str, Any]
-    limits: tuple[float | None, ...]
-    seed: int
-    config: LearnerConfig
-    label_magnitude: float
-
-    @classmethod
-    def of(
-        cls,
-        env: Env,
-        limits: Sequence[float | None],
-        seed: int,
-        config: LearnerConfig,
-        label_magnitude: float,
-    ) -> Self:
-        if not limits:
-            raise ValueError("limits must name at least one learner's cost limit, or None; got ()")
-        seed = whole("seed", seed, least=0)
-        played = flat_actions(env.action_space)
-        if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
-            raise ValueError(
-                f"env's action_space must be bounded, as PPO needs it, got {env.action_space}; "
-                "give it the bounds of the actuators, in the environment or in a wrapper"
-            )
-        checked = tuple(
-            None if limit is None else Multiplier(float(limit), config.multiplier_start,
-                                                  config.multiplier_rate).limit
-            for limit in limits
-        )  # fmt: skip
-        spaces = {
-            "observation_space": space_to_json(env.observation_space),
-            "action_space": space_to_json(env.action_space),
-        }
-        return cls(
-            environment=environment_name(env),
-            wrappers=_wrappers(env),
-            spaces=spaces,
-            limits=checked,
-            seed=seed,
-            config=config,
-            label_magnitude=float(label_magnitude),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
-
-    def claim(self, folder: Path) -> None:
-        """Begin in this folder, or see that it was begun with the same plan; note the versions.
-
-        Raises:
-            ValueError: it is of another run.
-        """
-        path = folder / PLAN
-        if not path.exists():
-            self._begin(folder)
-            return
-        stored = _read_json(path)
-        mine = self.to_json()
-        differing = [
-            f"{name} {stored['plan'].get(name)} there, {mine[name]} here"
-            for name in mine
-            if stored["plan"].get(name) != mine[name]
-        ]
-        if differing and not any(folder.glob(f"learner-*/{STATE}")):
-            self._begin(folder)
-        elif differing:
-            raise ValueError(
-                f"{folder} is of another run ({'; '.join(differing)}); use another folder, or the "
-                "same arguments to go on with it"
-            )
-        elif versions() not in stored["versions"]:
-            stored["versions"].append(versions())
-            _write_json(path, stored)
-
-    def _begin(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in range(len(self.limits)):
-            _learner_folder(folder, number).mkdir(exist_ok=True)
-        content = {"format": _FORMAT, "plan": self.to_json(), "versions": [versions()]}
-        _write_json(folder / PLAN, content)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Raise ValueError where there is something already, and it is not of this module's making."""
-    if not folder.exists() or (folder / PLAN).exists():
-        return
-    if not folder.is_dir() or any(one.name != LOCK for one in folder.iterdir()):
-        raise ValueError(
-            f"{folder} must be a new or empty folder, or one that this began; it is not"
-        )
-
-
-def _wrappers(env: Env) -> tuple[str, ...]:
-    names = []
-    while isinstance(env, gym.Wrapper):
-        names.append(type(env).__name__)
-        env = env.env
-    return tuple(names)
 
 
 @contextlib.contextmanager
@@ -316,7 +195,7 @@ def _selected(folder: Path, progress: Progress, indices: Indices) -> Iterator[Of
 
 def _provenance(
     folder: Path,
-    plan: _Plan,
+    plan: Plan,
     done: Sequence[Progress],
     kept: Sequence[Indices],
     thinning: Thinning | None,
@@ -340,16 +219,16 @@ def _provenance(
         "learners": learners,
         "settings": stored["config"],
         "thinning": None if thinning is None else dataclasses.asdict(thinning),
-        "versions": _read_json(folder / PLAN)["versions"],
+        "versions": versions_used(folder),
     }
 
 
 class _Bar:
     """A progress bar over the steps of all learners."""
 
-    def __init__(self, folder: Path, plan: _Plan, updates: int, *, shown: bool) -> None:
+    def __init__(self, folder: Path, plan: Plan, updates: int, *, shown: bool) -> None:
         numbers = range(len(plan.limits))
-        before = [read_progress(_learner_folder(folder, number)).updates for number in numbers]
+        before = [read_progress(learner_folder(folder, number)).updates for number in numbers]
         rollout = plan.config.rollout
         self._bar = tqdm(
             total=rollout * sum(max(updates, one) for one in before),
@@ -382,22 +261,3 @@ class _Bar:
                 self._bar.set_postfix(told, refresh=False)
 
         return report
-
-
-def _learner_folder(folder: Path, number: int) -> Path:
-    return folder / f"learner-{number:02d}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; begin in another folder") from error
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no plan of safeshield's; use another folder")
-    return data
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with written_whole(path) as part:
-        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

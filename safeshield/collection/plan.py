@@ -1,0 +1,164 @@
+"""What a folder of learners was begun with, which must be the same to go on in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+
+from safeshield.collection.learner import LearnerConfig
+from safeshield.collection.lock import LOCK
+from safeshield.collection.multiplier import Multiplier
+from safeshield.collection.state import STATE
+from safeshield.files.atomic import written_whole
+from safeshield.files.schema import json_values, versions, whole
+from safeshield.rollouts.copies import Env, environment_name
+from safeshield.spaces.rows import flat_actions
+from safeshield.spaces.schema import space_to_json
+
+PLAN = "plan.json"
+_FORMAT = "safeshield-collection"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What must be the same for the learners of a folder to go on."""
+
+    environment: str
+    wrappers: tuple[str, ...]
+    """Around it, by name."""
+    spaces: dict[str, Any]
+    limits: tuple[float | None, ...]
+    seed: int
+    config: LearnerConfig
+    label_magnitude: float
+
+    @classmethod
+    def of(
+        cls,
+        env: Env,
+        limits: Sequence[float | None],
+        seed: int,
+        config: LearnerConfig,
+        label_magnitude: float,
+    ) -> Self:
+        """Check the arguments of a run, and return its plan.
+
+        Raises:
+            ValueError: no limit, a limit or a seed out of range, or actions without bounds.
+            TypeError: a seed that is no whole number.
+        """
+        if not limits:
+            raise ValueError("limits must name at least one learner's cost limit, or None; got ()")
+        seed = whole("seed", seed, least=0)
+        played = flat_actions(env.action_space)
+        if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
+            raise ValueError(
+                f"env's action_space must be bounded, as PPO needs it, got {env.action_space}; "
+                "give it the bounds of the actuators, in the environment or in a wrapper"
+            )
+        start, rate = config.multiplier_start, config.multiplier_rate
+        checked = tuple(
+            None if limit is None else Multiplier(float(limit), start, rate).limit
+            for limit in limits
+        )
+        return cls(
+            environment=environment_name(env),
+            wrappers=_wrappers(env),
+            spaces={
+                "observation_space": space_to_json(env.observation_space),
+                "action_space": space_to_json(env.action_space),
+            },
+            limits=checked,
+            seed=seed,
+            config=config,
+            label_magnitude=float(label_magnitude),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return json_values(self)
+
+    def claim(self, folder: Path) -> None:
+        """Begin in this folder, or see that it was begun with the same plan; note the versions.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        path = folder / PLAN
+        if not path.exists():
+            self._begin(folder)
+            return
+        stored = _read(path)
+        mine = self.to_json()
+        differing = [
+            f"{name} {stored['plan'].get(name)} there, {mine[name]} here"
+            for name in mine
+            if stored["plan"].get(name) != mine[name]
+        ]
+        if differing and not any(folder.glob(f"learner-*/{STATE}")):
+            self._begin(folder)
+        elif differing:
+            raise ValueError(
+                f"{folder} is of another run ({'; '.join(differing)}); use another folder, or the "
+                "same arguments to go on with it"
+            )
+        elif versions() not in stored["versions"]:
+            stored["versions"].append(versions())
+            _write(path, stored)
+
+    def _begin(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(len(self.limits)):
+            learner_folder(folder, number).mkdir(exist_ok=True)
+        content = {"format": _FORMAT, "plan": self.to_json(), "versions": [versions()]}
+        _write(folder / PLAN, content)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ValueError where there is something already, and it is not of this module's making."""
+    if not folder.exists() or (folder / PLAN).exists():
+        return
+    if not folder.is_dir() or any(one.name != LOCK for one in folder.iterdir()):
+        raise ValueError(
+            f"{folder} must be a new or empty folder, or one that this began; it is not"
+        )
+
+
+def _wrappers(env: Env) -> tuple[str, ...]:
+    names = []
+    while isinstance(env, gym.Wrapper):
+        names.append(type(env).__name__)
+        env = env.env
+    return tuple(names)
+
+
+def learner_folder(folder: Path, number: int) -> Path:
+    """Return where the learner of this number keeps its files."""
+    return folder / f"learner-{number:02d}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; begin in another folder") from error
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no plan of safeshield's; use another folder")
+    return data
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    with written_whole(path) as part:
+        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def versions_used(folder: Path) -> list[dict[str, str]]:
+    """Return the versions that a folder's learners were run with."""
+    used: list[dict[str, str]] = _read(folder / PLAN)["versions"]
+    return used

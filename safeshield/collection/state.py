@@ -1,0 +1,154 @@
+"""What a learner goes on from: a file of its state, and one of episodes for each segment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecNormalize
+
+from safeshield.data.dataset import OfflineDataset
+from safeshield.files.tensors import read_tensors, write_tensors
+
+Array = npt.NDArray[Any]
+STATE = "state.safetensors"
+_FORMAT = "safeshield-learner"
+_RETURNS, _COSTS, _POLICY, _MOMENTS = "episodes.returns", "episodes.costs", "policy.", "moments."
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a learner is."""
+
+    updates: int
+    """Done."""
+    segments: int
+    """Done, each with a file of episodes."""
+    price: float | None
+    """Its multiplier; None without a limit."""
+    returns: npt.NDArray[np.float32]
+    """(E,) of its episodes so far, in order."""
+    costs: npt.NDArray[np.float32]
+    """(E,) likewise."""
+
+
+def segment_file(folder: Path, segment: int) -> Path:
+    """Return where the episodes of a segment are."""
+    return folder / f"segment-{segment:04d}.hdf5"
+
+
+def read_progress(folder: Path) -> Progress:
+    """Return how far the learner of a folder is.
+
+    Raises:
+        ValueError: its file is damaged, or the episodes of a segment are missing.
+    """
+    path = folder / STATE
+    if not path.exists():
+        nothing = np.zeros(0, np.float32)
+        return Progress(0, 0, None, nothing, nothing)
+    with _saying_the_way_out(folder):
+        header, arrays = _read_state(path)
+    progress = Progress(
+        header["updates"], header["segments"], header["price"], arrays[_RETURNS], arrays[_COSTS]
+    )
+    for segment in range(progress.segments):
+        if not segment_file(folder, segment).is_file():
+            raise ValueError(
+                f"{segment_file(folder, segment)} is missing, but {path} goes on from it; put it "
+                f"back, or delete the folder {folder} to let this learner begin anew"
+            )
+    return progress
+
+
+def load_segment(folder: Path, segment: int) -> OfflineDataset:
+    """Read the episodes of a segment.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    with _saying_the_way_out(folder):
+        return OfflineDataset.load(segment_file(folder, segment))
+
+
+@contextlib.contextmanager
+def _saying_the_way_out(folder: Path) -> Iterator[None]:
+    """Add to the error of a damaged file what there is to be done in this place."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Where there is no whole copy of that file, delete the folder {folder} to "
+            "let this learner begin anew; the others go on from theirs"
+        ) from error
+
+
+def write_state(path: Path, model: PPO, stack: VecNormalize, progress: Progress) -> None:
+    """Write weights, Adam's moments, running statistics and how far it is; nothing that can run."""
+    arrays = {_RETURNS: progress.returns, _COSTS: progress.costs}
+    for name, tensor in model.policy.state_dict().items():
+        arrays[_POLICY + name] = tensor.detach().numpy()
+    for index, moments in model.policy.optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            arrays[f"{_MOMENTS}{index}.{name}"] = np.asarray(tensor, np.float32)
+    header = {
+        "format": _FORMAT,
+        "updates": progress.updates,
+        "segments": progress.segments,
+        "price": progress.price,
+        "statistics": {name: _statistics_json(one) for name, one in _statistics(stack).items()},
+    }
+    write_tensors(path, arrays, header)
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    file = read_tensors(path, _FORMAT)
+    return file.header, file.load(file.shapes)
+
+
+def restore(path: Path, model: PPO, stack: VecNormalize) -> None:
+    """Let a new model and new statistics go on from a file of `write_state`."""
+    header, arrays = _read_state(path)
+    # Copies: the arrays may be views of the file's bytes, which must not be trained in place.
+    weights = {
+        name.removeprefix(_POLICY): torch.tensor(array)
+        for name, array in arrays.items()
+        if name.startswith(_POLICY)
+    }
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, array in arrays.items():
+        if name.startswith(_MOMENTS):
+            index, key = name.removeprefix(_MOMENTS).split(".")
+            moments.setdefault(int(index), {})[key] = torch.tensor(array)
+    model.policy.load_state_dict(weights)
+    groups = model.policy.optimizer.state_dict()["param_groups"]
+    model.policy.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for name, one in _statistics(stack).items():
+        stored = header["statistics"][name]
+        one.mean = np.array(stored["mean"], np.float64)
+        one.var = np.array(stored["variance"], np.float64)
+        one.count = float(stored["count"])
+
+
+def _statistics(stack: VecNormalize) -> dict[str, RunningMeanStd]:
+    """The running statistics by name; of observations only where they are normalised."""
+    found = {"rewards": stack.ret_rms}
+    if stack.norm_obs:
+        kept = stack.obs_rms
+        parts = kept if isinstance(kept, dict) else {"": kept}
+        found |= {f"observations.{name}": one for name, one in parts.items()}
+    return found
+
+
+def _statistics_json(one: RunningMeanStd) -> dict[str, Any]:
+    # Python writes a float64 so that it is read back exactly.
+    mean, variance = np.asarray(one.mean).tolist(), np.asarray(one.var).tolist()
+    return {"mean": mean, "variance": variance, "count": float(one.count)}
