@@ -17,7 +17,7 @@ from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig, SafeFQLRun
 from safeshield.data import OfflineDataset, collect
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.flow import flow_matching_loss
-from safeshield.training.checkpoint import flatten
+from safeshield.training.checkpoint import flatten, from_tree, to_tree, unflatten
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary
 from safeshield.training.schedule import stages
@@ -192,16 +192,16 @@ def test_updates_are_pure_functions(phases: Any, log: OfflineDataset) -> None:  
     run = make_run(log, phases=phases)
     state = run.initial(torch.Generator().manual_seed(0))
     for phase in run.phases():
-        before = {name: tensor.clone() for name, tensor in flatten(state).items()}
+        before = {name: tensor.clone() for name, tensor in flatten(to_tree(state)).items()}
         given = draw(log)
         one, metrics = phase.update(state, given)
         two, _ = phase.update(state, given)
-        for name, tensor in flatten(state).items():
+        for name, tensor in flatten(to_tree(state)).items():
             assert torch.equal(tensor, before[name]), f"{phase.name} changed {name}"
-        for name, tensor in flatten(one).items():
-            assert torch.equal(tensor, flatten(two)[name]), f"{phase.name}: {name} differs"
+        for name, tensor in flatten(to_tree(one)).items():
+            assert torch.equal(tensor, flatten(to_tree(two))[name]), f"{phase.name}: {name} differs"
         assert all(isinstance(value, torch.Tensor) for value in metrics.values())
-        assert not all(torch.equal(t, before[n]) for n, t in flatten(one).items())
+        assert not all(torch.equal(t, before[n]) for n, t in flatten(to_tree(one)).items())
 
 
 @pytest.mark.parametrize(
@@ -382,14 +382,15 @@ def test_on_cuda_it_learns_what_it_learns_on_the_cpu(log: OfflineDataset) -> Non
         one, _ = mine.update(state, draw(log))
         there = _to(state, "cuda")
         two, _ = theirs.update(there, Draw(*(x.cuda() for x in draw(log))))
-        for name, tensor in flatten(one).items():
-            torch.testing.assert_close(flatten(two)[name].cpu(), tensor, rtol=1e-3, atol=1e-4)
+        for name, tensor in flatten(to_tree(one)).items():
+            torch.testing.assert_close(
+                flatten(to_tree(two))[name].cpu(), tensor, rtol=1e-3, atol=1e-4
+            )
 
 
 def _to(state: TrainState, device: str) -> TrainState:
-    from safeshield.training.checkpoint import unflatten
-
-    return unflatten(state, {name: t.to(device) for name, t in flatten(state).items()})
+    moved = {name: t.to(device) for name, t in flatten(to_tree(state)).items()}
+    return from_tree(unflatten(to_tree(state), moved))
 
 
 # -- acting -------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.training.architecture import Architecture
+from safeshield.training.checkpoint import flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, device_of, fit_options, run_phases
 from safeshield.training.run import Config, Run
@@ -210,8 +211,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             **self._header(model),
         }
         kept = {name: self._arrays[name] for name in self._kept(model)}
-        flat = {f"{n}/{k}": a for n, params in kept.items() for k, a in params.items()}
-        write_tensors(path, flat, header)
+        write_tensors(path, flatten(kept), header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "auto") -> Self:
@@ -247,16 +247,10 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
                 read.observation_space, read.action_space, read.scaling, read.header
             )
         parts = model.parts()
-        shapes = {
-            f"{name}/{key}": shape
-            for name in self._kept(model)
-            for key, shape in parts[name].shapes.items()
-        }
-        networks: Networks = {}
-        for name, array in read.file.load(shapes).items():
-            network, key = name.split("/")
-            networks.setdefault(network, {})[key] = torch.tensor(array, device=self.device)
-        self._adopt(model, networks)
+        shapes = {name: parts[name].shapes for name in self._kept(model)}
+        arrays = read.file.load(flatten(shapes))
+        tensors = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
+        self._adopt(model, unflatten(shapes, tensors))
 
     # -- training -----------------------------------------------------------------------------
 

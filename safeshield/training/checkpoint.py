@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from safeshield.files.tensors import CHECKPOINT, read_tensors, register_format, write_tensors
-from safeshield.nn.mlp import Networks
 from safeshield.nn.optim import AdamState
 from safeshield.training.log import RunIdentity
 from safeshield.training.state import TrainState
@@ -20,43 +18,48 @@ _FORMAT = "safeshield-checkpoint"
 register_format(_FORMAT, CHECKPOINT, "fit(checkpoint=...), which goes on from it,")
 
 
-def flatten(state: TrainState) -> dict[str, Tensor]:
-    """Return every tensor of a state by the name that it has in a checkpoint."""
-    flat: dict[str, Tensor] = {"near": state.boundary_rows}
-    for group, networks in (("networks", state.networks), ("targets", state.targets)):
-        for name, params in networks.items():
-            flat |= {f"{group}/{name}/{key}": tensor for key, tensor in params.items()}
-    for phase, moments in state.moments.items():
-        flat[f"moments/{phase}/updates"] = moments.updates
-        for group, networks in (("mean", moments.mean), ("square", moments.square)):
-            for name, params in networks.items():
-                flat |= {f"moments/{phase}/{group}/{name}/{k}": t for k, t in params.items()}
-    flat |= {f"scales/{name}": value for name, value in state.scales.items()}
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by their paths.
+
+    >>> flatten({"actor": {"0.weight": 1, "0.bias": 2}})
+    {'actor/0.weight': 1, 'actor/0.bias': 2}
+    """
+    flat: dict[str, Any] = {}
+    for name, part in tree.items():
+        inner = isinstance(part, Mapping)
+        flat |= flatten(part, f"{prefix}{name}/") if inner else {prefix + name: part}
     return flat
 
 
-def unflatten(state: TrainState, flat: Mapping[str, Tensor]) -> TrainState:
-    """Return the state that `flatten` made into `flat`; `state` gives the names."""
+def unflatten(template: Mapping[str, Any], flat: Mapping[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
+    """Return nested dicts as `template`, with the leaves of `flat`."""
+    return {
+        name: unflatten(part, flat, f"{prefix}{name}/")
+        if isinstance(part, Mapping)
+        else flat[prefix + name]
+        for name, part in template.items()
+    }
 
-    def take(prefix: str, networks: Networks) -> Networks:
-        return {
-            name: {key: flat[f"{prefix}/{name}/{key}"] for key in params}
-            for name, params in networks.items()
-        }
 
+def to_tree(state: TrainState) -> dict[str, Any]:
+    """Return a state as nested dicts, under the names that a checkpoint has."""
+    return {
+        "near": state.boundary_rows,
+        "networks": state.networks,
+        "targets": state.targets,
+        "moments": {phase: moments._asdict() for phase, moments in state.moments.items()},
+        "scales": state.scales,
+    }
+
+
+def from_tree(tree: dict[str, Any]) -> TrainState:
+    """Return the state of which `to_tree` made nested dicts."""
     return TrainState(
-        take("networks", state.networks),
-        take("targets", state.targets),
-        {
-            phase: AdamState(
-                take(f"moments/{phase}/mean", moments.mean),
-                take(f"moments/{phase}/square", moments.square),
-                flat[f"moments/{phase}/updates"],
-            )
-            for phase, moments in state.moments.items()
-        },
-        {name: flat[f"scales/{name}"] for name in state.scales},
-        flat["near"],
+        tree["networks"],
+        tree["targets"],
+        {phase: AdamState(**moments) for phase, moments in tree["moments"].items()},
+        tree["scales"],
+        tree["near"],
     )
 
 
@@ -69,7 +72,7 @@ def save_checkpoint(
     phase: str,
 ) -> None:
     """Write the whole state of a run, atomically."""
-    flat = {**flatten(state), "generator": generator.get_state()}
+    flat = flatten({**to_tree(state), "generator": generator.get_state()})
     header = {
         "format": _FORMAT,
         "done": done,
@@ -99,7 +102,8 @@ def load_checkpoint(
     Raises:
         ValueError: the file is damaged, or is of another configuration, log or number of steps.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in flatten(state).items()}
+    tree = to_tree(state)
+    shapes = {name: tuple(tensor.shape) for name, tensor in flatten(tree).items()}
     shapes["generator"] = tuple(generator.get_state().shape)
     dtypes: dict[str, Any] = {"near": np.int64, "generator": np.uint8}
     dtypes |= {f"scales/{name}": value.cpu().numpy().dtype for name, value in state.scales.items()}
@@ -125,4 +129,4 @@ def load_checkpoint(
     flat = {name: torch.from_numpy(array) for name, array in arrays.items()}
     generator.set_state(flat.pop("generator"))
     moved = {name: tensor.to(generator.device) for name, tensor in flat.items()}
-    return unflatten(state, moved), done
+    return from_tree(unflatten(tree, moved)), done

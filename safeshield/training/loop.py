@@ -8,10 +8,11 @@ never stopped: all that a run depends on is the `TrainState` and the generator's
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from safeshield.files.schema import whole
 from safeshield.training.checkpoint import load_checkpoint, save_checkpoint
 from safeshield.training.log import RunIdentity
-from safeshield.training.state import Draw, Phase, TrainState
+from safeshield.training.state import Draw, Metrics, Phase, TrainState
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -125,60 +126,76 @@ def run_phases(
         options: see `FitOptions`.
         identity: of the configuration, the log and the steps; a checkpoint of others is refused.
     """
-    done = 0
-    if options.checkpoint is not None and options.checkpoint.exists():
-        state, done = load_checkpoint(options.checkpoint, state, generator, identity, transitions)
-    total = sum(phase.steps for phase in phases)
-    writer = _writer(options.log_dir, done)
-    bar = tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step")
-    started, first = time.perf_counter(), done
-    offset, saved = 0, started
-    try:
-        for phase in phases:
-            end = offset + phase.steps
-            for local in range(max(done - offset, 0), phase.steps):
-                if options.stop_after is not None and done >= options.stop_after:
-                    if options.checkpoint is not None:
-                        save_checkpoint(
-                            options.checkpoint, state, done, generator, identity, phase.name
-                        )
-                    return state, False
-                if phase.refresh is not None and local % phase.refresh_every == 0:
-                    state = phase.refresh(state, generator)
-                draw = _draw(phase, state, generator, transitions, noise_features)
-                state, metrics = phase.update(state, draw)
-                done += 1
-                if done % options.log_every == 0 or done == end:
-                    # The only place where numbers leave the device.
-                    if phase.report is not None:
-                        metrics = {**metrics, **phase.report(state, draw)}
-                    values = {key: float(value) for key, value in metrics.items()}
-                    values["time/steps_per_second"] = (done - first) / (
-                        time.perf_counter() - started
-                    )
-                    _check_finite(values, phase.name, done)
-                    bar.set_description(phase.name, refresh=False)
-                    bar.update(done - bar.n)
-                    if writer is not None:
-                        for key, value in values.items():
-                            writer.add_scalar(key, value, done)
-                if done == end:
-                    _check_weights(state, phase.name, done)
-                if options.checkpoint is not None and (
-                    done % options.checkpoint_every == 0
-                    or done == end
-                    or time.perf_counter() - saved > _SECONDS
-                ):
-                    save_checkpoint(
-                        options.checkpoint, state, done, generator, identity, phase.name
-                    )
-                    saved = time.perf_counter()
-            offset = end
-    finally:
-        bar.close()
-        if writer is not None:
-            writer.close()
+    done, path = 0, options.checkpoint
+    if path is not None and path.exists():
+        state, done = load_checkpoint(path, state, generator, identity, transitions)
+    saved = time.perf_counter()
+    with contextlib.closing(_Progress(phases, options, done)) as progress:
+        for phase, local in _remaining(phases, done):
+            if options.stop_after is not None and done >= options.stop_after:
+                if path is not None:
+                    save_checkpoint(path, state, done, generator, identity, phase.name)
+                return state, False
+            if phase.refresh is not None and local % phase.refresh_every == 0:
+                state = phase.refresh(state, generator)
+            draw = _draw(phase, state, generator, transitions, noise_features)
+            state, metrics = phase.update(state, draw)
+            done, last = done + 1, local + 1 == phase.steps
+            if done % options.log_every == 0 or last:
+                progress.tell(phase, state, draw, metrics, done)
+            if last:
+                _check_weights(state, phase.name, done)
+            if path is not None and (
+                last
+                or done % options.checkpoint_every == 0
+                or time.perf_counter() - saved > _SECONDS
+            ):
+                save_checkpoint(path, state, done, generator, identity, phase.name)
+                saved = time.perf_counter()
     return state, True
+
+
+def _remaining(phases: list[Phase], done: int) -> Iterator[tuple[Phase, int]]:
+    """Yield the updates that are left, each as its phase and its place in it."""
+    for phase in phases:
+        yield from ((phase, local) for local in range(min(done, phase.steps), phase.steps))
+        done = max(done - phase.steps, 0)
+
+
+class _Progress:
+    """The progress bar, and the figures in TensorBoard."""
+
+    def __init__(self, phases: list[Phase], options: FitOptions, done: int) -> None:
+        total = sum(phase.steps for phase in phases)
+        self._bar = tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step")
+        self._writer: SummaryWriter | None = None
+        if options.log_dir is not None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._writer = SummaryWriter(str(options.log_dir), purge_step=done or None)
+        self._first, self._started = done, time.perf_counter()
+
+    def tell(
+        self, phase: Phase, state: TrainState, draw: Draw, metrics: Metrics, done: int
+    ) -> None:
+        """Write down what an update came to: the only place where numbers leave the device."""
+        if phase.report is not None:
+            metrics = {**metrics, **phase.report(state, draw)}
+        values = {key: float(value) for key, value in metrics.items()}
+        seconds = time.perf_counter() - self._started
+        values["time/steps_per_second"] = (done - self._first) / seconds
+        _check_finite(values, phase.name, done)
+        self._bar.set_description(phase.name, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, done)
+
+    def close(self) -> None:
+        """Finish the bar and the file."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _draw(
@@ -193,14 +210,6 @@ def _draw(
     noise = torch.randn(size, features, generator=generator, device=device)
     uniform = torch.rand(size, 1, generator=generator, device=device)
     return Draw(rows, noise, uniform)
-
-
-def _writer(log_dir: Path | None, done: int) -> SummaryWriter | None:
-    if log_dir is None:
-        return None
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    return SummaryWriter(str(log_dir), purge_step=done or None)
 
 
 def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
