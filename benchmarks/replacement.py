@@ -169,7 +169,7 @@ def untrained(width: int, seed: int) -> Shield:
     }
     seen, box = gym.spaces.Box(-9.0, 9.0, (4,)), gym.spaces.Box(-1.0, 1.0, (width,))
     scaling = Scaling(np.zeros(4, "f4"), np.ones(4, "f4"), box.low, box.high)
-    return Shield(SafetyModel(seen, box, scaling, SafetyScale(0.0, 1.0, 1.0), networks))
+    return Shield(SafetyModel.of_networks(seen, box, scaling, SafetyScale(0.0, 1.0, 1.0), networks))
 
 
 def dimensions(width: int, count: int = 2000) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.proposals.choices import choice_index, draw_choices, every_choice, normalised
+from safeshield.nn.arrays import log_softmax
+from safeshield.proposals.choices import draw_choices, every_choice
 from safeshield.proposals.sources import LoggedBehaviour, Source, Uniform, UserPolicy
 from safeshield.rollouts.policies import Memory
 from safeshield.shield.critics import StateValue
@@ -326,7 +327,7 @@ class SafeSupportPolicy:
             return None
         inside = np.asarray(self._codec.contains(action_rows))
         known = np.where(inside[:, None], action_rows, self._codec.low)
-        index = choice_index(self._codec, known[:, None])
+        index = self._codec.choice_index(known[:, None])
         return np.where(inside, np.take_along_axis(log_probs, index, axis=1)[:, 0], -np.inf)
 
     def _choice_log_probs(self, view: _View) -> _Array | None:
@@ -341,7 +342,7 @@ class SafeSupportPolicy:
         masked = np.where(mask, log_probs, -np.inf)
         # A proposal that never does what may be done leaves the choice among that open.
         never = masked.max(axis=1, keepdims=True) == -np.inf
-        return normalised(np.where(never & mask, 0.0, masked))
+        return log_softmax(np.where(never & mask, 0.0, masked))
 
     def _log_z(self, view: _View, samples: int) -> tuple[_Array, _Array]:
         """Return the estimates of log Z (n,) and their standard errors."""

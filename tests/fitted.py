@@ -58,4 +58,6 @@ def fitted_shield(
         name: {key: tensor.detach().numpy() for key, tensor in params.items()}
         for name, params in {**networks, FALLBACK: fallback}.items()
     }
-    return Shield(SafetyModel(space, box, scaling, scale, arrays), trained_by="exact values")
+    return Shield(
+        SafetyModel.of_networks(space, box, scaling, scale, arrays), trained_by="exact values"
+    )

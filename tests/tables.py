@@ -51,7 +51,9 @@ def table_shield(
     if behaviour is not None:
         logits = np.log(np.maximum(behaviour, 1e-30))
         networks[BEHAVIOUR] = _network(states, 0.0, logits)
-    model = SafetyModel(seen.space, played.space, scaling, SafetyScale(0.0, 1.0, 1.0), networks)
+    model = SafetyModel.of_networks(
+        seen.space, played.space, scaling, SafetyScale(0.0, 1.0, 1.0), networks
+    )
     return Shield(model, trained_by="a table")
 
 

@@ -20,9 +20,7 @@ from safeshield.algorithms.r2pac.losses import R2PACRun
 from safeshield.algorithms.r2pac.regions import UNSAFE, horizon_level, reached_unsafe
 from safeshield.nn.chunk_actors import normal_below
 from safeshield.nn.flow import euler_sample, velocity_network
-from safeshield.nn.forward import layers
 from safeshield.nn.guided import guided_network, guided_sample
-from safeshield.nn.guided_forward import guided_actions
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init, polyak
 from safeshield.training.log import LogTensors
@@ -152,10 +150,10 @@ def test_guidance_on_numpy_and_without_strength() -> None:
     network = guided_network(3, 4, (16, 16))
     params = network.init(torch.Generator().manual_seed(0))
     seen, noise = torch.randn(20, 3), torch.randn(20, 4)
-    stack = layers({name: tensor.numpy() for name, tensor in params.items()})
+    arrays = {name: tensor.numpy() for name, tensor in params.items()}
     for strength in (0.0, 1.0, 2.5):
         slow = guided_sample(network, params, seen, noise, 8, strength)
-        fast = guided_actions(stack, seen.numpy(), noise.numpy(), 8, strength)
+        fast = guided_sample(network, arrays, seen.numpy(), noise.numpy(), 8, strength)
         np.testing.assert_allclose(fast, slow.numpy(), atol=1e-5)
     # Guidance 0 is the field without labels; 1 the labelled field alone.
     plain = velocity_network(3, 4, (16, 16))

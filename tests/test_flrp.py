@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch.func import jacrev, vmap
+from zuko.flows import RealNVP
 
 from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
@@ -21,14 +22,13 @@ from safeshield.algorithms.flrp.losses import FLRPRun, GenerativeLoss, RefinerLo
 from safeshield.algorithms.flrp.shift import BaseShift, base_shift
 from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
+from safeshield.nn.actor import Widths, from_header, to_header
 from safeshield.nn.coupling import CouplingFlow
-from safeshield.nn.coupling_forward import CouplingForward
-from safeshield.nn.latent_actor import LatentPolicy
-from safeshield.nn.latent_forward import (
+from safeshield.nn.latent_actor import (
     EXPERTS,
     POSTERIOR,
     PRIOR,
-    LatentForward,
+    LatentPolicy,
     LatentSpec,
     expert_order,
 )
@@ -101,13 +101,44 @@ def test_a_single_feature_is_refused() -> None:
 
 
 @pytest.mark.parametrize("features", [2, 3, 6])
+def test_the_flow_is_zukos(features: int) -> None:
+    """Both ways: values, log-determinants, and gradients in the weights, inputs and contexts."""
+    flow, params, context = wild_flow(features)
+    theirs = RealNVP(features, 3, transforms=4, hidden_features=(16, 16))
+    own = theirs.state_dict()
+    weights = {f"transform.{name}": tensor for name, tensor in params.items()}
+    assert {name for name in own if ".hyper." in name} == set(weights)
+    theirs.load_state_dict({**own, **weights})
+    layers = dict(theirs.named_parameters())
+    x = 2.0 * torch.randn(200, features, generator=torch.Generator().manual_seed(0))
+    for to_latent in (True, False):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in params.items()}
+        mine, seen = x.clone().requires_grad_(), context.clone().requires_grad_()
+        out, volume = (flow.to_latent if to_latent else flow.to_base)(leaves, mine, seen)
+        point, given = x.clone().requires_grad_(), context.clone().requires_grad_()
+        transform: Any = theirs.transform(given)
+        expected, change = (transform.inv if to_latent else transform).call_and_ladj(point)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(volume, change, atol=1e-5, rtol=1e-5)
+        found = torch.autograd.grad(
+            out.square().sum() + volume.sum(), [*leaves.values(), mine, seen]
+        )
+        wanted = torch.autograd.grad(
+            expected.square().sum() + change.sum(),
+            [*(layers[f"transform.{name}"] for name in params), point, given],
+        )
+        for gradient, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(gradient, other, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("features", [2, 3, 6])
 def test_numpy_runs_the_same_flow(features: int) -> None:
     flow, params, context = wild_flow(features)
-    fast = CouplingForward({name: t.numpy() for name, t in params.items()}, features)
+    arrays = {name: tensor.numpy() for name, tensor in params.items()}
     base = torch.randn(200, features)
-    for ours, theirs in ((fast.to_latent, flow.to_latent), (fast.to_base, flow.to_base)):
-        out, volume = ours(base.numpy(), context.numpy())
-        expected, change = theirs(params, base, context)
+    for carry in (flow.to_latent, flow.to_base):
+        out, volume = carry(arrays, base.numpy(), context.numpy())
+        expected, change = carry(params, base, context)
         np.testing.assert_allclose(out, expected, atol=1e-5)
         np.testing.assert_allclose(volume, change, atol=1e-5)
 
@@ -117,11 +148,11 @@ def test_numpy_runs_the_same_policy(prior: Any) -> None:  # noqa: ANN401
     policy = LatentPolicy(3, 2, LatentSpec(3, (8, 8), 3, prior, refine_steps=4))
     networks = policy.init(torch.Generator().manual_seed(0))
     seen, noise = torch.randn(20, 3), torch.randn(20, 3)
-    fast = LatentForward(policy.spec, numpy_of(networks))
     with torch.no_grad():
         acted = policy.act(networks, seen, noise)
-    np.testing.assert_allclose(fast.act(seen.numpy(), noise.numpy()), acted, atol=1e-5)
-    shapes = policy.spec.shapes(3, 2)
+    found = policy.act(numpy_of(networks), seen.numpy(), noise.numpy())
+    np.testing.assert_allclose(found, acted, atol=1e-5)
+    shapes = {name: part.shapes for name, part in policy.parts().items()}
     assert {n: {k: tuple(t.shape) for k, t in p.items()} for n, p in networks.items()} == shapes
 
 
@@ -138,8 +169,8 @@ def test_the_estimated_density_is_that_of_the_integral() -> None:
         means = policy.decode(networks, state, grid)
         fit = torch.stack([policy.log_likelihood(a.expand(len(grid), 1), means) for a in actions])
         exact = torch.logsumexp(fit + log_p, 1) + 2 * math.log(0.05)
-    found = LatentForward(policy.spec, numpy_of(networks)).log_density(
-        np.full((3, 1), 0.3, np.float32), actions.numpy()
+    found = policy.log_density(
+        numpy_of(networks), np.full((3, 1), 0.3, np.float32), actions.numpy()
     )
     np.testing.assert_allclose(found, exact, atol=0.15)
 
@@ -186,10 +217,8 @@ def test_the_weighted_bound_ends_on_the_reweighted_behaviour() -> None:
     assert float((acted > 0).float().mean()) == pytest.approx(0.75, abs=0.04)
     assert float((acted.abs() - 0.5).abs().median()) < 0.1
     # Its own density says the same.
-    fast = LatentForward(policy.spec, numpy_of(networks))
-    left_density, right_density = np.exp(
-        fast.log_density(np.zeros((2, 1), np.float32), np.array([[-0.5], [0.5]], np.float32))
-    )
+    there = np.zeros((2, 1), np.float32), np.array([[-0.5], [0.5]], np.float32)
+    left_density, right_density = np.exp(policy.log_density(numpy_of(networks), *there))
     assert left_density / (left_density + right_density) == pytest.approx(0.25, abs=0.05)
 
 
@@ -554,16 +583,16 @@ def test_density_is_for_flrp_alone(log: OfflineDataset) -> None:
 )
 def test_a_damaged_file_is_refused(
     agent: FLRP,
-    tmp_path: Path,
     field: str,
     value: Any,  # noqa: ANN401
 ) -> None:
-    from safeshield.shield.file import _latent
-
-    good = dataclasses.asdict(agent._fitted().policy.spec) | {"hidden": [8]}
-    assert _latent(good) == agent._fitted().policy.spec
+    policy = agent._fitted().policy
+    header, widths = to_header(policy), Widths(policy.observation, policy.action, 0)
+    assert header is not None
+    assert from_header("fallback", header, widths, "act") == policy
+    damaged = {**header, "spec": {**header["spec"], field: value}}
     with pytest.raises(ValueError, match=field if field != "colour" else "must have the fields"):
-        _latent({**good, field: value})
+        from_header("fallback", damaged, widths, "act")
 
 
 # -- its page -----------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from scipy.stats import expectile
 from torch import Tensor, nn
 
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
-from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks, Params, like, tensors
 from safeshield.nn.optim import adam, adam_init, polyak
 from safeshield.values.expectile import expectile_loss
@@ -74,14 +73,14 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=30)
-def test_numpy_forward_equals_torch(
+def test_arrays_and_tensors_give_the_same(
     inputs: int, outputs: int, hidden: list[int], members: int, rows: int, seed: int
 ) -> None:
     network = EnsembleMLP(inputs, outputs, tuple(hidden), members)
     params = network.init(generator(seed))
     x = torch.randn(rows, inputs, generator=generator(seed + 1))
     before = x.numpy().copy()
-    out = forward({name: p.numpy() for name, p in params.items()}, x.numpy())
+    out = network({name: p.numpy() for name, p in params.items()}, x.numpy())
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, network(params, x).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(x.numpy(), before)

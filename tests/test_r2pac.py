@@ -21,7 +21,7 @@ from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.chunk_actors import ChunkActor
-from safeshield.nn.plan_forward import PlanSpec
+from safeshield.nn.plan_actor import BestPlan, _noise
 from safeshield.online import FlowTeacher
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
@@ -283,7 +283,7 @@ def test_which_plan_it_follows(log: OfflineDataset, region: Any, choose: Any) ->
     differ = 0
     for row, v, plan in zip(seen, value, plans, strict=True):
         drawn = [
-            model.actor.draw(agent._arrays[ACTOR], row[None], z[None].astype("f4")) for z in noise
+            model.actor.sample(agent._arrays[ACTOR], row[None], z[None].astype("f4")) for z in noise
         ]
         with torch.no_grad():
             at = networks, torch.tensor(np.repeat(row[None], 4, 0)), torch.tensor(np.vstack(drawn))
@@ -303,7 +303,7 @@ def test_numpy_draws_the_same_chunks(kind: Any) -> None:  # noqa: ANN401
     with torch.no_grad():
         slow = actor.sample(params, seen, noise)
     arrays = {name: tensor.numpy() for name, tensor in params.items()}
-    np.testing.assert_allclose(actor.draw(arrays, seen.numpy(), noise.numpy()), slow, atol=1e-5)
+    np.testing.assert_allclose(actor.sample(arrays, seen.numpy(), noise.numpy()), slow, atol=1e-5)
 
 
 def test_chunks_are_executed_from_the_state_that_predict_returns(
@@ -423,12 +423,13 @@ def test_the_shield_judges_an_action_by_the_best_plan_that_begins_with_it(
 ) -> None:
     shield = agent.shield(plans=5)
     model, networks = agent._fitted(), agent._networks
-    assert shield.model.plan == PlanSpec(3, 5)
+    judge = shield.model.judge
+    assert isinstance(judge, BestPlan)
+    assert (judge.planner, judge.plans) == (shield.model.fallback_actor, 5)
+    assert judge.planner.horizon == 3
     seen, actions = log.observations[:7], log.actions[:7]
     features = torch.tensor(model.scaling.observations(seen))
-    planner = shield.model._planner
-    assert planner is not None
-    noise = torch.tensor(planner._noise)
+    noise = torch.tensor(_noise(5, judge.planner.noise_features))
     expected = []
     with torch.no_grad():
         for row, action in zip(features, actions, strict=True):
@@ -508,12 +509,23 @@ def test_the_flow_teacher_draws_single_actions_from_a_shield_that_plans(
              {"horizon": 3.0, "plans": 4}, {"horizon": 10**9, "plans": 4}]
 )  # fmt: skip
 def test_a_file_with_another_plan_is_refused(agent: R2PAC, tmp_path: Path, plan: object) -> None:
-    agent.shield().save(tmp_path / "shield")
-    file = read_tensors(tmp_path / "shield")
-    tensors = file.load(file.shapes)
-    write_tensors(tmp_path / "shield", tensors, {**file.header, "plan": plan})
-    with pytest.raises(ValueError, match="does not describe a shield"):
-        Shield.load(tmp_path / "shield")
+    """In the header of today, and in that of version 1."""
+    path = tmp_path / "shield"
+    agent.shield().save(path)
+    file = read_tensors(path)
+    told = plan if isinstance(plan, dict) else {"horizon": plan, "plans": plan}
+    fallback, judge = file.header["fallback"], file.header["judge"]
+    fallback = {**fallback, "horizon": told["horizon"]}
+    planner = {**judge["planner"], "horizon": told["horizon"]}
+    judge = {**judge, "planner": planner, "plans": told.get("plans")}
+    old = read_tensors(Path(__file__).with_name("golden") / "shield_plan.safetensors")
+    for stored, changes in (
+        (file, {"fallback": fallback, "judge": judge}),
+        (old, {"plan": plan}),
+    ):
+        write_tensors(path, stored.load(stored.shapes), {**stored.header, **changes})
+        with pytest.raises(ValueError, match="does not describe a shield"):
+            Shield.load(path)
 
 
 # -- bad input ----------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from test_shield import near_the_edge, record, shield_with_box
 
 from safeshield import SafetyShield
 from safeshield.files.tensors import read_tensors
-from safeshield.nn.forward import largest_and_gradient, layers
-from safeshield.nn.mlp import EnsembleMLP
+from safeshield.nn.mlp import EnsembleMLP, largest_and_gradient, layers
 from safeshield.rollouts.policies import as_batch_policy, batch_policy
 from safeshield.shield import (
     CandidateSet,
@@ -103,7 +102,9 @@ def untrained(actions: gym.Space[Any], observations: gym.Space[Any] | None = Non
         name: {key: 2 * tensor.numpy() for key, tensor in net.init(generator).items()}
         for name, net in nets.items()
     }
-    return Shield(SafetyModel(seen.space, played.space, scaling, SafetyScale(0, 1, 1), networks))
+    return Shield(
+        SafetyModel.of_networks(seen.space, played.space, scaling, SafetyScale(0, 1, 1), networks)
+    )
 
 
 def limit_for(shield: Shield, observations: Array, actions: Array, share: float) -> Array:

@@ -331,7 +331,7 @@ def shield_with_box(shield: Shield, box: gym.spaces.Box) -> Shield:
         box.low.astype(np.float32),
         box.high.astype(np.float32),
     )
-    model = SafetyModel(
+    model = SafetyModel.of_networks(
         shield.observation_space, box, scaling, shield.model.scale, shield.model.networks
     )
     return replace(shield, model=model)
@@ -426,7 +426,7 @@ def test_candidates_lie_in_the_box_and_are_as_many_as_said(
         old.scaling.observation_mean, old.scaling.observation_spread, box.low, box.high
     )
     networks = {**old.networks, FALLBACK: student}
-    model = SafetyModel(old.observation_space, box, scaling, old.scale, networks)
+    model = SafetyModel.of_networks(old.observation_space, box, scaling, old.scale, networks)
     states = model.states(draws(5)[0])
     proposals = np.random.default_rng(0).uniform(-2, 3, (5, width)).astype(np.float32)
     found = chosen.actions(model, states, proposals)

@@ -39,7 +39,7 @@ from safeshield.calibration.support import (
 from safeshield.data import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.files.tensors import read_tensors
-from safeshield.nn import flow_forward
+from safeshield.nn.actor import FlowActor
 from safeshield.shield import ProjectedGradient
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.guard import Guard
@@ -54,12 +54,17 @@ from safeshield.values.safety import SafetyCritics
 from safeshield.values.units import BEHAVIOUR
 
 
+def flow_of(model: SafetyModel) -> FlowActor:
+    assert isinstance(model.behaviour_actor, FlowActor)
+    return model.behaviour_actor
+
+
 def to_actions(model: SafetyModel, inputs: Array, noise: Array) -> Array:
-    return flow_forward.to_actions(model.behaviour_layers, inputs, noise, model.flow_steps)
+    return flow_of(model).act(model.networks, inputs, noise)
 
 
 def to_noise(model: SafetyModel, inputs: Array, actions: Array) -> Array:
-    return flow_forward.to_noise(model.behaviour_layers, inputs, actions, model.flow_steps)
+    return flow_of(model).to_noise(model.networks, inputs, actions)
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -233,7 +238,8 @@ def linear_field(
         "1.bias": np.full((1, 1, act), drift, np.float32),
     }
     networks = {**plain.model.networks, BEHAVIOUR: field}
-    return replace(plain.model, networks=networks, flow_steps=steps)
+    flow = replace(flow_of(plain.model), flow_steps=steps)
+    return replace(plain.model, networks=networks, behaviour_actor=flow)
 
 
 def test_backward_inverts_forward_on_a_known_field(plain: Shield) -> None:
@@ -643,7 +649,8 @@ def test_a_hostile_header_is_refused(
 def test_a_test_without_its_network_is_refused(tested: Shield, tmp_path: Path) -> None:
     path = tmp_path / "shield.safetensors"
     networks = {k: v for k, v in tested.model.networks.items() if k != BEHAVIOUR}
-    replace(tested, model=replace(tested.model, networks=networks)).save(path)
+    bare = replace(tested.model, networks=networks, behaviour_actor=None)
+    replace(tested, model=bare).save(path)
     with pytest.raises(ValueError, match="needs the network of the log's behaviour"):
         Shield.load(path)
 
@@ -990,7 +997,7 @@ def test_bad_input(plain: Shield, held_out: OfflineDataset, discrete: Shield) ->
     with pytest.raises(ValueError, match="needs discrete actions"):
         plain.with_support(held_out, score="probability")
     networks = {k: v for k, v in plain.model.networks.items() if k != BEHAVIOUR}
-    bare = replace(plain, model=replace(plain.model, networks=networks))
+    bare = replace(plain, model=replace(plain.model, networks=networks, behaviour_actor=None))
     with pytest.raises(ValueError, match=r"which this shield does not have"):
         bare.with_support(held_out)
     assert bare.with_support(held_out, score="ensemble").support is not None

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import NonNegative, Positive, PositiveInt, Seed, Settings, Sizes
-from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent
@@ -108,4 +107,5 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
     def _act(
         self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        return np.asarray(np.clip(forward(self._arrays[ACTOR], observations)[0], -1.0, 1.0))
+        raw = model.networks[ACTOR](self._arrays[ACTOR], observations)[0]
+        return np.asarray(np.clip(raw, -1.0, 1.0))

@@ -19,9 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.files.schema import NonNegative, PositiveInt, TwoPhases
-from safeshield.nn.flow import velocity_network
-from safeshield.nn.flow_forward import to_actions
-from safeshield.nn.forward import forward, layers
+from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import EulerConfig
@@ -31,7 +29,6 @@ from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.schedule import phase_steps
 from safeshield.training.state import Phase
-from safeshield.values.units import ADVANTAGE
 
 ACTOR = "actor"
 
@@ -100,12 +97,13 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
         """Weigh N candidates; deterministic: from the same N draws of noise in every state."""
         config, width = self.config, model.scaling.action_features
         count, each = len(observations), config.candidates
-        noise = self._candidate_noise(count, each, width, deterministic)
+        noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
         seen = np.repeat(observations, each, axis=0)
-        stack = layers(self._arrays[ACTOR])
-        actions = to_actions(stack, seen, noise.astype(np.float32), config.flow_steps)
+        actions = euler_sample(
+            model.networks[ACTOR], self._arrays[ACTOR], seen, noise, config.flow_steps
+        )
         # Q_h = V_h(s) + sigma max_i A_i: within a state the advantage alone decides.
-        worst = forward(self._arrays[ADVANTAGE], np.concatenate([seen, actions], -1))[..., 0].max(0)
+        worst = model.critics.safety.advantages(self._arrays, seen, actions).max(0)
         lowest = worst.reshape(count, each).argmin(1)
         chosen: npt.NDArray[np.floating] = actions.reshape(count, each, width)[
             np.arange(count), lowest

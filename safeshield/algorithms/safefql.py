@@ -27,7 +27,6 @@ from torch import Tensor
 
 from safeshield.files.schema import NonNegative, Positive, PositiveInt, Sizes, ThreePhases
 from safeshield.nn.flow import euler_sample, velocity_network
-from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
@@ -210,7 +209,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if self._safety_model is None:
             names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)}
             names[BEHAVIOUR] = BEHAVIOUR if BEHAVIOUR in model.networks else TEACHER
-            self._safety_model = SafetyModel(
+            self._safety_model = SafetyModel.of_networks(
                 observation_space=model.observation_space,
                 action_space=model.action_space,
                 scaling=model.scaling,
@@ -287,7 +286,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         self, observations: npt.NDArray[np.float32], noise: npt.NDArray[np.floating]
     ) -> npt.NDArray[np.float32]:
         inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
-        return np.asarray(np.clip(forward(self._arrays[STUDENT], inputs)[0], -1.0, 1.0))
+        student = self._fitted().networks[STUDENT]
+        return np.asarray(np.clip(student(self._arrays[STUDENT], inputs)[0], -1.0, 1.0))
 
     def _margin(self, model: CriticArchitecture) -> float:
         return self.config.margin_of(model.critics.safety)

@@ -46,7 +46,6 @@ from safeshield.files.schema import (
     ThreePhases,
 )
 from safeshield.nn.flow import euler_sample, velocity_network
-from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
@@ -281,7 +280,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         """Return the learned shield, uncalibrated (delta 0)."""
         model = self._fitted()
         if self._shield is None:
-            safety = SafetyModel(
+            safety = SafetyModel.of_networks(
                 model.observation_space,
                 model.action_space,
                 model.scaling,
@@ -390,4 +389,5 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         shape = (len(observations), model.scaling.action_features)
         noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
         inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
-        return np.asarray(np.clip(forward(self._arrays[FALLBACK], inputs)[0], -1.0, 1.0))
+        raw = model.networks[FALLBACK](self._arrays[FALLBACK], inputs)[0]
+        return np.asarray(np.clip(raw, -1.0, 1.0))

@@ -25,13 +25,12 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import Below1, Inside, check
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Scalars
-from safeshield.support.record import SupportRecord
+from safeshield.support.decide import SupportTest
+from safeshield.support.record import SupportRecord, episodes_needed
 from safeshield.support.scores import SupportScore, support_score
 
 if TYPE_CHECKING:
     from safeshield.shield.critics import SafetyModel
-from safeshield.support.decide import SupportTest, step_scores
-from safeshield.support.record import episodes_needed
 
 
 def episode_scores(
@@ -132,7 +131,7 @@ def calibrate_support(
             unbounded_matches_any=what == "observation_space",
         )
     chosen = support_score(score, model)
-    scores = step_scores(model, chosen, held_out.observations, held_out.actions)
+    scores = chosen(model, model.unjudged(held_out.observations), held_out.actions)
     return SupportTest(
         chosen, record_of(scores, held_out.episode_starts, chosen.name, alpha, share)
     )

@@ -1,1 +1,4 @@
-"""What every algorithm's networks are made of."""
+"""Networks, each written once: they run on tensors (training) and on NumPy arrays (deployment).
+
+What a shield runs loads no PyTorch: `nn.arrays` holds the few operations that differ.
+"""

@@ -17,20 +17,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.nn.forward import Weights, forward, layers
+from safeshield.nn.arrays import A, ParamsOf, exp, tanh
 from safeshield.nn.guided import LABELS, guided_loss, guided_network, guided_sample
-from safeshield.nn.guided_forward import guided_actions
 from safeshield.nn.mlp import EnsembleMLP, Params
 
 LARGEST_WEIGHT = 100.0
 _LOG_SPREAD = (-4.0, 0.5)
 """Bounds of the Gaussian's log standard deviation, in half widths of the action box."""
-_Float = npt.NDArray[np.float32]
 Kind = Literal["guided", "awr_flow", "awr_gaussian"]
 
 
@@ -106,25 +102,16 @@ class ChunkActor:
         )
         return loss, {"actor/flow_matching_loss": loss.detach()}
 
-    def sample(self, params: Params, observations: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, params: ParamsOf[A], observations: A, noise: A) -> A:
         """Return chunks (n, h * act) in [-1, 1] for noise (n, h * act)."""
         if self.kind == "awr_gaussian":
             mean, log_spread = self._gaussian(params, observations)
-            return (mean + log_spread.exp() * noise).clamp(-1.0, 1.0)
+            return (mean + exp(log_spread) * noise).clip(-1.0, 1.0)
         return guided_sample(self.network, params, observations, noise, self.steps, self._strength)
 
-    def _gaussian(self, params: Params, observations: Tensor) -> tuple[Tensor, Tensor]:
+    def _gaussian(self, params: ParamsOf[A], observations: A) -> tuple[A, A]:
         raw = self.network(params, observations)[0]
-        mean, log_spread = raw.chunk(2, -1)
-        return mean.tanh(), log_spread.clamp(*_LOG_SPREAD)
-
-    def draw(self, weights: Weights, inputs: _Float, noise: _Float) -> _Float:
-        """`sample` on NumPy arrays."""
-        if self.kind == "awr_gaussian":
-            mean, log_spread = np.split(forward(weights, inputs)[0], 2, axis=-1)
-            spread = np.exp(np.clip(log_spread, *_LOG_SPREAD))
-            return np.asarray(np.clip(np.tanh(mean) + spread * noise, -1.0, 1.0), np.float32)
-        return guided_actions(layers(weights), inputs, noise, self.steps, self._strength)
+        return tanh(raw[:, : self.width]), raw[:, self.width :].clip(*_LOG_SPREAD)
 
 
 def normal_below(share: float) -> float:

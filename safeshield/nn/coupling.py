@@ -2,49 +2,37 @@ r"""Conditional RealNVP flows: exact densities and exact inverses (Dinh et al. 2
 
     base u ~ N(0, I)   <->   latent z = f(u; c),      log p(z | c) = log N(u) + log |det du/dz|
 
-(FLRP eq. 2, 3.) The coupling layers are zuko's; here they become what the other networks are: a
-frozen description, and weights in a dict of tensors that one passes.
+(FLRP eq. 2, 3.) Layer i keeps the entries with index % 2 == i % 2, a, and carries the others, b:
+
+    towards the base:   b <- exp(l) b + m,    towards the latent:   b <- (b - m) exp(-l)
+    m, r = hyper(a, c),   l = r / (1 + |r / ln 0.001|)
+
+The weights have the names and shapes that the package zuko gives them in its RealNVP, which the
+tests compare with.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from zuko.flows import RealNVP
+from safeshield.nn.arrays import A, ParamsOf, concat, derived, exp, interleaved, transposed
+from safeshield.nn.mlp import Params, Shapes, drawn, run
 
-from safeshield.nn.coupling_forward import coupling_shapes
-from safeshield.nn.mlp import Params
+if TYPE_CHECKING:
+    import torch
 
-
-class _BothWays(nn.Module):
-    """zuko's transform goes from latent to base; this calls it either way, with its weights."""
-
-    def __init__(self, flow: RealNVP) -> None:
-        super().__init__()
-        self.transforms = flow.transform.transforms
-        self._lazy = flow.transform
-
-    def forward(self, x: Tensor, context: Tensor, to_latent: bool) -> tuple[Tensor, Tensor]:
-        transform: Any = self._lazy(context)
-        return (transform.inv if to_latent else transform).call_and_ladj(x)  # type: ignore[no-any-return]
-
-
-@lru_cache(maxsize=64)
-def _module(features: int, context: int, transforms: int, hidden: tuple[int, ...]) -> _BothWays:
-    """Return the layers; whoever calls them brings the weights."""
-    return _BothWays(RealNVP(features, context, transforms=transforms, hidden_features=hidden))
+_LEAST = math.log(1e-3)
+"""Bound on the log scales of one layer."""
 
 
 @dataclass(frozen=True)
 class CouplingFlow:
     """A RealNVP flow of `features` >= 2 entries, conditioned on `context` features.
 
+    >>> import torch
     >>> flow = CouplingFlow(2, 3, hidden=(8,))
     >>> params = flow.init(torch.Generator().manual_seed(0))
     >>> base, context = torch.zeros(5, 2), torch.zeros(5, 3)
@@ -64,53 +52,73 @@ class CouplingFlow:
             raise ValueError(f"a coupling flow needs at least 2 features, got {self.features}")
 
     @property
-    def _layers(self) -> _BothWays:
-        return _module(self.features, self.context, self.transforms, self.hidden)
+    def shapes(self) -> Shapes:
+        """Shape of every weight by zuko's name for it, (out, in) and (out,).
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight, by zuko's name for it."""
-        return coupling_shapes(self.features, self.context, self.hidden, self.transforms)
+        >>> CouplingFlow(3, 2, (8,), 1).shapes["transforms.0.hyper.0.weight"]
+        (8, 4)
+        """
+        shapes: Shapes = {}
+        for i in range(self.transforms):
+            kept = len(range(i % 2, self.features, 2))
+            widths = (kept + self.context, *self.hidden, 2 * (self.features - kept))
+            for j, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+                shapes[f"transforms.{i}.hyper.{2 * j}.weight"] = (fan_out, fan_in)
+                shapes[f"transforms.{i}.hyper.{2 * j}.bias"] = (fan_out,)
+        return shapes
 
     def init(self, generator: torch.Generator) -> Params:
         """Draw all weights uniformly in +-1/sqrt(fan in); the last layers' a tenth of it.
 
         So the flow starts near the identity, where both directions are well-conditioned.
         """
-        params: Params = {}
-        bound, last = 1.0, 2 * len(self.hidden)
-        for name, shape in self.shapes.items():
-            if name.endswith("weight"):
-                bound = 1.0 / math.sqrt(shape[1])
-            size = bound * (0.1 if f".hyper.{last}." in name else 1.0)
-            uniform = torch.rand(shape, generator=generator, device=generator.device)
-            params[name] = (2.0 * uniform - 1.0) * size
-        return params
+        last = f".hyper.{2 * len(self.hidden)}."
+        return drawn(self.shapes, generator, lambda name: 0.1 if last in name else 1.0)
 
-    def to_latent(self, params: Params, base: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def to_latent(self, params: ParamsOf[A], base: A, context: A) -> tuple[A, A]:
         """Return z = f(u; c), (batch, features), and log |det dz/du|, (batch,)."""
-        return self._call(params, base, context, True)
+        halves, volumes = [base[:, 0::2], base[:, 1::2]], []
+        for i, stack in reversed(list(enumerate(hyper_layers(params)))):
+            shift, log_scale = _hyper(stack, halves[i % 2], context)
+            halves[1 - i % 2] = (halves[1 - i % 2] - shift) * exp(-log_scale)
+            volumes.append(log_scale.sum(-1))
+        return interleaved(*halves), -sum(volumes[1:], volumes[0])
 
-    def to_base(self, params: Params, latent: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def to_base(self, params: ParamsOf[A], latent: A, context: A) -> tuple[A, A]:
         """Return u with f(u; c) = z, (batch, features), and log |det du/dz|, (batch,)."""
-        return self._call(params, latent, context, False)
+        halves, volumes = [latent[:, 0::2], latent[:, 1::2]], []
+        for i, stack in enumerate(hyper_layers(params)):
+            shift, log_scale = _hyper(stack, halves[i % 2], context)
+            halves[1 - i % 2] = halves[1 - i % 2] * exp(log_scale) + shift
+            volumes.append(log_scale.sum(-1))
+        return interleaved(*halves), sum(volumes[1:], volumes[0])
 
-    def log_prob(self, params: Params, latent: Tensor, context: Tensor) -> Tensor:
+    def log_prob(self, params: ParamsOf[A], latent: A, context: A) -> A:
         """Return log p(z | c), (batch,), in nats (eq. 2)."""
         base, volume = self.to_base(params, latent, context)
         return normal_log_prob(base) + volume
 
-    def _call(
-        self, params: Params, x: Tensor, context: Tensor, to_latent: bool
-    ) -> tuple[Tensor, Tensor]:
-        layers = self._layers
-        masks = {name: mask.to(x.device) for name, mask in layers.named_buffers()}
-        out: tuple[Tensor, Tensor] = functional_call(
-            layers, {**params, **masks}, (x, context, to_latent)
-        )
-        return out
+
+@derived
+def hyper_layers(params: ParamsOf[A]) -> list[list[tuple[A, A]]]:
+    """Return the layers of each coupling layer's network, as `nn.mlp.run` takes them."""
+    stacks: dict[int, list[tuple[A, A]]] = {}
+    places = (name.split(".") for name in params if name.endswith("weight"))
+    for transform, layer in sorted((int(place[1]), int(place[3])) for place in places):
+        start = f"transforms.{transform}.hyper.{layer}"
+        weight, bias = transposed(params[f"{start}.weight"]), params[f"{start}.bias"]
+        stacks.setdefault(transform, []).append((weight[None], bias[None, None]))
+    return list(stacks.values())
 
 
-def normal_log_prob(x: Tensor) -> Tensor:
+def _hyper(stack: list[tuple[A, A]], kept: A, context: A) -> tuple[A, A]:
+    out = run(stack, concat([kept, context]))[0]
+    # For each carried entry one shift and one raw log scale, side by side.
+    shift, raw = out[:, 0::2], out[:, 1::2]
+    return shift, raw / (1.0 + abs(raw / _LEAST))
+
+
+def normal_log_prob(x: A) -> A:
     """Return the log density of N(0, I) at x (..., features), in nats: (...)."""
-    return -0.5 * (x.square() + math.log(2.0 * math.pi)).sum(-1)
+    out: A = -0.5 * (x * x + math.log(2.0 * math.pi)).sum(-1)
+    return out

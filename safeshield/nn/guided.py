@@ -13,10 +13,14 @@ and is followed beyond what was good, away from what is done on average:
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from safeshield.nn.arrays import A, ParamsOf, concat, lerp, tiled, zeros
+from safeshield.nn.flow import path_from
 from safeshield.nn.mlp import EnsembleMLP, Params
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LABELS = 2
 """Features of a label: (1, 0) good, (0, 1) not good, (0, 0) none."""
@@ -49,33 +53,32 @@ def guided_loss(
         labels: (batch, 2) o.
         weights: (batch, act) how much each entry counts.
     """
-    point = torch.lerp(noise, actions, time)
-    inputs = torch.cat([observations, point, time, labels], -1)
+    point = noise.lerp(actions, time)
+    inputs = concat([observations, point, time, labels])
     error = (network(params, inputs)[0] - (actions - noise)).square()
     return (weights * error).sum(-1).mean()
 
 
 def guided_sample(
     network: EnsembleMLP,
-    params: Params,
-    observations: Tensor,
-    noise: Tensor,
+    params: ParamsOf[A],
+    observations: A,
+    noise: A,
     steps: int,
     guidance: float,
-) -> Tensor:
+) -> A:
     """Carry noise (batch, act) along the guided field in `steps` steps; clipped to [-1, 1].
 
     Both branches are one pass; guidance 0 asks the branch without a label alone.
     """
     count = len(noise)
     branches = 2 if guidance else 1
-    labels = noise.new_zeros(branches * count, LABELS)
+    labels = zeros(noise, branches * count, LABELS)
     labels[count:, 0] = 1.0
-    seen = observations.repeat(branches, 1)
-    x = noise
+    path = path_from(tiled(observations, branches), tiled(noise, branches), labels)
     for i in range(steps):
-        time = noise.new_full((branches * count, 1), i / steps)
-        field = network(params, torch.cat([seen, x.repeat(branches, 1), time, labels], -1))[0]
-        plain = field[:count]
-        x = x + (torch.lerp(plain, field[count:], guidance) if guidance else plain) / steps
-    return x.clamp(-1.0, 1.0)
+        velocity = network(params, path.rows(i / steps))[0]
+        if guidance:
+            velocity = tiled(lerp(velocity[:count], velocity[count:], guidance), branches)
+        path.move(velocity, steps)
+    return path.end()[:count].clip(-1.0, 1.0)

@@ -2,40 +2,98 @@ r"""FLRP's policy: a prior over latents, a recognizer, a decoder, and experts th
 
     u_0 ~ N(0, I)  --experts-->  u_T  --prior f-->  z  --decoder-->  action
 
-Source: FLRP (Flow-guided Latent Refiner Policies), sections 3.2 and 3.3. Everything is a pure
-function of (networks, inputs); states are normalised observations, actions lie in [-1, 1].
+Everything is a pure function of (networks, inputs); states are normalised observations, actions lie
+in [-1, 1]. Source: FLRP (Flow-guided Latent Refiner Policies), sections 3.2 and 3.3.
+
+The density of an action is that of the whole generative model, without refinement,
+
+    p(a | s) = integral over z of p(z | s) pi(a | s, z)
+
+estimated by importance sampling from the recognizer q, K draws:
+
+    log p(a | s) ~ log 1/K sum_k p(z_k | s) pi(a | s, z_k) / q(z_k | s, a)
+
+(Burda et al. 2016: below log p in the mean, nearer with K.) Each factor is an exact density. The
+draws' noise is fixed, so the estimate is a function of state and action.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from safeshield.files.schema import finite_number
+from safeshield.nn.actor import MAX_WIDTH, check_count, check_hidden, register_actor
+from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, tanh
 from safeshield.nn.coupling import CouplingFlow, normal_log_prob
-from safeshield.nn.latent_forward import (
-    DECODER,
-    EXPERTS,
-    POSTERIOR,
-    PRIOR,
-    LatentSpec,
-    expert_order,
-)
 from safeshield.nn.mlp import EnsembleMLP, Networks
 
+if TYPE_CHECKING:
+    import torch
 
+PRIOR, POSTERIOR, DECODER = "prior", "posterior", "decoder"
+SAFETY_EXPERT, REWARD_EXPERT, SHARED_EXPERT = "safety_expert", "reward_expert", "shared_expert"
+EXPERTS = (SAFETY_EXPERT, REWARD_EXPERT, SHARED_EXPERT)
+_SEED = 20_251_020
+_DRAWS = 16
+
+
+def expert_order(steps: int) -> tuple[str, ...]:
+    """Name the expert of each of T refinement steps: safety first, the shared one last.
+
+    >>> [name.removesuffix("_expert") for name in expert_order(4)]
+    ['safety', 'reward', 'safety', 'shared']
+    """
+    turns = [(SAFETY_EXPERT, REWARD_EXPERT)[step % 2] for step in range(steps - 1)]
+    return (*turns, SHARED_EXPERT) if steps else ()
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The widths of FLRP's policy, and what else its weights do not tell."""
+
+    latent: int
+    """Width of the noise, and of z."""
+    hidden: tuple[int, ...]
+    """Widths of the hidden layers of every network."""
+    transforms: int = 4
+    """Coupling layers of each flow."""
+    prior: Literal["flow", "gaussian"] = "flow"
+    """p(z | s): a flow, or N(0, I) in every state (the paper's ablation, table 3)."""
+    spread: float = 0.1
+    """Standard deviation of the decoder's Gaussian, in half widths of the action box."""
+    refine_steps: int = 3
+    """T."""
+
+    def check(self) -> None:
+        """Raise ValueError where the fields, as a file gave them, cannot be."""
+        check_hidden("latent", self.hidden)
+        for name, least in (("latent", 2), ("transforms", 1), ("refine_steps", 0)):
+            check_count(name, getattr(self, name), least, MAX_WIDTH)
+        if self.prior not in ("flow", "gaussian"):
+            raise ValueError(f"prior must be 'flow' or 'gaussian', got {self.prior!r:.20}")
+        if finite_number(self.spread, "spread") <= 0:
+            raise ValueError(f"spread must be above 0, got {self.spread}")
+
+
+@register_actor
 @dataclass(frozen=True)
 class LatentPolicy:
     """The networks of FLRP's policy.
 
+    >>> import torch
     >>> policy = LatentPolicy(3, 1, LatentSpec(latent=2, hidden=(8,), transforms=2))
     >>> networks = policy.init(torch.Generator().manual_seed(0))
     >>> policy.act(networks, torch.zeros(5, 3), torch.zeros(5, 2)).shape
     torch.Size([5, 1])
     """
 
+    kind: ClassVar[str] = "latent"
     observation: int
     action: int
     spec: LatentSpec
@@ -80,6 +138,11 @@ class LatentPolicy:
         """Describe those experts that T steps call on: none, the shared one, ..., all."""
         return dict.fromkeys(expert_order(self.spec.refine_steps), self.expert)
 
+    @property
+    def unrefined(self) -> LatentPolicy:
+        """The same without refinement: what imitates the log."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, refine_steps=0))
+
     def parts(self) -> dict[str, CouplingFlow | EnsembleMLP]:
         """Describe every network."""
         return {**self.generative, **self.experts}
@@ -88,50 +151,76 @@ class LatentPolicy:
         """Draw all weights."""
         return {name: part.init(generator) for name, part in self.parts().items()}
 
+    def check(self) -> None:
+        """See `nn.actor.Described`."""
+        self.spec.check()
+
+    @property
+    def noise_features(self) -> int:
+        """Width of u_0."""
+        return self.spec.latent
+
     # -- the generative model -----------------------------------------------------------------
 
-    def to_latent(self, networks: Networks, observations: Tensor, base: Tensor) -> Tensor:
+    def to_latent(self, networks: NetworksOf[A], observations: A, base: A) -> A:
         """Return z = f(u; s), (batch, latent)."""
         if self.spec.prior == "gaussian":
             return base
         return self.prior.to_latent(networks[PRIOR], base, observations)[0]
 
-    def to_base(
-        self, networks: Networks, observations: Tensor, latent: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def to_base(self, networks: NetworksOf[A], observations: A, latent: A) -> tuple[A, A]:
         """Return u with f(u; s) = z, (batch, latent), and log p(z | s), (batch,), in nats."""
         if self.spec.prior == "gaussian":
             return latent, normal_log_prob(latent)
         base, volume = self.prior.to_base(networks[PRIOR], latent, observations)
         return base, normal_log_prob(base) + volume
 
-    def encode(
-        self, networks: Networks, observations: Tensor, actions: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, networks: NetworksOf[A], observations: A, actions: A, noise: A) -> tuple[A, A]:
         """Draw z ~ q(z | s, a) from noise (batch, latent); return it and log q(z | s, a)."""
-        context = torch.cat([observations, actions], -1)
+        context = concat([observations, actions])
         latent, volume = self.posterior.to_latent(networks[POSTERIOR], noise, context)
         return latent, normal_log_prob(noise) - volume
 
-    def decode(self, networks: Networks, observations: Tensor, latent: Tensor) -> Tensor:
+    def decode(self, networks: NetworksOf[A], observations: A, latent: A) -> A:
         """Return the decoder's mean, (batch, action), inside [-1, 1]."""
-        inputs = torch.cat([observations, latent], -1)
-        return self.decoder(networks[DECODER], inputs)[0].tanh()
+        return tanh(self.decoder(networks[DECODER], concat([observations, latent]))[0])
 
-    def log_likelihood(self, actions: Tensor, means: Tensor) -> Tensor:
+    def log_likelihood(self, actions: A, means: A) -> A:
         """Return log pi(a | s, z), (batch,): a Gaussian around the mean."""
         spread = self.spec.spread
         return normal_log_prob((actions - means) / spread) - self.action * math.log(spread)
 
+    def log_density(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+        """Return log p(a | s) of actions (n, act) in n states (n, obs), (n,), in nats.
+
+        Per half width of the action box, which is the unit of the actions.
+        """
+        table = _noise(self.spec.latent)
+        count, draws = len(inputs), len(table)
+        seen, taken = np.repeat(inputs, draws, axis=0), np.repeat(actions, draws, axis=0)
+        latent, log_q = self.encode(networks, seen, taken, np.tile(table, (count, 1)))
+        _, log_p = self.to_base(networks, seen, latent)
+        fit = self.log_likelihood(taken, self.decode(networks, seen, latent))
+        terms = (log_p + fit - log_q).reshape(count, draws)
+        most = terms.max(1, keepdims=True)
+        out: Float = most[:, 0] + np.log(np.exp(terms - most).mean(1))
+        return out
+
     # -- refinement -----------------------------------------------------------------------------
 
-    def refine(self, networks: Networks, observations: Tensor, base: Tensor) -> Tensor:
+    def refine(self, networks: NetworksOf[A], observations: A, base: A) -> A:
         """Return u_T, (batch, latent), of u_0 = base: u <- u + f_k(s, u) for each expert k."""
         for name in expert_order(self.spec.refine_steps):
-            base = base + self.expert(networks[name], torch.cat([observations, base], -1))[0]
+            base = base + self.expert(networks[name], concat([observations, base]))[0]
         return base
 
-    def act(self, networks: Networks, observations: Tensor, base: Tensor) -> Tensor:
+    def act(self, networks: NetworksOf[A], observations: A, base: A) -> A:
         """Return the action (batch, action) that noise u_0 = base becomes."""
         refined = self.refine(networks, observations, base)
         return self.decode(networks, observations, self.to_latent(networks, observations, refined))
+
+
+def _noise(width: int) -> Float:
+    # In pairs of opposite signs: the mean of each entry is 0.
+    half = np.random.default_rng(_SEED).standard_normal((_DRAWS // 2, width))
+    return np.concatenate([half, -half]).astype(np.float32)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safeshield.nn.arrays import log_softmax
 from safeshield.nn.mlp import EnsembleMLP, Params
 
 _LOW, _HIGH = -4.5, 1.5
@@ -116,5 +117,5 @@ class MixtureActor:
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
         """Return log pi (n, c): of all choices, or of actions (n, c, act) in [-1, 1] of a Box."""
         if self.choices:
-            return torch.log_softmax(self.network(params, observations)[0], -1)
+            return log_softmax(self.network(params, observations)[0])
         return log_density(self.mixture(params, observations), actions)

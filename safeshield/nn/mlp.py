@@ -1,25 +1,33 @@
-"""Ensembles of multilayer perceptrons as one batched computation on plain tensors.
+"""Ensembles of multilayer perceptrons as one batched computation, on tensors or on arrays.
 
-A network is a frozen description; its weights are a dict of tensors that one passes. So an update
-is a pure function of the weights, a file holds the same dict, and an ensemble of E members (or,
-later, of S seeds) is one `baddbmm` a layer and no loop.
+A network is a frozen description; its weights are a dict that one passes. So an update is a pure
+function of the weights, a file holds the same dict, and an ensemble of E members (or, later, of S
+seeds) is one product a layer and no loop.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from safeshield.nn.forward import mlp_shapes
+from safeshield.nn.arrays import A, Float, ParamsOf, affine, affine_relu, derived
 
-Params: TypeAlias = dict[str, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+"""The shape of every weight of a network, by name."""
+Params: TypeAlias = "dict[str, Tensor]"
 """The weights of one network: "0.weight" (members, in, out), "0.bias" (members, 1, out), ..."""
-Networks: TypeAlias = dict[str, Params]
+Networks: TypeAlias = "dict[str, Params]"
 """Networks by name."""
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,13 @@ class EnsembleMLP:
     ReLU, not a smooth activation: distances and safety values have kinks, and in our trials
     a smooth network fitted them three times less exactly in the same number of updates.
 
+    >>> import torch
     >>> net = EnsembleMLP(3, 1, hidden=(8, 8), members=2)
     >>> params = net.init(torch.Generator().manual_seed(0))
     >>> net(params, torch.zeros(5, 3)).shape
     torch.Size([2, 5, 1])
+    >>> net({name: tensor.numpy() for name, tensor in params.items()}, np.zeros((5, 3), "f4")).shape
+    (2, 5, 1)
     """
 
     inputs: int
@@ -41,32 +52,92 @@ class EnsembleMLP:
     members: int = 1
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> Shapes:
         """Shape of every weight, by name, in the order of the layers."""
-        return mlp_shapes(self.inputs, self.outputs, self.hidden, self.members)
+        shapes: Shapes = {}
+        widths = (self.inputs, *self.hidden, self.outputs)
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            shapes[f"{layer}.weight"] = (self.members, fan_in, fan_out)
+            shapes[f"{layer}.bias"] = (self.members, 1, fan_out)
+        return shapes
 
     def init(self, generator: torch.Generator) -> Params:
         """Draw weights and biases uniformly in +-1/sqrt(fan in), PyTorch's own rule for layers.
 
         They are drawn on the generator's device.
         """
-        params: Params = {}
-        bound = 1.0
-        for name, shape in self.shapes.items():
-            if name.endswith("weight"):
-                bound = 1.0 / math.sqrt(shape[1])
-            uniform = torch.rand(shape, generator=generator, device=generator.device)
-            params[name] = (2.0 * uniform - 1.0) * bound
-        return params
+        return drawn(self.shapes, generator)
 
-    def __call__(self, params: Params, x: Tensor) -> Tensor:
+    def __call__(self, params: ParamsOf[A], x: A) -> A:
         """Map (batch, inputs), or (members, batch, inputs), to (members, batch, outputs)."""
-        if x.dim() == 2:
-            x = x.expand(self.members, *x.shape)
-        last = len(self.hidden)
-        for layer in range(last):
-            x = torch.baddbmm(params[f"{layer}.bias"], x, params[f"{layer}.weight"]).relu()
-        return torch.baddbmm(params[f"{last}.bias"], x, params[f"{last}.weight"])
+        return run(layers(params), x)
+
+
+def drawn(
+    shapes: Shapes, generator: torch.Generator, share: Callable[[str], float] = lambda name: 1.0
+) -> Params:
+    """Draw each weight, and the bias after it, uniformly in +-share(name)/sqrt(fan in)."""
+    import torch
+
+    params: Params = {}
+    bound = 1.0
+    for name, shape in shapes.items():
+        if name.endswith("weight"):
+            bound = 1.0 / math.sqrt(shape[1])
+        uniform = torch.rand(shape, generator=generator, device=generator.device)
+        params[name] = (2.0 * uniform - 1.0) * (bound * share(name))
+    return params
+
+
+@derived
+def layers(params: ParamsOf[A]) -> list[tuple[A, A]]:
+    """Return (weight, bias) of each layer in order: (members, in, out) and (members, 1, out)."""
+    return [(params[f"{i}.weight"], params[f"{i}.bias"]) for i in range(len(params) // 2)]
+
+
+def run(stack: Sequence[tuple[A, A]], x: A) -> A:
+    """Map (n, inputs), or (members, n, inputs), to (members, n, outputs) through ReLU layers."""
+    if isinstance(x, np.ndarray):
+        if x.shape[-2] > 2 * _CHUNK:
+            # Piece by piece the layers' outputs stay in the cache.
+            pieces = [run(stack, part) for part in _pieces(x)]
+            return np.concatenate(pieces, axis=1)
+    elif x.dim() == 2:
+        x = x.expand(len(stack[0][0]), *x.shape)
+    for weight, bias in stack[:-1]:
+        x = affine_relu(x, weight, bias)
+    weight, bias = stack[-1]
+    return affine(x, weight, bias)
+
+
+def largest_and_gradient(stack: Sequence[tuple[Float, Float]], x: Float) -> tuple[Float, Float]:
+    """Return the largest member's one output (n,) and its gradient in x (n, inputs).
+
+    As PyTorch's autograd has it: the slope of ReLU at 0 is 0.
+    """
+    if len(x) > 2 * _CHUNK:
+        pieces = [largest_and_gradient(stack, part) for part in _pieces(x)]
+        return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
+    *inner, (weight, bias) = stack
+    hidden, active = x, []
+    for each in inner:
+        hidden = affine_relu(hidden, *each)
+        active.append(hidden > 0)
+    out = affine(hidden, weight, bias)[..., 0]
+    best = np.arange(len(out))[:, None] == out.argmax(axis=0)
+    slope = best[..., None] * weight.swapaxes(1, 2)
+    for (weight, _), on in zip(reversed(inner), reversed(active), strict=True):
+        slope = np.matmul(slope * on, weight.swapaxes(1, 2))
+    return out.max(axis=0), slope.sum(axis=0)
+
+
+def _pieces(x: Float) -> list[Float]:
+    return [x[..., i : i + _CHUNK, :] for i in range(0, x.shape[-2], _CHUNK)]
+
+
+def hidden_widths(params: ParamsOf[A]) -> tuple[int, ...]:
+    """Return the widths of a perceptron's hidden layers."""
+    return tuple(int(weight.shape[2]) for weight, _ in layers(params)[:-1])
 
 
 def tensors(networks: Networks) -> list[Tensor]:

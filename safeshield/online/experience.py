@@ -19,7 +19,6 @@ from safeshield.online.replay import Replay, Step
 from safeshield.online.safe_proposals import MaskedUniform, SafeBehaviour, SafeProposals
 from safeshield.online.safe_sets import LoggedRules, SafeRules
 from safeshield.online.updates import SSQLModel, SSQLUpdates
-from safeshield.proposals.choices import choice_index
 
 Array = npt.NDArray[Any]
 _CHUNK = 4096
@@ -85,7 +84,7 @@ def clone_of_log(
     codec, count = dataset.flat_actions, len(dataset)
     candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
     if codec.discrete:
-        taken = choice_index(codec, candidates)
+        taken = codec.choice_index(candidates)
         log_mu = np.full((count, len(codec.choices)), -np.inf, np.float32)
         np.put_along_axis(log_mu, taken, 0.0, axis=1)
         candidates = candidates[:, :0]

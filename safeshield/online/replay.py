@@ -11,7 +11,6 @@ from torch import Tensor
 
 from safeshield.online.losses import Support, Transitions
 from safeshield.online.safe_proposals import SafeProposals
-from safeshield.proposals.choices import choice_index
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 
@@ -87,9 +86,9 @@ class Replay:
 
     def add(self, step: Step) -> None:
         """Append n transitions."""
-        actions = step.actions.astype(np.float32)
+        actions: Array = step.actions.astype(np.float32)
         if self._codec.discrete:
-            actions = choice_index(self._codec, actions[:, None])[:, 0].astype(np.int64)
+            actions = self._codec.choice_index(actions)
         step = step._replace(
             observations=step.observations.astype(np.float32),
             actions=actions,

@@ -10,8 +10,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.nn.arrays import log_softmax
 from safeshield.online.safe_sets import LoggedRules, SafeRules, SafeSet, ShieldSet
-from safeshield.proposals.choices import choice_index, draw_choices, every_choice, normalised
+from safeshield.proposals.choices import draw_choices, every_choice
 from safeshield.proposals.sources import Behaviour, UserPolicy, log_density
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch, batch_length, finite, repeated, take
@@ -136,7 +137,7 @@ class SafeBehaviour:
         if log_mu is None:
             drawn = self._drawn(seen, samples, rng)
             counts = np.zeros(every.shape[:2])
-            np.add.at(counts, (np.arange(len(every))[:, None], choice_index(self.codec, drawn)), 1)
+            np.add.at(counts, (np.arange(len(every))[:, None], self.codec.choice_index(drawn)), 1)
             with np.errstate(divide="ignore"):
                 log_mu = np.log(counts / samples)
         total = np.exp(log_mu).sum(axis=1)
@@ -180,8 +181,8 @@ def _restricted(
     none = np.isneginf(masked.max(axis=1))
     instead, no_safe_action = _instead(safe_set, observations, none, rows)
     if safe_set is not None and len(instead):
-        masked[none, choice_index(safe_set.actions, instead[:, None])[:, 0]] = 0.0
-    return normalised(masked), no_safe_action
+        masked[none, safe_set.actions.choice_index(instead)] = 0.0
+    return log_softmax(masked), no_safe_action
 
 
 def _instead(
@@ -236,7 +237,7 @@ class MaskedUniform:
         if not self._codec.discrete:
             return np.where(self.safe_set.admits(observations, candidates), 0.0, -np.inf)
         log_probs = self._log_probs(observations)
-        return np.take_along_axis(log_probs, choice_index(self._codec, candidates), axis=1)
+        return np.take_along_axis(log_probs, self._codec.choice_index(candidates), axis=1)
 
     def _log_probs(self, observations: Batch) -> Array:
         """Return log probabilities (n, c) of all choices."""

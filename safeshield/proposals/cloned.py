@@ -10,7 +10,7 @@ import torch
 
 from safeshield.nn.mixture import MixtureActor, draw_each
 from safeshield.nn.mlp import Params
-from safeshield.proposals.choices import choice_index, draw_choices
+from safeshield.proposals.choices import draw_choices
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
@@ -62,7 +62,7 @@ class ClonedBehaviour:
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
-            return np.take_along_axis(log_probs, choice_index(self._played, candidates), axis=1)
+            return np.take_along_axis(log_probs, self._played.choice_index(candidates), axis=1)
         scaled = torch.from_numpy(self._scaling.actions(candidates))
         density: Array = self._actor.log_prob(self._params, features, scaled).double().numpy()
         return density

@@ -7,14 +7,15 @@ All of it is NumPy: observations as environments batch them, actions as rows of 
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.nn.forward import forward_layers
-from safeshield.proposals.choices import choice_index, draw_choices, normalised
+from safeshield.nn.actor import Classifier
+from safeshield.nn.arrays import log_softmax
+from safeshield.proposals.choices import draw_choices
 from safeshield.rollouts.policies import (
     Memory,
     PredictPolicy,
@@ -162,14 +163,15 @@ class LoggedBehaviour:
         if not codec.discrete:
             return None
         log_probs = self._log_probs(self._states(observations) if states is None else states)
-        return np.take_along_axis(log_probs, choice_index(codec, candidates), axis=1)
+        return np.take_along_axis(log_probs, codec.choice_index(candidates), axis=1)
 
     def _states(self, observations: Batch) -> StateValue:
         return self.shield.states(self.shield.observation_rows(observations)[0])
 
     def _log_probs(self, states: StateValue) -> Array:
-        logits = forward_layers(self._model.behaviour_layers, states.inputs)[0].astype(np.float64)
-        return normalised(logits)
+        classifier = cast(Classifier, self._model.behaviour_actor)
+        logits = classifier.logits(self._model.networks, states.inputs)
+        return log_softmax(logits.astype(np.float64))
 
 
 FlowTeacher = LoggedBehaviour

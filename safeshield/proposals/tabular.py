@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.proposals.choices import choice_index, draw_choices
+from safeshield.proposals.choices import draw_choices
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions
 
@@ -68,7 +68,7 @@ class Tabular:
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
         """Return the table's entries."""
         rows = self._log_table[self._index(observations)]
-        return np.take_along_axis(rows, choice_index(self._choices, candidates), axis=1)
+        return np.take_along_axis(rows, self._choices.choice_index(candidates), axis=1)
 
     def _index(self, observations: Batch) -> Array:
         return np.asarray(observations, np.int64).reshape(-1) - self._start

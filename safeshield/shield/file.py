@@ -5,15 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import safeshield.nn.latent_actor  # noqa: F401 - registers its kind of actor
 from safeshield.files.schema import finite_number
 from safeshield.files.tensors import SHIELD, read_tensors, register_format, write_tensors
-from safeshield.nn.forward import Weights, mlp_shapes
-from safeshield.nn.latent_forward import LatentSpec
-from safeshield.nn.plan_forward import PlanSpec
+from safeshield.nn.actor import (
+    MAX_STEPS,
+    Actor,
+    Classifier,
+    Network,
+    Widths,
+    check_count,
+    check_hidden,
+    from_header,
+    to_header,
+)
+from safeshield.nn.mlp import EnsembleMLP, Shapes, hidden_widths
+from safeshield.nn.plan_actor import ActionCritic
 from safeshield.shield.candidates import CandidateSet
-from safeshield.shield.critics import SafetyModel
+from safeshield.shield.critics import SafetyModel, widths_of
 from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.replacement import (
     FallbackPolicy,
@@ -22,7 +33,7 @@ from safeshield.shield.replacement import (
     Replacement,
     check_replacement,
 )
-from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
+from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.support import SCORES, SupportRecord, SupportTest, support_score
@@ -42,11 +53,9 @@ if TYPE_CHECKING:
 
 FORMAT = "safeshield-shield"
 register_format(FORMAT, SHIELD, "Shield.load")
-VERSION = 1
-_MAX_WIDTH, _MAX_LAYERS, _MAX_CANDIDATES = 16_384, 32, 4096
+VERSION = 2
+_MAX_CANDIDATES = 4096
 _MAX_WEIGHTS = 1 << 28
-_MAX_FLOW_STEPS = 1000
-_MAX_PLAN = 1000
 _REPLACEMENTS: dict[str, type[NearestAcceptable | FallbackPolicy | ProjectedGradient]] = {
     "nearest_acceptable": NearestAcceptable,
     "fallback_policy": FallbackPolicy,
@@ -59,7 +68,8 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
     """Write a shield, atomically.
 
     Raises:
-        ValueError: it replaces actions in a way that no file can hold.
+        ValueError: it replaces actions in a way that no file can hold, or an actor's class is not
+            registered.
     """
     model = shield.model
     header = {
@@ -69,14 +79,10 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "action_space": space_to_json(model.action_space),
         "scaling": model.scaling.to_json(),
         "safety_scale": model.scale.to_json(),
-        "hidden": {
-            name: _hidden(weights)
-            for name, weights in model.networks.items()
-            if name in (*SAFETY_NETWORKS, FALLBACK, BEHAVIOUR, PLAN)
-        },
-        "latent": None if model.latent is None else dataclasses.asdict(model.latent),
-        "plan": None if model.plan is None else dataclasses.asdict(model.plan),
-        "flow_steps": model.flow_steps,
+        "hidden": {name: list(hidden_widths(model.networks[name])) for name in SAFETY_NETWORKS},
+        "fallback": to_header(model.fallback_actor),
+        "behaviour": to_header(model.behaviour_actor),
+        "judge": to_header(model.judge),
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
         "delta": shield.delta,
         "record": None if shield.record is None else shield.record.to_json(),
@@ -84,7 +90,14 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "replacement": _replacement_to_json(shield.replacement),
         "support": _support_to_json(shield),
     }
-    flat = {f"{n}/{k}": a for n, weights in model.networks.items() for k, a in weights.items()}
+    parts = [part for part in (model.fallback_actor, model.behaviour_actor, model.judge) if part]
+    names = {*SAFETY_NETWORKS, *(name for part in parts for name in part.parts())}
+    flat = {
+        f"{name}/{key}": array
+        for name, weights in model.networks.items()
+        if name in names
+        for key, array in weights.items()
+    }
     write_tensors(path, flat, header)
 
 
@@ -92,22 +105,24 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
     """Read a shield; every field of the header is checked before a tensor is read."""
     file = read_tensors(path, FORMAT)
     header = file.header
-    if header.get("version") != VERSION:
+    if header.get("version") not in (1, VERSION):
         raise ValueError(
             f"{path}: version {header.get('version')!r:.20} of the shield format is not known; "
-            f"this release reads version {VERSION}"
+            f"this release reads versions 1 and {VERSION}"
         )
     try:
         observation = flat_observations(space_from_json(header["observation_space"]))
         action = flat_actions(space_from_json(header["action_space"]))
         scaling = Scaling.from_json(header["scaling"], observation, action)
         scale = SafetyScale.from_json(header["safety_scale"])
-        # Files of earlier releases do not speak of it.
-        latent, plan = _latent(header.get("latent")), _plan(header.get("plan"), action)
-        expected = _shapes(header["hidden"], header["members"], scaling, action, latent, plan)
-        flow_steps = header["flow_steps"]
-        if type(flow_steps) is not int or not 1 <= flow_steps <= _MAX_FLOW_STEPS:
-            raise ValueError(f"flow_steps must lie in [1, {_MAX_FLOW_STEPS}], got {flow_steps!r}")
+        if header["version"] == 1:
+            header = _as_version_2(header, action.discrete)
+        widths = widths_of(scaling, action)
+        actors = _actors(header, widths)
+        expected = _shapes(header, widths, actors)
+        if header.get("plan") and not header["plan"]["plans"]:
+            # Files of version 1 hold the critic of plans also where nothing asks it.
+            actors = actors._replace(judge=None)
         delta = finite_number(header["delta"], "delta")
         record = header["record"]
         record = None if record is None else CalibrationRecord.from_json(record)
@@ -122,13 +137,17 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
             raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the header does not describe a shield: {error}") from error
-    flat = file.load(expected)
     networks: dict[str, dict[str, Any]] = {}
-    for name, array in flat.items():
+    for name, array in file.load(expected).items():
         network, key = name.split("/")
         networks.setdefault(network, {})[key] = array
     model = SafetyModel(
-        observation.space, action.space, scaling, scale, networks, flow_steps, latent, plan
+        observation.space,
+        action.space,
+        scaling,
+        scale,
+        networks,
+        *actors,
     )
     # Files of earlier releases do not speak of it.
     support = header.get("support")
@@ -199,81 +218,78 @@ def _candidates(data: dict[str, int]) -> CandidateSet:
     return CandidateSet(**data)
 
 
-def _hidden(weights: Weights) -> list[int]:
-    return [int(weights[f"{i}.weight"].shape[2]) for i in range(len(weights) // 2 - 1)]
+class _Actors(NamedTuple):
+    fallback: Actor | None
+    behaviour: Actor | Classifier | None
+    judge: ActionCritic | None
 
 
-def _shapes(
-    hidden: dict[str, list[int]],
-    members: int,
-    scaling: Scaling,
-    played: SpaceCodec,
-    latent: LatentSpec | None,
-    plan: PlanSpec | None,
-) -> dict[str, tuple[int, ...]]:
-    names = [*SAFETY_NETWORKS, *([] if played.discrete or latent else [FALLBACK])]
+def _actors(header: dict[str, Any], widths: Widths) -> _Actors:
+    if (header["fallback"] is None) != bool(widths.choices):
+        raise ValueError("fallback must be an actor where actions are a Box, null where discrete")
+    imitates = "logits" if widths.choices else "act"
+    return _Actors(
+        from_header("fallback", header["fallback"], widths, "act"),
+        from_header("behaviour", header["behaviour"], widths, imitates),
+        from_header("judge", header["judge"], widths, "worst"),
+    )
+
+
+def _as_version_2(header: dict[str, Any], discrete: bool) -> dict[str, Any]:
+    """Turn the header of a file from before actors had kinds into one of today."""
+    # The oldest files do not speak of latent and plan.
+    hidden, latent, plan = dict(header["hidden"]), header.get("latent"), header.get("plan")
+    names = [*SAFETY_NETWORKS, *([] if discrete or latent else [FALLBACK])]
     names += [PLAN] if plan else []
     if set(hidden) - {BEHAVIOUR} != set(names):
         raise ValueError(f"networks must be {names}, got {sorted(hidden)}")
-    observation, action = scaling.observation_features, scaling.action_features
+    check_count("flow_steps", header["flow_steps"], 1, MAX_STEPS)
+    own = {name: hidden.pop(name) for name in (FALLBACK, BEHAVIOUR, PLAN) if name in hidden}
+    fallback = behaviour = judge = None
+    if BEHAVIOUR in own:
+        kind = {"kind": "classifier"} if discrete else {"kind": "flow"}
+        behaviour = {**kind, "hidden": own[BEHAVIOUR]}
+        behaviour |= {} if discrete else {"flow_steps": header["flow_steps"]}
+    if latent is not None:
+        fallback = {"kind": "latent", "spec": latent}
+        behaviour = {"kind": "latent", "spec": {**latent, "refine_steps": 0}}
+    elif plan is not None:
+        if set(plan) != {"horizon", "plans"} or discrete:
+            raise ValueError(
+                "plan must have the fields ['horizon', 'plans'], and actions be a Box, got "
+                f"{plan!r:.80}"
+            )
+        planner = {"hidden": own[FALLBACK], "horizon": plan["horizon"]}
+        fallback = {"kind": "plan", **planner}
+        judge = {"kind": "best_plan", "planner": planner, "hidden": own[PLAN]}
+        check_count("plans", plan["plans"], 0, MAX_STEPS)
+        judge |= {"members": header["members"], "plans": max(plan["plans"], 1)}
+    elif not discrete:
+        fallback = {"kind": "one_step", "hidden": own[FALLBACK]}
+    actors = {"fallback": fallback, "behaviour": behaviour, "judge": judge}
+    return {**header, "hidden": hidden, **actors}
+
+
+def _shapes(header: dict[str, Any], widths: Widths, actors: _Actors) -> Shapes:
+    hidden, members = header["hidden"], header["members"]
+    if set(hidden) != set(SAFETY_NETWORKS):
+        raise ValueError(f"networks must be {list(SAFETY_NETWORKS)}, got {sorted(hidden)}")
     if type(members) is not int or not 1 <= members <= 64:
         raise ValueError(f"members must be between 1 and 64, got {members!r}")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, widths in hidden.items():
-        _check_widths(name, widths)
-        chunk = action * (plan.horizon if plan else 1)
-        inputs = observation + {ADVANTAGE: action, FALLBACK: chunk, PLAN: chunk}.get(name, 0)
-        outputs = chunk if name == FALLBACK else 1
-        if name == BEHAVIOUR:
-            # A classifier of the choices, or the velocity field of a flow: (s, x, t) to x.
-            inputs = observation if played.discrete else observation + action + 1
-            outputs = len(played.choices) if played.discrete else action
-        each = members if name in (ADVANTAGE, PLAN) else 1
-        part = mlp_shapes(inputs, outputs, tuple(widths), each)
-        shapes |= {f"{name}/{key}": shape for key, shape in part.items()}
-    if latent is not None:
-        for name, networks in latent.shapes(observation, action).items():
-            shapes |= {f"{name}/{key}": shape for key, shape in networks.items()}
+    networks: dict[str, Network] = {}
+    for name in SAFETY_NETWORKS:
+        check_hidden(name, hidden[name])
+        inputs = widths.observation + (widths.action if name == ADVANTAGE else 0)
+        each = members if name == ADVANTAGE else 1
+        networks[name] = EnsembleMLP(inputs, 1, tuple(hidden[name]), each)
+    for part in actors:
+        networks |= {} if part is None else part.parts()
+    shapes = {
+        f"{name}/{key}": shape
+        for name, network in networks.items()
+        for key, shape in network.shapes.items()
+    }
     count = sum(math.prod(shape) for shape in shapes.values())
     if count > _MAX_WEIGHTS:
         raise ValueError(f"the networks have {count} weights, more than {_MAX_WEIGHTS}")
     return shapes
-
-
-def _check_widths(name: str, widths: object) -> None:
-    if not isinstance(widths, list) or not 1 <= len(widths) <= _MAX_LAYERS:
-        raise ValueError(f"'{name}' must have between 1 and {_MAX_LAYERS} hidden layers")
-    if not all(type(w) is int and 1 <= w <= _MAX_WIDTH for w in widths):
-        raise ValueError(f"widths of '{name}' must be between 1 and {_MAX_WIDTH}")
-
-
-def _latent(data: dict[str, Any] | None) -> LatentSpec | None:
-    if data is None:
-        return None
-    names = {entry.name for entry in dataclasses.fields(LatentSpec)}
-    if set(data) != names:
-        raise ValueError(f"latent must have the fields {sorted(names)}, got {sorted(data)!r:.80}")
-    _check_widths("latent", data["hidden"])
-    for name, least in (("latent", 2), ("transforms", 1), ("refine_steps", 0)):
-        if type(data[name]) is not int or not least <= data[name] <= _MAX_WIDTH:
-            raise ValueError(f"{name} must lie in [{least}, {_MAX_WIDTH}], got {data[name]!r:.20}")
-    if data["prior"] not in ("flow", "gaussian"):
-        raise ValueError(f"prior must be 'flow' or 'gaussian', got {data['prior']!r:.20}")
-    spread = finite_number(data["spread"], "spread")
-    if spread <= 0:
-        raise ValueError(f"spread must be above 0, got {spread}")
-    return LatentSpec(**{**data, "hidden": tuple(data["hidden"]), "spread": spread})
-
-
-def _plan(data: dict[str, Any] | None, played: SpaceCodec) -> PlanSpec | None:
-    if data is None:
-        return None
-    names = {entry.name for entry in dataclasses.fields(PlanSpec)}
-    if set(data) != names or played.discrete:
-        raise ValueError(
-            f"plan must have the fields {sorted(names)}, and actions be a Box, got {data!r:.80}"
-        )
-    for name, least in (("horizon", 1), ("plans", 0)):
-        if type(data[name]) is not int or not least <= data[name] <= _MAX_PLAN:
-            raise ValueError(f"{name} must lie in [{least}, {_MAX_PLAN}], got {data[name]!r:.20}")
-    return PlanSpec(**data)

@@ -141,6 +141,13 @@ class SpaceCodec:
         grid = np.meshgrid(*ranges, indexing="ij")
         return np.stack([axis.ravel() for axis in grid], axis=-1).astype(np.float32)
 
+    def choice_index(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Return the places (...) in `choices` of discrete points, rows (..., width)."""
+        digits = np.moveaxis(np.rint(rows - self.low).astype(np.int64), -1, 0)
+        # `choices` lists the combinations with the last column counting fastest.
+        index: npt.NDArray[np.int64] = np.ravel_multi_index(tuple(digits), self.categories)
+        return index
+
 
 def flat_observations(space: gym.Space[Any], what: str = "observation_space") -> SpaceCodec:
     """Return the rows of an observation space.

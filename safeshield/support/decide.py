@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
+from safeshield.spaces.shapes import Actions, Candidates, Flags, Scalars
 from safeshield.support.record import SupportRecord
 from safeshield.support.scores import SupportScore
 
@@ -124,16 +124,6 @@ class SupportTest:
             safest = np.where(supported, values[rest], np.inf).argmin(axis=1)
             best[rest] = np.where(supported.any(axis=1), safest, scores.argmax(axis=1))
         return best
-
-
-def step_scores(
-    model: SafetyModel, score: SupportScore, observations: Observations, actions: Actions
-) -> Scalars:
-    """Return the scores (n,) of logged rows (n, obs) and (n, act); needs no critics."""
-    from safeshield.shield.critics import StateValue
-
-    inputs = model.scaling.observations(observations)
-    return score(model, StateValue(inputs, np.zeros(len(inputs), np.float32)), actions)
 
 
 @cache

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from safeshield.nn.flow_forward import to_noise
-from safeshield.nn.forward import forward_layers
+from safeshield.nn.actor import Classifier, FlowActor, HasDensity
 from safeshield.spaces.shapes import Actions, Scalars
-from safeshield.values.units import ADVANTAGE, BEHAVIOUR
+from safeshield.values.units import ADVANTAGE
 
 if TYPE_CHECKING:
     from safeshield.shield.critics import SafetyModel, StateValue
+
+B = TypeVar("B")
 
 
 class SupportScore(Protocol):
@@ -55,17 +56,17 @@ class NoiseDistance:
             raise ValueError(
                 f"score 'noise' needs a Box of actions, got {model.action_space}; use 'probability'"
             )
-        _need_behaviour(self.name, model)
+        _needed(FlowActor, self.name, model)
 
     def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
         """See `SupportScore`."""
-        taken = model.scaling.actions(actions)
-        noise = to_noise(model.behaviour_layers, states.inputs, taken, model.flow_steps)
+        flow = _needed(FlowActor, self.name, model)
+        noise = flow.to_noise(model.networks, states.inputs, model.scaling.actions(actions))
         return np.asarray(-0.5 * np.square(noise).sum(axis=-1))
 
 
 class Density:
-    """For a shield of FLRP: log p(a | s) of its generative model, in nats (`nn.latent_forward`).
+    """For a shield of FLRP: log p(a | s) of its generative model, in nats (`nn.latent_actor`).
 
     The model learned the log's behaviour weighted towards what is safe, so what it finds likely is
     what the log shows AND what is safe there; and it is a density, so states can be compared.
@@ -75,17 +76,21 @@ class Density:
 
     def check(self, model: SafetyModel) -> None:
         """Need FLRP's networks."""
-        if model.latent is None:
+        self._model(model)
+
+    def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
+        """See `SupportScore`."""
+        taken = model.scaling.actions(actions)
+        return self._model(model).log_density(model.networks, states.inputs, taken)
+
+    def _model(self, model: SafetyModel) -> HasDensity:
+        actor: object = model.behaviour_actor
+        if not isinstance(actor, HasDensity):
             raise ValueError(
                 "score 'density' needs FLRP's generative model, which this shield does not have: "
                 "take the shield of an FLRP agent, or use score='noise'"
             )
-
-    def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
-        """See `SupportScore`."""
-        if model.latent_policy is None:
-            raise ValueError("score 'density' needs FLRP's generative model")
-        return model.latent_policy.log_density(states.inputs, model.scaling.actions(actions))
+        return actor
 
 
 class LogProbability:
@@ -99,17 +104,14 @@ class LogProbability:
             raise ValueError(
                 f"score 'probability' needs discrete actions, got {model.action_space}; use 'noise'"
             )
-        _need_behaviour(self.name, model)
+        _needed(Classifier, self.name, model)
 
     def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
         """See `SupportScore`."""
-        logits = forward_layers(model.behaviour_layers, states.inputs)[0]
-        logits = logits - logits.max(axis=-1, keepdims=True)
-        total = np.log(np.exp(logits).sum(axis=-1))
-        digits = np.rint(np.asarray(actions) - model.action_codec.low).astype(np.int64)
-        # `choices` lists the combinations with the last column counting fastest.
-        taken = np.ravel_multi_index(tuple(digits.T), model.action_codec.categories)
-        return np.asarray(logits[np.arange(len(taken)), taken] - total)
+        classifier = _needed(Classifier, self.name, model)
+        log_probs = classifier.log_prob(model.networks, states.inputs)
+        taken = model.action_codec.choice_index(np.asarray(actions))
+        return np.asarray(log_probs[np.arange(len(taken)), taken])
 
 
 class EnsembleSpread:
@@ -132,12 +134,13 @@ class EnsembleSpread:
         return np.asarray(-model.action_spread(states, actions))
 
 
-def _need_behaviour(name: str, model: SafetyModel) -> None:
-    if BEHAVIOUR not in model.networks:
+def _needed(kind: type[B], name: str, model: SafetyModel) -> B:
+    if not isinstance(model.behaviour_actor, kind):
         raise ValueError(
             f"score '{name}' needs the network of the log's behaviour, which this shield does not "
             "have: train it with ShieldTrainer or SafeFQL, or use score='ensemble'"
         )
+    return model.behaviour_actor
 
 
 SCORES: Mapping[str, SupportScore] = MappingProxyType(
@@ -152,15 +155,16 @@ SCORES: Mapping[str, SupportScore] = MappingProxyType(
 def support_score(score: str | SupportScore | None, model: SafetyModel) -> SupportScore:
     """Return a score by name, one of your own as it is, or the default for this kind of actions.
 
-    The default is "noise" for a Box, "density" where the model is FLRP's, "probability" for
-    discrete actions.
+    The default is "noise" for a Box, "density" where the behaviour knows its own (FLRP's does),
+    "probability" for discrete actions.
 
     Raises:
         ValueError: the name is unknown, or the model lacks what the score needs.
         TypeError: `score` is neither a name nor a score.
     """
     if score is None:
-        box = NoiseDistance.name if model.latent is None else Density.name
+        dense = isinstance(model.behaviour_actor, HasDensity)
+        box = Density.name if dense else NoiseDistance.name
         score = LogProbability.name if model.action_codec.discrete else box
     if isinstance(score, str):
         if score not in SCORES:

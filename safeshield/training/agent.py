@@ -29,6 +29,7 @@ import torch
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.tensors import TensorFile, read_tensors, write_tensors
+from safeshield.nn.arrays import Deployed, deployed
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
@@ -42,7 +43,6 @@ from safeshield.training.run import Config, Run
 from safeshield.training.state import Phase, TrainState
 
 _VERSION = 1
-Weights = dict[str, dict[str, npt.NDArray[np.float32]]]
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModelT = TypeVar("ModelT", bound=Architecture)
 
@@ -127,7 +127,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         self.device = device_of(device)
         self._model: ModelT | None = None
         self._networks: Networks = {}
-        self._arrays: Weights = {}
+        self._arrays: dict[str, Deployed] = {}
         self._noise = np.random.default_rng(self.config.seed)
 
     # -- what an algorithm adds ---------------------------------------------------------------
@@ -174,10 +174,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """Act by these weights from now on."""
         self._model = model
         self._networks = networks
-        self._arrays = {
-            name: {key: np.asarray(tensor.detach().cpu().numpy()) for key, tensor in params.items()}
-            for name, params in networks.items()
-        }
+        self._arrays = deployed(networks)
 
     def _fitted(self) -> ModelT:
         if self._model is None:

@@ -40,10 +40,11 @@ from torch import Tensor
 
 from safeshield.calibration.support import record_of
 from safeshield.data.dataset import OfflineDataset
+from safeshield.nn.arrays import deployed
 from safeshield.nn.mlp import Params
 from safeshield.shield.critics import SafetyModel
 from safeshield.spaces.scaling import Scaling
-from safeshield.support.decide import SupportTest, step_scores
+from safeshield.support.decide import SupportTest
 from safeshield.support.record import episodes_needed
 from safeshield.support.scores import support_score
 from safeshield.values.units import BEHAVIOUR, SafetyScale
@@ -83,17 +84,17 @@ class SupportTerm:
         return self._known
 
     def _read(self, behaviour: Params) -> tuple[SupportTest, Tensor]:
-        weights = {key: tensor.detach().cpu().numpy() for key, tensor in behaviour.items()}
-        model = SafetyModel(
+        model = SafetyModel.of_networks(
             self.dataset.observation_space,
             self.dataset.action_space,
             self.scaling,
             self.scale,
-            {BEHAVIOUR: weights},
+            deployed({BEHAVIOUR: behaviour}),
             self.flow_steps,
         )
         score = support_score(None, model)
-        scores = step_scores(model, score, self.dataset.observations, self.dataset.actions)
+        seen = model.unjudged(self.dataset.observations)
+        scores = score(model, seen, self.dataset.actions)
         held_out = self.dataset.select(np.flatnonzero(self.held_out))
         held = scores[np.repeat(self.held_out, self.dataset.episode_lengths)]
         record = record_of(held, held_out.episode_starts, score.name, self.alpha, self.share)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeshield.nn.arrays import A, NetworksOf, concat
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.values.backup import RewardWindow
 from safeshield.values.expectile import expectile_loss
@@ -75,20 +76,20 @@ class RewardCritics:
         """Draw all weights."""
         return {name: part.init(generator) for name, part in self.parts().items()}
 
-    def value(self, networks: Networks, observations: Tensor) -> Tensor:
+    def value(self, networks: NetworksOf[A], observations: A) -> A:
         """Return V_r(s), (batch,), discounted return."""
         name = self.names[0]
         raw = self.parts()[name](networks[name], observations)[0, :, 0]
         return self.offset + self.spread * raw
 
-    def possible(self, networks: Networks, observations: Tensor) -> Tensor:
+    def possible(self, networks: NetworksOf[A], observations: A) -> A:
         """Return `value`, cut to what a return can be."""
         value = self.value(networks, observations)
-        return value if self.bounds is None else value.clamp(*self.bounds)
+        return value if self.bounds is None else value.clip(*self.bounds)
 
-    def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
+    def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
         """Return A_i(s, a), (members, batch), in units of sigma."""
-        inputs = torch.cat([observations, actions], -1)
+        inputs = concat([observations, actions])
         name = self.names[1]
         return self.parts()[name](networks[name], inputs)[..., 0]
 

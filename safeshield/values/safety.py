@@ -44,10 +44,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeshield.nn.arrays import A, NetworksOf, concat, largest
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.values.backup import SafetyBackup, SafetyWindow
 from safeshield.values.expectile import expectile_loss
-from safeshield.values.units import ADVANTAGE, CONSTRAINT, EXCESS, SafetyScale
+from safeshield.values.units import (
+    ADVANTAGE,
+    CONSTRAINT,
+    EXCESS,
+    SafetyScale,
+    action_value,
+    state_value,
+)
 
 VALUE_NETWORKS = (CONSTRAINT, EXCESS)
 
@@ -81,30 +89,32 @@ class SafetyCritics:
         """Draw all weights."""
         return {name: part.init(generator) for name, part in self.parts().items()}
 
-    def constraint(self, networks: Networks, observations: Tensor) -> Tensor:
+    def constraint(self, networks: NetworksOf[A], observations: A) -> A:
         """Return h^(s), (batch,), in units of h."""
         raw = self.parts()[CONSTRAINT](networks[CONSTRAINT], observations)[0, :, 0]
         return self.scale.offset + self.scale.spread * raw
 
-    def excess(self, networks: Networks, observations: Tensor) -> Tensor:
+    def excess(self, networks: NetworksOf[A], observations: A) -> A:
         """Return e(s), (batch,), in units of h."""
         raw = self.parts()[EXCESS](networks[EXCESS], observations)[0, :, 0]
         return self.scale.excess * raw
 
-    def value(self, networks: Networks, observations: Tensor) -> Tensor:
+    def value(self, networks: NetworksOf[A], observations: A) -> A:
         """Return V_h(s), (batch,), in units of h; at most 0 where some policy stays safe."""
-        constraint = self.constraint(networks, observations)
-        return constraint + self.excess(networks, observations).relu()
+        constraint, excess = (
+            self.parts()[name](networks[name], observations)[0, :, 0] for name in VALUE_NETWORKS
+        )
+        return state_value(self.scale, constraint, excess)
 
-    def advantages(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
+    def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
         """Return A_i(s, a), (members, batch), in steps' worth of h (sigma)."""
-        inputs = torch.cat([observations, actions], -1)
+        inputs = concat([observations, actions])
         return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
 
-    def action_value(self, networks: Networks, observations: Tensor, actions: Tensor) -> Tensor:
+    def action_value(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
         """Return Q_h(s, a), (batch,), in units of h, of states s' on: the larger of the two."""
-        worst = self.advantages(networks, observations, actions).amax(0)
-        return self.value(networks, observations) + self.scale.step_rms * worst
+        worst = largest(self.advantages(networks, observations, actions))
+        return action_value(self.scale, self.value(networks, observations), worst)
 
     def log_value(self, networks: Networks, observations: Tensor, constraints: Tensor) -> Tensor:
         """Return V_h at states of the log, where h is known."""

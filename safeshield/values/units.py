@@ -1,4 +1,7 @@
-"""Units of the constraint h, and the names of the networks that a shield is made of."""
+"""Units of the constraint h, V_h and Q_h in these units, and the names of the safety networks.
+
+`values.safety` has the networks and what they learn from.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,28 @@ import math
 from dataclasses import dataclass
 
 from safeshield.files.schema import finite_number
+from safeshield.nn.actor import BEHAVIOUR, FALLBACK
+from safeshield.nn.arrays import A, relu
+from safeshield.nn.plan_actor import PLAN
+
+__all__ = [
+    "ADVANTAGE",
+    "BEHAVIOUR",
+    "CONSTRAINT",
+    "EXCESS",
+    "FALLBACK",
+    "PLAN",
+    "SAFETY_NETWORKS",
+    "SafetyScale",
+    "action_value",
+    "state_value",
+]
 
 CONSTRAINT, EXCESS, ADVANTAGE = "constraint", "excess", "advantage"
 
 
 SAFETY_NETWORKS = (CONSTRAINT, EXCESS, ADVANTAGE)
 """Names of the safety critics' networks, in memory and in files; see `values.safety`."""
-
-
-FALLBACK, BEHAVIOUR, PLAN = "student", "behaviour", "plan_advantage"
-"""Names of a shield's fallback actor, of the network that imitates the log, and of the critic of
-whole plans."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +72,13 @@ class SafetyScale:
     def excess(self) -> float:
         """Unit of V - h^, which is small beside the spread of h itself."""
         return 0.2 * self.spread
+
+
+def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
+    """Return V_h(s) = h^(s) + max(e(s), 0), units of h, of the outputs of the two networks."""
+    return scale.offset + scale.spread * constraint + relu(scale.excess * excess)
+
+
+def action_value(scale: SafetyScale, value: A, advantage: A) -> A:
+    """Return Q_h(s, a) = V_h(s) + sigma max_i A_i(s, a), units of h."""
+    return value + scale.step_rms * advantage

@@ -32,4 +32,6 @@ def untrained_shield(env: gym.Env[Any, Any]) -> Shield:
     }
     zeros, ones = np.zeros(widths[0], "f4"), np.ones(widths[0], "f4")
     scaling = Scaling(zeros, ones, actions.low.astype("f4"), actions.high.astype("f4"))
-    return Shield(SafetyModel(observations, actions, scaling, scale, arrays), trained_by="nobody")
+    return Shield(
+        SafetyModel.of_networks(observations, actions, scaling, scale, arrays), trained_by="nobody"
+    )

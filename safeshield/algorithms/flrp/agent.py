@@ -28,9 +28,7 @@ from safeshield.algorithms.flrp.losses import FLRPRun, LatentArchitecture
 from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
-from safeshield.nn.latent_actor import LatentPolicy
-from safeshield.nn.latent_forward import LatentForward, LatentSpec, expert_order
-from safeshield.nn.mlp import Networks
+from safeshield.nn.latent_actor import LatentPolicy, LatentSpec, expert_order
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
@@ -67,8 +65,6 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     run_type = FLRPRun
     _dropped = ("flow_steps",)
     _fewest_steps = 3
-    _acting: LatentForward | None = None
-    """The networks as NumPy runs them, made when first needed."""
 
     def with_refine_steps(self, refine_steps: int) -> Self:
         """Return an agent of the same weights that refines `refine_steps` times (T; 0: not at all).
@@ -113,7 +109,8 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
                 scaling=model.scaling,
                 scale=model.critics.safety.scale,
                 networks={name: self._arrays[name] for name in names},
-                latent=model.policy.spec,
+                fallback_actor=model.policy,
+                behaviour_actor=model.policy.unrefined,
             ),
             trained_by=f"FLRP, seed {self.config.seed}",
         )
@@ -234,13 +231,4 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         """Refine one draw of u, or u = 0."""
         shape = (len(observations), model.policy.spec.latent)
         noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
-        return self._actor(model).act(observations, noise.astype(np.float32))
-
-    def _actor(self, model: LatentArchitecture) -> LatentForward:
-        if self._acting is None:
-            self._acting = LatentForward(model.policy.spec, self._arrays)
-        return self._acting
-
-    def _adopt(self, model: LatentArchitecture, networks: Networks) -> None:
-        super()._adopt(model, networks)
-        self._acting = None
+        return model.policy.act(self._arrays, observations, noise.astype(np.float32))

@@ -30,11 +30,11 @@ from safeshield.algorithms.r2pac.losses import ACTOR, ChunkArchitecture, R2PACRu
 from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, RegionReport, report_region
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
+from safeshield.nn.actor import FlowActor
 from safeshield.nn.chunk_actors import ChunkActor
 from safeshield.nn.flow import velocity_network
-from safeshield.nn.forward import forward
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.nn.plan_forward import PlanSpec
+from safeshield.nn.plan_actor import BestPlan, PlanActor
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
@@ -118,6 +118,9 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         """
         model, plans = self._fitted(), whole("plans", plans, least=0)
         names = (*SAFETY_NETWORKS, PLAN, FALLBACK, BEHAVIOUR)
+        widths = model.scaling.observation_features, model.scaling.action_features
+        planner = PlanActor(*widths, self.config.student_hidden, model.chunk)
+        judge = BestPlan(planner, model.plan.hidden, model.plan.members, plans)
         return Shield(
             SafetyModel(
                 observation_space=model.observation_space,
@@ -125,8 +128,9 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
                 scaling=model.scaling,
                 scale=model.critics.safety.scale,
                 networks={name: self._arrays[name] for name in names},
-                flow_steps=self.config.flow_steps,
-                plan=PlanSpec(model.chunk, plans),
+                fallback_actor=planner,
+                behaviour_actor=FlowActor(*widths, self.config.flow_hidden, self.config.flow_steps),
+                judge=judge if plans else None,
             ),
             trained_by=f"R2PAC, seed {self.config.seed}",
         )
@@ -345,21 +349,20 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
         seen = np.repeat(observations, each, axis=0)
         if self.config.inference == "student":
-            raw = forward(self._arrays[FALLBACK], np.concatenate([seen, noise], -1))[0]
-            drawn = np.clip(raw, -1.0, 1.0)
+            inputs = np.concatenate([seen, noise], -1)
+            drawn = np.clip(model.networks[FALLBACK](self._arrays[FALLBACK], inputs)[0], -1.0, 1.0)
         else:
-            drawn = model.actor.draw(self._arrays[ACTOR], seen, noise)
+            drawn = model.actor.sample(self._arrays[ACTOR], seen, noise)
         if each == 1:
             return np.asarray(drawn)
         # Q = V(s) + sigma A: within a state the advantage alone decides.
-        judged = np.concatenate([seen, drawn], -1)
-        worse = region_of(model, self.config).worse_of(self._arrays, judged).reshape(count, each)
+        region = region_of(model, self.config)
+        worse = region.worse(self._arrays, seen, drawn).reshape(count, each)
         chosen = worse.argmin(1)
         if self.config.choose == "region":
-            name = model.critics.reward.names[1]
-            gain = forward(self._arrays[name], judged)[..., 0].min(0).reshape(count, each)
+            gain = model.critics.reward.advantages(self._arrays, seen, drawn).min(0)
             safe = ~self._unsafe(model, observations)
-            chosen = np.where(safe, gain.argmax(1), chosen)
+            chosen = np.where(safe, gain.reshape(count, each).argmax(1), chosen)
         return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
 
     def _unsafe(

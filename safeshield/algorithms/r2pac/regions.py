@@ -27,13 +27,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.nn.forward import Weights, forward
+from safeshield.nn.arrays import A, NetworksOf, Weights, concat, largest, smallest
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.training.log import LogTensors
 from safeshield.training.state import TrainState
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
-from safeshield.values.units import CONSTRAINT, EXCESS, PLAN
+from safeshield.values.units import PLAN
 
 LEVEL, UNSAFE = "region_level", "region_unsafe"
 """Of l, and of which states the log's transitions reach that are unsafe (N,) uint8, among the
@@ -61,7 +61,7 @@ class Region(Protocol):
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
         """Whether states (n, obs) of the log, of known h (n,), are unsafe: (n,) bool."""
 
-    def worse(self, networks: Networks, observations: Tensor, chunks: Tensor) -> Tensor:
+    def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
         """Return how much worse chunks (n, h * act) are than the best, (n,); at most 0: none is.
 
         In units of one chunk's advantage.
@@ -76,9 +76,6 @@ class Region(Protocol):
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
         """Whether states (n, obs) of unknown h are unsafe, (n,), on NumPy arrays."""
-
-    def worse_of(self, weights: Arrays, inputs: _Float) -> _Float:
-        """`worse` of rows (n, obs + h * act), on NumPy arrays."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,9 @@ class CostRegion:
         too_much = self.value(state.targets, observations) > state.scales[LEVEL]
         return too_much | (constraints > -self.margin)
 
-    def worse(self, networks: Networks, observations: Tensor, chunks: Tensor) -> Tensor:
+    def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
         """See `Region`."""
-        return -self.critics.advantages(networks, observations, chunks).amin(0)
+        return -smallest(self.critics.advantages(networks, observations, chunks))
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
@@ -127,13 +124,7 @@ class CostRegion:
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
         """See `Region`."""
-        critics = self.critics
-        value = critics.offset + critics.spread * forward(weights[critics.names[0]], observations)
-        return np.asarray(-value[0, :, 0] > level)
-
-    def worse_of(self, weights: Arrays, inputs: _Float) -> _Float:
-        """See `Region`."""
-        return np.asarray(-forward(weights[self.critics.names[1]], inputs)[..., 0].min(0))
+        return np.asarray(-self.critics.value(weights, observations) > level)
 
 
 @dataclass(frozen=True)
@@ -151,9 +142,9 @@ class SafetyRegion:
         value = self.critics.value(state.targets, observations)
         return (value > -self.margin) | (constraints > -self.margin)
 
-    def worse(self, networks: Networks, observations: Tensor, chunks: Tensor) -> Tensor:
+    def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
         """See `Region`."""
-        return plan_advantages(self.plan, networks, observations, chunks).amax(0)
+        return largest(plan_advantages(self.plan, networks, observations, chunks))
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
@@ -165,21 +156,12 @@ class SafetyRegion:
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
         """See `Region`."""
-        scale = self.critics.scale
-        constraint = scale.offset + scale.spread * forward(weights[CONSTRAINT], observations)
-        excess = scale.excess * np.maximum(forward(weights[EXCESS], observations), 0.0)
-        return np.asarray((constraint + excess)[0, :, 0] > level)
-
-    def worse_of(self, weights: Arrays, inputs: _Float) -> _Float:
-        """See `Region`."""
-        return np.asarray(forward(weights[PLAN], inputs)[..., 0].max(0))
+        return np.asarray(self.critics.value(weights, observations) > level)
 
 
-def plan_advantages(
-    plan: EnsembleMLP, networks: Networks, observations: Tensor, chunks: Tensor
-) -> Tensor:
+def plan_advantages(plan: EnsembleMLP, networks: NetworksOf[A], observations: A, chunks: A) -> A:
     """Return A_h,i(s, a_{t:t+h}), (members, n), in steps' worth of h."""
-    return plan(networks[PLAN], torch.cat([observations, chunks], -1))[..., 0]
+    return plan(networks[PLAN], concat([observations, chunks]))[..., 0]
 
 
 def horizon_level(cost_limit: float, steps: int, discount: float) -> float:

@@ -1,0 +1,287 @@
+"""Actors: policy networks with all that must be known to run them, to write them, to read them.
+
+An actor is a frozen description; the weights are passed, by the names that its `shapes` list. A new
+kind is one class with the decorator `register_actor`: shields then act by it, and their files hold
+it. A file never causes an import: whoever reads one of a kind of their own imports its class first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    get_type_hints,
+    runtime_checkable,
+)
+
+from safeshield.files.schema import json_values
+from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, log_softmax
+from safeshield.nn.flow import euler_noise, euler_sample, velocity_network
+from safeshield.nn.mlp import EnsembleMLP, Shapes
+
+FALLBACK, BEHAVIOUR = "student", "behaviour"
+"""Usual names of a shield's fallback actor, and of the network that imitates the log."""
+MAX_WIDTH, MAX_LAYERS, MAX_STEPS = 16_384, 32, 1000
+"""The most that a file's header may ask for."""
+
+
+class Widths(NamedTuple):
+    """What the spaces fix of every network's shape."""
+
+    observation: int
+    """Features of an observation."""
+    action: int
+    """Features of an action."""
+    choices: int
+    """Number of actions; 0 for a Box."""
+
+
+class Network(Protocol):
+    """The description of one network."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape of every weight, by name."""
+        ...
+
+
+class Described(Protocol):
+    """A frozen dataclass that a file's header can hold: its kind, and its fields as JSON values.
+
+    Fields called as those of `Widths` are not written: the spaces tell them.
+    """
+
+    kind: ClassVar[str]
+    """What files call it."""
+
+    def parts(self) -> Mapping[str, Network]:
+        """Describe every network that it runs."""
+        ...
+
+    def check(self) -> None:
+        """Raise ValueError where the fields, as a file gave them, cannot be."""
+        ...
+
+
+class Actor(Described, Protocol):
+    """A policy network for a Box of actions."""
+
+    @property
+    def noise_features(self) -> int:
+        """Width of the noise that it draws an action with."""
+        ...
+
+    def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
+        """Return actions (n, act) in [-1, 1] for noise (n, noise_features) in n states (n, obs)."""
+        ...
+
+
+@runtime_checkable
+class HasDensity(Protocol):
+    """An actor that knows how likely its actions are."""
+
+    def log_density(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+        """Return log p(a | s) of actions (n, act) in [-1, 1] in n states, (n,), in nats."""
+        ...
+
+
+# -- kinds -----------------------------------------------------------------------------------------
+
+D = TypeVar("D", bound=Described)
+KINDS: dict[str, type[Described]] = {}
+"""What a shield's file can name: actors, what imitates discrete actions, and action critics."""
+
+
+def register_actor(new: type[D]) -> type[D]:
+    """Make a class known to the files of shields, as a decorator.
+
+    Raises:
+        ValueError: another class has its kind.
+    """
+    old = KINDS.setdefault(new.kind, new)
+    # A notebook's cell that runs again defines the same class anew.
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        raise ValueError(f"kind {new.kind!r} is taken by {old.__module__}.{old.__qualname__}")
+    KINDS[new.kind] = new
+    return new
+
+
+def to_header(part: Described | None) -> dict[str, Any] | None:
+    """Return what a file's header holds of an actor or an action critic.
+
+    Raises:
+        ValueError: its class is not registered, so that no file can name it.
+    """
+    if part is None:
+        return None
+    if KINDS.get(part.kind) is not type(part):
+        raise ValueError(
+            f"{type(part).__name__} is not of a kind that a file can name, {sorted(KINDS)}: "
+            "decorate the class with register_actor"
+        )
+    return {"kind": part.kind, **_without_widths(json_values(part))}
+
+
+def _without_widths(value: Any) -> Any:  # noqa: ANN401
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_widths(v) for k, v in value.items() if k not in Widths._fields}
+
+
+def from_header(what: str, data: dict[str, Any] | None, widths: Widths, needs: str) -> Any:  # noqa: ANN401
+    """Rebuild what `to_header` returned.
+
+    Args:
+        what: name of the header's entry.
+        data: the entry.
+        widths: what the spaces fix.
+        needs: name of the method that the entry is used for.
+
+    Raises:
+        ValueError: the kind is not known to this process, has no such method, or a field is not
+            what it must be.
+    """
+    if data is None:
+        return None
+    kind = data["kind"]
+    known = KINDS.get(kind) if isinstance(kind, str) else None
+    if known is None or not hasattr(known, needs):
+        fit = sorted(name for name, one in KINDS.items() if hasattr(one, needs))
+        raise ValueError(
+            f"{what} kind {kind!r:.40} is not known; this process knows {fit}: import the module "
+            "that defines it first"
+        )
+    return _rebuilt(known, kind, {k: v for k, v in data.items() if k != "kind"}, widths._asdict())
+
+
+def _rebuilt(known: Any, what: str, data: dict[str, Any], widths: dict[str, int]) -> Any:  # noqa: ANN401
+    names = [entry.name for entry in dataclasses.fields(known)]
+    own = {name for name in names if name not in widths}
+    if set(data) != own:
+        raise ValueError(f"{what} must have the fields {sorted(own)}, got {sorted(data)!r:.80}")
+    values: dict[str, Any] = {name: widths[name] for name in names if name in widths}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            value = _rebuilt(get_type_hints(known)[name], name, value, widths)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    part = known(**values)
+    part.check()
+    return part
+
+
+def check_hidden(what: str, widths: object) -> None:
+    """Raise ValueError unless a file may ask for hidden layers of these widths."""
+    if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= MAX_LAYERS:
+        raise ValueError(f"'{what}' must have between 1 and {MAX_LAYERS} hidden layers")
+    if not all(type(w) is int and 1 <= w <= MAX_WIDTH for w in widths):
+        raise ValueError(f"widths of '{what}' must be between 1 and {MAX_WIDTH}")
+
+
+def check_count(what: str, value: object, least: int, most: int) -> None:
+    """Raise ValueError unless a value is a whole number in a range."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what} must lie in [{least}, {most}], got {value!r:.20}")
+
+
+# -- the usual ones --------------------------------------------------------------------------------
+
+
+@register_actor
+@dataclass(frozen=True)
+class OneStepActor:
+    """One perceptron: (s, z) to an action. SafeFQL's student, `ShieldTrainer`'s fallback."""
+
+    kind: ClassVar[str] = "one_step"
+    observation: int
+    action: int
+    hidden: tuple[int, ...]
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """See `Described`."""
+        return {FALLBACK: EnsembleMLP(self.observation + self.action, self.action, self.hidden)}
+
+    def check(self) -> None:
+        """See `Described`."""
+        check_hidden(FALLBACK, self.hidden)
+
+    @property
+    def noise_features(self) -> int:
+        """See `Actor`."""
+        return self.action
+
+    def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
+        """See `Actor`."""
+        inputs = concat([observations, noise])
+        raw: A = self.parts()[FALLBACK](networks[FALLBACK], inputs)[0]
+        return raw.clip(-1.0, 1.0)
+
+
+@register_actor
+@dataclass(frozen=True)
+class FlowActor:
+    """A velocity field that carries noise to what the log does (`nn.flow`)."""
+
+    kind: ClassVar[str] = "flow"
+    observation: int
+    action: int
+    hidden: tuple[int, ...]
+    flow_steps: int = 10
+    """K, Euler steps."""
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """See `Described`."""
+        return {BEHAVIOUR: velocity_network(self.observation, self.action, self.hidden)}
+
+    def check(self) -> None:
+        """See `Described`."""
+        check_hidden(BEHAVIOUR, self.hidden)
+        check_count("flow_steps", self.flow_steps, 1, MAX_STEPS)
+
+    @property
+    def noise_features(self) -> int:
+        """See `Actor`."""
+        return self.action
+
+    def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
+        """See `Actor`."""
+        field = self.parts()[BEHAVIOUR]
+        return euler_sample(field, networks[BEHAVIOUR], observations, noise, self.flow_steps)
+
+    def to_noise(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
+        """Return the noise (n, act) that the field carries to actions (n, act) in [-1, 1]."""
+        field = self.parts()[BEHAVIOUR]
+        return euler_noise(field, networks[BEHAVIOUR], observations, actions, self.flow_steps)
+
+
+@register_actor
+@dataclass(frozen=True)
+class Classifier:
+    """What imitates a log of discrete actions: the logits of all choices."""
+
+    kind: ClassVar[str] = "classifier"
+    observation: int
+    choices: int
+    hidden: tuple[int, ...]
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """See `Described`."""
+        return {BEHAVIOUR: EnsembleMLP(self.observation, self.choices, self.hidden)}
+
+    def check(self) -> None:
+        """See `Described`."""
+        check_hidden(BEHAVIOUR, self.hidden)
+
+    def logits(self, networks: NetworksOf[A], observations: A) -> A:
+        """Return the logits (n, choices) of n states (n, obs)."""
+        out: A = self.parts()[BEHAVIOUR](networks[BEHAVIOUR], observations)[0]
+        return out
+
+    def log_prob(self, networks: NetworksOf[A], observations: A) -> A:
+        """Return the log probabilities (n, choices), in nats."""
+        return log_softmax(self.logits(networks, observations))

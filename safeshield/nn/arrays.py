@@ -1,0 +1,201 @@
+"""The operations that NumPy arrays and tensors spell differently, so that networks stand once.
+
+A network runs on tensors while it is trained, and on NumPy arrays where it is deployed: a single
+observation takes longer to enter PyTorch than a small network takes to compute. Everything here
+takes either kind and returns the same kind. PyTorch is imported only where a tensor comes in.
+
+(The package array-api-compat offers the same for the operations of the array standard. Its look-up
+of the namespace alone costs as much as two layers of a small network do for one observation, and
+the operations that matter most here, a batched product with a bias and products in place, are not
+part of the standard.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Float: TypeAlias = npt.NDArray[np.float32]
+A = TypeVar("A", Float, "Tensor")
+"""Float32 arrays, or tensors."""
+B = TypeVar("B", npt.NDArray[np.floating[Any]], "Tensor")
+"""Arrays of any precision, or tensors."""
+ParamsOf: TypeAlias = Mapping[str, A]
+"""The weights of one network, by name: `ParamsOf[A]` as arrays or tensors."""
+NetworksOf: TypeAlias = Mapping[str, ParamsOf[A]]
+"""Networks by name."""
+Weights: TypeAlias = Mapping[str, Float]
+"""The weights of one network as arrays."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# -- deployed weights ------------------------------------------------------------------------------
+
+
+class Deployed(dict[str, Float]):
+    """The weights of one network where it is deployed: nothing in it changes any more.
+
+    Attributes:
+        memo: what functions marked `derived` have made of the weights.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.memo: dict[Callable[..., Any], Any] = {}
+
+    def __reduce__(self) -> tuple[type[Deployed], tuple[dict[str, Float]]]:
+        # What is derived is made anew where it is unpickled.
+        return Deployed, (dict(self),)
+
+
+def deployed(networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Deployed]:
+    """Return the weights of networks as arrays."""
+    return {
+        name: Deployed({key: tensor.detach().cpu().numpy() for key, tensor in params.items()})
+        for name, params in networks.items()
+    }
+
+
+def derived(make: F) -> F:
+    """Decorate a function of one network's weights: of `Deployed` ones it is computed once."""
+
+    def look_up(params: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        if not isinstance(params, Deployed):
+            return make(params)
+        if make not in params.memo:
+            params.memo[make] = make(params)
+        return params.memo[make]
+
+    look_up.__doc__ = make.__doc__
+    return look_up  # type: ignore[return-value]
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+def affine(x: A, weight: A, bias: A) -> A:
+    """Return x W + b: (members, n, in), (members, in, out), (members, 1, out)."""
+    if isinstance(x, np.ndarray):
+        out: Float = np.matmul(x, weight)
+        out += bias
+        return out
+    return bias.baddbmm(x, weight)
+
+
+def affine_relu(x: A, weight: A, bias: A) -> A:
+    """Return max(x W + b, 0)."""
+    if isinstance(x, np.ndarray):
+        out: Float = np.matmul(x, weight)
+        out += bias
+        np.maximum(out, 0.0, out=out)
+        return out
+    return bias.baddbmm(x, weight).relu()
+
+
+def transposed(weight: A) -> A:
+    """Return a matrix (out, in) as (in, out), in the memory layout that products read fastest."""
+    return np.ascontiguousarray(weight.T) if isinstance(weight, np.ndarray) else weight.T
+
+
+# -- functions of each entry -----------------------------------------------------------------------
+
+
+def relu(x: A) -> A:
+    """Return max(x, 0)."""
+    return np.maximum(x, 0.0) if isinstance(x, np.ndarray) else x.relu()
+
+
+def exp(x: A) -> A:
+    """Return the exponential."""
+    return np.exp(x) if isinstance(x, np.ndarray) else x.exp()
+
+
+def tanh(x: A) -> A:
+    """Return the hyperbolic tangent."""
+    return np.tanh(x) if isinstance(x, np.ndarray) else x.tanh()
+
+
+def nan_to_zero(x: A) -> A:
+    """Return x with 0 for NaN, and the largest finite numbers for infinite ones."""
+    return np.nan_to_num(x) if isinstance(x, np.ndarray) else x.nan_to_num()
+
+
+def lerp(start: A, end: A, share: float) -> A:
+    """Return start + share (end - start)."""
+    if isinstance(start, np.ndarray):
+        out: Float = start + np.float32(share) * (end - start)
+        return out
+    return start.lerp(end, share)
+
+
+# -- rows and columns ------------------------------------------------------------------------------
+
+
+def concat(parts: Sequence[A]) -> A:
+    """Join columns: along the last axis."""
+    first = parts[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts, axis=-1)
+    import torch
+
+    return torch.cat(list(parts), -1)
+
+
+def zeros(like: A, rows: int, columns: int) -> A:
+    """Return zeros (rows, columns) of the kind of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.zeros((rows, columns), np.float32)
+    return like.new_zeros(rows, columns)
+
+
+def tiled(x: A, times: int) -> A:
+    """Return all rows, then all again, ...: (times * n, width)."""
+    return np.tile(x, (times, 1)) if isinstance(x, np.ndarray) else x.repeat(times, 1)
+
+
+def interleaved(even: A, odd: A) -> A:
+    """Return a matrix whose columns 0, 2, ... are `even` and 1, 3, ... are `odd`."""
+    width = even.shape[1] + odd.shape[1]
+    if isinstance(even, np.ndarray):
+        out = np.empty((len(even), width), np.float32)
+        out[:, 0::2], out[:, 1::2] = even, odd
+        return out
+    import torch
+
+    halves = even, odd
+    return torch.cat([halves[j % 2][:, j // 2, None] for j in range(width)], -1)
+
+
+def largest(x: A) -> A:
+    """Return the largest along the first axis."""
+    if isinstance(x, np.ndarray):
+        out: Float = x.max(axis=0)
+        return out
+    return x.amax(0)
+
+
+def smallest(x: A) -> A:
+    """Return the smallest along the first axis."""
+    if isinstance(x, np.ndarray):
+        out: Float = x.min(axis=0)
+        return out
+    return x.amin(0)
+
+
+def log_softmax(logits: B) -> B:
+    """Return log probabilities (..., choices); at least one logit of each row is finite.
+
+    >>> log_softmax(np.log(np.array([[1.0, 3.0]], np.float32))).round(3)
+    array([[-1.386, -0.288]], dtype=float32)
+    """
+    if isinstance(logits, np.ndarray):
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        out: B = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        return out
+    return logits.log_softmax(-1)

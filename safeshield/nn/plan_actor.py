@@ -1,0 +1,151 @@
+"""Plans: chunks of h actions that a one-step actor draws, and that are judged as a whole.
+
+    A(s, a) = min over k of A(s, (a, tail_k)),    tail_k: what follows the first action of plan k
+
+The noise behind the plans is fixed, so the value is a function of state and action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from safeshield.nn.actor import (
+    FALLBACK,
+    MAX_STEPS,
+    Described,
+    check_count,
+    check_hidden,
+    register_actor,
+)
+from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, nan_to_zero
+from safeshield.nn.mlp import EnsembleMLP, largest_and_gradient, layers, run
+
+PLAN = "plan_advantage"
+"""Name of the critic of whole plans."""
+_SEED = 20_261_127
+
+
+class ActionCritic(Described, Protocol):
+    """How much worse than the best an action is, in steps' worth of h; see `values.safety`."""
+
+    def worst(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+        """Return max_i A_i(s, a) of c actions (n, c, act) in each of n states (n, obs): (n, c)."""
+        ...
+
+    def worst_and_gradient(
+        self, networks: Mapping[str, Weights], inputs: Float, actions: Float
+    ) -> tuple[Float, Float]:
+        """Return that of one action (n, act), (n,), and its gradient in the action (n, act)."""
+        ...
+
+
+@register_actor
+@dataclass(frozen=True)
+class PlanActor:
+    """One perceptron: (s, z) to a plan, of which the first action is executed. R2PAC's student."""
+
+    kind: ClassVar[str] = "plan"
+    observation: int
+    action: int
+    hidden: tuple[int, ...]
+    horizon: int
+    """h: actions of a plan."""
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """See `nn.actor.Described`."""
+        chunk = self.noise_features
+        return {FALLBACK: EnsembleMLP(self.observation + chunk, chunk, self.hidden)}
+
+    def check(self) -> None:
+        """See `nn.actor.Described`."""
+        check_hidden(FALLBACK, self.hidden)
+        check_count("horizon", self.horizon, 1, MAX_STEPS)
+
+    @property
+    def noise_features(self) -> int:
+        """Width of the noise, and of a plan: h * act."""
+        return self.horizon * self.action
+
+    def draw(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
+        """Return plans (n, h * act) in [-1, 1] for noise (n, h * act) in n states (n, obs)."""
+        inputs = concat([observations, noise])
+        raw: A = self.parts()[FALLBACK](networks[FALLBACK], inputs)[0]
+        return nan_to_zero(raw).clip(-1.0, 1.0)
+
+    def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
+        """See `nn.actor.Actor`."""
+        out: A = self.draw(networks, observations, noise)[:, : self.action]
+        return out
+
+
+@register_actor
+@dataclass(frozen=True)
+class BestPlan:
+    """Judges an action by the least dangerous of the plans that begin with it."""
+
+    kind: ClassVar[str] = "best_plan"
+    planner: PlanActor
+    """Draws the plans."""
+    hidden: tuple[int, ...]
+    """Widths of the hidden layers of A(s, plan)."""
+    members: int = 2
+    plans: int = 8
+    """Plans that are weighed for each action."""
+
+    def parts(self) -> dict[str, EnsembleMLP]:
+        """See `nn.actor.Described`."""
+        inputs = self.planner.observation + self.planner.noise_features
+        judge = EnsembleMLP(inputs, 1, self.hidden, self.members)
+        return {**self.planner.parts(), PLAN: judge}
+
+    def check(self) -> None:
+        """See `nn.actor.Described`."""
+        check_hidden(PLAN, self.hidden)
+        check_count("members", self.members, 1, 64)
+        check_count("plans", self.plans, 1, MAX_STEPS)
+
+    def worst(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+        """See `ActionCritic`."""
+        rows = self._chunks(networks, inputs, actions)
+        return np.asarray(self._judged(networks, rows).max(axis=0).min(axis=-1))
+
+    def worst_and_gradient(
+        self, networks: Mapping[str, Weights], inputs: Float, actions: Float
+    ) -> tuple[Float, Float]:
+        """See `ActionCritic`."""
+        rows = self._chunks(networks, inputs, actions[:, None])
+        best = self._judged(networks, rows).max(axis=0)[:, 0].argmin(axis=-1)
+        chosen = rows[np.arange(len(rows)), 0, best]
+        value, slope = largest_and_gradient(layers(networks[PLAN]), chosen)
+        width = inputs.shape[1]
+        return value, slope[:, width : width + self.planner.action]
+
+    def _chunks(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+        """Return (n, c, plans, obs + h * act): every action at the head of every plan."""
+        count, width = inputs.shape
+        noise = _noise(self.plans, self.planner.noise_features)
+        repeated = np.repeat(inputs, self.plans, axis=0)
+        drawn = self.planner.draw(networks, repeated, np.tile(noise, (count, 1)))
+        rows = np.empty((count, actions.shape[1], self.plans, width + noise.shape[1]), np.float32)
+        rows[..., :width] = inputs[:, None, None]
+        rows[..., width:] = drawn.reshape(count, 1, *noise.shape)
+        rows[..., width : width + self.planner.action] = actions[:, :, None]
+        return rows
+
+    def _judged(self, networks: Mapping[str, Weights], rows: Float) -> Float:
+        shape = rows.shape[:-1]
+        out = run(layers(networks[PLAN]), rows.reshape(-1, rows.shape[-1]))[..., 0]
+        return out.reshape(-1, *shape)
+
+
+@cache
+def _noise(plans: int, width: int) -> Float:
+    noise = np.random.default_rng(_SEED).standard_normal((plans, width)).astype(np.float32)
+    noise[:1] = 0.0
+    noise.flags.writeable = False
+    return noise
