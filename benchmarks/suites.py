@@ -35,23 +35,15 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import safeshield.suites  # noqa: F401 - registers the tasks
-from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, Shield
-from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
-from safeshield.algorithms.fisor import FISOR, FISORConfig
-from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
-from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
-from safeshield.algorithms.registry import load_agent
+from safeshield import OfflineDataset, SafeFQL, Shield
+from safeshield.algorithms.registry import ALGORITHMS, load_agent, offline_algorithm
 from safeshield.evaluation import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
 from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
 
 FOLDER = RESULTS / "suites"
-UPDATES = {
-    "bc": 6_000,
-    "bc-safe": 6_000,
-    **dict.fromkeys(("fisor", "safefql", "flrp", "flrp-gaussian", "flrp-cost"), 12_000),
-    **dict.fromkeys(("r2pac", "r2pac-plain", "r2pac-reward", "r2pac-awr"), 12_000),
-}
+UPDATES = {"bc": 6_000}
+"""Of an algorithm; of any other 12,000."""
 PPO_STEPS = 100_000
 NAMES = {
     "bc": "BC",
@@ -72,7 +64,16 @@ ABLATIONS = {
     "r2pac-reward": "R2PAC, no V_c in unsafe states",
     "r2pac-awr": "R2PAC, weighted Gaussian actor",
 }
-"""Methods that run only when named."""
+"""Methods that run only when named; so does any other registered algorithm."""
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bc-safe": ("bc", {"episodes": "safe", "cost_limit": COST_LIMIT}),
+    "flrp-gaussian": ("flrp", {"prior": "gaussian"}),
+    "flrp-cost": ("flrp", {"feasibility": "cost"}),
+    "r2pac-plain": ("r2pac", {"penalise": False}),
+    "r2pac-reward": ("r2pac", {"recover": False}),
+    "r2pac-awr": ("r2pac", {"actor": "awr_gaussian"}),
+}
+"""Algorithm and changed settings of a method that is not an algorithm's default."""
 
 
 class Normalised:
@@ -115,23 +116,12 @@ def trained(task: str, method: str, seed: int, data: Path) -> object:
         return Normalised(path)
     if not path.exists():
         log = read_log(data, task)
-        agent: Any = {
-            "bc": lambda: BehaviourCloning(BehaviourCloningConfig(seed=seed), device="cpu"),
-            "bc-safe": lambda: BehaviourCloning(
-                BehaviourCloningConfig(seed=seed, episodes="safe", cost_limit=COST_LIMIT),
-                device="cpu",
-            ),
-            "fisor": lambda: FISOR(FISORConfig(seed=seed), device="cpu"),
-            "safefql": lambda: SafeFQL(SafeFQLConfig(seed=seed), device="cpu"),
-            "flrp": lambda: FLRP(FLRPConfig(seed=seed), device="cpu"),
-            "flrp-gaussian": lambda: FLRP(FLRPConfig(seed=seed, prior="gaussian"), device="cpu"),
-            "flrp-cost": lambda: FLRP(FLRPConfig(seed=seed, feasibility="cost"), device="cpu"),
-            "r2pac": lambda: R2PAC(R2PACConfig(seed=seed), device="cpu"),
-            "r2pac-plain": lambda: R2PAC(R2PACConfig(seed=seed, penalise=False), device="cpu"),
-            "r2pac-reward": lambda: R2PAC(R2PACConfig(seed=seed, recover=False), device="cpu"),
-            "r2pac-awr": lambda: R2PAC(R2PACConfig(seed=seed, actor="awr_gaussian"), device="cpu"),
-        }[method]()
-        agent.fit(log, steps=UPDATES[method], checkpoint=path.with_suffix(".checkpoint"))
+        name, changes = CHANGES.get(method, (method, {}))
+        algorithm = offline_algorithm(name)
+        config = algorithm.config_type(seed=seed, **changes)
+        agent: Any = algorithm.kind(config, device="cpu")
+        steps = UPDATES.get(name, 12_000)
+        agent.fit(log, steps=steps, checkpoint=path.with_suffix(".checkpoint"))
         agent.save(path)
         path.with_suffix(".checkpoint").unlink()
     return load_agent(path)
@@ -215,7 +205,7 @@ def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[F
                 for row in rows
             ]
             yield FieldScore(
-                policy={**NAMES, **ABLATIONS}[method],
+                policy={**NAMES, **ABLATIONS}.get(method, method),
                 task=task,
                 references=ReferenceReturns(**rows[0]["references"]),
                 cost_limit=COST_LIMIT,
@@ -244,11 +234,13 @@ def costs(tasks: list[str], seeds: list[int], methods: list[str]) -> str:
 
 def main() -> None:
     """Run what is missing and print the table."""
+    # A dict, because most algorithms have a name of their own in the tables.
+    known = {**NAMES, **ABLATIONS, **{one.name: "" for one in ALGORITHMS.values() if one.offline}}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
     parser.add_argument("--tasks", nargs="+", help="default: every log in the folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=[*NAMES, *ABLATIONS])
+    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=known)
     parser.add_argument("--here", action="store_true", help="one cell, in this process")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()

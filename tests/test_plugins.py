@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,67 +23,9 @@ from safeshield.cli import app
 from safeshield.cli.settings import read_settings, settings_help, write_settings
 from safeshield.files.schema import fields_of
 
-LINEAR = '''
-"""Imitates a log by a linear actor."""
-
-from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-
-from safeshield.algorithms.registry import register
-from safeshield.files.schema import Positive, PositiveInt, Seed, Settings
-from safeshield.nn.forward import forward
-from safeshield.nn.mlp import EnsembleMLP
-from safeshield.training.agent import OfflineAgent
-from safeshield.training.run import Run
-from safeshield.training.state import Phase
-
-
-@dataclass(frozen=True)
-class LinearConfig(Settings):
-    seed: Seed = 0
-    """Seed of weights and batches."""
-    batch_size: PositiveInt = 32
-    """Transitions in an update."""
-    learning_rate: Positive = 0.01
-    """Adam's rate at the start; it falls to a fiftieth by the end."""
-    unit: Positive = 1.0
-    """Weight of an error, per half width of the action box."""
-    norm: Literal["l1", "l2"] = "l2"
-    """Of the error."""
-
-
-@dataclass(eq=False)
-class LinearRun(Run):
-    def phases(self):
-        return [Phase("imitation", self.steps, self.falling("actor", self.loss, self.steps), 32)]
-
-    def loss(self, state, draw):
-        observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
-
-        def loss(networks):
-            error = self.model.networks["actor"](networks["actor"], observations)[0] - actions
-            size = error.abs() if self.config.norm == "l1" else error.square()
-            return self.config.unit * size.mean(), {"actor/error": error.detach().abs().mean()}
-
-        return loss
-
-
-@register("linear")
-class Linear(OfflineAgent):
-    """Imitate a log by a linear actor."""
-
-    config_type = LinearConfig
-    file_format = "mine-linear"
-    run_type = LinearRun
-
-    def _parts(self, scaling):
-        return {"actor": EnsembleMLP(scaling.observation_features, scaling.action_features, ())}
-
-    def _act(self, model, observations, deterministic):
-        return np.clip(forward(self._arrays["actor"], observations)[0], -1.0, 1.0)
-'''
+PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+LINEAR = max(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL), key=len)
+"""The algorithm of the documentation, whole."""
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -104,7 +48,7 @@ def trained(folder: Path) -> Path:
     out = folder / "agent.safetensors"
     told = run(
         "train", folder / "log.npz", out, "--plugin", folder / "linear.py", "--algorithm",
-        "linear", "--steps", 40, "--set", "norm=l1", "--seed", 5, "--device", "cpu",
+        "linear", "--steps", 40, "--set", "batch_size=16", "--seed", 5, "--device", "cpu",
         "--checkpoint", folder / "checkpoint.safetensors",
     )  # fmt: skip
     assert "linear, 40 updates, seed 5" in told
@@ -116,13 +60,14 @@ def test_an_eighth_learner_is_one_file(folder: Path, trained: Path) -> None:
     log = OfflineDataset.load(folder / "log.npz")
     agent, kind = load_agent(trained), ALGORITHMS["linear"].kind
     assert type(agent) is kind
-    assert agent.config == ALGORITHMS["linear"].config_type(seed=5, norm="l1")
+    assert agent.config == ALGORITHMS["linear"].config_type(seed=5, batch_size=16)
     again = kind(agent.config, device="cpu").fit(log, 40)
     seen = log.observations[:9]
     np.testing.assert_array_equal(agent.predict(seen)[0], again.predict(seen)[0])
     plugin = ("--plugin", folder / "linear.py")
     told = json.loads(run("inspect", trained, "--json", *plugin))
-    assert (told["kind"], told["algorithm"], told["config"]["norm"]) == ("agent", "Linear", "l1")
+    assert (told["kind"], told["algorithm"]) == ("agent", "Linear")
+    assert told["config"] == {"seed": 5, "batch_size": 16, "learning_rate": 0.01}
     assert "Linear" in run("inspect", folder / "checkpoint.safetensors", *plugin)
     scored = run(
         "evaluate", trained, "safeshield/Boat-v0", "--cost-limit", 10, "--references", "0,1",
@@ -135,10 +80,36 @@ def test_help_lists_a_plugins_settings(folder: Path) -> None:
     told = " ".join(run("train", "--plugin", folder / "linear.py", "--help").split())
     for text in (
         "--algorithm linear Imitate a log by a linear actor.",
-        "unit=1.0 Weight of an error, per half width of the action box.",
-        "of the action box. [a finite number, above 0]",
+        "batch_size=32 Transitions in an update. [a whole number, above 0]",
+        "learning_rate=0.01 Adam's rate at the start; it falls to a fiftieth by the end.",
     ):
         assert text in told
+
+
+def test_the_documentation_lists_what_is_registered() -> None:
+    for one in ALGORITHMS.values():
+        if one.kind.__module__.startswith("safeshield."):
+            name = f"`{one.name}`" if one.offline else "(in Python)"
+            assert f"| {name} | `{one.kind.__name__}` | " in PAGE
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_installed_package_offers_its_algorithms(tmp_path: Path, broken: bool) -> None:
+    """By an entry point; one that cannot be imported is a warning, and the others are there."""
+    text = "raise OSError('no such plant')" if broken else LINEAR
+    (tmp_path / "their_linear.py").write_text(text)
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[safeshield.algorithms]\nlinear = their_linear\n")
+    code = "from safeshield.algorithms.registry import ALGORITHMS; print(*sorted(ALGORITHMS))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert ("linear" in done.stdout.split(), "safefql" in done.stdout.split()) == (not broken, True)
+    assert ("entry point 'linear' (their_linear)" in done.stderr) == broken
+    assert ("OSError: no such plant" in done.stderr) == broken
 
 
 def test_a_file_imports_nothing_and_its_error_says_what_to_import(trained: Path) -> None:
