@@ -202,37 +202,56 @@ class Drivers:
 
 # -- learners ----------------------------------------------------------------------------------
 
-_TINY: dict[str, Any] = {"seed": 3, "batch_size": 64, "learning_rate": 3e-3}
-_CRITICS = {**_TINY, "critic_hidden": (16,), "polyak": 0.05}
-_NETS = {**_CRITICS, "flow_hidden": (16,)}
-_STUDENT = {**_NETS, "student_hidden": (16,)}
-_SHIELD = {**_CRITICS, "behaviour_hidden": (16,), "fallback_hidden": (16,)}
-_SOFT: dict[str, Any] = {
-    "seed": 3, "batch_size": 64, "learning_rate": 3e-3, "critic_hidden": (16,), "samples": 4,
-    "actor_hidden": (16,), "extraction_steps": 10, "components": 2,
-}  # fmt: skip
 
-OFFLINE: dict[str, Callable[[], Any]] = {
-    "safefql": lambda: SafeFQL(SafeFQLConfig(**_STUDENT), device="cpu"),
-    "safefql_joint": lambda: SafeFQL(
-        SafeFQLConfig(**_STUDENT, phases="joint", teacher="behaviour", candidates=1), device="cpu"
-    ),
-    "flrp": lambda: FLRP(FLRPConfig(**_NETS, transforms=2), device="cpu"),
-    "flrp_cost": lambda: FLRP(
-        FLRPConfig(**_NETS, transforms=2, feasibility="cost", prior="gaussian"), device="cpu"
-    ),
-    "r2pac": lambda: R2PAC(R2PACConfig(**_STUDENT, chunk=3, candidates=4), device="cpu"),
-    "r2pac_gaussian": lambda: R2PAC(
-        R2PACConfig(**_STUDENT, chunk=2, actor="awr_gaussian", region="safety"), device="cpu"
-    ),
-    "fisor": lambda: FISOR(FISORConfig(**_NETS), device="cpu"),
-    "bc": lambda: BehaviourCloning(
-        BehaviourCloningConfig(**_TINY, hidden=(16,), episodes="all"), device="cpu"
-    ),
-    "shield_trainer": lambda: ShieldTrainer(ShieldConfig(**_SHIELD), device="cpu"),
-    "ssql": lambda: SafeSupportQLearning(config=SSQLConfig(**_SOFT), device="cpu"),
-}
-"""Learners from the log of the boat: those of `fit(log, steps=..., checkpoint=...)`."""
+def settings(hidden: tuple[int, ...], kind: str) -> dict[str, Any]:
+    """Return settings of networks of these widths, for one kind of learner."""
+    common: dict[str, Any] = {"seed": 3, "batch_size": 64, "learning_rate": 3e-3}
+    if kind == "bc":
+        return {**common, "hidden": hidden}
+    if kind == "ssql":
+        more = {"actor_hidden": hidden, "samples": 4, "extraction_steps": 10, "components": 2}
+        return {**common, "critic_hidden": hidden, **more}
+    common |= {"critic_hidden": hidden, "polyak": 0.05}
+    if kind == "shield":
+        return {**common, "behaviour_hidden": hidden, "fallback_hidden": hidden}
+    common |= {"flow_hidden": hidden}
+    return {**common, "student_hidden": hidden} if kind == "student" else common
+
+
+TINY = (16,)
+
+
+def offline(hidden: tuple[int, ...] = TINY) -> dict[str, Callable[[], Any]]:
+    """Return learners from the log of the boat: those of `fit(log, steps=..., checkpoint=...)`."""
+    student, nets = settings(hidden, "student"), settings(hidden, "flow")
+    return {
+        "safefql": lambda: SafeFQL(SafeFQLConfig(**student), device="cpu"),
+        "safefql_joint": lambda: SafeFQL(
+            SafeFQLConfig(**student, phases="joint", teacher="behaviour", candidates=1),
+            device="cpu",
+        ),
+        "flrp": lambda: FLRP(FLRPConfig(**nets, transforms=2), device="cpu"),
+        "flrp_cost": lambda: FLRP(
+            FLRPConfig(**nets, transforms=2, feasibility="cost", prior="gaussian"), device="cpu"
+        ),
+        "r2pac": lambda: R2PAC(R2PACConfig(**student, chunk=3, candidates=4), device="cpu"),
+        "r2pac_gaussian": lambda: R2PAC(
+            R2PACConfig(**student, chunk=2, actor="awr_gaussian", region="safety"), device="cpu"
+        ),
+        "fisor": lambda: FISOR(FISORConfig(**nets), device="cpu"),
+        "bc": lambda: BehaviourCloning(
+            BehaviourCloningConfig(**settings(hidden, "bc"), episodes="all"), device="cpu"
+        ),
+        "shield_trainer": lambda: ShieldTrainer(
+            ShieldConfig(**settings(hidden, "shield")), device="cpu"
+        ),
+        "ssql": lambda: SafeSupportQLearning(
+            config=SSQLConfig(**settings(hidden, "ssql")), device="cpu"
+        ),
+    }
+
+
+OFFLINE = offline()
 
 
 def save_weights(learner: Any, path: Path) -> None:  # noqa: ANN401
@@ -253,48 +272,51 @@ def gearbox_log() -> OfflineDataset:
     return collect(Gearbox(), "random", episodes=20, seed=0)
 
 
-def _discrete(log: OfflineDataset, steps: int) -> ShieldTrainer:
-    return ShieldTrainer(ShieldConfig(**_SHIELD), device="cpu").fit(log, steps=steps)
-
-
-def _supported(log: OfflineDataset, steps: int, **settings: Any) -> ShieldTrainer:  # noqa: ANN401
-    config = ShieldConfig(
-        **_SHIELD, support_weight=0.5, support_alpha=0.4, support_share=0.2, support_held_out=0.3
-    )
+def _discrete(log: OfflineDataset, steps: int, hidden: tuple[int, ...] = TINY) -> ShieldTrainer:
+    config = ShieldConfig(**settings(hidden, "shield"))
     return ShieldTrainer(config, device="cpu").fit(log, steps=steps)
 
 
-def _online() -> SafeSupportQLearning:
+def _supported(log: OfflineDataset, steps: int, hidden: tuple[int, ...] = TINY) -> ShieldTrainer:
+    support = {"support_alpha": 0.4, "support_share": 0.2, "support_held_out": 0.3}
+    config = ShieldConfig(**settings(hidden, "shield"), **support, support_weight=0.5)
+    return ShieldTrainer(config, device="cpu").fit(log, steps=steps)
+
+
+def _online(steps: int, hidden: tuple[int, ...]) -> SafeSupportQLearning:
     # Left and right are equally likely in the middle; beside the ends only what leads away is.
     inside = [[0.5, 0.0, 0.5]] * 3
     table = [[0, 0, 1], [0, 0, 1], *inside, [1, 0, 0], [1, 0, 0]]
     behaviour = Tabular(table, Corridor.observation_space, Corridor.action_space)
-    config = SSQLConfig(**{**_SOFT, "critic_hidden": None}, learning_starts=40)
+    config = SSQLConfig(**{**settings(hidden, "ssql"), "critic_hidden": None}, learning_starts=40)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         agent = SafeSupportQLearning(Corridor(), behaviour, config, device="cpu")
-        return agent.learn(40 + UPDATES)
+        return agent.learn(40 + steps)
 
 
-def _masked(log: OfflineDataset) -> SafeSupportQLearning:
+def _masked(log: OfflineDataset, steps: int, hidden: tuple[int, ...]) -> SafeSupportQLearning:
     """Learn from a log, inside rules that keep off the corridor's ends."""
     rules = SafeRules(lambda cell, move: 1 <= cell + move - 1 <= 5, Corridor.action_space)
-    agent = SafeSupportQLearning(config=SSQLConfig(**_SOFT), device="cpu")
-    return agent.fit(log, rules, steps=UPDATES)
+    config = SSQLConfig(**settings(hidden, "ssql"))
+    return SafeSupportQLearning(config=config, device="cpu").fit(log, rules, steps=steps)
 
 
-def trained(log: OfflineDataset) -> dict[str, Callable[[], Any]]:
-    """Return what makes each learner whose weights weights.json holds, after 30 updates."""
+def trained(
+    log: OfflineDataset, steps: int = UPDATES, hidden: tuple[int, ...] = TINY
+) -> dict[str, Callable[[], Any]]:
+    """Return what makes each learner whose weights weights.json holds, after `steps` updates."""
     boats = {
-        name: lambda make=make: make().fit(log, steps=UPDATES) for name, make in OFFLINE.items()
+        name: lambda make=make: make().fit(log, steps=steps)
+        for name, make in offline(hidden).items()
     }
     return {
         **boats,
-        "shield_trainer_discrete": lambda: _discrete(corridor_log(), UPDATES),
-        "shield_trainer_dict": lambda: _discrete(gearbox_log(), UPDATES),
-        "shield_trainer_support": lambda: _supported(log, UPDATES),
-        "ssql_masked": lambda: _masked(corridor_log()),
-        "ssql_online": _online,
+        "shield_trainer_discrete": lambda: _discrete(corridor_log(), steps, hidden),
+        "shield_trainer_dict": lambda: _discrete(gearbox_log(), steps, hidden),
+        "shield_trainer_support": lambda: _supported(log, steps, hidden),
+        "ssql_masked": lambda: _masked(corridor_log(), steps, hidden),
+        "ssql_online": lambda: _online(steps, hidden),
     }
 
 
@@ -733,7 +755,7 @@ def write_shields() -> None:
         answers[path.name] = plain({"states": rows, "actions": given, **told})
     cart = gym.make("safeshield/DoubleIntegrator-v0")
     log = collect(cart, Drivers(), episodes=200, seed=0)
-    config = ShieldConfig(**{**_SHIELD, "critic_hidden": (24, 24)})
+    config = ShieldConfig(**{**settings(TINY, "shield"), "critic_hidden": (24, 24)})
     shield = ShieldTrainer(config, device="cpu").fit(log, steps=2500)
     shield = shield.calibrate(cart, epsilon=0.4, confidence=0.9, episodes=40, seed=1, num_envs=16)
     path = GOLDEN / "shield_calibrated.safetensors"
