@@ -8,8 +8,8 @@ Each checkout is copied into a folder of its own, laid out as an installation is
 environments and stored files are those of `tests/golden` beside this script.
 
 **equality**: weights of all learners after 300 updates; what fixed shields, written by the checkout
-before, execute and report for 10,000 states at once, in batches and one by one, for every kind of
-fallback and of replacement, Box and discrete; what agents from its files do; all that wrapped
+before, execute and report for 10,000 states in large and small batches and one by one, for every kind
+of fallback and of replacement, Box and discrete; what agents from its files do; all that wrapped
 environments return over some episodes (single, vector, `VecEnv`); a calibration's record. Arrays
 must agree in every bit.
 

@@ -211,10 +211,11 @@ def weights(updates: int) -> Iterable[tuple[str, Arrays]]:
 
 
 def decisions(files: Files, count: int) -> Iterable[tuple[str, Arrays]]:
-    """Yield what each shield does with the same states: at once, in batches, one by one."""
+    """Yield what each shield does with the same states: in large and small batches, one by one."""
     for name, shield in files.shields().items():
         states, actions = points(shield, count)
-        for size in (count, 64, 1):
+        # Larger ones take gigabytes where plans are weighed.
+        for size in (256, 7, 1):
             # A strategy that draws begins anew.
             if isinstance(shield.replacement, OwnSamples):
                 shield = shield.with_replacement(OwnSamples(Draws(), count=8, seed=5))
