@@ -8,10 +8,10 @@ Each checkout is copied into a folder of its own, laid out as an installation is
 environments and stored files are those of `tests/golden` beside this script.
 
 **equality**: weights of all learners after 300 updates; what fixed shields, written by the checkout
-before, execute and report for 10,000 states in large and small batches and one by one, for every kind
-of fallback and of replacement, Box and discrete; what agents from its files do; all that wrapped
-environments return over some episodes (single, vector, `VecEnv`); a calibration's record. Arrays
-must agree in every bit.
+before, execute and report for 10,000 states in large and small batches and one by one, for every
+kind of fallback and of replacement, Box and discrete; what agents from its files do; all that
+wrapped environments return over some episodes (single, vector, `VecEnv`); a calibration's record.
+Arrays must agree in every bit.
 
 **speed**: the two take turns, A B B A, in many rounds. A turn is the best of some blocks, in the
 process' own time, which other work on the machine disturbs least. Two processes of the very same
@@ -284,6 +284,15 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def summary(unequal: dict[str, str]) -> list[str]:
+    """Return one line for each case with unequal arrays: how many, and the first of them."""
+    cases: dict[str, list[str]] = {}
+    for name, told in unequal.items():
+        case, _, array = name.rpartition(": ")
+        cases.setdefault(case, []).append(f"{array}: {told}")
+    return [f"- {case}: {len(told)} unequal; {told[0]}" for case, told in cases.items()]
+
+
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(
@@ -324,7 +333,7 @@ def main() -> None:
             count, unequal = equality(installed, shared, args.quick)
             results["equality"] = {"arrays": count, "unequal": unequal}
             report += [f"Arrays compared: {count}; unequal: {len(unequal)}.", ""]
-            report += [f"- {name}: {told}" for name, told in list(unequal.items())[:200]]
+            report += summary(unequal)
             bad |= bool(unequal)
         if "speed" in wanted:
             rows += speed(installed, shared, rounds, args.quick, args.rows)
