@@ -60,7 +60,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import Learner
 from safeshield.training.log import returns_to_go, scale_of_returns
-from safeshield.training.loop import fit_options
+from safeshield.training.loop import FitOptions
 from safeshield.training.registry import register
 from safeshield.training.state import Metrics, Phase, TrainState
 
@@ -433,7 +433,7 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
         """
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(f"dataset must be an OfflineDataset, got {type(dataset).__name__}")
-        options = fit_options(
+        options = FitOptions(
             steps, 1, progress_bar=progress_bar, log_dir=log_dir, checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
         )  # fmt: skip

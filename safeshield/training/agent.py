@@ -38,7 +38,7 @@ from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.training.architecture import Architecture
 from safeshield.training.checkpoint import flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
-from safeshield.training.loop import FitOptions, device_of, fit_options, run_phases
+from safeshield.training.loop import FitOptions, device_of, run_phases
 from safeshield.training.run import Config, Run
 from safeshield.training.state import Phase, TrainState
 
@@ -386,7 +386,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
                 another run.
             FloatingPointError: a loss or a weight became NaN; the message names the phase.
         """
-        options = fit_options(
+        options = FitOptions(
             steps,
             self._fewest_steps,
             progress_bar=progress_bar,

@@ -34,54 +34,39 @@ _SECONDS = 60.0
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a run is shown, logged and saved."""
-
-    steps: int
-    """Updates in all."""
-    progress_bar: bool = False
-    log_dir: Path | None = None
-    """Folder for TensorBoard files; none without it."""
-    log_every: int = 200
-    checkpoint: Path | None = None
-    """File to go on from where it exists, and to write to."""
-    checkpoint_every: int = 2000
-    stop_after: int | None = None
-    """Steps after which to stop, leaving a checkpoint; None: run to the end."""
-
-
-def fit_options(
-    steps: int,
-    fewest_steps: int,
-    *,
-    progress_bar: bool,
-    log_dir: str | os.PathLike[str] | None,
-    checkpoint: str | os.PathLike[str] | None,
-    checkpoint_every: int,
-    stop_after: int | None = None,
-) -> FitOptions:
-    """Check what users pass to `fit`, and return it as `FitOptions`.
+    """How a run is shown, logged and saved: what users pass to `fit`.
 
     Raises:
         TypeError: a number is no whole one.
         ValueError: `steps` does not suffice for one in each phase, or the others do not fit.
         FileNotFoundError: the checkpoint's folder does not exist.
     """
-    checkpoint_every = whole("checkpoint_every", checkpoint_every, least=1)
-    if stop_after is not None:
-        stop_after = whole("stop_after", stop_after, least=0)
-    steps = whole("steps", steps, least=fewest_steps)  # one for each phase
-    if stop_after is not None and checkpoint is None:
-        raise ValueError("stop_after needs a checkpoint file to stop into")
-    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-        raise FileNotFoundError(f"make the folder of the checkpoint {checkpoint} first")
-    return FitOptions(
-        steps=steps,
-        progress_bar=progress_bar,
-        log_dir=None if log_dir is None else Path(log_dir),
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        checkpoint_every=checkpoint_every,
-        stop_after=stop_after,
-    )
+
+    steps: int
+    """Updates in all."""
+    fewest_steps: int = 1
+    """One for each phase."""
+    progress_bar: bool = False
+    log_dir: str | os.PathLike[str] | None = None
+    """Folder for TensorBoard files; none without it."""
+    checkpoint: str | os.PathLike[str] | None = None
+    """File to go on from where it exists, and to write to."""
+    checkpoint_every: int = 2000
+    stop_after: int | None = None
+    """Steps after which to stop, leaving a checkpoint; None: run to the end."""
+    log_every: int = 200
+
+    def __post_init__(self) -> None:
+        settled = {"checkpoint_every": whole("checkpoint_every", self.checkpoint_every, least=1)}
+        if self.stop_after is not None:
+            settled["stop_after"] = whole("stop_after", self.stop_after, least=0)
+        settled["steps"] = whole("steps", self.steps, least=self.fewest_steps)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+        if self.stop_after is not None and self.checkpoint is None:
+            raise ValueError("stop_after needs a checkpoint file to stop into")
+        if self.checkpoint is not None and not Path(self.checkpoint).parent.is_dir():
+            raise FileNotFoundError(f"make the folder of the checkpoint {self.checkpoint} first")
 
 
 def device_of(device: str | torch.device) -> torch.device:
@@ -126,7 +111,7 @@ def run_phases(
         options: see `FitOptions`.
         identity: of the configuration, the log and the steps; a checkpoint of others is refused.
     """
-    done, path = 0, options.checkpoint
+    done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():
         state, done = load_checkpoint(path, state, generator, identity, transitions)
     saved = time.perf_counter()
