@@ -9,7 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeshield.values.backup import SafetyBackup, SafetyWindow, reward_windows, safety_windows
+from safeshield.values.backup import (
+    SafetyBackup,
+    SafetyWindow,
+    reward_windows,
+    safety_windows,
+    window_ends,
+)
 
 SETTINGS = settings(max_examples=60)
 
@@ -24,6 +30,10 @@ class Log:
     values: torch.Tensor
     discount: float
     steps: int
+
+    @property
+    def ends(self) -> torch.Tensor:
+        return window_ends(self.last, torch.arange(len(self.last)), self.steps)
 
     def backup(self) -> SafetyWindow:
         return safety_windows(
@@ -71,19 +81,20 @@ def recursion(log: Log, row: int, steps: int) -> tuple[float, int]:
 @SETTINGS
 def test_composed_coefficients_equal_the_recursion(log: Log) -> None:
     backup = log.backup()
-    targets = backup.target(log.values[backup.last])
+    targets = backup.target(log.values[log.ends])
     for row in range(len(log.h)):
         expected, end = recursion(log, row, log.steps)
         assert abs(float(targets[row]) - expected) < 1e-12
-        assert int(backup.last[row]) == end
+        assert int(log.ends[row]) == end
 
 
 @given(log=logs())
 @SETTINGS
 def test_windows_stop_at_the_end_of_the_episode(log: Log) -> None:
-    rows = torch.arange(len(log.h))
-    last = log.backup().last
-    assert torch.equal(last, torch.minimum(rows + log.steps - 1, log.last))
+    """The ends are where the recursion takes its value; nothing is read beyond the episode."""
+    for row in range(len(log.h)):
+        assert recursion(log, row, log.steps)[1] == int(log.ends[row]) or log.terminated[row]
+        assert row <= int(log.ends[row]) <= int(log.last[row])
 
 
 @given(log=logs(), seed=st.integers(0, 1000))
@@ -103,7 +114,7 @@ def test_nothing_of_another_episode_enters(log: Log, seed: int) -> None:
         log.steps,
     )
     changed = other.backup()
-    before, after = (x.target(log.values[x.last])[mine] for x in (backup, changed))
+    before, after = (x.target(log.values[log.ends])[mine] for x in (backup, changed))
     assert torch.equal(before, after)
 
 
@@ -116,8 +127,8 @@ def test_monotone_and_a_contraction_by_the_slope(log: Log, shift: float) -> None
     assert bool((high >= low).all())
     assert bool((high - low <= backup.slope * shift + 1e-12).all())
     assert bool((backup.slope <= log.discount + 1e-12).all())
-    length = (backup.last - torch.arange(len(log.h)) + 1).double()
-    alive = ~log.terminated[backup.last]
+    length = (log.ends - torch.arange(len(log.h)) + 1).double()
+    alive = ~log.terminated[log.ends]
     torch.testing.assert_close(backup.slope, alive * log.discount**length)
 
 
@@ -163,7 +174,7 @@ def test_the_violation_that_ends_an_episode_reaches_the_steps_before_it() -> Non
 @SETTINGS
 def test_reward_backup_equals_the_discounted_sum(log: Log) -> None:
     backup = reward_windows(log.rewards, log.terminated, log.last, log.discount, log.steps)
-    targets = backup.target(log.values[backup.last])
+    targets = backup.target(log.values[log.ends])
     for row in range(len(log.h)):
         total, weight, at = 0.0, 1.0, row
         for _ in range(log.steps):
@@ -174,6 +185,6 @@ def test_reward_backup_equals_the_discounted_sum(log: Log) -> None:
             at += 1
         else:
             at -= 1
-        assert int(backup.last[row]) == min(row + log.steps - 1, int(log.last[row]))
+        assert int(log.ends[row]) == min(row + log.steps - 1, int(log.last[row]))
         total += weight * float(log.values[min(row + log.steps - 1, int(log.last[row]))])
         assert abs(float(targets[row]) - total) < 1e-12

@@ -26,7 +26,7 @@ from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.training.log import LogTensors
 from safeshield.training.loop import device_of
-from safeshield.values.backup import reward_windows, safety_windows
+from safeshield.values.backup import reward_windows, safety_windows, window_ends
 
 CONFIGS = (
     SafeFQLConfig,
@@ -103,15 +103,16 @@ def test_a_window_beyond_the_longest_episode_is_the_episode(log: OfflineDataset)
     """It neither hangs nor changes anything."""
     agent = BehaviourCloning(TINY, device="cpu").fit(log, steps=1)
     rows = LogTensors.of(log, agent._fitted().scaling, torch.device("cpu"))
+    told: list[tuple[torch.Tensor, ...]] = []
     for steps in (int(log.episode_lengths.max()), 10**9):
         safety = safety_windows(
             rows.constraints, rows.next_constraints, rows.terminated, rows.episode_last, 0.9, steps
         )
         reward = reward_windows(rows.rewards, rows.terminated, rows.episode_last, 0.9, steps)
-        assert torch.equal(safety.last, rows.episode_last)
-        assert torch.equal(reward.last, rows.episode_last)
-    shorter = reward_windows(rows.rewards, rows.terminated, rows.episode_last, 0.9, 2)
-    assert not torch.equal(shorter.last, rows.episode_last)
+        ends = window_ends(rows.episode_last, torch.arange(len(rows)), steps)
+        assert torch.equal(ends, rows.episode_last)
+        told.append((*safety, *reward))
+    assert all(torch.equal(one, other) for one, other in zip(*told, strict=True))
 
 
 # -- arguments, devices -------------------------------------------------------------------------

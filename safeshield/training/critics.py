@@ -31,7 +31,7 @@ from safeshield.training.state import (
     critic_update,
     summed,
 )
-from safeshield.values.backup import RewardWindow, reward_windows, rows_of
+from safeshield.values.backup import RewardWindow, reward_windows, rows_of, window_ends
 from safeshield.values.reward import VALUE as REWARD_VALUE
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
@@ -190,15 +190,15 @@ class RewardLog:
                 log.rewards, log.terminated, log.episode_last, self.discount, steps
             )
             self._kept = (steps, windows)
-        window = rows_of(self._kept[1], rows)
+        end = window_ends(log.episode_last, rows, steps)
         return RewardBatch(
             observations=log.observations[rows],
             actions=log.actions[rows],
             next_observations=log.next_observations[rows],
             rewards=log.rewards[rows],
             terminated=log.terminated[rows],
-            window=window,
-            window_observations=log.next_observations[window.last],
+            window=rows_of(self._kept[1], rows),
+            window_observations=log.next_observations[end],
         )
 
 

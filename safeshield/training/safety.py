@@ -13,7 +13,7 @@ from safeshield.nn.mlp import Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import LogTensors, safety_scale
 from safeshield.training.state import CriticLoss, Metrics, TrainState
-from safeshield.values.backup import SafetyWindow, rows_of, safety_windows
+from safeshield.values.backup import SafetyWindow, rows_of, safety_windows, window_ends
 from safeshield.values.safety import SafetyBatch, SafetyCritics
 from safeshield.values.units import SafetyScale
 
@@ -38,7 +38,9 @@ class SafetyLog:
             steps: length of the windows.
             extra: (N,) one more constraint of each transition, in units of h.
         """
-        log, window = self.log, rows_of(self._windows(steps, extra), rows)
+        log = self.log
+        # Computed anew: kept, they would be almost as large as the windows.
+        end = window_ends(log.episode_last, rows, steps)
         return SafetyBatch(
             observations=log.observations[rows],
             actions=log.actions[rows],
@@ -46,9 +48,9 @@ class SafetyLog:
             constraints=log.constraints[rows],
             next_constraints=log.next_constraints[rows],
             terminated=log.terminated[rows],
-            window=window,
-            window_observations=log.next_observations[window.last],
-            window_constraints=log.next_constraints[window.last],
+            window=rows_of(self._windows(steps, extra), rows),
+            window_observations=log.next_observations[end],
+            window_constraints=log.next_constraints[end],
             extra=None if extra is None else extra[rows],
         )
 

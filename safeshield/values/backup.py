@@ -78,7 +78,7 @@ class SafetyBackup:
 
 
 class SafetyWindow(NamedTuple):
-    """The map ``v -> max(floor, offset + slope v)`` of each transition, and where v is taken."""
+    """The map ``v -> max(floor, offset + slope v)`` of windows that begin at each transition."""
 
     floor: Tensor
     """(N,) c, in units of h."""
@@ -86,8 +86,6 @@ class SafetyWindow(NamedTuple):
     """(N,) d, in units of h."""
     slope: Tensor
     """(N,) k: discount to the power of the steps, 0 where the window meets a termination."""
-    last: Tensor
-    """(N,) int64: v is the value of the state that transition `last` leads to."""
 
     def target(self, value: Tensor) -> Tensor:
         """Return y for `value` (N,), the value at the end of each window."""
@@ -99,19 +97,16 @@ class SafetyWindow(NamedTuple):
             torch.maximum(self.floor, self.offset + self.slope * later.floor),
             self.offset + self.slope * later.offset,
             self.slope * later.slope,
-            later.last,
         )
 
 
 class RewardWindow(NamedTuple):
-    """The map ``v -> reward + slope v`` of each transition, and where v is taken."""
+    """The map ``v -> reward + slope v`` of windows that begin at each transition."""
 
     reward: Tensor
     """(N,) the discounted sum of the rewards inside the window."""
     slope: Tensor
     """(N,) discount to the power of the steps, 0 where the window meets a termination."""
-    last: Tensor
-    """(N,) int64: v is the value of the state that transition `last` leads to."""
 
     def target(self, value: Tensor) -> Tensor:
         """Return y for `value` (N,), the value at the end of each window."""
@@ -119,9 +114,7 @@ class RewardWindow(NamedTuple):
 
     def then(self, later: RewardWindow) -> RewardWindow:
         """Return the windows that go on with the steps of `later`."""
-        return RewardWindow(
-            self.reward + self.slope * later.reward, self.slope * later.slope, later.last
-        )
+        return RewardWindow(self.reward + self.slope * later.reward, self.slope * later.slope)
 
 
 WindowT = TypeVar("WindowT", SafetyWindow, RewardWindow)
@@ -161,7 +154,6 @@ def safety_windows(
         floor=m,
         offset=torch.where(terminated, m, (1.0 - discount) * m),
         slope=discount * (~terminated).to(m.dtype),
-        last=torch.arange(len(m), device=m.device),
     )
     return _along(one, episode_last, steps)
 
@@ -181,8 +173,20 @@ def reward_windows(
     ([1.5, 1.0], [0.0, 0.0])
     """
     slope = discount * (~terminated).to(rewards.dtype)
-    one = RewardWindow(rewards, slope, torch.arange(len(rewards), device=rewards.device))
-    return _along(one, episode_last, steps)
+    return _along(RewardWindow(rewards, slope), episode_last, steps)
+
+
+def window_ends(episode_last: Tensor, rows: Tensor, steps: int) -> Tensor:
+    """Return the last transitions (batch,) of windows of `steps` steps that begin at rows (batch,).
+
+    The value at the end of a window is that of the state to which this transition leads.
+
+    Args:
+        episode_last: (N,) int64, the last transition of each transition's episode.
+        rows: (batch,) int64.
+        steps: n >= 1.
+    """
+    return torch.minimum(rows + steps - 1, episode_last[rows])
 
 
 def rows_of(window: WindowT, rows: Tensor) -> WindowT:
@@ -192,12 +196,12 @@ def rows_of(window: WindowT, rows: Tensor) -> WindowT:
 
 def _along(one: WindowT, episode_last: Tensor, steps: int) -> WindowT:
     """Compose windows of `steps` steps out of windows of one."""
-    own = torch.arange(len(episode_last), device=episode_last.device)
-    longest = int((episode_last - own).max()) + 1
+    last = torch.arange(len(episode_last), device=episode_last.device)
+    longest = int((episode_last - last).max()) + 1
     total = one
     for _ in range(min(steps, longest) - 1):
-        inside = total.last < episode_last
-        later = rows_of(one, torch.minimum(total.last + 1, episode_last))
-        longer = zip(total.then(later), total, strict=True)
+        inside = last < episode_last
+        last = torch.minimum(last + 1, episode_last)
+        longer = zip(total.then(rows_of(one, last)), total, strict=True)
         total = type(one)(*[torch.where(inside, new, old) for new, old in longer])
     return total

@@ -93,7 +93,6 @@ def log_window(
     return RewardWindow(
         (added * powers * (going & inside)).sum(1),
         open_end * discount ** inside.sum(1),
-        at[:, -1],
     )
 
 

@@ -70,7 +70,7 @@ from safeshield.training.state import (
     summed,
     together,
 )
-from safeshield.values.backup import RewardWindow, SafetyBackup
+from safeshield.values.backup import RewardWindow, SafetyBackup, window_ends
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS
 from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN
@@ -319,7 +319,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         critics, expectile = self.model.critics.reward, config.reward_expectile
         if not config.penalise:
             window = log_window(log, start, steps, log.rewards, config.discount)
-            batch = self._batch(chunk, rewards, chunk.terminated, window)
+            batch = self._batch(chunk, steps, rewards, chunk.terminated, window)
             return Fitting(critics, batch, expectile)
         unsafe, worth = state.scales[UNSAFE].bool(), -self.model.penalty
         fails = chunk.any(unsafe[chunk.rows])
@@ -327,7 +327,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             fails = unsafe[chunk.end]
         window = log_window(log, start, steps, log.rewards, config.discount, unsafe, worth)
         batch = self._batch(
-            chunk, torch.where(fails, worth, rewards), chunk.terminated | fails, window
+            chunk, steps, torch.where(fails, worth, rewards), chunk.terminated | fails, window
         )
         with torch.no_grad():
             inside = self.region.unsafe(state, chunk.observations, log.constraints[start])
@@ -347,12 +347,13 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         pays = -self._violates.to(log.rewards.dtype)
         costs = chunk.discounted(pays[chunk.rows], config.discount)
         window = log_window(log, start, steps, pays, config.discount)
-        batch = self._batch(chunk, costs, chunk.terminated, window)
+        batch = self._batch(chunk, steps, costs, chunk.terminated, window)
         return Fitting(critics, batch, config.cost_expectile)
 
     def _batch(
-        self, chunk: Chunk, rewards: Tensor, terminated: Tensor, window: RewardWindow
+        self, chunk: Chunk, steps: int, rewards: Tensor, terminated: Tensor, window: RewardWindow
     ) -> RewardBatch:
+        end = window_ends(self.log.episode_last, chunk.rows[:, 0], steps)
         return RewardBatch(
             observations=chunk.observations,
             actions=chunk.actions,
@@ -360,7 +361,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             rewards=rewards,
             terminated=terminated,
             window=window,
-            window_observations=self.log.next_observations[window.last],
+            window_observations=self.log.next_observations[end],
         )
 
     def _plan_loss(self, state: TrainState, chunk: Chunk) -> CriticLoss:
