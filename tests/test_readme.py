@@ -1,4 +1,4 @@
-"""The README's ten lines run as they stand, and so do its two commands' names."""
+"""The README's ten lines run, its commands exist, and so do the pages that it names."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def test_the_command_line_exists() -> None:
         assert command in done.stdout
 
 
+def test_every_page_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    assert len(named) >= 10
+    assert [page for page in named if not (README.parent / page).exists()] == []
+
+
 def test_the_import_lines_of_the_guide_work() -> None:
     guide = README.parent / "docs" / "shields.md"
     code = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
@@ -59,7 +65,8 @@ def test_learning_online_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a shield of little training, and few steps."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    page = README.parent / "docs" / "safe-support-q-learning.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     (code,) = (block for block in blocks if "SafeSupportQLearning(env" in block)
     assert "learn(10_000)" in code
     plant = ConstraintFromFunction(gym.make("Pendulum-v1"), lambda obs: abs(obs[2]) - 6.0)
