@@ -79,7 +79,7 @@ def test_an_eighth_learner_is_one_file(folder: Path, trained: Path) -> None:
 def test_help_lists_a_plugins_settings(folder: Path) -> None:
     told = " ".join(run("train", "--plugin", folder / "linear.py", "--help").split())
     for text in (
-        "--algorithm linear Imitate a log by a linear actor.",
+        "--algorithm linear: Linear Imitate a log by a linear actor.",
         "batch_size=32 Transitions in an update. [a whole number, above 0]",
         "learning_rate=0.01 Adam's rate at the start; it falls to a fiftieth by the end.",
     ):
@@ -216,9 +216,8 @@ def test_a_shield_is_trained_alone(folder: Path, tmp_path: Path) -> None:
 def test_help_shows_every_setting_of_every_algorithm_with_meaning_and_default() -> None:
     told = " ".join(run("train", "--help").split())
     for one in ALGORITHMS.values():
-        if not one.offline:
-            continue
-        assert f"--algorithm {one.name}" in told
+        how = f"--algorithm {one.name}" if one.offline else f"{one.name}, in Python alone"
+        assert how in told
         assert " ".join(one.summary.split()) in told
         for field in fields_of(one.config_type):
             assert field.meaning, f"{one.name}: {field.name} has no docstring"

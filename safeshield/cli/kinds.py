@@ -126,7 +126,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
     if known is None:
         raise ValueError(
             f"{path} is a {file.header['format']!r:.60}, which this release does not know; a newer "
-            "one may"
+            "one may, or a file of yours that registers it: pass it as --plugin FILE.py"
         )
     return known[0], file
 

@@ -140,7 +140,7 @@ def settings_help(algorithms: Iterable[Algorithm]) -> str:
     A setting that means the same in several algorithms is told once.
     """
     owners: dict[tuple[str, str], list[str]] = {}
-    listed = sorted((one for one in algorithms if one.offline), key=lambda one: one.name)
+    listed = sorted(algorithms, key=lambda one: (not one.offline, one.name))
     for one in listed:
         for field in fields_of(one.config_type):
             owners.setdefault(_told(field), []).append(one.name)
@@ -153,7 +153,8 @@ def settings_help(algorithms: Iterable[Algorithm]) -> str:
         parts.append(_entry(f"{head}  ({', '.join(names)})", body))
     for one in listed:
         presets = f" (--preset {', '.join(one.presets)})" if one.presets else ""
-        head = f"\n--algorithm {one.name}{presets}\n"
+        how = f"--algorithm {one.name}{presets}" if one.offline else f"{one.name}, in Python alone"
+        head = f"\n{how}: {one.kind.__name__}\n"
         parts.append(f"{head}{textwrap.fill(one.summary, 96)}\n")
         own = [told for told, names in owners.items() if names == [one.name]]
         parts += [_entry(*told) for told in own]
