@@ -337,7 +337,7 @@ def test_one_pass_judges_all_environments(shield: Shield, monkeypatch: pytest.Mo
     assert passes == [16] * 6
 
 
-class Spy(vector._Wrapper):
+class Spy(vector.VectorWrapper):
     """Between the shield and the environment: keeps what goes each way, or breaks it."""
 
     def __init__(self, env: Any, change: Callable[..., Any] = lambda *_: None) -> None:  # noqa: ANN401
@@ -773,7 +773,7 @@ def test_asynchronous_calls_do_not_pass_it_by(shield: Shield) -> None:
     with pytest.raises(gym.error.NoAsyncCallError):
         env.step_wait()
     # An outer wrapper of Gymnasium 0.29 steps so by itself.
-    outer = vector._Wrapper(env)
+    outer = vector.VectorWrapper(env)
     outer.reset(seed=0)
     assert outer.step(np.full((N, 2), np.nan))[4]["shield/intervened"].all()
     assert np.isfinite(spy.sent).all()

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, SupportsFloat, cast
+from typing import Any, SupportsFloat, cast
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.shield.nested import shielding_layer
+from safeshield.spaces.generic import Env, Wrapper
 from safeshield.wrappers.safety_shield import SafetyShield
-
-if TYPE_CHECKING:
-    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
-    _Env = gym.Env[Any, Any]
-else:
-    _Wrapper = gym.Wrapper
-    _Env = gym.Env
 
 _KEY = "shield/certified"
 
 
-class CertifiedStarts(_Wrapper, RecordConstructorArgs):
+class CertifiedStarts(Wrapper, RecordConstructorArgs):
     """Draw starts until one is certified: goes around a `SafetyShield` that is calibrated.
 
     The promise in a shield's file speaks of episodes that start with V_h <= -delta, drawn as the
@@ -37,7 +31,7 @@ class CertifiedStarts(_Wrapper, RecordConstructorArgs):
         gymnasium.error.ResetNeeded: at a step, after a reset that failed.
     """
 
-    def __init__(self, env: _Env, most: int = 1000) -> None:
+    def __init__(self, env: Env, most: int = 1000) -> None:
         RecordConstructorArgs.__init__(self, most=most)
         gym.Wrapper.__init__(self, env)
         if most < 1:

@@ -16,14 +16,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.spaces.generic import Env, Wrapper
+
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
-
-    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
-    _Env = gym.Env[Any, Any]
-else:
-    _Wrapper = gym.Wrapper
-    _Env = gym.Env
 
 Info = dict[str, Any]
 ConstraintFunction = Callable[[Any], SupportsFloat]
@@ -42,7 +38,7 @@ _MADE_BY_GYMNASIUM = (
 _NATIVE_ORDER = "(observation, reward, cost, terminated, truncated, info)"
 
 
-class CostFromStep(_Wrapper, RecordConstructorArgs):
+class CostFromStep(Wrapper, RecordConstructorArgs):
     """Turn steps of six values, Safety-Gymnasium's native order, into Gymnasium's five.
 
     ``(observation, reward, cost, terminated, truncated, info)`` becomes ``(observation, reward,
@@ -69,7 +65,7 @@ class CostFromStep(_Wrapper, RecordConstructorArgs):
     (0.0, False, False, {'cost': 1.0})
     """
 
-    def __init__(self, env: _Env) -> None:
+    def __init__(self, env: Env) -> None:
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, _converted(env))
 
@@ -86,7 +82,7 @@ class CostFromStep(_Wrapper, RecordConstructorArgs):
             raise
 
 
-def _converted(env: _Env) -> _Env:
+def _converted(env: Env) -> Env:
     if type(env) not in _MADE_BY_GYMNASIUM:
         return _FiveValues(env)
     outer = copy.copy(env)  # the caller may go on using the original
@@ -94,7 +90,7 @@ def _converted(env: _Env) -> _Env:
     return outer
 
 
-class _FiveValues(_Wrapper):
+class _FiveValues(Wrapper):
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
         # `CostFromStep` stands for the both of them.
@@ -118,7 +114,7 @@ class _FiveValues(_Wrapper):
         return observation, reward, terminated, truncated, {**info, **label}
 
 
-class ConstraintFromFunction(_Wrapper, RecordConstructorArgs):
+class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     """Report a constraint h of each state that is reached, from a function of the observation.
 
     ``info["constraint"]`` is ``constraint_fn(observation)`` at reset and at every step, of the
@@ -149,7 +145,7 @@ class ConstraintFromFunction(_Wrapper, RecordConstructorArgs):
 
     def __init__(
         self,
-        env: _Env,
+        env: Env,
         constraint_fn: ConstraintFunction,
         terminate_on_violation: bool = False,
     ) -> None:
@@ -189,7 +185,7 @@ class ConstraintFromFunction(_Wrapper, RecordConstructorArgs):
         return {"cost": float(constraint > 0), **info, "constraint": constraint}
 
 
-class CostFromFunction(_Wrapper, RecordConstructorArgs):
+class CostFromFunction(Wrapper, RecordConstructorArgs):
     """Report a cost of each step, from a function of the transition.
 
     ``info["cost"]`` is ``cost_fn(observation, action, next_observation, info)`` at every step and
@@ -216,7 +212,7 @@ class CostFromFunction(_Wrapper, RecordConstructorArgs):
     (0.0, 1.0)
     """
 
-    def __init__(self, env: _Env, cost_fn: CostFunction) -> None:
+    def __init__(self, env: Env, cost_fn: CostFunction) -> None:
         RecordConstructorArgs.__init__(self, cost_fn=cost_fn, _disable_deepcopy=True)
         gym.Wrapper.__init__(self, env)
         _check_callable(cost_fn, "cost_fn(observation, action, next_observation, info)")

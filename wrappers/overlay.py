@@ -14,14 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.spaces.generic import Env, Wrapper
+
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
-
-    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
-    _Env = gym.Env[Any, Any]
-else:
-    _Wrapper = gym.Wrapper
-    _Env = gym.Env
 
 Frame = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -47,7 +43,7 @@ class Verdict(NamedTuple):
     name: str = "Q"
 
 
-class ShieldOverlay(_Wrapper, RecordConstructorArgs):
+class ShieldOverlay(Wrapper, RecordConstructorArgs):
     """Draw the shield's verdict over every frame of ``render()``.
 
     A strip at the lower edge tells ``shield/value`` against ``shield/threshold``, both in the
@@ -88,7 +84,7 @@ class ShieldOverlay(_Wrapper, RecordConstructorArgs):
     (512, 640, 3)
     """
 
-    def __init__(self, env: _Env, span: float | None = None) -> None:
+    def __init__(self, env: Env, span: float | None = None) -> None:
         RecordConstructorArgs.__init__(self, span=span)
         gym.Wrapper.__init__(self, env)
         if env.render_mode is None:

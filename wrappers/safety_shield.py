@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -18,15 +18,8 @@ from safeshield.shield.guard import as_penalty
 from safeshield.shield.masks import agent_mask, with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces.generic import Env, Wrapper
 from safeshield.spaces.rows import fitted, plain
-
-if TYPE_CHECKING:
-    _Wrapper = gym.Wrapper[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
-    _Env = gym.Env[npt.NDArray[Any], npt.NDArray[Any]]
-else:
-    _Wrapper = gym.Wrapper
-    _Env = gym.Env
-
 
 _SIX_VALUES = (
     "the environment's step must return Gymnasium's 5 values (observation, reward, terminated, "
@@ -55,7 +48,7 @@ class _Seen(NamedTuple):
     mask: npt.NDArray[np.bool_] | None = None
 
 
-class SafetyShield(_Wrapper, RecordConstructorArgs):
+class SafetyShield(Wrapper, RecordConstructorArgs):
     """Pass an action on where the shield accepts it, execute a replacement where it does not.
 
     Spaces, ends of episodes and infos are the environment's own, and so are rewards unless a
@@ -121,7 +114,7 @@ class SafetyShield(_Wrapper, RecordConstructorArgs):
 
     def __init__(
         self,
-        env: _Env,
+        env: Env,
         shield: Shield | HasShield | str | os.PathLike[str],
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,17 +22,9 @@ from safeshield.shield.nested import (
 )
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import copied
+from safeshield.spaces.generic import BEFORE_1_0, VectorEnv, VectorWrapper
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
-
-_BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
-
-if TYPE_CHECKING:
-    _Wrapper = gym.vector.VectorWrapper[Any, Any, Any, Any, Any]
-    _VectorEnv = gym.vector.VectorEnv[Any, Any, Any]
-else:
-    _Wrapper = gym.vector.VectorEnvWrapper if _BEFORE_1_0 else gym.vector.VectorWrapper
-    _VectorEnv = gym.vector.VectorEnv
 
 _NEXT_STEP, _SAME_STEP, _DISABLED = _MODES = ("NextStep", "SameStep", "Disabled")
 _FINAL = ("final_obs", "final_observation")  # from Gymnasium 1.0; before
@@ -43,7 +35,7 @@ _Batch = Any  # what n environments return at once: an array (n, ...), or a dict
 _Infos = dict[str, Any]
 
 
-class VectorSafetyShield(_Wrapper):
+class VectorSafetyShield(VectorWrapper):
     """`SafetyShield` for a vector environment: one forward pass for all of its environments.
 
     Spaces, observations, ends of episodes and infos are the environment's own, and so are rewards
@@ -112,7 +104,7 @@ class VectorSafetyShield(_Wrapper):
 
     def __init__(
         self,
-        env: _VectorEnv,
+        env: VectorEnv,
         shield: Shield | HasShield | str | os.PathLike[str],
         *,
         intervention_penalty: float = 0.0,
@@ -125,7 +117,7 @@ class VectorSafetyShield(_Wrapper):
             )
         refuse_shielded(env, _ONE_SHIELD)
         super().__init__(env)
-        if _BEFORE_1_0:
+        if BEFORE_1_0:
             # Its wrappers pass these on with a warning, or not at all.
             for name in (
                 "num_envs", "observation_space", "action_space", "single_observation_space",
@@ -419,15 +411,15 @@ class VectorSafetyShield(_Wrapper):
             return None
         if (over & ~given).any():
             raise _mixed_up(
-                f"in the mode {_SAME_STEP} an episode ended, but infos['{_FINAL[_BEFORE_1_0]}'] "
+                f"in the mode {_SAME_STEP} an episode ended, but infos['{_FINAL[BEFORE_1_0]}'] "
                 "does not hold its last observation",
                 over & ~given,
             )
         return _rows(infos[name], over) if name is not None and over.any() else None
 
 
-def _autoreset_mode(env: _VectorEnv) -> str:
-    if _BEFORE_1_0:
+def _autoreset_mode(env: VectorEnv) -> str:
+    if BEFORE_1_0:
         return _SAME_STEP
     mode = (env.metadata or {}).get("autoreset_mode")
     if mode is None and not hasattr(gym.vector, "AutoresetMode"):

@@ -77,7 +77,7 @@ from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
 from safeshield.values.units import BEHAVIOUR, FALLBACK
 
 if TYPE_CHECKING:
-    from safeshield.rollouts.copies import Env, VectorEnv
+    from safeshield.spaces.generic import Env, VectorEnv
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from safeshield.calibration.proposers import ShieldedProposals, battery, shielde
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
 from safeshield.rollouts.accepted import Starts, accepted_episodes
 from safeshield.rollouts.copies import (
-    Env,
     check_env,
     environment_kwargs,
     environment_name,
@@ -28,10 +27,10 @@ from safeshield.rollouts.copies import (
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.shield.record import CalibrationRecord, PolicyResult
 from safeshield.shield.replacement import describe
+from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.schema import check_same_space
 
 if TYPE_CHECKING:
-    from safeshield.rollouts.copies import VectorEnv
     from safeshield.shield.shield import Shield
 
 DEFAULT_SHARES = (0.8, 0.9, 0.95, 0.965, 0.975, 0.985)

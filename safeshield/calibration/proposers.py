@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.copies import Env
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.batches import Batch, copied
+from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.shapes import Flags
 
 if TYPE_CHECKING:
-    from safeshield.rollouts.copies import VectorEnv
     from safeshield.shield.shield import Shield
 
 RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"

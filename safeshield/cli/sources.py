@@ -9,8 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.rollouts.copies import Env
     from safeshield.shield.shield import Shield
+    from safeshield.spaces.generic import Env
 
 
 def make_env(env_id: str) -> Env:

@@ -17,7 +17,8 @@ from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.state import STATE
 from safeshield.files.atomic import written_whole
 from safeshield.files.schema import json_values, versions, whole
-from safeshield.rollouts.copies import Env, environment_name
+from safeshield.rollouts.copies import environment_name
+from safeshield.spaces.generic import Env
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.schema import space_to_json
 

@@ -24,12 +24,12 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.files.schema import whole
 from safeshield.rollouts.copies import (
-    Env,
     Member,
     is_vector_env,
     spec_to_copy,
     why_alone,
 )
+from safeshield.spaces.generic import Env
 
 LIMITS: tuple[float | None, ...] = (None, 25.0, 5.0, 0.0)
 """Of four learners: one for the reward alone, three under a limit on an episode's cost."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.rollouts.copies import Env, check_env, is_vector_env
+from safeshield.rollouts.copies import check_env, is_vector_env
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.recorded import Episode
+from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.schema import part_of
-
-if TYPE_CHECKING:
-    from safeshield.rollouts.copies import VectorEnv
 
 
 def collect(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,16 +12,12 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from safeshield.envs.task import Array, Frame, StateTask, checked_render_mode
-
-if TYPE_CHECKING:
-    _Env = gym.Env[npt.NDArray[np.float32], npt.NDArray[Any]]
-else:
-    _Env = gym.Env
+from safeshield.spaces.generic import Env
 
 TRAIL_LENGTH = 1000
 
 
-class StateEnv(_Env):
+class StateEnv(Env):
     """One environment that keeps its state in float64 and shows it in float32.
 
     It never terminates and sets no time limit of its own (`gymnasium.make` adds one). At reset and
@@ -36,7 +32,7 @@ class StateEnv(_Env):
     def __init__(self, task: StateTask, render_mode: str | None = None) -> None:
         self.task = task
         self.render_mode = checked_render_mode(render_mode)
-        self.observation_space: spaces.Box = task.observation_space()  # type: ignore[assignment]
+        self.observation_space: spaces.Box = task.observation_space()
         self.action_space: spaces.Box = task.action_space()
         self._state: Array | None = None
         self._trail: deque[Array] = deque(maxlen=TRAIL_LENGTH)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -27,16 +27,11 @@ from gymnasium.vector.utils import batch_space
 
 from safeshield.envs.single import TRAIL_LENGTH, StateEnv
 from safeshield.envs.task import Array, Frame, StateTask, checked_render_mode
-
-if TYPE_CHECKING:
-    _VectorEnv = gym.vector.VectorEnv[npt.NDArray[np.float32], npt.NDArray[Any], npt.NDArray[Any]]
-else:
-    _VectorEnv = gym.vector.VectorEnv
+from safeshield.spaces.generic import BEFORE_1_0, VectorEnv
 
 Mask = npt.NDArray[np.bool_]
 Step = tuple[npt.NDArray[np.float32], Array, Mask, Mask, dict[str, Any]]
 
-BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
 _GYMNASIUM_MODES = getattr(gym.vector, "AutoresetMode", None)
 
 
@@ -49,7 +44,7 @@ def autoreset_modes() -> tuple[str, ...]:
     return ("NextStep", "SameStep", "Disabled")
 
 
-class StateVectorEnv(_VectorEnv):
+class StateVectorEnv(VectorEnv):
     """A batch of environments that share one task; see the module for its autoreset modes.
 
     ``reset(seed=s)`` gives environment i the seed s + i; a list gives each its own.

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from safeshield.calibration.proposers import (
 from safeshield.evaluation.intervals import Interval, binomial_interval, mean_interval
 from safeshield.files.schema import json_values
 from safeshield.rollouts.accepted import Starts, accepted_episodes
-from safeshield.rollouts.copies import Env, check_env, environment_name, is_vector_env
+from safeshield.rollouts.copies import check_env, environment_name, is_vector_env
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import as_batch_policy
@@ -31,9 +31,7 @@ from safeshield.rollouts.recorded import Episode, intervention_rate
 from safeshield.shield.nested import refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch
-
-if TYPE_CHECKING:
-    from safeshield.rollouts.copies import VectorEnv
+from safeshield.spaces.generic import Env, VectorEnv
 
 ShieldLike: TypeAlias = Shield | HasShield | str | os.PathLike[str]
 _MOST_AT_ONCE = 256

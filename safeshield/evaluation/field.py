@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from safeshield.evaluation.episodes import ShieldLike, draw_episodes
 from safeshield.evaluation.scores import (
@@ -18,7 +18,6 @@ from safeshield.evaluation.scores import (
 )
 from safeshield.files.schema import whole
 from safeshield.rollouts.copies import (
-    Env,
     check_env,
     copies,
     environment_name,
@@ -28,9 +27,7 @@ from safeshield.rollouts.copies import (
 )
 from safeshield.rollouts.recorded import intervention_rate
 from safeshield.shield.nested import is_shielded_policy, shielding_layer
-
-if TYPE_CHECKING:
-    from safeshield.rollouts.copies import VectorEnv
+from safeshield.spaces.generic import Env, VectorEnv
 
 SEEDS = (0, 1, 2)
 EPISODES = 20

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 
 from safeshield.files.schema import json_arguments
 from safeshield.rollouts.infos import LABELS
+from safeshield.spaces.generic import BEFORE_1_0, Env, VectorEnv, Wrapper
 
-Env = gym.Env[Any, Any]
-
-if TYPE_CHECKING:
-    VectorEnv = gym.vector.VectorEnv[Any, Any, Any]
-    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
-else:
-    VectorEnv = gym.vector.VectorEnv
-    _Wrapper = gym.Wrapper
-
-_BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
 _MAX_NATIVE_ENVS = 256
 _MAX_COPIED_ENVS = 8
 # Rebuilt from their arguments these would start with empty statistics, not with the trained ones.
@@ -198,7 +189,7 @@ def _spec_or_reason(env: Env) -> tuple[gym.envs.registration.EnvSpec | None, str
 
 
 def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
-    if _BEFORE_1_0:
+    if BEFORE_1_0:
         # 0.29 hands a custom vector environment its vector_kwargs alone.
         return gym.make_vec(
             spec, num_envs=count, vectorization_mode="custom", vector_kwargs=dict(spec.kwargs)
@@ -206,7 +197,7 @@ def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
     return gym.make_vec(spec, num_envs=count, vectorization_mode="vector_entry_point")
 
 
-class Member(_Wrapper):
+class Member(Wrapper):
     """One environment of a SyncVectorEnv.
 
     With `freeze` it stands still once an episode is `over`, until a reset with a seed: the steps
@@ -291,5 +282,5 @@ def autoreset_mode(envs: VectorEnv) -> str:
     """One of "nextstep", "samestep" and "disabled"."""
     mode = (envs.metadata or {}).get("autoreset_mode")
     if mode is None:
-        return "samestep" if _BEFORE_1_0 else "nextstep"
+        return "samestep" if BEFORE_1_0 else "nextstep"
     return str(getattr(mode, "value", mode)).replace("_", "").lower()

@@ -17,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.rollouts.copies import (
-    Env,
-    VectorEnv,
     autoreset_mode,
     check_reward,
     check_step,
@@ -38,6 +36,7 @@ from safeshield.rollouts.infos import (
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, executable_actions
 from safeshield.rollouts.recorded import Episode, recorded_episode
 from safeshield.spaces.batches import Batch, copied, take
+from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
 

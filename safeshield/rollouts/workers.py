@@ -12,25 +12,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 import gymnasium as gym
 import numpy as np
 
 from safeshield.rollouts.copies import (
-    Env,
     Member,
     is_vector_env,
     one_per_process,
     spec_to_copy,
     why_alone,
 )
-
-if TYPE_CHECKING:
-    _SyncVectorEnv = gym.vector.SyncVectorEnv[Any, Any]
-else:
-    _SyncVectorEnv = gym.vector.SyncVectorEnv
+from safeshield.spaces.generic import Env, SyncVectorEnv
 
 # Modules whose import registers environments: a process that starts afresh needs the same ones.
 _REGISTERING = ("safeshield.envs", "safeshield.suites")
@@ -38,7 +33,7 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SECONDS_TO_END = 5.0
 
 
-class WorkerVectorEnv(_SyncVectorEnv):
+class WorkerVectorEnv(SyncVectorEnv):
     """`num_envs` copies of an environment, stepped by `workers` processes.
 
     It is a SyncVectorEnv whose members live elsewhere: what it returns is the same, bit for bit,

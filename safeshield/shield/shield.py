@@ -46,7 +46,7 @@ from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, S
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.rollouts.copies import Env, VectorEnv
+    from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
 
 

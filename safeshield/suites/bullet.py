@@ -11,13 +11,14 @@ import importlib
 import os
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
+from safeshield.spaces.generic import Env
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, load_once
 from safeshield.suites.registration import (
@@ -27,11 +28,6 @@ from safeshield.suites.registration import (
     remember,
     remember_how,
 )
-
-if TYPE_CHECKING:
-    _Env = gym.Env[Any, Any]
-else:
-    _Env = gym.Env
 
 PACKAGE = "bullet_safety_gym"
 RENDER_MODES = ("human", "rgb_array")
@@ -56,7 +52,7 @@ def register_envs() -> None:
     register(IDS, f"{__name__}:make", {}, _UPSTREAM)
 
 
-def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
     """Return the environment of an id, without Gymnasium's outer wrappers.
 
     Raises:
@@ -89,10 +85,10 @@ def _import_everything() -> None:
     remember(_UPSTREAM, seen)
 
 
-def construct(base: Any, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+def construct(base: Any, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
     """Return an environment of a class of Bullet-Safety-Gym's, seeded and rendered as others."""
     with compat.LOCK, compat.streams_with_files():
-        env: _Env = _mended(base)(**kwargs)
+        env: Env = _mended(base)(**kwargs)
     return env
 
 

@@ -8,20 +8,14 @@ from how far a state is from one: `with_constraint` puts h (positive is a violat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.rollouts.copies import check_env
-
-if TYPE_CHECKING:
-    _Wrapper = gym.Wrapper[Any, Any, Any, Any]
-    Env = gym.Env[Any, Any]
-else:
-    _Wrapper = gym.Wrapper
-    Env = gym.Env
+from safeshield.spaces.generic import Env, Wrapper
 
 Info = dict[str, Any]
 Simulator: TypeAlias = Any
@@ -106,7 +100,7 @@ def with_constraint(env: Env) -> Env:
     return env if state_constraint(env) is None else ConstraintFromState(env)
 
 
-class ConstraintFromState(_Wrapper, RecordConstructorArgs):
+class ConstraintFromState(Wrapper, RecordConstructorArgs):
     """Report h from the state of a benchmark's environment: see `with_constraint`.
 
     Raises:

@@ -9,19 +9,15 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 
+from safeshield.spaces.generic import Env
 from safeshield.suites import bullet, compat, safety_gymnasium
 from safeshield.suites.packages import Suite, broken, require
 from safeshield.suites.registration import register, remember_how
 from safeshield.suites.tasks import TASKS, Family
-
-if TYPE_CHECKING:
-    _Env = gym.Env[Any, Any]
-else:
-    _Env = gym.Env
 
 PACKAGE = "dsrl"
 _BULLET = {task.offline_id: task for task in TASKS.values() if task.family is Family.bullet}
@@ -42,7 +38,7 @@ def register_envs() -> None:
     register(_NATIVE, f"{__name__}:make_safety_gymnasium", steps, {})
 
 
-def make_bullet(env_id: str, render_mode: str | None = None, **kwargs: Any) -> _Env:  # noqa: ANN401
+def make_bullet(env_id: str, render_mode: str | None = None, **kwargs: Any) -> Env:  # noqa: ANN401
     """Return DSRL's environment of a Bullet task.
 
     Raises:
@@ -58,7 +54,7 @@ def make_safety_gymnasium(
     env_id: str,
     render_mode: str | None = None,
     **kwargs: Any,  # noqa: ANN401 - the environment's own
-) -> _Env:
+) -> Env:
     """Return DSRL's environment of a Safety-Gymnasium task: six values, five in "...Gymnasium".
 
     Raises:

@@ -11,20 +11,16 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.spaces.generic import Env
 from safeshield.suites.constraints import LIDAR_LIMIT, SPEED_LIMIT, Simulator, with_constraint
 from safeshield.suites.packages import Suite, broken, require
 from safeshield.suites.registration import register
-
-if TYPE_CHECKING:
-    _Env = gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-else:
-    _Env = gym.Env
 
 HORIZON = 1000
 """Steps of the longest episode."""
@@ -84,7 +80,7 @@ def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
 vars(make).update(metadata=METADATA)
 
 
-class MetaDriveTask(_Env):
+class MetaDriveTask(Env):
     """One of DSRL's nine tasks of driving through traffic to a destination.
 
     ========  ===============================================================================

@@ -5,19 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import gymnasium as gym
 from gymnasium.envs import registration
 from gymnasium.envs.registration import EnvSpec
 
+from safeshield.spaces.generic import Env
 from safeshield.suites.compat import LOCK, registry_kept, streams_with_files
 
-if TYPE_CHECKING:
-    _Env = gym.Env[Any, Any]
-else:
-    _Env = gym.Env
-Maker = Callable[..., _Env]
+Maker = Callable[..., Env]
 """Takes an id and the arguments of `gymnasium.make`."""
 _HERE = "safeshield.suites."
 
@@ -73,7 +69,7 @@ def register(
         )
 
 
-class Remade(_Env):
+class Remade(Env):
     """An environment whose class is made here, which nothing can look up by its name.
 
     It is pickled, and copied, as the way to make it, like Gymnasium's `EzPickle`: what comes out is
@@ -82,20 +78,20 @@ class Remade(_Env):
 
     _made: tuple[Maker, str, dict[str, Any]] | None = None
 
-    def __reduce__(self) -> tuple[Callable[..., _Env], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Env], tuple[Any, ...]]:
         if self._made is None:
             raise TypeError(f"{self} was not made by its id: gymnasium.make(id) can be pickled")
         return _make_again, (*self._made, self.spec)
 
 
-def remember_how(env: _Env, make: Maker, env_id: str, kwargs: Mapping[str, Any]) -> _Env:
+def remember_how(env: Env, make: Maker, env_id: str, kwargs: Mapping[str, Any]) -> Env:
     """Note how a `Remade` environment was made, and return it."""
     if isinstance(env, Remade):
         env._made = make, env_id, dict(kwargs)
     return env
 
 
-def _make_again(make: Maker, env_id: str, kwargs: dict[str, Any], spec: EnvSpec | None) -> _Env:
+def _make_again(make: Maker, env_id: str, kwargs: dict[str, Any], spec: EnvSpec | None) -> Env:
     env = make(env_id, **kwargs)
     env.spec = spec
     return env

@@ -13,12 +13,13 @@ import math
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
+from safeshield.spaces.generic import Env
 from safeshield.suites import compat
 from safeshield.suites.packages import Suite, load_once
 from safeshield.suites.registration import (
@@ -28,11 +29,6 @@ from safeshield.suites.registration import (
     remember,
     remember_how,
 )
-
-if TYPE_CHECKING:
-    _Env = gym.Env[Any, Any]
-else:
-    _Env = gym.Env
 
 PACKAGE = "safety_gymnasium"
 METADATA = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 30}
@@ -89,7 +85,7 @@ def register_envs() -> None:
     register(map(five_values_id, _NATIVE), f"{__name__}:make", {}, _UPSTREAM)
 
 
-def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
     """Return the environment of an id "...Gymnasium-v0", without Gymnasium's outer wrappers.
 
     Raises:
@@ -98,18 +94,18 @@ def make(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment'
             display, and MUJOCO_GL names nothing that needs none.
     """
     base, defaults = _class_of(native_id(env_id), env_id)
-    env: _Env = mended(base, five_values=True)(**{**defaults, **kwargs})
+    env: Env = mended(base, five_values=True)(**{**defaults, **kwargs})
     return remember_how(env, make, env_id, kwargs)
 
 
-def make_native(env_id: str, **kwargs: Any) -> _Env:  # noqa: ANN401 - the environment's own
+def make_native(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
     """Return the environment of a native id, without Gymnasium's outer wrappers.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
     base, defaults = _class_of(env_id, env_id)
-    env: _Env = mended(base, five_values=False)(**{**defaults, **kwargs})
+    env: Env = mended(base, five_values=False)(**{**defaults, **kwargs})
     return remember_how(env, make_native, env_id, kwargs)
 
 
@@ -185,7 +181,7 @@ def check_display(mode: str) -> None:
         )
 
 
-class _FiveValues(_Env):
+class _FiveValues(Env):
     """An environment whose step returns the cost in ``info["cost"]``."""
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
@@ -194,7 +190,7 @@ class _FiveValues(_Env):
         return observation, reward, terminated, truncated, {**info, "cost": cost}
 
 
-class _Navigation(_Env):
+class _Navigation(Env):
     """A navigation task that resets faster: no sky where nothing renders, layouts drawn quickly."""
 
     task: Any
