@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 
-from safeshield.online.replay import Step
+from safeshield.online.replay import Replay, Step
 from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
 from safeshield.online.safe_sets import SafeSet, spaces_of
 from safeshield.proposals.sources import log_density
 from safeshield.rollouts.infos import EXECUTED, PROPOSED, TERMINAL_OBSERVATION, TIME_LIMIT, violates
 from safeshield.spaces.batches import Batch, copied, finite, take
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
+from safeshield.training.log import returns_to_go
 
 Array = npt.NDArray[Any]
 
@@ -69,6 +71,7 @@ class Collector:
         venv: of Stable-Baselines3.
         codec: rows of observations.
         mu: the behaviour, restricted to the safe set; it may be exchanged between two steps.
+        replay: where to put what is experienced.
         samples: draws of mu in each state of a Box.
         rng: of all draws.
     """
@@ -78,22 +81,43 @@ class Collector:
         venv: VecEnv,
         codec: SpaceCodec,
         mu: SafeBehaviour,
+        replay: Replay,
         samples: int,
         rng: np.random.Generator,
     ) -> None:
-        self.venv, self.mu = venv, mu
-        self._codec, self._samples, self._rng = codec, samples, rng
+        self.venv, self.mu, self.replay = venv, mu, replay
+        self.choose: Choose | None = None
+        """What is executed of what mu proposes; None: mu's own draw."""
         self.tally = Tally()
+        self.returns = deque[float](maxlen=100)
+        """Sums of rewards of the last episodes since `reset`."""
+        self._codec, self._samples, self._rng = codec, samples, rng
+        self._running = np.zeros(venv.num_envs)
         self._violated = np.zeros(venv.num_envs, dtype=np.bool_)
+        self._history: list[tuple[Array, Array, Array]] | None = None
         self._observations: Batch = None
         self._proposals: SafeProposals | None = None
         self._warned = self._warned_replaced = False
 
-    def reset(self) -> None:
-        """Begin new episodes."""
+    def reset(self, *, record: bool) -> None:
+        """Begin new episodes; `record` what `returns_to_go` needs until it is asked for."""
         self._observations = copied(self.venv.reset())
-        self._violated[:] = False
+        self._violated[:], self._running[:] = False, 0.0
+        self.returns.clear()
+        self._history = [] if record else None
         self._proposals = self._propose(self._observations)
+
+    def returns_to_go(self, discount: float) -> Array:
+        """Return the discounted returns of what was recorded since `reset`, and stop recording.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        if not self._history:
+            raise RuntimeError("no step has been recorded since reset(record=True)")
+        rewards, ends, terminated = (np.concatenate(p) for p in zip(*self._history, strict=True))
+        self._history = None
+        return returns_to_go(rewards, ends, terminated, discount, self.venv.num_envs)
 
     def _propose(self, observations: Batch) -> SafeProposals:
         return self.mu.propose(observations, self._samples, self._rng)
@@ -127,14 +151,11 @@ class Collector:
                 f"(minus infinity) in the state {take(self._observations, 0)}"
             )
 
-    def step(self, choose: Choose | None) -> tuple[Step, Array, list[dict[str, Any]]]:
-        """Execute one action in every environment.
-
-        Args:
-            choose: what to execute of what is offered; None: the behaviour's own draw.
+    def step(self) -> tuple[Array, Array, list[dict[str, Any]]]:
+        """Execute one action in every environment, and add what came of it to the replay.
 
         Returns:
-            what was experienced, the ends of episodes (n,), and the infos.
+            rewards (n,), the ends of episodes (n,), and the infos.
 
         Raises:
             RuntimeError: called before `reset`.
@@ -145,7 +166,9 @@ class Collector:
         here, before, codec = self._proposals, self._observations, self.mu.codec
         if here is None:
             raise RuntimeError("reset() the collector first")
-        executed = here.executed if choose is None else choose(before, here, self._rng)
+        executed = here.executed
+        if self.choose is not None:
+            executed = self.choose(before, here, self._rng)
         self._count_proposals(here)
         points = codec.unflatten(executed)
         if isinstance(codec.space, gym.spaces.Box):
@@ -168,10 +191,21 @@ class Collector:
             after = after.replaced(cut, self._propose(self._codec.batch(reached[cut])))
         self._count_outcomes(dones, infos)
         rows = self._rows(before)
-        step = Step.of(rows, here, executed, rewards, reached, after, terminated)
+        step = Step(
+            rows, here.candidates, here.log_mu, executed, rewards,
+            reached, after.candidates, after.log_mu, terminated,
+        )  # fmt: skip
         good = np.isfinite(rows).all(1) & np.isfinite(reached).all(1)
         self.tally.unreadable += int((~good).sum())
-        return (step if good.all() else step.take(np.flatnonzero(good))), dones, infos
+        if good.any():
+            self.replay.add(step if good.all() else step.take(np.flatnonzero(good)))
+        if good.all():
+            self._running += rewards
+            if self._history is not None:
+                self._history.append((rewards, dones, terminated))
+        self.returns.extend(self._running[dones].tolist())
+        self._running[dones] = 0.0
+        return rewards, dones, infos
 
     def _rows(self, observations: Batch) -> Array:
         return np.array(self._codec.flatten(observations, "observation")[0], np.float32)

@@ -106,15 +106,10 @@ def clone_of_log(
 def _filled(
     dataset: OfflineDataset, here: SafeProposals, after: SafeProposals, kept: Array
 ) -> Replay:
-    step = Step.of(
-        dataset.observations,
-        here,
-        dataset.actions,
-        dataset.rewards,
-        dataset.next_observations,
-        after,
-        dataset.terminated,
-    )
+    step = Step(
+        dataset.observations, here.candidates, here.log_mu, dataset.actions, dataset.rewards,
+        dataset.next_observations, after.candidates, after.log_mu, dataset.terminated,
+    )  # fmt: skip
     replay = Replay(int(kept.sum()), dataset.flat_actions)
     replay.add(step if kept.all() else step.take(np.flatnonzero(kept)))
     return replay

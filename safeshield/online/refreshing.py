@@ -33,7 +33,7 @@ class RefreshRefusedWarning(UserWarning):
 
 
 class Refresher:
-    """Mixtures of mu and of the induced policy at the last refresh; both do what mu proposes.
+    """Lets the collector mix mu with the induced policy of now; both do what mu proposes.
 
     Args:
         config: settings.
@@ -54,8 +54,6 @@ class Refresher:
         venv: VecEnv | None = None,
     ) -> None:
         self._config, self._env = config, calibration_env
-        self.choose: Choose | None = None
-        """What is executed of what mu proposes; None: mu's own draw."""
         self.spent = 0
         """Episodes of the budget that tests have used."""
         if not config.recalibration_episodes:
@@ -87,7 +85,7 @@ class Refresher:
         Args:
             induced: the policy.
             params: weights of the critics now; they are never changed in place.
-            collector: whose shield gets the new record.
+            collector: what is refreshed; its shield gets the new record.
             step: when.
         """
         share = self._config.refresh_share
@@ -98,7 +96,7 @@ class Refresher:
 
         safe = induced.mu.safe_set
         if not self._config.recalibration_episodes or not isinstance(safe, ShieldSet):
-            self.choose = choose
+            collector.choose = choose
             return
         try:
             tested = self._tested(safe.shield, induced, choose, step)
@@ -109,7 +107,8 @@ class Refresher:
                 stacklevel=4,
             )
             return
-        self.choose, collector.mu = choose, replace(induced.mu, safe_set=ShieldSet(tested))
+        collector.choose = choose
+        collector.mu = replace(induced.mu, safe_set=ShieldSet(tested))
 
     def _tested(self, shield: Shield, induced: InducedPolicy, choose: Choose, step: int) -> Shield:
         """Return the shield with a record of the new collector.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from safeshield.online.losses import Support, Transitions
-from safeshield.online.safe_proposals import SafeProposals
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 
@@ -23,7 +22,7 @@ class Step(NamedTuple):
     observations: Array
     """(n, obs)."""
     candidates: Array
-    """`SafeProposals` in the states before."""
+    """Of the `SafeProposals` in the states before; `log_mu` likewise."""
     log_mu: Array
     actions: Array
     """(n, act) executed."""
@@ -32,34 +31,10 @@ class Step(NamedTuple):
     next_observations: Array
     """(n, obs)."""
     next_candidates: Array
-    """`SafeProposals` in the states after; without meaning where an episode has terminated."""
+    """Of those in the states after; without meaning where an episode has terminated."""
     next_log_mu: Array
     terminated: npt.NDArray[np.bool_]
     """(n,)."""
-
-    @classmethod
-    def of(
-        cls,
-        observations: Array,
-        here: SafeProposals,
-        actions: Array,
-        rewards: Array,
-        next_observations: Array,
-        after: SafeProposals,
-        terminated: npt.NDArray[np.bool_],
-    ) -> Step:
-        """Return a step with what was proposed in the states before and after it."""
-        return cls(
-            observations,
-            here.candidates,
-            here.log_mu,
-            actions,
-            rewards,
-            next_observations,
-            after.candidates,
-            after.log_mu,
-            terminated,
-        )
 
     def take(self, rows: Array) -> Step:
         """Return some of the rows."""

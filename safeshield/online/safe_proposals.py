@@ -165,6 +165,16 @@ class SafeBehaviour:
         return drawn.astype(np.float32)
 
 
+def admitted(safe_set: SafeSet | None, observations: Batch, rows: Array) -> Array:
+    """Return actions (n, act) in which what a safe set refuses is replaced by what it admits."""
+    if safe_set is None:
+        return rows
+    refused = ~safe_set.admits(observations, rows[:, None])[:, 0]
+    executed = rows.copy()
+    executed[refused], _ = _instead(safe_set, observations, refused, rows)
+    return executed
+
+
 def _restricted(
     safe_set: SafeSet | None,
     observations: Batch,
@@ -196,8 +206,8 @@ def _instead(
     where = np.flatnonzero(none)
     if safe_set is None or not len(where):
         return rows[where], no_safe_action
-    instead, admitted = safe_set.replace(take(observations, where), rows[where])
-    no_safe_action[where] = ~admitted
+    instead, safe = safe_set.replace(take(observations, where), rows[where])
+    no_safe_action[where] = ~safe
     return instead, no_safe_action
 
 

@@ -17,21 +17,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections import deque
 from typing import Any, Self, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
-from tqdm.auto import tqdm
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import finite_number, whole
+from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import Networks
 from safeshield.nn.optim import adam_init
 from safeshield.online.collector import (
@@ -46,19 +41,19 @@ from safeshield.online.collector import (
 from safeshield.online.config import SSQLConfig
 from safeshield.online.experience import clone_of_log, replay_of_log
 from safeshield.online.extraction import InducedPolicy, second_stage
+from safeshield.online.loop import OnlineLearner
 from safeshield.online.losses import ACTOR, CLONE, CRITIC
 from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
-from safeshield.online.safe_proposals import SafeBehaviour, as_behaviour
+from safeshield.online.safe_proposals import SafeBehaviour, admitted, as_behaviour
 from safeshield.online.safe_sets import SafeRules, SafeSet, as_safe_set, check_spaces, spaces_of
 from safeshield.online.updates import SSQLModel, SSQLUpdates
 from safeshield.proposals.sources import Behaviour
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
-from safeshield.spaces.batches import Batch, take
+from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.agent import Learner
 from safeshield.training.log import returns_to_go, scale_of_returns
 from safeshield.training.loop import FitOptions
 from safeshield.training.registry import register
@@ -70,7 +65,7 @@ _CHECK_EVERY = 500
 
 
 @register("ssql", offline=False)
-class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
+class SafeSupportQLearning(OnlineLearner):
     """Learn a better policy from, and inside the support of, a behaviour that keeps to a safe set.
 
     What is executed while it learns is always one of the behaviour's own actions that the safe set
@@ -131,11 +126,7 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
         verbose: int = 0,
         device: str | torch.device = "auto",
     ) -> None:
-        super().__init__(config, device=device)
-        self.verbose = verbose
-        self.tensorboard_log = None if tensorboard_log is None else os.fspath(tensorboard_log)
-        self.num_timesteps = 0
-        self._venv = as_venv(env)
+        super().__init__(config, as_venv(env), tensorboard_log, verbose, device)
         layer = None if env is None else shielding_layer(env)
         if safe is None and layer is not None:
             safe = cast(Shield, vars(layer)["shield"])
@@ -148,9 +139,9 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
         self._state: TrainState | None = None
         self._extracted = self._cloned = False
         self._collector: Collector | None = None
-        self._collecting_now = self._told_unsaved = False
+        self._told_unsaved = False
+        self._turns, self._refreshed = 0, cast("int | None", None)
         self._replay: Replay | None = None
-        self._logger: Logger | None = None
 
     # -- what it is made of -----------------------------------------------------------------------
 
@@ -176,7 +167,7 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
 
     def _warming(self) -> bool:
         """Whether `learn` is collecting and has not learned anything yet."""
-        return self._model is None and self._collecting_now
+        return self._model is None and self._in_loop
 
     @property
     def tally(self) -> Tally:
@@ -187,20 +178,6 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
     def recalibration_spent(self) -> int:
         """Episodes of the budget that tests of refreshed collectors have used."""
         return self._refresher.spent
-
-    @property
-    def logger(self) -> Logger:
-        """The logger of the present `learn`, for callbacks."""
-        if self._logger is None:
-            raise RuntimeError("there is no logger before learn() is called")
-        return self._logger
-
-    def get_env(self) -> VecEnv | None:
-        """Return the environments, for callbacks."""
-        return self._venv
-
-    def get_vec_normalize_env(self) -> None:
-        """Return None: observations are normalised inside, for callbacks that ask."""
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what is known of a trained agent beside its settings, as JSON values."""
@@ -229,60 +206,6 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
 
     # -- online -----------------------------------------------------------------------------------
 
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: Any = None,  # noqa: ANN401 - as in Stable-Baselines3
-        log_interval: int = 4,
-        tb_log_name: str = "SSQL",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> Self:
-        """Collect and learn in turn, then extract the parametric policy; returns self.
-
-        Args:
-            total_timesteps: steps of all environments together, warm-up included.
-            callback: a callback of Stable-Baselines3, a list of them, or a function; one that
-                returns False ends collecting, and stage two follows if anything was learned.
-            log_interval: episodes between two lines of the log.
-            tb_log_name: of the run in TensorBoard.
-            reset_num_timesteps: False goes on counting where the last call ended. What was learned
-                is kept either way.
-            progress_bar: show one.
-
-        Raises:
-            TypeError: a number is no whole one.
-            ValueError: no environment; fewer steps than `learning_starts`; a reward that is not
-                finite; a behaviour that returns no actions of the space.
-            NoSafeActionError: rules admit nothing in a state that was reached.
-            FloatingPointError: a loss or a weight became NaN.
-        """
-        total = whole("total_timesteps", total_timesteps, least=1)
-        log_interval = whole("log_interval", log_interval, least=1)
-        collector = self._collecting(total)
-        if reset_num_timesteps:
-            self.num_timesteps = 0
-        end = self.num_timesteps + total
-        self._logger = configure_logger(
-            self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps
-        )
-        callbacks = _as_callback(callback)
-        callbacks.init_callback(cast(Any, self))
-        # A callback's `learn` of its own keeps in step with what it is told here.
-        callbacks.on_training_start(
-            {"self": self, "total_timesteps": end, "reset_num_timesteps": reset_num_timesteps}, {}
-        )
-        self._collecting_now = True
-        try:
-            with tqdm(total=end, initial=self.num_timesteps, disable=not progress_bar) as bar:
-                self._loop(collector, callbacks, end, log_interval, bar)
-        finally:
-            self._collecting_now = False
-        self._extract()
-        callbacks.on_training_end()
-        self._logger.dump(self.num_timesteps)
-        return self
-
     def _collecting(self, total: int) -> Collector:
         venv, behaviour = self._venv, self._behaviour
         if venv is None or behaviour is None:
@@ -294,85 +217,54 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
             )
         if self._collector is None:
             codec = flat_actions(venv.action_space)
+            self._replay = Replay(self.config.buffer_size, codec)
             self._collector = Collector(
                 venv,
                 flat_observations(venv.observation_space),
                 SafeBehaviour(behaviour, self.safe_set, codec),
+                self._replay,
                 self.config.samples,
                 self._noise,
             )
-            self._replay = Replay(self.config.buffer_size, codec)
             # Once: a second call goes on with episodes that the first one has not seen.
             venv.seed(self.config.seed)
-        self._collector.reset()
-        if self.config.extraction_steps and self._model is None:
+        new = self._model is None
+        self._collector.reset(record=new)
+        if self.config.extraction_steps and new:
             self._collector.check_density()
+        self._turns, self._refreshed = 0, None
         return self._collector
 
-    def _loop(
-        self,
-        collector: Collector,
-        callbacks: BaseCallback,
-        end: int,
-        log_interval: int,
-        bar: Any,  # noqa: ANN401
-    ) -> None:
-        config, replay = self.config, cast(Replay, self._replay)
-        count = collector.venv.num_envs
-        warm: list[tuple[Array, Array, Array]] = []
-        returns, running = deque[float](maxlen=100), np.zeros(count)
-        logged, turn, refreshed = 0, 0, self.num_timesteps
+    def _improve(self, collector: Collector) -> Metrics | None:
+        """Update the critics; from time to time, refresh what collects."""
+        config, replay = self.config, collector.replay
+        if not len(replay):
+            return None
+        if self._model is None:
+            self._begin(collector)
+        updates = SSQLUpdates(self._fitted(), replay, config)
+        update = updates.critics(None)
         metrics: Metrics = {}
-        while self.num_timesteps < end:
-            callbacks.on_rollout_start()
-            for _ in range(config.train_freq):
-                step, dones, infos = collector.step(self._refresher.choose)
-                if len(step.rewards):
-                    replay.add(step)
-                self.num_timesteps += count
-                bar.update(count)
-                if self._model is None and len(step.rewards) == count:
-                    warm.append((step.rewards, dones, step.terminated))
-                running += step.rewards if len(step.rewards) == count else 0.0
-                returns.extend(running[dones].tolist())
-                running[dones] = 0.0
-                callbacks.update_locals({"infos": infos, "dones": dones, "rewards": step.rewards})
-                if not callbacks.on_step():
-                    end = self.num_timesteps
-                    break
-            callbacks.on_rollout_end()
-            if self.num_timesteps < config.learning_starts or not len(replay):
-                continue
-            if self._model is None:
-                self._begin(replay, warm)
-            updates = SSQLUpdates(self._fitted(), replay, config)
-            update = updates.critics(None)
-            for _ in range(config.gradient_steps):
-                draw = updates.draw(self._generator)
-                self._state, metrics = update(cast(TrainState, self._state), draw)
-                turn += 1
-                if turn % _CHECK_EVERY == 0:
-                    self._check_finite(metrics)
-            every = config.refresh_every
-            if every is not None and self.num_timesteps - refreshed >= every:
-                refreshed = self.num_timesteps
-                params = self._weights()[CRITIC]
-                self._refresher.refresh(self._induced(), params, collector, self.num_timesteps)
-                self.safe_set = collector.mu.safe_set
-            if collector.tally.episodes - logged >= log_interval:
-                logged = collector.tally.episodes
-                self._record(metrics, returns)
-                self.logger.dump(self.num_timesteps)
-        self._check_finite(metrics)
+        for _ in range(config.gradient_steps):
+            draw = updates.draw(self._generator)
+            self._state, metrics = update(cast(TrainState, self._state), draw)
+            self._turns += 1
+            if self._turns % _CHECK_EVERY == 0:
+                self._check_finite(metrics)
+        last = self._started if self._refreshed is None else self._refreshed
+        if config.refresh_every and self.num_timesteps - last >= config.refresh_every:
+            self._refreshed = self.num_timesteps
+            params = self._weights()[CRITIC]
+            self._refresher.refresh(self._induced(), params, collector, self.num_timesteps)
+            self.safe_set = collector.mu.safe_set
+        return metrics
 
-    def _begin(self, replay: Replay, warm: list[tuple[Array, Array, Array]]) -> None:
+    def _begin(self, collector: Collector) -> None:
         """Read the units off what the behaviour has collected, and draw the weights."""
-        venv = cast(VecEnv, self._venv)
+        venv, rows = collector.venv, collector.replay.column("observations")
         seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
-        scaling = Scaling.of_rows(replay.column("observations"), seen, played)
-        rewards, ends, terminated = (np.concatenate(part) for part in zip(*warm, strict=True))
-        returns = returns_to_go(rewards, ends, terminated, self.config.discount, venv.num_envs)
-        units = scale_of_returns(returns)
+        scaling = Scaling.of_rows(rows, seen, played)
+        units = scale_of_returns(collector.returns_to_go(self.config.discount))
         self._model = SSQLModel.of(self.config, spaces_of(venv), scaling, units)
         self._state = self._model.initial(self._generator)
 
@@ -388,18 +280,6 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
                 "Common causes: rewards of extreme size, a learning_rate that is too high, or a "
                 "temperature far below the critics' errors"
             )
-
-    def _record(self, metrics: Metrics, returns: deque[float]) -> None:
-        tally, logger = self.tally, self.logger
-        if returns:
-            logger.record("rollout/ep_rew_mean", float(np.mean(returns)))
-        logger.record("time/total_timesteps", self.num_timesteps)
-        for name, value in metrics.items():
-            logger.record(f"train/{name}", float(value))
-        logger.record("safe/proposed_outside", tally.proposed_outside)
-        logger.record("safe/nothing_admitted", tally.nothing_admitted)
-        logger.record("safe/unsafe_steps", tally.unsafe_steps)
-        logger.record("safe/unsafe_episodes", tally.unsafe_episodes)
 
     # -- from a log -------------------------------------------------------------------------------
 
@@ -533,19 +413,9 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
             chosen = (
                 actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
             )
-            chosen = self._admitted(points, chosen)
+            chosen = admitted(self.safe_set, points, chosen)
         actions = model.action_codec.unflatten(chosen)
         return (actions[0] if single else actions), state
-
-    def _admitted(self, points: Batch, chosen: Array) -> Array:
-        """Return actions, those that the safe set refuses replaced by ones that it does not."""
-        if self.safe_set is None:
-            return chosen
-        refused = np.flatnonzero(~self.safe_set.admits(points, chosen[:, None])[:, 0])
-        if len(refused):
-            chosen = chosen.copy()
-            chosen[refused], _ = self.safe_set.replace(take(points, refused), chosen[refused])
-        return chosen
 
     def draw(self, observations: Batch, rng: np.random.Generator) -> tuple[Array, Array]:
         """Return actions of the induced policy in n states, and log pi*(a|s) - log mu(a|s) (n,).
@@ -573,7 +443,7 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
         # A callback of the first `learn` may ask before stage two has made the network.
-        early = self._collecting_now and not self._extracted
+        early = self._in_loop and not self._extracted
         if (wanted != "parametric" or early) and self._behaviour is not None:
             return True
         if wanted == "induced":
@@ -694,12 +564,3 @@ class SafeSupportQLearning(Learner[SSQLConfig, SSQLModel]):
                 stacklevel=2,
             )
         return agent
-
-
-def _as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
-    """Return what Stable-Baselines3 makes of a callback, a list, a function or None."""
-    if isinstance(callback, BaseCallback):
-        return callback
-    if isinstance(callback, list):
-        return CallbackList(callback)
-    return CallbackList([]) if callback is None else ConvertCallback(callback)
