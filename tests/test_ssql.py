@@ -135,7 +135,7 @@ def test_the_twins_make_one_value_as_asked(twins: str) -> None:
     )
     wanted = {"mean": [[1.0, 1.0], [1.0, 3.0]], "min": [[0.0, -1.0], [1.0, 1.0]]}[twins]
     expected = soft_value(torch.tensor(wanted), 0.5, half)
-    assert critics.offered(params, support).tolist() == wanted
+    assert critics.proposed(params, support).tolist() == wanted
     assert float(told["critic/value"]) == pytest.approx(float(expected.mean()), abs=1e-6)
 
 

@@ -29,7 +29,7 @@ def replay_of_log(
 ) -> Replay:
     """Return the transitions of a log, with the behaviour's proposals in both of their states.
 
-    Rules admit nothing in a state that is lost: transitions from there, and into there unless they
+    Where rules admit nothing in a state, the transitions from it, and those into it that do not
     terminate, are left out, with a warning.
 
     Raises:

@@ -55,7 +55,7 @@ class InducedPolicy:
             deterministic: the likeliest instead of a draw.
         """
         support = self._support(observations, here)
-        q = self.model.critics.offered(params, support)
+        q = self.model.critics.proposed(params, support)
         tensor = induced_log_policy(q, self.temperature, support.log_mu)
         log_pi = tensor.double().cpu().numpy()
         noisy = log_pi if deterministic else log_pi + rng.gumbel(size=log_pi.shape)
@@ -72,7 +72,7 @@ class InducedPolicy:
     ) -> Array:
         """Return V(s) (n,)."""
         support = self._support(observations, self.mu.propose(observations, samples, rng))
-        q = self.model.critics.offered(params, support)
+        q = self.model.critics.proposed(params, support)
         value: Array = soft_value(q, self.temperature, support.log_mu).double().cpu().numpy()
         return value
 
@@ -87,20 +87,21 @@ class InducedPolicy:
 def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> list[Phase]:
     """Return the phases, in order; none where `extraction_steps` is 0.
 
-    Discrete actions: one, of either direction. A Box: forward is one; reverse begins with a clone
-    of mu, from which the actor sets out, inside the support, and whose density takes the place of
-    mu's where mu has none.
+    One phase trains the actor. Before it, in a Box with the reverse direction, a clone of mu is
+    trained: the actor starts from it, inside the support, and its density takes the place of mu's
+    where mu has none.
 
     Args:
         updates: closed over what was experienced.
         mu: the behaviour, restricted to the safe set.
-        cloned: the clone is there already.
+        cloned: whether the clone has been trained already.
     """
     model, config = updates.model, updates.config
     total, size = config.extraction_steps, config.batch_size
     if not total:
         return []
-    # Rules would be asked about every draw of every update, in Python; mu's own draws are judged.
+    # The reverse direction would ask rules, in Python, about every draw of every update; the
+    # forward direction uses mu's own draws, which have been judged.
     costly = isinstance(mu.safe_set, SafeRules) and not model.actor.choices
     known = _has_density(updates, mu)
     reverse = config.extraction == "reverse" or (
@@ -122,7 +123,7 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
             likely = model.policy(state.networks[CLONE]).log_prob(seen, actions)
         return mu.masked(seen, actions, likely)
 
-    # Begun once, in its first step: a run that goes on from a checkpoint must not begin again.
+    # The actor is set once, in the first step: a resumed run must not set it again.
     actor = Phase(
         "actor", rest, updates.reverse_box(rest, log_mu), size, refresh=begin, refresh_every=rest
     )
@@ -130,7 +131,7 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
 
 
 def _has_density(updates: SSQLUpdates, mu: SafeBehaviour) -> bool:
-    """Whether mu tells one: asked about an action that may be done, in a state that was met."""
+    """Whether mu has a density: asked about a possible action in a state of the replay."""
     codec = updates.model.action_codec
     middle = (0.5 * (codec.low + codec.high)).astype(np.float32)[None]
     tried = codec.choices if codec.discrete else middle

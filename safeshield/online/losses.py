@@ -29,7 +29,7 @@ Twins = Literal["mean", "min"]
 CRITIC, ACTOR, CLONE = "critic", "actor", "behaviour"
 """Names of the networks, in memory and in files."""
 _FLOOR = 10.0
-"""Nats by which what mu never does counts as less likely than the least likely that it does."""
+"""Nats by which what mu never does counts as less likely than the least likely thing it does."""
 
 
 class Support(NamedTuple):
@@ -102,8 +102,8 @@ class SoftCritics:
         each = self.values(params, observations, actions)
         return each.mean(0) if self.twins == "mean" else each.amin(0)
 
-    def offered(self, params: Params, support: Support) -> Tensor:
-        """Return Q (n, c) of what mu offers."""
+    def proposed(self, params: Params, support: Support) -> Tensor:
+        """Return Q (n, c) of what mu proposes."""
         return self.one(params, support.observations, support.candidates)
 
 
@@ -118,7 +118,7 @@ def critic_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed squared errors, in units of the spread, and what to log."""
     with torch.no_grad():
-        after = critics.offered(targets[CRITIC], batch.after)
+        after = critics.proposed(targets[CRITIC], batch.after)
         value = soft_value(after, temperature, batch.after.log_mu)
         y = batch.rewards + discount * torch.where(batch.terminated, 0.0, value)
     here = batch.here.observations
@@ -138,7 +138,7 @@ def critic_loss(
 def clone_loss(
     actor: MixtureActor, params: Params, support: Support
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return minus the mean log likelihood of what mu offers: cross-entropy to mu itself."""
+    """Return minus the mean log likelihood of what mu proposes: the cross-entropy to mu."""
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(support.log_mu.exp(), log_pi).mean()
     return loss, {"clone/cross_entropy": loss.detach()}
@@ -153,7 +153,7 @@ def forward_loss(
     *,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return KL(pi* || pi) up to a constant: the weighted likelihood of what mu offers."""
+    """Return KL(pi* || pi) up to a constant: the weighted likelihood of what mu proposes."""
     log_target = _log_induced(critics, targets, support, temperature)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(log_target.exp(), log_pi).mean()
@@ -174,7 +174,7 @@ def reverse_loss_choices(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return KL(pi || pi*) of discrete actions, the sum over all of them."""
     log_target = _log_induced(critics, targets, support, temperature)
-    # What mu never does is not impossible to a softmax, only dear: beyond the least likely.
+    # A softmax cannot exclude what mu never does; it counts as less likely than all else.
     possible = log_target > -torch.inf
     least = torch.where(possible, log_target, torch.inf).amin(-1, keepdim=True)
     log_target = torch.where(possible, log_target, least - _FLOOR)
@@ -214,9 +214,9 @@ def reverse_loss_box(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return E_pi [log pi - Q / a - log mu], whose gradient is that of KL(pi || pi*).
 
-    Q and log pi are differentiated through the draws. mu may be anybody's function, so its part of
-    the gradient is that of the likelihood ratio, relative to the mean of other draws there
-    (no bias; a constant of the state cancels).
+    Q and log pi are differentiated through the draws. mu may be any function, which need not be
+    differentiable, so its part of the gradient is that of the likelihood ratio, relative to the
+    mean of other draws in the same state (no bias; a constant of the state cancels).
 
     Args:
         actor: of a Box.
@@ -226,8 +226,8 @@ def reverse_loss_box(
         observations: (n, features).
         uniform: (n, k * s, act): where the draws come from, s of each of k components; s even.
         log_mu: (n, k * s) of `actor_draws` of these, up to a constant of the state. Minus infinity
-            for what mu never does: such a draw's Q does not count, and it counts as less likely
-            than all others by more than any Q could make up for.
+            for what mu never does: the Q of such a draw is not used, and the draw counts as less
+            likely than all others by more than any difference of Q.
         temperature: a.
     """
     parts = actor.mixture(params, observations)
@@ -243,11 +243,11 @@ def reverse_loss_box(
         least = torch.where(inside, log_mu, torch.inf).amin(-1, keepdim=True)
         none = ~inside.any(-1, keepdim=True)
         low, least = (torch.where(none, 0.0, bound) for bound in (low, least))
-        # Outside, the lowest Q met inside takes the place of a Q that means nothing there.
+        # Outside, Q was never learned: the lowest Q of the draws inside takes its place.
         gain = torch.where(inside, log_mu, least - _FLOOR + low - scaled)
         fixed = weights.detach()
         halves = (fixed * gain).reshape(-1, actor.components * each // 2, 2).sum(1)
-        # Each half of the draws is measured by the other's mean: 2, as a half weighs one half.
+        # The baseline of each half of the draws is the other half's mean; 2, as a half weighs 1/2.
         advantage = gain - 2.0 * halves.flip(-1).repeat(1, actor.components * each // 2)
     pathwise = (weights * (log_pi - scaled)).sum(-1)
     ratio = (fixed * advantage * log_density(parts, actions.detach())).sum(-1)
@@ -262,8 +262,8 @@ def reverse_loss_box(
 def _log_induced(
     critics: SoftCritics, targets: Networks, support: Support, temperature: float
 ) -> Tensor:
-    """Return log pi* (n, c) of what mu offers."""
-    q = critics.offered(targets[CRITIC], support)
+    """Return log pi* (n, c) of what mu proposes."""
+    q = critics.proposed(targets[CRITIC], support)
     return induced_log_policy(q, temperature, support.log_mu)
 
 

@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 
 class RefreshRefusedWarning(UserWarning):
-    """A refreshed collector failed its test, or the budget is spent: the former one goes on."""
+    """A refreshed collector failed its test, or the budget is spent: the former one is kept."""
 
 
 class Refresher:
@@ -38,8 +38,8 @@ class Refresher:
     Args:
         config: settings.
         safe_set: a calibrated shield where refreshes are to be tested.
-        calibration_env: where they are.
-        venv: where learning collects; the other's spaces are these.
+        calibration_env: where they are tested.
+        venv: where learning collects; the spaces of both must be the same.
 
     Raises:
         ValueError: refreshes are to be tested, and there is no calibrated shield or no environment;

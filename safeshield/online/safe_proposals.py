@@ -231,7 +231,7 @@ class MaskedUniform:
         self._rounds = rounds
 
     def of_a_log(self) -> MaskedUniform:
-        """Return the same that rules do not stop: for states of a log, in which nothing runs."""
+        """Return the same for states of a log, in which rules that admit nothing raise no error."""
         own = self.safe_set
         return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
 

@@ -24,9 +24,10 @@ _CANDIDATES = 256
 
 
 class NoSafeActionError(RuntimeError):
-    """Rules admit no action in a state that an episode has reached: nothing may be executed.
+    """Rules admit no action in a state that an episode has reached, so nothing may be executed.
 
-    Or none was found, or the observation is not readable, so that no rule can judge.
+    It is also raised where none was found, and where an observation is not finite, so that no rule
+    can be asked.
     """
 
 
@@ -40,7 +41,7 @@ class SafeSet(Protocol):
         ...
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return what runs in place of actions (n, act), and whether it is admitted (n,)."""
+        """Return what is executed in place of actions (n, act), and whether it is admitted (n,)."""
         ...
 
     def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
@@ -71,18 +72,18 @@ class ShieldSet:
         return self.shield.acceptable(self.shield.states(rows), rows, candidates)[0]
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Let the shield replace them; where nothing is acceptable its least bad one runs."""
+        """Let the shield replace them; where nothing is acceptable, by its least bad action."""
         seen, _ = self.shield.observation_rows(observations)
         executed, report = self.shield.filter_rows(self.shield.states(seen), seen, rows)
         return executed, np.asarray(report.acceptable)
 
 
 class SafeRules:
-    """A shield's substitute of a few lines: a function that says what may be done.
+    """A safe set that is a function: it says which actions may be executed in a state.
 
-    It promises what its author knows: an action that it admits must lead only to states in which
-    it admits another one. Where it admits none, learning stops with `NoSafeActionError`; likewise
-    where an observation holds NaN or infinity, about which it is not asked.
+    Its author must see to it that an admitted action leads only to states in which another action
+    is admitted. Where none is admitted, learning stops with `NoSafeActionError`; likewise where an
+    observation holds NaN or infinity, about which the function is not asked.
 
     Args:
         safe: ``safe(observation, action) -> bool``, of one observation and one action as the
@@ -197,7 +198,7 @@ class SafeRules:
 
     def _ask(self, observation: Any, action: Any) -> bool:  # noqa: ANN401
         if not isinstance(observation, np.integer) or not self.actions.discrete:
-            # Copies: a function that writes into its arguments must not move what is judged next.
+            # Copies: a function that writes into its arguments must not change what is judged next.
             return _truth(self._safe(copied(observation), copied(action)), "safe(...)")
         key = int(observation), np.asarray(action).tobytes()
         if key not in self._known:
@@ -206,9 +207,9 @@ class SafeRules:
 
 
 class LoggedRules:
-    """Rules asked about a log: where they admit nothing, nothing is going to run.
+    """Rules for the states of a log, in which nothing is executed.
 
-    `replace` tells so instead of stopping.
+    Where they admit nothing, `replace` says so and raises no error.
     """
 
     def __init__(self, rules: SafeRules) -> None:
@@ -217,7 +218,7 @@ class LoggedRules:
 
 
 def _truth(answer: object, what: str) -> bool:
-    """Return an answer that is one; of anything else Python would make one that was not meant."""
+    """Return an answer that is True or False; any other object would be true or false in Python."""
     if isinstance(answer, np.ndarray) and answer.dtype == np.bool_ and answer.ndim == 0:
         answer = answer[()]
     if not isinstance(answer, bool | np.bool_):
