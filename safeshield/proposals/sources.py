@@ -96,13 +96,18 @@ class Uniform:
             self._log_size = np.log(self._codec.high - self._codec.low).sum()
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Return points of the box."""
-        shape = (batch_length(observations), each, self._codec.width)
+        """Return points of the box, or choices."""
+        count = batch_length(observations)
+        if self._codec.discrete:
+            log_probs = np.full((count, len(self._codec.choices)), -self._log_size)
+            return draw_choices(self._codec, log_probs, each, rng)
+        shape = (count, each, self._codec.width)
         return rng.uniform(self._codec.low, self._codec.high, shape).astype(np.float32)
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return the middle of the box."""
+        """Return the middle of the box, rounded down to a choice where actions are discrete."""
         middle = 0.5 * (self._codec.low + self._codec.high)
+        middle = np.floor(middle) if self._codec.discrete else middle
         return np.tile(middle.astype(np.float32), (batch_length(observations), 1))
 
     def log_prob(self, observations: Batch, candidates: Array, /, states: Seen = None) -> Array:
