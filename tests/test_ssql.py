@@ -654,9 +654,9 @@ def test_a_refresh_is_tested_on_a_budget_and_refused_where_the_test_fails() -> N
         tested[name] = agent
         assert 0 < agent.recalibration_spent <= 40
         assert agent.tally.unsafe_steps == 0
-    assert tested["good"]._refresher.choose is not None
+    assert tested["good"]._collector.choose is not None
     assert tested["good"].safe_set.shield.record.policies[0].policy.startswith("SSQL's collector")
-    assert tested["blind"]._refresher.choose is None  # its simulator slips into holes
+    assert tested["blind"]._collector.choose is None  # its simulator slips into holes
 
 
 # -- what is wrong --------------------------------------------------------------------------------
