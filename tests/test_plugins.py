@@ -21,7 +21,7 @@ from safeshield.algorithms.registry import ALGORITHMS, register
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.cli import app
 from safeshield.cli.settings import read_settings, settings_help, write_settings
-from safeshield.files.schema import fields_of
+from safeshield.files.settings import fields_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
 LINEAR = max(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL), key=len)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import NonNegative, Positive, PositiveInt, Seed, Settings, Sizes
+from safeshield.files.settings import NonNegative, Positive, PositiveInt, Seed, Settings, Sizes
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.files.schema import NonNegative, PositiveInt, TwoPhases
+from safeshield.files.settings import NonNegative, PositiveInt, TwoPhases
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.files.schema import NonNegative, Positive, PositiveInt, Sizes, ThreePhases
+from safeshield.files.settings import NonNegative, Positive, PositiveInt, Sizes, ThreePhases
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.candidates import CandidateSet

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import (
+from safeshield.files.settings import (
     Below1,
     Fraction,
     Inside,

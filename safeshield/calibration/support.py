@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import Below1, Inside, check
+from safeshield.files.settings import Below1, Inside, check
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Scalars
 from safeshield.support.decide import SupportTest

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
-from safeshield.files.schema import Field, fields_of
+from safeshield.files.settings import Field, fields_of
 
 if TYPE_CHECKING:
     from safeshield.training.registry import Algorithm

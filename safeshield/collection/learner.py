@@ -34,7 +34,7 @@ from safeshield.collection.state import (
     write_state,
 )
 from safeshield.data.collect import log_of
-from safeshield.files.schema import Count, Settings
+from safeshield.files.settings import Count, Settings
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.rows import flat_actions, flat_observations
 

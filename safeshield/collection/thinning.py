@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.files.schema import Count, NonNegativeInt, Settings
+from safeshield.files.settings import Count, NonNegativeInt, Settings
 
 Indices = npt.NDArray[np.int64]
 

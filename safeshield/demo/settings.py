@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from safeshield.algorithms.safefql import SafeFQLConfig
-from safeshield.files.schema import Count, Seed, Settings
+from safeshield.files.settings import Count, Seed, Settings
 
 
 def _training() -> SafeFQLConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safeshield.files.schema import (
+from safeshield.files.settings import (
     Fraction,
     NonNegativeInt,
     Positive,

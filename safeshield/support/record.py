@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from safeshield.files.schema import Below1, Inside, Settings, check, json_values, record_from_json
+from safeshield.files.schema import json_values, record_from_json
+from safeshield.files.settings import Below1, Inside, Settings, check
 
 
 def episodes_needed(alpha: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from safeshield.files.schema import (
+from safeshield.files.settings import (
     Fraction,
     NonNegative,
     Positive,

@@ -34,7 +34,7 @@ class Algorithm:
 
     @property
     def config_type(self) -> type[Any]:
-        """Its settings, a dataclass on `files.schema.Settings`."""
+        """Its settings, a dataclass on `files.settings.Settings`."""
         return cast("type[Any]", self.kind.config_type)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from safeshield.files.schema import (
+from safeshield.files.settings import (
     NonNegative,
     NonNegativeInt,
     Positive,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from safeshield.files.schema import (
+from safeshield.files.settings import (
     Fraction,
     NonNegative,
     Positive,
