@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 
 import numpy as np
 
-from safeshield.files.settings import check
+from safeshield.files.settings import check, rules_of
 
 _MOST_NUMBERS = 64
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
