@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from safeshield.nn.mlp import Params
+from safeshield.online.config import SSQLConfig
 from safeshield.online.losses import ACTOR, CLONE, Support, forward_loss, reverse_loss_choices
 from safeshield.online.replay import support_of
 from safeshield.online.safe_proposals import SafeBehaviour, SafeProposals
@@ -25,20 +27,25 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class InducedPolicy:
-    """pi* = mu exp(Q / a) / Z for weights of the critics that are passed.
-
-    Whatever it does is among what mu proposes, inside the safe set.
-    """
+    """pi* = mu exp(Q / a) / Z: all that it does is among what mu proposes, inside the safe set."""
 
     model: SSQLModel
+    params: Params
+    """Weights of the critics; they are never changed in place."""
     mu: SafeBehaviour
-    temperature: float
+    config: SSQLConfig
     device: torch.device
+
+    def act(
+        self, observations: Batch, rng: np.random.Generator, *, deterministic: bool = False
+    ) -> tuple[Array, Array]:
+        """Return actions (n, act) in n states, and log pi*/mu of them (n,); see `weigh`."""
+        here = self.mu.propose(observations, self.config.predict_samples, rng)
+        return self.weigh(observations, here, rng, deterministic=deterministic)
 
     @torch.no_grad()
     def weigh(
         self,
-        params: Params,
         observations: Batch,
         here: SafeProposals,
         rng: np.random.Generator,
@@ -48,15 +55,13 @@ class InducedPolicy:
         """Return one of the proposed actions (n, act) in each state, and log pi*/mu of it (n,).
 
         Args:
-            params: of the critics.
             observations: n of them.
             here: what mu proposes there.
             rng: of the draw.
             deterministic: the likeliest instead of a draw.
         """
-        support = self._support(observations, here)
-        q = self.model.critics.proposed(params, support)
-        tensor = induced_log_policy(q, self.temperature, support.log_mu)
+        support, q = self._values(observations, here)
+        tensor = induced_log_policy(q, self.config.temperature, support.log_mu)
         log_pi = tensor.double().cpu().numpy()
         noisy = log_pi if deterministic else log_pi + rng.gumbel(size=log_pi.shape)
         best = noisy.argmax(axis=1)
@@ -67,21 +72,21 @@ class InducedPolicy:
         return here.candidates[each, best], nats
 
     @torch.no_grad()
-    def value(
-        self, params: Params, observations: Batch, samples: int, rng: np.random.Generator
-    ) -> Array:
+    def value(self, observations: Batch, rng: np.random.Generator) -> Array:
         """Return V(s) (n,)."""
-        support = self._support(observations, self.mu.propose(observations, samples, rng))
-        q = self.model.critics.proposed(params, support)
-        value: Array = soft_value(q, self.temperature, support.log_mu).double().cpu().numpy()
-        return value
+        here = self.mu.propose(observations, self.config.predict_samples, rng)
+        support, q = self._values(observations, here)
+        value = soft_value(q, self.config.temperature, support.log_mu)
+        return np.asarray(value.double().cpu().numpy())
 
-    def _support(self, observations: Batch, here: SafeProposals) -> Support:
+    def _values(self, observations: Batch, here: SafeProposals) -> tuple[Support, Tensor]:
+        """Return what mu proposes on the device, and Q (n, c) of it."""
         model = self.model
         rows = model.observation_codec.flatten(observations, "observation")[0].astype(np.float32)
-        return support_of(
+        support = support_of(
             rows, here.candidates, here.log_mu, model.scaling, model.action_codec, self.device
         )
+        return support, model.critics.proposed(self.params, support)
 
 
 def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> list[Phase]:

@@ -13,7 +13,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from safeshield.calibration.binomial import episodes_needed
 from safeshield.calibration.walk import CalibrationError
-from safeshield.nn.mlp import Params
 from safeshield.online.collector import Choose, Collector
 from safeshield.online.config import SSQLConfig
 from safeshield.online.extraction import InducedPolicy
@@ -77,21 +76,18 @@ class Refresher:
         if venv is not None:
             check_spaces(calibration_env, "calibration_env's", spaces_of(venv))
 
-    def refresh(
-        self, induced: InducedPolicy, params: Params, collector: Collector, step: int
-    ) -> None:
+    def refresh(self, induced: InducedPolicy, collector: Collector, step: int) -> None:
         """Put a new collector in place, once it has passed its test where there is one.
 
         Args:
-            induced: the policy.
-            params: weights of the critics now; they are never changed in place.
+            induced: the policy, with the critics of now.
             collector: what is refreshed; its shield gets the new record.
             step: when.
         """
         share = self._config.refresh_share
 
         def choose(observations: Batch, here: SafeProposals, rng: np.random.Generator) -> Array:
-            chosen, _ = induced.weigh(params, observations, here, rng)
+            chosen, _ = induced.weigh(observations, here, rng)
             return np.where(rng.random((len(chosen), 1)) < share, chosen, here.executed)
 
         safe = induced.mu.safe_set

@@ -254,8 +254,7 @@ class SafeSupportQLearning(OnlineLearner):
         last = self._started if self._refreshed is None else self._refreshed
         if config.refresh_every and self.num_timesteps - last >= config.refresh_every:
             self._refreshed = self.num_timesteps
-            params = self._weights()[CRITIC]
-            self._refresher.refresh(self._induced(), params, collector, self.num_timesteps)
+            self._refresher.refresh(self._induced(), collector, self.num_timesteps)
             self.safe_set = collector.mu.safe_set
         return metrics
 
@@ -400,16 +399,12 @@ class SafeSupportQLearning(OnlineLearner):
         rng = np.random.default_rng(self.config.seed) if deterministic else self._noise
         if self._warming():
             return cast(Collector, self._collector).propose(observation, rng), state
-        model, weights = self._fitted(), self._weights()
+        model = self._fitted()
         points, single = readable_batch(model.observation_codec, observation)
         if self._acts_induced():
-            induced = self._induced()
-            here = induced.mu.propose(points, self.config.predict_samples, rng)
-            chosen, _ = induced.weigh(
-                weights[CRITIC], points, here, rng, deterministic=deterministic
-            )
+            chosen, _ = self._induced().act(points, rng, deterministic=deterministic)
         else:
-            actor = model.policy(weights[ACTOR])
+            actor = model.policy(self._weights()[ACTOR])
             chosen = (
                 actor.most_likely(points) if deterministic else actor.draw(points, 1, rng)[:, 0]
             )
@@ -425,10 +420,8 @@ class SafeSupportQLearning(OnlineLearner):
         Raises:
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
-        induced = self._induced()
-        here = induced.mu.propose(observations, self.config.predict_samples, rng)
-        chosen, nats = induced.weigh(self._weights()[CRITIC], observations, here, rng)
-        return induced.model.action_codec.unflatten(chosen), nats
+        chosen, nats = self._induced().act(observations, rng)
+        return self._fitted().action_codec.unflatten(chosen), nats
 
     def _induced(self) -> InducedPolicy:
         model = self._fitted()
@@ -437,8 +430,8 @@ class SafeSupportQLearning(OnlineLearner):
                 "the induced policy and its value weigh the behaviour's actions, and the behaviour "
                 "is not at hand: pass it, SafeSupportQLearning.load(path, behaviour)"
             )
-        mu = self._safe_behaviour(model)
-        return InducedPolicy(model, mu, self.config.temperature, self.device)
+        params, mu = self._weights()[CRITIC], self._safe_behaviour(model)
+        return InducedPolicy(model, params, mu, self.config, self.device)
 
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
@@ -465,9 +458,7 @@ class SafeSupportQLearning(OnlineLearner):
             RuntimeError: nothing has been learned, or the behaviour is not at hand.
         """
         points, single = readable_batch(self._fitted().observation_codec, observation)
-        rng = np.random.default_rng(self.config.seed)
-        samples = self.config.predict_samples
-        value = self._induced().value(self._weights()[CRITIC], points, samples, rng)
+        value = self._induced().value(points, np.random.default_rng(self.config.seed))
         return cast(np.floating, value[0]) if single else value
 
     # -- files ------------------------------------------------------------------------------------
