@@ -9,12 +9,10 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
+from safeshield.rollouts.policies import BatchPolicy, Memory, as_batch_policy, start_wave
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch, batch_of_one, copied, finite
 from safeshield.spaces.schema import check_same_space
-
-_State = tuple[npt.NDArray[Any], ...] | None
 
 
 class Predictor(Protocol):
@@ -23,10 +21,10 @@ class Predictor(Protocol):
     def predict(
         self,
         observation: Any,  # noqa: ANN401
-        state: _State = None,
+        state: Memory = None,
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
-    ) -> tuple[npt.NDArray[Any], _State]:
+    ) -> tuple[npt.NDArray[Any], Memory]:
         """Return actions and the recurrent state."""
         ...
 
@@ -87,10 +85,10 @@ class ShieldedPolicy:
     def predict(
         self,
         observation: Batch,
-        state: _State = None,
+        state: Memory = None,
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
-    ) -> tuple[npt.NDArray[Any], _State]:
+    ) -> tuple[npt.NDArray[Any], Memory]:
         """Return the actions to execute, and the agent's recurrent state."""
         self.report = None
         # Agents may refuse what is not a number; the shield does not act on their answer then. And
@@ -109,10 +107,9 @@ class ShieldedPolicy:
         self, acting: BatchPolicy, seen: Batch, starts: npt.NDArray[np.bool_] | None
     ) -> npt.NDArray[Any]:
         rows, single = self.shield.observation_rows(seen)
-        start_wave = getattr(acting, "start_wave", None)
         begun = starts is not None and bool(np.all(starts))
-        if callable(start_wave) and (begun or len(rows) != self._count):
-            start_wave(len(rows))
+        if begun or len(rows) != self._count:
+            start_wave(acting, len(rows))
         self._count = len(rows)
         actions = np.asarray(acting(batch_of_one(seen) if single else seen, self._rng))
         return actions[0] if single else actions

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
-from safeshield.rollouts.policies import BatchPolicy, as_batch_policy
+from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, start_wave
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.batches import Batch, copied
 from safeshield.spaces.generic import Env, VectorEnv
@@ -95,9 +95,7 @@ class ShieldedProposals:
     def start_wave(self, num_envs: int) -> None:
         """Begin a new batch of episodes: recurrent state of the proposing policy is forgotten."""
         self._batches.append([])
-        start = getattr(self._proposals, "start_wave", None)
-        if callable(start):
-            start(num_envs)
+        start_wave(self._proposals, num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
         """Return the executed actions."""

@@ -22,6 +22,7 @@ from safeshield.rollouts.policies import (
     as_batch_policy,
     checked_log_prob,
     executable_actions,
+    start_wave,
 )
 from safeshield.shield.critics import StateValue
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -228,9 +229,7 @@ class UserPolicy:
 
     def start_wave(self, num_envs: int) -> None:
         """Begin new episodes."""
-        start = getattr(self._acting, "start_wave", None)
-        if callable(start):
-            start(num_envs)
+        start_wave(self._acting, num_envs)
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
         """Ask the policy `each` times about each state, all at once."""

@@ -33,7 +33,12 @@ from safeshield.rollouts.infos import (
     final_observations_key,
     step_column,
 )
-from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, executable_actions
+from safeshield.rollouts.policies import (
+    BatchPolicy,
+    as_batch_policy,
+    executable_actions,
+    start_wave,
+)
 from safeshield.rollouts.recorded import Episode, recorded_episode
 from safeshield.spaces.batches import Batch, copied, take
 from safeshield.spaces.generic import Env, VectorEnv
@@ -162,9 +167,7 @@ class _Runner:
     def episode_batch(self, seed: int, wanted: int) -> list[Episode]:
         """One episode of each of the first `wanted` environments."""
         envs, count = self.envs, self.envs.num_envs
-        start_wave = getattr(self.policy, "start_wave", None)
-        if callable(start_wave):
-            start_wave(count)
+        start_wave(self.policy, count)
         options = None if self.options is None else dict(self.options)
         observations, infos = envs.reset(seed=seed, options=options)
         record = _BatchRecord(infos, count, self.info_keys)

@@ -38,6 +38,13 @@ class BatchPolicy(Protocol):
         ...
 
 
+def start_wave(policy: object, num_envs: int) -> None:
+    """Tell a policy that `num_envs` episodes begin, where it has a method ``start_wave``."""
+    start = getattr(policy, "start_wave", None)
+    if callable(start):
+        start(num_envs)
+
+
 def batch_policy(function: Callable[[Batch, np.random.Generator], npt.ArrayLike]) -> BatchPolicy:
     """Mark ``function(observations, rng) -> actions`` as a batch policy; a decorator.
 
