@@ -7,6 +7,7 @@ import functools
 import platform
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.calibration.binomial import episodes_needed
-from safeshield.calibration.proposers import ShieldedProposals, battery, shielded_episodes
+from safeshield.calibration.proposers import ShieldedProposals, battery
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
 from safeshield.rollouts.accepted import Starts, accepted_episodes
 from safeshield.rollouts.copies import (
@@ -22,13 +23,15 @@ from safeshield.rollouts.copies import (
     environment_kwargs,
     environment_name,
     is_vector_env,
+    spaces_of,
     vectorise,
 )
+from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
+from safeshield.shield.nested import shielding_layer
 from safeshield.shield.record import CalibrationRecord, PolicyResult
 from safeshield.shield.replacement import describe
 from safeshield.spaces.generic import Env, VectorEnv
-from safeshield.spaces.schema import check_same_space
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
@@ -84,23 +87,18 @@ def default_deltas(
     return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
 
 
+@dataclass
 class _Trials:
     """Fresh shielded episodes from accepted starts; remembers what the record needs."""
 
-    def __init__(
-        self,
-        shield: Shield,
-        env: Env | VectorEnv,
-        policy: object,
-        policy_name: str | None,
-        seed: int,
-        num_envs: int | None,
-    ) -> None:
-        self.shield, self.env, self.num_envs = shield, env, num_envs
-        self.policy, self.policy_name = policy, policy_name
-        self.seeds = np.random.default_rng(np.random.SeedSequence([seed, 1]))
-        self.intervention_rates: dict[tuple[float, str], float] = {}
-        self.start_shares: dict[float, float] = {}
+    shield: Shield
+    env: Env | VectorEnv
+    policy: object
+    policy_name: str | None
+    seeds: np.random.Generator
+    num_envs: int | None
+    intervention_rates: dict[tuple[float, str], float] = field(default_factory=dict)
+    start_shares: dict[float, float] = field(default_factory=dict)
 
     def __call__(self, delta: float, name: str, episodes: int, most: int) -> tuple[int, int]:
         with warnings.catch_warnings():
@@ -109,7 +107,7 @@ class _Trials:
             shield = self.shield.with_delta(delta)
             acting = ShieldedProposals(shield, battery(shield, self.policy, self.policy_name)[name])
             draw = functools.partial(
-                shielded_episodes,
+                run_episodes,
                 self.env,
                 acting,
                 num_envs=self.num_envs,
@@ -118,7 +116,7 @@ class _Trials:
             starts = Starts()
             accepted = violations = steps = replaced = 0
             for batch in accepted_episodes(
-                draw,
+                lambda count, seed: acting.with_interventions(draw(count, seed)),
                 lambda rows: shield.row_values(rows) <= shield.threshold,
                 episodes,
                 self.seeds,
@@ -188,17 +186,7 @@ def calibrate(
         CalibrationError: no threshold meets the request; the message says what was reached.
     """
     check_env(env)
-    prefix = "single_" if is_vector_env(env) else ""
-    for what, expected in (
-        ("observation_space", shield.observation_space),
-        ("action_space", shield.action_space),
-    ):
-        check_same_space(
-            expected,
-            getattr(env, prefix + what),
-            what,
-            unbounded_matches_any=what == "observation_space",
-        )
+    shield.check_fits(*spaces_of(env), name="")
     _refuse_shielded(env)
     if episodes is None:
         episodes = episodes_needed(epsilon, confidence, violations=1)
@@ -219,7 +207,8 @@ def calibrate(
     if policy_name is not None and policy is None:
         raise ValueError(f"policy_name={policy_name!r} is the name of a policy: pass policy, too")
     names = list(battery(shield, policy, policy_name))
-    trials = _Trials(shield, env, policy, policy_name, seed, num_envs)
+    seeds = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+    trials = _Trials(shield, env, policy, policy_name, seeds, num_envs)
     delta, rungs = fixed_sequence_walk(
         trials, deltas, names, epsilon=epsilon, confidence=confidence, episodes=episodes
     )
@@ -256,8 +245,6 @@ def calibrate(
 
 def _refuse_shielded(env: object) -> None:
     """Refuse an environment with a shield inside: that one would earn the promise."""
-    from safeshield.shield.nested import shielding_layer
-
     layer = shielding_layer(env)
     if layer is not None:
         raise ValueError(

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, start_wave
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.batches import Batch, copied
-from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.shapes import Flags
 
 if TYPE_CHECKING:
@@ -119,29 +117,14 @@ class ShieldedProposals:
         batches, self._batches = self._batches, []
         return [column for batch in batches for column in np.stack(batch, axis=1)]
 
+    def with_interventions(self, runs: Sequence[Episode]) -> list[Episode]:
+        """Return the episodes that `run_episodes` has just returned; their infos say where.
 
-def shielded_episodes(
-    env: Env | VectorEnv,
-    acting: ShieldedProposals,
-    episodes: int,
-    seed: int,
-    *,
-    num_envs: int | None = None,
-    observation_keys: Sequence[str] | None = None,
-) -> list[Episode]:
-    """Run `run_episodes`; each episode then says in which steps the shield intervened.
-
-    Raises:
-        ValueError: as `run_episodes` does.
-    """
-    runs = run_episodes(
-        env, acting, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
-    )
-    # The last batch may hold more environments than there are episodes left.
-    pairs = zip(runs, acting.interventions(), strict=False)
-    return [
-        replace(run, info={**run.info, INTERVENED: replaced[: len(run)]}) for run, replaced in pairs
-    ]
+        See `Episode.intervened`.
+        """
+        # The last batch may hold more environments than there are episodes left.
+        pairs = zip(runs, self.interventions(), strict=False)
+        return [replace(run, info={**run.info, INTERVENED: at[: len(run)]}) for run, at in pairs]
 
 
 def battery(

@@ -10,7 +10,7 @@ import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.rollouts.copies import check_env, is_vector_env
+from safeshield.rollouts.copies import check_env, spaces_of
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.generic import Env, VectorEnv
@@ -57,14 +57,12 @@ def collect(
     OfflineDataset(1200 transitions, 3 episodes, obs 2, act 2, continuous constraints)
     """
     check_env(env)
-    prefix = "single_" if is_vector_env(env) else ""
-    seen = part_of(getattr(env, f"{prefix}observation_space"), observation_keys)
+    observation_space, action_space = spaces_of(env)
+    seen = part_of(observation_space, observation_keys)
     runs = run_episodes(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
     )
-    return log_of(
-        runs, seen, getattr(env, f"{prefix}action_space"), label_magnitude=label_magnitude
-    )
+    return log_of(runs, seen, action_space, label_magnitude=label_magnitude)
 
 
 def log_of(

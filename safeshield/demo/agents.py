@@ -13,6 +13,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from safeshield.envs.boat import GOAL, BoatVectorEnv
+from safeshield.rollouts.infos import (
+    TERMINAL_OBSERVATION,
+    TIME_LIMIT,
+    final_observations_key,
+)
 from safeshield.rollouts.policies import batch_policy
 from safeshield.spaces.shapes import Actions, Observations
 
@@ -82,12 +87,10 @@ class _BoatVecEnv(VecEnv):
         observations, rewards, terminated, truncated, infos = self._boats.step(self._actions)
         over = terminated | truncated
         reports: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        # The second name is Gymnasium 0.29's.
-        key = "final_obs" if "final_obs" in infos else "final_observation"
         for i in np.flatnonzero(over):
             reports[i] = {
-                "terminal_observation": infos[key][i],
-                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+                TERMINAL_OBSERVATION: infos[final_observations_key(infos) or ""][i],
+                TIME_LIMIT: bool(truncated[i] and not terminated[i]),
             }
         return observations, rewards.astype(np.float32), over, reports
 

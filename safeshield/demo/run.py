@@ -41,6 +41,7 @@ from safeshield.evaluation.tables import format_table
 from safeshield.exact.boat import boat_value
 from safeshield.files.schema import versions
 from safeshield.rollouts.recorded import Episode
+from safeshield.rollouts.workers import single_threads
 from safeshield.shield.shield import Shield
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     stages = _Stages(say)
     env = gym.make(ENVIRONMENT)
-    with _single_threads(), _pool(config) as pool:
+    with single_threads(), _pool(config) as pool:
         # Learning needs one core: what does not wait for it runs beside it.
         ppo = pool.submit(_train_ppo, str(folder / _PPO), config.ppo_steps, config.seed)
         exact = pool.submit(boat_value, refine=config.grid_refinement)
@@ -297,18 +298,3 @@ def _pool(config: DemoConfig) -> ProcessPoolExecutor:
     workers = config.workers or min(os.cpu_count() or 1, 8)
     # Not fork: PyTorch's threads do not survive it.
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-@contextlib.contextmanager
-def _single_threads() -> Iterator[None]:
-    """Let processes that start meanwhile use one thread each for their linear algebra."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

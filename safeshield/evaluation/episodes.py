@@ -15,15 +15,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.calibration.proposers import (
-    ShieldedProposals,
-    shielded_episodes,
-    spread_actions,
-)
+from safeshield.calibration.proposers import ShieldedProposals, spread_actions
 from safeshield.evaluation.intervals import Interval, binomial_interval, mean_interval
 from safeshield.files.schema import json_values
 from safeshield.rollouts.accepted import Starts, accepted_episodes
-from safeshield.rollouts.copies import check_env, environment_name, is_vector_env
+from safeshield.rollouts.copies import check_env, environment_name, spaces_of
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import as_batch_policy
@@ -180,13 +176,9 @@ def draw_episodes(
     check_env(env)
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
-    prefix = "single_" if is_vector_env(env) else ""
     for one in (shield, judge):
         if one is not None:
-            seen, played = (
-                getattr(env, f"{prefix}{what}_space") for what in ("observation", "action")
-            )
-            one.check_fits(seen, played, name="")
+            one.check_fits(*spaces_of(env), name="")
     draw = functools.partial(
         filtered_episodes,
         env,
@@ -272,29 +264,20 @@ def filtered_episodes(
     Raises:
         ValueError: as `run_episodes` does.
     """
-    if shield is None:
-        # A shield around the environment tells in its infos where it stepped in.
-        told = () if shielding_layer(env) is None else (INTERVENED,)
-        return run_episodes(
-            env,
-            policy,
-            episodes,
-            seed,
-            num_envs=num_envs,
-            info_keys=told,
-            observation_keys=observation_keys,
-        )
-    refuse_shielded(env, "leave out shield=, or pass the plain environment")
-    prefix = "single_" if is_vector_env(env) else ""
-    space = getattr(env, f"{prefix}action_space")
-    return shielded_episodes(
+    run = functools.partial(
+        run_episodes,
         env,
-        ShieldedProposals(shield, as_batch_policy(policy, space)),
-        episodes,
-        seed,
+        episodes=episodes,
+        seed=seed,
         num_envs=num_envs,
         observation_keys=observation_keys,
     )
+    if shield is None:
+        # A shield around the environment tells in its infos where it stepped in.
+        return run(policy, info_keys=() if shielding_layer(env) is None else (INTERVENED,))
+    refuse_shielded(env, "leave out shield=, or pass the plain environment")
+    acting = ShieldedProposals(shield, as_batch_policy(policy, spaces_of(env)[1]))
+    return acting.with_interventions(run(acting))
 
 
 def _judge(

@@ -29,6 +29,14 @@ def is_vector_env(env: object) -> bool:
     return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
 
 
+def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    """Return the spaces of one environment's observations and actions."""
+    if is_vector_env(env):
+        vector = cast(VectorEnv, env)
+        return vector.single_observation_space, vector.single_action_space
+    return env.observation_space, env.action_space
+
+
 def environment_id(env: object) -> str:
     """Return the id that an environment, or what a vector environment holds, was made by.
 

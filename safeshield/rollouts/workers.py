@@ -9,7 +9,7 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -31,6 +31,23 @@ from safeshield.spaces.generic import Env, SyncVectorEnv
 _REGISTERING = ("safeshield.envs", "safeshield.suites")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SECONDS_TO_END = 5.0
+
+
+@contextlib.contextmanager
+def single_threads() -> Iterator[None]:
+    """Let processes that start meanwhile use one thread each for their linear algebra.
+
+    Several processes with several threads each wait for one another.
+    """
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class WorkerVectorEnv(SyncVectorEnv):
@@ -166,17 +183,8 @@ class _Process:
         self._process: BaseProcess = context.Process(
             target=_work, args=(theirs, spec, count, modules), daemon=True
         )
-        before = {name: os.environ.get(name) for name in _THREADS}
-        # Several processes with several threads each wait for one another.
-        os.environ.update(dict.fromkeys(_THREADS, "1"))
-        try:
+        with single_threads():
             self._process.start()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
         theirs.close()
         self._questions: dict[int, tuple[str, object]] = {}
         self._answers: dict[int, Any] = {}
