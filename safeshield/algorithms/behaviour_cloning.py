@@ -101,8 +101,7 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
         return dataset.select(safe)
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
-        widths = scaling.observation_features, scaling.action_features
-        return {ACTOR: EnsembleMLP(*widths, self.config.hidden)}
+        return {ACTOR: EnsembleMLP(*scaling.widths, self.config.hidden)}
 
     def _act(
         self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool

@@ -88,8 +88,7 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
     _fewest_steps = 2
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
-        widths = scaling.observation_features, scaling.action_features
-        return {ACTOR: velocity_network(*widths, self.config.flow_hidden)}
+        return {ACTOR: velocity_network(*scaling.widths, self.config.flow_hidden)}
 
     def _act(
         self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool

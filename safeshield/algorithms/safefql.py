@@ -210,11 +210,9 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)}
             names[BEHAVIOUR] = BEHAVIOUR if BEHAVIOUR in model.networks else TEACHER
             self._safety_model = SafetyModel.of_networks(
-                observation_space=model.observation_space,
-                action_space=model.action_space,
-                scaling=model.scaling,
-                scale=model.critics.safety.scale,
-                networks={name: self._arrays[mine] for name, mine in names.items()},
+                *model.interface,
+                model.critics.safety.scale,
+                {name: self._arrays[mine] for name, mine in names.items()},
                 flow_steps=self.config.flow_steps,
             )
         return self._safety_model
@@ -224,7 +222,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         self._safety_model = None
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
-        observation, action = scaling.observation_features, scaling.action_features
+        observation, action = scaling.widths
         flow = velocity_network(observation, action, self.config.flow_hidden)
         # Where the teacher imitates the whole log, no second flow has to.
         flows = [TEACHER] if self.config.teacher == "behaviour" else [TEACHER, BEHAVIOUR]

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -55,7 +54,7 @@ from safeshield.support.decide import SupportTest
 from safeshield.support.record import SupportRecord
 from safeshield.support.scores import support_score
 from safeshield.training.agent import OfflineAgent
-from safeshield.training.architecture import CRITICS, Architecture
+from safeshield.training.architecture import CRITICS, Architecture, Interface
 from safeshield.training.imitation import flow_update
 from safeshield.training.log import LogTensors, check_boundary, safety_scale
 from safeshield.training.registry import register
@@ -281,9 +280,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         model = self._fitted()
         if self._shield is None:
             safety = SafetyModel.of_networks(
-                model.observation_space,
-                model.action_space,
-                model.scaling,
+                *model.interface,
                 model.safety.scale,
                 self._arrays,
                 flow_steps=self.config.flow_steps,
@@ -328,30 +325,22 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
             )
         safety = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
         spaces = dataset.observation_space, dataset.action_space
-        return self._architecture(*spaces, scaling, safety, term=term)
+        return self._architecture(Interface(*spaces, scaling), safety, term=term)
 
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> ShieldArchitecture:
-        safety = restored_safety(header, scaling, self.config.critic_hidden)
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ShieldArchitecture:
+        safety = restored_safety(header, interface.scaling, self.config.critic_hidden)
         support = header["support"]
         record = None if support is None else SupportRecord.from_json(support)
-        return self._architecture(observation_space, action_space, scaling, safety, support=record)
+        return self._architecture(interface, safety, support=record)
 
     def _architecture(
         self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
+        interface: Interface,
         safety: SafetyCritics,
         **support: Any,  # noqa: ANN401 - the architecture's own fields
     ) -> ShieldArchitecture:
-        codec, config = flat_actions(action_space), self.config
-        seen, act = scaling.observation_features, scaling.action_features
+        codec, config = flat_actions(interface.action_space), self.config
+        seen, act = interface.scaling.widths
         if codec.discrete:
             choices = EnsembleMLP(seen, len(codec.choices), config.behaviour_hidden)
             networks = {BEHAVIOUR: choices}
@@ -360,8 +349,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
                 BEHAVIOUR: velocity_network(seen, act, config.behaviour_hidden),
                 FALLBACK: EnsembleMLP(seen + act, act, config.fallback_hidden),
             }
-        spaces = observation_space, action_space
-        return ShieldArchitecture(*spaces, scaling, networks, safety, **support)
+        return ShieldArchitecture(*interface, networks, safety, **support)
 
     def _settle(self, model: ShieldArchitecture, log: LogTensors) -> ShieldArchitecture:
         if model.term is None:

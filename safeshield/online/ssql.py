@@ -54,6 +54,7 @@ from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
+from safeshield.training.architecture import Interface
 from safeshield.training.log import returns_to_go, scale_of_returns
 from safeshield.training.loop import FitOptions
 from safeshield.training.registry import register
@@ -264,7 +265,7 @@ class SafeSupportQLearning(OnlineLearner):
         seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
         scaling = Scaling.of_rows(rows, seen, played)
         units = scale_of_returns(collector.returns_to_go(self.config.discount))
-        self._model = SSQLModel.of(self.config, spaces_of(venv), scaling, units)
+        self._model = SSQLModel.of(self.config, Interface(*spaces_of(venv), scaling), units)
         self._state = self._model.initial(self._generator)
 
     def _check_finite(self, metrics: Metrics) -> None:
@@ -320,7 +321,7 @@ class SafeSupportQLearning(OnlineLearner):
         ends = dataset.terminated | dataset.truncated
         returns = returns_to_go(dataset.rewards, ends, dataset.terminated, self.config.discount)
         scaling, units = Scaling.of(dataset), scale_of_returns(returns)
-        model = SSQLModel.of(self.config, spaces_of(dataset), scaling, units)
+        model = SSQLModel.of(self.config, Interface(*spaces_of(dataset), scaling), units)
         if behaviour is not None:
             self.safe_set = as_safe_set(None, behaviour) or self.safe_set
         given, clone = (self._given if behaviour is None else behaviour), None
@@ -491,13 +492,7 @@ class SafeSupportQLearning(OnlineLearner):
         there = {CRITIC: True, ACTOR: self._extracted, CLONE: self._cloned}
         return tuple(name for name, kept in there.items() if kept)
 
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> SSQLModel:
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> SSQLModel:
         flags = {name: header[name] for name in ("extracted", "cloned", "guarded")}
         if not all(isinstance(flag, bool) for flag in flags.values()):
             raise ValueError(f"{', '.join(flags)} must be true or false")
@@ -505,8 +500,7 @@ class SafeSupportQLearning(OnlineLearner):
         offset, spread = (finite_number(header["value"][k], k) for k in ("offset", "spread"))
         if not spread > 0:
             raise ValueError(f"the values' spread must be above 0, got {spread}")
-        spaces = observation_space, action_space
-        return SSQLModel.of(self.config, spaces, scaling, (offset, spread))
+        return SSQLModel.of(self.config, interface, (offset, spread))
 
     @classmethod
     def load(

@@ -28,11 +28,9 @@ from safeshield.online.losses import (
     reverse_loss_box,
 )
 from safeshield.online.replay import Replay
-from safeshield.online.safe_sets import Spaces
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
-from safeshield.spaces.scaling import Scaling
-from safeshield.training.architecture import Architecture
+from safeshield.training.architecture import Architecture, Interface
 from safeshield.training.schedule import learning_rate
 from safeshield.training.state import (
     Draw,
@@ -66,12 +64,11 @@ class SSQLModel(Architecture):
     def of(
         cls,
         config: SSQLConfig,
-        spaces: Spaces,
-        scaling: Scaling,
+        interface: Interface,
         units: tuple[float, float],
     ) -> Self:
-        """Describe the networks for spaces; `units` are the offset and the spread of returns."""
-        observation_space, action_space = spaces
+        """Describe the networks; `units` are the offset and the spread of returns."""
+        observation_space, action_space, scaling = interface
         codec = flat_actions(action_space)
         choices = len(codec.choices) if codec.discrete else 0
         hidden = config.critic_hidden
@@ -82,7 +79,7 @@ class SSQLModel(Architecture):
         actor = MixtureActor(inputs, choices, codec.width, config.actor_hidden, config.components)
         critics = SoftCritics(inputs, choices, codec.width, hidden, *units, config.twins)
         networks = {CRITIC: critics.network, ACTOR: actor.network, CLONE: actor.network}
-        return cls(observation_space, action_space, scaling, networks, critics, actor)
+        return cls(*interface, networks, critics, actor)
 
     @cached_property
     def observation_codec(self) -> SpaceCodec:

@@ -96,6 +96,11 @@ class Scaling:
         """Width of what the networks see of an action."""
         return _features(len(self.action_low), self.action_categories)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Both widths."""
+        return self.observation_features, self.action_features
+
     def to_json(self) -> dict[str, list[float]]:
         """Return the arrays as lists, for a file's header; categories only where there are any."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -35,7 +35,7 @@ from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
-from safeshield.training.architecture import Architecture
+from safeshield.training.architecture import Architecture, Interface
 from safeshield.training.checkpoint import flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, device_of, run_phases
@@ -47,8 +47,8 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 ModelT = TypeVar("ModelT", bound=Architecture)
 
 
-def continuous_actions(space: gym.Space[Any], who: str) -> gym.spaces.Box:
-    """Return the space as the Box that an actor needs.
+def check_continuous(space: gym.Space[Any], who: str) -> None:
+    """Refuse what is not the Box that an actor needs.
 
     Raises:
         TypeError: it is another space.
@@ -63,7 +63,6 @@ def continuous_actions(space: gym.Space[Any], who: str) -> gym.spaces.Box:
             f"{who}'s actor needs a Box of floating-point actions, got {space!r}; round what it "
             "does in a wrapper of the environment"
         )
-    return space
 
 
 class AgentFile(NamedTuple):
@@ -73,9 +72,7 @@ class AgentFile(NamedTuple):
     file: TensorFile
     config: Any
     """Of the learner's `config_type`."""
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    scaling: Scaling
+    interface: Interface
 
     @property
     def header(self) -> dict[str, Any]:
@@ -133,13 +130,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     # -- what an algorithm adds ---------------------------------------------------------------
 
     @abstractmethod
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> ModelT:
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
         """Return the architecture that a file's header describes.
 
         `Architecture.header` says what the header holds beside spaces, scaling and settings. A
@@ -235,14 +226,13 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             observation = flat_observations(space_from_json(header["observation_space"]))
             action = flat_actions(space_from_json(header["action_space"]))
             scaling = Scaling.from_json(header["scaling"], observation, action)
-        return AgentFile(path, file, config, observation.space, action.space, scaling)
+        interface = Interface(observation.space, action.space, scaling)
+        return AgentFile(path, file, config, interface)
 
     def _take(self, read: AgentFile) -> None:
         """Adopt the architecture and the weights of a file."""
         with _describing(read.path):
-            model = self._restore(
-                read.observation_space, read.action_space, read.scaling, read.header
-            )
+            model = self._restore(read.interface, read.header)
         parts = model.parts()
         shapes = {name: parts[name].shapes for name in self._kept(model)}
         arrays = read.file.load(flatten(shapes))
@@ -319,19 +309,12 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
 
     def _describe(self, dataset: OfflineDataset) -> ModelT:
         """Return the networks' architecture, in the units of a log."""
-        return self._restore(
-            dataset.observation_space, dataset.action_space, Scaling.of(dataset), {}
-        )
+        spaces = dataset.observation_space, dataset.action_space
+        return self._restore(Interface(*spaces, Scaling.of(dataset)), {})
 
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> ModelT:
-        action = continuous_actions(action_space, type(self).__name__)
-        model: ModelT = self.model_type(observation_space, action, scaling, self._parts(scaling))
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
+        check_continuous(interface.action_space, type(self).__name__)
+        model: ModelT = self.model_type(*interface, self._parts(interface.scaling))
         return model
 
     def _run(self, model: ModelT, log: LogTensors, steps: int) -> Run[ModelT, ConfigT]:

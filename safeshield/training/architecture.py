@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 
@@ -14,6 +14,17 @@ from safeshield.training.state import Network
 
 CRITICS = "critics"
 """Name of the phase, and of the moments, of the networks that are trained together."""
+
+
+class Interface(NamedTuple):
+    """What an agent sees and does, and how networks see it."""
+
+    observation_space: gym.Space[Any]
+    """Space of one observation."""
+    action_space: gym.Space[Any]
+    """Space of one action."""
+    scaling: Scaling
+    """Units of observations and actions."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,11 @@ class Architecture:
     """Units of observations and actions."""
     networks: Mapping[str, EnsembleMLP]
     """Networks by name, each of which is trained by itself."""
+
+    @property
+    def interface(self) -> Interface:
+        """What an agent sees and does."""
+        return Interface(self.observation_space, self.action_space, self.scaling)
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
         """Describe the networks that are trained together, and of which a slow copy goes along.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -14,8 +13,8 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.agent import OfflineAgent, continuous_actions
-from safeshield.training.architecture import CRITICS, Architecture
+from safeshield.training.agent import OfflineAgent, check_continuous
+from safeshield.training.architecture import CRITICS, Architecture, Interface
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
@@ -51,11 +50,10 @@ class Critics:
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
         """Read the units off a log."""
-        widths = scaling.observation_features, scaling.action_features
-        scale = scale_of_returns(logged_returns(dataset, config.discount))
+        hidden, returns = config.critic_hidden, logged_returns(dataset, config.discount)
         return cls(
-            safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount),
-            RewardCritics(*widths, config.critic_hidden, *scale),
+            safety_critics(dataset, scaling, hidden, config.safety_discount),
+            RewardCritics(*scaling.widths, hidden, *scale_of_returns(returns)),
         )
 
     @classmethod
@@ -65,10 +63,9 @@ class Critics:
         Raises:
             KeyError, TypeError, ValueError: it is not there, or damaged.
         """
-        widths = scaling.observation_features, scaling.action_features
         safety = restored_safety(header, scaling, config.critic_hidden)
         mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
-        return cls(safety, RewardCritics(*widths, config.critic_hidden, mean, spread))
+        return cls(safety, RewardCritics(*scaling.widths, config.critic_hidden, mean, spread))
 
     def header(self) -> dict[str, Any]:
         """Return the units as JSON."""
@@ -108,17 +105,9 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
 
     model_type: ClassVar[type[Any]] = CriticArchitecture
 
-    def _architecture(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.spaces.Box,
-        scaling: Scaling,
-        critics: Critics,
-    ) -> ModelT:
+    def _architecture(self, interface: Interface, critics: Critics) -> ModelT:
         """Return the whole architecture around these critics."""
-        model: ModelT = self.model_type(
-            observation_space, action_space, scaling, self._parts(scaling), critics
-        )
+        model: ModelT = self.model_type(*interface, self._parts(interface.scaling), critics)
         return model
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
@@ -126,21 +115,15 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         return dataset
 
     def _describe(self, dataset: OfflineDataset) -> ModelT:
-        action = continuous_actions(dataset.action_space, type(self).__name__)
-        scaling = Scaling.of(dataset)
+        check_continuous(dataset.action_space, type(self).__name__)
+        spaces, scaling = (dataset.observation_space, dataset.action_space), Scaling.of(dataset)
         critics = Critics.of(dataset, scaling, self.config)
-        return self._architecture(dataset.observation_space, action, scaling, critics)
+        return self._architecture(Interface(*spaces, scaling), critics)
 
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> ModelT:
-        action = continuous_actions(action_space, type(self).__name__)
-        critics = Critics.restore(header, scaling, self.config)
-        return self._architecture(observation_space, action, scaling, critics)
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
+        check_continuous(interface.action_space, type(self).__name__)
+        critics = Critics.restore(header, interface.scaling, self.config)
+        return self._architecture(interface, critics)
 
 
 @dataclass(eq=False)

@@ -127,8 +127,7 @@ def safety_critics(
     if discount is None:
         discount = 0.997 if continuous else 0.99
     return SafetyCritics(
-        scaling.observation_features,
-        scaling.action_features,
+        *scaling.widths,
         hidden,
         safety_scale(dataset),
         continuous=continuous,
@@ -158,8 +157,7 @@ def restored_safety(
     if kind not in ("continuous", "binary"):
         raise ValueError(f"constraint_kind must be 'continuous' or 'binary', got {kind!r:.20}")
     return SafetyCritics(
-        scaling.observation_features,
-        scaling.action_features,
+        *scaling.widths,
         hidden,
         scale,
         continuous=kind == "continuous",

@@ -17,7 +17,6 @@ import copy
 import dataclasses
 from typing import Any, Self
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,7 +31,7 @@ from safeshield.nn.latent_actor import LatentPolicy, LatentSpec, expert_order
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.scaling import Scaling
+from safeshield.training.architecture import Interface
 from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors
 from safeshield.training.registry import register
@@ -104,11 +103,9 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         names = (*SAFETY_NETWORKS, *model.policy.parts())
         return Shield(
             SafetyModel(
-                observation_space=model.observation_space,
-                action_space=model.action_space,
-                scaling=model.scaling,
-                scale=model.critics.safety.scale,
-                networks={name: self._arrays[name] for name in names},
+                *model.interface,
+                model.critics.safety.scale,
+                {name: self._arrays[name] for name in names},
                 fallback_actor=model.policy,
                 behaviour_actor=model.policy.unrefined,
             ),
@@ -169,17 +166,11 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         costs = cost_critics(dataset, model.scaling, config.critic_hidden, config.discount)
         return dataclasses.replace(model, costs=costs)
 
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> LatentArchitecture:
-        model = super()._restore(observation_space, action_space, scaling, header)
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> LatentArchitecture:
+        model = super()._restore(interface, header)
         if self.config.feasibility == "cost":
             offset, spread = (finite_number(x, "cost_scale") for x in header["cost_scale"])
-            widths = scaling.observation_features, scaling.action_features
+            widths = interface.scaling.widths
             costs = RewardCritics(
                 *widths, self.config.critic_hidden, offset, spread, names=COST_NETWORKS
             )
@@ -197,24 +188,18 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
             trained_steps=trained,
         )
 
-    def _architecture(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.spaces.Box,
-        scaling: Scaling,
-        critics: Critics,
-    ) -> LatentArchitecture:
+    def _architecture(self, interface: Interface, critics: Critics) -> LatentArchitecture:
         config = self.config
         spec = LatentSpec(
-            config.latent or max(2, scaling.action_features),
+            config.latent or max(2, interface.scaling.action_features),
             config.flow_hidden,
             config.transforms,
             config.prior,
             config.decoder_spread,
             config.refine_steps,
         )
-        policy = LatentPolicy(scaling.observation_features, scaling.action_features, spec)
-        return LatentArchitecture(observation_space, action_space, scaling, {}, critics, policy)
+        policy = LatentPolicy(*interface.scaling.widths, spec)
+        return LatentArchitecture(*interface, {}, critics, policy)
 
     def _noise_features(self, model: LatentArchitecture) -> int:
         return model.policy.spec.latent

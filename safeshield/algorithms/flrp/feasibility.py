@@ -123,10 +123,9 @@ def cost_critics(
     dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float
 ) -> RewardCritics:
     """Describe V_c and Q_c in the units of a log: critics of the return of minus the cost."""
-    widths = scaling.observation_features, scaling.action_features
     paid = -(dataset.next_constraints > 0).astype(np.float64)
     scale = scale_of_returns(logged_returns(dataset, discount, paid))
-    return RewardCritics(*widths, hidden, *scale, names=COST_NETWORKS)
+    return RewardCritics(*scaling.widths, hidden, *scale, names=COST_NETWORKS)
 
 
 @dataclass(eq=False)

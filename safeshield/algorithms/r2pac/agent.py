@@ -20,7 +20,6 @@ import dataclasses
 import warnings
 from typing import Any, Literal, Self
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -39,7 +38,7 @@ from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions
-from safeshield.spaces.scaling import Scaling
+from safeshield.training.architecture import Interface
 from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
 from safeshield.training.registry import register
@@ -123,11 +122,9 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         judge = BestPlan(planner, model.plan.hidden, model.plan.members, plans)
         return Shield(
             SafetyModel(
-                observation_space=model.observation_space,
-                action_space=model.action_space,
-                scaling=model.scaling,
-                scale=model.critics.safety.scale,
-                networks={name: self._arrays[name] for name in names},
+                *model.interface,
+                model.critics.safety.scale,
+                {name: self._arrays[name] for name in names},
                 fallback_actor=planner,
                 behaviour_actor=FlowActor(*widths, self.config.flow_hidden, self.config.flow_steps),
                 judge=judge if plans else None,
@@ -268,14 +265,8 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             bounds=(-1.0 / (1.0 - self.config.discount), 0.0),
         )
 
-    def _restore(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.Space[Any],
-        scaling: Scaling,
-        header: dict[str, Any],
-    ) -> ChunkArchitecture:
-        model = super()._restore(observation_space, action_space, scaling, header)
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ChunkArchitecture:
+        model = super()._restore(interface, header)
         costs, region = header["cost_scale"], header["region"]
         if (costs is None) != (self.config.region == "safety"):
             raise ValueError(f"region {self.config.region!r} and cost_scale contradict each other")
@@ -290,18 +281,13 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             region=RegionReport(**numbers),
         )
 
-    def _architecture(
-        self,
-        observation_space: gym.Space[Any],
-        action_space: gym.spaces.Box,
-        scaling: Scaling,
-        critics: Critics,
-    ) -> ChunkArchitecture:
+    def _architecture(self, interface: Interface, critics: Critics) -> ChunkArchitecture:
         config = self.config
-        width = config.chunk * scaling.action_features
+        seen, act = interface.scaling.widths
+        width = config.chunk * act
         actor = ChunkActor(
             config.actor,
-            scaling.observation_features,
+            seen,
             width,
             config.flow_hidden,
             config.flow_steps,
@@ -310,15 +296,12 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         chunked = dataclasses.replace(
             critics, reward=dataclasses.replace(critics.reward, action=width)
         )
-        seen, act = scaling.observation_features, scaling.action_features
         networks = {
             ACTOR: actor.network,
             FALLBACK: EnsembleMLP(seen + width, width, config.student_hidden),
             BEHAVIOUR: velocity_network(seen, act, config.flow_hidden),
         }
-        return ChunkArchitecture(
-            observation_space, action_space, scaling, networks, chunked, config.chunk, actor
-        )
+        return ChunkArchitecture(*interface, networks, chunked, config.chunk, actor)
 
     def _noise_features(self, model: ChunkArchitecture) -> int:
         # One more tells which labels are left out.
