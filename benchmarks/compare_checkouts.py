@@ -201,12 +201,14 @@ def difference(before: Array | None, after: Array | None) -> str | None:
     return f"{int(np.count_nonzero(off))} of {before.size} entries differ, at most by {most:.3g}"
 
 
-def equality(installed: Sequence[Path], shared: Path, quick: bool) -> tuple[int, dict[str, str]]:
+def equality(
+    installed: Sequence[Path], shared: Path, quick: bool, states: int | None
+) -> tuple[int, dict[str, str]]:
     """Return how many arrays were compared, and which differ."""
     workers = [Worker(place, shared) for place in installed]
     files = [shared / f"{worker.name}.pickle" for worker in workers]
     for worker, file in zip(workers, files, strict=True):
-        worker.send("equality", str(file), quick)
+        worker.send("equality", str(file), quick, states)
     for worker in workers:
         print(f"{worker.name}: {', '.join(worker.answer())}", flush=True)
         worker.close()
@@ -307,6 +309,7 @@ def main() -> None:
         type=int,
         help="of speed (up to a multiple of 5) and import; by default 30, quick 5",
     )
+    parser.add_argument("--states", type=int, help="of equality; by default 10,000, quick 400")
     parser.add_argument("--rows", default="", help="time only rows whose names contain this")
     parser.add_argument("--quick", action="store_true", help="less of all, to see that it runs")
     args = parser.parse_args()
@@ -330,7 +333,7 @@ def main() -> None:
         writer.close()
         rows: list[Row] = []
         if "equality" in wanted:
-            count, unequal = equality(installed, shared, args.quick)
+            count, unequal = equality(installed, shared, args.quick, args.states)
             results["equality"] = {"arrays": count, "unequal": unequal}
             report += [f"Arrays compared: {count}; unequal: {len(unequal)}.", ""]
             report += summary(unequal)

@@ -329,9 +329,9 @@ def calibration() -> Iterable[tuple[str, Arrays]]:
     yield "calibration", dict(flat(make.record_of(shield)))
 
 
-def equality(files: Files, target: Path, quick: bool) -> list[str]:
+def equality(files: Files, target: Path, quick: bool, count: int | None) -> list[str]:
     """Write all arrays that must be equal to a file, and return how long each part took."""
-    count = 400 if quick else STATES
+    count = count or (400 if quick else STATES)
     parts = {
         "weights": lambda: weights(40 if quick else UPDATES),
         "decisions": lambda: decisions(files, count),
@@ -345,6 +345,7 @@ def equality(files: Files, target: Path, quick: bool) -> list[str]:
         start = time.perf_counter()
         found.update(part())
         told.append(f"{name} {time.perf_counter() - start:.0f} s")
+        print(told[-1], file=sys.stderr, flush=True)
     target.write_bytes(pickle.dumps(found))
     return told
 
@@ -499,8 +500,8 @@ def serve(folder: Path) -> None:
         elif what == "write":
             files.write()
         elif what == "equality":
-            target, quick = arguments
-            answer = equality(files, Path(target), quick)
+            target, quick, count = arguments
+            answer = equality(files, Path(target), quick, count)
         elif what == "rows":
             timing = Timing(files, arguments[0])
             answer = timing.names()
