@@ -1,10 +1,11 @@
-"""A learner that never falls: MaskablePPO on Gymnasium's CliffWalking, with a shield and without.
+"""Train MaskablePPO on Gymnasium's CliffWalking, with a shield and without one.
 
     pip install sb3-contrib
     python examples/cliff_walking_maskable_ppo.py          # about a minute
 
-4 x 12 cells, a cliff along the bottom row. The shield learns from a log of falls; the learner
-behind it is told at each step which moves it may choose from, and never falls, from the first on.
+The grid has 4 x 12 cells, and a cliff runs along the bottom row. The shield is learned from a log
+that contains falls. At every step of the training, the first one included, it gives the learner a
+mask of the moves that it accepts, and the learner does not fall.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from safeshield import SafetyShield, ShieldConfig, ShieldTrainer, collect
 from safeshield.policies import ShieldCallback
 
 TASK = "CliffWalking-v1" if "CliffWalking-v1" in gym.registry else "CliffWalking-v0"
-START, CLIFF = 36, np.arange(37, 47)  # cells are numbered row by row from the top
+START, CLIFF = 36, np.arange(37, 47)  # Cells are numbered by rows from the top.
 RIGHT, DOWN = 1, 2
 
 
 class FallingEnds(gym.Wrapper, gym.utils.RecordConstructorArgs):
-    """Falling costs 1 and ends the episode in the cell the walker fell into.
+    """Make a fall cost 1 and end the episode in the cell that the walker fell into.
 
-    Gymnasium puts the walker back to the start and never shows the cliff, and a shield can only
-    learn from states that are reached. With `anywhere`, for logs, it starts in any other cell.
+    Gymnasium puts the walker back to the start, so no observation shows the cliff; a shield can
+    learn only from states that are reached. With `anywhere`, which is meant for logs, an episode
+    starts in a random cell of the upper three rows, or in the usual start cell.
     """
 
     def __init__(self, env: gym.Env, anywhere: bool = False) -> None:
@@ -53,19 +55,19 @@ class FallingEnds(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 
 def make(anywhere: bool = False) -> gym.Env:
-    """Return an environment of episodes of 100 steps at most."""
+    """Return the environment, whose episodes take at most 100 steps."""
     return FallingEnds(gym.make(TASK, max_episode_steps=100), anywhere)
 
 
 def main() -> None:
-    """Log, learn a shield, calibrate it, and let MaskablePPO train behind it."""
-    torch.set_num_threads(1)  # small networks
+    """Collect a log, learn and calibrate a shield, and train MaskablePPO with and without it."""
+    torch.set_num_threads(1)  # The networks are small.
     log = collect(make(anywhere=True), "random", episodes=500, seed=0)
-    config = ShieldConfig(  # a grid is soon learned
+    config = ShieldConfig(  # A small grid needs few updates.
         critic_hidden=(64, 64), learning_rate=3e-3, polyak=0.02, safety_backup_steps=(4, 2, 1, 1)
     )
     trainer = ShieldTrainer(config, device="cpu").fit(log, steps=2000)
-    # Values are near -1 or near 25, with nothing in between: one threshold is worth a test.
+    # All values lie near -1 or near 25, so one threshold separates them and needs a test.
     shield = trainer.calibrate(make(), epsilon=0.01, deltas=[0.0], num_envs=64)
     print(shield.record.promise)
 

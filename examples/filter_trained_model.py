@@ -1,10 +1,10 @@
-"""Put a shield in front of a model that is trained already, and change nothing else.
+"""Put a shield in front of a model that has already been trained, without changing the model.
 
     python examples/filter_trained_model.py          # under two minutes
 
-PPO was trained for the reward alone and hits rocks. `ShieldedPolicy` is a drop-in, which
-Stable-Baselines3's own `evaluate_policy` takes. The promise is made for this very agent
-(`policy=model`).
+PPO is trained for the reward alone and hits rocks. `ShieldedPolicy` has the `predict` method of
+a model, so Stable-Baselines3's own `evaluate_policy` accepts it. The shield is calibrated with
+this agent (`policy=model`), so its promise is about this agent.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from safeshield.evaluation import evaluate, format_table
 
 
 def boat() -> gym.Env[Any, Any]:
-    """Return a river whose helmsman acts every 0.02 s: 100 steps a trip."""
+    """Return the boat environment with a time step of 0.02 s and trips of 100 steps."""
     return gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
 
 
 def main() -> None:
-    """Train a reckless agent, make a shield for it, compare."""
+    """Train an agent for reward alone, make a shield for it, and compare both."""
     torch.set_num_threads(1)
     model = PPO("MlpPolicy", boat(), n_steps=1000, batch_size=250, seed=0, device="cpu")
     model.learn(10_000)

@@ -1,10 +1,11 @@
-"""From yesterday's log to a shield to a learner that never turns too fast, not even once.
+"""Learn online behind a shield that was learned from a log, and count violations in training.
 
     python examples/learn_without_a_violation.py          # under two minutes
 
-Pendulum with a speed limit of 6 rad/s. A log of careless driving makes a shield; the shield cuts
-uniform torques down to what it accepts; Safe-Support Q-learning collects with these, online, and
-learns to swing up inside their support. SAC beside it learns the same task without a shield.
+The task is the pendulum with a speed limit of 6 rad/s. A shield is learned from a log of random
+torques. The behaviour policy draws uniform torques and executes only those that the shield accepts.
+Safe-Support Q-learning collects its data with this behaviour and learns to swing up inside its
+support. For comparison, SAC learns the same task without a shield.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ STEPS = 3000
 
 
 def main() -> None:
-    """Log, learn a shield, calibrate it, and learn behind it."""
-    torch.set_num_threads(1)  # small networks
+    """Collect a log, learn and calibrate a shield, and learn online behind it."""
+    torch.set_num_threads(1)  # The networks are small.
     log = collect(make(), HeldTorques(), episodes=300, seed=0)
     config = ShieldConfig(seed=0, critic_hidden=(64, 64), safety_discount=0.99)
     trainer = ShieldTrainer(config, device="cpu").fit(log, steps=4000, progress_bar=True)

@@ -1,9 +1,10 @@
-"""A shield in a loop of your own: from a log to filtered actions, on the double integrator.
+"""Use a shield in your own control loop, from a log to filtered actions.
 
     python examples/own_loop.py          # about a minute
 
-A cart between two walls; the agent wants to go right, as fast as it can. The log comes from a
-driver who accelerates and brakes at random; the shield is calibrated for the agent it will protect.
+The plant is the double integrator: a cart between two walls. The agent always accelerates to the
+right. The log comes from a driver that accelerates and brakes at random. The shield is calibrated
+with the agent that it will filter.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ TASK = "safeshield/DoubleIntegrator-v0"
 
 
 class RandomDriver:
-    """Accelerations that are held for half a second on average; half of them are full."""
+    """Draw accelerations that are held for 0.5 s on average; half of them are at full strength."""
 
-    batched = True  # called once for all environments
+    batched = True  # One call acts for all environments.
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin new episodes."""
+        """Begin new episodes with no acceleration."""
         self._held = np.zeros((num_envs, 1))
 
     def __call__(self, observations: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return accelerations (n, 1)."""
+        """Return the accelerations (n, 1) in m/s^2."""
         fresh = rng.uniform(-1.0, 1.0, self._held.shape)
         fresh = np.where(rng.random(fresh.shape) < 0.5, np.sign(fresh), fresh)
         self._held = np.where(rng.random(fresh.shape) < 0.1, fresh, self._held)
@@ -36,17 +37,17 @@ class RandomDriver:
 
 
 def full_throttle(observation: np.ndarray) -> np.ndarray:
-    """Go right, whatever happens: the agent."""
+    """Return the agent's action: full acceleration to the right in every state."""
     return np.array([1.0], np.float32)
 
 
 def main() -> None:
-    """Log, learn, calibrate, drive."""
-    torch.set_num_threads(1)  # small networks
+    """Collect a log, learn and calibrate a shield, and filter an agent in a loop."""
+    torch.set_num_threads(1)  # The networks are small.
     env = gym.make(TASK)
     log = collect(env, RandomDriver(), episodes=300, seed=0)
     print(log.summary())
-    # 1 - discount lies well below (time step 0.05 s) / (2 s to brake).
+    # 1 - discount must lie well below (time step 0.05 s) / (2 s to brake).
     config = SafeFQLConfig(
         seed=0, critic_hidden=(64, 64, 64), safety_discount=0.9975, phase_shares=(0.9, 0.05, 0.05)
     )

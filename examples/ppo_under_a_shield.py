@@ -1,10 +1,10 @@
-"""PPO learns under a shield: no rock is hit while it learns.
+"""Train PPO under a shield, and count the rocks that it hits while it learns.
 
     python examples/ppo_under_a_shield.py          # under two minutes
 
-The boat's log gives the shield; PPO then learns from scratch, for the reward alone, in eight
-shielded boats. On-policy learners must store the action they PROPOSED (the ratio needs its
-probability): to them the shield is part of the river.
+A shield is learned from a log of the boat. PPO then learns from scratch, for the reward alone, in
+eight shielded boats. An on-policy learner must store the action that it PROPOSED, because its
+probability ratio is defined for that action; to the learner the shield is part of the dynamics.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ STEPS = 15_000
 
 
 def boat() -> gym.Env[Any, Any]:
-    """Return a river whose helmsman acts every 0.02 s: 100 steps a trip."""
+    """Return the boat environment with a time step of 0.02 s and trips of 100 steps."""
     return gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
 
 
 def learn(shield: safeshield.Shield | None) -> ShieldCallback:
-    """Train PPO, with the shield or without; return what was counted during ALL of training."""
+    """Train PPO with the shield or without; return the counts of the WHOLE training."""
 
     def make() -> gym.Env[Any, Any]:
         return boat() if shield is None else CertifiedStarts(SafetyShield(boat(), shield))
@@ -45,7 +45,7 @@ def learn(shield: safeshield.Shield | None) -> ShieldCallback:
 
 
 def main() -> None:
-    """Make the shield, learn with it and without it."""
+    """Make the shield, and train PPO with it and without it."""
     torch.set_num_threads(1)
     log = collect(boat(), Helmsmen(), episodes=400, seed=0)
     config = ShieldConfig(seed=0, critic_hidden=(64, 64, 64), safety_discount=0.99)

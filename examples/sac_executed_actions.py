@@ -1,10 +1,10 @@
-"""SAC learns under a shield, and its replay buffer keeps the actions that were executed.
+"""Train SAC under a shield with a replay buffer that stores the executed actions.
 
     python examples/sac_executed_actions.py          # under two minutes
 
-An off-policy learner may learn from what really ran: `ShieldedReplayBuffer(store="executed")`
-reads it from the infos. Its random warm-up (`learning_starts`) is covered, because the shield is
-in the environment.
+An off-policy learner may learn from the actions that were executed:
+`ShieldedReplayBuffer(store="executed")` reads them from the infos. The shield also filters the
+random actions of the warm-up (`learning_starts`), because it is part of the environment.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from safeshield.wrappers import CertifiedStarts
 
 
 def boat() -> gym.Env[Any, Any]:
-    """Return a river whose helmsman acts every 0.02 s: 100 steps a trip."""
+    """Return the boat environment with a time step of 0.02 s and trips of 100 steps."""
     return gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
 
 
 def main() -> None:
-    """Make the shield, learn under it, look at what was stored."""
+    """Make the shield, train SAC under it, and examine the stored actions."""
     torch.set_num_threads(1)
     log = collect(boat(), Helmsmen(), episodes=400, seed=1)
     config = ShieldConfig(seed=1, critic_hidden=(64, 64, 64), safety_discount=0.99)

@@ -1,7 +1,8 @@
-"""An algorithm of one's own in one file: the safest of N draws of the log's behaviour.
+"""Define an algorithm in one file: the safest of N draws of the log's behaviour.
 
-Two phases: safety and reward critics as every algorithm here has them, then a flow that imitates
-the log. It acts by the draw of lowest Q_h. ``--plugin`` lets the command line find it:
+Training has two phases. The first one trains safety and reward critics with the package's own
+code, the second one a flow that imitates the log. The agent executes the draw of lowest Q_h. The
+option ``--plugin`` makes the algorithm known to the command line:
 
     safeshield train log.hdf5 agent.safetensors --plugin safest_of_n.py --algorithm safest-of-n
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from safeshield import collect, load_agent
 from safeshield.algorithms.registry import register
-from safeshield.files.schema import PositiveInt, TwoPhases
+from safeshield.files.settings import PositiveInt, TwoPhases
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
@@ -29,19 +30,19 @@ from safeshield.training.state import Phase
 
 @dataclass(frozen=True)
 class SafestOfNConfig(EulerConfig):
-    """Settings: those of the critics and of the flow, and two more."""
+    """Settings of the critics and of the flow, and two of the agent's own."""
 
     candidates: PositiveInt = 16
-    """N, of which the safest acts."""
+    """Number N of draws, of which the safest is executed."""
     phase_shares: TwoPhases = (0.6, 0.4)
-    """Shares of the steps for critics and behaviour."""
+    """Shares of the updates for critics and behaviour."""
 
 
 class SafestOfNRun(Run[CriticArchitecture, SafestOfNConfig]):
-    """Critics, then behaviour."""
+    """Train the critics, then the behaviour."""
 
     def phases(self) -> list[Phase]:
-        """List what to do, in order."""
+        """Return the phases of training, in their order."""
         config, flow = self.config, self.model.networks["behaviour"]
         critics, cloning = phase_steps(self.steps, config.phase_shares)
         update = flow_update("behaviour", flow, self.log, config.learning_rate, cloning)
@@ -51,7 +52,7 @@ class SafestOfNRun(Run[CriticArchitecture, SafestOfNConfig]):
 
 @register("safest-of-n")
 class SafestOfN(CriticAgent[SafestOfNConfig, CriticArchitecture]):
-    """Act by the safest of N draws of what the log does."""
+    """Execute the safest of N draws of the log's behaviour."""
 
     config_type, run_type = SafestOfNConfig, SafestOfNRun
     file_format = "example-safest-of-n"
