@@ -295,4 +295,4 @@ def test_pictured_trips_start_where_the_shield_certifies(files: Path) -> None:
     shield = Shield.load(files / demo.SHIELD)
     runs, _ = demo._episodes(files, "random", True, 4, 0)
     for one in runs:
-        assert np.asarray(shield.value(one.episode.observations[0])) <= shield.threshold
+        assert np.asarray(shield.value(one.observations[0])) <= shield.threshold
