@@ -123,7 +123,8 @@ class SafeSupportPolicy:
         self._memory: Memory = None
         self._starts: npt.NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
         self.report: FilterReport | None = None
-        """The verdicts on the last actions: `intervened` where the shield had to find one."""
+        """The verdicts on the last actions: `intervened` where the shield had to find one. None
+        where the last call failed."""
 
     def start_wave(self, num_envs: int) -> None:
         """Begin new episodes: what a policy remembers is forgotten."""
@@ -133,6 +134,7 @@ class SafeSupportPolicy:
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> _Array:
         """Map n observations to n actions, as a batch policy: noise from `rng` alone."""
+        self.report = None
         count = batch_length(observations)
         if len(self._starts) != count:
             self.start_wave(count)
@@ -161,6 +163,7 @@ class SafeSupportPolicy:
         Raises:
             ValueError: a wrong shape.
         """
+        self.report = None
         view, single = self._look(observation)
         actions, state = self._act(
             view, state, episode_start, self._rng, deterministic=deterministic

@@ -480,6 +480,15 @@ def test_collecting_running_calibrating_and_evaluating_take_it(
     assert np.isfinite(mean)
 
 
+def test_after_a_prediction_that_fails_there_is_no_report_of_an_earlier_one(shield: Shield) -> None:
+    policy = SafeSupportPolicy(shield, "uniform", seed=0)
+    policy.predict(states(3))
+    assert policy.report is not None
+    with pytest.raises(ValueError, match="observation must be numbers"):
+        policy.predict(np.zeros((3, 5)))
+    assert policy.report is None
+
+
 def test_bad_input(shield: Shield) -> None:
     with pytest.raises(ValueError, match=r"proposal must be one of \['uniform', 'behaviour'\]"):
         SafeSupportPolicy(shield, "random")
