@@ -139,7 +139,7 @@ class SafeSupportPolicy:
         if len(self._starts) != count:
             self.start_wave(count)
         view, _ = self._look(observations)
-        actions, self._memory = self._act(
+        actions, self._memory, self.report = self._act(
             view, self._memory, self._starts, rng, deterministic=False
         )
         self._starts = np.zeros(count, dtype=np.bool_)
@@ -165,11 +165,10 @@ class SafeSupportPolicy:
         """
         self.report = None
         view, single = self._look(observation)
-        actions, state = self._act(
+        actions, state, report = self._act(
             view, state, episode_start, self._rng, deterministic=deterministic
         )
-        if single and self.report is not None:
-            self.report = self.report.row(0)
+        self.report = report.row(0) if single else report
         return (actions[0] if single else actions), state
 
     def log_prob(
@@ -267,7 +266,7 @@ class SafeSupportPolicy:
         rng: np.random.Generator,
         *,
         deterministic: bool,
-    ) -> tuple[_Array, Memory]:
+    ) -> tuple[_Array, Memory, FilterReport]:
         if isinstance(self._source, UserPolicy):
             self._source.remember(memory, starts)
         choices = self._choice_log_probs(view)
@@ -277,10 +276,10 @@ class SafeSupportPolicy:
             proposals = self._source.most_likely(view.observations, rng, view.states)
         else:
             proposals = self._accepted(view, rng)
-        executed, self.report = self.shield.filter_rows(view.states, view.rows, proposals)
+        executed, report = self.shield.filter_rows(view.states, view.rows, proposals)
         if isinstance(self._source, UserPolicy):
             memory = self._source.memory
-        return self.shield.points(executed), memory
+        return self.shield.points(executed), memory, report
 
     def _accepted(self, view: _View, rng: np.random.Generator) -> _Array:
         """Return the first proposal that is accepted, or where none is the last: (n, act)."""

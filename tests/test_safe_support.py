@@ -21,6 +21,7 @@ from safeshield.algorithms.safefql import SafeFQL
 from safeshield.calibration.proposers import battery
 from safeshield.data import collect
 from safeshield.envs.boat import STATE_HIGH, STATE_LOW
+from safeshield.nn.actor import FlowActor
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.policies import SafeSupportPolicy
 from safeshield.rollouts.episodes import run_episodes
@@ -339,15 +340,12 @@ def test_the_flow_in_numpy_is_the_flow_in_torch(taught: Shield) -> None:
     noise = np.random.default_rng(0).standard_normal((40, 3, 2)).astype(np.float32)
     got = model.behaviour(view, noise)
     params = {key: torch.tensor(array) for key, array in model.networks[BEHAVIOUR].items()}
-    hidden = tuple(
-        array.shape[2]
-        for key, array in sorted(model.networks[BEHAVIOUR].items())
-        if key.endswith("weight")
-    )[:-1]
-    network = velocity_network(2, 2, hidden)
+    flow = model.behaviour_actor
+    assert isinstance(flow, FlowActor)
+    network = velocity_network(2, 2, flow.hidden)
     expected = euler_sample(
         network, params, torch.tensor(np.repeat(view.inputs, 3, 0)),
-        torch.tensor(noise.reshape(-1, 2)), model.flow_steps,
+        torch.tensor(noise.reshape(-1, 2)), flow.flow_steps,
     ).numpy()  # fmt: skip
     np.testing.assert_allclose(got.reshape(-1, 2), model.scaling.to_box(expected), atol=1e-5)
     assert np.abs(got).max() <= 1.0
