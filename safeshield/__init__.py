@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
     from safeshield.wrappers import SafetyShield
 
-# Names are looked up on first use: `import gymnasium` loads this package to register its
-# environments, and must not pay for PyTorch.
+# Each name is imported on first use. Gymnasium 0.29 loads this package at every
+# `import gymnasium` to register its environments, and that import must not load PyTorch.
 _HOMES = {
     "AdaptiveThreshold": "safeshield.shield.adaptive",
     "CalibrationError": "safeshield.calibration.walk",

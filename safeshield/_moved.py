@@ -1,4 +1,4 @@
-"""Modules that have moved: the old import path finds their names, with a DeprecationWarning."""
+"""Serve the old import paths of modules that have moved, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ MOVED = {
     "safeshield.shield.model": ("safeshield.shield.critics",),
     "safeshield.types": ("safeshield.spaces.shapes",),
 }
-"""Old module -> the modules that its names are in now."""
+"""Old module path -> the modules that now define its names."""
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Makes an old module out of the names of the new ones."""
+    """Import hook that builds a module at an old path from the names of the new modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for a module that has moved, None for any other."""
+        """Return a spec for a module that has moved, and None for any other module."""
         return spec_from_loader(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the names of the new modules into the old one."""
+        """Make the names of the new modules available in the old module, with a warning."""
         old, homes = module.__name__, MOVED[module.__name__]
         warnings.warn(
             f"{old} has moved to {' and '.join(homes)}; the old path will be removed",
@@ -62,6 +62,6 @@ class MovedModules(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let old import paths find the names in the new modules."""
+    """Install the import hook for the old paths; a second call changes nothing."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, MovedModules())

@@ -1,7 +1,7 @@
-"""What the core needs, and what to say where it is missing.
+"""The packages that the core requires, and the error message when one of them is missing.
 
-The list is the one in the metadata of the installed package. This module is imported first, so it
-imports nothing but Python's own modules until it has something to say.
+The list of requirements is read from the metadata of the installed package. This module is
+imported first, so at import it loads modules of Python's standard library alone.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ import re
 from importlib import metadata
 
 _MODULES = {"pillow": "PIL"}
-"""Distributions whose module has another name."""
+"""Distribution name -> module name, where the two differ."""
 
 
 def core() -> dict[str, str]:
-    """Return what pip installs by the module that is imported, such as torch -> torch>=2.8."""
+    """Return the core's requirements by the name of their module, such as torch -> torch>=2.8."""
     try:
         asked = metadata.requires("safeshield") or []
     except metadata.PackageNotFoundError:
         return {}
-    # What stands behind a semicolon belongs to an extra.
+    # A requirement with a semicolon belongs to an extra.
     plain = (requirement for requirement in asked if ";" not in requirement)
     return {_module(_name(requirement)): requirement for requirement in plain}
 
 
 def lacking() -> dict[str, str | None]:
-    """Return what of the core is absent or too old: requirement -> version, None where absent."""
+    """Return the core's requirements that are absent or too old.
+
+    Returns:
+        Requirement -> installed version, or None where the package is absent.
+    """
     found = {one: installed(_name(one), module) for module, one in core().items()}
     return {
         requirement: version
@@ -36,12 +40,12 @@ def lacking() -> dict[str, str | None]:
 
 
 def installed(name: str, module: str = "") -> str | None:
-    """Return the version of a distribution; None where it is absent.
+    """Return the installed version of a distribution, or None where it is absent.
 
     Args:
-        name: that pip knows.
-        module: that it brings. Where this can be imported without the distribution, the version
-            is not known: "?".
+        name: name of the distribution, as pip knows it.
+        module: name of a module that the distribution contains. Where this module can be imported
+            although the distribution is absent, the version is unknown and "?" is returned.
     """
     try:
         return metadata.version(name)
@@ -50,7 +54,7 @@ def installed(name: str, module: str = "") -> str | None:
 
 
 def command(requirements: list[str]) -> str:
-    """Return the command that installs these.
+    """Return the pip command that installs these requirements.
 
     >>> command(["h5py>=3.10", "scipy>=1.13"])
     'pip install "h5py>=3.10" "scipy>=1.13"'
@@ -59,7 +63,11 @@ def command(requirements: list[str]) -> str:
 
 
 def explained(error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """Return the error with the command that mends it, where it is of a package of the core."""
+    """Return the error to raise for a missing module.
+
+    Where the module belongs to a requirement of the core, the new message contains the command
+    that installs it. Any other error is returned unchanged.
+    """
     requirement = core().get((error.name or "").partition(".")[0])
     if requirement is None:
         return error
@@ -79,7 +87,7 @@ def _module(name: str) -> str:
 
 
 def _enough(requirement: str, version: str) -> bool:
-    """Whether the release meets the requirement: of 2.8.0a0+cpu the release is 2.8.0."""
+    """Whether the version's release number (2.8.0 for 2.8.0a0+cpu) meets the requirement."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 

@@ -1,4 +1,7 @@
-"""Batches of points, as Gymnasium's vector environments make them: arrays, or dicts of arrays."""
+"""Batches of points in the form that Gymnasium's vector environments use.
+
+A batch is an array, or a dict of arrays for a Dict space.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ Array = npt.NDArray[Any]
 
 
 Batch = Any
-"""n points as Gymnasium's vector environments batch them: an array, or a dict of such."""
+"""n points of a space: an array whose first axis has length n, or a (nested) dict of these."""
 
 
 def batch_length(points: Batch) -> int:
-    """Return n of a batch of n points."""
+    """Return the number of points in a batch."""
     while isinstance(points, Mapping):
         points = next(iter(points.values()))
     return len(points)
@@ -32,30 +35,31 @@ def batch_of_one(point: Batch) -> Batch:
 
 
 def take(points: Batch, index: int | Array | slice) -> Batch:
-    """Return some points of a batch, or one."""
+    """Return the points of a batch at these indices, or the single point at an integer index."""
     if isinstance(points, Mapping):
         return {key: take(part, index) for key, part in points.items()}
     return np.asarray(points)[index]
 
 
 def repeated(points: Batch, times: int) -> Batch:
-    """Return copies of each point of a batch, `times` times, one after the other."""
+    """Return a batch in which each point is repeated `times` times in a row."""
     return take(points, np.repeat(np.arange(batch_length(points)), times))
 
 
 def copied(points: Batch) -> Batch:
-    """Return a copy of points, one or a batch, that shares no array with them.
+    """Return a copy of one point or of a batch that shares no array with the original.
 
-    Environments write into what they returned, and policies into what they were given.
+    The copy is needed because environments may overwrite arrays that they have returned, and
+    policies may overwrite their inputs.
     """
     if isinstance(points, Mapping):
         return {key: copied(part) for key, part in points.items()}
-    # The integer of a Discrete stays what it is.
+    # The scalar of a Discrete space is immutable and is returned as it is.
     return points if isinstance(points, int | float | np.generic) else np.array(points)
 
 
 def finite(points: Batch) -> Batch:
-    """Return points with zeros in place of what is no finite number."""
+    """Return the points with every NaN and infinity replaced by zero."""
     if isinstance(points, Mapping):
         return {key: finite(part) for key, part in points.items()}
     array = np.asarray(points)
@@ -65,7 +69,7 @@ def finite(points: Batch) -> Batch:
 
 
 def readable(points: Batch) -> Flags:
-    """Return which points (n,) of a batch hold nothing but finite numbers."""
+    """Return a mask (n,) of the points of a batch whose numbers are all finite."""
     if isinstance(points, Mapping):
         good: Flags = np.logical_and.reduce([readable(part) for part in points.values()])
         return good

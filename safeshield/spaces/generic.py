@@ -1,6 +1,7 @@
-"""Gymnasium's classes with their type parameters filled in: for annotations, and as bases.
+"""Gymnasium's classes with their type parameters filled in, for annotations and as base classes.
 
-At run time they are the plain classes, because not every version of Gymnasium has parameters there.
+At run time the names are the plain classes, because these take no type parameters in some versions
+of Gymnasium.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 
 BEFORE_1_0 = int(gym.__version__.split(".")[0]) < 1
-"""Whether this Gymnasium is 0.29."""
+"""Whether the installed Gymnasium is older than 1.0, that is 0.29."""
 
 if TYPE_CHECKING:
     Env = gym.Env[Any, Any]

@@ -1,8 +1,9 @@
-"""Points of Gymnasium spaces as rows of numbers, and back: all that the engine computes with.
+"""Conversion of points of Gymnasium spaces to rows of numbers and back.
 
-A row holds an observation's or an action's numbers in the space's own units: the entries of a Box
-in C order, the integers of a Discrete, MultiDiscrete or MultiBinary as they are, and the parts of
-a Dict one after the other. How rows become what a network sees is `spaces.scaling`'s business.
+All internal computations use rows. A row holds the numbers of one observation or action in the
+space's own units: the entries of a Box in C order, the integers of a Discrete, MultiDiscrete or
+MultiBinary unchanged, and the parts of a Dict one after the other. `spaces.scaling` converts rows
+to the inputs of the networks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safeshield.spaces.shapes import Flags, Rows
 Array = npt.NDArray[Any]
 
 MAX_CHOICES = 1024
-"""Most combinations of a discrete action space: all of them are weighed at once."""
+"""Largest number of combinations of a discrete action space; all are evaluated at once."""
 
 _PARTS = "Box (any shape), Discrete, MultiDiscrete, MultiBinary"
 OBSERVATIONS = f"{_PARTS} and Dict of these"
@@ -32,7 +33,10 @@ ACTIONS = f"bounded {_PARTS} with at most {MAX_CHOICES} combinations"
 
 @dataclass(frozen=True, eq=False)
 class SpaceCodec:
-    """The rows of one space. A Dict names the entries that are used; points may have more.
+    """Converter between the points of one space and rows of numbers.
+
+    A Dict space names the entries that are used. The points may have further entries, which are
+    ignored.
 
     >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
     >>> flat = SpaceCodec(space)
@@ -47,34 +51,41 @@ class SpaceCodec:
 
     @cached_property
     def width(self) -> int:
-        """Numbers in a row."""
+        """Number of columns of a row."""
         return len(self.low)
 
     @cached_property
     def categories(self) -> tuple[int, ...]:
-        """For each column how many integers it counts from `low`; 0 where it is continuous."""
+        """Number of integer values of each column, counted from `low`; 0 for a continuous one."""
         return tuple(n for part in _leaves(self.space) for n in _columns(part)[2])
 
     @cached_property
     def low(self) -> npt.NDArray[np.float64]:
-        """(width,) lower bounds."""
+        """(width,) lower bounds of the columns, in the space's units."""
         return np.concatenate([_columns(part)[0] for part in _leaves(self.space)])
 
     @cached_property
     def high(self) -> npt.NDArray[np.float64]:
-        """(width,) upper bounds."""
+        """(width,) upper bounds of the columns, in the space's units."""
         return np.concatenate([_columns(part)[1] for part in _leaves(self.space)])
 
     @property
     def discrete(self) -> bool:
-        """Whether every column counts."""
+        """Whether every column is an integer with finitely many values."""
         return all(self.categories)
 
     def flatten(self, points: Batch, what: str = "point") -> tuple[Rows, bool]:
-        """Return one point, or a batch of them, as rows (n, width); and whether it was one.
+        """Return one point, or a batch of n points, as rows.
+
+        Args:
+            points: one point or a batch.
+            what: name of the argument in error messages.
+
+        Returns:
+            The rows (n, width), and whether `points` was a single point.
 
         Raises:
-            ValueError: another shape, no numbers, or an entry of a Dict is missing.
+            ValueError: the points have another shape, are not numbers, or lack an entry of a Dict.
         """
         if not self._nested:
             return _rows_of(points, self.space, what)
@@ -94,9 +105,10 @@ class SpaceCodec:
         return np.rint(out).astype(self.space.dtype) if self.discrete else out
 
     def batch(self, rows: Rows) -> Batch:
-        """Return rows (n, width) as a batch of points of any space: `points`, Dicts included.
+        """Return rows (n, width) as a batch of points of any space, Dict spaces included.
 
-        A row has one dtype for all entries of a Dict; here each has its own again.
+        The columns of a row share one dtype. In the batch each entry of a Dict has the dtype of
+        its own space again.
 
         >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
         >>> SpaceCodec(space).batch(np.array([[3, 0.5], [0, 0.25]]))["at"]
@@ -115,7 +127,11 @@ class SpaceCodec:
         return batch
 
     def contains(self, rows: Rows) -> Flags:
-        """Whether rows (n, width) lie within the bounds, on integers where they count; NaN: no."""
+        """Return a mask (n,) of the rows (n, width) that lie in the space.
+
+        A row lies in the space if it is within the bounds and its discrete columns are integers.
+        A row with a NaN does not.
+        """
         inside = (rows >= self.low) & (rows <= self.high)
         counts = np.array(self.categories, dtype=bool)
         if counts.any():
@@ -128,7 +144,7 @@ class SpaceCodec:
 
     @property
     def nothing(self) -> Array:
-        """What stands for "no action yet": NaN in a Box, an integer that is no action elsewhere."""
+        """Placeholder for "no action yet": NaN in a Box, an integer below the range elsewhere."""
         shape = self.space.shape or ()
         if self.discrete:
             return np.full(shape, int(self.low.min()) - 1, np.int64)
@@ -136,24 +152,25 @@ class SpaceCodec:
 
     @cached_property
     def choices(self) -> npt.NDArray[np.float32]:
-        """(c, width) every point of a discrete space."""
+        """(c, width) all c points of a discrete space."""
         ranges = [np.arange(n) + low for n, low in zip(self.categories, self.low, strict=True)]
         grid = np.meshgrid(*ranges, indexing="ij")
         return np.stack([axis.ravel() for axis in grid], axis=-1).astype(np.float32)
 
     def choice_index(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """Return the places (...) in `choices` of discrete points, rows (..., width)."""
+        """Return the indices (...) into `choices` of discrete points, rows (..., width)."""
         digits = np.moveaxis(np.rint(rows - self.low).astype(np.int64), -1, 0)
-        # `choices` lists the combinations with the last column counting fastest.
+        # In `choices` the last column varies fastest.
         index: npt.NDArray[np.int64] = np.ravel_multi_index(tuple(digits), self.categories)
         return index
 
 
 def flat_observations(space: gym.Space[Any], what: str = "observation_space") -> SpaceCodec:
-    """Return the rows of an observation space.
+    """Return the converter of an observation space.
 
     Raises:
-        TypeError: a space of another kind; the message lists what is supported.
+        TypeError: the space is of an unsupported kind or empty; the message lists the supported
+            kinds.
     """
     flat = SpaceCodec(space)
     try:
@@ -166,11 +183,11 @@ def flat_observations(space: gym.Space[Any], what: str = "observation_space") ->
 
 
 def flat_actions(space: gym.Space[Any], what: str = "action_space") -> SpaceCodec:
-    """Return the rows of an action space.
+    """Return the converter of an action space.
 
     Raises:
-        TypeError: a space of another kind, or with too many combinations; the message lists what
-            is supported.
+        TypeError: the space is of an unsupported kind or has too many combinations; the message
+            lists the supported kinds.
 
     >>> flat_actions(gym.spaces.Tuple([gym.spaces.Discrete(2)]))
     Traceback (most recent call last):
@@ -188,25 +205,26 @@ with at most 1024 combinations, got Tuple(Discrete(2))
 
 
 def plain(points: Any) -> Array:  # noqa: ANN401
-    """Return points, one or a batch of a space without Dicts, as an array of NumPy's own class.
+    """Return one point or a batch, of a space without Dicts, as a plain `numpy.ndarray`.
 
-    The object is read once, by `numpy.asarray`, and the array shares nothing with it: whatever its
-    methods answer afterwards, what was judged is what can be sent on. Of a masked array the data
-    beneath the mask are taken.
+    The object is read once, by `numpy.asarray`, and the result shares no memory with it. An object
+    that changes afterwards therefore cannot alter the action that has been checked. The data of a
+    masked array are taken without the mask.
     """
-    # Not np.array alone: where an object makes the array, NumPy leaves the copy to the object.
+    # np.array alone is not enough: an object with `__array__` may return an array that it keeps.
     return np.array(np.asarray(points))
 
 
 def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
-    """Return numbers in a space's dtype, or as they came where one of them does not fit in it.
+    """Return numbers converted to a space's dtype, or unchanged where one of them does not fit.
 
-    A float dtype takes the nearest of its numbers; what would become infinite does not fit. An
-    integer dtype takes whole numbers in its range and nothing else, so that none wraps around.
+    In a float dtype a number is rounded to the nearest representable one; it does not fit if the
+    result would be infinite. In an integer dtype only whole numbers in the dtype's range fit, so
+    that no number wraps around.
 
     Args:
-        points: of any shape; what is no array of numbers is returned as it came.
-        dtype: of the space.
+        points: array of any shape; an array that does not hold numbers is returned unchanged.
+        dtype: dtype of the space.
 
     >>> fitted(np.array([0.1, 2.0]), np.dtype(np.float32))
     array([0.1, 2. ], dtype=float32)
@@ -225,7 +243,7 @@ def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
         return converted if fits else points
     if not (np.isfinite(points).all() and (np.floor(points) == points).all()):
         return points
-    # Python's integers: compared as floats, 2.0**63 would be the largest int64.
+    # Compare as Python integers: as floats, 2.0**63 would equal the largest int64.
     limits = np.iinfo(dtype)
     fits = limits.min <= int(points.min()) and int(points.max()) <= limits.max
     return points.astype(dtype) if fits else points
@@ -259,7 +277,7 @@ def _pairs(points: Batch, space: gym.Space[Any], what: str) -> list[tuple[Any, g
 def _columns(
     space: gym.Space[Any],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Sequence[int]]:
-    """Low, high and categories of the columns of a space that is no Dict."""
+    """Return the low and high bounds and the categories of the columns of a non-Dict space."""
     if isinstance(space, gym.spaces.Box):
         low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
         return low, high, [0] * len(low)
@@ -293,5 +311,5 @@ def _rows_of(points: Any, space: gym.Space[Any], what: str) -> tuple[Rows, bool]
         )
     if array.dtype.kind == "b":
         array = array.astype(np.int8)
-    # Not -1: of an empty batch nobody could tell the width.
+    # The width is given explicitly, because -1 cannot be resolved for an empty batch.
     return array.reshape(1 if single else len(array), math.prod(shape)), single

@@ -1,4 +1,4 @@
-"""Units: how raw observations, actions and constraints become what the networks see, and back."""
+"""Conversion of raw observations and actions to the inputs of the networks, and back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 from safeshield.files.schema import finite_number
 from safeshield.spaces.rows import SpaceCodec
 
-# Below this share of its own size the spread of an observation entry is rounding, not information.
+# An observation entry counts as constant if its spread is below this share of its magnitude, since
+# such a spread is rounding error.
 _CONSTANT = 1e-6
 
 
 class LoggedRows(Protocol):
-    """What a scaling reads off a log, such as an `OfflineDataset`."""
+    """The attributes of a log, such as an `OfflineDataset`, from which a scaling is computed."""
 
     @property
     def observations(self) -> npt.NDArray[np.float32]:
@@ -26,46 +27,47 @@ class LoggedRows(Protocol):
 
     @property
     def flat_observations(self) -> SpaceCodec:
-        """How observations become rows."""
+        """Converter of the observation space."""
         ...
 
     @property
     def flat_actions(self) -> SpaceCodec:
-        """How actions become rows."""
+        """Converter of the action space."""
         ...
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How rows of observations and actions (see `spaces.rows`) become what the networks see.
+    """Conversion of rows of observations and actions (see `spaces.rows`) to network inputs.
 
-    Continuous columns come first, normalised or mapped to [-1, 1]; then, for each column that
-    counts, one indicator for each of its integers.
+    The continuous columns come first. Those of observations are normalised, and those of actions
+    are mapped to [-1, 1]. Each discrete column then follows as one indicator per integer value.
     """
 
     observation_mean: npt.NDArray[np.float32]
-    """(obs,) mean over the log; the lowest integer of a column that counts."""
+    """(obs,) mean over the log; for a discrete column its lowest integer."""
     observation_spread: npt.NDArray[np.float32]
-    """(obs,) standard deviation over the log; 1 for entries that never change."""
+    """(obs,) standard deviation over the log; 1 for constant and for discrete columns."""
     action_low: npt.NDArray[np.float32]
-    """(act,) lower corner of the action box, which becomes -1."""
+    """(act,) lower corner of the action box, which is mapped to -1."""
     action_high: npt.NDArray[np.float32]
-    """(act,) upper corner, which becomes +1."""
+    """(act,) upper corner of the action box, which is mapped to +1."""
     observation_categories: tuple[int, ...] = ()
-    """For each column the integers it counts, 0 where it is continuous; () where all are."""
+    """Number of integer values of each observation column, 0 for a continuous one; () where all
+    columns are continuous."""
     action_categories: tuple[int, ...] = ()
-    """The same for actions."""
+    """The same numbers for the action columns."""
 
     @classmethod
     def of(cls, dataset: LoggedRows) -> Scaling:
-        """Read the scaling off a log; the action box must be bounded."""
+        """Return the scaling of a log; the action box must be bounded."""
         return cls.of_rows(dataset.observations, dataset.flat_observations, dataset.flat_actions)
 
     @classmethod
     def of_rows(
         cls, rows: npt.NDArray[np.float32], observations: SpaceCodec, actions: SpaceCodec
     ) -> Scaling:
-        """Read the scaling off rows of observations (n, obs)."""
+        """Return the scaling of rows of observations (n, obs) and of an action space."""
         low, high = actions.low, actions.high
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ValueError(
@@ -88,21 +90,21 @@ class Scaling:
 
     @property
     def observation_features(self) -> int:
-        """Width of what the networks see of an observation."""
+        """Number of network inputs for one observation."""
         return _features(len(self.observation_mean), self.observation_categories)
 
     @property
     def action_features(self) -> int:
-        """Width of what the networks see of an action."""
+        """Number of network inputs for one action."""
         return _features(len(self.action_low), self.action_categories)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Both widths."""
+        """Numbers of network inputs for one observation and for one action."""
         return self.observation_features, self.action_features
 
     def to_json(self) -> dict[str, list[float]]:
-        """Return the arrays as lists, for a file's header; categories only where there are any."""
+        """Return the arrays as lists, for a file's header; empty categories are left out."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             name: value.tolist() if isinstance(value, np.ndarray) else list(value)
@@ -114,10 +116,10 @@ class Scaling:
     def from_json(
         cls, data: dict[str, list[float]], observations: SpaceCodec, actions: SpaceCodec
     ) -> Scaling:
-        """Rebuild a scaling, checking widths and values.
+        """Rebuild a scaling from a file's header and check its widths and values.
 
         Raises:
-            ValueError: a list is missing, of another length, not finite or out of order.
+            ValueError: a list is missing, has another length, is not finite or is out of order.
         """
         widths = dict.fromkeys(("observation_mean", "observation_spread"), observations.width)
         widths |= dict.fromkeys(("action_low", "action_high"), actions.width)
@@ -149,14 +151,14 @@ class Scaling:
         return scaling
 
     def observations(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Turn rows of observations (..., obs) into features."""
+        """Return the network inputs of rows of observations (..., obs)."""
         scaled = np.asarray((raw - self.observation_mean) / self.observation_spread, np.float32)
         if not self.observation_categories:
             return scaled
         return _indicators(scaled, scaled, self.observation_categories)
 
     def actions(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Turn rows of actions (..., act) into features: from the box to [-1, 1]."""
+        """Return the network inputs of rows of actions (..., act), mapped to [-1, 1]."""
         unit = (raw - self.action_low) / (self.action_high - self.action_low)
         scaled = np.asarray(2.0 * unit - 1.0, np.float32)
         if not self.action_categories:
@@ -164,7 +166,7 @@ class Scaling:
         return _indicators(scaled, raw - self.action_low, self.action_categories)
 
     def to_box(self, scaled: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Map continuous actions (..., act) from [-1, 1] to the box, never outside it."""
+        """Map continuous actions (..., act) from [-1, 1] to the box, and clip them to the box."""
         unit = 0.5 * (scaled + 1.0)
         raw = self.action_low + unit * (self.action_high - self.action_low)
         return np.asarray(np.clip(raw, self.action_low, self.action_high), np.float32)
@@ -177,7 +179,7 @@ def _features(width: int, categories: tuple[int, ...]) -> int:
 def _indicators(
     scaled: npt.NDArray[np.float32], counted: npt.NDArray[np.floating], categories: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """Continuous columns of `scaled`, then an indicator for each integer of those that count."""
+    """Return the continuous columns of `scaled`, then the indicators of the discrete columns."""
     parts = [scaled[..., [i for i, n in enumerate(categories) if not n]]]
     for i, n in enumerate(categories):
         if n:

@@ -1,7 +1,7 @@
-"""Gymnasium spaces as strict JSON, and the check that two spaces agree.
+"""Conversion of Gymnasium spaces to strict JSON and back, and the check that two spaces agree.
 
-Headers of files are read with `space_from_json`: every field is checked, and nothing in a header
-can name code to import or a size to allocate beyond `MAX_ELEMENTS`.
+File headers are read with `space_from_json`, which checks every field. A header therefore cannot
+cause an import of code or an allocation of more than `MAX_ELEMENTS` elements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_ELEMENTS = 10_000_000
-"""Most elements a Box read from a file may have."""
+"""Largest number of elements of a Box that is read from a file."""
 
 _MAX_DIMENSIONS = 32
 _MAX_ENTRIES = 4096
@@ -31,11 +31,11 @@ JsonSpace = dict[str, Any]
 
 
 def space_to_json(space: gym.Space[Any]) -> JsonSpace:
-    """Describe a space by plain JSON values: Box, Discrete, MultiDiscrete, MultiBinary, Dict.
+    """Return a space as plain JSON values: Box, Discrete, MultiDiscrete, MultiBinary or Dict.
 
-    A bound that is the same in every dimension becomes one number, others a flat list in C order;
-    infinite bounds become ``"inf"`` and ``"-inf"``, for strict JSON has no infinities. The round
-    trip through `space_from_json` is exact in shape, dtype and every bound.
+    A bound that is the same in every dimension becomes one number, and any other bound a flat list
+    in C order. Infinite bounds become ``"inf"`` and ``"-inf"``, because strict JSON has no
+    infinities. `space_from_json` restores shape, dtype and every bound exactly.
 
     Raises:
         TypeError: the space is of another kind.
@@ -61,7 +61,7 @@ def space_to_json(space: gym.Space[Any]) -> JsonSpace:
     if isinstance(space, gym.spaces.MultiBinary) and len(space.shape) == 1:
         return {"type": "MultiBinary", "n": int(space.shape[0])}
     if isinstance(space, gym.spaces.Dict):
-        # A list of pairs: the order of the entries is the order of the columns.
+        # A list of pairs keeps the order of the entries, which is the order of the columns.
         return {
             "type": "Dict",
             "spaces": [[key, space_to_json(part)] for key, part in space.spaces.items()],
@@ -73,7 +73,7 @@ def space_to_json(space: gym.Space[Any]) -> JsonSpace:
 
 
 def space_from_json(data: JsonSpace) -> gym.Space[Any]:
-    """Build the space that `space_to_json` described, trusting nothing.
+    """Build the space that `space_to_json` described, and check every field.
 
     Raises:
         ValueError: a field is missing, unknown, of a wrong type or out of range, or the space has
@@ -134,7 +134,7 @@ def _dict_from_json(pairs: object, depth: int) -> gym.spaces.Dict:
         spaces.append((pair[0], _from_json(pair[1], depth + 1)))
     if len({name for name, _ in spaces}) != len(spaces):
         raise ValueError("a Dict space must not have two entries of one name")
-    # Not a plain dict, whose entries Gymnasium would sort.
+    # An OrderedDict, because Gymnasium sorts the entries of a plain dict.
     return gym.spaces.Dict(OrderedDict(spaces))
 
 
@@ -148,18 +148,19 @@ def check_same_space(
 ) -> None:
     """Raise unless the two spaces hold the same points, up to 1e-5 relative error in the bounds.
 
-    The dtype of a Box is not compared: float32 and float64 boxes with the same bounds agree.
+    The dtype of a Box is not compared: float32 and float64 boxes with the same bounds agree. A
+    Dict agrees with one that has further entries.
 
     Args:
-        expected: what a model or a log was made for.
-        actual: what it is being used with.
-        what: names the pair in the error, for example ``"action_space"``.
-        unbounded_matches_any: an infinite bound in `expected` states nothing and agrees with any.
-            Meant for observation spaces inferred from a log that stores none.
-        repair: what to do about it, for the error.
+        expected: space that a model or a log was made for.
+        actual: space that it is being used with.
+        what: name of the pair in the error message, for example ``"action_space"``.
+        unbounded_matches_any: whether an infinite bound in `expected` agrees with any bound. This
+            is meant for observation spaces inferred from a log that stores none.
+        repair: advice at the end of the error message.
 
     Raises:
-        ValueError: they differ; the message shows both.
+        ValueError: the spaces differ; the message shows both.
 
     >>> box = gym.spaces.Box(-1.0, 1.0, (2,))
     >>> check_same_space(box, gym.spaces.Box(-1.0, 1.0, (2,), np.float64), "action_space")
@@ -177,10 +178,14 @@ Box(-2.0, 2.0, (2,), float32); use the environment, with the same wrappers, that
 
 
 def part_of(space: gym.Space[Any], keys: Sequence[str] | None) -> gym.Space[Any]:
-    """Return the chosen entries of a Dict space as a Dict space; any other space with None.
+    """Return the chosen entries of a Dict space as a Dict space.
+
+    Args:
+        space: the space.
+        keys: names of the entries; None returns the space unchanged.
 
     Raises:
-        ValueError: keys for a space that is no Dict, none, or unknown ones.
+        ValueError: the space is not a Dict, or `keys` is empty or holds an unknown name.
 
     >>> part_of(gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Discrete(3)), ["b"])
     Dict('b': Discrete(3))
@@ -207,7 +212,7 @@ def _difference(
                 return "bounds"
         return None
     if isinstance(expected, gym.spaces.Dict) and isinstance(actual, gym.spaces.Dict):
-        # A model may use some of the entries.
+        # A model may use only some of the entries.
         for key, part in expected.spaces.items():
             if key not in actual.spaces:
                 return f"entry {key!r} is missing"
@@ -301,7 +306,7 @@ def _check_fields(data: JsonSpace, fields: set[str]) -> None:
 
 
 def _short(value: object) -> str:
-    # int.__repr__ refuses integers of more than 4300 digits.
+    # int.__repr__ raises an error for integers of more than 4300 digits.
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**64:
         return "an integer beyond 64 bits"
     text = repr(value)

@@ -4,19 +4,19 @@ One step of the safety backup maps the next state's value v to
 
     y = (1 - g) m + g max(m, v),      m = max(h(s), h(s'))
 
-(FLRP eq. 7 and 9; R2PAC eq. 43; y = m where the episode terminated). `SafetyBackup` applies it to
-one step, or to several in turn, from the last one back.
+(FLRP eq. 7 and 9; R2PAC eq. 43; y = m where the episode terminated). `SafetyBackup` applies this
+map to one step, or to several steps in turn, beginning with the last one.
 
-The same map is v -> max(m, (1 - g) m + g v). Such maps v -> max(c, d + k v) with k >= 0 are closed
-under composition:
+The map can also be written v -> max(m, (1 - g) m + g v). Maps of the form v -> max(c, d + k v) with
+k >= 0 are closed under composition:
 
     max(c1, d1 + k1 max(c2, d2 + k2 v)) = max( max(c1, d1 + k1 c2), (d1 + k1 d2) + k1 k2 v ).
 
-So n steps along the log are three numbers for each transition, which depend on the labels alone:
-`SafetyWindow` computes them once for a whole log, and a target of any length costs one network
-evaluation, at its end. In the same way n steps of reward are v -> r + k v (`RewardWindow`). A
-window never crosses an episode's end: one that meets it stops there, and bootstraps from the last
-observation unless the episode terminated.
+Therefore n steps along the log are described by three numbers c, d, k for each transition. These
+numbers depend on the labels alone and are computed once for a whole log (`SafetyWindow`). A target
+over any number of steps then needs one evaluation of the network, at the end of the window. In the
+same way n steps of reward form the map v -> r + k v (`RewardWindow`). A window stops at the end of
+its episode. There it bootstraps from the last observation, unless the episode terminated.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from torch import Tensor
 
 
 def back_up(constraint: Tensor, value: Tensor, discount: float) -> Tensor:
-    """Return ``(1 - g) m + g max(m, v)``: one step of the safety backup.
+    """Return ``(1 - g) m + g max(m, v)``, one step of the safety backup.
 
     Args:
         constraint: m, in units of h.
-        value: v of the next state; minus infinity where the episode terminated.
+        value: value v of the next state, in units of h; minus infinity where the episode
+            terminated.
         discount: g in (0, 1].
     """
     return (1.0 - discount) * constraint + discount * torch.maximum(constraint, value)
@@ -41,7 +42,7 @@ def back_up(constraint: Tensor, value: Tensor, discount: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SafetyBackup:
-    """Backups of h steps in turn, of the states that they reach.
+    """Safety backups over h successive steps, from the last one to the first.
 
     >>> chunk = SafetyBackup(torch.tensor([[-1.0, 0.25]]), torch.tensor([[True, True]]),
     ...                      torch.tensor([True]), discount=0.5)
@@ -50,17 +51,17 @@ class SafetyBackup:
     """
 
     constraints: Tensor
-    """(batch, h) the constraint m of each step, in units of h(s)."""
+    """(batch, h) the constraint m of each step, in units of the constraint."""
     inside: Tensor
-    """(batch, h) bool, which of the steps were made."""
+    """(batch, h) bool, whether each of the steps was made."""
     terminated: Tensor
-    """(batch,) bool, whether the episode terminated at the last step made."""
+    """(batch,) bool, whether the episode terminated at the last step that was made."""
     discount: float
     """g in (0, 1]."""
 
     @classmethod
     def one_step(cls, constraint: Tensor, terminated: Tensor, discount: float) -> Self:
-        """Return the backup of one step with the constraint m (batch,).
+        """Return the backup of a single step with the constraint m (batch,).
 
         >>> never = torch.tensor([False])
         >>> SafetyBackup.one_step(torch.tensor([-1.0]), never, 0.5).target(torch.tensor([1.0]))
@@ -70,7 +71,7 @@ class SafetyBackup:
         return cls(constraint[:, None], made[:, None], terminated, discount)
 
     def target(self, value: Tensor) -> Tensor:
-        """Return y (batch,) for the value (batch,) of the state after the last step."""
+        """Return the target y (batch,) for the value (batch,) of the state after the last step."""
         y = value.masked_fill(self.terminated, -torch.inf)
         for k in reversed(range(self.constraints.shape[1])):
             y = torch.where(self.inside[:, k], back_up(self.constraints[:, k], y, self.discount), y)
@@ -78,21 +79,22 @@ class SafetyBackup:
 
 
 class SafetyWindow(NamedTuple):
-    """The map ``v -> max(floor, offset + slope v)`` of windows that begin at each transition."""
+    """The maps ``v -> max(floor, offset + slope v)`` of windows, one for each first transition."""
 
     floor: Tensor
     """(N,) c, in units of h."""
     offset: Tensor
     """(N,) d, in units of h."""
     slope: Tensor
-    """(N,) k: discount to the power of the steps, 0 where the window meets a termination."""
+    """(N,) k, the discount to the power of the number of steps; 0 where the window reaches a
+    termination."""
 
     def target(self, value: Tensor) -> Tensor:
         """Return y for `value` (N,), the value at the end of each window."""
         return torch.maximum(self.floor, self.offset + self.slope * value)
 
     def then(self, later: SafetyWindow) -> SafetyWindow:
-        """Return the windows that go on with the steps of `later`."""
+        """Return the windows that consist of these steps followed by the steps of `later`."""
         return SafetyWindow(
             torch.maximum(self.floor, self.offset + self.slope * later.floor),
             self.offset + self.slope * later.offset,
@@ -101,19 +103,20 @@ class SafetyWindow(NamedTuple):
 
 
 class RewardWindow(NamedTuple):
-    """The map ``v -> reward + slope v`` of windows that begin at each transition."""
+    """The maps ``v -> reward + slope v`` of windows, one for each first transition."""
 
     reward: Tensor
     """(N,) the discounted sum of the rewards inside the window."""
     slope: Tensor
-    """(N,) discount to the power of the steps, 0 where the window meets a termination."""
+    """(N,) the discount to the power of the number of steps; 0 where the window reaches a
+    termination."""
 
     def target(self, value: Tensor) -> Tensor:
         """Return y for `value` (N,), the value at the end of each window."""
         return self.reward + self.slope * value
 
     def then(self, later: RewardWindow) -> RewardWindow:
-        """Return the windows that go on with the steps of `later`."""
+        """Return the windows that consist of these steps followed by the steps of `later`."""
         return RewardWindow(self.reward + self.slope * later.reward, self.slope * later.slope)
 
 
@@ -132,14 +135,15 @@ def safety_windows(
     """Compose `steps` safety backups along the log, from every transition.
 
     Args:
-        constraints: (N,) h(s), positive is a violation.
-        next_constraints: (N,) h(s').
-        terminated: (N,) bool.
-        episode_last: (N,) int64, the last transition of each transition's episode.
+        constraints: (N,) h(s), positive for a violation.
+        next_constraints: (N,) h(s'), in the same units.
+        terminated: (N,) bool, whether the episode terminated in s'.
+        episode_last: (N,) int64, index of the last transition of each transition's episode.
         discount: g in (0, 1].
-        steps: n >= 1. More than the longest episode has are the same as that many.
-        extra: (N,) one more constraint, of the transition itself, that joins m; None: there is
-            none.
+        steps: n >= 1. A number above the length of the longest episode has the effect of that
+            length.
+        extra: (N,) a further constraint of the transition itself, which enters the maximum m; None
+            for no further constraint.
 
     >>> h = torch.tensor([-1.0, -0.5, 0.25])
     >>> window = safety_windows(h[:2], h[1:], torch.tensor([False, False]),
@@ -165,7 +169,7 @@ def reward_windows(
     discount: float,
     steps: int = 1,
 ) -> RewardWindow:
-    """Sum `steps` discounted rewards along the log, from every transition.
+    """Compose `steps` discounted reward backups along the log, from every transition.
 
     >>> window = reward_windows(torch.tensor([1.0, 1.0]), torch.tensor([False, True]),
     ...                         torch.tensor([1, 1]), discount=0.5, steps=2)
@@ -177,25 +181,25 @@ def reward_windows(
 
 
 def window_ends(episode_last: Tensor, rows: Tensor, steps: int) -> Tensor:
-    """Return the last transitions (batch,) of windows of `steps` steps that begin at rows (batch,).
+    """Return the indices (batch,) of the last transitions of windows that begin at `rows`.
 
-    The value at the end of a window is that of the state to which this transition leads.
+    The value at the end of a window is the value of the state that its last transition reaches.
 
     Args:
-        episode_last: (N,) int64, the last transition of each transition's episode.
-        rows: (batch,) int64.
-        steps: n >= 1.
+        episode_last: (N,) int64, index of the last transition of each transition's episode.
+        rows: (batch,) int64, indices of the transitions at which the windows begin.
+        steps: length n >= 1 of the windows.
     """
     return torch.minimum(rows + steps - 1, episode_last[rows])
 
 
 def rows_of(window: WindowT, rows: Tensor) -> WindowT:
-    """Return the windows that begin at rows (batch,)."""
+    """Return the windows that begin at the transitions `rows` (batch,)."""
     return type(window)(*[part[rows] for part in window])
 
 
 def _along(one: WindowT, episode_last: Tensor, steps: int) -> WindowT:
-    """Compose windows of `steps` steps out of windows of one."""
+    """Return windows of `steps` steps, composed of windows of one step."""
     last = torch.arange(len(episode_last), device=episode_last.device)
     longest = int((episode_last - last).max()) + 1
     total = one

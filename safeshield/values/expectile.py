@@ -1,4 +1,4 @@
-"""Expectile regression: the in-sample minimum or maximum over actions."""
+"""Expectile regression, which approximates the minimum or maximum over the logged actions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 def expectile_loss(error: Tensor, weight: float, keep: Tensor | None = None) -> Tensor:
     """Return the mean of ``|weight - 1(error < 0)| error^2`` (Kostrikov et al. 2022, eq. 5).
 
-    With ``error = target - prediction`` and a weight near 1 the prediction leans to the highest
-    targets; a lean to the LOWEST, as safety values need it (FLRP eq. 8), is the same loss of
+    With ``error = target - prediction`` and a weight near 1 the prediction approaches the HIGHEST
+    targets. Safety values need the LOWEST targets (FLRP eq. 8), which the same loss gives for
     ``error = prediction - target``.
 
-    Where `keep` (batch,) is given, rows with 0 there do not count.
+    Where `keep` (batch,) is given, rows in which it is 0 do not count.
 
     >>> round(expectile_loss(torch.tensor([1.0, -1.0]), 0.9).item(), 6)
     0.5

@@ -1,17 +1,19 @@
 r"""Reward critics: implicit Q-learning (Kostrikov et al. 2022), as in SafeFQL.
 
     y = r + g (1 - terminated) V(s'),   Q_i regresses on y,
-    V leans to the HIGHER values of min_i Q_i by an expectile (weight 0.9).
+    V approaches the HIGHER values of min_i Q_i by an expectile (weight 0.9).
 
-`allowed` keeps V to actions that an actor may take. Plain IQL values a state by the log's best way
-on, through an obstacle if need be; an actor that must not enter then presses against it from
-outside, held there by a value that promises the goal behind. With the infeasible actions left out
-of the expectile, V is the value of the best SAFE way on, and leads around.
+`allowed` restricts V to actions that an actor may take. Plain IQL values a state by the best
+continuation in the log, even if this leads through an obstacle. An actor that must not enter the
+obstacle then stays in front of it, because the values are high in the direction of the goal behind
+it. Where the infeasible actions are left out of the expectile, V is the value of the best SAFE
+continuation, which leads around the obstacle.
 
-Learned, as the safety critics are, as Q_i(s, a) = V(s) + sigma A_i(s, a): where all rewards have
-one sign, what one action adds is a fraction of a percent of Q, and that fraction is all an actor
-needs. sigma is a running root mean square of y - V(s), so the advantages are of order one whatever
-the units of reward: that is the scale by which an actor balances reward and safety.
+Like the safety critics, Q is learned in the form Q_i(s, a) = V(s) + sigma A_i(s, a). Where all
+rewards have one sign, the choice of one action changes Q by a fraction of a percent, and an actor
+needs exactly this difference. sigma is a running root mean square of y - V(s), so that the
+advantages are of order one whatever the units of reward. An actor balances reward and safety on
+this scale.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from safeshield.values.expectile import expectile_loss
 
 VALUE, ADVANTAGE = "reward_value", "reward_advantage"
 COST_NETWORKS = ("cost_value", "cost_advantage")
-"""Names of the same two networks where they learn the return of minus the cost."""
+"""Names of the same two networks where they learn the return of the negative cost."""
 
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Transitions for the reward critics; observations normalised, actions in [-1, 1]."""
+    """Transitions for the reward critics, with normalised observations and actions in [-1, 1]."""
 
     observations: Tensor
     actions: Tensor
@@ -41,31 +43,31 @@ class RewardBatch:
     rewards: Tensor
     terminated: Tensor
     window: RewardWindow
-    """The many-step targets of V."""
+    """Coefficients of the many-step targets of V."""
     window_observations: Tensor
-    """(batch, obs) of the states in which the windows end."""
+    """(batch, obs) observations of the states in which the windows end."""
 
 
 @dataclass(frozen=True)
 class RewardCritics:
-    """The networks of V_r and Q_r: pure functions of (networks, inputs)."""
+    """The networks of V_r and Q_r, as pure functions of (networks, inputs)."""
 
     observation: int
     action: int
     hidden: tuple[int, ...]
     offset: float
-    """Mean discounted return-to-go of the log: where V starts."""
+    """Mean discounted return-to-go of the log, which is added to the output of V's network."""
     spread: float
-    """Its standard deviation: the unit of V's network."""
+    """Standard deviation of the return-to-go, which is the unit of the output of V's network."""
     members: int = 2
     names: tuple[str, str] = (VALUE, ADVANTAGE)
-    """Of the two networks, in memory and in files."""
+    """Names of the two networks, in memory and in files."""
     bounds: tuple[float, float] | None = None
-    """What a return can be at least and at most, where that is known: values inside targets are cut
-    to it, so that no error can feed itself beyond."""
+    """Smallest and largest possible return, where they are known. Values inside targets are clipped
+    to these bounds, so that errors cannot grow beyond them by bootstrapping."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """Describe the two networks."""
+        """Return the descriptions of the two networks by name."""
         value, advantage = self.names
         return {
             value: EnsembleMLP(self.observation, 1, self.hidden),
@@ -73,17 +75,17 @@ class RewardCritics:
         }
 
     def init(self, generator: torch.Generator) -> Networks:
-        """Draw all weights."""
+        """Draw the initial weights of the two networks."""
         return {name: part.init(generator) for name, part in self.parts().items()}
 
     def value(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return V_r(s), (batch,), discounted return."""
+        """Return V_r(s), (batch,), as a discounted return."""
         name = self.names[0]
         raw = self.parts()[name](networks[name], observations)[0, :, 0]
         return self.offset + self.spread * raw
 
     def possible(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return `value`, cut to what a return can be."""
+        """Return `value` clipped to `bounds`, where they are known."""
         value = self.value(networks, observations)
         return value if self.bounds is None else value.clip(*self.bounds)
 
@@ -107,20 +109,26 @@ class RewardCritics:
         typical: Tensor | None = None,
         least: float | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the summed losses, the root mean square of y - V(s) as sigma, and what to log.
+        """Return the sum of the losses, the next sigma, and the metrics to log.
 
         Args:
-            networks: online weights; gradients flow into these.
-            targets: their slow copies: all values inside targets come from here.
-            batch: transitions and the many-step targets' coefficients.
-            sigma: () the unit of the advantages.
+            networks: online weights, which receive the gradients.
+            targets: slow copies of the weights, which give all values inside targets.
+            batch: transitions and the coefficients of the many-step targets.
+            sigma: () the unit of the advantages, in units of return.
             discount: g of the one-step backup of Q_r.
-            expectile: weight on targets above V, near 1.
-            one_step: fit V to Q_r of the slow copies instead of to the windows.
-            allowed: (batch,) 1 where the action may count for V, 0 where not; all by default.
-            typical: (batch,) 1 where the transition counts for the next sigma; all by default.
-            least: what a target of A_i is cut to from below, in units of sigma: how much worse than
-                that an action is, is not learned. None: nothing is cut.
+            expectile: weight of targets above V, near 1.
+            one_step: whether V is fitted to Q_r of the slow copies instead of to the windows.
+            allowed: (batch,) 1 where the action counts for V, 0 where it does not; by default all
+                actions count.
+            typical: (batch,) 1 where the transition counts for the next sigma, 0 where it does not;
+                by default all transitions count.
+            least: lower bound to which the targets of A_i are clipped, in units of sigma. Among
+                actions below this bound no difference is learned. None: the targets are not
+                clipped.
+
+        Returns:
+            The sum of the losses, the root mean square () of y - V(s), and the metrics by name.
         """
         with torch.no_grad():
             here = self.possible(targets, batch.observations)

@@ -1,16 +1,17 @@
-r"""Values regularised by KL to a behaviour mu: the soft backup and the policy that it induces.
+r"""Values regularised by the KL divergence to a behaviour mu: soft backup and induced policy.
 
     V(s)      = a log E_{x ~ mu(.|s)} [ exp(Q(s, x) / a) ]          a: temperature, units of return
     Q(s, x)   = E [ r + g (1 - terminated) V(s') ]
     pi*(x|s)  = mu(x|s) exp((Q(s, x) - V(s)) / a)
 
-V(s) = max over pi of E_pi[Q(s, .)] - a KL(pi || mu), and pi* is where the maximum is reached: it
-never acts outside mu's support. a to infinity evaluates mu, a to 0 takes the best action inside its
-support.
+V(s) = max over pi of E_pi[Q(s, .)] - a KL(pi || mu), and pi* attains this maximum. It never acts
+outside mu's support. As a goes to infinity, V becomes the value of mu itself. As a goes to 0, V
+becomes the value of the best action inside mu's support.
 
-Source: of Safe-Support Q-learning (arXiv 2604.25379) we know the abstract alone: a behaviour that
-is supported on a safe set, a target regularised by KL to it, an induced policy. The formulas here
-are derived: standard KL-regularised control (Todorov 2007, Fox et al. 2016, Levine 2018).
+Source: only the abstract of Safe-Support Q-learning (arXiv 2604.25379) was available. It names a
+behaviour that is supported on a safe set, a target regularised by KL to this behaviour, and an
+induced policy. The formulas here are derived from standard KL-regularised control (Todorov 2007,
+Fox et al. 2016, Levine 2018).
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ _Table = npt.NDArray[np.float64]
 
 
 def soft_value(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
-    """Return a log sum_i exp(log_mu_i + q_i / a) over the last axis: V(s).
+    """Return V(s) = a log sum_i exp(log_mu_i + q_i / a), the sum over the last axis.
 
     Args:
-        q: (..., c) values of c actions, units of return.
-        temperature: a, above 0, the same units.
-        log_mu: (..., c) log weights of these actions that sum to 1: probabilities of all actions
-            where they are discrete, 1/m each for m samples of mu (log-mean-exp). Minus infinity
-            for what mu never does: such an action's q, whatever it is, does not count.
+        q: (..., c) values of c actions, in units of return.
+        temperature: a, above 0, in the same units.
+        log_mu: (..., c) logarithms of weights of these actions that sum to 1. For discrete actions
+            the weights are the probabilities of all actions, and for m samples of mu they are 1/m
+            each (log-mean-exp). The weight of an action that mu never takes is minus infinity. Its
+            q, whatever it is, does not count.
 
     >>> q = torch.tensor([0.0, 1.0])
     >>> half = torch.full((2,), 0.5).log()
@@ -44,7 +46,7 @@ def soft_value(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
 
 
 def induced_log_policy(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
-    """Return log pi* (..., c) of the same actions: log mu + (q - V) / a, normalised.
+    """Return log pi* (..., c) of the actions, that is log mu + (q - V) / a, normalised.
 
     >>> log_pi = induced_log_policy(torch.zeros(3), 1.0, torch.tensor([0.25, 0.75, 0.0]).log())
     >>> log_pi.exp()
@@ -54,7 +56,7 @@ def induced_log_policy(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
 
 
 def _tilted(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
-    # What mu never does must not count even where its q is not finite.
+    # An action that mu never takes must not count even where its q is not finite.
     return torch.where(log_mu == -torch.inf, log_mu, log_mu + q / temperature)
 
 
@@ -67,20 +69,21 @@ def soft_value_iteration(
     discount: float,
     tolerance: float = 1e-12,
 ) -> tuple[_Table, _Table]:
-    """Return the exact Q (S, A) and V (S,) of a finite problem: what learning is held against.
+    """Return the exact Q (S, A) and V (S,) of a finite problem, as a reference for learning.
 
     Args:
-        transitions: (S, A, S) probabilities of going on in s'; rows sum to less than 1 where an
-            episode may terminate.
+        transitions: (S, A, S) probabilities that the episode continues in s'; rows sum to less
+            than 1 where an episode may terminate.
         rewards: (S, A) mean reward of a step.
-        mu: (S, A) probabilities of the behaviour; rows sum to 1, zeros are never taken.
-        temperature: a; 0 and infinity give the limits themselves: the best action in mu's support,
-            and mu's own value.
+        mu: (S, A) probabilities of the behaviour; rows sum to 1, and an action of probability 0 is
+            never taken.
+        temperature: a, in units of return. The values 0 and infinity give the limits: the value of
+            the best action in mu's support, and the value of mu itself.
         discount: g, in (0, 1).
-        tolerance: error of V that is left, as a share of the error of 0.
+        tolerance: remaining error of V, as a share of the error of V = 0.
 
     Raises:
-        ValueError: rows of mu do not sum to 1, a or g is out of range.
+        ValueError: a row of mu does not sum to 1, or a or g is out of range.
 
     >>> stay = np.ones((1, 2, 1))
     >>> q, v = soft_value_iteration(
@@ -97,7 +100,7 @@ def soft_value_iteration(
             f"and {discount}"
         )
     value = np.zeros(len(mu))
-    # A contraction: after this many steps what is left of the first error is the tolerance.
+    # The backup contracts errors by g, so this many steps reduce the first error to the tolerance.
     for _ in range(math.ceil(math.log(tolerance) / math.log(discount))):
         value = _soft_values(rewards + discount * (transitions @ value), mu, temperature)
     return rewards + discount * (transitions @ value), value
@@ -109,7 +112,7 @@ def _soft_values(q: _Table, mu: _Table, temperature: float) -> _Table:
     best = np.where(mu > 0, q, -np.inf).max(axis=1, keepdims=True)
     if temperature == 0:
         return np.asarray(best[:, 0])
-    # Relative to the best, no exponential overflows; and log(1 + x) is exact where a is large.
+    # Relative to the best q no exponential overflows, and expm1 and log1p stay exact for large a.
     shifted = np.where(mu > 0, q - best, 0.0)
     rest = (mu * np.expm1(shifted / temperature)).sum(axis=1)
     return np.asarray(best[:, 0] + temperature * np.log1p(rest))

@@ -1,6 +1,6 @@
-"""Units of the constraint h, V_h and Q_h in these units, and the names of the safety networks.
+"""Units of the constraint h, the formulas of V_h and Q_h in these units, and network names.
 
-`values.safety` has the networks and what they learn from.
+`values.safety` describes the networks and their training targets.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ CONSTRAINT, EXCESS, ADVANTAGE = "constraint", "excess", "advantage"
 
 
 SAFETY_NETWORKS = (CONSTRAINT, EXCESS, ADVANTAGE)
-"""Names of the safety critics' networks, in memory and in files; see `values.safety`."""
+"""Names of the safety critics' networks, in memory and in files, as in `values.safety`."""
 
 
 @dataclass(frozen=True)
 class SafetyScale:
-    """Units of the networks' outputs, read off the log; in units of h."""
+    """Offset and units of the networks' outputs, computed from a log, in units of h."""
 
     offset: float
-    """Mean of h."""
+    """Mean of h over the log."""
     spread: float
-    """Standard deviation of h."""
+    """Standard deviation of h over the log."""
     step_rms: float
-    """Root mean square of h(s') - h(s), one step's worth of h: sigma."""
+    """Root mean square of h(s') - h(s) over the log, the unit sigma of the advantages."""
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(x) for x in (self.offset, self.spread, self.step_rms)):
@@ -51,15 +51,15 @@ class SafetyScale:
             raise ValueError(f"spread and step of h must be above 0, got {self}")
 
     def to_json(self) -> dict[str, float]:
-        """Return the units for a file's header, where `step_rms` is called "step"."""
+        """Return the numbers for a file's header, where `step_rms` is called "step"."""
         return {"offset": self.offset, "spread": self.spread, "step": self.step_rms}
 
     @classmethod
     def from_json(cls, data: object) -> SafetyScale:
-        """Rebuild from a file's header.
+        """Rebuild the units from a file's header.
 
         Raises:
-            ValueError: a number is missing, unknown, or out of range.
+            ValueError: a number is missing, unknown or out of range.
         """
         names = ("offset", "spread", "step")
         if not isinstance(data, dict) or set(data) != set(names):
@@ -70,15 +70,15 @@ class SafetyScale:
 
     @property
     def excess(self) -> float:
-        """Unit of V - h^, which is small beside the spread of h itself."""
+        """Unit of V - h^, which is small compared with the standard deviation of h."""
         return 0.2 * self.spread
 
 
 def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
-    """Return V_h(s) = h^(s) + max(e(s), 0), units of h, of the outputs of the two networks."""
+    """Return V_h(s) = h^(s) + max(e(s), 0), in units of h, from the outputs of the two networks."""
     return scale.offset + scale.spread * constraint + relu(scale.excess * excess)
 
 
 def action_value(scale: SafetyScale, value: A, advantage: A) -> A:
-    """Return Q_h(s, a) = V_h(s) + sigma max_i A_i(s, a), units of h."""
+    """Return Q_h(s, a) = V_h(s) + sigma A(s, a), in units of h, where A is max_i A_i."""
     return value + scale.step_rms * advantage
