@@ -1,10 +1,11 @@
-"""Falls while MaskablePPO learns to walk along a cliff: behind a shield, and without one.
+"""Count the falls of MaskablePPO while it learns CliffWalking, with a shield and without one.
 
     python benchmarks/cliff.py            # 3 seeds, 20,480 steps each; resumes
 
-Log, shield and environment are those of examples/cliff_walking_maskable_ppo.py: falling ends the
-episode. Three ways to learn, with the same settings and seeds: "masked", told by the shield what it
-may choose from; "replaced", not told, the shield replaces what must not pass; "unshielded".
+Log, shield and environment are those of examples/cliff_walking_maskable_ppo.py: a fall ends the
+episode. There are three ways to learn, with the same settings and seeds. "masked" uses the shield's
+action masks. "replaced" uses no masks, and the shield replaces the actions that it does not accept.
+"unshielded" has no shield.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WAYS = ("masked", "replaced", "unshielded")
 
 
 def shield_of(seed: int) -> tuple[Shield, dict[str, Any]]:
-    """Train and calibrate the shield of a seed, or read it; and say how right it is."""
+    """Return the calibrated shield of a seed, and the number of moves that it misjudges."""
     path = RESULTS / f"cliff_{seed}.safetensors"
 
     def compute() -> dict[str, Any]:
@@ -62,7 +63,7 @@ def shield_of(seed: int) -> tuple[Shield, dict[str, Any]]:
 
 
 def learn(seed: int, way: str, steps: int) -> dict[str, Any]:
-    """Train in one of the ways; count."""
+    """Train MaskablePPO in one of the three ways, and count its falls."""
     shield, _ = shield_of(seed)
     masked, shielded = way == "masked", way != "unshielded"
     env = SafetyShield(make(), shield) if shielded else make()
@@ -81,7 +82,7 @@ def learn(seed: int, way: str, steps: int) -> dict[str, Any]:
     )
     counter = ShieldCallback(require_shield=shielded)
     model.learn(steps, counter, use_masking=masked)
-    # As it was trained, the shield included.
+    # The policy is evaluated as it was trained, with the shield where it had one.
     returned, _ = evaluate_policy(model, env, n_eval_episodes=1, use_masking=masked, warn=False)
     return {
         "falls": counter.violating_episodes,
@@ -92,7 +93,7 @@ def learn(seed: int, way: str, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run the parts without a stored result, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20_480)

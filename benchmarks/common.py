@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: resumable results, the machine, helpers for the two tasks."""
+"""Code that the benchmarks share: stored results, the machine, helpers for the two tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Describe hardware and versions, for the record beside every figure."""
+    """Describe the hardware and the versions, which are stored with every figure."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def once(name: str, compute: Callable[[], dict[str, Any]], *, redo: bool = False) -> dict[str, Any]:
-    """Return the result kept under this name, computing it if need be: how a run resumes."""
+    """Return the result stored under this name; compute and store it first where there is none."""
     path = RESULTS / f"{name}.json"
     if path.exists() and not redo:
         kept: dict[str, Any] = json.loads(path.read_text())
@@ -50,7 +50,7 @@ def once(name: str, compute: Callable[[], dict[str, Any]], *, redo: bool = False
 
 
 def rank_correlation(learned: np.ndarray, exact: np.ndarray) -> float:
-    """Mean Spearman correlation over the rows (states) in which the exact values differ."""
+    """Return the mean Spearman correlation over the rows (states) whose exact values differ."""
     from scipy.stats import spearmanr
 
     rows = [

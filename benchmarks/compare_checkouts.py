@@ -1,30 +1,30 @@
-"""Compare two checkouts of this repository on one machine: equal to the last bit, and as fast?
+"""Compare two checkouts of this repository on one machine, in their results and in their speed.
 
     python benchmarks/compare_checkouts.py BEFORE AFTER --out FOLDER
     python benchmarks/compare_checkouts.py BEFORE AFTER --out FOLDER --only equality --quick
 
-Each checkout is copied into a folder of its own, laid out as an installation is (by the table
-`package-dir` of its pyproject.toml), and runs in its own processes with one thread. The learners,
-environments and stored files are those of `tests/golden` beside this script.
+Each checkout is copied into its own folder in the layout of an installation (from the table
+`package-dir` of its pyproject.toml), and it runs in its own processes with one thread. The
+learners, environments and stored files are those of `tests/golden` in this repository.
 
-**equality**: weights of all learners after 300 updates; what fixed shields, written by the checkout
-before, execute and report for 10,000 states in large and small batches and one by one, for every
-kind of fallback and of replacement, Box and discrete; what agents from its files do; all that
-wrapped environments return over some episodes (single, vector, `VecEnv`); a calibration's record.
-Arrays must agree in every bit.
+**equality** compares the weights of all learners after 300 updates; the actions and reports of
+fixed shields, written by the checkout BEFORE, for 10,000 states in large and small batches and one
+by one, for every kind of fallback and of replacement, Box and discrete; the actions of agents from
+its files; all values that wrapped environments return over some episodes (single, vector,
+`VecEnv`); and the record of a calibration. Arrays must agree in every bit.
 
-**speed**: the two take turns, A B B A, in many rounds. A turn is the best of some blocks, in the
-process' own time, which other work on the machine disturbs least. Two processes of the very same
-code may differ for as long as they live, by where their memory lies; so every few rounds both are
-started anew. For each row: the median over rounds of AFTER / BEFORE, with a 95% interval of that
-median by bootstrap over pairs of processes, and over the rounds within each; a row whose interval
-lies entirely above 1.03 is flagged.
+**speed** runs the two checkouts alternately, A B B A, in many rounds. The time of a turn is the
+best of some blocks, in CPU time of the process, which other work on the machine disturbs least. Two
+processes of the same code may differ as long as they run, because their memory lies elsewhere, so
+both are started anew every few rounds. Each row shows the median over the rounds of AFTER / BEFORE,
+with a 95% interval of that median by bootstrap over pairs of processes and over the rounds within
+each pair. A row whose interval lies entirely above 1.03 is flagged.
 
-**import**: `from safeshield import Shield, SafetyShield`, a shield's file and one filtered step in
-a fresh process, beyond importing numpy and gymnasium.
+**import** times `from safeshield import Shield, SafetyShield`, reading a shield's file and one
+filtered step in a fresh process, without the time to import numpy and gymnasium.
 
-Writes results.json and results.md into FOLDER. The exit status is 0 where all is equal and nothing
-is flagged.
+The results are written to results.json and results.md in FOLDER. The exit status is 0 where
+everything is equal and no row is flagged.
 """
 
 from __future__ import annotations
@@ -77,18 +77,18 @@ print(json.dumps([cpu, wall, sorted(set(sys.modules) - before)]))
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was timed in both checkouts."""
+    """One operation that was timed in both checkouts."""
 
     name: str
     before: float
-    """Median over the rounds, seconds."""
+    """Median time of BEFORE over the rounds, in seconds."""
     after: float
     ratio: float
     """Median over the rounds of after / before."""
     low: float
-    """2.5% of the bootstrap's medians."""
+    """Lower end of the ratio's 95% interval: the 2.5% quantile of the bootstrap."""
     high: float
-    """97.5%."""
+    """Upper end of the ratio's 95% interval: the 97.5% quantile of the bootstrap."""
     rounds: int
 
     @property
@@ -98,13 +98,13 @@ class Row:
 
 
 def row_of(name: str, before: Sequence[float], after: Sequence[float], pair: int = 1) -> Row:
-    """Return a row from paired times of the two, (rounds,) each.
+    """Return a row from the paired times of both checkouts, (rounds,) each.
 
     Args:
-        name: what was timed.
-        before: seconds in each round.
-        after: seconds in each round.
-        pair: rounds in which the two processes were the same; divides the number of rounds.
+        name: name of the operation that was timed.
+        before: seconds of BEFORE in each round.
+        after: seconds of AFTER in each round.
+        pair: number of rounds that one pair of processes runs; divides the number of rounds.
     """
     a, b = np.asarray(before), np.asarray(after)
     ratios = (b / a).reshape(-1, pair)
@@ -118,12 +118,12 @@ def row_of(name: str, before: Sequence[float], after: Sequence[float], pair: int
 
 
 def lay_out(checkout: Path, target: Path) -> None:
-    """Copy a checkout's packages to where an installation would put them."""
+    """Copy the packages of a checkout to the places that an installation would give them."""
     project = tomllib.loads((checkout / "pyproject.toml").read_text())
     setup = project.get("tool", {}).get("setuptools", {})
     ignored = shutil.ignore_patterns("__pycache__")
     folders = {"safeshield": "safeshield", **setup.get("package-dir", {})}
-    # The outer packages first: "safeshield.wrappers" goes into the folder of "safeshield".
+    # Outer packages come first, because "safeshield.wrappers" goes into the folder of "safeshield".
     for package, folder in sorted(folders.items()):
         source = checkout / folder
         if package and source.is_dir():
@@ -136,9 +136,9 @@ def lay_out(checkout: Path, target: Path) -> None:
 
 
 def environment(installed: Path) -> dict[str, str]:
-    """Return the environment of a process that imports this installation, with one thread."""
+    """Return the environment variables of a process with this installation and one thread."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    # By default glibc changes its ways with what a process has allocated before.
+    # By default glibc adapts its thresholds to what a process has allocated before.
     memory = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
     fixed = {"PYTHONPATH": str(installed), "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **threads, **memory, **fixed}
@@ -159,7 +159,7 @@ class Worker:
             raise SystemExit(f"{self.name} imports safeshield from {where}, not from its own copy")
 
     def send(self, *request: object) -> None:
-        """Hand over a request without waiting for its answer."""
+        """Send a request without waiting for its answer."""
         stream = cast(IO[str], self._process.stdin)
         stream.write(json.dumps(request) + "\n")
         stream.flush()
@@ -172,7 +172,7 @@ class Worker:
         return json.loads(line)
 
     def ask(self, *request: object) -> Any:  # noqa: ANN401
-        """Return the answer to a request."""
+        """Send a request and return its answer."""
         self.send(*request)
         return self.answer()
 
@@ -186,7 +186,7 @@ class Worker:
 
 
 def difference(before: Array | None, after: Array | None) -> str | None:
-    """Return in words how two arrays differ; None where they are equal in every bit."""
+    """Describe how two arrays differ; None where they are equal in every bit."""
     if before is None or after is None:
         return "only before" if after is None else "only after"
     if (before.dtype, before.shape) != (after.dtype, after.shape):
@@ -204,7 +204,7 @@ def difference(before: Array | None, after: Array | None) -> str | None:
 def equality(
     installed: Sequence[Path], shared: Path, quick: bool, states: int | None
 ) -> tuple[int, dict[str, str]]:
-    """Return how many arrays were compared, and which differ."""
+    """Return the number of compared arrays, and a description of each that differs."""
     workers = [Worker(place, shared) for place in installed]
     files = [shared / f"{worker.name}.pickle" for worker in workers]
     for worker, file in zip(workers, files, strict=True):
@@ -212,7 +212,7 @@ def equality(
     for worker in workers:
         print(f"{worker.name}: {', '.join(worker.answer())}", flush=True)
         worker.close()
-    # What our own processes have just written.
+    # The two worker processes have just written these files.
     before, after = (pickle.loads(file.read_bytes()) for file in files)
     count, unequal = 0, {}
     for case in sorted(before.keys() | after.keys()):
@@ -228,7 +228,7 @@ def equality(
 def speed(
     installed: Sequence[Path], shared: Path, rounds: int, quick: bool, part: str
 ) -> list[Row]:
-    """Time all rows in both whose names contain `part`, in turns."""
+    """Time all rows whose names contain `part`, in both checkouts alternately."""
     times: dict[str, tuple[list[float], list[float]]] = {}
     start = time.perf_counter()
     for first in range(0, rounds, _PAIR):
@@ -240,7 +240,7 @@ def speed(
             for name in (name for name in names[0] if part in name):
                 for i in (0, 1) if turn % 2 else (1, 0):
                     seconds = workers[i].ask("time", name)
-                    if turn:  # the first round warms up
+                    if turn:  # The first round is a warm-up.
                         times.setdefault(name, ([], []))[i].append(seconds)
         for worker in workers:
             worker.close()
@@ -251,7 +251,7 @@ def speed(
 def fresh_import(
     installed: Sequence[Path], shield: Path, rounds: int
 ) -> tuple[list[Row], list[list[str]]]:
-    """Time the import and the first step in fresh processes, in turns; return what is loaded."""
+    """Time the import and the first step in fresh processes; return the modules that are loaded."""
     cpu: tuple[list[float], list[float]] = ([], [])
     wall: tuple[list[float], list[float]] = ([], [])
     loaded: list[list[str]] = [[], []]
@@ -276,7 +276,7 @@ def fresh_import(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return rows as a Markdown table, times in microseconds."""
+    """Return the rows as a Markdown table, with times in microseconds."""
     lines = ["| | before, us | after, us | after / before | 95% | |", "|---|---|---|---|---|---|"]
     for row in rows:
         lines.append(
@@ -287,7 +287,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(unequal: dict[str, str]) -> list[str]:
-    """Return one line for each case with unequal arrays: how many, and the first of them."""
+    """Return one line for each case with unequal arrays: their number, and the first one."""
     cases: dict[str, list[str]] = {}
     for name, told in unequal.items():
         case, _, array = name.rpartition(": ")
@@ -296,7 +296,7 @@ def summary(unequal: dict[str, str]) -> list[str]:
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the parts that the command line selects, and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

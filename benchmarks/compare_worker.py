@@ -1,7 +1,8 @@
-"""What `compare_checkouts.py` runs inside each of the two checkouts; not to be started by hand.
+"""Run the part of `compare_checkouts.py` that runs inside each of the two checkouts.
 
-A worker is one process with one thread and one checkout. It reads requests from its standard
-input, one JSON array a line, and answers likewise. It uses only import paths that documentation,
+`compare_checkouts.py` starts this script; it is not meant to be started by hand. A worker is one
+process with one thread and one checkout. It reads requests from its standard input, one JSON array
+on each line, and it answers in the same form. It uses only import paths that documentation,
 examples or benchmarks name, and the learners, environments and files of `tests/golden`.
 """
 
@@ -62,13 +63,13 @@ LEARNERS: dict[str, Callable[[], Any]] = {
         config=SSQLConfig(extraction_steps=30), device="cpu"
     ),
 }
-"""Learners of the default size, whose updates are timed and whose shields and agents act."""
+"""Learners of the default size, for timing updates and for making shields and agents."""
 MAKERS = ("SafeFQL", "FLRP", "R2PAC", "ShieldTrainer")
-"""Those that make a shield."""
+"""The learners that make a shield."""
 
 
 class Constant(gym.Env[Any, Any]):
-    """An environment that does nothing: what its wrapper takes is the wrapper's own time."""
+    """An environment that does nothing, so that only the time of its wrapper is measured."""
 
     observation_space = gym.spaces.Box(
         np.array([-3.0, -2.0], np.float32), np.array([2.0, 2.0], np.float32)
@@ -90,17 +91,17 @@ class Constant(gym.Env[Any, Any]):
 
 
 class Draws:
-    """A batch policy that draws uniformly in the box of the boat: for `OwnSamples`."""
+    """A batch policy for `OwnSamples` that draws uniformly in the action box of the boat."""
 
     batched = True
 
     def __call__(self, observations: Array, rng: np.random.Generator, /) -> Array:
-        """Return actions (n, 2)."""
+        """Return the actions (n, 2)."""
         return rng.uniform(-1.0, 1.0, (len(observations), 2))
 
 
 def points(shield: Shield, count: int) -> tuple[Any, Array]:
-    """Return states and proposals for a shield, two in a hundred of them unreadable or outside."""
+    """Return states and proposals for a shield; 2% are unreadable or outside the action box."""
     rng = np.random.default_rng(17)
     if isinstance(shield.observation_space, gym.spaces.Discrete):
         return rng.integers(0, 7, count), rng.integers(0, 3, count)
@@ -119,12 +120,12 @@ def points(shield: Shield, count: int) -> tuple[Any, Array]:
 
 
 def rows(states: Any, part: slice | int) -> Any:  # noqa: ANN401
-    """Return some of the states, of a dict too."""
+    """Return some rows of the states, which may be a dict of arrays."""
     return {k: v[part] for k, v in states.items()} if isinstance(states, dict) else states[part]
 
 
 def flat(value: Any, path: str = "") -> Iterable[tuple[str, Array]]:  # noqa: ANN401
-    """Yield every array in infos and the like, by its path."""
+    """Yield every array of a nested value, such as infos, with its path."""
     if isinstance(value, dict):
         for key in sorted(value):
             yield from flat(value[key], f"{path}/{key}")
@@ -138,7 +139,7 @@ def flat(value: Any, path: str = "") -> Iterable[tuple[str, Array]]:  # noqa: AN
 
 
 def joined(parts: list[tuple[Any, Any]]) -> Arrays:
-    """Return executed actions and reports of several calls as one array each."""
+    """Join the executed actions and the reports of several calls into one array each."""
     executed = np.concatenate([np.atleast_1d(part[0]) for part in parts])
     found = {"executed": executed}
     for name in parts[0][1]._fields:
@@ -150,13 +151,13 @@ def joined(parts: list[tuple[Any, Any]]) -> Arrays:
 
 
 class Files:
-    """Shields and agents that the checkout before has written into a folder, and the log."""
+    """The shields, agents and log that the checkout BEFORE has written into a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def write(self) -> None:
-        """Train every learner of the default size a little; write shields, agents and the log."""
+        """Train every learner of the default size briefly; write shields, agents and the log."""
         log = make.collect(make.boat(), make.Helmsmen(), episodes=60, seed=6)
         log.save(self.folder / "log.npz")
         states = points(Shield.load(make.GOLDEN / "shield_nearest.safetensors"), 400)
@@ -167,17 +168,17 @@ class Files:
             if name in MAKERS:
                 shield = learner.shield()
                 values = shield.value(states[0][known], states[1][known].clip(-1, 1))
-                # About half of the proposals are accepted: both ways are taken.
+                # With this delta about half of the proposals are accepted.
                 shield = shield.with_delta(max(0.0, -float(np.median(values))))
                 shield.save(self.folder / f"shield_{name}.safetensors")
 
     @cached_property
     def log(self) -> OfflineDataset:
-        """The log."""
+        """The log from which the learners are trained."""
         return OfflineDataset.load(self.folder / "log.npz")
 
     def shields(self) -> dict[str, Shield]:
-        """Return the shields of this folder and of `tests/golden`, and more ways to replace."""
+        """Return the shields of this folder and of `tests/golden`, with further replacements."""
         paths = [*make.GOLDEN.glob("shield_*"), *self.folder.glob("shield_*")]
         found = {path.stem.removeprefix("shield_"): Shield.load(path) for path in sorted(paths)}
         strategies = {
@@ -193,14 +194,14 @@ class Files:
         return found | more
 
     def agents(self) -> dict[str, Path]:
-        """Return the agents' files, those of `tests/golden` included."""
+        """Return the files of the agents, including those of `tests/golden`."""
         paths = [*make.GOLDEN.glob("agent_*"), *self.folder.glob("agent_*")]
         found = {path.stem.removeprefix("agent_"): path for path in sorted(paths)}
         return {name: path for name, path in found.items() if name != "ShieldTrainer"}
 
 
 def weights(updates: int) -> Iterable[tuple[str, Arrays]]:
-    """Yield the weights of each learner after some updates, tiny networks and middling ones."""
+    """Yield the weights of each learner after some updates, for tiny and for medium networks."""
     log = make.golden_log()
     for hidden in ((16,), (48, 40)):
         for name, new in make.trained(log, updates, hidden).items():
@@ -211,12 +212,12 @@ def weights(updates: int) -> Iterable[tuple[str, Arrays]]:
 
 
 def decisions(files: Files, count: int) -> Iterable[tuple[str, Arrays]]:
-    """Yield what each shield does with the same states: in large and small batches, one by one."""
+    """Yield the actions and reports of each shield for the same states, in several batch sizes."""
     for name, shield in files.shields().items():
         states, actions = points(shield, count)
-        # Larger ones take gigabytes where plans are weighed.
+        # Larger batches take gigabytes of memory in shields that evaluate plans.
         for size in (256, 7, 1):
-            # A strategy that draws begins anew.
+            # A strategy that draws random samples starts again from its seed.
             if isinstance(shield.replacement, OwnSamples):
                 shield = shield.with_replacement(OwnSamples(Draws(), count=8, seed=5))
             starts = range(0, count, size)
@@ -238,7 +239,7 @@ def decisions(files: Files, count: int) -> Iterable[tuple[str, Arrays]]:
 
 
 def predictions(files: Files, count: int) -> Iterable[tuple[str, Arrays]]:
-    """Yield what each agent does, in a batch and one by one, with noise and without."""
+    """Yield the actions of each agent, in a batch and one by one, with noise and without."""
     states = points(Shield.load(make.GOLDEN / "shield_nearest.safetensors"), count)[0]
     states = states[np.isfinite(states).all(axis=1)]
     for name, path in files.agents().items():
@@ -257,7 +258,7 @@ def predictions(files: Files, count: int) -> Iterable[tuple[str, Arrays]]:
 
 
 def episodes(files: Files, steps: int) -> Iterable[tuple[str, Arrays]]:
-    """Yield all that wrapped environments return over some steps: single, vector, VecEnv."""
+    """Yield all values that wrapped environments return in some steps: single, vector, VecEnv."""
     shields = files.shields()
     adaptive = {"target": 0.1, "window": 20}
     cases: dict[str, Callable[[], Any]] = {}
@@ -324,13 +325,13 @@ def episodes(files: Files, steps: int) -> Iterable[tuple[str, Arrays]]:
 
 
 def calibration() -> Iterable[tuple[str, Arrays]]:
-    """Yield a calibration's record."""
+    """Yield the record of a calibration."""
     shield = Shield.load(make.GOLDEN / "shield_calibrated.safetensors")
     yield "calibration", dict(flat(make.record_of(shield)))
 
 
 def equality(files: Files, target: Path, quick: bool, count: int | None) -> list[str]:
-    """Write all arrays that must be equal to a file, and return how long each part took."""
+    """Write all arrays that must be equal to a file, and return the time that each part took."""
     count = count or (400 if quick else STATES)
     parts = {
         "weights": lambda: weights(40 if quick else UPDATES),
@@ -395,7 +396,7 @@ def _call(function: Callable[..., object], *arguments: Any) -> Callable[[], obje
 
 
 def _wrapper_rows(files: Files) -> dict[str, Any]:
-    """Return calls, or pairs of a call and what is taken off it."""
+    """Return calls, or pairs of a call and a call whose time is subtracted from it."""
     shield = files.shields()["ShieldTrainer"]
     states, actions = points(shield, 400)
     states, actions = np.nan_to_num(states), np.nan_to_num(actions).clip(-1, 1)
@@ -423,7 +424,7 @@ def _agent_rows(files: Files) -> dict[str, Callable[[], object]]:
     timed: dict[str, Callable[[], object]] = {}
     for name in LEARNERS:
         if name == "ShieldTrainer":
-            continue  # it has no actor of its own
+            continue  # ShieldTrainer has no actor of its own.
         agent = load_agent(files.folder / f"agent_{name}.safetensors")
         timed[f"predict, one: {name}"] = _call(agent.predict, states[0])
         timed[f"predict, 256: {name}"] = _call(agent.predict, states)
@@ -431,7 +432,7 @@ def _agent_rows(files: Files) -> dict[str, Callable[[], object]]:
 
 
 class Timing:
-    """The rows that are timed, made when the first is asked for."""
+    """The timed rows, which are made when the first one is requested."""
 
     def __init__(self, files: Files, quick: bool) -> None:
         self.files = files
@@ -441,7 +442,7 @@ class Timing:
 
     @cached_property
     def rows(self) -> dict[str, Any]:
-        """All rows but those of training."""
+        """All rows except those of training."""
         return {
             **_wrapper_rows(self.files), **_shield_rows(self.files), **_agent_rows(self.files),
         }  # fmt: skip
@@ -451,7 +452,7 @@ class Timing:
         return [*self.rows, *(f"one update: {name}" for name in LEARNERS)]
 
     def seconds(self, name: str) -> float:
-        """Return the seconds of one call: the best of some blocks, in this process' own time."""
+        """Return the seconds of one call: the best of some blocks, in CPU time of this process."""
         if name.startswith("one update: "):
             learner = LEARNERS[name.removeprefix("one update: ")]()
             log = self.files.log
@@ -464,7 +465,7 @@ class Timing:
             call()
             once = min(_seconds(call, 1) for _ in range(3))
             count = max(1, round(BLOCK_SECONDS / max(once, 1e-9)))
-            # A call that takes longer than a block is steady by itself.
+            # A call that takes longer than a block needs few repeats.
             self.counts[name] = count, 2 if once > BLOCK_SECONDS else self.blocks
         count, blocks = self.counts[name]
         best = min(_seconds(call, count) for _ in range(blocks))
@@ -484,11 +485,11 @@ def _seconds(call: Callable[[], object], count: int) -> float:
 
 
 def serve(folder: Path) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the standard input ends."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # Output of libraries must not be read as an answer.
     os.chdir(folder)
     files = Files(folder)
     timing: Timing | None = None

@@ -1,9 +1,10 @@
-"""Learned against exact values on the double integrator, at three time steps.
+"""Compare learned with exact values on the double integrator, at three time steps.
 
     python benchmarks/double_integrator.py            # 3 seeds, dt = 0.05, 0.02, 0.005; resumes
 
-Prints mean abs(V_h - exact) over the box as a share of the distance between the walls, and the rank
-correlation of Q_h over 16 accelerations with the exact one in states with abs(V) < 0.1 m.
+The script prints the mean of abs(V_h - exact) over the box, as a share of the distance between the
+walls. It also prints the rank correlation over 16 accelerations between Q_h and its exact value, in
+states with abs(V) < 0.1 m.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from safeshield.exact.double_integrator import action_value, value
 from safeshield.spaces.shapes import Actions, Observations
 
 TIME_STEPS = (0.05, 0.02, 0.005)
-WALLS = 2.0  # metres between them
-HORIZON = 20.0  # seconds: the discount is exp(-dt / HORIZON)
+WALLS = 2.0  # Distance between the walls, in metres.
+HORIZON = 20.0  # In seconds; the discount is exp(-dt / HORIZON).
 
 
 class HeldAccelerations:
-    """Random accelerations, every other one full, each held for half a second on average."""
+    """Random accelerations, held for 0.5 s on average; every other one is at full strength."""
 
     batched = True
 
@@ -36,11 +37,11 @@ class HeldAccelerations:
         self.start_wave(0)
 
     def start_wave(self, num_envs: int) -> None:
-        """Forget the accelerations of the episodes before."""
+        """Discard the accelerations of the previous episodes."""
         self._held = np.zeros((0, 1))
 
     def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
-        """Return accelerations (n, 1)."""
+        """Return the accelerations (n, 1) in m/s^2."""
         count = len(observations)
         fresh = rng.uniform(-1.0, 1.0, (count, 1))
         fresh = np.where(rng.random((count, 1)) < 0.5, np.sign(fresh), fresh)
@@ -51,7 +52,7 @@ class HeldAccelerations:
 
 
 def config(dt: float, seed: int) -> SafeFQLConfig:
-    """Return the settings for a time step: windows and discount are fixed in seconds."""
+    """Return the settings for a time step; windows and discount are constant in seconds."""
     steps = [max(1, round(seconds / dt)) for seconds in (3.2, 0.8, 0.2, 0.05)]
     return SafeFQLConfig(
         seed=seed,
@@ -68,7 +69,7 @@ def log(dt: float, seed: int) -> OfflineDataset:
 
 
 def run(dt: float, seed: int, steps: int) -> dict[str, Any]:
-    """Train and compare."""
+    """Train the critics, and compare them with the exact values."""
     torch.set_num_threads(1)
     shield = SafeFQL(config(dt, seed)).fit(log(dt, seed), steps=steps).shield()
     box = shield.observation_space
@@ -99,7 +100,7 @@ def run(dt: float, seed: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run the parts without a stored result, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=8_000)

@@ -1,24 +1,24 @@
-"""The river's current drifts after deployment: a fixed threshold beside one that adapts.
+"""Compare a fixed with an adaptive threshold while the current of the river changes.
 
     python benchmarks/boat.py --steps 20000    # once: trains the agents of the three seeds
     python benchmarks/drift.py                 # an hour on one core; resumes; table, picture
 
-A deployment is 200 episodes of one boat. Its current stands at the log's 2.0 m/s, rises to 3.0,
-stays, and comes back, with a fluctuation from episode to episode (0.05 m/s) and gusts from step
-to step (0.2 m/s); the log, and so the shield, knows 2.0 and calm water. Three seeds of the agent,
-eight deployments each, two reckless policies (random directions; straight to the goal) behind a
-shield whose delta keeps 90% of the starts (`--shares` for others). Starts are uniform among those
-certified by that delta. The same starts, currents and gusts for all thresholds:
+A deployment is 200 episodes of one boat. The current is first the log's 2.0 m/s, then rises to 3.0,
+stays there, and returns, with a fluctuation from episode to episode (0.05 m/s) and gusts from step
+to step (0.2 m/s). The log contains only 2.0 m/s and calm water. There are three seeds of the agent
+with eight deployments each, and two reckless policies (random directions; straight to the goal)
+behind a shield whose delta certifies 90% of the starts (`--shares` sets others). Starts are uniform
+among those that this delta certifies. All thresholds see the same starts, currents and gusts:
 
 - fixed: -delta;
-- adaptive: `AdaptiveThreshold`, a margin for each boat, kept from episode to episode;
-- fixed, strict: fixed at the mean over time of what the adaptive one came to in the same run:
-  what strictness buys when it is always there.
+- adaptive: `AdaptiveThreshold`, with a margin for each boat that is kept between episodes;
+- fixed, strict: fixed at the mean over time of the adaptive threshold in the same run. It shows the
+  effect of the same strictness without adaptation.
 
-A range is wrong where, in a step in which the shield stepped in, the value rose by more over
-what was promised than the margin said (`safeshield.shield.adaptive`); the fixed threshold's
-margin is delta / horizon. Settings of the adaptive threshold were chosen with two agents trained on
-other logs and seeds.
+The range of a step in which the shield intervened is wrong where the value rose above the promised
+one by more than the margin (`safeshield.shield.adaptive`). The margin of a fixed threshold is
+delta / horizon. The settings of the adaptive threshold were chosen with two agents that were
+trained on other logs and seeds.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ Array = npt.NDArray[Any]
 POLICIES, VARIANTS = ("straight", "random"), ("fixed", "adaptive", "strict")
 SHARES, PICTURED = (0.9,), 0.9
 EPISODES, BOATS, PEAK = 200, 8, 3.0
-WOBBLE, GUST = 0.05, 0.2  # metres per second: from episode to episode, from step to step
-# Half a metre to the side of a rock at 1 m/s takes 100 steps; behind the tuning agents' shields,
-# stretches without an acceptable action lasted up to 200 at the log's current, most 100 to 150.
+WOBBLE, GUST = 0.05, 0.2  # In m/s: from episode to episode, and from step to step.
+# Moving half a metre sideways past a rock at 1 m/s takes 100 steps. Behind the shields that were
+# used for tuning, stretches without an acceptable action lasted up to 200 steps at the log's
+# current, and most of them 100 to 150.
 SETTINGS = AdaptiveThreshold(target=0.05, rate=0.01, window=200, horizon=150)
 BANDS = ((1.0, 2.2), (2.2, 2.6), (2.6, 2.9), (2.9, 9.0))
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "drift.png"
@@ -67,7 +68,7 @@ class GustyTask(BoatTask):
     generator: np.random.Generator | None = None
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the states, each in its own gust."""
+        """Return the next states, each with its own gust."""
         assert self.generator is not None
         gust = GUST * self.generator.standard_normal(state.shape[:-1])
         return next_state(state, action, current=self.current + gust, dt=self.dt)
@@ -83,7 +84,7 @@ def currents(seed: int) -> Array:
 
 
 def load(seed: int, share: float) -> Shield:
-    """Return the shield of a seed at the delta that keeps a share of the starts."""
+    """Return the shield of a seed with the delta that certifies a share of the starts."""
     path = RESULTS / f"boat_20000_{seed}.safetensors"
     if not path.exists():
         raise SystemExit(f"{path} is missing: run benchmarks/boat.py --steps 20000 first")
@@ -93,7 +94,7 @@ def load(seed: int, share: float) -> Shield:
 
 
 def starts(shield: Shield, rng: np.random.Generator) -> Array:
-    """Return a start (BOATS, 2) for each boat, uniform among the certified."""
+    """Return a start (BOATS, 2) for each boat, uniform among the certified ones."""
     drawn = rng.uniform(STATE_LOW, STATE_HIGH, (40 * BOATS, 2))
     return drawn[shield.row_values(drawn.astype(np.float32)) <= shield.threshold][:BOATS]
 
@@ -144,7 +145,7 @@ def deploy(seed: int, share: float, policy: str, variant: str) -> dict[str, Any]
         for name, total in sums.items():
             rows[name].append(total.tolist())
     if env.adaptive is not None:
-        # The wrapper's own count, against this one.
+        # The wrapper's own count must agree with this one.
         assert env.adaptive.observed.tolist() == np.sum(rows["counted"], axis=0).tolist()
         assert env.adaptive.wrong.tolist() == np.sum(rows["wrong"], axis=0).tolist()
     return {
@@ -156,13 +157,13 @@ def deploy(seed: int, share: float, policy: str, variant: str) -> dict[str, Any]
 def result(
     seed: int, share: float, policy: str, variant: str, *, redo: bool = False
 ) -> dict[str, Any]:
-    """Return what was kept of these deployments, or run them."""
+    """Return the stored result of these deployments; run them where there is none."""
     name = f"drift_{share}_{seed}_{policy}_{variant}"
     return once(name, lambda: deploy(seed, share, policy, variant), redo=redo)
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """Print what happened, by agent and threshold, over all seeds."""
+    """Print the results for each agent and threshold, over all seeds."""
     print(f"target {SETTINGS.target}; bound: +- (max(target, 1 - target) + rate) / (T rate)")
     heads = ("agent", "threshold", "violating", *(f"{a}-{b} m/s" for a, b in BANDS))
     more = ("wrong ranges", "worst boat", "its bound", "mean thr.", "replaced", "return")
@@ -192,13 +193,13 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run what is missing, print the table, draw the picture."""
+    """Run the parts without a stored result, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument("--redo", action="store_true")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # not calibrated: the deltas are chosen by share
+    warnings.simplefilter("ignore")  # The shields are not calibrated.
     print(machine())
     for share in arguments.shares:
         rows = [
@@ -279,7 +280,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def _running(values: Array, width: int) -> Array:
-    """Return the mean of the last `width` values at each place, of fewer at the beginning."""
+    """Return the running mean over the last `width` values, over fewer at the beginning."""
     sums = np.cumsum(np.concatenate([np.zeros(1), values]))
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(ends - width, 0)
