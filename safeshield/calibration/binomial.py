@@ -4,7 +4,7 @@
 
 With confidence 1 - b over the draw of the N episodes, the probability that a new episode of the
 same kind violates is at most eps. N counts EPISODES: the steps of one episode depend on each other,
-and counting them as trials promises what nobody tested.
+and counting them as trials promises more than was tested.
 """
 
 from __future__ import annotations

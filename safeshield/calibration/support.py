@@ -7,8 +7,8 @@ exchangeable with these, so its rank among all n + 1 is uniform, and
 
     P(S_new < level) <= j / (n + 1) <= alpha.
 
-Steps are not exchangeable with each other: they share an episode's helmsman and weather. Counting
-them as draws promises a share of steps to nobody in particular, and breaks for whole episodes.
+Steps are not exchangeable with each other, because the steps of an episode share its policy and its
+disturbances. A level that counts steps as draws does not hold for whole episodes.
 
 Source: split conformal prediction (Vovk et al. 2005; Lei et al. 2018), an episode one draw.
 """

@@ -4,7 +4,7 @@ A run is cut into segments of a fixed number of updates. Each starts with a rese
 environment and all random numbers seeded anew from (seed, learner, segment), goes on from the
 weights, moments, statistics and price that the one before left in a file, and ends by playing the
 episodes under way to their end, without learning. So a segment is a function of the file before it:
-a run that was interrupted and gone on with is, bit for bit, the one that was not.
+a run that was interrupted and resumed is, bit for bit, the one that was not.
 """
 
 from __future__ import annotations
@@ -138,9 +138,9 @@ class Learner:
 
     def _segment(self, progress: Progress, updates: int) -> Progress:
         config = self.config
-        seen = flat_observations(self.venv.observation_space)
-        played = flat_actions(self.venv.action_space)
-        recorder = EpisodeRecorder(self.venv, seen, played)
+        observation_codec = flat_observations(self.venv.observation_space)
+        action_codec = flat_actions(self.venv.action_space)
+        recorder = EpisodeRecorder(self.venv, observation_codec, action_codec)
         price = None
         if self.limit is not None:
             value = config.multiplier_start if progress.price is None else progress.price
@@ -156,7 +156,12 @@ class Learner:
         model.learn(updates * config.rollout, callback=watch)
         _finish_episodes(model, stack, recorder)
         episodes = [*watch.episodes, *recorder.take()]
-        log = log_of(episodes, seen.space, played.space, label_magnitude=self.label_magnitude)
+        log = log_of(
+            episodes,
+            observation_codec.space,
+            action_codec.space,
+            label_magnitude=self.label_magnitude,
+        )
         log.save(segment_file(self.folder, progress.segments))
         after = Progress(
             updates=progress.updates + updates,

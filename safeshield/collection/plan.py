@@ -57,8 +57,8 @@ class Plan:
         if not limits:
             raise ValueError("limits must name at least one learner's cost limit, or None; got ()")
         seed = whole("seed", seed, least=0)
-        played = flat_actions(env.action_space)
-        if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
+        action_codec = flat_actions(env.action_space)
+        if not (np.isfinite(action_codec.low).all() and np.isfinite(action_codec.high).all()):
             raise ValueError(
                 f"env's action_space must be bounded, as PPO needs it, got {env.action_space}; "
                 "give it the bounds of the actuators, in the environment or in a wrapper"

@@ -34,13 +34,15 @@ class EpisodeRecorder(VecEnvWrapper):
 
     Args:
         venv: whose infos hold ``"cost"`` or ``"constraint"``.
-        seen: how observations become rows.
-        played: how actions become rows.
+        observation_codec: how observations become rows.
+        action_codec: how actions become rows.
     """
 
-    def __init__(self, venv: VecEnv, seen: SpaceCodec, played: SpaceCodec) -> None:
+    def __init__(
+        self, venv: VecEnv, observation_codec: SpaceCodec, action_codec: SpaceCodec
+    ) -> None:
         super().__init__(venv)
-        self._seen, self._played = seen, played
+        self._observation_codec, self._action_codec = observation_codec, action_codec
         self._episodes: list[Episode] = []
         self.costs = np.zeros(venv.num_envs)
         """(n,) of the last step; 1 in a violation where only the constraint is reported."""
@@ -61,7 +63,7 @@ class EpisodeRecorder(VecEnvWrapper):
         """Start new episodes; those that were not over are forgotten."""
         observations = self.venv.reset()
         self.current = copied(observations)
-        rows = self._seen.flatten(observations, "observation")[0]
+        rows = self._observation_codec.flatten(observations, "observation")[0]
         self._running = [
             _Running(row, info) for row, info in zip(rows, self.venv.reset_infos, strict=True)
         ]
@@ -76,13 +78,13 @@ class EpisodeRecorder(VecEnvWrapper):
         """Write the step down."""
         observations, rewards, dones, infos = self.venv.step_wait()
         self.current = copied(observations)
-        after = np.array(self._seen.flatten(observations, "observation")[0])
-        actions = self._played.flatten(self._actions)[0]
+        after = np.array(self._observation_codec.flatten(observations, "observation")[0])
+        actions = self._action_codec.flatten(self._actions)[0]
         for i, (done, info) in enumerate(zip(dones, infos, strict=True)):
             reached = after[i]
             if done:
                 last = info[TERMINAL_OBSERVATION]
-                reached = self._seen.flatten(last, "observation")[0][0]
+                reached = self._observation_codec.flatten(last, "observation")[0][0]
             # Before the learner sees it, which would go on with weights that are no numbers.
             where = f"an episode of environment {i}"
             check_reward(float(rewards[i]), len(self._running[i].rewards), where)

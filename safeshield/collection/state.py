@@ -1,4 +1,4 @@
-"""What a learner goes on from: a file of its state, and one of episodes for each segment."""
+"""What a learner resumes from: a file of its state, and one of episodes for each segment."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def load_segment(folder: Path, segment: int) -> OfflineDataset:
 
 @contextlib.contextmanager
 def _saying_the_way_out(folder: Path) -> Iterator[None]:
-    """Add to the error of a damaged file what there is to be done in this place."""
+    """Add to the error of a damaged file how to repair the folder."""
     try:
         yield
     except ValueError as error:
@@ -115,7 +115,7 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def restore(path: Path, model: PPO, stack: VecNormalize) -> None:
-    """Let a new model and new statistics go on from a file of `write_state`."""
+    """Load what `write_state` wrote into a new model and new statistics."""
     header, arrays = _read_state(path)
     # Copies: the arrays may be views of the file's bytes, which must not be trained in place.
     weights = {

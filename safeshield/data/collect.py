@@ -58,11 +58,11 @@ def collect(
     """
     check_env(env)
     observation_space, action_space = spaces_of(env)
-    seen = part_of(observation_space, observation_keys)
+    space = part_of(observation_space, observation_keys)
     runs = run_episodes(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
     )
-    return log_of(runs, seen, action_space, label_magnitude=label_magnitude)
+    return log_of(runs, space, action_space, label_magnitude=label_magnitude)
 
 
 def log_of(

@@ -62,7 +62,7 @@ class OfflineDataset:
         action_space: Box, Discrete, MultiDiscrete or MultiBinary.
         constraint_kind: "continuous" (in units of the constraint) or "binary" (+M and -1).
         provenance: how the log was made, as JSON values: environment, seeds, versions. None where
-            nobody said. It is saved and loaded, and stays with parts of the log.
+            it is not known. It is saved and loaded, and stays with parts of the log.
 
     Raises:
         ValueError: a rule is broken; the message names the key, the index, the episode, a repair.
@@ -180,7 +180,10 @@ class OfflineDataset:
             observation_space = _box(np.inf, observations, "observations")
         if action_space is None:
             action_space = _box(1.0, actions, "actions")
-        seen, played = flat_observations(observation_space), flat_actions(action_space)
+        observation_codec, action_codec = (
+            flat_observations(observation_space),
+            flat_actions(action_space),
+        )
         kind: ConstraintKind = constraint_kind or "continuous"
         if constraints is None or next_constraints is None:
             if constraint_kind == "continuous":
@@ -197,10 +200,10 @@ class OfflineDataset:
                 costs, starts_of(**flags), label_magnitude, initial_costs
             )
         return cls(
-            observations=_rows("observations", observations, seen),
-            actions=_rows("actions", actions, played),
+            observations=_rows("observations", observations, observation_codec),
+            actions=_rows("actions", actions, action_codec),
             rewards=as_field("rewards", rewards),
-            next_observations=_rows("next_observations", next_observations, seen),
+            next_observations=_rows("next_observations", next_observations, observation_codec),
             costs=as_field("costs", costs),
             constraints=as_field("constraints", constraints),
             next_constraints=as_field("next_constraints", next_constraints),
@@ -228,7 +231,7 @@ class OfflineDataset:
         allocated once and filled block by block: loading takes their memory and little more.
 
         Args:
-            path: the file. It can run no code, whoever made it.
+            path: the file. Reading it runs no code from it.
             observation_space: the space of the environment that was logged.
             action_space: likewise; needed where actions leave [-1, 1].
             label_magnitude: label of an unsafe state where labels are binary (25 unless the file
@@ -254,7 +257,7 @@ class OfflineDataset:
                 observation_space, action_space = stored_observations, stored_actions
                 if fields["constraints"] is None:
                     raise ValueError(f"missing keys {list(storage.LABEL_KEYS)}; save it again")
-            # A log just read belongs to nobody else: no copy is needed.
+            # Nothing else holds these arrays, so they need no copy.
             for array in fields.values():
                 if array is not None:
                     array.flags.writeable = False

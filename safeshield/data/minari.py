@@ -101,11 +101,14 @@ def arrays_of(
         ValueError: it is damaged, or lacks the infos that label a log.
     """
     space = part_of(dataset.observation_space, observation_keys)
-    seen, played = flat_observations(space), flat_actions(action_space or dataset.action_space)
-    filling = _Filling(int(dataset.total_steps), seen, played)
+    observation_codec, action_codec = (
+        flat_observations(space),
+        flat_actions(action_space or dataset.action_space),
+    )
+    filling = _Filling(int(dataset.total_steps), observation_codec, action_codec)
     for number, episode in _episodes(dataset):
         filling.add(number, episode)
-    return {**filling.arrays(), "observation_space": space, "action_space": played.space}
+    return {**filling.arrays(), "observation_space": space, "action_space": action_codec.space}
 
 
 def write_dataset(
@@ -152,8 +155,8 @@ def write_dataset(
 class _Filling:
     """The arrays of a log, allocated once and filled episode by episode."""
 
-    def __init__(self, steps: int, seen: SpaceCodec, played: SpaceCodec) -> None:
-        self._seen, self._played = seen, played
+    def __init__(self, steps: int, observation_codec: SpaceCodec, action_codec: SpaceCodec) -> None:
+        self._observation_codec, self._action_codec = observation_codec, action_codec
         self._at = 0
         self._reported: frozenset[str] | None = None
         self._initial_costs: list[float] = []
@@ -161,9 +164,9 @@ class _Filling:
         self._columns: dict[str, Array] = {
             **{key: np.empty(steps, np.float32) for key in one},
             **{key: np.zeros(steps, np.bool_) for key in ("terminated", "truncated")},
-            "observations": np.empty((steps, seen.width), np.float32),
-            "next_observations": np.empty((steps, seen.width), np.float32),
-            "actions": np.empty((steps, played.width), np.float32),
+            "observations": np.empty((steps, observation_codec.width), np.float32),
+            "next_observations": np.empty((steps, observation_codec.width), np.float32),
+            "actions": np.empty((steps, action_codec.width), np.float32),
         }
 
     def add(self, number: int, episode: Any) -> None:  # noqa: ANN401 - minari.EpisodeData
@@ -179,12 +182,12 @@ class _Filling:
         part = slice(self._at, self._at + steps)
         if part.stop > len(self._columns["rewards"]):
             raise ValueError(f"{where} goes beyond the steps that the metadata claim")
-        rows = self._seen.flatten(episode.observations, f"{where}: observations")[0]
+        rows = self._observation_codec.flatten(episode.observations, f"{where}: observations")[0]
         ends = {
             "terminated": np.array(episode.terminations, np.bool_),
             "truncated": np.array(episode.truncations, np.bool_),
         }
-        acted = self._played.flatten(episode.actions, f"{where}: actions")[0]
+        acted = self._action_codec.flatten(episode.actions, f"{where}: actions")[0]
         lengths = [len(acted), *map(len, ends.values())]
         if len(rows) != steps + 1 or set(lengths) != {steps}:
             raise ValueError(
@@ -199,7 +202,7 @@ class _Filling:
         infos = _infos(episode.infos, steps, where)
         self._check_reported(infos, where)
         if EXECUTED in infos:
-            acted = self._played.flatten(infos[EXECUTED][1:], f"{where}: {EXECUTED}")[0]
+            acted = self._action_codec.flatten(infos[EXECUTED][1:], f"{where}: {EXECUTED}")[0]
         named = {
             "observations": rows[:-1],
             "next_observations": rows[1:],
@@ -221,7 +224,7 @@ class _Filling:
         self._at = part.stop
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arguments of `OfflineDataset.from_arrays`, read-only: nobody else has them.
+        """Return the arguments of `OfflineDataset.from_arrays`, read-only.
 
         Raises:
             ValueError: there are fewer steps than were announced.

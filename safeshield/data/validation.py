@@ -23,8 +23,8 @@ _BLOCK = 1 << 18
 def as_field(name: str, value: npt.ArrayLike) -> Array:
     """Return `value` as the read-only float32 or bool array of field `name`.
 
-    A writeable array is copied, so that nobody changes a log from outside; a read-only one of the
-    right dtype is taken as it is.
+    A writeable array is copied, so that a log cannot be changed from outside; a read-only one of
+    the right dtype is taken as it is.
 
     Raises:
         TypeError: it holds no numbers.

@@ -66,7 +66,7 @@ def field_score(
         seeds: one run each; starts and noise follow from it.
         episodes: of each run.
         shield: what filters the proposals, or a dict of one for each seed; None: nothing does, but
-            for a `SafetyShield` around `env` or a `ShieldedPolicy`, which are seen.
+            for a `SafetyShield` around `env` or a `ShieldedPolicy`, which are recognised.
         name: of the policy, for tables.
         task: name of the task, for tables; by default the environment's id.
         num_envs: how many copies of the environment step together.

@@ -105,7 +105,7 @@ class Run:
     violation."""
     intervention_rate: float | None = None
     """Share of the steps in which a shield replaced the action; None without a shield, and of a
-    `ShieldedPolicy`, which nobody else can ask."""
+    `ShieldedPolicy`, which does not report it."""
 
     def __post_init__(self) -> None:
         if not self.returns or len(self.returns) != len(self.costs):
@@ -146,7 +146,7 @@ class FieldScore:
     runs: tuple[Run, ...]
     """One for each seed."""
     shielded: bool = False
-    """Whether a shield stood between the proposals and the environment, whoever put it there."""
+    """Whether a shield stood between the proposals and the environment, wherever it was put."""
     trained_apart: bool = False
     """Whether each run is of an agent trained for it, so that the spread over runs is that of
     training too; False: the runs are of one agent and differ in their episodes alone."""

@@ -40,7 +40,7 @@ def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
 def environment_id(env: object) -> str:
     """Return the id that an environment, or what a vector environment holds, was made by.
 
-    "" where there is none to be seen. Gymnasium's and Stable-Baselines3's vectors are read alike.
+    "" where there is none. Gymnasium's and Stable-Baselines3's vectors are read alike.
     """
     # The innermost one's: wrappers copy it with their own arguments, and some cannot be copied.
     inner = getattr(env, "unwrapped", env)

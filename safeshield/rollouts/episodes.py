@@ -118,16 +118,18 @@ def run_episodes(
         )
     envs = copies(env, num_envs, most=episodes, freeze=True)
     try:
-        seen = flat_observations(part_of(envs.single_observation_space, observation_keys))
-        played = flat_actions(envs.single_action_space)
+        observation_codec = flat_observations(
+            part_of(envs.single_observation_space, observation_keys)
+        )
+        action_codec = flat_actions(envs.single_action_space)
         seeds, noise = np.random.SeedSequence(seed).spawn(2)
         base = int(np.random.default_rng(seeds).integers(2**31 - 2**24))
         rng = np.random.default_rng(noise)
-        acting = as_batch_policy(policy, played.space)
+        acting = as_batch_policy(policy, action_codec.space)
         runner = _Runner(
             envs,
-            seen,
-            played,
+            observation_codec,
+            action_codec,
             acting,
             rng,
             on_step,
@@ -150,8 +152,8 @@ class _Runner:
     """What stays the same from batch to batch."""
 
     envs: VectorEnv
-    seen: SpaceCodec
-    played: SpaceCodec
+    observation_codec: SpaceCodec
+    action_codec: SpaceCodec
     policy: BatchPolicy
     rng: np.random.Generator
     on_step: Callable[[VectorStep], None] | None
@@ -183,7 +185,7 @@ class _Runner:
             # Copies go to the policy and to the environments, which may write into them: what is
             # logged is what was there before.
             proposed = self.policy(copied(observations), self.rng)
-            actions = executable_actions(proposed, self.played.space, count)
+            actions = executable_actions(proposed, self.action_codec.space, count)
             result = envs.step(self._in_dtype(np.array(actions)))
             check_step(result)
             returned, rewards, terminated, truncated, infos = result
@@ -192,8 +194,8 @@ class _Runner:
             ended = np.asarray(terminated) | np.asarray(truncated)
             reached, replaced = self._reached(returned, ended, infos)
             step = VectorStep(
-                self.batches, index, active, self.seen.flatten(observations)[0],
-                self.played.flatten(actions)[0], np.array(rewards), reached,
+                self.batches, index, active, self.observation_codec.flatten(observations)[0],
+                self.action_codec.flatten(actions)[0], np.array(rewards), reached,
                 np.array(terminated), np.array(truncated), infos,
             )  # fmt: skip
             record.add(step, replaced)
@@ -208,7 +210,7 @@ class _Runner:
         return [record.episode(i) for i in range(wanted)]
 
     def _in_dtype(self, actions: Array) -> Array:
-        space = self.played.space
+        space = self.action_codec.space
         if not isinstance(space, gym.spaces.Box):
             return actions
         # A float32 beside a float64 bound may lie a rounding error outside it.
@@ -219,7 +221,7 @@ class _Runner:
         self, returned: Batch, ended: npt.NDArray[np.bool_], infos: Mapping[str, Any]
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
         """Rows after the step, and where `returned` is already of the next episode."""
-        reached = np.array(self.seen.flatten(returned, "observation")[0])
+        reached = np.array(self.observation_codec.flatten(returned, "observation")[0])
         key = final_observations_key(infos)
         if key is None:
             if self.mode == "samestep" and ended.any():
@@ -230,7 +232,8 @@ class _Runner:
             return reached, np.zeros_like(ended)
         replaced = np.array(infos.get(f"_{key}", ended), dtype=np.bool_)
         for i in np.flatnonzero(replaced):
-            reached[i] = self.seen.flatten(take(infos[key], int(i)), "observation")[0][0]
+            last = take(infos[key], int(i))
+            reached[i] = self.observation_codec.flatten(last, "observation")[0][0]
         return reached, replaced
 
 

@@ -1,4 +1,4 @@
-"""Policies that act for many environments at once, made of whatever users have."""
+"""Policies that act for many environments at once, and how others become such policies."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class PredictPolicy:
         self._starts = np.ones(num_envs, dtype=np.bool_)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
-        """Ask the model, whose noise is from a generator of its own."""
+        """Return the model's actions; its noise is drawn from its own generator."""
         count = batch_length(observations)
         if len(self._starts) != count:
             self.start_wave(count)

@@ -1,6 +1,6 @@
 """What is installed, what works, and the commands that are missing.
 
-Each part is tried in a process of its own: what crashes there is told here.
+Each part is tried in a separate process, so that a crash there is reported here.
 """
 
 from __future__ import annotations
