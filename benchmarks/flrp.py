@@ -1,4 +1,4 @@
-r"""FLRP: what refinement does, the density as a support test, and the boat.
+r"""Measure FLRP: the effect of refinement, the density as a support test, and the boat.
 
     python benchmarks/flrp.py boat                  # 3 seeds; everything resumes
     python benchmarks/flrp.py density               # 3 seeds; draws a picture
@@ -7,12 +7,12 @@ r"""FLRP: what refinement does, the density as a support test, and the boat.
     python benchmarks/suites.py --data FOLDER --tasks BallRun CarCircle SwimmerVelocity \
         --methods flrp-gaussian flrp-cost           # ablations: tables 2 and 3 of the paper
 
-boat: 600 logged trips, 20,000 updates; the policy alone from 500 uniform starts in the exact safe
-set (margin 0.02 m), microseconds an action, updates a second of each phase. density: the log of
-`benchmarks/support.py`, whose helmsmen never steer down, learned by FLRP; its density against the
-flow's noise as scores that tell logged actions from others. refine: the agents of the field's
-tasks, on states that they were not trained on (those of ten new episodes of the cloned agent), and
-played for 20 episodes.
+boat uses 600 logged trips and 20,000 updates. It runs the policy alone from 500 uniform starts in
+the exact safe set (margin 0.02 m), and measures the microseconds of an action and the updates per
+second of each phase. density trains FLRP on the log of `benchmarks/support.py`, whose helmsmen
+never steer down. It compares the density with the flow's noise as scores that distinguish logged
+actions from others. refine evaluates the agents of the field's tasks on states that they were not
+trained on (those of ten new episodes of the cloned agent), and in 20 episodes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#777777"
 
 
 def kept(name: str, train: Any) -> FLRP:  # noqa: ANN401 - a function that returns an agent
-    """Load an agent, training it if need be."""
+    """Return the stored agent; train and store it first where there is none."""
     path = RESULTS / f"flrp_{name}.safetensors"
     if not path.exists():
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -69,14 +69,14 @@ def kept(name: str, train: Any) -> FLRP:  # noqa: ANN401 - a function that retur
 
 
 def boat_agent(seed: int) -> FLRP:
-    """Train on 600 trips."""
+    """Train an agent on 600 trips."""
     log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
     config = FLRPConfig(seed=seed, discount=0.997)
     return FLRP(config, device="cpu").fit(log, steps=STEPS)
 
 
 def boat(seed: int) -> dict[str, Any]:
-    """Play from safe starts, with 0 and with T refinements; time one action."""
+    """Run the agent from safe starts with 0 and with T refinements, and time one action."""
     agent = kept(f"boat_{seed}", lambda: boat_agent(seed))
     exact = boat_value()
     played: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def boat(seed: int) -> dict[str, Any]:
 
 
 def speed() -> dict[str, Any]:
-    """Count the updates a second of each phase: observations of 17, actions of 6, batch 256."""
+    """Measure updates per second of each phase: 17 observations, 6 actions, batch 256."""
     rng = np.random.default_rng(0)
     count = 20_000
     seen = rng.normal(size=(count + 1, 17))
@@ -137,7 +137,7 @@ def speed() -> dict[str, Any]:
 
 
 def density_shield(seed: int) -> Shield:
-    """Learn the helmsmen who never steer down; set the level with other trips."""
+    """Train on helmsmen who never steer down, and set the level with other trips."""
     train, held_out, _ = logs(seed)
 
     def fit() -> FLRP:
@@ -213,7 +213,7 @@ def draw_density(seed: int) -> None:
 
 
 def refine(task: str, seed: int, data: Path) -> dict[str, Any]:
-    """Judge T = 0, 1, 3, 5, 10 of a trained agent by its critics, by its shift, and by playing."""
+    """Evaluate T = 0, 1, 3, 5, 10 of a trained agent: its critics, its shift and its episodes."""
     from suites import FOLDER
 
     import safeshield.suites  # noqa: F401 - registers the tasks
@@ -263,7 +263,7 @@ def draw_refinement(found: dict[str, list[dict[str, Any]]]) -> None:
                 for key, colour in zip(pair, (BLUE, VERMILION), strict=True):
                     values = np.array([[t[str(s)][key] for s in REFINE_STEPS] for t in tables])
                     if pair[0] == "Q_h":
-                        # States differ in Q_h far more than actions do.
+                        # Q_h differs more between states than between actions.
                         values = values - values[:, :1]
                     panel.plot(
                         at, values.mean(0), "o-", color=colour, label=LABELS[key], markersize=4
@@ -284,14 +284,14 @@ def draw_refinement(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def show(columns: list[dict[str, Any]]) -> None:
-    """Print a line for each figure, a column for each seed."""
+    """Print one line for each figure, with a column for each seed."""
     for key, first in columns[0].items():
         if isinstance(first, int | float):
             print(f"{key:52}", *(f"{column[key]:>10.4g}" for column in columns))
 
 
 def main() -> None:
-    """Run what is missing and print it."""
+    """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["boat", "density", "refine"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,14 +1,14 @@
-"""SAC and PPO learn on the boat, with a shield and without: every violation of training counted.
+"""Count the violations of SAC and PPO in training on the boat, with a shield and without one.
 
     python benchmarks/learning.py            # 3 seeds; an hour and a half on one core; resumes
 
 The shield is that of `boat.py`'s agent of the same seed, calibrated for its battery (random
 proposals, adversary) at epsilon 0.01, confidence 0.99. Both learners train for 50,000 steps from
-certified starts, warm-up included; without a shield they start from the same states' distribution.
-Then the learned policy acts deterministically, with its shield or without, from 500 uniform starts
-in the exact safe set (margin 0.02 m), where the safe optimum returns -438 on average. All learners
-have Stable-Baselines3's default settings, but for nets of 64 x 64, 8 boats side by side and 128
-steps a rollout for PPO.
+certified starts, warm-up included; without a shield they start from the same distribution of
+states. Then the learned policy acts deterministically, with its shield or without, from 500 uniform
+starts in the exact safe set (margin 0.02 m), where the safe optimum returns -438 on average. All
+learners have Stable-Baselines3's default settings, except for networks of 64 x 64 and, for PPO, 8
+boats side by side and rollouts of 128 steps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEPS = 50_000
 
 
 class StartsOf(gym.Wrapper):
-    """Start where a shield certifies, and leave the actions alone."""
+    """Start episodes where a shield certifies the state, without filtering actions."""
 
     def __init__(self, env: gym.Env, shield: Shield) -> None:
         super().__init__(env)
@@ -57,7 +57,7 @@ class StartsOf(gym.Wrapper):
 
 
 def learner(name: str, shield: Shield, shielded: bool, seed: int) -> BaseAlgorithm:
-    """Make a learner that has learned nothing yet."""
+    """Return an untrained learner."""
 
     def make() -> gym.Env:
         if shielded:
@@ -90,7 +90,7 @@ def final(model: BaseAlgorithm, shield: Shield | None, seed: int) -> dict[str, f
 
 
 def run(name: str, shielded: bool, seed: int, steps: int) -> dict[str, Any]:
-    """Train one learner and count."""
+    """Train one learner, and count its violations and interventions."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     path = RESULTS / f"boat_40000_{seed}.safetensors"
@@ -117,7 +117,7 @@ def run(name: str, shielded: bool, seed: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run the parts without a stored result, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)

@@ -1,12 +1,13 @@
-"""Reading a DSRL file: memory and time, beside dsrl's own `get_dataset` on the same file.
+"""Measure memory and time to read a DSRL file, and compare with dsrl's own `get_dataset`.
 
     python benchmarks/loading.py                    # makes files of 1,000,000 transitions
     python benchmarks/loading.py --file LOG.hdf5    # reads one of yours
 
-Needs dsrl (``pip install --no-deps dsrl==0.1.0``; its data server is not asked). Every load runs
-in a process of its own, the two readers in turn; what it adds to the process's peak memory and
-the seconds it takes are medians over the runs. The files lie in the system's cache from the
-second run on; the first, which may wait for the disk, is not counted.
+The script needs dsrl (``pip install --no-deps dsrl==0.1.0``); it does not contact its data server.
+Every load runs in its own process, and the two readers alternate. The figures are medians over the
+runs of the seconds and of the memory that a load adds to the peak of the process. From the second
+run on, the files are in the cache of the system. The first run, which may wait for the disk, is not
+counted.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 WIDTHS = (60, 2)
-"""Numbers of an observation and of an action in a made file: those of PointGoal1."""
+"""Sizes of an observation and of an action in a generated file, as in PointGoal1."""
 LENGTH = 1000
 
 
 def main() -> None:
-    """Measure both readers on one file, or on made ones: with gzip as DSRL's are, and without."""
+    """Measure both readers on one file, or on generated ones with gzip, as DSRL's, and without."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, help="an HDF5 file with DSRL's keys")
     parser.add_argument("--steps", type=int, default=1_000_000, help="transitions of made files")
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def make(path: Path, steps: int, dtype: str, compression: str | None) -> None:
-    """Write whole episodes of a random walk: as smooth, and as compressible, as a log's states."""
+    """Write episodes of a random walk, which is as smooth and compressible as logged states."""
     import h5py
     import numpy as np
 
@@ -86,7 +87,7 @@ def make(path: Path, steps: int, dtype: str, compression: str | None) -> None:
 
 
 def compare(name: str, file: Path, runs: int) -> None:
-    """Print both readers' medians and their ratio."""
+    """Print the medians of both readers, and their ratio."""
     results: dict[str, list[dict[str, float]]] = {"safeshield": [], "dsrl": []}
     for run in range(runs + 1):
         for reader, kept in results.items():
@@ -109,10 +110,10 @@ def compare(name: str, file: Path, runs: int) -> None:
 
 
 def measure(reader: str, file: Path) -> dict[str, float]:
-    """Load once; return seconds, what it added to the peak of memory, and the arrays' bytes."""
+    """Load once; return the seconds, the bytes added to peak memory and those of the arrays."""
     load = _safeshield if reader == "safeshield" else _dsrl
     run = load(file)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of imports
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak, which was that of imports.
     before = _memory("VmRSS")
     started = time.perf_counter()
     arrays = run()
@@ -157,7 +158,7 @@ def _dsrl(file: Path) -> Any:  # noqa: ANN401
 
 
 def _memory(line: str) -> int:
-    """Bytes of a line of this process's status: VmRSS now, VmHWM at its peak."""
+    """Return the bytes on a line of this process's status: VmRSS is now, VmHWM is the peak."""
     for text in Path("/proc/self/status").read_text().splitlines():
         if text.startswith(f"{line}:"):
             return int(text.split()[1]) * 1024

@@ -1,15 +1,15 @@
-"""Does the promise hold? 300 calibrations with fresh episodes, against the true violation rates.
+"""Test whether the promise holds, by 300 calibrations and the true violation rates.
 
     python benchmarks/promise.py              # about 12 minutes; resumes; prints the table
 
 A shield for the double integrator is trained too briefly on purpose, so that its true violation
 rate crosses epsilon along the walk. Three thresholds are tested: one far on the safe side, one
-whose true rate lies just ABOVE epsilon (so that choosing it breaks the promise, and an honest
-test has the hardest time to refuse it), and 0. The true rates are measured on 20,000 episodes
-each. Then 300 calibrations, each with fresh episodes, choose a threshold; the share whose true
-rate exceeds epsilon must be at most 1 - confidence, up to binomial noise. Two broken calibrators
-judge the same episodes: one sums the binomial tail to k - 1, one counts steps as if they were
-episodes. Both must fail.
+whose true rate lies just ABOVE epsilon, and 0. Choosing the second breaks the promise, and a
+correct test has the greatest difficulty in rejecting it. The true rates are measured on 20,000
+episodes each. Then 300 calibrations, each with fresh episodes, choose a threshold. The share of
+choices whose true rate exceeds epsilon must be at most 1 - confidence, up to binomial noise. Two
+incorrect calibrators judge the same episodes: one sums the binomial tail to k - 1, and the other
+counts steps as if they were episodes. Both must fail.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from safeshield.rollouts.policies import as_batch_policy
 
 TASK = "safeshield/DoubleIntegrator-v0"
 EPSILON, CONFIDENCE = 0.05, 0.9
-# As few as possible: there the tail to k and the tail to k - 1 differ most, so that the test tells
-# an honest calibrator from a broken one in 300 repeats.
+# The smallest number of episodes. With it, the tails to k and to k - 1 differ most, so that 300
+# repeats distinguish a correct calibrator from an incorrect one.
 EPISODES = episodes_needed(EPSILON, CONFIDENCE)
 REPEATS, CHUNK, TRUTH_EPISODES = 300, 25, 20_000
 STRICT, SEARCH = 0.12, (0.054, 0.051, 0.048, 0.045, 0.042, 0.039)
 
-Sample = tuple[int, int, int, int]  # episodes, violating ones, steps, violating steps
+Sample = tuple[int, int, int, int]  # Episodes, violating episodes, steps, violating steps.
 
 
 def make_shield() -> Shield:
-    """Train a shield that is not quite good enough."""
+    """Train a shield too briefly, so that its true violation rate crosses epsilon."""
     path = RESULTS / "promise_shield.safetensors"
     if path.exists():
         return Shield.load(path)
@@ -71,7 +71,7 @@ def make_shield() -> Shield:
 
 
 def sample(shield: Shield, delta: float, episodes: int, seed: int) -> Sample:
-    """Run fresh shielded episodes from accepted starts, random proposals."""
+    """Run new shielded episodes with random proposals, from starts with V_h <= -delta."""
     shield = shield.with_delta(delta)
     acting = ShieldedProposals(shield, as_batch_policy("random", shield.action_space))
     counted = violating = steps = unsafe = 0
@@ -89,17 +89,17 @@ def sample(shield: Shield, delta: float, episodes: int, seed: int) -> Sample:
 
 
 def honest(sampled: Sample) -> tuple[int, int]:
-    """Count episodes."""
+    """Return the counts of episodes: the correct calibrator."""
     return sampled[0], sampled[1]
 
 
 def one_too_few(sampled: Sample) -> tuple[int, int]:
-    """Sum the tail to k - 1: broken."""
+    """Return counts that make the test sum the tail to k - 1: incorrect."""
     return sampled[0], max(sampled[1] - 1, 0)
 
 
 def steps_for_episodes(sampled: Sample) -> tuple[int, int]:
-    """Count steps as if they were independent episodes: broken."""
+    """Return the counts of steps as if these were independent episodes: incorrect."""
     return sampled[2], sampled[3]
 
 
@@ -109,7 +109,7 @@ VIEWS = {"honest": honest, "tail to k - 1": one_too_few, "steps counted": steps_
 def chosen(
     draw: Callable[[float], Sample], deltas: list[float], view: Callable[[Sample], tuple[int, int]]
 ) -> float | None:
-    """Return the threshold that a calibrator with this view of the episodes chooses."""
+    """Return the threshold that a calibrator with this way of counting chooses."""
     try:
         delta, _ = fixed_sequence_walk(
             lambda delta, policy, episodes, most: view(draw(delta)),
@@ -125,7 +125,7 @@ def chosen(
 
 
 def place(shield: Shield) -> list[float]:
-    """Return the three thresholds: strict, just beyond epsilon, 0."""
+    """Return the three thresholds: strict, with a true rate just above epsilon, and 0."""
     for i, delta in enumerate(SEARCH):
         count, violating, *_ = sample(shield, delta, TRUTH_EPISODES // 2, 8000 + i)
         error = math.sqrt(EPSILON * (1 - EPSILON) / count)
@@ -135,14 +135,14 @@ def place(shield: Shield) -> list[float]:
 
 
 def truth(shield: Shield) -> dict[str, Any]:
-    """Place the thresholds and measure their true rates, on episodes of their own."""
+    """Choose the thresholds, and measure their true rates on separate episodes."""
     deltas = place(shield)
     runs = [sample(shield, d, TRUTH_EPISODES, 9000 + i) for i, d in enumerate(deltas)]
     return {"deltas": deltas, "rates": [run[1] / run[0] for run in runs]}
 
 
 def repeats(shield: Shield, known: dict[str, Any], first: int) -> dict[str, int]:
-    """Calibrate CHUNK times, each on fresh episodes; count the broken promises."""
+    """Calibrate CHUNK times, each on new episodes, and count the broken promises."""
     deltas, rates = known["deltas"], dict(zip(known["deltas"], known["rates"], strict=True))
     broken = dict.fromkeys(VIEWS, 0)
     for repeat in range(first, first + CHUNK):
@@ -159,7 +159,7 @@ def repeats(shield: Shield, known: dict[str, Any], first: int) -> dict[str, int]
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run the parts without a stored result, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--redo", action="store_true")
     redo = parser.parse_args().redo

@@ -1,4 +1,4 @@
-r"""R2PAC: chunk lengths, ways of acting, and the shield that looks ahead.
+r"""Measure R2PAC: chunk lengths, ways of acting, and the shield that evaluates plans.
 
     python benchmarks/r2pac.py chunks --data FOLDER   # BallRun, h = 1, 3, 5, 7; draws a picture
     python benchmarks/suites.py --data FOLDER --methods r2pac     # the agents of the next one
@@ -7,12 +7,13 @@ r"""R2PAC: chunk lengths, ways of acting, and the shield that looks ahead.
     python benchmarks/suites.py --data FOLDER --tasks BallRun CarCircle SwimmerVelocity \
         --methods r2pac-plain r2pac-reward r2pac-awr  # ablations: table 2 of the paper
 
-chunks: figure 2 of the paper: Q_r and Q_c without a penalty, one-chunk targets as in the paper, in
-the mean over 2,000 fixed chunks of the log, every 50 of 2,500 updates; how much they still move in
-the last half. acting: the agents of the field's tasks, 10 episodes for each way to act; the
-microseconds of `predict` for one observation. ahead: 600 logged trips, 8,000 updates; the same
-critics with and without plans, at the delta that keeps 90% of the starts with V_h <= 0, 300
-episodes of agents that head straight to the goal, or anywhere.
+chunks draws figure 2 of the paper: the means of Q_r and Q_c over 2,000 fixed chunks of the log,
+without a penalty and with one-chunk targets as in the paper, every 50 of 2,500 updates. It also
+prints how much these means still move in the last half. acting runs the agents of the field's tasks
+for 10 episodes in each way to act, and measures the microseconds of `predict` for one observation.
+ahead uses 600 logged trips and 8,000 updates. It compares shields of the same critics with and
+without plans, at the delta that certifies 90% of the starts with V_h <= 0, in 300 episodes of
+agents that head straight to the goal or in random directions.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "student, 1 executed": (10, {"inference": "student", "execute": 1}),
     "student, 1 candidate": (10, {"inference": "student", "candidates": 1}),
 }
-"""Euler steps and settings of each way to act; 16 candidates, 3 executed where not said."""
+"""Euler steps and settings of each way to act; by default 16 candidates, 3 executed."""
 
 
 # -- chunk lengths --------------------------------------------------------------------------------
 
 
 def chunks(length: int, seed: int, data: Path) -> dict[str, Any]:
-    """Follow the mean of Q_r and Q_c in training, without a penalty."""
+    """Record the means of Q_r and Q_c during training, without a penalty."""
     from suites import read_log
 
     log = read_log(data, "BallRun")
@@ -82,7 +83,7 @@ def chunks(length: int, seed: int, data: Path) -> dict[str, Any]:
     agent = R2PAC(config, device="cpu")
     model = agent._describe(log)
     tensors = LogTensors.of(log, model.scaling, agent.device)
-    run = agent._run(model, tensors, 2 * UPDATES)  # half of them are the critics'
+    run = agent._run(model, tensors, 2 * UPDATES)  # Half of these train the critics.
     assert isinstance(run, R2PACRun)
     assert model.costs is not None
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +142,7 @@ def draw_chunks(found: dict[int, list[dict[str, Any]]]) -> None:
 
 
 def acting(task: str, seed: int, data: Path) -> dict[str, Any]:
-    """Play in each way; time one action."""
+    """Run episodes in each way to act, and time one action."""
     from suites import FOLDER
 
     import safeshield.suites  # noqa: F401 - registers the tasks
@@ -167,7 +168,7 @@ def acting(task: str, seed: int, data: Path) -> dict[str, Any]:
             times.append(time.perf_counter() - started)
         run = play(env, agent, 300 + seed, episodes=10, num_envs=1)
         table[name] = {
-            # The mean: with several actions executed, most calls do not plan.
+            # A mean, because most calls do not plan where several actions are executed.
             "microseconds": 1e6 * float(np.mean(np.sort(times)[:190])),
             "return": float(references.normalise(run.returns).mean()),
             "cost": float(np.mean(run.costs)) / COST_LIMIT,
@@ -179,7 +180,7 @@ def acting(task: str, seed: int, data: Path) -> dict[str, Any]:
 
 
 def boat_agent(seed: int) -> R2PAC:
-    """Train on 600 trips, or read what was trained."""
+    """Return the stored agent; train and store it on 600 trips where there is none."""
     path = RESULTS / f"r2pac_boat_{seed}.safetensors"
     if not path.exists():
         log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
@@ -191,7 +192,7 @@ def boat_agent(seed: int) -> R2PAC:
 
 
 def ahead(seed: int) -> dict[str, Any]:
-    """Put both shields of the same critics before agents that do not look."""
+    """Run reckless agents behind both shields of the same critics."""
     agent = boat_agent(seed)
     env = gym.make(BOAT)
     plain = agent.shield(plans=0)
@@ -221,7 +222,7 @@ def ahead(seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what is missing and print it."""
+    """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["chunks", "acting", "ahead"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,11 +1,11 @@
 """List every error message of a checkout, so that two checkouts can be compared.
 
     python benchmarks/raise_messages.py CHECKOUT                  # type and message, sorted
-    python benchmarks/raise_messages.py --diff BEFORE AFTER       # what vanished, what is new
+    python benchmarks/raise_messages.py --diff BEFORE AFTER       # removed and new messages
 
-A message is what stands after ``raise Type(``. Values that are filled in stand as ``{…}``, whatever
-their expression; a constant of the module stands as its text. In which file a message stands, and
-how often, does not count.
+A message is the text after ``raise Type(``. A value that is filled in is written as ``{…}``,
+whatever its expression, and a constant of the module is written as its text. The file in which a
+message occurs, and the number of its occurrences, make no difference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDERS = ("safeshield", "wrappers", "policies")
 
 
 def text_of(node: ast.expr, constants: Mapping[str, str]) -> str:
-    """Return a message with {…} in place of what is filled in."""
+    """Return a message with {…} in place of the values that are filled in."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else "{…}"
     if isinstance(node, ast.JoinedStr):
@@ -33,7 +33,7 @@ def text_of(node: ast.expr, constants: Mapping[str, str]) -> str:
 
 
 def constants_of(tree: ast.Module) -> dict[str, str]:
-    """Return the texts that stand under a name at the outermost level of a module."""
+    """Return the texts that a module assigns to names at its outermost level."""
     found: dict[str, str] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -44,7 +44,7 @@ def constants_of(tree: ast.Module) -> dict[str, str]:
 
 
 def called(node: ast.expr) -> str:
-    """Return the name of what is called: `error` of `gym.error(...)`."""
+    """Return the name of the function that a call names: `error` of `gym.error(...)`."""
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
@@ -53,8 +53,8 @@ def called(node: ast.expr) -> str:
 def errors_of(tree: ast.Module) -> Iterator[str]:
     """Yield "Type: message" of every error that a module makes.
 
-    Those of helpers count too, which return an error for others to raise: a call whose name ends in
-    Error or Warning and that has an argument.
+    Errors that a helper returns for its caller to raise are included. They are calls whose name
+    ends in Error or Warning and that have an argument.
     """
     constants = constants_of(tree)
     for node in ast.walk(tree):
@@ -70,7 +70,7 @@ def errors_of(tree: ast.Module) -> Iterator[str]:
 
 
 def messages(checkout: Path) -> set[str]:
-    """Return the messages of a checkout's package."""
+    """Return the messages of the package in a checkout."""
     found: set[str] = set()
     for folder in FOLDERS:
         for path in sorted((checkout / folder).rglob("*.py")):
@@ -81,7 +81,7 @@ def messages(checkout: Path) -> set[str]:
 
 
 def main() -> None:
-    """List one checkout, or compare two; the exit status of a comparison is that of diff."""
+    """List one checkout or compare two; a comparison has the exit status of diff."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

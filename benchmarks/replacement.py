@@ -1,21 +1,24 @@
-"""Ways to replace an action, side by side: on the boat, in many dimensions, and by the clock.
+"""Compare strategies that replace an action: on the boat, in many dimensions, and in time.
 
     python benchmarks/replacement.py          # 3 seeds; resumes; prints the tables
 
-Boat: two shields for each seed, of the agent that `boat.py --steps 20000` trains and keeps
-(SafeFQL: its fallback is the agent's own actor, which seeks reward), and of `ShieldTrainer` on the
-same log (its fallback seeks safety). Each at the delta that keeps 90% of the starts with V_h <= 0,
-and at delta 0, where errors of the critics show; 200 episodes from starts with V_h <= -delta for
-each strategy and each of two agents: straight to the goal with N(0, 0.3) on each entry, and
-random. The agents' own noise is what `OwnSamples` draws.
-"Unlike" is the share of the replaced actions that the default would have replaced differently.
+Boat: there are two shields for each seed. One is that of the agent that `boat.py --steps 20000`
+trains and stores (SafeFQL, whose fallback is the agent's own actor, which maximises reward). The
+other is that of `ShieldTrainer` on the same log, whose fallback maximises safety. Each has the
+delta that certifies 90% of the starts with V_h <= 0, and also delta 0, where errors of the critics
+become visible. Each strategy and each of two agents has 200 episodes from starts with V_h <=
+-delta. The agents head straight to the goal with N(0, 0.3) on each entry, or act at random.
+`OwnSamples` draws from the agent's own noise. "Unlike" is the share of the replaced actions that
+the default strategy would have replaced by another action.
 
-Dimensions: untrained critics (kinked, not convex) of m actions, proposals spread over the box, a
-threshold that accepts three in ten of them; how far each strategy moves the rejected ones.
+Dimensions: the critics are untrained (neither smooth nor convex) and take m actions, the proposals
+are spread over the box, and the threshold accepts 30% of them. The script measures how far each
+strategy moves the rejected ones.
 
-Time: calls of `Shield.filter_rows` with every action rejected, states known, by action; states and
-proposals as the first agent met them behind ShieldTrainer's shield; medians of rounds, in each of
-which the reference, a bare NumPy forward of one (256, 256) network, is timed too.
+Time: the script times calls of `Shield.filter_rows` for each action, with every action rejected and
+the states known. States and proposals are those of the first agent behind ShieldTrainer's shield.
+The figures are medians over rounds, and each round also times the reference, one NumPy forward pass
+of a (256, 256) network.
 """
 
 from __future__ import annotations
@@ -62,14 +65,14 @@ STRATEGIES: dict[str, Callable[[object], Replacement]] = {
 
 @batch_policy
 def noisy_straight(observations: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Head for the goal, with exploration noise."""
+    """Return actions towards the goal with exploration noise."""
     course = straight(observations, rng)
     noisy = course + NOISE * rng.standard_normal(course.shape)
     return np.clip(noisy, -1.0, 1.0).astype(np.float32)
 
 
 class Watched:
-    """A policy behind a shield, or behind none, that keeps what happened."""
+    """A policy behind a shield, or without one, that records the replaced actions."""
 
     batched = True
 
@@ -81,7 +84,7 @@ class Watched:
         self.default = shield and shield.with_replacement(NearestAcceptable())
 
     def __call__(self, observations: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
-        """Act, and measure what was replaced."""
+        """Return the actions, and measure those that were replaced."""
         proposed = np.asarray(self.policy(observations, rng), np.float32)
         self.steps += len(proposed)
         if self.shield is None:
@@ -99,7 +102,7 @@ class Watched:
 
 
 def boat_shield(kind: str, seed: int, steps: int) -> Shield:
-    """Return a trained shield, at the delta of the 0.9 share."""
+    """Return a trained shield with the delta of the 0.9 share."""
     if kind == "SafeFQL":
         path = RESULTS / f"boat_{steps}_{seed}.safetensors"
         if not path.exists():
@@ -117,7 +120,7 @@ def boat_shield(kind: str, seed: int, steps: int) -> Shield:
 
 
 def rollouts(kind: str, seed: int, steps: int, episodes: int, *, at_zero: bool) -> dict[str, Any]:
-    """Run every agent behind every strategy, and behind none."""
+    """Run every agent with every strategy, and without a shield."""
     shield = boat_shield(kind, seed, steps)
     shield = shield.with_delta(0.0) if at_zero else shield
     rng = np.random.default_rng(30_000 + seed)
@@ -155,7 +158,7 @@ def rollouts(kind: str, seed: int, steps: int, episodes: int, *, at_zero: bool) 
 
 
 def untrained(width: int, seed: int) -> Shield:
-    """Return a shield of untrained critics: 4 observation entries, `width` action entries."""
+    """Return a shield with untrained critics of 4 observation and `width` action entries."""
     generator = torch.Generator().manual_seed(seed)
     parts = {
         CONSTRAINT: EnsembleMLP(4, 1, (8,)),
@@ -173,12 +176,12 @@ def untrained(width: int, seed: int) -> Shield:
 
 
 def dimensions(width: int, count: int = 2000) -> dict[str, Any]:
-    """How far rejected proposals are moved, by critics that were not trained."""
+    """Measure how far each strategy moves rejected proposals, with untrained critics."""
     rows: dict[str, list[float]] = {}
     for seed in range(5):
         shield = untrained(width, seed)
         rng = np.random.default_rng(seed)
-        # One state: its threshold is a quantile over its own actions.
+        # All rows have one state, and the threshold is a quantile over its actions.
         seen = np.repeat(rng.standard_normal((1, 4)).astype(np.float32), count, axis=0)
         proposed = rng.uniform(-1, 1, (count, width)).astype(np.float32)
         states = shield.states(seen)
@@ -197,7 +200,7 @@ def dimensions(width: int, count: int = 2000) -> dict[str, Any]:
 
 
 def times(steps: int) -> dict[str, Any]:
-    """Microseconds for each rejected action, all rejected, and of the reference."""
+    """Return the microseconds for each rejected action, all rejected, and of the reference."""
     from stable_baselines3 import PPO
 
     shield = boat_shield("ShieldTrainer", 0, steps)
@@ -240,14 +243,14 @@ def times(steps: int) -> dict[str, Any]:
 
 
 def cpu_microseconds(function: Callable[[], None]) -> float:
-    """Time on the processor, of one thread: other work on the machine does not count."""
+    """Return the CPU time of one thread, which excludes other work on the machine."""
     start = time.thread_time()
     function()
     return (time.thread_time() - start) * 1e6
 
 
 def boat_table(kind: str, seeds: list[dict[str, Any]]) -> None:
-    """Print means over the seeds, and each seed's violating episodes."""
+    """Print the means over the seeds, and the violating episodes of each seed."""
     deltas = [round(row["delta"], 3) for row in seeds]
     print(f"{kind}, delta {deltas}; violating of {seeds[0]['episodes']} episodes, for each seed")
     for agent, name in itertools.product(("straight", "random"), ("none", *STRATEGIES)):
@@ -262,7 +265,7 @@ def boat_table(kind: str, seeds: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run what is missing and print the tables."""
+    """Run the parts without a stored result, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20_000, help="of the agents to load")

@@ -1,11 +1,12 @@
-"""What the shield costs at a step, and how fast training goes; ratios to a reference beside it.
+"""Measure the time of a shielded step and the speed of training, relative to a reference.
 
-    python benchmarks/speed.py filter       # SafetyShield.step beyond the env's own step
+    python benchmarks/speed.py filter       # SafetyShield.step minus the env's own step
     python benchmarks/speed.py vector       # VectorSafetyShield, per env, 1 to 4,096 envs
-    python benchmarks/speed.py train        # student updates a second, nets 256x256, batch 256
+    python benchmarks/speed.py train        # updates per second, networks 256x256, batch 256
 
-Medians of several runs. The reference is measured in the same run: for the filter a bare NumPy
-forward of one (256, 256) network, for training a bare matrix product of the same size as a layer.
+The figures are medians of several runs. The reference is measured in the same run. For the filter
+it is one NumPy forward pass of a (256, 256) network; for training it is a matrix product of the
+same size as a layer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ REPEATS = 15
 
 
 def microseconds(function: Callable[[], object], count: int) -> float:
-    """Median over repeats of the mean time of a call, after a warm-up."""
+    """Return the median over repeats of the mean time of a call, after a warm-up."""
     times = []
     for repeat in range(REPEATS + 1):
         start = time.perf_counter()
@@ -46,11 +47,11 @@ def microseconds(function: Callable[[], object], count: int) -> float:
 
 
 def filter_step() -> None:
-    """Time the step of a shielded boat, action accepted, against the bare boat's."""
+    """Time the step of a shielded boat whose action is accepted, and that of the bare boat."""
     warnings.simplefilter("ignore")
     log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
     shield = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
-    # A boat at rest in slack water: the episode never ends, the state never leaves the safe set.
+    # The boat is at rest in still water, so the episode never ends and every state is safe.
     bare = gym.make("safeshield/Boat-v0", current=0.0).unwrapped
     wrapped = SafetyShield(gym.make("safeshield/Boat-v0", current=0.0).unwrapped, shield)
     action = np.zeros(2, np.float32)
@@ -84,13 +85,13 @@ def filter_step() -> None:
 
 
 def vector_step() -> None:
-    """Time VectorSafetyShield per environment, all actions accepted and all rejected."""
+    """Time VectorSafetyShield per environment with all actions accepted and all rejected."""
     warnings.simplefilter("ignore")
     log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
     shield = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
     rng = np.random.default_rng(0)
     w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
-    # No learned value lies beyond these: what is timed is the path, not the boat.
+    # No learned value lies beyond these thresholds, so they accept or reject every action.
     accepts, rejects = (-100.0, 100.0)
     print("microseconds an env beyond its own step; one (256, 256) NumPy net beside it")
     for count in (1, 16, 256, 4096):
@@ -126,7 +127,7 @@ def vector_step() -> None:
 
 
 def train_updates() -> None:
-    """Time updates of each phase on random data: obs 17, act 6, nets 256x256, batch 256."""
+    """Time updates of each phase on random data: 17 observations, 6 actions, batch 256."""
     rng = np.random.default_rng(0)
     count, length = 20_000, 500
     observations = rng.standard_normal((count + 1, 17)).astype(np.float32)
@@ -169,7 +170,7 @@ def train_updates() -> None:
 
 
 def main() -> None:
-    """Run one of the two."""
+    """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["filter", "vector", "train"])
     what = parser.parse_args().what
