@@ -1,17 +1,18 @@
-"""Safe-Support Q-learning: unsafe visits in training, final returns, and how true its values are.
+"""Measure Safe-Support Q-learning: unsafe visits in training, returns, and errors of its values.
 
     python benchmarks/ssql.py tabular            # CliffWalking, slippery FrozenLake; minutes
     python benchmarks/ssql.py pendulum           # beside SAC and DQN; 5 seeds; resumes
     python benchmarks/ssql.py boat
-    python benchmarks/ssql.py values             # predicted against realised, of the agents above
-    python benchmarks/ssql.py picture            # learning curves of the two
+    python benchmarks/ssql.py values             # predicted and realised returns of these agents
+    python benchmarks/ssql.py picture            # learning curves of both tasks
     python benchmarks/ssql.py bullet --data FOLDER    # BallRun; needs the suites
 
-Every learner's violating episodes are counted from its first step on. Evaluations, between
-stretches of training, are other episodes, and not counted. A shield is learned and calibrated for
-each seed from a log of its own; Safe-Support Q-learning collects with uniform actions cut down to
-what it accepts, from certified starts. SAC and DQN have Stable-Baselines3's settings, but for nets
-of 64 x 64, and for DQN a grid of actions and learning_starts of 1,000.
+The violating episodes of every learner are counted from its first step on. Evaluations between
+stretches of training use separate episodes, which are not counted. For each seed a shield is
+learned and calibrated from a separate log. Safe-Support Q-learning collects from certified starts,
+with uniform actions restricted to those that the shield accepts. SAC and DQN have the settings of
+Stable-Baselines3, except for networks of 64 x 64 and, for DQN, a grid of actions and
+learning_starts of 1,000.
 """
 
 from __future__ import annotations
@@ -63,17 +64,17 @@ LEARNERS = ("SSQL", "SAC", "DQN")
 
 
 class Holes(gym.Wrapper):
-    """FrozenLake, 8 x 8, slippery: a hole costs 1."""
+    """Slippery FrozenLake, 8 x 8, in which a fall into a hole costs 1."""
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        """Say what a fall costs."""
+        """Add the cost of a fall to the info."""
         cell, reward, terminated, truncated, info = self.env.step(action)
         fell = self.unwrapped.desc.ravel()[cell] == b"H"
         return cell, float(reward), terminated, truncated, {**info, "cost": float(fell)}
 
 
 def lake() -> gym.Env:
-    """Return the standard map; episodes of 200 steps."""
+    """Return the lake with its standard map and episodes of at most 200 steps."""
     return Holes(gym.make("FrozenLake-v1", map_name="8x8", is_slippery=True))
 
 
@@ -91,7 +92,7 @@ def model_of(env: gym.Env) -> tuple[Array, Array]:
 
 
 def lake_rules() -> tuple[Array, Array]:
-    """Return which moves (S, A) can never lead to a hole, whatever one does later; final cells."""
+    """Return the moves (S, A) after which every hole can be avoided, and the final cells (S,)."""
     letters = lake().unwrapped.desc.ravel()
     transitions, _ = model_of(lake())
     holes, goal = letters == b"H", letters == b"G"
@@ -105,14 +106,14 @@ def lake_rules() -> tuple[Array, Array]:
 
 
 def cliff_rules() -> tuple[Array, Array]:
-    """Return all moves but the 11 that fall; the goal is final."""
+    """Return all moves (S, A) except the 11 that fall, and the final cell, which is the goal."""
     safe = np.ones((48, 4), dtype=bool)
     safe[CLIFF - 12, DOWN] = safe[START, RIGHT] = False
     return safe, np.arange(48) == 47
 
 
 def expected(env: gym.Env, safe: Array, final: Array, steps: int, policy: Array | None) -> Array:
-    """Return the exact undiscounted return (S,) of `steps` steps: of a policy, or the best safe."""
+    """Return the exact return (S,) of `steps` steps, of a policy or of the best safe one."""
     transitions, rewards = model_of(env)
     value = np.zeros(len(safe))
     for _ in range(steps):
@@ -131,7 +132,7 @@ TABLES: dict[str, tuple[Callable[[], gym.Env], Callable[[], tuple[Array, Array]]
 
 
 def table(task: str, seed: int, steps: int) -> dict[str, Any]:
-    """Learn one of the two from rules alone."""
+    """Learn one of the two tabular tasks from rules alone."""
     make, rules, starts, horizon = TABLES[task]
     safe, final = rules()
     env = make()
@@ -182,12 +183,12 @@ def tabular(arguments: argparse.Namespace) -> None:
 
 
 def boat() -> gym.Env:
-    """Return a river whose helmsman acts every 0.02 s: 100 steps a trip."""
+    """Return the boat environment with a time step of 0.02 s and trips of 100 steps."""
     return gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
 
 
 def shield_of(task: str, seed: int) -> Shield:
-    """Return a seed's shield, learned and calibrated from a log of its own."""
+    """Return the shield of a seed, learned and calibrated from a separate log."""
     path = RESULTS / f"ssql_{task}_{seed}_shield.safetensors"
     if not path.exists():
         make, driver = TASKS[task]
@@ -198,8 +199,8 @@ def shield_of(task: str, seed: int) -> Shield:
         RESULTS.mkdir(parents=True, exist_ok=True)
         deltas = None
         if task == "boat":
-            # The strictest threshold of the walk alone, which keeps four of five starts: the walk's
-            # most permissive one met its rate, and that is not no visit at all.
+            # Only the strictest threshold of the walk, which certifies 80% of the starts. The most
+            # permissive threshold that passes allows violations up to its rate.
             starts = start_observations(trainer.shield(), make(), 400, seed)
             deltas = default_deltas(trainer.shield(), starts)[:1]
         shield = trainer.calibrate(make(), epsilon=0.02, confidence=0.95, seed=seed, deltas=deltas)
@@ -213,7 +214,7 @@ TASKS: dict[str, tuple[Callable[[], gym.Env], Callable[[], Any]]] = {
 }
 TITLES = {"pendulum": "Pendulum with a speed limit", "boat": "Boat between two rocks"}
 LOGS = {"pendulum": (400, 5000), "boat": (1500, 10_000)}
-"""Episodes of a shield's log, and updates."""
+"""Episodes of a shield's log, and updates of its training."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "pendulum": {"temperature": 0.5, "discount": 0.98},
     "boat": {"temperature": 0.1, "discount": 0.98},
@@ -221,7 +222,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Grid(gym.ActionWrapper):
-    """A Box cut into choices, for DQN: 9 torques, or 16 courses."""
+    """A Box divided into choices for DQN: 9 torques, or 16 courses."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
@@ -232,12 +233,12 @@ class Grid(gym.ActionWrapper):
         self.action_space = gym.spaces.Discrete(len(self._points))
 
     def action(self, action: int) -> Array:
-        """Return the point of a choice."""
+        """Return the point of the Box that a choice stands for."""
         return self._points[action]
 
 
 def start_at(env: gym.Env, shield: Shield) -> gym.Env:
-    """Begin where the shield certifies, and leave the actions alone."""
+    """Wrap an environment to begin in certified states, without filtering actions."""
 
     class Starts(gym.Wrapper):
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:  # noqa: ANN401
@@ -251,7 +252,7 @@ def start_at(env: gym.Env, shield: Shield) -> gym.Env:
 
 
 def learner(name: str, task: str, seed: int, shield: Shield) -> tuple[Any, gym.Env]:
-    """Return a learner that has learned nothing, and the environment in which it is judged."""
+    """Return an untrained learner, and the environment in which it is evaluated."""
     make = TASKS[task][0]
     nets = {"net_arch": [64, 64]}
     if name == "SSQL":
@@ -272,7 +273,7 @@ def learner(name: str, task: str, seed: int, shield: Shield) -> tuple[Any, gym.E
 
 
 def run(name: str, task: str, seed: int, steps: int, stretches: int = 5) -> dict[str, Any]:
-    """Train one learner in stretches; after each, judge it by 20 episodes, at the end by 100."""
+    """Train one learner in stretches; evaluate 20 episodes after each, and 100 at the end."""
     shield = shield_of(task, seed)
     model, env = learner(name, task, seed, shield)
     counts = ShieldCallback(require_shield=name == "SSQL")
@@ -328,7 +329,7 @@ def beside(task: str, arguments: argparse.Namespace) -> None:
 def realised(agent: SafeSupportQLearning, env: gym.Env, episodes: int, seed: int) -> Array:
     """Return (episodes, 3): predicted V(s0), discounted regularised and plain returns.
 
-    The last state's value stands for what an episode that is cut off would have gone on with.
+    In a truncated episode, the value of the last state replaces the rewards that are missing.
     """
     rng = np.random.default_rng(seed)
     g, a = agent.config.discount, agent.config.temperature
@@ -345,21 +346,21 @@ def realised(agent: SafeSupportQLearning, env: gym.Env, episodes: int, seed: int
             weight *= g
             ended = terminated or truncated
         rest = 0.0 if terminated else weight * float(agent.value(seen))
-        # The regularised value begins after the first action is paid for, as V(s0) does.
+        # The regularised value counts the cost of the first action as V(s0) does.
         rows.append([predicted, soft + rest, plain + rest])
     return np.array(rows)
 
 
 def judge_values(task: str, seed: int, steps: int, episodes: int) -> dict[str, Any]:
-    """Fit realised = bias + slope * predicted."""
+    """Fit realised = bias + slope * predicted by least squares."""
     shield = shield_of(task, seed)
     behaviour = SafeSupportPolicy(shield, "uniform", seed=seed)
     path = RESULTS / f"ssql_{task}_{seed}_agent_{steps}.safetensors"
     agent = SafeSupportQLearning.load(path, behaviour, device="cpu")
     env = CertifiedStarts(SafetyShield(TASKS[task][0](), shield))
     facts: dict[str, Any] = {"episodes": episodes}
-    # Of the policy that chooses among as many draws as the targets do: whose value it is. And of
-    # `predict`'s, which chooses among more.
+    # First the policy to which the values belong, which chooses among as many draws as the targets
+    # do; then that of `predict`, which chooses among more.
     for draws in (agent.config.samples, agent.config.predict_samples):
         agent.config = dataclasses.replace(agent.config, predict_samples=draws)
         rows = realised(agent, env, episodes, seed)
@@ -377,7 +378,7 @@ def judge_values(task: str, seed: int, steps: int, episodes: int) -> dict[str, A
 
 
 def values(arguments: argparse.Namespace) -> None:
-    """Print slope and bias."""
+    """Print slope and bias for each seed."""
     for task in TASKS:
         for seed in arguments.seeds:
             if not (RESULTS / f"ssql_{task}_{seed}_agent_{arguments.steps}.safetensors").exists():
@@ -400,7 +401,7 @@ def values(arguments: argparse.Namespace) -> None:
 
 
 def picture(arguments: argparse.Namespace) -> None:
-    """Draw the learning curves of each task's longest runs: means and the range of the seeds."""
+    """Draw the learning curves of each task's longest runs: mean and range over the seeds."""
     import json
 
     import matplotlib as mpl
@@ -443,7 +444,7 @@ def picture(arguments: argparse.Namespace) -> None:
 
 
 def ball(seed: int, data: str, steps: int) -> dict[str, Any]:
-    """BallRun from its log to a shield to learning."""
+    """Learn a shield from the log of BallRun, and learn the task behind it."""
     from safeshield.suites.constraints import with_constraint
     from safeshield.suites.labels import label
 
@@ -475,7 +476,7 @@ def ball(seed: int, data: str, steps: int) -> dict[str, Any]:
 
 
 def bullet(arguments: argparse.Namespace) -> None:
-    """Print what BallRun gave."""
+    """Print the results of BallRun."""
     for seed in arguments.seeds:
         row = once(
             f"ssql_BallRun_{seed}_{arguments.steps}",
@@ -485,7 +486,7 @@ def bullet(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run what is missing and print it."""
+    """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["tabular", *TASKS, "values", "picture", "bullet"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -1,16 +1,17 @@
-"""The field's tasks: cloning, FISOR-style, SafeFQL, PPO for reward alone, agents behind a shield.
+"""Compare the algorithms, PPO for reward alone and shielded agents on the field's tasks.
 
     pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
     python benchmarks/suites.py --data FOLDER     # logs in DSRL's format, TASK.hdf5; resumes
     python benchmarks/suites.py --data FOLDER --table
 
-A cell is one method on one task with one seed: trained, then judged on 20 episodes by the field's
-protocol (returns normalised by the log's least and greatest, cost limit 10). Each runs in a process
-of its own, which tells its processor time and peak memory, and is kept under `results/`. One
-configuration serves all tasks. Labels are continuous where the log's observations tell h.
+A cell is one method on one task with one seed. The method is trained and then evaluated on 20
+episodes by the field's protocol (returns normalised by the lowest and the highest of the log, cost
+limit 10). Each cell runs in its own process, which reports its CPU time and peak memory, and its
+result is stored under `results/`. All tasks have the same configuration. Labels are continuous
+where h can be computed from the observations of the log.
 
-The shield is SafeFQL's of the same seed. Its delta is the gate's own margin; nothing is calibrated
-here, so nothing is promised: the columns say what it does.
+The shield is that of SafeFQL with the same seed, and its delta is the margin of the agent's gate.
+No shield is calibrated here, so nothing is promised, and the columns are measurements only.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from safeshield.suites.tasks import COST_LIMIT, find_task
 
 FOLDER = RESULTS / "suites"
 UPDATES = {"bc": 6_000}
-"""Of an algorithm; of any other 12,000."""
+"""Updates of an algorithm; every other one has 12,000."""
 PPO_STEPS = 100_000
 NAMES = {
     "bc": "BC",
@@ -56,7 +57,7 @@ NAMES = {
     "ppo-shield": "PPO, reward alone",
     "bc-shield": "BC",
 }
-"""Methods in the order in which they run: one behind a shield needs what comes before it."""
+"""Methods in the order in which they run; a shielded method needs results of earlier ones."""
 ABLATIONS = {
     "flrp-gaussian": "FLRP, Gaussian prior",
     "flrp-cost": "FLRP, plain costs",
@@ -64,7 +65,7 @@ ABLATIONS = {
     "r2pac-reward": "R2PAC, no V_c in unsafe states",
     "r2pac-awr": "R2PAC, weighted Gaussian actor",
 }
-"""Methods that run only when named; so does any other registered algorithm."""
+"""Methods that run only when they are named, like any other registered algorithm."""
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "bc-safe": ("bc", {"episodes": "safe", "cost_limit": COST_LIMIT}),
     "flrp-gaussian": ("flrp", {"prior": "gaussian"}),
@@ -73,11 +74,11 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "r2pac-reward": ("r2pac", {"recover": False}),
     "r2pac-awr": ("r2pac", {"actor": "awr_gaussian"}),
 }
-"""Algorithm and changed settings of a method that is not an algorithm's default."""
+"""Algorithm and changed settings of each method that does not use the defaults."""
 
 
 class Normalised:
-    """A model of Stable-Baselines3 with the observations that it was trained on."""
+    """A model of Stable-Baselines3 that normalises observations as in its training."""
 
     def __init__(self, path: Path) -> None:
         self._model = PPO.load(path.with_suffix(".zip"), device="cpu")
@@ -91,13 +92,13 @@ class Normalised:
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
     ) -> tuple[np.ndarray, Any]:
-        """Return the mean action; Stable-Baselines3's signature."""
+        """Return the mean action, with the signature of Stable-Baselines3."""
         scaled = np.clip((observation - self._mean) / self._spread, -10.0, 10.0)
         return self._model.predict(scaled, state, episode_start, deterministic)
 
 
 def learn(task: str, seed: int, path: Path) -> None:
-    """Train PPO for reward alone, 64 x 64, 4 environments, normalised for the learner only."""
+    """Train PPO for reward alone: 64 x 64, 4 environments, normalised for the learner only."""
     made = [lambda: gym.make(find_task(task).env_id)] * 4
     envs = VecNormalize(DummyVecEnv(made))  # type: ignore[arg-type]
     model = PPO("MlpPolicy", envs, n_steps=512, batch_size=256, seed=seed, device="cpu")
@@ -108,7 +109,7 @@ def learn(task: str, seed: int, path: Path) -> None:
 
 
 def trained(task: str, method: str, seed: int, data: Path) -> object:
-    """Return the agent of a cell, trained now or read."""
+    """Return the agent of a cell, trained now or read from its file."""
     path = FOLDER / f"{task}_{method}_{seed}.safetensors"
     if method == "ppo":
         if not path.with_suffix(".npz").exists():
@@ -128,12 +129,12 @@ def trained(task: str, method: str, seed: int, data: Path) -> object:
 
 
 def read_log(data: Path, task: str) -> OfflineDataset:
-    """Read a task's log, with continuous labels where its observations tell h."""
+    """Read a task's log, with continuous labels where h follows from its observations."""
     return label(OfflineDataset.load(data / f"{task}.hdf5"), task)
 
 
 def shield_of(task: str, seed: int, data: Path) -> Shield:
-    """Return the shield of SafeFQL's critics, with the gate's margin as its delta."""
+    """Return the shield of SafeFQL's critics, with the margin of the gate as its delta."""
     agent = trained(task, "safefql", seed, data)
     assert isinstance(agent, SafeFQL)
     shield = agent.shield()
@@ -141,7 +142,7 @@ def shield_of(task: str, seed: int, data: Path) -> Shield:
 
 
 def cell(task: str, method: str, seed: int, data: Path) -> dict[str, Any]:
-    """Train, then play 20 episodes from starts that no other seed has."""
+    """Train, and run 20 episodes from starts that no other seed has."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     behind = method.removesuffix("-shield")
@@ -168,12 +169,12 @@ def cell(task: str, method: str, seed: int, data: Path) -> dict[str, Any]:
 
 
 def kept(task: str, method: str, seed: int, compute: Callable[[], dict[str, Any]]) -> Any:  # noqa: ANN401
-    """Return a cell's result, computing it if need be."""
+    """Return the stored result of a cell; compute and store it first where there is none."""
     return once(f"suites/{task}_{method}_{seed}", compute)
 
 
 def run_apart(tasks: list[str], seeds: list[int], methods: list[str], data: Path) -> None:
-    """Run the cells that are missing, each in its own process."""
+    """Run the cells without a stored result, each in its own process."""
     for seed in seeds:
         for method in methods:
             for task in tasks:
@@ -187,7 +188,7 @@ def run_apart(tasks: list[str], seeds: list[int], methods: list[str], data: Path
 
 
 def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[FieldScore]:
-    """Read the cells whose seeds are all there."""
+    """Read the cells of which all seeds have results."""
     for task in tasks:
         for method in methods:
             paths = [RESULTS / f"suites/{task}_{method}_{seed}.json" for seed in seeds]
@@ -216,7 +217,7 @@ def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[F
 
 
 def costs(tasks: list[str], seeds: list[int], methods: list[str]) -> str:
-    """Return what each method took: processor seconds of training, memory, milliseconds a step."""
+    """Return the cost of each method: CPU seconds of training, memory, milliseconds a step."""
     lines = ["method                training, s    peak memory, MB"]
     for method in methods:
         rows = [
@@ -233,8 +234,8 @@ def costs(tasks: list[str], seeds: list[int], methods: list[str]) -> str:
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
-    # A dict, because most algorithms have a name of their own in the tables.
+    """Run the cells without a stored result, and print the table."""
+    # In a dict each name occurs once, although most algorithms also have a name in NAMES.
     known = {**NAMES, **ABLATIONS, **{one.name: "" for one in ALGORITHMS.values() if one.offline}}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")

@@ -1,15 +1,20 @@
-"""Out of the data's support: a boat's log that lacks one half of the directions.
+"""Test shields outside the support of the data, on a boat's log without half of the directions.
 
     python benchmarks/support.py              # 3 seeds; resumes; prints the table, draws a picture
 
 The helmsmen never steer a course with dy < 0. A shield is learned from 400 of their trips, the
-support test's level is set with 100 others, and 100 new ones say whether the promise holds. Asked:
-what of the never-shown actions is accepted without and with the test, and of the log's own (in
-states of the new trips with V_h <= -delta); how well the scores tell logged actions from
-never-shown ones, and from actions that were logged in other states; how many trips of random
-proposals hit a rock, from starts with V_h <= -delta. The last in two rivers that the log cannot
-tell apart: the boat's, and one in which an undertow takes hold of whoever steers down. "backup" is
-a shield trained with `support_weight`, its test on.
+level of the support test is set with 100 others, and 100 new ones show whether its promise holds.
+The script measures
+
+- the shares of never-shown actions and of the log's own that are accepted without and with the
+  test, in states of the new trips with V_h <= -delta;
+- how well the scores distinguish logged actions from never-shown ones, and from actions that were
+  logged in other states;
+- the number of trips of random proposals that hit a rock, from starts with V_h <= -delta. This is
+  measured in two rivers that give the same log: the boat's, and one with an undertow that pulls
+  down a boat that steers down.
+
+"backup" is a shield that is trained with `support_weight` and has its test.
 """
 
 from __future__ import annotations
@@ -53,7 +58,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "support.png"
 
 
 class Upward(Helmsmen):
-    """The helmsmen, none of whom ever steers a course with dy < 0."""
+    """Helmsmen that never steer a course with dy < 0."""
 
     def __call__(self, observations: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
         """Return the courses (n, 2)."""
@@ -63,7 +68,7 @@ class Upward(Helmsmen):
 
 @dataclass(frozen=True, eq=False)
 class Undertow(BoatTask):
-    """The boat's river for all who steer up; who steers down is pulled down by pull * ay^2."""
+    """The river of the boat, with an undertow of pull * ay^2 on actions with ay < 0."""
 
     pull: float = 20.0
 
@@ -76,21 +81,21 @@ class Undertow(BoatTask):
 
 
 def logs(seed: int) -> tuple[OfflineDataset, OfflineDataset, OfflineDataset]:
-    """Return the trips to train on, those that set the level, and new ones."""
+    """Return the trips for training, those that set the level, and new ones."""
     log = collect(gym.make(BOAT), Upward(), episodes=TRIPS, seed=1000 + seed)
     new = collect(gym.make(BOAT), Upward(), episodes=NEW_TRIPS, seed=2000 + seed)
     return *log.split(0.8, seed=0), new
 
 
 def trained(seed: int, weight: float | None) -> Shield:
-    """Train, or load, the shield of one seed; its test is added by `shields`."""
+    """Train or load the shield of one seed; `shields` adds its test."""
     path = RESULTS / f"support_{seed}{'' if weight is None else '_backup'}.safetensors"
     if not path.exists():
         train, held_out, _ = logs(seed)
         config = ShieldConfig(
             seed=seed, phase_shares=(0.55, 0.3, 0.15), support_weight=weight, support_held_out=0.2
         )
-        # With the support in the backup the trainer holds episodes out itself.
+        # With the support in the backup, the trainer holds out episodes itself.
         log = train if weight is None else OfflineDataset.concatenate([train, held_out])
         shield = ShieldTrainer(config, device="cpu").fit(log, steps=STEPS).shield()
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,7 @@ def trained(seed: int, weight: float | None) -> Shield:
 
 
 def shields(seed: int) -> dict[str, Shield]:
-    """Return the shield without the test, with each score, and with the term in the backup."""
+    """Return the shields without the test, with each score, and with the term in the backup."""
     plain, held_out = trained(seed, None).with_delta(DELTA), logs(seed)[1]
     return {
         "without": plain,
@@ -110,19 +115,19 @@ def shields(seed: int) -> dict[str, Shield]:
 
 
 def never_shown(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return actions (count, 2) of the lower half of the box."""
+    """Return actions (count, 2) from the lower half of the box."""
     actions = rng.uniform(-1.0, 1.0, (count, 2))
     return np.stack([actions[:, 0], -np.abs(actions[:, 1])], axis=-1).astype(np.float32)
 
 
 def scores_of(shield: Shield, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Return the scores (n,) of the shield's support test."""
+    """Return the scores (n,) of actions in the shield's support test."""
     assert shield.support is not None
     return shield.support.scores(shield.model, shield.states(observations), actions)
 
 
 def accepted(shield: Shield, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Whether the shield lets each action pass: `filter` without the replacements."""
+    """Return whether the shield accepts each action (n,), without computing replacements."""
     passes = np.asarray(shield.value(observations, actions)) <= shield.threshold
     if shield.support is not None:
         passes &= shield.support.accepts(shield.model, shield.states(observations), actions)
@@ -136,7 +141,7 @@ def area(high: np.ndarray, low: np.ndarray) -> float:
 
 
 def acceptance(seed: int, name: str) -> dict[str, Any]:
-    """Measure what is accepted, and how well the score tells."""
+    """Measure the accepted shares, and how well the score distinguishes actions."""
     _, _, new = logs(seed)
     rng = np.random.default_rng(seed)
     unseen = never_shown(len(new), rng)
@@ -186,7 +191,7 @@ def violations(seed: int, name: str, river: str, episodes: int) -> dict[str, Any
 
 
 def draw(seed: int) -> None:
-    """Draw what is accepted in one state, without and with the test, and the ROC curves."""
+    """Draw the accepted actions of one state, without and with the test, and the ROC curves."""
     found, (train, _, new) = shields(seed), logs(seed)
     state = np.array([0.6, 0.0], np.float32)
     side = np.linspace(-1.0, 1.0, 161)
@@ -265,7 +270,7 @@ def _curves(
 
 
 def main() -> None:
-    """Run what is missing, print the table, draw the picture."""
+    """Run the parts without a stored result, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=300, help="trips of random proposals")
