@@ -1,1 +1,1 @@
-"""The demonstration that `safeshield demo` runs: logs, training, calibration, four agents."""
+"""The demonstration that `safeshield demo` runs: log, training, calibration and four agents."""

@@ -1,4 +1,4 @@
-"""The agents of the demonstration, none of which knows of the rocks' danger."""
+"""Agents of the demonstration that ignore the constraint: straight to the goal, and PPO."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 @batch_policy
 def straight(observations: Observations, _: np.random.Generator) -> Actions:
-    """Steer for the goal from positions (n, 2), whatever lies between."""
+    """Return actions (n, 2) from positions (n, 2) straight towards the goal."""
     offset = GOAL - observations
     return np.asarray(offset / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-9))
 
@@ -37,13 +37,13 @@ def straight(observations: Observations, _: np.random.Generator) -> Actions:
 def train_ppo(path: str | Path, steps: int, seed: int, num_envs: int = 64) -> None:
     """Train Stable-Baselines3's PPO for the boat's reward alone, and write it to a zip file.
 
-    The reward is normalised, the constraint is not seen.
+    The reward is normalised. PPO does not observe the constraint.
 
     Args:
         path: file to write.
-        steps: environment steps in all.
-        seed: of weights, starts and noise.
-        num_envs: boats that sail together.
+        steps: total number of environment steps.
+        seed: seed of weights, starts and noise.
+        num_envs: number of boats that are simulated together.
     """
     envs = VecNormalize(_BoatVecEnv(num_envs), norm_obs=False, gamma=0.99)
     model = PPO(
@@ -63,7 +63,7 @@ def train_ppo(path: str | Path, steps: int, seed: int, num_envs: int = 64) -> No
 
 
 class _BoatVecEnv(VecEnv):
-    """`BoatVectorEnv` as Stable-Baselines3 wants it: one NumPy call steps all boats."""
+    """`BoatVectorEnv` with the interface of Stable-Baselines3's `VecEnv`."""
 
     def __init__(self, num_envs: int) -> None:
         self._boats = BoatVectorEnv(num_envs, autoreset_mode="SameStep")
@@ -73,7 +73,7 @@ class _BoatVecEnv(VecEnv):
         )
 
     def reset(self) -> Array:
-        """Start new trips everywhere; only the first reset uses the seed."""
+        """Start new trips of all boats; only the first reset uses the seed."""
         observations, _ = self._boats.reset(seed=self._seeds[0])
         self._reset_seeds()
         return observations
@@ -83,7 +83,7 @@ class _BoatVecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Step all boats; a trip that is over begins anew at once."""
+        """Step all boats; a boat whose trip has ended starts a new trip at once."""
         observations, rewards, terminated, truncated, infos = self._boats.step(self._actions)
         over = terminated | truncated
         reports: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
@@ -95,15 +95,15 @@ class _BoatVecEnv(VecEnv):
         return observations, rewards.astype(np.float32), over, reports
 
     def close(self) -> None:
-        """Do nothing: there is nothing to close."""
+        """Do nothing, because no resources are held."""
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return an attribute, once for each boat asked for."""
+        """Return an attribute once for each of the chosen boats."""
         value = getattr(self._boats, attr_name)
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: object, indices: VecEnvIndices = None) -> None:
-        """Refuse: the boats share one task."""
+        """Raise NotImplementedError, because the boats share one task."""
         raise NotImplementedError("the boats share one task, which cannot be changed")
 
     def env_method(
@@ -113,15 +113,15 @@ class _BoatVecEnv(VecEnv):
         indices: VecEnvIndices = None,
         **method_kwargs: object,
     ) -> list[Any]:
-        """Refuse: there are no single boats to call."""
+        """Raise NotImplementedError, because there are no single boats with methods to call."""
         raise NotImplementedError("there are no single boats whose methods could be called")
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: VecEnvIndices = None
     ) -> list[bool]:
-        """Return False for each boat asked for."""
+        """Return False for each of the chosen boats."""
         return [False for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[Array | None]:
-        """Return no pictures."""
+        """Return None for each boat, because nothing is rendered."""
         return [None] * self.num_envs

@@ -1,4 +1,4 @@
-"""Who sailed the logged trips: a mixture of sensible and reckless helmsmen."""
+"""The policy of the logged trips, a mixture of sensible and reckless helmsmen."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from safeshield.envs.boat import GOAL, ROCK_CENTRES, ROCK_RADII
 from safeshield.spaces.shapes import Actions, Observations
 
 WANDERER, STRAIGHT, CAUTIOUS, RECKLESS = range(4)
-_CORRECTION = 1.0 / 32.0  # chance, at each step, of a new course or course error
-_KEEP_CLEAR = 0.35  # metres from a rock at which a cautious helmsman begins to turn away
+_CORRECTION = 1.0 / 32.0  # probability, at each step, of a new course and a new course error
+_KEEP_CLEAR = 0.35  # distance from a rock, metres, at which a cautious helmsman starts to turn away
 
 
 class Helmsmen:
-    """A batch policy: every trip draws a helmsman, with an unsteady hand, and keeps him.
+    """A batch policy that draws one kind of helmsman and one steering error level for each trip.
 
-    Nobody corrects a tiller 200 times a second: course errors, and the wanderer's course, are held
-    for 32 steps (0.16 s) on average.
+    Course errors and the wanderer's course are held for 32 steps (0.16 s) on average, because a
+    person does not correct the course 200 times a second. The kinds of helmsmen are:
 
-    - wanderer: a random course;
-    - straight: towards the goal, whatever lies between;
-    - cautious: towards the goal, around the rocks on a side of his own;
-    - reckless: at one of the rocks.
+    - wanderer: steers a random course;
+    - straight: steers towards the goal, even through a rock;
+    - cautious: steers towards the goal and passes the rocks on a side that is drawn for the trip;
+    - reckless: steers at one of the rocks.
     """
 
     batched = True
@@ -30,7 +30,7 @@ class Helmsmen:
         self.start_wave(0)
 
     def start_wave(self, num_envs: int) -> None:
-        """Let new helmsmen board, at the first step of the trips to come."""
+        """Draw new helmsmen at the first step of the following trips."""
         self._kind = np.zeros(0, dtype=np.int64)
 
     def _board(self, count: int, rng: np.random.Generator) -> None:
@@ -42,7 +42,7 @@ class Helmsmen:
         self._rock = ROCK_CENTRES[rng.integers(0, len(ROCK_CENTRES), count)]
 
     def __call__(self, observations: Observations, rng: np.random.Generator, /) -> Actions:
-        """Return the courses (n, 2) that are steered at positions (n, 2)."""
+        """Return the actions (n, 2) at positions (n, 2)."""
         count = len(observations)
         if len(self._kind) != count:
             self._board(count, rng)

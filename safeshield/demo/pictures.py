@@ -1,4 +1,4 @@
-"""The demonstration's pictures."""
+"""The pictures that the demonstration draws."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WATER, ROCK, DOOMED, FLOW = "#eef5fa", "#6b655f", "#f3c9a5", "#a9c4d8"
 
 
 def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
-    """Draw the learned safe set on the exact one."""
+    """Draw the boundary of the learned safe set over the exact safe set."""
     with mpl.rc_context(STYLE):
         figure = new_figure(7.6, 6.6)
         axes = figure.add_subplot()
@@ -97,7 +97,10 @@ def trips(
 
 
 def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> None:
-    """Draw the walk: violation rates and bounds of each threshold, and the share of starts kept.
+    """Draw the tests of the calibration.
+
+    The upper part shows the violation rate of each threshold with its confidence bound. The lower
+    part shows the share of starts that each threshold keeps.
 
     Raises:
         ValueError: the shield is not calibrated.
@@ -111,7 +114,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         figure = new_figure(7.6, 6.0)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         names = list(dict.fromkeys(rung.policy for rung in record.walk))
-        # The policies' marks stand side by side, not on top of each other.
+        # Shift the marks of the policies sideways, so that they do not cover each other.
         shift = 0.012 * (max(deltas) - min(deltas) or 1.0)
         for i, (name, colour, marker) in enumerate(
             zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
@@ -163,7 +166,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
 
 
 def _river(axes: Any, exact: GridValue) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Water, current, exact unsafe set, rocks and goal."""
+    """Draw water, current, exact unsafe set, rocks and goal."""
     axes.set_facecolor(WATER)
     unsafe = exact.values.T
     axes.contourf(exact.xs, exact.ys, unsafe, [0.0, np.inf], colors=[DOOMED], zorder=1)
@@ -183,7 +186,7 @@ def _river(axes: Any, exact: GridValue) -> None:  # noqa: ANN401 - matplotlib ha
 
 
 def _trip(axes: Any, episode: Episode) -> bool:  # noqa: ANN401
-    """Draw one trip up to the rock, where it hits one; returns whether it does."""
+    """Draw one trip, at most up to the first hit of a rock, and return whether it hits one."""
     way = np.concatenate([episode.observations[:1], episode.next_observations])
     hit = episode.violated
     if hit and episode.next_constraints is not None:
@@ -199,7 +202,7 @@ def _trip(axes: Any, episode: Episode) -> bool:  # noqa: ANN401
 
 
 def _stretches(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return where the flags are set, as half-open ranges."""
+    """Return the ranges in which the flags are set, as half-open index pairs."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 

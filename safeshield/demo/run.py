@@ -1,7 +1,7 @@
-"""The demonstration: from a log of reckless trips to a shield that keeps a tested promise.
+"""The stages of the demonstration, from a log with reckless trips to a calibrated shield.
 
-It logs trips of the boat, learns from the log alone, calibrates, and sends four agents out from
-the same certified starts, with the shield and without it.
+The demonstration logs trips of the boat, learns a shield from the log alone, calibrates it, and
+evaluates four agents from the same certified starts, with the shield and without it.
 """
 
 from __future__ import annotations
@@ -59,28 +59,28 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demonstration found; `table` and `promise` are what it prints at its end."""
+    """The results of a demonstration, which prints `table` and `promise` at its end."""
 
     shield: Shield
     evaluations: list[Evaluation]
     seconds: dict[str, float]
-    """Duration of each stage."""
+    """Duration of each stage, seconds."""
     folder: Path
 
     @property
     def table(self) -> str:
-        """All agents, with and without the shield."""
+        """Table of the results of all agents, with and without the shield."""
         return format_table(self.evaluations)
 
     @property
     def promise(self) -> str:
-        """What the calibration promises, in words."""
+        """The promise of the calibration record, or an empty string without one."""
         return "" if self.shield.record is None else self.shield.record.promise
 
 
 @dataclass
 class _Stages:
-    """Says what is being done, and remembers how long it took."""
+    """Reports each stage when it starts and ends, and records its duration."""
 
     say: Say
     seconds: dict[str, float] = field(default_factory=dict)
@@ -103,17 +103,17 @@ def run_demo(
 ) -> DemoResult:
     """Run every stage and write log, agent, shield, table and pictures into `folder`.
 
-    Other processes train PPO and run episodes: a script must call this below
-    ``if __name__ == "__main__":``.
+    PPO is trained and episodes are run in other processes, so a script must call this function
+    below ``if __name__ == "__main__":``.
 
     Args:
-        folder: where to write; it is made if need be.
-        config: how much of everything.
-        say: takes lines of progress.
-        progress_bar: show one while training.
+        folder: folder to write to, which is created where it does not exist.
+        config: settings of the demonstration; None stands for the defaults.
+        say: function that receives the lines of progress.
+        progress_bar: whether a progress bar is shown during training.
 
     Raises:
-        CalibrationError: no threshold meets the promise asked for.
+        CalibrationError: no threshold passes the test for the requested promise.
     """
     config = config or DemoConfig()
     folder = Path(folder)
@@ -121,7 +121,7 @@ def run_demo(
     stages = _Stages(say)
     env = gym.make(ENVIRONMENT)
     with single_threads(), _pool(config) as pool:
-        # Learning needs one core: what does not wait for it runs beside it.
+        # Learning uses one core, so work that does not depend on it runs in parallel.
         ppo = pool.submit(_train_ppo, str(folder / _PPO), config.ppo_steps, config.seed)
         exact = pool.submit(boat_value, refine=config.grid_refinement)
         with stages("collect", f"Logging {config.trips} trips of reckless helmsmen"):
@@ -150,7 +150,7 @@ def run_demo(
 
 
 def hardware() -> str:
-    """Return processor, cores and system in a line."""
+    """Return the processor, the number of cores and the operating system as one line."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -164,7 +164,7 @@ def hardware() -> str:
 def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> SafeFQL:
     training = dataclasses.replace(config.training, seed=config.seed)
     threads = torch.get_num_threads()
-    # Networks this small gain nothing from a second thread, and PPO needs its core.
+    # Networks this small gain nothing from a second thread, and PPO needs the other core.
     torch.set_num_threads(1)
     try:
         return SafeFQL(training, device="cpu").fit(log, config.steps, progress_bar=progress_bar)
@@ -175,7 +175,7 @@ def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> SafeF
 def _calibrate(
     shield: Shield, env: gym.Env[Any, Any], config: DemoConfig
 ) -> tuple[Shield, npt.NDArray[np.float32]]:
-    """Return the calibrated shield, and the starts that its thresholds were read off."""
+    """Return the calibrated shield, and the starts from which its thresholds were computed."""
     starts = start_observations(shield, env, _STARTS, config.seed)
     calibrated = shield.calibrate(
         env,
@@ -203,7 +203,10 @@ def _policy(name: str, folder: Path, shield: Shield, shielded: bool) -> object:
 def _episodes(
     folder: Path, name: str, shielded: bool, episodes: int, seed: int
 ) -> tuple[list[Episode], float]:
-    """Run in a worker: episodes from certified starts, and the share of starts that is."""
+    """Return episodes from certified starts and the share of starts that are certified.
+
+    This function runs in a worker process.
+    """
     shield = Shield.load(folder / SHIELD)
     runs, share = draw_episodes(
         gym.make(ENVIRONMENT),
@@ -219,10 +222,11 @@ def _episodes(
 
 def _evaluate(pool: ProcessPoolExecutor, folder: Path, config: DemoConfig) -> list[Evaluation]:
     order = [(name, shielded) for name in AGENTS for shielded in (False, True)]
-    # The slowest first, so that no process is left alone with it at the end.
+    # The slowest jobs start first, so that the processes finish at about the same time.
     slowest_first = sorted(order, key=lambda job: (job[0] != "adversary", not job[1]))
-    # Starts that calibration has not seen. Parts, so that all processes have work; always as many,
-    # so that the result does not depend on the number of processes.
+    # These seeds give starts that the calibration has not seen. The episodes are split into parts,
+    # so that all processes have work. The number of parts is fixed, so that the result does not
+    # depend on the number of processes.
     seeds = [10 * config.seed + part + 1 for part in range(_PARTS)]
     counts = [len(part) for part in np.array_split(np.arange(config.evaluation_episodes), _PARTS)]
     jobs = {
@@ -296,5 +300,5 @@ def _report(result: DemoResult, config: DemoConfig) -> dict[str, Any]:
 
 def _pool(config: DemoConfig) -> ProcessPoolExecutor:
     workers = config.workers or min(os.cpu_count() or 1, 8)
-    # Not fork: PyTorch's threads do not survive it.
+    # Processes are spawned, because PyTorch's threads do not survive a fork.
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))

@@ -13,7 +13,7 @@ def _training() -> SafeFQLConfig:
         critic_hidden=(128, 128, 128),
         flow_hidden=(128, 128),
         student_hidden=(128, 128),
-        # The log shows every course in every state: the student may go its own way.
+        # The log shows every course in every state, so the student may deviate from the teacher.
         teacher="behaviour",
         distillation=0.1,
         phase_shares=(0.8, 0.08, 0.12),
@@ -22,39 +22,39 @@ def _training() -> SafeFQLConfig:
 
 @dataclass(frozen=True)
 class DemoConfig(Settings):
-    """What the demonstration does, and how much of it."""
+    """Settings of the demonstration."""
 
     seed: Seed = 0
-    """Seed of everything."""
+    """Seed of all random numbers."""
     trips: Count = 600
-    """Trips in the log."""
+    """Number of trips in the log."""
     training: SafeFQLConfig = field(default_factory=_training)
-    """Settings of SafeFQL; its seed is replaced by `seed`."""
+    """Settings of SafeFQL, whose seed is replaced by `seed`."""
     steps: int = 12_000
-    """Updates of SafeFQL."""
+    """Number of updates of SafeFQL."""
     epsilon: float = 0.01
-    """Violation rate per episode to promise."""
+    """Violation rate per episode that the promise states."""
     confidence: float = 0.99
-    """Of the promise."""
+    """Confidence of the promise."""
     start_shares: tuple[float, ...] = (0.8, 0.9, 0.95, 0.97)
-    """The thresholds to test, strictest first, as shares of the starts with V_h <= 0 that they
-    keep. Fewer than calibration's own, because each takes seconds."""
+    """Thresholds to test, strictest first, given as the shares of the starts with V_h <= 0 that
+    they keep. They are fewer than the calibration's default, because each test takes seconds."""
     calibration_episodes: int | None = None
-    """Episodes in each test; None: as many as allow one violation."""
+    """Number of episodes in each test; None stands for the number that allows one violation."""
     evaluation_episodes: int = 1000
-    """Episodes of each agent, with the shield and without."""
+    """Number of episodes of each agent with the shield, and without it."""
     ppo_steps: int = 400_000
-    """Environment steps of PPO."""
+    """Number of environment steps of PPO."""
     pictured_trips: int = 40
-    """Trips in a picture."""
+    """Number of trips in each panel of the picture."""
     grid_refinement: int = 2
-    """How much finer the exact value is computed than its grid; see `exact.boat_value`."""
+    """Factor by which the exact value is computed on a finer grid; see `exact.boat_value`."""
     workers: Count | None = None
-    """Processes; None: one a core, at most eight."""
+    """Number of processes; None stands for one per core, at most eight."""
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoConfig:
-        """Return settings that run every stage for real but teach nothing, for tests."""
+        """Return settings for tests, which run every stage but train too little to be useful."""
         return cls(
             seed=seed,
             trips=60,

@@ -1,6 +1,6 @@
-"""Environments whose exact safety value is known, single and vectorised.
+"""Environments whose exact safety value is known, as single and as vector environments.
 
-Importing this package registers them with Gymnasium and loads none of them.
+Importing this package registers the environments with Gymnasium without loading their modules.
 """
 
 from __future__ import annotations

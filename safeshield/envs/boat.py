@@ -1,15 +1,17 @@
-"""A boat in a river with two rocks: the drift is stronger than the engine.
+"""A boat in a river with two rocks, whose current is faster than the boat's engine.
 
-State (x, y) in metres, clipped to [-3, 2] x [-2, 2]. Only the action's direction counts: it is
-rescaled to unit length u (a zero action stays zero), and
+The state is (x, y) in metres, clipped to [-3, 2] x [-2, 2]. Only the direction of the action
+counts: the action is rescaled to unit length u (a zero action stays zero), and
 
     x' = u1 + current - 0.5 y^2,    y' = u2,    Euler steps of dt = 0.005 s, 400 an episode.
 
-With the current 2.0 the boat cannot turn back where abs(y) < sqrt(2), so each rock casts a
-shadow of doomed states upstream. Constraint: h = max over rocks of radius - distance, metres,
-positive inside a rock. Reward: minus the distance to the goal of the state before the step.
+With the current 2.0 the boat cannot return upstream where abs(y) < sqrt(2). Upstream of each rock
+there are therefore states from which no control avoids the rock. The constraint is
+h = max over rocks of radius - distance, in metres, which is positive inside a rock. The reward is
+minus the distance to the goal of the state before the step.
 
-Source: the boat navigation task of SafeFQL (arXiv 2603.15136), numbers as in its official code.
+Source: the boat navigation task of SafeFQL (arXiv 2603.15136), with the numbers of its official
+code.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ MAX_EPISODE_STEPS = 400
 
 
 def direction(action: Actions) -> Actions:
-    """Return actions (..., 2) rescaled to unit length; zero actions stay zero.
+    """Return actions (..., 2) rescaled to unit length, where zero actions stay zero.
 
     Example:
         >>> direction(np.array([[0.3, 0.4], [0.0, 0.0]]))
@@ -45,10 +47,11 @@ def direction(action: Actions) -> Actions:
                [0. , 0. ]])
     """
     action = np.asarray(action, dtype=np.float64)
-    # Divided by its largest entry first, or squares of tiny and huge actions leave the float range.
+    # The action is first divided by its largest entry, because the squares of tiny and huge numbers
+    # would leave the range of floats.
     largest = np.max(np.abs(action), axis=-1, keepdims=True)
     scaled = action / np.where(largest > 0.0, largest, 1.0)
-    # Written out, not np.linalg.norm: a sum over an axis may round differently in a batch.
+    # np.linalg.norm is not used, because a sum over an axis may round differently in a batch.
     length = np.sqrt(scaled[..., :1] * scaled[..., :1] + scaled[..., 1:] * scaled[..., 1:])
     return np.asarray(scaled / np.where(length > 0.0, length, 1.0))
 
@@ -68,11 +71,11 @@ def next_state(
 def steer(
     state: Observations, unit: Actions, *, current: float = CURRENT, dt: float = TIME_STEP
 ) -> Observations:
-    """Return `next_state` of directions (..., 2) that already have unit length."""
+    """Return the states (..., 2) one step later, for directions (..., 2) of unit length."""
     state = np.asarray(state, dtype=np.float64)
     x, y = state[..., 0], state[..., 1]
     drift = current - 0.5 * (y * y)
-    # Clipped one axis at a time: bounds that broadcast along the last axis are slow.
+    # Each axis is clipped by itself, because bounds that broadcast along the last axis are slow.
     return np.stack(
         (
             np.clip(x + dt * (unit[..., 0] + drift), STATE_LOW[0], STATE_HIGH[0]),
@@ -83,7 +86,7 @@ def steer(
 
 
 def constraint(state: Observations) -> Scalars:
-    """Return h (...) of states (..., 2): radius minus distance, the larger of the rocks, metres.
+    """Return h (...) of states (..., 2), the largest radius minus distance to a rock, in metres.
 
     Example:
         >>> float(constraint(np.array([-0.5, 0.5])))
@@ -97,7 +100,7 @@ def constraint(state: Observations) -> Scalars:
 
 
 def reward(state: Observations) -> Scalars:
-    """Return minus the distance (...) to the goal of the states (..., 2) being left, metres.
+    """Return the reward (...) of states (..., 2), minus their distance to the goal in metres.
 
     Example:
         >>> float(reward(np.array([1.5, 2.0])))
@@ -133,23 +136,23 @@ class BoatTask(StateTask):
             raise ValueError(f"current must be a finite speed, got {self.current!r}")
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """See `next_state`."""
+        """Return the module's `next_state` for this current and step."""
         return next_state(state, action, current=self.current, dt=self.dt)
 
     def constraint(self, state: Array) -> Array:
-        """See `constraint`."""
+        """Return the module's `constraint`."""
         return constraint(state)
 
     def reward(self, state: Array) -> Array:
-        """See `reward`."""
+        """Return the module's `reward`."""
         return reward(state)
 
     def draw_start(self, generator: np.random.Generator) -> Array:
-        """Return a start uniform in the box."""
+        """Return a random start (2,), uniform in the box of states."""
         return generator.uniform(STATE_LOW, STATE_HIGH)
 
     def picture(self, trail: Sequence[Array]) -> Frame:
-        """Return 512 x 640 pixels: water, rocks, goal, the boat and where it has been."""
+        """Return a picture (512, 640, 3) of water, rocks, goal, the boat and its trail."""
         canvas = Canvas(low=(-3.0, -2.0), high=(2.0, 2.0), height=512, colour=(206, 229, 242))
         for y in np.linspace(-1.75, 1.75, 15):
             speed = self.current - 0.5 * y * y
@@ -169,13 +172,13 @@ class BoatTask(StateTask):
 
 
 class BoatEnv(StateEnv):
-    """The boat, one environment; the observation is (x, y), the action a direction.
+    """The boat as a single environment; the observation is (x, y), the action a direction.
 
-    It never terminates; ``gymnasium.make("safeshield/Boat-v0")`` ends it after 400 steps.
-    Actions outside the box are not clipped, since that would turn them.
+    An episode never terminates. ``gymnasium.make("safeshield/Boat-v0")`` truncates it after 400
+    steps. Actions outside the box are not clipped, since clipping would change their direction.
 
     Raises:
-        ValueError: dt not positive, current not finite, an unknown render mode.
+        ValueError: `dt` is not positive, `current` is not finite, or the render mode is unknown.
 
     Example:
         >>> env = BoatEnv()
@@ -194,7 +197,7 @@ class BoatEnv(StateEnv):
 
 
 class BoatVectorEnv(StateVectorEnv):
-    """Many boats, stepped by one NumPy call; see `StateVectorEnv`.
+    """Many boats that are stepped by one NumPy call, as described in `StateVectorEnv`.
 
     Example:
         >>> envs = BoatVectorEnv(num_envs=3)

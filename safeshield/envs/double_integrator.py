@@ -1,13 +1,13 @@
-"""A cart on a track between two walls: brake in time, or hit one.
+"""A cart on a track between two walls, which must brake in time to avoid them.
 
-State (position, speed) in metres and metres per second; action: acceleration, clipped to [-1, 1].
-A step holds the acceleration u for dt seconds (zero-order hold, exact):
+The state is (position, speed) in metres and metres per second. The action is the acceleration,
+clipped to [-1, 1]. A step holds the acceleration u for dt seconds (zero-order hold, exact):
 
     p' = p + v dt + u dt^2 / 2,    v' = v + u dt,
 
-then clips p' to [-1.5, 1.5] and v' to [-2, 2]. Constraint: h = abs(p) - 1, metres, positive behind
-a wall. Reward: the speed before the step, which tempts the agent into the right wall. The exact
-safety value is `safeshield.exact.double_integrator`.
+and then clips p' to [-1.5, 1.5] and v' to [-2, 2]. The constraint is h = abs(p) - 1, in metres,
+which is positive behind a wall. The reward is the speed before the step, so it is highest on the
+way to the right wall. `safeshield.exact.double_integrator` has the exact safety value.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def next_state(state: Observations, action: Actions, *, dt: float = TIME_STEP) -
 
 
 def constraint(state: Observations) -> Scalars:
-    """Return h (...) = abs(position) - 1 of states (..., 2), metres.
+    """Return h (...) = abs(position) - 1 of states (..., 2), in metres.
 
     Example:
         >>> float(constraint(np.array([-1.25, 0.0])))
@@ -62,7 +62,7 @@ def constraint(state: Observations) -> Scalars:
 
 
 def reward(state: Observations) -> Scalars:
-    """Return the speed (...) of the states (..., 2) being left, metres per second.
+    """Return the reward (...) of steps from states (..., 2), their speed in metres per second.
 
     Example:
         >>> float(reward(np.array([0.0, 2.0])))
@@ -88,23 +88,23 @@ class DoubleIntegratorTask(StateTask):
         positive("dt", self.dt)
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """See `next_state`."""
+        """Return the module's `next_state` for this step."""
         return next_state(state, action, dt=self.dt)
 
     def constraint(self, state: Array) -> Array:
-        """See `constraint`."""
+        """Return the module's `constraint`."""
         return constraint(state)
 
     def reward(self, state: Array) -> Array:
-        """See `reward`."""
+        """Return the module's `reward`."""
         return reward(state)
 
     def draw_start(self, generator: np.random.Generator) -> Array:
-        """Return a start uniform between the walls, at any speed of the box."""
+        """Return a random start (2,), uniform between the walls and over all speeds of the box."""
         return generator.uniform((-WALL, -SPEED_LIMIT), (WALL, SPEED_LIMIT))
 
     def picture(self, trail: Sequence[Array]) -> Frame:
-        """Return 256 x 720 pixels: track, walls, the cart and an arrow for its speed."""
+        """Return a picture (256, 720, 3) of track, walls, the cart and an arrow for its speed."""
         position, speed = trail[-1]
         canvas = Canvas(low=(-1.8, -0.5), high=(1.8, 0.78), height=256, colour=(244, 244, 240))
         for side in (-1.0, 1.0):
@@ -126,13 +126,14 @@ class DoubleIntegratorTask(StateTask):
 
 
 class DoubleIntegratorEnv(StateEnv):
-    """The cart, one environment; the observation is (position, speed), the action (1,).
+    """The cart as a single environment; the observation is (position, speed), the action (1,).
 
-    It never terminates; ``gymnasium.make("safeshield/DoubleIntegrator-v0")`` ends it after 200
-    steps. Starts are uniform between the walls at any speed, so some are doomed.
+    An episode never terminates. ``gymnasium.make("safeshield/DoubleIntegrator-v0")`` truncates it
+    after 200 steps. Starts are uniform between the walls and over all speeds, so from some starts
+    no control avoids the walls.
 
     Raises:
-        ValueError: dt not positive, an unknown render mode.
+        ValueError: `dt` is not positive, or the render mode is unknown.
 
     Example:
         >>> env = DoubleIntegratorEnv()
@@ -148,7 +149,7 @@ class DoubleIntegratorEnv(StateEnv):
 
 
 class DoubleIntegratorVectorEnv(StateVectorEnv):
-    """Many carts, stepped by one NumPy call; see `StateVectorEnv`.
+    """Many carts that are stepped by one NumPy call, as described in `StateVectorEnv`.
 
     Example:
         >>> envs = DoubleIntegratorVectorEnv(num_envs=3)

@@ -1,9 +1,9 @@
-"""The ids `safeshield/Boat-v0` and `safeshield/DoubleIntegrator-v0`.
+"""Registration of the ids `safeshield/Boat-v0` and `safeshield/DoubleIntegrator-v0`.
 
-Gymnasium before 1.0 calls `register_envs` at every ``import gymnasium`` (an entry point of this
-package), so this module imports nothing and names the environments by strings. Gymnasium 1.0 and
-later has no such plugins: there, importing `safeshield.envs` registers them, as does
-``gymnasium.make("safeshield.envs:safeshield/Boat-v0")``.
+Gymnasium before 1.0 calls `register_envs` at every ``import gymnasium``, through an entry point of
+this package. This module therefore imports nothing and names the environments by strings.
+Gymnasium 1.0 and later has no such plugins. There the environments are registered by importing
+`safeshield.envs`, as ``gymnasium.make("safeshield.envs:safeshield/Boat-v0")`` does.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def register_envs() -> None:
         >>> gymnasium.spec("safeshield/Boat-v0").max_episode_steps
         400
     """
-    # Inside the function: Gymnasium 0.29 calls it while it is itself being imported.
+    # Imported here, because Gymnasium 0.29 calls this function while it is itself being imported.
     from gymnasium.envs import registration
 
-    # Whatever namespace another package's plugin has open, ours is the one that counts.
+    # The namespace is set here, because the plugin of another package may have set its own.
     with registration.namespace(NAMESPACE):
         for name, (module, single, vector, steps) in _ENVIRONMENTS.items():
             if f"{NAMESPACE}/{name}" not in registration.registry:

@@ -1,4 +1,4 @@
-"""A small rasteriser: discs, boxes and lines with soft edges, in NumPy alone."""
+"""A small rasteriser that draws discs, boxes and lines with smooth edges, using only NumPy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Point = Sequence[float] | npt.NDArray[np.float64]
 
 
 class Canvas:
-    """A picture of the world rectangle from low to high, y upwards, in world units.
+    """A picture of the rectangle from `low` to `high`, in world units with y upwards.
 
-    Every shape is a signed distance in pixels; a pixel's share of the colour falls from 1 to 0
-    over the one pixel around the edge, which smooths it.
+    Every shape is given by its signed distance in pixels. A pixel's share of the colour falls from
+    1 to 0 over the width of one pixel at the edge, which makes the edge smooth.
 
     Example:
         >>> canvas = Canvas(low=(0.0, 0.0), high=(2.0, 1.0), height=10, colour=(0, 0, 0))
@@ -33,20 +33,20 @@ class Canvas:
         self._image[:] = colour
 
     def disc(self, centre: Point, radius: float, colour: Colour) -> None:
-        """Fill a disc."""
+        """Fill a disc; centre and radius are in world units."""
         self._stroke(centre, centre, radius, colour)
 
     def line(self, start: Point, end: Point, width: float, colour: Colour) -> None:
-        """Draw a line with round ends."""
+        """Draw a line with round ends; points and width are in world units."""
         self._stroke(start, end, 0.5 * width, colour)
 
     def path(self, points: Sequence[npt.NDArray[np.float64]], width: float, colour: Colour) -> None:
-        """Draw a line through points (k, 2)."""
+        """Draw a line through k points (2,), in world units."""
         for i in range(len(points) - 1):
             self._stroke(points[i], points[i + 1], 0.5 * width, colour)
 
     def box(self, low: Point, high: Point, colour: Colour) -> None:
-        """Fill a rectangle."""
+        """Fill the rectangle between two opposite corners, in world units."""
         (x0, y1), (x1, y0) = self._to_pixels(low), self._to_pixels(high)
         part, x, y = self._window(x0, x1, y0, y1)
         outside = np.maximum(np.maximum(x0 - x, x - x1), np.maximum(y0 - y, y - y1))

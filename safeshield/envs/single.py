@@ -1,4 +1,4 @@
-"""The single environment around a `StateTask`."""
+"""The single environment of a `StateTask`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TRAIL_LENGTH = 1000
 
 
 class StateEnv(Env):
-    """One environment that keeps its state in float64 and shows it in float32.
+    """A single environment that keeps its state in float64 and observes it in float32.
 
-    It never terminates and sets no time limit of its own (`gymnasium.make` adds one). At reset and
-    at every step ``info["constraint"]`` is h of the state just reached and ``info["cost"]`` is 1.0
-    where that h is positive.
+    An episode never terminates, and the environment has no time limit of its own (`gymnasium.make`
+    adds one). At reset and at every step ``info["constraint"]`` is h of the state just reached, and
+    ``info["cost"]`` is 1.0 where this h is positive, else 0.0.
 
-    ``reset(options={"state": s})`` places it at s.
+    ``reset(options={"state": s})`` starts the episode in the state s.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
@@ -39,13 +39,13 @@ class StateEnv(Env):
 
     @property
     def state(self) -> Array:
-        """A copy of the state (n,), float64."""
+        """Copy of the state (n,), float64."""
         return self._current().copy()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Start an episode, at ``options["state"]`` if that is given, else at random."""
+        """Start an episode in ``options["state"]`` if that is given, else in a random state."""
         super().reset(seed=seed)
         if options is not None and "state" in options:
             state = self.task.checked_state(options["state"])
@@ -61,7 +61,7 @@ class StateEnv(Env):
     def step(
         self, action: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Take one step; the reward is that of the state left, the info that of the one reached."""
+        """Take one step; the reward is of the state before it, the info of the state reached."""
         state = self._current()
         checked = self.task.checked_action(action, (self.task.action_size,))
         reward = float(self.task.reward(state))
@@ -69,7 +69,7 @@ class StateEnv(Env):
         return observation, reward, False, False, info
 
     def render(self) -> Frame | None:
-        """Return a picture (height, width, 3), or None where no render mode was asked for."""
+        """Return a picture (height, width, 3), or None without a render mode."""
         if self.render_mode is None:
             gym.logger.warn('render() does nothing without render_mode="rgb_array"')
             return None

@@ -1,4 +1,4 @@
-"""What a state-based environment is made of: pure functions over arrays of states."""
+"""The base class of tasks, which define an environment by pure functions of arrays of states."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Frame: TypeAlias = npt.NDArray[np.uint8]
 
 
 class StateTask(ABC):
-    """A task whose observation is its state, written for single states and batches alike.
+    """A task whose observation is its state, defined for single states and for batches.
 
-    Every function takes arrays with any number of leading axes; the single and the vector
-    environment call the same ones, which is why they agree to the last bit.
+    The functions of states take arrays with any number of leading axes. The single and the vector
+    environment call the same functions, so their results agree to the last bit.
     """
 
     state_low: Array
@@ -29,23 +29,23 @@ class StateTask(ABC):
 
     @abstractmethod
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the states (..., n) that actions (..., m) lead to."""
+        """Return the states (..., n) that follow states (..., n) under actions (..., m)."""
 
     @abstractmethod
     def constraint(self, state: Array) -> Array:
-        """Return h (...), positive where the state is a violation."""
+        """Return h (...) of states (..., n), positive where the state is a violation."""
 
     @abstractmethod
     def reward(self, state: Array) -> Array:
-        """Return the reward (...) of the step that leaves these states (..., n)."""
+        """Return the reward (...) of a step from the states (..., n)."""
 
     @abstractmethod
     def draw_start(self, generator: np.random.Generator) -> Array:
-        """Return one random start (n,)."""
+        """Return one random start state (n,)."""
 
     @abstractmethod
     def picture(self, trail: Sequence[Array]) -> Frame:
-        """Return a picture of the last state of the trail, with the way that led there."""
+        """Return a picture of the last state of the trail and of the states before it."""
 
     def observation_space(self) -> spaces.Box:
         """Return the box of states, as float32."""
@@ -60,7 +60,7 @@ class StateTask(ABC):
         """Return states (..., n) in float64.
 
         Raises:
-            ValueError: wrong last axis, not finite, or outside the box of states.
+            ValueError: the states have a wrong last axis, are not finite or lie outside the box.
         """
         array = np.array(state, dtype=np.float64)
         size = self.state_low.size
@@ -81,7 +81,7 @@ class StateTask(ABC):
         """Return actions of this shape in float64.
 
         Raises:
-            ValueError: another shape, or not finite.
+            ValueError: the actions have another shape or are not finite.
         """
         array = np.asarray(action, dtype=np.float64)
         if array.shape != shape:
@@ -98,7 +98,7 @@ def positive(name: str, value: float) -> float:
     """Return the value as a float.
 
     Raises:
-        ValueError: it is not a positive, finite number.
+        ValueError: the value is not a positive, finite number.
     """
     number = float(value)
     if not (np.isfinite(number) and number > 0.0):
@@ -110,7 +110,7 @@ def checked_render_mode(render_mode: str | None) -> str | None:
     """Return the render mode.
 
     Raises:
-        ValueError: it is neither None nor "rgb_array".
+        ValueError: the mode is neither None nor "rgb_array".
     """
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}')

@@ -1,14 +1,15 @@
-"""The vector environment around a `StateTask`: one NumPy call steps all of them.
+"""The vector environment of a `StateTask`, in which one NumPy call steps all environments.
 
-It equals `gymnasium.vector.SyncVectorEnv` over single environments step by step and bit for bit
-(observations, rewards, flags, infos, seeds), in every autoreset mode of the Gymnasium that runs it:
+Its results equal those of `gymnasium.vector.SyncVectorEnv` over single environments bit for bit at
+every step (observations, rewards, flags, infos, seeds). This holds in every autoreset mode of the
+installed Gymnasium:
 
-- ``"NextStep"`` (default from 1.0): the step after an episode's end ignores the action, resets,
-  and returns reward 0;
-- ``"SameStep"`` (the only mode of 0.29): the observation is already the new episode's; the last
-  one and its info are in ``infos["final_obs"]`` and ``infos["final_info"]``
-  (0.29: ``"final_observation"``, and an array of dictionaries);
-- ``"Disabled"``: the caller resets, with ``options={"reset_mask": mask}``.
+- ``"NextStep"`` (the default from 1.0): the step after an episode's end ignores the action, resets
+  the environment and returns reward 0.
+- ``"SameStep"`` (the only mode of 0.29): the step that ends an episode returns the first
+  observation of the next one. The last observation and its info are in ``infos["final_obs"]`` and
+  ``infos["final_info"]`` (in 0.29 ``"final_observation"``, and an array of dictionaries).
+- ``"Disabled"``: the caller resets environments with ``options={"reset_mask": mask}``.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def autoreset_modes() -> tuple[str, ...]:
 
 
 class StateVectorEnv(VectorEnv):
-    """A batch of environments that share one task; see the module for its autoreset modes.
+    """A batch of environments that share one task; the module describes the autoreset modes.
 
-    ``reset(seed=s)`` gives environment i the seed s + i; a list gives each its own.
-    ``options={"state": states}`` places them, states (num_envs, n) or one (n,) for all.
+    ``reset(seed=s)`` gives environment i the seed s + i, and a list gives each environment its own
+    seed. ``options={"state": states}`` sets the start states: states (num_envs, n), or one state
+    (n,) for all.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class StateVectorEnv(VectorEnv):
         self.single_action_space = task.action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        # Gymnasium 0.29 sets these three in an __init__ whose arguments later versions dropped.
+        # Gymnasium 0.29 sets these three attributes in VectorEnv.__init__, which is not called
+        # because later versions dropped its arguments.
         self.closed, self.is_vector_env, self.viewer = False, True, None
 
         self._state: Array | None = None
@@ -89,18 +92,18 @@ class StateVectorEnv(VectorEnv):
 
     @property
     def state(self) -> Array:
-        """A copy of the states (num_envs, n), float64."""
+        """Copy of the states (num_envs, n), float64."""
         return self._current().copy()
 
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """One generator per environment, in order."""
+        """Random generators, one for each environment."""
         return tuple(self._generator(i) for i in range(self.num_envs))
 
     @property
     def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """One seed per environment, in order."""
-        self.np_random  # noqa: B018 (makes those that no reset has made yet)
+        """Seeds of the random generators, one for each environment."""
+        self.np_random  # noqa: B018 (creates the generators that no reset has created)
         return tuple(self._seeds)
 
     def reset(
@@ -109,10 +112,10 @@ class StateVectorEnv(VectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Start new episodes, everywhere or where ``options["reset_mask"]`` (num_envs,) says so.
+        """Start new episodes, in all environments or where ``options["reset_mask"]`` is True.
 
         Raises:
-            ValueError: seeds, mask or states of another length than num_envs.
+            ValueError: seeds, mask (num_envs,) or states have another length than num_envs.
         """
         options = {} if options is None else options
         mask = self._checked_mask(options.get("reset_mask"))
@@ -128,8 +131,8 @@ class StateVectorEnv(VectorEnv):
         """Step every environment with its row of the actions (num_envs, m).
 
         Raises:
-            ValueError: actions of another shape, or not finite where they are used.
-            ResetNeeded: before the first reset; with "Disabled", where an episode is over.
+            ValueError: the actions have another shape or are not finite where they are used.
+            ResetNeeded: no reset has been made yet, or an episode is over in mode "Disabled".
         """
         state = self._current()
         if self.autoreset_mode == "Disabled" and self._over.any():
@@ -160,31 +163,31 @@ class StateVectorEnv(VectorEnv):
         return self._current().astype(np.float32), rewards, terminated, over.copy(), infos
 
     def render(self) -> tuple[Frame, ...] | None:
-        """Return one picture per environment, or None where no render mode was asked for."""
+        """Return one picture for each environment, or None without a render mode."""
         if self.render_mode is None:
             gym.logger.warn('render() does nothing without render_mode="rgb_array"')
             return None
         self._current()
         return tuple(self.task.picture(trail) for trail in self._trails)
 
-    # Gymnasium 0.29's vector wrappers go through these four.
+    # Gymnasium 0.29's vector wrappers call the next four methods.
     def reset_async(self, seed: Any = None, options: dict[str, Any] | None = None) -> None:  # noqa: ANN401
-        """Do nothing: `reset_wait` takes the same arguments."""
+        """Do nothing, because `reset_wait` receives the same arguments."""
 
     def reset_wait(
         self,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Reset at once."""
+        """Call `reset` with these arguments."""
         return self.reset(seed=seed, options=options)
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Keep the actions for `step_wait`."""
+        """Store the actions for `step_wait`."""
         self._pending = actions
 
     def step_wait(self, **_: object) -> Step:
-        """Step with the actions given to `step_async`."""
+        """Call `step` with the actions that `step_async` received."""
         if self._pending is None:
             raise ResetNeeded("call step_async(actions) before step_wait()")
         actions, self._pending = self._pending, None
@@ -216,7 +219,7 @@ class StateVectorEnv(VectorEnv):
         }
 
     def _final(self, over: Mask) -> dict[str, Any]:
-        """Return what infos say of the states that end an episode in "SameStep"."""
+        """Return the entries of infos for the last states of episodes in mode "SameStep"."""
         observations = np.full(self.num_envs, None, dtype=object)
         for i in np.flatnonzero(over).tolist():
             observations[i] = self._current()[i].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Exact safety values, to judge learned ones by."""
+"""Exact safety values, with which learned values are compared."""
 
 from __future__ import annotations
 

@@ -3,24 +3,25 @@
 V(s) = min over controls of the max over time of h, over an unlimited horizon: the smallest fixed
 point above h of V(s) = max(h(s), min over a of V(s')).
 
-One step moves the boat by a fraction of a cell, so the plain backup interpolates some hundred
-times on the way to a rock, and each time smears V. Three measures keep it sharp:
+One step moves the boat by a fraction of a cell. The plain backup would therefore interpolate about
+a hundred times on the way to a rock, and each interpolation smooths V. Three measures avoid this:
 
-- a direction is held for 0.05 s (10 steps) between two interpolations; h counts at each step;
-- the states from which the boat can keep h from rising are known to have V = h: downstream of the
-  rocks, and near the banks where the river is slower than the engine;
-- the grid is refined, and every `refine`-th point of it kept.
+- A direction is held for 0.05 s (10 steps) between two interpolations, and h counts at each step.
+- Where a known control keeps h from rising, V = h is set directly. These states lie downstream of
+  the rocks, and near the banks where the river is no faster than the engine.
+- V is computed on a finer grid, of which every `refine`-th point is kept.
 
-Where the river beats the engine the boat only ever moves downstream, so a single sweep of the
-columns from right to left, each block to convergence, solves the equation.
+Where the river is faster than the engine the boat only moves downstream. There a single sweep over
+the columns from right to left, each block iterated to convergence, solves the equation.
 
-Measured at the default size: 6.973% of the grid's points have V > 0, those of the rocks 6.353%, and
-not one point lies on another side of zero than by the barriers computed as backward
-characteristics of the discrete-time dynamics (the set's area is 7.06% of the box, the rocks' 6.44%:
-the share of points differs because the box's edge counts in full). Against a grid refined twice as
-much, the error is below 0.1 mm where abs(V) < 5 cm, and up to 3 mm on the ridges far upstream,
-where passing left and right are equally good. Of 4,000 starts with abs(V) < 6 cm, steered by the
-least action value, none with V > 0 stayed clear and none with V <= -0.1 mm hit.
+Measured at the default size: 6.973% of the grid's points have V > 0, and 6.353% lie in the rocks.
+The sign of V agrees at every point with the barriers computed as backward characteristics of the
+discrete-time dynamics. (By area, the set is 7.06% of the box and the rocks are 6.44%. The shares of
+points differ from these because points on the box's edge count in full.) Compared with a grid
+refined twice as much, the error is below 0.1 mm where abs(V) < 5 cm, and up to 3 mm on the ridges
+far upstream, where passing left and passing right are equally good. Of 4,000 starts with
+abs(V) < 6 cm, steered by the least action value, none with V > 0 avoided the rocks and none with
+V <= -0.1 mm hit one.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from safeshield.spaces.shapes import Actions, Observations, Scalars
 Array = npt.NDArray[np.float64]
 
 METHOD = 1
-"""Part of the cache's key: to be raised when the method changes."""
+"""Version of the method, part of the cache's key; it must be raised when the method changes."""
 HOLD_SECONDS = 0.05
 DIRECTIONS = 128
 TOLERANCE = 1e-7
@@ -59,7 +60,10 @@ MAX_SWEEPS = 400
 
 @dataclass(frozen=True, eq=False)
 class GridValue:
-    """A value on a grid of boat positions, metres, positive where the boat is doomed."""
+    """A safety value on a grid of boat positions, in metres.
+
+    It is positive where no control keeps the boat clear of the rocks.
+    """
 
     xs: Array
     """Grid positions along the river (nx,), metres."""
@@ -68,14 +72,15 @@ class GridValue:
     values: Array
     """V (nx, ny), metres."""
     current: float
-    """The river's current that it was computed for, metres per second."""
+    """Speed of the river at y = 0 for which the value was computed, metres per second."""
     dt: float
-    """The step that it was computed for, seconds."""
+    """Length of a step for which the value was computed, seconds."""
 
     def __call__(self, states: Observations) -> Scalars:
-        """Return V (...) of states (..., 2), interpolated between four grid points, at least h.
+        """Return V (...) of states (..., 2), in metres.
 
-        States outside the grid are moved to its edge.
+        V is interpolated between four grid points and is at least h. States outside the grid are
+        moved to its edge.
 
         Raises:
             ValueError: states without two finite entries on the last axis.
@@ -92,7 +97,7 @@ class GridValue:
         return np.asarray(np.maximum(constraint(states), between))
 
     def action_value(self, states: Observations, actions: Actions) -> Scalars:
-        """Return Q (...) = max(h(s), V(s')) of states (..., 2) and actions (..., 2), metres.
+        """Return Q (...) = max(h(s), V(s')) of states (..., 2) and actions (..., 2), in metres.
 
         Raises:
             ValueError: states without two finite entries on the last axis.
@@ -112,13 +117,13 @@ def boat_value(
 ) -> GridValue:
     """Return the boat's exact safety value on an nx by ny grid over the box of states.
 
-    It is computed on a grid `refine` times finer (about 10 s at the default size on one core,
-    2 s with ``refine=2``), then kept in `cache_dir` (default: ``$SAFESHIELD_CACHE``, else the
-    user's cache folder).
+    The value is computed on a grid `refine` times finer. This takes about 10 s at the default size
+    on one core, and 2 s with ``refine=2``. The result is kept in `cache_dir` (default:
+    ``$SAFESHIELD_CACHE``, else the user's cache folder).
 
     Raises:
-        ValueError: a grid of fewer than 2 points a side, refine below 1, dt not positive, current
-            not finite.
+        ValueError: the grid has fewer than 2 points along an axis, `refine` is below 1, `dt` is not
+            positive, or `current` is not finite.
 
     Example:
         >>> import tempfile
@@ -162,13 +167,14 @@ def _axes(nx: int, ny: int) -> tuple[Array, Array]:
 
 
 def _solve(nx: int, ny: int, current: float, dt: float) -> Array:
-    """Return V (nx, ny)."""
+    """Return V (nx, ny) on the grid, in metres."""
     xs, ys = _axes(nx, ny)
     points = np.stack(np.meshgrid(xs, ys, indexing="ij"), axis=-1)
     values = constraint(points)
     unknown = ~_keeps_clear(xs, ys, current)
     hold = max(1, round(HOLD_SECONDS / dt))
-    # About as many columns as one held direction crosses, so that few lead back into the block.
+    # A block has about as many columns as the boat crosses while a direction is held, so that few
+    # of its states lead back into the block.
     width = max(1, round(HOLD_SECONDS / (xs[1] - xs[0])))
     downstream_only = bool(np.all(current - 0.5 * ys[unknown.any(axis=0)] ** 2 >= 1.0))
     for _ in range(1 if downstream_only else MAX_SWEEPS):
@@ -186,7 +192,7 @@ def _solve(nx: int, ny: int, current: float, dt: float) -> Array:
 def _settle(
     values: Array, block: npt.NDArray[np.bool_], states: Array, current: float, dt: float, hold: int
 ) -> None:
-    """Back the block's values up until they stand still."""
+    """Repeat the backup of the block's values until they no longer change."""
     angles = np.arange(DIRECTIONS) * (2.0 * np.pi / DIRECTIONS)
     shape = (len(states), DIRECTIONS, 2)
     directions = np.broadcast_to(np.stack((np.cos(angles), np.sin(angles)), axis=-1), shape)
@@ -206,10 +212,10 @@ def _settle(
 
 
 def _keeps_clear(xs: Array, ys: Array, current: float) -> npt.NDArray[np.bool_]:
-    """Return where (nx, ny) a known control keeps h from rising, so that V = h.
+    """Return a mask (nx, ny) of the points where a known control keeps h from rising, so V = h.
 
-    Downstream of every rock: go on along the river. Outward of every rock, where the river is no
-    faster than the engine from there to the bank: go straight across to the bank.
+    Downstream of all rocks this control steers along the river. Between the rocks and a bank it
+    steers straight to the bank, provided that the river is no faster than the engine all the way.
     """
     drift = current - 0.5 * ys * ys
     downstream = (xs >= ROCK_CENTRES[:, 0].max())[:, None] & (drift >= -1.0)[None, :]

@@ -19,7 +19,7 @@ Grid = npt.NDArray[np.float64]
 
 
 def cache_directory() -> Path:
-    """Return where grids are kept: ``$SAFESHIELD_CACHE``, else the user's cache folder."""
+    """Return the folder of the cache: ``$SAFESHIELD_CACHE``, else the user's cache folder."""
     for variable, below in (("SAFESHIELD_CACHE", "."), ("XDG_CACHE_HOME", "safeshield")):
         if os.environ.get(variable):
             return Path(os.environ[variable]) / below
@@ -35,10 +35,10 @@ def cached_grid(
     compute: Callable[[], Grid],
     directory: str | os.PathLike[str] | None = None,
 ) -> Grid:
-    """Return the grid kept for exactly these parameters, computing and keeping it if need be.
+    """Return the grid for these parameters from the cache, or compute it and store it there.
 
-    A file that is damaged, or made for other parameters, counts as absent. Where the folder cannot
-    be written the grid is returned all the same, with a warning.
+    A file that is damaged or that was made for other parameters counts as absent. Where the folder
+    cannot be written, the grid is still returned, with a warning.
     """
     key = json.dumps(dict(parameters), sort_keys=True)
     folder = cache_directory() if directory is None else Path(directory)
@@ -74,7 +74,8 @@ def _read(path: Path, key: str, shape: tuple[int, ...]) -> Grid | None:
 
 def _write(path: Path, key: str, grid: Grid) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: a reader in another process never sees half a file.
+    # The file is written under a temporary name and renamed, so that another process never reads an
+    # incomplete file.
     handle, aside = tempfile.mkstemp(suffix=".npz", prefix=path.stem, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

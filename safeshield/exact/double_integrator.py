@@ -3,28 +3,30 @@ r"""The exact safety value of `safeshield.envs.double_integrator`, in closed for
 V(p, v) = min over controls of the max over time of h = abs(p) - wall. Let v > 0 (v < 0 is its
 mirror image) and a the largest deceleration.
 
-Continuous time. Full braking gives the lowest position at every time, and stops at
-p + v^2 / (2 a), where the cart can stay:
+Continuous time. Full braking gives the lowest position at every time. The cart stops at
+p + v^2 / (2 a) and can stay there:
 
     V = max(abs(p), abs(p + v abs(v) / (2 a))) - wall.
 
-Discrete time, steps of dt, the acceleration held within a step (the environment's dynamics). Under
-any control the n-th sampled position is at least that of full braking,
+Discrete time, with steps of dt and the acceleration held within a step (the environment's
+dynamics). Under any control the n-th sampled position is at least that of full braking,
 
     p_n = p + n v dt - a n^2 dt^2 / 2,    n = 0, 1, 2, ...
 
-highest at the whole number m nearest to v / (a dt), so max over n of p_n is a lower bound. Braking
-for m steps attains it: the speed w left has abs(w) <= a dt / 2, so the accelerations -2 w / dt,
-2 w / dt, -2 w / dt, ... are allowed, and they return to p_m at every sample. Hence
+which is highest at the whole number m nearest to v / (a dt). So max over n of p_n is a lower bound.
+Braking for m steps attains it: the remaining speed w has abs(w) <= a dt / 2, so the accelerations
+-2 w / dt, 2 w / dt, -2 w / dt, ... are allowed, and they bring the cart back to p_m at every
+sample. Hence
 
-    V = max(abs(p), abs(p_m)) - wall,
+    V = max(abs(p), abs(p_m)) - wall.
 
-below the continuous value by at most a dt^2 / 8: between two samples the cart may pass the turning
-point unseen.
+This is below the continuous value by at most a dt^2 / 8, because the cart may reach its turning
+point between two samples.
 
-The other wall plays no part: the positions rise from p to p_m, so that wall is nearest at the
-start, which V counts. The box clips positions to [-1.5, 1.5], so h never exceeds 1.5 - wall and
-neither does V. Clipped speeds play no part for states of the box, since braking slows down.
+The other wall needs no separate treatment. The positions rise from p to p_m, so the cart is nearest
+to that wall at the start, which V takes into account. The box clips positions to [-1.5, 1.5], so
+neither h nor V exceeds 1.5 - wall. The clipping of speeds has no effect for states of the box,
+since braking reduces the speed.
 """
 
 from __future__ import annotations
@@ -42,13 +44,14 @@ def value(
     max_acceleration: float = MAX_ACCELERATION,
     dt: float | None = None,
 ) -> Scalars:
-    """Return V (...) of states (..., 2) of the environment's box, metres, positive where doomed.
+    """Return V (...) of states (..., 2) of the environment's box, in metres.
 
-    `dt` is the step in seconds; None stands for continuous time.
+    V is positive where no control avoids the walls. `dt` is the length of a step in seconds, and
+    None stands for continuous time.
 
     Raises:
-        ValueError: states without two finite entries on the last axis; a wall, acceleration or dt
-            that is not positive.
+        ValueError: the states do not have two finite entries on the last axis, or wall,
+            acceleration or dt is not positive.
 
     Example:
         >>> states = np.array([[0.0, 1.0], [0.0, 2.0], [-1.2, 0.0]])
@@ -73,13 +76,14 @@ def value(
 
 
 def action_value(states: Observations, actions: Actions, dt: float) -> Scalars:
-    """Return Q (...) = max(h(s), V(s')), s' one step of dt seconds later; actions (..., 1).
+    """Return Q (...) = max(h(s), V(s')) of states (..., 2) and actions (..., 1), in metres.
 
-    Since V >= h, that equals the max over time of h when the action comes first and the best
-    controls follow; its minimum over actions is `value` with the same dt.
+    Here s' is the state one step of dt seconds later. Since V >= h, Q is the maximum over time of h
+    if the action is taken first and the best controls follow. Its minimum over actions is `value`
+    with the same dt.
 
     Raises:
-        ValueError: as `value`.
+        ValueError: as for `value`.
 
     Example:
         >>> brake, push = np.array([-1.0]), np.array([1.0])
