@@ -1,13 +1,14 @@
-"""The field's tasks: Safety-Gymnasium, Bullet-Safety-Gym, DSRL, MetaDrive, under their own ids.
+"""Benchmark tasks of Safety-Gymnasium, Bullet-Safety-Gym, DSRL and MetaDrive under their own ids.
 
-Importing this registers them with Gymnasium and loads no simulator. What is not installed is
-registered all the same: making it says what is missing, and the commands.
+Importing this package registers the tasks with Gymnasium and loads no simulator. Tasks of packages
+that are not installed are registered too. Making such a task raises an error that names the missing
+packages and the commands that install them.
 
-``gymnasium.make("safeshield.suites:SafetyPointGoal1Gymnasium-v0")`` works anywhere, and so in
-worker processes that know an id alone. After ``import safeshield.suites`` plain ids work too, in
-workers as far as Gymnasium hands them an environment's spec or they are forked. Import it after
-`safety_gymnasium`, `bullet_safety_gym` and `dsrl` where you import these yourself: the last one
-to register an id has it.
+``gymnasium.make("safeshield.suites:SafetyPointGoal1Gymnasium-v0")`` works everywhere, also in
+worker processes that receive nothing but an id. After ``import safeshield.suites`` plain ids work
+too. In worker processes plain ids work where Gymnasium passes on the environment's spec or where
+the process was forked. A program that imports `safety_gymnasium`, `bullet_safety_gym` or `dsrl`
+itself must import this package after them, because the last registration of an id counts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ __all__ = ["TASKS", "Family", "Suite", "Task", "find_task", "register_envs"]
 
 
 def register_envs() -> None:
-    """Register every id; a second call changes nothing, unless another package came between."""
+    """Register every id.
+
+    A second call changes nothing, unless another package has replaced a registration meanwhile.
+    """
     safety_gymnasium.register_envs()
     bullet.register_envs()
     dsrl.register_envs()

@@ -1,7 +1,8 @@
-"""Bullet-Safety-Gym's environments: every id that it registers.
+"""Bullet-Safety-Gym's environments, under every id that the package registers.
 
-Its resets ignore their seed, so that two runs are never alike; here they follow it. ``render_mode``
-is taken at `gymnasium.make`, as everywhere else.
+Bullet-Safety-Gym's own `reset` ignores its seed, so that its runs cannot be repeated. The
+environments made here follow the seed. ``render_mode`` is an argument of `gymnasium.make`, as for
+other environments.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RENDER_MODES = ("human", "rgb_array")
 METADATA = {"render_modes": list(RENDER_MODES), "render_fps": 30}
 
 _FAR = 100.0
-"""Above the ground, metres: out of reach of everything."""
+"""Height above the ground, metres, at which a body touches nothing."""
 
 _TASKS = {
     "Ball": ("Reach", "Push", "Circle", "Run", "Gather"),
@@ -47,7 +48,7 @@ _UPSTREAM: dict[str, EnvSpec] = {}
 
 
 def register_envs() -> None:
-    """Register Bullet-Safety-Gym's ids; where it is absent, making one says so."""
+    """Register Bullet-Safety-Gym's ids; without the package, making one raises an error."""
     import_if_installed(PACKAGE, IDS, _UPSTREAM)
     register(IDS, f"{__name__}:make", {}, _UPSTREAM)
 
@@ -57,7 +58,7 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
-        ValueError: a render mode that it does not have, or a window where there is no display.
+        ValueError: the render mode is unknown, or needs a display where there is none.
     """
     load(env_id)
     spec = _UPSTREAM[env_id]
@@ -70,7 +71,10 @@ vars(make).update(metadata=METADATA)
 
 
 def load(what: str) -> None:
-    """Import Bullet-Safety-Gym; `what` is named in the error.
+    """Import Bullet-Safety-Gym.
+
+    Args:
+        what: name, for the error message, of what needs the package.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
@@ -86,7 +90,7 @@ def _import_everything() -> None:
 
 
 def construct(base: Any, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
-    """Return an environment of a class of Bullet-Safety-Gym's, seeded and rendered as others."""
+    """Return an environment of a class of Bullet-Safety-Gym that follows seeds and render modes."""
     with compat.LOCK, compat.streams_with_files():
         env: Env = _mended(base)(**kwargs)
     return env
@@ -100,10 +104,11 @@ def _mended(base: Any) -> Any:  # noqa: ANN401 - a class of theirs
 class _Seeded(Remade):
     """A Bullet environment that follows the seed of `reset`.
 
-    After ``reset(seed=n)`` it goes on as a new environment does whose first draws follow n: it
-    draws from NumPy's and Python's global generators, and from the first seed on has streams of
-    its own, put in their place while it draws. Without a seed, `reset` is Bullet-Safety-Gym's own:
-    motors keep the commands of the last step, which moves the start.
+    After ``reset(seed=n)`` the environment behaves like a new one whose random draws follow n.
+    Bullet-Safety-Gym draws from NumPy's and Python's global generators. From the first seed on, the
+    environment has random streams of its own, which replace the global ones while it draws. Without
+    a seed, `reset` is that of Bullet-Safety-Gym, in which the motors keep the commands of the last
+    step and thereby change the start.
     """
 
     metadata = METADATA
@@ -141,13 +146,14 @@ class _Seeded(Remade):
             return super().reset(seed=seed, options=options)
 
     def _make_new(self) -> None:
-        """Put the simulation back to where it was before the first reset."""
+        """Restore the state that the simulation had before the first reset."""
         if self.stored_state_id < 0:
             return
         bullet = self.bc
         body = self.agent.body_id
-        # No state holds the motors' commands, and a contact that is still there when the state
-        # comes back keeps its impulse: stop the motors, and take the agent off the ground.
+        # A saved state does not include the motors' commands, and a contact that exists when the
+        # state is restored keeps its impulse. So the motors are stopped and the agent is lifted off
+        # the ground first.
         for joint in range(bullet.getNumJoints(body)):
             bullet.setJointMotorControl2(
                 body, joint, bullet.VELOCITY_CONTROL, targetVelocity=0.0, force=0.0
@@ -156,7 +162,7 @@ class _Seeded(Remade):
         bullet.performCollisionDetection()
         bullet.restoreState(self._new_state)
         bullet.removeState(self.stored_state_id)
-        self.stored_state_id = -1  # as in a new environment, whose first reset saves one
+        self.stored_state_id = -1  # as in a new environment, whose first reset saves a state
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
         if self._draws is None or not self._draws_in_steps:
@@ -170,7 +176,7 @@ class _Seeded(Remade):
                 "render() needs a render mode: gymnasium.make(id, render_mode='rgb_array')"
             )
         if self.render_mode == "human":
-            return None  # the window shows every step by itself
+            return None  # the window shows every step without a call of render
         picture: Any = super().render("rgb_array")  # type: ignore[call-arg]
         return np.asarray(picture, dtype=np.uint8)
 

@@ -1,10 +1,11 @@
-"""What other packages' environments need to be imported and made today, and for no longer.
+"""Temporary patches under which the environments of other packages can be imported and made.
 
-Each context manager mends one thing while it is open, and puts back exactly what it found.
+Each context manager makes one change while it is open and afterwards restores the previous state
+exactly.
 
-They change what the whole process sees (a decorator, a table, an environment variable, a stream),
-so only one thread at a time may be inside: hold `LOCK`. Other threads go on: what they could notice
-is said at each.
+The changes are visible in the whole process (a decorator, a table, an environment variable, a
+stream). Only one thread at a time may be inside, so callers must hold `LOCK`. Other threads
+continue to run, and each docstring states the effect that they could notice.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ import numpy as np
 from gymnasium.envs import registration
 
 LOCK = threading.RLock()
-"""Held while anything below is open; a thread may take it again."""
+"""Lock to hold while a context manager of this module is open; it is re-entrant."""
 
 
 @contextmanager
 def array_defaults(package: str) -> Iterator[None]:
     """Let the dataclasses of `package` have arrays as defaults, which Python 3.11 refuses.
 
-    ``color: np.ndarray = COLOR["goal"]`` becomes a default factory that copies: each instance has
-    an array of its own. It holds for modules imported inside; afterwards `dataclasses.dataclass`
-    is the original again, also in those modules. Dataclasses of other packages, imported by other
-    threads meanwhile, are made by the original.
+    A default such as ``color: np.ndarray = COLOR["goal"]`` becomes a default factory that copies
+    the array, so that each instance has an array of its own. The patch applies to modules that are
+    imported inside the context. Afterwards `dataclasses.dataclass` is the original again, also in
+    those modules. Dataclasses of other packages that other threads import meanwhile are made by the
+    original decorator.
 
     >>> with array_defaults(__name__):
     ...     @dataclasses.dataclass
@@ -46,7 +48,7 @@ def array_defaults(package: str) -> Iterator[None]:
     """
     original = dataclasses.dataclass
 
-    # Its own name and text for whoever looks at it from inside.
+    # The replacement keeps the name and the docstring of the original.
     @functools.wraps(original)
     def dataclass(cls: type | None = None, /, **options: Any) -> Any:  # noqa: ANN401 - as it is
         if cls is None:
@@ -61,7 +63,7 @@ def array_defaults(package: str) -> Iterator[None]:
         yield
     finally:
         dataclasses.dataclass = original
-        # `from dataclasses import dataclass` has left the other one in what was imported inside.
+        # Modules imported inside may hold the replacement (`from dataclasses import dataclass`).
         for name in set(sys.modules) - before:
             contents = getattr(sys.modules[name], "__dict__", {})
             for key in [key for key, value in contents.items() if value is dataclass]:
@@ -69,7 +71,7 @@ def array_defaults(package: str) -> Iterator[None]:
 
 
 def _copy_arrays(cls: type) -> None:
-    """Turn the array defaults of a class that becomes a dataclass into factories."""
+    """Replace the array defaults of a future dataclass by default factories that copy."""
     for name, annotation in inspect.get_annotations(cls).items():
         default = cls.__dict__.get(name)
         if isinstance(default, np.ndarray) and not _is_class_variable(annotation):
@@ -78,7 +80,7 @@ def _copy_arrays(cls: type) -> None:
 
 
 def _is_class_variable(annotation: object) -> bool:
-    # Under `from __future__ import annotations` it is a text.
+    # Under `from __future__ import annotations` an annotation is a string.
     text = annotation if isinstance(annotation, str) else ""
     kind = get_origin(annotation) or annotation
     return kind is ClassVar or text.removeprefix("typing.").startswith("ClassVar")
@@ -86,11 +88,12 @@ def _is_class_variable(annotation: object) -> bool:
 
 @contextmanager
 def registry_kept(ids: Collection[str]) -> Iterator[dict[str, registration.EnvSpec]]:
-    """Let a package register `ids` without replacing what is registered under them.
+    """Let a package register `ids`, and restore the previous registrations of them afterwards.
 
-    Yields what stood there, and at the end also what the package has put there: the last one of
-    each id. Inside, the ids are free, because Gymnasium warns at every replacement; a thread that
-    makes one of them in this moment is told that there is none.
+    The context manager yields a dict with the previous specs. At its end the dict also holds the
+    specs that the package has registered, the last one for each id. The ids are not registered
+    inside the context, because Gymnasium warns of every replacement. A thread that makes one of
+    them meanwhile gets the error that the id does not exist.
     """
     registry = registration.registry
     before = {one: registry.pop(one) for one in ids if one in registry}
@@ -104,7 +107,7 @@ def registry_kept(ids: Collection[str]) -> Iterator[dict[str, registration.EnvSp
 
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set a variable of the process; processes started by other threads meanwhile inherit it."""
+    """Set an environment variable; processes that other threads start meanwhile inherit it."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -120,20 +123,21 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 def streams_with_files() -> Iterator[None]:
     """Give ``sys.stdout`` and ``sys.stderr`` a file descriptor where they have none.
 
-    PyBullet's environments duplicate the descriptors of both and flush the C stream of their name;
-    notebooks, test runners and servers put streams there that have neither. What is printed to
-    such a stream inside is dropped.
+    PyBullet's environments duplicate the descriptors of both streams and flush the C stream of the
+    same name. The streams of notebooks, test runners and servers have neither a descriptor nor such
+    a name. Text that is printed to such a stream inside the context is discarded.
     """
     with ExitStack() as stack:
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
             if not _has_file(stream):
-                # By its number: such a file has no name that could be taken for a C stream's.
+                # A file opened by its descriptor has no name that PyBullet could take for that of a
+                # C stream.
                 null = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
                 stack.enter_context(redirect(stack.enter_context(null)))
         yield
 
 
-def _has_file(stream: Any) -> bool:  # noqa: ANN401 - whatever somebody has put there
+def _has_file(stream: Any) -> bool:  # noqa: ANN401 - an object of any kind
     try:
         stream.fileno()
         return isinstance(stream.name, int) or stream.name in ("<stdout>", "<stderr>")
@@ -142,10 +146,10 @@ def _has_file(stream: Any) -> bool:  # noqa: ANN401 - whatever somebody has put 
 
 
 class Draws:
-    """Streams of random numbers that take the place of NumPy's and Python's global ones.
+    """Random streams that can temporarily replace NumPy's and Python's global ones.
 
-    A second thread that draws from the global generators while these are in their place draws from
-    these. Two streams of the same seed are the same.
+    Another thread that draws from the global generators during a replacement draws from these
+    streams. Streams of the same seed are equal.
     """
 
     def __init__(self, seed: int) -> None:
@@ -154,7 +158,10 @@ class Draws:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Draw from these inside, on from where they are; the global ones stay as they were."""
+        """Use these streams inside the context, and restore the global ones afterwards.
+
+        The streams continue where the last use ended.
+        """
         with LOCK:
             outer = _global_states()
             try:
@@ -165,7 +172,7 @@ class Draws:
                 _set_global_states(outer)
 
 
-# What packages of before 2020 draw from; to swap it one has to touch it.
+# Older packages draw from NumPy's legacy global generator, so these functions must access it.
 def _global_states() -> tuple[Any, Any]:
     return np.random.get_state(), random.getstate()  # noqa: NPY002
 

@@ -1,8 +1,8 @@
-"""Constraints h read from the state of a benchmark's environment: speeds, distances, contacts.
+"""Constraints h computed from the state of a benchmark environment: speeds, distances, contacts.
 
-Safety-Gymnasium, Bullet-Safety-Gym and MetaDrive report costs, 0 or above. A shield learns more
-from how far a state is from one: `with_constraint` puts h (positive is a violation) into
-``info["constraint"]``, and h > 0 wherever the environment's own cost is.
+Safety-Gymnasium, Bullet-Safety-Gym and MetaDrive report costs of at least 0. A shield learns more
+from the distance of a state to a violation. `with_constraint` therefore reports h in
+``info["constraint"]``, which is positive wherever the environment's own cost is positive.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from safeshield.spaces.generic import Env, Wrapper
 
 Info = dict[str, Any]
 Simulator: TypeAlias = Any
-"""A part of another package, which has no types."""
+"""An object of another package, which has no type annotations."""
 Observation: TypeAlias = Any
 StateConstraint = Callable[[Simulator, Observation, Info], float]
-"""(innermost environment, its last observation, its last info) -> h."""
+"""Function (innermost environment, its last observation, its last info) -> h."""
 
 CONTACT = 0.05
-"""Least h of a state in contact with what must not be touched, metres."""
+"""Smallest h, metres, of a state in contact with an object that must not be touched."""
 CLEAR = 0.001
-"""Least distance, metres, of a state that touches nothing, however near bounding circles are."""
+"""Smallest value of -h, metres, of a state without contact, even where bounding circles overlap."""
 CRASH = 1.0
 """h of a car that has crashed or left the road."""
 CRASH_COST = 1.0
-"""What MetaDrive charges for that; speed and nearness alone stay below a quarter of it."""
+"""MetaDrive's cost of a crash or of leaving the road; the costs of speed and of near objects stay
+below a quarter of it."""
 SPEED_LIMIT = 10.0
-"""Speed above which MetaDrive's tasks of DSRL cost, metres a second."""
+"""Speed, metres per second, above which DSRL's MetaDrive tasks have a cost."""
 LIDAR_RANGE = 50.0
-"""Reach of MetaDrive's lidar, metres; its readings are shares of it."""
+"""Range of MetaDrive's lidar, metres; its readings are shares of this range."""
 LIDAR_LIMIT = 0.1
-"""Lidar reading below which MetaDrive's tasks of DSRL cost."""
+"""Lidar reading below which DSRL's MetaDrive tasks have a cost."""
 
 _VELOCITY_TASKS = "safety_gymnasium.tasks.safety_velocity."
 _NAVIGATION = "safety_gymnasium.bases.base_task.BaseTask"
 _BULLET = "bullet_safety_gym.envs.tasks."
 _METADRIVE = "safeshield.suites.metadrive.MetaDriveTask"
 _OUT_OF_SIGHT = np.array([3.0])
-"""Reach of a lidar, metres."""
+"""Range of Safety-Gymnasium's lidars, metres."""
 _CONTACT_COSTS = {
     "buttons": ("cost_buttons",),
     "gremlins": ("cost_gremlins",),
@@ -54,12 +55,12 @@ _CONTACT_COSTS = {
 
 
 def with_constraint(env: Env) -> Env:
-    """Report h of every state that is reached, where the environment's state tells it.
+    """Wrap an environment so that it reports h of every state, where h is known.
 
-    ``info["constraint"]`` then stands beside ``info["cost"]`` at reset and at every step, of the
-    state just REACHED; h > 0 exactly where cost > 0. An environment of no family below, or with
-    nothing to violate, is returned as it is, as is one that is wrapped already: its costs are its
-    labels, 0 or above.
+    At reset and at every step ``info["constraint"]`` then holds h of the state just REACHED, and
+    h > 0 exactly where ``info["cost"]`` > 0. An environment is returned unchanged if it belongs to
+    none of the families below, if it has nothing to violate (its costs of at least 0 are then its
+    labels), or if it is wrapped already. The constraints are:
 
     ==========================================  =================================================
     Safety-Gymnasium velocity                   speed over the step minus the limit, m/s
@@ -75,17 +76,18 @@ def with_constraint(env: Env) -> Env:
                                                 the nearest car, m; 1 in a crash or off the road
     ==========================================  =================================================
 
-    Limits, walls and radii are read from the environment. The speed of a velocity task is what its
-    cost takes: the way of the last step over its duration, along x (HalfCheetah, Hopper, Swimmer,
-    Walker2d) or in the plane (Ant, Humanoid); at reset, where nothing has moved yet, the momentary
-    one. A moving vase is a violation, and while the buttons rest after a goal, none of them is
-    wrong.
+    Limits, walls and radii are read from the environment. The speed of a velocity task is the speed
+    of its cost: the distance of the last step over its duration, along x (HalfCheetah, Hopper,
+    Swimmer, Walker2d) or in the plane (Ant, Humanoid). At reset, before the first step, it is the
+    momentary speed. A moving vase is a violation. While the buttons are inactive after a goal, no
+    button is wrong.
 
     Args:
-        env: an environment, wrapped or not, that steps by five values or by Safety-Gymnasium's six.
+        env: an environment, wrapped or not, whose step returns Gymnasium's five values or
+            Safety-Gymnasium's six.
 
     Raises:
-        TypeError: it is no environment.
+        TypeError: `env` is not an environment.
 
     >>> env = gym.make("Pendulum-v1")  # nothing is known of it
     >>> with_constraint(env) is env
@@ -101,11 +103,11 @@ def with_constraint(env: Env) -> Env:
 
 
 class ConstraintFromState(Wrapper, RecordConstructorArgs):
-    """Report h from the state of a benchmark's environment: see `with_constraint`.
+    """Wrapper that reports h of a benchmark environment, as described in `with_constraint`.
 
     Raises:
-        ValueError: no constraint is known for the environment, or (in `reset`, `step`) it reports
-            one itself.
+        ValueError: no constraint is known for the environment, or (in `reset` and `step`) the
+            environment reports one itself.
     """
 
     def __init__(self, env: Env) -> None:
@@ -114,7 +116,7 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
         constraint = state_constraint(env)
         if constraint is None:
             raise ValueError(
-                f"no constraint is known for {env}: its cost is its label; use "
+                f"no constraint is known for {env}, only its cost; use "
                 "safeshield.wrappers.ConstraintFromFunction to report one of your own"
             )
         self._constraint = constraint
@@ -122,14 +124,14 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and report the constraint where it starts."""
+        """Reset the environment and report the constraint of its first state."""
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, self._labelled(observation, info)
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
-        """Take a step and report the constraint of the state it reaches."""
+        """Take a step and report the constraint of the state that it reaches."""
         observation, *others, info = self.env.step(action)
-        # A native environment of Safety-Gymnasium has one more value, which stays where it is.
+        # A native environment of Safety-Gymnasium returns one more value, which is passed on.
         return observation, *others, self._labelled(observation, info)
 
     def _labelled(self, observation: object, info: Info) -> Info:
@@ -142,14 +144,14 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
 
 
 def state_constraint(env: Env) -> StateConstraint | None:
-    """Return how h of this environment is read, or None where nothing but the cost is known."""
+    """Return the function that computes h of this environment, or None where only costs exist."""
     inner: Any = env.unwrapped
-    # By name: this module must work where none, or one, of these packages is installed.
+    # Classes are compared by name, because this module must work without these packages.
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(inner).__mro__]
     velocity = [name for name in names if name.startswith(_VELOCITY_TASKS)]
     if velocity:
         module = velocity[0].removeprefix(_VELOCITY_TASKS).partition(".")[0]
-        # The others' cost takes the speed along x, sign included.
+        # The cost of the other tasks is of the signed speed along x.
         return {
             "safety_ant_velocity_v0": _planar_speed,
             "safety_ant_velocity_v1": _planar_speed,
@@ -186,7 +188,7 @@ def _humanoid_speed(env: Simulator, observation: object, info: Info) -> float:
     if "x_velocity" not in info:
         import mujoco
 
-        # Its cost takes the speed of the centre of mass.
+        # The cost is of the speed of the centre of mass.
         jacobian = np.zeros((3, env.model.nv))
         mujoco.mj_jacSubtreeCom(env.model, env.data, jacobian, 0)
         x, y = (jacobian @ env.data.qvel)[:2]
@@ -211,7 +213,7 @@ def _navigation_constraint(task: Simulator) -> StateConstraint | None:
 
 
 def _clearance(env: Simulator, item: Simulator, place: np.ndarray) -> float:
-    """Return h of one kind of object for the agent at this place, metres."""
+    """Return h, in metres, of one kind of object for the agent at this place."""
     if item.name == "sigwalls":
         axes = place[:2] if item.num == 4 else place[:1]
         return float(np.max(np.abs(axes)) - item.locate_factor)
@@ -219,18 +221,19 @@ def _clearance(env: Simulator, item: Simulator, place: np.ndarray) -> float:
     if item.name == "hazards":
         return float(np.max(item.size - distances))
     if item.name == "buttons":
-        # Resting buttons cannot be seen either.
+        # While the buttons are inactive, the lidar does not show them either.
         distances = np.delete(distances, item.goal_button) if item.timer == 0 else _OUT_OF_SIGHT
     overlap = float(item.size + _reach(env, place) - distances.min())
-    # The environment's own verdict: the timer that excuses a button has moved on since.
+    # The contact is taken from the environment's own cost, because the timer of the buttons has
+    # advanced since the cost was computed.
     touched = any(env.cost.get(key, 0.0) > 0 for key in _CONTACT_COSTS[item.name])
     return max(overlap, CONTACT) if touched else min(overlap, -CLEAR)
 
 
 def _reach(env: Simulator, place: np.ndarray) -> float:
-    """Radius of a circle around the agent that holds all of it, metres."""
+    """Return the radius, in metres, of a circle around the agent that contains all its parts."""
     model, data = env.task.model, env.task.data
-    # Not by their names: the Racecar's parts have none.
+    # Parts are found by their root body, because the Racecar's parts have no names.
     parts = model.body_rootid[model.geom_bodyid] == model.body("agent").id
     offsets = np.linalg.norm(data.geom_xpos[parts, :2] - place[:2], axis=1)
     return float(np.max(offsets + model.geom_rbound[parts]))

@@ -1,4 +1,4 @@
-"""What is installed, what works, and the commands that are missing.
+"""The checks of `safeshield doctor`: which packages are installed, and which parts work.
 
 Each part is tried in a separate process, so that a crash there is reported here.
 """
@@ -30,7 +30,7 @@ _ANSWER = "safeshield-doctor:"
 
 
 class Part(StrEnum):
-    """What can be asked about."""
+    """The parts that can be checked."""
 
     core = "core"
     navigation = "navigation"
@@ -41,14 +41,14 @@ class Part(StrEnum):
 
 
 class State(StrEnum):
-    """What was found."""
+    """The result of checking one part."""
 
     works = "works"
     absent = "absent"
     broken = "broken"
 
 
-# What each part needs, and one environment of each kind that it has.
+# The suites that each part needs, and one environment of each kind in it.
 _PARTS: dict[Part, tuple[tuple[Suite, ...], tuple[str, ...]]] = {
     Part.core: ((), ("safeshield/Boat-v0",)),
     Part.navigation: ((Suite.safety_gymnasium,), (TASKS["PointGoal1"].env_id,)),
@@ -64,29 +64,29 @@ _PARTS: dict[Part, tuple[tuple[Suite, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one part."""
+    """The result of checking one part, with details."""
 
     part: Part
     state: State
     versions: dict[str, str]
-    """Of what is installed of it."""
+    """Versions of the part's packages that are installed."""
     detail: str
-    """What was made, reset and stepped, or what went wrong."""
+    """The environments that were made, reset and stepped, or the failure."""
     untried: tuple[str, ...] = ()
-    """Packages in other versions than those that were tried together, with what was tried."""
+    """Packages whose versions were not tried together, each with the versions that were."""
     commands: tuple[str, ...] = ()
-    """What to run, in this order."""
+    """Commands to run, in this order."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
+        """Return the finding as JSON values."""
         return json_values(self)
 
 
 def examine(parts: Sequence[Part] = ()) -> list[Finding]:
-    """Try these parts, or all, each in a process of its own.
+    """Check these parts, or all parts, each in a process of its own.
 
     Args:
-        parts: what to try; none stands for all.
+        parts: parts to check; an empty sequence stands for all parts.
     """
     wanted = list(dict.fromkeys(parts)) or list(Part)
     with ThreadPoolExecutor(max_workers=min(len(wanted), os.cpu_count() or 1)) as pool:
@@ -94,7 +94,7 @@ def examine(parts: Sequence[Part] = ()) -> list[Finding]:
 
 
 def healthy(findings: Sequence[Finding], asked: Sequence[Part] = ()) -> bool:
-    """Whether nothing is broken, and nothing that was asked for by name is absent."""
+    """Return whether no part is broken and no part that was asked for is absent."""
     return not any(
         one.state is State.broken or (one.state is State.absent and one.part in asked)
         for one in findings
@@ -102,7 +102,7 @@ def healthy(findings: Sequence[Finding], asked: Sequence[Part] = ()) -> bool:
 
 
 def report(findings: Sequence[Finding]) -> str:
-    """Return the findings as text, with the commands that are missing at its end."""
+    """Return the findings as text, with the commands that install what is missing at its end."""
     indent = " " * (max(len(part) for part in Part) + 2 + max(len(state) for state in State) + 2)
     lines = []
     for one in findings:
@@ -121,7 +121,7 @@ def report(findings: Sequence[Finding]) -> str:
 
 
 def _together(run: Sequence[str]) -> list[str]:
-    """Put the commands of several parts together: pip's own first, then one without pins."""
+    """Merge the commands of several parts: the plain ones first, then one with ``--no-deps``."""
     start = "pip install --no-deps "
     plain = [command for command in run if not command.startswith(start)]
     apart = [name for command in run if command.startswith(start)
@@ -162,7 +162,11 @@ def _examine(part: Part) -> Finding:
 
 
 def _try(ids: Sequence[str]) -> tuple[bool, str]:
-    """Make, reset and step environments in a process of their own; say how that went."""
+    """Make, reset and step environments in a separate process.
+
+    Returns:
+        Whether that worked, and a description of the result.
+    """
     try:
         result = subprocess.run(
             [sys.executable, "-c", _PROBE, *ids],
@@ -192,9 +196,10 @@ def _signal_name(number: int) -> str:
 
 
 def probe(ids: Sequence[str]) -> None:
-    """Make, reset and step environments in this process, and print how that went.
+    """Make, reset and step environments in this process, and print the result.
 
-    The first of all, ``safeshield/Boat-v0``, stands for the core, whose packages are then loaded.
+    If the first id is one of this package, it stands for the core, and PyTorch and
+    Stable-Baselines3 are loaded as well.
     """
     import gymnasium as gym
 
@@ -218,10 +223,10 @@ def probe(ids: Sequence[str]) -> None:
 
 
 def _device() -> str:
-    import stable_baselines3  # noqa: F401 - must load
+    import stable_baselines3  # noqa: F401 - checks that it can be loaded
     import torch
 
     if not torch.cuda.is_available():
         return "trains on the CPU, PyTorch finds no CUDA device"
-    total = float(torch.ones(1, device="cuda").sum())  # a device that is found may yet be unusable
+    total = float(torch.ones(1, device="cuda").sum())  # a device that is found may be unusable
     return f"trains on {torch.cuda.get_device_name()}" if total == 1.0 else "CUDA miscalculates"

@@ -1,6 +1,6 @@
-"""DSRL's ids of the Safety-Gymnasium and Bullet tasks: ``OfflinePointGoal1Gymnasium-v0``.
+"""DSRL's ids of Safety-Gymnasium and Bullet tasks, such as ``OfflinePointGoal1Gymnasium-v0``.
 
-They are DSRL's own environments, with `get_dataset(h5path=...)`, `set_target_cost` and
+The environments are DSRL's own, with `get_dataset(h5path=...)`, `set_target_cost` and
 `get_normalized_score`. Nothing is downloaded unless `get_dataset` is called without a file.
 """
 
@@ -31,7 +31,7 @@ _ALL = {**_BULLET, **_FIVE_VALUES, **_NATIVE}
 
 
 def register_envs() -> None:
-    """Register DSRL's ids; where a package is absent, making one says so."""
+    """Register DSRL's ids; where a package is absent, making one raises an error."""
     steps = {one: task.horizon for one, task in _ALL.items()}
     register(_BULLET, f"{__name__}:make_bullet", steps, {})
     register(_FIVE_VALUES, f"{__name__}:make_safety_gymnasium", steps, {})
@@ -55,7 +55,9 @@ def make_safety_gymnasium(
     render_mode: str | None = None,
     **kwargs: Any,  # noqa: ANN401 - the environment's own
 ) -> Env:
-    """Return DSRL's environment of a Safety-Gymnasium task: six values, five in "...Gymnasium".
+    """Return DSRL's environment of a Safety-Gymnasium task.
+
+    A step returns five values where the name ends in "Gymnasium", and six otherwise.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
@@ -64,7 +66,7 @@ def make_safety_gymnasium(
     base, defaults = _class_of(env_id, "offline_safety_gymnasium")
     kind = safety_gymnasium.mended(base, five_values=env_id in _FIVE_VALUES)
     env: Any = kind(**{**defaults, **kwargs})
-    # DSRL's classes take no render mode; what they are built on reads it from here.
+    # DSRL's classes take no render mode; their base classes read it from these attributes.
     if hasattr(env, "render_parameters"):
         env.render_parameters.mode = render_mode
     else:
@@ -78,7 +80,7 @@ vars(make_safety_gymnasium).update(metadata=safety_gymnasium.METADATA)
 
 
 def _class_of(env_id: str, part: str) -> tuple[Any, dict[str, Any]]:
-    """Return DSRL's class of an environment, and what DSRL knows of its log."""
+    """Return DSRL's class of an environment, and the arguments that describe its log."""
     require(env_id, Suite.dsrl)
     try:
         environments, infos = _modules(part)
@@ -104,7 +106,8 @@ def _class_of(env_id: str, part: str) -> tuple[Any, dict[str, Any]]:
 
 @functools.cache
 def _modules(part: str) -> tuple[ModuleType, ModuleType]:
-    # It registers its environments, and prints a warning because old gym, for MetaDrive, is absent.
+    # On import dsrl registers its environments, and it prints a warning where the old package gym,
+    # which its MetaDrive tasks need, is absent.
     with (
         compat.LOCK,
         compat.registry_kept(_ALL),

@@ -1,8 +1,8 @@
-"""Continuous labels of logs of the field's tasks, computed from what was logged.
+"""Continuous labels for logs of the benchmark tasks, computed from the logged numbers.
 
-`label` gives a log in DSRL's format the constraint h that `with_constraint` reports live, wherever
-its observations tell it, and checks every state against the logged costs. It needs none of the
-benchmark packages: their limits stand in the tables below.
+`label` adds to a log in DSRL's format the constraint h that `with_constraint` reports in the
+environment, wherever the observations determine it. It checks every state against the logged costs.
+No benchmark package is needed, because `suites.logged` holds their limits in tables.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from safeshield.suites.metadrive import METADRIVE_FORK_WIDTH, METADRIVE_TASKS
 __all__ = ["Agreement", "LogLabel", "agreement", "label", "log_label", "with_constraint"]
 
 MAX_DISAGREEMENT = 0.05
-"""Disagreements with the logged costs that `label` mends, per violation in the log."""
+"""Largest number of disagreements with the logged costs that `label` corrects, per violation."""
 MENDED = 0.001
-"""Size of h, in its units, where the logged cost overrules its sign."""
+"""Absolute value of h, in its units, where its sign is corrected to that of the logged cost."""
 
 
 class Named(Protocol):
@@ -33,32 +33,33 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """DSRL's name of it, such as ``PointGoal1``."""
+        """DSRL's name of the task, such as ``PointGoal1``."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How labels computed from a log agree with its costs, over the states that were reached."""
+    """Counts of the reached states of a log in which computed labels and costs agree or not."""
 
     states: int
-    """Number of states: the steps of the log."""
+    """Number of states, which is the number of steps of the log."""
     violations: int
-    """With a cost above 0."""
+    """Number of states with a cost above 0."""
     missed: int
-    """Of those, with h at most 0."""
+    """Number of violations with h at most 0."""
     invented: int
-    """With cost 0 and h above 0."""
+    """Number of states with cost 0 and h above 0."""
     unseen: int
-    """Whose observation does not tell h; they are counted nowhere else."""
+    """Number of states whose observation does not determine h; they are neither missed nor
+    invented."""
 
     @property
     def disagreements(self) -> int:
-        """States where the sign of h is not that of the cost."""
+        """Number of states in which the sign of h contradicts the cost."""
         return self.missed + self.invented
 
     @property
     def share(self) -> float:
-        """Disagreements per violation (per one, where there is none)."""
+        """Disagreements divided by violations, or by 1 where there are no violations."""
         return self.disagreements / max(self.violations, 1)
 
     def __str__(self) -> str:
@@ -72,30 +73,33 @@ class Agreement:
 def label(
     dataset: OfflineDataset, task: str | Named, *, max_disagreement: float = MAX_DISAGREEMENT
 ) -> OfflineDataset:
-    """Label a log of one of the field's tasks continuously, where what was logged tells h.
+    """Return a log of a benchmark task with continuous labels h, where the log determines h.
 
-    h of the state a step reached comes from ``next_observations`` (units as in `with_constraint`);
-    for a velocity task, whose cost is of the mean speed over the step, from the reward that this
-    speed earned; h of an episode's first state from ``observations``. What must not be touched is
-    as far as the lidar says, and touched where the log has a cost and bounding circles meet.
+    h of the state that a step reached is computed from ``next_observations``, in the units of
+    `with_constraint`. In a velocity task, whose cost is of the mean speed over the step, it is
+    computed from the reward that this speed gave. h of an episode's first state is computed from
+    ``observations``. The distance to an object that must not be touched is that of the lidar. The
+    object counts as touched where the log has a cost and the bounding circles meet.
 
-    At every state reached h has the sign of the logged cost: where it has not by itself (rounding,
-    a car's tilt, a vase that slides on), it becomes 0.001 on the cost's side, and so where nothing
-    is in sight of the Circle tasks' lidar, 6 m.
+    In every reached state h has the sign of the logged cost. Where the computed sign differs
+    (because of rounding, a car's tilt or a vase that slides on), h is set to 0.001 with the sign of
+    the cost. The same is done where the centre is beyond the 6 m range of the Circle tasks' lidar.
 
-    Returned as it is: a log with continuous labels already, which the environment reported itself,
-    and one of the Humanoid, whose speed is not told: it keeps its binary labels.
+    Two kinds of logs are returned unchanged: a log that already has continuous labels, which the
+    environment reported, and a log of the Humanoid, which does not determine its speed and keeps
+    its binary labels.
 
     Args:
-        dataset: raw observations, actions and rewards, as DSRL's logs hold them.
-        task: a task of `safeshield.suites.tasks`, or an id: ``"PointGoal1"``,
+        dataset: log with raw observations, actions and rewards, as in DSRL's logs.
+        task: a task of `safeshield.suites.tasks`, its name or an id: ``"PointGoal1"``,
             ``"SafetyPointGoal1Gymnasium-v0"``, ``"OfflinePointGoal1-v0"``, ``"easysparse"``.
-        max_disagreement: disagreements mended, per violation. More than that is no rounding.
+        max_disagreement: largest number of disagreements that are corrected, per violation. A
+            larger number cannot be explained by rounding.
 
     Raises:
-        ValueError: the task is unknown; the observations have another width; more states than
-            `max_disagreement` allows disagree (see `agreement` for the counts).
-        TypeError: the task is none of these.
+        ValueError: the task is unknown, the observations have another width, or more states
+            disagree than `max_disagreement` allows (`agreement` returns the counts).
+        TypeError: the task is none of the kinds above.
     """
     found = log_label(task)
     if found is None:
@@ -116,7 +120,7 @@ def label(
     reached = _with_the_sign_of_the_cost(after, dataset.costs > 0)
     left = np.roll(reached, 1)
     starts = dataset.episode_starts
-    # Nothing was charged for a start.
+    # The first state of an episode has no logged cost, so its sign is not corrected.
     left[starts] = np.nan_to_num(now[starts], nan=-MENDED)
     return dataclasses.replace(
         dataset, constraints=left, next_constraints=reached, constraint_kind="continuous"
@@ -124,7 +128,10 @@ def label(
 
 
 def agreement(dataset: OfflineDataset, task: str | Named) -> Agreement | None:
-    """Count where labels computed from a log agree with its costs; None where they stay binary.
+    """Count the states in which labels computed from a log agree with its costs.
+
+    Returns:
+        The counts, or None for a task whose labels stay binary.
 
     Raises:
         ValueError: the task is unknown, or the observations have another width.
@@ -137,10 +144,10 @@ def agreement(dataset: OfflineDataset, task: str | Named) -> Agreement | None:
 
 
 def log_label(task: str | Named) -> LogLabel | None:
-    """Return how a log of this task is labelled; None: by its costs alone, binary.
+    """Return how h is computed from a log of this task, or None where its labels stay binary.
 
     Raises:
-        ValueError: the task is unknown; the message lists those that are known.
+        ValueError: the task is unknown; the message lists the known tasks.
 
     >>> log_label("SafetyPointGoal1Gymnasium-v0").width, log_label("HumanoidVelocity") is None
     (60, True)
@@ -154,7 +161,9 @@ def log_label(task: str | Named) -> LogLabel | None:
 
 
 def same_task(one: str, other: str) -> bool:
-    """Whether two ids are of one environment: DSRL's, native and five-valued ones are.
+    """Return whether two ids name the same task.
+
+    DSRL's id, the native id and the id with five values of a task name the same task.
 
     >>> same_task("safeshield.suites:SafetyPointGoal1Gymnasium-v0", "SafetyPointGoal1-v0")
     True

@@ -1,7 +1,7 @@
-"""Constraints h computed from logged steps: which numbers of an observation tell a distance.
+"""Functions that compute the constraint h from the numbers of logged steps.
 
-The tables hold the limits of the environments (safety-gymnasium 0.4.1, bullet-safety-gym 1.4.0);
-nothing of those packages is needed here.
+The tables hold the limits of the environments (safety-gymnasium 0.4.1, bullet-safety-gym 1.4.0), so
+those packages are not needed here.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from safeshield.suites.metadrive import METADRIVE_TASKS, METADRIVE_WIDTH
 
 Floats = npt.NDArray[np.float64]
 OfState = Callable[[Floats], Floats]
-"""Observations (N, width) -> h (N,), NaN where they do not tell."""
+"""Function: observations (N, width) -> h (N,), NaN where an observation does not determine h."""
 OfStep = Callable[[OfflineDataset], Floats]
-"""A log -> h of the state that each step reached (N,)."""
+"""Function: log -> h (N,) of the state that each step reached."""
 
 
 @dataclass(frozen=True)
 class LogLabel:
-    """How h is computed from a log of one task."""
+    """The functions that compute h from a log of one task."""
 
     width: int
-    """Numbers in an observation."""
+    """Number of entries of an observation."""
     of_state: OfState
-    """h of the state that an observation shows."""
+    """Computes h of the state that an observation describes."""
     of_step: OfStep | None = None
-    """h of the state a step reached, where its cost is that of the step: a mean speed, a crash."""
+    """Computes h of the state that a step reached, for tasks whose cost depends on the step (a mean
+    speed, a crash); None where `of_state` of the next observation is used."""
 
 
 # -- Safety-Gymnasium: velocity ----------------------------------------------------------------
@@ -48,24 +49,25 @@ class LogLabel:
 
 @dataclass(frozen=True)
 class VelocityTask:
-    """The numbers of one velocity task.
+    """The constants of one velocity task.
 
-    Its reward is ``weight * vx + alive - effort * sum(action^2)``, vx the mean speed along x over
-    the step; its cost is ``speed > limit``, speed being vx or, `planar`, that in the plane.
+    Its reward is ``weight * vx + alive - effort * sum(action^2)``, where vx is the mean speed along
+    x over the step. Its cost is ``speed > limit``, where the speed is vx or, if `planar`, the speed
+    in the plane.
     """
 
     limit: float
-    """m/s."""
+    """Speed limit, m/s."""
     width: int
-    """Numbers in an observation."""
+    """Number of entries of an observation."""
     column: int
-    """Of the momentary speed along x in an observation; that along y stands beside it."""
+    """Column of the momentary speed along x in an observation; the next column is that along y."""
     effort: float
     """Weight of the control cost."""
     alive: float = 0.0
     """Reward of every step."""
     planar: bool = False
-    """Whether the cost takes the speed in the plane."""
+    """Whether the cost is of the speed in the plane."""
 
 
 VELOCITY_TASKS = {
@@ -106,29 +108,29 @@ def _velocity(task: VelocityTask) -> LogLabel:
 # -- Safety-Gymnasium: navigation --------------------------------------------------------------
 
 ROBOTS = {"Point": (12, 0.1866), "Car": (24, 0.2623)}
-"""Numbers of a robot's own sensors, which stand before the lidars (its magnetometer is the fourth
-triple); radius of a circle that holds all of it, m."""
+"""Number of entries of a robot's own sensors, which precede the lidars in an observation (the
+magnetometer is the fourth triple), and radius, m, of a circle that contains the robot."""
 _BINS = 16
-"""Directions of one lidar."""
+"""Number of directions of one lidar."""
 _LIDAR_RANGE = 3.0
 _CIRCLE_LIDAR_RANGE = 6.0
 CIRCLE_WALL = 1.125
 """Distance of the walls of the Circle tasks from the centre, m."""
 _TOUCH = 0.1
-"""How far apart bounding circles may be, m, when a cost is put down to a contact: corners of boxes
-stand out of theirs, and a vase that was pushed slides on."""
+"""Largest distance between bounding circles, m, at which a cost is attributed to a contact. It is
+above 0 because corners of boxes lie outside their circles, and a vase slides on after a push."""
 
 
 @dataclass(frozen=True)
 class Arena:
-    """What lies about in a navigation task."""
+    """The objects of a navigation task."""
 
     lidars: tuple[str, ...]
-    """What its lidars see, in the order of the observation."""
+    """Kinds of objects that the lidars show, in the order of the observation."""
     hazard_radius: float
-    """m."""
+    """Radius of a hazard, m."""
     fragile: dict[str, float]
-    """What costs when it is touched, and its radius, m."""
+    """Kinds of objects that have a cost when touched, with their radius, m."""
 
 
 _GOAL = ("goal", "hazards", "vases")
@@ -154,7 +156,7 @@ def _arena(robot: str, arena: Arena) -> LogLabel:
     def distance(name: str, observations: Floats) -> Floats:
         readings = lidar(name, observations)
         if name == "buttons":
-            # The button that is the goal stands where the goal does, and costs nothing.
+            # The goal button has the same readings as the goal and no cost, so it is left out.
             readings = np.where(readings == lidar("goal", observations), 0.0, readings)
         return np.asarray(_LIDAR_RANGE * (1.0 - readings.max(axis=1)))
 
@@ -192,11 +194,11 @@ def _circle(robot: str, level: str) -> LogLabel:
 
 
 def _place_in_circle(compass: Floats, lidar: Floats) -> Floats:
-    """Where the robot is, (N, 2) metres, from its magnetometer and its lidar of the centre.
+    """Return the robot's position (N, 2), m, from its magnetometer and its lidar of the centre.
 
-    The bin that holds the centre reads ``s = 1 - distance / 6``, the next ``a s``, the one before
-    ``(1 - a) s``, the centre lying the share a of a bin into its own. The magnetic field points
-    along -y of the world.
+    The bin that contains the centre reads ``s = 1 - distance / 6``, the next bin ``a s`` and the
+    previous bin ``(1 - a) s``, where a is the position of the centre within its bin, as a share of
+    the bin's width. The magnetic field points along -y of the world.
     """
     rows = np.arange(len(lidar))
     own = lidar.argmax(axis=1)
@@ -215,16 +217,16 @@ def _place_in_circle(compass: Floats, lidar: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class BulletRobot:
-    """Where a robot's place and speed stand in its observations, and its speed limit."""
+    """Layout of a robot's observations, and its speed limit."""
 
     width: int
-    """Numbers in an observation of the Run task; Circle adds one."""
+    """Number of entries of an observation in the Run task; the Circle task has one more."""
     speed_columns: tuple[int, int]
-    """Of the speeds along x and y."""
+    """Columns of the speeds along x and y."""
     speed_scale: float
-    """A reading times this is m/s."""
+    """Factor that converts a speed reading to m/s."""
     speed_limit: float
-    """m/s."""
+    """Speed limit, m/s."""
 
 
 BULLET_ROBOTS = {
@@ -235,7 +237,7 @@ BULLET_ROBOTS = {
 }
 _PLACE_SCALE = 10.0
 BULLET_WALLS = {"Circle": 6.0, "Run": 2.0}
-"""Distance of the walls from the axis, m: in x for Circle, in y for Run."""
+"""Distance of the walls from the axis, m, along x for Circle and along y for Run."""
 
 
 def _bullet_circle(robot: BulletRobot) -> LogLabel:
@@ -260,7 +262,7 @@ def _bullet_run(robot: BulletRobot) -> LogLabel:
 _SPEED_COLUMN = 3
 _RAYS = 240
 _TOP_SPEED = 80.0
-"""Of the car, km/h: its reading is (speed + 1) / (top speed + 1)."""
+"""Top speed of the car, km/h; the speed reading is (speed + 1) / (top speed + 1)."""
 
 
 def _driving_state(observations: Floats) -> Floats:
@@ -278,7 +280,7 @@ def _driving_step(log: OfflineDataset) -> Floats:
 
 LOG_LABELS: dict[str, LogLabel | None] = {
     **{name: _velocity(task) for name, task in VELOCITY_TASKS.items()},
-    # Its speed is that of a centre of mass, which no number of its observation tells.
+    # The cost is of the speed of the centre of mass, which the observation does not contain.
     "HumanoidVelocity": None,
     "HumanoidVelocity-v0": None,
     **{
@@ -295,4 +297,4 @@ LOG_LABELS: dict[str, LogLabel | None] = {
     **{f"{name}Run": _bullet_run(robot) for name, robot in BULLET_ROBOTS.items()},
     **{name: LogLabel(METADRIVE_WIDTH, _driving_state, _driving_step) for name in METADRIVE_TASKS},
 }
-"""DSRL's name of a task -> how its logs are labelled; None: by their costs alone, binary."""
+"""DSRL's name of a task -> how h is computed from its logs; None where labels stay binary."""

@@ -1,8 +1,8 @@
-"""DSRL's nine MetaDrive tasks on today's simulator (metadrive-simulator 0.4.3), without a window.
+"""DSRL's nine MetaDrive tasks on the simulator metadrive-simulator 0.4.3, without a window.
 
-DSRL's own need a fork of 2022 whose observations have 261 numbers; these have 259, and logs of the
-one do not fit the other. The 3-d assets that MetaDrive downloads at its first start serve
-rendering alone and are not fetched.
+DSRL's own environments need a fork of 2022 whose observations have 261 numbers. The observations
+here have 259 numbers, so logs of one simulator do not fit the other. The 3-d assets that MetaDrive
+downloads at its first start are needed only for rendering and are not downloaded.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from safeshield.suites.packages import Suite, broken, require
 from safeshield.suites.registration import register
 
 HORIZON = 1000
-"""Steps of the longest episode."""
+"""Largest number of steps of an episode."""
 ROADS = {"easy": ("SCS", 0), "medium": ("XST", 100), "hard": ("TRO", 200)}
 """Blocks of the map (S straight, C curve, X crossing, T junction, R ramp, O roundabout) and the
 number of the scenario."""
 DENSITIES = {"sparse": 0.1, "mean": 0.15, "dense": 0.2}
-"""Cars a step of 10 metres of lane."""
+"""Number of cars per 10 metres of lane."""
 IDM = {"NORMAL_SPEED": 30.0, "ACC_FACTOR": 1.0, "DEACC_FACTOR": -5.0}
-"""What the other cars' drivers are made of: km/h, and factors of acceleration and braking."""
+"""Parameters of the other cars' drivers: speed, km/h, and factors of acceleration and braking."""
 
 METADATA = {"render_modes": ["rgb_array"], "render_fps": 10, "one_per_process": True}
 PICTURE = 500
-"""Pixels of either side of a picture, five to a metre."""
+"""Width and height of a picture in pixels, at five pixels per metre."""
 
 METADRIVE_TASKS = tuple(f"{road}{traffic}" for road in ROADS for traffic in DENSITIES)
-"""DSRL's names of the nine."""
+"""DSRL's names of the nine tasks."""
 METADRIVE_WIDTH = 259
-"""Numbers in an observation."""
+"""Number of entries of an observation."""
 METADRIVE_FORK_WIDTH = 261
-"""In one of DSRL's own logs, made on the fork, where they mean something else."""
+"""Number of entries of an observation in DSRL's own logs. These were made on the fork, where the
+entries have other meanings."""
 
 _RAYS = 240
 _FLAGS = ("crash", "out_of_road", "arrive_dest", "max_step")
 _IDS = {f"OfflineMetadrive-{name}-v0": name for name in METADRIVE_TASKS}
 
-# The task that holds MetaDrive's engine, of which a process has one, and the process it is of.
+# A process has one MetaDrive engine. These are the task that holds it and the id of that process.
 _holder: weakref.ref[MetaDriveTask] | None = None
 _holder_process = 0
 
@@ -55,8 +56,11 @@ _holder_process = 0
 def register_metadrive() -> str | None:
     """Register DSRL's nine ids, ``OfflineMetadrive-easysparse-v0`` to ``-harddense-v0``.
 
-    Nothing of MetaDrive is loaded. Returns None; or, where it is not installed, the line that says
-    what is missing and how to install it, which making one of them then raises.
+    MetaDrive is not loaded.
+
+    Returns:
+        None where MetaDrive is installed. Otherwise the error message that making a task raises,
+        which names the missing packages and the commands that install them.
     """
     register(_IDS, f"{__name__}:make", dict.fromkeys(_IDS, HORIZON), {})
     try:
@@ -67,21 +71,21 @@ def register_metadrive() -> str | None:
 
 
 def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
-    """Return the task of an id, reporting h in ``info["constraint"]`` (see `with_constraint`).
+    """Return the task of an id, which reports h in ``info["constraint"]`` (see `with_constraint`).
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
-        ValueError: a render mode that there is not.
+        ValueError: the render mode is unknown.
     """
     return with_constraint(MetaDriveTask(_IDS[env_id], render_mode))
 
 
-# Where it finds these, `gymnasium.make` knows what can be rendered.
+# `gymnasium.make` reads the render modes from the attribute `metadata` of the entry point.
 vars(make).update(metadata=METADATA)
 
 
 class MetaDriveTask(Env):
-    """One of DSRL's nine tasks of driving through traffic to a destination.
+    """One of DSRL's nine tasks, in which a car drives through traffic to a destination.
 
     ========  ===============================================================================
     observes  259 numbers in [0, 1]: 9 of the car (its speed is the fourth: (km/h + 1) / 81), 10
@@ -92,27 +96,30 @@ class MetaDriveTask(Env):
     ends      terminated on arrival, in a crash and off the road; truncated after 1000 steps
     ========  ===============================================================================
 
-    The map of a task is always the same one, traffic is drawn at every reset: by the seed of the
-    reset where it has one, else by what follows from the last. The same seed gives the same
-    trajectory. ``info`` holds cost, its parts velocity_cost and proximity_cost, velocity (m/s),
-    crash, out_of_road, arrive_dest, max_step and route_completion (in [0, 1]).
+    The map of a task is always the same. Traffic is drawn at every reset, from the seed of the
+    reset where one is given, and otherwise from the state of the random generator. The same seed
+    gives the same trajectory. ``info`` holds cost, its parts velocity_cost and proximity_cost,
+    velocity (m/s), crash, out_of_road, arrive_dest, max_step and route_completion (in [0, 1]).
 
-    MetaDrive's engine exists once in a process; the task that is reset holds it until `close`.
-    Several at once run in processes of their own: ``gymnasium.vector.AsyncVectorEnv``, or
-    Stable-Baselines3's ``SubprocVecEnv``; `safeshield.collect` and the like use one alone.
+    A process has one MetaDrive engine. A task holds it from its first reset until `close`. Several
+    tasks at once need separate processes, as in ``gymnasium.vector.AsyncVectorEnv`` or in
+    Stable-Baselines3's ``SubprocVecEnv``. `safeshield.collect` and similar functions use a single
+    task.
 
     Args:
         name: ``"easysparse"`` to ``"harddense"``.
-        render_mode: None, or ``"rgb_array"``: `render` then returns the road from above, drawn
-            without a display and without the 3-d assets, (500, 500, 3) of 100 m by 100 m.
+        render_mode: None or ``"rgb_array"``. With the latter `render` returns the road from above,
+            a picture (500, 500, 3) of 100 m by 100 m. It is drawn without a display and without
+            the 3-d assets.
 
     Raises:
-        ValueError: the name is unknown, or the render mode.
+        ValueError: the name or the render mode is unknown.
         gymnasium.error.DependencyNotInstalled: a package is missing, or (in `reset`) cannot be
             loaded.
         RuntimeError: (in `reset`) another task of this process holds the engine, or held it when
-            this process was forked; the simulator is of another version.
-        gymnasium.error.ResetNeeded: stepped or rendered before the first reset, or after `close`.
+            this process was forked, or the simulator has another version.
+        gymnasium.error.ResetNeeded: a step or a picture was requested before the first reset or
+            after `close`.
     """
 
     metadata = METADATA
@@ -141,7 +148,7 @@ class MetaDriveTask(Env):
         super().reset(seed=seed)
         if self._simulator is None:
             self._simulator = _start(self)
-        # Random traffic is what the simulator leaves without a seed; the rest follows the scenario.
+        # The simulator does not seed the random traffic; everything else follows the scenario.
         _seed(self._simulator.engine.traffic_manager, int(self.np_random.integers(2**31)))
         observation, info = self._simulator.reset(seed=ROADS[_road(self.name)][1])
         return observation, _told(observation, info)
@@ -158,7 +165,7 @@ class MetaDriveTask(Env):
         return observation, float(reward), terminated, told["max_step"] and not terminated, told
 
     def render(self) -> npt.NDArray[np.uint8] | None:
-        """Return the road from above with the car in the middle; None without a render mode."""
+        """Return the road from above, centred on the car, or None without a render mode."""
         if self.render_mode is None:
             return None
         if self._simulator is None:
@@ -169,7 +176,7 @@ class MetaDriveTask(Env):
         return np.asarray(picture, dtype=np.uint8)
 
     def close(self) -> None:
-        """Give the engine back; a later reset starts it again."""
+        """Close the engine; a later reset starts it again."""
         global _holder
         if self._simulator is not None:
             self._simulator.close()
@@ -179,7 +186,7 @@ class MetaDriveTask(Env):
 def _seed(manager: Simulator, seed: int) -> None:
     from metadrive.base_class.randomizable import Randomizable
 
-    # Not manager.seed: that of random traffic does nothing.
+    # manager.seed is not used, because the manager of random traffic overrides it to do nothing.
     Randomizable.seed(manager, seed)
 
 
@@ -188,7 +195,7 @@ def _road(name: str) -> str:
 
 
 def _config(name: str) -> dict[str, Any]:
-    """Return the simulator's settings for a task, those of dsrl 0.1.0."""
+    """Return the simulator's settings for a task, as in dsrl 0.1.0."""
     import logging
 
     from metadrive.manager.traffic_manager import TrafficMode
@@ -206,14 +213,14 @@ def _config(name: str) -> dict[str, Any]:
         "accident_prob": 0.0,
         "crash_vehicle_penalty": 0.0,
         "horizon": HORIZON,
-        # A car that is taken out of a buffer of old ones still feels the last episode.
+        # Cars that are reused from a buffer keep part of their state from the last episode.
         "force_destroy": True,
         "log_level": logging.ERROR,
     }
 
 
 def _told(observation: npt.NDArray[np.float32], info: dict[str, Any]) -> dict[str, Any]:
-    """Return what a state costs, and why, as plain values."""
+    """Return the info of a state as plain Python values: its cost, the cost's parts and flags."""
     speed = float(info["velocity"])
     fast = 1e-2 * max(0.0, speed - SPEED_LIMIT)
     near = 1e-2 * max(0.0, LIDAR_LIMIT - float(np.min(observation[-_RAYS:]))) ** 2
@@ -228,7 +235,7 @@ def _told(observation: npt.NDArray[np.float32], info: dict[str, Any]) -> dict[st
 
 
 def _start(task: MetaDriveTask) -> Simulator:
-    """Start the engine for a task, which holds it from now on."""
+    """Start the engine for a task, which then holds it, and return the simulator."""
     global _holder, _holder_process
     try:
         from metadrive.engine.engine_utils import close_engine, engine_initialized
@@ -245,7 +252,7 @@ def _start(task: MetaDriveTask) -> Simulator:
                 "tasks at once run in processes of their own, in gymnasium.vector.AsyncVectorEnv "
                 "or Stable-Baselines3's SubprocVecEnv"
             )
-        close_engine()  # of a task that was thrown away open
+        close_engine()  # the engine of a task that was deleted without close()
     _check_drivers()
     simulator = SafeMetaDriveEnv(_config(task.name))
     with _without_assets():
@@ -267,7 +274,7 @@ def _check_drivers() -> None:
 
 @contextlib.contextmanager
 def _without_assets() -> Iterator[None]:
-    """Start MetaDrive's engine without looking for, or fetching, its 3-d assets."""
+    """Keep MetaDrive's engine from searching for and downloading its 3-d assets when it starts."""
     from metadrive.engine.base_engine import BaseEngine
 
     original = BaseEngine.__dict__["try_pull_asset"]

@@ -1,7 +1,8 @@
-"""Which packages the benchmark suites need, in the versions that were tried together.
+"""The packages that the benchmark suites need, in the versions that were tried together.
 
-Safety-Gymnasium, Bullet-Safety-Gym, DSRL and MetaDrive pin old versions of what everybody else
-needs new, so pip cannot resolve them: they are installed with ``--no-deps``, after the rest.
+Safety-Gymnasium, Bullet-Safety-Gym, DSRL and MetaDrive pin old versions of packages of which the
+other requirements need newer versions. Pip therefore cannot resolve them, and they are installed
+with ``--no-deps`` after the other packages.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Suite(StrEnum):
-    """What is installed, and fails, together."""
+    """A benchmark suite, whose packages are installed and checked together."""
 
     safety_gymnasium = "safety-gymnasium"
     bullet = "bullet"
@@ -33,31 +34,31 @@ class Suite(StrEnum):
 
 @dataclass(frozen=True)
 class Package:
-    """One package of the stack."""
+    """One package that a benchmark suite needs."""
 
     requirement: str
-    """Name and versions, as pip takes them."""
+    """Name and versions, in pip's notation."""
     module: str
-    """What Python imports."""
+    """Name of the module that Python imports."""
     suites: tuple[Suite, ...]
-    """Those that do not run without it."""
+    """Suites that do not run without the package."""
     apart: bool = False
-    """Whether its own pins contradict the others', so that only ``--no-deps`` installs it."""
+    """Whether its own pins contradict other requirements, so that it needs ``--no-deps``."""
 
     @property
     def name(self) -> str:
-        """The name that pip knows."""
+        """Name of the package, as pip knows it."""
         return Requirement(self.requirement).name
 
     @property
     def version(self) -> str | None:
-        """What is installed; None where that is nothing, "?" where it does not say."""
-        # Some modules come from more than one package: opencv-python-headless, opencv-python.
+        """Installed version, None where the package is absent, "?" where its version is unknown."""
+        # Some modules are in several packages, such as opencv-python-headless and opencv-python.
         return installed(self.name, self.module)
 
     @property
     def as_tried(self) -> bool:
-        """Whether a version is installed that was tried with the others."""
+        """Whether the installed version is one that was tried with the others, or is unknown."""
         version = self.version
         if version is None or version == "?":
             return version == "?"
@@ -65,7 +66,7 @@ class Package:
 
 
 _OPENGL = ("OpenGL", "mujoco.gl_context", "mujoco.osmesa", "mujoco.egl", "mujoco.glfw")
-"""Modules by which MuJoCo finds what it draws with."""
+"""Modules by which MuJoCo loads its rendering library."""
 _LAST_PYTHON: tuple[int, int] = (3, 11)
 _RUNNING: tuple[int, int] = (sys.version_info.major, sys.version_info.minor)
 _SAFETY = (Suite.safety_gymnasium,)
@@ -100,11 +101,11 @@ STACK = (
     Package("dsrl==0.1.0", "dsrl", (Suite.dsrl,), apart=True),
     Package("metadrive-simulator==0.4.3", "metadrive", _METADRIVE, apart=True),
 )
-"""Everything, in the order of installation: first what pip resolves, then what it must not."""
+"""All packages in the order of installation; those that need ``--no-deps`` come last."""
 
 
 def needed(*suites: Suite) -> tuple[Package, ...]:
-    """Return what these suites do not run without.
+    """Return the packages without which these suites do not run.
 
     >>> [package.name for package in needed(Suite.bullet)]
     ['gymnasium', 'pybullet', 'bullet-safety-gym']
@@ -113,7 +114,7 @@ def needed(*suites: Suite) -> tuple[Package, ...]:
 
 
 def commands(packages: tuple[Package, ...]) -> list[str]:
-    """Return the commands that install these packages, in order; none for none.
+    """Return the commands that install these packages, in the order in which to run them.
 
     >>> for command in commands(needed(Suite.dsrl)):
     ...     print(command)
@@ -130,7 +131,7 @@ def commands(packages: tuple[Package, ...]) -> list[str]:
 
 
 def python_note() -> str:
-    """Return what to say where the commands cannot work: on Pythons later than 3.11."""
+    """Return a note that the commands fail on Python later than 3.11, else an empty string."""
     if _RUNNING <= _LAST_PYTHON:
         return ""
     return (
@@ -140,15 +141,20 @@ def python_note() -> str:
 
 
 def missing(*suites: Suite) -> tuple[Package, ...]:
-    """Return what these suites need and is not installed."""
+    """Return the packages that these suites need and that are not installed."""
     return tuple(package for package in needed(*suites) if package.version is None)
 
 
 def require(what: str, *suites: Suite) -> None:
-    """Raise unless everything is installed that `what` needs of these suites.
+    """Raise an error unless all packages of these suites are installed.
+
+    Args:
+        what: name, for the error message, of what needs the packages.
+        *suites: the suites that are needed.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: it names what is missing, and the commands.
+        gymnasium.error.DependencyNotInstalled: a package is missing; the message names it and the
+            commands that install it.
     """
     absent = missing(*suites)
     if absent:
@@ -159,7 +165,7 @@ def require(what: str, *suites: Suite) -> None:
 
 
 def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyNotInstalled:
-    """Return the error to raise where everything is there and an import fails all the same."""
+    """Return the error to raise where all packages are installed but an import fails."""
     if Suite.safety_gymnasium in suites and _failed_in_opengl(error):
         chosen = os.environ.get("MUJOCO_GL")
         says = "MUJOCO_GL is not set" if chosen is None else f"MUJOCO_GL={chosen} asks for it"
@@ -187,12 +193,13 @@ def _failed_in_opengl(error: BaseException) -> bool:
 
 
 def load_once(what: str, suite: Suite, import_everything: _lru_cache_wrapper[None]) -> None:
-    """Import a suite unless that has been done, and say what is missing where it fails.
+    """Import the packages of a suite, unless they have been imported already.
 
     Args:
-        what: who needs it, named in the error.
-        suite: what is imported.
-        import_everything: does it, and remembers by `functools.cache` that it has been done.
+        what: name, for the error message, of what needs the suite.
+        suite: the suite to import.
+        import_everything: function that imports it, decorated with `functools.cache`, whose cache
+            shows whether the suite has been imported.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.

@@ -1,4 +1,4 @@
-"""How the ids of other packages are registered: made here, described there."""
+"""Registration of the ids of other packages, whose environments this package makes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safeshield.spaces.generic import Env
 from safeshield.suites.compat import LOCK, registry_kept, streams_with_files
 
 Maker = Callable[..., Env]
-"""Takes an id and the arguments of `gymnasium.make`."""
+"""Function that makes an environment from an id and the arguments of `gymnasium.make`."""
 _HERE = "safeshield.suites."
 
 
 def import_if_installed(package: str, ids: Collection[str], known: dict[str, EnvSpec]) -> None:
-    """Import a package that registers environments, and `remember` what it registers.
+    """Import a package that registers environments, and add its specs to `known`.
 
-    Where it is absent or its import fails, its environments say so when they are made, and others
-    are not kept from it.
+    Where the package is absent or its import fails, this function does nothing. The error is raised
+    when one of its environments is made, so that other environments are not affected.
     """
     if importlib.util.find_spec(package) is None:
         return
@@ -35,7 +35,7 @@ def import_if_installed(package: str, ids: Collection[str], known: dict[str, Env
 
 
 def remember(known: dict[str, EnvSpec], seen: Mapping[str, EnvSpec]) -> None:
-    """Add a package's own specs; of two under one id the first one stays."""
+    """Add a package's own specs to `known`, where the first spec of an id is kept."""
     known.update(
         {one: spec for one, spec in seen.items() if one not in known and not _is_ours(spec)}
     )
@@ -44,21 +44,21 @@ def remember(known: dict[str, EnvSpec], seen: Mapping[str, EnvSpec]) -> None:
 def register(
     ids: Iterable[str], entry_point: str, steps: Mapping[str, int], upstream: Mapping[str, EnvSpec]
 ) -> None:
-    """Register `ids` with Gymnasium, to be made by `entry_point` with ``env_id=id``.
+    """Register `ids` with Gymnasium, so that `entry_point` makes them with ``env_id=id``.
 
-    What another package has registered under an id is replaced; a second call changes nothing.
+    Registrations of these ids by other packages are replaced. A second call changes nothing.
 
     Args:
-        ids: what to register.
-        entry_point: "module:function" of this package, so that a process which knows an
-            environment's spec alone can make it.
-        steps: length of an episode, where it is known here.
-        upstream: what the package that the environments are of has registered.
+        ids: ids to register.
+        entry_point: "module:function" of this package. It is a string, so that a process which
+            receives nothing but an environment's spec can make the environment.
+        steps: largest number of steps of an episode by id, where it is known here.
+        upstream: specs that the environments' own package has registered, by id.
     """
     for one in ids:
         if _is_ours(registration.registry.get(one)):
             continue
-        registration.registry.pop(one, None)  # Gymnasium warns when it replaces one itself
+        registration.registry.pop(one, None)  # Gymnasium would warn of a replacement
         spec = upstream.get(one)
         registration.register(
             id=one,
@@ -70,22 +70,24 @@ def register(
 
 
 class Remade(Env):
-    """An environment whose class is made here, which nothing can look up by its name.
+    """An environment of a class that is created at run time and cannot be imported by name.
 
-    It is pickled, and copied, as the way to make it, like Gymnasium's `EzPickle`: what comes out is
-    a new environment that has not been reset.
+    It is pickled and copied by the arguments with which it was made, like Gymnasium's `EzPickle`.
+    The result is a new environment that has not been reset.
     """
 
     _made: tuple[Maker, str, dict[str, Any]] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Env], tuple[Any, ...]]:
         if self._made is None:
-            raise TypeError(f"{self} was not made by its id: gymnasium.make(id) can be pickled")
+            raise TypeError(
+                f"{self} must be made by gymnasium.make(id) to be pickled or copied, and it was not"
+            )
         return _make_again, (*self._made, self.spec)
 
 
 def remember_how(env: Env, make: Maker, env_id: str, kwargs: Mapping[str, Any]) -> Env:
-    """Note how a `Remade` environment was made, and return it."""
+    """Store how a `Remade` environment was made, and return the environment."""
     if isinstance(env, Remade):
         env._made = make, env_id, dict(kwargs)
     return env

@@ -1,8 +1,8 @@
-"""Safety-Gymnasium's environments: every id that it registers, on Python 3.11 and later.
+"""Safety-Gymnasium's environments, under every id that it registers, on Python 3.11 and later.
 
-``SafetyPointGoal1Gymnasium-v0`` steps by Gymnasium's five values with ``info["cost"]``, the native
-``SafetyPointGoal1-v0`` by six (`safeshield.wrappers.CostFromStep` makes them five). Navigation
-tasks that nothing renders reset without reading the pictures of the sky.
+A step of ``SafetyPointGoal1Gymnasium-v0`` returns Gymnasium's five values with ``info["cost"]``. A
+step of the native ``SafetyPointGoal1-v0`` returns six (`safeshield.wrappers.CostFromStep` converts
+them to five). Navigation tasks without rendering reset without decoding the pictures of the sky.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SKY = re.compile(r'<texture\b[^>]*\btype="skybox"[^>]*?(?:/>|>\s*</texture>)')
 
 
 def native_ids() -> tuple[str, ...]:
-    """Return the ids whose steps have six values, the cost the third.
+    """Return the ids of environments whose steps return six values, the cost as the third.
 
     >>> len(native_ids())
     181
@@ -58,7 +58,7 @@ def native_ids() -> tuple[str, ...]:
 
 
 def five_values_id(native_id: str) -> str:
-    """Return the id of the same environment with Gymnasium's five values.
+    """Return the id of the same environment with steps of Gymnasium's five values.
 
     >>> five_values_id("SafetyPointGoal1-v0")
     'SafetyPointGoal1Gymnasium-v0'
@@ -68,7 +68,7 @@ def five_values_id(native_id: str) -> str:
 
 
 def native_id(env_id: str) -> str:
-    """Return the id of the same environment with six values."""
+    """Return the id of the same environment with steps of six values."""
     name, version = env_id.rsplit("-", 1)
     return f"{name.removesuffix('Gymnasium')}-{version}"
 
@@ -79,7 +79,7 @@ _UPSTREAM: dict[str, EnvSpec] = {}
 
 
 def register_envs() -> None:
-    """Register Safety-Gymnasium's ids; where it is absent, making one says so."""
+    """Register Safety-Gymnasium's ids; without the package, making one raises an error."""
     import_if_installed(PACKAGE, _ALL, _UPSTREAM)
     register(_NATIVE, f"{__name__}:make_native", {}, _UPSTREAM)
     register(map(five_values_id, _NATIVE), f"{__name__}:make", {}, _UPSTREAM)
@@ -90,8 +90,8 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
-        RuntimeError: (in `render`, and where an observation is a picture in `reset`) there is no
-            display, and MUJOCO_GL names nothing that needs none.
+        RuntimeError: (in `render`, and in `reset` where an observation is a picture) there is no
+            display, and MUJOCO_GL does not name a library that works without one.
     """
     base, defaults = _class_of(native_id(env_id), env_id)
     env: Env = mended(base, five_values=True)(**{**defaults, **kwargs})
@@ -109,13 +109,14 @@ def make_native(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the enviro
     return remember_how(env, make_native, env_id, kwargs)
 
 
-# Where it finds these, `gymnasium.make` offers "rgb_array_list" too.
+# `gymnasium.make` reads the render modes from the entry point's `metadata`, and with these it
+# offers "rgb_array_list" too.
 vars(make).update(metadata=METADATA)
 vars(make_native).update(metadata=METADATA)
 
 
 def _class_of(native_id: str, what: str) -> tuple[Any, dict[str, Any]]:
-    """Return an environment's class and arguments, as Safety-Gymnasium has registered them."""
+    """Return the class and the arguments that Safety-Gymnasium has registered for an id."""
     load(what)
     spec = _UPSTREAM[native_id]
     kind: Any = load_env_creator(str(spec.entry_point))
@@ -123,7 +124,10 @@ def _class_of(native_id: str, what: str) -> tuple[Any, dict[str, Any]]:
 
 
 def load(what: str) -> None:
-    """Import Safety-Gymnasium with all its tasks; `what` is named in the error.
+    """Import Safety-Gymnasium with all its tasks.
+
+    Args:
+        what: name, for the error message, of what needs the package.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
@@ -134,7 +138,7 @@ def load(what: str) -> None:
 @functools.cache
 def _import_everything() -> None:
     with compat.LOCK, compat.registry_kept(_ALL) as seen, compat.array_defaults(PACKAGE):
-        # Its own `make` imports these later, when nothing is mended any more.
+        # Safety-Gymnasium's own `make` would import these later, after the patches have ended.
         for module in (PACKAGE, f"{PACKAGE}.builder", f"{PACKAGE}.tasks"):
             importlib.import_module(module)
     remember(_UPSTREAM, seen)
@@ -142,7 +146,7 @@ def _import_everything() -> None:
 
 @functools.cache
 def mended(base: Any, *, five_values: bool) -> Any:  # noqa: ANN401 - a class of theirs
-    """Return a subclass of an environment's class; see the classes below."""
+    """Return a subclass of an environment's class with the corrections of the classes below."""
     from safety_gymnasium.builder import Builder
 
     parts: list[type] = [_FiveValues] if five_values else []
@@ -152,7 +156,7 @@ def mended(base: Any, *, five_values: bool) -> Any:  # noqa: ANN401 - a class of
 
 
 class _Drawn(Remade):
-    """An environment that refuses to draw where that would end the process."""
+    """An environment that raises an error where rendering would abort the process."""
 
     def render(self) -> Any:  # noqa: ANN401 - a picture, or nothing
         check_display(str(self.render_mode))
@@ -162,7 +166,8 @@ class _Drawn(Remade):
 def check_display(mode: str) -> None:
     """Raise RuntimeError where MuJoCo cannot draw.
 
-    Without a display it fails in the middle of that, and at the next model the process aborts.
+    Without a display MuJoCo's drawing would fail partway, and the process would abort when the next
+    model is made.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -176,13 +181,13 @@ def check_display(mode: str) -> None:
     if os.environ.get("MUJOCO_GL", "").strip().lower() not in ("egl", "osmesa"):
         raise RuntimeError(
             "MuJoCo cannot draw here: there is no display (DISPLAY is not set). Set the "
-            "environment variable MUJOCO_GL=egl (a graphics driver draws) or osmesa (the processor "
-            "does, by the system's library OSMesa) before Python starts"
+            "environment variable MUJOCO_GL=egl (drawing by a graphics driver) or osmesa (drawing "
+            "by the processor, with the system's library OSMesa) before Python starts"
         )
 
 
 class _FiveValues(Env):
-    """An environment whose step returns the cost in ``info["cost"]``."""
+    """An environment whose step returns five values, with the cost in ``info["cost"]``."""
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
         result: tuple[Any, ...] = super().step(action)
@@ -191,7 +196,10 @@ class _FiveValues(Env):
 
 
 class _Navigation(Env):
-    """A navigation task that resets faster: no sky where nothing renders, layouts drawn quickly."""
+    """A navigation task that resets faster.
+
+    Where nothing is rendered, its model is compiled without the sky, and layouts are drawn quickly.
+    """
 
     task: Any
     render_parameters: Any
@@ -204,7 +212,7 @@ class _Navigation(Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        # Its own reset leaves Gymnasium's generator unseeded, which check_env refuses.
+        # The base class does not seed Gymnasium's generator, which Gymnasium's check_env requires.
         gym.Env.reset(self, seed=seed)
         if self.task.observe_vision:
             check_display("rgb_array")
@@ -213,15 +221,15 @@ class _Navigation(Env):
         return super().reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        # NumPy 2 refuses np.array(action, copy=False), as it stands in there, for a list.
+        # The base class calls np.array(action, copy=False), which NumPy 2 refuses for a list.
         return super().step(np.asarray(action))
 
 
 def _sample_layout(generator: Any) -> bool:  # noqa: ANN401 - a RandomGenerator of theirs
-    """Do what `RandomGenerator.sample_layout` does, draw for draw and bit for bit.
+    """Draw a layout with the same draws and results as `RandomGenerator.sample_layout`.
 
-    Tasks with buttons draw tens of thousands of places for one layout; there, each is compared
-    with the others by five calls of NumPy on two numbers, here by floats.
+    Tasks with buttons draw tens of thousands of places for one layout. The original compares each
+    place with the others by five NumPy calls on two numbers. This function compares floats.
     """
     margin = generator.placements_margin
     layout: dict[str, Any] = {}
@@ -254,9 +262,10 @@ def _world_class() -> type:
     from safety_gymnasium.world import World
 
     class SkylessWorld(World):  # type: ignore[misc]
-        """A world whose model is compiled without the sky's texture, while nothing renders.
+        """A world whose model is compiled without the sky's texture where nothing is rendered.
 
-        Most of a reset is decoding its six pictures. Physics, sensors and lidar never see them.
+        A reset spends most of its time on decoding the sky's six pictures, which have no effect on
+        physics, sensors and lidar.
         """
 
         def __init__(self, env: _Navigation) -> None:
@@ -265,8 +274,9 @@ def _world_class() -> type:
             super().__init__(env.task.agent, env.task._obstacles)
 
         def rebuild(self, config: object = None, state: bool = True) -> None:
-            # The first build is computed forward once, every later one twice, which gives the
-            # solver another start and other last digits. A first reset stays a first one.
+            # In the original, forward dynamics run once after the first build and twice after every
+            # later build. The second run changes the solver's start and thereby the last digits of
+            # the results. So the first reset here must be a first build as well.
             if self._built:
                 super().rebuild(config, state)
                 return
@@ -274,7 +284,7 @@ def _world_class() -> type:
             self.build()
             self._built = True
 
-        # `build` writes the model's text here and compiles what it then reads.
+        # `build` assigns the model's text to this property and compiles the text that it returns.
         @property
         def xml_string(self) -> str | None:
             return self._text

@@ -1,7 +1,7 @@
 """The 38 tasks of DSRL: ids, lengths of episodes, reference returns, the papers' cost limits.
 
-From DSRL 0.1.0 (Liu et al. 2024, "Datasets and Benchmarks for Offline Safe Reinforcement
-Learning"), which is not needed here.
+The numbers are those of DSRL 0.1.0 (Liu et al. 2024, "Datasets and Benchmarks for Offline Safe
+Reinforcement Learning"). The package itself is not needed here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 
 class Family(StrEnum):
-    """Tasks that are made of the same parts."""
+    """A family of tasks that share a simulator and a kind of constraint."""
 
     navigation = "navigation"
     """Safety-Gymnasium: Point and Car among hazards."""
@@ -22,49 +22,49 @@ class Family(StrEnum):
     bullet = "bullet"
     """Bullet-Safety-Gym: Run and Circle between walls."""
     metadrive = "metadrive"
-    """MetaDrive: through traffic."""
+    """MetaDrive: driving through traffic."""
 
 
 COST_LIMIT = 10.0
 """Cost of an episode that the papers allow (FISOR, FLRP; R2PAC on Safety-Gymnasium)."""
 TIGHT_COST_LIMIT = 5.0
-"""What R2PAC's table allows on Bullet."""
+"""Cost of an episode that R2PAC's table allows on Bullet."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of DSRL's."""
+    """One task of DSRL."""
 
     name: str
     """DSRL's name, such as ``PointGoal1``, ``AntVelocity``, ``BallRun``, ``easysparse``."""
     family: Family
     env_id: str
-    """Steps by Gymnasium's five values, with ``info["cost"]``."""
+    """Id of the environment, whose step returns Gymnasium's five values with ``info["cost"]``."""
     offline_id: str
-    """DSRL's own id of it."""
+    """DSRL's own id of the task."""
     horizon: int
-    """Steps of the longest episode."""
+    """Largest number of steps of an episode."""
     min_return: float
-    """Least return of an episode in DSRL's log: 0 when it is normalised."""
+    """Least return of an episode in DSRL's log, which is normalised to 0."""
     max_return: float
-    """Greatest return of an episode in DSRL's log: 1 when it is normalised."""
+    """Greatest return of an episode in DSRL's log, which is normalised to 1."""
     max_cost: float
     """Greatest cost of an episode in DSRL's log."""
 
     @property
     def cost_limits(self) -> tuple[float, ...]:
-        """The papers' cost limits of an episode, the usual one first."""
+        """The papers' limits on the cost of an episode, the usual one first."""
         if self.family is Family.bullet:
             return COST_LIMIT, TIGHT_COST_LIMIT
         return (COST_LIMIT,)
 
     @property
     def constraint(self) -> str:
-        """What its continuous label h measures, live and in logs (see `suites.labels`)."""
+        """Description of the continuous label h of the task (see `suites.labels`)."""
         return next(text for part, text in _CONSTRAINTS[self.family] if part in self.name)
 
 
-# Part of a task's name: what its h is.
+# By family: part of a task's name, and the description of h of tasks whose name has this part.
 _CONSTRAINTS = {
     Family.navigation: (
         ("Circle1", "|x| minus the wall, m"),
@@ -82,7 +82,7 @@ _CONSTRAINTS = {
     ),
 }
 
-# Name: horizon, least return, greatest return, greatest cost, as they stand in DSRL's infos.py.
+# Name: horizon, least return, greatest return and greatest cost, as in DSRL's infos.py.
 _NAVIGATION = {
     "PointButton1": (1000, 0.008822109034937853, 41.19301568767707, 200.0),
     "PointButton2": (1000, 0.014114166087574098, 42.8985953616709, 250.0),
@@ -137,7 +137,7 @@ def _tasks() -> dict[str, Task]:
         (Family.navigation, "Safety{}Gymnasium-v0", "Offline{}Gymnasium-v0", _NAVIGATION),
         (Family.velocity, "Safety{}Gymnasium-v1", "Offline{}Gymnasium-v1", _VELOCITY),
         (Family.bullet, "Safety{}-v0", "Offline{}-v0", _BULLET),
-        # There is no environment of these tasks but DSRL's.
+        # These tasks have no other id than DSRL's.
         (Family.metadrive, "OfflineMetadrive-{}-v0", "OfflineMetadrive-{}-v0", _METADRIVE),
     )
     return {
@@ -148,14 +148,17 @@ def _tasks() -> dict[str, Task]:
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(_tasks())
-"""DSRL's name -> task: 16 of navigation, 5 of velocity, 8 of Bullet, 9 of MetaDrive."""
+"""DSRL's name -> task, for 16 tasks of navigation, 5 of velocity, 8 of Bullet, 9 of MetaDrive."""
 
 
 def find_task(name: str) -> Task:
-    """Return the task of a name, an environment's id or DSRL's id; a module before it is ignored.
+    """Return the task with this name, environment id or DSRL id.
+
+    Args:
+        name: the name or id; a module in front of an id ("module:id") is ignored.
 
     Raises:
-        ValueError: it is none of the 38.
+        ValueError: the name belongs to none of the 38 tasks.
 
     >>> find_task("safeshield.suites:SafetyBallRun-v0").name
     'BallRun'
