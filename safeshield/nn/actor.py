@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import (
     Any,
     ClassVar,
@@ -202,9 +203,14 @@ class OneStepActor:
     action: int
     hidden: tuple[int, ...]
 
+    @cached_property
+    def network(self) -> EnsembleMLP:
+        """Describe its network."""
+        return EnsembleMLP(self.observation + self.action, self.action, self.hidden)
+
     def parts(self) -> dict[str, EnsembleMLP]:
         """See `Described`."""
-        return {FALLBACK: EnsembleMLP(self.observation + self.action, self.action, self.hidden)}
+        return {FALLBACK: self.network}
 
     def check(self) -> None:
         """See `Described`."""
@@ -218,7 +224,7 @@ class OneStepActor:
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
         """See `Actor`."""
         inputs = concat([observations, noise])
-        raw: A = self.parts()[FALLBACK](networks[FALLBACK], inputs)[0]
+        raw: A = self.network(networks[FALLBACK], inputs)[0]
         return raw.clip(-1.0, 1.0)
 
 
@@ -234,9 +240,14 @@ class FlowActor:
     flow_steps: int = 10
     """K, Euler steps."""
 
+    @cached_property
+    def network(self) -> EnsembleMLP:
+        """Describe the velocity field."""
+        return velocity_network(self.observation, self.action, self.hidden)
+
     def parts(self) -> dict[str, EnsembleMLP]:
         """See `Described`."""
-        return {BEHAVIOUR: velocity_network(self.observation, self.action, self.hidden)}
+        return {BEHAVIOUR: self.network}
 
     def check(self) -> None:
         """See `Described`."""
@@ -250,13 +261,13 @@ class FlowActor:
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
         """See `Actor`."""
-        field = self.parts()[BEHAVIOUR]
-        return euler_sample(field, networks[BEHAVIOUR], observations, noise, self.flow_steps)
+        return euler_sample(self.network, networks[BEHAVIOUR], observations, noise, self.flow_steps)
 
     def to_noise(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
         """Return the noise (n, act) that the field carries to actions (n, act) in [-1, 1]."""
-        field = self.parts()[BEHAVIOUR]
-        return euler_noise(field, networks[BEHAVIOUR], observations, actions, self.flow_steps)
+        return euler_noise(
+            self.network, networks[BEHAVIOUR], observations, actions, self.flow_steps
+        )
 
 
 @register_actor
@@ -269,9 +280,14 @@ class Classifier:
     choices: int
     hidden: tuple[int, ...]
 
+    @cached_property
+    def network(self) -> EnsembleMLP:
+        """Describe its network."""
+        return EnsembleMLP(self.observation, self.choices, self.hidden)
+
     def parts(self) -> dict[str, EnsembleMLP]:
         """See `Described`."""
-        return {BEHAVIOUR: EnsembleMLP(self.observation, self.choices, self.hidden)}
+        return {BEHAVIOUR: self.network}
 
     def check(self) -> None:
         """See `Described`."""
@@ -279,7 +295,7 @@ class Classifier:
 
     def logits(self, networks: NetworksOf[A], observations: A) -> A:
         """Return the logits (n, choices) of n states (n, obs)."""
-        out: A = self.parts()[BEHAVIOUR](networks[BEHAVIOUR], observations)[0]
+        out: A = self.network(networks[BEHAVIOUR], observations)[0]
         return out
 
     def log_prob(self, networks: NetworksOf[A], observations: A) -> A:

@@ -68,12 +68,17 @@ def derived(make: F) -> F:
     def look_up(params: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if not isinstance(params, Deployed):
             return make(params)
-        if make not in params.memo:
-            params.memo[make] = make(params)
-        return params.memo[make]
+        made = params.memo.get(make)
+        if made is None:
+            made = params.memo[make] = make(params)
+        return made
 
     look_up.__doc__ = make.__doc__
     return look_up  # type: ignore[return-value]
+
+
+_ZERO = np.zeros((), np.float32)
+"""Python's 0.0 would be made an array in every layer."""
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -93,8 +98,7 @@ def affine_relu(x: A, weight: A, bias: A) -> A:
     if isinstance(x, np.ndarray):
         out: Float = np.matmul(x, weight)
         out += bias
-        np.maximum(out, 0.0, out=out)
-        return out
+        return np.maximum(out, _ZERO, out=out)
     return bias.baddbmm(x, weight).relu()
 
 

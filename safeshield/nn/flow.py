@@ -13,11 +13,11 @@ Source: SafeFQL (arXiv 2603.15136), after Flow Q-Learning (Park et al. 2025).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
-from safeshield.nn.arrays import A, Float, ParamsOf, concat
+from safeshield.nn.arrays import A, ParamsOf, concat, zeros
 from safeshield.nn.mlp import EnsembleMLP, Params
 
 if TYPE_CHECKING:
@@ -77,72 +77,44 @@ def _follow(
     times: range,
     signed: int,
 ) -> A:
-    path = path_from(observations, start)
+    path = Path(observations, start)
     for i in times:
         path.move(network(params, path.rows(i / abs(signed)))[0], signed)
-    return path.end()
+    return path.x
 
 
-class Path(Protocol[A]):
-    """Points x on their way along a velocity field, beside what the field's network also reads."""
+class Path(Generic[A]):
+    """Points x on their way along a velocity field, beside what the field's network also reads.
+
+    Arrays stand in one table, in which x moves in place; autograd needs the values before a step.
+
+    Args:
+        inputs: (n, obs) s.
+        start: (n, act) x to begin with.
+        tail: (n, k) further columns.
+    """
+
+    def __init__(self, inputs: A, start: A, *tail: A) -> None:
+        self.x: A = start
+        self._columns: Any = [inputs, start, zeros(start, len(start), 1), *tail]
+        self._table: A | None = None
+        if isinstance(start, np.ndarray):
+            at, end = inputs.shape[1], inputs.shape[1] + start.shape[1]
+            table = np.concatenate(self._columns, axis=-1)
+            self._table, self.x, self._time = table, table[:, at:end], table[:, end]
 
     def rows(self, time: float) -> A:
         """Return what the network reads at time t, rows (s, x, t, tail); valid until x moves."""
-        ...
+        if self._table is None:
+            inputs, _, times, *tail = self._columns
+            joined: A = concat([inputs, self.x, times + time, *tail])
+            return joined
+        self._time[:] = time
+        return self._table
 
     def move(self, velocity: A, steps: int) -> None:
         """Follow the velocity (n, act) for 1 / steps of the time."""
-        ...
-
-    def end(self) -> A:
-        """Return x."""
-        ...
-
-
-def path_from(inputs: A, start: A, tail: A | None = None) -> Path[A]:
-    """Return the path of x (n, act) beside s (n, obs) and further columns (n, k)."""
-    if isinstance(inputs, np.ndarray):
-        return _ArrayPath(inputs, start, tail)
-    return _TensorPath(inputs, start, tail)
-
-
-class _ArrayPath:
-    """Everything stands in one table, in which x is moved in place."""
-
-    def __init__(self, inputs: Float, start: Float, tail: Float | None = None) -> None:
-        width, end = inputs.shape[1], inputs.shape[1] + start.shape[1]
-        more = 0 if tail is None else tail.shape[1]
-        self._table = np.empty((len(inputs), end + 1 + more), np.float32)
-        self._table[:, :width] = inputs
-        if tail is not None:
-            self._table[:, end + 1 :] = tail
-        self._x, self._time = self._table[:, width:end], self._table[:, end]
-        self._x[...] = start
-
-    def rows(self, time: float) -> Float:
-        self._time[...] = time
-        return self._table
-
-    def move(self, velocity: Float, steps: int) -> None:
-        self._x += velocity * np.float32(1.0 / steps)
-
-    def end(self) -> Float:
-        return self._x.copy()
-
-
-class _TensorPath:
-    """Autograd needs the values before each step, so nothing is changed in place."""
-
-    def __init__(self, inputs: Tensor, start: Tensor, tail: Tensor | None = None) -> None:
-        self._inputs, self._x = inputs, start
-        self._tail = [] if tail is None else [tail]
-
-    def rows(self, time: float) -> Tensor:
-        times = self._x.new_full((len(self._x), 1), time)
-        return concat([self._inputs, self._x, times, *self._tail])
-
-    def move(self, velocity: Tensor, steps: int) -> None:
-        self._x = self._x + velocity / steps
-
-    def end(self) -> Tensor:
-        return self._x
+        if isinstance(velocity, np.ndarray):
+            self.x += velocity * np.float32(1.0 / steps)
+        else:
+            self.x = self.x + velocity / steps

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safeshield.nn.arrays import A, ParamsOf, concat, lerp, tiled, zeros
-from safeshield.nn.flow import path_from
+from safeshield.nn.flow import Path
 from safeshield.nn.mlp import EnsembleMLP, Params
 
 if TYPE_CHECKING:
@@ -75,10 +75,11 @@ def guided_sample(
     branches = 2 if guidance else 1
     labels = zeros(noise, branches * count, LABELS)
     labels[count:, 0] = 1.0
-    path = path_from(tiled(observations, branches), tiled(noise, branches), labels)
+    path = Path(tiled(observations, branches), tiled(noise, branches), labels)
     for i in range(steps):
         velocity = network(params, path.rows(i / steps))[0]
         if guidance:
             velocity = tiled(lerp(velocity[:count], velocity[count:], guidance), branches)
         path.move(velocity, steps)
-    return path.end()[:count].clip(-1.0, 1.0)
+    reached: A = path.x[:count]
+    return reached.clip(-1.0, 1.0)

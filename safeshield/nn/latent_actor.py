@@ -23,6 +23,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -98,12 +99,12 @@ class LatentPolicy:
     action: int
     spec: LatentSpec
 
-    @property
+    @cached_property
     def prior(self) -> CouplingFlow:
         """Describe p(z | s)."""
         return self._flow(self.observation)
 
-    @property
+    @cached_property
     def posterior(self) -> CouplingFlow:
         """Describe q(z | s, a)."""
         return self._flow(self.observation + self.action)
@@ -111,12 +112,12 @@ class LatentPolicy:
     def _flow(self, context: int) -> CouplingFlow:
         return CouplingFlow(self.spec.latent, context, self.spec.hidden, self.spec.transforms)
 
-    @property
+    @cached_property
     def decoder(self) -> EnsembleMLP:
         """Describe the decoder: (s, z) to an action before the tanh."""
         return EnsembleMLP(self.observation + self.spec.latent, self.action, self.spec.hidden)
 
-    @property
+    @cached_property
     def expert(self) -> EnsembleMLP:
         """Describe one expert: (s, u) to what is added to u."""
         width = self.spec.latent

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -56,10 +56,15 @@ class PlanActor:
     horizon: int
     """h: actions of a plan."""
 
+    @cached_property
+    def network(self) -> EnsembleMLP:
+        """Describe its network."""
+        chunk = self.noise_features
+        return EnsembleMLP(self.observation + chunk, chunk, self.hidden)
+
     def parts(self) -> dict[str, EnsembleMLP]:
         """See `nn.actor.Described`."""
-        chunk = self.noise_features
-        return {FALLBACK: EnsembleMLP(self.observation + chunk, chunk, self.hidden)}
+        return {FALLBACK: self.network}
 
     def check(self) -> None:
         """See `nn.actor.Described`."""
@@ -74,7 +79,7 @@ class PlanActor:
     def draw(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
         """Return plans (n, h * act) in [-1, 1] for noise (n, h * act) in n states (n, obs)."""
         inputs = concat([observations, noise])
-        raw: A = self.parts()[FALLBACK](networks[FALLBACK], inputs)[0]
+        raw: A = self.network(networks[FALLBACK], inputs)[0]
         return nan_to_zero(raw).clip(-1.0, 1.0)
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:

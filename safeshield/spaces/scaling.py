@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -103,6 +104,10 @@ class Scaling:
         """Numbers of network inputs for one observation and for one action."""
         return self.observation_features, self.action_features
 
+    @cached_property
+    def _action_range(self) -> npt.NDArray[np.float32]:
+        return self.action_high - self.action_low
+
     def to_json(self) -> dict[str, list[float]]:
         """Return the arrays as lists, for a file's header; empty categories are left out."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -159,7 +164,7 @@ class Scaling:
 
     def actions(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         """Return the network inputs of rows of actions (..., act), mapped to [-1, 1]."""
-        unit = (raw - self.action_low) / (self.action_high - self.action_low)
+        unit = (raw - self.action_low) / self._action_range
         scaled = np.asarray(2.0 * unit - 1.0, np.float32)
         if not self.action_categories:
             return scaled
@@ -168,7 +173,7 @@ class Scaling:
     def to_box(self, scaled: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         """Map continuous actions (..., act) from [-1, 1] to the box, and clip them to the box."""
         unit = 0.5 * (scaled + 1.0)
-        raw = self.action_low + unit * (self.action_high - self.action_low)
+        raw = self.action_low + unit * self._action_range
         return np.asarray(np.clip(raw, self.action_low, self.action_high), np.float32)
 
 
