@@ -156,7 +156,7 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         (("collect", BOAT, "{tmp}/a.hdf5", "--policy", "drunk"), "['random', 'helmsmen']"),
         (
             ("collect", "Pendulum-v1", "{tmp}/a.hdf5", "--policy", "helmsmen"),
-            "sail safeshield/Boat-v0 only",
+            "--policy helmsmen needs the environment safeshield/Boat-v0",
         ),
         (("train", "{tmp}/none.hdf5", "{tmp}/a.safetensors"), "no such file"),
         (
@@ -188,8 +188,8 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         ),
         (("evaluate", "{tmp}/none.safetensors", BOAT), "no such file"),
         (("inspect", "{tmp}/none.safetensors"), "no such file"),
-        (("inspect", "{text}"), "no file of safeshield's"),
-        (("inspect", "{png}"), "is no file of safeshield's but a picture (PNG)"),
+        (("inspect", "{text}"), "is not a safeshield file"),
+        (("inspect", "{png}"), "is not a safeshield file but a picture (PNG)"),
         (("inspect", "{zip}"), "but a zip file: a model of Stable-Baselines3 goes to"),
         (("inspect", "{tmp}"), "is a folder; give a file in it"),
         (("inspect", "{agent}", "--picture", "{tmp}/a.png"), "is an agent"),

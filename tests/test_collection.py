@@ -697,13 +697,13 @@ def test_the_command_logs_learners_and_says_so(tmp_path: Path) -> None:
     # The learners are there still: more of their episodes, at once.
     told = run(*command, "--episodes", 500)
     assert json.loads(run("inspect", out, "--json"))["episodes"] == 4
-    assert "4 episodes, fewer than --episodes 500: the learners ended 4; raise --steps" in told
+    assert "4 episodes, fewer than --episodes 500: the learners finished 4; raise --steps" in told
     capped = run(*command, "--cap", 1, "--bins", 1)
-    assert "the learners ended 4; raise --steps, or --cap, which keeps at most 1 of" in capped
-    assert "taken back" not in capped
+    assert "the learners finished 4; raise --steps, or --cap, which keeps at most 1 in" in capped
+    assert "steps before" not in capped
     run(*command[:5], "--steps", 1600, *command[7:])
     fewer = run(*command)
-    assert "had done up to 1600 steps before, and none are taken back" in fewer
+    assert "had done up to 1600 steps before, and the log is of all of them" in fewer
 
 
 def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -712,7 +712,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(learner_module.Learner, "_segment", stopped)
     command = ("collect", "safeshield/Boat-v0", tmp_path / "log.hdf5", "--limits", "none")
-    assert "stopped; the same command goes on" in run(*command, code=130)
+    assert "stopped; the same command resumes" in run(*command, code=130)
     assert not (tmp_path / "log.hdf5").exists()
 
 

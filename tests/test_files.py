@@ -212,7 +212,7 @@ def test_every_truncation_is_refused(path: Path) -> None:
         path.write_bytes(raw[:cut])
         refused(path)
     path.write_bytes(raw + b"\0")
-    refused(path, "truncated or has a tail")
+    refused(path, "truncated or has extra bytes")
 
 
 @given(data=st.data())
@@ -564,4 +564,4 @@ def test_another_projects_safetensors_file_is_named_as_such(path: Path) -> None:
     from safetensors.numpy import save_file
 
     save_file({"x": np.zeros(3, np.float32)}, path, {"format": "pt"})
-    refused(path, "not one of safeshield's")
+    refused(path, "not a safeshield file")

@@ -122,7 +122,7 @@ def test_a_file_imports_nothing_and_its_error_says_what_to_import(trained: Path)
     told = subprocess.run(
         [sys.executable, "-c", code, str(trained)], check=True, capture_output=True, text=True
     ).stdout
-    assert "but is a 'mine-linear'; nothing that has been imported reads it" in told
+    assert "but is a 'mine-linear'; no imported module reads it" in told
     assert "import the module that defines it" in told
     assert "--plugin FILE.py" in told
     assert told.strip().endswith("[]")
@@ -146,7 +146,7 @@ def test_own_formats_are_not_read_where_their_module_is_not_imported(
         [sys.executable, "-c", code, str(tmp_path / "agent")],
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    assert "this package's are in safeshield.algorithms" in told
+    assert "those of this package are in safeshield.algorithms" in told
     assert told.strip().endswith("False")
 
 
@@ -216,7 +216,7 @@ def test_a_shield_is_trained_alone(folder: Path, tmp_path: Path) -> None:
 def test_help_shows_every_setting_of_every_algorithm_with_meaning_and_default() -> None:
     told = " ".join(run("train", "--help").split())
     for one in ALGORITHMS.values():
-        how = f"--algorithm {one.name}" if one.offline else f"{one.name}, in Python alone"
+        how = f"--algorithm {one.name}" if one.offline else f"{one.name}, in Python only"
         assert how in told
         assert " ".join(one.summary.split()) in told
         for field in fields_of(one.config_type):

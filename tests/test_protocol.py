@@ -630,7 +630,7 @@ def test_the_command_scores_an_agent_by_itself(agent: Any, tmp_path: Path) -> No
             ("{model}", "--cost-limit", "10", "--log", "{log}", "--trust", "--policy", "random"),
             "need a shield",
         ),
-        (("{model}", "--trust"), "no file of safeshield's"),
+        (("{model}", "--trust"), "is not a safeshield file"),
     ],
 )
 def test_mistakes_end_in_one_line(files: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -356,7 +356,7 @@ def test_what_is_absent_is_no_failure_unless_it_was_asked_for(nothing: None) -> 
 def test_the_doctor_refuses_parts_that_it_does_not_know() -> None:
     result = CliRunner().invoke(app, ["doctor", "mujoco"])
     assert result.exit_code == 2
-    assert "must be of core, navigation, velocity, bullet, dsrl, metadrive, got mujoco" in (
+    assert "must be among core, navigation, velocity, bullet, dsrl, metadrive, got mujoco" in (
         result.output
     )
 

@@ -1,4 +1,4 @@
-"""The command line: a file for each command; `main` puts them together."""
+"""The command line. Each command has its own module; `main` registers all of them."""
 
 from safeshield.cli.app import app
 from safeshield.cli.main import main

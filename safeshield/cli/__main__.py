@@ -1,4 +1,4 @@
-"""``python -m safeshield.cli`` is ``safeshield``."""
+"""Run the command line: ``python -m safeshield.cli`` does the same as ``safeshield``."""
 
 from safeshield.cli.main import main
 

@@ -1,6 +1,7 @@
-"""The command line's application, and what its commands share: arguments, and errors in one line.
+"""The Typer application, and the arguments and error handling that all commands share.
 
-Everything heavy is imported inside the commands, so that ``safeshield --help`` answers at once.
+The commands import large packages inside their functions, so that ``safeshield --help`` starts
+quickly.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ app = typer.Typer(
 
 
 class Device(StrEnum):
-    """Where to train."""
+    """Device on which an agent is trained."""
 
     auto = "auto"
     cpu = "cpu"
@@ -39,7 +40,7 @@ class Device(StrEnum):
 
 
 def load_plugins(files: list[Path] | None) -> list[Path] | None:
-    """Import the files that register algorithms; the callback of ``--plugin``."""
+    """Import the files that register algorithms. This is the callback of ``--plugin``."""
     for file in files or []:
         try:
             from safeshield.cli.plugins import load_plugin
@@ -50,28 +51,31 @@ def load_plugins(files: list[Path] | None) -> list[Path] | None:
     return files
 
 
-EnvId = Annotated[str, typer.Argument(help="Gymnasium id, or module:id.")]
+EnvId = Annotated[str, typer.Argument(help="Gymnasium environment id, or module:id.")]
 Out = Annotated[Path, typer.Argument(help="File to write.", dir_okay=False)]
-Seed = Annotated[int, typer.Option(help="Seed of all draws.", min=0)]
-Episodes = Annotated[int, typer.Option(help="Whole episodes.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
+Episodes = Annotated[int, typer.Option(help="Number of whole episodes.", min=1)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option(
         "--plugin",
-        help="Python file that registers algorithms of yours; it is run. Repeatable.",
+        help="Python file that registers your own algorithms. The file is run. Repeatable.",
         is_eager=True,
         callback=load_plugins,
         dir_okay=False,
     ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Load an SB3 zip: that runs what its maker put in it.")
+    bool,
+    typer.Option(
+        "--trust", help="Load an SB3 zip file, which can run any code its author put in it."
+    ),
 ]
 
 
 def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn what users do wrong into one line and exit code 2."""
+    """Print an error that the user can repair as one line, and exit with status 2."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -104,7 +108,12 @@ def _is_users(error: Exception) -> bool:
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT") -> None:
-    """Refuse before the work, not after it."""
+    """Check that an output file can be written, before the command starts its work.
+
+    Raises:
+        ValueError: the name does not end in one of `suffixes`.
+        FileNotFoundError: the folder does not exist.
+    """
     if suffixes is not None and path.suffix.lower() not in suffixes:
         raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got '{path}'")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""``safeshield calibrate``: a shield's threshold and its promise."""
+"""``safeshield calibrate``: choose and test the threshold of a shield."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ from safeshield.cli.sources import make_env, name_of, policy_of, shield_of
 
 
 def calibrate(
-    source: Annotated[Path, typer.Argument(help="Agent or shield, .safetensors.")],
+    source: Annotated[Path, typer.Argument(help="File of an agent or a shield, .safetensors.")],
     env_id: EnvId,
     out: Out,
-    epsilon: Annotated[float, typer.Option(help="Violation rate per episode to promise.")] = 0.01,
-    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.99,
+    epsilon: Annotated[
+        float, typer.Option(help="Violation rate per episode that the promise states.")
+    ] = 0.01,
+    confidence: Annotated[float, typer.Option(help="Confidence of the promise.")] = 0.99,
     episodes: Annotated[
         int | None,
-        typer.Option(help="Episodes of each test; default: as many as allow one violation."),
+        typer.Option(help="Episodes of each test; default: enough to pass with one violation."),
     ] = None,
     deltas: Annotated[
         str | None,
-        typer.Option(help="Thresholds to test, decreasing, as 0.3,0.1,0; default: chosen for you."),
+        typer.Option(
+            help="Deltas to test, decreasing, such as 0.3,0.1,0; default: chosen automatically."
+        ),
     ] = None,
     seed: Seed = 0,
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Who proposes: random, or an agent's .safetensors or .zip. By default random "
-            "proposals and an adversary."
+            help="Policy that proposes actions: random, or an agent's .safetensors or .zip file. "
+            "Default: random proposals and an adversary."
         ),
     ] = None,
     trust: Trust = False,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:
-    """Choose a shield's threshold so that its promise holds, by rollouts with the shield on."""
+    """Choose the threshold of a shield by testing it in episodes with the shield switched on."""
     check_output(out, (".safetensors",))
     if policy == "adversary":
-        raise ValueError("--policy adversary: leave --policy out, the adversary is then included")
+        raise ValueError("--policy adversary: leave out --policy; the adversary is then included")
     env = make_env(env_id)
     proposing = None if policy is None else policy_of(policy, env, None, trust)
     shield = shield_of(source).calibrate(

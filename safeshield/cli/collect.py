@@ -1,4 +1,4 @@
-"""``safeshield collect``: log a policy, or learners."""
+"""``safeshield collect``: log the episodes of a policy, or of learners."""
 
 from __future__ import annotations
 
@@ -23,34 +23,40 @@ def collect(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Who acts: random (the default), helmsmen (of the boat), an agent's .safetensors "
-            "or .zip."
+            help="Policy that acts: random (the default), helmsmen (boat only), or an agent's "
+            ".safetensors or .zip file."
         ),
     ] = None,
     episodes: Annotated[
-        int, typer.Option(help="Whole episodes; with --limits: those that stay.", min=1)
+        int, typer.Option(help="Number of whole episodes; with --limits: of those kept.", min=1)
     ] = 500,
     seed: Seed = 0,
     limits: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a policy: log PPO while it learns, once under each of these limits on "
-            "an episode's cost, as none,25,5,0."
+            help="Log PPO while it learns, in place of a policy: one learner for each of these "
+            "limits on an episode's cost, such as none,25,5,0."
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Of each learner, rounded up to whole rollouts; default 200000.", min=1),
+        typer.Option(
+            help="Steps of each learner, rounded up to whole rollouts; default 200000.", min=1
+        ),
     ] = None,
     cap: Annotated[
-        int | None, typer.Option(help="Learners' episodes a cell of the cost-return grid.", min=1)
+        int | None,
+        typer.Option(help="Most episodes to keep in a cell of the cost-return grid.", min=1),
     ] = None,
     bins: Annotated[
-        int | None, typer.Option(help="Parts of each side of that grid; default 30.", min=1)
+        int | None,
+        typer.Option(help="Number of cells along each side of that grid; default 30.", min=1),
     ] = None,
     parts: Annotated[
         Path | None,
-        typer.Option(help="Folder that learners go on from; default OUT.parts. It can be deleted."),
+        typer.Option(
+            help="Folder from which learners resume; default OUT.parts. You may delete it."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A learner's setting, name=value. Repeatable.")
@@ -61,8 +67,9 @@ def collect(
 ) -> None:
     """Log whole episodes of an environment to an HDF5 or NPZ file.
 
-    Of a policy; or, with --limits, everything that learners do from their first steps to their
-    last, thinned on a grid of cost and return. If that is stopped, the same command goes on.
+    The episodes are those of a policy. With --limits they are those of learners, from the first
+    training step to the last, thinned on a grid of cost and return. If such a run is stopped, the
+    same command resumes it.
     """
     from safeshield.files.schema import versions
 
@@ -70,9 +77,9 @@ def collect(
     given = {"--steps": steps, "--cap": cap, "--bins": bins, "--parts": parts, "--set": settings}
     needless = [name for name, value in given.items() if value is not None]
     if limits is None and needless:
-        raise ValueError(f"{', '.join(needless)} belong to learners: add --limits none,25,5,0")
+        raise ValueError(f"{', '.join(needless)} apply to learners only: add --limits none,25,5,0")
     if limits is not None and (policy is not None or trust):
-        raise ValueError("--limits logs learners, and --policy and --trust a policy: leave one out")
+        raise ValueError("--limits logs learners, --policy and --trust log a policy: leave one out")
     env = make_env(env_id)
     if limits is not None:
         from safeshield.collection import (
@@ -98,7 +105,7 @@ def collect(
                 progress_bar=True,
             )
         except KeyboardInterrupt:
-            typer.echo(f"stopped; the same command goes on from {folder}", err=True)
+            typer.echo(f"stopped; the same command resumes from {folder}", err=True)
             raise typer.Exit(130) from None
         for note in _other_than_asked(
             log, steps=config.updates(steps) * config.rollout, episodes=episodes, cap=cap
@@ -125,17 +132,17 @@ def collect(
 def _other_than_asked(
     log: OfflineDataset, *, steps: int, episodes: int, cap: int | None
 ) -> Iterator[str]:
-    """Say where learners' episodes are more, or fewer, than the command asked for."""
+    """Yield a note where the log has more or fewer episodes or steps than were asked for."""
     learners = (log.provenance or {}).get("learners", [])
     done = max(one["steps"] for one in learners)
     if done > steps:
         yield (
-            f"note: learners had done up to {done} steps before, and none are taken back: the log "
-            f"is of all of them, not of {steps}; for fewer, begin in another folder (--parts)"
+            f"note: learners had done up to {done} steps before, and the log is of all of them, "
+            f"not of {steps}; for fewer steps, start in another folder (--parts)"
         )
     if log.num_episodes < episodes:
         ended = sum(one["episodes"] for one in learners)
-        why = f"the learners ended {ended}; raise --steps"
+        why = f"the learners finished {ended}; raise --steps"
         if log.num_episodes < ended:
-            why += f", or --cap, which keeps at most {cap} of a cell of the grid"
+            why += f", or --cap, which keeps at most {cap} in each cell of the grid"
         yield f"note: {log.num_episodes} episodes, fewer than --episodes {episodes}: {why}"

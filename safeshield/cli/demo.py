@@ -1,4 +1,4 @@
-"""``safeshield demo``: every stage from log to shield."""
+"""``safeshield demo``: run every stage from collecting a log to testing a shield."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from safeshield.cli.app import Debug, Seed
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for log, agent, shield, table and pictures.")
+        Path, typer.Option(help="Folder for the log, agent, shield, table and pictures.")
     ] = Path("safeshield-demo"),
     seed: Seed = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Every stage, too briefly to learn anything.")
+        bool,
+        typer.Option("--quick", help="Run every stage for too short a time to learn anything."),
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Log, learn, calibrate, and try four agents with the shield and without it."""
+    """Collect a log, learn and calibrate a shield, and test four agents with and without it."""
     from safeshield.demo.run import hardware, run_demo
     from safeshield.demo.settings import DemoConfig
     from safeshield.files.schema import versions

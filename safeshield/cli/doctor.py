@@ -1,4 +1,4 @@
-"""``safeshield doctor``: what is installed and works."""
+"""``safeshield doctor``: report which optional parts are installed and work."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what is installed and works, and which commands are missing.
+    """Report what is installed and works, and which commands install what is missing.
 
-    Exit status 1: something installed does not work, or a part that was named is not installed.
+    The exit status is 1 where an installed part does not work, or a named part is not installed.
     """
     from safeshield.suites.doctor import Part, examine, healthy, report
 
     unknown = [part for part in parts or [] if part not in list(Part)]
     if unknown:
-        raise ValueError(f"PARTS must be of {', '.join(Part)}, got {', '.join(unknown)}")
+        raise ValueError(f"PARTS must be among {', '.join(Part)}, got {', '.join(unknown)}")
     asked = [Part(part) for part in parts or []]
     findings = examine(asked)
     if as_json:

@@ -1,4 +1,4 @@
-"""``safeshield evaluate``: violations behind a shield, or the field's protocol."""
+"""``safeshield evaluate``: count violations behind a shield, or score by the field's protocol."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ def evaluate(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Shield or agent, .safetensors; with --cost-limit also a model's .zip. {seed} in "
-            "the name stands for each of --seeds.",
+            help="File of a shield or an agent, .safetensors; with --cost-limit also an SB3 .zip. "
+            "{seed} in the name is replaced by each of --seeds.",
         ),
     ],
     env_id: EnvId,
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Who proposes behind SOURCE's shield: random (the default), adversary, helmsmen, "
-            "an agent's .safetensors or .zip. With --cost-limit an agent or a model acts itself, "
-            "unshielded, where this is left out."
+            help="Policy that proposes actions to SOURCE's shield: random (the default), "
+            "adversary, helmsmen, or an agent's .safetensors or .zip file. With --cost-limit and "
+            "without --policy, an agent given as SOURCE acts without a shield."
         ),
     ] = None,
     episodes: Annotated[
         int | None,
-        typer.Option(help="Whole episodes; default 1000, with --cost-limit 20 a seed.", min=1),
+        typer.Option(help="Whole episodes; default 1000; with --cost-limit 20 per seed.", min=1),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all draws.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.", min=0)] = None,
     without: Annotated[
-        bool, typer.Option("--without", help="Also without the shield, from the same starts.")
+        bool, typer.Option("--without", help="Also run without the shield, from the same starts.")
     ] = False,
     cost_limit: Annotated[
         float | None,
         typer.Option(help="Score by the field's protocol, at this limit (the papers': 10).", min=0),
     ] = None,
     log: Annotated[
-        Path | None, typer.Option(help="The task's log: its returns are the reference.")
+        Path | None, typer.Option(help="Log of the task, whose returns are the reference.")
     ] = None,
     references: Annotated[
-        str | None, typer.Option(help="Reference returns instead of a log, LEAST,GREATEST.")
+        str | None, typer.Option(help="Reference returns in place of a log: LEAST,GREATEST.")
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Seeds of the protocol's runs; default 0,1,2.")
@@ -63,7 +63,7 @@ def evaluate(
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:
-    """Count violations behind a shield, from starts that it certifies.
+    """Count violations behind a shield, in episodes from start states that it certifies.
 
     With --cost-limit: score an agent, shielded or not, by the field's protocol instead.
     """

@@ -1,4 +1,4 @@
-"""``safeshield inspect``: what a file is and holds."""
+"""``safeshield inspect``: describe a file of the package."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from safeshield.cli.app import Debug, Plugins, check_output
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Agent, shield, checkpoint or log.")],
+    file: Annotated[Path, typer.Argument(help="File of an agent, shield, checkpoint or log.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cost_limit: Annotated[
         float | None,
         typer.Option(
-            help="Of a log's episode: safe ones are counted. Default: 0, 5 and 10.", min=0
+            help="Limit on a log's episode cost for counting safe episodes. Default: 0, 5 and 10.",
+            min=0,
         ),
     ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="File for a log's cost-return scatter, .png, .svg or .pdf."),
+        typer.Option(help="File for the cost-return scatter of a log, .png, .svg or .pdf."),
     ] = None,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:
-    """Say what a file is and holds; nothing in it is run."""
+    """Describe a file and its contents. No code in the file is run."""
     from safeshield.cli.kinds import LOG, describe, file_kind, with_article
 
     kind = file_kind(file)
@@ -43,7 +44,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return
-    # The promise says in words what the record says in numbers.
+    # The promise states the record in words, so the text leaves the record out.
     description.pop("record", None)
     width = max(map(len, description))
     for name, value in description.items():
@@ -73,7 +74,7 @@ def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: P
 
 
 def _provenance_text(provenance: Mapping[str, Any]) -> str:
-    """Return how a log was made, a line for each entry, and for each entry of a list of them."""
+    """Return how a log was made: one line per entry, and one per item of a list of objects."""
     width = max(map(len, provenance), default=0)
     lines = []
     for name, value in provenance.items():

@@ -1,4 +1,4 @@
-"""What a file is and holds, told from its header; and agents of Stable-Baselines3 from theirs."""
+"""Descriptions of files from their headers, and the loader of Stable-Baselines3 agents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LOG = "log"
 _LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
-# How other files begin that people have at hand.
+# First bytes of other common files, for a clearer error.
 _OTHERS = {
     b"\x89PNG": "a picture (PNG)",
     b"PK\x03\x04": "a zip file: a model of Stable-Baselines3 goes to safeshield evaluate, with "
@@ -26,7 +26,7 @@ _OTHERS = {
     b"%PDF": "a PDF file",
     b"\x1f\x8b": "a gzip file",
 }
-# A setting that only this algorithm of Stable-Baselines3 has, in its zip's JSON.
+# For each algorithm of Stable-Baselines3 a setting that only its zip file contains.
 _SB3_MARKS = {
     "PPO": "clip_range",
     "SAC": "target_entropy",
@@ -40,7 +40,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of them, or a folder.
+        ValueError: the path is a folder, or a file of another kind.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give a file in it")
@@ -59,7 +59,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or neither agent, shield, checkpoint nor log.
+        ValueError: the file is damaged, or neither an agent, shield, checkpoint nor log.
     """
     path = Path(path)
     if path.suffix.lower() in _LOG_SUFFIXES:
@@ -77,17 +77,17 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def describe_log(log: OfflineDataset, card: DatasetCard) -> dict[str, Any]:
-    """Return a log's card and how it was made, as JSON values."""
+    """Return the card of a log and how the log was made, as JSON values."""
     made = {} if log.provenance is None else {"provenance": dict(log.provenance)}
     return {"kind": LOG, **card.to_json(), **made}
 
 
 def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN401
-    """Load an agent of Stable-Baselines3, of the algorithm that its zip's JSON shows.
+    """Load a Stable-Baselines3 agent; the settings in its zip file tell the algorithm.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not trusted, or of no algorithm that acts in a Box (PPO, A2C, SAC, TD3).
+        ValueError: `trust` is False, or the algorithm is not one of PPO, A2C, SAC and TD3.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,22 +117,22 @@ def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
         begins = stream.read(8)
     for signature, what in _OTHERS.items():
         if begins.startswith(signature):
-            raise ValueError(f"{path} is no file of safeshield's but {what}")
+            raise ValueError(f"{path} is not a safeshield file but {what}")
     try:
         file = read_tensors(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no file of safeshield's, or is damaged: {error}") from error
+        raise ValueError(f"{path} is not a safeshield file, or is damaged: {error}") from error
     known = _known_format(file.header["format"])
     if known is None:
         raise ValueError(
-            f"{path} is a {file.header['format']!r:.60}, which this release does not know; a newer "
-            "one may, or a file of yours that registers it: pass it as --plugin FILE.py"
+            f"{path} is a {file.header['format']!r:.60}, which this release does not know; install "
+            "a newer release, or pass the file that registers it as --plugin FILE.py"
         )
     return known[0], file
 
 
 def _known_format(form: str) -> tuple[str, str] | None:
-    """Return what a format holds and what reads it; a shield's is known without PyTorch."""
+    """Return what a format holds and what reads it. A shield's format needs no PyTorch."""
     import safeshield.shield.file
 
     if form not in FORMATS:
@@ -161,7 +161,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
 
 
 def _describe_checkpoint(header: dict[str, Any]) -> dict[str, Any]:
-    # Files of earlier releases tell the updates alone.
+    # Checkpoints of earlier releases hold only the number of updates.
     run = header.get("run")
     if not isinstance(run, dict):
         return {"updates_done": header.get("done")}

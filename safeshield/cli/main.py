@@ -1,4 +1,4 @@
-"""The entry point of ``safeshield``: the commands, in the order of the help."""
+"""The entry point of ``safeshield``. It registers the commands in the order of the help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Algorithms of a user's own, from a Python file that is named on the command line."""
+"""Loading of a user's own algorithms from a Python file named on the command line."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import importlib
 import sys
 from pathlib import Path
 
-# What such a file registers must not take the names of this package's algorithms.
+# Registers this package's algorithms first, so that a plugin cannot take their names.
 import safeshield.algorithms.registry  # noqa: F401
 
 
 def load_plugin(file: Path) -> None:
-    """Import a file, beside which it finds its own imports, as ``python FILE`` does.
+    """Import a Python file. As with ``python FILE``, it can import modules from its own folder.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: another module has its name.
+        ImportError: another module has the same name.
     """
     if not file.is_file():
         raise FileNotFoundError("no such file")

@@ -1,4 +1,4 @@
-"""Settings on the command line: ``--set name=value``, files of them, and what help says of each."""
+"""Settings on the command line: ``--set name=value``, files of settings, and their help."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ R = TypeVar("R")
 
 
 def settings_of(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: ANN401
-    """Return a configuration of this class from "name=value" texts, over other values.
+    """Build a configuration from "name=value" texts, which take precedence over `values`.
 
     Raises:
-        ValueError: no such setting, or a value of another type.
+        ValueError: a setting is unknown, or a value has another type.
     """
     hints = {field.name: field.kind for field in fields_of(kind)}
     for setting in settings:
@@ -36,10 +36,10 @@ def settings_of(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa
 
 
 def parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
-    """Return the value of an annotation's kind that a text stands for.
+    """Convert a text to the type that an annotation asks for.
 
     Raises:
-        ValueError: it stands for none; the message begins with `name`.
+        ValueError: the text is no such value; the message begins with `name`.
 
     >>> parse("--set widths", "(64, 64)", tuple[int, ...])
     (64, 64)
@@ -75,12 +75,12 @@ def parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Read settings from a TOML or YAML file; "none" stands for None, which TOML lacks.
+    """Read settings from a TOML or YAML file. TOML has no null, so "none" stands for None.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither, or names a setting that the class does not have.
-        ModuleNotFoundError: it is YAML, and PyYAML is not installed.
+        ValueError: the file is neither TOML nor YAML, or names a setting unknown to the class.
+        ModuleNotFoundError: the file is YAML and PyYAML is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -122,11 +122,11 @@ def _yaml(path: Path, text: str) -> object:
 
 
 def write_settings(path: Path, config: object, heading: str) -> None:
-    """Write a configuration as TOML that `read_settings` reads."""
+    """Write a configuration as a TOML file that `read_settings` can read."""
     lines = [f"# {line}" for line in heading.splitlines()]
     for field in fields_of(type(config)):
         value = getattr(config, field.name)
-        # TOML is written as JSON is, as far as settings go.
+        # For the types that settings have, TOML and JSON are written alike.
         lines.append(f"{field.name} = {json.dumps('none' if value is None else value)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -135,9 +135,9 @@ def write_settings(path: Path, config: object, heading: str) -> None:
 
 
 def settings_help(algorithms: Iterable[Algorithm]) -> str:
-    """Return every setting of these algorithms: default, meaning with its unit, and rule.
+    """Return the help of every setting: default, meaning with its unit, and rule.
 
-    A setting that means the same in several algorithms is told once.
+    A setting that is the same in several algorithms is listed once.
     """
     owners: dict[tuple[str, str], list[str]] = {}
     listed = sorted(algorithms, key=lambda one: (not one.offline, one.name))
@@ -146,14 +146,14 @@ def settings_help(algorithms: Iterable[Algorithm]) -> str:
             owners.setdefault(_told(field), []).append(one.name)
     parts = [
         "Settings: --set NAME=VALUE, or NAME = VALUE in a file for --config.",
-        "First those that several algorithms have with the same default, then those of each.\n",
+        "Settings shared by several algorithms with one default come first, then those of each.\n",
     ]
     shared = {told: names for told, names in owners.items() if len(names) > 1}
     for (head, body), names in shared.items():
         parts.append(_entry(f"{head}  ({', '.join(names)})", body))
     for one in listed:
         presets = f" (--preset {', '.join(one.presets)})" if one.presets else ""
-        how = f"--algorithm {one.name}{presets}" if one.offline else f"{one.name}, in Python alone"
+        how = f"--algorithm {one.name}{presets}" if one.offline else f"{one.name}, in Python only"
         head = f"\n{how}: {one.kind.__name__}\n"
         parts.append(f"{head}{textwrap.fill(one.summary, 96)}\n")
         own = [told for told, names in owners.items() if names == [one.name]]
@@ -166,7 +166,7 @@ def _told(field: Field) -> tuple[str, str]:
 
 
 def _text(value: object) -> str:
-    """Return a value as ``--set`` takes it."""
+    """Return a value as the text that ``--set`` accepts."""
     if isinstance(value, tuple):
         return ",".join(map(_text, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

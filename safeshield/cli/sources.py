@@ -1,4 +1,4 @@
-"""What the arguments of a command name: environments, shields, policies and logs."""
+"""Loaders of the environments, shields, policies and logs that command arguments name."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ if TYPE_CHECKING:
 
 
 def make_env(env_id: str) -> Env:
-    """Make an environment; ids of other packages are registered on first use."""
+    """Make an environment. Ids of the supported suites are registered on first use."""
     import gymnasium as gym
 
     import safeshield.envs
 
     if ":" not in env_id and env_id not in gym.registry:
-        import safeshield.suites  # noqa: F401 - registers those of other packages
+        import safeshield.suites  # noqa: F401 - registers the suites
 
     env: Env = gym.make(env_id)
     return env
 
 
 def shield_of(path: Path) -> Shield:
-    """Read a shield, or take that of an agent."""
+    """Load a shield, or make the shield of a loaded agent.
+
+    Raises:
+        ValueError: the file holds neither, or the agent's algorithm learns no shield.
+    """
     from safeshield.cli.kinds import file_kind, with_article
     from safeshield.files.tensors import AGENT, SHIELD
 
@@ -50,7 +54,7 @@ def shield_of(path: Path) -> Shield:
 
 
 def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
-    """Return who proposes; `shield` is what an adversary plays against."""
+    """Return the policy that a name or a file stands for; an adversary attacks `shield`."""
     if name == "random":
         return name
     if name == "adversary" and shield is not None:
@@ -62,7 +66,9 @@ def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object
         from safeshield.envs.boat import BoatEnv
 
         if not isinstance(env.unwrapped, BoatEnv):
-            raise ValueError(f"the helmsmen sail safeshield/Boat-v0 only, got {env}")
+            raise ValueError(
+                f"--policy helmsmen needs the environment safeshield/Boat-v0, got {env}"
+            )
         return Helmsmen()
     path = Path(name)
     if path.suffix == ".safetensors":
@@ -79,7 +85,7 @@ def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object
 
 
 def name_of(name: str, policy: object) -> str:
-    """Return what a record calls a policy: its file, and whose it is."""
+    """Return the name of a policy for a record: file name, algorithm and seed."""
     from safeshield.training.agent import OfflineAgent
 
     if isinstance(policy, OfflineAgent):
@@ -88,7 +94,13 @@ def name_of(name: str, policy: object) -> str:
 
 
 def log_of(path: str, env: Env) -> OfflineDataset:
-    """Read a log of this environment; a log of another one would give it false scores."""
+    """Read a log and check that it is of this environment.
+
+    Reference returns from the log of another environment would give false scores.
+
+    Raises:
+        ValueError: the log is of another environment.
+    """
     from safeshield.data.card import logged_environment
     from safeshield.data.dataset import OfflineDataset
     from safeshield.rollouts.copies import environment_name

@@ -1,4 +1,4 @@
-"""``safeshield train``: a learner from a log."""
+"""``safeshield train``: train an agent or a shield from a log."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from safeshield.cli.settings import read_settings, settings_help, settings_of, w
 
 
 class TrainCommand(TyperCommand):
-    """A command whose help ends with every setting of every algorithm."""
+    """The `train` command, whose help ends with every setting of every algorithm."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - of typer's own click
-        """Write the help."""
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click
+        """Write the help of the command, then that of the settings."""
         super().format_help(ctx, formatter)
         from safeshield.algorithms.registry import ALGORITHMS
 
@@ -24,37 +24,39 @@ class TrainCommand(TyperCommand):
 
 
 def train(
-    log: Annotated[Path, typer.Argument(help="Log, HDF5 or NPZ.", dir_okay=False)],
+    log: Annotated[Path, typer.Argument(help="Log file, HDF5 or NPZ.", dir_okay=False)],
     out: Out,
     algorithm: Annotated[
-        str, typer.Option(help="What to train; they are listed below, with their settings.")
+        str, typer.Option(help="Algorithm; all are listed below with their settings.")
     ] = "safefql",
-    steps: Annotated[int, typer.Option(help="Updates in all.", min=3)] = 100_000,
-    seed: Annotated[int | None, typer.Option(help="Seed of all draws; default 0.", min=0)] = None,
+    steps: Annotated[int, typer.Option(help="Total number of updates.", min=3)] = 100_000,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of all random numbers; default 0.", min=0)
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Named settings to begin with: small (default), paper.")
+        str | None, typer.Option(help="Named settings to start from: small (default), paper.")
     ] = None,
     config_file: Annotated[
         Path | None,
         typer.Option(
             "--config",
-            help="File of settings, .toml or .yaml, over those of --preset; --seed and --set are "
-            "over it. All settings of a run are written beside OUT, with the ending .toml.",
+            help="File of settings, .toml or .yaml. They override --preset, and --seed and --set "
+            "override them. All settings of a run are written beside OUT, with the ending .toml.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting, name=value; lists as 256,256. Repeatable."),
+        typer.Option("--set", help="A setting, name=value; lists such as 256,256. Repeatable."),
     ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="File to go on from, and to keep up to date: at the end of each phase, every "
-            "2,000 updates and every minute."
+            help="File to resume from. It is updated at the end of each phase, every 2,000 updates "
+            "and every minute."
         ),
     ] = None,
-    log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
-    device: Annotated[Device, typer.Option(help="Where to train.")] = Device.auto,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.")] = None,
+    device: Annotated[Device, typer.Option(help="Device to train on.")] = Device.auto,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:

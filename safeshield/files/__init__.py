@@ -1,4 +1,4 @@
-"""What is written to disk and read back: tensors with a header, and values that are checked."""
+"""Reading and writing of files: tensors with a header, and checks of the values in them."""
 
 from safeshield.files.tensors import (
     FORMATS,

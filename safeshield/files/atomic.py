@@ -1,4 +1,4 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Atomic writing of files: after a failure the old file, if there was one, is unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write, which replaces `path` where nothing fails.
+    """Yield the path of a temporary file, which replaces `path` if the block raises no error.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.

@@ -1,4 +1,4 @@
-"""Values in files: numbers that are checked, and records as JSON."""
+"""Checks of numbers in files, and conversion of records to JSON and back."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ R = TypeVar("R")
 
 
 def whole(name: str, value: object, least: int) -> int:
-    """Return a whole number of at least `least`; NumPy's integers are such numbers too.
+    """Return `value` as an int, checked to be at least `least`. NumPy integers are accepted.
 
     Raises:
-        KindError: it is no whole number; a TypeError and a ValueError.
-        ValueError: it is below `least`.
+        KindError: the value is no whole number. A KindError is a TypeError and a ValueError.
+        ValueError: the number is below `least`.
 
     >>> whole("steps", 3, least=1)
     3
@@ -38,10 +38,10 @@ def whole(name: str, value: object, least: int) -> int:
 
 
 def finite_number(value: object, what: str) -> float:
-    """Return a number read from a file's header as a float that float32 can hold, too.
+    """Return a number from a file's header as a float, checked to be in the range of float32.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the value is not such a number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise ValueError(f"{what} must be a finite number below {_LARGEST:.1e}, got {value!r:.60}")
@@ -49,9 +49,9 @@ def finite_number(value: object, what: str) -> float:
 
 
 def json_values(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
-    """Return the fields of a dataclass as JSON values: whatever has an order becomes a list.
+    """Return the fields of a dataclass as JSON values. Tuples and lists become lists.
 
-    ``json.dump(score.to_json(), file, indent=2)`` then writes what ``json.load`` gives back.
+    ``json.load`` returns the same values that ``json.dump`` wrote.
 
     >>> @dataclasses.dataclass
     ... class Pair:
@@ -72,9 +72,10 @@ def _as_lists(value: Any) -> Any:  # noqa: ANN401
 def json_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return keyword arguments as JSON values that are the same in every process.
 
-    What JSON has not, becomes a text: a class or function its qualified name, a number that is not
-    finite or any other object its ``repr`` without memory addresses. A NumPy array of more than 64
-    entries is told by its shape, type and a hash of its contents.
+    A value that JSON cannot represent becomes a text. A class or function becomes its qualified
+    name. A number that is not finite, or any other object, becomes its ``repr`` without memory
+    addresses. A NumPy array of more than 64 entries becomes its shape, its type and a hash of its
+    contents.
 
     >>> json_arguments({"gravity": 9.8, "wind": (0.5, float("inf")), "kind": float})
     {'gravity': 9.8, 'wind': [0.5, 'inf'], 'kind': 'builtins.float'}
@@ -104,9 +105,9 @@ def _json_value(value: Any) -> Any:  # noqa: ANN401
 
 
 def record_from_json(kind: type[R], data: object, what: str) -> R:
-    """Rebuild a dataclass from the JSON values that `json_values` gave, checking every field.
+    """Rebuild a dataclass from the JSON values that `json_values` returned; check every field.
 
-    Fields with a default may be missing: they are younger than files that lack them.
+    Fields with a default may be missing, because older files were written without them.
 
     Raises:
         ValueError: a field is missing, unknown, of another type or out of range.
@@ -144,6 +145,6 @@ def _from_json(hint: Any, value: object, what: str, name: str) -> Any:  # noqa: 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that every result rests on."""
+    """Return the versions of Python and of the packages that affect every result."""
     names = ("safeshield", "torch", "numpy", "gymnasium", "stable-baselines3")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

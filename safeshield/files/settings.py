@@ -1,4 +1,4 @@
-"""Values that users and files give, checked by declaration: a field's annotation is its rule.
+"""Checks of settings from users and files. The annotation of a field declares its type and rule.
 
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class KindError(TypeError, ValueError):
-    """A value is of another kind than its field; a wrong type, and no valid setting."""
+    """Error for a value whose type is not that of its field. It is a TypeError and a ValueError."""
 
 
 # -- rules --------------------------------------------------------------------------------------
@@ -59,13 +59,13 @@ class Rule:
     words: str
     """What the value must do, as in "rate must lie in [0, 1]"."""
     holds: Callable[[Any], bool]
-    """Whether a value of the field's type does."""
+    """Function that returns whether a value of the field's type obeys the rule."""
     tells_kind: bool = False
-    """Whether `words` are told of a value of another type, too."""
+    """Whether `words` also describe the type, and are used in the error for a wrong type."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: Any) -> Any:  # noqa: ANN401
-        """Return pydantic's validator: the type's own, then this condition."""
-        # On first use: importing pydantic takes longer than importing a shield.
+        """Return a pydantic schema that checks the type first and then this rule."""
+        # Imported on first use, because importing pydantic takes longer than importing a shield.
         from pydantic_core import core_schema
 
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -99,12 +99,12 @@ Fraction = Annotated[float, Rule("lie between 0 and 1", lambda number: 0 < numbe
 Inside = Annotated[
     float, Rule("be a number inside (0, 1)", lambda number: 0 < number < 1, tells_kind=True)
 ]
-"""As `Fraction`, in the words of conformal prediction's levels."""
+"""The rule of `Fraction` with another wording, for levels of conformal prediction."""
 Below1 = Annotated[
     float, Rule("be a number in [0, 1)", lambda number: 0 <= number < 1, tells_kind=True)
 ]
 Seed = Annotated[int, Rule("be at least 0 and below 2**63", lambda number: 0 <= number < 2**63)]
-"""What NumPy and PyTorch both take."""
+"""A seed that both NumPy and PyTorch accept."""
 Sizes = Annotated[
     tuple[int, ...],
     Rule(
@@ -121,15 +121,16 @@ ThreePhases = Annotated[tuple[float, float, float], _phases(3)]
 
 
 class Settings:
-    """Base of a frozen dataclass of settings: each field is checked against its annotation.
+    """Base class of frozen dataclasses of settings. It checks each field against its annotation.
 
-    NumPy's numbers become Python's, whole numbers floats where a float is asked for, lists and
-    arrays tuples; so JSON holds every setting. Numbers are finite. A class that overrides
-    `__post_init__` calls this one first, then checks what concerns several fields.
+    NumPy numbers are converted to Python numbers, whole numbers to floats where the field is a
+    float, and lists and arrays to tuples, so that every setting can be written as JSON. Numbers
+    must be finite. A class that overrides `__post_init__` calls this one first and then checks the
+    rules that concern several fields.
 
     Raises:
-        KindError: a value is of another kind; a TypeError and a ValueError.
-        ValueError: a value breaks its field's rule.
+        KindError: a value has another type. A KindError is a TypeError and a ValueError.
+        ValueError: a value breaks the rule of its field.
     """
 
     def __post_init__(self) -> None:
@@ -139,20 +140,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Field:
-    """What is declared of one setting."""
+    """The declaration of one setting."""
 
     name: str
     kind: Any
-    """Its annotation, without rules."""
+    """Annotation of the field, without rules."""
     default: object
     meaning: str
-    """The docstring below it, on one line; "" where there is none."""
+    """Docstring below the field, on one line; "" where there is none."""
     rule: str
-    """What its annotation asks of a value, in words."""
+    """Type and rules of the annotation, in words."""
 
 
 def fields_of(kind: type) -> tuple[Field, ...]:
-    """Return the fields of a dataclass of settings, those of its bases first.
+    """Return the fields of a dataclass of settings. Those of its base classes come first.
 
     >>> @dataclass(frozen=True)
     ... class Sampling(Settings):
@@ -179,14 +180,14 @@ def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:  # noqa: ANN401 - 
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """Read the docstrings below the fields, which Python does not keep, from the source."""
+    """Read the docstrings below the fields from the source, because Python does not store them."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
         try:
             source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):  # Typed in at a prompt: there is no source.
+        except (OSError, TypeError):  # A class typed at a prompt has no source.
             continue
         body = cast("ast.ClassDef", ast.parse(source).body[0]).body
         for line, below in itertools.pairwise(body):
@@ -199,12 +200,12 @@ def _meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def check(name: str, hint: Any, value: object) -> Any:  # noqa: ANN401 - of the annotation's type
-    """Return a value as one of an annotation's, from what means the same.
+def check(name: str, hint: Any, value: object) -> Any:  # noqa: ANN401 - the annotation's type
+    """Check a value against an annotation and return it converted to the annotated type.
 
     Raises:
-        KindError: it is of another kind; a TypeError and a ValueError.
-        ValueError: it breaks a rule of the annotation.
+        KindError: the value has another type. A KindError is a TypeError and a ValueError.
+        ValueError: the value breaks a rule of the annotation.
 
     >>> check("share", Share, np.float32(0.5))
     0.5
@@ -225,27 +226,27 @@ def check(name: str, hint: Any, value: object) -> Any:  # noqa: ANN401 - of the 
 def _adapter(hint: Any) -> TypeAdapter[Any]:  # noqa: ANN401
     from pydantic import ConfigDict, TypeAdapter
 
-    # A dataclass brings its own checks.
+    # A dataclass checks its own fields.
     strict = ConfigDict(strict=True, allow_inf_nan=False)
     return TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else strict)
 
 
 @functools.cache
 def rules_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
-    """Return the annotation of each field, with its rules."""
+    """Return the annotation of each field, including its rules."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in _fields(kind)}
 
 
 def _plain(value: object) -> object:
-    """Return Python's numbers for NumPy's, and tuples for lists and arrays."""
+    """Convert NumPy numbers to Python numbers, and lists and arrays to tuples."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     return tuple(_plain(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def _kind_in_words(hint: Any) -> str:  # noqa: ANN401
-    """Return what a value of an annotation must do, as "be a whole number"."""
+    """Return the type that an annotation requires, in words such as "be a whole number"."""
     items = get_args(hint)
     if type(None) in items:
         return f"{_kind_in_words(items[0])} or None"
@@ -265,11 +266,11 @@ def _kind_in_words(hint: Any) -> str:  # noqa: ANN401
 
 
 def _in_words(hint: Any) -> str:  # noqa: ANN401
-    """Return an annotation's kind and rules, as "a finite number, above 0"."""
+    """Return the type and rules of an annotation, such as "a finite number, above 0"."""
     items = get_args(hint)
     if type(None) in items:
         return f"{_in_words(items[0])}, or None"
     rules = [one for one in items if isinstance(one, Rule) and not one.tells_kind]
-    # Without "be" and "lie".
+    # Drop the leading "be" or "lie".
     words = [_kind_in_words(hint), *(rule.words for rule in rules)]
     return ", ".join(each.partition(" ")[2] for each in words)

@@ -1,9 +1,9 @@
-"""Model files: one safetensors file, its configuration strict JSON in the header.
+"""Model files: safetensors files with the configuration as strict JSON in the header.
 
-Nothing in such a file can run: no pickle, no YAML, no eval, no import by name. The header is read
-and checked first (its length, its JSON, every tensor's dtype, shape and place in the file against
-what the reader expects and against the file's size), and only then is anything allocated. A SHA-256
-digest of the header and of every tensor shows a damaged file; it is no signature.
+Reading a file runs no code from it: there is no pickle, no YAML, no eval and no import by name. The
+reader checks the header before it allocates any memory: its length, its JSON, and the dtype, shape
+and offsets of every tensor against the expected ones and against the size of the file. A SHA-256
+digest of the header and of every tensor detects damage. It is not a signature.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MAX_HEADER = 4 << 20
 _KEY = "safeshield"
 AGENT, SHIELD, CHECKPOINT = "agent", "shield", "checkpoint"
 FORMATS: dict[str, tuple[str, str]] = {}
-"""Every kind of file that this process can read, by the format in its header: what it holds, and
-what reads it."""
+"""The file formats that this process can read. The key is the format named in the header; the value
+says what such a file holds and which function reads it."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("f4"),
     "I64": np.dtype("i8"),
@@ -48,10 +48,10 @@ class TensorFile:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype[Any]]
     digest: object
-    """What the file says that its SHA-256 digest is."""
+    """SHA-256 digest that the header states."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that the header gives for one tensor."""
+        """Return the shape of one tensor according to the header."""
         if name not in self.shapes:
             raise ValueError(f"{self.path} has no tensor '{name}'")
         return self.shapes[name]
@@ -61,15 +61,15 @@ class TensorFile:
         expected: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, npt.DTypeLike] | None = None,
     ) -> dict[str, Array]:
-        """Read the tensors, which must be those of `expected` and of these shapes.
+        """Read the tensors, and check that they have the names and shapes of `expected`.
 
         Args:
-            expected: shape of every tensor.
-            dtypes: of those that are not float32.
+            expected: shape of every tensor, by name.
+            dtypes: dtypes of the tensors that are not float32, by name.
 
         Raises:
             ValueError: a tensor is missing, unknown, of another shape or dtype, or not finite; or
-                the file is not what was written.
+                the contents do not match the digest.
         """
         missing = sorted(set(expected) - set(self.shapes))
         unknown = sorted(set(self.shapes) - set(expected))
@@ -110,14 +110,14 @@ class TensorFile:
 def write_tensors(
     path: str | os.PathLike[str], arrays: Mapping[str, Array], header: object
 ) -> None:
-    """Write tensors and a JSON header, atomically: a reader never sees half a file.
+    """Write tensors and a JSON header atomically, so that a reader never sees a partial file.
 
     Raises:
         ValueError: the header is not strict JSON.
         FileNotFoundError: the folder does not exist.
     """
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    # One key: with several their order, and so the file, would differ from run to run.
+    # The metadata has one key, because the order of several keys would vary between runs.
     text = _dump({"header": header, "sha256": _digest(header, plain)})
     content = format_safetensors(plain, {_KEY: text})
     with written_whole(Path(path)) as part:
@@ -128,13 +128,13 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
     """Read and check a file's header.
 
     Args:
-        path: the file.
-        kind: what its header's "format" must say; any text by default.
+        path: path of the file.
+        kind: required "format" of the header; by default any format.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a file of this kind, is truncated, or its header does not hold
-            together.
+        ValueError: the file is not of this kind or is truncated, or its header is not
+            consistent.
     """
     path = Path(path)
     with path.open("rb") as stream:
@@ -149,10 +149,10 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
             kinds = {name: one.get_dtype() for name, one in slices.items()}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a safeshield file, or is truncated or has a tail: {error}"
+            f"{path} is not a safeshield file, or is truncated or has extra bytes: {error}"
         ) from error
     if _KEY not in metadata:
-        raise ValueError(f"{path} is a safetensors file, but not one of safeshield's")
+        raise ValueError(f"{path} is a safetensors file, but not a safeshield file")
     unknown = sorted(set(kinds.values()) - set(_DTYPES))
     if unknown:
         raise ValueError(f"{path}: tensors must be of {list(_DTYPES)}, got {unknown}")
@@ -161,21 +161,21 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
     header = contents.get("header")
     found = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
-        wanted = "of safeshield's" if kind is None else f"a '{kind}' file"
+        wanted = "a safeshield file" if kind is None else f"a '{kind}' file"
         raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{read_by(found)}")
     return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
 
 
 def register_format(name: str, holds: str, reader: str) -> None:
-    """Enter a format in `FORMATS`; whoever defines one calls this.
+    """Register a file format in `FORMATS`. The module that defines a format calls this.
 
     Args:
-        name: what the header's "format" says.
+        name: value of "format" in the header.
         holds: AGENT, SHIELD or CHECKPOINT.
-        reader: what reads it, as `Shield.load`.
+        reader: name of the function that reads the format, such as `Shield.load`.
 
     Raises:
-        ValueError: another reader has the name.
+        ValueError: the name is already registered for another reader.
     """
     if FORMATS.setdefault(name, (holds, reader)) != (holds, reader):
         raise ValueError(
@@ -184,13 +184,13 @@ def register_format(name: str, holds: str, reader: str) -> None:
 
 
 def read_by(kind: object) -> str:
-    """Return what reads a file of this format, as the end of an error."""
+    """Return the end of an error message, which says what reads a file of this format."""
     known = FORMATS.get(str(kind))
     if known is not None:
         return f"; {known[1]} reads it"
     return (
-        "; nothing that has been imported reads it: import the module that defines it (this "
-        "package's are in safeshield.algorithms), or pass it as --plugin FILE.py"
+        "; no imported module reads it: import the module that defines it (those of this package "
+        "are in safeshield.algorithms), or pass it as --plugin FILE.py"
     )
 
 
@@ -200,7 +200,7 @@ def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key occurs twice")
         return dict(pairs)
 
     try:
