@@ -142,7 +142,7 @@ def test_a_score_survives_json() -> None:
 def test_scores_refuse_what_is_no_protocol() -> None:
     with pytest.raises(ValueError, match="a return and a cost for each"):
         Run(0, (1.0,), ())
-    with pytest.raises(ValueError, match="each of its own seed"):
+    with pytest.raises(ValueError, match="each with a different seed"):
         FieldScore("a", "t", REFERENCES, 10.0, (Run(0, (1.0,), (0.0,)),) * 2)
     with pytest.raises(ValueError, match="same number of episodes"):
         FieldScore(

@@ -1,4 +1,4 @@
-"""Thresholds that keep a promise: binomial tails, fixed-sequence tests, rollouts, records."""
+"""Calibration: choosing a threshold by rollouts, with binomial bounds and fixed-sequence tests."""
 
 from safeshield.calibration.binomial import episodes_needed, upper_bound, violations_allowed
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk

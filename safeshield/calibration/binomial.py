@@ -1,10 +1,12 @@
-"""What k violations in N independent episodes say about the next one (Clopper and Pearson 1934).
+"""Upper confidence bounds for a violation rate, after Clopper and Pearson (1934).
+
+The bound eps for k violations in N independent episodes solves
 
     sum_{i=0..k} C(N, i) eps^i (1 - eps)^(N - i) = b    <=>    eps = 1 - Beta.ppf(b; N - k, k + 1)
 
 With confidence 1 - b over the draw of the N episodes, the probability that a new episode of the
-same kind violates is at most eps. N counts EPISODES: the steps of one episode depend on each other,
-and counting them as trials promises more than was tested.
+same kind violates is at most eps. N counts EPISODES. The steps of one episode depend on each other,
+so a bound that counts steps as trials would be too small.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 
 
 def upper_bound(episodes: int, violations: int, confidence: float) -> float:
-    """Return eps for k violations in N episodes.
+    """Return the upper bound eps of the violation rate for k violations in N episodes.
 
     Args:
         episodes: N >= 1.
@@ -21,7 +23,7 @@ def upper_bound(episodes: int, violations: int, confidence: float) -> float:
         confidence: 1 - b, in (0, 1).
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: An argument is out of range.
 
     >>> [round(upper_bound(n, k, 0.999), 4) for n, k in [(1000, 0), (1000, 5), (10_000, 5)]]
     [0.0069, 0.0164, 0.0016]
@@ -35,14 +37,17 @@ def upper_bound(episodes: int, violations: int, confidence: float) -> float:
     _check_probability("confidence", confidence)
     if violations == episodes:
         return 1.0
-    # Imported here: a shield at run time computes no bound, and SciPy's statistics load slowly.
+    # The import stands here because SciPy's statistics load slowly and a shield that only runs
+    # needs no bound.
     from scipy.stats import beta
 
     return float(1.0 - beta.ppf(1.0 - confidence, episodes - violations, violations + 1))
 
 
 def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
-    """Return the largest k for which N episodes prove eps; -1 where not even k = 0 does.
+    """Return the largest number of violations k for which the bound of N episodes is at most eps.
+
+    The result is -1 where the bound is above eps even for k = 0.
 
     >>> violations_allowed(458, 0.01, 0.99), violations_allowed(459, 0.01, 0.99)
     (-1, 0)
@@ -55,7 +60,7 @@ def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
 
 
 def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> int:
-    """Return the smallest N for which `violations` violations prove eps.
+    """Return the smallest N for which the bound with `violations` violations is at most eps.
 
     >>> episodes_needed(0.01, 0.99), episodes_needed(0.01, 0.99, violations=1)
     (459, 662)

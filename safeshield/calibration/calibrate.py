@@ -1,4 +1,4 @@
-"""Calibration by rollouts: run the shielded agent, count violating episodes, choose delta."""
+"""Calibration by rollouts: run the shielded agent, count violating episodes and choose delta."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
 
 DEFAULT_SHARES = (0.8, 0.9, 0.95, 0.965, 0.975, 0.985)
-"""Shares of the starts with V_h <= 0 that the default thresholds keep, strictest first."""
+"""Shares of the starts with V_h <= 0 that the default thresholds keep. The strictest is first."""
 _STARTS = 2000
-_STARTS_OF_SLOW = 400  # without a vectorised form a reset may take a second
+_STARTS_OF_SLOW = 400  # A reset without a vectorised form may take a second.
 _AT_ONCE = 1024
 _MOST_RESETS_PER_EPISODE = 20
 
@@ -47,7 +47,7 @@ _MOST_RESETS_PER_EPISODE = 20
 def start_observations(
     shield: Shield, env: Env | VectorEnv, count: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Return `count` first observations of the environment's own resets, as rows (count, obs)."""
+    """Return the first observations after `count` ordinary resets, as rows (count, obs)."""
     envs = vectorise(env)
     rng = np.random.default_rng(seed)
     rows: list[npt.NDArray[np.float32]] = []
@@ -66,12 +66,13 @@ def default_deltas(
     observations: npt.NDArray[np.float32],
     shares: Sequence[float] = DEFAULT_SHARES,
 ) -> list[float]:
-    """Return the walk's thresholds: quantiles of -V_h over starts with V_h <= 0, a hair below.
+    """Return the default thresholds of the walk, in decreasing order; the last one is 0.
 
-    The last one is 0.
+    The others are quantiles of -V_h over the starts with V_h <= 0. Each is lowered by 1e-6 of the
+    scale of h, to allow for rounding.
 
     Raises:
-        CalibrationError: no start has V_h <= 0.
+        CalibrationError: No start has V_h <= 0.
     """
     values = shield.row_values(observations).astype(np.float64)
     inside = -values[values <= 0]
@@ -80,8 +81,8 @@ def default_deltas(
             "no start of the environment has a learned value V_h <= 0: there is nothing to "
             "certify. Train longer, or check the labels' sign (h <= 0 is safe)"
         )
-    # The last digits of a value depend on the batch it is computed in. An environment that always
-    # starts in the same state must not lie on its own threshold.
+    # The last digits of a value depend on the batch in which it is computed. Without the slack,
+    # the start of an environment that always starts in the same state could miss its own threshold.
     slack = 1e-6 * (abs(shield.model.scale.offset) + shield.model.scale.spread)
     quantiles = np.quantile(inside, [1.0 - share for share in shares]) - slack
     return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
@@ -89,7 +90,7 @@ def default_deltas(
 
 @dataclass
 class _Trials:
-    """Fresh shielded episodes from accepted starts; remembers what the record needs."""
+    """Runs fresh shielded episodes from accepted starts and keeps the counts for the record."""
 
     shield: Shield
     env: Env | VectorEnv
@@ -102,7 +103,7 @@ class _Trials:
 
     def __call__(self, delta: float, name: str, episodes: int, most: int) -> tuple[int, int]:
         with warnings.catch_warnings():
-            # It is not calibrated yet: that is why we are here.
+            # The warning that the shield is not calibrated does not apply during calibration.
             warnings.simplefilter("ignore")
             shield = self.shield.with_delta(delta)
             acting = ShieldedProposals(shield, battery(shield, self.policy, self.policy_name)[name])
@@ -153,37 +154,39 @@ def calibrate(
     seed: int = 0,
     num_envs: int | None = None,
 ) -> CalibrationRecord:
-    """Choose the most permissive delta whose promise holds, by rollouts with the shield on.
+    """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
 
-    For delta from strict to permissive: run N fresh episodes for each policy, keep those that
-    start with V_h <= -delta until there are N, and test the number of violating ones against
-    the binomial tail; stop at the first failure (`walk`).
+    The thresholds are tested from strict to permissive. For each threshold and each policy, fresh
+    episodes are run until N of them start with V_h <= -delta. The number of violating episodes is
+    tested against the binomial tail. The walk stops at the first failure (see `walk`).
 
-    The promise: with the confidence asked for, over the draw of these episodes, an episode
+    The promise is: with the given confidence, over the draw of these episodes, an episode
     from the same start distribution, in which one of these policies proposes and the shield
     executes, violates with probability at most epsilon.
 
     Args:
-        shield: any shield; its own delta and record are ignored.
-        env: the environment it will protect; with a vector entry point it runs in parallel. It must
-            report ``info["constraint"]`` or ``info["cost"]``.
-        epsilon: violation rate per episode to promise.
-        confidence: of the promise.
-        policy: who proposes the actions, anything `as_batch_policy` takes; the promise is
-            then for this policy alone. By default a battery: random proposals and an adversary that
-            always proposes the accepted action of highest Q_h.
-        policy_name: what the promise calls it; "policy" by default, and a name by itself.
-        deltas: strictly decreasing thresholds to walk; by default those that keep given shares of
-            the starts with V_h <= 0 (`DEFAULT_SHARES`), read off resets that test nothing.
-        episodes: N for each test; by default as many as allow one violation.
-        seed: of all draws.
-        num_envs: how many environments run side by side.
+        shield: The shield to calibrate. Its own delta and record are ignored.
+        env: The environment that the shield will protect. With a vector entry point it runs in
+            parallel. It must report ``info["constraint"]`` or ``info["cost"]``.
+        epsilon: Violation rate per episode to promise.
+        confidence: Confidence of the promise.
+        policy: The policy that proposes the actions, in any form that `as_batch_policy` takes. The
+            promise then holds for this policy alone. By default there are two: random proposals,
+            and an adversary that always proposes the accepted action of highest Q_h.
+        policy_name: Name of the policy in the promise. By default it is `policy` itself where that
+            is a string, and "policy" otherwise.
+        deltas: Strictly decreasing thresholds to test. By default they are those that keep given
+            shares of the starts with V_h <= 0 (`DEFAULT_SHARES`), estimated from separate resets
+            that are not used in any test.
+        episodes: N for each test. By default it is the smallest number that allows one violation.
+        seed: Seed of all draws.
+        num_envs: Number of environments that run side by side.
 
     Raises:
-        TypeError: `env` is no environment.
-        ValueError: spaces differ, an argument is out of range, N is too small (the message says
-            how many are needed).
-        CalibrationError: no threshold meets the request; the message says what was reached.
+        TypeError: `env` is not an environment.
+        ValueError: The spaces differ, an argument is out of range, or N is too small (the message
+            says how many episodes are needed).
+        CalibrationError: No threshold meets the request. The message says what was reached.
     """
     check_env(env)
     shield.check_fits(*spaces_of(env), name="")
@@ -201,11 +204,13 @@ def calibrate(
     if share < 1.0 / _MOST_RESETS_PER_EPISODE:
         raise CalibrationError(
             f"only {share:.1%} of the environment's starts have V_h <= -{max(deltas):.4g}, the "
-            "strictest threshold: pass smaller deltas, or check the labels (with binary ones, how "
-            "far ahead a violation is felt: data.label_reach)"
+            "strictest threshold: pass smaller deltas, or check the labels (for binary labels, "
+            "data.label_reach says how many steps before a violation V_h becomes positive)"
         )
     if policy_name is not None and policy is None:
-        raise ValueError(f"policy_name={policy_name!r} is the name of a policy: pass policy, too")
+        raise ValueError(
+            f"policy_name={policy_name!r} names a policy, but policy is None: pass policy as well"
+        )
     names = list(battery(shield, policy, policy_name))
     seeds = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     trials = _Trials(shield, env, policy, policy_name, seeds, num_envs)
@@ -244,10 +249,13 @@ def calibrate(
 
 
 def _refuse_shielded(env: object) -> None:
-    """Refuse an environment with a shield inside: that one would earn the promise."""
+    """Raise ValueError where the environment already contains a shield.
+
+    The rollouts would then test that shield as well as the one to be calibrated.
+    """
     layer = shielding_layer(env)
     if layer is not None:
         raise ValueError(
             "env is already shielded (" + type(layer).__name__ + "): calibrate on the plain "
-            "environment, the shield is put around it while it is tested"
+            "environment; the calibration puts the shield around it by itself"
         )

@@ -1,4 +1,4 @@
-"""Who proposes the actions while a shield is being calibrated."""
+"""The policies that propose actions while a shield is calibrated."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
 
 
 def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
-    """Return `count` actions (count, act) spread over the box: evenly in one or two dimensions.
+    """Return `count` actions spread over the action box, as rows (count, act).
 
-    Where actions are discrete: all of them.
+    In one dimension they are evenly spaced, in two they lie evenly on a circle, and in more they
+    are drawn at random. For discrete actions the result holds all of the actions.
     """
     if shield.model.action_codec.discrete:
         return shield.model.action_codec.choices
@@ -39,18 +40,19 @@ def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
 
 
 class Adversary:
-    """The worst agent that the shield lets live.
+    """A policy that proposes the most dangerous action that the shield accepts.
 
-    In each state it proposes, of 17 actions (the fallback's, and points spread over the box),
-    the one with the highest Q_h that the shield still accepts (at most -delta, and supported where
-    the shield asks for that); where there is none, the one with the highest Q_h. So it drives along
-    the edge of the accepted set wherever it can reach it, and finds the places where the learned
-    value is wrong. It is the strongest of the agents that look one step ahead with the shield's own
-    critics; an agent that knows the true dynamics may be worse.
+    In each state it considers 17 actions: the fallback's, and 16 points spread over the box.
+    Of these it proposes the one with the highest Q_h that the shield still accepts (Q_h at most
+    -delta, and supported where the shield has a support test). Where the shield accepts none, it
+    proposes the action with the highest Q_h. It therefore stays near the edge of the accepted set
+    and visits states where errors of the learned value matter. It is the strongest adversary that
+    looks one step ahead with the shield's own critics. An agent that knows the true dynamics may
+    cause more violations.
 
     Args:
-        shield: whose acceptance it exploits.
-        choices: how many actions it weighs.
+        shield: The shield whose critics and acceptance test the adversary uses.
+        choices: Number of actions to consider beside the fallback's.
     """
 
     batched = True
@@ -60,7 +62,7 @@ class Adversary:
         self._points = spread_actions(shield, choices)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
-        """Propose actions for n observations."""
+        """Return proposed actions for n observations."""
         model = self._shield.model
         states = self._shield.states(self._shield.observation_rows(observations)[0])
         points = np.broadcast_to(self._points, (len(states.value), *self._points.shape))
@@ -78,9 +80,10 @@ class Adversary:
 
 
 class ShieldedProposals:
-    """A proposing policy with the shield behind it, as one batch policy.
+    """A proposing policy followed by the shield, as one batch policy.
 
-    Remembers where the shield stepped in; `interventions` tells it episode by episode.
+    The object records the steps in which the shield replaced the action; `interventions` returns
+    them by episode.
     """
 
     batched = True
@@ -91,16 +94,16 @@ class ShieldedProposals:
         self._batches: list[list[Flags]] = []
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin a new batch of episodes: recurrent state of the proposing policy is forgotten."""
+        """Begin a new batch of episodes and reset the recurrent state of the proposing policy."""
         self._batches.append([])
         start_wave(self._proposals, num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
         """Return the executed actions."""
-        # A copy: what is judged is what was there before a policy wrote into it.
+        # The policy gets a copy, because it may write into the observations that the shield judges.
         proposed = np.asarray(self._proposals(copied(observations), rng))
         if not self._shield.model.action_codec.discrete:
-            # Rounded first: what is judged is what the environment gets.
+            # The shield must judge the same float32 numbers that the environment gets.
             proposed = proposed.astype(np.float32)
         executed, report = self._shield.filter(observations, proposed)
         if not self._batches:
@@ -109,20 +112,20 @@ class ShieldedProposals:
         return executed
 
     def interventions(self) -> list[Flags]:
-        """Whether each step was interfered with, for each environment of each batch in order.
+        """Return whether the shield replaced the action of each step, and clear the record.
 
-        These are the episodes that `run_episodes` returned, in its order; one may be
-        shorter than its batch. What has been told is forgotten.
+        The result has one array for each environment of each batch. The order is that of the
+        episodes that `run_episodes` returned. An episode may be shorter than its array.
         """
         batches, self._batches = self._batches, []
         return [column for batch in batches for column in np.stack(batch, axis=1)]
 
     def with_interventions(self, runs: Sequence[Episode]) -> list[Episode]:
-        """Return the episodes that `run_episodes` has just returned; their infos say where.
+        """Return the episodes of the latest `run_episodes`, with the interventions in their infos.
 
         See `Episode.intervened`.
         """
-        # The last batch may hold more environments than there are episodes left.
+        # The last batch may have more environments than episodes that were still needed.
         pairs = zip(runs, self.interventions(), strict=False)
         return [replace(run, info={**run.info, INTERVENED: at[: len(run)]}) for run, at in pairs]
 
@@ -130,7 +133,7 @@ class ShieldedProposals:
 def battery(
     shield: Shield, policy: object = None, name: str | None = None
 ) -> dict[str, BatchPolicy]:
-    """Return who proposes, by name: `policy`, or by default random proposals and the adversary."""
+    """Return the proposing policies by name: `policy`, or random proposals and the adversary."""
     if policy is not None:
         name = name or (policy if isinstance(policy, str) else CUSTOM)
         return {name: as_batch_policy(policy, shield.action_space)}

@@ -1,16 +1,17 @@
-r"""The level below which an action counts as unseen: split conformal over EPISODES.
+r"""Calibration of the support test by split conformal prediction over EPISODES.
 
-An episode of T steps has the score S = its (k + 1)-th lowest step's score, k = floor(q T): at
-most the share q of its steps lies below a level l exactly where S >= l. Of n held-out episodes'
-scores, sorted, the level is the j-th lowest, j = floor(alpha (n + 1)). A new episode is
-exchangeable with these, so its rank among all n + 1 is uniform, and
+An action counts as unseen where its score lies below a level. The score S of an episode of T steps
+is the (k + 1)-th lowest score of its steps, with k = floor(q T). At most the share q of its steps
+lies below a level l exactly where S >= l. The level is the j-th lowest score of n held-out
+episodes, with j = floor(alpha (n + 1)). A new episode is exchangeable with these episodes, so its
+rank among all n + 1 is uniform, and
 
     P(S_new < level) <= j / (n + 1) <= alpha.
 
 Steps are not exchangeable with each other, because the steps of an episode share its policy and its
 disturbances. A level that counts steps as draws does not hold for whole episodes.
 
-Source: split conformal prediction (Vovk et al. 2005; Lei et al. 2018), an episode one draw.
+Source: split conformal prediction (Vovk et al. 2005; Lei et al. 2018), with episodes as the draws.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
 def episode_scores(
     scores: Scalars, starts: npt.NDArray[np.int64], share: float = 0.01
 ) -> npt.NDArray[np.float64]:
-    """Return S (E,) of each episode.
+    """Return the score S of each episode, (E,).
 
     Args:
-        scores: (N,) of the steps; NaN counts as lowest.
-        starts: (E,) first step of each episode.
-        share: q in [0, 1); 0 takes the lowest step.
+        scores: (N,) scores of the steps. NaN counts as the lowest score.
+        starts: (E,) index of the first step of each episode.
+        share: q in [0, 1). With 0 the score of an episode is that of its lowest step.
 
     >>> episode_scores(np.array([3.0, 1.0, 2.0, 5.0]), np.array([0, 3]), share=0.4).tolist()
     [2.0, 5.0]
@@ -54,10 +55,10 @@ def episode_scores(
 
 
 def conformal_level(episodes: npt.NDArray[np.float64], alpha: float = 0.1) -> float:
-    """Return the level of episodes' scores (n,): their floor(alpha (n + 1))-th lowest.
+    """Return the level: the floor(alpha (n + 1))-th lowest of the scores (n,) of episodes.
 
     Raises:
-        ValueError: alpha is not inside (0, 1), or there are too few episodes for it.
+        ValueError: alpha is not inside (0, 1), or there are too few episodes for this alpha.
 
     >>> conformal_level(np.arange(9.0), alpha=0.2)
     1.0
@@ -79,17 +80,19 @@ def record_of(
     alpha: float = 0.1,
     share: float = 0.01,
 ) -> SupportRecord:
-    """Set the level from the scores (N,) of held-out steps, of episodes that begin at `starts`.
+    """Return the record whose level comes from the scores (N,) of held-out steps.
+
+    The episodes of these steps begin at the indices `starts`.
 
     Raises:
-        ValueError: an argument out of range, too few episodes, or so many scores that are not
-            finite that the level is none.
+        ValueError: An argument is out of range, there are too few episodes, or so many scores are
+            not finite that the level is not finite either.
     """
     level = conformal_level(episode_scores(scores, starts, share), alpha)
     if not np.isfinite(level):
         raise ValueError(
             f"score '{name}' is not finite at {np.mean(~np.isfinite(scores)):.1%} of the held-out "
-            "steps, so no level can be set: check the log for absurd observations, or use another "
+            "steps, so no level can be set: check the log for extreme observations, or use another "
             "score"
         )
     return SupportRecord(float(alpha), float(share), len(starts), name, level)
@@ -102,21 +105,23 @@ def calibrate_support(
     share: float = 0.01,
     score: str | SupportScore | None = None,
 ) -> SupportTest:
-    """Set the level of a support test from whole episodes that were NOT trained on.
+    """Return a support test whose level comes from whole episodes that were NOT trained on.
 
-    See `calibration.support` for the procedure, `SupportRecord.promise` for what it promises.
+    See `calibration.support` for the procedure and `SupportRecord.promise` for what it promises.
 
     Args:
-        model: of a shield.
-        held_out: episodes of the policy that made the training log.
-        alpha: probability that a new episode of that policy raises more false alarms than `share`.
-        share: of an episode's steps that may be false alarms; 0: none.
-        score: a name of `SCORES`, a `SupportScore`, or None for the default of the actions' kind.
+        model: Safety model of a shield.
+        held_out: Episodes of the policy that made the training log.
+        alpha: Probability that the share of false alarms in a new episode of that policy exceeds
+            `share`.
+        share: Share of an episode's steps that may be false alarms. 0 allows none.
+        score: A name in `SCORES`, a `SupportScore`, or None for the default score of this kind of
+            actions.
 
     Raises:
-        TypeError: `held_out` is no OfflineDataset, or `score` no score.
-        ValueError: spaces differ, the score is unknown or cannot be had from this model, alpha or
-            share is out of range, or there are too few episodes (the message says how many).
+        TypeError: `held_out` is not an OfflineDataset, or `score` is not a score.
+        ValueError: The spaces differ, the score is unknown or this model does not provide it, alpha
+            or share is out of range, or there are too few episodes (the message says how many).
     """
     if not isinstance(held_out, OfflineDataset):
         raise TypeError(

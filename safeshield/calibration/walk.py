@@ -1,13 +1,14 @@
-"""The fixed-sequence walk: which threshold may be chosen without a union bound.
+"""The fixed-sequence walk, which chooses a threshold without a union bound.
 
-Candidates are tested from the strictest to the most permissive, each at the full level b, and the
+Thresholds are tested from the strictest to the most permissive, each at the full level b, and the
 walk stops at the first that fails. A threshold is chosen only if it and all stricter ones
-passed, so choosing a bad one means that the FIRST bad one in the sequence passed its own
+passed. If a bad threshold is chosen, the FIRST bad one in the sequence has passed its own
 test, which happens with probability at most b. The sequence must not depend on the episodes
 that test it.
 
-Where several policies are to be covered, a threshold passes only if it passes for each of
-them, again at the full level: that all of them were accepted wrongly is no likelier than one.
+Where the promise covers several policies, a threshold passes only if it passes for each of them,
+again at the full level. A threshold that is bad for any of the policies passes all of its tests
+with probability at most b.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from safeshield.shield.record import Rung
 
 
 class CalibrationError(ValueError):
-    """No threshold meets the request; the message says what was reached."""
+    """Raised where no threshold meets the request. The message says what was reached."""
 
 
 Trial = Callable[[float, str, int, int], tuple[int, int]]
-"""(delta, policy, episodes, most) -> (episodes run, violations); may stop at violations > most."""
+"""A function (delta, policy, episodes, most) -> (number of episodes run, violations).
+
+It may stop early once there are more violations than `most`.
+"""
 
 
 def fixed_sequence_walk(
@@ -36,19 +40,21 @@ def fixed_sequence_walk(
     confidence: float,
     episodes: int,
 ) -> tuple[float, list[Rung]]:
-    """Return the most permissive threshold that the walk reaches, and all tests made.
+    """Return the most permissive threshold that the walk reaches, and the results of all tests.
 
     Args:
-        trial: runs fresh episodes that start accepted at delta, under a policy with the shield on.
-        deltas: strictly decreasing, all at least 0.
-        policies: names, each tested at every threshold.
-        epsilon: the violation rate to promise.
-        confidence: of the promise, over the draw of the episodes.
+        trial: Function that runs fresh episodes of a policy with the shield on. The episodes start
+            in states that are accepted at delta.
+        deltas: Strictly decreasing thresholds, all at least 0.
+        policies: Names of the policies. Each is tested at every threshold.
+        epsilon: Violation rate to promise.
+        confidence: Confidence of the promise, over the draw of the episodes.
         episodes: N for each test.
 
     Raises:
-        ValueError: a wrong argument; too few episodes to prove epsilon even without a violation.
-        CalibrationError: the strictest threshold fails.
+        ValueError: An argument is wrong, or there are too few episodes to show epsilon even without
+            a violation.
+        CalibrationError: The strictest threshold fails.
     """
     if not deltas or any(not a > b for a, b in itertools.pairwise(deltas)):
         raise ValueError(f"deltas must be strictly decreasing and not empty, got {list(deltas)}")

@@ -1,15 +1,16 @@
-"""The field's protocol: normalised return and cost, safe or unsafe, interquartile means, tables.
+"""Evaluation of agents: violation rates, and the normalised scores of the literature.
 
-DSRL (Liu et al. 2024, "Datasets and Benchmarks for Offline Safe Reinforcement Learning") scores the
-return R and the cost C of an episode, both undiscounted sums, by the least and the greatest return
-of the task's log and by a cost limit::
+DSRL (Liu et al. 2024, "Datasets and Benchmarks for Offline Safe Reinforcement Learning") normalises
+the return R and the cost C of an episode, both undiscounted sums. It uses the least and the
+greatest return of the task's log, and a cost limit::
 
     normalised return = (R - least) / (greatest - least)
     normalised cost   = (C + e) / (limit + e)        e = 1 where the limit is 0, else 0
 
-An agent is safe where its normalised cost, the mean over seeds and episodes, is at most 1. One seed
-is a run; over the runs of several tasks the mean of the middle half is told with an interval
-(Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice").
+An agent is safe where its normalised cost, the mean over seeds and episodes, is at most 1. The
+episodes of one seed are a run. For several tasks, the interquartile mean over all runs is reported
+with a bootstrap interval (Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
+Statistical Precipice").
 """
 
 from safeshield.evaluation.across_tasks import (

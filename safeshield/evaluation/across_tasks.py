@@ -1,7 +1,7 @@
-"""One agent over several tasks: interquartile means with stratified bootstrap intervals.
+"""Scores of one agent on several tasks: interquartile means with stratified bootstrap intervals.
 
-After Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
-and their rliable.
+The method is that of Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the
+Statistical Precipice", and of their package rliable.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _RESAMPLES_AT_ONCE = 1_000
 
 
 def interquartile_mean(scores: npt.ArrayLike) -> float:
-    """Return the mean of the middle half of the scores, of all runs and tasks together.
+    """Return the mean of the middle half of the scores, over all runs and tasks together.
 
     With the n scores in order, x(1) <= ... <= x(n), and g = floor(n / 4), it is the mean of
-    x(g + 1) ... x(n - g): `scipy.stats.trim_mean` at 25%, as in rliable. Below four scores it is
-    the plain mean.
+    x(g + 1) ... x(n - g). This is `scipy.stats.trim_mean` at 25%, as in rliable. For fewer than
+    four scores it is the plain mean.
 
     Raises:
-        ValueError: there is none, or one is not finite.
+        ValueError: There are no scores, or one is not finite.
 
     >>> interquartile_mean([[0.0, 1.0, 2.0, 100.0], [3.0, 4.0, 5.0, -100.0]])
     2.5
@@ -47,18 +47,19 @@ def stratified_interval(
 ) -> Interval:
     """Return the 95% bootstrap interval of the interquartile mean of scores (runs, tasks).
 
-    Each resample draws, for every task on its own, as many of its runs as there are, with
-    replacement (the tasks are the strata: none is left out). The interval is from the 2.5th to the
-    97.5th percentile of the resamples' interquartile means, as rliable's default. It speaks of
-    other runs on the same tasks; from few of them it is too narrow.
+    Each resample draws, separately for every task, as many runs as the task has, with replacement.
+    The tasks are the strata, so no task is left out. The interval goes from the 2.5th to the
+    97.5th percentile of the resamples' interquartile means, which is rliable's default. It
+    describes the spread over new runs on the same tasks. With few runs it is too narrow.
 
     Args:
-        scores: one row a run, one column a task.
-        resamples: how many.
-        seed: of the draws.
+        scores: (runs, tasks) scores, with one row for each run and one column for each task.
+        resamples: Number of resamples, at least 1.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: not two-dimensional, empty or not finite; or resamples below 1.
+        ValueError: The scores are not two-dimensional, empty or not finite, or `resamples` is
+            below 1.
 
     >>> low, high = stratified_interval([[0.1, 0.5], [0.3, 0.7], [0.2, 0.6]], resamples=500)
     >>> 0.3 < low < 0.4 < high < 0.5
@@ -85,25 +86,26 @@ def stratified_interval(
 
 @dataclass(frozen=True)
 class Aggregate:
-    """An agent over several tasks."""
+    """The scores of one agent over several tasks."""
 
     agent: str
     tasks: tuple[str, ...]
     runs: int
-    """Runs of each task."""
+    """Number of runs of each task."""
     safe_tasks: int
-    """On how many of the tasks it is safe."""
+    """Number of tasks on which the agent is safe."""
     mean_return: float
-    """Mean over tasks, seeds and episodes of the normalised return: the papers' average."""
+    """Mean of the normalised return over tasks, seeds and episodes, as the papers report it."""
     mean_cost: float
-    """Likewise of the normalised cost."""
+    """Mean of the normalised cost over tasks, seeds and episodes."""
     iqm_return: float
     """Interquartile mean over runs and tasks of the normalised return."""
     return_interval: Interval | None
-    """Its 95% interval (`stratified_interval`); None with one run, which shows no spread."""
+    """95% interval of `iqm_return` (see `stratified_interval`); None with a single run."""
     iqm_cost: float
-    """Likewise of the normalised cost."""
+    """Interquartile mean over runs and tasks of the normalised cost."""
     cost_interval: Interval | None
+    """95% interval of `iqm_cost`; None with a single run."""
 
     @property
     def safe(self) -> bool:
@@ -118,23 +120,24 @@ class Aggregate:
 def aggregate(
     scores: Sequence[FieldScore], *, resamples: int = _RESAMPLES, seed: int = 0
 ) -> Aggregate:
-    """Put one agent's scores on several tasks together.
+    """Combine the scores of one agent on several tasks.
 
     Args:
-        scores: one a task, all with as many runs.
-        resamples: of the bootstrap.
-        seed: of its draws.
+        scores: One score for each task, all with the same number of runs.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap draws.
 
     Raises:
-        ValueError: none, two of the same task, of several agents, or of unlike numbers of runs.
+        ValueError: There are no scores, two are of the same task, they are of several agents, or
+            their numbers of runs differ.
     """
     agents = sorted({score.agent for score in scores})
     tasks = tuple(score.task for score in scores)
     runs = sorted({len(score.runs) for score in scores})
     if len(agents) != 1 or len(set(tasks)) != len(tasks) or len(runs) != 1:
         raise ValueError(
-            "scores must be of one agent, one for each task, all with as many runs, got agents "
-            f"{agents}, tasks {list(tasks)}, runs {runs}"
+            "scores must be of one agent, one for each task, all with the same number of runs, got "
+            f"agents {agents}, tasks {list(tasks)}, runs {runs}"
         )
     returns = np.stack([score.run_returns for score in scores], axis=1)
     costs = np.stack([score.run_costs for score in scores], axis=1)

@@ -1,7 +1,8 @@
-"""How often an agent violates the constraint, and what it earns: with a shield and without one.
+"""Evaluation of violation rate, return and cost of an agent, with or without a shield.
 
 Two evaluations with the same `seed`, `episodes`, `starts` and `certified_by` run from the same
-starts in the same order, so an agent with and without its shield can be compared pair by pair.
+starts in the same order. The episodes of an agent with and without its shield can therefore be
+compared in pairs.
 """
 
 from __future__ import annotations
@@ -36,32 +37,33 @@ _MOST_RESETS_PER_EPISODE = 50
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What some episodes of one agent showed; intervals are two-sided at 95%."""
+    """Results of the episodes of one agent. All intervals are two-sided at 95%."""
 
     policy: str
-    """Who proposed the actions."""
+    """Name of the policy that proposed the actions."""
     shielded: bool
-    """Whether a shield stood between the proposals and the environment."""
+    """Whether a shield filtered the proposals."""
     environment: str
-    """Id of the environment, or its class."""
+    """Id of the environment, or the name of its class."""
     starts: str
-    """"all": the environment's own; "certified": those of them with V_h <= -delta."""
+    """"all" where every start counts, "certified" where only those with V_h <= -delta do."""
     start_share: float | None
-    """Share of the environment's own starts that were certified; None with all starts."""
+    """Share of the drawn starts that were certified; None where every start counts."""
     seed: int
+    """Seed of the starts and of the noise."""
     episodes: int
-    """N, the episodes that count."""
+    """N, the number of episodes that count."""
     violating: int
-    """k, those with h > 0 (or cost > 0) at any state."""
+    """k, the number of episodes with h > 0 (or cost > 0) in any state."""
     violation_interval: Interval
     """Clopper and Pearson's interval for the violation rate."""
     mean_return: float
     """Mean over the episodes of the undiscounted sum of rewards."""
     return_interval: Interval | None
-    """Student's t interval for it; None with a single episode."""
+    """Student's t interval for the mean return; None with a single episode."""
     mean_cost: float
-    """Mean over the episodes of the summed costs; where none is reported, of the steps in
-    violation."""
+    """Mean over the episodes of the summed costs, or of the number of steps in violation where the
+    environment reports no cost."""
     intervention_rate: float | None
     """Share of the steps in which the shield replaced the action; None without a shield."""
 
@@ -71,16 +73,16 @@ class Evaluation:
         return self.violating / self.episodes
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record, and the rate, as JSON values."""
+        """Return the fields and the violation rate as JSON values."""
         return {**json_values(self), "violation_rate": self.violation_rate}
 
 
 class UnshieldedAdversary:
-    """What the calibration's adversary is without a shield: always the action of highest Q_h.
+    """A policy that always takes the action of highest Q_h, the calibration's adversary unshielded.
 
     Args:
-        shield: whose safety critic it turns around.
-        choices: how many actions it weighs, spread over the box.
+        shield: The shield whose safety critic the adversary uses.
+        choices: Number of actions to consider, spread over the box.
     """
 
     batched = True
@@ -90,7 +92,7 @@ class UnshieldedAdversary:
         self._points = spread_actions(shield, choices)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
-        """Propose actions for n observations."""
+        """Return proposed actions for n observations."""
         states = self._model.states(
             self._model.observation_codec.flatten(observations, "observation")[0]
         )
@@ -111,23 +113,23 @@ def evaluate(
     num_envs: int | None = None,
     name: str | None = None,
 ) -> Evaluation:
-    """Run whole episodes and count.
+    """Run whole episodes and return their violation rate, return and cost.
 
     Args:
-        env: a Gymnasium environment (`vectorise` says when copies of it run) or a
+        env: A Gymnasium environment (see `vectorise` for when copies of it run) or a
             VectorEnv. It must report ``info["constraint"]`` or ``info["cost"]``.
-        policy: who proposes, anything that `as_batch_policy` takes.
-        episodes: N, how many count.
-        seed: of starts and noise. The same seed gives the same starts, shielded or not.
-        shield: what filters the proposals; None: they are executed as they are.
-        starts: "certified": only episodes whose first state has V_h <= -delta count, and as many
-            are drawn as it takes; None: all count.
-        certified_by: whose V_h and delta that is; by default those of `shield`.
-        num_envs: how many environments step together.
-        name: of the policy, for tables.
+        policy: The policy that proposes actions, in any form that `as_batch_policy` takes.
+        episodes: N, the number of episodes that count.
+        seed: Seed of starts and noise. The same seed gives the same starts, shielded or not.
+        shield: The shield that filters the proposals. With None they are executed unchanged.
+        starts: With "certified" only episodes whose first state has V_h <= -delta count, and
+            episodes are drawn until there are N of them. With None all episodes count.
+        certified_by: The shield whose V_h and delta certify the starts; by default `shield`.
+        num_envs: Number of environments that step together.
+        name: Name of the policy in tables.
 
     Raises:
-        ValueError: an argument out of range, the environment's spaces are not the shield's, or
+        ValueError: An argument is out of range, the environment's spaces are not the shield's, or
             hardly any start is certified.
 
     >>> import gymnasium, safeshield.envs
@@ -166,10 +168,12 @@ def draw_episodes(
     certified_by: ShieldLike | None = None,
     num_envs: int | None = None,
 ) -> tuple[list[Episode], float | None]:
-    """Return the episodes that `evaluate` counts, and the share of starts that was certified.
+    """Return the episodes that `evaluate` counts, and the share of starts that were certified.
+
+    The share is None where all starts count. See `evaluate` for the arguments.
 
     Raises:
-        ValueError: as `evaluate` does.
+        ValueError: As in `evaluate`.
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -220,14 +224,15 @@ def summarise(
     start_share: float | None,
     seed: int,
 ) -> Evaluation:
-    """Count what episodes from `draw_episodes` show.
+    """Return the evaluation of episodes from `draw_episodes`.
 
     Args:
-        runs: at least one, all of the same agent, all with a shield or none.
-        policy: who proposed.
-        environment: its id.
-        start_share: share of the starts that was certified; None where all starts count.
-        seed: that they were drawn with.
+        runs: At least one episode. All are of the same agent, either all with a shield or all
+            without one.
+        policy: Name of the policy that proposed the actions.
+        environment: Id of the environment.
+        start_share: Share of the starts that were certified; None where all starts count.
+        seed: Seed with which the episodes were drawn.
     """
     violating = sum(run.violated for run in runs)
     returns = [run.total_return for run in runs]
@@ -259,10 +264,12 @@ def filtered_episodes(
     num_envs: int | None = None,
     observation_keys: Sequence[str] | None = None,
 ) -> list[Episode]:
-    """Run `run_episodes` with a shield behind the policy, or without one.
+    """Run whole episodes of a policy, with a shield that filters its actions or without one.
+
+    The other arguments are those of `run_episodes`.
 
     Raises:
-        ValueError: as `run_episodes` does.
+        ValueError: As in `run_episodes`, or `env` and `shield` would both shield the actions.
     """
     run = functools.partial(
         run_episodes,
@@ -273,7 +280,7 @@ def filtered_episodes(
         observation_keys=observation_keys,
     )
     if shield is None:
-        # A shield around the environment tells in its infos where it stepped in.
+        # A shield around the environment reports in the infos which actions it replaced.
         return run(policy, info_keys=() if shielding_layer(env) is None else (INTERVENED,))
     refuse_shielded(env, "leave out shield=, or pass the plain environment")
     acting = ShieldedProposals(shield, as_batch_policy(policy, spaces_of(env)[1]))
@@ -292,7 +299,7 @@ def _judge(
     judge = shield if certified_by is None else as_shield(certified_by)
     if judge is None:
         raise ValueError(
-            "starts='certified' needs a shield that certifies them: pass shield, or certified_by "
-            "to evaluate an unshielded agent from another shield's starts"
+            "starts='certified' needs a shield that certifies the starts: pass shield, or pass "
+            "certified_by to evaluate an unshielded agent from the starts that a shield certifies"
         )
     return judge

@@ -1,4 +1,4 @@
-"""Running the episodes that are scored: several seeds, copies side by side, worker processes."""
+"""Running the episodes of a score: several seeds, parallel copies and worker processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from safeshield.spaces.generic import Env, VectorEnv
 
 SEEDS = (0, 1, 2)
 EPISODES = 20
-"""Seeds, and episodes of each, of R2PAC's table."""
+"""Number of episodes for each seed. `SEEDS` and `EPISODES` are those of R2PAC's table."""
 _MOST_TOGETHER, _MOST_NATIVE = 8, 256
 
 
@@ -49,36 +49,38 @@ def field_score(
     num_envs: int | None = None,
     workers: int = 0,
 ) -> FieldScore:
-    """Run whole episodes under several seeds and score them.
+    """Run whole episodes under several seeds and return their score.
 
-    The result depends on `num_envs` where the policy draws noise, and in its last digits where it
-    is a network, which rounds otherwise in a batch of another size (returns differed by 2.4e-6).
-    It never depends on `workers`, but where a process can hold one environment only (MetaDrive):
-    there as many step together as there are workers.
+    The result depends on `num_envs` where the policy draws noise. Where the policy is a network, it
+    also depends on `num_envs` in its last digits, because rounding differs with the batch size
+    (returns differed by 2.4e-6). The result does not depend on `workers`, except where a process
+    can hold only one environment (MetaDrive). There, by default as many environments step together
+    as there are workers.
 
     Args:
-        env: a Gymnasium environment or a VectorEnv that reports ``info["cost"]``, or
+        env: A Gymnasium environment or a VectorEnv that reports ``info["cost"]`` or
             ``info["constraint"]``.
-        policy: who proposes, anything that `as_batch_policy` takes; or a dict of one for each
-            seed, where each was trained with it.
-        references: the task's least and greatest return.
-        cost_limit: of an episode's summed cost.
-        seeds: one run each; starts and noise follow from it.
-        episodes: of each run.
-        shield: what filters the proposals, or a dict of one for each seed; None: nothing does, but
-            for a `SafetyShield` around `env` or a `ShieldedPolicy`, which are recognised.
-        name: of the policy, for tables.
-        task: name of the task, for tables; by default the environment's id.
-        num_envs: how many copies of the environment step together.
-        workers: processes that step them (see `workers.WorkerVectorEnv`); 0: this one. Worth it
-            where a step takes milliseconds. A script that asks for any must do so below
-            ``if __name__ == "__main__":``.
+        policy: The policy that proposes actions, in any form that `as_batch_policy` takes. A dict
+            with one policy for each seed says that each was trained with that seed.
+        references: The task's least and greatest return.
+        cost_limit: Limit on the summed cost of an episode.
+        seeds: Seeds of the runs, one for each. They determine starts and noise.
+        episodes: Number of episodes of each run.
+        shield: The shield that filters the proposals, or a dict with one for each seed. With None
+            the proposals are executed unchanged; a `SafetyShield` around `env` and a
+            `ShieldedPolicy` are recognised.
+        name: Name of the policy in tables.
+        task: Name of the task in tables; by default the environment's id.
+        num_envs: Number of copies of the environment that step together.
+        workers: Number of processes that step the copies (see `workers.WorkerVectorEnv`); with 0
+            this process does. Workers are worthwhile where a step takes milliseconds. A script must
+            use them below ``if __name__ == "__main__":``.
 
     Raises:
-        ValueError: an argument out of range, dicts that lack a seed, or an environment that
-            reports no cost, or a reward or cost that is no number.
-        TypeError: an argument of another type.
-        RuntimeError: a worker ended by itself.
+        ValueError: An argument is out of range, a dict lacks a seed, the environment reports no
+            cost, or a reward or cost is not a finite number.
+        TypeError: An argument has the wrong type.
+        RuntimeError: A worker process ended unexpectedly.
 
     >>> import gymnasium, safeshield.envs
     >>> env = gymnasium.make("safeshield/Boat-v0")
@@ -128,10 +130,10 @@ def play(
     num_envs: int | None = None,
     workers: int = 0,
 ) -> Run:
-    """Run the episodes of one seed; see `field_score`.
+    """Run the episodes of one seed. See `field_score` for the arguments.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: An argument is out of range.
     """
     with _side_by_side(env, episodes, num_envs, workers) as envs:
         runs, _ = draw_episodes(envs, policy, episodes, seed, shield=shield)
@@ -147,12 +149,12 @@ def play(
 def _side_by_side(
     env: Env | VectorEnv, episodes: int, num_envs: int | None, workers: int
 ) -> Iterator[VectorEnv]:
-    """Yield the copies of an environment that step together.
+    """Yield a vector environment of the copies that step together.
 
-    By default as many as share the episodes evenly in batches of up to 8, or 256 where the
-    environment has a vector form of its own: a number that `workers` does not change, since a
-    policy may round otherwise in a batch of another size. Where a process can hold one only, it is
-    the number of processes.
+    By default the number of copies divides the episodes evenly into batches of up to 8, or up to
+    256 where the environment has a vector entry point. The number does not depend on `workers`,
+    because the rounding of a policy may depend on the batch size. Where a process can hold only one
+    environment, it is the number of processes.
     """
     check_env(env)
     whole("episodes", episodes, least=1)

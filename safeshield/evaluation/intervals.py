@@ -1,4 +1,4 @@
-"""Two-sided 95% intervals: of a rate, and of a mean."""
+"""Two-sided 95% confidence intervals of a rate and of a mean."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from scipy import stats
 
 Interval: TypeAlias = tuple[float, float]
 LEVEL = 0.95
-"""Confidence of every interval, two-sided."""
+"""Two-sided confidence of every interval."""
 
 
 def binomial_interval(successes: int, trials: int) -> Interval:
     """Return Clopper and Pearson's two-sided 95% interval for k successes in N trials.
 
     Raises:
-        ValueError: not 0 <= successes <= trials, or no trial.
+        ValueError: There is no trial, or `successes` is outside [0, trials].
 
     >>> [round(bound, 4) for bound in binomial_interval(0, 1000)]
     [0.0, 0.0037]

@@ -1,4 +1,4 @@
-"""Scores as text: tables as the papers print them, and one score in words."""
+"""Scores as text: tables in the form of the papers, and a description of one score."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LEGEND = (
 
 
 def format_table(evaluations: Sequence[Evaluation]) -> str:
-    """Return the evaluations as lines of aligned text, with their intervals.
+    """Return the evaluations as a table of aligned text, with their intervals.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There are no evaluations.
     """
     if not evaluations:
         raise ValueError("evaluations must hold at least one Evaluation, got none")
@@ -50,19 +50,21 @@ def _cells(one: Evaluation) -> tuple[str, ...]:
 
 
 def format_scores(scores: Sequence[FieldScore], *, markup: Markup = "text") -> str:
-    """Return a table as the papers print it: a row a task, a column an agent.
+    """Return a table with one row for each task and one column for each agent.
 
-    Safe agents stand as they are (in Markdown: bold), unsafe ones, which the papers print in grey,
-    in parentheses; the safe agent with the highest return has a star. Below several tasks stand,
-    for agents that were tried on all of them, the mean, the interquartile mean with its interval,
-    and the number of tasks on which they are safe.
+    The scores of unsafe agents, which the papers print in grey, stand in parentheses. Those of safe
+    agents are bold in Markdown. The safe agent with the highest return of a task has a star. A
+    table of several tasks ends with three more rows for the agents that have a score on every task:
+    the mean, the interquartile mean with its interval, and the number of tasks on which the agent
+    is safe.
 
     Args:
-        scores: at most one of each agent on each task; those of a task share limit and references.
+        scores: At most one score of each agent on each task. The scores of a task must share cost
+            limit and reference returns.
         markup: "text" or "markdown".
 
     Raises:
-        ValueError: none, or scores that do not belong in one table.
+        ValueError: There are no scores, or they do not belong in one table.
     """
     if markup not in ("text", "markdown"):
         raise ValueError(f"markup must be 'text' or 'markdown', got {markup!r}")
@@ -85,7 +87,7 @@ def format_scores(scores: Sequence[FieldScore], *, markup: Markup = "text") -> s
 
 
 def describe_score(score: FieldScore) -> str:
-    """Return a score in a few lines: task, runs, return, cost and verdict."""
+    """Return a few lines that describe a score: task, runs, return, cost and verdict."""
     returns, costs = score.run_returns[:, None], score.run_costs[:, None]
     raw = [np.mean([run.returns for run in score.runs]), np.mean([run.costs for run in score.runs])]
     seeds = ", ".join(str(run.seed) for run in score.runs)
@@ -114,7 +116,9 @@ def _grid(scores: Sequence[FieldScore]) -> dict[str, dict[str, FieldScore]]:
     for score in scores:
         cells = grid.setdefault(score.task, {})
         if score.agent in cells:
-            raise ValueError(f"{score.agent} has two scores on {score.task}; name them apart")
+            raise ValueError(
+                f"{score.agent} has two scores on {score.task}; give the agents different names"
+            )
         other = next(iter(cells.values()), score)
         if (other.cost_limit, other.references) != (score.cost_limit, score.references):
             raise ValueError(
@@ -172,7 +176,10 @@ def _lines(rows: Sequence[Sequence[str]], markup: Markup) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return rows as text in columns, the first `left` of them left-aligned, below a header."""
+    """Return rows as aligned columns of text; the first `left` columns are left-aligned.
+
+    The first row is the header, and a line is drawn below it.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
     lines = [
@@ -186,7 +193,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 
 
 def _middle(scores: npt.NDArray[np.float64]) -> str:
-    """What several runs show beyond their mean."""
+    """Return the interquartile mean of several runs, and its interval, as text."""
     if len(scores) == 1:
         return ""
     interval = _interval(stratified_interval(scores), 3)
