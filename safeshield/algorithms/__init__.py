@@ -1,1 +1,1 @@
-"""Offline trainers: one readable file for each algorithm, and what they share."""
+"""Offline training algorithms, each in a module or package of its own."""

@@ -1,9 +1,10 @@
-"""Behaviour cloning, of all episodes or of the safe ones: the baselines of the field's tables.
+"""Behaviour cloning of all episodes or of the safe ones, the usual baselines of offline safe RL.
 
     minimise  mean over (s, a) of the log  || mu(s) - a ||^2 / act,     a in [-1, 1]
 
-(BC-All and BC-Safe of DSRL, Liu et al. 2024, and OSRL: one deterministic perceptron.) "safe" keeps
-the episodes whose summed cost is at most `cost_limit`, so it knows the limit it is judged by.
+These are BC-All and BC-Safe of DSRL (Liu et al. 2024) and OSRL, with one deterministic multilayer
+perceptron. The option "safe" keeps the episodes whose summed cost is at most `cost_limit`. It
+therefore uses the limit by which its results are judged.
 """
 
 from __future__ import annotations
@@ -33,22 +34,26 @@ class BehaviourCloningConfig(Settings):
     """Settings of behaviour cloning."""
 
     seed: Seed = 0
-    """Seed of weights and batches."""
+    """Seed of the initial weights and the batches."""
     episodes: Literal["all", "safe"] = "all"
-    """Which episodes to imitate."""
+    """Episodes to imitate. "safe" means those whose summed cost is at most `cost_limit`."""
     cost_limit: NonNegative = 10.0
-    """With episodes="safe": the largest summed cost of an episode that is imitated."""
+    """Largest summed cost of an imitated episode, in units of cost; used with episodes="safe" only.
+    A smaller limit imitates fewer and safer episodes."""
     hidden: Sizes = (256, 256)
-    """Widths of the actor's hidden layers."""
+    """Widths of the actor's hidden layers. Wider layers fit the log more closely and train more
+    slowly."""
     batch_size: PositiveInt = 256
-    """Transitions in an update."""
+    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
+    update slower."""
     learning_rate: Positive = 1e-3
-    """Adam's rate at the start; it falls to a fiftieth by the end."""
+    """Adam's learning rate at the start. It falls to a fiftieth of that by the end of training. A
+    larger rate learns faster and may diverge."""
 
 
 @dataclass(eq=False)
 class _Run(Run[Architecture, BehaviourCloningConfig]):
-    """Imitate all transitions in one phase."""
+    """The single phase, which imitates all transitions."""
 
     def phases(self) -> list[Phase]:
         update = self.falling(ACTOR, self._loss, self.steps)
@@ -67,7 +72,7 @@ class _Run(Run[Architecture, BehaviourCloningConfig]):
 
 @register("bc")
 class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
-    """Imitate the episodes of a log.
+    """Imitate all episodes of a log, or only those with a low cost.
 
     Args:
         config: settings; see `BehaviourCloningConfig`.

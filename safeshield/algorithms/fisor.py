@@ -1,14 +1,15 @@
-r"""FISOR-style: weighted behaviour cloning and the safest of N candidates, on our own critics.
+r"""FISOR-style baseline: weighted behaviour cloning and the safest of N candidates.
 
-After Zheng et al., "Safe Offline Reinforcement Learning with Feasibility-Guided Diffusion Model"
-(ICLR 2024). Two phases on one log:
+The method follows Zheng et al., "Safe Offline Reinforcement Learning with Feasibility-Guided
+Diffusion Model" (ICLR 2024). It trains in two phases on one log:
 
-1. critics: safety values V_h, Q_h and reward values V_r, Q_r, the same as SafeFQL's;
-2. actor: a flow (the paper: a diffusion model) that imitates each logged action with the weights of
-   `training.imitation`, good actions in feasible states and safe ones in the others.
+1. critics: the safety values V_h, Q_h and the reward values V_r, Q_r, the same as SafeFQL's;
+2. actor: a flow (in the paper a diffusion model) that imitates the logged actions with the weights
+   of `training.imitation`. These weights prefer good actions in feasible states and safe actions
+   in the others.
 
-It acts by the candidate of lowest Q_h among N draws of the flow. A baseline to be judged beside:
-what differs from the paper beside the units are the critics (docs/safefql.md) and the flow.
+The agent executes the action of lowest Q_h among N samples of the flow. It serves as a baseline for
+comparisons. It differs from the paper in the units, the critics (docs/safefql.md) and the flow.
 """
 
 from __future__ import annotations
@@ -38,20 +39,26 @@ class FISORConfig(EulerConfig):
     """Settings of the FISOR-style baseline."""
 
     margin: NonNegative = 0.0
-    """Margin of the gate, in standard deviations of h over the log; the paper has none."""
+    """Distance from the boundary at which an action already counts as unsafe, in standard
+    deviations of h over the log. A larger margin makes the actor more cautious. The paper has no
+    margin."""
     reward_temperature: NonNegative = 3.0
-    """b_r: how much better actions count for more, where it is safe."""
+    """Temperature b_r of the weights in feasible states, in units of one step's advantage. A larger
+    value imitates mainly the actions of high reward; 0 imitates all feasible actions alike."""
     safety_temperature: NonNegative = 5.0
-    """b_h: how much safer actions count for more, where it is not."""
+    """Temperature b_h of the weights in infeasible states, in units of one step's advantage. A
+    larger value imitates mainly the safer actions; 0 imitates all actions alike."""
     candidates: PositiveInt = 16
-    """N, of which the safest acts."""
+    """Number N of sampled actions, of which the safest is executed. A larger N is safer and
+    slower."""
     phase_shares: TwoPhases = (0.5, 0.5)
-    """Shares of the steps for critics and actor."""
+    """Shares of the updates for the critics and the actor, which sum to 1. A phase with a larger
+    share trains for longer."""
 
 
 @dataclass(eq=False)
 class _Run(Run[CriticArchitecture, FISORConfig]):
-    """The critics, then the weighted actor."""
+    """The two phases: the critics, then the weighted actor."""
 
     def phases(self) -> list[Phase]:
         config = self.config
@@ -68,7 +75,7 @@ class _Run(Run[CriticArchitecture, FISORConfig]):
 
 @register("fisor")
 class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
-    """Imitate good actions where it is safe and safe ones where it is not; act by the safest of N.
+    """Imitate good actions in feasible states, safe ones elsewhere; act by the safest of N samples.
 
     Args:
         config: settings; see `FISORConfig`.
@@ -93,7 +100,7 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
     def _act(
         self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Weigh N candidates; deterministic: from the same N draws of noise in every state."""
+        """Return the safest of N samples; a deterministic call uses the same noise everywhere."""
         config, width = self.config, model.scaling.action_features
         count, each = len(observations), config.candidates
         noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
@@ -101,7 +108,7 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
         actions = euler_sample(
             model.networks[ACTOR], self._arrays[ACTOR], seen, noise, config.flow_steps
         )
-        # Q_h = V_h(s) + sigma max_i A_i: within a state the advantage alone decides.
+        # Q_h = V_h(s) + sigma max_i A_i, so A_i alone decides the order of actions in a state.
         worst = model.critics.safety.advantages(self._arrays, seen, actions).max(0)
         lowest = worst.reshape(count, each).argmin(1)
         chosen: npt.NDArray[np.floating] = actions.reshape(count, each, width)[

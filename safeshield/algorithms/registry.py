@@ -1,7 +1,7 @@
-"""Every algorithm of this package and of installed ones is registered when this is imported.
+"""Import of this module registers the algorithms of this package and of other installed packages.
 
-Another package offers its algorithms by an entry point in the group "safeshield.algorithms", which
-names the module that registers them.
+Another package offers its algorithms by an entry point in the group "safeshield.algorithms". The
+entry point names the module that registers them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ for point in entry_points(group=GROUP):
         point.load()
     except Exception as error:
         warnings.warn(
-            f"the algorithms of the entry point '{point.name}' ({point.value}) are not there: "
-            f"{type(error).__name__}: {error}; mend or remove the package that names it",
+            f"the algorithms of the entry point '{point.name}' ({point.value}) cannot be loaded: "
+            f"{type(error).__name__}: {error}; repair or remove the package that declares it",
             stacklevel=2,
         )

@@ -1,18 +1,20 @@
-r"""SafeFQL: Safe Flow Q-Learning (arXiv 2603.15136; RLC 2026), whole.
+r"""SafeFQL: Safe Flow Q-Learning (arXiv 2603.15136; RLC 2026).
 
-Three phases on one log, each its own update (page and official code compared in docs/safefql.md):
+It trains in three phases on one log, each with its own update. docs/safefql.md compares them with
+the paper and its official code.
 
-1. critics: safety values V_h, Q_h (`values.safety`) and reward values V_r, Q_r (`values.reward`);
-2. teacher: flow matching, the feasible part of the log's own behaviour (`nn.flow`);
+1. critics: the safety values V_h, Q_h (`values.safety`) and the reward values V_r, Q_r
+   (`values.reward`);
+2. teacher: a flow that imitates the feasible part of the log's behaviour (`nn.flow`);
 3. student: a one-step actor mu(s, z), z ~ N(0, I), that minimises
 
        distillation * || mu(s, z) - teacher(s, z) ||^2
        + mean over { Q_h(s, mu) < -margin } of  - A_r(s, mu)
        + safety_weight * mean over the others of  max(Q_h(s, mu) + margin, 0) / sigma_h
 
-The two branches stand in units of one step's advantage, reward's (A_r = min_i (Q_r,i - V_r) /
-sigma_r) and safety's (sigma_h), and each is averaged over its own samples: so one setting serves
-tasks whose official configurations needed weights from 0.1 to 100,000.
+Both branches are in units of one step's advantage: A_r = min_i (Q_r,i - V_r) / sigma_r for reward,
+and sigma_h for safety. Each branch is averaged over its own samples. The same settings therefore
+serve tasks whose official configurations needed weights from 0.1 to 100,000.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ from safeshield.values.units import BEHAVIOUR, SAFETY_NETWORKS
 
 @dataclass(frozen=True)
 class SafeFQLConfig(EulerConfig):
-    """Settings of SafeFQL. The defaults, the preset "small", are one setting for all tasks.
+    """Settings of SafeFQL. The defaults, which are the preset "small", are the same for all tasks.
 
-    "paper" has those of the official code, for 100,000 updates on a GPU; the student's branches
-    stay in units of one step's advantage, and the distillation weight, which the code sweeps from
-    0.01 to 100, is 1.
+    The preset "paper" has the settings of the official code, for 100,000 updates on a GPU. Two
+    things differ from that code: the student's branches are in units of one step's advantage, and
+    the distillation weight, for which the code tries values from 0.01 to 100, is 1.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -69,34 +71,42 @@ class SafeFQLConfig(EulerConfig):
     }
 
     student_hidden: Sizes = (128, 128, 128)
-    """Widths of the student's hidden layers (official code: four of 512)."""
+    """Widths of the student's hidden layers. Wider layers fit more closely and train more slowly
+    (official code: four of 512)."""
     teacher: Literal["feasible", "behaviour"] = "feasible"
-    """What the teacher imitates: in feasible states the feasible actions of the log, in others its
-    safer ones (`training.imitation` with b_r = 0); or the log as it is, the paper's."""
+    """Actions that the teacher imitates. "feasible" means the feasible actions of the log in
+    feasible states and its safer actions in the others (`training.imitation` with b_r = 0).
+    "behaviour" means all actions of the log, as in the paper."""
     distillation: NonNegative = 3.0
-    """Weight of the student's distance to the teacher."""
+    """Weight of the squared distance between student and teacher, relative to the reward branch. A
+    larger weight keeps the student closer to the log; a smaller one lets it follow the critics
+    more."""
     safety_weight: Positive = 1.0
-    """Weight of the student's unsafe branch."""
+    """Weight of the loss of unsafe actions, relative to the reward branch. A larger
+    weight puts safety before reward."""
     candidates: PositiveInt = 16
-    """N: where the first draw does not pass the gate, the safest of it and N more acts; where that
-    does not pass either, the acceptable action nearest to it that a shield finds. 1: the first
-    draw acts whatever it is, the paper's."""
+    """Number N of further samples where the first sample is not safe by the margin. The safest of
+    all these samples is then executed. If it is not safe by the margin either, the agent executes
+    the nearest acceptable action that the search of a shield finds. A larger N is safer and slower.
+    With 1 the first sample is always executed, as in the paper."""
     phases: Literal["sequential", "joint"] = "sequential"
-    """Critics, then teacher, then student; or all three in every step, as the official code."""
+    """Order of training. "sequential" trains the critics, then the teacher, then the student;
+    "joint" trains all three in every update, as the official code does."""
     phase_shares: ThreePhases = (0.5, 0.15, 0.35)
-    """Shares of the steps for the three phases; ignored by "joint"."""
+    """Shares of the updates for critics, teacher and student, which sum to 1. A phase with a larger
+    share trains for longer. Not used when `phases` is "joint"."""
 
 
 TEACHER, STUDENT = "teacher", "student"
 
 
 SAFETY_TEMPERATURE = 5.0
-"""b_h of the teacher's weights, FISOR's (`training.imitation`)."""
+"""Temperature b_h of the teacher's weights, the value of FISOR (`training.imitation`)."""
 
 
 @dataclass(eq=False)
 class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
-    """The three phases, one after the other or in every step."""
+    """The three phases, either one after the other or all in every update."""
 
     def __post_init__(self) -> None:
         joint = self.config.phases == "joint"
@@ -105,7 +115,7 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         self._critics = CriticsRun(self.model.critics, self.log, self.config, self._phase_steps[0])
 
     def phases(self) -> list[Phase]:
-        """List what to do, in order. The windows of the critics' targets get shorter in stages."""
+        """Return the phases in order. The windows of the critics' targets get shorter in stages."""
         critics, (_, teacher, student) = self._critics, self._phase_steps
         imitate, improve = self._teacher(), self.falling(STUDENT, self._student, student)
         if self.config.phases == "joint":
@@ -118,12 +128,12 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         return [
             *critics.phases(),
             Phase(TEACHER, teacher, imitate, self.config.batch_size),
-            # The critics stand still from here on, so one look at the log is enough.
+            # The critics do not change in this phase, so the boundary rows are found only once.
             critics.phase(STUDENT, student, improve, refresh_every=student),
         ]
 
     def _teacher(self) -> Update:
-        """Imitate the feasible part of the log, and beside it the whole, for the shield's test."""
+        """Return the update of the teacher, and of the flow that a shield's support test uses."""
         networks, rate, total = self.model.networks, self.config.learning_rate, self._phase_steps[1]
         if BEHAVIOUR not in networks:
             return flow_update(TEACHER, networks[TEACHER], self.log, rate, total)
@@ -136,7 +146,7 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         )
 
     def _student(self, state: TrainState, draw: Draw) -> Loss:
-        """Return the student's loss; the formula stands at the head of this file."""
+        """Return the student's loss. The module docstring has the formula."""
         config, model = self.config, self.model
         margin, safety = self._critics.margin, model.critics.safety
         critics, observations, noise = state.targets, self.log.observations[draw.rows], draw.noise
@@ -177,7 +187,7 @@ def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
 
 @register("safefql")
 class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
-    """Offline safe actor and safety critics from one log.
+    """Learn a safe actor and safety critics offline from one log.
 
     Args:
         config: settings; see `SafeFQLConfig`.
@@ -199,10 +209,10 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     _before: ClassVar[dict[str, Any]] = {"teacher": "behaviour", "candidates": 1}
     _fewest_steps = 3
     _safety_model: SafetyModel | None = None
-    """The critics as NumPy runs them, made when first needed."""
+    """The critics as a shield's safety model on NumPy arrays, created at first use."""
 
     def shield(self) -> Shield:
-        """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor."""
+        """Return an uncalibrated shield (delta 0) whose fallback is this agent's actor."""
         return Shield(self._safety(self._fitted()), trained_by=f"SafeFQL, seed {self.config.seed}")
 
     def _safety(self, model: CriticArchitecture) -> SafetyModel:
@@ -224,7 +234,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         observation, action = scaling.widths
         flow = velocity_network(observation, action, self.config.flow_hidden)
-        # Where the teacher imitates the whole log, no second flow has to.
+        # Where the teacher imitates the whole log, no second flow is needed for that.
         flows = [TEACHER] if self.config.teacher == "behaviour" else [TEACHER, BEHAVIOUR]
         student = EnsembleMLP(observation + action, action, self.config.student_hidden)
         return {**dict.fromkeys(flows, flow), STUDENT: student}
@@ -232,10 +242,11 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     def _act(
         self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Take one draw of z, or z = 0; where the gate rejects it, the safest of N more and it.
+        """Return the action for one sample of z (deterministic: z = 0) where it is safe enough.
 
-        Where it rejects that too, what a shield with the gate's margin would do: see
-        `_beyond_the_student`. Deterministic: of the same N in every state.
+        Where Q_h of this action is not below -margin, the safest of it and N more samples is taken.
+        If Q_h of that one is not below -margin either, `_beyond_the_student` returns the action
+        that a shield would choose. A deterministic call uses the same N samples in every state.
         """
         count, width = len(observations), model.scaling.action_features
         shape = (count, width)
@@ -271,7 +282,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         actions: npt.NDArray[np.float32],
         limit: float,
     ) -> npt.NDArray[np.float32]:
-        """Return the acceptable action nearest to each, of those that a shield looks at."""
+        """Return the nearest acceptable action to each, among the candidates of a shield."""
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)

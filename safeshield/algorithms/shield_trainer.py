@@ -1,20 +1,21 @@
-r"""A shield without an agent: safety critics, the log's behaviour and a fallback, nothing else.
+r"""A shield without an agent: safety critics, the log's behaviour and a fallback.
 
-For users who bring their own agent. Three phases on one log:
+It is for users who have an agent of their own. It trains in three phases on one log:
 
-1. critics: safety values V_h, Q_h (`values.safety`), as in SafeFQL, without its reward critics;
-2. behaviour: what the log does in a state (flow matching for a Box of actions, `nn.flow`; a
-   classifier for discrete ones): for proposals, and for telling what the log has never shown;
-3. fallback, for a Box of actions: a one-step actor mu(s, z), z ~ N(0, I), that minimises
+1. critics: the safety values V_h, Q_h (`values.safety`), as in SafeFQL, without reward critics;
+2. behaviour: a model of the log's actions in each state, which is a flow for a Box of actions
+   (`nn.flow`) and a classifier for discrete ones. The shield draws candidates from it and uses it
+   to recognise actions that the log has not shown;
+3. fallback, for a Box of actions only: a one-step actor mu(s, z), z ~ N(0, I), that minimises
 
        max_i A_i(s, mu) + distillation * || mu(s, z) - behaviour(s, z) ||^2,
 
-   the safest action near to what the log has shown. Where actions are discrete the shield weighs
-   all of them, and needs no actor.
+   which gives safe actions close to those of the log. For discrete actions the shield compares all
+   of them and needs no actor.
 
-With `support_weight` the behaviour is learned first, from nine tenths of the episodes; the others
-set the level of a support test, and leaving the support is one more failure inside the backups
-(`training.support_term`).
+With `support_weight` the behaviour is learned first, and from nine tenths of the episodes. The
+remaining episodes set the level of a support test, and leaving the support counts as a further
+failure inside the backups (`training.support_term`).
 """
 
 from __future__ import annotations
@@ -81,58 +82,83 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShieldConfig(Settings):
-    """Settings of `ShieldTrainer`; those of the critics mean what they mean in `SafeFQLConfig`."""
+    """Settings of `ShieldTrainer`. Those of the critics mean the same as in `SafeFQLConfig`."""
 
     seed: Seed = 0
-    """Seed of weights, batches and noise."""
+    """Seed of the initial weights, the batches and the noise."""
     critic_hidden: Sizes = (128, 128, 128)
-    """Widths of the critics' hidden layers."""
+    """Widths of the critics' hidden layers. More and wider layers fit finer values and take longer
+    to train. On the boat task three layers of 128 had smaller errors than two of 256 (the papers'
+    choice), at half the cost."""
     behaviour_hidden: Sizes = (128, 128)
-    """Widths of the hidden layers of the network that imitates the log."""
+    """Widths of the hidden layers of the network that imitates the log. Wider layers fit the log
+    more closely and train more slowly."""
     fallback_hidden: Sizes = (128, 128)
-    """Widths of the fallback actor's hidden layers."""
+    """Widths of the fallback actor's hidden layers. Wider layers fit more closely and train more
+    slowly."""
     batch_size: PositiveInt = 256
-    """Transitions in an update."""
+    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
+    update slower."""
     learning_rate: Positive = 1e-3
-    """Adam's rate at the start of a phase; it falls to a fiftieth by its end."""
+    """Adam's learning rate at the start of a phase. It falls to a fiftieth of that by the end of
+    the phase. A larger rate learns faster and may diverge."""
     safety_discount: Fraction | None = None
-    """Discount of the safety backup, per step; None: 0.997 for continuous labels, else 0.99."""
+    """Discount factor g of the safety backup, per step. A violation k steps ahead counts with the
+    weight g^k, so a value nearer 1 sees violations from further away. Choose 1 - g well below
+    (time step) / (time it takes to get out of danger). None means 0.997 for continuous labels and
+    0.99 for binary labels, where g alone sets how many steps ahead a violation has an effect
+    (`data.label_reach`)."""
     safety_expectile: Fraction = 0.99
-    """Weight on the safer actions in V_h."""
+    """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
+    it approaches the value of the safest ones (papers: 0.9)."""
     safety_backup_steps: Sizes = (64, 32, 16, 8)
-    """Steps along the log in the targets of V_h, in equal parts of the critics' phase."""
+    """Number of steps along the log that a target of V_h covers. Each entry applies to an equal
+    part of the critics' phase. More steps smooth V_h less, but they follow the log's actions and
+    therefore tend to make V_h too high. Let the list end with 1 (the papers' form) where the
+    environment is strongly random; see `values.safety`."""
     polyak: Rate = 0.005
-    """Share by which the slow copies move towards the critics at each update."""
+    """Share of the distance to the critics that their slow copies move at each update. A smaller
+    share makes the targets more stable and the learning slower."""
     near_share: Share = 0.5
-    """Share of each batch drawn from the eighth of the log that lies nearest to V_h = 0."""
+    """Share of each batch that is drawn from the eighth of the log whose states lie nearest to
+    V_h = 0. A larger share makes the critics more accurate there and less so elsewhere; 0 draws all
+    transitions alike."""
     flow_steps: PositiveInt = 10
-    """Euler steps of the behaviour's flow."""
+    """Number of Euler steps that integrate the flow of the behaviour. More steps are more accurate
+    and slower. Not used for discrete actions."""
     distillation: NonNegative = 0.1
-    """Weight of the fallback's distance to the behaviour."""
+    """Weight of the squared distance between fallback and behaviour, relative to the safety
+    advantage. A larger weight keeps the fallback closer to the log; a smaller one lets it follow
+    the critics more."""
     phase_shares: ThreePhases = (0.7, 0.15, 0.15)
-    """Shares of the steps for critics, behaviour, fallback; discrete actions leave the last out."""
+    """Shares of the updates for critics, behaviour and fallback, which sum to 1. A phase with a
+    larger share trains for longer. For discrete actions the critics get the fallback's share."""
     support_weight: Positive | None = None
-    """Weight of leaving the data's support inside the safety backup, where 1 counts a standard
-    deviation of the score below its level like one of h above 0; None: it does not count, and the
-    shield comes without a support test (`Shield.with_support` adds one)."""
+    """Weight of leaving the data's support as a failure in the safety backup. With 1, a score one
+    standard deviation below its level counts like an h one standard deviation above 0. A larger
+    weight makes rare actions count as more dangerous. None means that it does not count and that
+    the shield has no support test (`Shield.with_support` adds one)."""
     support_alpha: Inside = 0.1
-    """With `support_weight`: the test's alpha; see `Shield.with_support`."""
+    """Level alpha of the support test, between 0 and 1; see `Shield.with_support`. A larger alpha
+    makes the test stricter and needs fewer held-out episodes. Used with `support_weight` only."""
     support_share: Below1 = 0.01
-    """With `support_weight`: the share of an episode's steps that may count as unseen."""
+    """Share of the steps of an episode that may count as unseen, in [0, 1). A larger share makes
+    the support test stricter. Used with `support_weight` only."""
     support_held_out: Inside = 0.1
-    """With `support_weight`: share of the episodes that set the level; the behaviour does not learn
-    from them, the critics do."""
+    """Share of the episodes that set the level of the support test. The critics learn from these
+    episodes, but the behaviour does not. A larger share estimates the level better and leaves
+    fewer episodes for the behaviour. Used with `support_weight` only."""
 
 
 @dataclass(frozen=True)
 class ShieldArchitecture(Architecture):
-    """Safety critics, the behaviour and, for a Box of actions, the fallback."""
+    """The safety critics, the behaviour and, for a Box of actions, the fallback."""
 
     safety: SafetyCritics
     term: SupportTerm | None = None
-    """Where leaving the support counts in the backups: how it does, while critics are trained."""
+    """Term of the backups for leaving the support, during training; None: there is no such term."""
     support: SupportRecord | None = None
-    """What was found of the support in training; None: no test comes with the shield."""
+    """Record of the support test from training; None: the shield has no support test."""
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
         """See `Architecture`."""
@@ -146,13 +172,13 @@ class ShieldArchitecture(Architecture):
 
 @dataclass(eq=False)
 class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
-    """The three phases; where the support counts in the backups, the behaviour comes first."""
+    """The three phases. Where the support counts in the backups, the behaviour is trained first."""
 
     def __post_init__(self) -> None:
         self._safety = SafetyLog(self.model.safety, self.log)
 
     def phases(self) -> list[Phase]:
-        """List what to do, in order."""
+        """Return the phases in order."""
         config, size, near = self.config, self.config.batch_size, self.config.near_share
         refresh = self._safety.refresh
         critics, behaviour, fallback = phase_steps(self.steps, config.phase_shares)
@@ -187,7 +213,7 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
         )
 
     def _behaviour(self, total: int) -> Update:
-        """Imitate the log, without the episodes that set the level of a support test."""
+        """Return the update that imitates the log without the episodes held out for the support."""
         network, term = self.model.networks[BEHAVIOUR], self.model.term
         if flat_actions(self.model.action_space).discrete:
             imitate = self.falling(BEHAVIOUR, self._classify, total)
@@ -204,7 +230,8 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
 
     def _classify(self, state: TrainState, draw: Draw) -> Loss:
         observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
-        # An action's features are indicators: the choice with the largest product is the action.
+        # The features of an action are indicators, so the choice with the largest product is the
+        # action itself.
         taken = (actions @ self._table.T).argmax(-1)
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
@@ -216,12 +243,12 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
 
     @cached_property
     def _table(self) -> Tensor:
-        """(choices, features) of all discrete actions."""
+        """(choices, features) features of all discrete actions."""
         choices = flat_actions(self.model.action_space).choices
         return torch.tensor(self.model.scaling.actions(choices), device=self.log.actions.device)
 
     def _fallback(self, state: TrainState, draw: Draw) -> Loss:
-        """Return the fallback's loss; the formula stands at the head of this file."""
+        """Return the fallback's loss. The module docstring has the formula."""
         config, model, noise = self.config, self.model, draw.noise
         observations = self.log.observations[draw.rows]
         with torch.no_grad():
@@ -245,10 +272,10 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
 
 @register("shield")
 class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
-    """Learn a shield from a log, for an agent that one has already, or is about to train.
+    """Learn a shield from a log, for any agent that exists already or will be trained later.
 
-    Box, Discrete, MultiDiscrete and MultiBinary actions; observations of every kind that
-    `safeshield.spaces.rows` lists.
+    Actions may be Box, Discrete, MultiDiscrete or MultiBinary. Observations may be of every kind
+    that `safeshield.spaces.rows` lists.
 
     Args:
         config: settings; see `ShieldConfig`.
@@ -269,10 +296,10 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     run_type = ShieldRun
     _fewest_steps = 3
     _shield: Shield | None = None
-    """Made when first asked for."""
+    """The learned shield, created at first use."""
 
     def fit(self, dataset: OfflineDataset, steps: int = 20_000, **options: Any) -> Self:  # noqa: ANN401
-        """Train on a log; returns self. See `OfflineAgent.fit` for options and errors."""
+        """Train on a log and return self. See `OfflineAgent.fit` for options and errors."""
         return super().fit(dataset, steps, **options)
 
     def shield(self) -> Shield:
@@ -295,10 +322,10 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         return self._shield
 
     def calibrate(self, env: Env | VectorEnv, **arguments: Any) -> Shield:  # noqa: ANN401
-        """Return the learned shield, calibrated: `Shield.calibrate` says how."""
+        """Return the learned shield after calibration; see `Shield.calibrate` for the arguments."""
         return self.shield().calibrate(env, **arguments)
 
-    # -- what OfflineAgent asks for -----------------------------------------------------------
+    # -- methods that OfflineAgent requires ---------------------------------------------------
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         check_boundary(dataset)
@@ -310,7 +337,8 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         if weight is not None:
             alpha, share = config.support_alpha, config.support_held_out
             held_out = held_out_episodes(dataset.num_episodes, share, alpha, config.seed)
-            # The scaling is part of the score, so it must not know the held-out episodes either.
+            # The scaling is part of the score, so it must not be computed from the held-out
+            # episodes.
             scaling = Scaling.of(dataset.select(np.flatnonzero(~held_out)))
             term = SupportTerm(
                 dataset,
@@ -364,7 +392,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     def _action_rows(
         self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
-        """Return the fallback's actions; of discrete ones the choice of lowest Q_h."""
+        """Return the fallback's actions, or for discrete actions the choice of lowest Q_h."""
         if FALLBACK in model.networks:
             return super()._action_rows(model, observations, deterministic)
         safety = self.shield().model
@@ -373,7 +401,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     def _act(
         self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Take one draw of z, or z = 0."""
+        """Return the fallback's actions for one sample of z (deterministic: z = 0)."""
         shape = (len(observations), model.scaling.action_features)
         noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
         inputs = np.concatenate([observations, noise.astype(np.float32)], -1)

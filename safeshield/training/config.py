@@ -29,56 +29,70 @@ PAPER_CRITICS: dict[str, Any] = {
     "near_share": 0.0,
     "margin": 0.0,
 }
-"""What the critics of the papers' official codes have instead of our defaults."""
+"""Settings of the critics in the papers' official codes, where they differ from the defaults."""
 
 
 @dataclass(frozen=True)
 class ValueConfig(Settings):
-    """Settings that every algorithm with safety values and an actor shares."""
+    """Settings that all algorithms with safety values and an actor have in common."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
-    """Named settings; "small" is the defaults: two cores, minutes, one setting for all tasks."""
+    """Named settings. "small" means the defaults, which are the same for all tasks and train in
+    minutes on two cores."""
 
     seed: Seed = 0
-    """Seed of weights, batches and noise."""
+    """Seed of the initial weights, the batches and the noise."""
     critic_hidden: Sizes = (128, 128, 128)
-    """Widths of the critics' hidden layers. Depth pays: on the boat three of 128 erred less than
-    two of 256 (the papers'), at half the cost."""
+    """Widths of the critics' hidden layers. More and wider layers fit finer values and take longer
+    to train. On the boat task three layers of 128 had smaller errors than two of 256 (the papers'
+    choice), at half the cost."""
     flow_hidden: Sizes = (256, 256)
-    """Widths of the hidden layers of the flow that draws actions (official code: four of 512)."""
+    """Widths of the hidden layers of the flow that samples actions. Wider layers fit the log more
+    closely and take longer to train (official code: four of 512)."""
     batch_size: PositiveInt = 256
-    """Transitions in an update."""
+    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
+    update slower."""
     learning_rate: Positive = 1e-3
-    """Adam's rate at the start of a phase; it falls to a fiftieth by its end."""
+    """Adam's learning rate at the start of a phase. It falls to a fiftieth of that by the end of
+    the phase. A larger rate learns faster and may diverge."""
     discount: Fraction = 0.99
-    """Discount of rewards, per step."""
+    """Discount factor of rewards, per step. A value nearer 1 counts later rewards more."""
     safety_discount: Fraction | None = None
-    """Discount g of the safety backup, per step. A violation k steps ahead weighs g^k: choose
-    1 - g well below (time step) / (time it takes to get out of danger). None: 0.997 where labels
-    are continuous; 0.99 where they are binary, because there it sets how far ahead a violation is
-    felt (`data.label_reach`)."""
+    """Discount factor g of the safety backup, per step. A violation k steps ahead counts with the
+    weight g^k, so a value nearer 1 sees violations from further away. Choose 1 - g well below
+    (time step) / (time it takes to get out of danger). None means 0.997 for continuous labels and
+    0.99 for binary labels, where g alone sets how many steps ahead a violation has an effect
+    (`data.label_reach`)."""
     reward_expectile: Fraction = 0.95
-    """Weight on the better actions in V_r."""
+    """Expectile of V_r over the logged actions, between 0 and 1. At 0.5 V_r is their mean; nearer 1
+    it approaches the value of the best ones."""
     safety_expectile: Fraction = 0.99
-    """Weight on the safer actions in V_h (papers: 0.9)."""
+    """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
+    it approaches the value of the safest ones (papers: 0.9)."""
     safety_backup_steps: Sizes = (64, 32, 16, 8)
-    """Steps along the log in the targets of V_h, in equal parts of the critics' phase. End on 1
-    (the papers' form) where the environment is strongly random; see `values.safety`."""
+    """Number of steps along the log that a target of V_h covers. Each entry applies to an equal
+    part of the critics' phase. More steps smooth V_h less, but they follow the log's actions and
+    therefore tend to make V_h too high. Let the list end with 1 (the papers' form) where the
+    environment is strongly random; see `values.safety`."""
     polyak: Rate = 0.005
-    """Share by which the slow copies move towards the critics at each update."""
+    """Share of the distance to the critics that their slow copies move at each update. A smaller
+    share makes the targets more stable and the learning slower."""
     near_share: Share = 0.5
-    """Share of each batch drawn from the eighth of the log that lies nearest to V_h = 0."""
+    """Share of each batch that is drawn from the eighth of the log whose states lie nearest to
+    V_h = 0. A larger share makes the critics more accurate there and less so elsewhere; 0 draws all
+    transitions alike."""
     margin: NonNegative = 0.058
-    """Margin of the gate between safe and unsafe actions, in standard deviations of h over the
-    log; where labels are continuous at least one step's worth of h (sigma_h), because an actor
-    never sees a thinner gate. 0: no margin at all."""
+    """Distance from the boundary at which an action already counts as unsafe, in standard
+    deviations of h over the log. A larger margin makes the actor more cautious; 0 means no margin.
+    For continuous labels a margin above 0 is at least the typical change of h in one step
+    (sigma_h), because a thinner margin has no effect on an actor."""
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401
-        """Return the settings of a name in `presets`, some of them changed.
+        """Return the settings of the preset with this name, with `changes` applied.
 
         Raises:
-            ValueError: there is no preset of this name.
+            ValueError: there is no preset with this name.
 
         >>> from safeshield import SafeFQLConfig
         >>> SafeFQLConfig.preset("paper", seed=2).student_hidden
@@ -89,25 +103,29 @@ class ValueConfig(Settings):
         return cls(**{**cls.presets[name], **changes})
 
     def margin_of(self, safety: SafetyCritics) -> float:
-        """Return the margin of the gate, in units of h."""
+        """Return the margin in units of h."""
         share = self.margin * safety.scale.spread
-        # Binary labels jump by more than lies between safe and unsafe.
+        # The minimum of one step's change is for continuous labels only. A binary label changes in
+        # one step by more than the whole distance between safe and unsafe.
         return max(share, safety.scale.step_rms) if safety.continuous and self.margin else share
 
 
 @dataclass(frozen=True)
 class CriticConfig(ValueConfig):
-    """Settings of safety and one-step reward critics together."""
+    """Settings of algorithms that train safety critics and one-step reward critics together."""
 
     reward_backup_steps: Sizes = (64, 16, 8, 8)
-    """As `safety_backup_steps`, for V_r."""
+    """Number of steps along the log that a target of V_r covers. Each entry applies to an equal
+    part of the critics' phase. More steps carry distant rewards faster, but follow the log's
+    actions; 1 is the papers' form."""
     safe_reward_value: bool = True
-    """Value states by the best SAFE way on (`values.reward`); the papers' critics by any."""
+    """Whether V_r is the value of the best SAFE continuation (`values.reward`). False means the
+    best continuation of any kind, as in the papers."""
 
 
 @dataclass(frozen=True)
 class EulerConfig(CriticConfig):
-    """Settings of algorithms whose flow is integrated, beside those of their critics."""
+    """Settings of algorithms that have critics and a flow that is integrated."""
 
     flow_steps: PositiveInt = 10
-    """Euler steps of the flow."""
+    """Number of Euler steps that integrate the flow. More steps are more accurate and slower."""

@@ -27,11 +27,11 @@ Latent = Annotated[
 
 @dataclass(frozen=True)
 class FLRPConfig(CriticConfig):
-    """Settings of FLRP. The defaults are the preset "small": two cores, minutes, all tasks.
+    """Settings of FLRP. The defaults, which are the preset "small", are the same for all tasks.
 
-    "paper" has the settings of tables 4 and 5, for 1,000,000 updates on a GPU. What the paper does
-    not say (flows' depth, KL weight, entropy floor) is as in "small"; so are the temperatures'
-    units.
+    With the defaults training takes minutes on two cores. The preset "paper" has the settings of
+    tables 4 and 5, for 1,000,000 updates on a GPU. Settings that the paper does not give (depth of
+    the flows, KL weight, entropy floor) and the units of the temperatures are as in "small".
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -48,45 +48,65 @@ class FLRPConfig(CriticConfig):
     }
 
     flow_hidden: Sizes = (128, 128)
-    """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts."""
+    """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts.
+    Wider layers fit the log more closely and train more slowly."""
     latent: Latent | None = None
-    """Width of the latent space, at least 2; None: the action's, at least 2."""
+    """Width of the latent space, at least 2. A larger width can represent more kinds of behaviour.
+    None means the width of the action, but at least 2."""
     transforms: PositiveInt = 4
-    """Coupling layers of each flow."""
+    """Number of coupling layers in each flow. More layers fit more complex distributions and are
+    slower."""
     prior: Literal["flow", "gaussian"] = "flow"
-    """p(z | s); "gaussian" is N(0, I), the paper's ablation."""
+    """The prior p(z | s). "flow" is learned; "gaussian" is N(0, I), the paper's ablation."""
     feasibility: Literal["safety", "cost"] = "safety"
-    """What tells feasible from infeasible: Hamilton-Jacobi values, or (the ablation) cost values
-    below the 75th percentile of the log's transitions that violate nothing. The shield is always
-    made of the safety values."""
+    """Test that separates feasible from infeasible states and actions. "safety" uses the
+    Hamilton-Jacobi values. "cost", the paper's ablation, uses cost values, which must not exceed
+    their 75th percentile over the logged transitions without a violation. The shield always uses
+    the safety values."""
     decoder_spread: Positive = 0.1
-    """Standard deviation of the decoder's Gaussian, in half widths of the action box."""
+    """Standard deviation of the decoder's Gaussian, in half widths of the action box. A smaller
+    value makes the model reproduce the logged actions more exactly."""
     action_temperature: Positive = 0.3
-    """T_q of the evidence bound's weight, in standard deviations of h over the log."""
+    """Temperature T_q for Q_h in the weight of the evidence bound, in standard deviations of h over
+    the log. A smaller value separates safe from unsafe actions more sharply."""
     state_temperature: Positive = 0.5
-    """T_v, the same for V_h."""
+    """Temperature T_v for V_h in the weight of the evidence bound, in standard deviations of h over
+    the log. A smaller value separates safe from unsafe states more sharply."""
     kl_weight: NonNegative = 1.0
-    """Weight of the divergence of posterior from prior; 1: an evidence bound."""
+    """Weight of the divergence between posterior and prior. With 1 the loss is an evidence bound. A
+    larger weight keeps the posterior closer to the prior; a smaller one reproduces actions more
+    exactly."""
     shape_weight: NonNegative = 0.1
-    """Weight of the prior's shaping, eq. 12."""
+    """Weight of the shaping of the prior (eq. 12). A larger weight moves good safe actions closer
+    to the middle of the base distribution."""
     entropy_floor: float = -1.0
-    """H0: lowest entropy of the posterior, in nats for each latent entry. (A Gaussian of standard
-    deviation 0.09 has it.)"""
+    """Lowest entropy H0 of the posterior that the loss does not penalise, in nats per latent entry.
+    A larger value keeps the posterior wider. A Gaussian of standard deviation 0.09 has the entropy
+    of the default."""
     entropy_weight: NonNegative = 1.0
-    """lambda_H: weight of what is missing to that floor."""
+    """Weight lambda_H of the entropy that is missing to `entropy_floor`. A larger weight enforces
+    the floor more strictly."""
     reward_temperature: NonNegative = 3.0
-    """b_r: how much better actions count for more; in units of one step's advantage."""
+    """Temperature b_r of the weights of logged actions, in units of one step's advantage. A larger
+    value prefers actions of high reward more strongly; 0 weighs all feasible actions alike."""
     safety_temperature: NonNegative = 5.0
-    """b_h: how much more dangerous refined actions are pressed down."""
+    """Temperature b_h of the experts' safety loss, in units of one step's advantage. A larger value
+    gives dangerous refined actions more weight; 0 weighs all alike."""
     refine_steps: NonNegativeInt = 3
-    """T: safety, reward, ..., shared. `FLRP.with_refine_steps` changes it after training. Only the
-    experts that T calls on are trained: with 1 the shared one, with 2 safety and shared; with 0 the
-    third phase is left out and its updates go to the second."""
+    """Number T of refinement steps. More steps can move the policy further from the log. The safety
+    and the reward expert take turns, and the last step is the shared expert's. Only the experts in
+    use are trained: the shared one with T = 1, the safety and the shared one with T = 2. With T = 0
+    the third phase is omitted and the second gets its updates. `FLRP.with_refine_steps` changes T
+    after training."""
     reward_weight: NonNegative = 1.0
-    """lambda_r of the experts' loss."""
+    """Weight lambda_r of the reward term in the experts' loss. A larger weight keeps refined
+    actions closer to logged actions of high reward."""
     safety_weight: NonNegative = 10.0
-    """lambda_h (the paper: 1, with advantages in units of h)."""
+    """Weight lambda_h of the safety term in the experts' loss. A larger weight puts safety before
+    reward (the paper: 1, with advantages in units of h)."""
     shared_weight: NonNegative = 0.5
-    """lambda_sh."""
+    """Weight lambda_sh of the term that keeps the refined noise small and close to the original
+    noise. A larger weight makes refinement change less."""
     phase_shares: ThreePhases = (0.5, 0.3, 0.2)
-    """Shares of the steps for critics, generative model and experts."""
+    """Shares of the updates for critics, generative model and experts, which sum to 1. A phase with
+    a larger share trains for longer."""

@@ -27,11 +27,11 @@ Penalty = Annotated[
 
 @dataclass(frozen=True)
 class R2PACConfig(ValueConfig):
-    """Settings of R2PAC. The defaults are the preset "small": two cores, minutes, all tasks.
+    """Settings of R2PAC. The defaults, which are the preset "small", are the same for all tasks.
 
-    "paper" has the settings of table 4, for 600,000 updates on a GPU, and no cost limit, with one
-    alpha (over the states that do not violate) and one penalty for all tasks where table 5 has them
-    by the task.
+    With the defaults training takes minutes on two cores. The preset "paper" has the settings of
+    table 4, for 600,000 updates on a GPU, and no cost limit. It has one alpha (over the states that
+    do not violate) and one penalty for all tasks, where table 5 gives them for each task.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -59,63 +59,81 @@ class R2PACConfig(ValueConfig):
     }
 
     chunk: PositiveInt = 5
-    """h: actions of a chunk (the paper: 5; 1 for HalfCheetah)."""
+    """Number h of actions in a chunk. Longer chunks look further ahead and are harder to imitate
+    (the paper: 5, and 1 for HalfCheetah)."""
     execute: PositiveInt | None = None
-    """Actions of a chunk that are executed before the next is drawn, at most h (the paper: 1);
-    fewer where a state on the way is unsafe. None: half of h, rounded up. More than 1 needs the
-    state that `predict` returns to be passed to its next call; a caller who does not pass it gets a
-    new plan each time."""
+    """Number of actions of a chunk that are executed before the agent plans again, at most h (the
+    paper: 1). None means half of h, rounded up. A larger number needs less computing and reacts
+    later, but the agent plans again at once in an unsafe state. Above 1 the caller must pass the
+    state that `predict` returns to the next call; otherwise each call makes a new plan."""
     region: Literal["quantile", "horizon", "safety"] = "quantile"
-    """What is unsafe. "quantile": V_c above the alpha-quantile of its own values over the log's
-    states that do not violate, or above what `cost_limit` is worth, where that is less; "horizon":
-    V_c above what `cost_limit` is worth (eq. 42); "safety": V_h above -margin (appendix E.6), which
-    learns no costs."""
+    """Rule for unsafe states. With "quantile" a state is unsafe where V_c exceeds its
+    alpha-quantile over the logged states that do not violate, or the level of `cost_limit` if that
+    is lower. With "horizon" it is unsafe where V_c exceeds the level of `cost_limit` (eq. 42). With
+    "safety" it is unsafe where V_h exceeds -margin (appendix E.6), and no costs are learned."""
     quantile: Fraction = 0.9
-    """alpha, of the region "quantile": share of those states that are not unsafe by V_c."""
+    """Share alpha of the logged states without a violation that V_c does not call unsafe, with
+    region="quantile". A larger share makes the unsafe region smaller."""
     cost_limit: Positive | None = 10.0
-    """kappa, above 0: violating steps that an episode as long as the log's longest may have. None:
-    the quantile alone decides, as in the paper."""
+    """Number kappa of violating steps, above 0, that an episode as long as the log's longest may
+    have. A larger limit makes the unsafe region smaller. None means that the quantile alone
+    decides, as in the paper."""
     region_test: Literal["any", "end"] = "any"
-    """Which states of a chunk must not be unsafe: all it leads through, or the last (the paper)."""
+    """States of a chunk that must not be unsafe. "any" means all states that it leads through;
+    "end" means the last one only, as in the paper."""
     penalise: bool = True
-    """Whether chunks into the unsafe region are penalised; False: the ablation without V_r bar."""
+    """Whether chunks that lead into the unsafe region are penalised. False is the paper's ablation
+    without V_r bar."""
     penalty: Penalty | None = None
-    """What such a chunk is worth, with the sign turned, in discounted reward (the paper: 1 or 10).
-    None: minus the lowest discounted return from any step of the log on, an episode that was
-    truncated being taken to go on with the log's mean reward. Proposition 1 asks for more where the
-    safe ways earn less than that."""
+    """Penalty for a chunk that leads into the unsafe region, in discounted reward: its value is
+    -penalty (the paper: 1 or 10). A larger penalty keeps the agent further away. None means minus
+    the lowest discounted return from any logged step; a truncated episode is assumed to continue
+    with the log's mean reward. Proposition 1 requires a larger penalty where safe continuations
+    earn less than that return."""
     recover: bool = True
-    """Whether in unsafe states the chunks of low cost are imitated, and not those of high reward;
-    False: the ablation without V_c."""
+    """Whether the actor imitates chunks of low cost instead of high reward in unsafe states. False
+    is the paper's ablation without V_c."""
     reward_backup_steps: Sizes = (64, 16, 8, 8)
-    """Steps along the log in the targets of V_r and V_c, in equal parts of the critics' phase; h
-    and less: V leans to Q over chunks, the papers' form."""
+    """Number of steps along the log that a target of V_r or V_c covers. Each entry applies to an
+    equal part of the critics' phase. More steps carry distant rewards and costs faster, but follow
+    the log's actions. With h or fewer V is fitted to Q over chunks, as in the papers."""
     cost_expectile: Fraction = 0.97
-    """Weight on the cheaper chunks in V_c (the paper: 0.9)."""
+    """Expectile of V_c over the logged chunks, between 0 and 1. At 0.5 V_c is their mean; nearer 1
+    it approaches the cost of the cheapest ones (the paper: 0.9)."""
     actor: Literal["guided", "awr_flow", "awr_gaussian"] = "guided"
-    """What imitates (`nn.chunk_actors`)."""
+    """Kind of actor (`nn.chunk_actors`). "guided" is a flow with labels for good chunks; "awr_flow"
+    is a flow and "awr_gaussian" a Gaussian, both of which weigh good chunks more."""
     guidance: NonNegative = 2.0
-    """w of the guided actor."""
+    """Guidance weight w of the guided actor. A larger weight moves its chunks further towards those
+    labelled good."""
     label_dropout: Share = 0.1
-    """Share of the chunks that the guided actor sees without a label."""
+    """Share of the chunks that the guided actor sees without a label in training. A larger share
+    trains the flow without labels more and the flow with labels less."""
     reward_temperature: NonNegative = 6.0
-    """b_r of the weighted actors, in one chunk's advantage."""
+    """Temperature b_r of the weighted actors in safe states, in units of one chunk's advantage. A
+    larger value prefers chunks of high reward more strongly."""
     safety_temperature: NonNegative = 6.0
-    """b_c of the weighted actors, the same."""
+    """Temperature b_c of the weighted actors in unsafe states, in units of one chunk's advantage. A
+    larger value prefers chunks of low cost more strongly."""
     flow_steps: PositiveInt = 10
-    """Euler steps of the flows (the paper: 32)."""
+    """Number of Euler steps that integrate the flows. More steps are more accurate and slower (the
+    paper: 32)."""
     candidates: PositiveInt = 16
-    """Plans to choose from."""
+    """Number of sampled plans from which the agent chooses one. More plans allow a better choice
+    and take longer."""
     choose: Literal["region", "cost"] = "region"
-    """Which of them is followed. "region": in safe states that of the highest penalised Q_r, in
-    others that of the lowest Q_c, as the actor's labels say what is good (eq. 18). "cost": that of
-    the lowest Q_c everywhere, the paper's."""
+    """Choice among the sampled plans. "region" takes the plan of highest penalised Q_r in safe
+    states and the plan of lowest Q_c in the others, in accordance with the actor's labels (eq. 18).
+    "cost" takes the plan of lowest Q_c in all states, as in the paper."""
     inference: Literal["flow", "student"] = "flow"
-    """What draws them: the actor, or its one-step student. `R2PAC.acting_by` changes it."""
+    """Network that samples the plans: "flow" is the actor and "student" its faster one-step
+    student. `R2PAC.acting_by` changes it after training."""
     student_hidden: Sizes = (128, 128, 128)
-    """Widths of the student's hidden layers."""
+    """Widths of the student's hidden layers. Wider layers fit more closely and train more
+    slowly."""
     phase_shares: ThreePhases = (0.5, 0.3, 0.2)
-    """Shares of the steps for critics, actor and student."""
+    """Shares of the updates for critics, actor and student, which sum to 1. A phase with a larger
+    share trains for longer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +146,7 @@ class R2PACConfig(ValueConfig):
 
     @property
     def steps_of_a_plan(self) -> int:
-        """Actions of a chunk that are executed before the next is drawn.
+        """Number of actions of a chunk that are executed before the agent plans again.
 
         >>> R2PACConfig(chunk=5).steps_of_a_plan, R2PACConfig(chunk=1).steps_of_a_plan
         (3, 1)
