@@ -810,7 +810,7 @@ def test_what_cannot_be_read_is_neither_learned_from_nor_passed() -> None:
         agent.predict(np.array([np.nan], np.float32))
     with pytest.raises(ValueError, match="observation must be finite"):
         agent.value(np.array([np.nan], np.float32))
-    with pytest.raises(ValueError, match="at least one, got an empty batch"):
+    with pytest.raises(ValueError, match="at least one observation, got an empty batch"):
         agent.predict(np.zeros((0, 1), np.float32))
     # Rules are not asked about what is not a number: how they compare would decide.
     asked: list[float] = []
@@ -882,7 +882,7 @@ def test_an_action_that_a_shield_replaced_is_counted_and_one_changed_on_the_way_
     anything = SafeRules(lambda cell, move: True, env.action_space)
     uniform = Tabular(np.full((16, 4), 0.25), env.observation_space, env.action_space)
     agent = SafeSupportQLearning(SafetyShield(env, shield), uniform, FAST, safe=anything)
-    with pytest.warns(OutsideSafeSetWarning, match="judges otherwise than `safe`"):
+    with pytest.warns(OutsideSafeSetWarning, match="judges differently from `safe`"):
         agent.learn(650)
     assert agent.tally.replaced > 20
     assert agent.tally.unsafe_steps == 0
@@ -896,7 +896,7 @@ def test_an_action_that_a_shield_replaced_is_counted_and_one_changed_on_the_way_
             return (action + 1) % 4
 
     wrapped = Shifted(SafetyShield(lake(), shield))
-    with pytest.raises(ValueError, match="a wrapper around it changes actions"):
+    with pytest.raises(ValueError, match="a wrapper around the shield changes actions"):
         SafeSupportQLearning(wrapped, MaskedUniform(shield), FAST).learn(650)
 
 
@@ -936,7 +936,7 @@ def test_a_density_is_looked_at_before_anything_is_collected() -> None:
     for value, match in (
         (np.nan, "must be below infinity, got nan"),
         (np.inf, "must be below infinity, got inf"),
-        (-np.inf, "says of all of its own draws that it never makes them"),
+        (-np.inf, "log_prob is minus infinity for all of its own draws"),
     ):
         agent = SafeSupportQLearning(env, Told(value), FAST, safe=safe)
         with pytest.raises(ValueError, match=match):
@@ -963,7 +963,7 @@ def test_spaces_and_settings_that_do_not_fit_are_told_at_once(tmp_path: Path) ->
         SafeSupportQLearning(env, MaskedUniform(shield), tests, calibration_env=Push())
     pushed = Push()
     normalised = VecNormalize(DummyVecEnv([lambda: pushed]))
-    with pytest.raises(ValueError, match="VecNormalize hides the observations"):
+    with pytest.raises(ValueError, match="VecNormalize changes the observations"):
         SafeSupportQLearning(normalised, SafeRules(below, pushed.action_space), FAST)
 
     agent = SafeSupportQLearning(env, rules(env), FAST).learn(700)
@@ -1013,7 +1013,7 @@ def test_a_log_with_falls_is_learned_from_where_rules_admit_something() -> None:
     # Lost one step before a hole already: nothing is admitted in the cells 6, 9 and 14 or so.
     strict = SafeRules(lambda cell, move: cell not in (6, 9) and dry(cell, move), env.action_space)
     config = SSQLConfig(**{**vars(FAST), "extraction_steps": 0})
-    with pytest.warns(OutsideSafeSetWarning, match="begin or end where the rules admit nothing"):
+    with pytest.warns(OutsideSafeSetWarning, match="in states where the rules admit no action"):
         agent = SafeSupportQLearning(config=config).fit(log, strict, steps=50)
     assert agent._replay is not None
     met = agent._replay.column("observations")[:, 0]

@@ -1,4 +1,4 @@
-"""Learning online inside a safe set: behaviours, the collector, Safe-Support Q-learning."""
+"""Online learning inside a safe set: behaviours, the collector and Safe-Support Q-learning."""
 
 from safeshield.online.collector import OutsideSafeSetWarning, Tally, UnguardedWarning
 from safeshield.online.config import SSQLConfig

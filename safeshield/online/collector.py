@@ -1,4 +1,4 @@
-"""Collecting inside a safe set: what is proposed, what is executed, what it led to, all counted."""
+"""Collect transitions inside a safe set and count proposals, executed actions and outcomes."""
 
 from __future__ import annotations
 
@@ -26,54 +26,54 @@ Array = npt.NDArray[Any]
 
 
 class OutsideSafeSetWarning(UserWarning):
-    """A behaviour proposes actions outside the safe set; they are counted and never executed."""
+    """A behaviour proposes actions outside the safe set, which are counted and never executed."""
 
 
 class UnguardedWarning(UserWarning):
-    """No safe set is known: whatever a behaviour proposes is executed, or was learned from."""
+    """No safe set is known, so that every proposal of a behaviour is executed or learned from."""
 
 
 @dataclass
 class Tally:
-    """What happened since learning began, in single environments' steps and episodes."""
+    """Counts since learning began, in steps and episodes of single environments."""
 
     steps: int = 0
     """Actions executed."""
     episodes: int = 0
     """Episodes that have ended."""
     proposed_outside: int = 0
-    """Steps whose proposal lay outside the safe set: another action was executed."""
+    """Steps whose proposal lay outside the safe set, so that another action was executed."""
     support_outside: int = 0
-    """States in which some of what the behaviour may do, or did in its draws, lies outside."""
+    """States in which part of the behaviour's distribution, or of its draws, lies outside."""
     nothing_admitted: int = 0
-    """Steps in states where a shield accepts nothing: its least bad action was executed."""
+    """Steps in states where a shield accepts no action and executed that of lowest Q_h."""
     replaced: int = 0
-    """Steps in which a shield around the environment executed another action than was chosen here:
-    it judges otherwise than the safe set. What it executed is learned from."""
+    """Steps in which a shield around the environment executed another action than the chosen one,
+    because it judges differently from the safe set. The executed action is learned from."""
     unreadable: int = 0
-    """Steps that were executed and not learned from: an observation was not finite."""
+    """Steps that were executed but not learned from, because an observation was not finite."""
     unsafe_steps: int = 0
     """Steps after which ``info["constraint"] > 0`` or ``info["cost"] > 0`` (or NaN there)."""
     unsafe_episodes: int = 0
-    """Episodes with such a step, counted as soon as it happens."""
+    """Episodes with such a step. Each is counted as soon as the step happens."""
     labelled: bool = False
-    """Whether any info carried "constraint" or "cost": without one no violation can be seen."""
+    """Whether any info carried "constraint" or "cost", without which no violation is counted."""
 
 
 Choose = Callable[[Batch, SafeProposals, np.random.Generator], Array]
-"""From observations and proposals to the actions (n, act) to execute, which are among these."""
+"""Function of observations and proposals that returns the proposed actions (n, act) to execute."""
 
 
 class Collector:
-    """The environments, the behaviour and the safe set, one step at a time.
+    """Step environments with the actions of a behaviour that is restricted to a safe set.
 
     Args:
-        venv: of Stable-Baselines3.
-        codec: rows of observations.
+        venv: vector environment of Stable-Baselines3.
+        codec: converts observations to rows.
         mu: the behaviour, restricted to the safe set; it may be exchanged between two steps.
-        replay: where to put what is experienced.
-        samples: draws of mu in each state of a Box.
-        rng: of all draws.
+        replay: buffer that receives the transitions.
+        samples: draws of mu in each state, for a Box of actions.
+        rng: generator of all draws.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Collector:
     ) -> None:
         self.venv, self.mu, self.replay = venv, mu, replay
         self.choose: Choose | None = None
-        """What is executed of what mu proposes; None: mu's own draw."""
+        """Chooses the executed action among mu's proposals; None: mu's own draw is executed."""
         self.tally = Tally()
         self.returns = deque[float](maxlen=100)
-        """Sums of rewards of the last episodes since `reset`."""
+        """Sums of rewards of the last 100 episodes since `reset`."""
         self._codec, self._samples, self._rng = codec, samples, rng
         self._running = np.zeros(venv.num_envs)
         self._violated = np.zeros(venv.num_envs, dtype=np.bool_)
@@ -100,7 +100,7 @@ class Collector:
         self._warned = self._warned_replaced = False
 
     def reset(self, *, record: bool) -> None:
-        """Begin new episodes; `record` what `returns_to_go` needs until it is asked for."""
+        """Begin new episodes; with `record`, keep the rewards until `returns_to_go` is called."""
         self._observations = copied(self.venv.reset())
         self._violated[:], self._running[:] = False, 0.0
         self.returns.clear()
@@ -108,7 +108,7 @@ class Collector:
         self._proposals = self._propose(self._observations)
 
     def returns_to_go(self, discount: float) -> Array:
-        """Return the discounted returns of what was recorded since `reset`, and stop recording.
+        """Return the discounted returns of the steps recorded since `reset`, and stop recording.
 
         Raises:
             RuntimeError: nothing was recorded.
@@ -123,14 +123,14 @@ class Collector:
         return self.mu.propose(observations, self._samples, self._rng)
 
     def propose(self, observation: Batch, rng: np.random.Generator) -> Array:
-        """Return mu's own draws, restricted to the safe set: what acts before anything is learned.
+        """Return mu's draws, restricted to the safe set, which act before anything is learned.
 
         Args:
-            observation: one, or a batch.
-            rng: of the draws.
+            observation: one observation, or a batch.
+            rng: generator of the draws.
 
         Raises:
-            ValueError: another shape, or NaN.
+            ValueError: the observation has another shape, or holds NaN or infinity.
         """
         points, single = readable_batch(self._codec, observation)
         executed = self.mu.propose(points, self._samples, rng).executed
@@ -138,30 +138,31 @@ class Collector:
         return np.asarray(actions[0]) if single else actions
 
     def check_density(self) -> None:
-        """Raise ValueError where the behaviour's density is none, before steps are spent on it."""
+        """Raise ValueError early where the behaviour's density excludes all of its own draws."""
         behaviour = self.mu.behaviour
-        if self._proposals is None or self.mu.codec.discrete:  # of choices it is always read
+        # The probabilities of discrete choices are checked whenever they are read.
+        if self._proposals is None or self.mu.codec.discrete:
             return
         seen = finite(self._observations)
         drawn = behaviour.draw(seen, self._samples, self._rng)
         told = log_density(behaviour, seen, np.asarray(drawn, np.float32))
         if told is not None and np.isneginf(told).all():
             raise ValueError(
-                "the behaviour's log_prob says of all of its own draws that it never makes them "
-                f"(minus infinity) in the state {take(self._observations, 0)}"
+                "the behaviour's log_prob is minus infinity for all of its own draws in the state "
+                f"{take(self._observations, 0)}"
             )
 
     def step(self) -> tuple[Array, Array, list[dict[str, Any]]]:
-        """Execute one action in every environment, and add what came of it to the replay.
+        """Execute one action in every environment, and add the transitions to the replay.
 
         Returns:
-            rewards (n,), the ends of episodes (n,), and the infos.
+            The rewards (n,), the ends of episodes (n,), and the infos.
 
         Raises:
-            RuntimeError: called before `reset`.
-            ValueError: a reward is not finite, a label no number; or what the shield around the
-                environment was given is not what was sent.
-            NoSafeActionError: rules admit nothing in a state.
+            RuntimeError: `step` was called before `reset`.
+            ValueError: a reward is not finite, or a label is not a number; or the shield around the
+                environment received another action than the one that was sent.
+            NoSafeActionError: rules admit no action in a state.
         """
         here, before, codec = self._proposals, self._observations, self.mu.codec
         if here is None:
@@ -184,8 +185,8 @@ class Collector:
             reached[i] = self._rows(infos[i][TERMINAL_OBSERVATION])[0]
         self._observations = copied(returned)
         self._proposals = after = self._propose(self._observations)
-        # Nothing is asked about a terminal state; what stands there is never read. Where an episode
-        # was cut off, its last state is asked about.
+        # The proposals in a terminal state are never read. Where an episode was cut off, the
+        # behaviour is asked for proposals in its last state.
         cut = np.flatnonzero(dones & ~terminated)
         if len(cut):
             after = after.replaced(cut, self._propose(self._codec.batch(reached[cut])))
@@ -211,7 +212,7 @@ class Collector:
         return np.array(self._codec.flatten(observations, "observation")[0], np.float32)
 
     def _told(self, executed: Array, sent: Array, infos: list[dict[str, Any]]) -> Array:
-        """Return what ran, where a shield around the environment tells."""
+        """Return the actions that ran, as far as a shield around the environment reports them."""
         rows = np.array(executed)
         for i, info in enumerate(infos):
             told, given = info.get(EXECUTED), info.get(PROPOSED)
@@ -220,8 +221,9 @@ class Collector:
             if given is not None and not _alike(given, sent[i]):
                 raise ValueError(
                     f"the shield around the environment was given the action {given} where "
-                    f"{sent[i]} was sent: a wrapper around it changes actions, so that nobody "
-                    "judges what runs; put it inside, SafetyShield(wrapper(env), shield)"
+                    f"{sent[i]} was sent: a wrapper around the shield changes actions, so that "
+                    "`safe` judges other actions than those that run; put the wrapper inside, "
+                    "SafetyShield(wrapper(env), shield)"
                 )
             if not _alike(told, sent[i]):
                 self.tally.replaced += 1
@@ -235,8 +237,8 @@ class Collector:
         self._warned_replaced = True
         warnings.warn(
             f"the shield around the environment executed {told} where {sent} was chosen: it judges "
-            "otherwise than `safe`. Such steps are counted (tally.replaced), and learned from as "
-            "executed; leave `safe` out, and the environment's own shield is asked beforehand",
+            "differently from `safe`. Such steps are counted (tally.replaced), and the executed "
+            "action is learned from; leave `safe` out to choose by the environment's own shield",
             OutsideSafeSetWarning,
             stacklevel=5,
         )
@@ -254,8 +256,8 @@ class Collector:
             warnings.warn(
                 f"the behaviour's support is not inside the safe set: {here.mass_outside[at]:.1%} "
                 f"of it lies outside in the state {take(self._observations, at)}. Such actions are "
-                "counted (tally.proposed_outside), never executed and never learned from; draw "
-                "from SafeSupportPolicy(shield, policy) to be rid of them",
+                "counted (tally.proposed_outside), never executed and never learned from; use "
+                "SafeSupportPolicy(shield, policy) as the behaviour to avoid them",
                 OutsideSafeSetWarning,
                 stacklevel=4,
             )
@@ -279,26 +281,26 @@ def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 - actions
 
 
 def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
-    """Return a batch of observations, and whether it was one.
+    """Return a batch of observations, and whether a single observation was given.
 
     Raises:
-        ValueError: another shape, none at all, or NaN.
+        ValueError: the observation has another shape, is an empty batch, or is not finite.
     """
     rows, single = codec.flatten(observation, "observation")
     if not len(rows):
-        raise ValueError("observation must hold at least one, got an empty batch")
+        raise ValueError("observation must hold at least one observation, got an empty batch")
     if not np.isfinite(rows).all():
         raise ValueError(f"observation must be finite, got {rows[~np.isfinite(rows).all(1)][0]}")
     return codec.batch(rows), single
 
 
 def check_environment(venv: VecEnv, safe_set: SafeSet | None) -> None:
-    """Check that actions can be judged in an environment, and that the safe set is made for it.
+    """Check that actions can be judged in an environment, and that the safe set fits its spaces.
 
     Raises:
-        TypeError: a space that is not supported.
-        ValueError: observations are normalised, so that they are hidden from whoever judges actions
-            by them; an action space without bounds; or the safe set is for other spaces.
+        TypeError: a space is not supported.
+        ValueError: `VecNormalize` normalises the observations, by which actions are judged; the
+            action space has no bounds; or the safe set is for other spaces.
     """
     flat_actions(venv.action_space)
     flat_observations(venv.observation_space)
@@ -308,19 +310,24 @@ def check_environment(venv: VecEnv, safe_set: SafeSet | None) -> None:
     normalised = unwrap_vec_normalize(venv)
     if normalised is not None and normalised.norm_obs:
         raise ValueError(
-            "VecNormalize hides the observations from whoever judges actions by them: pass "
-            "norm_obs=False (the critics normalise what they see)"
+            "VecNormalize changes the observations by which actions are judged: pass "
+            "norm_obs=False (the critics normalise their inputs themselves)"
         )
 
 
 def check_playable(space: gym.Space[Any]) -> None:
-    """Raise unless actions are discrete, or of a bounded Box of floating-point numbers."""
+    """Raise an error unless actions are discrete or from a bounded Box of floating-point numbers.
+
+    Raises:
+        TypeError: the Box holds integers, or the space is not supported.
+        ValueError: the Box has no bounds.
+    """
     played = flat_actions(space)
     if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):
         raise TypeError(
-            f"a Box of actions must be of floating-point numbers, got {space!r}: what is judged "
-            "would be rounded before it runs; round in a wrapper of the environment, or make it "
-            "MultiDiscrete"
+            f"a Box of actions must be of floating-point numbers, got {space!r}: an action would "
+            "be rounded after it was judged; round in a wrapper of the environment, or make the "
+            "space MultiDiscrete"
         )
     if not (np.isfinite(played.low).all() and np.isfinite(played.high).all()):
         raise ValueError(
@@ -329,7 +336,7 @@ def check_playable(space: gym.Space[Any]) -> None:
 
 
 def as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
-    """Return an environment as a `VecEnv` of one; raise TypeError for what is none."""
+    """Return an environment as a `VecEnv`; raise TypeError for any other object."""
     if env is None or isinstance(env, VecEnv):
         return env
     if not isinstance(env, gym.Env):

@@ -25,60 +25,64 @@ class SSQLConfig(Settings):
     seed: Seed = 0
     """Seed of weights, batches and draws."""
     temperature: Positive = 0.1
-    """a, in units of return: what a nat of KL to the behaviour costs at each step. About a
-    hundredth of what good and bad actions differ by; large imitates the behaviour."""
+    """a, in units of return: the cost of a nat of KL to the behaviour at each step. A useful value
+    is about a hundredth of the difference between the returns of good and bad actions. A large
+    value imitates the behaviour."""
     discount: Fraction = 0.99
-    """g, per step."""
+    """g, the discount per step."""
     samples: PositiveInt = 16
-    """m: draws of the behaviour in each state, kept with the transition; where actions are discrete
-    and it knows its probabilities, none are needed."""
+    """m: draws of the behaviour in each state, kept with the transition. None are needed where
+    actions are discrete and the behaviour knows their probabilities."""
     critic_hidden: Sizes | None = None
-    """Widths of the critics' hidden layers. None: where the observation is one Discrete a table
-    (no hidden layer over its indicators), else (128, 128)."""
+    """Widths of the critics' hidden layers. None: a table (no hidden layer over the indicators of
+    the states) where the observation is one Discrete and actions are discrete, else (128, 128)."""
     twins: Literal["mean", "min"] = "mean"
-    """Q of the twin critics: their mean, or the lower of the two. The latter's caution adds up over
-    the steps, and no value needs it: what mu never does is not among what is compared."""
+    """Q of the twin critics: their mean, or the lower of the two. The pessimism of "min" adds up
+    over the steps. It is not needed here, because actions that mu never takes are not compared."""
     actor_hidden: Sizes = (128, 128)
     """Widths of the parametric policy's hidden layers."""
     components: PositiveInt = 4
-    """Truncated normals that the parametric policy of a Box mixes."""
+    """Number of truncated normals in the parametric policy's mixture, for a Box of actions."""
     batch_size: PositiveInt = 256
     """Transitions in an update."""
     learning_rate: Positive = 1e-3
-    """Adam's rate. Online it stays; in `fit` and in the extraction it falls to a fiftieth."""
+    """Adam's learning rate. It is constant in `learn`; in `fit` and in the extraction it falls to a
+    fiftieth."""
     polyak: Rate = 0.05
-    """Share by which the critics' slow copies move towards them at each update."""
+    """Share by which the critics' slow copies move towards the critics at each update."""
     buffer_size: PositiveInt = 200_000
     """Transitions that are kept while learning online."""
     learning_starts: PositiveInt = 1000
-    """Steps that the behaviour collects before the first update; units are read off them."""
+    """Steps that the behaviour collects before the first update. The units of observations and
+    values are computed from them."""
     train_freq: PositiveInt = 1
     """Steps of all environments between updates."""
     gradient_steps: PositiveInt = 1
-    """Updates at a time."""
+    """Number of updates each time."""
     extraction: Literal["auto", "reverse", "forward"] = "auto"
-    """Direction of the KL by which the parametric policy is fitted to the induced one; "auto":
-    reverse where the behaviour has a density, else forward, and forward behind `SafeRules` in a Box
-    (which reverse asks about thousands of actions in each update). "reverse" without a density uses
-    that of a clone."""
+    """Direction of the KL by which the parametric policy is fitted to the induced one. "auto":
+    reverse where the behaviour has a density, else forward. It is also forward for `SafeRules` in a
+    Box, because reverse would evaluate the rules for thousands of actions in each update.
+    "reverse" without a density uses the density of a clone."""
     extraction_steps: NonNegativeInt = 2000
     """Updates of stage two, after the last step; 0: no parametric policy."""
     policy: Literal["auto", "induced", "parametric"] = "auto"
-    """What `predict` does: weigh the behaviour's own actions, which keeps within its support, or
-    ask the network; "auto": the former wherever the behaviour is at hand."""
+    """The policy of `predict`. "induced" weighs the behaviour's own actions and stays within its
+    support; "parametric" uses the network; "auto" is "induced" wherever the behaviour is known."""
     predict_samples: PositiveInt = 64
     """Draws of the behaviour that `predict` weighs in a Box."""
     refresh_every: PositiveInt | None = None
-    """Steps between refreshes of what collects; None: the behaviour collects all the time. A
-    refreshed collector weighs what the behaviour offers by exp(Q / a), of the critics then."""
+    """Steps between two refreshes of the collector; None: the behaviour collects all the time. A
+    refreshed collector weighs the behaviour's proposals by exp(Q / a), with the critics of that
+    time."""
     refresh_share: Share = 0.5
     """Share of the actions of a refreshed collector that are weighed; the others are the
     behaviour's."""
     recalibration_episodes: NonNegativeInt = 0
-    """Budget, in episodes in the calibration environment over a whole `learn`: each refreshed
-    collector is put to the test that the shield's record names before it acts, and does not act
-    where it fails or the budget is spent. 0: no test; the record's own policies must stand for
-    it."""
+    """Budget of tests, in episodes of the calibration environment over a whole `learn`. Each
+    refreshed collector must pass the test in the shield's record before it acts. It does not act
+    where it fails or the budget is spent. 0: no test, so that the record speaks only of its own
+    policies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Logs as experience: transitions with what a behaviour proposes there; and a log's own clone."""
+"""Turn logs into transitions with a behaviour's proposals, and clone the behaviour of a log."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def replay_of_log(
 ) -> Replay:
     """Return the transitions of a log, with the behaviour's proposals in both of their states.
 
-    Where rules admit nothing in a state, the transitions from it, and those into it that do not
+    Where rules admit no action in a state, the transitions from it, and those into it that do not
     terminate, are left out, with a warning.
 
     Raises:
-        ValueError: none are left.
+        ValueError: no transition is left.
     """
     seen, rules = dataset.flat_observations, isinstance(mu.safe_set, SafeRules)
     if isinstance(mu.safe_set, SafeRules):
@@ -49,16 +49,16 @@ def replay_of_log(
         return SafeProposals(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     here = proposals(dataset.observations)
-    # The state after a step is where the next one starts; an episode's last is asked about where it
-    # was cut off. Nothing is asked about a terminal state, and what stands there is never read.
+    # The state after a step is the state before the next one. Where an episode was cut off, the
+    # behaviour is asked for proposals in its last state. Those in a terminal state are never read.
     after = here.take(np.minimum(np.arange(len(dataset)) + 1, len(dataset) - 1))
     cut = np.flatnonzero(dataset.truncated & ~dataset.terminated)
     if len(cut):
         after = after.replaced(cut, proposals(dataset.next_observations[cut]))
     if here.mass_outside.any():
         warnings.warn(
-            f"{here.mass_outside.mean():.1%} of what the behaviour offers in the log's states lies "
-            "outside the safe set: it is never learned from",
+            f"{here.mass_outside.mean():.1%} of the behaviour's proposals in the log's states lie "
+            "outside the safe set: they are never learned from",
             OutsideSafeSetWarning,
             stacklevel=3,
         )
@@ -69,8 +69,8 @@ def replay_of_log(
         if not kept.any():
             raise ValueError("the rules admit no action in any state of the log")
         warnings.warn(
-            f"{(~kept).sum()} of the log's {len(kept)} transitions begin or end where the rules "
-            "admit nothing, and are left out",
+            f"{(~kept).sum()} of the log's {len(kept)} transitions begin or end in states where "
+            "the rules admit no action, and are left out",
             OutsideSafeSetWarning,
             stacklevel=3,
         )
@@ -80,7 +80,11 @@ def replay_of_log(
 def clone_of_log(
     dataset: OfflineDataset, model: SSQLModel, config: SSQLConfig, device: torch.device
 ) -> Params:
-    """Return the weights of the log's own behaviour, by maximum likelihood of its actions."""
+    """Return the weights of a clone of the log's behaviour, by maximum likelihood of its actions.
+
+    Raises:
+        FloatingPointError: the cross-entropy became NaN or infinite.
+    """
     codec, count = dataset.flat_actions, len(dataset)
     candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)
     if codec.discrete:

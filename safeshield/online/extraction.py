@@ -1,4 +1,4 @@
-"""Stage two: the induced policy, and which updates fit the parametric policy to it."""
+"""Stage two: the induced policy, and the updates that fit the parametric policy to it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class InducedPolicy:
-    """pi* = mu exp(Q / a) / Z: all that it does is among what mu proposes, inside the safe set."""
+    """The policy pi* = mu exp(Q / a) / Z, which chooses among mu's proposals in the safe set."""
 
     model: SSQLModel
     params: Params
-    """Weights of the critics; they are never changed in place."""
+    """Weights of the critics, which are never changed in place."""
     mu: SafeBehaviour
     config: SSQLConfig
     device: torch.device
@@ -55,10 +55,10 @@ class InducedPolicy:
         """Return one of the proposed actions (n, act) in each state, and log pi*/mu of it (n,).
 
         Args:
-            observations: n of them.
-            here: what mu proposes there.
-            rng: of the draw.
-            deterministic: the likeliest instead of a draw.
+            observations: n observations.
+            here: mu's proposals in these states.
+            rng: generator of the draw.
+            deterministic: return the likeliest action instead of a draw.
         """
         support, q = self._values(observations, here)
         tensor = induced_log_policy(q, self.config.temperature, support.log_mu)
@@ -73,14 +73,14 @@ class InducedPolicy:
 
     @torch.no_grad()
     def value(self, observations: Batch, rng: np.random.Generator) -> Array:
-        """Return V(s) (n,)."""
+        """Return V(s) (n,), in units of return."""
         here = self.mu.propose(observations, self.config.predict_samples, rng)
         support, q = self._values(observations, here)
         value = soft_value(q, self.config.temperature, support.log_mu)
         return np.asarray(value.double().cpu().numpy())
 
     def _values(self, observations: Batch, here: SafeProposals) -> tuple[Support, Tensor]:
-        """Return what mu proposes on the device, and Q (n, c) of it."""
+        """Return mu's proposals as tensors on the device, and their Q (n, c)."""
         model = self.model
         rows = model.observation_codec.flatten(observations, "observation")[0].astype(np.float32)
         support = support_of(
@@ -90,14 +90,14 @@ class InducedPolicy:
 
 
 def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> list[Phase]:
-    """Return the phases, in order; none where `extraction_steps` is 0.
+    """Return the phases of stage two, in order; none where `extraction_steps` is 0.
 
-    One phase trains the actor. Before it, in a Box with the reverse direction, a clone of mu is
-    trained: the actor starts from it, inside the support, and its density takes the place of mu's
-    where mu has none.
+    One phase trains the actor. In a Box with the reverse direction, a phase before it trains a
+    clone of mu. The actor starts from the clone, inside the support. Where mu has no density, the
+    clone's density is used.
 
     Args:
-        updates: closed over what was experienced.
+        updates: the updates, with the replay of transitions.
         mu: the behaviour, restricted to the safe set.
         cloned: whether the clone has been trained already.
     """
@@ -105,8 +105,8 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
     total, size = config.extraction_steps, config.batch_size
     if not total:
         return []
-    # The reverse direction would ask rules, in Python, about every draw of every update; the
-    # forward direction uses mu's own draws, which have been judged.
+    # The reverse direction would call the rules, in Python, for every draw of every update. The
+    # forward direction uses mu's own draws, which have been judged already.
     costly = isinstance(mu.safe_set, SafeRules) and not model.actor.choices
     known = _has_density(updates, mu)
     reverse = config.extraction == "reverse" or (
@@ -128,7 +128,7 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
             likely = model.policy(state.networks[CLONE]).log_prob(seen, actions)
         return mu.masked(seen, actions, likely)
 
-    # The actor is set once, in the first step: a resumed run must not set it again.
+    # The actor is set once, in the first step, because a resumed run must not set it again.
     actor = Phase(
         "actor", rest, updates.reverse_box(rest, log_mu), size, refresh=begin, refresh_every=rest
     )
@@ -136,7 +136,7 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
 
 
 def _has_density(updates: SSQLUpdates, mu: SafeBehaviour) -> bool:
-    """Whether mu has a density: asked about a possible action in a state of the replay."""
+    """Return whether mu returns a density for a possible action in a state of the replay."""
     codec = updates.model.action_codec
     middle = (0.5 * (codec.low + codec.high)).astype(np.float32)[None]
     tried = codec.choices if codec.discrete else middle
