@@ -1,4 +1,5 @@
-"""Networks, each written once: they run on tensors (training) and on NumPy arrays (deployment).
+"""Networks. The same code runs on tensors in training and on NumPy arrays in deployment.
 
-What a shield runs loads no PyTorch: `nn.arrays` holds the few operations that differ.
+The networks of a deployed shield do not load PyTorch. `nn.arrays` contains the operations that
+differ between arrays and tensors.
 """

@@ -1,8 +1,9 @@
-"""Actors: policy networks with all that must be known to run them, to write them, to read them.
+"""Actors: descriptions of policy networks that can be run, written to a file and read back.
 
-An actor is a frozen description; the weights are passed, by the names that its `shapes` list. A new
-kind is one class with the decorator `register_actor`: shields then act by it, and their files hold
-it. A file never causes an import: whoever reads one of a kind of their own imports its class first.
+An actor is a frozen description. The weights are passed separately, by the names that `shapes`
+lists. A new kind is one class with the decorator `register_actor`; shields can then act by it and
+store it in their files. Reading a file never imports a module, so the class of a user's own kind
+must be imported before a file that contains it is read.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from safeshield.nn.flow import euler_noise, euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Shapes
 
 FALLBACK, BEHAVIOUR = "student", "behaviour"
-"""Usual names of a shield's fallback actor, and of the network that imitates the log."""
+"""Names of the network of a shield's fallback actor and of the network that imitates the log."""
 MAX_WIDTH, MAX_LAYERS, MAX_STEPS = 16_384, 32, 1000
-"""The most that a file's header may ask for."""
+"""Upper limits for the sizes that a file's header may state."""
 
 
 class Widths(NamedTuple):
-    """What the spaces fix of every network's shape."""
+    """Numbers of features and choices, which the spaces determine."""
 
     observation: int
-    """Features of an observation."""
+    """Number of features of an observation."""
     action: int
-    """Features of an action."""
+    """Number of features of an action."""
     choices: int
-    """Number of actions; 0 for a Box."""
+    """Number of discrete actions; 0 for a Box."""
 
 
 class Network(Protocol):
@@ -53,20 +54,21 @@ class Network(Protocol):
 
 
 class Described(Protocol):
-    """A frozen dataclass that a file's header can hold: its kind, and its fields as JSON values.
+    """A frozen dataclass that is stored in a file's header as its kind and its fields in JSON.
 
-    Fields called as those of `Widths` are not written: the spaces tell them.
+    Fields that have the name of a field of `Widths` are not written, because the spaces determine
+    them.
     """
 
     kind: ClassVar[str]
-    """What files call it."""
+    """Name of the kind in files."""
 
     def parts(self) -> Mapping[str, Network]:
-        """Describe every network that it runs."""
+        """Return the description of every network, by name."""
         ...
 
     def check(self) -> None:
-        """Raise ValueError where the fields, as a file gave them, cannot be."""
+        """Raise ValueError if the fields, as read from a file, are not valid."""
         ...
 
 
@@ -75,7 +77,7 @@ class Actor(Described, Protocol):
 
     @property
     def noise_features(self) -> int:
-        """Width of the noise that it draws an action with."""
+        """Width of the noise from which an action is drawn."""
         ...
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
@@ -85,7 +87,7 @@ class Actor(Described, Protocol):
 
 @runtime_checkable
 class HasDensity(Protocol):
-    """An actor that knows how likely its actions are."""
+    """An actor that can compute the density of its actions."""
 
     def log_density(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
         """Return log p(a | s) of actions (n, act) in [-1, 1] in n states, (n,), in nats."""
@@ -96,17 +98,17 @@ class HasDensity(Protocol):
 
 D = TypeVar("D", bound=Described)
 KINDS: dict[str, type[Described]] = {}
-"""What a shield's file can name: actors, what imitates discrete actions, and action critics."""
+"""Classes that a shield's file can name: actors, discrete classifiers and action critics."""
 
 
 def register_actor(new: type[D]) -> type[D]:
-    """Make a class known to the files of shields, as a decorator.
+    """Register a class, as a decorator, so that files of shields can contain it.
 
     Raises:
-        ValueError: another class has its kind.
+        ValueError: another class has the same kind.
     """
     old = KINDS.setdefault(new.kind, new)
-    # A notebook's cell that runs again defines the same class anew.
+    # Running a notebook cell again defines the same class again.
     if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
         raise ValueError(f"kind {new.kind!r} is taken by {old.__module__}.{old.__qualname__}")
     KINDS[new.kind] = new
@@ -114,10 +116,10 @@ def register_actor(new: type[D]) -> type[D]:
 
 
 def to_header(part: Described | None) -> dict[str, Any] | None:
-    """Return what a file's header holds of an actor or an action critic.
+    """Return the entry of an actor or an action critic in a file's header.
 
     Raises:
-        ValueError: its class is not registered, so that no file can name it.
+        ValueError: the class is not registered, so that no file can name it.
     """
     if part is None:
         return None
@@ -136,17 +138,17 @@ def _without_widths(value: Any) -> Any:  # noqa: ANN401
 
 
 def from_header(what: str, data: dict[str, Any] | None, widths: Widths, needs: str) -> Any:  # noqa: ANN401
-    """Rebuild what `to_header` returned.
+    """Rebuild an actor or an action critic from the entry that `to_header` returned.
 
     Args:
         what: name of the header's entry.
         data: the entry.
-        widths: what the spaces fix.
-        needs: name of the method that the entry is used for.
+        widths: widths that the spaces determine.
+        needs: name of a method that the class must have.
 
     Raises:
-        ValueError: the kind is not known to this process, has no such method, or a field is not
-            what it must be.
+        ValueError: the kind is not registered in this process or has no such method, or a field is
+            not valid.
     """
     if data is None:
         return None
@@ -177,7 +179,7 @@ def _rebuilt(known: Any, what: str, data: dict[str, Any], widths: dict[str, int]
 
 
 def check_hidden(what: str, widths: object) -> None:
-    """Raise ValueError unless a file may ask for hidden layers of these widths."""
+    """Raise ValueError unless the number and the widths of hidden layers are within the limits."""
     if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= MAX_LAYERS:
         raise ValueError(f"'{what}' must have between 1 and {MAX_LAYERS} hidden layers")
     if not all(type(w) is int and 1 <= w <= MAX_WIDTH for w in widths):
@@ -196,7 +198,10 @@ def check_count(what: str, value: object, least: int, most: int) -> None:
 @register_actor
 @dataclass(frozen=True)
 class OneStepActor:
-    """One perceptron: (s, z) to an action. SafeFQL's student, `ShieldTrainer`'s fallback."""
+    """One perceptron that maps (s, z) to an action.
+
+    It is the student of SafeFQL and the fallback of `ShieldTrainer`.
+    """
 
     kind: ClassVar[str] = "one_step"
     observation: int
@@ -205,7 +210,7 @@ class OneStepActor:
 
     @cached_property
     def network(self) -> EnsembleMLP:
-        """Describe its network."""
+        """Description of the network."""
         return EnsembleMLP(self.observation + self.action, self.action, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
@@ -231,18 +236,18 @@ class OneStepActor:
 @register_actor
 @dataclass(frozen=True)
 class FlowActor:
-    """A velocity field that carries noise to what the log does (`nn.flow`)."""
+    """A velocity field that carries noise to actions of the log (`nn.flow`)."""
 
     kind: ClassVar[str] = "flow"
     observation: int
     action: int
     hidden: tuple[int, ...]
     flow_steps: int = 10
-    """K, Euler steps."""
+    """K, the number of Euler steps."""
 
     @cached_property
     def network(self) -> EnsembleMLP:
-        """Describe the velocity field."""
+        """Description of the network of the velocity field."""
         return velocity_network(self.observation, self.action, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
@@ -273,7 +278,7 @@ class FlowActor:
 @register_actor
 @dataclass(frozen=True)
 class Classifier:
-    """What imitates a log of discrete actions: the logits of all choices."""
+    """A classifier that imitates a log of discrete actions by the logits of all choices."""
 
     kind: ClassVar[str] = "classifier"
     observation: int
@@ -282,7 +287,7 @@ class Classifier:
 
     @cached_property
     def network(self) -> EnsembleMLP:
-        """Describe its network."""
+        """Description of the network."""
         return EnsembleMLP(self.observation, self.choices, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:

@@ -1,13 +1,13 @@
-"""The operations that NumPy arrays and tensors spell differently, so that networks stand once.
+"""Operations that differ between NumPy arrays and tensors, so that each network is written once.
 
-A network runs on tensors while it is trained, and on NumPy arrays where it is deployed: a single
-observation takes longer to enter PyTorch than a small network takes to compute. Everything here
-takes either kind and returns the same kind. PyTorch is imported only where a tensor comes in.
+A network runs on tensors in training and on NumPy arrays in deployment, because converting a single
+observation to a tensor takes longer than a small network takes to compute. Each function here
+accepts arrays or tensors and returns the same kind. PyTorch is imported only for tensors.
 
-(The package array-api-compat offers the same for the operations of the array standard. Its look-up
-of the namespace alone costs as much as two layers of a small network do for one observation, and
-the operations that matter most here, a batched product with a bias and products in place, are not
-part of the standard.)
+(The package array-api-compat does the same for the operations of the array standard. Its look-up of
+the namespace takes as long as two layers of a small network take for one observation. The standard
+also lacks the operations that matter most here: a batched product with a bias, and products in
+place.)
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ A = TypeVar("A", Float, "Tensor")
 B = TypeVar("B", npt.NDArray[np.floating[Any]], "Tensor")
 """Arrays of any precision, or tensors."""
 ParamsOf: TypeAlias = Mapping[str, A]
-"""The weights of one network, by name: `ParamsOf[A]` as arrays or tensors."""
+"""Weights of one network as arrays or tensors, by name."""
 NetworksOf: TypeAlias = Mapping[str, ParamsOf[A]]
 """Networks by name."""
 Weights: TypeAlias = Mapping[str, Float]
-"""The weights of one network as arrays."""
+"""Weights of one network as arrays, by name."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -39,10 +39,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Deployed(dict[str, Float]):
-    """The weights of one network where it is deployed: nothing in it changes any more.
+    """The weights of a deployed network. They must not change.
 
     Attributes:
-        memo: what functions marked `derived` have made of the weights.
+        memo: results of functions with the decorator `derived`, by function.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -50,7 +50,7 @@ class Deployed(dict[str, Float]):
         self.memo: dict[Callable[..., Any], Any] = {}
 
     def __reduce__(self) -> tuple[type[Deployed], tuple[dict[str, Float]]]:
-        # What is derived is made anew where it is unpickled.
+        # The memo is not pickled; it is computed again after unpickling.
         return Deployed, (dict(self),)
 
 
@@ -63,7 +63,7 @@ def deployed(networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Deployed
 
 
 def derived(make: F) -> F:
-    """Decorate a function of one network's weights: of `Deployed` ones it is computed once."""
+    """Decorate a function of one network's weights; for `Deployed` weights store the result."""
 
     def look_up(params: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if not isinstance(params, Deployed):
@@ -78,7 +78,7 @@ def derived(make: F) -> F:
 
 
 _ZERO = np.zeros((), np.float32)
-"""Python's 0.0 would be made an array in every layer."""
+"""Zero as an array. NumPy would convert a Python 0.0 to an array in every layer."""
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def affine_relu(x: A, weight: A, bias: A) -> A:
 
 
 def transposed(weight: A) -> A:
-    """Return a matrix (out, in) as (in, out), in the memory layout that products read fastest."""
+    """Return a matrix (out, in) as (in, out), in the memory layout that is fastest for products."""
     return np.ascontiguousarray(weight.T) if isinstance(weight, np.ndarray) else weight.T
 
 
@@ -142,7 +142,7 @@ def lerp(start: A, end: A, share: float) -> A:
 
 
 def concat(parts: Sequence[A]) -> A:
-    """Join columns: along the last axis."""
+    """Concatenate arrays along the last axis."""
     first = parts[0]
     if isinstance(first, np.ndarray):
         return np.concatenate(parts, axis=-1)
@@ -159,7 +159,7 @@ def zeros(like: A, rows: int, columns: int) -> A:
 
 
 def tiled(x: A, times: int) -> A:
-    """Return all rows, then all again, ...: (times * n, width)."""
+    """Return all rows of x (n, width), repeated `times` times: (times * n, width)."""
     return np.tile(x, (times, 1)) if isinstance(x, np.ndarray) else x.repeat(times, 1)
 
 
@@ -177,7 +177,7 @@ def interleaved(even: A, odd: A) -> A:
 
 
 def largest(x: A) -> A:
-    """Return the largest along the first axis."""
+    """Return the maximum over the first axis."""
     if isinstance(x, np.ndarray):
         out: Float = x.max(axis=0)
         return out
@@ -185,7 +185,7 @@ def largest(x: A) -> A:
 
 
 def smallest(x: A) -> A:
-    """Return the smallest along the first axis."""
+    """Return the minimum over the first axis."""
     if isinstance(x, np.ndarray):
         out: Float = x.min(axis=0)
         return out

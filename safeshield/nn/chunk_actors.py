@@ -1,11 +1,12 @@
-r"""What imitates the good chunks of a log, three ways; all draw a chunk from noise z ~ N(0, I).
+r"""Three actors that imitate the good chunks of a log. Each draws a chunk from noise z ~ N(0, I).
 
-- "guided": one velocity field with labels good, not good and none; it is followed beyond the good
-  ones (`nn.guided`; eq. 18 to 21).
-- "awr_flow": a velocity field without labels, good chunks weigh more (eq. 41).
-- "awr_gaussian": a Gaussian of diagonal covariance, weighed alike (eq. 40).
+- "guided": one velocity field with the labels good, not good and none, sampled with guidance
+  towards good chunks (`nn.guided`; eq. 18 to 21).
+- "awr_flow": a velocity field without labels, trained with larger weights on good chunks (eq. 41).
+- "awr_gaussian": a Gaussian of diagonal covariance, trained with the same weights (eq. 40).
 
-Good means, with A_r of the penalised reward critic and A_c of the cost critic (eq. 18):
+A chunk is good if o = 1. A_r is the advantage of the penalised reward critic and A_c that of the
+cost critic (eq. 18):
 
     safe state:     o = 1{A_r >= 0},     weight min(exp(b_r A_r), 100)
     unsafe state:   o = 1{A_c <= 0},     weight min(exp(-b_c A_c), 100)
@@ -31,43 +32,43 @@ Kind = Literal["guided", "awr_flow", "awr_gaussian"]
 
 
 class Lesson(NamedTuple):
-    """A batch of chunks to imitate, with all randomness drawn outside."""
+    """A batch of chunks to imitate, including all random numbers of the loss."""
 
     observations: Tensor
-    """(batch, obs) normalised."""
+    """(batch, obs) normalised observations."""
     chunks: Tensor
-    """(batch, h * act) in [-1, 1]."""
+    """(batch, h * act) actions of the chunks, in [-1, 1]."""
     counts: Tensor
-    """(batch, h * act) 1 for actions that were taken, 0 for padding."""
+    """(batch, h * act) 1 for logged actions, 0 for padding."""
     good: Tensor
-    """(batch,) bool: o."""
+    """(batch,) bool, o: whether the chunk is good."""
     weights: Tensor
-    """(batch,) how much a chunk counts where it is weighed."""
+    """(batch,) weight of the chunk, for the kinds "awr_flow" and "awr_gaussian"."""
     noise: Tensor
-    """(batch, h * act) z."""
+    """(batch, h * act) noise z, standard normal."""
     time: Tensor
-    """(batch, 1) uniform in [0, 1]."""
+    """(batch, 1) time t, uniform in [0, 1]."""
     dropped: Tensor
-    """(batch,) bool: whether the label is left out."""
+    """(batch,) bool: whether the label is dropped."""
 
 
 @dataclass(frozen=True)
 class ChunkActor:
-    """One of the three, as pure functions of weights."""
+    """One of the three kinds of actor, as pure functions of its weights."""
 
     kind: Kind
     observation: int
     width: int
-    """Entries of a chunk: h * act."""
+    """Number of entries of a chunk: h * act."""
     hidden: tuple[int, ...]
     steps: int
-    """Euler steps of the flows."""
+    """Number of Euler steps of the flows."""
     guidance: float
-    """w of the guided flow."""
+    """w, the strength of guidance of the kind "guided"."""
 
     @property
     def network(self) -> EnsembleMLP:
-        """Describe its network."""
+        """Description of the network."""
         if self.kind == "awr_gaussian":
             return EnsembleMLP(self.observation, 2 * self.width, self.hidden)
         return guided_network(self.observation, self.width, self.hidden)
@@ -77,7 +78,7 @@ class ChunkActor:
         return self.guidance if self.kind == "guided" else 0.0
 
     def loss(self, params: Params, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and what to log."""
+        """Return the loss and the values to log, by name."""
         weights = lesson.counts
         if self.kind != "guided":
             weights = weights * lesson.weights[:, None]
@@ -115,5 +116,5 @@ class ChunkActor:
 
 
 def normal_below(share: float) -> float:
-    """Return the number below which a standard normal draw lies with probability `share`."""
+    """Return the quantile of the standard normal distribution at the level `share`."""
     return math.sqrt(2.0) * float(torch.erfinv(torch.tensor(2.0 * share - 1.0)))

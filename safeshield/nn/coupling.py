@@ -2,13 +2,13 @@ r"""Conditional RealNVP flows: exact densities and exact inverses (Dinh et al. 2
 
     base u ~ N(0, I)   <->   latent z = f(u; c),      log p(z | c) = log N(u) + log |det du/dz|
 
-(FLRP eq. 2, 3.) Layer i keeps the entries with index % 2 == i % 2, a, and carries the others, b:
+(FLRP eq. 2, 3.) Layer i keeps the entries a, with index % 2 == i % 2, and transforms the others, b:
 
     towards the base:   b <- exp(l) b + m,    towards the latent:   b <- (b - m) exp(-l)
     m, r = hyper(a, c),   l = r / (1 + |r / ln 0.001|)
 
-The weights have the names and shapes that the package zuko gives them in its RealNVP, which the
-tests compare with.
+The weights have the same names and shapes as in the RealNVP of the package zuko. The tests compare
+the two.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CouplingFlow:
     context: int
     hidden: tuple[int, ...]
     transforms: int = 4
-    """Coupling layers; each leaves every other entry as it is."""
+    """Number of coupling layers; each leaves every other entry unchanged."""
 
     def __post_init__(self) -> None:
         if self.features < 2:
@@ -53,7 +53,7 @@ class CouplingFlow:
 
     @property
     def shapes(self) -> Shapes:
-        """Shape of every weight by zuko's name for it, (out, in) and (out,).
+        """Shape of every weight, (out, in) or (out,), by its name in zuko.
 
         >>> CouplingFlow(3, 2, (8,), 1).shapes["transforms.0.hyper.0.weight"]
         (8, 4)
@@ -68,9 +68,9 @@ class CouplingFlow:
         return shapes
 
     def init(self, generator: torch.Generator) -> Params:
-        """Draw all weights uniformly in +-1/sqrt(fan in); the last layers' a tenth of it.
+        """Draw all weights uniformly in +-1/sqrt(fan in); those of last layers in a tenth of it.
 
-        So the flow starts near the identity, where both directions are well-conditioned.
+        The flow then starts near the identity, where both directions are well-conditioned.
         """
         last = f".hyper.{2 * len(self.hidden)}."
         return drawn(self.shapes, generator, lambda name: 0.1 if last in name else 1.0)
@@ -101,7 +101,7 @@ class CouplingFlow:
 
 @derived
 def hyper_layers(params: ParamsOf[A]) -> list[list[tuple[A, A]]]:
-    """Return the layers of each coupling layer's network, as `nn.mlp.run` takes them."""
+    """Return the layers of each coupling layer's network, in the form that `nn.mlp.run` accepts."""
     stacks: dict[int, list[tuple[A, A]]] = {}
     places = (name.split(".") for name in params if name.endswith("weight"))
     for transform, layer in sorted((int(place[1]), int(place[3])) for place in places):
@@ -113,7 +113,7 @@ def hyper_layers(params: ParamsOf[A]) -> list[list[tuple[A, A]]]:
 
 def _hyper(stack: list[tuple[A, A]], kept: A, context: A) -> tuple[A, A]:
     out = run(stack, concat([kept, context]))[0]
-    # For each carried entry one shift and one raw log scale, side by side.
+    # Each transformed entry has two adjacent outputs: its shift and its raw log scale.
     shift, raw = out[:, 0::2], out[:, 1::2]
     return shift, raw / (1.0 + abs(raw / _LEAST))
 

@@ -4,9 +4,9 @@
     actions: x_0 = z,  x <- x + v(s, x, i/K) / K  for i = 0 .. K - 1
     noise:   x_1 = a,  x <- x - v(s, x, i/K) / K  for i = K .. 1
 
-Both ways follow dx/dt = v to first order in 1/K; one is not the other's exact inverse. (Solving
-each forward step for its start is exact and costs three times as much; on the boat it told shown
-from never-shown actions no better.)
+Both directions follow dx/dt = v to first order in 1/K. They are not exact inverses of each other.
+(Solving each forward step for its start is exact and takes three times as long. On the boat it did
+not separate shown from never-shown actions any better.)
 
 Source: SafeFQL (arXiv 2603.15136), after Flow Q-Learning (Park et al. 2025).
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def velocity_network(observation: int, action: int, hidden: tuple[int, ...]) -> EnsembleMLP:
-    """Describe v(s, x, t): inputs (s, x, t), output the velocity of the action."""
+    """Return the network v(s, x, t): inputs (s, x, t), output the velocity of the action."""
     return EnsembleMLP(observation + action + 1, action, hidden)
 
 
@@ -41,13 +41,13 @@ def flow_matching_loss(
     """Return the flow matching error, summed over the action's entries, averaged over the batch.
 
     Args:
-        network: made by `velocity_network`.
-        params: its weights.
-        observations: (batch, obs).
-        actions: (batch, act) logged, in [-1, 1].
+        network: velocity field, made by `velocity_network`.
+        params: weights of the network.
+        observations: (batch, obs) normalised observations.
+        actions: (batch, act) logged actions, in [-1, 1].
         noise: (batch, act) z, standard normal.
         time: (batch, 1) t, uniform in [0, 1].
-        weights: (batch,) how much each action counts; all alike by default.
+        weights: (batch,) weight of each action; all equal by default.
     """
     point = noise.lerp(actions, time)
     velocity = network(params, concat([observations, point, time]))[0]
@@ -58,7 +58,7 @@ def flow_matching_loss(
 def euler_sample(
     network: EnsembleMLP, params: ParamsOf[A], observations: A, noise: A, steps: int
 ) -> A:
-    """Carry noise (batch, act) along the field in `steps` Euler steps; clipped to [-1, 1]."""
+    """Carry noise (batch, act) along the field in `steps` Euler steps; clip to [-1, 1]."""
     return _follow(network, params, observations, noise, range(steps), steps).clip(-1.0, 1.0)
 
 
@@ -84,14 +84,15 @@ def _follow(
 
 
 class Path(Generic[A]):
-    """Points x on their way along a velocity field, beside what the field's network also reads.
+    """Points x that move along a velocity field, with the other inputs of the field's network.
 
-    Arrays stand in one table, in which x moves in place; autograd needs the values before a step.
+    With arrays, all inputs are columns of one table, and x is moved in place. With tensors, nothing
+    is changed in place, because autograd needs the values before each step.
 
     Args:
-        inputs: (n, obs) s.
-        start: (n, act) x to begin with.
-        tail: (n, k) further columns.
+        inputs: (n, obs) states s.
+        start: (n, act) initial points x.
+        tail: (n, k) further input columns.
     """
 
     def __init__(self, inputs: A, start: A, *tail: A) -> None:
@@ -104,7 +105,7 @@ class Path(Generic[A]):
             self._table, self.x, self._time = table, table[:, at:end], table[:, end]
 
     def rows(self, time: float) -> A:
-        """Return what the network reads at time t, rows (s, x, t, tail); valid until x moves."""
+        """Return the inputs of the network at time t, rows (s, x, t, tail); valid until x moves."""
         if self._table is None:
             inputs, _, times, *tail = self._columns
             joined: A = concat([inputs, self.x, times + time, *tail])
@@ -113,7 +114,7 @@ class Path(Generic[A]):
         return self._table
 
     def move(self, velocity: A, steps: int) -> None:
-        """Follow the velocity (n, act) for 1 / steps of the time."""
+        """Move x along the velocity (n, act) for the time 1 / steps."""
         if isinstance(velocity, np.ndarray):
             self.x += velocity * np.float32(1.0 / steps)
         else:

@@ -1,14 +1,15 @@
 r"""Flow matching with labels and classifier-free guidance (R2PAC appendix C, eq. 18 to 21).
 
-One velocity field learns what is done (no label), what was good (o = 1) and what was not (o = 0):
+One velocity field learns all actions (no label), good ones (o = 1) and others (o = 0):
 
-    x_t = (1 - t) z + t a,    || v(s, x_t, t, o) - (a - z) ||^2 -> min,    o dropped now and then
+    x_t = (1 - t) z + t a,    || v(s, x_t, t, o) - (a - z) ||^2 -> min,    o dropped at random
 
-and is followed beyond what was good, away from what is done on average:
+Sampling extrapolates from the field without a label towards, and for w > 1 beyond, the good one:
 
     v = (1 - w) v(s, x, t, none) + w v(s, x, t, 1),    x <- x + v / K,   K Euler steps
 
-(Algorithm 2 prints n/N for the step's length, a misprint: steps of 1/N lead from t = 0 to 1.)
+(Algorithm 2 prints n/N for the length of a step. This is a misprint: steps of 1/N lead from t = 0
+to t = 1.)
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LABELS = 2
-"""Features of a label: (1, 0) good, (0, 1) not good, (0, 0) none."""
+"""Number of features of a label: (1, 0) good, (0, 1) not good, (0, 0) none."""
 
 
 def guided_network(observation: int, action: int, hidden: tuple[int, ...]) -> EnsembleMLP:
-    """Describe v(s, x, t, o): inputs (s, x, t, o), output the velocity of x."""
+    """Return the network v(s, x, t, o): inputs (s, x, t, o), output the velocity of x."""
     return EnsembleMLP(observation + action + 1 + LABELS, action, hidden)
 
 
@@ -44,14 +45,14 @@ def guided_loss(
     """Return the weighted error, summed over the action's entries, averaged over the batch.
 
     Args:
-        network: made by `guided_network`.
-        params: its weights.
-        observations: (batch, obs).
-        actions: (batch, act) in [-1, 1].
+        network: velocity field, made by `guided_network`.
+        params: weights of the network.
+        observations: (batch, obs) normalised observations.
+        actions: (batch, act) actions, in [-1, 1].
         noise: (batch, act) z, standard normal.
         time: (batch, 1) t, uniform in [0, 1].
-        labels: (batch, 2) o.
-        weights: (batch, act) how much each entry counts.
+        labels: (batch, 2) labels o.
+        weights: (batch, act) weight of each entry.
     """
     point = noise.lerp(actions, time)
     inputs = concat([observations, point, time, labels])
@@ -67,9 +68,9 @@ def guided_sample(
     steps: int,
     guidance: float,
 ) -> A:
-    """Carry noise (batch, act) along the guided field in `steps` steps; clipped to [-1, 1].
+    """Carry noise (batch, act) along the guided field in `steps` steps; clip to [-1, 1].
 
-    Both branches are one pass; guidance 0 asks the branch without a label alone.
+    Both branches are computed in one pass. With guidance 0 only the branch without a label is.
     """
     count = len(noise)
     branches = 2 if guidance else 1

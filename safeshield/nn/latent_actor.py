@@ -1,20 +1,21 @@
-r"""FLRP's policy: a prior over latents, a recognizer, a decoder, and experts that refine noise.
+r"""FLRP's policy: a prior over latents, a posterior, a decoder, and experts that refine noise.
 
     u_0 ~ N(0, I)  --experts-->  u_T  --prior f-->  z  --decoder-->  action
 
-Everything is a pure function of (networks, inputs); states are normalised observations, actions lie
-in [-1, 1]. Source: FLRP (Flow-guided Latent Refiner Policies), sections 3.2 and 3.3.
+All functions are pure functions of (networks, inputs). States are normalised observations, and
+actions lie in [-1, 1]. Source: FLRP (Flow-guided Latent Refiner Policies), sections 3.2 and 3.3.
 
-The density of an action is that of the whole generative model, without refinement,
+The density of an action is its density under the generative model, without refinement,
 
     p(a | s) = integral over z of p(z | s) pi(a | s, z)
 
-estimated by importance sampling from the recognizer q, K draws:
+estimated by importance sampling with K samples from the posterior q:
 
     log p(a | s) ~ log 1/K sum_k p(z_k | s) pi(a | s, z_k) / q(z_k | s, a)
 
-(Burda et al. 2016: below log p in the mean, nearer with K.) Each factor is an exact density. The
-draws' noise is fixed, so the estimate is a function of state and action.
+(Burda et al. 2016: in the mean the estimate is below log p, and it is nearer with larger K.) Each
+factor is an exact density. The noise of the samples is fixed, so the estimate is a function of
+state and action.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _DRAWS = 16
 
 
 def expert_order(steps: int) -> tuple[str, ...]:
-    """Name the expert of each of T refinement steps: safety first, the shared one last.
+    """Return the experts' names for T steps: safety and reward in turn, and the shared one last.
 
     >>> [name.removesuffix("_expert") for name in expert_order(4)]
     ['safety', 'reward', 'safety', 'shared']
@@ -56,23 +57,23 @@ def expert_order(steps: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The widths of FLRP's policy, and what else its weights do not tell."""
+    """Widths of FLRP's policy, and settings that cannot be read from its weights."""
 
     latent: int
-    """Width of the noise, and of z."""
+    """Width of the noise u and of the latent z."""
     hidden: tuple[int, ...]
     """Widths of the hidden layers of every network."""
     transforms: int = 4
-    """Coupling layers of each flow."""
+    """Number of coupling layers of each flow."""
     prior: Literal["flow", "gaussian"] = "flow"
     """p(z | s): a flow, or N(0, I) in every state (the paper's ablation, table 3)."""
     spread: float = 0.1
     """Standard deviation of the decoder's Gaussian, in half widths of the action box."""
     refine_steps: int = 3
-    """T."""
+    """T, the number of refinement steps."""
 
     def check(self) -> None:
-        """Raise ValueError where the fields, as a file gave them, cannot be."""
+        """Raise ValueError if the fields, as read from a file, are not valid."""
         check_hidden("latent", self.hidden)
         for name, least in (("latent", 2), ("transforms", 1), ("refine_steps", 0)):
             check_count(name, getattr(self, name), least, MAX_WIDTH)
@@ -101,12 +102,12 @@ class LatentPolicy:
 
     @cached_property
     def prior(self) -> CouplingFlow:
-        """Describe p(z | s)."""
+        """Description of the flow p(z | s)."""
         return self._flow(self.observation)
 
     @cached_property
     def posterior(self) -> CouplingFlow:
-        """Describe q(z | s, a)."""
+        """Description of the flow q(z | s, a)."""
         return self._flow(self.observation + self.action)
 
     def _flow(self, context: int) -> CouplingFlow:
@@ -114,38 +115,38 @@ class LatentPolicy:
 
     @cached_property
     def decoder(self) -> EnsembleMLP:
-        """Describe the decoder: (s, z) to an action before the tanh."""
+        """Description of the decoder, which maps (s, z) to an action before the tanh."""
         return EnsembleMLP(self.observation + self.spec.latent, self.action, self.spec.hidden)
 
     @cached_property
     def expert(self) -> EnsembleMLP:
-        """Describe one expert: (s, u) to what is added to u."""
+        """Description of one expert, which maps (s, u) to a change of u."""
         width = self.spec.latent
         return EnsembleMLP(self.observation + width, width, self.spec.hidden)
 
     @property
     def generative(self) -> dict[str, CouplingFlow | EnsembleMLP]:
-        """Describe what is trained first and then frozen."""
+        """Descriptions of the generative model, which is trained first and then frozen."""
         prior = {PRIOR: self.prior} if self.spec.prior == "flow" else {}
         return {**prior, POSTERIOR: self.posterior, DECODER: self.decoder}
 
     @property
     def experts(self) -> dict[str, CouplingFlow | EnsembleMLP]:
-        """Describe the three experts."""
+        """Descriptions of the three experts."""
         return dict.fromkeys(EXPERTS, self.expert)
 
     @property
     def refining(self) -> dict[str, CouplingFlow | EnsembleMLP]:
-        """Describe those experts that T steps call on: none, the shared one, ..., all."""
+        """Descriptions of the experts that T steps use. The shared one is used if T is above 0."""
         return dict.fromkeys(expert_order(self.spec.refine_steps), self.expert)
 
     @property
     def unrefined(self) -> LatentPolicy:
-        """The same without refinement: what imitates the log."""
+        """The same policy without refinement, which imitates the log."""
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, refine_steps=0))
 
     def parts(self) -> dict[str, CouplingFlow | EnsembleMLP]:
-        """Describe every network."""
+        """Return the description of every network, by name."""
         return {**self.generative, **self.experts}
 
     def init(self, generator: torch.Generator) -> Networks:
@@ -158,7 +159,7 @@ class LatentPolicy:
 
     @property
     def noise_features(self) -> int:
-        """Width of u_0."""
+        """Width of the noise u_0."""
         return self.spec.latent
 
     # -- the generative model -----------------------------------------------------------------
@@ -177,7 +178,7 @@ class LatentPolicy:
         return base, normal_log_prob(base) + volume
 
     def encode(self, networks: NetworksOf[A], observations: A, actions: A, noise: A) -> tuple[A, A]:
-        """Draw z ~ q(z | s, a) from noise (batch, latent); return it and log q(z | s, a)."""
+        """Draw z ~ q(z | s, a) from noise (batch, latent); return z and log q(z | s, a)."""
         context = concat([observations, actions])
         latent, volume = self.posterior.to_latent(networks[POSTERIOR], noise, context)
         return latent, normal_log_prob(noise) - volume
@@ -187,14 +188,14 @@ class LatentPolicy:
         return tanh(self.decoder(networks[DECODER], concat([observations, latent]))[0])
 
     def log_likelihood(self, actions: A, means: A) -> A:
-        """Return log pi(a | s, z), (batch,): a Gaussian around the mean."""
+        """Return log pi(a | s, z), (batch,), in nats, of a Gaussian around the decoder's mean."""
         spread = self.spec.spread
         return normal_log_prob((actions - means) / spread) - self.action * math.log(spread)
 
     def log_density(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
         """Return log p(a | s) of actions (n, act) in n states (n, obs), (n,), in nats.
 
-        Per half width of the action box, which is the unit of the actions.
+        The density is per half width of the action box, which is the unit of the actions.
         """
         table = _noise(self.spec.latent)
         count, draws = len(inputs), len(table)
@@ -210,18 +211,18 @@ class LatentPolicy:
     # -- refinement -----------------------------------------------------------------------------
 
     def refine(self, networks: NetworksOf[A], observations: A, base: A) -> A:
-        """Return u_T, (batch, latent), of u_0 = base: u <- u + f_k(s, u) for each expert k."""
+        """Return u_T, (batch, latent), from u_0 = base by u <- u + f_k(s, u) for each expert k."""
         for name in expert_order(self.spec.refine_steps):
             base = base + self.expert(networks[name], concat([observations, base]))[0]
         return base
 
     def act(self, networks: NetworksOf[A], observations: A, base: A) -> A:
-        """Return the action (batch, action) that noise u_0 = base becomes."""
+        """Return the actions (batch, action), in [-1, 1], for noise u_0 = base."""
         refined = self.refine(networks, observations, base)
         return self.decode(networks, observations, self.to_latent(networks, observations, refined))
 
 
 def _noise(width: int) -> Float:
-    # In pairs of opposite signs: the mean of each entry is 0.
+    # The samples come in pairs of opposite signs, so that the mean of each entry is 0.
     half = np.random.default_rng(_SEED).standard_normal((_DRAWS // 2, width))
     return np.concatenate([half, -half]).astype(np.float32)

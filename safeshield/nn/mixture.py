@@ -1,9 +1,10 @@
-r"""Mixtures of truncated normals on the box [-1, 1]^d: a density that ends where the box ends.
+r"""Mixtures of truncated normals on the box [-1, 1]^d. Their density is 0 outside the box.
 
     p(x) = sum_k w_k prod_j N(x_j; m_kj, s_kj) / (Phi((1 - m_kj) / s_kj) - Phi((-1 - m_kj) / s_kj))
 
-A wide component is the uniform one, a narrow one at the edge a bang-bang action; neither has mass
-outside, and no logarithm of 1 - x^2 runs away at the edge as that of a squashed normal does.
+A wide component approximates the uniform distribution, and a narrow one at the edge a bang-bang
+action. Unlike the density of a squashed normal, the log density has no term log(1 - x^2), which
+diverges at the edge.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safeshield.nn.arrays import log_softmax
 from safeshield.nn.mlp import EnsembleMLP, Params
 
 _LOW, _HIGH = -4.5, 1.5
-"""Range of the log of a component's width, in half widths of the box."""
+"""Bounds of the log of a component's width, in half widths of the box."""
 _EDGE = 1e-6
 
 
@@ -27,15 +28,15 @@ class Mixture(NamedTuple):
     """Parameters of n mixtures of k components in d dimensions."""
 
     log_weights: Tensor
-    """(n, k)."""
+    """(n, k) log weights of the components."""
     means: Tensor
-    """(n, k, d) in (-1, 1)."""
+    """(n, k, d) means before truncation, in (-1, 1)."""
     widths: Tensor
     """(n, k, d) standard deviations before truncation."""
 
 
 def mixture_network(inputs: int, act: int, hidden: tuple[int, ...], components: int) -> EnsembleMLP:
-    """Describe the network whose outputs `mixture` reads."""
+    """Return the network whose outputs `mixture` converts to parameters."""
     return EnsembleMLP(inputs, components * (1 + 2 * act), hidden)
 
 
@@ -46,7 +47,7 @@ def mixture(
     out = network(params, observations)[0]
     logits, means, logs = torch.split(out, [components, components * act, components * act], -1)
     shape = (len(out), components, act)
-    # Soft bounds: a hard clamp has no gradient back from beyond.
+    # The bounds are soft, because a hard clamp has no gradient outside its range.
     widths = _LOW + (_HIGH - _LOW) * torch.sigmoid(logs + 1.5)
     return Mixture(
         torch.log_softmax(logits, -1), torch.tanh(means).reshape(shape), widths.exp().reshape(shape)
@@ -72,8 +73,8 @@ def draw_each(parts: Mixture, uniform: Tensor) -> Tensor:
     """Return one action of every component (n, k, d), differentiable in means and widths.
 
     Args:
-        parts: the mixtures.
-        uniform: (n, k, d) in [0, 1): through the inverse of the distribution function.
+        parts: parameters of the mixtures.
+        uniform: (n, k, d) in [0, 1), mapped through the inverse distribution function.
     """
     low, high = _ends(parts.means, parts.widths)
     level = (low + uniform * (high - low)).clamp(_EDGE, 1.0 - _EDGE)
@@ -88,24 +89,24 @@ def _ends(means: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class MixtureActor:
-    """A stochastic policy as a network: pure functions of (params, inputs).
+    """A stochastic policy network, as pure functions of (params, inputs).
 
-    A softmax over choices where actions are discrete, else a `Mixture` over the scaled box.
+    It is a softmax over choices for discrete actions and a `Mixture` over the scaled box otherwise.
     """
 
     inputs: int
-    """Features of an observation."""
+    """Number of features of an observation."""
     choices: int
     """Number of discrete choices; 0 for a Box."""
     act: int
-    """Entries of an action of a Box."""
+    """Number of entries of an action of a Box."""
     hidden: tuple[int, ...]
     components: int
-    """Of the mixture; without effect where actions are discrete."""
+    """Number of components of the mixture; without effect for discrete actions."""
 
     @property
     def network(self) -> EnsembleMLP:
-        """Describe the network."""
+        """Description of the network."""
         if self.choices:
             return EnsembleMLP(self.inputs, self.choices, self.hidden)
         return mixture_network(self.inputs, self.act, self.hidden, self.components)
@@ -115,7 +116,7 @@ class MixtureActor:
         return mixture(self.network, params, observations, self.act, self.components)
 
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return log pi (n, c): of all choices, or of actions (n, c, act) in [-1, 1] of a Box."""
+        """Return log pi (n, c) of all choices, or of actions (n, c, act) in [-1, 1] of a Box."""
         if self.choices:
             return log_softmax(self.network(params, observations)[0])
         return log_density(self.mixture(params, observations), actions)

@@ -1,8 +1,8 @@
 """Ensembles of multilayer perceptrons as one batched computation, on tensors or on arrays.
 
-A network is a frozen description; its weights are a dict that one passes. So an update is a pure
-function of the weights, a file holds the same dict, and an ensemble of E members (or, later, of S
-seeds) is one product a layer and no loop.
+A network is a frozen description, and its weights are a separate dict that is passed to it. An
+update is therefore a pure function of the weights, a file contains the same dict, and an ensemble
+of E members needs one product per layer and no loop.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _CHUNK = 1024
 class EnsembleMLP:
     """`members` ReLU perceptrons of one architecture.
 
-    ReLU, not a smooth activation: distances and safety values have kinks, and in our trials
-    a smooth network fitted them three times less exactly in the same number of updates.
+    The activation is ReLU because distances and safety values have kinks. In our trials a smooth
+    network had three times the error after the same number of updates.
 
     >>> import torch
     >>> net = EnsembleMLP(3, 1, hidden=(8, 8), members=2)
@@ -62,9 +62,9 @@ class EnsembleMLP:
         return shapes
 
     def init(self, generator: torch.Generator) -> Params:
-        """Draw weights and biases uniformly in +-1/sqrt(fan in), PyTorch's own rule for layers.
+        """Draw weights and biases uniformly in +-1/sqrt(fan in), as PyTorch does for its layers.
 
-        They are drawn on the generator's device.
+        The weights are on the generator's device.
         """
         return drawn(self.shapes, generator)
 
@@ -99,7 +99,7 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
     """Map (n, inputs), or (members, n, inputs), to (members, n, outputs) through ReLU layers."""
     if isinstance(x, np.ndarray):
         if x.shape[-2] > 2 * _CHUNK:
-            # Piece by piece the layers' outputs stay in the cache.
+            # In pieces of this size the outputs of the layers stay in the processor's cache.
             pieces = [run(stack, part) for part in _pieces(x)]
             return np.concatenate(pieces, axis=1)
     elif x.dim() == 2:
@@ -111,9 +111,9 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
 
 
 def largest_and_gradient(stack: Sequence[tuple[Float, Float]], x: Float) -> tuple[Float, Float]:
-    """Return the largest member's one output (n,) and its gradient in x (n, inputs).
+    """Return the largest output over the members (n,) and its gradient in x (n, inputs).
 
-    As PyTorch's autograd has it: the slope of ReLU at 0 is 0.
+    The network has one output. The slope of ReLU at 0 is 0, as in PyTorch's autograd.
     """
     if len(x) > 2 * _CHUNK:
         pieces = [largest_and_gradient(stack, part) for part in _pieces(x)]
@@ -141,11 +141,11 @@ def hidden_widths(params: ParamsOf[A]) -> tuple[int, ...]:
 
 
 def tensors(networks: Networks) -> list[Tensor]:
-    """List every weight, in the order of the names given."""
+    """Return a list of every weight, in the order of the names in `networks`."""
     return [tensor for params in networks.values() for tensor in params.values()]
 
 
 def like(networks: Networks, values: list[Tensor]) -> Networks:
-    """Give `values`, in the order of `tensors`, the names that `networks` has."""
+    """Return `values`, in the order of `tensors`, under the names that `networks` has."""
     rest = iter(values)
     return {name: {key: next(rest) for key in params} for name, params in networks.items()}

@@ -1,8 +1,8 @@
 """Adam and Polyak averaging as pure functions of tensors.
 
-`torch.optim` changes its parameters in place, behind an object; these return new tensors, so that
-a whole update is one function of its inputs that can be compiled, replayed or run for many seeds.
-Adam is equal to `torch.optim.Adam` (a test holds it to that).
+`torch.optim` changes its parameters in place. The functions here return new tensors, so that an
+update is one function of its inputs that can be compiled, replayed or run for many seeds. The
+results of `adam` equal those of `torch.optim.Adam`, which a test checks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safeshield.nn.mlp import Networks, like, tensors
 
 
 class AdamState(NamedTuple):
-    """Running moments of the gradient; `updates` is how many were made, a () tensor."""
+    """Running moments of the gradient, and the number of updates so far as a () tensor."""
 
     mean: Networks
     square: Networks
@@ -40,15 +40,15 @@ def adam(
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> tuple[Networks, AdamState]:
-    """One step of Adam (Kingma and Ba 2015, algorithm 1) for `networks`.
+    """Return the weights and moments after one step of Adam (Kingma and Ba 2015, algorithm 1).
 
     Args:
-        networks: the weights.
-        gradients: one for each of `tensors(networks)`.
-        state: the moments so far.
+        networks: weights before the step.
+        gradients: gradients, one for each of `tensors(networks)`.
+        state: moments before the step.
         rates: learning rates, () tensors, one for each of the gradients.
-        betas: decay of the two moments.
-        epsilon: added to the root of the second moment.
+        betas: decay rates of the two moments.
+        epsilon: number added to the root of the second moment.
     """
     count = state.updates + 1
     mean = torch._foreach_lerp(tensors(state.mean), gradients, 1.0 - betas[0])

@@ -1,8 +1,8 @@
-"""Plans: chunks of h actions that a one-step actor draws, and that are judged as a whole.
+"""Plans: chunks of h actions that a one-step actor draws and a critic judges as a whole.
 
-    A(s, a) = min over k of A(s, (a, tail_k)),    tail_k: what follows the first action of plan k
+    A(s, a) = min over k of A(s, (a, tail_k)),    tail_k: the actions of plan k after its first
 
-The noise behind the plans is fixed, so the value is a function of state and action.
+The noise from which the plans are drawn is fixed, so the value is a function of state and action.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _SEED = 20_261_127
 
 
 class ActionCritic(Described, Protocol):
-    """How much worse than the best an action is, in steps' worth of h; see `values.safety`."""
+    """A critic of A(s, a), the amount by which an action is worse than the best.
+
+    The unit is the change of h in one step; see `values.safety`.
+    """
 
     def worst(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
         """Return max_i A_i(s, a) of c actions (n, c, act) in each of n states (n, obs): (n, c)."""
@@ -40,25 +43,28 @@ class ActionCritic(Described, Protocol):
     def worst_and_gradient(
         self, networks: Mapping[str, Weights], inputs: Float, actions: Float
     ) -> tuple[Float, Float]:
-        """Return that of one action (n, act), (n,), and its gradient in the action (n, act)."""
+        """Return max_i A_i(s, a) of one action (n, act), (n,), and its gradient in it, (n, act)."""
         ...
 
 
 @register_actor
 @dataclass(frozen=True)
 class PlanActor:
-    """One perceptron: (s, z) to a plan, of which the first action is executed. R2PAC's student."""
+    """One perceptron that maps (s, z) to a plan, whose first action is executed.
+
+    It is the student of R2PAC.
+    """
 
     kind: ClassVar[str] = "plan"
     observation: int
     action: int
     hidden: tuple[int, ...]
     horizon: int
-    """h: actions of a plan."""
+    """h, the number of actions in a plan."""
 
     @cached_property
     def network(self) -> EnsembleMLP:
-        """Describe its network."""
+        """Description of the network."""
         chunk = self.noise_features
         return EnsembleMLP(self.observation + chunk, chunk, self.hidden)
 
@@ -73,7 +79,7 @@ class PlanActor:
 
     @property
     def noise_features(self) -> int:
-        """Width of the noise, and of a plan: h * act."""
+        """Width of the noise and of a plan, h * act."""
         return self.horizon * self.action
 
     def draw(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
@@ -91,16 +97,16 @@ class PlanActor:
 @register_actor
 @dataclass(frozen=True)
 class BestPlan:
-    """Judges an action by the least dangerous of the plans that begin with it."""
+    """An action critic that judges an action by the least dangerous plan that begins with it."""
 
     kind: ClassVar[str] = "best_plan"
     planner: PlanActor
-    """Draws the plans."""
+    """Actor that draws the plans."""
     hidden: tuple[int, ...]
     """Widths of the hidden layers of A(s, plan)."""
     members: int = 2
     plans: int = 8
-    """Plans that are weighed for each action."""
+    """Number of plans that are judged for each action."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """See `nn.actor.Described`."""
