@@ -21,7 +21,6 @@ from safeshield.proposals.choices import draw_choices, every_choice
 from safeshield.proposals.sources import LoggedBehaviour, Source, Uniform, UserPolicy
 from safeshield.rollouts.policies import Memory
 from safeshield.shield.critics import StateValue
-from safeshield.shield.masks import acceptable_choices
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch, batch_length, batch_of_one, finite, take
@@ -340,7 +339,7 @@ class SafeSupportPolicy:
         log_probs = self._source.log_prob(view.observations, every, view.states)
         if log_probs is None:
             return None
-        mask = acceptable_choices(self.shield, view.states, view.rows)
+        mask, _ = self.shield.acceptable_choices(view.states, view.rows)
         masked = np.where(mask, log_probs, -np.inf)
         # A proposal that never does what may be done leaves the choice among that open.
         never = masked.max(axis=1, keepdims=True) == -np.inf

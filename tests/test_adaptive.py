@@ -33,7 +33,7 @@ from safeshield.shield import (
     Shield,
 )
 from safeshield.shield.adaptive import as_adaptive, promised
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
 from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 
@@ -585,22 +585,22 @@ def test_a_stronger_current_makes_it_stricter(shield: Shield) -> None:
     assert strong < calm - 0.2
 
 
-def test_a_guard_is_fixed_unless_told(shield: Shield) -> None:
-    guard, adapting = Guard(shield), Guard(shield, {"window": 10})
+def test_a_runtime_is_fixed_unless_told(shield: Shield) -> None:
+    fixed, adapting = ShieldRuntime(shield, 3), ShieldRuntime(shield, 3, adaptive={"window": 10})
     states = np.tile(np.array([[-1.3, 0.5]], np.float32), (3, 1))
-    for one_guard in (guard, adapting):
-        one_guard.see(states)
-        one_guard.act(np.tile(AHEAD, (3, 1)))
-        one_guard.learn(np.full(3, 0.7), np.ones(3, np.bool_))
+    for runtime in (fixed, adapting):
+        runtime.observe(states, [{}] * 3)
+        runtime.filter(np.tile(AHEAD, (3, 1)))
+        runtime.update(np.full(3, 0.7), np.ones(3, np.bool_))
         # What was learned once is not learned again.
-        one_guard.learn(np.full(3, 0.7), np.ones(3, np.bool_))
-    assert guard.threshold == shield.threshold == -0.05
-    assert guard.adaptive is None
+        runtime.update(np.full(3, 0.7), np.ones(3, np.bool_))
+    assert fixed.threshold == shield.threshold == -0.05
+    assert fixed.adaptive is None
     assert adapting.adaptive is not None
     assert adapting.adaptive.observed.tolist() == [1, 1, 1]
     assert (np.asarray(adapting.threshold) < -0.05).all()
-    with pytest.raises(ValueError, match="2 observations, and margins of 3 environments"):
-        adapting.see(states[:2])
+    with pytest.raises(ValueError, match="2 observations, its num_envs is 3"):
+        adapting.observe(states[:2], [{}] * 2)
 
 
 # -- specs --------------------------------------------------------------------------------------

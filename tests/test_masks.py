@@ -21,7 +21,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMoni
 from tables import table_shield
 
 from safeshield.shield import Shield
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.masks import product_mask
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
 from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
@@ -204,25 +204,26 @@ def test_a_box_has_no_mask(agent: Any) -> None:  # noqa: ANN401
     assert "action_mask" not in envs.step(np.zeros((1, 2), np.float32))[3][0]
 
 
-def test_a_guard_forgets_what_it_saw_where_seeing_fails(shield: Shield) -> None:
-    for wrong in (np.arange(N - 1), np.zeros((N, 2))):  # margins of N environments; no states
-        guard = Guard(shield, {"window": 10})
-        guard.see(np.arange(N))
-        with pytest.raises(ValueError, match=r"margins of 6|numbers of shape"):
-            guard.see(wrong)
-        for call in (guard.masks, lambda guard=guard: guard.act(np.ones(N, int))):
-            with pytest.raises(RuntimeError, match="see"):
+def test_a_runtime_forgets_what_it_observed_where_observing_fails(shield: Shield) -> None:
+    for wrong in (np.arange(N - 1), np.zeros((N, 2))):  # another number; no states
+        runtime = ShieldRuntime(shield, N, adaptive={"window": 10})
+        runtime.observe(np.arange(N), [{}] * N)
+        with pytest.raises(ValueError, match=r"num_envs is 6|numbers of shape"):
+            runtime.observe(wrong, [{}] * N)
+        assert not runtime.ready
+        for call in (lambda r=runtime: r.masks, lambda r=runtime: r.filter(np.ones(N, int))):
+            with pytest.raises(RuntimeError, match="observe"):
                 call()
-        guard.see(np.arange(N))
-        guard.masks()
+        runtime.observe(np.arange(N), [{}] * N)
+        assert runtime.masks.shape == (N, 5)
 
 
-def test_the_guard_masks_at_its_own_threshold(shield: Shield) -> None:
-    guard = Guard(shield.with_delta(0.75))
-    with pytest.raises(RuntimeError, match="see"):
-        guard.masks()
-    guard.see(np.arange(N))
-    np.testing.assert_array_equal(guard.masks(), expected_mask(0.75))
+def test_the_runtime_masks_at_its_own_threshold(shield: Shield) -> None:
+    runtime = ShieldRuntime(shield.with_delta(0.75), N)
+    with pytest.raises(RuntimeError, match="observe"):
+        _ = runtime.masks
+    runtime.observe(np.arange(N), [{}] * N)
+    np.testing.assert_array_equal(runtime.masks, expected_mask(0.75))
 
 
 # -- single environments -------------------------------------------------------------------------

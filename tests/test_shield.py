@@ -25,7 +25,7 @@ from safeshield.shield import (
     UncalibratedShieldWarning,
 )
 from safeshield.shield.critics import SafetyModel
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
 from safeshield.spaces.scaling import Scaling
 
@@ -85,12 +85,17 @@ def test_an_accepted_action_passes_bit_for_bit(shield: Shield, kind: str) -> Non
 
 def test_what_was_judged_is_returned_however_the_action_changes_meanwhile(shield: Shield) -> None:
     one, many = np.array([1.9, 0.0], np.float32), np.full((3, 2), [1.9, 0.0], np.float32)
-    guard = Guard(shield)
-    guard.see(many)
+    runtime = ShieldRuntime(shield, 3)
+    runtime.observe(many, [{}] * 3)
+
+    def decide(action: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        decision = runtime.filter(action)
+        return decision.executed, decision
+
     for act, shape in (
         (partial(shield.filter, one), (2,)),
         (partial(shield.filter, many), (3, 2)),
-        (guard.act, (3, 2)),
+        (decide, (3, 2)),
     ):
         for action in hostile(np.zeros(shape, np.float32)):
             executed, report = act(action)

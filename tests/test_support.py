@@ -42,7 +42,7 @@ from safeshield.files.tensors import read_tensors
 from safeshield.nn.actor import FlowActor
 from safeshield.shield import ProjectedGradient
 from safeshield.shield.critics import SafetyModel, StateValue
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import PolicyResult, Rung
 from safeshield.spaces.scaling import Scaling
 from safeshield.support import SCORES, SupportRecord, SupportTest, episodes_needed, support_score
@@ -439,9 +439,9 @@ def test_single_wrapper_and_guard_agree_with_the_batch(tested: Shield) -> None:
     observations = rng.uniform([-3, -2], [2, 2], (200, 2)).astype(np.float32)
     actions = rng.uniform(-1, 1, (200, 2)).astype(np.float32)
     executed, report = tested.filter(observations, actions)
-    guard = Guard(tested)
-    guard.see(observations)
-    np.testing.assert_array_equal(guard.act(actions)[0], executed)
+    runtime = ShieldRuntime(tested, 200)
+    runtime.observe(observations, [{}] * 200)
+    np.testing.assert_array_equal(runtime.filter(actions).executed, executed)
     env = SafetyShield(gym.make(BOAT), tested)
     passed = 0
     for i in range(200):

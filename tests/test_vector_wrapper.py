@@ -23,7 +23,7 @@ from safeshield.envs.vector import BEFORE_1_0, autoreset_modes
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield, UncalibratedShieldWarning
-from safeshield.shield.guard import Guard
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.wrappers import SafetyShield, vector
 from safeshield.wrappers.vector import VectorSafetyShield
@@ -323,13 +323,13 @@ def test_whole_episodes_are_those_of_single_shields(shield: Shield, mode: str) -
 
 def test_one_pass_judges_all_environments(shield: Shield, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    see = Guard.see
+    observe = ShieldRuntime.observe
 
-    def counted(self: Guard, observations: Any) -> Any:  # noqa: ANN401
+    def counted(self: ShieldRuntime, observations: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         passes.append(len(observations))
-        return see(self, observations)
+        return observe(self, observations, *args, **kwargs)
 
-    monkeypatch.setattr(Guard, "see", counted)
+    monkeypatch.setattr(ShieldRuntime, "observe", counted)
     env = boats(shield, MODES[0], count=16)
     env.reset(seed=0)
     for _ in range(5):
@@ -547,7 +547,7 @@ def test_the_threshold_is_read_at_every_step_and_may_differ_between_environments
     shield: Shield, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = np.linspace(-0.3, -0.1, N)
-    monkeypatch.setattr(Guard, "threshold", property(lambda _: now))
+    monkeypatch.setattr(ShieldRuntime, "threshold", property(lambda _: now))
     env = boats(shield, MODES[0])
     np.testing.assert_array_equal(env.reset(seed=0)[1]["shield/threshold"], now)
     for _ in range(3):
@@ -820,11 +820,10 @@ def assert_names_do_not_matter(named: Shield, plain: Shield, mode: str) -> None:
 def test_observations_are_passed_on_as_they_are(
     shield: Shield, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class NamedGuard(Guard):
-        def see(self, observations: Any) -> Any:  # noqa: ANN401
-            return super().see(
-                observations["at"] if isinstance(observations, dict) else observations
-            )
+    class NamedRuntime(ShieldRuntime):
+        def observe(self, observations: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            rows = observations["at"] if isinstance(observations, dict) else observations
+            return super().observe(rows, *args, **kwargs)
 
     class NamedShield(Shield):
         def value(self, observation: Any, action: Any = None) -> Any:  # noqa: ANN401
@@ -833,7 +832,7 @@ def test_observations_are_passed_on_as_they_are(
         def check_fits(self, *_: object) -> bool:
             return True
 
-    monkeypatch.setattr(vector, "Guard", NamedGuard)
+    monkeypatch.setattr(vector, "ShieldRuntime", NamedRuntime)
     named = NamedShield(shield.model, shield.delta, record(0.05))
     assert_names_do_not_matter(named, certain(shield), mode)
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
-from safeshield.rollouts.copies import environment_id, environment_kwargs
-from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
-from safeshield.shield.critics import StateValue
-from safeshield.shield.guard import as_penalty
-from safeshield.shield.masks import agent_mask, with_own_mask
+from safeshield.rollouts.infos import PENALTY
+from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
+from safeshield.shield.guard import ShieldRuntime
+from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
-from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.generic import Env, Wrapper
-from safeshield.spaces.rows import fitted, plain
 
 _SIX_VALUES = (
     "the environment's step must return Gymnasium's 5 values (observation, reward, terminated, "
@@ -27,25 +25,9 @@ _SIX_VALUES = (
     "the '...Gymnasium-v0' id instead, or put safeshield.wrappers.CostFromStep around them"
 )
 
+Info = dict[str, Any]
+
 _ONE_SHIELD = "put SafetyShield around the plain environment, once"
-
-
-class _Seen(NamedTuple):
-    """A state that the environment is known to be in, judged once.
-
-    Attributes:
-        rows: (1, obs) the observation.
-        finite: whether it is readable.
-        states: what the critics say of it.
-        value: V_h; infinity where the observation is not readable.
-        mask: (k,) which discrete actions may be taken next; None where actions are no integers.
-    """
-
-    rows: npt.NDArray[Any]
-    finite: bool
-    states: StateValue
-    value: float
-    mask: npt.NDArray[np.bool_] | None = None
 
 
 class SafetyShield(Wrapper, RecordConstructorArgs):
@@ -133,44 +115,33 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             _disable_deepcopy=True,
         )
         gym.Wrapper.__init__(self, env)
-        self.shield = as_shield(shield)
-        self._certifies = self.shield.check_fits(
-            env.observation_space, env.action_space, environment_id(env), environment_kwargs(env)
+        self.runtime = ShieldRuntime.around(
+            env,
+            shield,
+            env.observation_space,
+            env.action_space,
+            adaptive=settings,
+            intervention_penalty=intervention_penalty,
         )
-        self.adaptive = None if settings is None else AdaptiveMargin(settings, self.shield.delta, 1)
-        self.intervention_penalty = as_penalty(intervention_penalty)
-        self._no_action = self.shield.model.action_codec.nothing
-        self._dtype = np.dtype(env.action_space.dtype)
+        self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
+        self.intervention_penalty = self.runtime.intervention_penalty
         self._scalar = isinstance(env.action_space, gym.spaces.Discrete)
-        # None before the first reset, and where the environment may be in a state not yet judged.
-        self._seen: _Seen | None = None
         self._called = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    ) -> tuple[Any, Info]:
         """Reset the environment and judge where it starts."""
-        self._seen, self._called = None, True
-        observation, info = self.env.reset(seed=seed, options=options)
-        if not isinstance(info, dict):
-            raise _no_info("reset", info)
-        refuse_shielded_infos(info, _ONE_SHIELD)
-        seen = self._masked(self._judged(observation), info)
-        self._seen = seen
-        return observation, {
-            **info,
-            **_mask_info(seen),
-            "shield/intervened": False,
-            "shield/value": seen.value,
-            "shield/threshold": self._threshold(),
-            "shield/certified": self._certified(seen),
-            "action_proposed": self._no_action.copy(),
-            "action_executed": self._no_action.copy(),
-        }
+        self._called = True
+        with self.runtime.transition:
+            observation, info = self.env.reset(seed=seed, options=options)
+            if not isinstance(info, dict):
+                raise _no_info("reset", info)
+            refuse_shielded_infos(info, _ONE_SHIELD)
+            self.runtime.observe(observation, (info,), starts=True)
+            return observation, {**info, **self.runtime.start_infos()}
 
-    def step(
-        self, action: npt.ArrayLike
-    ) -> tuple[npt.NDArray[Any], SupportsFloat, bool, bool, dict[str, Any]]:
+    def step(self, action: npt.ArrayLike) -> tuple[Any, SupportsFloat, bool, bool, Info]:
         """Execute `action`, or its replacement.
 
         Raises:
@@ -178,73 +149,23 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
                 that failed: the environment may have moved to a state that was never judged.
             ValueError: an action of another shape, or an environment that steps by 6-tuples.
         """
-        seen = self._known("cannot step")
-        proposed = plain(action)
-        if proposed.shape != self._no_action.shape or proposed.dtype.kind not in "fiu":
-            raise ValueError(
-                f"action must be numbers of shape {self._no_action.shape}, got "
-                f"{proposed.dtype} {proposed.shape}"
-            )
-        ran = fitted(proposed, self._dtype)
-        row = ran.reshape(-1)
-        # The environment's own: nobody's array is changed, and infos stay true, if it edits it.
-        sent: Any = ran.copy()
+        runtime = self.runtime
+        if not runtime.ready:
+            raise self._reset_needed("cannot step")
+        decision = runtime.filter(action)
+        # The environment gets its own copy, so that infos stay true if it edits its action.
+        sent: Any = decision.executed.copy()
         if self._scalar:
-            sent = int(ran) if type(action) is int else ran[()]
-        self.shield.warn_if_uncalibrated()
-        threshold = self._threshold()
-        accepted = self.shield.accepts(seen.states, row, threshold) if seen.finite else None
-        report = None
-        if accepted is not None:
-            value, intervened = accepted, False
-        else:
-            executed, report = self.shield.filter_rows(seen.states, seen.rows, row[None], threshold)
-            verdict = report.row(0)
-            intervened, value = bool(verdict.intervened), float(verdict.value)
-            if intervened:
-                sent = self.shield.points(executed)[0]
-                ran = np.array(sent)
-        self._seen = None
-        observation, reward, terminated, truncated, info = self._step_env(sent)
-        penalised: dict[str, float] = {}
-        if self.intervention_penalty:
-            penalised = {"shield/penalty": self.intervention_penalty * intervened}
-            reward = float(reward) - penalised["shield/penalty"]
-        reached = self._judged(observation)
-        if self.adaptive is not None:
-            if report is None:
-                self.adaptive.passed()
-            else:
-                self.adaptive.learn(report, np.array([reached.value]), np.ones(1, np.bool_))
-        # After the margin has learned: the mask is that of the threshold now in force.
-        reached = self._masked(reached, info)
-        self._seen = reached
-        return (
-            observation,
-            reward,
-            terminated,
-            truncated,
-            {
-                **info,
-                **_mask_info(reached),
-                **penalised,
-                "shield/intervened": intervened,
-                "shield/value": value,
-                "shield/threshold": threshold,
-                "shield/certified": self._certified(reached),
-                "action_proposed": proposed,
-                "action_executed": ran.copy(),
-            },
-        )
-
-    def _certified(self, seen: _Seen) -> bool:
-        """Whether a state is what the shield's record speaks of."""
-        vouched = self._certifies and self.shield.record is not None
-        return vouched and seen.value <= self.shield.threshold
-
-    def _threshold(self) -> float:
-        fixed = self.shield.threshold
-        return fixed if self.adaptive is None else float(self.adaptive.threshold[0])
+            sent = sent[()] if decision.intervened or type(action) is not int else int(sent)
+        with runtime.transition:
+            observation, reward, terminated, truncated, info = self._step_env(sent)
+            penalty = runtime.penalties(decision.intervened)
+            if penalty:
+                reward = float(reward) - penalty[PENALTY]
+            reached = runtime.observe(observation, (info,))
+            runtime.update()
+            info = {**info, **penalty, **runtime.step_infos(decision, reached)}
+            return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which discrete actions may be taken next: what sb3-contrib's MaskablePPO asks.
@@ -254,39 +175,24 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
                 that failed.
             TypeError: actions are not discrete.
         """
-        seen = self._known("there is no mask")
-        mask = seen.mask
-        if mask is None:
-            mask = agent_mask(self.shield, seen.states, seen.rows, self._threshold())[0]
+        if not self.runtime.ready:
+            raise self._reset_needed("there is no mask")
+        mask: npt.NDArray[np.bool_] = self.runtime.masks[0]
         try:
             own = self.env.get_wrapper_attr("action_masks")
         except AttributeError:
-            return mask.copy()
+            return mask
         return with_own_mask(mask, own(), self.shield.model.action_codec)
 
-    def _known(self, what: str) -> _Seen:
-        if self._seen is not None:
-            return self._seen
+    def _reset_needed(self, what: str) -> gym.error.ResetNeeded:
         if not self._called:
-            raise gym.error.ResetNeeded(f"{what} before the first call of reset()")
-        raise gym.error.ResetNeeded(
+            return gym.error.ResetNeeded(f"{what} before the first call of reset()")
+        return gym.error.ResetNeeded(
             f"{what} after a step or reset that failed: the state of the environment is not known; "
             "call reset() first"
         )
 
-    def _masked(self, seen: _Seen, info: dict[str, Any]) -> _Seen:
-        """Mask the actions to come, for the info of the state just reached."""
-        played = self.shield.model.action_codec
-        if not played.discrete:
-            return seen
-        mask = agent_mask(self.shield, seen.states, seen.rows, self._threshold())[0]
-        if "action_mask" in info:
-            mask = with_own_mask(mask, info["action_mask"], played)
-        return seen._replace(mask=mask)
-
-    def _step_env(
-        self, action: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[Any], SupportsFloat, bool, bool, dict[str, Any]]:
+    def _step_env(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
         try:
             result = self.env.step(action)
         except ValueError as error:
@@ -299,25 +205,6 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         if not isinstance(result[4], dict):
             raise _no_info("step", result[4])
         return result
-
-    def _judged(self, observation: npt.NDArray[Any]) -> _Seen:
-        """Judge a state once, for its info and for the action to come."""
-        rows, single = self.shield.observation_rows(observation)
-        if not single:
-            raise ValueError(
-                f"the environment returned {len(rows)} observations, its observation_space is "
-                f"{self.shield.observation_space}"
-            )
-        # A copy: environments may write into what they returned.
-        rows = np.array(rows)
-        finite = bool(self.shield.readable(rows)[0])
-        # Unreadable rows are judged with the log's mean in place of what cannot be read.
-        states = self.shield.model.states(rows) if finite else self.shield.states(rows)
-        return _Seen(rows, finite, states, float(states.value[0]) if finite else float("inf"))
-
-
-def _mask_info(seen: _Seen) -> dict[str, Any]:
-    return {} if seen.mask is None else {"action_mask": seen.mask.astype(np.int8)}
 
 
 def _no_info(where: str, info: object) -> ValueError:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +21,18 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from safeshield.rollouts.copies import environment_id, environment_kwargs
-from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Guard, as_penalty
+from safeshield.rollouts.infos import PENALTY, TERMINAL_OBSERVATION
+from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
+from safeshield.shield.guard import Decision, ShieldRuntime
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
-from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import copied
-from safeshield.spaces.rows import fitted, plain
-from safeshield.spaces.shapes import Flags, Scalars
+from safeshield.spaces.rows import plain
+from safeshield.spaces.shapes import Scalars
 from safeshield.wrappers.safety_shield import SafetyShield
 
 Infos = list[dict[str, Any]]
-_Array = npt.NDArray[Any]
 _MASKS = "action_masks"  # what sb3-contrib asks environments for
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """What was decided in `step_async`, until `step_wait` tells of it."""
-
-    proposed: _Array
-    executed: _Array
-    report: FilterReport
-    threshold: list[float]
 
 
 class VecSafetyShield(VecEnvWrapper):
@@ -112,40 +98,29 @@ class VecSafetyShield(VecEnvWrapper):
     ) -> None:
         _check_inner(venv)
         super().__init__(venv)
-        self.shield = as_shield(shield)
-        certifies = self.shield.check_fits(
+        self.runtime = ShieldRuntime.around(
+            venv,
+            shield,
             venv.observation_space,
             venv.action_space,
-            environment_id(venv),
-            environment_kwargs(venv),
+            venv.num_envs,
+            adaptive=adaptive,
+            intervention_penalty=intervention_penalty,
         )
-        self.intervention_penalty = as_penalty(intervention_penalty)
-        self.guard = Guard(self.shield, adaptive, certifies=certifies)
-        self._no_action = self.shield.model.action_codec.nothing
-        self._dtype = np.dtype(venv.action_space.dtype)
-        self._ready = False
-        self._decision: _Decision | None = None
-        self._own_masks = self.shield.model.action_codec.discrete and _has_masks(venv)
-
-    @property
-    def adaptive(self) -> AdaptiveMargin | None:
-        """The margins of the environments; None where the threshold is fixed, or before a reset."""
-        return self.guard.adaptive
+        self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
+        self.intervention_penalty = self.runtime.intervention_penalty
+        self._codec = self.shield.model.action_codec
+        self._decision: Decision | None = None
+        self._own_masks = self._codec.discrete and _has_masks(venv)
 
     def reset(self) -> VecEnvObs:
         """Reset all environments and judge where they start; see `reset_infos`."""
-        self._ready, self._decision = False, None
-        observations = self.venv.reset()
-        values = self.guard.see(copied(observations))
-        certified = self.guard.certified(values)
-        thresholds = self._thresholds()
-        inner = self._inner_reset_infos()
-        masks = self._mask_infos(inner)
-        self.reset_infos = [
-            self._start_info({**info, **masks[i]}, values[i], certified[i], thresholds[i])
-            for i, info in enumerate(inner)
-        ]
-        self._ready = True
+        self._decision = None
+        with self.runtime.transition:
+            observations = self.venv.reset()
+            inner = self._inner_reset_infos()
+            self.runtime.observe(observations, inner, starts=True)
+            self.reset_infos = _added(inner, self.runtime.start_infos(), start=True)
         return observations
 
     def step_async(self, actions: npt.ArrayLike) -> None:
@@ -155,23 +130,18 @@ class VecSafetyShield(VecEnvWrapper):
             RuntimeError: before `reset`, or while a step is under way.
             ValueError: actions of another shape.
         """
-        if not self._ready:
+        if not self.runtime.ready:
             raise RuntimeError(
                 "cannot step before reset(), after a step that failed, or before step_wait()"
             )
-        # Read once: nobody can change these between the decision and their execution.
         proposed = plain(actions)
-        expected = (self.num_envs, *self._no_action.shape)
-        if proposed.shape != expected:
-            raise ValueError(
-                f"actions must be numbers of shape {expected}, one row an environment, got "
-                f"{proposed.dtype} {proposed.shape}"
-            )
-        thresholds = self._thresholds()
-        executed, report = self.guard.act(fitted(proposed, self._dtype))
-        self._ready = False
-        self.venv.step_async(np.array(executed))
-        self._decision = _Decision(proposed, executed, report, thresholds)
+        # Booleans are actions of a MultiBinary.
+        decision = self.runtime.filter(
+            proposed.astype(np.int8) if proposed.dtype == np.bool_ else proposed
+        )
+        with self.runtime.transition:
+            self.venv.step_async(decision.executed.copy())
+        self._decision = decision
 
     def step_wait(self) -> VecEnvStepReturn:
         """Return observations, rewards, ends and infos of the step under way.
@@ -183,34 +153,26 @@ class VecSafetyShield(VecEnvWrapper):
         if decision is None:
             # Some environments would execute their last action again, which nobody has judged.
             raise RuntimeError("no step is under way: call step_async() first")
-        observations, rewards, dones, infos = self._step_inner()
-        ends = np.flatnonzero(dones)
-        values = self.guard.see(copied(observations))
-        reached = np.array(values, np.float64)
-        if len(ends):
-            reached[ends] = self._last_values([infos[i] for i in ends])
-        self.guard.learn(reached, np.ones(self.num_envs, np.bool_))
-        inner = self._inner_reset_infos() if len(ends) else []
-        # After the margins have learned: the mask is that of the threshold now in force.
-        masks = self._mask_infos([inner[i] if dones[i] else info for i, info in enumerate(infos)])
-        if len(ends):
-            starts, thresholds = self.guard.certified(values), self._thresholds()
-            for i in ends:
-                start = {**inner[i], **masks[i]}
-                self.reset_infos[i] = self._start_info(start, values[i], starts[i], thresholds[i])
-        certified = self.guard.certified(reached)
-        intervened = np.asarray(decision.report.intervened)
-        shielded = self._infos(
-            [{**info, **mask} for info, mask in zip(infos, masks, strict=True)], decision, certified
-        )
-        if self.intervention_penalty:
-            penalties = self.intervention_penalty * intervened
-            for info, penalty in zip(shielded, penalties.tolist(), strict=True):
-                info["shield/penalty"] = penalty
-            rewards = rewards - penalties.astype(np.result_type(rewards, np.float32))
-        # Not before: after an error in between the agent does not know where it is.
-        self._ready = True
-        return observations, rewards, dones, shielded
+        runtime = self.runtime
+        with runtime.transition:
+            observations, rewards, dones, infos = self._step_inner()
+            ends = np.flatnonzero(dones)
+            inner = self._inner_reset_infos() if len(ends) else infos
+            present = [inner[i] if done else infos[i] for i, done in enumerate(dones)]
+            runtime.observe(observations, present)
+            reached = runtime.values.copy()
+            if len(ends):
+                reached[ends] = self._last_values([infos[i] for i in ends])
+            runtime.update(reached, starts=np.asarray(dones, np.bool_))
+            if len(ends):
+                starts = _added(present, runtime.start_infos(), start=True)
+                for i in ends:
+                    self.reset_infos[i] = starts[i]
+            penalty = runtime.penalties(decision.intervened)
+            if penalty:
+                rewards = rewards - penalty[PENALTY].astype(np.result_type(rewards, np.float32))
+            news = {**runtime.step_infos(decision, reached), **penalty}
+            return observations, rewards, dones, _added(infos, news)
 
     def _step_inner(self) -> VecEnvStepReturn:
         try:
@@ -226,7 +188,7 @@ class VecSafetyShield(VecEnvWrapper):
 
     def has_attr(self, attr_name: str) -> bool:
         """Whether the environments have an attribute; ``action_masks`` for discrete actions."""
-        ours = attr_name == _MASKS and self.shield.model.action_codec.discrete
+        ours = attr_name == _MASKS and self._codec.discrete
         return ours or super().has_attr(attr_name)
 
     def env_method(
@@ -245,14 +207,15 @@ class VecSafetyShield(VecEnvWrapper):
         refuse_past_shield(
             method_name, "call reset() or step() of the VecEnv, after seed() or set_options()"
         )
-        if method_name != _MASKS or not self.shield.model.action_codec.discrete:
+        if method_name != _MASKS or not self._codec.discrete:
             return super().env_method(method_name, *method_args, indices=indices, **method_kwargs)
-        if not self._ready:
+        if not self.runtime.ready:
             raise RuntimeError("there are no masks before reset(), or while a step is under way")
-        masks = {i: self._masks[i].copy() for i in self._get_indices(indices)}
+        now = self.runtime.masks
+        masks = {i: now[i] for i in self._get_indices(indices)}
         if self._own_masks:
             for i, own in zip(masks, self.venv.env_method(_MASKS, indices=indices), strict=True):
-                masks[i] = with_own_mask(masks[i], own, self.shield.model.action_codec)
+                masks[i] = with_own_mask(masks[i], own, self._codec)
         return list(masks.values())
 
     def set_attr(
@@ -269,77 +232,38 @@ class VecSafetyShield(VecEnvWrapper):
         refuse_past_shield(attr_name, "wrap the environments before they are put into the VecEnv")
         super().set_attr(attr_name, value, indices)
 
-    def _mask_infos(self, infos: Sequence[Mapping[str, Any]]) -> Infos:
-        """Mask the actions to come, for the infos of the states just reached: {} for a Box."""
-        played = self.shield.model.action_codec
-        if not played.discrete:
-            return [{} for _ in infos]
-        self._masks = self.guard.masks()
-        for i, info in enumerate(infos):
-            if "action_mask" in info:
-                self._masks[i] = with_own_mask(self._masks[i], info["action_mask"], played)
-        return [{"action_mask": mask.astype(np.int8)} for mask in self._masks]
-
-    def _thresholds(self) -> list[float]:
-        each = np.broadcast_to(np.asarray(self.guard.threshold, np.float64), (self.num_envs,))
-        return [float(one) for one in each]
-
     def _last_values(self, infos: Sequence[Mapping[str, Any]]) -> Scalars:
         """V_h (len(infos),) of the last states of ended episodes, infinity where nobody tells."""
         values = np.full(len(infos), np.inf, np.float32)
-        told = [i for i, info in enumerate(infos) if info.get("terminal_observation") is not None]
+        told = [info for info in infos if info.get(TERMINAL_OBSERVATION) is not None]
         if told:
-            last = _stacked([infos[i]["terminal_observation"] for i in told])
-            values[told] = self.shield.value(last)
+            where = [info.get(TERMINAL_OBSERVATION) is not None for info in infos]
+            last = _stacked([info[TERMINAL_OBSERVATION] for info in told])
+            values[where] = self.runtime.evaluate(last, told)
         return values
-
-    def _infos(
-        self, infos: Sequence[Mapping[str, Any]], decision: _Decision, certified: Flags
-    ) -> Infos:
-        columns = zip(
-            infos,
-            np.asarray(decision.report.intervened).tolist(),
-            np.asarray(decision.report.value).tolist(),
-            certified.tolist(),
-            decision.threshold,
-            decision.proposed,
-            decision.executed,
-            strict=True,
-        )
-        return [
-            {
-                **info,
-                "shield/intervened": intervened,
-                "shield/value": value,
-                "shield/threshold": threshold,
-                "shield/certified": inside,
-                "action_proposed": proposed.copy(),
-                "action_executed": executed.copy(),
-            }
-            for info, intervened, value, inside, threshold, proposed, executed in columns
-        ]
-
-    def _start_info(
-        self,
-        info: Mapping[str, Any],
-        value: np.floating,
-        certified: np.bool_,
-        threshold: float,
-    ) -> dict[str, Any]:
-        return {
-            **info,
-            "shield/intervened": False,
-            "shield/value": float(value),
-            "shield/threshold": threshold,
-            "shield/certified": bool(certified),
-            "action_proposed": self._no_action.copy(),
-            "action_executed": self._no_action.copy(),
-        }
 
     def _inner_reset_infos(self) -> Infos:
         # The wrappers of Stable-Baselines3 do not hand `reset_infos` on: theirs stay empty.
         pairs = zip(self.venv.unwrapped.reset_infos, self.venv.reset_infos, strict=True)
         return [{**below, **above} for below, above in pairs]
+
+
+def _added(
+    infos: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], start: bool = False
+) -> Infos:
+    """Return infos with the rows of columns (n, ...): verdicts as plain Python, copies of others.
+
+    At a start the action of a Discrete is an array of no dimension, as in a `SafetyShield`.
+    """
+    all_told = [dict(info) for info in infos]
+    for key, rows in columns.items():
+        if key.startswith("shield/"):
+            values = rows.tolist()
+        else:
+            values = [np.array(row) if start else row.copy() for row in rows]
+        for told, value in zip(all_told, values, strict=True):
+            told[key] = value
+    return all_told
 
 
 def worker_env(

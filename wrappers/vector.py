@@ -10,28 +10,29 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.copies import environment_id, environment_kwargs
-from safeshield.rollouts.infos import column_of
-from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold
-from safeshield.shield.guard import Guard, as_penalty
-from safeshield.shield.masks import with_own_mask
+from safeshield.rollouts.infos import (
+    FINAL_INFO,
+    FINAL_OBSERVATIONS,
+    final_observations_key,
+    info_rows,
+    reported,
+)
+from safeshield.shield.adaptive import AdaptiveThreshold
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.nested import (
     refuse_past_shield,
     refuse_shielded,
     refuse_shielded_infos,
 )
-from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import copied
+from safeshield.shield.shield import HasShield, Shield
+from safeshield.spaces.batches import Batch
 from safeshield.spaces.generic import BEFORE_1_0, VectorEnv, VectorWrapper
-from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
 
 _NEXT_STEP, _SAME_STEP, _DISABLED = _MODES = ("NextStep", "SameStep", "Disabled")
-_FINAL = ("final_obs", "final_observation")  # from Gymnasium 1.0; before
 
 _ONE_SHIELD = "put VectorSafetyShield around plain environments, once"
 
-_Batch = Any  # what n environments return at once: an array (n, ...), or a dict of such
 _Infos = dict[str, Any]
 
 
@@ -124,32 +125,23 @@ class VectorSafetyShield(VectorWrapper):
                 "single_action_space", "metadata", "render_mode", "spec",
             ):  # fmt: skip
                 setattr(self, name, getattr(env, name))
-        self.shield = as_shield(shield)
-        certifies = self.shield.check_fits(
+        self.runtime = ShieldRuntime.around(
+            env,
+            shield,
             env.single_observation_space,
             env.single_action_space,
-            environment_id(env),
-            environment_kwargs(env),
+            env.num_envs,
+            adaptive=adaptive,
+            intervention_penalty=intervention_penalty,
         )
-        self.intervention_penalty = as_penalty(intervention_penalty)
+        self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
+        self.intervention_penalty = self.runtime.intervention_penalty
         self._mode = _autoreset_mode(env)
-        self._no_action = self.shield.model.action_codec.nothing
-        self._dtype = np.dtype(env.single_action_space.dtype)
-        self._guard = Guard(self.shield, adaptive, certifies=certifies)
         self._over = np.zeros(env.num_envs, np.bool_)
-        self._values = np.full(env.num_envs, np.inf)
-        # The states that the guard has judged; None before the first reset, and after a step or
-        # reset that failed: the environments may be in others.
-        self._seen: _Batch | None = None
         self._pending: npt.ArrayLike | None = None
 
     def __del__(self) -> None:
         """Leave the environment open; Gymnasium 0.29 would close it with any of its wrappers."""
-
-    @property
-    def adaptive(self) -> AdaptiveMargin | None:
-        """The margins of the environments; None where the threshold is fixed, or before a reset."""
-        return self._guard.adaptive
 
     @property
     def state_values(self) -> Scalars:
@@ -159,14 +151,15 @@ class VectorSafetyShield(VectorWrapper):
             gymnasium.error.ResetNeeded: called before the first reset.
         """
         self._need_reset()
-        return self._values.copy()
+        values: Scalars = self.runtime.values
+        return values.copy()
 
     def reset(
         self,
         *,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
-    ) -> tuple[_Batch, _Infos]:
+    ) -> tuple[Batch, _Infos]:
         """Reset all environments, or those in ``options["reset_mask"]``, and judge their starts.
 
         Raises:
@@ -174,22 +167,26 @@ class VectorSafetyShield(VectorWrapper):
             ValueError: the mask is not n booleans, or rows outside it changed.
         """
         mask = self._reset_mask(options)
-        seen, self._seen = self._seen, None
+        runtime, rows, known = self.runtime, self.runtime.rows, self.runtime.infos
         # A copy, because Gymnasium takes the mask out of the options that it is given.
         options = None if options is None else dict(options)
-        observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
-        refuse_shielded_infos(infos, _ONE_SHIELD)
-        if seen is not None and not mask.all():
-            changed = ~mask & ~_same_rows(seen, observations, len(mask))
-            if changed.any():
-                raise _mixed_up("reset() changed what options['reset_mask'] leaves out", changed)
-        seen = self._judged(observations)
-        self._over = self._over & ~mask
-        infos = _with_news(infos, {**self._start_news(), **self._mask_news(infos)}, mask)
-        self._seen = seen
-        return observations, infos
+        with runtime.transition:
+            observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
+            refuse_shielded_infos(infos, _ONE_SHIELD)
 
-    def step(self, actions: npt.ArrayLike) -> tuple[_Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
+            news = info_rows(infos, len(mask), runtime.keys)
+            told = [news[i] if mask[i] else known[i] for i in range(len(mask))]
+            runtime.observe(observations, told, starts=mask)
+            if not mask.all():
+                changed = ~mask & ~_same_rows(rows, runtime.rows)
+                if changed.any():
+                    raise _mixed_up(
+                        "reset() changed what options['reset_mask'] leaves out", changed
+                    )
+            self._over = self._over & ~mask
+            return observations, _with_columns(infos, runtime.start_infos(), mask)
+
+    def step(self, actions: npt.ArrayLike) -> tuple[Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
         """Execute `actions` (n, ...), or their replacements.
 
         Raises:
@@ -199,53 +196,46 @@ class VectorSafetyShield(VectorWrapper):
                 does not reset itself as its metadata says.
         """
         self._need_reset()
-        proposed = self._checked_actions(actions)
-        judged = fitted(proposed, self._dtype)
+        runtime = self.runtime
         ignored = self._ignored()
-        threshold = self._threshold()
         # Actions that will be ignored are judged too: if the environment used them after all,
         # they would be safe.
-        executed, report = self._guard.act(judged)
-        sent = np.asarray(executed)
-        intervened = np.asarray(report.intervened & ~ignored)
-        news = {
-            "shield/intervened": intervened,
-            "shield/threshold": threshold,
-            "action_proposed": self._without(proposed, ignored),
-            "action_executed": self._without(sent, ignored),
-        }
-        self._seen = None
-        observations, rewards, terminated, truncated, infos = self.env.step(sent)
-        over = np.asarray(terminated, np.bool_) | np.asarray(truncated, np.bool_)
-        if (over & ignored).any():
-            raise _mixed_up(f"metadata says {_NEXT_STEP}, but no new episode began", over & ignored)
-        last = self._last_observations(infos, over)
-        seen = self._judged(observations)
-        self._over = over & (self._mode != _SAME_STEP)
-        reached = self._values.copy()
-        if last is not None:
-            reached[over] = self.shield.value(last)
-        self._guard.learn(reached, ~ignored)
-        news["shield/value"] = np.where(ignored, self._values, report.value)
-        news["shield/certified"] = self._guard.certified(reached)
-        if self.intervention_penalty:
-            rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
-        took = ~ignored
-        if last is not None:
-            final = {
-                **news,
-                **self._penalty_news(intervened),
-                **self._final_masks(last, infos, over),
-            }
-            infos = _with_final_news(infos, final, over)
-            for key, start in self._start_news().items():
-                news[key] = _merged(over, start, news[key])
-            took = ~over
-        masks = self._mask_news(infos)
-        infos = _with_news(infos, self._penalty_news(intervened & took), took)
-        infos = _with_news(infos, {**news, **masks}, np.ones(len(over), np.bool_))
-        self._seen = seen
-        return observations, rewards, terminated, truncated, infos
+        decision = runtime.filter(actions)
+        intervened = decision.intervened & ~ignored
+        with runtime.transition:
+            result = self.env.step(decision.executed.copy())
+            observations, rewards, terminated, truncated, infos = result
+            over = np.asarray(terminated, np.bool_) | np.asarray(truncated, np.bool_)
+            if (over & ignored).any():
+                raise _mixed_up(
+                    f"metadata says {_NEXT_STEP}, but no new episode began", over & ignored
+                )
+            last = self._last_observations(infos, over)
+            # Where the states reached begin an episode, by a step that took no action or at once.
+            starts = over if self._mode == _SAME_STEP else ignored
+            runtime.observe(observations, info_rows(infos, len(over), runtime.keys))
+            self._over = over & (self._mode != _SAME_STEP)
+            reached = runtime.values.copy()
+
+            if last is not None:
+                final = info_rows(infos.get(FINAL_INFO, {}), len(over), runtime.keys)
+                last_infos = [final[i] for i in _places(over)]
+                reached[over] = runtime.evaluate(last, last_infos)
+            runtime.update(reached, ~ignored, starts)
+            news = runtime.step_infos(decision, reached)
+            penalty = runtime.penalties(intervened)
+            if penalty:
+                rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
+            if last is not None:
+                ended = {**news, **penalty, **runtime.last_masks(last, last_infos, over)}
+                infos = _with_final_columns(infos, ended, over)
+            if starts.any():
+                start = runtime.start_infos()
+                news = {key: _merged(starts, start[key], rows) for key, rows in news.items()}
+                penalty = {key: rows * ~starts for key, rows in penalty.items()}
+            infos = _with_columns(infos, penalty, ~starts)
+            infos = _with_columns(infos, news, np.ones(len(over), np.bool_))
+            return observations, rewards, terminated, truncated, infos
 
     # The outer vector wrappers of Gymnasium 0.29 go through these four, past step and reset.
 
@@ -256,7 +246,7 @@ class VectorSafetyShield(VectorWrapper):
         self,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
-    ) -> tuple[_Batch, _Infos]:
+    ) -> tuple[Batch, _Infos]:
         """Reset, as `reset` does."""
         return self.reset(seed=seed, options=options)
 
@@ -264,7 +254,7 @@ class VectorSafetyShield(VectorWrapper):
         """Keep the actions for `step_wait`."""
         self._pending = actions
 
-    def step_wait(self) -> tuple[_Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
+    def step_wait(self) -> tuple[Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
         """Step, as `step` does, with the actions given to `step_async`."""
         if self._pending is None:
             raise gym.error.NoAsyncCallError(
@@ -297,66 +287,8 @@ class VectorSafetyShield(VectorWrapper):
     # -- parts of a step --------------------------------------------------------------------
 
     def _need_reset(self) -> None:
-        if self._seen is None:
+        if not self.runtime.ready:
             raise gym.error.ResetNeeded("reset() all environments first, or after an error")
-
-    def _judged(self, observations: _Batch) -> _Batch:
-        """Judge the states just reached; returns a copy of the observations."""
-        # A copy: environments may write the next observations into the same array.
-        seen = copied(observations)
-        values = np.asarray(self._guard.see(seen), np.float64)
-        if values.shape != self._over.shape:
-            raise ValueError(
-                f"the environment returned {len(values)} observations, its num_envs is "
-                f"{len(self._over)}"
-            )
-        self._values = values
-        return seen
-
-    def _start_news(self) -> _Infos:
-        """Tell of the states last seen as a reset does: nothing was proposed and nothing ran."""
-        nothing = np.broadcast_to(self._no_action, (len(self._over), *self._no_action.shape))
-        return {
-            "shield/intervened": np.zeros(len(self._over), np.bool_),
-            "shield/value": self._values,
-            "shield/threshold": self._threshold(),
-            "shield/certified": self._guard.certified(self._values),
-            "action_proposed": nothing,
-            "action_executed": nothing,
-        }
-
-    def _penalty_news(self, intervened: Flags) -> _Infos:
-        if not self.intervention_penalty:
-            return {}
-        return {"shield/penalty": self.intervention_penalty * intervened}
-
-    def _final_masks(self, last: _Batch, infos: _Infos, over: Flags) -> _Infos:
-        """Mask actions in the states that ended episodes, for their infos: (n, k)."""
-        played = self.shield.model.action_codec
-        if not played.discrete:
-            return {}
-        threshold = self._threshold()[over]
-        masks = np.zeros((len(over), sum(played.categories)), np.bool_)
-        masks[over] = self.shield.action_mask(last, threshold)
-        final = infos.get("final_info")
-        own = None if final is None else column_of(final, "action_mask", len(over))
-        for i in _places(over & own.present) if own is not None else ():
-            masks[i] = with_own_mask(masks[i], own.values[i], played)  # type: ignore[union-attr]
-        return {"action_mask": masks.astype(np.int8)}
-
-    def _mask_news(self, infos: _Infos) -> _Infos:
-        """Mask the actions to come, for the infos of the states just reached."""
-        played = self.shield.model.action_codec
-        if not played.discrete:
-            return {}
-        masks = self._guard.masks()
-        if "action_mask" in infos:
-            for i in _places(_given(infos, "action_mask", len(masks))):
-                masks[i] = with_own_mask(masks[i], infos["action_mask"][i], played)
-        return {"action_mask": masks.astype(np.int8)}
-
-    def _threshold(self) -> Scalars:
-        return np.broadcast_to(np.asarray(self._guard.threshold, np.float64), self._over.shape)
 
     def _ignored(self) -> Flags:
         """Where the environment will reset itself instead of taking an action."""
@@ -366,24 +298,6 @@ class VectorSafetyShield(VectorWrapper):
                 'reset(options={"reset_mask": mask}) them before the next step'
             )
         return self._over
-
-    def _checked_actions(self, actions: npt.ArrayLike) -> npt.NDArray[Any]:
-        shape = (len(self._over), *self._no_action.shape)
-        array = plain(actions)
-        if array.shape != shape or array.dtype.kind not in "fiu":
-            raise ValueError(
-                f"actions must be numbers of shape {shape}, a row for each environment, got "
-                f"{array.dtype} {array.shape}"
-            )
-        return array
-
-    def _without(self, actions: npt.NDArray[Any], ignored: Flags) -> npt.NDArray[Any]:
-        """Return a copy of the actions with none in the rows that were ignored."""
-        if not ignored.any():
-            return np.array(actions)
-        rows = actions.astype(np.result_type(actions, self._no_action))
-        rows[ignored] = self._no_action
-        return rows
 
     def _reset_mask(self, options: Mapping[str, Any] | None) -> Flags:
         mask = (options or {}).get("reset_mask")
@@ -399,21 +313,23 @@ class VectorSafetyShield(VectorWrapper):
             self._need_reset()
         return array
 
-    def _last_observations(self, infos: _Infos, over: Flags) -> _Batch | None:
+    def _last_observations(self, infos: _Infos, over: Flags) -> Batch | None:
         """Return the observations that ended episodes in this step, where others replaced them."""
-        name = next((name for name in _FINAL if name in infos), None)
-        given = np.zeros_like(over) if name is None else _given(infos, name, len(over))
+        name = final_observations_key(infos)
+        given = np.zeros_like(over) if name is None else reported(infos, name, len(over))
         if self._mode != _SAME_STEP:
             if given.any():
                 raise _mixed_up(
                     f"metadata says {self._mode}, but infos['{name}'] is of {_SAME_STEP}", given
                 )
             return None
-        if (over & ~given).any():
+        missing = over & ~given
+        if missing.any():
+            key = FINAL_OBSERVATIONS[BEFORE_1_0]
             raise _mixed_up(
-                f"in the mode {_SAME_STEP} an episode ended, but infos['{_FINAL[BEFORE_1_0]}'] "
-                "does not hold its last observation",
-                over & ~given,
+                f"in the mode {_SAME_STEP} an episode ended, but infos['{key}'] does not hold its "
+                "last observation",
+                missing,
             )
         return _rows(infos[name], over) if name is not None and over.any() else None
 
@@ -446,27 +362,26 @@ def _places(flags: Flags) -> list[int]:
 # -- infos ----------------------------------------------------------------------------------
 
 
-def _with_news(infos: Mapping[str, Any], news: _Infos, mask: Flags) -> _Infos:
-    masks = {f"_{key}": mask.copy() for key in news}
-    return {**infos, **{key: np.array(rows) for key, rows in news.items()}, **masks}
+def _with_columns(infos: Mapping[str, Any], columns: _Infos, mask: Flags) -> _Infos:
+    masks = {f"_{key}": mask.copy() for key in columns}
+    return {**infos, **{key: np.array(rows) for key, rows in columns.items()}, **masks}
 
 
-def _with_final_news(infos: _Infos, news: _Infos, over: Flags) -> _Infos:
-    final = infos.get("final_info")
+def _with_final_columns(infos: _Infos, columns: _Infos, over: Flags) -> _Infos:
+    final = infos.get(FINAL_INFO)
     if isinstance(final, np.ndarray):
         # Gymnasium 0.29: a dictionary for each environment whose episode ended.
         final = final.copy()
         for i in _places(over):
-            final[i] = {**(final[i] or {}), **{key: _plain(rows[i]) for key, rows in news.items()}}
+            told = {key: _plain(rows[i]) for key, rows in columns.items()}
+            final[i] = {**(final[i] or {}), **told}
     else:
-        final = _with_news(final or {}, news, over)
-    return {**infos, "final_info": final, "_final_info": over.copy()}
+        final = _with_columns(final or {}, columns, over)
+    return {**infos, FINAL_INFO: final, f"_{FINAL_INFO}": over.copy()}
 
 
 def _merged(where: Flags, one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the rows of one array in the mask, else of the other."""
-    if not where.any():
-        return other
     rows = other.astype(np.result_type(other, one))
     rows[where] = one[where]
     return rows
@@ -476,18 +391,10 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     return np.array(value) if np.ndim(value) else value.item()
 
 
-def _given(infos: _Infos, name: str, count: int) -> Flags:
-    """Where a key has a value: its mask, and for objects not None."""
-    given = np.array(infos.get(f"_{name}", np.ones(count)), np.bool_)
-    if isinstance(infos[name], np.ndarray) and infos[name].dtype == object:
-        given &= np.array([one is not None for one in infos[name]])
-    return given
-
-
 # -- batches of observations ----------------------------------------------------------------
 
 
-def _rows(batch: _Batch, mask: Flags) -> _Batch:
+def _rows(batch: Batch, mask: Flags) -> Batch:
     """Return the rows in the mask as a batch, also of an array of single observations."""
     if isinstance(batch, Mapping):
         return {key: _rows(part, mask) for key, part in batch.items()}
@@ -495,16 +402,12 @@ def _rows(batch: _Batch, mask: Flags) -> _Batch:
     return _stacked(list(rows)) if rows.dtype == object else rows
 
 
-def _stacked(observations: Sequence[Any]) -> _Batch:
+def _stacked(observations: Sequence[Any]) -> Batch:
     if isinstance(observations[0], Mapping):
         return {key: _stacked([one[key] for one in observations]) for key in observations[0]}
     return np.stack(observations)
 
 
-def _same_rows(one: _Batch, other: _Batch, count: int) -> Flags:
-    if isinstance(one, Mapping):
-        same: Flags = np.all([_same_rows(one[key], other[key], count) for key in one], axis=0)
-        return same
-    first, second = np.asarray(one), np.asarray(other)
-    both_nan = (first != first) & (second != second)
-    return np.asarray(((first == second) | both_nan).reshape(count, -1).all(axis=1))
+def _same_rows(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> Flags:
+    both_nan = (one != one) & (other != other)
+    return np.asarray(((one == other) | both_nan).all(axis=1))

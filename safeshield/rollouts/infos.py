@@ -7,7 +7,7 @@ has reset itself in a step, the entries of the episode that ended are in ``infos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,36 @@ def step_column(infos: Infos, key: str, replaced: npt.NDArray[np.bool_]) -> Colu
     if final is not None:
         column.values[replaced] = final.values[replaced]
     return column
+
+
+def info_rows(
+    infos: Infos | Array, count: int, keys: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the infos of `count` environments as a dictionary for each, of what it reports.
+
+    Args:
+        infos: columns, or Gymnasium 0.29's ``final_info``, an array of dictionaries and None.
+        count: how many environments.
+        keys: which of the infos; None: all.
+
+    >>> infos = {"a": np.array([1, 2]), "_a": np.array([True, False]), "b": {"c": np.zeros(2)}}
+    >>> info_rows(infos, 2)
+    [{'a': np.int64(1), 'b': {'c': np.float64(0.0)}}, {'b': {'c': np.float64(0.0)}}]
+    """
+    if keys is not None and not keys:
+        return [{}] * count
+    if isinstance(infos, np.ndarray):
+        return [dict(one or {}) for one in infos]
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for key in infos if keys is None else [key for key in keys if key in infos]:
+        values = infos[key]
+        if isinstance(values, Mapping):
+            values = info_rows(values, count)
+        if key.startswith("_") or not hasattr(values, "__len__") or len(values) != count:
+            continue
+        for i in np.flatnonzero(reported(infos, key, count)):
+            rows[i][key] = values[i]
+    return rows
 
 
 def _column_of_rows(rows: Sequence[object]) -> Column | None:

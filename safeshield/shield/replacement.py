@@ -14,7 +14,7 @@ All strategies keep these rules:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Judged, Scalars
+
+if TYPE_CHECKING:
+    from safeshield.support import SupportTest
 
 MAX_STEPS, MAX_SAMPLES = 1000, 4096
 # Shortest step of a descent, in half widths of the box: below it rounding decides.
@@ -60,6 +63,40 @@ class Rejected:
     limit: npt.NDArray[np.float64]
     low: npt.NDArray[np.float32]
     high: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(
+        cls,
+        model: SafetyModel,
+        states: StateValue,
+        rows: npt.NDArray[Any],
+        proposals: Actions,
+        known: Flags,
+        readable: Flags,
+        limit: npt.NDArray[np.float64],
+        box: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
+    ) -> Rejected:
+        """Describe n rejected proposals.
+
+        Args:
+            model: critics and fallback.
+            states: what the critics say of the n states.
+            rows: (n, obs) the observations, raw.
+            proposals: (n, act) the actions proposed, as they came.
+            known: (n,) whether proposal and observation are finite.
+            readable: (n,) whether the observation is readable.
+            limit: (n,) what Q_h must not exceed.
+            box: `float32_box` of the actions.
+        """
+        codec, (low, high) = model.action_codec, box
+        wanted = np.clip(proposals, codec.low, codec.high)
+        if codec.discrete:
+            known = known & codec.contains(wanted)
+        if not known.all():
+            # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
+            wanted = np.where(known[:, None], wanted, model.fallback_alone(states))
+        wanted = np.clip(wanted.astype(np.float32), low, high)
+        return cls(model, states, rows, wanted, known, readable, limit, low, high)
 
     def values(self, candidates: Candidates) -> Judged:
         """Return Q_h (n, c) of candidates (n, c, act); infinity where the networks overflow."""
@@ -101,6 +138,18 @@ class Replacement(Protocol):
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
         """Return for each rejected action another one (n, act) and its Q_h (n,)."""
         ...
+
+
+def float32_box(codec: SpaceCodec) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the lowest and the highest float32 numbers inside the box of actions, (act,) each.
+
+    Replacements are float32, and the float32 next to a float64 bound may lie outside it.
+    """
+    low, high = codec.low.astype(np.float32), codec.high.astype(np.float32)
+    return (
+        np.where(low < codec.low, np.nextafter(low, np.float32(np.inf)), low),
+        np.where(high > codec.high, np.nextafter(high, np.float32(-np.inf)), high),
+    )
 
 
 def nearest_acceptable(
@@ -148,6 +197,36 @@ class NearestAcceptable:
         candidates = np.clip(candidates, rejected.low, rejected.high)
         values = rejected.values(candidates)
         best = nearest_acceptable(model.scaling.actions(candidates), values, rejected.limit)
+        return _pick(candidates, values, best)
+
+
+@dataclass(frozen=True)
+class NearestSupported:
+    """`NearestAcceptable` for a shield with a support test; `Shield.with_support` uses it.
+
+    It looks among draws of the log's behaviour too, and prefers what passes the test: see
+    `SupportTest.choose`.
+
+    Args:
+        support: the test.
+        candidates: where to look besides.
+    """
+
+    support: SupportTest
+    candidates: CandidateSet
+
+    def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
+        """Return the nearest acceptable and supported candidates and their Q_h."""
+        model, states, wanted = rejected.model, rejected.states, rejected.wanted
+        near = self.candidates.actions(model, states, wanted)
+        drawn = self.support.proposals(model, states)
+        candidates = np.concatenate([wanted[:, None, :], near, drawn], axis=1)
+        candidates = np.clip(candidates, rejected.low, rejected.high)
+        values = rejected.values(candidates)
+        scaled = model.scaling.actions(candidates)
+        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
+        good = values <= rejected.limit[:, None]
+        best = self.support.choose(model, states, candidates, values, distance, good)
         return _pick(candidates, values, best)
 
 
@@ -210,6 +289,14 @@ class ProjectedGradient:
             raise ValueError(
                 f"step_size must be at least {_SHORTEST} half widths of the box (and at most 1e6), "
                 f"got {self.step_size!r}"
+            )
+
+    def check_actions(self, codec: SpaceCodec) -> None:
+        """Raise TypeError where actions are discrete."""
+        if codec.discrete:
+            raise TypeError(
+                f"ProjectedGradient needs actions of a Box, got {codec.space}: there is no gradient"
+                " between discrete actions; use NearestAcceptable(), which weighs all of them"
             )
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
@@ -293,6 +380,10 @@ class OwnSamples:
         # The agent goes on learning; a copy would stay behind. (Gymnasium copies specs.)
         return self
 
+    def check_actions(self, codec: SpaceCodec) -> None:
+        """Raise TypeError or ValueError where the policy is none for these actions."""
+        as_batch_policy(self.policy, codec.space, deterministic=False)
+
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
         """Return the first acceptable draws and their Q_h."""
         drawn, usable = rejected.inside(self._draw(rejected))
@@ -330,8 +421,10 @@ BUILT_IN = (NearestAcceptable, FallbackPolicy, ProjectedGradient, OwnSamples)
 _NAMES = ", ".join(f"{kind.__name__}(...)" for kind in BUILT_IN)
 
 
-def check_replacement(replacement: object, played: SpaceCodec) -> None:
+def check_replacement(replacement: object, codec: SpaceCodec) -> None:
     """Refuse what cannot replace actions of this space.
+
+    A strategy that does not fit every space says so in a method ``check_actions(codec)``.
 
     Raises:
         TypeError: no strategy, or one that cannot work here; the message says which can.
@@ -341,23 +434,19 @@ def check_replacement(replacement: object, played: SpaceCodec) -> None:
         raise TypeError(
             f"replacement must be one of {_NAMES}, or an object with their method choose, got {got}"
         )
-    if isinstance(replacement, ProjectedGradient) and played.discrete:
-        raise TypeError(
-            f"ProjectedGradient needs actions of a Box, got {played.space}: there is no gradient "
-            "between discrete actions; use NearestAcceptable(), which weighs all of them"
-        )
-    if isinstance(replacement, OwnSamples):
-        as_batch_policy(replacement.policy, played.space, deterministic=False)
+    check_actions = getattr(replacement, "check_actions", None)
+    if callable(check_actions):
+        check_actions(codec)
 
 
 def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actions, Scalars]:
-    """Return what a strategy chose (n, act) and its Q_h (n,); all of it may run.
+    """Return what a strategy chose (n, act) and its Q_h (n,); all of it may be executed.
 
     Raises:
-        ValueError: a strategy of one's own returns another shape.
+        ValueError: a strategy of the user returns another shape.
     """
     actions, values = replacement.choose(rejected)
-    if isinstance(replacement, BUILT_IN):
+    if isinstance(replacement, (*BUILT_IN, NearestSupported)):
         return actions, values
     actions = np.asarray(actions)
     if actions.shape != rejected.wanted.shape:

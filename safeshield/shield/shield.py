@@ -4,15 +4,15 @@ A shield with threshold delta >= 0 accepts an action where
 
     Q_h(s, a) <= -delta
 
-and executes it bit for bit. Elsewhere it executes another one (by default the acceptable candidate
-nearest to the proposal; see `replacement`), and where none is acceptable the one with the lowest
-Q_h, and says so.
+and executes it bit for bit. Elsewhere it executes a replacement: by default the acceptable
+candidate nearest to the proposal (see `replacement`), and where no candidate is acceptable the one
+with the lowest Q_h. The report says which of these happened.
 
-With a support test (`with_support`) it accepts an action only where, besides,
+With a support test (`with_support`) an action must also fulfil
 
-    score(s, a) >= level
+    score(s, a) >= level,
 
-because Q_h means nothing for actions the log never showed (`support`).
+because Q_h means nothing for actions that the log never showed (`support`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
 from safeshield.shield.critics import SafetyModel, StateValue
-from safeshield.shield.masks import agent_mask
+from safeshield.shield.file import load_shield, save_shield
+from safeshield.shield.masks import Mask, agent_masks, check_discrete
+from safeshield.shield.readable import ReadableRange
 from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.replacement import (
     NearestAcceptable,
+    NearestSupported,
     Rejected,
     Replacement,
     check_replacement,
     describe,
+    float32_box,
     replace_actions,
 )
 from safeshield.shield.report import FilterReport
@@ -50,30 +54,26 @@ if TYPE_CHECKING:
     from safeshield.support import SupportScore, SupportTest
 
 
-# Standard deviations from the log's mean beyond which a reading counts as broken, as NaN does: it
-# would overflow in the networks and come out as NaN.
-_READABLE = 1e6
-
-
 class UncalibratedShieldWarning(UserWarning):
-    """A shield is used whose threshold has not been calibrated: it promises nothing."""
+    """A shield without a calibrated threshold is used; it promises nothing."""
 
 
 class OtherEnvironmentWarning(UserWarning):
-    """A shield is used in another environment than the one its record speaks of."""
+    """A shield is used in another environment than the one that its record is about."""
 
 
 @dataclass(eq=False, repr=False)
 class Shield:
-    """A filter between an agent and a plant; immutable in use, NumPy in and out.
+    """A filter between an agent and a plant, for NumPy arrays; filtering does not change it.
 
     Args:
         model: critics, fallback, spaces and units.
         delta: threshold in units of h, at least 0.
         record: what calibration promised; None for an uncalibrated shield.
         trained_by: free text for the file.
-        replacement: how an action that must not pass is replaced; see `replacement`.
-        support: what it asks of an action besides its value; None: nothing. See `with_support`.
+        replacement: how a rejected action is replaced; see `replacement`.
+        support: a test that an accepted action must pass besides the one of its value. None: there
+            is no such test. See `with_support`.
     """
 
     model: SafetyModel
@@ -92,13 +92,17 @@ class Shield:
                 "drop the record or calibrate again"
             )
         self.delta = float(self.delta)
-        played = self.model.action_codec
-        check_replacement(self.replacement, played)
-        if self.support is not None and not isinstance(self.replacement, NearestAcceptable):
-            raise ValueError(
-                "a shield with a support test replaces actions by NearestAcceptable alone, got "
-                f"{describe(self.replacement)}: other ways do not look for what the log has shown"
-            )
+        codec = self.model.action_codec
+        check_replacement(self.replacement, codec)
+        self._strategy = self.replacement
+        if self.support is not None:
+            if not isinstance(self.replacement, NearestAcceptable):
+                raise ValueError(
+                    "a shield with a support test replaces actions by NearestAcceptable alone, got "
+                    f"{describe(self.replacement)}: other ways do not look for what the log has "
+                    "shown"
+                )
+            self._strategy = NearestSupported(self.support, self.replacement.candidates)
         replaced = describe(self.replacement)
         if self.record is not None and self.record.replacement != replaced:
             raise ValueError(
@@ -106,23 +110,9 @@ class Shield:
                 f"shield has {replaced or 'the default'}; use with_replacement(), which drops the "
                 "record, or calibrate again"
             )
-        self._low, self._high = low, high = played.low, played.high
-        self._discrete = played.discrete
-        # Replacements are float32, and the float32 next to a float64 bound may lie outside it.
-        inner_low, inner_high = low.astype(np.float32), high.astype(np.float32)
-        self._inner_low = np.where(
-            inner_low < self._low, np.nextafter(inner_low, np.float32(np.inf)), inner_low
-        )
-        self._inner_high = np.where(
-            inner_high > self._high, np.nextafter(inner_high, np.float32(-np.inf)), inner_high
-        )
-        mean = self.model.scaling.observation_mean.astype(np.float64)
-        reach = _READABLE * self.model.scaling.observation_spread.astype(np.float64)
-        seen = self.model.observation_codec
-        counts = np.array(seen.categories, dtype=bool)
-        self._counts = counts if counts.any() else None
-        self._readable_low = np.where(counts, seen.low, mean - reach)
-        self._readable_high = np.where(counts, seen.high, mean + reach)
+        self._low, self._high, self._discrete = codec.low, codec.high, codec.discrete
+        self._box = float32_box(codec)
+        self._readable = ReadableRange(self.model.observation_codec, self.model.scaling)
         self._warned = False
 
     def __repr__(self) -> str:
@@ -134,21 +124,21 @@ class Shield:
             f"{replaced and ', '}{replaced})"
         )
 
-    # -- what it knows ------------------------------------------------------------------------
+    # -- what a shield is for, and how to change it ---------------------------------------------
 
     @property
     def observation_space(self) -> gym.Space[Any]:
-        """Space of the observations it was trained on."""
+        """Space of the observations that it was trained on."""
         return self.model.observation_space
 
     @property
     def action_space(self) -> gym.Space[Any]:
-        """Space of the actions it was trained on."""
+        """Space of the actions that it was trained on."""
         return self.model.action_space
 
     @property
     def observation_keys(self) -> list[str] | None:
-        """Entries of a Dict observation that it sees; None where observations are no dicts."""
+        """Entries of a Dict observation that it reads; None where observations are no dicts."""
         space = self.observation_space
         return list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
 
@@ -157,25 +147,12 @@ class Shield:
         """The number that Q_h must not exceed: -delta."""
         return 0.0 - self.delta
 
-    def readable(self, rows: Observations) -> Flags:
-        """Whether observations (n, obs) are such as a sensor can mean: (n,).
-
-        Finite, not absurdly far from the log, and whole numbers where they count.
-        """
-        return np.asarray(self._near(rows).all(axis=-1))
-
-    def _near(self, rows: Observations) -> npt.NDArray[np.bool_]:
-        near = (rows >= self._readable_low) & (rows <= self._readable_high)
-        if self._counts is not None:
-            near &= ~self._counts | (np.floor(rows) == rows)
-        return near
-
     def with_delta(self, delta: float) -> Self:
-        """Return a copy with another threshold, which no record vouches for."""
+        """Return a copy with another threshold, without the record."""
         return replace(self, delta=float(delta), record=None)
 
     def with_replacement(self, replacement: Replacement) -> Self:
-        """Return a copy that replaces actions in another way, which no record vouches for.
+        """Return a copy that replaces actions in another way, without the record.
 
         Args:
             replacement: a strategy of `safeshield.shield`, such as ``ProjectedGradient(steps=8)``.
@@ -192,12 +169,13 @@ class Shield:
         share: float = 0.01,
         score: str | SupportScore | None = None,
     ) -> Self:
-        """Return a copy that also asks whether an action looks like the log's.
+        """Return a copy that also tests whether an action looks like the log's.
 
-        It accepts an action only where Q_h <= -delta AND its score reaches a level, set so that
-        with probability at least 1 - alpha a new episode of the logging policy has at most the
-        share `share` of its steps below (split conformal over episodes: `calibration.support`). The
-        record is dropped: what was promised was for another shield; calibrate again.
+        It accepts an action only where Q_h <= -delta and the action's score reaches a level. The
+        level is set so that, with probability at least 1 - alpha, a new episode of the logging
+        policy has at most the share `share` of its steps below it (split conformal prediction over
+        episodes: `calibration.support`). The copy has no record, because the promise was made for
+        another shield: calibrate it again.
 
         Args:
             held_out: episodes of the logging policy that were NOT trained on.
@@ -213,6 +191,8 @@ class Shield:
 
         test = calibrate_support(self.model, held_out, alpha, share, score)
         return replace(self, support=test, record=None)
+
+    # -- values ---------------------------------------------------------------------------------
 
     def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
@@ -237,30 +217,46 @@ class Shield:
 
     def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
         """`value` for rows (n, obs) and (n, act) of `spaces.rows`."""
-        finite = self.readable(rows)
-        states = self.states(rows)
+        states, known = self.states(rows), self.readable(rows)
         if actions is None:
-            return _where_known(finite, states.value)
-        finite = finite & self.model.action_codec.contains(actions)
-        values = self.model.action_values(states, np.where(finite[:, None], actions, self._low))
-        return _where_known(finite, values)
+            return _where_known(known, states.value)
+        known = known & self.model.action_codec.contains(actions)
+        values = self.model.action_values(states, np.where(known[:, None], actions, self._low))
+        return _where_known(known, values)
+
+    def readable(self, rows: Observations) -> Flags:
+        """Whether observations (n, obs) are such as a sensor can mean: (n,).
+
+        Their entries are finite, not absurdly far from the log, and whole numbers where they count.
+        """
+        return np.asarray(np.logical_and.reduce(self._readable.entries(rows), axis=-1))
+
+    def states(self, rows: Observations) -> StateValue:
+        """Judge observations (n, obs), for `filter_rows`.
+
+        The log's mean takes the place of entries that are not readable.
+        """
+        near = self._readable.entries(rows)
+        if not near.all():
+            rows = np.where(near, rows, self.model.scaling.observation_mean)
+        return self.model.states(rows)
 
     def certified(self, observation: Batch) -> Flags | np.bool_:
-        """Whether V_h(s) <= -delta AND the shield is calibrated: what its record speaks of."""
+        """Whether V_h(s) <= -delta and the shield is calibrated: the states of its record."""
         inside = np.asarray(self.value(observation)) <= self.threshold
         flags = inside & (self.record is not None)
         return flags if flags.ndim else np.bool_(flags)
 
-    # -- what it does -------------------------------------------------------------------------
+    # -- accept and filter ----------------------------------------------------------------------
 
     def filter(self, observation: Batch, action: Batch) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the verdict.
 
         An accepted action is returned as it came, bit for bit and in its own dtype. It is read
-        once: the array that was judged is returned, and shares nothing with what was given. An
-        action outside the box is clipped into it first, which counts as an intervention. NaN
-        anywhere never passes: with an observation that is not finite, or not whole where it counts,
-        the fallback acts on the log's mean in the entries' place and the verdict is not `valid`.
+        once: the array that was judged is returned, and it shares no memory with what was given. An
+        action outside the box is first clipped into it, which counts as an intervention. NaN is
+        never accepted. Where an entry of the observation is not finite, or not whole where it
+        counts, the log's mean takes its place, the fallback acts, and the verdict is not `valid`.
 
         Args:
             observation: one, or a batch (see `value`).
@@ -280,23 +276,16 @@ class Shield:
             return (self.points(executed)[0] if one.intervened else proposed), one
         return (self.points(executed) if report.intervened.any() else proposed), report
 
-    def states(self, rows: Observations) -> StateValue:
-        """Judge observations (n, obs), for `filter_rows`."""
-        near = self._near(rows)
-        if not near.all():
-            rows = np.where(near, rows, self.model.scaling.observation_mean)
-        return self.model.states(rows)
-
     def accepts(
         self, states: StateValue, action: Actions, threshold: float | None = None
     ) -> float | None:
-        """Return Q_h of one action (act,) in one state where it may pass, else None.
+        """Return Q_h of one action (act,) in one state where it is accepted, else None.
 
-        The short way for the common case; `filter_rows` gives the whole verdict. The state must
-        come from a finite observation.
+        This is a short cut for the common case; `filter_rows` gives the whole verdict. The state
+        must come from a readable observation.
         """
-        # Comparisons with NaN are false: no NaN gets past this line.
-        if not ((action >= self._low).all() and (action <= self._high).all()):
+        # Comparisons with NaN are false, so an action with a NaN is rejected here.
+        if not ((action >= self._low) & (action <= self._high)).all():
             return None
         if self._discrete and not (np.floor(action) == action).all():
             return None
@@ -322,51 +311,169 @@ class Shield:
             actions: (n, act).
             threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
         """
-        limit = np.broadcast_to(
-            np.asarray(self.threshold if threshold is None else threshold, np.float64),
-            (len(actions),),
-        )
+        given = np.asarray(self.threshold if threshold is None else threshold, np.float64)
+        limit = np.broadcast_to(given, (len(actions),))
         self.warn_if_uncalibrated()
-        seen = self.readable(rows)
-        known = np.isfinite(actions).all(axis=-1)
+        readable = self.readable(rows)
+        known = readable & np.isfinite(actions).all(axis=-1)
         inside = self.model.action_codec.contains(actions)
         values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
-        proposed_values = _where_known(inside & seen, values)
+        proposed_values = _where_known(inside & readable, values)
         accepted = proposed_values <= limit
         supported = np.ones(len(actions), dtype=bool)
         if self.support is not None:
             supported = self._supported(states, actions, accepted)
             accepted = accepted & supported
-        executed = actions
-        acceptable = accepted
+        executed, acceptable = actions, accepted
         if not accepted.all():
             reject = np.flatnonzero(~accepted)
             # A replacement may lie between the integers of a proposal made of integers.
             executed = actions.astype(np.result_type(actions, np.float32))
-            values = values.copy()
-            acceptable = accepted.copy()
-            picked, picked_values = self._replace(
+            values, acceptable = values.copy(), accepted.copy()
+            rejected = Rejected.of(
+                self.model,
                 states.take(reject),
                 rows[reject],
                 actions[reject],
                 known[reject],
-                seen[reject],
+                readable[reject],
                 limit[reject],
+                self._box,
             )
+            picked, picked_values = replace_actions(self._strategy, rejected)
             executed[reject] = picked
-            values[reject] = _where_known(seen[reject], picked_values)
+            values[reject] = _where_known(rejected.seen, picked_values)
             if self.support is not None:
-                supported[reject] = self._supported(states.take(reject), picked, seen[reject])
-            acceptable[reject] = (values[reject] <= limit[reject]) & supported[reject]
+                supported[reject] = self._supported(rejected.states, picked, rejected.seen)
+            acceptable[reject] = (values[reject] <= rejected.limit) & supported[reject]
         return executed, FilterReport(
             intervened=~accepted,
             value=values,
             proposed_value=proposed_values,
-            state_value=_where_known(seen, states.value),
+            state_value=_where_known(readable, states.value),
             acceptable=acceptable,
-            valid=seen & known,
+            valid=known,
             supported=supported,
         )
+
+    def acceptable(
+        self,
+        states: StateValue,
+        rows: Observations,
+        candidates: Candidates,
+        threshold: float | Scalars | None = None,
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.floating]]:
+        """Return which of c actions (n, c) in each of n states are acceptable, and their Q_h.
+
+        Args:
+            states: from `states`, of the same rows.
+            rows: (n, obs) the raw observations.
+            candidates: (n, c, act).
+            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+
+        Q_h is infinite for what is no action. Where an observation is not readable, nothing is
+        accepted, and Q_h is that of the state put in its place.
+        """
+        limit = np.asarray(self.threshold if threshold is None else threshold, np.float64)
+        inside = self.model.action_codec.contains(candidates)
+        known = np.where(inside[..., None], candidates, self._low)
+        values = _where_known(inside, self.model.candidate_values(states, known))
+        good = (values <= limit[..., None]) & self.readable(rows)[:, None]
+        if self.support is not None and good.any():
+            at, which = np.nonzero(good)
+            good[at, which] = self.support.accepts(
+                self.model, states.take(at), candidates[at, which]
+            )
+        return good, values
+
+    def acceptable_choices(
+        self,
+        states: StateValue,
+        rows: Observations,
+        threshold: float | Scalars | None = None,
+    ) -> tuple[Mask, npt.NDArray[np.floating]]:
+        """Return which of all c discrete actions may be taken in n states, and their Q_h: (n, c).
+
+        Those are the acceptable ones, in the order of `SpaceCodec.choices`. Where there is none, or
+        the observation is not readable, it is the one that the filter would execute, so every row
+        has a True. The arguments are those of `acceptable`.
+        """
+        choices = self.model.action_codec.choices
+        every = np.broadcast_to(choices, (len(rows), *choices.shape))
+        accepted, values = self.acceptable(states, rows, every, threshold)
+        nothing = np.flatnonzero(~accepted.any(axis=1))
+        least = values[nothing].argmin(axis=1)
+        if self.support is not None and len(nothing):
+            # What is executed then depends on what the log has shown: ask the filter itself.
+            given = self.threshold if threshold is None else threshold
+            limit = np.broadcast_to(np.asarray(given, np.float64), (len(rows),))[nothing]
+            part = states.take(nothing)
+            executed, _ = self.filter_rows(part, rows[nothing], choices[least], limit)
+            least = (executed[:, None] == choices).all(axis=-1).argmax(axis=1)
+        accepted[nothing, least] = True
+        return accepted, values
+
+    def action_mask(self, observation: Batch, threshold: float | Scalars | None = None) -> Mask:
+        """Return which discrete actions may be taken: bool (k,), for a batch (n, k).
+
+        For a Discrete there is an entry for each action, from the lowest; it is True where Q_h <=
+        -delta. Where no action is acceptable, or the observation is not readable, only the action
+        that `filter` would execute is True, the least bad one: an agent always has an action.
+
+        For a MultiDiscrete or MultiBinary the masks of all entries are joined, as sb3-contrib takes
+        them. A mask of this form cannot say "this only together with that"; so it allows a product
+        of values whose combinations are ALL acceptable, and leaves out some acceptable ones.
+
+        Gymnasium's ``action_space.sample(mask)`` takes ``mask.astype(np.int8)``, for a
+        MultiDiscrete as a tuple: ``tuple(np.split(mask, np.cumsum(space.nvec)[:-1]))``.
+
+        Args:
+            observation: one, or a batch (see `value`).
+            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+
+        Raises:
+            TypeError: actions are not discrete.
+            ValueError: a wrong shape.
+        """
+        rows, single = self.observation_rows(observation)
+        masks = self.mask_rows(self.states(rows), rows, threshold)
+        return masks[0] if single else masks
+
+    def mask_rows(
+        self,
+        states: StateValue,
+        rows: Observations,
+        threshold: float | Scalars | None = None,
+    ) -> Mask:
+        """`action_mask` (n, k) for observations (n, obs) whose `states` are known already.
+
+        Raises:
+            TypeError: actions are not discrete.
+        """
+        codec = self.model.action_codec
+        check_discrete(codec)
+        return agent_masks(*self.acceptable_choices(states, rows, threshold), codec)
+
+    def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
+        """Whether actions (n, act) pass the support test, (n,); False where not asked."""
+        supported = np.zeros(len(actions), dtype=bool)
+        rows = np.flatnonzero(asked)
+        if self.support is not None and len(rows):
+            supported[rows] = self.support.accepts(self.model, states.take(rows), actions[rows])
+        return supported
+
+    def warn_if_uncalibrated(self) -> None:
+        """Warn, once for each shield, that its threshold is not calibrated."""
+        if self.record is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this shield is not calibrated: it filters with delta "
+                f"{self.delta:g} and promises nothing; call calibrate()",
+                UncalibratedShieldWarning,
+                stacklevel=4,
+            )
+
+    # -- environments ---------------------------------------------------------------------------
 
     def check_fits(
         self,
@@ -405,136 +512,9 @@ class Shield:
             f"this shield was calibrated in {tested}, not in {_with_arguments(name, kwargs)}: here "
             "its record promises nothing; calibrate it in the environment that it will protect",
             OtherEnvironmentWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return False
-
-    def acceptable(
-        self,
-        states: StateValue,
-        rows: Observations,
-        candidates: Candidates,
-        threshold: float | Scalars | None = None,
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.floating]]:
-        """Return which of c actions (n, c) in each of n states are acceptable, and their Q_h.
-
-        Args:
-            states: from `states`, of the same rows.
-            rows: (n, obs) the raw observations.
-            candidates: (n, c, act).
-            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
-
-        Q_h is infinite for what is no action; where an observation is not readable, nothing is
-        accepted and Q_h is that of the state put in its place.
-        """
-        limit = np.asarray(self.threshold if threshold is None else threshold, np.float64)
-        inside = self.model.action_codec.contains(candidates)
-        known = np.where(inside[..., None], candidates, self._low)
-        values = _where_known(inside, self.model.candidate_values(states, known))
-        good = (values <= limit[..., None]) & self.readable(rows)[:, None]
-        if self.support is not None and good.any():
-            at, which = np.nonzero(good)
-            good[at, which] = self.support.accepts(
-                self.model, states.take(at), candidates[at, which]
-            )
-        return good, values
-
-    def action_mask(
-        self, observation: Batch, threshold: float | Scalars | None = None
-    ) -> npt.NDArray[np.bool_]:
-        """Return which discrete actions may be taken: bool (k,), for a batch (n, k).
-
-        Discrete: an entry for each action, from the lowest; True where Q_h <= -delta. Where
-        none is acceptable, or the observation is not readable, only the least bad action is True,
-        the one that `filter` would execute: an agent always has an action.
-
-        MultiDiscrete, MultiBinary: the masks of all entries, joined, as sb3-contrib takes them. A
-        mask of this form cannot say "this only together with that"; so it allows a product of
-        values whose combinations are ALL acceptable, and leaves out some acceptable ones.
-
-        Gymnasium's ``action_space.sample(mask)`` takes ``mask.astype(np.int8)``, for a
-        MultiDiscrete as a tuple: ``tuple(np.split(mask, np.cumsum(space.nvec)[:-1]))``.
-
-        Args:
-            observation: one, or a batch (see `value`).
-            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
-
-        Raises:
-            TypeError: actions are not discrete.
-            ValueError: a wrong shape.
-        """
-        rows, single = self.observation_rows(observation)
-        masks = agent_mask(self, self.states(rows), rows, threshold)
-        return masks[0] if single else masks
-
-    def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
-        """Whether actions (n, act) pass the support test, (n,); False where not asked."""
-        supported = np.zeros(len(actions), dtype=bool)
-        rows = np.flatnonzero(asked)
-        if self.support is not None and len(rows):
-            supported[rows] = self.support.accepts(self.model, states.take(rows), actions[rows])
-        return supported
-
-    def warn_if_uncalibrated(self) -> None:
-        """Warn, once for each shield, that nothing vouches for its threshold."""
-        if self.record is None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "this shield is not calibrated: it filters with delta "
-                f"{self.delta:g} and promises nothing; call calibrate()",
-                UncalibratedShieldWarning,
-                stacklevel=4,
-            )
-
-    def _replace(
-        self,
-        states: StateValue,
-        rows: Observations,
-        proposals: Actions,
-        known: Flags,
-        seen: Flags,
-        limit: npt.NDArray[np.float64],
-    ) -> tuple[Actions, Scalars]:
-        near = np.clip(proposals, self._low, self._high)
-        known = known & seen
-        if self._discrete:
-            known = known & self.model.action_codec.contains(near)
-        wanted = near
-        if not known.all():
-            # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
-            wanted = np.where(known[:, None], near, self.model.fallback_alone(states))
-        rejected = Rejected(
-            self.model,
-            states,
-            rows,
-            np.clip(wanted.astype(np.float32), self._inner_low, self._inner_high),
-            known,
-            seen,
-            limit,
-            self._inner_low,
-            self._inner_high,
-        )
-        if self.support is None:
-            return replace_actions(self.replacement, rejected)
-        return self._replace_supported(rejected)
-
-    def _replace_supported(self, rejected: Rejected) -> tuple[Actions, Scalars]:
-        """Replace by what passes the support test too; only the default way is checked for this."""
-        model, states, wanted = self.model, rejected.states, rejected.wanted
-        near = cast(NearestAcceptable, self.replacement).candidates
-        drawn = cast("SupportTest", self.support).proposals(model, states)
-        candidates = np.concatenate(
-            [wanted[:, None, :], near.actions(model, states, wanted), drawn], axis=1
-        )
-        candidates = np.clip(candidates, self._inner_low, self._inner_high)
-        values = rejected.values(candidates)
-        scaled = model.scaling.actions(candidates)
-        distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
-        good = values <= rejected.limit[:, None]
-        test = cast("SupportTest", self.support)
-        best = test.choose(model, states, candidates, values, distance, good)
-        each = np.arange(len(values))
-        return candidates[each, best], values[each, best]
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return one observation or a batch of them as rows (n, obs), and whether it was one."""
@@ -563,7 +543,7 @@ class Shield:
         seed: int = 0,
         num_envs: int | None = None,
     ) -> Self:
-        """Return a copy whose delta keeps a promise, tested by rollouts with the shield on.
+        """Return a copy whose delta keeps a promise, which rollouts with the shield on have tested.
 
         See `calibration.calibrate.calibrate` for the arguments, the procedure and the promise.
         """
@@ -584,21 +564,17 @@ class Shield:
         return replace(self, delta=record.delta, record=record)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the shield to ONE safetensors file, its configuration strict JSON inside."""
-        from safeshield.shield.file import save_shield
-
+        """Write the shield to one safetensors file whose header is strict JSON."""
         save_shield(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a shield from a file; nothing in it can run.
+        """Read a shield from a file; nothing in a file is ever executed.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, hostile, or of another kind.
         """
-        from safeshield.shield.file import load_shield
-
         return load_shield(cls, path)
 
 
