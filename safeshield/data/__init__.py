@@ -1,4 +1,4 @@
-"""Logged data: the dataset, its labels, its files and card, and how to collect it."""
+"""Logged data: the dataset, its labels and files, its card, and the collection of logs."""
 
 from safeshield.data.card import DatasetCard, card_of
 from safeshield.data.collect import collect

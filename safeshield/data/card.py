@@ -1,4 +1,4 @@
-"""What stands on a log's card: sizes, spreads, how much of it is safe, and which file it is."""
+"""A summary card of a log: sizes, spreads, the share of safe episodes and the file."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ from safeshield.data.dataset import ConstraintKind, OfflineDataset
 from safeshield.files.schema import json_values
 
 DEFAULT_LIMITS = (0.0, 5.0, 10.0)
-"""Cost limits of an episode: none at all, and those of the papers on DSRL's tasks."""
-# The name of a class stands where an environment had no id.
+"""Cost limits of an episode: 0, and the limits that papers on DSRL's tasks use."""
+# An id ends in a version. Where an environment has no id, provenance holds the name of its class.
 _VERSIONED = re.compile(r"-v\d+$")
-# DSRL names a file after its environment, the greatest cost and the number of episodes.
+# DSRL's file names consist of the environment, the greatest cost and the number of episodes.
 _DSRL_NAME = re.compile(r"(?P<env>Safe\w*-v\d+)-\d+-\d+")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Least, quartiles and greatest of a number that each episode has, and its mean."""
+    """Minimum, quartiles, maximum and mean over episodes of one quantity."""
 
     least: float
+    """Minimum."""
     lower: float
-    """A quarter of the episodes lies at it or below (interpolated between two)."""
+    """Lower quartile, interpolated between two episodes."""
     median: float
+    """Median, interpolated likewise."""
     upper: float
+    """Upper quartile, interpolated likewise."""
     greatest: float
+    """Maximum."""
     mean: float
+    """Mean over the episodes."""
 
     @classmethod
     def of(cls, values: npt.ArrayLike) -> Spread:
-        """Read the spread off one number an episode.
+        """Return the spread of values (E,), one for each episode.
 
         >>> Spread.of([0, 1, 2, 3, 4])
         Spread(least=0.0, lower=1.0, median=2.0, upper=3.0, greatest=4.0, mean=2.0)
@@ -58,48 +63,59 @@ class Spread:
 
 @dataclass(frozen=True)
 class SafeEpisodes:
-    """The episodes whose cost is at most a limit."""
+    """Counts of the episodes whose cost is at most a limit."""
 
     limit: float
+    """Limit on the summed cost of an episode."""
     episodes: int
+    """Number of episodes within the limit."""
     share: float
-    """Of all episodes."""
+    """Share of all episodes that are within the limit."""
     best_return: float | None
-    """Greatest return among them; None where there are none."""
+    """Greatest return of an episode within the limit; None where there is no such episode."""
 
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """A log in numbers; `card_of` makes one, ``safeshield inspect`` shows it."""
+    """The numbers that describe a log. `card_of` makes a card, ``safeshield inspect`` prints it."""
 
     file: str | None
-    """Name of the file without its folder; None for a log in memory, as the next two."""
+    """Name of the file without its folder; None for a log in memory."""
     bytes: int | None
+    """Size of the file in bytes; None for a log in memory."""
     sha256: str | None
+    """SHA-256 digest of the file in hexadecimal; None for a log in memory."""
     env_id: str | None
-    """Gymnasium id, where it was given, or provenance or DSRL's file name tells it."""
+    """Gymnasium id of the logged environment, from the argument, the provenance or DSRL's file
+    name; None where it is unknown."""
     episodes: int
+    """Number of episodes."""
     transitions: int
+    """Number of transitions."""
     observation_width: int
-    """Numbers in an observation."""
+    """Number of columns of an observation row."""
     action_width: int
+    """Number of columns of an action row."""
     observation_space: str
+    """Observation space as text."""
     action_space: str
+    """Action space as text."""
     constraint_kind: ConstraintKind
+    """"continuous" or "binary"."""
     constraint_range: tuple[float, float]
-    """Least and greatest h."""
+    """Least and greatest h, in units of h."""
     violating_episodes: int
-    """Episodes with h > 0 at some state, the first included."""
+    """Number of episodes with h > 0 in some state, the first state included."""
     lengths: Spread
-    """Steps."""
+    """Number of steps of the episodes."""
     returns: Spread
-    """Undiscounted sum of an episode's rewards."""
+    """Undiscounted sum of the rewards of the episodes."""
     costs: Spread
-    """Undiscounted sum of an episode's costs."""
+    """Undiscounted sum of the costs of the episodes."""
     terminated_share: float
-    """Share of episodes that ended by termination; the others were cut."""
+    """Share of the episodes that ended by termination. The others were truncated."""
     safe: tuple[SafeEpisodes, ...]
-    """One entry for each cost limit, ascending."""
+    """One entry for each cost limit, in ascending order."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values."""
@@ -145,15 +161,16 @@ def card_of(
     """Return the card of a log.
 
     Args:
-        source: a log, or the file of one, which is then loaded.
-        limits: costs of an episode up to which it counts as safe, each at least 0.
-        env_id: of the environment that was logged; by default what `logged_environment` says.
-        file: the file that a log given as `source` was read from: its name, size and digest go
-            into the card.
+        source: A log, or the path of a log's file, which is then loaded.
+        limits: Cost limits, each at least 0. An episode counts as safe where its cost is at most
+            the limit.
+        env_id: Id of the logged environment; by default the result of `logged_environment`.
+        file: Path of the file from which `source` was read, where `source` is a log. Its name, size
+            and digest go into the card.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no whole log, or a limit is negative or no number.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a valid log, or a limit is negative or not finite.
 
     >>> log = OfflineDataset.from_arrays(
     ...     observations=[[0.0], [1.0], [0.0]], actions=[[0.5], [0.5], [0.0]],
@@ -203,11 +220,11 @@ def card_of(
 def logged_environment(
     log: OfflineDataset, file: str | os.PathLike[str] | None = None
 ) -> str | None:
-    """Return the id of the environment that was logged; None where nothing tells it.
+    """Return the id of the environment that was logged; None where it is unknown.
 
     Args:
-        log: its provenance tells it, where there is one.
-        file: that it was read from: DSRL's names begin with the id.
+        log: The log. Its provenance may name the environment.
+        file: Path of the log's file. DSRL's file names begin with the id.
     """
     named = (log.provenance or {}).get("environment")
     if isinstance(named, str) and _VERSIONED.search(named):
@@ -217,7 +234,7 @@ def logged_environment(
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read piece by piece."""
+    """Return the SHA-256 digest of a file in hexadecimal. The file is read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

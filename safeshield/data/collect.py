@@ -1,4 +1,4 @@
-"""Logging a policy: whole episodes of an environment as an `OfflineDataset`."""
+"""Collecting a log: whole episodes of a policy as an `OfflineDataset`."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def collect(
     label_magnitude: float = DEFAULT_MAGNITUDE,
     observation_keys: Sequence[str] | None = None,
 ) -> OfflineDataset:
-    """Run whole episodes and log them.
+    """Run whole episodes of a policy and return them as a log.
 
-    Labels are ``info["constraint"]`` (continuous) where the environment reports it at reset and at
-    every step; else binary, from ``info["cost"]`` after every step (a cost that is missing at
-    reset is taken as 0: the start is safe). Where only the constraint is reported, the cost is 1
-    in a violation and 0 elsewhere. The logged action is ``info["action_executed"]`` where there is
-    one, which is what the dynamics saw.
+    Labels are continuous, from ``info["constraint"]``, where the environment reports it at reset
+    and at every step. Otherwise they are binary, from ``info["cost"]`` after every step, and a cost
+    that is missing at reset counts as 0, a safe start. Where only the constraint is reported, the
+    cost is 1 in a violation and 0 elsewhere. The logged action is ``info["action_executed"]``, the
+    action that the dynamics saw, where the environment reports it.
 
     Args:
-        env: a Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
-        policy: anything that `as_batch_policy` takes; ``"random"`` covers the action box. A model
-            of Stable-Baselines3 acts deterministically: for its noise pass
+        env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
+        policy: A policy in any form that `as_batch_policy` takes. ``"random"`` covers the action
+            box. A model of Stable-Baselines3 acts deterministically; to include its noise, pass
             ``as_batch_policy(model, action_space, deterministic=False)``.
-        episodes: how many, at least 1.
-        seed: the same seed gives the same log.
-        num_envs: how many environments step together.
-        label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
-        observation_keys: entries of a Dict observation to log, all by default. A shield trained on
-            the log sees these alone; the policy sees all.
+        episodes: Number of episodes, at least 1.
+        seed: Seed of starts and noise. The same seed gives the same log.
+        num_envs: Number of environments that step together.
+        label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
+        observation_keys: Entries of a Dict observation to log; all by default. A shield that is
+            trained on the log sees only these entries, whereas the policy sees all of them.
 
     Raises:
-        ValueError: the environment reports neither key, or one of them at some steps only.
-        TypeError: a space that `spaces.rows` does not support.
+        ValueError: The environment reports neither key, or one of them at some steps only.
+        TypeError: `spaces.rows` does not support a space.
 
     >>> import gymnasium, safeshield.envs
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=3, seed=0)
@@ -72,10 +72,11 @@ def log_of(
     *,
     label_magnitude: float = DEFAULT_MAGNITUDE,
 ) -> OfflineDataset:
-    """Return episodes as a log; `collect` says how they are labelled.
+    """Return episodes as a log. See `collect` for their labels.
 
     Raises:
-        ValueError: there is none, or they report neither key, or one of them in some only.
+        ValueError: There is no episode, they report neither key, or only some of them report
+            ``info["constraint"]``.
     """
     if not runs:
         raise ValueError("runs must hold at least one episode, got none")

@@ -1,4 +1,4 @@
-"""Logged transitions as one read-only record: `OfflineDataset`."""
+"""Logged transitions as read-only arrays: `OfflineDataset`."""
 
 from __future__ import annotations
 
@@ -37,36 +37,40 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class OfflineDataset:
-    """Whole episodes, one after the other, as read-only arrays of N transitions.
+    """A log of whole episodes, one after the other, as read-only arrays of N transitions.
 
-    Observations and actions are kept as rows of numbers (see `spaces.rows`): a Box of any shape
-    flattened, a Discrete as one integer, the entries of a Dict side by side.
+    Observations and actions are stored as rows of numbers (see `spaces.rows`). A Box of any shape
+    is flattened, a Discrete is one integer, and the entries of a Dict stand side by side.
 
-    Row t is the step from s[t] by a[t] to s[t+1]. Rewards, costs and `next_constraints` of the row
-    belong to what the step led to, `constraints` to where it started. Floating arrays become
-    float32 and flags bool; a writeable array is copied. Every rule is checked at construction.
+    Row t is the step from s[t] by a[t] to s[t+1]. The rewards, costs and `next_constraints` of a
+    row belong to the state that the step reached, `constraints` to the state in which it started.
+    Floating arrays become float32 and flags become bool. A writeable array is copied. All rules are
+    checked at construction.
 
     Attributes:
         observations: (N, obs) s[t].
-        actions: (N, act) the action that was executed, inside `action_space`.
-        rewards: (N,).
-        next_observations: (N, obs) s[t+1], the true last one where the episode ends.
-        terminated: (N,) the episode ended in s[t+1]: cuts a bootstrap.
-        truncated: (N,) the episode was cut at s[t+1]: does not cut a bootstrap. Excludes
-            `terminated`.
-        costs: (N,) the cost reported after the step, of s[t+1].
+        actions: (N, act) a[t], the action that was executed. It lies inside `action_space`.
+        rewards: (N,) reward of each step.
+        next_observations: (N, obs) s[t+1]. At the end of an episode it is the final observation,
+            not the first observation of the next episode.
+        terminated: (N,) whether the episode terminated in s[t+1]. Termination ends a bootstrap.
+        truncated: (N,) whether the episode was truncated at s[t+1]. Truncation does not end a
+            bootstrap. At most one of `terminated` and `truncated` is set.
+        costs: (N,) cost of s[t+1], reported after the step.
         constraints: (N,) h(s[t]), above 0 in a violation.
         next_constraints: (N,) h(s[t+1]).
-        observation_space: of one observation: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict
-            of the entries that the log holds.
-        action_space: Box, Discrete, MultiDiscrete or MultiBinary.
-        constraint_kind: "continuous" (in units of the constraint) or "binary" (+M and -1).
-        provenance: how the log was made, as JSON values: environment, seeds, versions. None where
-            it is not known. It is saved and loaded, and stays with parts of the log.
+        observation_space: Space of one observation: Box, Discrete, MultiDiscrete, MultiBinary, or a
+            Dict of the entries that the log holds.
+        action_space: Space of one action: Box, Discrete, MultiDiscrete or MultiBinary.
+        constraint_kind: "continuous" (labels in units of the constraint) or "binary" (labels +M
+            and -1).
+        provenance: How the log was made, as JSON values: environment, seeds, versions. None where
+            this is not known. The provenance is saved and loaded, and parts of the log keep it.
 
     Raises:
-        ValueError: a rule is broken; the message names the key, the index, the episode, a repair.
-        TypeError: an array holds no numbers, or a space is of another kind.
+        ValueError: A rule is broken. The message names the key, the index, the episode and a
+            repair.
+        TypeError: An array does not hold numbers, or a space is of a kind that is not supported.
 
     >>> data = OfflineDataset.from_arrays(
     ...     observations=[[0.0], [1.0], [0.0]], actions=[[0.5], [0.5], [0.0]],
@@ -102,16 +106,16 @@ class OfflineDataset:
 
     @cached_property
     def flat_observations(self) -> SpaceCodec:
-        """How observations become rows."""
+        """Codec that converts observations to rows and back."""
         return flat_observations(self.observation_space)
 
     @cached_property
     def flat_actions(self) -> SpaceCodec:
-        """How actions become rows."""
+        """Codec that converts actions to rows and back."""
         return flat_actions(self.action_space)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # NumPy's pickle and deepcopy forget that an array is read-only.
+        # An array that NumPy has pickled or deep-copied is writeable again.
         self.__dict__.update(state)
         for value in state.values():
             if isinstance(value, np.ndarray):
@@ -147,19 +151,20 @@ class OfflineDataset:
         initial_costs: npt.ArrayLike | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> OfflineDataset:
-        """Build a log, filling in what is missing.
+        """Return a log made of arrays; labels, costs and spaces may be left out.
 
-        Without `constraints` and `next_constraints` the labels are binary, from the costs (see
-        `binary_labels`, which `label_magnitude` and `initial_costs` go to). With them the kind is
-        continuous unless `constraint_kind` says otherwise, and without `costs` each step into a
-        violation, `next_constraints` > 0, costs 1. Observations and actions are batches of
-        points of their spaces, (N, *shape), (N,) for a Discrete, a dict of such for a Dict, or
-        rows (N, width) already. Absent spaces are Box(-inf, inf) for observations and Box(-1, 1)
-        for actions.
+        Without `constraints` and `next_constraints` the labels are binary and computed from the
+        costs by `binary_labels`, with `label_magnitude` and `initial_costs`. With both arrays the
+        labels are continuous unless `constraint_kind` says otherwise. Without `costs` each step
+        that reaches a violation (`next_constraints` > 0) costs 1 and any other step 0.
+
+        Observations and actions are batches of points of their spaces: arrays (N, *shape), arrays
+        (N,) for a Discrete, dicts of arrays for a Dict. They may also be rows (N, width). The
+        default spaces are Box(-inf, inf) for observations and Box(-1, 1) for actions.
 
         Raises:
-            ValueError: a rule is broken, one of the two constraint arrays is missing, or they and
-                the costs are.
+            ValueError: A rule is broken, one of the two constraint arrays is missing, or both of
+                them and the costs are missing.
         """
         flags = {
             "terminated": as_field("terminated", terminated),
@@ -168,7 +173,7 @@ class OfflineDataset:
         if (constraints is None) != (next_constraints is None):
             raise ValueError(
                 "constraints and next_constraints must be given together, or neither: the label "
-                "of an episode's last state stands in next_constraints alone"
+                "of an episode's last state is in next_constraints only"
             )
         if costs is None:
             if next_constraints is None:
@@ -223,23 +228,25 @@ class OfflineDataset:
         action_space: gym.Space[Any] | None = None,
         label_magnitude: float | None = None,
     ) -> OfflineDataset:
-        """Read a log from .hdf5, .h5 or .npz: one of DSRL's, or one that `save` wrote.
+        """Read a log from a .hdf5, .h5 or .npz file: one of DSRL's, or one that `save` wrote.
 
-        A plain DSRL file has no labels and no spaces. Its labels are binary, from the costs; its
-        observation space is Box(-inf, inf) and its action space Box(-1, 1) unless they are given.
-        A file of ours holds both; a space given too must agree with the stored one. The arrays are
-        allocated once and filled block by block: loading takes their memory and little more.
+        A plain DSRL file has no labels and no spaces. Its labels are binary and computed from the
+        costs. Its observation space is Box(-inf, inf) and its action space Box(-1, 1) unless they
+        are given. A file that `save` wrote holds labels and spaces; a given space must agree with
+        the stored one. The arrays are allocated once and filled in blocks, so that loading takes
+        little more memory than the log itself.
 
         Args:
-            path: the file. Reading it runs no code from it.
-            observation_space: the space of the environment that was logged.
-            action_space: likewise; needed where actions leave [-1, 1].
-            label_magnitude: label of an unsafe state where labels are binary (25 unless the file
-                stores another). Continuous labels are left as they are. See `label_reach`.
+            path: The file. Reading it runs no code from it.
+            observation_space: Observation space of the environment that was logged.
+            action_space: Action space of that environment. It is needed where actions leave
+                [-1, 1].
+            label_magnitude: Label of an unsafe state where labels are binary (25 unless the file
+                stores another). Continuous labels do not change. See `label_reach`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, keys are missing, or the log breaks a rule.
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, keys are missing, or the log breaks a rule.
         """
         source = Path(path)
         arrays, header = storage.read_log(source)
@@ -257,7 +264,7 @@ class OfflineDataset:
                 observation_space, action_space = stored_observations, stored_actions
                 if fields["constraints"] is None:
                     raise ValueError(f"missing keys {list(storage.LABEL_KEYS)}; save it again")
-            # Nothing else holds these arrays, so they need no copy.
+            # No other object refers to these arrays, so they need no copy.
             for array in fields.values():
                 if array is not None:
                     array.flags.writeable = False
@@ -276,14 +283,15 @@ class OfflineDataset:
         return dataset.with_label_magnitude(label_magnitude)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a DSRL file, .hdf5, .h5 or .npz, that `load` reads back exactly.
+        """Write the log to a .hdf5, .h5 or .npz file with DSRL's keys; `load` reads it exactly.
 
-        Beside DSRL's keys it holds `constraints`, `next_constraints` and, as strict JSON, the
-        spaces, the kind of labels and the provenance. The file appears whole or not at all.
+        Besides DSRL's keys the file holds `constraints`, `next_constraints` and, as strict JSON,
+        the spaces, the kind of labels and the provenance. The file is written atomically: an error
+        leaves no partial file.
 
         Raises:
-            ValueError: the suffix is unknown.
-            FileNotFoundError: the folder does not exist.
+            ValueError: The suffix is unknown.
+            FileNotFoundError: The folder does not exist.
         """
         header = {
             "format": _FORMAT,
@@ -308,23 +316,26 @@ class OfflineDataset:
     ) -> OfflineDataset:
         """Read a Minari dataset whose infos hold the cost, the constraint, or both.
 
-        Infos are of the reset and of every step (``DataCollector(env, record_infos=True)``): entry
-        t + 1 belongs to the state after step t. Labels are ``infos["constraint"]`` where there is
-        one, else binary from ``infos["cost"]``, that of the reset labelling the first state (NaN
-        counts as 0). Without a cost it is 1 in a violation. Actions are
-        ``infos["action_executed"]`` where there is one. An episode without an end flag was cut.
+        The infos must have been recorded at the reset and at every step
+        (``DataCollector(env, record_infos=True)``). Entry t + 1 belongs to the state after step t.
+        Labels are ``infos["constraint"]`` where it is recorded. Otherwise they are binary, from
+        ``infos["cost"]``; the cost of the reset labels the first state, and NaN counts as 0 there.
+        Where no cost is recorded, it is 1 in a violation and 0 elsewhere. Actions are
+        ``infos["action_executed"]`` where it is recorded. An episode without an end flag counts as
+        truncated.
 
         Args:
-            source: an id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
-            observation_keys: entries of a Dict observation to keep, all by default.
-            action_space: where logged actions leave the space that the dataset names.
-            label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
+            source: An id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
+            observation_keys: Entries of a Dict observation to keep; all by default.
+            action_space: Action space to use in place of the dataset's, for logs whose actions lie
+                outside it.
+            label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
 
         Raises:
-            ImportError: the package minari is not installed.
-            FileNotFoundError: there is no such dataset here; it is not downloaded.
-            ValueError: it is damaged, lacks these infos, or breaks a rule of logs.
-            TypeError: a space that `spaces.rows` does not support.
+            ImportError: The package minari is not installed.
+            FileNotFoundError: There is no such dataset on this machine. Nothing is downloaded.
+            ValueError: The dataset is damaged, lacks these infos, or breaks a rule of logs.
+            TypeError: `spaces.rows` does not support a space.
         """
         opened = minari.open_dataset(source)
         with minari.errors_named(opened):
@@ -336,13 +347,14 @@ class OfflineDataset:
     def to_minari(self, dataset_id: str, **metadata: Any) -> Any:  # noqa: ANN401 - optional
         """Write the log into Minari's store and return the `minari.MinariDataset`.
 
-        Infos hold the cost and, where labels are continuous, the constraint; `from_minari` gives
-        the same log back (binary labels of its own `label_magnitude`). `metadata` goes to
-        `minari.create_dataset_from_buffers`: author, algorithm_name, description and others.
+        The infos hold the cost and, where labels are continuous, the constraint. `from_minari`
+        returns the same log, with binary labels of its own `label_magnitude`. `metadata` is passed
+        to `minari.create_dataset_from_buffers`: author, algorithm_name, description and others.
 
         Raises:
-            ImportError: the package minari is not installed.
-            ValueError: the id is taken or no id, or a state differs from the one reached before.
+            ImportError: The package minari is not installed.
+            ValueError: The id is taken or invalid, or ``next_observations[t]`` differs from
+                ``observations[t+1]`` inside an episode.
         """
         return minari.write_dataset(self, dataset_id, **metadata)
 
@@ -350,11 +362,13 @@ class OfflineDataset:
         """Return the same log with binary labels of another magnitude.
 
         Raises:
-            ValueError: the labels are continuous, or the magnitude is not above 0.
+            ValueError: The labels are continuous, or the magnitude is not above 0.
         """
         if self.constraint_kind != "binary":
-            raise ValueError("only binary labels have a magnitude, these are continuous")
-        # Through binary_labels, so that the magnitude is checked in one place.
+            raise ValueError(
+                "only binary labels have a magnitude, but the labels of this log are continuous"
+            )
+        # binary_labels also checks the magnitude.
         initial = self.constraints[self.episode_starts] > 0
         now, after = binary_labels(
             self.next_constraints > 0, self.episode_starts, magnitude, initial
@@ -363,12 +377,12 @@ class OfflineDataset:
 
     @cached_property
     def episode_starts(self) -> npt.NDArray[np.int64]:
-        """Index of the first step of each episode. (E,)."""
+        """(E,) index of the first step of each episode."""
         return _frozen(starts_of(self.terminated, self.truncated))
 
     @cached_property
     def episode_lengths(self) -> npt.NDArray[np.int64]:
-        """Steps of each episode. (E,)."""
+        """(E,) number of steps of each episode."""
         return _frozen(np.diff(self.episode_starts, append=len(self)))
 
     @property
@@ -378,30 +392,30 @@ class OfflineDataset:
 
     @property
     def episodes(self) -> Episodes:
-        """The episodes as a sequence of datasets that share this one's memory."""
+        """The episodes as a sequence of datasets that share the memory of this log."""
         return Episodes(self)
 
     @cached_property
     def returns(self) -> npt.NDArray[np.float64]:
-        """Undiscounted sum of rewards of each episode. (E,)."""
+        """(E,) undiscounted sum of the rewards of each episode."""
         return _frozen(np.add.reduceat(self.rewards.astype(np.float64), self.episode_starts))
 
     @cached_property
     def episode_costs(self) -> npt.NDArray[np.float64]:
-        """Undiscounted sum of costs of each episode. (E,)."""
+        """(E,) undiscounted sum of the costs of each episode."""
         return _frozen(np.add.reduceat(self.costs.astype(np.float64), self.episode_starts))
 
     @cached_property
     def violating_episodes(self) -> npt.NDArray[np.bool_]:
-        """Whether h > 0 at any state of the episode, the first and the last included. (E,)."""
+        """(E,) whether h > 0 in any state of the episode, the first and the last included."""
         unsafe = (self.constraints > 0) | (self.next_constraints > 0)
         return _frozen(np.logical_or.reduceat(unsafe, self.episode_starts))
 
     def select(self, episode_indices: npt.ArrayLike) -> OfflineDataset:
-        """Return the episodes with these indices, in this order; an index may repeat.
+        """Return a log of the episodes with these indices, in this order. An index may repeat.
 
         Raises:
-            ValueError: no index is given, or one is outside [0, num_episodes).
+            ValueError: No index is given, or one is outside [0, num_episodes).
         """
         indices = np.asarray(episode_indices)
         if indices.ndim != 1 or len(indices) == 0 or indices.dtype.kind not in "iu":
@@ -419,13 +433,14 @@ class OfflineDataset:
         return self._rows(np.repeat(self.episode_starts[indices], lengths) + offsets)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
-        """Part the episodes at random into ``(train, held_out)``, both in the log's order.
+        """Split the episodes at random into ``(train, held_out)``, both in the log's order.
 
-        `train` gets ``round(fraction * num_episodes)`` episodes. No episode is cut: steps of one
-        episode on both sides would let a held-out check see what was trained on.
+        `train` gets ``round(fraction * num_episodes)`` episodes. Episodes stay whole, because the
+        steps of one episode depend on each other and a held-out check must not use an episode that
+        was trained on.
 
         Raises:
-            ValueError: fraction is not inside (0, 1), or a part would be empty.
+            ValueError: `fraction` is not inside (0, 1), or a part would be empty.
         """
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"fraction must lie inside (0, 1), got {fraction}")
@@ -441,10 +456,10 @@ class OfflineDataset:
 
     @classmethod
     def concatenate(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
-        """Put logs of the same task one after the other; a provenance that they share stays.
+        """Return the logs of the same task joined to one, with the provenance that all share.
 
         Raises:
-            ValueError: there are none, or their spaces or kinds of labels differ.
+            ValueError: There are no logs, or their spaces or kinds of labels differ.
         """
         parts = list(datasets)
         if not parts:
@@ -465,7 +480,7 @@ class OfflineDataset:
         return dataclasses.replace(first, **joined, provenance=first.provenance if shared else None)
 
     def summary(self) -> str:
-        """Describe the log in a few lines: sizes, returns, costs, labels and how episodes end."""
+        """Return a few lines of text: sizes, returns, costs, labels and how episodes end."""
         lengths, returns, costs = self.episode_lengths, self.returns, self.episode_costs
         unsafe = float(np.mean(self.next_constraints > 0))
         ended = float(np.mean(self.terminated[self.episode_starts + lengths - 1]))
@@ -488,7 +503,7 @@ class OfflineDataset:
         return {name: getattr(self, name) for name in _FIELDS}
 
     def _rows(self, rows: slice | npt.NDArray[np.int64]) -> Self:
-        # Whole episodes of a checked log need no second check: this makes episodes[i] cheap.
+        # Whole episodes of a checked log need no second check. Skipping it makes episodes[i] fast.
         part = object.__new__(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -499,7 +514,7 @@ class OfflineDataset:
 
 
 class Episodes(Sequence[OfflineDataset]):
-    """The episodes of a log, each an `OfflineDataset` of one episode, without copies."""
+    """The episodes of a log as a sequence of `OfflineDataset` of one episode, without copies."""
 
     def __init__(self, dataset: OfflineDataset) -> None:
         self._dataset = dataset
@@ -557,7 +572,10 @@ def _read_header(
 def _rows(
     name: str, points: npt.ArrayLike | Mapping[str, npt.ArrayLike], flat: SpaceCodec
 ) -> Array:
-    """Points of a space, or rows of them already, as rows; other shapes are refused later."""
+    """Return points of a space as rows.
+
+    Rows are returned unchanged. Wrong shapes are refused later, by `check_log`.
+    """
     if isinstance(points, Mapping) or isinstance(flat.space, gym.spaces.Dict):
         if not isinstance(points, Mapping):
             return as_field(name, points)
@@ -574,7 +592,7 @@ def _box(
     bound: float, values: npt.ArrayLike | Mapping[str, npt.ArrayLike], name: str
 ) -> gym.spaces.Box:
     if isinstance(values, Mapping):
-        raise ValueError(f"{name} is a dict: pass observation_space, the Dict that they are of")
+        raise ValueError(f"{name} is a dict: pass its Dict space as observation_space")
     shape = np.shape(values)
     if len(shape) != 2:
         raise ValueError(f"{name} must have shape (N, width), got {shape}; reshape it")

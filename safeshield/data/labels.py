@@ -1,4 +1,4 @@
-"""Constraint labels from costs: binary labels, and how far before a violation they are felt."""
+"""Binary constraint labels from costs, and the effect of their magnitude."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 DEFAULT_MAGNITUDE = 25.0
-"""Label of an unsafe state in FISOR and SafeFQL for DSRL's tasks (a safe state has -1)."""
+"""Label of an unsafe state in FISOR and SafeFQL on DSRL's tasks. A safe state has the label -1."""
 
 
 def binary_labels(
@@ -19,26 +19,27 @@ def binary_labels(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Label the states of logged steps by their costs: ``+magnitude`` where cost > 0, else -1.
 
-    A cost is reported after the step, so it labels the state reached::
+    A cost is reported after the step, so it labels the state that the step reached::
 
         next_constraints[t] = label(costs[t])                       h(s[t+1])
         constraints[t]      = label(costs[t-1])  inside an episode  h(s[t])
                             = label(initial_costs[e])  at the first step of episode e
 
-    No log of DSRL's says whether an episode starts inside a violation: without `initial_costs`
-    the first state of every episode is taken as safe (-1).
+    DSRL's logs do not say whether an episode starts in a violation. Without `initial_costs` the
+    first state of every episode is therefore labelled as safe (-1).
 
     Args:
         costs: (N,) cost reported after each step.
         episode_starts: (E,) index of the first step of each episode, ascending, beginning with 0.
-        magnitude: label of an unsafe state, above 0. `label_reach` says what it does.
+        magnitude: Label of an unsafe state, above 0. See `label_reach` for its effect.
         initial_costs: (E,) cost of the first state of each episode.
 
     Returns:
         ``(constraints, next_constraints)``, each (N,) float32.
 
     Raises:
-        ValueError: a shape is wrong, the starts are no starts, or the magnitude is not above 0.
+        ValueError: A shape is wrong, `episode_starts` does not ascend from 0 or exceeds N, a cost
+            is negative, or the magnitude is not above 0.
 
     >>> now, after = binary_labels([0, 1, 0], [0, 2])
     >>> now.tolist(), after.tolist()
@@ -78,15 +79,16 @@ def binary_labels(
 
 
 def label_reach(magnitude: float, discount: float) -> float:
-    """Steps before a violation at which a label of `magnitude` is still felt, others being -1.
+    """Return how many steps before an unavoidable violation V_h becomes positive.
 
-    With the discounted max backup of `safeshield.values`, the value k steps before an unavoidable
-    violation is ``(1 + M) g^k - 1``, which is above 0 for ``k < ln(1 + M) / -ln g``. This is the
-    knob to reach for: 324 steps for M = 25 and g = 0.99 (FISOR and SafeFQL on DSRL), 69 for M = 1.
-    A larger reach sees danger earlier and calls more of the state space unsafe.
+    Unsafe states have the label M = `magnitude` and safe states have -1. With the discounted max
+    backup of `safeshield.values` and the discount g, the value k steps before an unavoidable
+    violation is ``(1 + M) g^k - 1``. It is above 0 for ``k < ln(1 + M) / -ln g``, which is the
+    number returned: 324 steps for M = 25 and g = 0.99 (FISOR and SafeFQL on DSRL), 69 for M = 1.
+    With a larger number V_h recognises danger earlier and more of the state space counts as unsafe.
 
     Raises:
-        ValueError: magnitude is not above 0, or discount is not inside (0, 1).
+        ValueError: `magnitude` is not above 0, or `discount` is not inside (0, 1).
 
     >>> round(label_reach(25.0, 0.99)), round(label_reach(1.0, 0.99))
     (324, 69)

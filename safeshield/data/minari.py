@@ -1,8 +1,8 @@
-"""Minari's datasets as logs, and logs as Minari's datasets.
+"""Conversion of Minari's datasets to logs and of logs to Minari's datasets.
 
-Minari keeps, for an episode of L steps, L + 1 observations and, where infos were recorded, L + 1
-entries of each info: the one of the reset first, then one after each step. The cost of step t is
-therefore entry t + 1 of ``infos["cost"]``.
+For an episode of L steps Minari stores L + 1 observations and, where infos were recorded, L + 1
+entries of each info. The first entry is that of the reset, and one follows for each step. The cost
+of step t is therefore entry t + 1 of ``infos["cost"]``.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 MinariDataset = Any
-"""A `minari.MinariDataset`: the package is optional."""
+"""A `minari.MinariDataset`. It has no type here because the package is optional."""
 
 _INFOS = (COST, CONSTRAINT, EXECUTED)
 _DAMAGE = (OSError, KeyError, IndexError, RuntimeError, AssertionError, TypeError)
 
 
 def open_dataset(source: str | os.PathLike[str] | MinariDataset) -> MinariDataset:
-    """Return a Minari dataset that is here already.
+    """Open a Minari dataset that is stored on this machine.
 
     Args:
-        source: an id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
+        source: An id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
 
     Raises:
-        ImportError: the package minari is not installed.
-        FileNotFoundError: there is no such dataset here.
+        ImportError: The package minari is not installed.
+        FileNotFoundError: There is no such dataset on this machine.
         TypeError: `source` is none of the three.
-        ValueError: it is damaged, or does not name its spaces.
+        ValueError: The dataset is damaged, or its metadata do not store its spaces.
     """
     minari = _package()
     if isinstance(source, minari.MinariDataset):
@@ -68,13 +68,14 @@ def open_dataset(source: str | os.PathLike[str] | MinariDataset) -> MinariDatase
                     ) from error
     raise FileNotFoundError(
         f"no Minari dataset {os.fspath(source)!r}, neither as a folder nor in Minari's store; "
-        f"`minari list local` shows those here, `minari download {os.fspath(source)}` fetches one"
+        "`minari list local` lists the local datasets, "
+        f"`minari download {os.fspath(source)}` downloads this one"
     )
 
 
 @contextlib.contextmanager
 def errors_named(dataset: MinariDataset) -> Iterator[None]:
-    """Begin the messages of errors with the dataset's name."""
+    """Put the dataset's name in front of the messages of errors."""
     name = f"Minari dataset {dataset.id!r}"
     try:
         yield
@@ -89,16 +90,17 @@ def arrays_of(
     observation_keys: Sequence[str] | None,
     action_space: gym.Space[Any] | None,
 ) -> dict[str, Any]:
-    """Return the arguments of `OfflineDataset.from_arrays` that a Minari dataset gives.
+    """Return a Minari dataset as arguments of `OfflineDataset.from_arrays`.
 
     Args:
-        dataset: from `open_dataset`.
-        observation_keys: entries of a Dict observation to keep, all by default.
-        action_space: where logged actions leave the space that the dataset names.
+        dataset: A dataset from `open_dataset`.
+        observation_keys: Entries of a Dict observation to keep; all by default.
+        action_space: Action space to use in place of the dataset's, for logs whose actions lie
+            outside it.
 
     Raises:
-        TypeError: a space that `spaces.rows` does not support.
-        ValueError: it is damaged, or lacks the infos that label a log.
+        TypeError: `spaces.rows` does not support a space.
+        ValueError: The dataset is damaged, or lacks the infos from which a log is labelled.
     """
     space = part_of(dataset.observation_space, observation_keys)
     observation_codec, action_codec = (
@@ -116,7 +118,7 @@ def write_dataset(
     dataset_id: str,
     **metadata: Any,  # noqa: ANN401 - what Minari takes
 ) -> MinariDataset:
-    """Write a log into Minari's store; see `OfflineDataset.to_minari`."""
+    """Write a log into Minari's store. See `OfflineDataset.to_minari`."""
     minari = _package()
     from minari.data_collector import EpisodeBuffer
 
@@ -124,8 +126,8 @@ def write_dataset(
     broken = inside & (dataset.next_observations[:-1] != dataset.observations[1:]).any(axis=1)
     if broken.any():
         raise ValueError(
-            "next_observations[t] must equal observations[t+1] inside an episode, for Minari keeps "
-            f"each state once, but they differ at index {int(np.argmax(broken))}"
+            "next_observations[t] must equal observations[t+1] inside an episode, because Minari "
+            f"stores each state once, but they differ at index {int(np.argmax(broken))}"
         )
     buffers = []
     for episode in dataset.episodes:
@@ -173,7 +175,8 @@ class _Filling:
         """Append one episode.
 
         Raises:
-            ValueError: it does not hold together, or reports other infos than those before it.
+            ValueError: The lengths of its arrays do not match, or it reports other infos than the
+                episodes before it.
         """
         where = f"episode {number}"
         steps = len(episode.rewards)
@@ -181,7 +184,9 @@ class _Filling:
             return
         part = slice(self._at, self._at + steps)
         if part.stop > len(self._columns["rewards"]):
-            raise ValueError(f"{where} goes beyond the steps that the metadata claim")
+            raise ValueError(
+                f"{where} exceeds the {len(self._columns['rewards'])} steps that the metadata state"
+            )
         rows = self._observation_codec.flatten(episode.observations, f"{where}: observations")[0]
         ends = {
             "terminated": np.array(episode.terminations, np.bool_),
@@ -191,13 +196,14 @@ class _Filling:
         lengths = [len(acted), *map(len, ends.values())]
         if len(rows) != steps + 1 or set(lengths) != {steps}:
             raise ValueError(
-                f"{where} must have one observation more than steps and all else once a step, got "
+                f"{where} must have one observation more than steps, and one entry a step of all "
+                "other arrays, got "
                 f"{len(rows)} observations, {steps} rewards, {lengths[0]} actions, "
                 f"{lengths[1]} terminations, {lengths[2]} truncations"
             )
         if any(flags[:-1].any() for flags in ends.values()):
             raise ValueError(f"{where} must not end before its last step")
-        # Both may be set at an end; an episode that stops unended was cut there.
+        # Minari may set both flags at an end; an episode without a flag counts as truncated.
         ends["truncated"][-1] = not ends["terminated"][-1]
         infos = _infos(episode.infos, steps, where)
         self._check_reported(infos, where)
@@ -224,14 +230,14 @@ class _Filling:
         self._at = part.stop
 
     def arrays(self) -> dict[str, Any]:
-        """Return the arguments of `OfflineDataset.from_arrays`, read-only.
+        """Return read-only arrays as arguments of `OfflineDataset.from_arrays`.
 
         Raises:
-            ValueError: there are fewer steps than were announced.
+            ValueError: There are fewer steps than the metadata state.
         """
         if self._at < len(self._columns["rewards"]):
             raise ValueError(
-                f"its episodes have {self._at} steps, its metadata claim "
+                f"its episodes have {self._at} steps, but its metadata state "
                 f"{len(self._columns['rewards'])}; download or make it again"
             )
         for column in self._columns.values():
@@ -251,13 +257,14 @@ class _Filling:
             )
         if self._reported is not None and found != self._reported:
             raise ValueError(
-                f"{where} reports {sorted(found)}, the episodes before it {sorted(self._reported)}"
+                f"{where} reports {sorted(found)}, but the episodes before it report "
+                f"{sorted(self._reported)}"
             )
         self._reported = found
 
 
 def _infos(infos: Mapping[str, Any] | None, steps: int, where: str) -> dict[str, Array]:
-    """The infos that we know, each (steps + 1, ...): at reset, and after each step."""
+    """Return the infos that a log uses, each (steps + 1, ...): at reset and after each step."""
     known = {}
     for key in _INFOS:
         if infos is None or key not in infos:
@@ -292,7 +299,8 @@ def _episodes(dataset: MinariDataset) -> Iterator[tuple[int, Any]]:
 
 
 def _check_spaces_stored(place: Path) -> None:
-    # Without them Minari makes the environment, which imports the module that the file names.
+    # Where the metadata store no spaces, Minari makes the environment to find them, and so imports
+    # the module that the file names.
     try:
         metadata = json.loads((place / "metadata.json").read_text())
         missing = {"observation_space", "action_space"} - set(metadata)
@@ -300,8 +308,9 @@ def _check_spaces_stored(place: Path) -> None:
         raise ValueError(f"{place} is damaged: its metadata.json is no JSON ({error})") from error
     if missing:
         raise ValueError(
-            f"{place} names no {' and no '.join(sorted(missing))}, for which Minari would run the "
-            "environment that it names; open it yourself and pass the minari.MinariDataset"
+            f"{place} stores no {' and no '.join(sorted(missing))}, so Minari would make the "
+            "environment that it names; open the dataset yourself and pass the "
+            "minari.MinariDataset"
         )
 
 

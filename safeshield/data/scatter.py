@@ -1,4 +1,4 @@
-"""The cost-return scatter of a log: one mark an episode, and where the best safe ones lie."""
+"""A scatter plot of the costs and returns of a log, with one mark for each episode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from safeshield.data.dataset import OfflineDataset
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito).
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 BLACK, GREY = "#222222", "#dddddd"
 DPI = 160
@@ -26,16 +26,16 @@ STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-"""For `matplotlib.rc_context`."""
+"""Settings for `matplotlib.rc_context`."""
 
 DEFAULT_LIMIT = 10.0
 """Cost limit of an episode in most papers on DSRL's tasks."""
 _FAR = 5.0
-"""Greatest cost, in limits, up to which the cost axis is linear."""
+"""Ratio of the greatest cost to the limit up to which the whole cost axis is linear."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches that needs no display."""
+    """Return an empty figure of the given size in inches, which needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -48,23 +48,24 @@ def draw_scatter(
     limit: float = DEFAULT_LIMIT,
     title: str = "",
 ) -> None:
-    """Draw return against cost of every episode of a log.
+    """Draw the return against the cost of every episode of a log, and save the picture.
 
-    Blue marks are episodes with cost at most `limit`, the others are vermilion; a cross ended by
-    termination. The right axis has DSRL's normalised return: 0 at the log's least, 1 at its
-    greatest. The star is the best return within the limit: what cloning the log can hope for.
-    Where costs go far beyond the limit the cost axis is linear up to it and logarithmic from it
-    on: episodes within the limit, all that matters to a safe agent, would else be a sliver.
+    Episodes with a cost of at most `limit` are blue, the others are vermilion. Episodes that ended
+    by termination are crosses, the others are dots. The right axis shows DSRL's normalised return,
+    which is 0 at the log's least return and 1 at its greatest. A star marks the episode with the
+    best return within the limit. Where costs go far beyond the limit, the cost axis is linear up to
+    the limit and logarithmic above it. Otherwise the episodes within the limit, which matter most
+    to a safe agent, would fill only a narrow strip.
 
     Args:
-        path: .png, .svg, .pdf or whatever else matplotlib writes.
-        dataset: the log.
-        limit: cost of an episode, at least 0.
-        title: above the picture.
+        path: File to write: .png, .svg, .pdf or another format of matplotlib.
+        dataset: The log.
+        limit: Limit on the summed cost of an episode, at least 0.
+        title: Title above the picture.
 
     Raises:
-        ValueError: the limit is negative or no number, or the suffix is unknown.
-        FileNotFoundError: the folder does not exist.
+        ValueError: The limit is negative or not finite, or the suffix is unknown.
+        FileNotFoundError: The folder does not exist.
     """
     if not (np.isfinite(limit) and limit >= 0.0):
         raise ValueError(f"limit must be a finite cost of at least 0, got {limit}")
@@ -125,12 +126,15 @@ def draw_scatter(
 
 
 def _cost_axis(axes: Any, limit: float, greatest: float) -> tuple[float, float]:  # noqa: ANN401
-    """Choose scale and ticks; return the ends of the axis, the left one a little below 0."""
+    """Set the scale and the ticks of the cost axis, and return its left and right end.
+
+    The left end lies slightly below 0.
+    """
     knee = limit or 1.0
     if greatest <= _FAR * knee:
         end = max(1.04 * greatest, 1.15 * knee)
         return -0.02 * end, end
-    # The part up to the limit is as wide as a decade and a half of the rest.
+    # The linear part up to the limit is as wide as 1.5 decades of the logarithmic part.
     axes.set_xscale("symlog", linthresh=knee, linscale=1.5 * (1.0 - 1.0 / 10.0))
     decades = range(math.floor(math.log10(knee)), math.ceil(math.log10(greatest)) + 1)
     round_costs = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]

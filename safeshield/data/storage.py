@@ -1,9 +1,10 @@
-"""Reading and writing logs as DSRL files, HDF5 or NPZ, without ever running what they hold.
+"""Reading and writing logs as DSRL files, HDF5 or NPZ. Reading a file runs no code from it.
 
-A file has DSRL's arrays (`DSRL_KEYS`), and, when this package wrote it, the labels
-(`LABEL_KEYS`) and a strict-JSON header: an attribute of the HDF5 root, an array of bytes in NPZ.
-Arrays are read block by block into float32 (flags: bool) arrays that are allocated once, whatever
-the file's own dtypes are: reading takes the memory of the arrays and of one block.
+A file has DSRL's arrays (`DSRL_KEYS`). A file that this package wrote also has the labels
+(`LABEL_KEYS`) and a header in strict JSON, which is an attribute of the HDF5 root or an array of
+bytes in NPZ. Arrays are read in blocks into float32 arrays (bool for flags) that are allocated
+once, whatever the file's dtypes are. Reading therefore takes the memory of the arrays and of one
+block.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ HEADER_KEY = "safeshield"
 _HDF5_SUFFIXES = (".hdf5", ".h5")
 _NPZ_SUFFIX = ".npz"
 _MAX_HEADER_BYTES = 1 << 29
-# Deflate cannot shrink data more than 1032 times: a file that claims more holds no such arrays.
+# Deflate shrinks data at most 1032 times. A file whose arrays claim a larger ratio is damaged.
 _MAX_EXPANSION = 1100
 
 _Put = Callable[[Any, Any], None]
-"""Puts a block, in the file's dtype, where an index of the array says."""
+"""A function (index, block) that stores a block, in the file's dtype, at an index of the array."""
 
 BLOCK_BYTES = 4 << 20
-"""About what is read at once beside the array itself."""
+"""Approximate size of the block that is read at once, in addition to the array itself."""
 _MAX_THREADS = 8
-# A smaller chunk is unpacked before a thread would have been told of it.
+# Smaller chunks are unpacked faster than they could be handed to a thread.
 _LEAST_CHUNK = 1 << 12
-# Fewer columns than these are copied one by one: numpy is slow at many short rows.
+# Blocks with fewer columns are copied column by column, because NumPy copies short rows slowly.
 _FEW_COLUMNS = 16
 
 Array = npt.NDArray[Any]
@@ -63,17 +64,18 @@ Header = dict[str, Any]
 
 
 def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
-    """Read the known arrays, as float32 or bool, and the header of a log.
+    """Read the arrays and the header of a log.
 
-    Sizes and dtypes are checked before anything is allocated; links, external storage and pickled
-    objects are refused. Unknown arrays are ignored. A key of one number a step may be (N, 1) in
+    The arrays are float32 or bool; the header is None where the file has none. Sizes and dtypes are
+    checked before memory is allocated. Links, external storage and pickled objects are refused.
+    Unknown arrays are ignored. An array with one number for each step may have the shape (N, 1) in
     the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the suffix is unknown, the file is damaged or not what its suffix says, keys
-            are missing (the message lists missing and present ones), parts of an array were never
-            written, lengths differ, or an array holds no numbers.
+        FileNotFoundError: There is no such file.
+        ValueError: The suffix is unknown, the file is damaged or has another format than its suffix
+            says, keys are missing (the message lists missing and present ones), parts of an array
+            were never written, lengths differ, or an array does not hold numbers.
     """
     reader = _read_hdf5 if _is_hdf5(path) else _read_npz
     if not path.is_file():
@@ -85,11 +87,11 @@ def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
 
 
 def write_log(path: Path, arrays: Mapping[str, Array], header: Header) -> None:
-    """Write a log, atomically: `path` holds the old file or the whole new one, never a part.
+    """Write a log atomically: `path` holds either the old file or the whole new one.
 
     Raises:
-        ValueError: the suffix of `path` is unknown.
-        FileNotFoundError: its folder does not exist.
+        ValueError: The suffix of `path` is unknown.
+        FileNotFoundError: The folder does not exist.
     """
     text = json.dumps(header, allow_nan=False)
     write = _write_hdf5 if _is_hdf5(path) else _write_npz
@@ -105,7 +107,7 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def _write_hdf5(path: Path, arrays: Mapping[str, Array], header: str) -> None:
-    # The format of HDF5 1.8 is the oldest whose attributes may exceed 64 KiB (wide spaces).
+    # The header of a wide space may exceed 64 KiB, and attributes of that size need HDF5 1.8.
     with h5py.File(path, "w", libver=("v108", "v108")) as file:
         for key, array in arrays.items():
             file.create_dataset(key, data=array, compression="gzip", shuffle=True)
@@ -121,7 +123,7 @@ def _write_npz(path: Path, arrays: Mapping[str, Array], header: str) -> None:
 def _read_hdf5(path: Path) -> tuple[dict[str, Array], bytes | None]:
     if not h5py.is_hdf5(path):
         _damaged(path, "it is no HDF5 file")
-    # No cache of chunks: blocks end where chunks do, so that each is unpacked once.
+    # No chunk cache is needed, because blocks end where chunks end and each is unpacked once.
     with h5py.File(path, "r", rdcc_nbytes=0) as file:
         present = list(file)
         keys = _keys_to_read(path, present)
@@ -155,14 +157,14 @@ def _hdf5_array(key: str, entry: Any) -> Array:  # noqa: ANN401
 
 
 # -- chunks of HDF5 ---------------------------------------------------------------------------
-# The HDF5 library unpacks one chunk after the other, on one core. Chunks that were packed by gzip
-# alone, with shuffled bytes or not, are therefore fetched packed and unpacked by several threads.
+# The HDF5 library unpacks one chunk after the other on one core. Where gzip, with or without the
+# shuffle filter, is the only compression, chunks are read packed and unpacked by several threads.
 
 
 def missing_parts(entry: Any) -> tuple[int, int]:  # noqa: ANN401 - h5py has no types
-    """Return how many parts of an array were never written, and how many it has.
+    """Return how many chunks of an array were never written, and how many chunks it has.
 
-    A writer that was stopped leaves chunks out, and HDF5 reads those as zeros.
+    A writer that was interrupted leaves chunks out, and HDF5 reads them as zeros.
     """
     if entry.chunks is None:
         total, written = 1, int(entry.id.get_storage_size() > 0)
@@ -173,10 +175,12 @@ def missing_parts(entry: Any) -> tuple[int, int]:  # noqa: ANN401 - h5py has no 
 
 
 def read_into(out: Array, entry: Any, put: _Put) -> None:  # noqa: ANN401
-    """Read all of an array into `out`, of the same shape; `put` converts.
+    """Read a whole array into `out`, which has the same shape.
+
+    `put` converts a block to the dtype of `out` and stores it there.
 
     Raises:
-        OSError, ValueError, zlib.error: a chunk is damaged.
+        OSError, ValueError, zlib.error: A chunk is damaged.
     """
     threads = min(_cores(), _MAX_THREADS)
     filters = _gzip_pipeline(entry)
@@ -221,7 +225,7 @@ def _unpack_into(
     batch = max(threads, BLOCK_BYTES // (math.prod(chunk) * dtype.itemsize))
     with ThreadPoolExecutor(threads) as pool:
         while some := list(itertools.islice(corners, batch)):
-            # Fetched by this thread alone: two that read chunks through h5py can wait for ever.
+            # Only this thread reads chunks, because two threads in h5py's chunk reads can deadlock.
             stored = [entry.id.read_direct_chunk(corner) for corner in some]
             for _ in pool.map(unpack, some, stored):
                 pass
@@ -230,30 +234,36 @@ def _unpack_into(
 def _unpacked(
     packed: bytes, skipped: int, filters: list[int], count: int, dtype: np.dtype[Any]
 ) -> Array:
-    """Undo the filters, last first, but for those that the writer skipped at this chunk (bits)."""
+    """Return a chunk with its filters undone in reverse order.
+
+    `skipped` is a bit mask of the filters that the writer did not apply to this chunk.
+    """
     size = count * dtype.itemsize
     raw = np.frombuffer(packed, np.uint8)
     for number, kind in reversed(list(enumerate(filters))):
         if skipped >> number & 1:
             continue
         if kind == h5py.h5z.FILTER_DEFLATE:
-            # At most a byte more than fits: what a hostile chunk expands to is not kept.
+            # Unpack at most one byte more than expected, to bound the memory for a hostile chunk.
             unpacker = zlib.decompressobj()
             raw = np.frombuffer(unpacker.decompress(raw.data, size + 1), np.uint8)
             if not unpacker.eof:
-                raise ValueError(f"a chunk ends early or has more than its {size} bytes")
+                raise ValueError(f"a chunk ends early or has more than the expected {size} bytes")
         elif dtype.itemsize > 1:
             planes = raw.reshape(dtype.itemsize, -1)
             raw = np.empty(planes.shape[::-1], np.uint8)
             for byte, plane in enumerate(planes):
                 raw[:, byte] = plane
     if raw.size != size:
-        raise ValueError(f"a chunk has {raw.size} bytes, must have {size}")
+        raise ValueError(f"a chunk has {raw.size} bytes, but must have {size}")
     return raw.reshape(-1).view(dtype)
 
 
 def _gzip_pipeline(entry: Any) -> list[int] | None:  # noqa: ANN401
-    """The filters of an array that `_unpacked` can undo, in the order of writing; else None."""
+    """Return the filters of an array in the order of writing.
+
+    The result is None where `_unpacked` cannot undo them.
+    """
     size = 0 if entry.chunks is None else math.prod(entry.chunks) * entry.dtype.itemsize
     if not size or not _LEAST_CHUNK <= size <= BLOCK_BYTES:
         return None
@@ -304,7 +314,7 @@ def _npz_array(archive: zipfile.ZipFile, member: str, key: str) -> Array:
             if len(block) < wanted:
                 raise EOFError(f"{member!r} is shorter than its header says")
             _put(key, numbers, part, np.frombuffer(block, dtype))
-        # The checksum of a member is compared where it ends.
+        # Reading past the end makes zipfile compare the checksum of the member.
         if stream.read(1):
             raise ValueError(f"{member!r} is longer than its header says")
     return _squeezed(key, out)
@@ -327,7 +337,7 @@ def _empty(key: str, shape: tuple[int, ...]) -> Array:
 
 def _put(key: str, out: Any, part: Any, block: Array) -> None:  # noqa: ANN401 - or a flatiter
     if key in FLAG_KEYS:
-        # As bytes: a damaged bool may hold any, and would be true and equal to nothing.
+        # Compare bytes, because a damaged file may store other bytes than 0 and 1 as booleans.
         raw = block.view(np.uint8) if block.dtype == np.bool_ else block
         if not ((raw == 0) | (raw == 1)).all():
             raise ValueError(f"{key!r} must hold booleans (or 0 and 1 alone)")

@@ -1,4 +1,4 @@
-"""The rules a log must keep, each with an error that says where it is broken and how to mend it."""
+"""Validation of logs, with errors that name the broken rule, its index and a repair."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BLOCK = 1 << 18
 def as_field(name: str, value: npt.ArrayLike) -> Array:
     """Return `value` as the read-only float32 or bool array of field `name`.
 
-    A writeable array is copied, so that a log cannot be changed from outside; a read-only one of
-    the right dtype is taken as it is.
+    A writeable array is copied, so that a log cannot be changed from outside. A read-only array of
+    the right dtype is used without a copy.
 
     Raises:
-        TypeError: it holds no numbers.
-        ValueError: a flag is neither 0 nor 1.
+        TypeError: The array does not hold numbers.
+        ValueError: A flag is neither 0 nor 1.
     """
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
@@ -52,7 +52,7 @@ def check_log(
     actions: SpaceCodec,
     constraint_kind: str,
 ) -> None:
-    """Raise ValueError at the first rule that the fields of an `OfflineDataset` break."""
+    """Raise ValueError for the first rule that the fields of an `OfflineDataset` break."""
     if constraint_kind not in ("continuous", "binary"):
         raise ValueError(
             f"constraint_kind must be 'continuous' or 'binary', got {constraint_kind!r}"
@@ -79,7 +79,10 @@ def check_log(
 
 
 def starts_of(terminated: Array, truncated: Array) -> npt.NDArray[np.int64]:
-    """Index of the first step of every episode: 0, and every step after an end. (E,) int64."""
+    """Return the index of the first step of every episode, (E,) int64.
+
+    These are step 0 and every step that follows the end of an episode.
+    """
     ends = np.flatnonzero(terminated | truncated)
     starts = np.concatenate([[0], ends + 1]).astype(np.int64)
     return starts[starts < len(terminated)]
@@ -181,7 +184,10 @@ def _check_labels(fields: Mapping[str, Array], kind: str, starts: Array) -> None
 
 
 def _first_bad_row(array: Array, good: Callable[[Array], Array]) -> int | None:
-    """First row with an entry that is not good; looked for in blocks, not with a mask of all."""
+    """Return the index of the first row with an entry that is not good, or None.
+
+    The array is checked in blocks, so that no mask of its full size is allocated.
+    """
     size = max(1, _BLOCK // max(1, array[0].size))
     for start in range(0, len(array), size):
         fine = good(array[start : start + size])

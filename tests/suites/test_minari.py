@@ -311,12 +311,12 @@ def test_damaged_datasets_are_named(store: Path) -> None:
 
     load_with("its metadata.json is no JSON", text="{")
     load_with(r"episodes have \d+ steps, its metadata claim 999", total_steps=999)
-    load_with("goes beyond the steps", total_steps=3)
+    load_with("exceeds the 3 steps", total_steps=3)
     load_with("'stairs-v0': Unable to allocate", total_steps=10**15)
     load_with("damaged: episode 13 cannot be read", total_episodes=14)
     del metadata["observation_space"]
     # Minari would make what env_spec names, and import its module.
-    load_with("names no observation_space", env_spec='{"entry_point": "os:abort"}')
+    load_with("stores no observation_space", env_spec='{"entry_point": "os:abort"}')
     shutil.rmtree(store)
     collected()
     whole = (data / "main_data.hdf5").read_bytes()
@@ -326,7 +326,7 @@ def test_damaged_datasets_are_named(store: Path) -> None:
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="`minari download mujoco/none-v3` fetches one"):
+    with pytest.raises(FileNotFoundError, match="`minari download mujoco/none-v3` downloads this"):
         OfflineDataset.from_minari("mujoco/none-v3")
     with pytest.raises(FileNotFoundError, match="neither as a folder"):
         OfflineDataset.from_minari(tmp_path)
