@@ -478,7 +478,7 @@ def test_it_learns_in_a_box_and_never_leaves(extraction: str, tmp_path: Path) ->
     middle = np.array([[0.0], [-1.0]], np.float32)
     assert (alone.predict(middle, deterministic=True)[0] > 0.3).all()
     assert (alone.predict(np.repeat(middle, 50, 0))[0].std() > 0.0).all()
-    with pytest.raises(RuntimeError, match="the behaviour is not at hand"):
+    with pytest.raises(RuntimeError, match="this agent has no behaviour"):
         alone.value(middle)
     again = SafeSupportQLearning.load(
         tmp_path / "agent.safetensors", SafeRules(below, env.action_space)
@@ -820,7 +820,7 @@ def test_what_cannot_be_read_is_neither_learned_from_nor_passed() -> None:
         return True
 
     always = SafeRules(told, env.action_space)
-    with pytest.raises(NoSafeActionError, match=r"no rule can be asked in the state .*not finite"):
+    with pytest.raises(NoSafeActionError, match=r"rules cannot be evaluated in .*not finite"):
         SafeSupportQLearning(Blinks(Push()), always, config).learn(120)
     assert np.isfinite(asked).all()
     assert 0.0 not in asked  # nor about a state that was made up in its place

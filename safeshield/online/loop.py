@@ -1,4 +1,4 @@
-"""Collecting and learning in turn, with the callbacks, log and counters of Stable-Baselines3."""
+"""Collect and learn in turn, with the callbacks, log and counters of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from safeshield.training.state import Metrics
 
 
 class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
-    """A learner that collects its own experience; its callbacks are those of Stable-Baselines3.
+    """A learner that collects its own experience, with the callbacks of Stable-Baselines3.
 
-    An algorithm adds how collecting begins (`_collecting`), what is learned between two rollouts
+    A subclass defines how collecting begins (`_collecting`), what is learned between two rollouts
     (`_improve`) and what follows the last one (`_extract`).
 
     Args:
         config: settings.
-        venv: where it collects; None: nowhere.
+        venv: environments in which it collects; None for a learner that does not collect.
         tensorboard_log: folder for TensorBoard.
         verbose: 1 prints a table of the log.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
@@ -52,33 +52,33 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         self._in_loop = False
         self._logger: Logger | None = None
 
-    # -- what an algorithm adds ---------------------------------------------------------------
+    # -- methods that a subclass defines ------------------------------------------------------
 
     @abstractmethod
     def _collecting(self, total: int) -> Collector:
         """Return the collector at the beginning of new episodes, for `total` steps.
 
         Raises:
-            ValueError: there is no environment, or too few steps.
+            ValueError: there is no environment, or `total` is too small.
         """
 
     @abstractmethod
     def _improve(self, collector: Collector) -> Metrics | None:
-        """Learn from what was collected since the last call; None where there was nothing."""
+        """Learn from the steps since the last call; return metrics, None where none is stored."""
 
     @abstractmethod
     def _extract(self) -> None:
-        """Do what follows the last rollout."""
+        """Run the stage that follows the last rollout."""
 
     @abstractmethod
     def _check_finite(self, metrics: Metrics) -> None:
         """Raise FloatingPointError where a metric or a weight is not finite."""
 
-    # -- what callbacks ask for ---------------------------------------------------------------
+    # -- attributes that callbacks use --------------------------------------------------------
 
     @property
     def logger(self) -> Logger:
-        """The logger of the present `learn`, for callbacks."""
+        """The logger of the current call of `learn`, for callbacks."""
         if self._logger is None:
             raise RuntimeError("there is no logger before learn() is called")
         return self._logger
@@ -88,7 +88,7 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         return self._venv
 
     def get_vec_normalize_env(self) -> None:
-        """Return None: observations are normalised inside, for callbacks that ask."""
+        """Return None, because the critics normalise observations; callbacks call this method."""
 
     # -- learning -----------------------------------------------------------------------------
 
@@ -101,23 +101,25 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """Collect and learn in turn, then extract the parametric policy; returns self.
+        """Collect and learn in turn, then extract the parametric policy; return self.
 
         Args:
             total_timesteps: steps of all environments together, warm-up included.
-            callback: a callback of Stable-Baselines3, a list of them, or a function; one that
-                returns False ends collecting, and stage two follows if anything was learned.
+            callback: a callback of Stable-Baselines3, a list of callbacks, or a function. A
+                callback that returns False ends collecting; stage two follows if anything was
+                learned.
             log_interval: episodes between two lines of the log.
-            tb_log_name: of the run in TensorBoard.
-            reset_num_timesteps: False goes on counting where the last call ended. What was learned
+            tb_log_name: name of the run in TensorBoard.
+            reset_num_timesteps: False continues the step count of the last call. What was learned
                 is kept either way.
-            progress_bar: show one.
+            progress_bar: whether to show a progress bar.
 
         Raises:
-            TypeError: a number is no whole one.
-            ValueError: no environment; fewer steps than `learning_starts`; a reward that is not
-                finite; a behaviour that returns no actions of the space.
-            NoSafeActionError: rules admit nothing in a state that was reached.
+            TypeError: `total_timesteps` or `log_interval` is not an integer.
+            ValueError: there is no environment; `total_timesteps` does not exceed
+                `learning_starts`; a reward is not finite; or the behaviour returns actions outside
+                the space.
+            NoSafeActionError: rules admit no action in a state that was reached.
             FloatingPointError: a loss or a weight became NaN.
         """
         total = whole("total_timesteps", total_timesteps, least=1)
@@ -131,7 +133,7 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         )
         callbacks = _as_callback(callback)
         callbacks.init_callback(cast(Any, self))
-        # A callback's `learn` of its own keeps in step with what it is told here.
+        # Callbacks read the arguments of `learn` from these locals.
         callbacks.on_training_start(
             {"self": self, "total_timesteps": end, "reset_num_timesteps": reset_num_timesteps}, {}
         )
@@ -189,7 +191,7 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
 
 
 def _as_callback(callback: Any) -> BaseCallback:  # noqa: ANN401
-    """Return what Stable-Baselines3 makes of a callback, a list, a function or None."""
+    """Return a callback of Stable-Baselines3 for a callback, a list, a function or None."""
     if isinstance(callback, BaseCallback):
         return callback
     if isinstance(callback, list):

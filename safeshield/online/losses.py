@@ -1,16 +1,16 @@
-r"""Safe-Support Q-learning's losses: pure functions of (networks, batch, noise).
+r"""The losses of Safe-Support Q-learning, as pure functions of (networks, batch, noise).
 
-Stage one, the critics (twin; Q' is the mean, or the lower, of their slow copies):
+Stage one trains twin critics. Q' is the mean, or the lower, of their slow copies:
 
     y = r + g (1 - terminated) a log E_{x ~ mu(.|s')} [ exp(Q'(s', x) / a) ]
     L = sum_i mean (Q_i(s, x) - y)^2
 
-Stage two, an actor that stands alone, from pi* = mu exp(Q / a) / Z:
+Stage two fits an actor, which acts without mu, to pi* = mu exp(Q / a) / Z:
 
-    reverse   KL(pi || pi*)  = E_pi [ log pi - log mu - Q / a ] + log Z      mu has a density
-    forward   KL(pi* || pi)  = -E_mu [ exp((Q - V) / a) log pi ] + const.    draws of mu will do
+    reverse   KL(pi || pi*)  = E_pi [ log pi - log mu - Q / a ] + log Z      needs mu's density
+    forward   KL(pi* || pi)  = -E_mu [ exp((Q - V) / a) log pi ] + const.    needs draws of mu
 
-Source: arXiv 2604.25379, of which we know the abstract alone; derived in `values.soft`.
+Source: arXiv 2604.25379, of which only the abstract is known; derived in `values.soft`.
 """
 
 from __future__ import annotations
@@ -29,49 +29,55 @@ Twins = Literal["mean", "min"]
 CRITIC, ACTOR, CLONE = "critic", "actor", "behaviour"
 """Names of the networks, in memory and in files."""
 _FLOOR = 10.0
-"""Nats by which what mu never does counts as less likely than the least likely thing it does."""
+"""Nats by which an action that mu never takes counts as less likely than the least likely other."""
 
 
 class Support(NamedTuple):
-    """What mu proposes in n states (see `SafeProposals`), on the device."""
+    """mu's proposals in n states (see `SafeProposals`), as tensors on the device."""
 
     observations: Tensor
     """(n, features)."""
     candidates: Tensor
     """(n, m, act) in [-1, 1]; (n, 0, act) where actions are discrete."""
     log_mu: Tensor
-    """(n, c) of all choices, or (n, m) log(1/m)."""
+    """(n, c) log probabilities of all choices; (n, m) log(1/m) for a Box."""
 
 
 class Transitions(NamedTuple):
-    """A batch of steps."""
+    """A batch of n steps."""
 
     here: Support
+    """mu's proposals before the step."""
     actions: Tensor
-    """(n, act) executed, in [-1, 1]; or (n,) int64, the place of the choice."""
+    """(n, act) executed actions in [-1, 1]; or (n,) int64, the index of the choice."""
     rewards: Tensor
+    """(n,)."""
     terminated: Tensor
-    """(n,) bool; a truncated episode's is False."""
+    """(n,) bool; False where an episode was truncated."""
     after: Support
+    """mu's proposals after the step."""
 
 
 @dataclass(frozen=True)
 class SoftCritics:
-    """The twin networks of Q: pure functions of (params, inputs)."""
+    """The twin networks of Q, as pure functions of (params, inputs)."""
 
     inputs: int
+    """Features of an observation."""
     choices: int
-    """Number of discrete choices, each an output; 0: the action is an input."""
+    """Number of discrete choices, each of which is an output; 0: the action is an input."""
     act: int
+    """Entries of an action."""
     hidden: tuple[int, ...]
-    """() is a linear map: of one indicator for each state, a table."""
+    """Widths of the hidden layers. () is a linear map, which is a table for one-hot states."""
     offset: float
-    """Mean of the discounted returns that learning began with: where Q starts."""
+    """Mean of the discounted returns before learning, which is added to the network's output."""
     spread: float
-    """Their standard deviation: the unit of the network's output."""
+    """Standard deviation of these returns, which is the unit of the network's output."""
     twins: Twins = "mean"
-    """How the members make one Q."""
+    """How the members' values are combined into one Q."""
     members: int = 2
+    """Number of networks."""
 
     @property
     def network(self) -> EnsembleMLP:
@@ -81,12 +87,12 @@ class SoftCritics:
         return EnsembleMLP(self.inputs + self.act, 1, self.hidden, self.members)
 
     def values(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return Q_i (members, n, c), units of return: of all choices, or of actions (n, c, act).
+        """Return Q_i (members, n, c) of all choices or of the given actions, in units of return.
 
         Args:
             params: weights.
             observations: (n, features).
-            actions: (n, c, act) in [-1, 1]; where actions are discrete all choices are valued.
+            actions: (n, c, act) in [-1, 1]; unused where actions are discrete.
         """
         if self.choices:
             raw = self.network(params, observations)
@@ -103,7 +109,7 @@ class SoftCritics:
         return each.mean(0) if self.twins == "mean" else each.amin(0)
 
     def proposed(self, params: Params, support: Support) -> Tensor:
-        """Return Q (n, c) of what mu proposes."""
+        """Return Q (n, c) of mu's proposals."""
         return self.one(params, support.observations, support.candidates)
 
 
@@ -116,7 +122,7 @@ def critic_loss(
     temperature: float,
     discount: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the summed squared errors, in units of the spread, and what to log."""
+    """Return the members' summed mean squared errors, in units of the spread, and the metrics."""
     with torch.no_grad():
         after = critics.proposed(targets[CRITIC], batch.after)
         value = soft_value(after, temperature, batch.after.log_mu)
@@ -138,7 +144,7 @@ def critic_loss(
 def clone_loss(
     actor: MixtureActor, params: Params, support: Support
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return minus the mean log likelihood of what mu proposes: the cross-entropy to mu."""
+    """Return minus the mean log likelihood of mu's proposals, which is the cross-entropy to mu."""
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(support.log_mu.exp(), log_pi).mean()
     return loss, {"clone/cross_entropy": loss.detach()}
@@ -153,7 +159,7 @@ def forward_loss(
     *,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return KL(pi* || pi) up to a constant: the weighted likelihood of what mu proposes."""
+    """Return KL(pi* || pi) up to a constant, from the weighted likelihood of mu's proposals."""
     log_target = _log_induced(critics, targets, support, temperature)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(log_target.exp(), log_pi).mean()
@@ -172,9 +178,10 @@ def reverse_loss_choices(
     *,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return KL(pi || pi*) of discrete actions, the sum over all of them."""
+    """Return KL(pi || pi*) of discrete actions, summed over all choices."""
     log_target = _log_induced(critics, targets, support, temperature)
-    # A softmax cannot exclude what mu never does; it counts as less likely than all else.
+    # A softmax cannot exclude the actions that mu never takes. They count as less likely than all
+    # others.
     possible = log_target > -torch.inf
     least = torch.where(possible, log_target, torch.inf).amin(-1, keepdim=True)
     log_target = torch.where(possible, log_target, least - _FLOOR)
@@ -186,13 +193,13 @@ def reverse_loss_choices(
 def actor_draws(
     actor: MixtureActor, params: Params, observations: Tensor, uniform: Tensor
 ) -> Tensor:
-    """Return draws (n, k * s, act) of a mixture of k components, s of each.
+    """Return draws (n, k * s, act) of a mixture of k components, s draws of each component.
 
     Args:
-        actor: of a Box.
-        params: its weights.
+        actor: the actor of a Box of actions.
+        params: the actor's weights.
         observations: (n, features).
-        uniform: (n, k * s, act) in [0, 1).
+        uniform: (n, k * s, act) uniform noise in [0, 1).
     """
     count, total, act = uniform.shape
     parts = actor.mixture(params, observations)
@@ -214,20 +221,21 @@ def reverse_loss_box(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return E_pi [log pi - Q / a - log mu], whose gradient is that of KL(pi || pi*).
 
-    Q and log pi are differentiated through the draws. mu may be any function, which need not be
-    differentiable, so its part of the gradient is that of the likelihood ratio, relative to the
-    mean of other draws in the same state (no bias; a constant of the state cancels).
+    Q and log pi are differentiated through the draws. mu may be any function and need not be
+    differentiable. Its part of the gradient is therefore the likelihood-ratio estimate, with the
+    mean of other draws in the same state as the baseline. The estimate has no bias, and a constant
+    of the state cancels.
 
     Args:
-        actor: of a Box.
-        params: its weights.
+        actor: the actor of a Box of actions.
+        params: the actor's weights.
         critics: the twin networks.
-        targets: their slow copies.
+        targets: the slow copies of the critics' weights.
         observations: (n, features).
-        uniform: (n, k * s, act): where the draws come from, s of each of k components; s even.
-        log_mu: (n, k * s) of `actor_draws` of these, up to a constant of the state. Minus infinity
-            for what mu never does: the Q of such a draw is not used, and the draw counts as less
-            likely than all others by more than any difference of Q.
+        uniform: (n, k * s, act) noise of the draws, s for each of k components; s is even.
+        log_mu: (n, k * s) log mu of the `actor_draws` of this noise, up to a constant of the state.
+            It is minus infinity for actions that mu never takes. The Q of such a draw is not used,
+            and the draw counts as less likely than all others by more than any difference of Q.
         temperature: a.
     """
     parts = actor.mixture(params, observations)
@@ -243,11 +251,12 @@ def reverse_loss_box(
         least = torch.where(inside, log_mu, torch.inf).amin(-1, keepdim=True)
         none = ~inside.any(-1, keepdim=True)
         low, least = (torch.where(none, 0.0, bound) for bound in (low, least))
-        # Outside, Q was never learned: the lowest Q of the draws inside takes its place.
+        # Q was never learned outside the support. The lowest Q of the draws inside is used there.
         gain = torch.where(inside, log_mu, least - _FLOOR + low - scaled)
         fixed = weights.detach()
         halves = (fixed * gain).reshape(-1, actor.components * each // 2, 2).sum(1)
-        # The baseline of each half of the draws is the other half's mean; 2, as a half weighs 1/2.
+        # The baseline of each half of the draws is the mean of the other half. The factor 2 is
+        # there because the weights of a half sum to 1/2.
         advantage = gain - 2.0 * halves.flip(-1).repeat(1, actor.components * each // 2)
     pathwise = (weights * (log_pi - scaled)).sum(-1)
     ratio = (fixed * advantage * log_density(parts, actions.detach())).sum(-1)
@@ -262,11 +271,11 @@ def reverse_loss_box(
 def _log_induced(
     critics: SoftCritics, targets: Networks, support: Support, temperature: float
 ) -> Tensor:
-    """Return log pi* (n, c) of what mu proposes."""
+    """Return log pi* (n, c) of mu's proposals."""
     q = critics.proposed(targets[CRITIC], support)
     return induced_log_policy(q, temperature, support.log_mu)
 
 
 def _mean(weights: Tensor, values: Tensor) -> Tensor:
-    """Return sum_i w_i x_i over the last axis, where a weight of 0 takes out any x."""
+    """Return sum_i w_i x_i over the last axis, where a weight of 0 removes even an infinite x."""
     return torch.where(weights > 0, weights * values, 0.0).sum(-1)

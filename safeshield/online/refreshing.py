@@ -1,4 +1,4 @@
-"""A collector that is refreshed from what was learned, and tested before it acts."""
+"""Refresh the collector from the learned critics, and test it before it acts."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ Array = npt.NDArray[Any]
 
 
 class RefreshRefusedWarning(UserWarning):
-    """A refreshed collector failed its test, or the budget is spent: the former one is kept."""
+    """A refreshed collector failed its test or the budget is spent; the old collector is kept."""
 
 
 class Refresher:
-    """Lets the collector mix mu with the induced policy of now; both do what mu proposes.
+    """Makes the collector mix mu with the current induced policy; both choose among mu's proposals.
 
     Args:
         config: settings.
-        safe_set: a calibrated shield where refreshes are to be tested.
-        calibration_env: where they are tested.
-        venv: where learning collects; the spaces of both must be the same.
+        safe_set: a calibrated shield, where refreshed collectors are tested.
+        calibration_env: environment in which they are tested.
+        venv: environments in which learning collects; the spaces of both must be the same.
 
     Raises:
-        ValueError: refreshes are to be tested, and there is no calibrated shield or no environment;
-            or that environment is shielded, has other spaces, or nothing is to be tested in it.
+        ValueError: `recalibration_episodes` is set without a calibrated shield or without a
+            `calibration_env`; that environment is shielded or has other spaces; or it is given
+            without `recalibration_episodes`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Refresher:
     ) -> None:
         self._config, self._env = config, calibration_env
         self.spent = 0
-        """Episodes of the budget that tests have used."""
+        """Episodes of the budget that the tests have used."""
         if not config.recalibration_episodes:
             if calibration_env is not None:
                 raise ValueError(
@@ -77,12 +78,12 @@ class Refresher:
             check_spaces(calibration_env, "calibration_env's", spaces_of(venv))
 
     def refresh(self, induced: InducedPolicy, collector: Collector, step: int) -> None:
-        """Put a new collector in place, once it has passed its test where there is one.
+        """Refresh the collector, after it has passed its test where tests are required.
 
         Args:
-            induced: the policy, with the critics of now.
-            collector: what is refreshed; its shield gets the new record.
-            step: when.
+            induced: the induced policy, with the current critics.
+            collector: the collector to refresh; its shield gets the new record.
+            step: number of steps so far, which names the test and its seed.
         """
         share = self._config.refresh_share
 
@@ -110,7 +111,8 @@ class Refresher:
         """Return the shield with a record of the new collector.
 
         Raises:
-            CalibrationError: it failed the test of the shield's record, or there is no budget left.
+            CalibrationError: the collector failed the test of the shield's record, or the remaining
+                budget is too small for a test.
         """
         record, env = shield.record, self._env
         if not isinstance(record, CalibrationRecord) or env is None:

@@ -1,4 +1,4 @@
-"""What has been experienced, with what the behaviour proposed there: a ring of transitions."""
+"""A ring buffer of transitions, with the behaviour's proposals before and after each step."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ Array = npt.NDArray[Any]
 
 
 class Step(NamedTuple):
-    """One step of n environments: one row for each."""
+    """One step of n environments, with one row for each environment."""
 
     observations: Array
     """(n, obs)."""
     candidates: Array
-    """Of the `SafeProposals` in the states before; `log_mu` likewise."""
+    """`candidates` of the `SafeProposals` in the states before the step."""
     log_mu: Array
+    """`log_mu` of these proposals."""
     actions: Array
-    """(n, act) executed."""
+    """(n, act) executed actions."""
     rewards: Array
     """(n,)."""
     next_observations: Array
     """(n, obs)."""
     next_candidates: Array
-    """Of those in the states after; without meaning where an episode has terminated."""
+    """`candidates` in the states after the step; without meaning where an episode terminated."""
     next_log_mu: Array
+    """`log_mu` of these proposals."""
     terminated: npt.NDArray[np.bool_]
     """(n,)."""
 
@@ -42,11 +44,11 @@ class Step(NamedTuple):
 
 
 class Replay:
-    """A ring of transitions in NumPy; memory is taken once, when the first step is added.
+    """A ring buffer of transitions in NumPy, allocated when the first step is added.
 
     Args:
-        capacity: transitions that are kept; the oldest are overwritten.
-        codec: rows of actions.
+        capacity: number of transitions that are kept; the oldest are overwritten.
+        codec: converts actions to rows.
     """
 
     def __init__(self, capacity: int, codec: SpaceCodec) -> None:
@@ -86,7 +88,7 @@ class Replay:
         return self._ring
 
     def column(self, name: str) -> Array:
-        """Return one field of `Step` as far as it is filled."""
+        """Return the filled part of one field of `Step`."""
         column: Array = getattr(self._filled(), name)[: len(self)]
         return column
 
@@ -115,15 +117,15 @@ def support_of(
     codec: SpaceCodec,
     device: torch.device,
 ) -> Support:
-    """Return what is proposed, on a device and in the networks' units.
+    """Return proposals as tensors on a device, in the networks' units.
 
     Args:
         rows: (n, obs) observations.
-        candidates: of the `SafeProposals`.
-        log_mu: likewise.
-        scaling: units.
-        codec: rows of actions.
-        device: where to.
+        candidates: `SafeProposals.candidates`.
+        log_mu: `SafeProposals.log_mu`.
+        scaling: units of the networks' inputs.
+        codec: converts actions to rows.
+        device: device of the tensors.
     """
     if not codec.discrete:
         each = candidates.shape[1]

@@ -1,4 +1,4 @@
-"""What a behaviour proposes in the states that learning meets, restricted to a safe set."""
+"""The proposals of a behaviour, restricted to a safe set."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Array = npt.NDArray[Any]
 
 
 class SafeProposals(NamedTuple):
-    """What a behaviour mu, restricted to the safe set, proposes in n states."""
+    """Proposals in n states of a behaviour mu that is restricted to the safe set."""
 
     candidates: Array
     """(n, m, act) rows of samples; (n, 0, act) where actions are discrete."""
     log_mu: Array
-    """(n, c) log probabilities of all choices; (n, 0) in a Box, where all samples count alike."""
+    """(n, c) log probabilities of all choices; (n, 0) in a Box, where samples weigh the same."""
     executed: Array
-    """(n, act) one draw, as rows: what may be executed."""
+    """(n, act) one draw in each state, as rows, which may be executed."""
     outside: npt.NDArray[np.bool_]
-    """(n,) whether mu's own draw lay outside, so that another one took its place."""
+    """(n,) whether mu's own draw lay outside the safe set, so that another draw replaced it."""
     mass_outside: Array
-    """(n,) share of mu that lies outside: exact where it has probabilities, else of its m draws."""
+    """(n,) share of mu outside the safe set; exact for probabilities, else a share of m draws."""
     no_safe_action: npt.NDArray[np.bool_]
-    """(n,) whether nothing is admitted: the shield's least bad action stands alone."""
+    """(n,) whether no action is admitted, so that the shield's least bad action is used."""
 
     def take(self, rows: Array) -> SafeProposals:
-        """Return what is proposed in some of the states."""
+        """Return the proposals of some of the states."""
         return SafeProposals(*(part[rows] for part in self))
 
     def replaced(self, rows: Array, other: SafeProposals) -> SafeProposals:
-        """Return a copy in which `other` stands for some of the states."""
+        """Return a copy in which the states `rows` have the proposals of `other`."""
         copy = SafeProposals(*(np.array(part) for part in self))
         for part, new in zip(copy, other, strict=True):
             part[rows] = new
@@ -55,32 +55,35 @@ class SafeBehaviour:
 
         mu_safe(a | s) = mu(a | s) 1[a admitted] / Z(s)
 
-    Where mu puts nothing on what is admitted, the safe set's replacement stands alone.
+    Where mu gives no probability to admitted actions, the safe set's replacement is the only
+    proposal.
     """
 
     behaviour: Behaviour
-    """mu."""
+    """mu, the behaviour before it is restricted."""
     safe_set: SafeSet | None
-    """What may be executed; None: whatever is proposed."""
+    """The actions that may be executed; None: every action."""
     codec: SpaceCodec
-    """Rows of actions."""
+    """Converts actions to rows."""
 
     def propose(self, observations: Batch, samples: int, rng: np.random.Generator) -> SafeProposals:
-        """Ask the behaviour for actions and restrict them.
+        """Draw actions from the behaviour and restrict them to the safe set.
 
         Args:
-            observations: n of them.
+            observations: n observations.
             samples: m, draws in each state; unused where the probabilities of choices are known.
-            rng: of the draws.
+            rng: generator of the draws.
 
         Raises:
-            ValueError: the behaviour returns another shape, NaN, or no probabilities.
-            NoSafeActionError: rules admit nothing, or an observation is not finite.
+            ValueError: the behaviour returns another shape, NaN, or values that are not
+                probabilities.
+            NoSafeActionError: rules admit no action, or an observation is not finite.
         """
         if isinstance(self.safe_set, SafeRules):
-            # Before a behaviour is asked, which may ask these very rules about the zeros below.
+            # This comes first, because the behaviour may ask the same rules about the zeros below.
             self.safe_set.refuse_unreadable(observations)
-        # Behaviours may refuse what is not a number; safe sets do not admit anything there.
+        # Behaviours may refuse NaN and infinity, so zeros replace them. Safe sets get the
+        # observations unchanged and admit nothing there.
         seen = finite(observations)
         if self.codec.discrete:
             return self._of_choices(observations, seen, samples, rng)
@@ -104,7 +107,7 @@ class SafeBehaviour:
         instead, no_safe_action = _instead(self.safe_set, observations, ~some, drawn[:, 0])
         candidates[~some] = instead[:, None]
         for i in np.flatnonzero(~inside.all(axis=1) & some):
-            # What was refused is drawn again, from what was not.
+            # Refused draws are replaced by random ones of the admitted draws.
             good, bad = np.flatnonzero(inside[i]), np.flatnonzero(~inside[i])
             candidates[i, bad] = drawn[i, rng.choice(good, len(bad))]
         empty, share = np.zeros((len(drawn), 0), np.float32), 1.0 - inside.mean(axis=1)
@@ -132,7 +135,7 @@ class SafeBehaviour:
     def _probabilities(
         self, seen: Batch, every: Array, samples: int, rng: np.random.Generator
     ) -> Array:
-        """Return log mu (n, c) of all choices: what the behaviour tells, or counts of its draws."""
+        """Return log mu (n, c) of all choices, from its log_prob or from counts of its draws."""
         log_mu = log_density(self.behaviour, seen, every)
         if log_mu is None:
             drawn = self._drawn(seen, samples, rng)
@@ -166,7 +169,7 @@ class SafeBehaviour:
 
 
 def admitted(safe_set: SafeSet | None, observations: Batch, rows: Array) -> Array:
-    """Return actions (n, act) in which what a safe set refuses is replaced by what it admits."""
+    """Return actions (n, act) in which the safe set has replaced those that it refuses."""
     if safe_set is None:
         return rows
     refused = ~safe_set.admits(observations, rows[:, None])[:, 0]
@@ -184,8 +187,8 @@ def _restricted(
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
     """Return log probabilities (n, c) of choices restricted to those inside.
 
-    Where none has a probability, what the safe set puts in the place of `rows` (n, act) stands
-    alone. The second part says where nothing at all is admitted, (n,).
+    Where no choice inside has a probability, the safe set's replacement of `rows` (n, act) gets
+    probability 1. The second array (n,) says in which states no action is admitted.
     """
     masked = np.where(inside, log_probs, -np.inf)
     none = np.isneginf(masked.max(axis=1))
@@ -198,9 +201,10 @@ def _restricted(
 def _instead(
     safe_set: SafeSet | None, observations: Batch, none: npt.NDArray[np.bool_], rows: Array
 ) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Return what is executed in place of `rows` (n, act) in the states where `none` is True.
+    """Return the replacements of `rows` (n, act) in the states where `none` is True.
 
-    That is one row for each such state; and where nothing at all is admitted, (n,).
+    The first array has one row for each such state. The second array (n,) says in which states no
+    action is admitted.
     """
     no_safe_action = np.zeros(len(none), dtype=np.bool_)
     where = np.flatnonzero(none)
@@ -212,13 +216,13 @@ def _instead(
 
 
 class MaskedUniform:
-    """The uniform distribution over what rules, or a shield, admit.
+    """The uniform distribution over the actions that rules, or a shield, admit.
 
-    Where actions are discrete, over the admitted choices; in a Box, by rejection.
+    Discrete actions are drawn from the admitted choices. Actions of a Box are drawn by rejection.
 
     Args:
         safe: a `SafeRules`, or a shield, a path to its file or an agent that has one.
-        rounds: how often a Box is tried before giving up; 2^k actions a state in round k.
+        rounds: number of rounds of rejection; round k draws 2^k actions a state.
     """
 
     def __init__(
@@ -231,19 +235,19 @@ class MaskedUniform:
         self._rounds = rounds
 
     def of_a_log(self) -> MaskedUniform:
-        """Return the same for states of a log, in which rules that admit nothing raise no error."""
+        """Return a copy for states of a log, where rules that admit no action raise no error."""
         own = self.safe_set
         return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
 
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return admitted actions; where none is found, what the safe set puts in their place."""
+        """Return admitted actions, or the safe set's replacement where none is found."""
         if self._codec.discrete:
             return draw_choices(self._codec, self._log_probs(observations), each, rng)
         chosen = self._rejected(repeated(observations, each), rng)
         return chosen.reshape(-1, each, self._codec.width)
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return 0 (a Box) or minus the log of their number where admitted."""
+        """Return the log density: 0 (a Box) or minus the log of the number of admitted choices."""
         if not self._codec.discrete:
             return np.where(self.safe_set.admits(observations, candidates), 0.0, -np.inf)
         log_probs = self._log_probs(observations)
@@ -274,10 +278,10 @@ class MaskedUniform:
 
 
 def as_behaviour(behaviour: object, action_space: gym.Space[Any]) -> Behaviour:
-    """Return a behaviour from one, from rules (uniform inside), or from any policy.
+    """Return a `Behaviour` for a behaviour, for rules (uniform inside them), or for any policy.
 
     Raises:
-        TypeError: none of them.
+        TypeError: `behaviour` is none of these.
     """
     if isinstance(behaviour, SafeRules):
         return MaskedUniform(behaviour)

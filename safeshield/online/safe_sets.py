@@ -1,4 +1,4 @@
-"""What may be executed: a shield's accepted set, or a few lines of rules."""
+"""Sets of actions that may be executed: a shield's accepted actions, or rules in Python."""
 
 from __future__ import annotations
 
@@ -19,81 +19,85 @@ from safeshield.spaces.rows import SpaceCodec, flat_actions
 
 Array = npt.NDArray[Any]
 Spaces = tuple[gym.Space[Any], gym.Space[Any]]
-"""Of observations and of actions."""
+"""The spaces of observations and of actions."""
 _CANDIDATES = 256
 
 
 class NoSafeActionError(RuntimeError):
     """Rules admit no action in a state that an episode has reached, so nothing may be executed.
 
-    It is also raised where none was found, and where an observation is not finite, so that no rule
-    can be asked.
+    It is also raised where the search in a Box found no admitted action, and where an observation
+    is not finite, so that the rules cannot be evaluated.
     """
 
 
 class SafeSet(Protocol):
-    """Which actions may be executed in a state."""
+    """The actions that may be executed in each state."""
 
     actions: SpaceCodec
+    """Converts actions to rows."""
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
-        """Whether each of c actions (n, c, act) of n states may: (n, c)."""
+        """Return (n, c) whether each of c actions (n, c, act) in n states may be executed."""
         ...
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return what is executed in place of actions (n, act), and whether it is admitted (n,)."""
+        """Return replacements of actions (n, act), and whether each is admitted (n,)."""
         ...
 
     def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
-        """Raise ValueError where the set is for other spaces than these of observations, actions.
+        """Raise ValueError where the set is for other spaces than the given ones.
 
         Args:
-            spaces: both.
-            venv: of which they are; a shield warns where its record is of another environment.
+            spaces: the spaces of observations and of actions.
+            venv: the environments that have these spaces; a shield warns where its record is of
+                another environment.
         """
         ...
 
 
 class ShieldSet:
-    """What a shield accepts: Q_h <= -delta, and what its support test admits."""
+    """The actions that a shield accepts: Q_h <= -delta, and the support test passes."""
 
     def __init__(self, shield: Shield) -> None:
         self.shield = shield
         self.actions = shield.model.action_codec
 
     def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
-        """Ask the shield."""
+        """Check the spaces and the environment by `Shield.check_fits`."""
         name = "" if venv is None else environment_id(venv)
         self.shield.check_fits(*spaces, name, None if venv is None else environment_kwargs(venv))
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
-        """Ask the shield."""
+        """Return (n, c) which actions the shield accepts."""
         rows, _ = self.shield.observation_rows(observations)
         return self.shield.acceptable(self.shield.states(rows), rows, candidates)[0]
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Let the shield replace them; where nothing is acceptable, by its least bad action."""
+        """Return the shield's replacements; where none is acceptable, its least bad action."""
         seen, _ = self.shield.observation_rows(observations)
         executed, report = self.shield.filter_rows(self.shield.states(seen), seen, rows)
         return executed, np.asarray(report.acceptable)
 
 
 class SafeRules:
-    """A safe set that is a function: it says which actions may be executed in a state.
+    """A safe set that is defined by a function, which says whether an action may be executed.
 
-    Its author must see to it that an admitted action leads only to states in which another action
-    is admitted. Where none is admitted, learning stops with `NoSafeActionError`; likewise where an
-    observation holds NaN or infinity, about which the function is not asked.
+    The author of the function must make sure that an admitted action leads only to states in which
+    another action is admitted. Where no action is admitted, learning stops with
+    `NoSafeActionError`. It also stops where an observation holds NaN or infinity, for which the
+    function is not called.
 
     Args:
-        safe: ``safe(observation, action) -> bool``, of one observation and one action as the
-            spaces' own members are: an array of a Box (of actions in float32), a whole number of a
-            Discrete, a dict of a Dict; copies, which it may change. The same answer for the same
-            two, always. True or False: a constraint h is ``h <= 0``.
-        action_space: of the environment.
+        safe: ``safe(observation, action) -> bool``, a function of one observation and one action.
+            Both are members of their spaces: an array for a Box (float32 for actions), an integer
+            for a Discrete, a dict for a Dict. The function gets copies, which it may change. It
+            must always return the same answer, True or False, for the same two arguments. For a
+            constraint h return ``h <= 0``.
+        action_space: the environment's action space.
 
     Raises:
-        TypeError: `safe` is no function; when asked, it answered neither True nor False.
+        TypeError: `safe` is not a function, or it returned neither True nor False.
 
     >>> rules = SafeRules(lambda cell, move: not (cell == 36 and move == 1), gym.spaces.Discrete(4))
     >>> rules.admits(np.array([36]), rules.actions.choices[None]).tolist()
@@ -114,7 +118,7 @@ class SafeRules:
     def of_masks(
         cls, mask: Callable[[Any], npt.ArrayLike], action_space: gym.Space[Any]
     ) -> SafeRules:
-        """Make rules of ``mask(observation) -> (c,)``, True (1) for what may be taken, else False.
+        """Make rules from ``mask(observation) -> (c,)``, True (1) for each admitted action.
 
         >>> rules = SafeRules.of_masks(lambda cell: [True, cell > 3], gym.spaces.Discrete(2))
         >>> rules.admits(np.array([0, 9]), np.array([[[1.0]], [[1.0]]])).ravel().tolist()
@@ -135,7 +139,7 @@ class SafeRules:
         return cls(safe, action_space)
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
-        """Ask the function about each pair; once for each pair of integers."""
+        """Call the function for each pair, and only once for each pair of integers."""
         count, each = candidates.shape[:2]
         inside: npt.NDArray[np.bool_] = np.array(self.actions.contains(candidates))
         inside &= readable(observations)[:, None]
@@ -148,8 +152,8 @@ class SafeRules:
         """Return the nearest admitted action of all choices, or of 256 points of the box.
 
         Raises:
-            NoSafeActionError: none is admitted, as far as was tried; or the observation is not
-                finite.
+            NoSafeActionError: none of the actions that were tried is admitted, or the observation
+                is not finite.
         """
         self.refuse_unreadable(observations)
         nearest, admitted = self.nearest(observations, rows)
@@ -157,9 +161,9 @@ class SafeRules:
             where = f"in the state {take(observations, int(admitted.argmin()))}"
             points = "actions" if self.actions.discrete else "points of the box"
             raise NoSafeActionError(
-                f"the rules admit none of {len(self._tried)} {points} {where}: they must admit one "
-                "in every state to which an admitted action may lead (in a Box one that can be "
-                "found: give a behaviour that proposes what they admit where that is little)"
+                f"the rules admit none of {len(self._tried)} {points} {where}: they must admit an "
+                "action in every state to which an admitted action may lead (where they admit only "
+                "a small part of a Box, give a behaviour that proposes admitted actions)"
             )
         return nearest, admitted
 
@@ -175,12 +179,15 @@ class SafeRules:
         good = readable(observations)
         if not good.all():
             raise NoSafeActionError(
-                f"no rule can be asked in the state {take(observations, int(good.argmin()))}: it "
-                "is not finite"
+                "the rules cannot be evaluated in the state "
+                f"{take(observations, int(good.argmin()))}: it is not finite"
             )
 
     def nearest(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return the same, and False where none is admitted, with an action that means nothing."""
+        """Return the nearest admitted actions, and (n,) False where none is admitted.
+
+        Where none is admitted, the returned action has no meaning.
+        """
         tried = self._tried
         inside = self.admits(observations, np.broadcast_to(tried, (len(rows), *tried.shape)))
         distance = np.square(tried - rows[:, None]).sum(axis=-1)
@@ -189,7 +196,7 @@ class SafeRules:
 
     @cached_property
     def _tried(self) -> Array:
-        """All choices; or points of the box, always the same."""
+        """All choices, or a fixed set of points of the box."""
         if self.actions.discrete:
             return self.actions.choices
         low, high = self.actions.low, self.actions.high
@@ -198,7 +205,7 @@ class SafeRules:
 
     def _ask(self, observation: Any, action: Any) -> bool:  # noqa: ANN401
         if not isinstance(observation, np.integer) or not self.actions.discrete:
-            # Copies: a function that writes into its arguments must not change what is judged next.
+            # The function gets copies, so that it cannot change the arguments of later calls.
             return _truth(self._safe(copied(observation), copied(action)), "safe(...)")
         key = int(observation), np.asarray(action).tobytes()
         if key not in self._known:
@@ -207,9 +214,9 @@ class SafeRules:
 
 
 class LoggedRules:
-    """Rules for the states of a log, in which nothing is executed.
+    """Rules for the states of a log, in which no action is executed.
 
-    Where they admit nothing, `replace` says so and raises no error.
+    Where the rules admit no action, `replace` returns False and raises no error.
     """
 
     def __init__(self, rules: SafeRules) -> None:
@@ -218,12 +225,12 @@ class LoggedRules:
 
 
 def _truth(answer: object, what: str) -> bool:
-    """Return an answer that is True or False; any other object would be true or false in Python."""
+    """Return an answer that is True or False; raise TypeError for any other object."""
     if isinstance(answer, np.ndarray) and answer.dtype == np.bool_ and answer.ndim == 0:
         answer = answer[()]
     if not isinstance(answer, bool | np.bool_):
         raise TypeError(
-            f"{what} must be True or False, got {answer!r:.60} ({type(answer).__name__}): of a "
+            f"{what} must be True or False, got {answer!r:.60} ({type(answer).__name__}): for a "
             "constraint h return `h <= 0`"
         )
     return bool(answer)
@@ -232,13 +239,13 @@ def _truth(answer: object, what: str) -> bool:
 def as_safe_set(
     safe: SafeRules | Shield | HasShield | str | os.PathLike[str] | None, behaviour: object
 ) -> SafeSet | None:
-    """Return the safe set that is given, else that of the behaviour, if it has one.
+    """Return the given safe set, or else that of the behaviour, or None where it has none.
 
     Raises:
-        TypeError: `safe` is something else.
+        TypeError: `safe` is neither rules nor a shield.
     """
     if safe is None:
-        # A `SafeSupportPolicy` knows its shield, `MaskedUniform` its set.
+        # A `SafeSupportPolicy` has a shield, and a `MaskedUniform` has a safe set.
         own = getattr(behaviour, "safe_set", getattr(behaviour, "shield", None))
         if isinstance(behaviour, SafeRules):
             return behaviour
@@ -249,12 +256,12 @@ def as_safe_set(
 
 
 def spaces_of(env: Any) -> Spaces:  # noqa: ANN401
-    """Return the spaces of what has them: an environment, a log, an agent's networks."""
+    """Return the two spaces of an environment, a log or an agent's networks."""
     return env.observation_space, env.action_space
 
 
 def check_spaces(given: object, whose: str, spaces: Spaces) -> None:
-    """Raise ValueError where what is given is for other spaces, as far as it tells."""
+    """Raise ValueError where the spaces of an object, if it has any, are not the given ones."""
     for name, space in zip(("observation_space", "action_space"), spaces, strict=True):
         own = getattr(given, name, None)
         if isinstance(own, gym.Space) and own != space:

@@ -1,15 +1,15 @@
-r"""Safe-Support Q-learning: learn online, inside a behaviour's support, and never leave it.
+r"""Safe-Support Q-learning, which learns online inside the support of a behaviour.
 
-A behaviour mu that is supported on a safe set collects all data. Two stages:
+A behaviour mu that is supported on a safe set collects all data. The algorithm has two stages:
 
-1. critics by a Bellman target regularised by KL to mu,
+1. Critics are trained on a Bellman target that is regularised by the KL to mu,
 
        y = r + g (1 - terminated) a log E_{x ~ mu(.|s')} [ exp(Q'(s', x) / a) ]
 
-2. the induced policy pi*(x|s) = mu(x|s) exp(Q(s, x) / a) / Z(s), and a network that stands for it.
+2. The induced policy is pi*(x|s) = mu(x|s) exp(Q(s, x) / a) / Z(s). A network is fitted to it.
 
-Source: arXiv 2604.25379. Only its abstract is known to us; the mathematics is derived, standard
-KL-regularised control (`values.soft`), and so is every design decision here.
+Source: arXiv 2604.25379, of which only the abstract is known. The mathematics is standard
+KL-regularised control, derived in `values.soft`. The design decisions are this implementation's.
 """
 
 from __future__ import annotations
@@ -62,38 +62,38 @@ from safeshield.training.state import Metrics, Phase, TrainState
 
 Array = npt.NDArray[Any]
 _CHECK_EVERY = 500
-"""Updates between two looks at whether the numbers are finite, and lines in TensorBoard."""
+"""Updates between two checks that the metrics and the weights are finite."""
 
 
 @register("ssql", offline=False)
 class SafeSupportQLearning(OnlineLearner):
-    """Learn a better policy from, and inside the support of, a behaviour that keeps to a safe set.
+    """Learn a better policy inside the support of a behaviour that stays in a safe set.
 
-    What is executed while it learns is always one of the behaviour's own actions that the safe set
-    admits (`tally` counts what was refused); where a shield accepts nothing, its least bad action.
-    What that promises is what the shield's record, or the author of the rules, promises, and no
-    more.
+    While the agent learns, every executed action is one of the behaviour's own actions that the
+    safe set admits. Where there is none, it is the safe set's replacement: where a shield accepts
+    nothing, this is its least bad action. `tally` counts the refused proposals. Learning promises
+    no more than the shield's record, or the author of the rules, promises.
 
     Args:
-        env: a Gymnasium environment, shielded already or not, or a `VecEnv` of Stable-Baselines3;
-            None for `fit` alone.
-        behaviour: mu, without memory: a `Behaviour` (`Tabular`, `MaskedUniform`, `FlowTeacher`,
-            `ClonedBehaviour`), `SafeRules` (uniform inside them), a `SafeSupportPolicy`, or any
-            policy that `as_batch_policy` takes, with or without a method ``log_prob``. None, for
-            `fit` alone: a clone of the log.
+        env: a Gymnasium environment, with or without a shield, or a `VecEnv` of Stable-Baselines3;
+            None to use `fit` only.
+        behaviour: mu, which has no memory: a `Behaviour` (`Tabular`, `MaskedUniform`,
+            `FlowTeacher`, `ClonedBehaviour`), `SafeRules` (uniform inside them), a
+            `SafeSupportPolicy`, or any policy that `as_batch_policy` takes, with or without a
+            method ``log_prob``. None, for `fit` only: a clone of the log.
         config: settings; see `SSQLConfig`.
-        safe: what may be executed: a `Shield`, a path to its file, an agent that has one, or
-            `SafeRules`. By default the shield around the environment, else the one inside the
-            behaviour; without any, whatever the behaviour proposes is executed, and an
-            `UnguardedWarning` says so.
-        calibration_env: for `recalibration_episodes`: where refreshed collectors are tested, a
-            simulator or a testbed; its episodes may violate.
+        safe: the actions that may be executed: a `Shield`, a path to its file, an agent that has
+            one, or `SafeRules`. The default is the shield around the environment, or else the one
+            inside the behaviour. Without any, every proposal of the behaviour is executed, and an
+            `UnguardedWarning` is issued.
+        calibration_env: environment in which refreshed collectors are tested where
+            `recalibration_episodes` is set: a simulator or a testbed, whose episodes may violate.
         tensorboard_log: folder for TensorBoard.
         verbose: 1 prints a table of the log.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     Raises:
-        TypeError: no behaviour, no environment, a space that is not supported.
+        TypeError: there is no behaviour, `env` is not an environment, or a space is not supported.
         ValueError: the shield's spaces are not the environment's, or a setting does not fit.
 
     >>> import gymnasium as gym
@@ -144,10 +144,10 @@ class SafeSupportQLearning(OnlineLearner):
         self._turns, self._refreshed = 0, cast("int | None", None)
         self._replay: Replay | None = None
 
-    # -- what it is made of -----------------------------------------------------------------------
+    # -- parts of the agent -----------------------------------------------------------------------
 
     def _behaviour_of(self, venv: VecEnv) -> Behaviour:
-        """Return the behaviour that was given, for environments that have been checked."""
+        """Check the environments and the given behaviour, and return it as a `Behaviour`."""
         if self._given is None:
             raise TypeError(
                 "behaviour must be given where there is an environment: a SafeSupportPolicy, "
@@ -167,21 +167,21 @@ class SafeSupportQLearning(OnlineLearner):
         return behaviour
 
     def _warming(self) -> bool:
-        """Whether `learn` is collecting and has not learned anything yet."""
+        """Return whether `learn` is collecting and has not learned anything yet."""
         return self._model is None and self._in_loop
 
     @property
     def tally(self) -> Tally:
-        """What has been proposed, executed and met since learning began, up to now."""
+        """A copy of the counts of proposals, executed actions and violations since the start."""
         return Tally() if self._collector is None else dataclasses.replace(self._collector.tally)
 
     @property
     def recalibration_spent(self) -> int:
-        """Episodes of the budget that tests of refreshed collectors have used."""
+        """Episodes of the budget that the tests of refreshed collectors have used."""
         return self._refresher.spent
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return what is known of a trained agent beside its settings, as JSON values."""
+        """Return properties of a trained agent that are not settings, as JSON values."""
         critics = self._fitted().critics
         return {
             "value_offset": critics.offset,
@@ -198,7 +198,7 @@ class SafeSupportQLearning(OnlineLearner):
         return self._model
 
     def _weights(self) -> Networks:
-        """Return what acts: the critics' slow copies, and the other networks."""
+        """Return the weights that act: the critics' slow copies, and the other networks."""
         state = cast(TrainState, self._state)
         return {**state.networks, **state.targets}
 
@@ -227,7 +227,7 @@ class SafeSupportQLearning(OnlineLearner):
                 self.config.samples,
                 self._noise,
             )
-            # Once: a second call goes on with episodes that the first one has not seen.
+            # Seeded only once, so that a second call continues with new episodes.
             venv.seed(self.config.seed)
         new = self._model is None
         self._collector.reset(record=new)
@@ -237,7 +237,7 @@ class SafeSupportQLearning(OnlineLearner):
         return self._collector
 
     def _improve(self, collector: Collector) -> Metrics | None:
-        """Update the critics; from time to time, refresh what collects."""
+        """Update the critics, and refresh the collector every `refresh_every` steps."""
         config, replay = self.config, collector.replay
         if not len(replay):
             return None
@@ -260,7 +260,7 @@ class SafeSupportQLearning(OnlineLearner):
         return metrics
 
     def _begin(self, collector: Collector) -> None:
-        """Read the units off what the behaviour has collected, and draw the weights."""
+        """Compute the units from the steps collected so far, and draw the weights."""
         venv, rows = collector.venv, collector.replay.column("observations")
         seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
         scaling = Scaling.of_rows(rows, seen, played)
@@ -294,20 +294,21 @@ class SafeSupportQLearning(OnlineLearner):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 2000,
     ) -> Self:
-        """Learn from a log that a behaviour has collected; returns self.
+        """Learn from a log that a behaviour has collected; return self.
 
         Args:
-            dataset: whole episodes.
-            behaviour: who collected, see the class; by default the one that this object was made
-                with, else a clone of the log's own actions.
-            steps: updates of the critics; `extraction_steps` more are stage two's.
-            progress_bar: show one.
+            dataset: a log of whole episodes.
+            behaviour: the policy that collected the log, as in the class. The default is the
+                behaviour of the constructor, or else a clone of the log's own actions.
+            steps: updates of the critics; stage two adds `extraction_steps` updates.
+            progress_bar: whether to show a progress bar.
             log_dir: folder for TensorBoard files.
-            checkpoint: file from which to go on where it exists, and which is kept up to date.
+            checkpoint: file that is updated during training. If it exists, training resumes from
+                it.
             checkpoint_every: updates between two checkpoints.
 
         Raises:
-            TypeError: no log, a number is no whole one.
+            TypeError: `dataset` is not a log, or a number is not an integer.
             ValueError: the checkpoint is of another run, or the behaviour's actions do not fit.
             FloatingPointError: a loss or a weight became NaN; the message names the phase.
         """
@@ -352,11 +353,12 @@ class SafeSupportQLearning(OnlineLearner):
     # -- stage two --------------------------------------------------------------------------------
 
     def _extract(self) -> None:
-        """Run stage two on what has been collected."""
+        """Run stage two on the collected transitions."""
         if not self.config.extraction_steps or self._model is None:
             return
         model, state = self._model, cast(TrainState, self._state)
-        # Anew at each `learn`: by the counts of an earlier one the rates would be at their lowest.
+        # Each `learn` starts Adam anew, because the update counts of an earlier call would set the
+        # learning rates to their lowest value.
         fresh = {name: adam_init({name: state.networks[name]}) for name in (ACTOR, CLONE)}
         state = state._replace(moments={**state.moments, **fresh})
         updates = SSQLUpdates(model, cast(Replay, self._replay), self.config)
@@ -378,24 +380,24 @@ class SafeSupportQLearning(OnlineLearner):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[Array, tuple[Array, ...] | None]:
-        """Return actions and the state, which is passed through: Stable-Baselines3's signature.
+        """Return actions and the unchanged state, with the signature of Stable-Baselines3.
 
-        The induced policy weighs the behaviour's own actions (in a Box `predict_samples` draws of
-        them), inside the safe set; the parametric one is a network's, which may leave mu's support:
-        what the safe set refuses is replaced, where one is at hand. In the warm-up of `learn`,
-        where a callback may ask, the behaviour itself acts.
+        The induced policy weighs the behaviour's own actions inside the safe set (in a Box,
+        `predict_samples` draws of them). The parametric policy is a network, which may leave mu's
+        support. Where the agent has a safe set, actions that it refuses are replaced. In the
+        warm-up of `learn`, where a callback may call `predict`, the behaviour itself acts.
 
         Args:
-            observation: one, or a batch.
-            state: unused; there is no memory.
+            observation: one observation, or a batch.
+            state: unused, because the policy has no memory.
             episode_start: unused.
-            deterministic: the likeliest choice, in a Box the draw of highest Q, or the centre of
-                the network's heaviest component.
+            deterministic: return the likeliest choice; in a Box, the draw of highest Q, or the
+                centre of the heaviest component of the network's mixture.
 
         Raises:
-            ValueError: another shape, or NaN.
-            RuntimeError: nothing has been learned; or config.policy asks for the induced policy and
-                the behaviour is not at hand, or for the parametric one and there is none.
+            ValueError: the observation has another shape, or holds NaN or infinity.
+            RuntimeError: nothing has been learned; or the induced policy is needed and the agent
+                has no behaviour; or the parametric policy is needed and has not been trained.
         """
         rng = np.random.default_rng(self.config.seed) if deterministic else self._noise
         if self._warming():
@@ -416,10 +418,11 @@ class SafeSupportQLearning(OnlineLearner):
     def draw(self, observations: Batch, rng: np.random.Generator) -> tuple[Array, Array]:
         """Return actions of the induced policy in n states, and log pi*(a|s) - log mu(a|s) (n,).
 
-        `value` is the expected discounted sum of reward - temperature * these.
+        `value` is the expected discounted sum of the rewards minus temperature times the second
+        array.
 
         Raises:
-            RuntimeError: nothing has been learned, or the behaviour is not at hand.
+            RuntimeError: nothing has been learned, or the agent has no behaviour.
         """
         chosen, nats = self._induced().act(observations, rng)
         return self._fitted().action_codec.unflatten(chosen), nats
@@ -428,15 +431,15 @@ class SafeSupportQLearning(OnlineLearner):
         model = self._fitted()
         if self._behaviour is None:
             raise RuntimeError(
-                "the induced policy and its value weigh the behaviour's actions, and the behaviour "
-                "is not at hand: pass it, SafeSupportQLearning.load(path, behaviour)"
+                "the induced policy and its value weigh the behaviour's actions, and this agent "
+                "has no behaviour: pass it to SafeSupportQLearning.load(path, behaviour)"
             )
         params, mu = self._weights()[CRITIC], self._safe_behaviour(model)
         return InducedPolicy(model, params, mu, self.config, self.device)
 
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
-        # A callback of the first `learn` may ask before stage two has made the network.
+        # A callback of the first `learn` may call this before stage two has trained the network.
         early = self._in_loop and not self._extracted
         if (wanted != "parametric" or early) and self._behaviour is not None:
             return True
@@ -445,18 +448,19 @@ class SafeSupportQLearning(OnlineLearner):
         if not self._extracted:
             raise RuntimeError(
                 "there is no parametric policy: learn with extraction_steps of at least 1, or pass "
-                "the behaviour, SafeSupportQLearning.load(path, behaviour)"
+                "the behaviour to SafeSupportQLearning.load(path, behaviour)"
             )
         return False
 
     def value(self, observation: Batch) -> Array | np.floating:
-        """Return V(s), () or (n,): the discounted return that the induced policy is promised here.
+        """Return V(s), () or (n,): the estimated regularised return of the induced policy.
 
-        It is the regularised one: a KL to the behaviour, at every step, is taken off the rewards.
+        The discounted return is regularised: temperature times the KL to the behaviour is
+        subtracted from the reward at every step.
 
         Raises:
-            ValueError: a wrong shape, or NaN.
-            RuntimeError: nothing has been learned, or the behaviour is not at hand.
+            ValueError: the observation has a wrong shape, or holds NaN or infinity.
+            RuntimeError: nothing has been learned, or the agent has no behaviour.
         """
         points, single = readable_batch(self._fitted().observation_codec, observation)
         value = self._induced().value(points, np.random.default_rng(self.config.seed))
@@ -465,17 +469,18 @@ class SafeSupportQLearning(OnlineLearner):
     # -- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the agent to one safetensors file; nothing in it can run.
+        """Write the agent to one safetensors file, which contains no executable code.
 
-        The behaviour is not in it, unless `fit` made it: pass it to `load` again for the induced
-        policy. Nor is what was experienced. In the warm-up of `learn`, where a callback may ask for
-        it, no file is written, and a warning says so.
+        The file does not contain the behaviour, unless `fit` cloned it. Pass the behaviour to
+        `load` again to use the induced policy. The file does not contain the replay buffer either.
+        In the warm-up of `learn`, where a callback may call `save`, no file is written, and a
+        warning says so.
         """
         if self._warming():
             if not self._told_unsaved:
                 warnings.warn(
                     f"nothing has been learned in {self.num_timesteps} steps of warm-up: "
-                    f"{os.fspath(path)} is not written, nor what else is asked for before step "
+                    f"{os.fspath(path)} is not written; no file is written before step "
                     f"{self.config.learning_starts}",
                     stacklevel=2,
                 )
@@ -514,11 +519,11 @@ class SafeSupportQLearning(OnlineLearner):
         """Read an agent from a file that `save` wrote.
 
         Args:
-            path: the file.
-            behaviour: as it was when the agent learned, for the induced policy; without it the
-                parametric one acts.
-            safe: as in the class.
-            device: likewise.
+            path: path to the file.
+            behaviour: the behaviour with which the agent learned, for the induced policy. Without
+                it the parametric policy acts.
+            safe: the actions that may be executed, as in the class.
+            device: device, as in the class.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -531,7 +536,7 @@ class SafeSupportQLearning(OnlineLearner):
         model, networks = agent._fitted(), agent._networks
         if agent.safe_set is not None:
             agent.safe_set.check_fits(spaces_of(model))
-        # What the file does not hold is as new: a loaded agent may go on learning.
+        # Parts that the file does not hold are new, so that a loaded agent can continue learning.
         fresh = model.initial(torch.Generator(agent.device).manual_seed(read.config.seed))
         agent._state = fresh._replace(
             networks={**fresh.networks, **networks}, targets={CRITIC: networks[CRITIC]}
@@ -543,7 +548,7 @@ class SafeSupportQLearning(OnlineLearner):
             agent._behaviour = model.policy(networks[CLONE])
         if read.header["guarded"] and agent.safe_set is None:
             warnings.warn(
-                "this agent learned inside a safe set, and none is given: what it does is not "
+                "this agent learned inside a safe set, and none is given: its actions are not "
                 "judged; pass safe=, or put a ShieldedPolicy around it",
                 UnguardedWarning,
                 stacklevel=2,

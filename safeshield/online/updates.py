@@ -1,4 +1,4 @@
-"""The networks of Safe-Support Q-learning and their updates, closed over what was experienced."""
+"""The networks of Safe-Support Q-learning and their updates on a replay buffer."""
 
 from __future__ import annotations
 
@@ -45,20 +45,21 @@ from safeshield.training.state import (
 
 Array = npt.NDArray[Any]
 DRAWS = 4
-"""Of each component of the actor, in an update of the reverse extraction; even."""
+"""Draws of each component of the actor in an update of the reverse extraction; an even number."""
 ActorLoss = Callable[..., tuple[Tensor, Metrics]]
-"""`forward_loss`, or `reverse_loss_choices`: alike in what they take."""
+"""`forward_loss` or `reverse_loss_choices`, which take the same arguments."""
 LogMu = Callable[[TrainState, Array, Array], Array]
-"""From a state, rows of observations (n, obs) and actions (n, c, act) to log mu (n, c)."""
+"""Function of a state, observations (n, obs) and actions (n, c, act) that returns log mu (n, c)."""
 
 
 @dataclass(frozen=True)
 class SSQLModel(Architecture):
-    """What experience and a configuration fix besides the weights: spaces, units, networks."""
+    """Spaces, units and networks of an agent, without the weights."""
 
     critics: SoftCritics
+    """Networks of Q."""
     actor: MixtureActor
-    """Of the parametric policy; the behaviour's clone has the same architecture."""
+    """Network of the parametric policy; the behaviour's clone has the same architecture."""
 
     @classmethod
     def of(
@@ -67,7 +68,7 @@ class SSQLModel(Architecture):
         interface: Interface,
         units: tuple[float, float],
     ) -> Self:
-        """Describe the networks; `units` are the offset and the spread of returns."""
+        """Make the description; `units` are the offset and the spread of returns."""
         observation_space, action_space, scaling = interface
         codec = flat_actions(action_space)
         choices = len(codec.choices) if codec.discrete else 0
@@ -83,12 +84,12 @@ class SSQLModel(Architecture):
 
     @cached_property
     def observation_codec(self) -> SpaceCodec:
-        """Rows of observations."""
+        """Converts observations to rows."""
         return flat_observations(self.observation_space)
 
     @cached_property
     def action_codec(self) -> SpaceCodec:
-        """Rows of actions."""
+        """Converts actions to rows."""
         return flat_actions(self.action_space)
 
     @property
@@ -101,36 +102,36 @@ class SSQLModel(Architecture):
         return {"value": {"offset": self.critics.offset, "spread": self.critics.spread}}
 
     def policy(self, params: Params) -> ClonedBehaviour:
-        """Return the actor with its weights as a policy."""
+        """Return the actor with weights `params` as a policy."""
         return ClonedBehaviour(
             self.observation_codec, self.action_codec, self.scaling, self.actor, params
         )
 
     def initial(self, generator: torch.Generator, clone: Params | None = None) -> TrainState:
-        """Draw all weights; `clone`, where there is one already, takes the clone's place."""
+        """Draw all weights; `clone`, where it is given, is used as the clone's weights."""
         state = initial_state(self.parts(), generator, slow=(CRITIC,))
-        # The actor begins as the clone: inside what it is about to be weighed by.
+        # The actor begins with the clone's weights, which imitate the behaviour.
         clone = state.networks[CLONE] if clone is None else clone
         return state._replace(networks={**state.networks, CLONE: clone, ACTOR: clone})
 
 
 @dataclass(frozen=True, eq=False)
 class SSQLUpdates:
-    """All updates of one run; each maps (state, draw) to (state, metrics)."""
+    """All updates of one run. Each update maps (state, draw) to (state, metrics)."""
 
     model: SSQLModel
     replay: Replay
     config: SSQLConfig
 
     def draw(self, generator: torch.Generator, noise_features: int = 0) -> Draw:
-        """Draw a batch of transitions, and noise of a width for each."""
+        """Draw a batch of transitions, with `noise_features` normal numbers for each."""
         size, device = self.config.batch_size, generator.device
         rows = torch.randint(len(self.replay), (size,), generator=generator, device=device)
         noise = torch.randn((size, noise_features), generator=generator, device=device)
         return Draw(rows, noise, torch.zeros(0, device=device))
 
     def critics(self, total: int | None) -> Update:
-        """Stage one. `total` updates over which the rate falls; None: it stays."""
+        """Return the update of stage one; its rate falls over `total` updates, or is constant."""
         base = self.config.learning_rate
 
         def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
@@ -156,7 +157,7 @@ class SSQLUpdates:
         return update
 
     def clone(self, total: int) -> Update:
-        """Stage two, first: imitate what mu proposes."""
+        """Return the update of stage two that trains the clone on mu's proposals."""
 
         def loss(_: TrainState, draw: Draw) -> Loss:
             here = self._batch(draw).here
@@ -165,7 +166,7 @@ class SSQLUpdates:
         return falling(CLONE, loss, self.config.learning_rate, total)
 
     def towards_induced(self, distance: ActorLoss, total: int) -> Update:
-        """Stage two: bring the actor nearer to pi* on what mu proposes."""
+        """Return the update of stage two that fits the actor to pi* on mu's proposals."""
 
         def loss(state: TrainState, draw: Draw) -> Loss:
             here = self._batch(draw).here
@@ -181,7 +182,7 @@ class SSQLUpdates:
         return falling(ACTOR, loss, self.config.learning_rate, total)
 
     def reverse_box(self, total: int, log_mu: LogMu) -> Update:
-        """Stage two: the actor by its own draws, which mu's density judges."""
+        """Return the update of stage two that fits the actor by its own draws and mu's density."""
         model = self.model
 
         def loss(state: TrainState, draw: Draw) -> Loss:
