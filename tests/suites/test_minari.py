@@ -310,7 +310,7 @@ def test_damaged_datasets_are_named(store: Path) -> None:
             OfflineDataset.from_minari("stairs-v0")
 
     load_with("its metadata.json is no JSON", text="{")
-    load_with(r"episodes have \d+ steps, its metadata claim 999", total_steps=999)
+    load_with(r"episodes have \d+ steps, but its metadata state 999", total_steps=999)
     load_with("exceeds the 3 steps", total_steps=3)
     load_with("'stairs-v0': Unable to allocate", total_steps=10**15)
     load_with("damaged: episode 13 cannot be read", total_episodes=14)
