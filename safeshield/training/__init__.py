@@ -1,1 +1,1 @@
-"""What all learners share: the agent's face, settings, the loop, checkpoints, critics."""
+"""Parts that all learners share: base class, settings, training loop, checkpoints, critics."""

@@ -1,16 +1,16 @@
-"""What every learner has in common: fit or learn, predict, save, load.
+"""Base classes of all learners: fit or learn, predict, save, load.
 
-`Learner` is what all of them share: settings, a device, spaces, weights, files. `OfflineAgent` adds
-`fit`. An algorithm adds
+`Learner` has what all of them share: settings, a device, spaces, weights and files. `OfflineAgent`
+adds `fit`. An algorithm derives from `OfflineAgent` and adds
 
-- a frozen dataclass of settings (`config_type`) and the name of its files' format (`file_format`);
-- its networks (`_parts`), which make an `Architecture`;
-- a `Run` (`run_type`): which updates, in which order;
-- how its networks act (`_act`).
+- a frozen dataclass of settings (`config_type`) and the name of its file format (`file_format`);
+- its networks (`_parts`), from which an `Architecture` is made;
+- a `Run` (`run_type`) with its updates and their order;
+- the use of its networks to choose actions (`_act`).
 
-A learner that collects its own experience derives from `Learner`: it implements `_restore` and
-`predict`, calls `_adopt` when it has learned something, and overrides `_kept` where its file holds
-fewer networks than its architecture.
+A learner that collects its own experience derives from `Learner`. It implements `_restore` and
+`predict`, calls `_adopt` when it has learned new weights, and overrides `_kept` where its file
+holds fewer networks than its architecture.
 """
 
 from __future__ import annotations
@@ -48,41 +48,41 @@ ModelT = TypeVar("ModelT", bound=Architecture)
 
 
 def check_continuous(space: gym.Space[Any], who: str) -> None:
-    """Refuse what is not the Box that an actor needs.
+    """Check that an action space is a Box of floating-point numbers, as an actor requires.
 
     Raises:
-        TypeError: it is another space.
+        TypeError: the space is of another kind.
     """
     if not isinstance(space, gym.spaces.Box):
         raise TypeError(
             f"{who}'s actor needs a Box of actions, got {space!r}; ShieldTrainer makes a shield "
-            "for discrete ones"
+            "for discrete actions"
         )
     if not np.issubdtype(space.dtype, np.floating):
         raise TypeError(
-            f"{who}'s actor needs a Box of floating-point actions, got {space!r}; round what it "
-            "does in a wrapper of the environment"
+            f"{who}'s actor needs a Box of floating-point actions, got {space!r}; round its "
+            "actions in a wrapper of the environment"
         )
 
 
 class AgentFile(NamedTuple):
-    """An agent's file whose common header has been read and checked."""
+    """File of an agent, whose common header has been read and checked."""
 
     path: str | os.PathLike[str]
     file: TensorFile
     config: Any
-    """Of the learner's `config_type`."""
+    """Settings, of the learner's `config_type`."""
     interface: Interface
 
     @property
     def header(self) -> dict[str, Any]:
-        """Everything that the file tells besides its weights."""
+        """Header of the file, which holds everything except the weights."""
         return self.file.header
 
 
 @contextlib.contextmanager
 def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong while a header is read into a ValueError that names the file."""
+    """Convert errors that occur while a header is read to a ValueError that names the file."""
     try:
         yield
     except KeyError as error:
@@ -94,24 +94,24 @@ def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class Learner(ABC, Generic[ConfigT, ModelT]):
-    """Settings, spaces, weights and files of anything that learns.
+    """Base class with the settings, spaces, weights and files of a learner.
 
     Args:
-        config: settings; None: the defaults.
+        config: settings; None means the defaults.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     Raises:
-        TypeError: the settings are another learner's.
+        TypeError: the settings belong to another learner.
     """
 
     config: ConfigT
     config_type: ClassVar[type[Any]]
     file_format: ClassVar[str]
-    """Name of its files' format."""
+    """Name of the format of the learner's files."""
     _before: ClassVar[dict[str, Any]] = {}
-    """Settings that older files do not hold, with the values that those agents were trained by."""
+    """Settings that older files lack, with the values with which those agents were trained."""
     _dropped: ClassVar[tuple[str, ...]] = ()
-    """Settings of older files that meant nothing."""
+    """Settings of older files that had no effect and are ignored."""
 
     def __init__(
         self, config: ConfigT | None = None, *, device: str | torch.device = "auto"
@@ -127,26 +127,26 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         self._arrays: dict[str, Deployed] = {}
         self._noise = np.random.default_rng(self.config.seed)
 
-    # -- what an algorithm adds ---------------------------------------------------------------
+    # -- methods that an algorithm implements -------------------------------------------------
 
     @abstractmethod
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
         """Return the architecture that a file's header describes.
 
-        `Architecture.header` says what the header holds beside spaces, scaling and settings. A
-        KeyError, TypeError or ValueError means that the file is damaged.
+        Besides spaces, scaling and settings, the header holds the entries of `Architecture.header`.
+        A KeyError, TypeError or ValueError means that the file is damaged.
         """
 
     def _kept(self, model: ModelT) -> tuple[str, ...]:
-        """Name the networks that the agent's file holds."""
+        """Return the names of the networks that the agent's file holds."""
         return tuple(model.parts())
 
     def _header(self, model: ModelT) -> dict[str, Any]:
-        """Return what the agent's file holds beside spaces, scaling and settings, as JSON."""
+        """Return the header of the agent's file without spaces, scaling and settings, as JSON."""
         return model.header()
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return what is known of a trained agent beside its settings, as JSON values."""
+        """Return measurements of a trained agent, as JSON values."""
         return {}
 
     @abstractmethod
@@ -157,12 +157,12 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
-        """Return actions and the state: Stable-Baselines3's signature."""
+        """Return actions and the state, with the signature of Stable-Baselines3."""
 
-    # -- what was learned ---------------------------------------------------------------------
+    # -- learned weights ----------------------------------------------------------------------
 
     def _adopt(self, model: ModelT, networks: Networks) -> None:
-        """Act by these weights from now on."""
+        """Use this architecture and these weights from now on."""
         self._model = model
         self._networks = networks
         self._arrays = deployed(networks)
@@ -176,18 +176,18 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     @property
     def observation_space(self) -> gym.Space[Any]:
-        """Space of one observation of what it learned from."""
+        """Space of one observation of the environment that the agent learned from."""
         return self._fitted().observation_space
 
     @property
     def action_space(self) -> gym.Space[Any]:
-        """Space of one action."""
+        """Space of one action of that environment."""
         return self._fitted().action_space
 
     # -- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the agent to one safetensors file; nothing in it can run."""
+        """Write the agent to one safetensors file, which contains no executable code."""
         model = self._fitted()
         header = {
             "format": self.file_format,
@@ -215,7 +215,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     @classmethod
     def _read(cls, path: str | os.PathLike[str]) -> AgentFile:
-        """Read what every agent's file has, without its weights."""
+        """Read the parts that every agent's file has, without the weights."""
         file = read_tensors(path, cls.file_format)
         with _describing(path):
             header = file.header
@@ -230,7 +230,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         return AgentFile(path, file, config, interface)
 
     def _take(self, read: AgentFile) -> None:
-        """Adopt the architecture and the weights of a file."""
+        """Use the architecture and the weights of a file from now on."""
         with _describing(read.path):
             model = self._restore(read.interface, read.header)
         parts = model.parts()
@@ -251,14 +251,14 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         transitions: int,
         noise_features: int,
     ) -> TrainState:
-        """Run all phases on a log, from its checkpoint where there is one.
+        """Run all phases on a log, starting from the checkpoint where there is one.
 
         Args:
-            phases: what to do, in order.
-            initial: draws all weights.
-            dataset: the log, by which a checkpoint knows its run.
-            options: how the run is shown, logged and saved.
-            transitions: rows that batches are drawn from.
+            phases: phases in order.
+            initial: function that returns the state before the first update.
+            dataset: log, which is part of the identity that a checkpoint stores.
+            options: progress bar, logging and checkpoints.
+            transitions: number of rows from which batches are drawn.
             noise_features: width of the noise that an update draws for each transition.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
@@ -275,40 +275,42 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
 
 class OfflineAgent(Learner[ConfigT, ModelT]):
-    """An agent learned from one log, with Stable-Baselines3's `predict`.
+    """Base class of agents that are learned from one log.
+
+    Its `predict` has the signature of Stable-Baselines3.
 
     Args:
-        config: settings; None: the defaults.
+        config: settings; None means the defaults.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
     """
 
     model_type: ClassVar[type[Any]] = Architecture
-    """What describes it: an `Architecture`."""
+    """Class of its description, an `Architecture`."""
     run_type: ClassVar[type[Any]]
-    """What trains it: a `Run`."""
+    """Class of its training, a `Run`."""
     _fewest_steps: ClassVar[int] = 1
-    """One update for each phase."""
+    """Smallest number of updates, which is one for each phase."""
 
-    # -- what an algorithm adds ---------------------------------------------------------------
+    # -- methods that an algorithm implements -------------------------------------------------
 
     @abstractmethod
     def _act(
         self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Return actions (n, act) in [-1, 1] for observations (n, features), normalised."""
+        """Return actions (n, act) in [-1, 1] for normalised observations (n, features)."""
 
     def _action_rows(
         self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
-        """Return what `_act` does as rows (n, act) of the action space."""
+        """Return the actions of `_act` as rows (n, act) in the units of the action space."""
         return model.scaling.to_box(self._act(model, observations, deterministic))
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
-        """Describe the algorithm's own networks, for observations and actions of these widths."""
+        """Return the algorithm's own networks by name, for the widths that a scaling gives."""
         raise NotImplementedError(f"{type(self).__name__} must describe its networks")
 
     def _describe(self, dataset: OfflineDataset) -> ModelT:
-        """Return the networks' architecture, in the units of a log."""
+        """Return the architecture in the units of a log."""
         spaces = dataset.observation_space, dataset.action_space
         return self._restore(Interface(*spaces, Scaling.of(dataset)), {})
 
@@ -318,7 +320,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         return model
 
     def _run(self, model: ModelT, log: LogTensors, steps: int) -> Run[ModelT, ConfigT]:
-        """Return the updates of one call of fit."""
+        """Return the run of one call of `fit`."""
         run: Run[ModelT, ConfigT] = self.run_type(model, log, self.config, steps)
         return run
 
@@ -327,11 +329,11 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         return model.scaling.action_features
 
     def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
-        """Return the architecture with what only the trained networks tell; they are adopted."""
+        """Return the architecture with measurements of the trained networks, which are in use."""
         return model
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        """Return the log to learn from, or refuse it."""
+        """Return the log to learn from, or raise an error where it is not suitable."""
         return dataset
 
     # -- training -----------------------------------------------------------------------------
@@ -347,27 +349,28 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         checkpoint_every: int = 2000,
         stop_after: int | None = None,
     ) -> Self:
-        """Train on a log; returns self.
+        """Train on a log and return self.
 
         Args:
-            dataset: whole episodes with labels.
-            steps: updates in all, shared among the phases.
-            progress_bar: show one.
-            log_dir: folder for TensorBoard files.
-            checkpoint: file from which to go on where it exists, and which is kept up to date. A
-                resumed run ends with the same weights as one that was never interrupted.
-            checkpoint_every: updates between two checkpoints; there is one at the end of each phase
-                and once a minute, too.
-            stop_after: updates after which to stop early, for runs in instalments; needs
-                `checkpoint`.
+            dataset: log of whole episodes with labels.
+            steps: total number of updates, which the phases share.
+            progress_bar: whether to show a progress bar.
+            log_dir: folder for TensorBoard files; None writes none.
+            checkpoint: file from which training resumes where it exists, and which is updated
+                during training. A resumed run ends with the same weights as one that was never
+                interrupted.
+            checkpoint_every: number of updates between two checkpoints. There is also one at the
+                end of each phase and one every minute.
+            stop_after: number of updates after which training stops early, so that a later call
+                resumes it; requires `checkpoint`.
 
         Raises:
-            TypeError: a number is no whole one; or actions are discrete and the algorithm's actor
-                is continuous; `ShieldTrainer` takes them.
-            ValueError: the log does not hold what the algorithm learns from (a boundary between
-                safe and unsafe, say), its action box is unbounded, or the checkpoint belongs to
-                another run.
-            FloatingPointError: a loss or a weight became NaN; the message names the phase.
+            TypeError: a number is not a whole number; or actions are discrete and the algorithm's
+                actor is continuous. `ShieldTrainer` accepts discrete actions.
+            ValueError: the log lacks what the algorithm learns from (for example a boundary between
+                safe and unsafe), its action box is unbounded, or the checkpoint belongs to another
+                run.
+            FloatingPointError: a loss or a weight is NaN or infinite; the message names the phase.
         """
         options = FitOptions(
             steps,
@@ -390,12 +393,12 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             transitions=len(log),
             noise_features=self._noise_features(model),
         )
-        # What is deployed is what the advantages were fitted to: the critics' slow copies.
+        # The agent uses the slow copies of the critics, because the advantages were fitted to them.
         self._adopt(model, {**state.networks, **state.targets})
         self._model = self._settle(model, log)
         return self
 
-    # -- acting -------------------------------------------------------------------------------
+    # -- choosing actions ---------------------------------------------------------------------
 
     def predict(
         self,
@@ -404,16 +407,18 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
-        """Return actions and the state, which is passed through: Stable-Baselines3's signature.
+        """Return actions and the unchanged state, with the signature of Stable-Baselines3.
 
         Args:
-            observation: one, or a batch of them.
-            state: unused; the actor has no memory.
-            episode_start: unused.
-            deterministic: leave out the noise that actions are drawn with, where there is any.
+            observation: one observation or a batch.
+            state: returned unchanged, because the actor has no memory.
+            episode_start: not used, for the same reason.
+            deterministic: whether to use the same fixed noise in every call, where actions are
+                sampled.
 
         Raises:
-            ValueError: a shape that is not the observation space's, or NaN.
+            ValueError: an observation has another shape than the observation space, or is not
+                finite.
         """
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
@@ -424,7 +429,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     def _rows(
         self, model: ModelT, observation: Batch, name: str
     ) -> tuple[npt.NDArray[np.float32], bool]:
-        """Return observations as rows (n, features), and whether it was a single one."""
+        """Return observations as rows (n, features), and whether a single one was passed."""
         rows, single = flat_observations(model.observation_space).flatten(observation, name)
         with np.errstate(over="ignore"):
             small = rows.astype(np.float32)
@@ -440,7 +445,10 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     def _candidate_noise(
         self, rows: int, each: int, width: int, deterministic: bool
     ) -> npt.NDArray[np.float64]:
-        """Draw noise (rows * each, width); deterministic: the same `each` draws for every row."""
+        """Return standard normal noise (rows * each, width).
+
+        A deterministic call returns the same `each` fixed samples for every row.
+        """
         if deterministic:
             drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
             return np.tile(drawn, (rows, 1))

@@ -1,4 +1,4 @@
-"""What a log and a configuration fix of an agent besides its weights."""
+"""Description of an agent without its weights: spaces, units and networks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.training.state import Network
 
 CRITICS = "critics"
-"""Name of the phase, and of the moments, of the networks that are trained together."""
+"""Name of the phase of the critics, and of their group of Adam moments."""
 
 
 class Interface(NamedTuple):
-    """What an agent sees and does, and how networks see it."""
+    """Spaces of an agent's observations and actions, and their scaling for the networks."""
 
     observation_space: gym.Space[Any]
     """Space of one observation."""
@@ -29,7 +29,7 @@ class Interface(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Spaces, units and networks. Algorithms fill it, or extend it where they keep more."""
+    """Spaces, units and networks of an agent. Algorithms that need more fields derive from it."""
 
     observation_space: gym.Space[Any]
     """Space of one observation."""
@@ -38,37 +38,37 @@ class Architecture:
     scaling: Scaling
     """Units of observations and actions."""
     networks: Mapping[str, EnsembleMLP]
-    """Networks by name, each of which is trained by itself."""
+    """Networks by name that are each trained separately."""
 
     @property
     def interface(self) -> Interface:
-        """What an agent sees and does."""
+        """Spaces and scaling of the agent."""
         return Interface(self.observation_space, self.action_space, self.scaling)
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
-        """Describe the networks that are trained together, and of which a slow copy goes along.
+        """Return the networks that are trained together and have slow copies, by name.
 
-        Agents act by the copies.
+        Trained agents use the slow copies.
         """
         return {}
 
     def parts(self) -> Mapping[str, Network]:
-        """Describe every network, in the order in which weights are drawn."""
+        """Return all networks by name, in the order in which their weights are drawn."""
         return {**self.critic_parts(), **self.networks}
 
     def slow(self) -> tuple[str, ...]:
-        """Name the networks of which a slow copy goes along."""
+        """Return the names of the networks that have slow copies."""
         return tuple(self.critic_parts())
 
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Return which networks are trained together, by the name of their moments."""
+        """Return the names of the networks trained together, by the name of their Adam moments."""
         critics = {CRITICS: self.slow()} if self.slow() else {}
         return {**critics, **{name: (name,) for name in self.networks}}
 
     def scales(self) -> dict[str, float]:
-        """Return the running statistics that updates read and write, and where they begin."""
+        """Return the initial values of the running statistics that the updates read and write."""
         return {}
 
     def header(self) -> dict[str, Any]:
-        """Return what a file must hold beside spaces and scaling, as JSON."""
+        """Return, as JSON values, what a file must store in addition to spaces and scaling."""
         return {}

@@ -1,4 +1,7 @@
-"""Checkpoints: the whole state of a run in one file, from which it goes on as if never stopped."""
+"""Checkpoints: one file with the whole state of a run, from which it resumes without a difference.
+
+A resumed run has the same results as a run that was never interrupted.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ register_format(_FORMAT, CHECKPOINT, "fit(checkpoint=...), which goes on from it
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts by their paths.
+    """Return the leaves of nested dicts as one dict, whose keys are the paths to the leaves.
 
     >>> flatten({"actor": {"0.weight": 1, "0.bias": 2}})
     {'actor/0.weight': 1, 'actor/0.bias': 2}
@@ -32,7 +35,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(template: Mapping[str, Any], flat: Mapping[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
-    """Return nested dicts as `template`, with the leaves of `flat`."""
+    """Return nested dicts with the structure of `template` and the leaves of `flat`."""
     return {
         name: unflatten(part, flat, f"{prefix}{name}/")
         if isinstance(part, Mapping)
@@ -42,7 +45,7 @@ def unflatten(template: Mapping[str, Any], flat: Mapping[str, Any], prefix: str 
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:
-    """Return a state as nested dicts, under the names that a checkpoint has."""
+    """Return a training state as nested dicts with the names that a checkpoint uses."""
     return {
         "near": state.boundary_rows,
         "networks": state.networks,
@@ -53,7 +56,7 @@ def to_tree(state: TrainState) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any]) -> TrainState:
-    """Return the state of which `to_tree` made nested dicts."""
+    """Return the training state from the nested dicts of `to_tree`."""
     return TrainState(
         tree["networks"],
         tree["targets"],
@@ -71,7 +74,7 @@ def save_checkpoint(
     identity: RunIdentity,
     phase: str,
 ) -> None:
-    """Write the whole state of a run, atomically."""
+    """Write the whole state of a run to a file atomically."""
     flat = flatten({**to_tree(state), "generator": generator.get_state()})
     header = {
         "format": _FORMAT,
@@ -90,17 +93,18 @@ def load_checkpoint(
     identity: RunIdentity,
     transitions: int,
 ) -> tuple[TrainState, int]:
-    """Read a run's state back; returns it with the number of steps done.
+    """Read the state of a run and return it with the number of updates made.
 
     Args:
-        path: what `save_checkpoint` wrote.
-        state: a state of the same networks; gives names and shapes.
-        generator: set to the state that it had then.
-        identity: of the run that the file must be of.
-        transitions: N, rows of the log.
+        path: file that `save_checkpoint` wrote.
+        state: state of the same networks, which gives the names and shapes.
+        generator: random generator, which is set to its state in the checkpoint.
+        identity: identity of the run to which the file must belong.
+        transitions: number N of rows of the log.
 
     Raises:
-        ValueError: the file is damaged, or is of another configuration, log or number of steps.
+        ValueError: the file is damaged, or belongs to another configuration, log or number of
+            steps.
     """
     tree = to_tree(state)
     shapes = {name: tuple(tensor.shape) for name, tensor in flatten(tree).items()}
@@ -119,7 +123,7 @@ def load_checkpoint(
     done = file.header.get("done")
     if type(done) is not int or done < 0:
         raise ValueError(f"checkpoint {path} has no step count")
-    # The number of rows near the boundary is fixed only once the log has been read.
+    # The initial state has no boundary rows yet, so the file gives their number.
     shapes["near"] = file.shape("near")
     if len(shapes["near"]) != 1:
         raise ValueError(f"checkpoint {path}: 'near' must have one axis, got {shapes['near']}")

@@ -1,4 +1,4 @@
-"""A log as tensors on a device: normalised, and with the numbers that training reads off it."""
+"""Conversion of a log to normalised tensors, and statistics of the log that training uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LEARNED_FROM = (
 
 @dataclass(frozen=True)
 class LogTensors:
-    """The N transitions of a log on one device, as training draws from them."""
+    """The N transitions of a log as tensors on one device, from which training draws batches."""
 
     observations: Tensor
     """(N, obs) normalised."""
@@ -46,11 +46,11 @@ class LogTensors:
     terminated: Tensor
     """(N,) bool."""
     episode_last: Tensor
-    """(N,) int64: the last transition of each transition's episode."""
+    """(N,) int64 index of the last transition of each transition's episode."""
 
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, device: torch.device) -> LogTensors:
-        """Copy a log to a device."""
+        """Return the tensors of a log on a device."""
         starts = dataset.episode_starts
         lengths = dataset.episode_lengths
         last = np.repeat(starts + lengths - 1, lengths)
@@ -75,25 +75,26 @@ class LogTensors:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is: a checkpoint of another one is refused, and can say what differs."""
+    """Identity of a run. A checkpoint of another run is rejected with the differences."""
 
     algorithm: str
     config: dict[str, Any]
-    """As JSON values."""
+    """Settings as JSON values."""
     log: str
-    """Its size, and the beginning of its digest."""
+    """Number of rows of the log, and the beginning of its digest."""
     steps: int
     fingerprint: str
-    """Digest of all of it."""
+    """Digest of algorithm, settings, log and number of steps."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON values."""
+        """Return the identity as JSON values, for a checkpoint."""
         return json_values(self)
 
     def difference(self, data: object) -> str | None:
-        """Say how a run that a checkpoint tells of differs from this one; None: it does not tell.
+        """Describe how the run of a checkpoint differs from this one.
 
-        The values are called "checkpoint's -> this run's".
+        Each difference is written as "name checkpoint's value -> this run's value". None means that
+        the checkpoint does not identify its run in this form, or that no difference was found.
         """
         mine = self.to_json()
         if not isinstance(data, dict) or set(data) != set(mine):
@@ -129,11 +130,11 @@ def run_identity(
 
 
 def check_boundary(dataset: OfflineDataset) -> None:
-    """Refuse a log from which no boundary between safe and unsafe can be learned.
+    """Check that a boundary between safe and unsafe can be learned from a log.
 
     Raises:
-        TypeError: it is no log.
-        ValueError: no logged state violates the constraint, or every one does.
+        TypeError: `dataset` is not a log.
+        ValueError: no logged state violates the constraint, or all of them do.
     """
     if not isinstance(dataset, OfflineDataset):
         raise TypeError(
@@ -145,7 +146,7 @@ def check_boundary(dataset: OfflineDataset) -> None:
         raise ValueError(
             f"dataset has no violation (h > 0) in any of its {len(dataset)} transitions: nothing "
             "can be learned about where safety ends. Log some careless episodes, or check that "
-            "'constraints' and 'costs' are what you meant"
+            "'constraints' and 'costs' hold the right values"
         )
     if unsafe.all():
         raise ValueError(
@@ -156,7 +157,7 @@ def check_boundary(dataset: OfflineDataset) -> None:
 
 
 def safety_scale(dataset: OfflineDataset) -> SafetyScale:
-    """Read the units of the safety critics off a log."""
+    """Return the units of the safety critics, computed from a log."""
     h = dataset.constraints.astype(np.float64)
     step = dataset.next_constraints.astype(np.float64) - h
     rms = math.sqrt(float(np.mean(step**2)))
@@ -172,14 +173,14 @@ def returns_to_go(
 ) -> npt.NDArray[np.float64]:
     """Return the discounted sum of rewards from each step on, (N,).
 
-    An episode that was cut off is continued with the mean reward for ever: that is rough, but only
-    the size of the returns matters.
+    A truncated episode is assumed to continue with the mean reward for ever. This is a rough
+    estimate, but only the order of magnitude of the returns is used.
 
     Args:
-        rewards: (N,), of `columns` environments in turn.
-        ends: (N,) where an episode ended.
-        terminated: (N,) where it ended for good.
-        discount: g.
+        rewards: (N,) rewards, which alternate between `columns` environments.
+        ends: (N,) whether an episode ended at the step.
+        terminated: (N,) whether that episode terminated, rather than being truncated.
+        discount: discount factor g.
         columns: number of environments.
 
     >>> returns_to_go(np.ones(4), np.zeros(4, bool), np.zeros(4, bool), 0.5).tolist()
@@ -202,7 +203,7 @@ def returns_to_go(
 
 
 def scale_of_returns(returns: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean and the standard deviation of returns (N,): the units of their critics.
+    """Return the mean and the standard deviation of returns (N,), which are their critics' units.
 
     >>> scale_of_returns(np.full(4, 2.0))
     (2.0, 1e-06)
@@ -214,7 +215,7 @@ def scale_of_returns(returns: npt.NDArray[np.float64]) -> tuple[float, float]:
 def logged_returns(
     dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return `returns_to_go` of a log, (N,). `rewards` (N,) take the place of the log's own."""
+    """Return `returns_to_go` of a log, (N,); `rewards` (N,), where given, replace the log's."""
     if rewards is None:
         rewards = dataset.rewards.astype(np.float64)
     ends = dataset.terminated | dataset.truncated

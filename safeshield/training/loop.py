@@ -1,9 +1,10 @@
-"""The loop around a pure update: phases, batches, checkpoints, logging.
+"""The training loop: phases, batches, checkpoints and logging.
 
-An algorithm hands over a list of `Phase`s. Each has a pure update, from (state, indices, noise) to
-(state, metrics); this module draws the indices and the noise from one generator on the device,
-counts, logs at intervals, and writes checkpoints from which a run goes on exactly as if it had
-never stopped: all that a run depends on is the `TrainState` and the generator's state.
+An algorithm provides a list of `Phase`s. Each phase has a pure update from (state, indices, noise)
+to (state, metrics). This module draws the indices and the noise from one generator on the device,
+counts the updates, logs at intervals and writes checkpoints. A run that resumes from a checkpoint
+gives the same results as one that was not interrupted, because a run depends only on the
+`TrainState` and the state of the generator.
 """
 
 from __future__ import annotations
@@ -29,31 +30,32 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 _SECONDS = 60.0
-"""Between two checkpoints, at most."""
+"""Longest time between two checkpoints, in seconds."""
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How a run is shown, logged and saved: what users pass to `fit`.
+    """Options of `fit` for the progress bar, the logging and the checkpoints.
 
     Raises:
-        TypeError: a number is no whole one.
-        ValueError: `steps` does not suffice for one in each phase, or the others do not fit.
+        TypeError: a number is not a whole number.
+        ValueError: `steps` is below one for each phase, another number is out of range, or
+            `stop_after` is given without a checkpoint.
         FileNotFoundError: the checkpoint's folder does not exist.
     """
 
     steps: int
-    """Updates in all."""
+    """Total number of updates."""
     fewest_steps: int = 1
-    """One for each phase."""
+    """Smallest allowed number of updates, which is one for each phase."""
     progress_bar: bool = False
     log_dir: str | os.PathLike[str] | None = None
-    """Folder for TensorBoard files; none without it."""
+    """Folder for TensorBoard files; None writes none."""
     checkpoint: str | os.PathLike[str] | None = None
-    """File to go on from where it exists, and to write to."""
+    """File from which training resumes where it exists, and to which checkpoints are written."""
     checkpoint_every: int = 2000
     stop_after: int | None = None
-    """Steps after which to stop, leaving a checkpoint; None: run to the end."""
+    """Number of updates after which to stop with a checkpoint; None means to run to the end."""
     log_every: int = 200
 
     def __post_init__(self) -> None:
@@ -64,16 +66,16 @@ class FitOptions:
         for name, value in settled.items():
             object.__setattr__(self, name, value)
         if self.stop_after is not None and self.checkpoint is None:
-            raise ValueError("stop_after needs a checkpoint file to stop into")
+            raise ValueError("stop_after needs a checkpoint file to resume from; pass checkpoint")
         if self.checkpoint is not None and not Path(self.checkpoint).parent.is_dir():
             raise FileNotFoundError(f"make the folder of the checkpoint {self.checkpoint} first")
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """Return a device; "auto" is CUDA where there is one, else the CPU.
+    """Return a device; "auto" means CUDA where there is one, and the CPU otherwise.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,16 +102,16 @@ def run_phases(
     options: FitOptions,
     identity: RunIdentity,
 ) -> tuple[TrainState, bool]:
-    """Run all phases from wherever the checkpoint stands; return the state and whether it ended.
+    """Run all phases from the checkpoint on; return the state and whether all updates were made.
 
     Args:
-        phases: what to do, in order.
-        state: the start, used where there is no checkpoint.
-        generator: source of all randomness, on the device of the state.
-        transitions: N, rows of the log.
+        phases: phases in order.
+        state: initial state, which is used where there is no checkpoint.
+        generator: source of all random numbers, on the device of the state.
+        transitions: number N of rows of the log.
         noise_features: width of the noise that an update draws for each transition.
-        options: see `FitOptions`.
-        identity: of the configuration, the log and the steps; a checkpoint of others is refused.
+        options: progress bar, logging and checkpoints; see `FitOptions`.
+        identity: identity of the run. A checkpoint of another run is rejected.
     """
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():
@@ -141,14 +143,14 @@ def run_phases(
 
 
 def _remaining(phases: list[Phase], done: int) -> Iterator[tuple[Phase, int]]:
-    """Yield the updates that are left, each as its phase and its place in it."""
+    """Yield the remaining updates, each as its phase and its index within the phase."""
     for phase in phases:
         yield from ((phase, local) for local in range(min(done, phase.steps), phase.steps))
         done = max(done - phase.steps, 0)
 
 
 class _Progress:
-    """The progress bar, and the figures in TensorBoard."""
+    """The progress bar and the TensorBoard files."""
 
     def __init__(self, phases: list[Phase], options: FitOptions, done: int) -> None:
         total = sum(phase.steps for phase in phases)
@@ -163,7 +165,7 @@ class _Progress:
     def tell(
         self, phase: Phase, state: TrainState, draw: Draw, metrics: Metrics, done: int
     ) -> None:
-        """Write down what an update came to: the only place where numbers leave the device."""
+        """Write the metrics of an update. Only here are numbers copied from the device."""
         if phase.report is not None:
             metrics = {**metrics, **phase.report(state, draw)}
         values = {key: float(value) for key, value in metrics.items()}
@@ -177,7 +179,7 @@ class _Progress:
                 self._writer.add_scalar(key, value, done)
 
     def close(self) -> None:
-        """Finish the bar and the file."""
+        """Close the progress bar and the TensorBoard file."""
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
@@ -204,7 +206,7 @@ def _check_finite(values: Mapping[str, float], phase: str, step: int) -> None:
 
 
 def _check_weights(state: TrainState, phase: str, step: int) -> None:
-    # The metrics are of before the last update: only the weights tell what that one did.
+    # The metrics were computed before the last update, so only the weights show its effect.
     for group in (state.networks, state.targets):
         for name, params in group.items():
             if not torch.stack([tensor.isfinite().all() for tensor in params.values()]).all():

@@ -1,6 +1,7 @@
-"""Algorithms by name. A class registers itself where it is defined, and stands in no other list.
+"""Registry of algorithms by name. A class registers itself where it is defined.
 
-The command line, `load_agent`, the table of file formats and the benchmarks read this registry.
+The command line, `load_agent`, the table of file formats and the benchmarks read this registry, so
+an algorithm needs no entry in any other list.
 """
 
 from __future__ import annotations
@@ -23,47 +24,48 @@ K = TypeVar("K", bound=type[Any])
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A registered class."""
+    """A registered algorithm."""
 
     name: str
-    """What the command line calls it."""
+    """Name of the algorithm on the command line."""
     kind: type[Any]
-    """The class: ``kind(config, device=...)``, `fit`, `predict`, `save` and `load`."""
+    """Class of the algorithm: ``kind(config, device=...)``, `fit`, `predict`, `save` and `load`."""
     offline: bool
-    """Whether it is trained from a log alone, as ``safeshield train`` does."""
+    """Whether the algorithm is trained from a log alone, as by ``safeshield train``."""
 
     @property
     def config_type(self) -> type[Any]:
-        """Its settings, a dataclass on `files.settings.Settings`."""
+        """Class of the algorithm's settings, a dataclass derived from `files.settings.Settings`."""
         return cast("type[Any]", self.kind.config_type)
 
     @property
     def presets(self) -> dict[str, dict[str, Any]]:
-        """Named settings to begin with."""
+        """Named settings to start from."""
         return getattr(self.config_type, "presets", {})
 
     @property
     def summary(self) -> str:
-        """The first line of its class's docstring."""
+        """First line of the docstring of the algorithm's class."""
         return (inspect.getdoc(self.kind) or "").partition("\n")[0]
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
-"""What this process has registered, by name."""
+"""Algorithms registered in this process, by name."""
 
 
 def register(name: str, *, offline: bool = True) -> Callable[[K], K]:
-    """Return a class decorator that enters a learner in the registry.
+    """Return a class decorator that adds a learner to the registry.
 
-    The class has `config_type`, a dataclass of settings, and `file_format`, the name of its files'
-    format, which its classmethod `load` reads; most derive from `training.agent.OfflineAgent`.
+    The class must have `config_type`, a dataclass of settings, and `file_format`, the name of the
+    file format that its classmethod `load` reads. Most learners derive from
+    `training.agent.OfflineAgent`.
 
     Args:
-        name: what the command line calls it.
-        offline: whether it is trained from a log alone.
+        name: name of the algorithm on the command line.
+        offline: whether the algorithm is trained from a log alone.
 
     Raises:
-        ValueError: another class has the name or the format.
+        ValueError: another class has this name or this file format.
     """
 
     def enter(kind: K) -> K:
@@ -85,16 +87,16 @@ def _place(kind: type[Any]) -> tuple[str, str]:
 
 
 def offline_algorithm(name: str) -> Algorithm:
-    """Return the algorithm of a name that is trained from a log.
+    """Return the registered algorithm with this name that is trained from a log.
 
     Raises:
-        ValueError: none that is registered has the name.
+        ValueError: no such algorithm has this name.
     """
     known = sorted(one.name for one in ALGORITHMS.values() if one.offline)
     if name not in known:
         raise ValueError(
-            f"--algorithm must be one of {known}, got '{name}'; for one of your own, pass the file "
-            "that registers it as --plugin FILE.py"
+            f"--algorithm must be one of {known}, got '{name}'; for an algorithm of your own, pass "
+            "the file that registers it as --plugin FILE.py"
         )
     return ALGORITHMS[name]
 
@@ -102,11 +104,11 @@ def offline_algorithm(name: str) -> Algorithm:
 def load_agent(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
 ) -> Learner[Any, Any]:
-    """Read an agent of any registered algorithm from its file; the file imports nothing.
+    """Read an agent of any registered algorithm from its file. Nothing in the file is executed.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no agent, or its algorithm is not registered.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, does not hold an agent, or its algorithm is not registered.
     """
     form = read_tensors(path).header["format"]
     known = {one.kind.file_format: one.kind for one in ALGORITHMS.values()}

@@ -1,4 +1,4 @@
-"""One call of fit: what an algorithm does to its networks, in which order."""
+"""The run of one call of `fit`: the updates of an algorithm and their order."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from safeshield.training.state import (
 
 
 class Config(Protocol):
-    """The settings that every algorithm has: a frozen dataclass."""
+    """Settings that every algorithm has, a frozen dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def seed(self) -> int:
-        """Seed of weights, batches and noise."""
+        """Seed of the initial weights, the batches and the noise."""
 
     @property
     def batch_size(self) -> int:
-        """Transitions in an update."""
+        """Number of transitions in each update."""
 
     @property
     def learning_rate(self) -> float:
-        """Adam's rate at the start of a phase."""
+        """Adam's learning rate at the start of a phase."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -46,20 +46,20 @@ ModelT = TypeVar("ModelT", bound=Architecture)
 
 @dataclass(eq=False)
 class Run(ABC, Generic[ModelT, ConfigT]):
-    """The updates of one call of fit, closed over the log. An algorithm says its phases."""
+    """The updates of one call of `fit` on a log. An algorithm implements `phases`."""
 
     model: ModelT
     log: LogTensors
     config: ConfigT
     steps: int
-    """Updates in all."""
+    """Total number of updates."""
 
     @abstractmethod
     def phases(self) -> list[Phase]:
-        """List what to do, in order."""
+        """Return the phases in order."""
 
     def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights."""
+        """Return the state before the first update, with randomly drawn weights."""
         model = self.model
         return initial_state(
             model.parts(),
@@ -76,5 +76,5 @@ class Run(ABC, Generic[ModelT, ConfigT]):
         total: int,
         names: tuple[str, ...] | None = None,
     ) -> Update:
-        """Return the update that descends a loss for one network: see `state.falling`."""
+        """Return the update that minimises a loss over networks; see `state.falling`."""
         return falling(name, loss, self.config.learning_rate, total, names)

@@ -1,4 +1,4 @@
-"""A log as safety critics learn from it, and the critics in its units."""
+"""Batches of a log for the safety critics, and the description of these critics in its units."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from safeshield.values.backup import SafetyWindow, rows_of, safety_windows, wind
 from safeshield.values.safety import SafetyBatch, SafetyCritics
 from safeshield.values.units import SafetyScale
 
-# The states nearest to V_h = 0 are sought among this many, and one in eight of them is kept.
+# The search for the states nearest to V_h = 0 examines at most _POOL states and keeps an eighth of
+# them.
 _POOL, _KEPT = 65_536, 8_192
 
 
 @dataclass(eq=False)
 class SafetyLog:
-    """A log as its safety critics draw from it."""
+    """Batches and losses of the safety critics on one log."""
 
     critics: SafetyCritics
     log: LogTensors
     _kept: tuple[int, Tensor | None, SafetyWindow] | None = field(default=None, init=False)
-    """The windows of the present stage: those of all stages would be as large as the log."""
+    """Windows of the current stage. Those of all stages together would be as large as the log."""
 
     def batch(self, rows: Tensor, steps: int, extra: Tensor | None = None) -> SafetyBatch:
-        """Return the transitions of rows (batch,), with targets that reach `steps` ahead.
+        """Return the transitions of these rows, with targets that cover `steps` steps.
 
         Args:
-            rows: of the log.
-            steps: length of the windows.
-            extra: (N,) one more constraint of each transition, in units of h.
+            rows: (batch,) rows of the log.
+            steps: length of the windows, in steps.
+            extra: (N,) further constraint of each transition, in units of h.
         """
         log = self.log
-        # Computed anew: kept, they would be almost as large as the windows.
+        # The ends are computed for each batch, because all of them would be almost as large as the
+        # windows.
         end = window_ends(log.episode_last, rows, steps)
         return SafetyBatch(
             observations=log.observations[rows],
@@ -77,14 +79,14 @@ class SafetyLog:
         expectile: float,
         extra: Tensor | None = None,
     ) -> CriticLoss:
-        """Return the safety critics' loss on rows (batch,) of the log.
+        """Return the loss of the safety critics on a batch.
 
         Args:
-            state: holds the slow copies.
-            rows: of the log.
-            steps: length of the windows that V is fitted to; 1: V is fitted to Q_h.
+            state: training state with the slow copies.
+            rows: (batch,) rows of the log.
+            steps: length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_h.
             expectile: weight on targets below V.
-            extra: (N,) one more constraint of each transition, in units of h.
+            extra: (N,) further constraint of each transition, in units of h.
         """
         batch = self.batch(rows, steps, extra)
 
@@ -97,10 +99,11 @@ class SafetyLog:
         return loss
 
     def refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        """Find the transitions that start nearest to V_h = 0.
+        """Find the transitions whose states are nearest to V_h = 0.
 
-        Which states are drawn more often changes no fixed point: the expectile over actions is
-        taken in each state by itself. It puts the networks' accuracy where it decides something.
+        Drawing these states more often does not change the values at convergence, because the
+        expectile over actions is taken separately in each state. It makes the networks more
+        accurate near the boundary, where the sign of V_h is decided.
         """
         size = min(_POOL, len(self.log))
         rows = torch.randint(len(self.log), (size,), generator=generator, device=generator.device)
@@ -117,11 +120,12 @@ def safety_critics(
     """Describe safety critics in the units of a log.
 
     Args:
-        dataset: the log.
-        scaling: of its observations and actions.
+        dataset: log.
+        scaling: scaling of its observations and actions.
         hidden: widths of the hidden layers.
-        discount: of the safety backup, per step; None: 0.997 where labels are continuous, 0.99
-            where they are binary, because there it sets how far ahead a violation is felt.
+        discount: discount factor of the safety backup, per step. None means 0.997 for continuous
+            labels and 0.99 for binary ones, where the discount sets how many steps ahead a
+            violation has an effect.
     """
     continuous = dataset.constraint_kind == "continuous"
     if discount is None:
@@ -146,13 +150,13 @@ def safety_header(critics: SafetyCritics) -> dict[str, Any]:
 def restored_safety(
     header: dict[str, Any], scaling: Scaling, hidden: tuple[int, ...]
 ) -> SafetyCritics:
-    """Rebuild what `safety_header` wrote.
+    """Return the safety critics whose units `safety_header` wrote to a file's header.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not there, or damaged.
+        KeyError, TypeError, ValueError: an entry of the header is missing or damaged.
     """
     scale = SafetyScale.from_json(header["safety_scale"])
-    # Older files do not say, and did not need it.
+    # Older files lack this entry, because their agents did not need it.
     kind = header.get("constraint_kind", "continuous")
     if kind not in ("continuous", "binary"):
         raise ValueError(f"constraint_kind must be 'continuous' or 'binary', got {kind!r:.20}")

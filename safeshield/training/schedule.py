@@ -1,4 +1,4 @@
-"""How many updates each phase has, and how the learning rates fall in it."""
+"""Number of updates in each phase, and the course of the learning rates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 VALUES_END = 0.8
-"""Share of the critics' updates after which V stands still while the advantages catch up."""
+"""Share of the critics' updates after which V is fixed while the advantages are trained further."""
 
 
 def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """Share out `steps` updates, at least one to each part; the last gets the rest.
+    """Divide `steps` updates by these shares, with at least one for each; the last gets the rest.
 
     >>> phase_steps(10, (0.5, 0.2, 0.3)), phase_steps(3, (0.98, 0.01, 0.01))
     ((5, 2, 3), (1, 1, 1))
@@ -24,25 +24,32 @@ def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
 
 
 def learning_rate(base: float, count: Tensor, steps: int, end: float = 1.0) -> Tensor:
-    """Constant until half of ``end * steps``, then linearly down to a fiftieth at that point.
+    """Return the learning rate, which is constant first and then falls linearly to base / 50.
+
+    The rate is constant until update ``end * steps / 2`` and reaches base / 50 at about ``end *
+    steps``.
 
     Args:
-        base: the rate at the start.
-        count: () updates made.
-        steps: updates in all.
-        end: share of them after which the rate stays at its lowest.
+        base: learning rate at the start.
+        count: () number of updates made so far.
+        steps: total number of updates.
+        end: share of the updates after which the rate stays at its lowest value.
     """
     progress = count / (steps * end)
     return base * torch.clamp(2.0 - 2.0 * progress, 0.02, 1.0)
 
 
 def stages(steps: int, *windows: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Cut `steps` updates wherever one of the lists moves on: (updates, an entry of each).
+    """Divide `steps` updates into stages during which the entry of every list stays the same.
+
+    Each list divides the updates into equal parts, one for each of its entries. A stage is returned
+    as its number of updates, followed by the current entry of each list.
 
     >>> stages(8, (4, 1), (3, 2, 2, 1))
     [(2, 4, 3), (2, 4, 2), (2, 1, 2), (2, 1, 1)]
     """
-    # Rounded up, so that the first step of part i counts as part i below.
+    # The edges are rounded up, so that the expression below assigns the first step of part i to
+    # part i.
     edges = sorted(
         {math.ceil(i * steps / len(window)) for window in windows for i in range(len(window) + 1)}
     )
@@ -55,14 +62,14 @@ def stages(steps: int, *windows: tuple[int, ...]) -> list[tuple[int, ...]]:
 def critic_rates(
     base: float, count: Tensor, total: int, names: tuple[str, ...], values: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Return each network's learning rate: those of `values` stand still for the last fifth.
+    """Return the learning rate of each network; it is 0 for `values` in the last fifth of updates.
 
     Args:
-        base: the rate at the start.
-        count: () updates made.
-        total: updates in all.
-        names: of the networks.
-        values: which of them are state values.
+        base: learning rate at the start.
+        count: () number of updates made so far.
+        total: total number of updates.
+        names: names of the networks.
+        values: names of those networks that are state values.
     """
     early = learning_rate(base, count, total, VALUES_END)
     still = torch.where(count < VALUES_END * total, early, torch.zeros_like(early))

@@ -1,4 +1,4 @@
-"""The state of a run, and the pure updates that move it."""
+"""The state of a training run, and pure functions that update it."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Metrics = dict[str, Tensor]
 
 
 class TrainState(NamedTuple):
-    """Everything that an update reads and writes."""
+    """All data that an update reads and writes."""
 
     networks: Networks
-    """What is trained."""
+    """Weights of the trained networks, by name."""
     targets: Networks
-    """Slow copies of some of them."""
+    """Weights of the slow copies of some networks, by name."""
     moments: dict[str, AdamState]
-    """Adam's moments, by phase."""
+    """Adam moments by the name of the group of networks that is trained together."""
     scales: dict[str, Tensor]
-    """Statistics that go along: running ones, () each; what was read off the log, (N,)."""
+    """Statistics by name: running ones of shape (), and numbers computed from the log, (N,)."""
     boundary_rows: Tensor
-    """(M,) int64: the transitions nearest to the learned boundary, drawn more often."""
+    """(M,) int64 indices of the transitions nearest to V_h = 0, which are drawn more often."""
 
 
 class Network(Protocol):
-    """The description of one network."""
+    """Description of one network."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every weight, by name."""
+        """Shapes of the weights, by name."""
 
     def init(self, generator: torch.Generator) -> Params:
-        """Draw all weights."""
+        """Return randomly drawn weights."""
 
 
 def initial_state(
@@ -50,15 +50,17 @@ def initial_state(
     slow: tuple[str, ...] = (),
     scales: Mapping[str, float] | None = None,
 ) -> TrainState:
-    """Draw all weights, in the order of `parts`, on the generator's device.
+    """Return the state before the first update.
+
+    The weights are drawn in the order of `parts`, on the generator's device.
 
     Args:
-        parts: every network.
-        generator: where the weights come from.
-        groups: which networks are trained together, by the name of their moments; None: each is
-            trained by itself, under its own name.
-        slow: networks of which a slow copy goes along.
-        scales: running statistics, and where they begin.
+        parts: all networks by name.
+        generator: source of the random weights.
+        groups: names of the networks that are trained together, by the name of their moments. None
+            means that each network is trained separately, under its own name.
+        slow: names of the networks that have slow copies.
+        scales: initial values of the running statistics, by name.
     """
     networks = {name: part.init(generator) for name, part in parts.items()}
     groups = {name: (name,) for name in parts} if groups is None else groups
@@ -78,26 +80,27 @@ def initial_state(
 
 
 class Draw(NamedTuple):
-    """What one update uses: all its randomness, drawn outside."""
+    """All random numbers of one update, which are drawn outside of it."""
 
     rows: Tensor
-    """(batch,) int64 indices of transitions."""
+    """(batch,) int64 indices of the transitions of the batch."""
     noise: Tensor
-    """(batch, act) standard normal; (batch, latent) where a policy has a latent space."""
+    """(batch, features) standard normal. The algorithm sets the number of features, for example
+    that of the action or of a latent space."""
     time: Tensor
     """(batch, 1) uniform in [0, 1]."""
 
 
 Update = Callable[[TrainState, Draw], tuple[TrainState, Metrics]]
 Loss = Callable[[Networks], tuple[Tensor, Metrics]]
-"""From all networks to a () loss and metrics."""
+"""Function from the weights of all networks to a () loss and metrics."""
 CriticLoss = Callable[[Networks], tuple[Tensor, Metrics, dict[str, Tensor]]]
-"""A loss that also returns the newest values of running statistics, () by name."""
+"""A loss function that also returns the newest values () of running statistics, by name."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one update."""
+    """A part of training that repeats one update."""
 
     name: str
     steps: int
@@ -106,14 +109,15 @@ class Phase:
     near_share: float = 0.0
     """Share of each batch that is drawn from `TrainState.boundary_rows`."""
     refresh: Callable[[TrainState, torch.Generator], TrainState] | None = None
-    """Called every `refresh_every` steps: re-reads the log with the current networks."""
+    """Function that evaluates the log with the current networks, called every `refresh_every`
+    updates."""
     refresh_every: int = 250
     report: Callable[[TrainState, Draw], Metrics] | None = None
-    """What to log besides, asked only when numbers are written down."""
+    """Function that returns further metrics. It is called only when metrics are written."""
 
 
 def together(*updates: Update) -> Update:
-    """Return one update that makes several in order, from the same draw."""
+    """Return an update that runs several updates in order, with the same random numbers."""
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
         metrics: Metrics = {}
@@ -132,14 +136,14 @@ def descend(
     loss: Loss,
     rates: Mapping[str, Tensor],
 ) -> tuple[TrainState, Metrics]:
-    """One Adam step on `loss` for the networks called `names`; everything else is held fixed.
+    """Make one Adam step on `loss` for the networks `names`, and return the new state and metrics.
 
     Args:
-        state: what is known so far; not changed.
-        phase: whose moments to use.
-        names: networks to update.
-        loss: from all networks to a () loss and metrics.
-        rates: learning rate of each of them.
+        state: state before the step, which is not changed.
+        phase: name of the Adam moments.
+        names: names of the networks to update; all others are constant.
+        loss: function from all networks to a () loss and metrics.
+        rates: learning rate of each of these networks, by name.
     """
     leaves = {
         name: {key: tensor.detach().requires_grad_() for key, tensor in params.items()}
@@ -168,14 +172,16 @@ def falling(
     total: int,
     names: tuple[str, ...] | None = None,
 ) -> Update:
-    """Return the update that descends a loss at a rate that falls (`schedule.learning_rate`).
+    """Return the update that minimises a loss at a falling learning rate.
+
+    The rate is that of `schedule.learning_rate`.
 
     Args:
-        name: of the moments to use, and of the one network that is trained.
-        loss: from a state and a draw to what is descended.
+        name: name of the Adam moments and, unless `names` is given, of the trained network.
+        loss: function from a state and random numbers to the loss function.
         base: learning rate at the start.
-        total: updates in all.
-        names: of several networks that are trained instead.
+        total: total number of updates.
+        names: names of the trained networks, where there are several.
     """
     trained = (name,) if names is None else names
 
@@ -196,16 +202,16 @@ def critic_update(
     total: int,
     share: float,
 ) -> Update:
-    """Return the update of critics: descend, then move the slow copies and the statistics.
+    """Return the update of critics, which also moves their slow copies and the statistics.
 
     Args:
-        name: of the moments to use.
-        loss: from a state and a draw to what is descended.
-        names: of the networks that are trained.
-        values: which of them are state values; they stand still for the last fifth.
+        name: name of the Adam moments.
+        loss: function from a state and random numbers to the loss function.
+        names: names of the trained networks.
+        values: names of the state values among them, which are fixed in the last fifth of updates.
         base: learning rate at the start.
-        total: updates in all.
-        share: by which all slow copies, and the statistics, move towards their newest values.
+        total: total number of updates.
+        share: share of the distance to their newest values that slow copies and statistics move.
     """
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
@@ -232,7 +238,7 @@ def critic_update(
 
 
 def summed(*losses: CriticLoss) -> CriticLoss:
-    """Return the sum of several losses."""
+    """Return the sum of several losses, with the metrics and statistics of all."""
 
     def total(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
         value, metrics, newest = losses[0](networks)
