@@ -1,1 +1,1 @@
-"""Policies that propose actions for exploration: uniform, of the log, of a table, of a user."""
+"""Policies that propose actions: uniform, the log's behaviour, a table, or a user's policy."""

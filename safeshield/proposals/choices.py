@@ -1,4 +1,4 @@
-"""Discrete actions by their place in `SpaceCodec.choices`."""
+"""Discrete actions by their index in `SpaceCodec.choices`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = npt.NDArray[Any]
 
 
 def draw_choices(codec: SpaceCodec, log_probs: Array, each: int, rng: np.random.Generator) -> Array:
-    """Return `each` choices (n, each, act) of every row of log probabilities (n, c)."""
+    """Draw `each` choices (n, each, act) for every row of log probabilities (n, c)."""
     # The largest of log p + Gumbel noise is distributed as p.
     noise = rng.gumbel(size=(len(log_probs), each, log_probs.shape[1]))
     drawn: Array = codec.choices[(log_probs[:, None] + noise).argmax(axis=-1)]
@@ -21,5 +21,5 @@ def draw_choices(codec: SpaceCodec, log_probs: Array, each: int, rng: np.random.
 
 
 def every_choice(codec: SpaceCodec, count: int) -> Array:
-    """Return all c choices in each of `count` states, (count, c, act); a view."""
+    """Return all c choices in each of `count` states as a read-only view (count, c, act)."""
     return np.broadcast_to(codec.choices, (count, *codec.choices.shape))

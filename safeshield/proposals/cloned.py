@@ -1,4 +1,4 @@
-"""A behaviour's clone: a network that draws as it does, and knows its density."""
+"""A clone of a behaviour: a network that imitates the behaviour and has a density."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Array = npt.NDArray[Any]
 
 
 class ClonedBehaviour:
-    """A `MixtureActor` with its weights as a behaviour: what `clone` and `fit` make.
+    """A `MixtureActor` with its weights, as a `Behaviour`.
 
     Args:
-        seen: rows of observations.
-        played: rows of actions.
-        scaling: units.
+        seen: converts observations to rows.
+        played: converts actions to rows.
+        scaling: units of the network's inputs and actions.
         actor: the network.
-        params: its weights.
+        params: the network's weights.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ClonedBehaviour:
 
     @torch.no_grad()
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return draws of the network's distribution, with noise from `rng` alone."""
+        """Return draws (n, each, act) of the network's distribution, with all noise from `rng`."""
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
@@ -58,7 +58,7 @@ class ClonedBehaviour:
 
     @torch.no_grad()
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return the network's density, of the box scaled to [-1, 1]; or its probabilities."""
+        """Return log densities (n, c) in the box scaled to [-1, 1], or log probabilities."""
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
@@ -69,7 +69,7 @@ class ClonedBehaviour:
 
     @torch.no_grad()
     def most_likely(self, observations: Batch) -> Array:
-        """Return one action (n, act) a state without noise: the likeliest choice or centre."""
+        """Return the likeliest choice, or the centre of the heaviest component: (n, act)."""
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features)

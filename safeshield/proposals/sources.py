@@ -1,7 +1,7 @@
-"""Sources of proposals: the whole action space, what a log does, a policy of the user's.
+"""Sources of proposals: the whole action space, the log's behaviour, or a user's policy.
 
-A source draws as many actions as are wanted in many states at once, and may know their density.
-All of it is NumPy: observations as environments batch them, actions as rows of `spaces.rows`.
+A source draws any number of actions in many states at once, and may know their density.
+Observations are batched as environments do, and actions are NumPy rows (`spaces.rows`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from safeshield.spaces.rows import flat_actions
 Array = npt.NDArray[Any]
 Rng = np.random.Generator
 Seen = StateValue | None
-"""What a shield has said of some states; None where it has not been asked."""
+"""The shield's values of some states; None where they have not been computed."""
 _WHOSE = "the behaviour's"
 
 
 @runtime_checkable
 class Behaviour(Protocol):
-    """A policy without memory that can be asked for many actions in the same states."""
+    """A policy without memory that can draw many actions in the same states."""
 
     def draw(self, observations: Batch, each: int, rng: Rng, /) -> Array:
         """Return `each` independent actions of each of n states, as rows (n, each, act)."""
@@ -48,17 +48,17 @@ class Behaviour(Protocol):
         """Return log mu (n, c) of c actions (n, c, act) in each state; None without a density.
 
         Where actions are discrete this is the log of a probability. In a Box it is known up to a
-        constant of the state, which suffices for learning. It is minus infinity for what mu never
-        does.
+        constant of the state, which suffices for learning. It is minus infinity for actions that mu
+        never takes.
         """
         ...
 
 
 def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) -> Array | None:
-    """Return a behaviour's log_prob (n, c) once it has been checked; None where it has none.
+    """Return the checked log_prob (n, c) of a behaviour; None where it has none.
 
     Raises:
-        ValueError: another shape, NaN, or infinite.
+        ValueError: the result has another shape, or holds NaN or plus infinity.
     """
     told = behaviour.log_prob(observations, candidates)
     return None if told is None else checked_log_prob(told, candidates.shape[:2], _WHOSE)
@@ -67,8 +67,8 @@ def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) ->
 class Source(Protocol):
     """A `Behaviour` with a density per unit of volume and a proposal that needs no noise.
 
-    `states` is what a shield has said of the states, where it has been asked already; only a
-    source that uses the shield's networks reads it.
+    `states` holds the shield's values of the states, where they have been computed already. Only
+    a source that uses the shield's networks reads it.
     """
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
@@ -97,7 +97,7 @@ class Uniform:
             self._log_size = np.log(self._codec.high - self._codec.low).sum()
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Return points of the box, or choices."""
+        """Return points of the box, or choices, as rows (n, each, act)."""
         count = batch_length(observations)
         if self._codec.discrete:
             log_probs = np.full((count, len(self._codec.choices)), -self._log_size)
@@ -117,23 +117,25 @@ class Uniform:
 
 
 class LoggedBehaviour:
-    """What the log does, by the network that a shield or agent carries; also called `FlowTeacher`.
+    """The log's behaviour, from a network of a shield or agent; also called `FlowTeacher`.
 
     For a Box of actions this is a flow, or FLRP's generative model. Noise z ~ N(0, I) is carried
-    along the velocity field, x <- x + v(s, x, i/K) / K for i = 0 .. K - 1, and clipped to the box,
-    so that points of its boundary have a probability of their own and there is no density. Where
-    actions are discrete it is a classifier.
+    along the velocity field, x <- x + v(s, x, i/K) / K for i = 0 .. K - 1, and clipped to the box.
+    Points on the boundary of the box therefore have positive probability, and there is no density.
+    Where actions are discrete the network is a classifier.
 
-    What it draws is not restricted to what the shield accepts (`SafeSupportPolicy(shield,
-    "behaviour")` is). A learner restricts it by this shield, unless it is given another safe set.
+    The draws are not restricted to the actions that the shield accepts, as those of
+    `SafeSupportPolicy(shield, "behaviour")` are. A learner restricts them by this shield, unless it
+    is given another safe set.
 
     Source: flow matching as in SafeFQL (arXiv 2603.15136); `nn.flow`.
 
     Args:
-        shield: a `Shield` that knows the behaviour, a path, or an agent such as `SafeFQL`.
+        shield: a `Shield` with a network of the behaviour, a path to its file, or an agent such as
+            `SafeFQL`.
 
     Raises:
-        ValueError: the shield has learned no behaviour.
+        ValueError: the shield has no network of the behaviour.
     """
 
     def __init__(self, shield: Shield | HasShield | str | os.PathLike[str]) -> None:
@@ -141,11 +143,11 @@ class LoggedBehaviour:
         self._model = self.shield.model
         if not self._model.knows_behaviour:
             raise ValueError(
-                "shield has not learned what the log does: make it with ShieldTrainer or SafeFQL"
+                "shield has not learned the log's behaviour: make it with ShieldTrainer or SafeFQL"
             )
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Carry noise along the flow, or draw from the classifier."""
+        """Return draws (n, each, act) of the flow or of the classifier."""
         states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
             return draw_choices(self._model.action_codec, self._log_probs(states), each, rng)
@@ -153,7 +155,7 @@ class LoggedBehaviour:
         return self._model.behaviour(states, rng.standard_normal(shape).astype(np.float32))
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return what the flow makes of z = 0; the likeliest choice of the classifier."""
+        """Return the flow's action for z = 0, or the classifier's likeliest choice: (n, act)."""
         states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
             chosen: Array = self._model.action_codec.choices[self._log_probs(states).argmax(1)]
@@ -164,7 +166,7 @@ class LoggedBehaviour:
     def log_prob(
         self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
-        """Return the classifier's log probabilities; a clipped flow has no density."""
+        """Return the classifier's log probabilities (n, c); None for a flow."""
         codec = self._model.action_codec
         if not codec.discrete:
             return None
@@ -181,26 +183,26 @@ class LoggedBehaviour:
 
 
 FlowTeacher = LoggedBehaviour
-"""The first name of `LoggedBehaviour`."""
+"""The former name of `LoggedBehaviour`."""
 
 
 class UserPolicy:
-    """A policy of the user's: a `SafeSupportPolicy`, a function, a model of Stable-Baselines3.
+    """A user's policy: a `SafeSupportPolicy`, a function, or a model of Stable-Baselines3.
 
-    Anything that `as_batch_policy` takes, asked for its random actions. The same state comes many
-    times in one batch, and it may act differently each time.
+    The policy may be anything that `as_batch_policy` takes. It is asked for random actions. The
+    same state occurs many times in one batch, and the policy may act differently each time.
 
     Args:
         policy: the policy.
-        action_space: of the environment.
-        judged: whether a shield judges every proposal. Then actions outside the box are passed on
-            to it, and the density must be per unit of volume: the policy's own ``log_prob(
+        action_space: the environment's action space.
+        judged: whether a shield judges every proposal. If so, actions outside the box are passed to
+            the shield, and the density must be per unit of volume: the policy's own ``log_prob(
             observations, actions) -> (n,)``. Otherwise actions are clipped to the box as
-            Stable-Baselines3 does, and a ``relative_log_prob``, which is known up to a constant of
-            the state, is preferred.
+            Stable-Baselines3 does, and a method ``relative_log_prob``, which is known up to a
+            constant of the state, is preferred.
 
     Raises:
-        TypeError: `policy` is no policy.
+        TypeError: `policy` is not a policy.
     """
 
     def __init__(
@@ -218,36 +220,36 @@ class UserPolicy:
         self.remember(None, None)
 
     def remember(self, memory: Memory, starts: npt.NDArray[np.bool_] | None) -> None:
-        """Go on to new states, with the recurrent state that the policy has returned before.
+        """Set the recurrent state with which the policy acts in the next states.
 
-        The recurrent state is the same whenever the policy is asked in these states, so that it
-        tells what was observed and not how often the policy was asked. Afterwards `memory` is what
-        the last answer left.
+        The policy gets the same recurrent state every time it acts in these states, so that the
+        recurrent state depends on the observations and not on the number of calls. The attribute
+        `memory` then holds the recurrent state that the last call returned.
         """
         self._before, self._starts = memory, starts
         self.memory = memory
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin new episodes."""
+        """Tell the policy that new episodes begin in `num_envs` environments."""
         start_wave(self._acting, num_envs)
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Ask the policy `each` times about each state, all at once."""
-        # Copies: it may write into what it is given, and is asked about the same states again.
+        """Return `each` actions of the policy in each state, from one call: (n, each, act)."""
+        # The policy gets copies, because it may change them and later gets the same states again.
         rows = self._ask(repeated(observations, each), rng, deterministic=False)
         return rows.reshape(-1, each, self._codec.width)
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return the policy's deterministic answers, where it has them."""
+        """Return the policy's deterministic actions (n, act), if it has a deterministic mode."""
         return self._ask(repeated(observations, 1), rng, deterministic=True)
 
     def log_prob(
         self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
-        """Return what the policy itself says.
+        """Return the policy's own log densities (n, c); None where it has none.
 
         Raises:
-            ValueError: another shape, NaN, or infinite.
+            ValueError: the result has another shape, or holds NaN or plus infinity.
         """
         if not callable(self._log_prob):
             return None
@@ -262,7 +264,7 @@ class UserPolicy:
     def _ask(self, observations: Batch, rng: Rng, *, deterministic: bool) -> Array:
         count = batch_length(observations)
         if isinstance(self._acting, PredictPolicy):
-            # Where nothing is remembered every state is the beginning of an episode.
+            # Without a recurrent state, every state counts as the beginning of an episode.
             starts = self._starts if self._judged else np.ones(count, dtype=np.bool_)
             actions, self.memory = self._acting.predict(
                 observations, self._before, starts, deterministic=deterministic
@@ -275,6 +277,7 @@ class UserPolicy:
         if len(rows) != count:
             raise ValueError(
                 f"the policy returned {len(rows)} actions for {count} "
-                "observations; one that takes a whole batch needs batched = True (batch_policy)"
+                "observations; a policy that takes a whole batch needs batched = True "
+                "(batch_policy)"
             )
         return rows if self._codec.discrete else rows.astype(np.float32)

@@ -19,13 +19,14 @@ class Tabular:
     """A table of probabilities over discrete states and actions.
 
     Args:
-        table: (S, c) rows in the order of the observation's integers, columns in that of the
-            actions'; at least 0, every row sums to 1.
+        table: (S, c) probabilities. Rows are in the order of the observation's integers, columns
+            in the order of the actions' integers. Every row sums to 1.
         observation_space: a Discrete of S states.
-        action_space: discrete, of c choices.
+        action_space: a discrete space of c choices.
 
     Raises:
-        ValueError: another shape, or rows that are no probabilities.
+        TypeError: a space is not discrete.
+        ValueError: the table has another shape, or its rows are not probabilities.
 
     >>> two = gym.spaces.Discrete(2)
     >>> mu = Tabular([[0.5, 0.5], [1.0, 0.0]], two, two)
@@ -61,12 +62,12 @@ class Tabular:
             self._log_table = np.log(values)
 
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return draws of the states' rows."""
+        """Return draws (n, each, act) from the rows of the states."""
         log_probs = self._log_table[self._index(observations)]
         return draw_choices(self._choices, log_probs, each, rng)
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return the table's entries."""
+        """Return the logs (n, c) of the table's entries."""
         rows = self._log_table[self._index(observations)]
         return np.take_along_axis(rows, self._choices.choice_index(candidates), axis=1)
 
