@@ -1,6 +1,6 @@
-"""Where a shield meets an agent.
+"""Policies, callbacks and replay buffers that combine a shield with an agent.
 
-What needs Stable-Baselines3 is loaded on first use.
+The names that need Stable-Baselines3 are loaded on first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`ShieldCallback`: what the shield does while an agent of Stable-Baselines3 learns."""
+"""`ShieldCallback`, which logs the shield while an agent of Stable-Baselines3 learns."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ _LONGEST = 100_000
 
 
 class ShieldCallback(BaseCallback):
-    """Log and count what a shield does in training, from the first warm-up step on.
+    """Log and count interventions and violations in training, from the first warm-up step on.
 
-    Logged whenever the algorithm logs, over the steps since it last did (at most the last 100,000):
+    These numbers are logged whenever the algorithm logs. They cover the steps since its last log
+    (at most the last 100,000):
 
     ``shield/intervention_rate``
         Share of steps in which another action than the proposed one was executed.
     ``shield/value_q05``, ``_q50``, ``_q95``
-        Quantiles of Q_h of the executed actions, units of h, positive is a violation.
+        Quantiles of Q_h of the executed actions, in units of h; a positive value predicts a
+        violation.
     ``shield/certified_share``
         Share of steps that reached a certified state.
 
-    And over the whole of training, also as attributes:
+    These numbers cover the whole of training, and are also attributes:
 
     ``shield/violations``
         `violating_episodes`: episodes with ``info["constraint"] > 0`` or ``info["cost"] > 0`` (or
-        NaN there) after some step, each counted once, as soon as it happens: an episode
-        that training cuts off counts too. Not logged where no info reports either.
+        NaN there) after some step. Each is counted once, as soon as it happens, so that an episode
+        that training cuts off counts too. It is not logged where no info has either key.
     ``shield/episodes``
-        `episodes`: those that have ended.
+        `episodes`: episodes that have ended.
 
-    `interventions` and `steps` count steps of single environments. Totals go on over several
-    calls of ``learn``.
+    `interventions` and `steps` count steps of single environments. The totals continue over
+    several calls of ``learn``.
 
     Args:
-        require_shield: raise an error where the infos carry no ``shield/...`` keys. False counts
+        require_shield: raise an error where the infos have no ``shield/...`` keys. False counts
             violations in an unshielded environment, for comparison.
         verbose: as in Stable-Baselines3.
 
@@ -71,7 +73,7 @@ class ShieldCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         count = self.training_env.num_envs
-        # Unless asked to go on, `learn` resets the environments and leaves episodes unfinished.
+        # With reset_num_timesteps=True, `learn` resets the environments in unfinished episodes.
         if self.locals.get("reset_num_timesteps", True) or len(self._violated) != count:
             self._violated = np.zeros(count, dtype=bool)
 
@@ -79,7 +81,7 @@ class ShieldCallback(BaseCallback):
         infos: list[Mapping[str, Any]] = self.locals["infos"]
         dones = np.asarray(self.locals["dones"], dtype=bool)
         if self._recorded and f"{_PREFIX}episodes" not in self.logger.name_to_value:
-            # The algorithm has written its log since, which empties the logger.
+            # The algorithm has written its log since then, which empties the logger.
             self._window.clear()
             self._recorded = False
         for i, info in enumerate(infos):
@@ -94,7 +96,7 @@ class ShieldCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # Off-policy rollouts may be single steps: too many for quantiles.
+        # Off-policy rollouts may be single steps, after each of which quantiles would be too slow.
         if not isinstance(self.model, OffPolicyAlgorithm):
             self._record()
 
@@ -134,7 +136,7 @@ class ShieldCallback(BaseCallback):
             table = np.array(self._window, dtype=np.float64)
             self.logger.record(f"{_PREFIX}intervention_rate", float(table[:, 0].mean()))
             self.logger.record(f"{_PREFIX}certified_share", float(table[:, 2].mean()))
-            # Values that occurred: between a number and infinity nothing can be interpolated.
+            # Use values that occurred, because infinite values cannot be interpolated.
             levels = (0.05, 0.5, 0.95)
             quantiles = np.quantile(table[:, 1], levels, method="inverted_cdf")
             for level, value in zip(levels, quantiles.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Replay buffers that choose which of two actions to learn from: the agent's or the shield's."""
+"""Replay buffers that store the agent's proposed action, the shield's executed one, or both."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from stable_baselines3.common.vec_env import VecNormalize
 from safeshield.rollouts.infos import EXECUTED, INTERVENED, PENALTY, PROPOSED
 
 STORES = ("proposed", "executed", "both")
-"""What can be stored: see `ShieldedReplayBuffer`."""
+"""The values of `store`; see `ShieldedReplayBuffer`."""
 
 _Array = npt.NDArray[Any]
 _KEYS = (INTERVENED, PROPOSED, EXECUTED)
 
 
 class _ShieldedRows(ReplayBuffer):
-    """What the two buffers share; what they hold is described in `ShieldedReplayBuffer`."""
+    """Common base of the two buffers; `ShieldedReplayBuffer` describes their contents."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class _ShieldedRows(ReplayBuffer):
             self, DictReplayBuffer
         ):
             raise TypeError(
-                f"{type(self).__name__} takes no observations that are dicts: use "
+                f"{type(self).__name__} does not support dict observations: use "
                 "ShieldedDictReplayBuffer"
             )
         self._check_shield_space(action_space, shield_space)
@@ -84,11 +84,11 @@ class _ShieldedRows(ReplayBuffer):
         done: _Array,
         infos: list[dict[str, Any]],
     ) -> None:
-        """Add one transition of each environment; actions (n_envs, act) as the policy scales them.
+        """Add one transition of each environment, with actions (n_envs, act) in the policy's scale.
 
         Raises:
-            ValueError: actions other than the proposed ones are to be stored and the infos do not
-                tell them, or tell them in other units.
+            ValueError: executed actions are stored and the infos do not contain them, or contain
+                them in other units.
         """
         if self.store == "proposed":
             super().add(obs, next_obs, action, reward, done, infos)
@@ -114,20 +114,20 @@ class _ShieldedRows(ReplayBuffer):
                 )
         if not self._same_actions(proposed, [info[PROPOSED] for info in infos]):
             raise ValueError(
-                "the actions that the shield saw are not those of the agent, so what it executed "
-                "cannot be stored in the agent's units: with RescaleAction around the shield pass "
-                "replay_buffer_kwargs=dict(shield_space=shield.action_space); with any other "
-                "wrapper that changes actions, put it inside the shield, and make the log with it"
+                "the actions that the shield saw are not those of the agent, so the executed "
+                "actions cannot be stored in the agent's units: with RescaleAction around the "
+                "shield pass replay_buffer_kwargs=dict(shield_space=shield.action_space); put any "
+                "other wrapper that changes actions inside the shield, and make the log with it"
             )
         intervened = np.array([bool(info[INTERVENED]) for info in infos])
         ran = self._scaled([info[EXECUTED] for info in infos])
-        # Where nothing was replaced the row stays as it came: scaling there and back rounds.
+        # Rows without an intervention are kept, because scaling there and back would round them.
         executed = np.where(intervened[:, None], ran, proposed)
         penalties = [float(info.get(PENALTY, 0.0)) for info in infos]
         return executed, np.where(intervened, penalties, 0.0).astype(np.float32)
 
     def _scaled(self, actions: Sequence[Any]) -> _Array:
-        """Return actions in the shield's units as `BasePolicy.scale_action` does: (n, act)."""
+        """Scale actions of the shield's box to [-1, 1], as `BasePolicy.scale_action`: (n, act)."""
         batch = np.stack([np.asarray(action) for action in actions])
         if isinstance(self.shield_space, gym.spaces.Box):
             low, high = self.shield_space.low, self.shield_space.high
@@ -135,7 +135,7 @@ class _ShieldedRows(ReplayBuffer):
         return batch.reshape(self.n_envs, self.action_dim)
 
     def _same_actions(self, stored: _Array, proposed: Sequence[Any]) -> bool:
-        """Whether these are the same actions, but for what scaling there and back rounds away."""
+        """Return whether the actions are equal up to the rounding of scaling there and back."""
         if any(np.shape(action) != self.action_space.shape for action in proposed):
             return False
         tolerance = np.zeros(self.action_dim)
@@ -148,7 +148,7 @@ class _ShieldedRows(ReplayBuffer):
     def _get_samples(self, batch_inds: _Array, env: VecNormalize | None = None) -> Any:  # noqa: ANN401
         if self.store != "both":
             return super()._get_samples(batch_inds, env)
-        # The base class draws which environment each row is from; the same draw again tells it.
+        # The base class draws the environment of each row. Repeating the draw reproduces it.
         before = np.random.get_state()  # noqa: NPY002
         samples = super()._get_samples(batch_inds, env)
         np.random.set_state(before)  # noqa: NPY002
@@ -156,7 +156,7 @@ class _ShieldedRows(ReplayBuffer):
         at = batch_inds, np.random.randint(0, self.n_envs, size=count)  # noqa: NPY002
         coin = np.random.randint(0, 2, size=count).astype(bool)  # noqa: NPY002
         actions = np.where(coin[:, None], self.proposed_actions[at], self.actions[at])
-        # Cast: a penalty must not turn float32 rewards into float64 ones.
+        # The cast keeps rewards in float32 after the subtraction of a penalty.
         rewards = (self.rewards[at] - coin * self.penalties[at]).astype(np.float32).reshape(-1, 1)
         return samples._replace(
             actions=self.to_torch(actions),
@@ -169,35 +169,36 @@ class ShieldedReplayBuffer(_ShieldedRows):
 
     Pass it as ``SAC(..., replay_buffer_class=ShieldedReplayBuffer,
     replay_buffer_kwargs=dict(store="executed"))``. In state s the agent proposed a, the shield
-    executed e, and reward r and state s' came of it. `store` says what to learn from:
+    executed e, and the step gave reward r and state s'. `store` says what to learn from:
 
     ``"proposed"`` (default)
-        (s, a, r, s'): the shield is part of the environment. What the plain buffer stores.
+        (s, a, r, s'): the shield is part of the environment. The plain buffer stores the same.
     ``"executed"``
-        (s, e, r, s'): what the dynamics did, also true without the shield. The critic learns
-        nothing about rejected actions, so the policy may go on proposing them.
+        (s, e, r, s'): the transition of the dynamics, which is also valid without the shield. The
+        critic learns nothing about rejected actions, so the policy may go on proposing them.
     ``"both"``
-        Both of these. Under a shield that accepts e both are true, and together they tell the
-        critic that a is worth as much as e. A transition is kept once, with its two actions, and
-        each time it is sampled a fair coin chooses one of them: replaced actions get no more
-        weight than others, and nothing changes in the buffer's size and order. Where the shield
-        did not intervene the two are the same. `actions` holds e, `proposed_actions` a.
+        Both of these. Under a shield that accepts e both are valid, and together they teach the
+        critic that a is worth as much as e. A transition is kept once, with its two actions. Each
+        time it is sampled, one of them is chosen with probability 1/2. Replaced actions therefore
+        get no more weight than others, and the size and order of the buffer do not change. Where
+        the shield did not intervene the two are the same. `actions` holds e, `proposed_actions` a.
 
-    Scaled actions are stored: boxes rescaled to [-1, 1] as the policy does, integers as they are.
-    With `RescaleAction` around the shield the shield's actions have another box than the agent's;
-    pass it, ``dict(store="executed", shield_space=shield.action_space)``: scaled to [-1, 1] the
-    two are the same. Any other wrapper that changes actions belongs inside the shield.
+    Scaled actions are stored: boxes are rescaled to [-1, 1] as the policy does, and integers are
+    unchanged. With `RescaleAction` around the shield, the shield's actions have another box than
+    the agent's. Pass this box, ``dict(store="executed", shield_space=shield.action_space)``, so
+    that both are scaled to [-1, 1]. Put any other wrapper that changes actions inside the shield.
 
-    A penalty on intervention (``shield/penalty`` in the infos) is for the proposal: rows with the
-    executed action get the reward without it. With ``"executed"`` a penalty is thus without effect.
+    A penalty on intervention (``shield/penalty`` in the infos) belongs to the proposed action. Rows
+    with the executed action get the reward without it, so it has no effect with ``"executed"``.
 
-    On-policy algorithms (PPO, A2C) have no such choice: their ratios need the probability of the
-    action that the agent drew, so their buffers must keep the proposed one, as they do.
+    On-policy algorithms (PPO, A2C) do not have this choice. Their ratios need the probability of
+    the action that the agent drew, so their buffers must keep the proposed action.
 
     Raises:
-        TypeError: observations are dicts: `ShieldedDictReplayBuffer` is for these.
-        ValueError: `store` is none of these, `shield_space` is no box of the agent's shape; or,
-            from `add`, the infos lack the shield's keys, or tell other actions than the agent's.
+        TypeError: observations are dicts, for which there is `ShieldedDictReplayBuffer`.
+        ValueError: `store` is not one of the three, or `shield_space` is not a box of the agent's
+            shape. `add` raises it where the infos lack the shield's keys, or hold other proposed
+            actions than the agent's.
 
     >>> box = gym.spaces.Box(0.0, 10.0, (1,))
     >>> buffer = ShieldedReplayBuffer(4, box, box, store="executed")

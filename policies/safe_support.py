@@ -1,11 +1,11 @@
-r"""`SafeSupportPolicy`: exploration that never leaves what a shield accepts.
+r"""`SafeSupportPolicy`, which explores with the actions that a shield accepts.
 
-A proposal q(a | s) is cut down to the safe support {a: Q_h(s, a) <= -delta}:
+A proposal q(a | s) is restricted to the safe support {a: Q_h(s, a) <= -delta}:
 
     pi(a | s) = q(a | s) 1[Q_h(s, a) <= -delta] / Z(s),   Z(s) = P_{a ~ q}(Q_h(s, a) <= -delta)
 
-Where actions are discrete and q is known, pi is computed and drawn from; else it is drawn from by
-rejection: proposals are made until one is accepted.
+Where actions are discrete and q is known, pi is computed and sampled. Otherwise pi is sampled by
+rejection, which draws proposals until one is accepted.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from safeshield.spaces.batches import Batch, batch_length, batch_of_one, finite,
 from safeshield.spaces.shapes import Scalars
 
 PROPOSALS = ("uniform", "behaviour")
-"""Proposals with a name; anything else is a policy."""
+"""Names of proposals; any other proposal is a policy."""
 _Array = npt.NDArray[Any]
-_CHUNK = 1 << 16  # actions that are judged together when the safe support is measured
+_CHUNK = 1 << 16  # number of actions that are judged together when Z is estimated
 
 
 class LogDensity(NamedTuple):
-    """The log of a density, and how far off the estimate may be."""
+    """The log of a density, and its standard error."""
 
     value: Scalars | np.floating
     """(n,) or (): natural logarithm; minus infinity outside the safe support."""
     error: Scalars | np.floating
-    """(n,) or (): standard error of `value`; 0 where it is computed and not estimated."""
+    """(n,) or (): standard error of `value`; 0 where it is exact."""
 
 
 class _View(NamedTuple):
-    """Observations of n states in each of their forms."""
+    """Observations of n states, in the forms that policies and the shield use."""
 
     observations: Batch
-    """As environments batch them. Policies may refuse what is not a number, so zeros take its
-    place; the shield does not act on their answer then."""
+    """Batched as environments do. Policies may refuse NaN and infinity, so zeros replace them; the
+    shield ignores the policy's action in such a state."""
     rows: _Array
-    """(n, obs) as they came."""
+    """(n, obs) unchanged observations, as rows."""
     states: StateValue
 
     def take(self, index: npt.NDArray[np.int64] | slice) -> _View:
@@ -56,41 +56,42 @@ class _View(NamedTuple):
 
 
 class SafeSupportPolicy:
-    """Draw actions from a proposal, but only such that the shield accepts.
+    """Draw actions from a proposal, restricted to the actions that the shield accepts.
 
-    For exploration. Use it wherever a policy is taken (`collect`, `run_episodes`, `calibrate`: it
-    acts for whole batches, and draws from their generators) or where Stable-Baselines3 takes a
-    model (``evaluate_policy``; `predict` draws from its own generator).
+    The policy is for exploration. It can be used as a policy (`collect`, `run_episodes`,
+    `calibrate`: it acts for whole batches, and draws from their generators) and as a model of
+    Stable-Baselines3 (``evaluate_policy``; `predict` draws from the policy's own generator).
 
-    Where nothing is accepted within `rounds`, the shield's own replacement of the last proposal is
-    returned, `report.intervened` is True for it, and no density speaks of it; where actions are
-    discrete and nothing is acceptable, likewise the least bad one, with probability 1. So it is
-    where the observation is not readable. A discrete proposal with no probability on anything that
-    is acceptable is replaced by the uniform one.
+    Where no proposal is accepted within `rounds`, or the observation is not readable, the shield's
+    replacement of the last proposal is returned. `report.intervened` is then True, and the density
+    does not describe the action. Where actions are discrete and none is acceptable, the action of
+    lowest Q_h is returned with probability 1. Where a discrete proposal has no probability on
+    acceptable actions, the uniform distribution over them is used.
 
     ``deterministic=True`` returns the most probable acceptable action where actions are discrete
-    and the proposal has a density (the safest of several); else the middle of the box, what the
-    behaviour makes of noise 0, or the policy's deterministic action, or what the shield replaces
-    these by.
+    and the proposal has a density (the safest of equally probable ones). Otherwise it returns the
+    middle of the box, the behaviour's action for zero noise, or the policy's deterministic action,
+    or the shield's replacement of that action.
 
     Args:
-        shield: a `Shield`, a path to its file, or an agent that has one. Its threshold says what
-            is safe; its record, if any, for whom.
-        proposal: ``"uniform"`` over the action space; ``"behaviour"``, what the log does, by the
-            network that `ShieldTrainer` and `SafeFQL` store in the shield; or a policy, anything
-            that `as_batch_policy` takes, which is asked for a random action (``deterministic=
-            False``) again and again: one that always answers alike gains nothing over a
-            `ShieldedPolicy`.
-        rounds: how often proposals are made before giving up, at least 1. In round k = 0, 1, ...
-            2^k of them in each state that still has no action, but from a policy one, in all
-            states, because it may remember that it was asked. 7 rounds are 127 proposals: where Z
-            is 0.05, all of them fail in one state of 700.
-        seed: of `predict`'s generator; None for one that no one can repeat. A policy that draws
+        shield: a `Shield`, a path to its file, or an agent that has one. Its threshold says which
+            actions are safe; its record, if any, says for which proposers.
+        proposal: ``"uniform"`` over the action space; ``"behaviour"``, the log's behaviour, from
+            the network that `ShieldTrainer` and `SafeFQL` store in the shield; or a policy that
+            `as_batch_policy` takes. The policy is asked repeatedly for a random action
+            (``deterministic=False``). A policy that always returns the same action has no
+            advantage over a `ShieldedPolicy`.
+        rounds: maximal number of rounds of proposals, at least 1. Round k = 0, 1, ... draws 2^k
+            proposals in each state that still has no action. From a policy, each round draws one
+            in all states, because the policy may remember each call. 7 rounds are 127 proposals:
+            where Z is 0.05, all of them fail in one state of 700.
+        seed: seed of `predict`'s generator; None for an unpredictable one. A policy that draws
             from a generator of its own (PyTorch's, in Stable-Baselines3) is seeded there.
 
     Raises:
-        ValueError: an unknown name; "behaviour" where the shield has none; `rounds` below 1.
-        TypeError: `proposal` is no policy, `shield` none of the three.
+        ValueError: `proposal` is an unknown name; it is "behaviour" and the shield has no such
+            network; or `rounds` is below 1.
+        TypeError: `proposal` is not a policy, or `shield` is none of the three.
 
     >>> import gymnasium, safeshield
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -122,17 +123,17 @@ class SafeSupportPolicy:
         self._memory: Memory = None
         self._starts: npt.NDArray[np.bool_] = np.ones(0, dtype=np.bool_)
         self.report: FilterReport | None = None
-        """The verdicts on the last actions: `intervened` where the shield had to find one. None
-        where the last call failed."""
+        """The report on the last actions; `intervened` is True where the shield replaced the
+        proposal. None where the last call failed."""
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin new episodes: what a policy remembers is forgotten."""
+        """Begin new episodes and reset the proposal policy's memory."""
         self._memory, self._starts = None, np.ones(num_envs, dtype=np.bool_)
         if isinstance(self._source, UserPolicy):
             self._source.start_wave(num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> _Array:
-        """Map n observations to n actions, as a batch policy: noise from `rng` alone."""
+        """Return n actions for n observations, as a batch policy that draws from `rng`."""
         self.report = None
         count = batch_length(observations)
         if len(self._starts) != count:
@@ -151,16 +152,16 @@ class SafeSupportPolicy:
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[_Array, Memory]:
-        """Return an action, or n of them for a batch, and a policy's recurrent state.
+        """Return an action, or n actions for a batch, and the proposal policy's recurrent state.
 
         Args:
-            observation: one, or a batch (see `Shield.value`).
-            state: recurrent state of a policy that has one.
+            observation: one observation, or a batch (see `Shield.value`).
+            state: recurrent state of the proposal policy, if it has one.
             episode_start: (n,) where a new episode begins.
             deterministic: see the class.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: the observation has a wrong shape.
         """
         self.report = None
         view, single = self._look(observation)
@@ -173,7 +174,7 @@ class SafeSupportPolicy:
     def log_prob(
         self, observations: Batch, actions: Batch, *, samples: int = 1024
     ) -> Scalars | np.floating:
-        """Return log pi(a | s): the `value` of `log_density`, which says more.
+        """Return log pi(a | s), which is the `value` of `log_density`.
 
         >>> import gymnasium, safeshield
         >>> from safeshield import ShieldConfig, ShieldTrainer, collect
@@ -192,30 +193,33 @@ class SafeSupportPolicy:
     ) -> LogDensity:
         """Return log pi(a | s) of actions, with its standard error: () or (n,).
 
-        Discrete actions: a probability, exact. A Box: per unit of the action box's volume,
+        For discrete actions it is an exact log probability. For a Box it is the log density per
+        unit of the action box's volume,
 
             log pi(a | s) = log q(a | s) - log Z(s),   Z estimated as (k + 1/2) / (m + 1/2)
 
-        from m = `samples` proposals of which k are accepted. The halves take the bias of first
-        order out of log Z; what is left is far below the standard error sqrt((1 - Z) / (m Z))
-        as long as m Z is well above 1. Where it is not, Z is known to be small and not how small.
-        From the uniform box the same points are used in all states, so that the answer is a
-        function of s and a; the errors in different states are then not independent.
+        from m = `samples` proposals of which k are accepted. The added halves remove the bias of
+        first order from log Z. The remaining bias is far below the standard error
+        sqrt((1 - Z) / (m Z)) as long as m Z is well above 1. Where m Z is smaller, the estimate
+        only shows that Z is small. For the uniform proposal the same points are used in all states,
+        so that the result is a function of s and a. The errors in different states are then not
+        independent.
 
-        Minus infinity where the shield does not accept the action. In a state where no action of
-        a Box is ever accepted the shield's replacement has no density, and this is all there is.
+        The value is minus infinity where the shield does not accept the action. In a state where no
+        action of a Box is ever accepted, the shield's replacement has no density, and every action
+        has the value minus infinity.
 
         Args:
-            observations: one, or a batch (see `Shield.value`).
-            actions: likewise.
-            samples: proposals to measure the safe support with, in each state; without effect
-                where actions are discrete, which are all weighed.
+            observations: one observation, or a batch (see `Shield.value`).
+            actions: one action, or a batch.
+            samples: proposals in each state for the estimate of Z; without effect where actions
+                are discrete, because all of them are weighed.
 
         Raises:
-            TypeError: the proposal has no density: the behaviour of a Box (a flow, clipped to the
-                box), or a policy without ``log_prob(observations, actions)``. It must be the
-                density of the actions that the policy returns, for n of each (n,).
-            ValueError: a wrong shape, `samples` below 1.
+            TypeError: the proposal has no density: it is the behaviour of a Box (a flow, clipped to
+                the box), or a policy without ``log_prob(observations, actions)``. This method must
+                return the density (n,) of n actions that the policy returns in n states.
+            ValueError: an array has a wrong shape, or `samples` is below 1.
         """
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
@@ -234,25 +238,25 @@ class SafeSupportPolicy:
         return LogDensity(value[0], error[0]) if single else LogDensity(value, error)
 
     def relative_log_prob(self, observations: Batch, actions: Batch) -> Scalars | None:
-        """Return log pi(a | s) (n,) up to a constant of the state: log q where accepted.
+        """Return log pi(a | s) (n,) up to a constant of the state; None without a density.
 
-        What depends on the action alone, without measuring Z(s); minus infinity outside the safe
-        support. Discrete: `log_prob` itself. None of what `log_density` estimates is needed by who
-        compares actions of one state. None where the proposal has no density.
+        For a Box this is log q(a | s) where the shield accepts the action, and minus infinity
+        elsewhere. Z(s) is not estimated, because it is not needed to compare actions of the same
+        state. For discrete actions this is `log_prob`.
 
         Args:
             observations: a batch.
-            actions: likewise.
+            actions: a batch.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: an array has a wrong shape.
         """
         return self._relative(self._look(observations)[0], self.shield.action_rows(actions)[0])
 
     # -- drawing --------------------------------------------------------------------------------
 
     def _look(self, observations: Batch) -> tuple[_View, bool]:
-        """Return one observation or a batch as a `_View`, and whether it was one."""
+        """Return observations as a `_View`, and whether a single observation was given."""
         rows, single = self.shield.observation_rows(observations)
         batch = batch_of_one(observations) if single else observations
         return _View(finite(batch), rows, self.shield.states(rows)), single
@@ -281,13 +285,13 @@ class SafeSupportPolicy:
         return self.shield.points(executed), memory, report
 
     def _accepted(self, view: _View, rng: np.random.Generator) -> _Array:
-        """Return the first proposal that is accepted, or where none is the last: (n, act)."""
+        """Return the first accepted proposal (n, act), or the last one where none is accepted."""
         chosen = np.zeros((len(view.rows), self._codec.width), np.float32)
         left = np.arange(len(view.rows))
         for k in range(self.rounds):
             some = view.take(left)
             if isinstance(self._source, UserPolicy):
-                # One answer in all states: the policy may remember that it was asked.
+                # The policy acts once in all states, because it may remember each call.
                 drawn = self._source.draw(view.observations, 1, rng)[left]
             else:
                 drawn = self._source.draw(some.observations, 2**k, rng, some.states)
@@ -295,7 +299,7 @@ class SafeSupportPolicy:
             found = accepted.any(axis=1)
             first = np.where(found, accepted.argmax(axis=1), -1)
             chosen[left] = drawn[np.arange(len(left)), first]
-            # Where the observation cannot be read nothing will ever be accepted.
+            # Nothing is ever accepted for an observation that is not readable.
             left = left[~found & self.shield.readable(some.rows)]
             if not len(left):
                 break
@@ -315,7 +319,7 @@ class SafeSupportPolicy:
     # -- densities ------------------------------------------------------------------------------
 
     def _relative(self, view: _View, action_rows: _Array) -> _Array | None:
-        """Return log pi (n,) of actions (n, act): of a Box up to log Z; None without a density."""
+        """Return log pi (n,) of actions (n, act), for a Box up to log Z; None without a density."""
         if not self._codec.discrete:
             candidates = action_rows[:, None]
             log_q = self._source.log_prob(view.observations, candidates, view.states)
@@ -341,7 +345,7 @@ class SafeSupportPolicy:
             return None
         mask, _ = self.shield.acceptable_choices(view.states, view.rows)
         masked = np.where(mask, log_probs, -np.inf)
-        # A proposal that never does what may be done leaves the choice among that open.
+        # Where the proposal has no probability on acceptable actions, use the uniform distribution.
         never = masked.max(axis=1, keepdims=True) == -np.inf
         return log_softmax(np.where(never & mask, 0.0, masked))
 
@@ -352,12 +356,12 @@ class SafeSupportPolicy:
         hits = np.zeros(len(view.rows))
         for part in parts:
             hits[part] = self._hits(view.take(part), samples)
-        # Where all were accepted the error is not 0: one more might not have been.
+        # The error is not 0 where all were accepted, because further proposals might be rejected.
         error = np.sqrt((samples - hits + 0.5) / (samples + 1.0) / (hits + 0.5))
         return np.log((hits + 0.5) / (samples + 0.5)), error
 
     def _hits(self, view: _View, samples: int) -> _Array:
-        """Return how many of `samples` proposals are accepted in each state: (n,)."""
+        """Return the number (n,) of accepted proposals among `samples` in each state."""
         rng = np.random.default_rng(0)
         if isinstance(self._source, Uniform):
             points = self._source.draw(take(view.observations, slice(1)), samples, rng)
@@ -371,7 +375,7 @@ class SafeSupportPolicy:
         why = (
             "a policy without a method log_prob(observations, actions) -> (n,)"
             if isinstance(self._source, UserPolicy)
-            else "the behaviour of a Box of actions, a flow whose end is clipped to the box"
+            else "the behaviour of a Box of actions, a flow whose actions are clipped to the box"
         )
         return TypeError(
             f"there is no density for {why}: use proposal='uniform', or a policy with one"
@@ -387,7 +391,7 @@ def _source_of(shield: Shield, proposal: object) -> Source:
         return Uniform(shield.action_space)
     if not shield.model.knows_behaviour:
         raise ValueError(
-            "proposal='behaviour' needs a shield that has learned what the log does, and this "
+            "proposal='behaviour' needs a shield that has learned the log's behaviour, and this "
             "one has no such network: make it with ShieldTrainer or SafeFQL, or pass "
             "proposal='uniform' or a policy"
         )

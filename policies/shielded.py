@@ -1,4 +1,4 @@
-"""`ShieldedPolicy`: an agent whose actions have already passed the shield."""
+"""`ShieldedPolicy`, an agent whose actions are filtered by a shield."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ class Predictor(Protocol):
 
 
 class ShieldedPolicy:
-    """Put a shield behind an agent's ``predict``, for a loop of your own.
+    """Filter the actions of an agent's ``predict`` by a shield, for a loop of your own.
 
-    Where the agent meets a Gymnasium environment, `SafetyShield` around the environment is the
-    better place: it also covers warm-up actions and tells in `info` what was executed.
+    For a Gymnasium environment use `SafetyShield` around the environment instead: it also covers
+    warm-up actions and reports the executed action in `info`.
 
-    The agent gets a copy of each observation: what it writes into it changes no verdict.
+    The agent gets a copy of each observation, so that it cannot change what the shield judges.
 
     Args:
         model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
             or another policy that `rollouts.policies.as_batch_policy` takes, such as a
-            function of one observation. One with a memory of its own (`start_wave`) begins
-            anew whenever the number of observations changes, or ``episode_start`` is True for
+            function of one observation. A policy with a memory of its own (`start_wave`) is
+            reset whenever the number of observations changes, or ``episode_start`` is True for
             all of them.
-        shield: the filter, a path to its file, or an agent that has one; the spaces must be the
+        shield: a `Shield`, a path to its file, or an agent that has one; the spaces must be the
             agent's.
-        seed: of the noise that batch policies get; ``predict`` draws from the agent's own.
+        seed: seed of the noise for batch policies; ``predict`` draws from the agent's generator.
 
     Raises:
-        TypeError: `model` is no policy, or `shield` is none of these.
-        ValueError: the agent's spaces, where it has any, are not the shield's, or it is shielded
-            already.
+        TypeError: `model` is not a policy, or `shield` is none of these.
+        ValueError: the agent's spaces, where it has any, are not the shield's, or `model` is
+            shielded already.
 
     >>> import gymnasium, safeshield
     >>> from safeshield import SafeFQL, SafeFQLConfig, ShieldedPolicy, collect
@@ -69,7 +69,10 @@ class ShieldedPolicy:
         seed: int | None = None,
     ) -> None:
         if isinstance(model, ShieldedPolicy):
-            raise ValueError("model is shielded already: its report can tell of one shield only")
+            raise ValueError(
+                "model is shielded already, and its report can describe one shield only: pass the "
+                "agent inside it, model.model"
+            )
         self.model = model
         self.shield = as_shield(shield)
         self._predict = getattr(model, "predict", None)
@@ -80,7 +83,7 @@ class ShieldedPolicy:
         self._rng = np.random.default_rng(seed)
         self._count = 0
         self.report: Any = None
-        """The verdict on the last prediction, a `FilterReport`; None where that failed."""
+        """The `FilterReport` of the last prediction; None where the prediction failed."""
 
     def predict(
         self,
@@ -91,8 +94,8 @@ class ShieldedPolicy:
     ) -> tuple[npt.NDArray[Any], Memory]:
         """Return the actions to execute, and the agent's recurrent state."""
         self.report = None
-        # Agents may refuse what is not a number; the shield does not act on their answer then. And
-        # a copy: the shield must judge what was there before an agent normalised it in place.
+        # Agents may refuse NaN and infinity, so zeros replace them; the shield then ignores the
+        # agent's action. The agent gets a copy, because it may normalise the observation in place.
         seen = copied(finite(observation))
         if self._acting is not None:
             proposed = self._proposed(self._acting, seen, episode_start)
@@ -135,13 +138,13 @@ class ShieldedPolicy:
 
 
 def _shared(ours: gym.Space[Any], theirs: gym.Space[Any]) -> gym.Space[Any]:
-    """Return the shield's observation space as far as a model of that environment knows it."""
+    """Return the part of the shield's observation space that the model's space also has."""
     if isinstance(ours, gym.spaces.Dict) and isinstance(theirs, gym.spaces.Dict):
-        # A model may be made for other entries than the shield: both pick theirs.
+        # A model may use other entries than the shield; each selects its own.
         parts = {key: _shared(ours[key], theirs[key]) for key in ours if key in theirs.spaces}
         return gym.spaces.Dict(parts)
     if isinstance(ours, gym.spaces.Box) and ours.dtype == np.uint8 and len(ours.shape) == 3:
-        # Stable-Baselines3 puts an image's channels first, in its models but not for `predict`.
+        # Models of Stable-Baselines3 have images with channels first; `predict` takes them last.
         turned = gym.spaces.Box(ours.low.transpose(2, 0, 1), ours.high.transpose(2, 0, 1))
         if theirs.shape == turned.shape:
             return turned

@@ -1,7 +1,7 @@
-"""Is this action like those of the log? Scores, their calibrated level, and the test made of both.
+"""The support test: scores of how similar an action is to the log's, and their calibrated level.
 
-Where the log has shown nothing, Q_h is a guess. A shield with a support test
-(`Shield.with_support`) also asks how much an action looks like what the log does in that state.
+Q_h is not reliable for actions that the log has not shown. A shield with a support test
+(`Shield.with_support`) also checks how similar an action is to the log's actions in that state.
 """
 
 from safeshield.support.decide import SupportTest

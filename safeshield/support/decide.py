@@ -1,4 +1,4 @@
-"""The test of one action: is its score at least the calibrated level?"""
+"""The support test of an action: its score must be at least the calibrated level."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ _FIRST = 4  # candidates that are scored before any others
 
 @dataclass(frozen=True, eq=False)
 class SupportTest:
-    """A score and its level; what it accepts looks like the log."""
+    """A score and its calibrated level. An action of at least this score is supported."""
 
     score: SupportScore
+    """The score of an action in a state."""
     record: SupportRecord
+    """The calibration record, which holds the level."""
 
     def scores(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
-        """Return the scores (n,) of actions (n, act) in n states; -infinity where not a number."""
+        """Return the scores (n,) of actions (n, act) in n states; minus infinity replaces NaN."""
         raw = self.score(model, states, actions)
         return np.where(np.isnan(raw), np.float32(-np.inf), raw)
 
     def accepts(self, model: SafetyModel, states: StateValue, actions: Actions) -> Flags:
-        """Whether actions (n, act) in n states score at least the level: (n,)."""
-        # False for NaN.
+        """Return (n,) whether the scores of actions (n, act) in n states reach the level."""
+        # The comparison is False for NaN.
         return np.asarray(self.score(model, states, actions) >= self.record.level)
 
     def proposals(self, model: SafetyModel, states: StateValue) -> Candidates:
         """Return draws of the log's behaviour for each state, (n, c, act), in the box.
 
-        What the behaviour does is what the test accepts: without these a shield whose other
-        candidates all lie outside the data would find no replacement. None where there is no flow
-        to draw from, nor for discrete actions, all of which are candidates anyway.
+        The test accepts actions like those of the behaviour. Without these draws, a shield whose
+        other candidates all lie outside the data would find no replacement. There are no draws
+        (c = 0) without a flow, and for discrete actions, all of which are candidates anyway.
         """
         count = len(states.inputs)
         if model.action_codec.discrete or not model.knows_behaviour:
@@ -61,14 +63,14 @@ class SupportTest:
     ) -> npt.NDArray[np.int64]:
         """Return each state's first supported candidate in `order`, (n,); -1 where none is.
 
-        Scores are made as they are needed: a few for the candidates that come first.
+        Scores are computed in blocks, in the given order, until a supported candidate is found.
 
         Args:
-            model: whose behaviour counts.
-            states: n of them.
+            model: the shield's networks, with the behaviour that the score uses.
+            states: n states.
             candidates: (n, c, act).
-            order: (n, c) permutations of range(c), eligible ones first.
-            eligible: (n, c) which of them may be chosen at all.
+            order: (n, c) permutations of range(c), with the eligible candidates first.
+            eligible: (n, c) which candidates may be chosen at all.
         """
         found = np.full(len(order), -1, np.int64)
         todo = np.flatnonzero(eligible.any(axis=1))
@@ -81,7 +83,7 @@ class SupportTest:
             hits[wanted] = self.accepts(model, states.take(rows), candidates[rows, picks])
             some = hits.any(axis=1)
             found[todo[some]] = columns[some, hits[some].argmax(axis=1)]
-            # Where the last one looked at was not eligible, nor are those to come.
+            # Where the last candidate of the block was not eligible, no later one is.
             todo = todo[~some & wanted[:, -1]]
             start, block = start + block, 2 * block
         return found
@@ -97,18 +99,18 @@ class SupportTest:
     ) -> npt.NDArray[np.int64]:
         """Return which candidate replaces the proposal in each of n states, (n,).
 
-        The nearest that is good and supported (of equally near ones that of lowest Q_h). Where
-        there is none: the supported one of lowest Q_h, because elsewhere Q_h means nothing, and
-        its lowest value is likeliest its largest error. Where none is supported either: the one
-        of highest score, the most like the log.
+        This is the nearest candidate that is good and supported; among equally near ones, that of
+        lowest Q_h. Where there is none, it is the supported candidate of lowest Q_h. Unsupported
+        ones are left out, because Q_h is unreliable there and its lowest value is probably its
+        largest error. Where no candidate is supported, it is the one of highest score.
 
         Args:
-            model: whose behaviour counts.
-            states: n of them.
+            model: the shield's networks, with the behaviour that the score uses.
+            states: n states.
             candidates: (n, c, act).
-            values: (n, c) Q_h.
-            distance: (n, c) from the proposal.
-            good: (n, c) whether Q_h allows them.
+            values: (n, c) Q_h of the candidates, in units of h.
+            distance: (n, c) distances of the candidates from the proposal.
+            good: (n, c) whether Q_h is low enough for the candidate to be acceptable.
         """
         order = np.lexsort((values, np.where(good, distance, np.inf)), axis=1)
         best = self.first(model, states, candidates, order, good)
@@ -129,7 +131,7 @@ class SupportTest:
 @cache
 def _noise(width: int) -> npt.NDArray[np.float32]:
     noise = np.random.default_rng(_SEED).standard_normal((_PROPOSALS, width)).astype(np.float32)
-    # Within one standard deviation or so: near the middle of what the log does.
+    # Less noise than N(0, I) gives actions nearer to the middle of the log's behaviour.
     noise *= 0.7
     noise[0] = 0.0
     noise.flags.writeable = False

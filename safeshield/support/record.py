@@ -1,4 +1,4 @@
-"""What the level of a support test promises, in a form that is kept in the shield's file."""
+"""The calibration record of a support test, which is kept in the shield's file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safeshield.files.settings import Below1, Inside, Settings, check
 
 
 def episodes_needed(alpha: float) -> int:
-    """Return the fewest held-out episodes that can set a level: n + 1 >= 1 / alpha.
+    """Return the smallest number n of held-out episodes that can set a level: n + 1 >= 1 / alpha.
 
     >>> episodes_needed(0.1), episodes_needed(0.01)
     (9, 99)
@@ -25,15 +25,15 @@ class SupportRecord(Settings):
     """The calibration of one support test by split conformal over episodes."""
 
     alpha: Inside
-    """Probability that a new episode has more unseen steps than `share` of them."""
+    """Bound on the probability that more than `share` of a new episode's steps are unseen."""
     share: Below1
     """q, the share of an episode's steps that may count as unseen."""
     episodes: int
-    """Held-out episodes that set the level."""
+    """Number of held-out episodes that set the level."""
     score: str
     """Name of the score."""
     level: float
-    """An action counts as unseen where its score is below, in units of the score."""
+    """The level, in units of the score; an action with a lower score counts as unseen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ class SupportRecord(Settings):
 
     @property
     def promise(self) -> str:
-        """The promise in words, no wider than what was tested."""
+        """The promise of the test in words, limited to the tested conditions."""
         return (
             f"With probability at least {1.0 - self.alpha:g} over the draw of {self.episodes} "
             "held-out episodes and one more episode of the policy that made the log, from the "
@@ -61,7 +61,7 @@ class SupportRecord(Settings):
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """Rebuild a record, checking every field.
+        """Rebuild a record and check every field.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range.

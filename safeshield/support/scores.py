@@ -1,4 +1,4 @@
-"""Scores of an action in a state: the higher, the more like what the log does there."""
+"""Scores of an action in a state; a higher score means more similar to the log's actions there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ B = TypeVar("B")
 
 
 class SupportScore(Protocol):
-    """How much an action looks like the log's; a log density where there is one.
+    """A function that scores how similar an action is to the log's, such as a log density.
 
-    A score is a fixed function: nothing in it may depend on the episodes that set its level.
+    A score is a fixed function. It must not depend on the episodes that set its level.
     """
 
     @property
     def name(self) -> str:
-        """What a shield's file calls it."""
+        """Name of the score in a shield's file."""
         ...
 
     def check(self, model: SafetyModel) -> None:
@@ -39,19 +39,19 @@ class SupportScore(Protocol):
 
 
 class NoiseDistance:
-    """For a Box of actions: ``-||z||^2 / 2``, z where the behaviour's flow took the action from.
+    """Score ``-||z||^2 / 2`` of a Box's action, where the behaviour's flow maps z to the action.
 
-    The log density of z, in nats, up to a constant: 0 for what the log does most, -2 at two
-    standard deviations. It leaves out the flow's change of volume (the divergence), so it compares
-    an action with what the log does in that very state, not states with each other. Measured on a
-    boat's log without one half of the directions, the divergence moved the area under the ROC
-    curve by less than 0.003 at 2 to 3 times the cost.
+    The score is the log density of z in nats, up to a constant: 0 for z = 0, and -2 at two standard
+    deviations. It leaves out the flow's change of volume (the divergence). It therefore compares
+    an action with the log's actions in the same state, and does not compare states with each other.
+    On a boat's log without one half of the directions, the divergence changed the area under the
+    ROC curve by less than 0.003, at 2 to 3 times the cost.
     """
 
     name = "noise"
 
     def check(self, model: SafetyModel) -> None:
-        """Need a Box of actions and the flow."""
+        """Raise ValueError unless actions are from a Box and the behaviour is a flow."""
         if model.action_codec.discrete:
             raise ValueError(
                 f"score 'noise' needs a Box of actions, got {model.action_space}; use 'probability'"
@@ -66,16 +66,17 @@ class NoiseDistance:
 
 
 class Density:
-    """For a shield of FLRP: log p(a | s) of its generative model, in nats (`nn.latent_actor`).
+    """Score log p(a | s) of FLRP's generative model, in nats (`nn.latent_actor`).
 
-    The model learned the log's behaviour weighted towards what is safe, so what it finds likely is
-    what the log shows AND what is safe there; and it is a density, so states can be compared.
+    The model learned the log's behaviour with weights that prefer safe actions, so that likely
+    actions are both similar to the log's and safe. Because p is a density, scores of different
+    states can be compared.
     """
 
     name = "density"
 
     def check(self, model: SafetyModel) -> None:
-        """Need FLRP's networks."""
+        """Raise ValueError unless the shield has FLRP's generative model."""
         self._model(model)
 
     def __call__(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
@@ -94,12 +95,12 @@ class Density:
 
 
 class LogProbability:
-    """For discrete actions: the log probability that the behaviour's classifier gives, in nats."""
+    """Score of a discrete action: its log probability from the behaviour's classifier, in nats."""
 
     name = "probability"
 
     def check(self, model: SafetyModel) -> None:
-        """Need discrete actions and the classifier."""
+        """Raise ValueError unless actions are discrete and the behaviour is a classifier."""
         if not model.action_codec.discrete:
             raise ValueError(
                 f"score 'probability' needs discrete actions, got {model.action_space}; use 'noise'"
@@ -117,14 +118,15 @@ class LogProbability:
 class EnsembleSpread:
     """Minus the standard deviation of Q_h among the advantage's members, in units of h.
 
-    Needs no model of the behaviour. Members that were fitted to the same targets may agree where
-    the log has shown nothing: on the boat it told much less than the noise.
+    The score needs no model of the behaviour. Members that were fitted to the same targets may
+    agree on actions that the log has not shown. On the boat this score was much less informative
+    than "noise".
     """
 
     name = "ensemble"
 
     def check(self, model: SafetyModel) -> None:
-        """Need two members."""
+        """Raise ValueError where the advantage has fewer than two members."""
         members = model.networks[ADVANTAGE]["0.weight"].shape[0]
         if members < 2:
             raise ValueError(f"score 'ensemble' needs at least 2 members, the shield has {members}")
@@ -153,10 +155,10 @@ SCORES: Mapping[str, SupportScore] = MappingProxyType(
 
 
 def support_score(score: str | SupportScore | None, model: SafetyModel) -> SupportScore:
-    """Return a score by name, one of your own as it is, or the default for this kind of actions.
+    """Return the named score, the given score unchanged, or the default for the actions.
 
-    The default is "noise" for a Box, "density" where the behaviour knows its own (FLRP's does),
-    "probability" for discrete actions.
+    The default is "probability" for discrete actions. For a Box it is "density" where the behaviour
+    has a density, as FLRP's does, and "noise" otherwise.
 
     Raises:
         ValueError: the name is unknown, or the model lacks what the score needs.
