@@ -61,7 +61,7 @@ def test_flrp_from_log_to_shield(files: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     told = run("inspect", tmp_path / "agent.safetensors")
     assert "FLRP" in told
-    assert "nothing is likelier by more than" in told
+    assert "raises the probability of any set of actions by at most" in told
     described = json.loads(run("inspect", tmp_path / "agent.safetensors", "--json"))
     assert described["config"]["latent"] == 3
     assert described["base_shift"]["states"] == 512

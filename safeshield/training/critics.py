@@ -1,4 +1,4 @@
-"""Safety and reward critics together: the phase that SafeFQL, FISOR and their kin begin with."""
+"""Joint training of safety and reward critics, the first phase of several algorithms."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ ModelT = TypeVar("ModelT", bound="CriticArchitecture")
 
 @dataclass(frozen=True)
 class Critics:
-    """Safety and reward critics, in the units of one log."""
+    """Safety and reward critics in the units of one log."""
 
     safety: SafetyCritics
     reward: RewardCritics
 
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
-        """Read the units off a log."""
+        """Return critics whose units are computed from a log."""
         hidden, returns = config.critic_hidden, logged_returns(dataset, config.discount)
         return cls(
             safety_critics(dataset, scaling, hidden, config.safety_discount),
@@ -58,22 +58,22 @@ class Critics:
 
     @classmethod
     def restore(cls, header: dict[str, Any], scaling: Scaling, config: ValueConfig) -> Critics:
-        """Rebuild what `header` wrote into a file's header.
+        """Return the critics whose units `header` wrote to a file's header.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not there, or damaged.
+            KeyError, TypeError, ValueError: an entry of the header is missing or damaged.
         """
         safety = restored_safety(header, scaling, config.critic_hidden)
         mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
         return cls(safety, RewardCritics(*scaling.widths, config.critic_hidden, mean, spread))
 
     def header(self) -> dict[str, Any]:
-        """Return the units as JSON."""
+        """Return the units as JSON values."""
         reward = [self.reward.offset, self.reward.spread]
         return {**safety_header(self.safety), "reward_scale": reward}
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """Describe every network."""
+        """Return all networks by name."""
         return {**self.safety.parts(), **self.reward.parts()}
 
 
@@ -97,16 +97,17 @@ class CriticArchitecture(Architecture):
 
 
 class CriticAgent(OfflineAgent[ConfigT, ModelT]):
-    """An agent that learns safety and reward critics first, then an actor from them.
+    """Base class of agents that learn safety and reward critics first, then an actor from them.
 
-    An algorithm says in `_parts` what its actor is made of, and in its `Run` how that is
-    trained. One whose architecture holds more (another `model_type`) overrides `_architecture`.
+    An algorithm returns the networks of its actor from `_parts` and trains them in its `Run`. An
+    algorithm with another `model_type`, whose architecture has more fields, overrides
+    `_architecture`.
     """
 
     model_type: ClassVar[type[Any]] = CriticArchitecture
 
     def _architecture(self, interface: Interface, critics: Critics) -> ModelT:
-        """Return the whole architecture around these critics."""
+        """Return the whole architecture with these critics."""
         model: ModelT = self.model_type(*interface, self._parts(interface.scaling), critics)
         return model
 
@@ -128,15 +129,15 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
 
 @dataclass(eq=False)
 class RewardLog:
-    """A log as its reward critics draw from it."""
+    """Batches and losses of the reward critics on one log."""
 
     critics: RewardCritics
     log: LogTensors
     discount: float
     unit: str
-    """Name of the advantages' unit among the running statistics."""
+    """Name of the running statistic that is the unit of the advantages."""
     _kept: tuple[int, RewardWindow] | None = field(default=None, init=False)
-    """The windows of the present stage."""
+    """Length and windows of the current stage."""
 
     def loss(
         self,
@@ -146,14 +147,14 @@ class RewardLog:
         expectile: float,
         allowed: Tensor | None = None,
     ) -> CriticLoss:
-        """Return the reward critics' loss on rows (batch,) of the log.
+        """Return the loss of the reward critics on a batch.
 
         Args:
-            state: holds the slow copies, and the unit of the advantages.
-            rows: of the log.
-            steps: length of the windows that V is fitted to; 1: V is fitted to Q_r.
+            state: training state with the slow copies and the unit of the advantages.
+            rows: (batch,) rows of the log.
+            steps: length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_r.
             expectile: weight on targets above V.
-            allowed: (batch,) 1 where the action may count for V; all by default.
+            allowed: (batch,) 1 where V is fitted to the action, else 0; None means all actions.
         """
         return reward_loss(
             self.critics,
@@ -192,7 +193,7 @@ def reward_loss(
     batch: RewardBatch,
     **options: Any,  # noqa: ANN401 - see RewardCritics.losses
 ) -> CriticLoss:
-    """Return the loss of reward critics on a batch, with the advantages' newest unit."""
+    """Return the loss of reward critics on a batch, with the newest unit of the advantages."""
 
     def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
         value, newest, metrics = critics.losses(
@@ -205,37 +206,37 @@ def reward_loss(
 
 @dataclass(eq=False)
 class CriticsRun:
-    """The critics' part of one call of fit: its updates, closed over the log."""
+    """The critics' updates in one call of `fit`."""
 
     critics: Critics
     log: LogTensors
     config: CriticConfig
     total: int
-    """Updates in all."""
+    """Total number of updates."""
 
     def __post_init__(self) -> None:
         self._safety = SafetyLog(self.critics.safety, self.log)
         self._reward = RewardLog(self.critics.reward, self.log, self.config.discount, "reward")
 
     def phases(self) -> list[Phase]:
-        """List what to do, in order. The windows of the critics' targets get shorter in stages."""
+        """Return the phases in order. The windows of the critics' targets get shorter in stages."""
         return [
             self.phase(f"{CRITICS} {i + 1}", count, self.update(*windows))
             for i, (count, *windows) in enumerate(self.stages())
         ]
 
     def stages(self) -> list[tuple[int, ...]]:
-        """List (updates, safety window, reward window)."""
+        """Return the stages as (number of updates, safety window, reward window), in steps."""
         config = self.config
         return stages(self.total, config.safety_backup_steps, config.reward_backup_steps)
 
     def phase(self, name: str, steps: int, update: Update, refresh_every: int = 250) -> Phase:
-        """Return a phase that draws more often near the learned boundary."""
+        """Return a phase whose batches hold more transitions near the learned boundary V_h = 0."""
         size, near = self.config.batch_size, self.config.near_share
         return Phase(name, steps, update, size, near, self._safety.refresh, refresh_every)
 
     def update(self, safety_steps: int, reward_steps: int) -> Update:
-        """Return one update of all critics, with windows of these lengths in the targets."""
+        """Return one update of all critics whose targets cover these numbers of steps."""
         config = self.config
 
         def losses(state: TrainState, draw: Draw) -> CriticLoss:
@@ -258,13 +259,13 @@ class CriticsRun:
 
     @property
     def margin(self) -> float:
-        """Margin of the gate, in units of h."""
+        """Distance from the boundary at which an action counts as unsafe, in units of h."""
         return self.config.margin_of(self.critics.safety)
 
     def imitation(
         self, *, reward_temperature: float, safety_temperature: float
     ) -> Callable[[TrainState, Tensor], Tensor]:
-        """Return what weighs rows (batch,) of the log for an actor that imitates the good ones."""
+        """Return the function from a state and rows (batch,) of the log to imitation weights."""
 
         def weigh(state: TrainState, rows: Tensor) -> Tensor:
             with torch.no_grad():
@@ -282,9 +283,9 @@ class CriticsRun:
         return weigh
 
     def _allowed(self, critics: Networks, rows: Tensor) -> Tensor:
-        """Mark the logged actions that an actor's gate would let pass.
+        """Mark the logged actions that are safe by the margin, (batch,).
 
-        Where it lets none pass, in a state that is itself too close, all count.
+        In states that are not safe by the margin themselves, all actions are marked.
         """
         safety = self.critics.safety
         with torch.no_grad():

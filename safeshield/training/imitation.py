@@ -1,12 +1,13 @@
-r"""How much each logged action counts for a policy that imitates the good ones.
+r"""Weights with which a policy imitates the good actions of a log.
 
     V_h(s) <= -margin:   min(exp(b_r A_r), 100)   where Q_h(s, a) <= -margin, else 0
     V_h(s) >  -margin:   min(exp(-b_h A_h), 150)
 
-with A_r = min_i (Q_r,i - V_r) / sigma_r and A_h = (Q_h - V_h) / sigma_h in units of one step's
-advantage (the paper: raw), so that the temperatures mean the same on every task.
+Here A_r = min_i (Q_r,i - V_r) / sigma_r and A_h = (Q_h - V_h) / sigma_h are in units of one step's
+advantage, so that the temperatures mean the same on every task. The paper uses them without these
+units.
 
-Source: FISOR (Zheng et al., ICLR 2024) and its official code, margin 0.
+Source: FISOR (Zheng et al., ICLR 2024) and its official code, which has the margin 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
 REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
-"""Largest weights of a logged action, as in the official code."""
+"""Largest weights of a logged action in feasible and in other states, as in the official code."""
 
 
 def imitation_weights(
@@ -38,17 +39,17 @@ def imitation_weights(
     reward_temperature: float,
     safety_temperature: float,
 ) -> Tensor:
-    """Return how much each logged action counts, (batch,); the formula stands at the file's head.
+    """Return the weight of each logged action, (batch,). The module docstring has the formula.
 
     Args:
-        safety: what the safety critics are.
-        reward: what the reward critics are.
-        networks: their weights.
+        safety: description of the safety critics.
+        reward: description of the reward critics.
+        networks: weights of both.
         observations: (batch, obs) normalised.
         actions: (batch, act) in [-1, 1].
-        margin: of the gate, in units of h.
-        reward_temperature: b_r; 0: all feasible actions alike.
-        safety_temperature: b_h.
+        margin: distance from the boundary at which an action counts as unsafe, in units of h.
+        reward_temperature: b_r; with 0, all feasible actions have the same weight.
+        safety_temperature: b_h; with 0, all actions in infeasible states have the same weight.
     """
     value = safety.value(networks, observations)
     danger = safety.advantages(networks, observations, actions).amax(0)
@@ -67,16 +68,16 @@ def flow_update(
     total: int,
     weigh: Callable[[TrainState, Tensor], Tensor] | None = None,
 ) -> Update:
-    """Return the update that fits the log's behaviour by flow matching (`nn.flow`).
+    """Return the update that fits a flow to the log's behaviour by flow matching (`nn.flow`).
 
     Args:
-        name: of the network in a training state.
-        network: the velocity field.
-        log: what to imitate.
+        name: name of the network in a training state.
+        network: description of the velocity field.
+        log: log to imitate.
         base: learning rate at the start.
-        total: updates in all.
-        weigh: from (state, rows) to how much these logged actions count, (batch,); all alike by
-            default.
+        total: total number of updates.
+        weigh: function from (state, rows) to the weights (batch,) of these logged actions; None
+            means equal weights.
     """
 
     def matching(state: TrainState, draw: Draw) -> Loss:

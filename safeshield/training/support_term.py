@@ -1,32 +1,35 @@
-r"""Leaving the data's support as one more failure inside the safety backup (UNISafe, in our terms).
+r"""Leaving the data's support as a further failure inside the safety backup, after UNISafe.
 
-For each logged transition whose own step counts as unseen, score(s, a) < level,
+For each logged transition whose action counts as unseen, score(s, a) < level, the term is
 
     h_support(s, a) = min((level - score(s, a)) / spread, 1) * (standard deviation of h) > 0
 
-in units of h, where `spread` is the score's standard deviation over the held-out steps, `level`
-their conformal level (`calibration.support`). It joins the maximum in the backups:
+in units of h. Here `spread` is the standard deviation of the score over the held-out steps and
+`level` is their conformal level (`calibration.support`). The term enters the maximum in the backups
+of V_h:
 
     m = max(h(s), h(s'), weight * h_support(s, a))
 
-for V_h. Q_h(s, a) is fitted without the term of its own a, only with V_h(s') after it: the shield
-tests that action itself, exactly, so that accepting means max(Q_h(s, a), h_support(s, a)) <= -delta
-all the same, and the regression is spared a jump of dozens of steps' worth of h, in which the
-order of the actions drowned (on the boat below, 30 of 300 trips hit a rock in place of 2).
+Q_h(s, a) is fitted without the term of its own action, and only with V_h(s') of the next state. The
+shield tests the support of that action itself, exactly, so an accepted action still has
+max(Q_h(s, a), h_support(s, a)) <= -delta. With the term, the targets of Q_h would jump by dozens of
+times the change of h in one step, and the order of the actions would be lost. (On the boat task
+below, 30 of 300 trips then hit a rock instead of 2.)
 
-Where the step is supported it takes no part (h_support = -infinity). Its negative side would be a
-margin in nats dressed up as metres: far from every rock an action that is merely uncommon would
-put the value at just below 0, and the value's error would grow with it. (Measured on a boat's log
-without one half of the directions, at delta 0.05: 2% of the doomed states pass without the term,
-15% with its negative side, 2% so.) It is cut off above for the same reason.
+Where an action is supported, the term has no effect (h_support = -infinity). Its negative values
+are in nats and cannot be compared with h. With them, an action that is only uncommon would raise
+the value to just below 0 far from every rock, and the error of the value would grow. (On a log of
+the boat task without one half of the directions, at delta 0.05, 2% of the states from which no
+action is safe pass without the term, 15% with its negative values, and 2% with the term as it is.)
+The term is bounded above for the same reason.
 
-What the value then foresees: that every way on takes actions which the log itself hardly ever took,
-such as an escape that was seen once and may have been luck. What it cannot foresee: where
-actions lead that are not in the log. Learning in-sample sees logged actions alone, so no backup
-ever passes through an unlogged one, and the score is of actions given the state: it knows nothing
-of states that are rare. Only the test of the present action keeps those out; that is why a shield
-trained so carries the test as well. (UNISafe, arXiv 2505.00779, has a world model to imagine
-unlogged actions with; a log has not.)
+With this term, V_h is high where every continuation takes actions that the log hardly ever took,
+for example an escape that was seen once and may have been luck. V_h does not show where actions
+lead that are not in the log. In-sample learning uses logged actions only, so no backup includes an
+unlogged action. The score judges actions given the state and does not recognise rare states. Only
+the support test of the proposed action rejects unlogged actions, and therefore a shield that is
+trained in this way also has the test. (UNISafe, arXiv 2505.00779, imagines unlogged actions with a
+world model, which is not available here.)
 """
 
 from __future__ import annotations
@@ -52,11 +55,11 @@ from safeshield.values.units import BEHAVIOUR, SafetyScale
 
 @dataclass(eq=False)
 class SupportTerm:
-    """h_support of a log's transitions, once the behaviour has been learned."""
+    """h_support of a log's transitions, which is computed from the learned behaviour."""
 
     dataset: OfflineDataset
     held_out: npt.NDArray[np.bool_]
-    """(E,) which of its episodes the behaviour is not trained on."""
+    """(E,) whether an episode is held out, so that the behaviour does not learn from it."""
     scaling: Scaling
     scale: SafetyScale
     flow_steps: int
@@ -71,13 +74,13 @@ class SupportTerm:
         self._learned_from = torch.tensor(np.flatnonzero(~marks), device=self.device)
 
     def learned_from(self, rows: Tensor) -> Tensor:
-        """Turn rows (batch,) drawn from the whole log into rows of the other episodes."""
+        """Map rows (batch,) drawn from the whole log to rows of episodes that are not held out."""
         return self._learned_from[rows % len(self._learned_from)]
 
     def read(self, behaviour: Params) -> tuple[SupportTest, Tensor]:
-        """Return the test with its level, and weight * h_support (N,) of all transitions.
+        """Return the support test with its level, and weight * h_support (N,) of all transitions.
 
-        Computed once: call it when the behaviour has been learned.
+        The first call computes both, so it must come after the training of the behaviour.
         """
         if self._known is None:
             self._known = self._read(behaviour)
@@ -109,10 +112,10 @@ class SupportTerm:
 def held_out_episodes(
     episodes: int, share: float, alpha: float, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Mark `share` of the episodes, drawn by `seed`: (E,).
+    """Return which episodes are held out, (E,) bool: a random `share` of them, drawn with `seed`.
 
     Raises:
-        ValueError: they are too few to set a level for alpha, or none would be left to train on.
+        ValueError: these are too few to set a level for alpha, or no episode is left for training.
 
     >>> int(held_out_episodes(100, share=0.1, alpha=0.1, seed=0).sum())
     10

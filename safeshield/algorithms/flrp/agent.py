@@ -1,14 +1,17 @@
-r"""FLRP: Flow-guided Latent Refiner Policies, whole.
+r"""FLRP: Flow-guided Latent Refiner Policies.
 
-Three phases on one log (what differs from the paper and why: docs/flrp.md):
+It trains in three phases on one log. docs/flrp.md lists the differences from the paper and their
+reasons.
 
-1. critics: safety values V_h, Q_h and reward values V_r, Q_r, the same as SafeFQL's;
-2. generative model: flows p(z | s) and q(z | s, a) and a decoder pi(a | s, z), by a safety-weighted
-   evidence bound, shaped so that good safe actions come from the middle of the base (eq. 11 - 13);
-3. experts for safety, reward and both refine the base noise; the rest is frozen (eq. 14 - 17).
+1. critics: the safety values V_h, Q_h and the reward values V_r, Q_r, the same as SafeFQL's;
+2. generative model: flows p(z | s) and q(z | s, a) and a decoder pi(a | s, z), fitted with a
+   safety-weighted evidence bound and shaped so that good safe actions come from the middle of the
+   base distribution (eq. 11 to 13);
+3. experts: networks for safety, for reward and for both, which refine the base noise while all
+   other networks are frozen (eq. 14 to 17).
 
-It acts by one draw u ~ N(0, I), T refinements, the prior flow, and the decoder's mean. The losses
-stand at the head of `algorithms.flrp.losses`.
+The agent samples u ~ N(0, I), refines it T times, maps it through the prior flow and executes the
+mean of the decoder. The module docstring of `algorithms.flrp.losses` has the losses.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
 
 @register("flrp")
 class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
-    """A policy that refines the noise of a safety-shaped generative model of the log.
+    """Learn a generative model of the log's actions and refine its noise for safety and reward.
 
     Args:
         config: settings; see `FLRPConfig`.
@@ -66,11 +69,13 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     _fewest_steps = 3
 
     def with_refine_steps(self, refine_steps: int) -> Self:
-        """Return an agent of the same weights that refines `refine_steps` times (T; 0: not at all).
+        """Return an agent with the same weights that makes `refine_steps` refinement steps (T).
+
+        With T = 0 nothing is refined.
 
         Raises:
-            ValueError: T is no whole number of at least 0, or calls on an expert that has not been
-                trained because the T of training did not.
+            ValueError: T is not a whole number of at least 0, or it uses an expert that the T of
+                training did not use, so that this expert has not been trained.
         """
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, refine_steps=refine_steps)
@@ -80,14 +85,14 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
             if untrained:
                 raise ValueError(
                     f"refine_steps={refine_steps} needs {sorted(untrained)}, which training with "
-                    f"refine_steps={trained} has left out: train with at least "
+                    f"refine_steps={trained} has left out: train with refine_steps of at least "
                     f"{min(other.config.refine_steps, 3)}"
                 )
         other._noise = np.random.default_rng(other.config.seed)
         if other._model is not None:
             policy = other._model.policy
             spec = dataclasses.replace(policy.spec, refine_steps=other.config.refine_steps)
-            # The shift that the file tells is that of the T which was trained.
+            # The shift in the file was measured with the T of training.
             model = dataclasses.replace(
                 other._model, policy=dataclasses.replace(policy, spec=spec), shift=None
             )
@@ -95,9 +100,9 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         return other
 
     def shield(self) -> Shield:
-        """Return an uncalibrated shield (delta 0) of this agent's critics, fallback its actor.
+        """Return an uncalibrated shield (delta 0) whose fallback is this agent's policy.
 
-        Its support test can ask the policy's own density: `with_support(log, score="density")`.
+        Its support test can use the density of that policy: `with_support(log, score="density")`.
         """
         model = self._fitted()
         names = (*SAFETY_NETWORKS, *model.policy.parts())
@@ -116,18 +121,18 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         """Estimate how far refinement moves the policy in given states (eq. 18 to 20).
 
         Args:
-            observations: n of them, or one.
-            draws: of u_0, the same in each state; at least 2.
+            observations: n observations, or one.
+            draws: number of samples of u_0, which are the same in each state; at least 2.
 
         Returns:
-            The divergence D of the refined from the unrefined base distribution, (n,) in nats, its
-            standard error (n,), and the share of draws (n,) at which the map folds, so that D is a
-            lower bound only; `total_variation` of it bounds how much likelier refinement makes any
-            set of actions. See `algorithms.flrp.shift`.
+            The divergence D between the refined and the unrefined base distribution, (n,) in nats,
+            its standard error (n,), and the share of samples (n,) at which the map folds, so that D
+            is a lower bound only. The property `total_variation` bounds by how much refinement
+            raises the probability of any set of actions. See `algorithms.flrp.shift`.
 
         Raises:
-            TypeError: `draws` is no whole number.
-            ValueError: it is below 2; or an observation has another shape, or is not finite.
+            TypeError: `draws` is not a whole number.
+            ValueError: `draws` is below 2; or an observation has another shape, or is not finite.
         """
         model, draws = self._fitted(), whole("draws", draws, least=2)
         rows, _ = self._rows(model, observations, "observations")
@@ -141,11 +146,11 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
 
     @property
     def shift_summary(self) -> ShiftSummary | None:
-        """The shift over states of the log that it learned from; None after `with_refine_steps`."""
+        """Summary of the shift over states of the log; None after `with_refine_steps`."""
         return self._fitted().shift
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return how far refinement moves the policy over its log, in numbers and in words."""
+        """Return how far refinement moves the policy in states of the log, in numbers and words."""
         shift, trained = self.shift_summary, self._fitted().trained_steps
         if shift is None:
             known = "another T" if trained is None else f"T = {trained}"
@@ -156,7 +161,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
             }
         return {"base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
 
-    # -- what OfflineAgent asks for -----------------------------------------------------------
+    # -- methods that OfflineAgent requires ---------------------------------------------------
 
     def _describe(self, dataset: OfflineDataset) -> LatentArchitecture:
         model = super()._describe(dataset)
@@ -176,7 +181,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
             )
             model = dataclasses.replace(model, costs=costs)
         shift = header["shift"]
-        # Older files do not say; what has a summary was trained with the T that it has.
+        # Older files lack this entry. Where they have a summary, T is that of training.
         trained = header.get(
             "trained_refine_steps", None if shift is None else self.config.refine_steps
         )
@@ -213,7 +218,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     def _act(
         self, model: LatentArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Refine one draw of u, or u = 0."""
+        """Return the actions for one sample of u (deterministic: u = 0), after refinement."""
         shape = (len(observations), model.policy.spec.latent)
         noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
         return model.policy.act(self._arrays, observations, noise.astype(np.float32))

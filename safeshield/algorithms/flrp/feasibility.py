@@ -1,11 +1,13 @@
-r"""What tells an actor which states and actions are feasible: safety values, or plain cost values.
+r"""Feasibility of states and actions, from safety values or from cost values.
 
-`FromSafety`, the method: V_h and Q_h, feasible where <= -margin. `FromCost`, the ablation "without
-Hamilton-Jacobi" of FLRP's table 2: expected discounted costs V_c and Q_c, each minus the 75th
-percentile of its own values over the logged transitions that violate nothing.
+`FromSafety` is the method of the paper. It uses V_h and Q_h, which are feasible where they are at
+most -margin. `FromCost` is the ablation "without Hamilton-Jacobi" of FLRP's table 2. It uses the
+expected discounted costs V_c and Q_c, each minus the 75th percentile of its values over the logged
+transitions without a violation.
 
-Both give numbers without units, so that temperatures mean the same on every task: values in
-standard deviations (of h over the log; of the cost's return), advantages in one step's.
+Both return numbers without units, so that the temperatures mean the same on every task. Values are
+in standard deviations (of h over the log, or of the return of the cost), and advantages are in
+units of one step's advantage.
 """
 
 from __future__ import annotations
@@ -28,39 +30,39 @@ from safeshield.values.safety import SafetyCritics
 
 COSTS = "costs"
 LEVELS = ("cost_value_level", "cost_action_level")
-"""Of V_c and Q_c, among the statistics of a training state."""
+"""Names of the percentiles of V_c and Q_c among the statistics of a training state."""
 PERCENTILE = 0.75
 _POOL = 65_536
 
 
 class Judgement(NamedTuple):
-    """Values of states and of actions in them, in standard deviations; at most 0: feasible."""
+    """Values of states and of actions in them, in standard deviations; feasible where <= 0."""
 
     value: Tensor
-    """(batch,)"""
+    """(batch,) values of the states."""
     action_value: Tensor
-    """(batch,)"""
+    """(batch,) values of the actions."""
 
 
 class Feasibility(Protocol):
-    """Judges states and actions with the critics that a training state holds."""
+    """Evaluation of states and actions with the critics of a training state."""
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
-        """Judge actions (batch, act) in states (batch, obs)."""
+        """Return the values of states (batch, obs) and of actions (batch, act) in them."""
 
     def excess(
         self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
     ) -> Tensor:
-        """Return how much more dangerous than need be actions are, (batch,), in one step's worth.
+        """Return Q - max(V, -margin) of the actions, (batch,), in units of one step's advantage.
 
-        Q - max(V, -margin): at most 0 for every feasible action, and elsewhere the advantage.
+        It is at most 0 for every feasible action. In infeasible states it is the advantage.
         `margin` is in standard deviations.
         """
 
 
 @dataclass(frozen=True)
 class FromSafety:
-    """V_h and Q_h."""
+    """Feasibility by V_h and Q_h."""
 
     critics: SafetyCritics
 
@@ -82,7 +84,7 @@ class FromSafety:
 
 @dataclass(frozen=True)
 class FromCost:
-    """V_c and Q_c; `critics` learns the return of minus the cost."""
+    """Feasibility by V_c and Q_c, where `critics` learns the return of the negative cost."""
 
     critics: RewardCritics
 
@@ -107,7 +109,7 @@ class FromCost:
         return value, value + state.scales["cost"] * worst
 
     def level(self, state: TrainState, log: LogTensors, generator: torch.Generator) -> TrainState:
-        """Read both percentiles off the log's transitions that violate nothing."""
+        """Set both percentiles from the logged transitions without a violation."""
         free = torch.nonzero((log.next_constraints <= 0) & (log.constraints <= 0)).flatten()
         picks = torch.randint(
             len(free), (min(_POOL, len(free)),), generator=generator, device=generator.device
@@ -122,7 +124,7 @@ class FromCost:
 def cost_critics(
     dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float
 ) -> RewardCritics:
-    """Describe V_c and Q_c in the units of a log: critics of the return of minus the cost."""
+    """Return the critics of V_c and Q_c, which learn the return of the negative cost of a log."""
     paid = -(dataset.next_constraints > 0).astype(np.float64)
     scale = scale_of_returns(logged_returns(dataset, discount, paid))
     return RewardCritics(*scaling.widths, hidden, *scale, names=COST_NETWORKS)
@@ -130,18 +132,18 @@ def cost_critics(
 
 @dataclass(eq=False)
 class CostRun:
-    """Learns V_c and Q_c by implicit Q-learning that leans to low cost, beside the other critics.
+    """Training of V_c and Q_c by implicit Q-learning with an expectile towards low cost.
 
-    A step's cost is 1 where the state that it leads to violates (h > 0), else 0.
+    The cost of a step is 1 where the next state violates (h > 0), and otherwise 0.
     """
 
     critics: RewardCritics
     log: LogTensors
     config: CriticConfig
     total: int
-    """Updates in all."""
+    """Total number of updates."""
     expectile: float = 0.9
-    """Weight on the cheaper actions in V_c (the papers' choice)."""
+    """Expectile of V_c, as in the papers: the weight on the actions of lower cost."""
 
     def __post_init__(self) -> None:
         log = self.log
@@ -149,7 +151,7 @@ class CostRun:
         self._costs = RewardLog(self.critics, paid, self.config.discount, "cost")
 
     def update(self, steps: int) -> Update:
-        """Return one update of the cost critics, with windows of this length in the targets."""
+        """Return one update of the cost critics whose targets cover this number of steps."""
         names, config = self.critics.names, self.config
 
         def losses(state: TrainState, draw: Draw) -> CriticLoss:

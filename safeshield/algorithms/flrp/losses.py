@@ -1,6 +1,6 @@
-r"""What FLRP learns besides its critics: the generative model, then the experts.
+r"""Losses and training of FLRP's generative model and experts.
 
-Generative model (eq. 11 to 13), z ~ q(z | s, a), means over the batch:
+The loss of the generative model (eq. 11 to 13) is, with z ~ q(z | s, a) and means over the batch,
 
     w_e (-log pi(a | s, z) + kl_weight (log q(z | s, a) - log p(z | s)))
     + shape_weight w_s ||u||^2 / latent,                       f(u; s) = z
@@ -9,18 +9,20 @@ Generative model (eq. 11 to 13), z ~ q(z | s, a), means over the batch:
     w_e = sigmoid(-Q_h / T_q) sigmoid(-V_h / T_v)
     w_s = min(exp(b_r A_r), 100) 1{Q_h <= -margin}
 
-Experts (eq. 14 to 17), u_0 ~ N(0, I), a = the decoded action of u_T, a' the logged one:
+The loss of the experts (eq. 14 to 17) is, with u_0 ~ N(0, I), a the decoded action of u_T and a'
+the logged action,
 
     reward_weight w_s ||a - a'||  +  safety_weight w_h softplus(E_h(s, a))
     + shared_weight (||u_T||^2 + ||u_T - u_0||^2)
 
     E_h = (Q_h - max(V_h, -margin)) / sigma_h,    w_h = min(exp(b_h E_h), 150), without a gradient
 
-A_r = min_i (Q_r,i - V_r) / sigma_r and E_h stand in units of one step's advantage; w_e, w_s and w_h
-are divided by their means over the batch. The paper's E_h is the advantage Q_h - V_h, which is
-positive for nearly every action however far from danger (V_h is the best action's), so that the
-safety expert steers by it everywhere. The excess is the advantage where the state is infeasible,
-and where it is feasible counts only what is not: the reward expert has the rest.
+A_r = min_i (Q_r,i - V_r) / sigma_r and E_h are in units of one step's advantage. The weights w_e,
+w_s and w_h are divided by their means over the batch. The paper's E_h is the advantage Q_h - V_h.
+Because V_h is the value of the best action, that advantage is positive for nearly every action even
+far from danger, and the safety expert would act on it everywhere. The E_h used here equals the
+advantage in infeasible states. In feasible states it is positive for infeasible actions only, so
+that the reward expert decides among the others.
 """
 
 from __future__ import annotations
@@ -62,23 +64,23 @@ from safeshield.training.state import (
 from safeshield.values.reward import RewardCritics
 
 REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
-"""Largest weights of a transition (the paper's table 5)."""
+"""Largest values of the exponentials in w_s and w_h (the paper's table 5)."""
 _REPORTED = 32
-"""States, and draws in each, of which the divergence is logged."""
+"""Number of states, and of samples in each, for which the divergence is logged."""
 GENERATIVE, REFINERS = "generative", "refiners"
 
 
 @dataclass(frozen=True)
 class LatentArchitecture(CriticArchitecture):
-    """Critics, the latent policy, and what is known of it."""
+    """Critics and the latent policy, with measurements of the trained policy."""
 
     policy: LatentPolicy
     costs: RewardCritics | None = None
-    """Where costs take the place of safety values."""
+    """Cost critics, where they replace the safety values as the test of feasibility."""
     shift: ShiftSummary | None = None
-    """How far the experts move the policy, over the log's states, once they are trained."""
+    """Change of the policy by the trained experts over the log's states; None before training."""
     trained_steps: int | None = None
-    """T in training; None: an older file that does not say."""
+    """Number T of refinement steps in training; None where an older file lacks it."""
 
     def _cost_parts(self) -> Mapping[str, EnsembleMLP]:
         return {} if self.costs is None else self.costs.parts()
@@ -120,7 +122,7 @@ class LatentArchitecture(CriticArchitecture):
 
 @dataclass(frozen=True)
 class GenerativeLoss:
-    """Eq. 13; the formula stands at the file's head."""
+    """Loss of the generative model, eq. 13. The module docstring has the formula."""
 
     policy: LatentPolicy
     config: FLRPConfig
@@ -137,7 +139,7 @@ class GenerativeLoss:
         """Return the loss and what to log.
 
         Args:
-            networks: hold prior, posterior and decoder.
+            networks: weights, including those of prior, posterior and decoder.
             observations: (batch, obs) normalised.
             actions: (batch, act) logged, in [-1, 1].
             noise: (batch, latent) standard normal.
@@ -166,13 +168,13 @@ class GenerativeLoss:
 
 @dataclass(frozen=True)
 class RefinerLoss:
-    """Eq. 17; the formula stands at the file's head."""
+    """Loss of the experts, eq. 17. The module docstring has the formula."""
 
     policy: LatentPolicy
     config: FLRPConfig
     feasibility: Feasibility
     margin: float
-    """Of the gate, in standard deviations of h."""
+    """Distance from the boundary at which an action counts as unsafe, in standard deviations."""
 
     def __call__(
         self,
@@ -186,11 +188,11 @@ class RefinerLoss:
         """Return the loss and what to log.
 
         Args:
-            networks: hold the experts, which get the gradient, and the frozen rest.
-            state: holds the critics.
+            networks: weights of the experts, which get the gradient, and of the frozen networks.
+            state: training state with the critics.
             observations: (batch, obs) normalised.
             actions: (batch, act) logged, in [-1, 1].
-            noise: (batch, latent) u_0.
+            noise: (batch, latent) u_0, standard normal.
             reward_weights: (batch,) w_s, of mean 1 (or all 0).
         """
         policy, config = self.policy, self.config
@@ -202,7 +204,7 @@ class RefinerLoss:
             (config.safety_temperature * danger.detach()).exp().clamp(max=SAFETY_LIMIT)
         )
         safety = (pressing * torch.nn.functional.softplus(danger)).mean()
-        # The root of a sum of squares has no slope at 0; this one is 0 there.
+        # The norm is not differentiable at 0. With the small constant its gradient there is 0.
         distance = ((action - actions).square().sum(-1) + 1e-12).sqrt()
         reward = (reward_weights * distance).mean()
         energy, way = refined.square().sum(-1), (refined - noise).square().sum(-1)
@@ -226,30 +228,30 @@ def _of_mean_one(weights: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
-    """The critics, the generative model, then the experts."""
+    """The three phases: the critics, the generative model, then the experts."""
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
         shares: tuple[float, ...] = config.phase_shares
         if not config.refine_steps:
-            shares = shares[:2]  # what would have been the experts' is the model's
+            shares = shares[:2]  # The generative model gets the updates of the experts.
         critics, self._flow_steps, *rest = phase_steps(self.steps, shares)
         self._refiner_steps = sum(rest)
         self._costs: CostRun | None = None
         self._feasibility: Feasibility = FromSafety(model.critics.safety)
         critic_config: CriticConfig = config
         if model.costs is not None:
-            # Nothing that the policy learns from may then know the safety values.
+            # In this ablation the policy must not depend on the safety values.
             critic_config = replace(config, safe_reward_value=False)
             self._costs = CostRun(model.costs, self.log, config, critics)
             self._feasibility = FromCost(model.costs)
         self._critics = CriticsRun(model.critics, self.log, critic_config, critics)
         margin = self._critics.margin / model.critics.safety.scale.spread
-        # A level read off the log's costs has no margin of its own.
+        # The percentiles of the costs are used without a margin.
         self._margin = margin if self._costs is None else 0.0
 
     def phases(self) -> list[Phase]:
-        """List what to do, in order."""
+        """Return the phases in order."""
         size, policy, flow_steps = self.config.batch_size, self.model.policy, self._flow_steps
         fit = self.falling(GENERATIVE, self._generative, flow_steps, tuple(policy.generative))
         generative = Phase(GENERATIVE, flow_steps, fit, size)
@@ -260,12 +262,12 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             refiners = [Phase(REFINERS, self._refiner_steps, refine, size, report=report)]
         if self._costs is None:
             return [*self._critics.phases(), generative, *refiners]
-        # The critics stand still from here on: one look at the log.
+        # The critics do not change from here on, so the percentiles are computed only once.
         leveled = replace(generative, refresh=self._level, refresh_every=flow_steps)
         return [*self._both_kinds(self._costs), leveled, *refiners]
 
     def _both_kinds(self, costs: CostRun) -> list[Phase]:
-        """Learn the costs' critics in the same steps as the others, from the same rows."""
+        """Return the phases that train the cost critics in the same updates as the others."""
         return [
             self._critics.phase(
                 f"{CRITICS} {i + 1}",
@@ -281,7 +283,7 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
         return self._feasibility.level(state, self.log, generator)
 
     def _good(self, state: TrainState, observations: Tensor, actions: Tensor, q: Tensor) -> Tensor:
-        """Return w_s of actions with Q_h = q, (batch,)."""
+        """Return the weights w_s (batch,) of actions whose Q_h is q (batch,)."""
         gain = self.model.critics.reward.advantages(state.targets, observations, actions).amin(0)
         raised = (self.config.reward_temperature * gain).exp().clamp(max=REWARD_LIMIT)
         return _of_mean_one(raised * (q <= -self._margin))
@@ -315,7 +317,7 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
         return loss
 
     def _report_shift(self, state: TrainState, draw: Draw) -> Metrics:
-        """Measure the base-space divergence (eq. 18) in the batch's states."""
+        """Return metrics of the base-space divergence (eq. 18) in states of the batch."""
         seen = self.log.observations[draw.rows[:_REPORTED]]
         policy, noise = self.model.policy, draw.noise[:_REPORTED]
         shift = base_shift(policy, state.networks, seen, noise)

@@ -1,18 +1,20 @@
-r"""How far refinement moves a policy: the base-space divergence and what it bounds.
+r"""Change of a policy by refinement: the divergence in the base space and the bounds it gives.
 
-u_0 ~ N(0, I) becomes u_T = g(u_0), distributed as q_u in that state. Where g is one to one,
+Refinement maps u_0 ~ N(0, I) to u_T = g(u_0), whose distribution in a state is q_u. Where g is one
+to one,
 
     D = KL(q_u || N) = E[ (||u_T||^2 - ||u_0||^2) / 2 - log |det dg/du_0| ]
 
-and, pi_0 being the policy of the frozen prior and decoder (FLRP eq. 18 to 20),
+With pi_0 the policy of the frozen prior and decoder (FLRP eq. 18 to 20),
 
     KL(pi || pi_0) <= D,     TV(pi, pi_0) <= min(sqrt(D / 2), sqrt(1 - exp(-D))),
     W_2(q_z, p) <= sqrt(2 D) L_f
 
-for an L_f-Lipschitz flow f (Pinsker's bound, and that of Bretagnolle and Huber, 1979, which stays
-below 1). Where g folds, D is larger than the formula says; `folds` counts the draws at which the
-determinant is not positive. None among the draws is no proof that g is one to one. The expectation
-is estimated from a number of draws, the same for all states; it comes with its standard error.
+for an L_f-Lipschitz flow f. The bounds on TV are Pinsker's and that of Bretagnolle and Huber
+(1979), which stays below 1. Where g folds, that is where it is not one to one, D is larger than the
+formula gives. `folds` counts the samples at which the determinant is not positive. If there are
+none, this does not prove that g is one to one. The expectation is estimated from samples that are
+the same for all states, and is reported with its standard error.
 """
 
 from __future__ import annotations
@@ -32,49 +34,50 @@ from safeshield.nn.mlp import Networks
 
 _Floats = npt.NDArray[np.float64]
 _AT_ONCE = 32_768
-"""Draws whose slopes are held in memory together."""
+"""Number of samples whose Jacobians are held in memory together."""
 
 
 class BaseShift(NamedTuple):
-    """The shift of each of n states, estimated from several draws of u_0."""
+    """Change of the policy in each of n states, estimated from several samples of u_0."""
 
     divergence: _Floats
-    """(n,) D in nats: the draws' mean, and 0 where chance puts that below 0."""
+    """(n,) estimate of D in nats: the mean over the samples, or 0 where that is negative."""
     folds: _Floats
-    """(n,) share of the draws at which the map of u_0 to u_T folds, where the formula is too low. 0
-    says that none of these draws showed a fold, not that the map is one to one."""
+    """(n,) share of the samples at which the map from u_0 to u_T folds, so that the formula is too
+    low. 0 means that none of these samples showed a fold, not that the map is one to one."""
     standard_error: _Floats
-    """(n,) of the draws' mean, in nats. All states share the draws, so errors do not cancel between
-    states."""
+    """(n,) standard error of the mean over the samples, in nats. All states share the samples, so
+    the errors do not cancel in a mean over states."""
 
     @property
     def total_variation(self) -> _Floats:
-        """(n,) bound on TV(pi, pi_0), below 1 (eq. 19, 20), at the estimated D."""
+        """(n,) bound on TV(pi, pi_0) at the estimated D, which is below 1 (eq. 19, 20)."""
         return _total_variation(self.divergence)
 
 
 @dataclass(frozen=True)
 class ShiftSummary:
-    """The shift over states of a log, as an agent's file keeps it."""
+    """Summary of the change over states of a log, which an agent's file stores."""
 
     states: int
-    """How many states it was read at."""
+    """Number of states."""
     median: float
-    """Of D, in nats."""
+    """Median of D over the states, in nats."""
     upper_decile: float
-    """The value of D that nine of ten states stay below."""
+    """The 0.9-quantile of D over the states, in nats."""
     folds: float
-    """Share of draws at which the map folds."""
+    """Share of the samples at which the map folds."""
     draws: int | None = None
-    """How many in each state; None, as the errors: an older file does not say."""
+    """Number of samples in each state. None, as for the errors below, where an older file lacks
+    it."""
     median_error: float | None = None
-    """Standard error of D where D is the median."""
+    """Standard error of D in the state whose D is nearest to the median, in nats."""
     upper_decile_error: float | None = None
-    """Standard error of D where D is the upper decile."""
+    """Standard error of D in the state whose D is nearest to the 0.9-quantile, in nats."""
 
     @classmethod
     def of(cls, shift: BaseShift, draws: int) -> ShiftSummary:
-        """Summarise the shift of n states, from `draws` in each."""
+        """Summarise the change in n states, estimated from `draws` samples in each."""
         levels = np.quantile(shift.divergence, [0.5, 0.9])
         nearest = [int(np.abs(shift.divergence - level).argmin()) for level in levels]
         errors = shift.standard_error[nearest]
@@ -90,7 +93,7 @@ class ShiftSummary:
 
     @property
     def bound(self) -> str:
-        """What it means, in words."""
+        """Meaning of the summary, in words."""
         variation = float(_total_variation(np.array(self.upper_decile)))
         middle, upper = (
             f"{level:.3g}" + ("" if error is None else f" (standard error {error:.2g})")
@@ -101,34 +104,35 @@ class ShiftSummary:
         )
         drawn = "draws" if self.draws is None else f"{self.draws} draws, the same in every state"
         folded = (
-            f"the map folds at {self.folds:.1%} of draws, where more is possible"
+            f"the map folds at {self.folds:.1%} of draws, so the true numbers may be larger"
             if self.folds > 0
-            else "none of these draws showed a fold, where more would be possible"
+            else "none of these draws showed a fold, with which the true numbers could be larger"
         )
         return (
             f"estimated from {drawn}: refinement moves the base distribution by a median of "
             f"{middle} nats; in nine of ten of {self.states} logged states by at most {upper}, so "
-            f"that nothing is likelier by more than {variation:.2g} than under the unrefined "
-            f"policy; {folded}"
+            f"that it raises the probability of any set of actions by at most {variation:.2g}; "
+            f"{folded}"
         )
 
 
 def _total_variation(divergence: _Floats) -> _Floats:
     pinsker, huber = np.sqrt(divergence / 2.0), np.sqrt(-np.expm1(-divergence))
-    # The largest number below 1: where exp(-D) is lost in rounding, the bound still is below 1.
+    # The bound is below 1 for every D. Where exp(-D) rounds to 0, the largest number below 1 is
+    # returned.
     return np.minimum(np.minimum(pinsker, huber), np.nextafter(1.0, 0.0))
 
 
 def base_shift(
     policy: LatentPolicy, networks: Networks, observations: Tensor, noise: Tensor
 ) -> BaseShift:
-    """Measure D in n states.
+    """Estimate D in n states.
 
     Args:
-        policy: whose experts to look at.
-        networks: their weights.
+        policy: policy whose refinement is measured.
+        networks: weights of its networks.
         observations: (n, obs) normalised.
-        noise: (draws, latent) standard normal, the same for all states; at least 2 draws.
+        noise: (draws, latent) standard normal samples for all states; at least 2.
     """
     count, draws = len(observations), len(noise)
 
