@@ -1,1 +1,1 @@
-"""Whole episodes of any policy in many copies of any environment."""
+"""Rollouts: running whole episodes of a policy in many copies of an environment."""

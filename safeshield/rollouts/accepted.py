@@ -1,4 +1,4 @@
-"""Episodes that count only where their start is accepted, such as those of a certified set."""
+"""Drawing episodes until enough of them begin in an accepted state, such as a certified one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _LEAST_SHARE = 0.05
 
 @dataclass
 class Starts:
-    """How many starts were drawn so far, and how many of them were accepted."""
+    """Counts of the starts that were drawn and of those that were accepted."""
 
     drawn: int = 0
+    """Number of starts drawn so far."""
     accepted: int = 0
+    """Number of drawn starts that were accepted."""
 
     @property
     def share(self) -> float:
-        """Share of the starts that was accepted; at least one start must have been drawn."""
+        """Share of the starts that were accepted. At least one start must have been drawn."""
         return self.accepted / self.drawn
 
 
@@ -38,21 +40,21 @@ def accepted_episodes(
     spare: float,
     most: int,
 ) -> Iterator[list[Episode]]:
-    """Yield whole episodes from accepted starts, batch by batch, until there are `episodes`.
+    """Yield batches of whole episodes from accepted starts until there are `episodes` in all.
 
-    How many are drawn at a time follows from the share of accepted starts so far. All of this
-    depends on the starts alone, so that it is the same with and without a shield.
+    The number of episodes drawn at a time follows from the share of starts accepted so far. It
+    depends only on the starts, so the same episodes are drawn with and without a shield.
 
     Args:
-        draw: runs that many episodes with a seed.
-        accepts: which first observations (n, obs) are accepted: (n,).
-        episodes: how many in all.
-        rng: of the seeds.
-        starts: what is counted; it is up to date whenever a batch is yielded, so that the caller
-            can give up.
-        spare: how many more than are missing on average to draw, as a factor: the last few are
-            not worth a batch of their own.
-        most: episodes drawn at once.
+        draw: Function (count, seed) that runs `count` episodes with a seed.
+        accepts: Function that says which first observations (n, obs) are accepted, as (n,) bool.
+        episodes: Total number of accepted episodes.
+        rng: Generator of the seeds.
+        starts: Counts to update. They are up to date whenever a batch is yielded, so that the
+            caller can stop early.
+        spare: Factor by which more episodes are drawn than are expected to be needed. It avoids
+            small extra batches for the last few episodes.
+        most: Greatest number of episodes drawn at once.
     """
     missing = episodes
     while missing > 0:

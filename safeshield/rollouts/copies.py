@@ -1,4 +1,4 @@
-"""Many copies of one environment, in all of Gymnasium's forms."""
+"""Vector environments made of copies of one environment, for all supported Gymnasium versions."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from safeshield.spaces.generic import BEFORE_1_0, Env, VectorEnv, Wrapper
 
 _MAX_NATIVE_ENVS = 256
 _MAX_COPIED_ENVS = 8
-# Rebuilt from their arguments these would start with empty statistics, not with the trained ones.
+# A wrapper of these kinds that is rebuilt from its arguments has lost its statistics.
 _STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
-# Arguments that change no dynamics; the others are those of a vector environment by itself.
+# Arguments that do not change the dynamics.
 _NO_DYNAMICS = ("render_mode", "max_episode_steps")
+# Arguments of vector environments only.
 _OF_VECTORS = ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers", "autoreset_mode")
 _MANY_VALUES = "too many values to unpack"
 
 
 def is_vector_env(env: object) -> bool:
-    """Whether `env` is a vector environment, of either of Gymnasium 0.29's two kinds or of 1.x."""
-    # unwrapped, because a single wrapper of 0.29 warns when it passes such a question on.
+    """Return whether `env` is a vector environment of Gymnasium 1.x or of either kind in 0.29."""
+    # The unwrapped environment is asked, because wrappers of 0.29 warn when they forward hasattr.
     inner = getattr(env, "unwrapped", env)
     return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
 
 
 def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
-    """Return the spaces of one environment's observations and actions."""
+    """Return the observation space and the action space of a single environment of `env`."""
     if is_vector_env(env):
         vector = cast(VectorEnv, env)
         return vector.single_observation_space, vector.single_action_space
@@ -38,11 +39,12 @@ def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
 
 
 def environment_id(env: object) -> str:
-    """Return the id that an environment, or what a vector environment holds, was made by.
+    """Return the id with which an environment was made, or "" where there is none.
 
-    "" where there is none. Gymnasium's and Stable-Baselines3's vectors are read alike.
+    For a vector environment of Gymnasium or Stable-Baselines3 it is the id of its members.
     """
-    # The innermost one's: wrappers copy it with their own arguments, and some cannot be copied.
+    # The spec of the innermost environment is read. Wrappers deep-copy the spec with their own
+    # arguments, and some arguments cannot be copied.
     inner = getattr(env, "unwrapped", env)
     spec = getattr(inner, "spec", None)
     if spec is not None:
@@ -52,11 +54,12 @@ def environment_id(env: object) -> str:
 
 
 def environment_kwargs(env: object) -> dict[str, Any] | None:
-    """Return the keyword arguments that an environment was made with, as JSON values.
+    """Return the keyword arguments with which an environment was made, as JSON values.
 
-    They are those of its spec, the registered ones included, without ``render_mode`` and
-    ``max_episode_steps``, which leave its dynamics as they are. None where there is no spec to be
-    seen. Where the members of a vector environment differ in an argument, the list of its values.
+    They are the arguments in its spec, including those of its registration, without ``render_mode``
+    and ``max_episode_steps``, which do not change the dynamics. The result is None where there is
+    no spec. Where the members of a vector environment differ in an argument, its entry is the list
+    of the values.
     """
     inner = getattr(env, "unwrapped", env)
     spec = getattr(inner, "spec", None)
@@ -83,12 +86,12 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def environment_name(env: object) -> str:
-    """Return the id of an environment, or its class where it has none."""
+    """Return the id of an environment, or the name of its class where it has no id."""
     return environment_id(env) or type(getattr(env, "unwrapped", env)).__name__
 
 
 def check_env(env: object) -> None:
-    """Raise TypeError unless `env` is an environment, single or vector."""
+    """Raise TypeError unless `env` is a single or a vector environment."""
     if not (isinstance(env, gym.Env) or is_vector_env(env)):
         raise TypeError(
             f"env must be a Gymnasium environment or VectorEnv, got {type(env).__name__}; make "
@@ -97,17 +100,20 @@ def check_env(env: object) -> None:
 
 
 def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
-    """Return a vector environment of copies of `env`; a VectorEnv is returned as it is.
+    """Return a vector environment of copies of `env`. A VectorEnv is returned unchanged.
 
-    An `env` that `gymnasium.make` can rebuild is copied: through its own vector entry point where
-    it has one and no wrapper was added, else in a `SyncVectorEnv`. Changes made by hand after
-    `make` are not copied. One environment alone (`num_envs` = 1; no spec; a render mode; a wrapper
-    that cannot be rebuilt, or that holds statistics; ``metadata["one_per_process"]``) is `env`
-    itself, which closing the result leaves open.
+    An `env` that `gymnasium.make` can rebuild is copied. The copies use its vector entry point
+    where it has one and no wrapper was added, and a `SyncVectorEnv` otherwise. Changes made by hand
+    after `make` are not copied.
+
+    `env` itself is the only member, and stays open when the result is closed, where `num_envs` is 1
+    or `env` cannot be copied. It cannot be copied where it has no spec, has a render mode, has a
+    wrapper that cannot be rebuilt or that holds statistics, or where
+    ``metadata["one_per_process"]`` is set.
 
     Args:
-        env: what to copy.
-        num_envs: how many; by default 256 with a vector entry point and 8 without one.
+        env: The environment to copy.
+        num_envs: Number of copies; by default 256 with a vector entry point and 8 without one.
 
     Raises:
         ValueError: `num_envs` is below 1, differs from that of a VectorEnv, or is above 1 where
@@ -119,7 +125,11 @@ def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
 def copies(
     env: Env | VectorEnv, num_envs: int | None, *, most: int | None, freeze: bool
 ) -> VectorEnv:
-    """Do what `vectorise` does, with at most `most` copies that stand still once they are over."""
+    """Return a vector environment as `vectorise` does, with at most `most` copies.
+
+    With `freeze`, copies made in a `SyncVectorEnv` do not step once their episode has ended (see
+    `Member`).
+    """
     if num_envs is not None and num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
     if is_vector_env(env):
@@ -145,7 +155,7 @@ def copies(
         )
     if native:
         return _make_native(spec, count)
-    # disable_env_checker: what it would say of the copies it has said of the environment.
+    # The checker is disabled because it has already checked the environment that is copied.
     return gym.vector.SyncVectorEnv(
         [
             lambda: Member(gym.make(spec, disable_env_checker=True), owned=True, freeze=freeze)
@@ -155,23 +165,24 @@ def copies(
 
 
 def one_per_process(env: Env) -> bool:
-    """Whether a process can hold only one environment of this kind, as its metadata say."""
+    """Return whether the metadata say that a process can hold only one such environment."""
     return bool((env.metadata or {}).get("one_per_process"))
 
 
 def spec_to_copy(env: Env, *, elsewhere: bool = False) -> gym.envs.registration.EnvSpec | None:
-    """Return what `gymnasium.make` rebuilds an environment from; None where it cannot.
+    """Return the spec from which `gymnasium.make` can rebuild an environment; None if it cannot.
 
     Args:
-        env: what to rebuild.
-        elsewhere: in a process of its own, where another one of its kind is not in its way.
+        env: The environment to rebuild.
+        elsewhere: Whether the copy gets a process of its own, so that ``"one_per_process"`` does
+            not matter.
     """
     spec, _ = _spec_or_reason(env)
     return None if one_per_process(env) and not elsewhere else spec
 
 
 def why_alone(env: Env, *, elsewhere: bool = False) -> str:
-    """Return why `spec_to_copy` is None, as a clause that begins with a relative pronoun."""
+    """Return why `spec_to_copy` is None, as a relative clause for an error message."""
     if one_per_process(env) and not elsewhere:
         return "of which a process can hold one only"
     return _spec_or_reason(env)[1]
@@ -187,7 +198,7 @@ def _spec_or_reason(env: Env) -> tuple[gym.envs.registration.EnvSpec | None, str
     if not isinstance(spec, gym.envs.registration.EnvSpec):
         return None, nothing
     if env.render_mode is not None:
-        return None, f"which is shown as render_mode={env.render_mode!r} says, and copies are not"
+        return None, f"which has render_mode={env.render_mode!r}, and copies are not rendered"
     for wrapper in spec.additional_wrappers:
         if wrapper.kwargs is None:
             return None, f"whose wrapper {wrapper.name} does not tell how it was made"
@@ -198,7 +209,7 @@ def _spec_or_reason(env: Env) -> tuple[gym.envs.registration.EnvSpec | None, str
 
 def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
     if BEFORE_1_0:
-        # 0.29 hands a custom vector environment its vector_kwargs alone.
+        # Gymnasium 0.29 passes only vector_kwargs to a custom vector environment.
         return gym.make_vec(
             spec, num_envs=count, vectorization_mode="custom", vector_kwargs=dict(spec.kwargs)
         )
@@ -208,10 +219,15 @@ def _make_native(spec: gym.envs.registration.EnvSpec, count: int) -> VectorEnv:
 class Member(Wrapper):
     """One environment of a SyncVectorEnv.
 
-    With `freeze` it stands still once an episode is `over`, until a reset with a seed: the steps
-    that a batch of episodes throws away cost nothing. Costs are made floats, because Gymnasium
-    gives the column of all environments the type of the first one's value, and 0.5 beside the
-    integer 0 is lost.
+    With `freeze` the environment does not step once its episode is `over`, until a reset with a
+    seed. The steps that a batch of episodes would discard therefore take no time. Costs and
+    constraints are converted to float, because Gymnasium gives the column of all environments the
+    type of the first value, and a cost of 0.5 would become 0 in a column of integers.
+
+    Args:
+        env: The environment.
+        owned: Whether `close` closes it.
+        freeze: Whether it stops stepping at the end of an episode.
     """
 
     def __init__(self, env: Env, *, owned: bool, freeze: bool) -> None:
@@ -224,7 +240,7 @@ class Member(Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode; without a seed only where none is over."""
+        """Start an episode. A reset without a seed has no effect where the episode is `over`."""
         if self.over and seed is None:
             return self._last, {}
         self.over = False
@@ -232,7 +248,7 @@ class Member(Wrapper):
         return observation, _float_labels(info)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        """Step, unless the episode is over."""
+        """Step the environment unless its episode is `over`."""
         if self.over:
             return self._last, 0.0, False, False, {}
         try:
@@ -248,7 +264,7 @@ class Member(Wrapper):
         return observation, float(reward), terminated, truncated, _float_labels(info)
 
     def close(self) -> None:
-        """Close the environment if it was made for this."""
+        """Close the environment if this member owns it."""
         if self._owned:
             super().close()
 
@@ -263,7 +279,7 @@ def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_step(result: Sequence[object]) -> None:
-    """Raise ValueError unless a step returned Gymnasium's five values."""
+    """Raise ValueError unless a step returned the five values that Gymnasium defines."""
     if len(result) != 5:
         raise _step_error(str(len(result)))
 
@@ -273,7 +289,7 @@ def check_reward(reward: float, step: int, episode: str) -> None:
     if not np.isfinite(reward):
         raise ValueError(
             f"the reward of a step must be a finite number, got {float(reward)} at step {step} of "
-            f"{episode}; mend the environment, or end its episodes before that happens"
+            f"{episode}; repair the environment, or end its episodes before that happens"
         )
 
 
@@ -287,7 +303,7 @@ def _step_error(count: str) -> ValueError:
 
 
 def autoreset_mode(envs: VectorEnv) -> str:
-    """One of "nextstep", "samestep" and "disabled"."""
+    """Return the autoreset mode of a vector environment: "nextstep", "samestep" or "disabled"."""
     mode = (envs.metadata or {}).get("autoreset_mode")
     if mode is None:
         return "samestep" if BEFORE_1_0 else "nextstep"

@@ -1,9 +1,9 @@
 """Running whole episodes of a policy in many copies of an environment at once.
 
-Episodes run in batches: every copy is reset, and steps until each has finished its first episode;
-what a copy does after that is thrown away. Long and short episodes are thus drawn alike, whereas
-taking the first k episodes to end would favour short ones. The end of an episode is read
-alike in all of Gymnasium's autoreset modes, those of 0.29 included.
+Episodes run in batches. Every copy is reset, and all copies step until each has finished its first
+episode. Steps of a copy after that are discarded. Long and short episodes are therefore drawn with
+the same probability, whereas taking the first k episodes that end would favour short ones. All
+autoreset modes of Gymnasium are supported, including those of 0.29.
 """
 
 from __future__ import annotations
@@ -55,25 +55,27 @@ class VectorStep:
     """One step of all n environments, as `run_episodes` hands it to `on_step`."""
 
     wave: int
-    """Number of the batch of episodes, from 0."""
+    """Number of the batch of episodes, counted from 0."""
     index: int
-    """Number of the step in the batch, from 0."""
+    """Number of the step in the batch, counted from 0."""
     active: npt.NDArray[np.bool_]
-    """(n,) whether the step is recorded; the others are over, or more than was asked for."""
+    """(n,) whether the step is recorded. The other environments have finished their episode, or
+    are not needed."""
     observations: Array
-    """(n, obs) what the policy saw, as rows of `spaces.rows`."""
+    """(n, obs) observations that the policy saw, as rows of `spaces.rows`."""
     actions: Array
-    """(n, act) what the environments were given, as rows."""
+    """(n, act) actions that the environments were given, as rows."""
     rewards: Array
-    """(n,)."""
+    """(n,) rewards of the step."""
     next_observations: Array
-    """(n, obs) rows: where the step led to, also where the environment has reset itself since."""
+    """(n, obs) observations that the step reached, as rows. At the end of an episode they are the
+    final observations, even where the environment has already reset itself."""
     terminated: npt.NDArray[np.bool_]
-    """(n,) as reported."""
+    """(n,) flags as the environments reported them."""
     truncated: npt.NDArray[np.bool_]
-    """(n,) as reported."""
+    """(n,) flags as the environments reported them."""
     infos: Mapping[str, Any]
-    """As the vector environment returned them."""
+    """Infos as the vector environment returned them."""
 
 
 def run_episodes(
@@ -89,28 +91,30 @@ def run_episodes(
     step_limit: int = 100_000,
     observation_keys: Sequence[str] | None = None,
 ) -> list[Episode]:
-    """Run exactly this many whole episodes and return them in order.
+    """Run exactly `episodes` whole episodes and return them in order.
 
-    Episode e is reset with the seed ``base + e``, base drawn from `seed`: for a policy that draws
-    no noise the data does not depend on `num_envs`. The same seed gives the same data.
+    Episode e is reset with the seed ``base + e``, where base is drawn from `seed`. For a policy
+    that draws no noise, the data therefore do not depend on `num_envs`. The same seed gives the
+    same data.
 
     Args:
-        env: a Gymnasium environment (`vectorise` says when copies of it run) or a VectorEnv.
-        policy: anything that `as_batch_policy` takes.
-        episodes: how many, at least 1.
-        seed: at least 0.
-        on_step: called after every step.
-        reset_options: the `options` of every reset.
-        num_envs: how many environments step together; by default up to 256 or 8 (see `vectorise`).
-        info_keys: infos to record at every step, such as ``("shield/intervened",)``.
-        step_limit: longest episode, in steps, before giving up.
-        observation_keys: entries of a Dict observation to record; all by default.
+        env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
+        policy: A policy in any form that `as_batch_policy` takes.
+        episodes: Number of episodes, at least 1.
+        seed: Seed of starts and noise, at least 0.
+        on_step: Function that is called after every step.
+        reset_options: The `options` of every reset.
+        num_envs: Number of environments that step together; by default up to 256 or 8 (see
+            `vectorise`).
+        info_keys: Infos to record at every step, such as ``("shield/intervened",)``.
+        step_limit: Greatest length of an episode in steps. A longer episode is an error.
+        observation_keys: Entries of a Dict observation to record; all by default.
 
     Raises:
-        ValueError: a wrong argument; the environment steps by 6-tuples, returns a reward that is
-            not finite, reports a key at some steps only or never ends; the policy returns NaN or a
-            wrong shape.
-        TypeError: a space that `spaces.rows` does not support.
+        ValueError: An argument is wrong; the environment returns six values from a step, returns a
+            reward that is not finite, reports a key at some steps only or does not end; or the
+            policy returns NaN or a wrong shape.
+        TypeError: `spaces.rows` does not support a space.
     """
     if episodes < 1 or seed < 0:
         raise ValueError(
@@ -149,7 +153,7 @@ def run_episodes(
 
 @dataclass
 class _Runner:
-    """What stays the same from batch to batch."""
+    """Runs batches of episodes; its fields are the same for all batches."""
 
     envs: VectorEnv
     observation_codec: SpaceCodec
@@ -167,7 +171,7 @@ class _Runner:
         self.mode = autoreset_mode(self.envs)
 
     def episode_batch(self, seed: int, wanted: int) -> list[Episode]:
-        """One episode of each of the first `wanted` environments."""
+        """Run a batch and return one episode of each of the first `wanted` environments."""
         envs, count = self.envs, self.envs.num_envs
         start_wave(self.policy, count)
         options = None if self.options is None else dict(self.options)
@@ -182,8 +186,8 @@ class _Runner:
                     "environment in gymnasium.wrappers.TimeLimit, or raise step_limit"
                 )
             observations = copied(observations)
-            # Copies go to the policy and to the environments, which may write into them: what is
-            # logged is what was there before.
+            # The policy and the environments get copies, because they may write into their arrays
+            # and the log must hold the original values.
             proposed = self.policy(copied(observations), self.rng)
             actions = executable_actions(proposed, self.action_codec.space, count)
             result = envs.step(self._in_dtype(np.array(actions)))
@@ -213,14 +217,14 @@ class _Runner:
         space = self.action_codec.space
         if not isinstance(space, gym.spaces.Box):
             return actions
-        # A float32 beside a float64 bound may lie a rounding error outside it.
+        # A float32 action at a float64 bound may lie outside the bound by a rounding error.
         inside: Array = np.clip(actions.astype(space.dtype), space.low, space.high)
         return inside
 
     def _reached(
         self, returned: Batch, ended: npt.NDArray[np.bool_], infos: Mapping[str, Any]
     ) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Rows after the step, and where `returned` is already of the next episode."""
+        """Return the rows that the step reached, and where `returned` is of the next episode."""
         reached = np.array(self.observation_codec.flatten(returned, "observation")[0])
         key = final_observations_key(infos)
         if key is None:
@@ -238,7 +242,7 @@ class _Runner:
 
 
 class _BatchRecord:
-    """The steps of one batch of episodes, each of all environments, to be cut into episodes."""
+    """The recorded steps of one batch, from which the episodes of its environments are made."""
 
     def __init__(self, reset_infos: Infos, count: int, info_keys: tuple[str, ...]) -> None:
         self._info_keys = info_keys
@@ -255,7 +259,7 @@ class _BatchRecord:
         self._lengths += step.active
 
     def episode(self, i: int) -> Episode:
-        """The episode of environment i."""
+        """Return the episode of environment i."""
         length = self._lengths[i]
         return recorded_episode(
             {

@@ -1,7 +1,7 @@
-"""Keys of the infos that an environment returns, and how to read them.
+"""Keys of the infos that an environment returns, and functions that read them.
 
-Gymnasium's vector environments report one key of all environments as a column, an array with one
-row for each, beside a mask ``"_" + key`` that says which of them report it. Where an environment
+Gymnasium's vector environments report a key as a column, which is an array with one row for each
+environment. A mask under ``"_" + key`` says which environments report the key. Where an environment
 has reset itself in a step, the entries of the episode that ended are in ``infos["final_info"]``.
 """
 
@@ -18,51 +18,54 @@ Array = npt.NDArray[Any]
 Infos = Mapping[str, Any]
 
 COST = "cost"
-"""Cost of the state just reached, at least 0; 0 is safe."""
+"""Cost of the state that the step reached, at least 0. A cost of 0 is safe."""
 CONSTRAINT = "constraint"
-"""h of the state just reached; positive is a violation."""
+"""h of the state that the step reached. A positive h is a violation."""
 LABELS = (COST, CONSTRAINT)
-"""What an environment may report about the safety of a state."""
+"""Keys under which an environment may report the safety of a state."""
 
 PROPOSED = "action_proposed"
 """The action that the agent sent."""
 EXECUTED = "action_executed"
 """The action that the dynamics saw."""
 ACTION_MASK = "action_mask"
-"""Which of the discrete actions may be taken next."""
+"""Mask of the discrete actions that may be taken next."""
 
 INTERVENED = "shield/intervened"
 """Whether the shield replaced the action."""
 VALUE = "shield/value"
-"""Q_h of the executed action; at reset V_h of the state."""
+"""Q_h of the executed action. At reset it is V_h of the state."""
 THRESHOLD = "shield/threshold"
-"""What the value must not exceed."""
+"""Threshold that the value must not exceed."""
 CERTIFIED = "shield/certified"
-"""Whether the state just reached is in the calibrated set."""
+"""Whether the state that the step reached is certified."""
 PENALTY = "shield/penalty"
-"""What an intervention took off the reward."""
+"""Penalty that an intervention subtracted from the reward."""
 
 FINAL_INFO = "final_info"
+"""Key of the infos of the episode that ended, where the environment has reset itself."""
 FINAL_OBSERVATIONS = ("final_obs", "final_observation")
-"""Where the last observation of an episode is: from Gymnasium 1.0 on, and before."""
+"""Keys of the last observation of an episode, in Gymnasium 1.x and before."""
 TERMINAL_OBSERVATION = "terminal_observation"
-"""Where Stable-Baselines3 puts the last observation of an episode."""
+"""Key of the last observation of an episode in Stable-Baselines3."""
 TIME_LIMIT = "TimeLimit.truncated"
-"""Where Stable-Baselines3 says that an episode was cut off."""
+"""Key under which Stable-Baselines3 reports that an episode was truncated."""
 
 
 @dataclass
 class Column:
-    """One key of the infos of all environments: values (n, ...) and where there is one (n,)."""
+    """One key of the infos of n environments."""
 
     values: Array
+    """(n, ...) values of the key."""
     present: npt.NDArray[np.bool_]
+    """(n,) whether the environment reports the key."""
 
 
 def reported(infos: Infos, key: str, count: int) -> npt.NDArray[np.bool_]:
-    """Return which of `count` environments report a key of `infos`: (n,).
+    """Return which of `count` environments report a key, as (count,) bool.
 
-    The key must be there. An entry of an array of objects that is None counts as not reported.
+    The key must be in `infos`. In an array of objects, None counts as not reported.
     """
     present = np.array(infos.get(f"_{key}", np.ones(count)), np.bool_)
     values = infos[key]
@@ -72,14 +75,14 @@ def reported(infos: Infos, key: str, count: int) -> npt.NDArray[np.bool_]:
 
 
 def final_observations_key(infos: Infos) -> str | None:
-    """Return the key under which last observations of episodes are reported, None without one."""
+    """Return the key under which `infos` hold the last observations of episodes, or None."""
     return next((key for key in FINAL_OBSERVATIONS if key in infos), None)
 
 
 def column_of(infos: Infos | Array, key: str, count: int) -> Column | None:
-    """Read one key of the infos of `count` environments; None where none reports it."""
+    """Return one key of the infos of `count` environments; None where none of them reports it."""
     if isinstance(infos, np.ndarray):
-        # Gymnasium 0.29's final_info: an array of dictionaries and None.
+        # In Gymnasium 0.29 final_info is an array of dictionaries and None.
         return _column_of_rows([None if one is None else one.get(key) for one in infos])
     if key not in infos:
         return None
@@ -91,13 +94,13 @@ def column_of(infos: Infos | Array, key: str, count: int) -> Column | None:
 
 
 def step_column(infos: Infos, key: str, replaced: npt.NDArray[np.bool_]) -> Column | None:
-    """Read one key as it was after a step.
+    """Return one key as it was after a step; None where no environment reports it.
 
     Args:
-        infos: of the step.
-        key: which one.
-        replaced: (n,) where the environment has reset itself since, so that ``"final_info"`` holds
-            the entry.
+        infos: Infos that the step returned.
+        key: The key.
+        replaced: (n,) whether the environment has already reset itself, so that ``"final_info"``
+            holds its entry.
     """
     count = len(replaced)
     column = column_of(infos, key, count)
@@ -157,18 +160,18 @@ def _column_of_rows(rows: Sequence[object]) -> Column | None:
 
 
 def violates(info: Infos) -> bool | None:
-    """Return whether one environment's info reports a violation; None where it reports no label.
+    """Return whether the info of one environment reports a violation; None without a label.
 
     A label that is NaN counts as a violation.
 
     Raises:
-        ValueError: a label is not a number.
+        ValueError: A label is not a number.
 
     >>> violates({"cost": 0.0}), violates({"constraint": float("nan")}), violates({})
     (False, True, None)
     """
     reports = [_number(info, key) for key in LABELS if key in info]
-    # Not "any above 0": a label that is not a number must not count as safe.
+    # The comparison is negated so that NaN counts as a violation.
     return any(not report <= 0.0 for report in reports) if reports else None
 
 

@@ -1,4 +1,4 @@
-"""Policies that act for many environments at once, and how others become such policies."""
+"""Policies that act for many environments at once, and the conversion of other policies to them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from safeshield.spaces.rows import flat_actions
 
 Array = npt.NDArray[Any]
 Memory = tuple[npt.NDArray[Any], ...] | None
-"""A recurrent state, as Stable-Baselines3's ``predict`` takes and returns it."""
+"""A recurrent state in the form that Stable-Baselines3's ``predict`` takes and returns."""
 
 
 class BatchPolicy(Protocol):
     """A policy that acts for n environments at once.
 
-    A method ``start_wave(num_envs)``, where there is one, is called before each batch of episodes:
-    the place to forget a recurrent state. `batch_policy` marks a function as one of these.
+    A batch policy may have a method ``start_wave(num_envs)``, which is called before each batch of
+    episodes and should reset a recurrent state. `batch_policy` makes a batch policy of a function.
     """
 
     batched: bool
-    """True: tells a batch policy from a function of one observation."""
+    """Always True. It distinguishes a batch policy from a function of one observation."""
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
-        """Map n observations to n actions, drawing noise from `rng` alone.
+        """Return n actions for n observations. All noise is drawn from `rng`.
 
-        Both are batched as Gymnasium's vector environments do: arrays (n, ...), integers (n,) for
+        Both are batched as in Gymnasium's vector environments: arrays (n, ...), integers (n,) for
         a Discrete, dicts of arrays for a Dict.
         """
         ...
 
 
 def start_wave(policy: object, num_envs: int) -> None:
-    """Tell a policy that `num_envs` episodes begin, where it has a method ``start_wave``."""
+    """Call the method ``start_wave`` of a policy, where it has one, before `num_envs` episodes."""
     start = getattr(policy, "start_wave", None)
     if callable(start):
         start(num_envs)
 
 
 def batch_policy(function: Callable[[Batch, np.random.Generator], npt.ArrayLike]) -> BatchPolicy:
-    """Mark ``function(observations, rng) -> actions`` as a batch policy; a decorator.
+    """Decorate a function ``(observations, rng) -> actions`` so that it is a batch policy.
 
     >>> @batch_policy
     ... def still(observations, rng):
@@ -67,20 +67,20 @@ def batch_policy(function: Callable[[Batch, np.random.Generator], npt.ArrayLike]
 def as_batch_policy(
     policy: object, action_space: gym.Space[Any], *, deterministic: bool = True
 ) -> BatchPolicy:
-    """Make a batch policy of what users have.
+    """Return a batch policy that acts as `policy` does.
 
-    In this order, `policy` may be:
+    `policy` may be, checked in this order:
 
-    - ``"random"``: uniform in the action space;
+    - ``"random"``: actions are uniform in the action space;
     - an object with ``act_batch(observations, rng) -> actions``;
-    - a callable with ``batched = True`` (see `batch_policy`): used as it is;
-    - an object with Stable-Baselines3's ``predict``: called with the whole batch, recurrent state
-      and `deterministic` passed through. Where it draws noise, it is from torch's own generator;
-    - any other callable: ``policy(observation) -> action``, one observation at a time.
+    - a callable with ``batched = True`` (see `batch_policy`), which is used unchanged;
+    - an object with Stable-Baselines3's ``predict``, which is called with the whole batch, its
+      recurrent state and `deterministic`. Its noise comes from torch's own generator, not `rng`;
+    - any other callable ``policy(observation) -> action``, which gets one observation at a time.
 
     Raises:
-        ValueError: an unknown name, or "random" with an unbounded box.
-        TypeError: none of the above.
+        ValueError: The name is unknown, or ``"random"`` is used with an unbounded box.
+        TypeError: `policy` is none of the above.
 
     >>> box = gym.spaces.Box(-1.0, 1.0, (1,))
     >>> policy = as_batch_policy(lambda observation: -observation[:1], box)
@@ -114,12 +114,13 @@ def as_batch_policy(
 
 
 def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int) -> Array:
-    """Return actions (count, *shape) as the space holds them.
+    """Return actions (count, *shape) as points of the space.
 
-    For a Box as float32 inside it, clipped as Stable-Baselines3 does.
+    Actions of a Box become float32 and are clipped to its bounds, as in Stable-Baselines3.
 
     Raises:
-        ValueError: another shape, NaN, or no integers of a discrete space.
+        ValueError: The actions have another shape, are NaN, or are not integers of the discrete
+            space.
 
     >>> executable_actions([[2.0], [-0.5]], gym.spaces.Box(-1.0, 1.0, (1,)), 2).tolist()
     [[1.0], [-0.5]]
@@ -151,10 +152,15 @@ def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int
 
 
 def checked_log_prob(told: npt.ArrayLike, shape: tuple[int, ...], whose: str) -> Array:
-    """Return what a `log_prob` told of actions, as numbers of that shape.
+    """Check log-probabilities that a method `log_prob` returned, and return them as float64.
+
+    Args:
+        told: The returned log-probabilities.
+        shape: The shape that they must have.
+        whose: The owner of the method, for error messages.
 
     Raises:
-        ValueError: another shape, NaN, or infinite.
+        ValueError: The shape differs, or a number is NaN or positive infinity.
     """
     values = np.asarray(told, np.float64)
     if values.shape != shape:
@@ -187,7 +193,10 @@ def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
 
 
 class PredictPolicy:
-    """A model with Stable-Baselines3's ``predict`` as a batch policy, with its recurrent state."""
+    """A batch policy made of a model with Stable-Baselines3's ``predict``.
+
+    It keeps the recurrent state of the model between calls.
+    """
 
     batched = True
 
@@ -197,12 +206,12 @@ class PredictPolicy:
         self.start_wave(0)
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin new episodes: the recurrent state is forgotten."""
+        """Reset the recurrent state, because `num_envs` new episodes begin."""
         self._state: Memory = None
         self._starts = np.ones(num_envs, dtype=np.bool_)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
-        """Return the model's actions; its noise is drawn from its own generator."""
+        """Return the model's actions. Its noise comes from its own generator, not from `rng`."""
         count = batch_length(observations)
         if len(self._starts) != count:
             self.start_wave(count)
@@ -220,7 +229,7 @@ class PredictPolicy:
         *,
         deterministic: bool,
     ) -> tuple[Array, Memory]:
-        """Return the model's actions in n states and its recurrent state, keeping nothing."""
+        """Return the model's actions in n states and its next recurrent state, storing neither."""
         actions, state = self._model.predict(
             observations, state=state, episode_start=starts, deterministic=deterministic
         )

@@ -1,4 +1,4 @@
-"""One episode as it was recorded, put together from what an environment said step by step."""
+"""A recorded episode, and its construction from rows and infos of single steps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from safeshield.rollouts.infos import CONSTRAINT, COST, EXECUTED, INTERVENED, Ar
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode of L steps; row t is the step from s[t] to s[t+1].
+    """One episode of L steps. Row t is the step from s[t] to s[t+1].
 
     Attributes:
-        observations: (L, obs) float32, rows of `spaces.rows`, as the next three are.
-        actions: (L, act) float32: ``info["action_executed"]`` where a shield or wrapper reports
-            it, else what the policy proposed, clipped.
-        rewards: (L,) float32.
-        next_observations: (L, obs) float32; the last is where the episode ended.
-        terminated: (L,) bool, only the last can be set.
-        truncated: (L,) bool, likewise; false where terminated is set too.
-        costs: (L,) float32 ``info["cost"]`` after each step, or None.
+        observations: (L, obs) float32 s[t], as rows of `spaces.rows`.
+        actions: (L, act) float32 rows. They are ``info["action_executed"]`` where a shield or
+            wrapper reports it, and otherwise the clipped actions of the policy.
+        rewards: (L,) float32 reward of each step.
+        next_observations: (L, obs) float32 s[t+1], as rows. The last row is the final observation
+            of the episode.
+        terminated: (L,) bool. Only the last entry can be set.
+        truncated: (L,) bool. Only the last entry can be set, and only where `terminated` is not.
+        costs: (L,) float32 ``info["cost"]`` after each step, or None where it is not reported.
         initial_cost: ``info["cost"]`` at reset, or None.
         constraints: (L,) float32 ``info["constraint"]`` of s[t], or None.
-        next_constraints: (L,) float32 of s[t+1], or None.
-        info: for each of `info_keys` its values after each step, (L, ...).
+        next_constraints: (L,) float32 ``info["constraint"]`` of s[t+1], or None.
+        info: For each of `info_keys` its values after each step, (L, ...).
     """
 
     observations: npt.NDArray[np.float32]
@@ -48,7 +49,7 @@ class Episode:
 
     @property
     def total_return(self) -> float:
-        """Undiscounted sum of rewards."""
+        """Undiscounted sum of the rewards."""
         return float(self.rewards.sum(dtype=np.float64))
 
     @property
@@ -56,7 +57,7 @@ class Episode:
         """Undiscounted sum of the costs after each step.
 
         Raises:
-            ValueError: the environment reports no cost.
+            ValueError: The environment reports no cost.
         """
         if self.costs is None:
             raise ValueError("the environment reports no info['cost'] at its steps")
@@ -64,10 +65,10 @@ class Episode:
 
     @property
     def cost_or_violations(self) -> float:
-        """Summed costs; where none is reported, the number of steps in violation.
+        """Sum of the costs, or the number of steps in violation where no cost is reported.
 
         Raises:
-            ValueError: the environment reports neither costs nor constraints.
+            ValueError: The environment reports neither costs nor constraints.
         """
         if self.costs is None and self.next_constraints is not None:
             return float(np.count_nonzero(self.next_constraints > 0))
@@ -75,19 +76,19 @@ class Episode:
 
     @property
     def intervened(self) -> npt.NDArray[np.bool_] | None:
-        """(L,) whether a shield replaced the step's action; None where no shield says so."""
+        """(L,) whether a shield replaced the action; None where no shield reports it."""
         replaced = self.info.get(INTERVENED)
         return None if replaced is None else np.asarray(replaced, np.bool_)
 
     @property
     def violated(self) -> bool:
-        """Whether h > 0, or cost > 0 where no constraint is reported, at any state.
+        """Whether h > 0 in any state, or cost > 0 where no constraint is reported.
 
         Raises:
-            ValueError: the environment reports neither.
+            ValueError: The environment reports neither.
         """
         if self.constraints is not None and self.next_constraints is not None:
-            # Not "any above 0": a label that is not a number must not count as safe.
+            # The comparison is negated so that NaN counts as a violation.
             return not bool(self.constraints[0] <= 0 and (self.next_constraints <= 0).all())
         if self.costs is None:
             raise ValueError("the environment reports neither info['constraint'] nor info['cost']")
@@ -95,7 +96,10 @@ class Episode:
 
 
 def intervention_rate(episodes: Sequence[Episode]) -> float | None:
-    """Return the share of all steps in which a shield replaced the action; None without one."""
+    """Return the share of all steps in which a shield replaced the action.
+
+    The result is None where no episode had a shield that reports it.
+    """
     replaced = [one.intervened for one in episodes if one.intervened is not None]
     return float(np.concatenate(replaced).mean()) if replaced else None
 
@@ -106,17 +110,17 @@ def recorded_episode(
     after: Mapping[str, Sequence[Any]],
     info_keys: Sequence[str] = (),
 ) -> Episode:
-    """Return the episode of L steps, with its labels in place.
+    """Return an episode of L steps, with the labels that its infos report.
 
     Args:
-        rows: (L, ...) each: observations, actions, rewards, next_observations, terminated and
-            truncated, named as in `Episode`.
-        at_reset: infos at reset by key, None where one was not reported.
-        after: infos after each step by key, L each, None where one was not reported.
-        info_keys: keys of `after` to keep in `Episode.info`.
+        rows: Arrays (L, ...) named as in `Episode`: observations, actions, rewards,
+            next_observations, terminated and truncated.
+        at_reset: Infos at reset by key, None where a key was not reported.
+        after: L infos after the steps by key, None where a key was not reported.
+        info_keys: Keys of `after` to keep in `Episode.info`.
 
     Raises:
-        ValueError: a key is reported at some steps only, or is no number that means a label.
+        ValueError: A key is reported at some steps only, or a label is not a valid number.
     """
     costs, reached = (_complete(after[key], key) for key in (COST, CONSTRAINT))
     if (reached is None) != (at_reset[CONSTRAINT] is None):
@@ -156,17 +160,17 @@ def recorded_episode(
 
 
 def number_of(info: Infos, key: str) -> float | None:
-    """Return the label that an info reports, None where it reports none.
+    """Return the label that an info reports under `key`, or None where it reports none.
 
     Raises:
-        ValueError: it is not one finite number, or a cost below 0.
+        ValueError: The label is not a single finite number, or it is a cost below 0.
     """
     value = info.get(key)
     return None if value is None else float(_numbers(np.asarray(value)[None], key)[0])
 
 
 def _complete(values: Sequence[Any], key: str) -> Array | None:
-    """The values of a key at every step, or None where it is reported at none."""
+    """Return the values of a key at every step, or None where no step reports the key."""
     missing = [t for t, value in enumerate(values) if value is None]
     if len(missing) == len(values):
         return None

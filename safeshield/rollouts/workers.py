@@ -1,4 +1,4 @@
-"""Copies of an environment that step in processes of their own, for environments that are slow."""
+"""A vector environment whose copies step in worker processes, for environments that are slow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from safeshield.rollouts.copies import (
 )
 from safeshield.spaces.generic import Env, SyncVectorEnv
 
-# Modules whose import registers environments: a process that starts afresh needs the same ones.
+# Modules whose import registers environments. A new process must import those of its parent.
 _REGISTERING = ("safeshield.envs", "safeshield.suites")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SECONDS_TO_END = 5.0
@@ -35,9 +35,9 @@ _SECONDS_TO_END = 5.0
 
 @contextlib.contextmanager
 def single_threads() -> Iterator[None]:
-    """Let processes that start meanwhile use one thread each for their linear algebra.
+    """Make processes that start in this context use one thread each for linear algebra.
 
-    Several processes with several threads each wait for one another.
+    Several processes with several threads each would compete for the cores.
     """
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
@@ -51,26 +51,29 @@ def single_threads() -> Iterator[None]:
 
 
 class WorkerVectorEnv(SyncVectorEnv):
-    """`num_envs` copies of an environment, stepped by `workers` processes.
+    """`num_envs` copies of an environment that are stepped by `workers` processes.
 
-    It is a SyncVectorEnv whose members live in other processes: what it returns is the same, bit
-    for bit, for every number of processes, and all processes step their share of the copies at the
-    same time. A copy does not step once its episode is over, until the next reset with a seed, so
-    that this is for whole episodes (`run_episodes`), not for training. Gymnasium's
-    `AsyncVectorEnv` has one process for each copy; with eight copies on two cores it started 3.7
-    and stepped 2.8 times slower, and it does not say why a process has died. Processes start afresh
-    (no fork: PyTorch's threads do not survive it) and read the script again that started them, so a
-    script must make this below ``if __name__ == "__main__":``.
+    It is a SyncVectorEnv whose members are in other processes. All processes step their share of
+    the copies at the same time. The results are the same, bit for bit, for every number of
+    processes. Once its episode is over, a copy does not step until the next reset with a seed.
+    The class is therefore meant for whole episodes (`run_episodes`), not for training.
+
+    Gymnasium's `AsyncVectorEnv` uses one process for each copy. With eight copies on two cores it
+    started 3.7 times and stepped 2.8 times slower, and it does not report why a process ended.
+
+    The processes are spawned, because PyTorch's threads do not survive a fork. A spawned process
+    imports the script that started it, so a script must use this class below
+    ``if __name__ == "__main__":``.
 
     Args:
-        env: what to copy; `gymnasium.make` must be able to rebuild it.
-        num_envs: how many copies, at least 1; at most `workers` where a process can hold one only
-            (``metadata["one_per_process"]``).
-        workers: how many processes, at least 1; no more than `num_envs` are started.
+        env: The environment to copy. `gymnasium.make` must be able to rebuild it.
+        num_envs: Number of copies, at least 1. It is at most `workers` where a process can hold
+            only one environment (``metadata["one_per_process"]``).
+        workers: Number of processes, at least 1. At most `num_envs` processes are started.
 
     Raises:
-        ValueError: a number out of range, or an environment that cannot be copied.
-        RuntimeError: a process ended by itself.
+        ValueError: A number is out of range, or the environment cannot be copied.
+        RuntimeError: A process ended unexpectedly.
 
     >>> import safeshield.envs
     >>> env = gym.make("safeshield/Boat-v0")
@@ -119,7 +122,7 @@ class WorkerVectorEnv(SyncVectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset every copy, with the seeds seed, seed + 1, ... or those of a list."""
+        """Reset every copy, with the seeds seed, seed + 1, ..., or with those of a list."""
         seeds: list[int | None]
         if seed is None or isinstance(seed, int | np.integer):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
@@ -141,7 +144,7 @@ class WorkerVectorEnv(SyncVectorEnv):
         return super().step(actions)
 
     def close_extras(self, **kwargs: Any) -> None:  # noqa: ANN401
-        """End the processes."""
+        """Stop the worker processes."""
         self._stop()
 
     def _send(self) -> None:
@@ -155,7 +158,10 @@ class WorkerVectorEnv(SyncVectorEnv):
 
 
 class _Remote(gym.Env[Any, Any]):
-    """A stand-in for one environment in another process: it returns what has been asked for."""
+    """A proxy for one environment in a worker process.
+
+    `reset` and `step` return the answer to the request that `ask` has made before.
+    """
 
     def __init__(self, env: Env, process: _Process, index: int) -> None:
         self.observation_space, self.action_space = env.observation_space, env.action_space
@@ -176,7 +182,10 @@ class _Remote(gym.Env[Any, Any]):
 
 
 class _Process:
-    """One process with some environments; questions go out together, so do the answers."""
+    """One worker process with some environments.
+
+    The requests to all of its environments are sent together, and so are the answers.
+    """
 
     def __init__(self, spec: bytes, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -216,16 +225,17 @@ class _Process:
             if self._begun:
                 raise RuntimeError(f"{ended}; run with workers=0 to see why") from gone
             raise RuntimeError(
-                f"{ended} before it could begin. Workers read the script again that started them: "
-                'what it does must stand below `if __name__ == "__main__":`, and the script be '
-                "a file. Where it is so, what the worker printed, or workers=0, says why"
+                f"{ended} before it could begin. A worker imports the script that started it: the "
+                "script must be a file, and what it does must stand below "
+                '`if __name__ == "__main__":`. If both are so, see what the worker printed, or '
+                "run with workers=0"
             ) from gone
         if error is not None:
             raise error
         self._answers, self._begun = answers, True
 
     def stop(self) -> None:
-        # Closing the pipe is what ends the process: its recv raises EOFError.
+        # Closing the pipe ends the process, because its recv then raises EOFError.
         self._connection.close()
         self._process.join(_SECONDS_TO_END)
         if self._process.is_alive():
@@ -238,13 +248,13 @@ def _giving(env: Member) -> Callable[[], Member]:
 
 
 def _work(connection: Connection, spec: bytes, count: int, modules: Sequence[str]) -> None:
-    """Run in a worker: answer until the pipe is closed."""
+    """Answer requests in a worker process until the pipe is closed."""
     envs: list[Env] = []
     try:
         for name in modules:
             importlib.import_module(name)
         made = cloudpickle.loads(spec)
-        # disable_env_checker: what it would say of the copies it has said of the environment.
+        # The checker is disabled because it has already checked the environment that is copied.
         envs = [gym.make(made, disable_env_checker=True) for _ in range(count)]
         connection.send(({}, None))
         while (questions := _next_questions(connection)) is not None:
@@ -274,7 +284,10 @@ def _next_questions(connection: Connection) -> dict[int, tuple[str, Any]] | None
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return the error with its traceback as a note; as a RuntimeError where it cannot be sent."""
+    """Return an error with its traceback as a note.
+
+    An error that cannot be pickled is returned as a RuntimeError.
+    """
     text = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))
