@@ -73,7 +73,7 @@ class ShieldCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         count = self.training_env.num_envs
-        # With reset_num_timesteps=True, `learn` resets the environments in unfinished episodes.
+        # With reset_num_timesteps=True, `learn` resets the environments before episodes have ended.
         if self.locals.get("reset_num_timesteps", True) or len(self._violated) != count:
             self._violated = np.zeros(count, dtype=bool)
 
@@ -96,7 +96,7 @@ class ShieldCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # Off-policy rollouts may be single steps, after each of which quantiles would be too slow.
+        # Off-policy rollouts may be single steps. Quantiles after each step would be too slow.
         if not isinstance(self.model, OffPolicyAlgorithm):
             self._record()
 

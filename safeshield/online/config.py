@@ -81,8 +81,8 @@ class SSQLConfig(Settings):
     recalibration_episodes: NonNegativeInt = 0
     """Budget of tests, in episodes of the calibration environment over a whole `learn`. Each
     refreshed collector must pass the test in the shield's record before it acts. It does not act
-    where it fails or the budget is spent. 0: no test, so that the record speaks only of its own
-    policies."""
+    where it fails or the budget is spent. 0: no test, so that the record holds only for the
+    policies that it names."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -90,7 +90,7 @@ class SafeBehaviour:
         return self._of_samples(observations, seen, samples, rng)
 
     def masked(self, observations: Batch, candidates: Array, log_prob: Array) -> Array:
-        """Return a log density (n, c) with minus infinity for what is not admitted."""
+        """Return a log density (n, c) with minus infinity for actions that are not admitted."""
         return np.where(self._admitted(observations, candidates), log_prob, -np.inf)
 
     def _admitted(self, observations: Batch, candidates: Array) -> npt.NDArray[np.bool_]:

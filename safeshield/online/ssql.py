@@ -70,9 +70,9 @@ class SafeSupportQLearning(OnlineLearner):
     """Learn a better policy inside the support of a behaviour that stays in a safe set.
 
     While the agent learns, every executed action is one of the behaviour's own actions that the
-    safe set admits. Where there is none, it is the safe set's replacement: where a shield accepts
-    nothing, this is its least bad action. `tally` counts the refused proposals. Learning promises
-    no more than the shield's record, or the author of the rules, promises.
+    safe set admits. Where there is none, the safe set's replacement is executed. Where a shield
+    accepts no action, this is the action of lowest Q_h. `tally` counts the refused proposals.
+    Learning promises no more than the shield's record, or the author of the rules, promises.
 
     Args:
         env: a Gymnasium environment, with or without a shield, or a `VecEnv` of Stable-Baselines3;
