@@ -438,7 +438,7 @@ def test_a_reward_that_is_no_number_is_not_learned_from(
 
 def test_actions_without_bounds_are_refused_in_one_line(tmp_path: Path) -> None:
     env = gym.make("SafeshieldTest/Stroll-v0", bound=np.inf)
-    with pytest.raises(ValueError, match=r"action_space must be bounded, as PPO .* got Box\(-inf"):
+    with pytest.raises(ValueError, match=r"must be bounded, because PPO .* got Box\(-inf"):
         collect_while_learning(env, tmp_path / "parts", limits=(1.0,), steps=64, config=SMALL)
     assert not (tmp_path / "parts").exists()
 
@@ -602,7 +602,7 @@ def test_folders_are_checked(tmp_path: Path) -> None:
     state = folder / "learner-00" / STATE
     whole = state.read_bytes()
     state.write_bytes(whole[:-9])
-    way_out = r"delete the folder .*learner-00 to let this learner begin anew"
+    way_out = r"delete the folder .*learner-00 to let this learner begin again"
     with pytest.raises(ValueError, match=f"truncated.*{way_out}"):
         run_learners(folder, limits=(None,))
     state.write_bytes(whole)
@@ -612,7 +612,7 @@ def test_folders_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"damaged.*{way_out}"):
         run_learners(folder, limits=(None,))
     segment.unlink()
-    with pytest.raises(ValueError, match=r"is missing, but .* goes on from it"):
+    with pytest.raises(ValueError, match=r"is missing, but .* continues from it"):
         run_learners(folder, limits=(None,))
 
 

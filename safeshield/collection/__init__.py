@@ -1,4 +1,4 @@
-"""Logs for offline learning, made by learners under cost limits, thinned on a cost-return grid."""
+"""Collection of logs by agents that learn under cost limits, and thinning of the logs."""
 
 from safeshield.collection.learner import LearnerConfig
 from safeshield.collection.multiplier import Multiplier

@@ -1,10 +1,10 @@
 """One learner: Stable-Baselines3's PPO under a cost limit, in segments that can be repeated.
 
-A run is cut into segments of a fixed number of updates. Each starts with a reset of every
-environment and all random numbers seeded anew from (seed, learner, segment), goes on from the
-weights, moments, statistics and price that the one before left in a file, and ends by playing the
-episodes under way to their end, without learning. So a segment is a function of the file before it:
-a run that was interrupted and resumed is, bit for bit, the one that was not.
+A run is divided into segments of a fixed number of updates. At the start of a segment every
+environment is reset, all random generators are seeded from (seed, learner, segment), and weights,
+moments, statistics and price are loaded from the file that the segment before wrote. At its end
+the running episodes are completed without learning. A segment therefore depends only on the file
+before it, and an interrupted run that is resumed gives the same result, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,36 +43,44 @@ _STEP_LIMIT = 100_000
 
 @dataclass(frozen=True)
 class LearnerConfig(Settings):
-    """How a learner learns.
+    """The settings of a learner: those of PPO, of its multiplier and of its segments.
 
     Raises:
-        KindError: a value is of another type; a TypeError and a ValueError.
-        ValueError: a number is out of range, or the batch size does not divide a rollout.
+        KindError: A value has the wrong type. A KindError is a TypeError and a ValueError.
+        ValueError: A number is out of range, or the batch size does not divide a rollout.
     """
 
     num_envs: Count = 4
-    """Environments that step together; 1 where a process can hold one only (`config_for`)."""
+    """Number of environments that step together. It must be 1 where a process can hold only one
+    (see `config_for`)."""
     rollout_steps: Count = 512
-    """Steps of each environment between two updates."""
+    """Number of steps of each environment between two updates."""
     batch_size: Count = 256
+    """Number of transitions in a gradient step."""
     epochs: Count = 10
-    """Passes over a rollout in an update."""
+    """Number of passes over a rollout in an update."""
     learning_rate: float = 3e-4
+    """Learning rate of Adam."""
     discount: float = 0.99
+    """Discount of the rewards."""
     gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
     clip_range: float = 0.2
+    """PPO's clip range of the probability ratio."""
     entropy_weight: float = 0.0
+    """Weight of the entropy bonus."""
     hidden: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers, of actor and critic each."""
+    """Widths of the hidden layers, for the actor and the critic each."""
     normalise: bool = True
-    """Whether the learner sees observations and rewards divided by their running spread; the log
-    holds raw ones either way."""
+    """Whether observations and rewards are normalised for the learner by running statistics. The
+    log always holds raw values."""
     multiplier_start: float = 1.0
-    """Price of a unit of cost at first, in units of reward."""
+    """First price of a unit of cost, in units of reward."""
     multiplier_rate: float = 0.25
-    """Greatest change of its logarithm after a rollout."""
+    """Greatest change of the price's logarithm after a rollout."""
     segment_steps: Count = 50_000
-    """Steps, of all environments together, between two files to go on from."""
+    """Number of steps, of all environments together, between two files from which a run can
+    resume."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,44 +97,45 @@ class LearnerConfig(Settings):
 
     @property
     def rollout(self) -> int:
-        """Steps of all environments together between two updates."""
+        """Number of steps of all environments together between two updates."""
         return self.num_envs * self.rollout_steps
 
     @property
     def segment(self) -> int:
-        """Updates between two files."""
+        """Number of updates in a segment."""
         return max(1, round(self.segment_steps / self.rollout))
 
     def updates(self, steps: int) -> int:
-        """How many updates at least `steps` steps make."""
+        """Return the number of updates that take at least `steps` steps."""
         return math.ceil(steps / self.rollout)
 
 
 @dataclass(frozen=True)
 class Learner:
-    """One learner of a run; what it has done is kept in its folder."""
+    """One learner of a run. Its folder holds its state and its episodes."""
 
     venv: VecEnv
-    """Environments that nothing else steps; raw, without wrappers."""
+    """Vector environment without wrappers, which nothing else may step meanwhile."""
     folder: Path
-    """Of this learner alone: its state, and the episodes of its segments."""
+    """Folder of this learner, with its state and the episodes of its segments."""
     limit: float | None
-    """On the mean cost of an episode; None: it learns for the reward alone."""
+    """Limit on the mean cost of an episode; None where the learner maximises only the reward."""
     seed: tuple[int, int]
     """Seed of the run, and number of the learner."""
     config: LearnerConfig
-    """The same as when it began."""
+    """Settings. They must be the same as when the learner began."""
     label_magnitude: float
-    """See `OfflineDataset`."""
+    """Label of an unsafe state where labels are binary; see `label_reach`."""
     report: Callable[[int, Progress], None]
-    """Called after each rollout with its number of steps, and after each segment (0 steps)."""
+    """Function that is called after each rollout with its number of steps, and after each segment
+    with 0 steps."""
 
     def learn(self, updates: int) -> Progress:
-        """Go on until so many updates are done in all.
+        """Continue until `updates` updates are done in total, and return the progress.
 
         Raises:
-            ValueError: the environment does not report its costs, never ends, or a file is
-                damaged.
+            ValueError: The environment does not report its costs, an episode does not end, or a
+                file is damaged.
         """
         progress = read_progress(self.folder)
         with _one_thread():
@@ -148,7 +157,7 @@ class Learner:
         priced = PricedReward(recorder, 0.0 if price is None else price.value)
         stack = _normalised(priced, config)
         numbers = np.random.SeedSequence([*self.seed, progress.segments]).generate_state(1)
-        # Half the range: environments are seeded with it and the numbers that follow.
+        # The seed is halved because the environments are seeded with it and the numbers after it.
         model = _ppo(stack, config, seed=int(numbers[0]) // 2)
         if progress.segments:
             restore(self.folder / STATE, model, stack)
@@ -170,7 +179,7 @@ class Learner:
             returns=np.concatenate([progress.returns, log.returns.astype(np.float32)]),
             costs=np.concatenate([progress.costs, log.episode_costs.astype(np.float32)]),
         )
-        # Last: until this file is there, the segment has not happened.
+        # The state is written last. An interruption before this line repeats the whole segment.
         write_state(self.folder / STATE, model, stack, after)
         return after
 
@@ -210,7 +219,7 @@ def _normalised(priced: PricedReward, config: LearnerConfig) -> VecNormalize:
 
 
 class _Watch(BaseCallback):
-    """Sets the price after each rollout, and keeps the episodes that it held."""
+    """Callback that updates the price after each rollout and collects the finished episodes."""
 
     def __init__(
         self,
@@ -253,7 +262,7 @@ class _Watch(BaseCallback):
 
 
 def _finish_episodes(model: PPO, stack: VecNormalize, recorder: EpisodeRecorder) -> None:
-    """Play on, without learning, until the episodes under way are over."""
+    """Complete the running episodes with the current policy, without learning."""
     running = recorder.lengths > 0
     for _ in range(_STEP_LIMIT):
         if not running.any():
@@ -270,7 +279,11 @@ def _finish_episodes(model: PPO, stack: VecNormalize, recorder: EpisodeRecorder)
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread: networks this small gain nothing from a second, and sums keep their order."""
+    """Make torch use one thread in this context.
+
+    Small networks are not faster with more, and one thread keeps the order of sums, so that results
+    can be reproduced bit for bit.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

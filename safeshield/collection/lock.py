@@ -1,4 +1,4 @@
-"""A lock on a folder that ends with the process that holds it, however that process ends."""
+"""A lock on a folder that the operating system releases when the process ends."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK = "lock"
-"""Name of the file that is locked; the file stays, and means nothing by itself."""
+"""Name of the lock file. The file stays in the folder; its presence does not mean a lock."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made if need be, against other processes and other calls.
+    """Lock a folder against other processes and other calls. The folder is made if necessary.
 
-    The operating system releases the lock when its process ends, also where that is killed.
+    The operating system releases the lock when the process ends, even if it is killed.
     Without file-system locking this has no effect.
 
     Raises:
-        ValueError: another run holds the folder.
+        ValueError: Another run has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
@@ -30,8 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
             held.enter_context(FileLock(folder / LOCK, timeout=0))
         except Timeout as error:
             raise ValueError(
-                f"{folder} is being used by another run, which goes on from it too: wait until "
-                "that has ended, or use another folder (on the command line --parts)"
+                f"{folder} is being used by another run: wait until that run has ended, or use "
+                "another folder (on the command line --parts)"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:

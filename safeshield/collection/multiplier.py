@@ -1,4 +1,4 @@
-"""The price on cost of a learner under a cost limit: dual ascent on its logarithm."""
+"""The Lagrange multiplier of a learner under a cost limit, updated by dual ascent."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from dataclasses import dataclass
 class Multiplier:
     """The multiplier l of a limit d on the mean cost J of an episode.
 
-    The learner's reward is ``(r - l c) / (1 + l)`` (the scale of Stooke et al. 2020, "Responsive
-    Safety in RL by PID Lagrangian Methods"), and after each rollout in which episodes ended::
+    The learner's reward is ``(r - l c) / (1 + l)``, with the scale of Stooke et al. 2020,
+    "Responsive Safety in RL by PID Lagrangian Methods". After each rollout in which episodes ended,
+    the multiplier is updated::
 
         log l <- log l + rate * clip((J - d) / max(d, 1), -1, 1)
 
-    That is the dual ascent of PPO-Lagrangian (Ray et al. 2019, "Benchmarking Safe Exploration in
-    Deep RL") with a multiplicative step (exponentiated gradient, Kivinen and Warmuth 1997): l stays
-    above 0 and finds its order of magnitude by itself, so that one rate serves rewards of any unit.
+    This is the dual ascent of PPO-Lagrangian (Ray et al. 2019, "Benchmarking Safe Exploration in
+    Deep RL") with a multiplicative step (exponentiated gradient, Kivinen and Warmuth 1997). The
+    multiplier stays above 0 and adapts to the order of magnitude of the rewards, so that the same
+    rate is usable for rewards in any unit.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: A number is out of range.
 
     >>> price = Multiplier(limit=5.0)
     >>> price.updated(20.0).value > price.value > price.updated(1.0).value
@@ -29,13 +31,15 @@ class Multiplier:
     """
 
     limit: float
-    """d, of the summed cost of an episode."""
+    """d, the limit on the summed cost of an episode."""
     value: float = 1.0
-    """l, units of reward per unit of cost."""
+    """l, in units of reward per unit of cost."""
     rate: float = 0.25
-    """Greatest change of log l in a step."""
+    """Greatest change of log l in an update."""
     least: float = 1e-3
+    """Lower bound of l."""
     greatest: float = 1e4
+    """Upper bound of l."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.limit) and self.limit >= 0.0):
@@ -50,7 +54,7 @@ class Multiplier:
             )
 
     def updated(self, mean_cost: float) -> Multiplier:
-        """Return the multiplier after episodes of mean cost J."""
+        """Return the multiplier after a rollout whose episodes have the mean cost J."""
         error = (mean_cost - self.limit) / max(self.limit, 1.0)
         step = self.rate * min(max(error, -1.0), 1.0)
         value = min(max(self.value * math.exp(step), self.least), self.greatest)

@@ -1,4 +1,4 @@
-"""What a folder of learners was begun with, which must be the same to go on in it."""
+"""The plan of a collection: the arguments that must be the same for a run to be resumed."""
 
 from __future__ import annotations
 
@@ -28,16 +28,22 @@ _FORMAT = "safeshield-collection"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What must be the same for the learners of a folder to go on."""
+    """The arguments of a run that must be the same when it is resumed in its folder."""
 
     environment: str
+    """Id of the environment, or the name of its class."""
     wrappers: tuple[str, ...]
-    """Around it, by name."""
+    """Names of the wrappers around the environment, the outermost first."""
     spaces: dict[str, Any]
+    """Observation and action space as JSON values."""
     limits: tuple[float | None, ...]
+    """Limit of each learner on the mean cost of an episode; None for no limit."""
     seed: int
+    """Seed of the run."""
     config: LearnerConfig
+    """Settings of the learners."""
     label_magnitude: float
+    """Label of an unsafe state where labels are binary."""
 
     @classmethod
     def of(
@@ -48,11 +54,12 @@ class Plan:
         config: LearnerConfig,
         label_magnitude: float,
     ) -> Self:
-        """Check the arguments of a run, and return its plan.
+        """Check the arguments of a run and return its plan.
 
         Raises:
-            ValueError: no limit, a limit or a seed out of range, or actions without bounds.
-            TypeError: a seed that is no whole number.
+            ValueError: There are no limits, a limit or the seed is out of range, or the action
+                space is unbounded.
+            TypeError: The seed is not a whole number.
         """
         if not limits:
             raise ValueError("limits must name at least one learner's cost limit, or None; got ()")
@@ -60,8 +67,9 @@ class Plan:
         action_codec = flat_actions(env.action_space)
         if not (np.isfinite(action_codec.low).all() and np.isfinite(action_codec.high).all()):
             raise ValueError(
-                f"env's action_space must be bounded, as PPO needs it, got {env.action_space}; "
-                "give it the bounds of the actuators, in the environment or in a wrapper"
+                f"env's action_space must be bounded, because PPO needs bounds, got "
+                f"{env.action_space}; give it the bounds of the actuators, in the environment or "
+                "in a wrapper"
             )
         start, rate = config.multiplier_start, config.multiplier_rate
         checked = tuple(
@@ -86,10 +94,12 @@ class Plan:
         return json_values(self)
 
     def claim(self, folder: Path) -> None:
-        """Begin in this folder, or see that it was begun with the same plan; note the versions.
+        """Begin a run in this folder, or check that its run has the same plan.
+
+        The versions of the packages are added to the folder's list.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: The folder belongs to another run.
         """
         path = folder / PLAN
         if not path.exists():
@@ -107,7 +117,7 @@ class Plan:
         elif differing:
             raise ValueError(
                 f"{folder} is of another run ({'; '.join(differing)}); use another folder, or the "
-                "same arguments to go on with it"
+                "same arguments to resume that run"
             )
         elif versions() not in stored["versions"]:
             stored["versions"].append(versions())
@@ -122,12 +132,13 @@ class Plan:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise ValueError where there is something already, and it is not of this module's making."""
+    """Raise ValueError where `folder` exists and is neither empty nor the folder of a run."""
     if not folder.exists() or (folder / PLAN).exists():
         return
     if not folder.is_dir() or any(one.name != LOCK for one in folder.iterdir()):
         raise ValueError(
-            f"{folder} must be a new or empty folder, or one that this began; it is not"
+            f"{folder} must be a new or empty folder, or the folder of a run to resume, but it "
+            "holds other files or is not a folder"
         )
 
 
@@ -140,7 +151,7 @@ def _wrappers(env: Env) -> tuple[str, ...]:
 
 
 def learner_folder(folder: Path, number: int) -> Path:
-    """Return where the learner of this number keeps its files."""
+    """Return the folder of the learner with this number."""
     return folder / f"learner-{number:02d}"
 
 
@@ -150,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; begin in another folder") from error
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no plan of safeshield's; use another folder")
+        raise ValueError(f"{path} is not a plan of safeshield; use another folder")
     return data
 
 
@@ -160,6 +171,6 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def versions_used(folder: Path) -> list[dict[str, str]]:
-    """Return the versions that a folder's learners were run with."""
+    """Return the package versions with which the learners of a folder were run."""
     used: list[dict[str, str]] = _read(folder / PLAN)["versions"]
     return used

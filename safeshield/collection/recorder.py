@@ -1,4 +1,4 @@
-"""Between an environment and a learner: what is written down, and what the learner is told."""
+"""Wrappers between an environment and a learner: they record episodes and put a price on cost."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from safeshield.spaces.rows import SpaceCodec
 
 
 class EpisodeRecorder(VecEnvWrapper):
-    """Writes down every whole episode of a VecEnv, as the environment sees and tells it.
+    """Records every whole episode of a VecEnv.
 
-    Observations are raw, actions those that were executed (clipped, or
-    ``info["action_executed"]``), the last observation is that of the episode, not of the next.
+    Recorded observations are raw. Recorded actions are those that were executed: the clipped
+    actions, or ``info["action_executed"]`` where it is reported. The last observation is the final
+    one of the episode, not the first one of the next episode.
 
     Args:
-        venv: whose infos hold ``"cost"`` or ``"constraint"``.
-        observation_codec: how observations become rows.
-        action_codec: how actions become rows.
+        venv: A VecEnv whose infos hold ``"cost"`` or ``"constraint"``.
+        observation_codec: Codec that converts observations to rows.
+        action_codec: Codec that converts actions to rows.
     """
 
     def __init__(
@@ -45,22 +46,22 @@ class EpisodeRecorder(VecEnvWrapper):
         self._observation_codec, self._action_codec = observation_codec, action_codec
         self._episodes: list[Episode] = []
         self.costs = np.zeros(venv.num_envs)
-        """(n,) of the last step; 1 in a violation where only the constraint is reported."""
+        """(n,) costs of the last step; 1 in a violation where only the constraint is reported."""
         self.current: Any = None
-        """The observations that the next actions answer."""
+        """Copy of the current observations, from which the next actions are chosen."""
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) steps of the episodes that are not over."""
+        """(n,) number of steps so far of the running episodes."""
         return np.array([len(one.rewards) for one in self._running], np.int64)
 
     def take(self) -> list[Episode]:
-        """Return the episodes that ended since the last call, and forget them."""
+        """Return the episodes that ended since the last call, and remove them from the record."""
         taken, self._episodes = self._episodes, []
         return taken
 
     def reset(self) -> VecEnvObs:
-        """Start new episodes; those that were not over are forgotten."""
+        """Start new episodes. The running episodes are discarded."""
         observations = self.venv.reset()
         self.current = copied(observations)
         rows = self._observation_codec.flatten(observations, "observation")[0]
@@ -70,12 +71,12 @@ class EpisodeRecorder(VecEnvWrapper):
         return observations
 
     def step_async(self, actions: Array) -> None:
-        """Send the actions on, and remember them as they are executed."""
+        """Send the actions to the environments, and store them as they are executed."""
         self._actions = executable_actions(actions, self.action_space, self.num_envs)
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Write the step down."""
+        """Wait for the step and record it."""
         observations, rewards, dones, infos = self.venv.step_wait()
         self.current = copied(observations)
         after = np.array(self._observation_codec.flatten(observations, "observation")[0])
@@ -85,7 +86,7 @@ class EpisodeRecorder(VecEnvWrapper):
             if done:
                 last = info[TERMINAL_OBSERVATION]
                 reached = self._observation_codec.flatten(last, "observation")[0][0]
-            # Before the learner sees it, which would go on with weights that are no numbers.
+            # The check comes before the learner, because a NaN reward would make its weights NaN.
             where = f"an episode of environment {i}"
             check_reward(float(rewards[i]), len(self._running[i].rewards), where)
             self.costs[i] = _cost(info)
@@ -98,11 +99,11 @@ class EpisodeRecorder(VecEnvWrapper):
 
 
 class PricedReward(VecEnvWrapper):
-    """Tells the learner ``(r - l c) / (1 + l)``; see `multiplier.Multiplier`.
+    """Replaces the reward r by ``(r - l c) / (1 + l)``; see `multiplier.Multiplier`.
 
     Args:
-        recorder: whose costs are meant.
-        price: l, at least 0; it may be changed at any time.
+        recorder: The recorder that provides the costs c.
+        price: l, at least 0. The attribute may be changed at any time.
     """
 
     def __init__(self, recorder: EpisodeRecorder, price: float) -> None:
@@ -110,18 +111,18 @@ class PricedReward(VecEnvWrapper):
         self._recorder, self.price = recorder, price
 
     def reset(self) -> VecEnvObs:
-        """Pass on."""
+        """Reset the wrapped environments."""
         return self.venv.reset()
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Put the price on."""
+        """Wait for the step and return it with the new rewards."""
         observations, rewards, dones, infos = self.venv.step_wait()
         priced = (rewards - self.price * self._recorder.costs) / (1.0 + self.price)
         return observations, priced.astype(np.float32), dones, infos
 
 
 class _Running:
-    """An episode that is not over."""
+    """The record of an episode that has not ended."""
 
     def __init__(self, start: Array, info: Infos) -> None:
         self.states = [np.array(start)]

@@ -1,4 +1,4 @@
-"""Learners under several cost limits, one after the other, and the log that they leave."""
+"""Collection of a log by learners under several cost limits, which run one after the other."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from safeshield.rollouts.copies import (
 from safeshield.spaces.generic import Env
 
 LIMITS: tuple[float | None, ...] = (None, 25.0, 5.0, 0.0)
-"""Of four learners: one for the reward alone, three under a limit on an episode's cost."""
+"""Default limits of four learners: one without a limit, three with a limit on an episode's cost."""
 STEPS = 200_000
+"""Default number of steps of each learner."""
 
 
 def collect_while_learning(
@@ -48,40 +49,41 @@ def collect_while_learning(
     label_magnitude: float = DEFAULT_MAGNITUDE,
     progress_bar: bool = False,
 ) -> OfflineDataset:
-    """Log everything that PPO does while it learns under several cost limits, thinned on a grid.
+    """Collect a log of all episodes that PPO runs while it learns under several cost limits.
 
-    Every learner begins with random networks, and all of its episodes are logged, whole, from the
-    first to the last: observations and actions raw, actions as they were executed. The log thus
-    holds safe and reckless, poor and good behaviour. It is as DSRL made its logs (Liu et al. 2024)
-    with PPO in place of a dozen algorithms.
+    Every learner begins with random networks, and all of its episodes are logged from the first to
+    the last. Logged observations are raw, and logged actions are those that were executed. The log
+    therefore holds safe and reckless, good and poor behaviour. DSRL made its logs in the same way
+    (Liu et al. 2024), with a dozen algorithms in place of PPO.
 
-    What is done is kept in `folder`: called again with the same arguments after an interruption,
-    it goes on from the last whole segment (`LearnerConfig.segment_steps`), and the log is the same,
-    bit for bit, as without the interruption, on the same machine with the same versions, where a
-    reset with a seed leaves nothing of what was before. More `steps` go on with the same learners;
-    another `thinning` reads the same episodes. The folder can be deleted afterwards.
+    State and episodes are stored in `folder`. A call with the same arguments after an interruption
+    resumes from the last complete segment (`LearnerConfig.segment_steps`). The log is then the
+    same, bit for bit, as without the interruption. This holds on the same machine with the same
+    versions, for environments that a reset with a seed puts back completely. A call with more
+    `steps` continues the same learners, and a call with another `thinning` uses the same episodes.
+    The folder can be deleted afterwards.
 
     Args:
-        env: a Gymnasium environment that reports ``info["cost"]`` or ``info["constraint"]``.
-            Copies of it are stepped; where `gymnasium.make` cannot rebuild it, or a process can
-            hold one only, it is stepped itself and `config` must ask for one environment.
-        folder: where to keep state and episodes; made if need be. Models and logs in it cannot
-            run code.
-        limits: for each learner, its limit on the mean cost of an episode; None: none.
-        steps: of each learner; rounded up to whole rollouts (`LearnerConfig.rollout` steps). Of
-            what is done already nothing is taken back. Episodes under way at the end of a segment
-            are played to their end besides.
-        seed: of everything.
-        thinning: which episodes stay; None: all.
-        config: how they learn; by default `config_for(env)`.
-        label_magnitude: label of an unsafe state where labels are binary; see `label_reach`.
-        progress_bar: show one.
+        env: A Gymnasium environment that reports ``info["cost"]`` or ``info["constraint"]``.
+            Copies of it are stepped. Where `gymnasium.make` cannot rebuild it, or a process can
+            hold only one, `env` itself is stepped and `config.num_envs` must be 1.
+        folder: Folder for state and episodes. It is made if necessary. Reading its models and logs
+            runs no code from them.
+        limits: Limit of each learner on the mean cost of an episode; None for no limit.
+        steps: Number of steps of each learner, rounded up to whole rollouts of
+            `LearnerConfig.rollout` steps. Learners that have done more keep all their steps. The
+            steps that complete the running episodes at the end of a segment come in addition.
+        seed: Seed of all random numbers.
+        thinning: Selection of the episodes that the log keeps. With None it keeps all.
+        config: Settings of the learners; by default `config_for(env)`.
+        label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
+        progress_bar: Whether to show a progress bar.
 
     Raises:
-        ValueError: an argument out of range; `folder` is of another run, or another one is using
-            it; the environment tells neither cost nor constraint, its rewards are not finite, its
-            actions not bounded, or its episodes do not end.
-        TypeError: a space that `spaces.rows` does not support, or a number that is not whole.
+        ValueError: An argument is out of range; `folder` belongs to another run, or another run is
+            using it; the environment reports neither cost nor constraint, its rewards are not
+            finite, its actions are unbounded, or its episodes do not end.
+        TypeError: `spaces.rows` does not support a space, or a number is not whole.
     """
     _check_env(env)
     config = config or config_for(env)
@@ -117,9 +119,10 @@ def collect_while_learning(
 
 
 def config_for(env: Env) -> LearnerConfig:
-    """Return the settings that an environment has by default.
+    """Return the default settings of learners for an environment.
 
-    Where it cannot be copied it is stepped alone, and a rollout has as many steps all the same.
+    For an environment that cannot be copied `num_envs` is 1, and `rollout_steps` is larger, so that
+    a rollout has the same total number of steps.
 
     >>> config_for(gym.make("CartPole-v1")).num_envs
     4
@@ -148,7 +151,7 @@ def _environments(env: Env, count: int) -> Iterator[VecEnv]:
         )
 
     def make() -> Env:
-        # disable_env_checker: what it would say of the copies it has said of the environment.
+        # The checker is disabled because it has already checked the environment that is copied.
         owned = count > 1 and spec is not None
         inner = gym.make(spec, disable_env_checker=True) if owned and spec else env
         return Member(inner, owned=owned, freeze=False)
@@ -161,7 +164,7 @@ def _environments(env: Env, count: int) -> Iterator[VecEnv]:
 
 
 def _kept(done: Sequence[Progress], thinning: Thinning | None) -> list[Indices]:
-    """Of each learner's episodes those that stay, after thinning all of them together."""
+    """Return the kept indices of each learner, after thinning the episodes of all together."""
     lengths = [len(progress.returns) for progress in done]
     returns = np.concatenate([progress.returns for progress in done])
     costs = np.concatenate([progress.costs for progress in done])
@@ -178,7 +181,7 @@ def _kept(done: Sequence[Progress], thinning: Thinning | None) -> list[Indices]:
 
 
 def _selected(folder: Path, progress: Progress, indices: Indices) -> Iterator[OfflineDataset]:
-    """Yield the episodes of a learner that stay, a segment at a time."""
+    """Yield the kept episodes of a learner, one log for each segment."""
     start = 0
     for segment in range(progress.segments):
         log = load_segment(folder, segment)
@@ -188,8 +191,8 @@ def _selected(folder: Path, progress: Progress, indices: Indices) -> Iterator[Of
             yield log.select(mine)
     if start != len(progress.returns):
         raise ValueError(
-            f"{folder} holds {start} episodes, but its state tells of {len(progress.returns)}; "
-            f"delete the folder {folder} to let this learner begin anew"
+            f"{folder} holds {start} episodes, but its state counts {len(progress.returns)}; "
+            f"delete the folder {folder} to let this learner begin again"
         )
 
 
@@ -245,7 +248,7 @@ class _Bar:
         self._bar.close()
 
     def of(self, limit: float | None) -> Callable[[int, Progress], None]:
-        """Return what the learner of this limit reports to."""
+        """Return the `report` function for the learner with this limit."""
 
         def report(steps: int, progress: Progress) -> None:
             self._bar.update(steps)

@@ -1,4 +1,4 @@
-"""What a learner resumes from: a file of its state, and one of episodes for each segment."""
+"""The files of a learner: one with its state, and one with the episodes of each segment."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ _RETURNS, _COSTS, _POLICY, _MOMENTS = "episodes.returns", "episodes.costs", "pol
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a learner is."""
+    """The progress of a learner."""
 
     updates: int
-    """Done."""
+    """Number of updates that are done."""
     segments: int
-    """Done, each with a file of episodes."""
+    """Number of segments that are done. Each has a file of episodes."""
     price: float | None
-    """Its multiplier; None without a limit."""
+    """Multiplier of the cost; None without a limit."""
     returns: npt.NDArray[np.float32]
-    """(E,) of its episodes so far, in order."""
+    """(E,) returns of the episodes so far, in order."""
     costs: npt.NDArray[np.float32]
-    """(E,) likewise."""
+    """(E,) summed costs of the episodes so far, in order."""
 
 
 def segment_file(folder: Path, segment: int) -> Path:
-    """Return where the episodes of a segment are."""
+    """Return the path of the file with the episodes of a segment."""
     return folder / f"segment-{segment:04d}.hdf5"
 
 
 def read_progress(folder: Path) -> Progress:
-    """Return how far the learner of a folder is.
+    """Return the progress of the learner in a folder.
 
     Raises:
-        ValueError: its file is damaged, or the episodes of a segment are missing.
+        ValueError: The state file is damaged, or the episodes of a segment are missing.
     """
     path = folder / STATE
     if not path.exists():
@@ -63,8 +63,8 @@ def read_progress(folder: Path) -> Progress:
     for segment in range(progress.segments):
         if not segment_file(folder, segment).is_file():
             raise ValueError(
-                f"{segment_file(folder, segment)} is missing, but {path} goes on from it; put it "
-                f"back, or delete the folder {folder} to let this learner begin anew"
+                f"{segment_file(folder, segment)} is missing, but {path} continues from it; put it "
+                f"back, or delete the folder {folder} to let this learner begin again"
             )
     return progress
 
@@ -73,7 +73,7 @@ def load_segment(folder: Path, segment: int) -> OfflineDataset:
     """Read the episodes of a segment.
 
     Raises:
-        ValueError: its file is damaged.
+        ValueError: The file is damaged.
     """
     with _saying_the_way_out(folder):
         return OfflineDataset.load(segment_file(folder, segment))
@@ -81,18 +81,18 @@ def load_segment(folder: Path, segment: int) -> OfflineDataset:
 
 @contextlib.contextmanager
 def _saying_the_way_out(folder: Path) -> Iterator[None]:
-    """Add to the error of a damaged file how to repair the folder."""
+    """Add a repair to the error of a damaged file."""
     try:
         yield
     except ValueError as error:
         raise ValueError(
-            f"{error}. Where there is no whole copy of that file, delete the folder {folder} to "
-            "let this learner begin anew; the others go on from theirs"
+            f"{error}. If there is no intact copy of that file, delete the folder {folder} to "
+            "let this learner begin again; the other learners resume from their own files"
         ) from error
 
 
 def write_state(path: Path, model: PPO, stack: VecNormalize, progress: Progress) -> None:
-    """Write weights, Adam's moments, running statistics and how far it is; nothing that can run."""
+    """Write weights, Adam's moments, running statistics and progress, in a format without code."""
     arrays = {_RETURNS: progress.returns, _COSTS: progress.costs}
     for name, tensor in model.policy.state_dict().items():
         arrays[_POLICY + name] = tensor.detach().numpy()
@@ -115,9 +115,10 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def restore(path: Path, model: PPO, stack: VecNormalize) -> None:
-    """Load what `write_state` wrote into a new model and new statistics."""
+    """Load a file that `write_state` wrote into a new model and new statistics."""
     header, arrays = _read_state(path)
-    # Copies: the arrays may be views of the file's bytes, which must not be trained in place.
+    # The arrays are copied, because they may be views of the file's bytes and training changes
+    # weights in place.
     weights = {
         name.removeprefix(_POLICY): torch.tensor(array)
         for name, array in arrays.items()
@@ -139,7 +140,10 @@ def restore(path: Path, model: PPO, stack: VecNormalize) -> None:
 
 
 def _statistics(stack: VecNormalize) -> dict[str, RunningMeanStd]:
-    """The running statistics by name; of observations only where they are normalised."""
+    """Return the running statistics by name.
+
+    Those of the observations are included only where observations are normalised.
+    """
     found = {"rewards": stack.ret_rms}
     if stack.norm_obs:
         kept = stack.obs_rms
@@ -149,6 +153,6 @@ def _statistics(stack: VecNormalize) -> dict[str, RunningMeanStd]:
 
 
 def _statistics_json(one: RunningMeanStd) -> dict[str, Any]:
-    # Python writes a float64 so that it is read back exactly.
+    # JSON text that Python writes for a float64 is read back as exactly the same number.
     mean, variance = np.asarray(one.mean).tolist(), np.asarray(one.var).tolist()
     return {"mean": mean, "variance": variance, "count": float(one.count)}

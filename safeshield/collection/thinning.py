@@ -1,4 +1,4 @@
-"""Thinning a log on a grid of cost and return, so that rare kinds of episodes stay."""
+"""Thinning of a log on a grid of cost and return, which keeps rare kinds of episodes."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Thinning(Settings):
-    """How many episodes stay, and how they are drawn.
+    """Selection of a given number of episodes, spread over a grid of cost and return.
 
-    The ranges of cost and of return are cut into `bins` equal parts each. The episodes of a cell
-    are put in a random order, and taken in rounds: the first of every cell, then the second of
-    every cell that has one, and so on. So common kinds of episodes are thinned and rare ones stay
-    (DSRL, which draws a fixed number from each cell, also drops cells with a single episode; here
-    none is lost).
+    The ranges of cost and of return are divided into `bins` equal parts each. The episodes of a
+    cell are put in a random order and taken in rounds: the first of every cell, then the second of
+    every cell that has one, and so on. Common kinds of episodes are therefore thinned and rare ones
+    are kept. DSRL draws a fixed number from each cell and drops cells with a single episode; here
+    no cell is dropped.
 
     Raises:
-        ValueError: a number below 1, or a negative seed.
+        ValueError: A number is below 1, or the seed is negative.
     """
 
     episodes: Count | None = None
-    """How many stay in all; None: as many as `cap` lets."""
+    """Number of episodes to keep in total. With None it is limited only by `cap`."""
     cap: Count | None = None
-    """How many of a cell stay at most; None: no limit."""
+    """Greatest number of episodes to keep of a cell; None for no limit."""
     bins: Count = 30
-    """Parts of the range of costs, and of that of returns."""
+    """Number of parts of the range of costs, and of the range of returns."""
     seed: NonNegativeInt = 0
-    """Of the random orders."""
+    """Seed of the random orders."""
 
     def keep(self, returns: npt.ArrayLike, costs: npt.ArrayLike) -> Indices:
-        """Return which of E episodes stay, ascending.
+        """Return the indices of the episodes to keep, in ascending order.
 
-        With the same seed, more `episodes` keep those of fewer and add to them.
+        With the same seed, a larger `episodes` keeps all episodes that a smaller one keeps.
 
         Args:
-            returns: (E,) of each episode.
-            costs: (E,) likewise.
+            returns: (E,) return of each episode.
+            costs: (E,) summed cost of each episode.
 
         Raises:
-            ValueError: the two differ in shape, or hold what is not finite.
+            ValueError: The shapes differ, or a number is not finite.
 
         >>> Thinning(episodes=2).keep([0.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 0.0]).tolist()[-1]
         3
@@ -61,7 +61,7 @@ class Thinning(Settings):
         cells = self.bins * _parts(prices, self.bins) + _parts(rewards, self.bins)
         rng = np.random.default_rng(self.seed)
         rounds = _rounds(cells, rng.permutation(len(cells)))
-        # Within a round, cells come in a random order of their own.
+        # Within a round the cells are in a random order.
         order: Indices = np.lexsort((rng.permutation(self.bins**2)[cells], rounds))
         order = order[rounds[order] < (len(order) if self.cap is None else self.cap)]
         return np.sort(order[: self.episodes])
@@ -78,7 +78,7 @@ def _parts(values: npt.NDArray[np.float64], bins: int) -> Indices:
 
 
 def _rounds(cells: Indices, shuffled: Indices) -> Indices:
-    """For each episode how many of its cell come before it in the shuffled order."""
+    """Return, for each episode, how many of its cell come before it in the shuffled order."""
     by_cell = shuffled[np.argsort(cells[shuffled], kind="stable")]
     sorted_cells = cells[by_cell]
     first = np.flatnonzero(np.diff(sorted_cells, prepend=-1))
