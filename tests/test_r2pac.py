@@ -236,7 +236,7 @@ def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDatase
         run.check_region(RegionReport(2.0, 0.0, 0.0))
     with pytest.raises(ValueError, match=r"from cost_limit\) holds none .*lower cost_limit"):
         run.check_region(RegionReport(run.region.most, 0.0, 0.0))  # type: ignore[union-attr]
-    with pytest.warns(UserWarning, match="nothing is foreseen"):
+    with pytest.warns(UserWarning, match="foresees no violation"):
         run.check_region(RegionReport(2.0, 0.25, 0.25))
     # A margin as wide as the log swallows everything, whatever the costs say.
     wide = dataclasses.replace(TINY, margin=50.0)

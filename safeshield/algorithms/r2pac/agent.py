@@ -1,16 +1,17 @@
-r"""R2PAC: Region-Based Reward Penalty over Action Chunks, whole.
+r"""R2PAC: Region-Based Reward Penalty over Action Chunks.
 
-Three phases on one log (what differs from the paper and why: docs/r2pac.md):
+It trains in three phases on one log. docs/r2pac.md lists the differences from the paper and their
+reasons.
 
-1. critics: costs and the region that they make unsafe (`regions`), penalised rewards over
-   chunks of h actions, and the safety values that a shield is made of (eq. 10 to 16);
-2. actor: a flow that imitates chunks with the label "good", guided beyond them (eq. 17 to 21), or
-   one of two weighted imitators (eq. 40, 41; `nn.chunk_actors`);
-3. student: the actor distilled into one step, as SafeFQL has it.
+1. critics: costs and the unsafe region that follows from them (`regions`), penalised rewards over
+   chunks of h actions, and the safety values that a shield needs (eq. 10 to 16);
+2. actor: a flow that imitates chunks with the label "good" and is guided beyond them (eq. 17 to
+   21), or one of two weighted imitators (eq. 40, 41; `nn.chunk_actors`);
+3. student: the actor distilled into a one-step network, as in SafeFQL.
 
-It acts by the best of `candidates` draws: in safe states the one of the highest penalised Q_r, in
-others the one of the lowest Q_c. It executes that plan's first few actions, then plans anew. The
-losses stand at the head of `algorithms.r2pac.losses`.
+The agent chooses the best of `candidates` sampled plans. In safe states this is the plan of highest
+penalised Q_r, and in the others the plan of lowest Q_c. It executes the first actions of that plan
+and then plans again. The module docstring of `algorithms.r2pac.losses` has the losses.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
 
 @register("r2pac")
 class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
-    """A planner of action chunks that stays out of the region from which costs follow.
+    """Plan chunks of actions that stay outside the region of states from which costs follow.
 
     Args:
         config: settings; see `R2PACConfig`.
@@ -79,16 +80,16 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         execute: int | None = None,
         choose: Literal["region", "cost"] | None = None,
     ) -> Self:
-        """Return an agent of the same weights that plans, or follows its plans, in another way.
+        """Return an agent with the same weights and other settings of planning.
 
         Args:
-            inference: what draws them: "flow", or "student", in one step.
-            candidates: plans to choose from; None: as before.
-            execute: actions of a plan to execute; None: as before.
-            choose: which plan to follow (`R2PACConfig.choose`); None: as before.
+            inference: network that samples plans: "flow", or the one-step "student".
+            candidates: number of plans from which to choose; None leaves it unchanged.
+            execute: number of actions of a plan to execute; None leaves it unchanged.
+            choose: choice among the plans (`R2PACConfig.choose`); None leaves it unchanged.
 
         Raises:
-            ValueError: an unknown name, or a number out of range.
+            ValueError: a name is unknown, or a number is out of range.
         """
         given: dict[str, Any] = {
             "candidates": candidates,
@@ -102,18 +103,18 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         return other
 
     def shield(self, plans: int = 8) -> Shield:
-        """Return an uncalibrated shield (delta 0) that looks ahead, fallback its student.
+        """Return an uncalibrated shield (delta 0) that judges plans; its fallback is the student.
 
-        It accepts an action where one of `plans` plans that begin with it keeps
-        Q_h(s, chunk) <= -delta, and replaces it by one that does.
+        It accepts an action if at least one of `plans` plans that begin with the action has
+        Q_h(s, chunk) <= -delta. Otherwise it replaces the action by one for which this holds.
 
         Args:
-            plans: drawn by the student for each state; 0: an action is judged by itself, as the
-                shields of other agents do.
+            plans: number of plans that the student samples in each state. With 0, actions are
+                judged alone, as by the shields of other agents.
 
         Raises:
-            TypeError: `plans` is no whole number.
-            ValueError: it is negative.
+            TypeError: `plans` is not a whole number.
+            ValueError: `plans` is negative.
         """
         model, plans = self._fitted(), whole("plans", plans, least=0)
         names = (*SAFETY_NETWORKS, PLAN, FALLBACK, BEHAVIOUR)
@@ -133,14 +134,15 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         )
 
     def plan(self, observation: Batch, deterministic: bool = False) -> npt.NDArray[np.float32]:
-        """Return the chunk of h actions that it would follow: (h, *action's shape), or n of them.
+        """Return the chosen chunk of h actions: (h, *action's shape), or (n, h, *action's shape).
 
         Args:
-            observation: one, or a batch of them.
-            deterministic: choose from the same draws of noise in every state.
+            observation: one observation or a batch of n.
+            deterministic: whether to sample plans from the same fixed noise in every state.
 
         Raises:
-            ValueError: a shape that is not the observation space's, or NaN.
+            ValueError: an observation has another shape than the observation space, or is not
+                finite.
         """
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
@@ -157,18 +159,18 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[np.float32], tuple[npt.NDArray[Any], ...] | None]:
-        """Return actions and the state: Stable-Baselines3's signature.
+        """Return actions and the state, with the signature of Stable-Baselines3.
 
         Args:
-            observation: one, or a batch of them.
-            state: with `execute` above 1, what the last call returned: the plans under way. Without
-                it every call plans anew.
-            episode_start: (n,) where an episode begins, and with it a plan.
-            deterministic: choose from the same draws of noise in every state.
+            observation: one observation or a batch of n.
+            state: with `execute` above 1, the state that the last call returned, which holds the
+                current plans. With None every call makes new plans.
+            episode_start: (n,) whether an episode, and therefore a new plan, begins.
+            deterministic: whether to sample plans from the same fixed noise in every state.
 
         Raises:
-            ValueError: a shape that is not the observation space's, NaN, or a state that no call
-                for as many observations returned.
+            ValueError: an observation has another shape than the observation space, or is not
+                finite; or the state is not one that a call for n observations returned.
         """
         if self.config.steps_of_a_plan == 1:
             return super().predict(observation, state, episode_start, deterministic)
@@ -176,7 +178,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         rows, single = self._rows(model, observation, "observation")
         plans, done = self._under_way(model, len(rows), state, episode_start)
         seen = model.scaling.observations(rows)
-        # A plan made for safe states ends where the state is not.
+        # In an unsafe state the agent plans again at once.
         over = (done >= self.config.steps_of_a_plan) | self._unsafe(model, seen)
         due = np.flatnonzero(over)
         if len(due):
@@ -193,7 +195,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         state: tuple[npt.NDArray[Any], ...] | None,
         episode_start: npt.NDArray[np.bool_] | None,
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Return the plans (n, h, act) and how many actions of each have been executed."""
+        """Return the current plans (n, h, act) and the number of executed actions of each, (n,)."""
         shape = (count, model.chunk, model.scaling.action_features)
         if state is None:
             return np.zeros(shape, np.float32), np.full(count, model.chunk)
@@ -206,7 +208,10 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
                 f"counts {(count,)}, got {plans.shape} and {done.shape}"
             )
         if not (np.abs(plans) <= 1.0).all() or not ((done >= 0) & (done <= model.chunk)).all():
-            raise ValueError("state must be what predict returned, but holds no plans")
+            raise ValueError(
+                "state must be what predict returned, but its plans are not actions in [-1, 1] or "
+                f"its counts are not in [0, {model.chunk}]"
+            )
         if episode_start is not None:
             starts = np.asarray(episode_start, dtype=bool)
             if starts.shape != (count,):
@@ -216,17 +221,17 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
 
     @property
     def region(self) -> RegionReport:
-        """What the unsafe region came to over the log that it learned from."""
+        """Level and size of the unsafe region over the log."""
         report = self._fitted().region
         if report is None:
-            raise RuntimeError("this agent's file does not tell its region")
+            raise RuntimeError("this agent's file lacks its unsafe region; train the agent again")
         return report
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the region and the penalty, as JSON values."""
         return {"region": self.region._asdict(), "penalty": self._fitted().penalty}
 
-    # -- what OfflineAgent asks for -----------------------------------------------------------
+    # -- methods that OfflineAgent requires ---------------------------------------------------
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         check_boundary(dataset)
@@ -238,7 +243,8 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         if (dataset.constraints > -margin).all():
             raise ValueError(
                 "the unsafe region holds all of the log's states: each violates, or lies within "
-                f"the margin of doing so ({margin:g} in units of h)"
+                f"the margin of a violation ({margin:g} in units of h); lower margin, or log some "
+                "careful episodes"
             )
         penalty = config.penalty
         if penalty is None:
@@ -253,8 +259,9 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         )
 
     def _costs(self, model: ChunkArchitecture, spread: float) -> RewardCritics:
-        # It starts from "no violation follows": what does follow is learned within a few chunks,
-        # while too high a start is forgotten at the pace of the discount.
+        # The initial values mean that no violation follows. Violations are learned within a few
+        # chunks, while initial values that are too high would decrease only as fast as the
+        # discount allows.
         return RewardCritics(
             model.scaling.observation_features,
             model.actor.width,
@@ -304,7 +311,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         return ChunkArchitecture(*interface, networks, chunked, config.chunk, actor)
 
     def _noise_features(self, model: ChunkArchitecture) -> int:
-        # One more tells which labels are left out.
+        # One further feature decides which labels are left out.
         return model.actor.width + 1
 
     def _settle(self, model: ChunkArchitecture, log: LogTensors) -> ChunkArchitecture:
@@ -320,14 +327,14 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     def _act(
         self, model: ChunkArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
-        """Return the first actions of the plans."""
+        """Return the first action of each plan."""
         plans = self._plans(model, observations, deterministic)
         return plans[:, : model.scaling.action_features]
 
     def _plans(
         self, model: ChunkArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
-        """Return the best of the candidates, (n, h * act), in [-1, 1]."""
+        """Return the best of the sampled plans in each state, (n, h * act), in [-1, 1]."""
         count, each, width = len(observations), self.config.candidates, model.actor.width
         noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
         seen = np.repeat(observations, each, axis=0)
@@ -338,7 +345,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             drawn = model.actor.sample(self._arrays[ACTOR], seen, noise)
         if each == 1:
             return np.asarray(drawn)
-        # Q = V(s) + sigma A: within a state the advantage alone decides.
+        # Q = V(s) + sigma A, so A alone decides the order of the plans in a state.
         region = region_of(model, self.config)
         worse = region.worse(self._arrays, seen, drawn).reshape(count, each)
         chosen = worse.argmin(1)
@@ -351,7 +358,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     def _unsafe(
         self, model: ChunkArchitecture, observations: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.bool_]:
-        """Tell states in which the costs decide, (n,)."""
+        """Return whether the costs decide in each state, because it is unsafe, (n,) bool."""
         if not self.config.recover:
             return np.zeros(len(observations), bool)
         region = region_of(model, self.config)
@@ -359,13 +366,13 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
 
 
 def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:
-    """Return a log without the episodes that hold no chunk: truncated before h steps.
+    """Return a log without the episodes that are truncated before h steps and hold no chunk.
 
     Warns:
-        UserWarning: some are left out.
+        UserWarning: some episodes are left out.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no episode is left.
     """
     lengths = dataset.episode_lengths
     ends = dataset.episode_starts + lengths - 1

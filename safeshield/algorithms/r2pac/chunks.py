@@ -1,16 +1,16 @@
-r"""A log as chunks of h consecutive steps: views, made a batch at a time from the log's own arrays.
+r"""Chunks of h consecutive steps of a log, formed a batch at a time from the log's arrays.
 
     (s_t, a_t, ..., a_{t+h-1}, s_{t+h})
 
-(R2PAC, eq. 14: what chunk critics Q(s_t, a_{t:t+h}) are fitted to.) A chunk never crosses the end
-of its episode:
+The critics Q(s_t, a_{t:t+h}) of chunks are fitted to them (R2PAC, eq. 14). A chunk never crosses
+the end of its episode:
 
-- where the episode was truncated, the chunk begins so much earlier that it ends with it;
-- where it TERMINATED inside the chunk, the chunk is kept, so that violations that end episodes stay
-  in the data. What would have come after plays no part: those actions are drawn at random (a critic
-  learns that they do not matter; were they always 0, it would take a 0 for the sign of an end and
-  foresee none in a plan that has other numbers there), and `inside` leaves them out of everything
-  else.
+- Where the episode was truncated, the chunk begins early enough to end with the episode.
+- Where the episode TERMINATED inside the chunk, the chunk is kept, so that violations that end
+  episodes stay in the data. The actions after the termination are drawn at random, so that a critic
+  learns to ignore them. If they were always 0, a critic would take a 0 as the sign of a termination
+  and would expect none in a plan with other numbers there. Everything else leaves these actions
+  out, by `inside`.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ class Chunk(NamedTuple):
     observations: Tensor
     """(batch, obs) s_t, normalised."""
     actions: Tensor
-    """(batch, h * act) one action after the other, in [-1, 1]; padded after a termination."""
+    """(batch, h * act) actions in the order of time, in [-1, 1]; padded after a termination."""
     rows: Tensor
-    """(batch, h) int64: the transitions; the episode's last one again after its end."""
+    """(batch, h) int64 rows of the transitions; after the episode's end, its last row again."""
     inside: Tensor
-    """(batch, h) bool: which of them were really made."""
+    """(batch, h) whether a step belongs to the episode, rather than being padding."""
     terminated: Tensor
-    """(batch,) bool: whether the episode terminated inside the chunk."""
+    """(batch,) whether the episode terminated inside the chunk."""
 
     @property
     def end(self) -> Tensor:
-        """(batch,) the last transition: the chunk leads where it leads."""
+        """(batch,) row of the last transition, whose next state is the one the chunk leads to."""
         return self.rows[:, -1]
 
     def discounted(self, values: Tensor, discount: float) -> Tensor:
-        """Return sum_k discount^k values[k], (batch,), of values (batch, h) of the steps."""
+        """Return sum_k discount^k values[k], (batch,), for values (batch, h) of the steps."""
         powers = discount ** torch.arange(values.shape[1], device=values.device)
         return (values * self.inside * powers).sum(1)
 
     def any(self, flags: Tensor) -> Tensor:
-        """Whether any of the steps made has a flag, (batch,), of flags (batch, h)."""
+        """Return whether any step inside the episode has a flag, (batch,), for flags (batch, h)."""
         return (flags & self.inside).any(1)
 
 
@@ -63,19 +63,20 @@ def log_window(
     fails: Tensor | None = None,
     worth: float = 0.0,
 ) -> RewardWindow:
-    """Sum up to `steps` discounted values along the log, from rows (batch,).
+    """Return the sums of up to `steps` discounted values along the log, starting at `rows`.
 
-    What `values.backup.reward_windows` computes for a whole log, for a batch, so that what ends a
-    window may change in training.
+    `values.backup.reward_windows` computes the same for a whole log. This function computes it for
+    a batch, so that the transitions that end a window may change during training.
 
     Args:
-        log: the log; no window crosses the end of an episode.
-        rows: where windows begin.
-        steps: n.
-        values: (N,) what each transition adds.
-        discount: g.
-        fails: (N,) bool: transitions that end a window, worth `worth` for good; None: none does.
-        worth: see `fails`.
+        log: log; no window crosses the end of an episode.
+        rows: (batch,) first rows of the windows.
+        steps: number n of steps.
+        values: (N,) value of each transition.
+        discount: discount factor g.
+        fails: (N,) whether a transition ends the window with the value `worth`; None means that no
+            transition does.
+        worth: value of a transition that `fails` marks, in place of everything after it.
     """
     at = rows[:, None] + torch.arange(steps, device=rows.device)
     last = log.episode_last[rows][:, None]
@@ -85,7 +86,7 @@ def log_window(
     if fails is not None:
         failed = fails[at]
         added, stops = torch.where(failed, worth, added), stops | failed
-    # A step counts where none before it has stopped the window.
+    # A step counts if no step before it has ended the window.
     going = torch.ones_like(stops)
     going[:, 1:] = (~stops[:, :-1]).cumprod(1).bool()
     powers = discount ** torch.arange(steps, device=rows.device)
@@ -98,7 +99,7 @@ def log_window(
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """A log of episodes that terminate, or have at least h steps.
+    """The chunks of a log whose episodes either terminate or have at least h steps.
 
     >>> import numpy as np
     >>> steps, no = torch.arange(3.0), torch.zeros(3, dtype=torch.bool)
@@ -110,19 +111,19 @@ class Chunks:
 
     log: LogTensors
     length: int
-    """h."""
+    """Number h of actions in a chunk."""
 
     @property
     def width(self) -> int:
-        """Of a chunk's actions: h * act."""
+        """Number of entries in the actions of a chunk: h * act."""
         return self.length * self.log.actions.shape[1]
 
     def batch(self, rows: Tensor, padding: Tensor) -> Chunk:
-        """Return the chunks that begin at rows (batch,), or earlier at the end of an episode.
+        """Return the chunks that begin at these rows, or earlier near the end of an episode.
 
         Args:
-            rows: of the log.
-            padding: (batch, h * act) actions in the place of those that were never taken.
+            rows: (batch,) rows of the log.
+            padding: (batch, h * act) actions for the steps after a termination.
         """
         log = self.log
         last = log.episode_last[rows]

@@ -1,28 +1,33 @@
-r"""What R2PAC learns: critics of chunks of h actions, an actor of chunks, and its one-step student.
+r"""Losses and training of R2PAC: critics and an actor of chunks of h actions, and its student.
 
-Critics, over chunks (s_t, a_{t:t+h}, s_{t+h}) of the log (eq. 10, 11, 14 to 16), c_k = 1 where the
-state that step k leads to violates or lies within the margin:
+The critics are fitted to chunks (s_t, a_{t:t+h}, s_{t+h}) of the log (eq. 10, 11, 14 to 16), with
+c_k = 1 where the state after step k violates or lies within the margin:
 
-    Q_c <- sum_k g^k c_{t+k} + g^h V_c(s_{t+h}),          V_c leans to the LOWER of them
-    Q_r <- sum_k g^k r_{t+k} + g^h V_r(s_{t+h}),          V_r leans to the HIGHER
-           -penalty     where a state of the chunk (or its last alone) lies in the unsafe region
+    Q_c <- sum_k g^k c_{t+k} + g^h V_c(s_{t+h}),          V_c approaches the LOWER values
+    Q_r <- sum_k g^k r_{t+k} + g^h V_r(s_{t+h}),          V_r approaches the HIGHER values
+           -penalty     where a state of the chunk (or only its last) is in the unsafe region
 
-V_c and V_r lean to their Q where `reward_backup_steps` is h or less (the papers' form), and to the
-same sums over windows of the log where it is more: from h steps at a time, behind two slowly moving
-copies, what lies a hundred steps ahead takes longer to arrive than a small run lasts. A window that
-enters the unsafe region ends there, with -penalty.
+V_c and V_r are fitted to their Q where `reward_backup_steps` is h or less (the papers' form). Where
+it is more, they are fitted to the same sums over windows of the log. The reason is that a value
+moves back by h steps per backup, behind two slow copies, so that a value a hundred steps ahead
+would need more updates to arrive than a small run has. A window that enters the unsafe region ends
+there with -penalty.
 
-V_r is fitted in safe states alone: nothing asks for it in others (a chunk that enters the region
-is worth -penalty, within it the costs decide), and a network that need not follow the fall at the
-region's edge tells apart what lies inside. What a chunk adds is learned in units of what chunks add
-that stay safe, down to -`_LEAST` of them: how bad the forbidden is beyond that decides nothing.
+V_r is fitted in safe states only. Its values in other states are not used: a chunk that enters the
+region is worth -penalty, and inside the region the costs decide. A network that does not have to
+represent the drop at the edge of the region can distinguish the states inside the safe set better.
+The advantage of a chunk is learned in units of the advantages of chunks that stay safe, with
+targets of at least -`_LEAST`, because differences between worse chunks decide nothing.
 
-beside V_h and Q_h as all algorithms have them (`values.safety`), and for plans
+V_h and Q_h of single actions are the same as in all algorithms (`values.safety`). For plans,
 
-    Q_h(s_t, a_{t:t+h}) = V_h(s_t) + sigma max_i A_i,     from the next state on, to V_h(s_{t+h}).
+    Q_h(s_t, a_{t:t+h}) = V_h(s_t) + sigma max_i A_i
 
-A bootstrap ends where the episode terminated inside the chunk, never where it was truncated. All Q
-are learned as a state value plus an advantage; min over two critics for rewards, max for costs.
+covers the states from s_{t+1} on, with V_h(s_{t+h}) at the end.
+
+The value of the next state is left out where the episode terminated inside the chunk, but not where
+it was truncated. All Q are learned as a state value plus an advantage, with the minimum over two
+critics for rewards and the maximum for costs.
 """
 
 from __future__ import annotations
@@ -77,48 +82,49 @@ from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN
 
 ACTOR = "actor"
 _LOOK_EVERY = 500
-"""Updates of the critics between two looks at the whole log."""
+"""Number of the critics' updates between two evaluations of the whole log."""
 _LEAST = 4.0
-"""Standard deviations below the best at which penalised chunks are no longer told apart."""
+"""Bound on the targets of a chunk's advantage, in units of the advantages of safe chunks. Worse
+chunks are not distinguished."""
 
 
 class Fitting(NamedTuple):
-    """What chunk critics are fitted to."""
+    """A batch for critics of chunks, with the options of their loss."""
 
     critics: RewardCritics
     batch: RewardBatch
     expectile: float
     allowed: Tensor | None = None
-    """(batch,) 1 where the state counts for V; all by default."""
+    """(batch,) 1 where V is fitted to the state, else 0; None means all states."""
     typical: Tensor | None = None
-    """(batch,) 1 where the chunk counts for the unit of A; all by default."""
+    """(batch,) 1 where the chunk counts for the unit of A, else 0; None means all chunks."""
     least: float | None = None
-    """Of A's targets."""
+    """Lower bound of the targets of A, in that unit; None means no bound."""
 
 
 @dataclass(frozen=True)
 class ChunkArchitecture(CriticArchitecture):
-    """Critics and actors of chunks, and what was read off the log. `critics.reward` is of chunks.
+    """Critics and actors of chunks, with statistics of the log.
 
-    Its `networks` are the actor, its student, and the flow that imitates the log's single actions,
-    for the shield's tests.
+    `critics.reward` is for chunks. `networks` holds the actor, its student, and a flow that
+    imitates single actions of the log, which the support test of a shield uses.
     """
 
     chunk: int
-    """h."""
+    """Number h of actions in a chunk."""
     actor: ChunkActor
     costs: RewardCritics | None = None
-    """Of the return of minus the cost, over chunks; None where V_h tells the region."""
+    """Critics of the return of the negative cost over chunks; None where V_h gives the region."""
     penalty: float = 0.0
-    """What a chunk into the unsafe region is worth, with the sign turned; in discounted reward."""
+    """Penalty of a chunk that leads into the unsafe region, in discounted reward."""
     longest: int = 0
-    """Steps of the log's longest episode."""
+    """Number of steps of the log's longest episode."""
     region: RegionReport | None = None
-    """What the region came to over the log, once trained."""
+    """Level and size of the unsafe region over the log; None before training."""
 
     @property
     def plan(self) -> EnsembleMLP:
-        """Describe A_h of chunks."""
+        """Network of A_h of chunks."""
         safety = self.critics.safety
         inputs = safety.observation + self.actor.width
         return EnsembleMLP(inputs, 1, safety.hidden, safety.members)
@@ -146,7 +152,7 @@ class ChunkArchitecture(CriticArchitecture):
 
 
 def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
-    """Return what tells the unsafe states, as the configuration says."""
+    """Return the test for unsafe states that the settings ask for."""
     margin = config.margin_of(model.critics.safety)
     if model.costs is None:
         return SafetyRegion(model.critics.safety, model.plan, margin)
@@ -159,7 +165,7 @@ def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
 
 @dataclass(eq=False)
 class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
-    """The critics, the actor, then its student."""
+    """The three phases: the critics, the actor, then its student."""
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
@@ -171,7 +177,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         self._label_below = normal_below(config.label_dropout)
 
     def initial(self, generator: torch.Generator) -> TrainState:
-        """Draw all weights, and mark what violates by itself."""
+        """Return the state before the first update, in which only violations are marked unsafe."""
         state = super().initial(generator)
         scales = {**state.scales, UNSAFE: self._violates.to(torch.uint8)}
         if self.model.costs is not None:
@@ -180,7 +186,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         return state._replace(scales=scales)
 
     def phases(self) -> list[Phase]:
-        """List what to do, in order."""
+        """Return the phases in order."""
         config, size, near = self.config, self.config.batch_size, self.config.near_share
         critics, actor, student = self._shares
         windows = stages(critics, config.safety_backup_steps, config.reward_backup_steps)
@@ -198,20 +204,20 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
                 )
                 for i, (count, *lengths) in enumerate(windows)
             ),
-            # The critics stand still from here on: one look at the log.
+            # The critics do not change from here on, so the log is evaluated only once.
             Phase(ACTOR, actor, self._actor(), size, refresh=self._settle, refresh_every=actor),
             Phase("student", student, distil, size),
         ]
 
     @property
     def _violates(self) -> Tensor:
-        """(N,) bool: transitions that lead into a violation, or within the margin of one."""
+        """(N,) whether a transition leads to a violation, or within the margin of one."""
         return self.log.next_constraints > -self.margin
 
     # -- critics ------------------------------------------------------------------------------
 
     def _look(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        """Find the states near V_h = 0, and read the region's level anew."""
+        """Find the states near V_h = 0, and compute the level of the region again."""
         state = self._safety.refresh(state, generator)
         return self._mark(self.region.read_level(state, self.log, generator))
 
@@ -225,13 +231,13 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         return state
 
     def check_region(self, report: RegionReport) -> None:
-        """Refuse a region that leaves nothing to learn from.
+        """Check that the unsafe region holds some states of the log, but not all of them.
 
         Warns:
-            UserWarning: it holds nothing but states that violate by themselves.
+            UserWarning: it holds only states that violate by themselves.
 
         Raises:
-            ValueError: it holds every state of the log, or none.
+            ValueError: it holds all states of the log, or none.
         """
         told, setting = f"V_h > {report.level:g}", "margin"
         if isinstance(self.region, CostRegion):
@@ -250,12 +256,13 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         if report.unsafe_share == report.violating_share:
             warnings.warn(
                 f"the unsafe region ({told}) holds nothing but the {report.violating_share:.1%} of "
-                f"the log's states that violate by themselves: nothing is foreseen; {repair}",
+                f"the log's states that violate by themselves, so that it foresees no violation: "
+                f"{repair}",
                 stacklevel=2,
             )
 
     def critic_update(self, window: int, reward_steps: int) -> Update:
-        """Return one update of all critics, with windows of these lengths in the targets."""
+        """Return one update of all critics whose targets cover these numbers of steps."""
         config, model = self.config, self.model
         costs = () if model.costs is None else model.costs.names[:1]
 
@@ -295,25 +302,25 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         ]
 
     def _chunk(self, draw: Draw) -> Chunk:
-        """Return the batch's chunks; what pads them is drawn anew each time."""
+        """Return the chunks of the batch, padded with random actions that differ in each update."""
         return self.chunks.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
 
     def chunk_batches(self, state: TrainState, chunk: Chunk, steps: int) -> dict[str, Fitting]:
-        """Return what the chunk critics are fitted to, rewards and costs.
+        """Return the fits to rewards and, where there are cost critics, to costs, by name.
 
         Args:
-            state: holds which transitions reach the unsafe region.
-            chunk: the batch.
-            steps: of the windows along the log that V is fitted to.
+            state: training state, which marks the transitions that lead to the unsafe region.
+            chunk: chunks of the batch.
+            steps: length of the windows along the log to which V is fitted, in steps.
         """
-        steps = min(steps, self.model.longest)  # beyond, a window means all of an episode
+        steps = min(steps, self.model.longest)  # A longer window is the whole episode, too.
         fitted = {"reward": self._reward_fitting(state, chunk, steps)}
         if self.model.costs is not None:
             fitted["cost"] = self._cost_fitting(self.model.costs, chunk, steps)
         return fitted
 
     def _reward_fitting(self, state: TrainState, chunk: Chunk, steps: int) -> Fitting:
-        """Fit to rewards, penalised where a chunk enters the region (eq. 14 to 16)."""
+        """Return the fit to rewards, with the penalty for entering the region (eq. 14 to 16)."""
         config, log, start = self.config, self.log, chunk.rows[:, 0]
         rewards = chunk.discounted(log.rewards[chunk.rows], config.discount)
         critics, expectile = self.model.critics.reward, config.reward_expectile
@@ -342,7 +349,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         )
 
     def _cost_fitting(self, critics: RewardCritics, chunk: Chunk, steps: int) -> Fitting:
-        """Fit to minus the violating steps (eq. 10, 11)."""
+        """Return the fit to the negative number of violating steps (eq. 10, 11)."""
         config, log, start = self.config, self.log, chunk.rows[:, 0]
         pays = -self._violates.to(log.rewards.dtype)
         costs = chunk.discounted(pays[chunk.rows], config.discount)
@@ -365,13 +372,13 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         )
 
     def _plan_loss(self, state: TrainState, chunk: Chunk) -> CriticLoss:
-        """Fit A_h of chunks to what they lead to."""
+        """Return the loss of A_h of chunks, whose targets are the safety values they lead to."""
         log, safety, targets = self.log, self.model.critics.safety, state.targets
         with torch.no_grad():
             start, end = chunk.rows[:, 0], chunk.end
             here = safety.log_value(targets, chunk.observations, log.constraints[start])
             after = safety.log_value(targets, log.next_observations[end], log.next_constraints[end])
-            # As Q_h does, it leaves out the state in which the chunk begins.
+            # As in Q_h, the state in which the chunk begins is left out.
             backup = SafetyBackup(
                 log.next_constraints[chunk.rows], chunk.inside, chunk.terminated, safety.discount
             )
@@ -388,7 +395,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
     # -- actors -------------------------------------------------------------------------------
 
     def lesson(self, state: TrainState, draw: Draw) -> tuple[Lesson, Metrics]:
-        """Label and weigh the batch's chunks (eq. 18, 40)."""
+        """Return the batch of chunks with labels and weights (eq. 18, 40), and metrics."""
         config, log, model = self.config, self.log, self.model
         chunk = self._chunk(draw)
         with torch.no_grad():
@@ -437,7 +444,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         return together(self.falling(ACTOR, imitate, total), behaviour)
 
     def _student(self, state: TrainState, draw: Draw) -> Loss:
-        """Distil the actor: from the same noise to the same chunk, in one step."""
+        """Return the loss of the student, which learns the actor's chunk for the same noise."""
         model, noise = self.model, draw.noise[:, :-1]
         observations = self.log.observations[draw.rows]
         with torch.no_grad():

@@ -1,19 +1,21 @@
-r"""Which states R2PAC calls unsafe, and by how much a chunk of actions is worse than the best.
+r"""R2PAC's unsafe region of states, and how much worse a chunk of actions is than the best one.
 
-`CostRegion`, the method (eq. 5, 10, 11): V_c(s) > l, with V_c the discounted number of violating
-steps on the cheapest way on, learned with Q_c by implicit Q-learning that leans to low cost, and
+`CostRegion` is the method of the paper (eq. 5, 10, 11). A state is unsafe where V_c(s) > l. V_c is
+the discounted number of violating steps of the cheapest continuation, learned together with Q_c by
+implicit Q-learning with an expectile towards low cost. The level l is one of these:
 
-- l the alpha-quantile of V_c over the log's states that do not violate themselves, read anew as V_c
-  changes (over all states, as the paper has it, a log of which a third violates puts l so high that
-  nothing but violations is unsafe);
-- or l = kappa (1 - g^T) / ((1 - g) T), what a limit kappa on an episode of T steps is worth
-  (eq. 42);
-- or the lesser of the two: a log's worst tenth may cost more than anybody wants to pay.
+- the alpha-quantile of V_c over the logged states that do not violate themselves, computed again as
+  V_c changes. (The paper takes the quantile over all states. For a log with a third of violating
+  states this makes l so high that only violations are unsafe.)
+- l = kappa (1 - g^T) / ((1 - g) T), the discounted equivalent of a limit of kappa violating steps
+  in an episode of T steps (eq. 42);
+- the smaller of the two, because even the worst tenth of a log may cost more than the limit.
 
-`SafetyRegion`, the variant of appendix E.6: V_h(s) > -margin, and A_h in the place of A_c.
+`SafetyRegion` is the variant of appendix E.6. A state is unsafe where V_h(s) > -margin, and A_h
+replaces A_c.
 
-In both, a state of the log that violates, or lies within the margin of doing so, is unsafe whatever
-a value says of it: there the answer is known.
+In both, a logged state that violates, or lies within the margin of a violation, is unsafe
+independently of the learned values, because its h is known.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from safeshield.values.safety import SafetyCritics
 from safeshield.values.units import PLAN
 
 LEVEL, UNSAFE = "region_level", "region_unsafe"
-"""Of l, and of which states the log's transitions reach that are unsafe (N,) uint8, among the
-statistics of a training state."""
+"""Names among the statistics of a training state: of l, (), and of whether the next state of each
+transition is unsafe, (N,) uint8."""
 _POOL = 65_536
 _Float = npt.NDArray[np.float32]
 _Flags = npt.NDArray[np.bool_]
@@ -45,50 +47,50 @@ Arrays = Mapping[str, Weights]
 
 
 class RegionReport(NamedTuple):
-    """What a region came to over a log."""
+    """Level and size of an unsafe region over a log."""
 
     level: float
-    """l, in discounted violating steps; for safety values -margin, in units of h."""
+    """Level l, in discounted violating steps; for safety values -margin, in units of h."""
     unsafe_share: float
-    """Of the log's states."""
+    """Share of the log's states that are unsafe."""
     violating_share: float
-    """Of the log's states that violate or lie within the margin."""
+    """Share of the log's states that violate or lie within the margin of a violation."""
 
 
 class Region(Protocol):
-    """Tells unsafe states, and dangerous chunks, with the critics that a training state holds."""
+    """Test for unsafe states and dangerous chunks, with the critics of a training state."""
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Whether states (n, obs) of the log, of known h (n,), are unsafe: (n,) bool."""
+        """Return whether states (n, obs) of the log, with known h (n,), are unsafe, (n,) bool."""
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-        """Return how much worse chunks (n, h * act) are than the best, (n,); at most 0: none is.
+        """Return how much worse chunks (n, h * act) are than the best one, (n,).
 
-        In units of one chunk's advantage.
+        The unit is one chunk's advantage. At most 0 means that the chunk is not worse.
         """
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
     ) -> TrainState:
-        """Read l off the log with the current critics."""
+        """Return the state with the level l that the current critics give over the log."""
 
     def unsafe_of(
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
-        """Whether states (n, obs) of unknown h are unsafe, (n,), on NumPy arrays."""
+        """Return whether states (n, obs) with unknown h are unsafe, (n,) bool, on NumPy arrays."""
 
 
 @dataclass(frozen=True)
 class CostRegion:
-    """V_c > l; `critics` learns the return of minus the cost."""
+    """Region V_c > l, where `critics` learns the return of the negative cost."""
 
     critics: RewardCritics
     margin: float
-    """In units of h."""
+    """Distance from the constraint at which a state counts as violating, in units of h."""
     quantile: float | None
-    """alpha; None: l is `most`."""
+    """Quantile alpha; None means that l is `most`."""
     most: float
-    """What l is at most."""
+    """Upper bound of l, in discounted violating steps."""
 
     def value(self, networks: Networks, observations: Tensor) -> Tensor:
         """Return V_c, (n,), in discounted violating steps."""
@@ -111,7 +113,7 @@ class CostRegion:
             return state
         free = torch.nonzero(log.constraints <= -self.margin).flatten()
         size = min(_POOL, len(free))
-        if not size:  # everything is unsafe, whatever the level
+        if not size:  # All states violate, so the level has no effect.
             return state
         picks = torch.randint(len(free), (size,), generator=generator, device=generator.device)
         rows = free[picks]
@@ -129,13 +131,13 @@ class CostRegion:
 
 @dataclass(frozen=True)
 class SafetyRegion:
-    """V_h > -margin."""
+    """Region V_h > -margin."""
 
     critics: SafetyCritics
     plan: EnsembleMLP
-    """A_h of chunks."""
+    """Network of A_h of chunks."""
     margin: float
-    """In units of h."""
+    """Distance from the boundary at which a state counts as unsafe, in units of h."""
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
         """See `Region`."""
@@ -160,12 +162,12 @@ class SafetyRegion:
 
 
 def plan_advantages(plan: EnsembleMLP, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-    """Return A_h,i(s, a_{t:t+h}), (members, n), in steps' worth of h."""
+    """Return A_h,i(s, a_{t:t+h}), (members, n), in units of the change of h in one step."""
     return plan(networks[PLAN], concat([observations, chunks]))[..., 0]
 
 
 def horizon_level(cost_limit: float, steps: int, discount: float) -> float:
-    """Return what a limit on an episode's violating steps is worth in discounted ones (eq. 42).
+    """Return the level for V_c that equals a limit on an episode's violating steps (eq. 42).
 
     >>> round(horizon_level(10.0, 200, 0.99), 3)
     4.33
@@ -174,7 +176,7 @@ def horizon_level(cost_limit: float, steps: int, discount: float) -> float:
 
 
 def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor:
-    """Return which transitions of a log reach an unsafe state, (N,) uint8."""
+    """Return whether each transition of a log leads to an unsafe state, (N,) uint8."""
     parts = []
     with torch.no_grad():
         for start in range(0, len(log), _POOL):
@@ -187,7 +189,7 @@ def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor
 def report_region(
     region: Region, state: TrainState, log: LogTensors, margin: float
 ) -> RegionReport:
-    """Judge every state of the log."""
+    """Return the level of a region and the shares of the log's states that are unsafe."""
     unsafe = violating = 0.0
     with torch.no_grad():
         for start in range(0, len(log), _POOL):
