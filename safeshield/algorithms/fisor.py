@@ -43,11 +43,13 @@ class FISORConfig(EulerConfig):
     deviations of h over the log. A larger margin makes the actor more cautious. The paper has no
     margin."""
     reward_temperature: NonNegative = 3.0
-    """Temperature b_r of the weights in feasible states, in units of one step's advantage. A larger
-    value imitates mainly the actions of high reward; 0 imitates all feasible actions alike."""
+    """Temperature b_r: the factor of the reward advantage, in units of one step's advantage, in the
+    exponent of the weights in feasible states. A larger value imitates mainly the actions of high
+    reward; 0 imitates all feasible actions alike."""
     safety_temperature: NonNegative = 5.0
-    """Temperature b_h of the weights in infeasible states, in units of one step's advantage. A
-    larger value imitates mainly the safer actions; 0 imitates all actions alike."""
+    """Temperature b_h: the factor of the safety advantage, in units of one step's advantage, in the
+    exponent of the weights in infeasible states. A larger value imitates mainly the safer actions;
+    0 imitates all actions alike."""
     candidates: PositiveInt = 16
     """Number N of sampled actions, of which the safest is executed. A larger N is safer and
     slower."""

@@ -87,11 +87,13 @@ class FLRPConfig(CriticConfig):
     """Weight lambda_H of the entropy that is missing to `entropy_floor`. A larger weight enforces
     the floor more strictly."""
     reward_temperature: NonNegative = 3.0
-    """Temperature b_r of the weights of logged actions, in units of one step's advantage. A larger
-    value prefers actions of high reward more strongly; 0 weighs all feasible actions alike."""
+    """Temperature b_r: the factor of the reward advantage, in units of one step's advantage, in the
+    exponent of the weights of logged actions. A larger value prefers actions of high reward more
+    strongly; 0 weighs all feasible actions alike."""
     safety_temperature: NonNegative = 5.0
-    """Temperature b_h of the experts' safety loss, in units of one step's advantage. A larger value
-    gives dangerous refined actions more weight; 0 weighs all alike."""
+    """Temperature b_h: the factor of E_h, in units of one step's advantage, in the exponent of the
+    weights of the experts' safety loss. A larger value gives dangerous refined actions more weight;
+    0 weighs all alike."""
     refine_steps: NonNegativeInt = 3
     """Number T of refinement steps. More steps can move the policy further from the log. The safety
     and the reward expert take turns, and the last step is the shared expert's. Only the experts in

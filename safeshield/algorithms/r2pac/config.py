@@ -110,11 +110,13 @@ class R2PACConfig(ValueConfig):
     """Share of the chunks that the guided actor sees without a label in training. A larger share
     trains the flow without labels more and the flow with labels less."""
     reward_temperature: NonNegative = 6.0
-    """Temperature b_r of the weighted actors in safe states, in units of one chunk's advantage. A
-    larger value prefers chunks of high reward more strongly."""
+    """Temperature b_r: the factor of the reward advantage, in units of one chunk's advantage, in
+    the exponent of the weighted actors' weights in safe states. A larger value prefers chunks of
+    high reward more strongly; 0 weighs all alike."""
     safety_temperature: NonNegative = 6.0
-    """Temperature b_c of the weighted actors in unsafe states, in units of one chunk's advantage. A
-    larger value prefers chunks of low cost more strongly."""
+    """Temperature b_c: the factor of the cost advantage, in units of one chunk's advantage, in the
+    exponent of the weighted actors' weights in unsafe states. A larger value prefers chunks of low
+    cost more strongly; 0 weighs all alike."""
     flow_steps: PositiveInt = 10
     """Number of Euler steps that integrate the flows. More steps are more accurate and slower (the
     paper: 32)."""
