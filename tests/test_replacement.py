@@ -38,7 +38,7 @@ from safeshield.shield.critics import SafetyModel
 from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.replacement import describe
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.rows import flat_actions, flat_observations
+from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.values.units import FALLBACK, SAFETY_NETWORKS, SafetyScale
 
@@ -667,6 +667,46 @@ def test_what_a_strategy_of_ones_own_returns_is_judged_again(
     np.testing.assert_allclose(executed, expected)
     with pytest.raises(ValueError, match=r"Claims.choose must return actions of shape"):
         shield.with_replacement(Claims((0.0,))).filter(observations, actions)
+
+
+@dataclass(frozen=True)
+class Brake:
+    """Halves the proposal until it is acceptable: a new way to replace actions is one class."""
+
+    times: int = 4
+
+    def check_actions(self, codec: SpaceCodec) -> None:
+        if codec.discrete:
+            raise TypeError(f"Brake needs actions of a Box, got {codec.space}")
+
+    def choose(self, rejected: Rejected, /) -> tuple[Array, Array]:
+        scales = 0.5 ** np.arange(1, self.times + 1)
+        options = rejected.wanted[:, None] * scales[:, None]
+        values = rejected.values(options)
+        good = values <= rejected.limit[:, None]
+        best = np.where(good.any(axis=1), good.argmax(axis=1), values.argmin(axis=1))
+        each = np.arange(len(best))
+        return options[each, best], values[each, best]
+
+
+def test_a_new_way_to_replace_actions_is_one_class(shield: Shield, tmp_path: Path) -> None:
+    observations, actions, _ = rejected_by(shield)
+    braking = shield.with_replacement(Brake())
+    executed, report = braking.filter(observations, actions)
+    wanted = np.clip(actions, -1, 1)
+    options = [0.5**k * wanted for k in range(1, 5)]
+    each = np.stack([shield.value(observations, one) for one in options])
+    first = np.where(
+        (each <= shield.threshold).any(0), (each <= shield.threshold).argmax(0), each.argmin(0)
+    )
+    np.testing.assert_allclose(executed, np.stack(options)[first, np.arange(len(actions))])
+    np.testing.assert_array_equal(report.acceptable, report.value <= shield.threshold)
+    env = SafetyShield(gym.make("safeshield/Boat-v0"), braking)
+    env.reset(seed=0)
+    env.step(np.ones(2, np.float32))
+    assert "Brake" in repr(braking)
+    with pytest.raises(ValueError, match=r"Brake holds what no file can .*NearestAcceptable"):
+        braking.save(tmp_path / "braking.safetensors")
 
 
 @pytest.mark.parametrize("wrong", ["nearest", CandidateSet(), FallbackPolicy, None, 3])

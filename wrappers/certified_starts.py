@@ -1,4 +1,4 @@
-"""`CertifiedStarts`: episodes begin where a shield's promise applies."""
+"""`CertifiedStarts`: episodes that begin where a shield's promise applies."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any, SupportsFloat, cast
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.rollouts.infos import CERTIFIED
 from safeshield.shield.nested import shielding_layer
 from safeshield.spaces.generic import Env, Wrapper
 from safeshield.wrappers.safety_shield import SafetyShield
 
-_KEY = "shield/certified"
-
 
 class CertifiedStarts(Wrapper, RecordConstructorArgs):
-    """Draw starts until one is certified: goes around a `SafetyShield` that is calibrated.
+    """Reset until the start is certified; it goes around a `SafetyShield` that is calibrated.
 
-    The promise in a shield's file speaks of episodes that start with V_h <= -delta, drawn as the
-    environment draws them. This wrapper resets until it has such a one, which is that
-    distribution. The first draw uses the seed, the others go on from it.
+    The promise in a shield's file is about episodes that start with V_h <= -delta, drawn as the
+    environment draws them. Resetting until a start is certified draws from that distribution. The
+    first reset uses the seed, and the others continue the environment's random numbers.
 
     Args:
         env: an environment whose reset reports ``info["shield/certified"]``.
-        most: draws before giving up.
+        most: how many starts to draw before giving up.
 
     Raises:
         ValueError: `most` is below 1, or the shield inside is not calibrated; at reset, the key is
@@ -53,11 +52,11 @@ class CertifiedStarts(Wrapper, RecordConstructorArgs):
         for _ in range(self._most):
             observation, info = self.env.reset(seed=seed, options=options)
             seed = None
-            if _KEY not in info:
+            if CERTIFIED not in info:
                 raise ValueError(
-                    f"env must report info[{_KEY!r}] at reset: put SafetyShield inside"
+                    f"env must report info[{CERTIFIED!r}] at reset: put SafetyShield inside"
                 )
-            if info[_KEY]:
+            if info[CERTIFIED]:
                 self._failed = False
                 return observation, info
         raise ValueError(

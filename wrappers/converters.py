@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.rollouts.infos import CONSTRAINT, COST
 from safeshield.spaces.generic import Env, Wrapper
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ class CostFromStep(Wrapper, RecordConstructorArgs):
     ``(observation, reward, cost, terminated, truncated, info)`` becomes ``(observation, reward,
     terminated, truncated, {**info, "cost": cost})``. Nothing else changes.
 
-    Gymnasium's own wrappers refuse six values. Those that ``gym.make`` adds are taken care of: the
-    conversion happens inside them, so that ``CostFromStep(gym.make(id))`` works, and
-    ``gym.make(env.spec)`` does. Any other wrapper that unpacks a step belongs around this one.
-    The environment that is passed in stays as it was.
+    Gymnasium's own wrappers refuse six values. The conversion therefore happens inside those that
+    ``gym.make`` adds, so that ``CostFromStep(gym.make(id))`` and ``gym.make(env.spec)`` work. Any
+    other wrapper that unpacks a step belongs around this one. The environment that is passed in is
+    not changed.
 
     Raises (in `step`):
         ValueError: the environment returns five values already, or six in another order, or a
@@ -110,7 +111,7 @@ class _FiveValues(Wrapper):
                 "values in this order"
             )
         observation, reward, cost, terminated, truncated, info = result
-        label = {"cost": _cost(cost, "the cost that the environment's step returns")}
+        label = {COST: _cost(cost, "the cost that the environment's step returns")}
         return observation, reward, terminated, truncated, {**info, **label}
 
 
@@ -171,18 +172,18 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
         """Take a step and report the constraint of the state it reaches."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         info = self._labelled(observation, info)
-        if self.terminate_on_violation and info["constraint"] > 0:
+        if self.terminate_on_violation and info[CONSTRAINT] > 0:
             terminated = True
         return observation, reward, terminated, truncated, info
 
     def _labelled(self, observation: object, info: Info) -> Info:
-        if "constraint" in info:
-            raise _reported_already("constraint", "ConstraintFromFunction")
+        if CONSTRAINT in info:
+            raise _reported_already(CONSTRAINT, "ConstraintFromFunction")
         value = self.constraint_fn(observation)
         constraint = _number(
             value, "constraint_fn(observation)", "; of several, return the largest"
         )
-        return {"cost": float(constraint > 0), **info, "constraint": constraint}
+        return {COST: float(constraint > 0), **info, CONSTRAINT: constraint}
 
 
 class CostFromFunction(Wrapper, RecordConstructorArgs):
@@ -227,7 +228,7 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
         observation, info = self.env.reset(seed=seed, options=options)
         self._check_free(info)
         self._observation, self._running = copy.deepcopy(observation), True
-        return observation, {**info, "cost": 0.0}
+        return observation, {**info, COST: 0.0}
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
         """Take a step and report its cost."""
@@ -240,11 +241,11 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
         cost = _cost(value, "cost_fn(observation, action, next_observation, info)")
         # A copy: some environments write the next observation into the same array.
         self._observation = copy.deepcopy(observation)
-        return observation, reward, terminated, truncated, {**info, "cost": cost}
+        return observation, reward, terminated, truncated, {**info, COST: cost}
 
     def _check_free(self, info: Info) -> None:
-        if "cost" in info:
-            raise _reported_already("cost", "CostFromFunction")
+        if COST in info:
+            raise _reported_already(COST, "CostFromFunction")
 
 
 def _check_callable(function: object, call: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.rollouts.infos import INTERVENED, THRESHOLD, VALUE
 from safeshield.spaces.generic import Env, Wrapper
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
             raise
 
     def _note(self, info: dict[str, Any], name: str) -> None:
-        keys = ("shield/value", "shield/threshold", "shield/intervened")
+        keys = (VALUE, THRESHOLD, INTERVENED)
         missing = [key for key in keys if key not in info]
         if missing:
             raise ValueError(

@@ -27,6 +27,7 @@ from safeshield.shield.guard import Decision, ShieldRuntime
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.spaces.batches import stacked
 from safeshield.spaces.rows import plain
 from safeshield.spaces.shapes import Scalars
 from safeshield.wrappers.safety_shield import SafetyShield
@@ -238,7 +239,7 @@ class VecSafetyShield(VecEnvWrapper):
         told = [info for info in infos if info.get(TERMINAL_OBSERVATION) is not None]
         if told:
             where = [info.get(TERMINAL_OBSERVATION) is not None for info in infos]
-            last = _stacked([info[TERMINAL_OBSERVATION] for info in told])
+            last = stacked([info[TERMINAL_OBSERVATION] for info in told])
             values[where] = self.runtime.evaluate(last, told)
         return values
 
@@ -358,10 +359,3 @@ def _has_masks(venv: VecEnv) -> bool:
         return venv.has_attr(_MASKS)
     except NotImplementedError:
         return False
-
-
-def _stacked(points: Sequence[Any]) -> Any:  # noqa: ANN401
-    """Return single points as the batch that a vector environment would give."""
-    if isinstance(points[0], Mapping):
-        return {key: _stacked([point[key] for point in points]) for key in points[0]}
-    return np.stack([np.asarray(point) for point in points])

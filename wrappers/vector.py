@@ -25,7 +25,7 @@ from safeshield.shield.nested import (
     refuse_shielded_infos,
 )
 from safeshield.shield.shield import HasShield, Shield
-from safeshield.spaces.batches import Batch
+from safeshield.spaces.batches import Batch, stacked
 from safeshield.spaces.generic import BEFORE_1_0, VectorEnv, VectorWrapper
 from safeshield.spaces.shapes import Flags, Scalars
 
@@ -399,13 +399,7 @@ def _rows(batch: Batch, mask: Flags) -> Batch:
     if isinstance(batch, Mapping):
         return {key: _rows(part, mask) for key, part in batch.items()}
     rows = np.asarray(batch)[mask]
-    return _stacked(list(rows)) if rows.dtype == object else rows
-
-
-def _stacked(observations: Sequence[Any]) -> Batch:
-    if isinstance(observations[0], Mapping):
-        return {key: _stacked([one[key] for one in observations]) for key in observations[0]}
-    return np.stack(observations)
+    return stacked(list(rows)) if rows.dtype == object else rows
 
 
 def _same_rows(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> Flags:

@@ -1,6 +1,6 @@
-"""One shield for one environment: what looks for another one inside, and past which nobody steps.
+"""One shield for one environment: detects nested shields, and blocks calls that bypass one.
 
-Two shields in a row would each judge what the other proposes, and infos can tell of one only.
+Two shields in a row would each judge what the other proposes, and infos can report one only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PAST = ("reset", "step")
 
 
 def shielding_layer(env: object) -> object | None:
-    """Return the wrapper that holds a `Shield`, of an environment or of those of a vector."""
+    """Return the wrapper that holds a `Shield`, in an environment or in those of a vector."""
     layers: list[object] = [env]
     while layers:
         layer = layers.pop()
@@ -42,13 +42,13 @@ def refuse_shielded(env: object, instead: str) -> None:
 
 
 def refuse_shielded_infos(infos: Mapping[str, Any], instead: str) -> None:
-    """Raise ValueError if infos tell of a shield, such as one in another process."""
+    """Raise ValueError if infos report a shield, such as one in another process."""
     if INTERVENED in infos:
         raise _shielded_already(f"its infos have {INTERVENED!r}", instead)
 
 
 def refuse_past_shield(name: str, instead: str) -> None:
-    """Raise ValueError for what would step or reset environments behind the shield's back."""
+    """Raise ValueError for a name by which environments would be stepped past the shield."""
     if name in _PAST:
         raise ValueError(
             f"{name!r} of the environments themselves would go past the shield, which would then "

@@ -1,14 +1,16 @@
-"""How a shield replaces an action that it must not let pass: a value that one passes.
+"""How a shield replaces an action that it rejects: a strategy, passed to `with_replacement`.
 
-All strategies keep these rules:
+All strategies of this module keep these rules:
 
-- an accepted action never reaches them; one outside the box is first clipped into it, and that is
-  what runs where it is acceptable;
-- they return actions inside the box, with their Q_h;
-- where what a strategy tries is not acceptable, it looks among the candidates of the default too:
-  so each finds an acceptable action wherever the default does;
-- where nothing is acceptable, the one with the lowest Q_h of all that were looked at runs, and
-  the report says so (`acceptable` is false).
+- An accepted action never reaches them. An action outside the box is first clipped into it, and
+  the clipped action is executed where it is acceptable.
+- They return actions inside the box, with their Q_h.
+- Where what a strategy tries is not acceptable, it also looks among the candidates of the default.
+  So each strategy finds an acceptable action wherever the default does.
+- Where nothing is acceptable, the action with the lowest Q_h of all that were looked at is
+  executed, and the report says so (`acceptable` is False).
+
+A new strategy is one class with a method `choose` (see `Replacement`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _BEYOND = 1.1
 
 @dataclass(frozen=True, eq=False)
 class Rejected:
-    """n actions that may not run, and what a strategy may know of them.
+    """n rejected actions, and what a strategy may know of them.
 
     Arrays are rows of `spaces.rows`.
 
@@ -132,7 +134,9 @@ class Rejected:
 class Replacement(Protocol):
     """A way to replace actions; write your own with this one method.
 
-    What a strategy of one's own returns is clipped into the box and judged once more.
+    What your strategy returns is clipped into the box and judged once more. If it does not work
+    for every action space, give it a method ``check_actions(codec)`` that raises a TypeError; it is
+    called when a shield is made with the strategy.
     """
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:

@@ -1,4 +1,4 @@
-"""What a shield says about each action that it has judged."""
+"""What a shield reports about each action that it has judged."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class FilterReport(NamedTuple):
     state_value: Scalars | np.floating
     """V_h of the observation; infinity where it was not finite."""
     acceptable: Flags | np.bool_
-    """The executed action passes every test that the shield makes: value <= -delta, and
-    `supported`. False: nothing acceptable was found and the least bad candidate ran."""
+    """The executed action passes every test of the shield: value <= -delta, and `supported`. Where
+    it is False, nothing acceptable was found, and the least bad candidate was executed."""
     valid: Flags | np.bool_
     """Observation and proposed action were finite."""
     supported: Flags | np.bool_ = np.bool_(True)
-    """The executed action looks like the log's (`support`); True where the shield does not ask."""
+    """The executed action looks like the log's (`support`); True without a support test."""
 
     def row(self, index: int) -> FilterReport:
         """Return the verdict on one action of a batch."""

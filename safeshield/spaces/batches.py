@@ -5,7 +5,7 @@ A batch is an array, or a dict of arrays for a Dict space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ def batch_length(points: Batch) -> int:
     while isinstance(points, Mapping):
         points = next(iter(points.values()))
     return len(points)
+
+
+def stacked(points: Sequence[Any]) -> Batch:
+    """Return single points as a batch."""
+    if isinstance(points[0], Mapping):
+        return {key: stacked([point[key] for point in points]) for key in points[0]}
+    return np.stack([np.asarray(point) for point in points])
 
 
 def batch_of_one(point: Batch) -> Batch:
