@@ -193,8 +193,9 @@ class SafeSupportPolicy:
     ) -> LogDensity:
         """Return log pi(a | s) of actions, with its standard error: () or (n,).
 
-        For discrete actions it is an exact log probability. For a Box it is the log density per
-        unit of the action box's volume,
+        For discrete actions it is an exact log probability. For a Box it is the log density
+        with respect to volume in units of the action space (a uniform density has the value minus
+        the log of the box's volume),
 
             log pi(a | s) = log q(a | s) - log Z(s),   Z estimated as (k + 1/2) / (m + 1/2)
 
@@ -205,7 +206,9 @@ class SafeSupportPolicy:
         so that the result is a function of s and a. The errors in different states are then not
         independent.
 
-        The value is minus infinity where the shield does not accept the action. In a state where no
+        The value is minus infinity where the shield does not accept the action. One exception: in
+        a state where no discrete action is acceptable, the one that the shield executes has the
+        value 0. In a state where no
         action of a Box is ever accepted, the shield's replacement has no density, and every action
         has the value minus infinity.
 
@@ -217,8 +220,8 @@ class SafeSupportPolicy:
 
         Raises:
             TypeError: the proposal has no density: it is the behaviour of a Box (a flow, clipped to
-                the box), or a policy without ``log_prob(observations, actions)``. This method must
-                return the density (n,) of n actions that the policy returns in n states.
+                the box), or a policy without a method ``log_prob(observations, actions)`` that
+                returns the log density (n,) of n actions in n states.
             ValueError: an array has a wrong shape, or `samples` is below 1.
         """
         if samples < 1:

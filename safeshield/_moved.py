@@ -34,7 +34,7 @@ MOVED = {
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Import hook that builds a module at an old path from the names of the new modules."""
+    """Import hook that serves an old module path by looking names up in the new modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -89,7 +89,7 @@ def test_help_lists_a_plugins_settings(folder: Path) -> None:
 def test_the_documentation_lists_what_is_registered() -> None:
     for one in ALGORITHMS.values():
         if one.kind.__module__.startswith("safeshield."):
-            name = f"`{one.name}`" if one.offline else "(in Python)"
+            name = f"`{one.name}`" if one.offline else "(Python only)"
             assert f"| {name} | `{one.kind.__name__}` | " in PAGE
 
 
@@ -187,8 +187,10 @@ def test_a_plugin_that_cannot_be_used(tmp_path: Path, content: str | None, messa
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
+    before = list(sys.path)
     told = run("train", "log.npz", "a.safetensors", "--plugin", file, code=2)
     assert message in " ".join(told.split())
+    assert sys.path == before
 
 
 def test_an_algorithm_that_is_not_registered(tmp_path: Path) -> None:

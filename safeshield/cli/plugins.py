@@ -19,7 +19,13 @@ def load_plugin(file: Path) -> None:
     """
     if not file.is_file():
         raise FileNotFoundError("no such file")
-    sys.path.insert(0, str(file.resolve().parent))
-    module = importlib.import_module(file.stem)
-    if module.__file__ is None or not file.samefile(module.__file__):
-        raise ImportError(f"another module is called '{file.stem}'; give the file another name")
+    folder = str(file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(file.stem)
+        if module.__file__ is None or not file.samefile(module.__file__):
+            raise ImportError(f"another module is called '{file.stem}'; give the file another name")
+    except BaseException:
+        # A file such as random.py would stand before Python's own module in every child process.
+        sys.path.remove(folder)
+        raise

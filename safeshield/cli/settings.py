@@ -173,4 +173,9 @@ def _text(value: object) -> str:
 
 
 def _entry(head: str, body: str) -> str:
-    return f"  {head}\n{textwrap.fill(body, 96, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
+    # A name that is broken at its hyphen could not be searched for.
+    indent = " " * 6
+    text = textwrap.fill(
+        body, 96, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return f"  {head}\n{text}"

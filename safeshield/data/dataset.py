@@ -348,7 +348,7 @@ class OfflineDataset:
         """Write the log into Minari's store and return the `minari.MinariDataset`.
 
         The infos hold the cost and, where labels are continuous, the constraint. `from_minari`
-        returns the same log, with binary labels of its own `label_magnitude`. `metadata` is passed
+        returns the same log; binary labels get the magnitude that `from_minari` is given. `metadata` is passed
         to `minari.create_dataset_from_buffers`: author, algorithm_name, description and others.
 
         Raises:

@@ -42,7 +42,7 @@ def guided_loss(
     labels: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """Return the weighted error, summed over the action's entries, averaged over the batch.
+    """Return the weighted squared error, summed over an action's entries, averaged over the batch.
 
     Args:
         network: velocity field, made by `guided_network`.

@@ -521,7 +521,8 @@ class SafeSupportQLearning(OnlineLearner):
         Args:
             path: path to the file.
             behaviour: the behaviour with which the agent learned, for the induced policy. Without
-                it the parametric policy acts.
+                it the file's own clone of the log takes its place, where the agent learned from a
+                log without a behaviour; otherwise the parametric policy acts.
             safe: the actions that may be executed, as in the class.
             device: device, as in the class.
 

@@ -119,14 +119,14 @@ class Uniform:
 class LoggedBehaviour:
     """The log's behaviour, from a network of a shield or agent; also called `FlowTeacher`.
 
-    For a Box of actions this is a flow, or FLRP's generative model. Noise z ~ N(0, I) is carried
+    For a Box of actions this is FLRP's generative model, or a flow: noise z ~ N(0, I) is carried
     along the velocity field, x <- x + v(s, x, i/K) / K for i = 0 .. K - 1, and clipped to the box.
     Points on the boundary of the box therefore have positive probability, and there is no density.
     Where actions are discrete the network is a classifier.
 
-    The draws are not restricted to the actions that the shield accepts, as those of
-    `SafeSupportPolicy(shield, "behaviour")` are. A learner restricts them by this shield, unless it
-    is given another safe set.
+    The draws are not restricted to the actions that the shield accepts, unlike those of
+    `SafeSupportPolicy(shield, "behaviour")`. `SafeSupportQLearning` restricts them by this shield,
+    unless it is given another safe set.
 
     Source: flow matching as in SafeFQL (arXiv 2603.15136); `nn.flow`.
 

@@ -159,7 +159,9 @@ def float32_box(codec: SpaceCodec) -> tuple[npt.NDArray[np.float32], npt.NDArray
 def nearest_acceptable(
     candidates: Candidates, values: Judged, limit: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.intp]:
-    """Return which candidate is acceptable and nearest to the first; if none is, the lowest's Q_h.
+    """Return the index of the acceptable candidate nearest to the first, (n,).
+
+    Where no candidate is acceptable, it is the index of the candidate of lowest Q_h.
 
     Args:
         candidates: (n, c, features) scaled to [-1, 1].
@@ -415,7 +417,7 @@ class OwnSamples:
         if single or len(actions) != len(rows):
             raise ValueError(
                 f"the policy of OwnSamples must return {len(rows)} actions for {len(rows)} "
-                f"observations, got shape {points.shape}; see batch_policy.as_batch_policy"
+                f"observations, got shape {points.shape}; see rollouts.policies.as_batch_policy"
             )
         draws[seen] = actions.reshape(-1, *shape[1:])
         return draws

@@ -17,18 +17,20 @@ class FilterReport(NamedTuple):
     """
 
     intervened: Flags | np.bool_
-    """The executed action is not the proposed one."""
+    """The shield did not accept the proposed action, and chose what was executed. (Where nothing is
+    acceptable, it may choose the proposed action itself.)"""
     value: Scalars | np.floating
-    """Q_h of the executed action; infinity where the observation was not finite."""
+    """Q_h of the executed action; infinity where the observation was not readable."""
     proposed_value: Scalars | np.floating
-    """Q_h of the proposed action; infinity where it was not finite or outside the box."""
+    """Q_h of the proposed action; infinity where that is not in the action space, or where the
+    observation was not readable."""
     state_value: Scalars | np.floating
-    """V_h of the observation; infinity where it was not finite."""
+    """V_h of the observation; infinity where it was not readable."""
     acceptable: Flags | np.bool_
     """The executed action passes every test of the shield: value <= -delta, and `supported`. Where
     it is False, nothing acceptable was found, and the least bad candidate was executed."""
     valid: Flags | np.bool_
-    """Observation and proposed action were finite."""
+    """The observation was readable (`Shield.readable`), and the proposed action finite."""
     supported: Flags | np.bool_ = np.bool_(True)
     """The executed action looks like the log's (`support`); True without a support test."""
 

@@ -99,7 +99,7 @@ class SafetyLog:
         return loss
 
     def refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        """Find the transitions whose states are nearest to V_h = 0.
+        """Find the transitions nearest to V_h = 0, an eighth of a random pool of the log.
 
         Drawing these states more often does not change the values at convergence, because the
         expectile over actions is taken separately in each state. It makes the networks more

@@ -234,7 +234,8 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         """Check that the unsafe region holds some states of the log, but not all of them.
 
         Warns:
-            UserWarning: it holds only states that violate by themselves.
+            UserWarning: it holds only states that violate by themselves, or lie within the margin
+                of a violation.
 
         Raises:
             ValueError: it holds all states of the log, or none.
