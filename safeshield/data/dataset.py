@@ -348,8 +348,9 @@ class OfflineDataset:
         """Write the log into Minari's store and return the `minari.MinariDataset`.
 
         The infos hold the cost and, where labels are continuous, the constraint. `from_minari`
-        returns the same log; binary labels get the magnitude that `from_minari` is given. `metadata` is passed
-        to `minari.create_dataset_from_buffers`: author, algorithm_name, description and others.
+        returns the same log; binary labels get the magnitude that `from_minari` is given.
+        `metadata` is passed to `minari.create_dataset_from_buffers`: author, algorithm_name,
+        description and others.
 
         Raises:
             ImportError: The package minari is not installed.
