@@ -44,7 +44,8 @@ class SSQLConfig(Settings):
     components: PositiveInt = 4
     """Number of truncated normals in the parametric policy's mixture, for a Box of actions."""
     batch_size: PositiveInt = 256
-    """Transitions in an update."""
+    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
+    update slower."""
     learning_rate: Positive = 1e-3
     """Adam's learning rate. It is constant in `learn`; in `fit` and in the extraction it falls to a
     fiftieth."""

@@ -1,51 +1,54 @@
-"""A threshold that follows the errors it meets: adaptive conformal inference on delta.
+"""A threshold that follows the critics' observed errors: adaptive conformal inference on delta.
 
-Calibration fixes delta for the dynamics it was made in. When these drift, the values that the
-shield predicts are wrong by a little more at each step, and over a stretch of steps the little
-adds up. In a step t in which the shield stepped in, with Q_h and V_h in units of h,
+Calibration fixes delta for the dynamics in which it was done. When the dynamics drift, the values
+that the shield predicts have larger errors at each step, and these errors add up over several
+steps. For a step t in which the shield replaced the action, the prediction p_t and its error e_t,
+both in units of h, are
 
     e_t = V_h(s[t+1]) - p_t,    p_t = Q_h(s[t], a[t])                  where that was acceptable
                                 p_t = min(Q_h(s[t], a[t]), V_h(s[t]))  where nothing was
 
-is how far the value rose above what was promised: an accepted action promises its Q_h, and where
-no candidate is acceptable V_h itself promises that it need not rise. A margin q_t says "e_t will be
-at most q_t". It is a conformal quantile of recent errors, at a level that moves with its own
-mistakes (Gibbs and Candes, arXiv 2106.00170, eq. 2; on a learned Hamilton-Jacobi filter: ACoFi,
-arXiv 2604.18482):
+An acceptable action predicts that the next V_h is at most its Q_h. Where no candidate is
+acceptable, the present V_h also predicts that the value need not rise. The margin q_t predicts that
+e_t is at most q_t. It is a conformal quantile of recent errors, whose level changes with the
+margin's own mistakes (Gibbs and Candes, arXiv 2106.00170, eq. 2; ACoFi, arXiv 2604.18482, applies
+the method to a learned Hamilton-Jacobi filter):
 
-    err_t     = 1 if e_t > q_t else 0                         (a wrong range)
+    err_t     = 1 if e_t > q_t else 0                         (1: a wrong range)
     alpha_t+1 = alpha_t + rate (target - err_t),              alpha_1 = target
     q_t       = the ceil((m + 1)(1 - alpha_t))-th smallest of the last m <= window errors,
                 infinite where that is more than m, minus infinity where it is less than 1
 
 and the threshold in force is
 
-    -(delta + horizon * max(q_t - baseline, 0)),              q_t at most the largest error kept:
+    -(delta + horizon * max(q_t - baseline, 0)),              q_t at most the largest error kept.
 
-never looser than -delta. Errors of q in each of `horizon` steps carry the value horizon * q
-upwards; `baseline` is the part of q that delta covers already.
+It is never looser than -delta. An error of q in each of `horizon` steps raises the value by
+horizon * q; `baseline` is the part of q that delta covers already.
 
-How long errors add up is by default what the shield has met: `horizon` is the longest stretch so
-far of steps in a row in states with V_h <= 0 in which nothing was acceptable at the CALIBRATED
-threshold, at least 1 and at most 100. A number fixed beforehand can lock the agent out in a world
-that never changed, above all where labels are binary: values there lie hardly anywhere below the
-label -1 of safe states, a step's error of the critics is a few hundredths, and a hundred times that
-is a threshold which no action ever meets; the shield then executes what its critics overrate most,
-whose errors keep the threshold where it is. Where that happens all the same, it warns.
+By default, `horizon` is found from what the shield has observed. It is the length of the longest
+run of consecutive steps so far in which V_h <= 0 and nothing was acceptable at the CALIBRATED
+threshold, at least 1 and at most 100. A horizon fixed beforehand can make the shield refuse every
+action although the dynamics never changed, above all where labels are binary. There, few values lie
+below -1, the label of safe states. The critics' error in one step is a few hundredths, and a
+hundred times that gives a threshold that no action meets. The shield then executes the action that
+the critics overrate most, and the errors of such actions keep the threshold strict. The shield
+issues a warning where this happens.
 
 **What is promised.** For ANY sequence of errors, random or adversarial, after T counted steps
 
     abs(mean of err - target) <= (max(target, 1 - target) + rate) / (T rate),
 
-because alpha never leaves [-rate, 1 + rate]. It speaks of wrong ranges among the steps in which
-the shield stepped in, on average over the long run, and of nothing else.
+because alpha never leaves [-rate, 1 + rate]. This bound concerns only the long-run share of wrong
+ranges among the steps in which the shield replaced the action.
 
-**What is not.** It is no bound on violations. Wrong ranges may come together, in the one
-encounter where they matter; between two encounters the dynamics may change by more than was seen;
-an infinite range, which is always right, does not make the threshold infinite. What connects the
-two is this much: from a step with Q_h <= threshold on, V_h stays at or below 0 for `horizon` steps,
-or until an action is acceptable again, if no error among them exceeds the (finite) margin that
-set that threshold, and ``baseline <= delta / horizon`` (the default). A soft promise.
+**What is not promised.** The bound is no bound on violations. Wrong ranges may all occur in the few
+steps in which they matter. Between two dangers, the dynamics may change by more than was observed.
+An infinite range, which is always right, does not make the threshold infinite. Only the following
+connects the margin with violations: after a step with Q_h <= threshold, V_h stays at or below 0 for
+`horizon` steps, or until an action is acceptable again, if none of the errors in these steps
+exceeds the (finite) margin that set that threshold, and ``baseline <= delta / horizon`` (the
+default).
 """
 
 from __future__ import annotations
@@ -65,8 +68,8 @@ from safeshield.spaces.shapes import Flags, Scalars
 
 _Array = npt.NDArray[np.float64]
 MOST_HELD = 100
-"""Longest horizon that is found by itself, in steps."""
-_STARVED = 100  # steps in a row before it warns
+"""Longest horizon that is found from observed steps, in steps."""
+_STARVED = 100  # consecutive steps without an acceptable action before the warning
 
 
 class NothingAcceptableWarning(UserWarning):
@@ -75,23 +78,25 @@ class NothingAcceptableWarning(UserWarning):
 
 @dataclass(frozen=True)
 class AdaptiveThreshold:
-    """How a threshold follows the errors it meets; formulas and what they promise: the module.
+    """Settings of a threshold that follows observed errors.
+
+    The module's docstring gives the formulas and what they promise.
 
     Args:
-        target: share of wrong ranges in the long run, in (0, 1).
-        rate: what one wrong range takes off alpha, positive. Larger follows faster and swings
-            more.
-        window: how many recent errors are kept, at least 1. Below 1 / target the margin is
+        target: long-run share of wrong ranges, in (0, 1).
+        rate: step size of alpha, positive. Each wrong range lowers alpha by rate * (1 - target). A
+            larger rate makes the threshold follow faster and vary more.
+        window: number of recent errors that are kept, at least 1. Below 1 / target the margin is
             infinite most of the time, and the threshold follows the largest error kept.
-        horizon: for how many steps errors may add up, at least 1: as many as the shield has to
-            hold out until the danger is passed. None: the longest stretch without an acceptable
-            action that it has met, at most 100 (see the module).
-        baseline: what part of the margin delta covers, per step, in units of h; by default
-            delta / horizon. The margin observed where the shield was calibrated
-            (`AdaptiveMargin.margin`) lets the threshold start to move as soon as errors grow.
+        horizon: number of steps over which errors may add up, at least 1. It should be the number
+            of steps for which the shield has no acceptable action until a danger has passed. None:
+            the longest such run observed so far, at most 100 (see the module).
+        baseline: part of the margin that delta covers, per step, in units of h; by default
+            delta / horizon. If it is the margin observed where the shield was calibrated
+            (`AdaptiveMargin.margin`), the threshold starts to move as soon as errors grow.
 
     Raises:
-        TypeError: a count is no whole number.
+        TypeError: a count is not a whole number, or another argument is not a number.
         ValueError: an argument is out of its range.
 
     >>> AdaptiveThreshold(target=0.1, rate=0.02).long_run_bound(1000)
@@ -133,21 +138,26 @@ class AdaptiveThreshold:
             )
 
     def long_run_bound(self, steps: int) -> float:
-        """Return how far the share of wrong ranges can be from the target after counted steps."""
+        """Return how far the share of wrong ranges can be from the target after counted steps.
+
+        `AdaptiveMargin.observed` tells how many steps have been counted.
+        """
         return (max(self.target, 1.0 - self.target) + self.rate) / (steps * self.rate)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the arguments as plain data, from which `as_adaptive` makes an equal one."""
+        """Return the arguments as plain data, which `as_adaptive` turns into equal settings."""
         return dataclasses.asdict(self)
 
 
 def as_adaptive(
     adaptive: AdaptiveThreshold | Mapping[str, Any] | None,
 ) -> AdaptiveThreshold | None:
-    """Return the settings from settings, or from a mapping of `AdaptiveThreshold`'s arguments.
+    """Return settings as they are, or make them from a mapping of `AdaptiveThreshold`'s arguments.
+
+    None stays None.
 
     Raises:
-        TypeError: anything else, or an argument that there is not.
+        TypeError: `adaptive` is of another type, or names an unknown argument.
         ValueError: an argument is out of its range.
     """
     if adaptive is None or isinstance(adaptive, AdaptiveThreshold):
@@ -165,12 +175,12 @@ def as_adaptive(
 
 
 class AdaptiveMargin:
-    """The margins of n environments, each with its own errors.
+    """The adaptive margins of n environments, each computed from its own errors.
 
     Args:
-        settings: how to follow.
-        delta: the calibrated threshold, units of h.
-        count: n.
+        settings: how the thresholds follow the errors.
+        delta: the calibrated delta, in units of h.
+        count: number n of environments.
 
     >>> margin = AdaptiveMargin(AdaptiveThreshold(window=40, horizon=10), delta=0.05, count=1)
     >>> for _ in range(40):  # the value rises by 1 cm a step: 10 cm in 10 steps
@@ -197,42 +207,42 @@ class AdaptiveMargin:
 
     @property
     def alpha(self) -> _Array:
-        """(n,) the level in force; between -rate and 1 + rate."""
+        """(n,) the present level alpha_t, between -rate and 1 + rate."""
         return self._alpha.copy()
 
     @property
     def margin(self) -> _Array:
-        """(n,) q_t, units of h a step; infinite before there are enough errors."""
+        """(n,) the margin q_t, in units of h per step; infinite before there are enough errors."""
         return self._margin.copy()
 
     @property
     def threshold(self) -> _Array:
-        """(n,) what Q_h must not exceed in the next step; finite, at most -delta."""
+        """(n,) the number that Q_h must not exceed in the next step; finite, at most -delta."""
         return self._threshold.copy()
 
     @property
     def horizon(self) -> npt.NDArray[np.int64]:
-        """(n,) for how many steps errors may add up."""
+        """(n,) number of steps over which errors may add up."""
         return self._horizon.copy()
 
     @property
     def baseline(self) -> _Array:
-        """(n,) what part of a margin delta covers, units of h a step."""
+        """(n,) part of the margin that delta covers, in units of h per step."""
         given = self.settings.baseline
         return self.delta / self._horizon if given is None else np.full(len(self._horizon), given)
 
     @property
     def observed(self) -> npt.NDArray[np.int64]:
-        """(n,) T, the steps counted."""
+        """(n,) number T of counted steps."""
         return self._observed.copy()
 
     @property
     def wrong(self) -> npt.NDArray[np.int64]:
-        """(n,) how many of their ranges were wrong."""
+        """(n,) number of wrong ranges among the counted steps."""
         return self._wrong.copy()
 
     def forget(self, mask: Flags | None = None) -> None:
-        """Begin anew with the calibrated threshold, everywhere or where `mask` (n,) says so."""
+        """Restore the calibrated threshold, for all environments or those in `mask` (n,)."""
         where = slice(None) if mask is None else np.asarray(mask, np.bool_)
         self._alpha[where] = self.settings.target
         self._margin[where] = np.inf
@@ -246,15 +256,17 @@ class AdaptiveMargin:
         self._starved[where] = 0
 
     def learn(self, report: FilterReport, reached: Scalars, counted: Flags) -> None:
-        """Take in one step: its verdicts (n,) and V_h (n,) of the states that it led to.
+        """Update the margins with one step of all environments.
 
-        Steps in which the shield did not step in, and those whose value before or after is not
-        finite (a reading was broken, or nobody knows where the step led) teach nothing.
+        A step does not change an environment's margin where the shield did not replace the action,
+        or where the value before or after the step is not finite, because a reading was broken or
+        the state reached is not known.
 
         Args:
-            report: of the actions executed.
-            reached: also where the step ended an episode, of its last state.
-            counted: (n,) where an action was executed at all.
+            report: verdicts (n,) on the executed actions.
+            reached: (n,) V_h of the states reached. Where the step ended an episode, that is the
+                episode's last state.
+            counted: (n,) whether an action was executed at all.
         """
         stepped_in = np.asarray(report.intervened) & counted
         self._hold_out(report, reached, stepped_in, counted)
@@ -265,20 +277,24 @@ class AdaptiveMargin:
         self.observe(errors, stepped_in & np.isfinite(errors))
 
     def passed(self) -> None:
-        """Take in a step in which every action was accepted: whatever lasted is over."""
+        """Record a step in which every action was accepted: all runs of refused steps end."""
         self._held[:] = 0
         self._starved[:] = 0
 
     def _hold_out(
         self, report: FilterReport, reached: Scalars, stepped_in: Flags, counted: Flags
     ) -> None:
-        """Count the steps in a row without an acceptable action, by either threshold's fault."""
+        """Count consecutive steps without an acceptable action, and warn after too many of them.
+
+        Steps that the calibrated threshold refuses and those that only the adaptive threshold
+        refuses are counted apart.
+        """
         value = np.asarray(report.value, np.float64)
         before = np.asarray(report.state_value, np.float64)
         nothing = stepped_in & ~np.asarray(report.acceptable) & np.isfinite(value)
         calibrated = (value > -self.delta) | ~np.asarray(report.supported)
         held = nothing & calibrated & (before <= 0.0)
-        # After a reset the state is not the one that the stretch led to.
+        # After a reset the state is not the one that the last counted step led to.
         goes_on = (self._held > 0) & (before == self._reached)
         self._held = np.where(held, np.where(goes_on, self._held, 0) + 1, 0)
         self._reached = np.where(held, np.asarray(reached, np.float64), np.nan)
@@ -301,7 +317,7 @@ class AdaptiveMargin:
             )
 
     def observe(self, errors: Scalars, counted: Flags) -> None:
-        """Move the margins of the environments in `counted` (n,) by their errors (n,), finite."""
+        """Update the margins of the environments in `counted` (n,) by finite errors (n,)."""
         rows = np.flatnonzero(counted)
         if not len(rows):
             return
@@ -311,7 +327,7 @@ class AdaptiveMargin:
         self._errors[rows, self._observed[rows] % settings.window] = seen
         self._observed[rows] += 1
         self._wrong[rows] += wrong
-        # Those not filled yet are NaN, which is sorted to the end.
+        # Entries that are not filled yet are NaN, which np.sort places at the end.
         ordered = np.sort(self._errors[rows], axis=1)
         kept = np.minimum(self._observed[rows], settings.window)
         rank = np.ceil((kept + 1) * (1.0 - self._alpha[rows]))
@@ -325,7 +341,7 @@ class AdaptiveMargin:
 
 
 def promised(report: FilterReport) -> _Array:
-    """Return what the values (n,) after a step should not exceed; p_t of the module."""
+    """Return p_t (n,) of the module: the numbers that V_h after the step should not exceed."""
     value = np.asarray(report.value, np.float64)
     held = np.minimum(value, np.asarray(report.state_value, np.float64))
     return np.where(np.asarray(report.acceptable), value, held)

@@ -1,7 +1,7 @@
-"""Where a shield looks for a replacement when it must not let an action pass.
+"""The candidates among which a shield looks for a replacement of an action that it rejects.
 
-The noise behind the candidates is drawn once, from a fixed seed: a shield is a function of
-observation and action, so a decision can be replayed.
+The random numbers behind the candidates are drawn once, from a fixed seed. The executed action is
+therefore a function of observation and proposed action, and a decision can be reproduced.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ _SEED = 20_260_315
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """How many replacements to weigh, of which kinds."""
+    """How many candidates of each kind a shield considers."""
 
     fallback: int = 8
-    """Actions of the fallback actor: z = 0 and further draws of z."""
+    """Number of actions of the fallback actor: one for noise z = 0, the others for drawn z."""
     around: int = 24
-    """Points around the proposal, at distances from 5% to 200% of the box's half width."""
+    """Number of points around the proposed action, at distances from 5% to 200% of the box's half
+    width."""
     box: int = 32
-    """Points spread over the whole action box, corners and centre first."""
+    """Number of points spread over the whole action box; the centre and corners come first."""
 
     def __post_init__(self) -> None:
         if self.fallback < 1 or self.around < 0 or self.box < 0:
@@ -38,13 +39,13 @@ class CandidateSet:
 
     @property
     def total(self) -> int:
-        """Candidates a state."""
+        """Number of candidates in each state."""
         return self.fallback + self.around + self.box
 
     def actions(self, model: SafetyModel, states: StateValue, proposals: Actions) -> Candidates:
         """Return the candidates (n, total, act) for proposals (n, act), all inside the box.
 
-        Where actions are discrete, they are all there is, whatever the counts say.
+        Where actions are discrete, the candidates are all actions, whatever the counts are.
         """
         if model.action_codec.discrete:
             choices = model.action_codec.choices
@@ -80,7 +81,7 @@ class _Tables:
         if self.width == 1:
             direction = np.where(np.arange(count) % 2 == 0, 1.0, -1.0)[:, None]
         elif self.width == 2:
-            # A golden-angle fan covers the circle evenly at any count.
+            # Multiples of the golden angle cover the circle evenly for any count.
             angle = np.arange(count) * np.pi * (3.0 - np.sqrt(5.0))
             direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         else:

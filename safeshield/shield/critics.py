@@ -1,4 +1,4 @@
-"""The safety critics and the actors as a shield uses them: NumPy in and out, raw units."""
+"""The safety critics and the actors as a shield uses them: NumPy arrays in raw units."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ from safeshield.values.units import (
 
 @dataclass(frozen=True, eq=False)
 class StateValue:
-    """What the critics say of n states, kept so that actions can be judged without repeating it."""
+    """The critics' results for n states, kept so that each state is evaluated only once."""
 
     inputs: Float
     """(n, obs) normalised observations."""
     value: Float
-    """(n,) V_h, units of h."""
+    """(n,) V_h of the states, in units of h."""
 
     def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> StateValue:
-        """Return what is said of some of the states."""
+        """Return the results for some of the states."""
         return StateValue(self.inputs[index], self.value[index])
 
 
 @dataclass(frozen=True, eq=False)
 class SafetyModel:
-    """V_h, Q_h and the fallback actor of one task; formulas in `values.units`.
+    """V_h, Q_h and the actors of one task; `values.units` has the formulas.
 
-    Observations and actions are rows of `spaces.rows` throughout.
+    Observations and actions are rows of `spaces.rows` in all methods.
 
     Attributes:
-        observation_space: what `spaces.rows.flat_observations` takes.
-        action_space: what `spaces.rows.flat_actions` takes.
+        observation_space: a space that `spaces.rows.flat_observations` takes.
+        action_space: a space that `spaces.rows.flat_actions` takes.
         scaling: units of observations and actions.
         scale: units of h.
-        networks: weights by network: "constraint", "excess", "advantage", and those that the actors
-            and `judge` name.
-        fallback_actor: what proposes replacements. None where actions are discrete: all are
-            weighed, and none has to be proposed.
-        behaviour_actor: what imitates the log, where that was learned too.
-        judge: how much worse than the best an action is, where another critic than "advantage"
-            says so, by plans for instance.
+        networks: weights by the network's name: "constraint", "excess", "advantage", and the
+            networks that the actors and `judge` name.
+        fallback_actor: the actor that proposes replacements. None where actions are discrete,
+            because then all actions are candidates.
+        behaviour_actor: the actor that imitates the log; None where none was learned.
+        judge: a critic, such as one of plans, that says in place of "advantage" how much worse
+            than the best an action is; None where "advantage" says so.
     """
 
     observation_space: gym.Space[Any]
@@ -91,10 +91,10 @@ class SafetyModel:
         networks: Mapping[str, Weights],
         flow_steps: int = 10,
     ) -> SafetyModel:
-        """Return a model with the usual actors, as far as `networks` holds them.
+        """Return a model with the usual actors, where `networks` holds their weights.
 
-        "student" is a `OneStepActor`; "behaviour" a `FlowActor` of `flow_steps`, or a `Classifier`
-        where actions are discrete.
+        "student" is a `OneStepActor`. "behaviour" is a `FlowActor` of `flow_steps` steps, or a
+        `Classifier` where actions are discrete.
         """
         widths = widths_of(scaling, flat_actions(action_space))
         fallback, behaviour = None, None
@@ -121,14 +121,14 @@ class SafetyModel:
         return flat_actions(self.action_space)
 
     def __deepcopy__(self, memo: dict[int, object]) -> SafetyModel:
-        # Nothing in it ever changes, and Gymnasium copies the specs of wrapped environments a lot.
+        # A model never changes, and Gymnasium often copies the specs of wrapped environments.
         return self
 
     # -- the critics -----------------------------------------------------------------------------
 
     @cached_property
     def _state_layers(self) -> list[tuple[Float, Float]]:
-        # h^ and the excess have the same shape: one stack, one pass.
+        # The networks "constraint" and "excess" have the same shape, so one pass evaluates both.
         pairs = zip(layers(self.networks[CONSTRAINT]), layers(self.networks[EXCESS]), strict=True)
         return [(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])) for a, b in pairs]
 
@@ -137,16 +137,16 @@ class SafetyModel:
         return layers(self.networks[ADVANTAGE])
 
     def states(self, observations: Observations) -> StateValue:
-        """Judge finite observations (n, obs)."""
+        """Return V_h of finite observations (n, obs), with the features that actions need."""
         return self.evaluate_features(self.scaling.observations(observations))
 
     def unjudged(self, observations: Observations) -> StateValue:
-        """Return observations (n, obs) as features without a value: 0; needs no critics."""
+        """Return observations (n, obs) as features, with value 0; this needs no critics."""
         inputs = self.scaling.observations(observations)
         return StateValue(inputs, np.zeros(len(inputs), np.float32))
 
     def evaluate_features(self, inputs: Float) -> StateValue:
-        """Judge what `spaces.scaling` made of observations, (n, features)."""
+        """Return V_h of normalised observations (n, features), as `spaces.scaling` makes them."""
         out = run(self._state_layers, inputs)
         return StateValue(inputs, state_value(self.scale, out[0, :, 0], out[1, :, 0]))
 
@@ -156,9 +156,9 @@ class SafetyModel:
         return out
 
     def action_spread(self, states: StateValue, actions: Actions) -> Scalars:
-        """Return the standard deviation (n,) of Q_h among the members, units of h.
+        """Return the standard deviation (n,) of Q_h among the critic's members, in units of h.
 
-        Of the action by itself, also where `judge` says more.
+        It comes from the network "advantage", also where the model has a `judge`.
         """
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         members = run(self._advantage_layers, inputs)[..., 0]
@@ -166,9 +166,9 @@ class SafetyModel:
         return out
 
     def action_value(self, states: StateValue, action: Actions) -> float:
-        """Return Q_h of one finite action (act,) in one state: `action_values` with less around it.
+        """Return Q_h of one finite action (act,) in one state, faster than `action_values`.
 
-        Most steps of a shielded agent need this number and nothing else.
+        Most steps of a shielded agent need only this number.
         """
         width = states.inputs.shape[1]
         features = self.scaling.actions(action)
@@ -187,7 +187,7 @@ class SafetyModel:
         return self.scaled_values(states, actions.reshape(count, each, actions.shape[-1]))
 
     def scaled_values(self, states: StateValue, candidates: Candidates) -> Scalars:
-        """Return Q_h (n, c) of actions (n, c, features) as the networks see them."""
+        """Return Q_h (n, c) of normalised actions (n, c, features), the networks' input."""
         if self.judge is not None:
             worst = self.judge.worst(self.networks, states.inputs, candidates)
         else:
@@ -198,10 +198,10 @@ class SafetyModel:
         return action_value(self.scale, states.value[:, None], worst)
 
     def action_gradients(self, states: StateValue, actions: Actions) -> tuple[Scalars, Float]:
-        """Return Q_h of one action (n, act) of a Box in each of n states, and its gradient.
+        """Return Q_h (n,) of one action (n, act) of a Box in each of n states, and its gradient.
 
-        That is (n,), and (n, act) in units of h for each half width of the box: dQ_h/du with u the
-        action scaled to [-1, 1].
+        The gradient (n, act) is dQ_h/du, where u is the action scaled to [-1, 1]. Its unit is that
+        of h per half width of the box.
         """
         features = self.scaling.actions(actions)
         if self.judge is not None:
@@ -228,7 +228,7 @@ class SafetyModel:
 
     @property
     def knows_behaviour(self) -> bool:
-        """Whether it has learned what the log does."""
+        """Whether the model has an actor that imitates the log."""
         return self.behaviour_actor is not None
 
     @property
@@ -239,9 +239,9 @@ class SafetyModel:
         return actor
 
     def behaviour(self, states: StateValue, noise: Noise) -> Candidates:
-        """Return what the log's behaviour does for noise (n, c, z): (n, c, act), in the box.
+        """Return the imitated behaviour's actions (n, c, act), in the box, for noise (n, c, z).
 
-        Needs a Box of actions, and `knows_behaviour`.
+        This needs a Box of actions, and `knows_behaviour`.
         """
         scaled = self._behaviour.act(self.networks, *_rows(states, noise))
         return self._in_box(scaled, len(states.inputs))
@@ -251,9 +251,9 @@ class SafetyModel:
         return self.fallback(states, np.zeros((1, self.noise_features), np.float32))[:, 0]
 
     def fallback(self, states: StateValue, noise: Noise) -> Candidates:
-        """Return the fallback actor's actions for noise (c, z): (n, c, act), in the box.
+        """Return the fallback actor's actions (n, c, act), in the box, for noise (c, z).
 
-        Where actions are discrete: the one of lowest Q_h, c times.
+        Where actions are discrete, this is the action of lowest Q_h, c times.
         """
         count = len(states.inputs)
         if self.fallback_actor is None:
@@ -270,12 +270,12 @@ class SafetyModel:
 
 
 def _rows(states: StateValue, noise: Noise) -> tuple[Float, Float]:
-    """Return features and noise (n, c, z) of n states with c draws each, (n * c, ...)."""
+    """Return features and noise (n * c, ...) of n states, from noise (n, c, z) of c draws each."""
     _, each, width = noise.shape
     return np.repeat(states.inputs, each, axis=0), noise.reshape(-1, width).astype(np.float32)
 
 
 def widths_of(scaling: Scaling, action_codec: SpaceCodec) -> Widths:
-    """Return what the spaces fix of the networks' shapes."""
+    """Return the widths of the networks' inputs and outputs that the spaces determine."""
     choices = math.prod(action_codec.categories) if action_codec.discrete else 0
     return Widths(scaling.observation_features, scaling.action_features, choices)

@@ -65,11 +65,11 @@ _REPLACEMENTS: dict[str, type[NearestAcceptable | FallbackPolicy | ProjectedGrad
 
 
 def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
-    """Write a shield, atomically.
+    """Write a shield to a file, atomically.
 
     Raises:
-        ValueError: it replaces actions in a way that no file can hold, or an actor's class is not
-            registered.
+        ValueError: the shield replaces actions in a way that a file cannot hold, or an actor's
+            class is not registered.
     """
     model = shield.model
     header = {
@@ -102,7 +102,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
 
 
 def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
-    """Read a shield; every field of the header is checked before a tensor is read."""
+    """Read a shield from a file, after a check of every field of the header."""
     file = read_tensors(path, FORMAT)
     header = file.header
     if header.get("version") not in (1, VERSION):
@@ -121,7 +121,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         actors = _actors(header, widths)
         expected = _shapes(header, widths, actors)
         if header.get("plan") and not header["plan"]["plans"]:
-            # Files of version 1 hold the critic of plans also where nothing asks it.
+            # Files of version 1 hold the critic of plans also where the shield does not use it.
             actors = actors._replace(judge=None)
         delta = finite_number(header["delta"], "delta")
         record = header["record"]
@@ -129,7 +129,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         if "replacement" in header:
             replacement = _replacement(header["replacement"])
         else:
-            # As it was written when there was one way only.
+            # Files from before there were several strategies hold the candidates alone.
             replacement = NearestAcceptable(_candidates(header["candidates"]))
         check_replacement(replacement, action)
         trained_by = header["trained_by"]
@@ -149,7 +149,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         networks,
         *actors,
     )
-    # Files of earlier releases do not speak of it.
+    # Files of earlier releases have no field for the support test.
     support = header.get("support")
     try:
         test = None if support is None else _support_from_json(support, model)
@@ -236,8 +236,8 @@ def _actors(header: dict[str, Any], widths: Widths) -> _Actors:
 
 
 def _as_version_2(header: dict[str, Any], discrete: bool) -> dict[str, Any]:
-    """Turn the header of a file from before actors had kinds into one of today."""
-    # The oldest files do not speak of latent and plan.
+    """Convert a header of version 1, in which actors have no kinds, to version 2."""
+    # The oldest files have no fields latent and plan.
     hidden, latent, plan = dict(header["hidden"]), header.get("latent"), header.get("plan")
     names = [*SAFETY_NETWORKS, *([] if discrete or latent else [FALLBACK])]
     names += [PLAN] if plan else []

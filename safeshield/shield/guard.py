@@ -1,4 +1,4 @@
-"""The shielded step, written once: observe the states, filter the actions, update, tell in infos.
+"""The shielded step: observe the states, filter the actions, update thresholds, fill infos.
 
 The wrappers of a single environment, of a vector environment and of Stable-Baselines3's `VecEnv`
 translate between their interface and a `ShieldRuntime`.
@@ -37,95 +37,100 @@ from safeshield.spaces.shapes import Flags, Scalars
 
 Array = npt.NDArray[Any]
 PerEnv = Any
-"""One value for each environment: an array (n, ...); of one environment alone, plain Python."""
+"""One value for each environment: an array (n, ...), or a plain Python value for a single one."""
 InfoDicts = Sequence[Mapping[str, Any]]
-"""The infos of n environments, a mapping for each."""
+"""The infos of n environments, one mapping for each."""
 
 
 class ConstraintSource(Protocol):
-    """Tells the constraint h of the states that n environments are in."""
+    """Returns the constraint h of the present states of n environments."""
 
     def __call__(self, observations: Batch, infos: InfoDicts, /) -> Scalars:
-        """Return h (n,) in units of h, positive is a violation; every number must be finite.
+        """Return finite h (n,) of the states, in units of h; a positive number is a violation.
 
         Args:
-            observations: n of them, as a vector environment batches them.
-            infos: what the environments reported with these observations.
+            observations: n observations, as a vector environment batches them.
+            infos: the infos that the environments returned with these observations.
         """
         ...
 
 
 class ShieldMemory(Protocol):
-    """What a shield remembers of each of n environments from one step to the next."""
+    """The state that a shield keeps for each of n environments from one step to the next."""
 
     def reset(self, mask: Flags, /) -> None:
-        """Forget the environments in `mask` (n,): an episode begins, or a step has failed."""
+        """Forget the environments in `mask` (n,), whose episodes begin or whose step has failed."""
         ...
 
     def limit(self, values: Scalars, threshold: Scalars, /) -> Scalars:
-        """Return what Q_h must not exceed in the next step (n,); it must change nothing.
+        """Return the numbers (n,) that Q_h must not exceed in the next step.
+
+        The call must not change the memory.
 
         Args:
             values: (n,) V_h of the states, infinity where they are not readable.
-            threshold: (n,) the threshold in force; a limit above it has no effect.
+            threshold: (n,) the present threshold; a returned limit above it has no effect.
         """
         ...
 
     def learn(self, report: FilterReport, reached: Scalars, counted: Flags, /) -> None:
-        """Take in one step; the arguments are those of `AdaptiveMargin.learn`."""
+        """Update the memory with one step; the arguments are those of `AdaptiveMargin.learn`."""
         ...
 
 
 class Decision(NamedTuple):
-    """What was decided on the actions of all environments, until infos tell of it."""
+    """The decision on the actions of all environments in one step."""
 
     proposed: Array
-    """(n, *shape) what the agent sent; of one environment alone (*shape)."""
+    """(n, *shape) the proposed actions; (*shape) for a single environment."""
     executed: Array
-    """What the environments are to execute, likewise; it shares nothing with `proposed`."""
+    """The actions to execute, of the same shape; the array shares no memory with `proposed`."""
     intervened: PerEnv
     """Whether the executed action replaces the proposed one."""
     value: PerEnv
     """Q_h of the executed action."""
     threshold: PerEnv
-    """What Q_h was not to exceed."""
+    """The number that Q_h must not exceed."""
 
 
 class ShieldRuntime:
-    """A shield at work on environments that step together.
+    """Applies a shield to environments that step together.
 
-    One step is: `filter` the actions proposed; hand the decision's actions to the environments;
-    `observe` the states reached; `update` what adapts; read `step_infos`. A reset is `observe` and
-    `start_infos`. What moves the environments happens inside ``with runtime.transition:``, so that
-    no action is ever judged in a state that the environments have left.
+    One step consists of these calls: `filter` the proposed actions, pass the decision's actions to
+    the environments, `observe` the states reached, `update` thresholds that adapt, and read
+    `step_infos`. A reset is `observe` and `start_infos`. Code that moves the environments must run
+    inside ``with runtime.transition:``, so that no action is judged in a state that the
+    environments have left.
 
     Args:
-        shield: the filter.
-        num_envs: how many environments, whose observations and actions have a leading axis of
-            that length. None: one environment, whose observations and actions have none, and for
-            which decisions and infos are plain Python.
-        dtype: of the environments' action space; by default that of the shield's.
-        adaptive: lets each environment's threshold follow its errors (`AdaptiveThreshold`, or a
-            dict of its arguments).
-        intervention_penalty: what an intervention takes off the reward.
-        certifies: whether the shield's record may speak of these environments: what
-            `Shield.check_fits` returned for them. Where it is False, no state is certified.
-        constraint: tells h of the present states. By definition V_h(s) >= h(s), so the value of a
-            state, and with it Q_h of every action in it, is raised where the critics' estimate
-            lies below h(s). None: the critics alone.
-        memory: may make thresholds stricter by what happened in earlier steps. The runtime resets
-            it for every environment whose episode begins, and for all after a failure. None: each
-            step is decided by its state alone.
+        shield: the shield that filters the actions.
+        num_envs: number of environments; observations and actions have a leading axis of that
+            length. None means a single environment, whose observations and actions have no such
+            axis, and whose decisions and infos are plain Python.
+        dtype: dtype of the environments' action space; by default that of the shield's.
+        adaptive: settings by which each environment's threshold follows its errors
+            (`AdaptiveThreshold`, or a dict of its arguments); None for a fixed threshold.
+        intervention_penalty: number that is subtracted from the reward at an intervention.
+        certifies: whether the shield's record may apply to these environments, as returned by
+            `Shield.check_fits`. Where it is False, no state is certified.
+        constraint: returns h of the present states. By definition V_h(s) >= h(s), so the value of a
+            state, and with it Q_h of every action in the state, is raised where the critics'
+            estimate lies below h(s). None means that only the critics are used.
+        memory: can make thresholds stricter depending on earlier steps. The runtime resets the
+            memory of each environment whose episode begins, and of all environments after a
+            failure. None means that each decision depends only on the present state.
 
     Attributes:
         adaptive: the margins of the environments; None where the threshold is fixed.
         values: V_h of the states last observed, infinity where they are not readable.
-        rows: their observations (n, obs), as rows of `spaces.rows`.
-        infos: what was reported with them.
-        keys: the keys of infos that are read; None: any of them may be.
+        rows: (n, obs) the last observations, as rows of `spaces.rows`.
+        infos: the infos that came with the last observations.
+        keys: the keys of infos that the runtime reads; None where it may read any key.
 
     Raises:
-        TypeError, ValueError: `adaptive` is wrong, or the penalty is not a number of at least 0.
+        TypeError: `adaptive` is of a wrong type.
+        ValueError: a setting in `adaptive` is out of range, or the penalty is negative or not
+            finite.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -180,7 +185,7 @@ class ShieldRuntime:
         self.transition = Transition(self)
         self.values: PerEnv = None
         self.rows: Array = np.empty((0, shield.model.observation_codec.width))
-        # None where the environments may be in a state that was not observed.
+        # This is None while the environments may be in a state that was not observed.
         self._states: StateValue | None = None
         self.infos: InfoDicts = [{}] * self._count
         self._masks: Mask | None = None
@@ -199,20 +204,21 @@ class ShieldRuntime:
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         intervention_penalty: float = 0.0,
     ) -> Self:
-        """Return a runtime for an environment of any kind, and check that the shield fits it.
+        """Return a runtime for an environment of any kind, after a check that the shield fits it.
 
         Args:
-            env: the environment, for its id and the arguments it was made with.
+            env: the environment; its id and the arguments with which it was made are read.
             shield: a shield, a path to its file, or an agent.
-            observation_space: of one environment.
-            action_space: of one environment.
+            observation_space: observation space of one environment.
+            action_space: action space of one environment.
             num_envs: see the class.
             adaptive: see the class.
             intervention_penalty: see the class.
 
         Raises:
-            TypeError: `shield` is none of the three, or `adaptive` is wrong.
-            ValueError: the spaces differ, the file is damaged, or the penalty is out of range.
+            TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
+            ValueError: the spaces differ, the file is damaged, or the penalty or a setting in
+                `adaptive` is out of range.
         """
         shield = as_shield(shield)
         certifies = shield.check_fits(
@@ -227,16 +233,16 @@ class ShieldRuntime:
             certifies=certifies,
         )
 
-    # -- what is known of the environments ------------------------------------------------------
+    # -- the present state of the environments --------------------------------------------------
 
     @property
     def ready(self) -> bool:
-        """Whether the environments are in the states last observed, so that they may step."""
+        """Whether the environments are still in the states last observed, so that they may step."""
         return self._states is not None
 
     @property
     def threshold(self) -> PerEnv:
-        """What Q_h must not exceed now: -delta; (n,) where it adapts, and nowhere above that."""
+        """The number that Q_h must not exceed now: -delta, or at most that (n,) where it adapts."""
         limit = self._calibrated if self.adaptive is None else self.adaptive.threshold
         if self._memory is not None and self._states is not None:
             given = np.broadcast_to(np.asarray(limit, np.float64), (self._count,))
@@ -247,18 +253,19 @@ class ShieldRuntime:
         return limit
 
     def certified(self, values: PerEnv) -> PerEnv:
-        """Whether states of these values are what the shield's record speaks of.
+        """Return whether states of these V_h are certified.
 
-        The record's delta counts, also where the threshold in force is stricter.
+        The record's delta decides, also where the present threshold is stricter.
         """
         return (values <= self._calibrated) & self._vouched
 
     @property
     def masks(self) -> Mask:
-        """Which discrete actions may be taken in the states last observed (n, k), a copy.
+        """Which discrete actions may be taken in the states last observed (n, k), as a copy.
 
-        It is `Shield.action_mask` at the present threshold, without what ``info["action_mask"]``
-        of the environments forbids, unless that leaves nothing.
+        This is `Shield.action_mask` at the present threshold, without the actions that the
+        environments' ``info["action_mask"]`` forbids. Where that would leave no action, the
+        shield's mask alone applies.
 
         Raises:
             RuntimeError: the states are not known.
@@ -275,20 +282,20 @@ class ShieldRuntime:
     def observe(
         self, observations: Batch, infos: InfoDicts, starts: Flags | bool = False
     ) -> PerEnv:
-        """Judge the states that the environments are in.
+        """Evaluate the present states of the environments.
 
         Args:
-            observations: of all environments.
-            infos: what was reported with them, at least what `keys` names.
-            starts: (n,) where a reset has begun an episode, or one answer for all. Where a step
-                has begun one, tell `update`.
+            observations: the observations of all environments.
+            infos: the infos that came with the observations, at least the keys in `keys`.
+            starts: (n,) whether a reset has begun an episode, or one value for all. Episodes that a
+                step has begun are passed to `update` instead.
 
         Returns:
             V_h of the states, infinity where they are not readable.
 
         Raises:
-            ValueError: observations of another shape or number. The states observed before are
-                then forgotten too: the environments have left them.
+            ValueError: the observations have a wrong shape or number. The states observed before
+                are then forgotten too, because the environments have left them.
         """
         self._states = self._masks = None
         rows, single = self.shield.observation_rows(observations)
@@ -322,11 +329,11 @@ class ShieldRuntime:
         return self.values
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> Scalars:
-        """Return V_h (k,) of k states that are left already: the last ones of their episodes.
+        """Return V_h (k,) of the last states of k episodes, which the environments have left.
 
         Args:
-            observations: k of them.
-            infos: see `observe`.
+            observations: the k last observations.
+            infos: the infos that came with these observations.
         """
         values: Scalars = np.asarray(self.shield.value(observations))
         if self._constraint is not None:
@@ -335,15 +342,15 @@ class ShieldRuntime:
         return values
 
     def filter(self, actions: npt.ArrayLike) -> Decision:
-        """Decide what the environments are to execute in the states observed.
+        """Decide which actions the environments execute in the states observed.
 
-        The actions are read once and converted to the dtype of the action space; a batch of which
-        one number does not fit that dtype is judged as it came. What was judged is what is
-        executed, and it shares nothing with what was given.
+        The actions are read once and converted to the dtype of the action space. A batch with a
+        number that does not fit that dtype is judged without conversion. The actions that were
+        judged are those executed, and they share no memory with the argument.
 
         Raises:
             RuntimeError: the states are not known.
-            ValueError: not one action of the right shape for each environment.
+            ValueError: `actions` is not one action of the right shape for each environment.
         """
         states, rows = self._known()
         proposed = plain(actions)
@@ -358,7 +365,7 @@ class ShieldRuntime:
         threshold = self.threshold
         self._decided, self._report = True, None
         if self.num_envs is None and self._memory is None and self._readable[0]:
-            # Most steps of a single environment need no more than this.
+            # Most steps of a single environment end here.
             self.shield.warn_if_uncalibrated()
             accepted = self.shield.accepts(states, judged.reshape(-1), threshold)
             if accepted is not None:
@@ -381,13 +388,13 @@ class ShieldRuntime:
         counted: Flags | bool = True,
         starts: Flags | bool = False,
     ) -> None:
-        """Take in what the last decision led to: for thresholds that adapt, and the memory.
+        """Update adaptive thresholds and the memory with the result of the last decision.
 
         Args:
-            reached: (n,) V_h of the states reached, where an episode ended of its last state;
-                infinite where that is not known. None: the states last observed.
-            counted: (n,) where an action was executed at all, or one answer for all.
-            starts: (n,) where the states last observed begin an episode, or one answer for all.
+            reached: (n,) V_h of the states reached; where an episode ended, of its last state;
+                infinite where it is not known. None: V_h of the states last observed.
+            counted: (n,) whether an action was executed at all, or one value for all.
+            starts: (n,) whether the state last observed begins an episode, or one value for all.
         """
         report, decided = self._report, self._decided
         self._report, self._decided, self._masks = None, False, None
@@ -406,13 +413,13 @@ class ShieldRuntime:
             memory.learn(report, reached, counted)
             memory.reset(np.full(self._count, starts))
 
-    # -- what infos tell ------------------------------------------------------------------------
+    # -- infos ----------------------------------------------------------------------------------
 
     def start_infos(self) -> dict[str, PerEnv]:
-        """Return what infos tell of the states last observed as those in which episodes begin.
+        """Return the entries of infos for a reset, whose states are those last observed.
 
-        No action was proposed or executed: both are NaN, or where actions are whole numbers one
-        below every action.
+        No action was proposed or executed, so both are NaN; where actions are whole numbers, both
+        are one less than the lowest action.
         """
         if self.num_envs is None:
             intervened: PerEnv = False
@@ -423,10 +430,10 @@ class ShieldRuntime:
         return self.step_infos(start, self.values)
 
     def step_infos(self, decision: Decision, reached: PerEnv) -> dict[str, PerEnv]:
-        """Return what infos tell of a step; this is the one place that fills the shield's keys.
+        """Return the entries of infos for a step.
 
         Args:
-            decision: what was decided.
+            decision: the decision on the step's actions.
             reached: V_h of the states reached, see `update`.
         """
         infos = {
@@ -443,18 +450,20 @@ class ShieldRuntime:
         return infos
 
     def penalties(self, intervened: PerEnv) -> dict[str, PerEnv]:
-        """Return what infos tell of the penalty, ``{}`` where none was asked for."""
+        """Return the entry of infos for the penalty, ``{}`` where there is no penalty."""
         return (
             {PENALTY: self.intervention_penalty * intervened} if self.intervention_penalty else {}
         )
 
     def last_masks(self, observations: Batch, infos: InfoDicts, ended: Flags) -> dict[str, Array]:
-        """Return the masks that infos tell of the states that ended episodes, (n, k) int8.
+        """Return the entry of infos for the masks (n, m) int8 of states that ended episodes.
+
+        The entry is missing where actions are not discrete. Rows of other environments are zeros.
 
         Args:
-            observations: the k last ones.
-            infos: see `observe`.
-            ended: (n,) which environments they are of, k of them; the other rows are zeros.
+            observations: the last observations of k episodes.
+            infos: the infos that came with these observations.
+            ended: (n,) whether an environment's episode ended; k of them are True.
         """
         if not self._discrete:
             return {}
@@ -469,7 +478,7 @@ class ShieldRuntime:
         self._states = self._masks = None
 
     def _fail(self) -> None:
-        """Forget everything that the next reset does not bring back: nobody knows the states."""
+        """Forget the states and reset the memory, because the present states are not known."""
         self._forget()
         if self._memory is not None:
             self._memory.reset(np.ones(self._count, np.bool_))
@@ -486,7 +495,7 @@ class ShieldRuntime:
         return self.threshold if self.num_envs is None else self._each(self.threshold)
 
     def _joined(self, masks: Mask, infos: InfoDicts) -> Mask:
-        """Return the masks without what the environments' own ones forbid."""
+        """Return the masks without the actions that the environments' own masks forbid."""
         for i, info in enumerate(infos):
             if ACTION_MASK in info:
                 masks[i] = with_own_mask(masks[i], info[ACTION_MASK], self._codec)
@@ -494,9 +503,9 @@ class ShieldRuntime:
 
 
 class Transition:
-    """``with runtime.transition:`` a step or a reset, in which the environments move.
+    """A context manager for a step or a reset, in which the environments move.
 
-    The states observed are forgotten on entry, and known again only where nothing failed.
+    The observed states are forgotten on entry. After an error inside they stay forgotten.
     """
 
     def __init__(self, runtime: ShieldRuntime) -> None:

@@ -1,4 +1,4 @@
-"""Masks of discrete actions, for agents that take one: from verdicts on all actions there are."""
+"""Masks of discrete actions, made from the shield's verdicts on all actions of the space."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def agent_masks(accepted: Mask, values: Scalars, codec: SpaceCodec) -> Mask:
     """Return the masks (n, k) that agents take, from verdicts (n, c) on all actions.
 
     Args:
-        accepted: (n, c) which of the `choices` of the space may be taken; at least one a row.
-        values: (n, c) their Q_h.
-        codec: of the actions.
+        accepted: (n, c) which of the space's `choices` may be taken; at least one in each row.
+        values: (n, c) Q_h of the choices.
+        codec: codec of the action space.
     """
     if codec.width == 1:
         return accepted
@@ -38,17 +38,18 @@ def agent_masks(accepted: Mask, values: Scalars, codec: SpaceCodec) -> Mask:
 
 
 def product_mask(accepted: Mask, values: Scalars, categories: Sequence[int]) -> Mask:
-    """Return masks of single entries, joined, all of whose combinations are accepted.
+    """Return the joined masks of all entries, such that every combination they allow is accepted.
 
-    The mask of an entry cannot say "this only together with that", so some accepted actions are
-    left out. The masks grow from the accepted action of lowest Q_h, by one value of one entry at a
+    The mask of one entry cannot depend on the value of another, so some accepted actions are left
+    out. The masks start at the accepted action of lowest Q_h. One value of one entry is added at a
     time, as long as every combination stays accepted; the value that adds most combinations comes
-    first. The result cannot be enlarged further, but need not be the largest of its kind.
+    first. The result cannot be enlarged further, but need not be the largest possible one.
 
     Args:
-        accepted: (c,) all combinations, the last entry running fastest; at least one True.
-        values: (c,) Q_h.
-        categories: integers that each entry counts; their product is c.
+        accepted: (c,) whether each combination is accepted; the last entry varies fastest, and at
+            least one combination is True.
+        values: (c,) Q_h of the combinations.
+        categories: number of values of each entry; their product is c.
 
     >>> accepted = np.array([[True, True, False], [True, True, True]])
     >>> product_mask(accepted.ravel(), np.zeros(6), (2, 3)).astype(int).tolist()
@@ -61,7 +62,8 @@ def product_mask(accepted: Mask, values: Scalars, categories: Sequence[int]) -> 
     chosen = [np.arange(n) == i for n, i in zip(categories, first, strict=True)]
     while True:
         sizes = np.array([mask.sum() for mask in chosen])
-        # Widening an entry multiplies the combinations by 1 + 1 / (its size): the narrowest first.
+        # One more value multiplies the combinations by 1 + 1 / (the entry's size), so the entry
+        # with the fewest values comes first.
         for entry in np.argsort(sizes, kind="stable"):
             ranges = [mask if i != entry else np.ones_like(mask) for i, mask in enumerate(chosen)]
             others = tuple(i for i in range(len(chosen)) if i != entry)
@@ -74,17 +76,18 @@ def product_mask(accepted: Mask, values: Scalars, categories: Sequence[int]) -> 
 
 
 def with_own_mask(masks: Mask, own: object, codec: SpaceCodec) -> Mask:
-    """Return masks (..., k) without what the environment's own masks forbid.
+    """Return masks (..., k) without the actions that the environment's own masks forbid.
 
-    Where the two together leave nothing to choose, the shield's masks are returned.
+    Where the two masks together leave no action, the shield's mask is returned.
 
     Args:
-        masks: `agent_masks`.
-        own: (..., k), or a tuple of each entry's masks as Gymnasium's MultiDiscrete has it.
-        codec: of the actions.
+        masks: (..., k) the shield's masks, from `agent_masks`.
+        own: (..., k) the environment's masks, or a tuple with the masks of each entry, as
+            Gymnasium's MultiDiscrete takes them.
+        codec: codec of the action space.
 
     Raises:
-        ValueError: another shape.
+        ValueError: the environment's masks have another shape.
     """
     given = np.concatenate(own, axis=-1) if isinstance(own, tuple) else np.asarray(own)
     if given.shape != masks.shape:

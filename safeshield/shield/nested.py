@@ -1,6 +1,7 @@
 """One shield for one environment: detects nested shields, and blocks calls that bypass one.
 
-Two shields in a row would each judge what the other proposes, and infos can report one only.
+If one shield wrapped another, the inner one would judge the actions that the outer one executes,
+and infos can report only one shield.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ _PAST = ("reset", "step")
 
 
 def shielding_layer(env: object) -> object | None:
-    """Return the wrapper that holds a `Shield`, in an environment or in those of a vector."""
+    """Return the first layer of an environment that holds a `Shield`, None if there is none.
+
+    The environments inside a vector environment are searched too.
+    """
     layers: list[object] = [env]
     while layers:
         layer = layers.pop()
@@ -28,27 +32,28 @@ def shielding_layer(env: object) -> object | None:
 
 
 def is_shielded_policy(policy: object) -> bool:
-    """Whether what a policy returns has passed a `Shield` already, as `ShieldedPolicy`'s has."""
-    # By its fields: policies are above this. An adversary has a shield too, but tells no verdict.
+    """Whether a `Shield` has already filtered a policy's actions, as in a `ShieldedPolicy`."""
+    # The fields are tested because this module must not import the policies. An adversary holds a
+    # shield too, but has no report.
     fields = getattr(policy, "__dict__", {})
     return isinstance(fields.get("shield"), Shield) and "report" in fields
 
 
 def refuse_shielded(env: object, instead: str) -> None:
-    """Raise ValueError if there is a shield inside that can be seen from here."""
+    """Raise ValueError if a layer of the environment in this process holds a shield."""
     layer = shielding_layer(env)
     if layer is not None:
         raise _shielded_already(type(layer).__name__, instead)
 
 
 def refuse_shielded_infos(infos: Mapping[str, Any], instead: str) -> None:
-    """Raise ValueError if infos report a shield, such as one in another process."""
+    """Raise ValueError if infos report a shield, for example one in another process."""
     if INTERVENED in infos:
         raise _shielded_already(f"its infos have {INTERVENED!r}", instead)
 
 
 def refuse_past_shield(name: str, instead: str) -> None:
-    """Raise ValueError for a name by which environments would be stepped past the shield."""
+    """Raise ValueError for the name of a method that would step environments past the shield."""
     if name in _PAST:
         raise ValueError(
             f"{name!r} of the environments themselves would go past the shield, which would then "

@@ -1,4 +1,4 @@
-"""Which observations a sensor can mean, and which are broken readings."""
+"""The test of whether an observation is readable, or a sensor's broken reading."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.shapes import Observations
 
-# Standard deviations from the log's mean beyond which a reading counts as broken, as NaN does: it
-# would overflow in the networks and come out as NaN.
+# Distance from the log's mean, in standard deviations, beyond which a reading counts as broken. A
+# number farther away would overflow in the networks, whose result would then be NaN.
 _READABLE = 1e6
 
 
 class ReadableRange:
-    """The range of each entry of an observation in which a shield judges it.
+    """The ranges of an observation's entries outside which an entry is not readable.
 
     Args:
-        codec: of the observations. An entry that counts must be a whole number of its space.
-        scaling: the log's mean and spread. Any other entry must lie within 1e6 spreads of the mean.
+        codec: codec of the observation space. An entry with whole numbers must be one of its space.
+        scaling: mean and spread of the log's observations. Any other entry must lie within 1e6
+            spreads of the mean.
     """
 
     def __init__(self, codec: SpaceCodec, scaling: Scaling) -> None:
@@ -31,7 +32,7 @@ class ReadableRange:
         self._high = np.where(counts, codec.high, mean + reach)
 
     def entries(self, rows: Observations) -> npt.NDArray[np.bool_]:
-        """Return which entries of observations (n, obs) are readable, (n, obs); NaN is not."""
+        """Return which entries of observations (n, obs) are readable, (n, obs); NaN never is."""
         near = (rows >= self._low) & (rows <= self._high)
         if self._counts is not None:
             near &= ~self._counts | (np.floor(rows) == rows)

@@ -1,4 +1,4 @@
-"""What a calibration promises, in a form that is kept in the shield's file."""
+"""The record of a calibration: its promise and its tests, as the shield's file keeps them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from safeshield.files.schema import json_values, record_from_json
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """What was seen at the chosen threshold with one policy proposing the actions."""
+    """The result at the chosen threshold where one policy proposed the actions."""
 
     policy: str
     episodes: int
-    """N, episodes, all started at states with V_h <= -delta."""
+    """Number N of episodes; all of them started in states with V_h <= -delta."""
     violations: int
-    """k, episodes with h > 0 (or cost > 0) at any state."""
+    """Number k of episodes with h > 0 (or cost > 0) in any state."""
     bound: float
     """Upper confidence bound on the violation rate of that policy under the shield."""
     intervention_rate: float
@@ -31,9 +31,9 @@ class Rung:
     delta: float
     policy: str
     episodes: int
-    """N, tested; fewer than asked for where the test stopped early, having failed."""
+    """Number N of tested episodes. It is smaller than asked for where the test failed early."""
     violations: int
-    """k."""
+    """Number k of violating episodes."""
     bound: float
     """Upper confidence bound on the violation rate."""
     passed: bool
@@ -41,37 +41,38 @@ class Rung:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """One calibration: what is promised, for whom, from where, and what was observed."""
+    """One calibration: the promise, the proposers and starts it holds for, and the results."""
 
     delta: float
-    """The threshold, in units of h."""
+    """The chosen delta, in units of h. The shield's threshold is -delta."""
     epsilon: float
     """The promised violation rate per episode."""
     confidence: float
     """Probability, over the draw of the calibration episodes, that the promise is true."""
     policies: tuple[PolicyResult, ...]
-    """Who proposed the actions."""
+    """The results for each policy that proposed the actions."""
     environment: str
     """Id of the environment, or its class."""
     start_distribution: str
-    """Where episodes start, in words."""
+    """Description in words of the states in which episodes start."""
     start_share: float
     """Share of the environment's own starts that were accepted at delta."""
     walk: tuple[Rung, ...]
-    """Every test of the walk, in order."""
+    """All tests, in the order in which they were run."""
     seed: int
     date: str
     """ISO 8601, UTC."""
     versions: dict[str, str]
-    """Of the packages that were used."""
+    """Versions of the packages that were used, by name."""
     replacement: str = ""
-    """How the shield replaced actions, where not by default; see `shield.replacement.describe`."""
+    """How the shield replaced actions, "" for the default; see `shield.replacement.describe`."""
     environment_kwargs: dict[str, Any] | None = None
-    """Keyword arguments the environment was made with, JSON values; None where not known."""
+    """Keyword arguments with which the environment was made, as JSON values; None where they are
+    not known."""
 
     @property
     def promise(self) -> str:
-        """The promise in words, no wider than what was tested."""
+        """The promise in words; it covers only what was tested."""
         names = ", ".join(f"'{result.policy}'" for result in self.policies)
         seen = "; ".join(
             f"'{result.policy}': {result.violations} of {result.episodes}"
@@ -88,12 +89,12 @@ class CalibrationRecord:
         )
 
     def speaks_of(self, environment: str, kwargs: Mapping[str, Any] | None = None) -> bool:
-        """Whether an environment is the one that was tested, as far as can be told.
+        """Whether nothing known distinguishes an environment from the one that was tested.
 
         Args:
-            environment: its id; "" where it is not known, and then nothing is compared.
-            kwargs: `rollouts.copies.environment_kwargs`; where they, or those of the test, are not
-                known, ids alone are compared.
+            environment: the environment's id; "" where it is not known. Nothing is compared then.
+            kwargs: the result of `rollouts.copies.environment_kwargs`, None where it is not known.
+                Where it, or that of the tested environment, is not known, only ids are compared.
         """
         if not environment:
             return True
@@ -111,6 +112,6 @@ class CalibrationRecord:
         """Rebuild a record from what `to_json` wrote, checking every field.
 
         Raises:
-            ValueError: a field is missing, unknown or of another type.
+            ValueError: a field is missing, unknown or of a wrong type.
         """
         return record_from_json(cls, data, "record")

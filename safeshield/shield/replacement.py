@@ -5,9 +5,9 @@ All strategies of this module keep these rules:
 - An accepted action never reaches them. An action outside the box is first clipped into it, and
   the clipped action is executed where it is acceptable.
 - They return actions inside the box, with their Q_h.
-- Where what a strategy tries is not acceptable, it also looks among the candidates of the default.
-  So each strategy finds an acceptable action wherever the default does.
-- Where nothing is acceptable, the action with the lowest Q_h of all that were looked at is
+- Where none of a strategy's own actions is acceptable, it also considers the candidates of the
+  default strategy. So each strategy finds an acceptable action wherever the default does.
+- Where nothing is acceptable, the action with the lowest Q_h of all that were considered is
   executed, and the report says so (`acceptable` is False).
 
 A new strategy is one class with a method `choose` (see `Replacement`).
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
     from safeshield.support import SupportTest
 
 MAX_STEPS, MAX_SAMPLES = 1000, 4096
-# Shortest step of a descent, in half widths of the box: below it rounding decides.
+# Shortest step of a descent, in half widths of the box. Rounding errors dominate shorter steps.
 _SHORTEST = 1e-3
-# How much farther than the linear model says: onto the acceptable side, not up to its edge.
+# Factor on the step's length according to the linear model, so that the step crosses the threshold.
 _BEYOND = 1.1
 
 
 @dataclass(frozen=True, eq=False)
 class Rejected:
-    """n rejected actions, and what a strategy may know of them.
+    """n rejected actions, with the data that a strategy needs to replace them.
 
-    Arrays are rows of `spaces.rows`.
+    Observations and actions are rows of `spaces.rows`.
 
     Attributes:
         model: critics and fallback.
-        states: what the critics say of the n states.
-        rows: (n, obs) the observations, raw.
-        wanted: (n, act) float32, inside the box: the proposal, clipped; the fallback's action where
-            there is no proposal, or no state to judge it in.
-        known: (n,) whether `wanted` is the proposal.
+        states: the critics' results for the n states.
+        rows: (n, obs) the raw observations.
+        wanted: (n, act) float32, the proposed action, clipped into the box. It is the fallback's
+            action where the proposed one is not usable or the observation is not readable.
+        known: (n,) whether `wanted` is the proposed action.
         seen: (n,) whether the observation is readable.
-        limit: (n,) what Q_h must not exceed.
-        low: (act,) lowest float32 numbers inside the box.
-        high: (act,) highest.
+        limit: (n,) the number that Q_h must not exceed.
+        low: (act,) the lowest float32 numbers inside the box.
+        high: (act,) the highest float32 numbers inside the box.
     """
 
     model: SafetyModel
@@ -78,24 +78,24 @@ class Rejected:
         limit: npt.NDArray[np.float64],
         box: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
     ) -> Rejected:
-        """Describe n rejected proposals.
+        """Return the description of n rejected proposals.
 
         Args:
             model: critics and fallback.
-            states: what the critics say of the n states.
-            rows: (n, obs) the observations, raw.
-            proposals: (n, act) the actions proposed, as they came.
-            known: (n,) whether proposal and observation are finite.
+            states: the critics' results for the n states.
+            rows: (n, obs) the raw observations.
+            proposals: (n, act) the proposed actions, unchanged.
+            known: (n,) whether the proposed action is finite and the observation readable.
             readable: (n,) whether the observation is readable.
-            limit: (n,) what Q_h must not exceed.
-            box: `float32_box` of the actions.
+            limit: (n,) the number that Q_h must not exceed.
+            box: result of `float32_box` for the actions.
         """
         codec, (low, high) = model.action_codec, box
         wanted = np.clip(proposals, codec.low, codec.high)
         if codec.discrete:
             known = known & codec.contains(wanted)
         if not known.all():
-            # Without a proposal, or a state to judge it in, stay near to the fallback's own action.
+            # Without a usable proposal or a readable state, stay near the fallback's action.
             wanted = np.where(known[:, None], wanted, model.fallback_alone(states))
         wanted = np.clip(wanted.astype(np.float32), low, high)
         return cls(model, states, rows, wanted, known, readable, limit, low, high)
@@ -105,9 +105,10 @@ class Rejected:
         return _number(self.model.candidate_values(self.states, candidates))
 
     def inside(self, candidates: Candidates) -> tuple[Candidates, Flags]:
-        """Return candidates (n, c, act) as actions that may run, and whether each was one (n, c).
+        """Return candidates (n, c, act) as executable actions, and whether each was usable (n, c).
 
-        Clipped into the box; `wanted` stands in for what is NaN, infinite, or no discrete action.
+        Candidates are clipped into the box. `wanted` takes the place of a candidate that is NaN,
+        infinite, or none of the discrete actions.
         """
         played = self.model.action_codec
         usable = np.isfinite(candidates).all(axis=-1)
@@ -117,7 +118,7 @@ class Rejected:
         return np.clip(candidates, self.low, self.high).astype(np.float32), usable
 
     def take(self, index: npt.NDArray[np.intp]) -> Rejected:
-        """Return some of them."""
+        """Return some of the rejected actions, with their data."""
         return Rejected(
             self.model,
             self.states.take(index),
@@ -132,11 +133,11 @@ class Rejected:
 
 
 class Replacement(Protocol):
-    """A way to replace actions; write your own with this one method.
+    """A strategy for replacing actions. A new strategy needs only this method.
 
-    What your strategy returns is clipped into the box and judged once more. If it does not work
-    for every action space, give it a method ``check_actions(codec)`` that raises a TypeError; it is
-    called when a shield is made with the strategy.
+    The actions that a new strategy returns are clipped into the box and judged once more. If the
+    strategy does not work for every action space, give it a method ``check_actions(codec)`` that
+    raises a TypeError; it is called when a shield is made with the strategy.
     """
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
@@ -159,19 +160,19 @@ def float32_box(codec: SpaceCodec) -> tuple[npt.NDArray[np.float32], npt.NDArray
 def nearest_acceptable(
     candidates: Candidates, values: Judged, limit: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.intp]:
-    """Return the index of the acceptable candidate nearest to the first, (n,).
+    """Return the index (n,) of the acceptable candidate that is nearest to the first candidate.
 
-    Where no candidate is acceptable, it is the index of the candidate of lowest Q_h.
+    Where no candidate is acceptable, return the index of the one with the lowest Q_h.
 
     Args:
         candidates: (n, c, features) scaled to [-1, 1].
-        values: (n, c) their Q_h.
-        limit: (n,) what Q_h must not exceed.
+        values: (n, c) Q_h of the candidates.
+        limit: (n,) the number that Q_h must not exceed.
     """
     distance = np.square(candidates - candidates[:, :1]).sum(axis=-1)
     good = values <= limit[:, None]
     distance = np.where(good, distance, np.inf)
-    # Discrete actions are all equally near: of those the safest.
+    # Several candidates may be equally near, as discrete actions are: take the lowest Q_h of them.
     nearest = np.where(distance <= distance.min(axis=1)[:, None], values, np.inf).argmin(axis=1)
     best: npt.NDArray[np.intp] = np.where(good.any(axis=1), nearest, values.argmin(axis=1))
     return best
@@ -179,18 +180,18 @@ def nearest_acceptable(
 
 @dataclass(frozen=True)
 class NearestAcceptable:
-    """The acceptable candidate nearest to the proposal: the default.
+    """The default strategy: execute the acceptable candidate nearest to the proposed action.
 
-    Distances are measured in half widths of the box. Where actions are discrete: the acceptable
-    choice that differs in the fewest entries, and of those the one of lowest Q_h.
+    Distances are measured in half widths of the box. Where actions are discrete, the strategy takes
+    the acceptable choice that differs in the fewest entries, and of those the one of lowest Q_h.
 
-    Use it unless you know better: it needs no gradient, no agent and no good fallback, and moves
-    the agent little. It keeps to the edge of what is acceptable, so it relies on the threshold:
-    calibrate. And it looks only at its candidates: beyond a few action dimensions they lie far
-    apart, and `ProjectedGradient` moves less.
+    Use it if nothing speaks for another strategy: it needs no gradient, no agent and no good
+    fallback, and changes the proposed action little. Its actions lie just inside the threshold, so
+    calibrate the shield. With more than a few action dimensions the candidates lie far apart, and
+    `ProjectedGradient` changes the action less.
 
     Args:
-        candidates: where to look.
+        candidates: the candidates that are considered.
     """
 
     candidates: CandidateSet = field(default_factory=CandidateSet)
@@ -210,12 +211,12 @@ class NearestAcceptable:
 class NearestSupported:
     """`NearestAcceptable` for a shield with a support test; `Shield.with_support` uses it.
 
-    It looks among draws of the log's behaviour too, and prefers what passes the test: see
+    It also considers samples of the log's behaviour, and prefers candidates that pass the test: see
     `SupportTest.choose`.
 
     Args:
-        support: the test.
-        candidates: where to look besides.
+        support: the support test.
+        candidates: the other candidates that are considered.
     """
 
     support: SupportTest
@@ -238,17 +239,20 @@ class NearestSupported:
 
 @dataclass(frozen=True)
 class FallbackPolicy:
-    """The shield's own fallback actor takes the step, at z = 0; discrete: the lowest Q_h.
+    """Execute the action of the shield's fallback actor for noise z = 0.
 
-    Use it where safety comes first and the fallback is good: it leads away from the edge, so it
-    steps in less often, but moves farther, and it forgives errors of the critics. (On the boat at
-    the uncalibrated delta 0, `ShieldTrainer`'s: 53 of 600 episodes violated instead of the
-    default's 101, and 21 instead of 69, at some cost in return: `benchmarks/replacement.py`.) The
-    fallback of `SafeFQL` is its reward-seeking actor, which a strict threshold seldom accepts: then
-    this is the default.
+    Where actions are discrete, that is the action of lowest Q_h.
+
+    Use it where safety matters most and the fallback is good. The fallback leads away from the
+    threshold, so the shield intervenes less often but changes actions more, and errors of the
+    critics matter less. (On the boat at the uncalibrated delta 0, with the fallback of
+    `ShieldTrainer`, 53 of 600 episodes violated instead of the default's 101, and 21 instead of 69,
+    at some cost in return: `benchmarks/replacement.py`.) The fallback of `SafeFQL` is its
+    reward-seeking actor, which a strict threshold seldom accepts. The strategy then does the same
+    as the default.
 
     Args:
-        candidates: where to look when the fallback's action is not acceptable.
+        candidates: the candidates for states in which the fallback's action is not acceptable.
     """
 
     candidates: CandidateSet = field(default_factory=CandidateSet)
@@ -263,25 +267,29 @@ class FallbackPolicy:
 
 @dataclass(frozen=True)
 class ProjectedGradient:
-    r"""Walk from the proposal down Q_h, and stop at the first acceptable action. Box actions only.
+    r"""Descend along the gradient of Q_h from the proposed action to the first acceptable action.
 
-        u <- clip(u - t g / |g|, -1, 1),    g = dQ_h/du without what leads out of the box,
+    This needs a Box of actions. Each step is
+
+        u <- clip(u - t g / |g|, -1, 1),    g = dQ_h/du without entries that point out of the box,
         t = 1.1 (Q_h(u) + delta) / |g|,     at least 0.001, at most `step_size`
 
     with u the action in half widths of the box. The critics are piecewise linear in the action, so
-    this t just crosses the threshold if no kink lies in between. A step that does not lower Q_h is
-    taken back, and the next one is at most half as long: along the walk Q_h only falls.
+    this t just crosses the threshold if Q_h is linear along the step. A step that does not lower
+    Q_h is undone, and the next step is at most half as long, so Q_h never rises along the descent.
 
-    Use it with many action dimensions (from about six), where it moves the agent much less than
-    candidates do, and in batches, where it costs less; for a single environment it takes longer,
-    pass after pass. Like the default it keeps to the edge: calibrate.
+    Use it with many action dimensions (from about six), where it changes actions much less than the
+    default does, and for batches, where it costs less. For a single environment it takes longer,
+    because the passes run one after another. As with the default, its actions lie just inside the
+    threshold, so calibrate the shield.
     Source: the closed-form correction of a safety layer (Dalal et al. 2018, arXiv 1801.08757, eq.
-    5), repeated, for a value instead of one step's linear model.
+    5). Here it is repeated, and uses a value instead of one step's linear model.
 
     Args:
-        steps: at most this many; each is one pass forward and one back through the critics.
+        steps: largest number of steps; each step is one forward and one backward pass through the
+            critics.
         step_size: longest step, in half widths of the box.
-        candidates: where to look when the walk ends before it reaches an acceptable action.
+        candidates: the candidates for states in which the descent finds no acceptable action.
     """
 
     steps: int = 8
@@ -306,11 +314,11 @@ class ProjectedGradient:
             )
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return where the walks end, and Q_h there."""
+        """Return the last actions of the descents, or candidates, and their Q_h."""
         return _or_nearest(self.candidates, rejected, *self.walk(rejected))
 
     def walk(self, rejected: Rejected) -> tuple[Actions, Scalars]:
-        """Return where the walks end and Q_h there, acceptable or not."""
+        """Return the last actions of the descents and their Q_h, acceptable or not."""
         model, limit = rejected.model, rejected.limit
         actions = np.clip(rejected.wanted, rejected.low, rejected.high)
         values, slopes = _slopes(model, rejected.states, actions)
@@ -324,7 +332,7 @@ class ProjectedGradient:
             outward = (scaled <= -edge) & (slope > 0) | (scaled >= edge) & (slope < 0)
             slope = np.where(outward, 0.0, slope)
             steep = np.linalg.norm(slope, axis=1)
-            # False for NaN, too: nowhere to go.
+            # This is False for NaN too. Without a slope the descent stops.
             moving = steep > 0
             reach[going[~moving]] = 0.0
             going, scaled, slope, steep = (x[moving] for x in (going, scaled, slope, steep))
@@ -345,23 +353,24 @@ class ProjectedGradient:
 
 @dataclass(frozen=True)
 class OwnSamples:
-    """The first acceptable of the agent's own draws, in the order they are drawn.
+    """Execute the first acceptable one of several actions sampled from the agent's own policy.
 
-    What runs is then a draw from the agent's policy, restricted to what is acceptable: use it for
-    exploration, and for agents whose actions hang together in ways that distance does not see. The
-    agent must be stochastic, and broad enough: one that is sure of an unsafe action finds nothing
-    among its draws. They differ from call to call, so decisions cannot be replayed; where the
-    observation is not readable, it is not asked. A shield that holds an agent cannot be saved.
+    The executed action is then a sample of the agent's policy, restricted to acceptable actions.
+    Use it for exploration, and for agents whose action entries depend on each other in ways that a
+    distance does not measure. The agent must be stochastic, with enough variance: an agent that is
+    sure of an unsafe action has no acceptable samples. The samples differ from call to call, so
+    decisions cannot be reproduced. Where the observation is not readable, the agent is not called.
+    A shield that holds an agent cannot be saved.
 
     Args:
-        policy: the agent: anything with Stable-Baselines3's ``predict`` (called with
-            ``deterministic=False``; recurrent agents draw as at an episode's start; one trained
-            with `use_sde` holds its noise, so all its draws are alike), or another
-            policy that `safeshield.rollouts.policies.as_batch_policy` takes. It gets the
-            observations that the shield sees: of a Dict the shield's entries alone.
-        count: draws for each action, all asked for at once.
-        candidates: where to look when none of the draws is acceptable.
-        seed: of the noise that batch policies get; ``predict`` draws from the agent's own.
+        policy: the agent. It may have Stable-Baselines3's ``predict``, which is called with
+            ``deterministic=False``. Recurrent agents then sample as at an episode's start, and all
+            samples of an agent trained with `use_sde` are alike, because it holds its noise. Or it
+            is another policy that `safeshield.rollouts.policies.as_batch_policy` takes. The agent
+            gets the observations that the shield gets: of a Dict only the shield's entries.
+        count: number of samples for each rejected action; all are drawn in one call.
+        candidates: the candidates for states in which no sample is acceptable.
+        seed: seed of the noise that batch policies get; ``predict`` uses the agent's own generator.
 
     Raises:
         ValueError: the policy keeps a memory (`start_wave`), or `count` is out of range.
@@ -383,25 +392,26 @@ class OwnSamples:
         object.__setattr__(self, "_rng", np.random.default_rng(self.seed))
 
     def __deepcopy__(self, memo: dict[int, object]) -> OwnSamples:
-        # The agent goes on learning; a copy would stay behind. (Gymnasium copies specs.)
+        # The agent may learn on, and a copy of it would not. (Gymnasium copies specs.)
         return self
 
     def check_actions(self, codec: SpaceCodec) -> None:
-        """Raise TypeError or ValueError where the policy is none for these actions."""
+        """Raise TypeError or ValueError where the policy does not fit these actions."""
         as_batch_policy(self.policy, codec.space, deterministic=False)
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return the first acceptable draws and their Q_h."""
+        """Return the first acceptable samples and their Q_h."""
         drawn, usable = rejected.inside(self._draw(rejected))
         options = np.concatenate([rejected.wanted[:, None], drawn], axis=1)
-        # The clipped proposal comes first; the fallback's action, in its place, does not.
+        # The clipped proposal is the first option. Where `wanted` is the fallback's action instead,
+        # it is not used.
         usable = np.concatenate([rejected.known[:, None], usable], axis=1)
         values = np.where(usable, rejected.values(options), np.float32(np.inf))
         picked = _first_acceptable(rejected, options, values)
         return _or_nearest(self.candidates, rejected, *picked)
 
     def _draw(self, rejected: Rejected) -> Candidates:
-        """Return draws (n, count, act), NaN where the observation is not readable."""
+        """Return samples (n, count, act), NaN where the observation is not readable."""
         model = rejected.model
         shape = (len(rejected.rows), self.count, model.action_codec.width)
         draws = np.full(shape, np.nan)
@@ -409,7 +419,7 @@ class OwnSamples:
         if not seen.any():
             return draws
         rows = np.repeat(rejected.rows[seen], self.count, axis=0)
-        # Made anew: it carries the memory of recurrent agents from one call to the next.
+        # The policy is made anew, because it keeps the memory of recurrent agents between calls.
         policy = as_batch_policy(self.policy, model.action_space, deterministic=False)
         rng: np.random.Generator = self.__dict__["_rng"]
         points = np.asarray(policy(model.observation_codec.batch(rows), rng))
@@ -428,12 +438,13 @@ _NAMES = ", ".join(f"{kind.__name__}(...)" for kind in BUILT_IN)
 
 
 def check_replacement(replacement: object, codec: SpaceCodec) -> None:
-    """Refuse what cannot replace actions of this space.
+    """Raise unless an object is a strategy that can replace actions of this space.
 
-    A strategy that does not fit every space says so in a method ``check_actions(codec)``.
+    A strategy that does not fit every space has a method ``check_actions(codec)`` that raises.
 
     Raises:
-        TypeError: no strategy, or one that cannot work here; the message says which can.
+        TypeError: the object is no strategy, or does not work in this space; the message names
+            strategies that do.
     """
     if isinstance(replacement, type) or not callable(getattr(replacement, "choose", None)):
         got = replacement.__name__ if isinstance(replacement, type) else type(replacement).__name__
@@ -446,10 +457,10 @@ def check_replacement(replacement: object, codec: SpaceCodec) -> None:
 
 
 def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actions, Scalars]:
-    """Return what a strategy chose (n, act) and its Q_h (n,); all of it may be executed.
+    """Return a strategy's actions (n, act), all of which can be executed, and their Q_h (n,).
 
     Raises:
-        ValueError: a strategy of the user returns another shape.
+        ValueError: a user's strategy returned actions of another shape.
     """
     actions, values = replacement.choose(rejected)
     if isinstance(replacement, (*BUILT_IN, NearestSupported)):
@@ -465,7 +476,7 @@ def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actio
 
 
 def describe(replacement: Replacement) -> str:
-    """Return how a record names a strategy, "" for the default.
+    """Return the text by which a record names a strategy, "" for the default.
 
     >>> describe(ProjectedGradient(steps=4))
     'ProjectedGradient(steps=4, step_size=0.25)'
@@ -505,7 +516,7 @@ def _pick(
 def _first_acceptable(
     rejected: Rejected, options: Candidates, values: Judged
 ) -> tuple[Actions, Scalars]:
-    """Return the first acceptable of options (n, c, act), where there is none the lowest."""
+    """Return the first acceptable of options (n, c, act), or else the one of lowest Q_h."""
     good = values <= rejected.limit[:, None]
     best = np.where(good.any(axis=1), good.argmax(axis=1), values.argmin(axis=1))
     return _pick(options, values, best)
@@ -514,7 +525,7 @@ def _first_acceptable(
 def _or_nearest(
     candidates: CandidateSet, rejected: Rejected, actions: Actions, values: Scalars
 ) -> tuple[Actions, Scalars]:
-    """Look among the default's candidates where (n, act) of values (n,) are not acceptable."""
+    """Consider the default's candidates where actions (n, act) of values (n,) are unacceptable."""
     missing = np.flatnonzero(~(values <= rejected.limit))
     if not len(missing):
         return actions, values

@@ -13,12 +13,12 @@ from safeshield.spaces.shapes import Flags, Scalars
 class FilterReport(NamedTuple):
     """The verdict on one action, or arrays of verdicts on n actions.
 
-    All values are in the constraint's units, positive is a violation.
+    All values are in the units of the constraint h; a positive value means a violation.
     """
 
     intervened: Flags | np.bool_
-    """The shield did not accept the proposed action, and chose what was executed. (Where nothing is
-    acceptable, it may choose the proposed action itself.)"""
+    """Whether the shield did not accept the proposed action, and chose the executed one. (Where
+    nothing is acceptable, it may choose the proposed action itself.)"""
     value: Scalars | np.floating
     """Q_h of the executed action; infinity where the observation was not readable."""
     proposed_value: Scalars | np.floating
@@ -27,12 +27,14 @@ class FilterReport(NamedTuple):
     state_value: Scalars | np.floating
     """V_h of the observation; infinity where it was not readable."""
     acceptable: Flags | np.bool_
-    """The executed action passes every test of the shield: value <= -delta, and `supported`. Where
-    it is False, nothing acceptable was found, and the least bad candidate was executed."""
+    """Whether the executed action passes every test of the shield: value <= -delta, and
+    `supported`. Where it is False, no acceptable action was found, and the candidate of lowest Q_h
+    was executed."""
     valid: Flags | np.bool_
-    """The observation was readable (`Shield.readable`), and the proposed action finite."""
+    """Whether the observation was readable (`Shield.readable`) and the proposed action finite."""
     supported: Flags | np.bool_ = np.bool_(True)
-    """The executed action looks like the log's (`support`); True without a support test."""
+    """Whether the executed action looks like the log's (`support`); True without a support
+    test."""
 
     def row(self, index: int) -> FilterReport:
         """Return the verdict on one action of a batch."""

@@ -1,18 +1,18 @@
-r"""The shield itself: safety critics, a threshold, a fallback, and the promise that goes with them.
+r"""The shield: safety critics, a threshold, a way to replace actions, and a calibration's record.
 
-A shield with threshold delta >= 0 accepts an action where
+A shield with delta >= 0 accepts an action where
 
     Q_h(s, a) <= -delta
 
-and executes it bit for bit. Elsewhere it executes a replacement: by default the acceptable
-candidate nearest to the proposal (see `replacement`), and where no candidate is acceptable the one
-with the lowest Q_h. The report says which of these happened.
+and executes it bit for bit. Otherwise it executes a replacement, by default the acceptable
+candidate nearest to the proposed action (see `replacement`). Where no candidate is acceptable, it
+executes the one with the lowest Q_h. The report says which of these happened.
 
 With a support test (`with_support`) an action must also fulfil
 
     score(s, a) >= level,
 
-because Q_h means nothing for actions that the log never showed (`support`).
+because Q_h is meaningless for actions that the log does not contain (`support`).
 """
 
 from __future__ import annotations
@@ -55,25 +55,25 @@ if TYPE_CHECKING:
 
 
 class UncalibratedShieldWarning(UserWarning):
-    """A shield without a calibrated threshold is used; it promises nothing."""
+    """A shield without a calibrated threshold is used; it has no promise."""
 
 
 class OtherEnvironmentWarning(UserWarning):
-    """A shield is used in another environment than the one that its record is about."""
+    """A shield is used in another environment than the one that its record names."""
 
 
 @dataclass(eq=False, repr=False)
 class Shield:
-    """A filter between an agent and a plant, for NumPy arrays; filtering does not change it.
+    """A filter of an agent's actions, for NumPy arrays; filtering does not change the shield.
 
     Args:
         model: critics, fallback, spaces and units.
-        delta: threshold in units of h, at least 0.
-        record: what calibration promised; None for an uncalibrated shield.
-        trained_by: free text for the file.
-        replacement: how a rejected action is replaced; see `replacement`.
-        support: a test that an accepted action must pass besides the one of its value. None: there
-            is no such test. See `with_support`.
+        delta: distance of the threshold -delta from 0, in units of h, at least 0.
+        record: the record of the calibration; None for an uncalibrated shield.
+        trained_by: free text for the shield's file, such as the name of the algorithm.
+        replacement: the strategy that replaces rejected actions; see `replacement`.
+        support: a support test that an accepted action must pass in addition to the test of its
+            value; None for no such test. See `with_support`.
     """
 
     model: SafetyModel
@@ -124,21 +124,21 @@ class Shield:
             f"{replaced and ', '}{replaced})"
         )
 
-    # -- what a shield is for, and how to change it ---------------------------------------------
+    # -- spaces, threshold and changed copies ----------------------------------------------------
 
     @property
     def observation_space(self) -> gym.Space[Any]:
-        """Space of the observations that it was trained on."""
+        """Space of the observations that the shield was trained on."""
         return self.model.observation_space
 
     @property
     def action_space(self) -> gym.Space[Any]:
-        """Space of the actions that it was trained on."""
+        """Space of the actions that the shield was trained on."""
         return self.model.action_space
 
     @property
     def observation_keys(self) -> list[str] | None:
-        """Entries of a Dict observation that it reads; None where observations are no dicts."""
+        """Entries of a Dict observation that the shield reads; None for other observations."""
         space = self.observation_space
         return list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
 
@@ -148,7 +148,7 @@ class Shield:
         return 0.0 - self.delta
 
     def with_delta(self, delta: float) -> Self:
-        """Return a copy with another threshold, without the record."""
+        """Return a copy with another delta, without the record."""
         return replace(self, delta=float(delta), record=None)
 
     def with_replacement(self, replacement: Replacement) -> Self:
@@ -158,7 +158,7 @@ class Shield:
             replacement: a strategy of `safeshield.shield`, such as ``ProjectedGradient(steps=8)``.
 
         Raises:
-            TypeError: no strategy, or one that these actions do not allow.
+            TypeError: `replacement` is no strategy, or does not work in this action space.
         """
         return replace(self, replacement=replacement, record=None)
 
@@ -171,18 +171,19 @@ class Shield:
     ) -> Self:
         """Return a copy that also tests whether an action looks like the log's.
 
-        It accepts an action only where Q_h <= -delta and the action's score reaches a level. The
-        level is set so that, with probability at least 1 - alpha, a new episode of the logging
-        policy has at most the share `share` of its steps below it (split conformal prediction over
-        episodes: `calibration.support`). The copy has no record, because the promise was made for
-        another shield: calibrate it again.
+        The copy accepts an action only where Q_h <= -delta and the action's score reaches a level.
+        The level is set so that, with probability at least 1 - alpha, a new episode of the logging
+        policy has at most the share `share` of its steps below the level (split conformal
+        prediction over episodes: `calibration.support`). The copy has no record, because the
+        promise was made for another shield. Calibrate the copy again.
 
         Args:
-            held_out: episodes of the logging policy that were NOT trained on.
-            alpha: see above; 1 / alpha - 1 episodes are needed at least.
-            share: see above.
+            held_out: episodes of the logging policy that were NOT used in training.
+            alpha: largest probability that an episode has more than `share` of its steps below the
+                level. At least 1 / alpha - 1 episodes are needed.
+            share: share of an episode's steps whose scores may be below the level.
             score: "noise" (default for a Box of actions), "probability" (default for discrete
-                ones), "ensemble", or a `SupportScore` of your own.
+                actions), "ensemble", or a `SupportScore` of your own.
 
         Raises:
             TypeError, ValueError: see `calibration.support.calibrate_support`.
@@ -195,17 +196,17 @@ class Shield:
     # -- values ---------------------------------------------------------------------------------
 
     def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
-        """Return V_h(s), or Q_h(s, a): single () or batched (n,), in units of h.
+        """Return V_h(s), or Q_h(s, a): one number () or a batch (n,), in units of h.
 
         Args:
-            observation: one, or a batch as Gymnasium's vector environments make it: (n, *shape),
-                (n,) for a Discrete, a dict of such for a Dict.
-            action: likewise.
+            observation: one observation, or a batch as Gymnasium's vector environments make it:
+                (n, *shape), (n,) for a Discrete, a dict of such arrays for a Dict.
+            action: one action or a batch, in the same form; None for V_h.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: an argument has a wrong shape.
 
-        The value is +infinity where the observation is not finite, or the action is not finite or
+        The value is +infinity where the observation is not readable, or the action is not finite or
         outside the box.
         """
         rows, single = self.observation_rows(observation)
@@ -216,7 +217,7 @@ class Shield:
         return values[0] if single else values
 
     def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
-        """`value` for rows (n, obs) and (n, act) of `spaces.rows`."""
+        """Return `value` for rows (n, obs) and (n, act) of `spaces.rows`."""
         states, known = self.states(rows), self.readable(rows)
         if actions is None:
             return _where_known(known, states.value)
@@ -225,14 +226,15 @@ class Shield:
         return _where_known(known, values)
 
     def readable(self, rows: Observations) -> Flags:
-        """Whether observations (n, obs) are such as a sensor can mean: (n,).
+        """Return whether observations (n, obs) are readable, (n,).
 
-        Their entries are finite, not absurdly far from the log, and whole numbers where they count.
+        An observation is readable where its entries are finite and not extremely far from the log,
+        and whole numbers where its space has whole numbers.
         """
         return np.asarray(np.logical_and.reduce(self._readable.entries(rows), axis=-1))
 
     def states(self, rows: Observations) -> StateValue:
-        """Judge observations (n, obs), for `filter_rows`.
+        """Return the critics' results for observations (n, obs), for `filter_rows`.
 
         The log's mean takes the place of entries that are not readable.
         """
@@ -242,7 +244,7 @@ class Shield:
         return self.model.states(rows)
 
     def certified(self, observation: Batch) -> Flags | np.bool_:
-        """Whether V_h(s) <= -delta and the shield is calibrated: the states of its record."""
+        """Return whether states are certified: V_h(s) <= -delta and the shield is calibrated."""
         inside = np.asarray(self.value(observation)) <= self.threshold
         flags = inside & (self.record is not None)
         return flags if flags.ndim else np.bool_(flags)
@@ -250,20 +252,21 @@ class Shield:
     # -- accept and filter ----------------------------------------------------------------------
 
     def filter(self, observation: Batch, action: Batch) -> tuple[npt.NDArray[Any], FilterReport]:
-        """Return the action to execute, and the verdict.
+        """Return the action to execute, and the report on it.
 
-        An accepted action is returned as it came, bit for bit and in its own dtype. It is read
-        once: the array that was judged is returned, and it shares no memory with what was given. An
-        action outside the box is first clipped into it, which counts as an intervention. NaN is
-        never accepted. Where an entry of the observation is not finite, or not whole where it
-        counts, the log's mean takes its place, the fallback acts, and the verdict is not `valid`.
+        An accepted action is returned unchanged, bit for bit and in its own dtype. The argument is
+        read once: the array that was judged is returned, and it shares no memory with the argument.
+        An action outside the box is first clipped into it, which counts as an intervention. NaN is
+        never accepted. Where an entry of the observation is not finite, or not a whole number where
+        its space has whole numbers, the log's mean takes its place, the fallback acts, and the
+        report is not `valid`.
 
         Args:
-            observation: one, or a batch (see `value`).
-            action: likewise.
+            observation: one observation, or a batch (see `value`).
+            action: one action, or a batch.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: an argument has a wrong shape.
         """
         proposed = plain(action)
         actions, single = self.action_rows(proposed)
@@ -279,9 +282,9 @@ class Shield:
     def accepts(
         self, states: StateValue, action: Actions, threshold: float | None = None
     ) -> float | None:
-        """Return Q_h of one action (act,) in one state where it is accepted, else None.
+        """Return Q_h of one action (act,) in one state if it is accepted, else None.
 
-        This is a short cut for the common case; `filter_rows` gives the whole verdict. The state
+        This is a faster test for the common case; `filter_rows` gives the whole report. The state
         must come from a readable observation.
         """
         # Comparisons with NaN are false, so an action with a NaN is rejected here.
@@ -303,13 +306,13 @@ class Shield:
         actions: Actions,
         threshold: float | Scalars | None = None,
     ) -> tuple[npt.NDArray[Any], FilterReport]:
-        """`filter` for observations (n, obs) whose `states` are known already.
+        """Return `filter` of actions in observations (n, obs) whose `states` are known already.
 
         Args:
-            states: from `states`, of the same rows.
+            states: result of `states` for the same rows.
             rows: (n, obs) the raw observations.
-            actions: (n, act).
-            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+            actions: (n, act) the proposed actions.
+            threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
         """
         given = np.asarray(self.threshold if threshold is None else threshold, np.float64)
         limit = np.broadcast_to(given, (len(actions),))
@@ -327,7 +330,7 @@ class Shield:
         executed, acceptable = actions, accepted
         if not accepted.all():
             reject = np.flatnonzero(~accepted)
-            # A replacement may lie between the integers of a proposal made of integers.
+            # A replacement need not be made of integers where the proposed action is.
             executed = actions.astype(np.result_type(actions, np.float32))
             values, acceptable = values.copy(), accepted.copy()
             rejected = Rejected.of(
@@ -363,16 +366,16 @@ class Shield:
         candidates: Candidates,
         threshold: float | Scalars | None = None,
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.floating]]:
-        """Return which of c actions (n, c) in each of n states are acceptable, and their Q_h.
+        """Return which of c actions in each of n states are acceptable, and their Q_h: (n, c) each.
 
         Args:
-            states: from `states`, of the same rows.
+            states: result of `states` for the same rows.
             rows: (n, obs) the raw observations.
-            candidates: (n, c, act).
-            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+            candidates: (n, c, act) the actions.
+            threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
 
-        Q_h is infinite for what is no action. Where an observation is not readable, nothing is
-        accepted, and Q_h is that of the state put in its place.
+        Q_h is infinite for a candidate that is not in the action space. Where an observation is not
+        readable, nothing is accepted, and Q_h is that of the state which takes its place.
         """
         limit = np.asarray(self.threshold if threshold is None else threshold, np.float64)
         inside = self.model.action_codec.contains(candidates)
@@ -394,9 +397,9 @@ class Shield:
     ) -> tuple[Mask, npt.NDArray[np.floating]]:
         """Return which of all c discrete actions may be taken in n states, and their Q_h: (n, c).
 
-        Those are the acceptable ones, in the order of `SpaceCodec.choices`. Where there is none, or
-        the observation is not readable, it is the one that the filter would execute, so every row
-        has a True. The arguments are those of `acceptable`.
+        These are the acceptable actions, in the order of `SpaceCodec.choices`. Where no action is
+        acceptable, or the observation is not readable, the only one is the action that `filter`
+        would execute. So each row has a True. The arguments are those of `acceptable`.
         """
         choices = self.model.action_codec.choices
         every = np.broadcast_to(choices, (len(rows), *choices.shape))
@@ -404,7 +407,7 @@ class Shield:
         nothing = np.flatnonzero(~accepted.any(axis=1))
         least = values[nothing].argmin(axis=1)
         if self.support is not None and len(nothing):
-            # What is executed then depends on what the log has shown: ask the filter itself.
+            # With a support test, only `filter_rows` can tell which action would be executed.
             given = self.threshold if threshold is None else threshold
             limit = np.broadcast_to(np.asarray(given, np.float64), (len(rows),))[nothing]
             part = states.take(nothing)
@@ -418,22 +421,23 @@ class Shield:
 
         For a Discrete there is an entry for each action, from the lowest; it is True where Q_h <=
         -delta. Where no action is acceptable, or the observation is not readable, only the action
-        that `filter` would execute is True, the least bad one: an agent always has an action.
+        that `filter` would execute is True. So an agent always has an action.
 
         For a MultiDiscrete or MultiBinary the masks of all entries are joined, as sb3-contrib takes
-        them. A mask of this form cannot say "this only together with that"; so it allows a product
-        of values whose combinations are ALL acceptable, and leaves out some acceptable ones.
+        them. In a mask of this form, the allowed values of one entry cannot depend on another
+        entry. It therefore allows only values of which ALL combinations are acceptable, and leaves
+        out some acceptable combinations.
 
         Gymnasium's ``action_space.sample(mask)`` takes ``mask.astype(np.int8)``, for a
         MultiDiscrete as a tuple: ``tuple(np.split(mask, np.cumsum(space.nvec)[:-1]))``.
 
         Args:
-            observation: one, or a batch (see `value`).
-            threshold: () or (n,) what Q_h must not exceed; by default the shield's own.
+            observation: one observation, or a batch (see `value`).
+            threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
 
         Raises:
             TypeError: actions are not discrete.
-            ValueError: a wrong shape.
+            ValueError: the observation has a wrong shape.
         """
         rows, single = self.observation_rows(observation)
         masks = self.mask_rows(self.states(rows), rows, threshold)
@@ -445,7 +449,7 @@ class Shield:
         rows: Observations,
         threshold: float | Scalars | None = None,
     ) -> Mask:
-        """`action_mask` (n, k) for observations (n, obs) whose `states` are known already.
+        """Return `action_mask` (n, k) for observations (n, obs) whose `states` are known already.
 
         Raises:
             TypeError: actions are not discrete.
@@ -455,7 +459,7 @@ class Shield:
         return agent_masks(*self.acceptable_choices(states, rows, threshold), codec)
 
     def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
-        """Whether actions (n, act) pass the support test, (n,); False where not asked."""
+        """Return whether actions (n, act) pass the support test, (n,); False where not asked."""
         supported = np.zeros(len(actions), dtype=bool)
         rows = np.flatnonzero(asked)
         if self.support is not None and len(rows):
@@ -482,18 +486,20 @@ class Shield:
         name: str,
         kwargs: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Raise unless the spaces of one environment are the shield's; warn if it is another.
+        """Raise unless an environment's spaces are the shield's.
+
+        A warning is issued where the shield was calibrated in another environment.
 
         Args:
-            observation_space: of one environment.
-            action_space: of one environment.
-            name: its id; "" where it is not known.
-            kwargs: the keyword arguments it was made with, as `rollouts.copies.environment_kwargs`
-                tells them; None where they are not known.
+            observation_space: observation space of one environment.
+            action_space: action space of one environment.
+            name: the environment's id; "" where it is not known.
+            kwargs: the keyword arguments with which the environment was made, as
+                `rollouts.copies.environment_kwargs` returns them; None where they are not known.
 
         Returns:
-            Whether nothing is known that makes it another environment than the one the record
-            speaks of. Where it is another, no state may be called certified.
+            False where the environment is known to be another one than the record names, else True.
+            In another environment no state may be called certified.
 
         Raises:
             ValueError: the spaces differ; the message shows both.
@@ -517,11 +523,11 @@ class Shield:
         return False
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
-        """Return one observation or a batch of them as rows (n, obs), and whether it was one."""
+        """Return one observation or a batch as rows (n, obs), and whether it was a single one."""
         return self.model.observation_codec.flatten(observations, "observation")
 
     def action_rows(self, actions: Batch) -> tuple[npt.NDArray[Any], bool]:
-        """Return one action or a batch of them as rows (n, act), and whether it was one."""
+        """Return one action or a batch as rows (n, act), and whether it was a single one."""
         return self.model.action_codec.flatten(actions, "action")
 
     def points(self, rows: Actions) -> npt.NDArray[Any]:
@@ -543,9 +549,10 @@ class Shield:
         seed: int = 0,
         num_envs: int | None = None,
     ) -> Self:
-        """Return a copy whose delta keeps a promise, which rollouts with the shield on have tested.
+        """Return a copy with a calibrated delta and its record.
 
-        See `calibration.calibrate.calibrate` for the arguments, the procedure and the promise.
+        Delta is tested in episodes in which the shield filters the actions. See
+        `calibration.calibrate.calibrate` for the arguments, the procedure and the promise.
         """
         from safeshield.calibration.calibrate import calibrate
 
@@ -569,23 +576,23 @@ class Shield:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a shield from a file; nothing in a file is ever executed.
+        """Read a shield from a file; no code from the file is executed.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, hostile, or of another kind.
+            ValueError: the file is damaged, malicious, or of another kind.
         """
         return load_shield(cls, path)
 
 
 def _with_arguments(environment: str, kwargs: Mapping[str, Any] | None) -> str:
-    """Name an environment by its id and, where it has any, its keyword arguments."""
+    """Return the text that names an environment: its id and keyword arguments, if any."""
     told = ", ".join(f"{name}={value!r}" for name, value in sorted((kwargs or {}).items()))
     return f"{environment} ({told})" if told else environment
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
-    """Return the values, infinity where they are not known or the networks overflowed."""
+    """Return the values, with infinity where they are not known or the networks overflowed."""
     return np.where(known & ~np.isnan(values), values, np.float32(np.inf))
 
 
@@ -594,15 +601,15 @@ class HasShield(Protocol):
     """An agent that can make a shield, such as `SafeFQL`."""
 
     def shield(self) -> Shield:
-        """Return its shield."""
+        """Return the agent's shield."""
         ...
 
 
 def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
-    """Return a shield from a shield, a path to its file, or an agent.
+    """Return a shield as it is, or get one from a path to its file or from an agent.
 
     Raises:
-        TypeError: anything else.
+        TypeError: the argument is none of these.
         ValueError: the file is damaged or of another kind.
     """
     if isinstance(shield, Shield):
