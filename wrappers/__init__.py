@@ -1,4 +1,4 @@
-"""Where a shield meets an environment.
+"""Wrappers that put a shield around an environment, report labels, or draw the shield's decisions.
 
 `VecSafetyShield` and `worker_env`, which need Stable-Baselines3, are loaded on first use.
 """

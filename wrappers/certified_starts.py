@@ -1,4 +1,4 @@
-"""`CertifiedStarts`: episodes that begin where a shield's promise applies."""
+"""`CertifiedStarts`: a wrapper whose episodes start in certified states."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from safeshield.wrappers.safety_shield import SafetyShield
 
 
 class CertifiedStarts(Wrapper, RecordConstructorArgs):
-    """Reset until the start is certified; it goes around a `SafetyShield` that is calibrated.
+    """Reset the environment until the start is certified.
 
-    The promise in a shield's file is about episodes that start with V_h <= -delta, drawn as the
-    environment draws them. Resetting until a start is certified draws from that distribution. The
-    first reset uses the seed, and the others continue the environment's random numbers.
+    Put this wrapper around a `SafetyShield` with a calibrated shield. The promise in the shield's
+    file is about episodes that start with V_h <= -delta, drawn from the environment's own starts.
+    Resetting until a start is certified draws from that distribution. The first reset uses the
+    seed, and the others continue the environment's random numbers.
 
     Args:
         env: an environment whose reset reports ``info["shield/certified"]``.
-        most: how many starts to draw before giving up.
+        most: largest number of resets before an error is raised.
 
     Raises:
-        ValueError: `most` is below 1, or the shield inside is not calibrated; at reset, the key is
-            missing or no start was certified.
-        gymnasium.error.ResetNeeded: at a step, after a reset that failed.
+        ValueError: `most` is below 1, or the shield inside is not calibrated. `reset` also raises
+            it where the key is missing or no start was certified.
+        gymnasium.error.ResetNeeded: `step` is called after a reset that failed.
     """
 
     def __init__(self, env: Env, most: int = 1000) -> None:

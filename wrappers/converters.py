@@ -1,7 +1,8 @@
-"""Labels for environments that report none: costs from a sixth value, constraints from functions.
+"""Wrappers that add safety labels: costs from a sixth value, costs or constraints from functions.
 
 Shields learn and are calibrated from ``info["constraint"]`` (h, positive is a violation) or
-``info["cost"]`` (0 is safe) of the state just REACHED. These wrappers put them there.
+``info["cost"]`` (0 is safe) of the state just REACHED. These wrappers add them to the infos of
+environments that do not report them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 Info = dict[str, Any]
 ConstraintFunction = Callable[[Any], SupportsFloat]
-"""(observation) -> h, positive is a violation."""
+"""Function (observation) -> h; a positive number is a violation."""
 CostFunction = Callable[[Any, Any, Any, Info], SupportsFloat]
-"""(observation, action, next_observation, info) -> cost of the step, 0 is safe."""
+"""Function (observation, action, next_observation, info) -> cost of the step; 0 is safe."""
 
-# What gym.make puts around an environment of its own accord, and what cannot take six values.
+# Wrappers that gym.make adds to an environment. They do not accept steps of six values.
 _MADE_BY_GYMNASIUM = (
     gym.wrappers.TimeLimit,
     gym.wrappers.OrderEnforcing,
@@ -40,19 +41,19 @@ _NATIVE_ORDER = "(observation, reward, cost, terminated, truncated, info)"
 
 
 class CostFromStep(Wrapper, RecordConstructorArgs):
-    """Turn steps of six values, Safety-Gymnasium's native order, into Gymnasium's five.
+    """Convert steps of six values, as Safety-Gymnasium returns them, to Gymnasium's five.
 
     ``(observation, reward, cost, terminated, truncated, info)`` becomes ``(observation, reward,
     terminated, truncated, {**info, "cost": cost})``. Nothing else changes.
 
-    Gymnasium's own wrappers refuse six values. The conversion therefore happens inside those that
-    ``gym.make`` adds, so that ``CostFromStep(gym.make(id))`` and ``gym.make(env.spec)`` work. Any
-    other wrapper that unpacks a step belongs around this one. The environment that is passed in is
+    Gymnasium's own wrappers do not accept six values. The conversion therefore happens inside those
+    that ``gym.make`` adds, so that ``CostFromStep(gym.make(id))`` and ``gym.make(env.spec)`` work.
+    Put any other wrapper that unpacks a step around this one. The environment that is passed in is
     not changed.
 
     Raises (in `step`):
-        ValueError: the environment returns five values already, or six in another order, or a
-            cost that is not one finite number of at least 0.
+        ValueError: the environment returns five values already, or six values in another order, or
+            a cost that is not one finite number of at least 0.
 
     >>> class Native(gym.Env):
     ...     observation_space = action_space = gym.spaces.Box(-1.0, 1.0)
@@ -86,7 +87,7 @@ class CostFromStep(Wrapper, RecordConstructorArgs):
 def _converted(env: Env) -> Env:
     if type(env) not in _MADE_BY_GYMNASIUM:
         return _FiveValues(env)
-    outer = copy.copy(env)  # the caller may go on using the original
+    outer = copy.copy(env)  # the caller may still use the original
     outer.env = _converted(env.env)  # type: ignore[attr-defined]
     return outer
 
@@ -94,7 +95,7 @@ def _converted(env: Env) -> Env:
 class _FiveValues(Wrapper):
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        # `CostFromStep` stands for the both of them.
+        # The spec lists `CostFromStep` alone, which creates this inner wrapper too.
         return self.env.spec
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
@@ -116,26 +117,26 @@ class _FiveValues(Wrapper):
 
 
 class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
-    """Report a constraint h of each state that is reached, from a function of the observation.
+    """Report the constraint h of each state that is reached, by a function of the observation.
 
-    ``info["constraint"]`` is ``constraint_fn(observation)`` at reset and at every step, of the
+    At reset and at every step, ``info["constraint"]`` is ``constraint_fn(observation)`` of the
     observation just returned, hence also of the one that ends an episode. ``info["cost"]`` is 1.0
-    where it is positive and 0.0 elsewhere, unless the environment reports a cost of its own.
+    where the constraint is positive and 0.0 elsewhere, unless the environment reports a cost.
 
-    In a vector environment it goes around each copy:
+    In a vector environment, wrap each environment:
     ``SyncVectorEnv([lambda: ConstraintFromFunction(gym.make(id), constraint_fn)] * n)``.
 
     Args:
         env: an environment that does not report ``info["constraint"]``.
-        constraint_fn: h, one finite number in units of your choice, positive is a violation; of
-            several constraints, return the largest.
-        terminate_on_violation: end the episode (``terminated``) at the step that reaches h > 0. A
-            violation at reset ends nothing.
+        constraint_fn: function that returns h, one finite number in units of your choice; a
+            positive number is a violation. For several constraints, return the largest.
+        terminate_on_violation: whether the step that reaches h > 0 ends the episode
+            (``terminated``). A violation at reset does not end the episode.
 
     Raises:
-        TypeError: `constraint_fn` cannot be called like that.
-        ValueError: (in `reset`, `step`) it returns anything but one finite number, or the
-            environment reports a constraint itself.
+        TypeError: `constraint_fn` is not a function of one observation.
+        ValueError: (in `reset` and `step`) `constraint_fn` does not return one finite number, or
+            the environment reports a constraint itself.
 
     >>> pendulum = gym.make("Pendulum-v1")
     >>> env = ConstraintFromFunction(pendulum, lambda obs: abs(obs[2]) - 6.0)  # rad/s
@@ -164,7 +165,7 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and report the constraint where it starts."""
+        """Reset the environment and report the constraint of the state in which it starts."""
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, self._labelled(observation, info)
 
@@ -187,24 +188,25 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
 
 
 class CostFromFunction(Wrapper, RecordConstructorArgs):
-    """Report a cost of each step, from a function of the transition.
+    """Report a cost of each step, by a function of the transition.
 
     ``info["cost"]`` is ``cost_fn(observation, action, next_observation, info)`` at every step and
-    0.0 at reset; it belongs to the state reached. Where a continuous measure of safety can be
-    computed, `ConstraintFromFunction` teaches more.
+    0.0 at reset. The cost belongs to the state reached. Where a continuous measure of safety can be
+    computed, `ConstraintFromFunction` gives the critics more information.
 
-    The action is what this wrapper is given. A shield that replaces actions belongs around this
-    one: the cost then is that of the action that ran.
+    The action is the one that this wrapper gets. Put a shield that replaces actions around this
+    wrapper, so that the cost is that of the executed action.
 
     Args:
         env: an environment that does not report ``info["cost"]``.
-        cost_fn: one finite number of at least 0; 0 is safe. `observation` is a copy, `info` what
-            the environment reports.
+        cost_fn: function that returns the cost, one finite number of at least 0; 0 is safe. Its
+            `observation` is a copy, and its `info` is the environment's.
 
     Raises:
-        TypeError: `cost_fn` cannot be called like that.
-        ValueError: (in `step`) it returns anything else, or the environment reports a cost itself.
-        gymnasium.error.ResetNeeded: stepped before the first reset.
+        TypeError: `cost_fn` is not a function of these four arguments.
+        ValueError: (in `step`) `cost_fn` does not return one finite number of at least 0; (also in
+            `reset`) the environment reports a cost itself.
+        gymnasium.error.ResetNeeded: `step` is called before the first reset.
 
     >>> too_strong = lambda obs, action, next_obs, info: float(abs(action[0]) > 1.5)
     >>> env = CostFromFunction(gym.make("Pendulum-v1"), too_strong)
@@ -224,7 +226,7 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment; nothing has been paid yet."""
+        """Reset the environment and report the cost 0.0."""
         observation, info = self.env.reset(seed=seed, options=options)
         self._check_free(info)
         self._observation, self._running = copy.deepcopy(observation), True
@@ -234,12 +236,12 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
         """Take a step and report its cost."""
         if not self._running:
             raise gym.error.ResetNeeded("cannot step before the first call of reset()")
-        given = copy.deepcopy(action)  # the environment may write into its own
+        given = copy.deepcopy(action)  # the environment may write into the array that it gets
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._check_free(info)
         value = self.cost_fn(self._observation, given, observation, info)
         cost = _cost(value, "cost_fn(observation, action, next_observation, info)")
-        # A copy: some environments write the next observation into the same array.
+        # This is a copy because some environments write the next observation into the same array.
         self._observation = copy.deepcopy(observation)
         return observation, reward, terminated, truncated, {**info, COST: cost}
 
@@ -255,7 +257,7 @@ def _check_callable(function: object, call: str) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # some functions written in C do not say
+        return  # some functions written in C have no signature
     try:
         signature.bind(*arguments.split(","))
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""`ShieldOverlay`: rendered frames that show what the shield thinks and when it steps in."""
+"""`ShieldOverlay`: rendered frames that show the shield's values and interventions."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ PANEL: Colour = (16, 18, 24)
 TEXT: Colour = (255, 255, 255)
 EDGE: Colour = (230, 25, 35)
 WARNING: Colour = (255, 120, 110)
-# Acceptable; not, but no violation foreseen; a violation foreseen: the bar's fill, and its track.
+# Colours of the bar's fill and track, for values up to the threshold, from there to 0, and above 0.
 LEVELS: tuple[Colour, ...] = ((60, 190, 90), (245, 175, 40), (235, 55, 50))
 TRACKS: tuple[Colour, ...] = ((38, 66, 48), (88, 70, 30), (88, 36, 36))
 REPLACED = "action replaced"
 ZERO_AT = 0.75
-"""Where on the bar the value 0 is."""
+"""Position of the value 0 on the bar, as a share of the bar's length."""
 
 
 class Verdict(NamedTuple):
-    """What there is to show."""
+    """The numbers that are drawn on a frame."""
 
     value: float
     threshold: float
@@ -45,35 +45,36 @@ class Verdict(NamedTuple):
 
 
 class ShieldOverlay(Wrapper, RecordConstructorArgs):
-    """Draw the shield's verdict over every frame of ``render()``.
+    """Draw the shield's verdict on every frame of ``render()``.
 
-    A strip at the lower edge tells ``shield/value`` against ``shield/threshold``, both in the
-    constraint's units: Q_h of the action just executed, or V_h of the start. Its bar fills from
-    the left as the value rises: green up to the threshold (the white tick), amber up to 0, red
-    beyond, where a violation is foreseen. A red edge surrounds the frames of those steps in
-    which the shield replaced the action. Where there is room the strip writes the numbers out.
-    Frames keep their size and dtype.
+    A strip at the lower edge of the frame shows ``shield/value`` and ``shield/threshold``, both in
+    the constraint's units. The value is Q_h of the action just executed, or V_h of the start. A bar
+    in the strip fills from the left as the value rises. It is green up to the threshold (the white
+    tick), amber up to 0, and red above 0, where the critics predict a violation. A red edge
+    surrounds the frames of steps in which the shield replaced the action. The strip also contains
+    the numbers as text where there is room. Frames keep their size and dtype.
 
-    By render mode:
+    The result depends on the render mode:
 
-    * ``"rgb_array"``: the frame with the overlay. For video, ``RecordVideo`` goes around this
-      wrapper; for a window, ``HumanRendering`` does.
+    * ``"rgb_array"``: the frame has the overlay. Put ``RecordVideo`` around this wrapper for a
+      video, or ``HumanRendering`` for a window.
     * ``"rgb_array_list"`` (``gym.make`` collects frames inside this wrapper): each frame of the
-      list with the verdict of its own step.
-    * ``"human"`` and others: passed through, without the overlay.
-    * None: a ValueError here, as there would never be a frame.
+      list has the verdict of its own step.
+    * ``"human"`` and others: the result is passed on without the overlay.
+    * None: the constructor raises a ValueError, because there would be no frames.
 
-    Before the first reset, and after a step or reset that failed, ``render()`` is the environment's
-    own.
+    Before the first reset, and after a step or reset that failed, ``render()`` returns the
+    environment's frame without the overlay.
 
     Args:
-        env: an environment whose infos carry the shield's keys, such as `SafetyShield`.
-        span: how far below zero the bar reaches, in the constraint's units. None: as far as the
-            lowest value seen so far.
+        env: an environment whose infos have the shield's keys, such as `SafetyShield`.
+        span: lowest value on the bar, as a distance below zero in the constraint's units. None: the
+            bar reaches down to the lowest value so far.
 
     Raises:
-        ValueError: no render mode, or a span that is not positive; in `reset` and `step`: infos
-            without the shield's keys; in `render`: a frame that is not (height, width, 3) uint8.
+        ValueError: the environment has no render mode, or `span` is not positive. `reset` and
+            `step` raise it for infos without the shield's keys, `render` for a frame that is not
+            (height, width, 3) uint8.
 
     >>> from safeshield import SafeFQL, SafeFQLConfig, SafetyShield, collect
     >>> log = collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
@@ -97,7 +98,7 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
             raise ValueError(f"span must be finite and above 0, got {span}")
         self.span = span
         self._lowest = 0.0
-        # For lists of frames, which hold gigabytes long before this bound is reached.
+        # The bound concerns lists of frames, which fill gigabytes long before they reach it.
         self._verdicts: deque[Verdict] = deque(maxlen=100_000 if self._lists else 1)
 
     @property
@@ -126,7 +127,8 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
         if self.env.render_mode == "rgb_array" and rendered is not None and self._verdicts:
             return self._drawn(rendered, self._verdicts[-1])
         if self._lists and isinstance(rendered, list):
-            # One frame was collected at each reset and step: the two lists end together.
+            # One frame is collected at each reset and step, so the last entries of the two lists
+            # belong together.
             first = len(rendered) - len(self._verdicts)
             while first < 0:
                 self._verdicts.popleft()
@@ -137,7 +139,7 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
-        """Forget all verdicts where a step or reset fails: none is of the frame to come."""
+        """Forget all verdicts where a step or reset fails, as they do not match later frames."""
         try:
             yield
         except BaseException:
@@ -159,7 +161,7 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
             self._lowest = min(self._lowest, verdict.value)
 
     def _drawn(self, frame: Frame, verdict: Verdict) -> Frame:
-        # At least so far that the threshold can be told from zero.
+        # The bar reaches at least so far that the threshold is visibly apart from zero.
         reach = max(-self._lowest, -2 * verdict.threshold) or 1.0
         return draw_verdict(frame, verdict, self.span or reach)
 
@@ -168,12 +170,12 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
 
 
 class Layout(NamedTuple):
-    """Sizes in pixels."""
+    """Sizes of the overlay's parts, in pixels."""
 
     edge: int
     pad: int
     font: int
-    """0: no text."""
+    """Size of the text; 0 for no text."""
     bar: int
 
     @property
@@ -183,24 +185,24 @@ class Layout(NamedTuple):
 
 
 def layout(height: int, width: int) -> Layout:
-    """Return what fits a frame; the strip and the edge are all that the overlay covers."""
+    """Return the sizes for a frame; the overlay covers only the strip and the edge."""
     short = min(height, width)
     edge = max(1, round(short / 100))
-    # Smaller frames need relatively larger letters; 8 is the least that can be read.
+    # Smaller frames need relatively larger letters; letters below size 8 cannot be read.
     font = max(8, round(0.2 * short**0.75)) if short >= 48 else 0
     return Layout(edge, max(1, font // 6), font, max(2, round(0.4 * font)))
 
 
 def draw_verdict(frame: Frame, verdict: Verdict, span: float) -> Frame:
-    """Return a copy of a frame with the strip, and the edge where the shield intervened.
+    """Return a copy of a frame with the strip, and with the edge where the shield intervened.
 
     Args:
-        frame: (height, width, 3) uint8.
-        verdict: what to show.
-        span: the bar reaches from -span to span, in the units of the value.
+        frame: (height, width, 3) uint8 image.
+        verdict: the numbers to show.
+        span: distance from 0 to each end of the bar, in the units of the value.
 
     Raises:
-        ValueError: another kind of frame.
+        ValueError: the frame has another shape or dtype.
 
     >>> frame = draw_verdict(np.zeros((64, 64, 3), np.uint8), Verdict(-0.2, -0.05, True), span=0.5)
     >>> frame.shape, frame[0, 0].tolist()
@@ -238,7 +240,7 @@ def _draw_bar(strip: Frame, sizes: Layout, verdict: Verdict, span: float) -> Non
     for track, start, end in zip(TRACKS, (0, tick, zero), (tick, zero, length), strict=True):
         bar[:, start:end] = track
     reach = length if math.isnan(verdict.value) else column(verdict.value)
-    # The fill stays below the tick or can be seen beyond it, however little it takes.
+    # The fill ends below the tick where the value is acceptable, and visibly beyond it elsewhere.
     thickness = max(1, sizes.bar // 3)
     beyond = tick - thickness // 2 + thickness + 1
     reach = max(min(reach, tick), 1) if _acceptable(verdict) else max(reach, beyond)
@@ -272,7 +274,7 @@ def _acceptable(verdict: Verdict) -> bool:
 
 
 def _texts(verdict: Verdict) -> tuple[str, ...]:
-    """What to write, the longest first."""
+    """Return the texts that may be written, the longest first."""
     value, threshold = _digits(verdict.value), _digits(verdict.threshold)
     sign = "≤" if _acceptable(verdict) else ">"
     return (
@@ -294,11 +296,11 @@ def _width(text: str, size: int) -> int:
 
 @lru_cache(maxsize=256)
 def _ink(text: str, size: int) -> npt.NDArray[np.float64]:
-    """Return how much of each pixel the letters cover, (size, width)."""
+    """Return the share of each pixel that the letters cover, (size, width)."""
     from PIL import Image, ImageDraw
 
     picture = Image.new("L", (_width(text, size), size))
-    # Capitals are 0.73 of the size tall, and only the Q hangs below them.
+    # Capitals are 0.73 of the size tall, and only the Q extends below the baseline.
     draw = ImageDraw.Draw(picture)
     draw.text((0, round(0.82 * size)), text, fill=255, font=_font(size), anchor="ls")
     return np.asarray(picture) / 255.0
@@ -306,7 +308,7 @@ def _ink(text: str, size: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=16)
 def _font(size: int) -> FreeTypeFont:
-    # matplotlib brings both the font and Pillow, and takes its time to import.
+    # matplotlib contains the font and requires Pillow. It is imported here because that is slow.
     import matplotlib
     from PIL import ImageFont
 

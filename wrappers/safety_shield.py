@@ -31,67 +31,71 @@ _ONE_SHIELD = "put SafetyShield around the plain environment, once"
 
 
 class SafetyShield(Wrapper, RecordConstructorArgs):
-    """Pass an action on where the shield accepts it, execute a replacement where it does not.
+    """Execute an action where the shield accepts it, and a replacement where it does not.
 
-    Spaces, ends of episodes and infos are the environment's own, and so are rewards unless a
-    penalty is asked for. At reset and every step these infos are added, plain Python and NumPy:
+    Spaces, ends of episodes and infos are those of the environment. Rewards are too, unless a
+    penalty is set. These infos are added at reset and at every step, as plain Python and NumPy:
 
     ======================  ==========================================================
-    shield/intervened       bool: the executed action is a replacement of the proposed one
-    shield/value            float: Q_h of the executed action in the state it was taken in
-                            (at reset: V_h of the state); infinity where not finite
-    shield/threshold        float: what the value must not exceed: -delta (or less, where it
-                            adapts)
-    shield/certified        bool: the state just reached has V_h <= -delta, and the shield
-                            is calibrated, in no other environment (see below)
-    action_proposed         array: what the agent sent (at reset: NaN; where actions are discrete
-                            an integer that is none of them)
-    action_executed         array: what the dynamics saw (at reset likewise)
-    action_mask             where actions are discrete, int8 array: which of them may be taken
-                            next, see `Shield.action_mask` (`action_masks` tells it too)
+    shield/intervened       bool: whether the executed action is a replacement
+    shield/value            float: Q_h of the executed action in the state in which it was
+                            taken (at reset: V_h of the state); infinity where not finite
+    shield/threshold        float: the number that the value must not exceed: -delta (or
+                            less, where the threshold adapts)
+    shield/certified        bool: whether the state just reached has V_h <= -delta and the
+                            shield is calibrated, in no other environment (see below)
+    action_proposed         array: the action that the agent sent (at reset: NaN; where actions
+                            are discrete, an integer that is not an action)
+    action_executed         array: the action that the dynamics saw (at reset: likewise)
+    action_mask             int8 array, where actions are discrete: which of them may be taken
+                            next, see `Shield.action_mask` (`action_masks` returns it too)
     ======================  ==========================================================
 
     An action is read once and converted to the dtype of the environment's action space, as
-    Gymnasium's own environments do. That array is judged, and where it is accepted, the dynamics
-    see a copy of it, bit for bit. So where a float64 action for a Box of float32 is accepted,
-    ``action_executed`` is the nearest float32 action and ``shield/intervened`` is False. An action
-    that does not fit the dtype, such as 1.5 or NaN where actions are integers, is judged as it
-    came. The environment gets an array; the action of a Discrete is a scalar of NumPy, or an int
-    where the agent sent one.
+    Gymnasium's own environments do. The converted array is judged. Where it is accepted, the
+    dynamics see a copy of it, bit for bit. So where a float64 action for a Box of float32 is
+    accepted, ``action_executed`` is the nearest float32 action and ``shield/intervened`` is False.
+    An action that does not fit the dtype, such as 1.5 or NaN where actions are integers, is judged
+    without conversion. The environment gets an array. For a Discrete it gets a NumPy scalar, or an
+    int where the agent sent one.
 
-    What an environment itself forbids, by its ``info["action_mask"]`` or its ``action_masks()``,
-    stays forbidden in the same place, unless this and the shield's mask have nothing in common.
+    Actions that the environment itself forbids, by its ``info["action_mask"]`` or its
+    ``action_masks()``, stay forbidden in the shield's mask, unless no action is in both masks.
 
-    The shield must see the observations it was trained on: put it inside (below) wrappers that
-    change observations, such as NormalizeObservation, and give it actions in the units of its
-    training: outside (above) RescaleAction where the log was made with rescaled actions.
+    The shield must get the observations it was trained on, so put it inside (below) wrappers that
+    change observations, such as NormalizeObservation. It must also get actions in the units of its
+    training, so put it outside (above) RescaleAction where the log has rescaled actions.
 
-    With an adaptive threshold (`shield.adaptive`), ``shield/threshold`` follows the errors met in
-    deployment, from step to step and across episodes: `reset` keeps it, ``env.adaptive.forget()``
-    does not. It is never looser than -delta: what this shield accepts, the one with the fixed
-    threshold accepts too, and what it executes has Q_h <= -delta wherever that one finds such an
-    action. ``shield/certified`` and the shield's record go on speaking of -delta, of a shield that
-    kept to it, and of the dynamics it was calibrated in: the stricter one was not put to the test.
+    With an adaptive threshold (`shield.adaptive`), ``shield/threshold`` follows the errors that
+    occur, from step to step and across episodes. `reset` keeps the threshold;
+    ``env.adaptive.forget()`` restores the calibrated one. The adaptive threshold is never looser
+    than -delta. So the shield with the fixed threshold accepts every action that this one accepts,
+    and where it finds an action with Q_h <= -delta, the action that this one executes fulfils that
+    too. ``shield/certified`` and the shield's record still refer to -delta, to a shield with that
+    fixed threshold, and to the dynamics of the calibration, because no stricter threshold was
+    tested.
 
-    Where the environment's spec has another id, or other keyword arguments, than the environment
-    the shield was calibrated in, an `OtherEnvironmentWarning` says so and ``shield/certified`` is
-    False from then on. An environment without a spec is not compared, nor are the arguments
-    ``render_mode`` and ``max_episode_steps``.
+    Where the environment's spec has another id or other keyword arguments than the environment of
+    the calibration, an `OtherEnvironmentWarning` is issued and ``shield/certified`` is False in all
+    steps. An environment without a spec is not compared, nor are the arguments ``render_mode`` and
+    ``max_episode_steps``.
 
     Args:
         env: an environment with the spaces that the shield was trained on.
-        shield: a path to its file, a `Shield`, or an agent. With a path the environment's spec can
-            rebuild the shielded environment, also after a round trip through JSON; a relative path
-            stays relative, to the working directory of whoever rebuilds.
-        intervention_penalty: subtracted from the reward of a step in which the shield intervened;
-            with one, the info ``shield/penalty`` of a step says what was subtracted.
-        adaptive: lets the threshold follow its errors; a dict of `AdaptiveThreshold`'s arguments
-            will do. A rebuilt environment begins with the calibrated threshold.
+        shield: a path to a shield's file, a `Shield`, or an agent. With a path the environment's
+            spec can rebuild the shielded environment, also after a round trip through JSON. A
+            relative path stays relative to the working directory of the process that rebuilds it.
+        intervention_penalty: number that is subtracted from the reward of a step in which the
+            shield intervened. If it is above 0, the info ``shield/penalty`` of a step tells the
+            number that was subtracted.
+        adaptive: settings by which the threshold follows its errors, as an `AdaptiveThreshold` or a
+            dict of its arguments; None for a fixed threshold. A rebuilt environment begins with the
+            calibrated threshold.
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is below 0, a setting in
             `adaptive` is out of range, or the environment is shielded already.
-        TypeError: `shield` is none of the three, or `adaptive` is wrong.
+        TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         intervention_penalty: float = 0.0,
     ) -> None:
         if isinstance(shield, os.PathLike):
-            # A string is what survives the spec's JSON.
+            # The spec is written as JSON, which can hold a string but no path object.
             shield = os.fspath(shield)
         refuse_shielded(env, _ONE_SHIELD)
         settings = as_adaptive(adaptive)
@@ -131,7 +135,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and judge where it starts."""
+        """Reset the environment and evaluate the state in which it starts."""
         self._called = True
         with self.runtime.transition:
             observation, info = self.env.reset(seed=seed, options=options)
@@ -145,15 +149,15 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         """Execute `action`, or its replacement.
 
         Raises:
-            gymnasium.error.ResetNeeded: called before the first reset, or after a step or reset
-                that failed: the environment may have moved to a state that was never judged.
-            ValueError: an action of another shape, or an environment that steps by 6-tuples.
+            gymnasium.error.ResetNeeded: `step` is called before the first reset, or after a step or
+                reset that failed. The environment may then be in a state that was not observed.
+            ValueError: the action has a wrong shape, or the environment's step returns six values.
         """
         runtime = self.runtime
         if not runtime.ready:
             raise self._reset_needed("cannot step")
         decision = runtime.filter(action)
-        # The environment gets its own copy, so that infos stay true if it edits its action.
+        # The environment gets its own copy, so that infos stay correct if it changes its action.
         sent: Any = decision.executed.copy()
         if self._scalar:
             sent = sent[()] if decision.intervened or type(action) is not int else int(sent)
@@ -168,11 +172,11 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             return observation, reward, terminated, truncated, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which discrete actions may be taken next: what sb3-contrib's MaskablePPO asks.
+        """Return which discrete actions may be taken next; sb3-contrib's MaskablePPO calls this.
 
         Raises:
-            gymnasium.error.ResetNeeded: called before the first reset, or after a step or reset
-                that failed.
+            gymnasium.error.ResetNeeded: the method is called before the first reset, or after a
+                step or reset that failed.
             TypeError: actions are not discrete.
         """
         if not self.runtime.ready:
@@ -196,7 +200,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         try:
             result = self.env.step(action)
         except ValueError as error:
-            # A wrapper in between stumbles first over a sixth value.
+            # A wrapper inside may raise this error when it unpacks a sixth value.
             if "too many values to unpack" in str(error):
                 raise ValueError(_SIX_VALUES) from error
             raise

@@ -1,4 +1,4 @@
-"""`VecSafetyShield`: one shield in front of all environments of a Stable-Baselines3 `VecEnv`."""
+"""`VecSafetyShield`: one shield for all environments of a Stable-Baselines3 `VecEnv`."""
 
 from __future__ import annotations
 
@@ -33,49 +33,53 @@ from safeshield.spaces.shapes import Scalars
 from safeshield.wrappers.safety_shield import SafetyShield
 
 Infos = list[dict[str, Any]]
-_MASKS = "action_masks"  # what sb3-contrib asks environments for
+_MASKS = "action_masks"  # the method that sb3-contrib calls for masks
 
 
 class VecSafetyShield(VecEnvWrapper):
-    """Pass each environment's action on where the shield accepts it, else a replacement.
+    """Execute each environment's action where the shield accepts it, and else a replacement.
 
-    `SafetyShield` for a `VecEnv`, with one pass through the critics for all environments: the same
-    actions, infos (one dict an environment; `reset_infos` too) and ends of episodes.
+    This is `SafetyShield` for a `VecEnv`, with one pass through the critics for all environments.
+    Actions, infos (one dict for each environment, also in `reset_infos`) and ends of episodes are
+    the same as there.
 
     A `VecEnv` resets an environment in the step that ends its episode. That step's
-    ``shield/certified`` speaks of the state reached, ``terminal_observation`` (False where the
-    `VecEnv` does not tell it); the shield itself looks at the new episode's first observation,
-    whose infos are in `reset_infos`.
+    ``shield/certified`` refers to the state reached, ``terminal_observation``, and is False where
+    the `VecEnv` does not report that observation. The shield judges the next action in the new
+    episode's first state, whose infos are in `reset_infos`.
 
-    Where actions are discrete, infos carry ``action_mask`` for each environment's next action (at
-    an episode's end, for the first of the new one), and ``env_method("action_masks")`` tells the
-    same: sb3-contrib's MaskablePPO trains on it as it is.
+    Where actions are discrete, infos contain ``action_mask`` for each environment's next action (at
+    an episode's end, for the first action of the new episode). ``env_method("action_masks")``
+    returns the same masks, so sb3-contrib's MaskablePPO can be trained on this environment.
 
-    Actions are read once and converted to the dtype of the action space before they are judged,
-    see `SafetyShield`; a batch of which one number does not fit that dtype is judged as it came.
+    Actions are read once and converted to the dtype of the action space before they are judged, see
+    `SafetyShield`. A batch with a number that does not fit that dtype is judged without conversion.
 
-    The shield must see what it was trained on: `VecNormalize` and others that change observations
-    go around it, as in ``VecNormalize(VecSafetyShield(venv, shield))``. Random warm-up actions
-    (``learning_starts``) pass through it like all others.
+    The shield must get the observations it was trained on. So put `VecNormalize` and other wrappers
+    that change observations around it, as in ``VecNormalize(VecSafetyShield(venv, shield))``.
+    Random warm-up actions (``learning_starts``) are filtered like all others.
 
-    Environments in other processes (`SubprocVecEnv`) tell no spec that could be compared with that
-    of the shield's calibration (see `SafetyShield`); with `worker_env` each is compared in its own.
+    The specs of environments in other processes (`SubprocVecEnv`) cannot be compared with that of
+    the shield's calibration (see `SafetyShield`). With `worker_env`, each environment is compared
+    in its own process.
 
     Args:
         venv: environments with the spaces that the shield was trained on.
-        shield: a path to its file, a `Shield`, or an agent.
-        intervention_penalty: subtracted from the reward of a step in which the shield intervened
-            (at least 0). With a penalty, the info ``shield/penalty`` says what this step's was. A
-            `Monitor` inside records returns without it, a `VecMonitor` outside with it.
-        adaptive: lets each environment's threshold follow its own errors (see `SafetyShield`); an
-            episode's last step teaches nothing where the `VecEnv` does not tell
-            ``terminal_observation``.
+        shield: a path to a shield's file, a `Shield`, or an agent.
+        intervention_penalty: number of at least 0 that is subtracted from the reward of a step in
+            which the shield intervened. If it is above 0, the info ``shield/penalty`` tells the
+            number that was subtracted. Returns that a `Monitor` inside records do not include the
+            penalty, and those of a `VecMonitor` outside do.
+        adaptive: settings by which each environment's threshold follows its own errors (see
+            `SafetyShield`). An episode's last step does not change the threshold where the `VecEnv`
+            does not report ``terminal_observation``.
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is not a number of at least
             0, a setting in `adaptive` is out of range, `venv` normalises observations or is
             shielded already.
-        TypeError: `venv` is no `VecEnv`, `shield` is none of the three, or `adaptive` is wrong.
+        TypeError: `venv` is not a `VecEnv`, `shield` is none of the three, or `adaptive` is of a
+            wrong type.
 
     >>> import gymnasium, safeshield
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -115,7 +119,7 @@ class VecSafetyShield(VecEnvWrapper):
         self._own_masks = self._codec.discrete and _has_masks(venv)
 
     def reset(self) -> VecEnvObs:
-        """Reset all environments and judge where they start; see `reset_infos`."""
+        """Reset all environments and evaluate the states in which they start; see `reset_infos`."""
         self._decision = None
         with self.runtime.transition:
             observations = self.venv.reset()
@@ -125,11 +129,11 @@ class VecSafetyShield(VecEnvWrapper):
         return observations
 
     def step_async(self, actions: npt.ArrayLike) -> None:
-        """Filter the actions (num_envs, ...) and let the environments start on them.
+        """Filter the actions (num_envs, ...) and start the step of the environments.
 
         Raises:
-            RuntimeError: before `reset`, or while a step is under way.
-            ValueError: actions of another shape.
+            RuntimeError: the method is called before `reset`, or while a step is under way.
+            ValueError: the actions have a wrong shape.
         """
         if not self.runtime.ready:
             raise RuntimeError(
@@ -152,7 +156,8 @@ class VecSafetyShield(VecEnvWrapper):
         """
         decision, self._decision = self._decision, None
         if decision is None:
-            # Some environments would execute their last action again, which nobody has judged.
+            # Some environments would execute their last action again, which was not judged in the
+            # present state.
             raise RuntimeError("no step is under way: call step_async() first")
         runtime = self.runtime
         with runtime.transition:
@@ -188,7 +193,10 @@ class VecSafetyShield(VecEnvWrapper):
             ) from error
 
     def has_attr(self, attr_name: str) -> bool:
-        """Whether the environments have an attribute; ``action_masks`` for discrete actions."""
+        """Return whether the environments have an attribute.
+
+        Where actions are discrete, they always have ``action_masks``.
+        """
         ours = attr_name == _MASKS and self._codec.discrete
         return ours or super().has_attr(attr_name)
 
@@ -199,11 +207,13 @@ class VecSafetyShield(VecEnvWrapper):
         indices: VecEnvIndices = None,
         **method_kwargs: Any,  # noqa: ANN401
     ) -> list[Any]:
-        """Call a method of the environments; ``action_masks`` where actions are discrete is ours.
+        """Call a method of the environments.
+
+        Where actions are discrete, ``action_masks`` returns the shield's masks.
 
         Raises:
-            RuntimeError: masks before `reset`, or while a step is under way.
-            ValueError: ``reset`` or ``step``, which would go past the shield.
+            RuntimeError: masks are asked for before `reset`, or while a step is under way.
+            ValueError: the method is ``reset`` or ``step``, which would bypass the shield.
         """
         refuse_past_shield(
             method_name, "call reset() or step() of the VecEnv, after seed() or set_options()"
@@ -228,13 +238,13 @@ class VecSafetyShield(VecEnvWrapper):
         """Set an attribute of the environments.
 
         Raises:
-            ValueError: ``reset`` or ``step``, which would go past the shield.
+            ValueError: the attribute is ``reset`` or ``step``, which would bypass the shield.
         """
         refuse_past_shield(attr_name, "wrap the environments before they are put into the VecEnv")
         super().set_attr(attr_name, value, indices)
 
     def _last_values(self, infos: Sequence[Mapping[str, Any]]) -> Scalars:
-        """V_h (len(infos),) of the last states of ended episodes, infinity where nobody tells."""
+        """Return V_h (len(infos),) of ended episodes' last states, infinity where not reported."""
         values = np.full(len(infos), np.inf, np.float32)
         told = [info for info in infos if info.get(TERMINAL_OBSERVATION) is not None]
         if told:
@@ -244,7 +254,7 @@ class VecSafetyShield(VecEnvWrapper):
         return values
 
     def _inner_reset_infos(self) -> Infos:
-        # The wrappers of Stable-Baselines3 do not hand `reset_infos` on: theirs stay empty.
+        # The wrappers of Stable-Baselines3 do not pass `reset_infos` on; their own stay empty.
         pairs = zip(self.venv.unwrapped.reset_infos, self.venv.reset_infos, strict=True)
         return [{**below, **above} for below, above in pairs]
 
@@ -252,9 +262,10 @@ class VecSafetyShield(VecEnvWrapper):
 def _added(
     infos: Sequence[Mapping[str, Any]], columns: Mapping[str, Any], start: bool = False
 ) -> Infos:
-    """Return infos with the rows of columns (n, ...): verdicts as plain Python, copies of others.
+    """Return infos to which the rows of columns (n, ...) have been added.
 
-    At a start the action of a Discrete is an array of no dimension, as in a `SafetyShield`.
+    Values of keys that begin with "shield/" are plain Python, and others are copies of the rows. At
+    a start the action of a Discrete is an array without dimensions, as in a `SafetyShield`.
     """
     all_told = [dict(info) for info in infos]
     for key, rows in columns.items():
@@ -272,21 +283,22 @@ def worker_env(
     shield: Shield | HasShield | str | os.PathLike[str],
     adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
 ) -> Callable[[], SafetyShield]:
-    """Return a function that makes a shielded environment, for `SubprocVecEnv` however it starts.
+    """Return a function that makes a shielded environment, for `SubprocVecEnv`.
 
-    In a worker process, each environment has its own shield: read from its file there where
-    `shield` is a path, copied where it is a `Shield`. The worker's matrix products then run on one
-    thread (NumPy's own OpenBLAS, and PyTorch), because many workers with many threads each wait
-    for each other. In the main process nothing of that is changed.
+    It works with every start method of processes. In a worker process, each environment has its own
+    shield. Where `shield` is a path, the worker reads the file; where it is a `Shield`, the worker
+    gets a copy. The worker's matrix products run on one thread (NumPy's own OpenBLAS, and PyTorch),
+    because many workers with many threads each slow each other down. The number of threads in the
+    main process is not changed.
 
     Args:
-        make_env: makes one environment, without the shield.
-        shield: a path to its file (recommended), a `Shield`, or an agent.
-        adaptive: lets the threshold follow its errors (see `SafetyShield`).
+        make_env: function that makes one environment, without the shield.
+        shield: a path to a shield's file (recommended), a `Shield`, or an agent.
+        adaptive: settings by which the threshold follows its errors (see `SafetyShield`).
 
     Raises:
-        FileNotFoundError: `shield` is a path to nothing.
-        TypeError: `shield` is none of the three, or `adaptive` is wrong.
+        FileNotFoundError: `shield` is a path to a file that does not exist.
+        TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
         ValueError: a setting in `adaptive` is out of range.
 
     >>> from safeshield.wrappers.sb3 import worker_env
@@ -296,7 +308,7 @@ def worker_env(
     """
     adaptive = as_adaptive(adaptive)
     if isinstance(shield, str | os.PathLike):
-        # An error in a worker reaches the parent as a broken pipe that says nothing.
+        # An error in a worker would reach the parent only as a broken pipe without a reason.
         if not Path(shield).is_file():
             raise FileNotFoundError(f"there is no shield's file at {os.fspath(shield)!r}")
         return partial(_make_in_worker, make_env, os.path.abspath(shield), adaptive)
@@ -316,7 +328,7 @@ def _make_in_worker(
 def _one_thread() -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    # NumPy is loaded by now, too late for OMP_NUM_THREADS.
+    # NumPy is loaded already, so OMP_NUM_THREADS would have no effect.
     package = Path(np.__file__).parent
     for folder in (package.with_name("numpy.libs"), package / ".dylibs"):
         for library in folder.glob("*openblas*"):
@@ -345,7 +357,7 @@ def _check_inner(venv: VecEnv) -> None:
     try:
         shielded = any(venv.env_is_wrapped(SafetyShield))
     except (AttributeError, NotImplementedError):
-        # Some environments implement no more than stepping.
+        # Some environments do not implement this method.
         return
     if shielded:
         raise ValueError(

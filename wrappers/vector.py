@@ -37,59 +37,64 @@ _Infos = dict[str, Any]
 
 
 class VectorSafetyShield(VectorWrapper):
-    """`SafetyShield` for a vector environment: one forward pass for all of its environments.
+    """`SafetyShield` for a vector environment, with one forward pass for all of its environments.
 
-    Spaces, observations, ends of episodes and infos are the environment's own, and so are rewards
-    unless a penalty is asked for. At reset and every step these infos are added, arrays with one
-    row for each of n environments, each with its mask ``"_" + key``:
+    Spaces, observations, ends of episodes and infos are those of the environment. Rewards are too,
+    unless a penalty is set. These infos are added at reset and at every step. They are arrays with
+    one row for each of n environments, and each has a mask ``"_" + key``:
 
     ======================  ==========================================================
-    shield/intervened       (n,) bool: the executed action is a replacement of the proposed one
-    shield/value            (n,) float: Q_h of the executed action in the state it was taken
-                            in (at reset: V_h of the state); infinity where not finite
-    shield/threshold        (n,) float: what the value must not exceed: -delta (or less, where
-                            it adapts)
-    shield/certified        (n,) bool: the state just reached has V_h <= -delta, and the
+    shield/intervened       (n,) bool: whether the executed action is a replacement
+    shield/value            (n,) float: Q_h of the executed action in the state in which it was
+                            taken (at reset: V_h of the state); infinity where not finite
+    shield/threshold        (n,) float: the number that the value must not exceed: -delta (or
+                            less, where the threshold adapts)
+    shield/certified        (n,) bool: whether the state just reached has V_h <= -delta and the
                             shield is calibrated, in no other environment (see
                             `SafetyShield`)
-    action_proposed         (n, ...): what the agent sent
-    action_executed         (n, ...): what the dynamics saw
-    action_mask             where actions are discrete, (n, k) int8: which of them may be
+    action_proposed         (n, ...): the actions that the agent sent
+    action_executed         (n, ...): the actions that the dynamics saw
+    action_mask             (n, k) int8, where actions are discrete: which of them may be
                             taken next, see `Shield.action_mask`
     ======================  ==========================================================
 
-    Actions are read once and converted to the dtype of the action space before they are judged,
-    see `SafetyShield`; a batch of which one number does not fit that dtype is judged as it came.
+    Actions are read once and converted to the dtype of the action space before they are judged, see
+    `SafetyShield`. A batch with a number that does not fit that dtype is judged without conversion.
 
-    Where no action was taken, at a reset, both actions are NaN (below every action where actions
-    are whole numbers: -1 as a rule). What happens around the end of an episode follows
+    Where no action was taken, as at a reset, both actions are NaN. Where actions are whole numbers,
+    both are less than every action, usually -1. Around the end of an episode, infos depend on
     ``metadata["autoreset_mode"]``:
 
-    - NEXT_STEP: the step after the end ignores its action and resets, so these rows read as at a
-      reset: no intervention, V_h of the new state, no action.
-    - SAME_STEP, and all of Gymnasium 0.29: in a row whose episode ended observation and infos are
-      already those of the new episode's reset. What is said above of the step that was taken,
-      ``shield/certified`` and ``action_mask`` of the last observation, ``infos["final_obs"]``
-      (0.29: ``"final_observation"``), is in ``infos["final_info"]``, beside what the environment
-      says of that step: as in a `SyncVectorEnv` of environments in a `SafetyShield` each.
-    - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the rows in the mask, and only
-      these have infos; the others keep what was known of them.
+    - NEXT_STEP: the step after the end of an episode ignores its action and resets. The
+      environment's row is therefore as at a reset: no intervention, V_h of the new state, no
+      action.
+    - SAME_STEP, and always in Gymnasium 0.29: where an episode ended, the environment's row of
+      observations and infos is already that of the new episode's reset. The infos above about the
+      step that was taken are in ``infos["final_info"]``, with the environment's own infos about
+      that step. There, ``shield/certified`` and ``action_mask`` refer to the last observation,
+      ``infos["final_obs"]`` (0.29: ``"final_observation"``). A `SyncVectorEnv` of environments that
+      are each in a `SafetyShield` returns the same.
+    - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the environments in the mask. Only
+      these have infos. For the others, the values and infos observed last still apply.
 
     Environments in other processes have no spec that could be compared, unless
     ``gymnasium.make_vec`` made them.
 
     Args:
         env: a vector environment whose single spaces are those the shield was trained on.
-        shield: a path to its file, a `Shield`, or an agent.
-        intervention_penalty: subtracted from the reward of a step in which the shield stepped in;
-            with one, ``shield/penalty`` (n,) of a step says what was subtracted.
-        adaptive: lets each environment's threshold follow its own errors (see `SafetyShield`).
+        shield: a path to a shield's file, a `Shield`, or an agent.
+        intervention_penalty: number that is subtracted from the reward of a step in which the
+            shield intervened. If it is above 0, ``shield/penalty`` (n,) tells the numbers that were
+            subtracted.
+        adaptive: settings by which each environment's threshold follows its own errors (see
+            `SafetyShield`).
 
     Raises:
         ValueError: the spaces differ, the file is damaged, the penalty is negative or not finite,
             a setting in `adaptive` is out of range, or the environment is shielded already or
             does not say how it resets itself.
-        TypeError: `env` is no vector environment, `shield` none of the three, or `adaptive` wrong.
+        TypeError: `env` is not a vector environment, `shield` is none of the three, or `adaptive`
+            is of a wrong type.
 
     >>> import gymnasium
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -119,7 +124,7 @@ class VectorSafetyShield(VectorWrapper):
         refuse_shielded(env, _ONE_SHIELD)
         super().__init__(env)
         if BEFORE_1_0:
-            # Its wrappers pass these on with a warning, or not at all.
+            # The vector wrappers of Gymnasium 0.29 pass these on with a warning, or not at all.
             for name in (
                 "num_envs", "observation_space", "action_space", "single_observation_space",
                 "single_action_space", "metadata", "render_mode", "spec",
@@ -141,14 +146,15 @@ class VectorSafetyShield(VectorWrapper):
         self._pending: npt.ArrayLike | None = None
 
     def __del__(self) -> None:
-        """Leave the environment open; Gymnasium 0.29 would close it with any of its wrappers."""
+        """Leave the environment open, which Gymnasium 0.29 would close with any wrapper of it."""
 
     @property
     def state_values(self) -> Scalars:
-        """V_h (n,) of the states that the next actions will be judged in.
+        """V_h (n,) of the states in which the next actions will be judged.
 
         Raises:
-            gymnasium.error.ResetNeeded: called before the first reset.
+            gymnasium.error.ResetNeeded: the environments have not been reset, or a step or reset
+                has failed.
         """
         self._need_reset()
         values: Scalars = self.runtime.values
@@ -160,15 +166,17 @@ class VectorSafetyShield(VectorWrapper):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Batch, _Infos]:
-        """Reset all environments, or those in ``options["reset_mask"]``, and judge their starts.
+        """Reset all environments, or those in ``options["reset_mask"]``, and evaluate the states.
 
         Raises:
-            gymnasium.error.ResetNeeded: a mask that leaves out environments never reset.
-            ValueError: the mask is not n booleans, or rows outside it changed.
+            gymnasium.error.ResetNeeded: the mask leaves out environments whose states are not
+                known, because they were never reset or a step or reset has failed.
+            ValueError: the mask is not n booleans with one of them True, or observations of
+                environments outside the mask changed.
         """
         mask = self._reset_mask(options)
         runtime, rows, known = self.runtime, self.runtime.rows, self.runtime.infos
-        # A copy, because Gymnasium takes the mask out of the options that it is given.
+        # A copy is passed on, because Gymnasium removes the mask from the options that it gets.
         options = None if options is None else dict(options)
         with runtime.transition:
             observations, infos = self.env.reset(seed=seed, options=options)  # type: ignore[arg-type]
@@ -190,16 +198,16 @@ class VectorSafetyShield(VectorWrapper):
         """Execute `actions` (n, ...), or their replacements.
 
         Raises:
-            gymnasium.error.ResetNeeded: called before the first reset; after a step or reset that
-                failed; in mode DISABLED with an episode that is over.
-            ValueError: not one action of the right shape for each environment; or the environment
-                does not reset itself as its metadata says.
+            gymnasium.error.ResetNeeded: `step` is called before the first reset, after a step or
+                reset that failed, or in mode DISABLED while an episode is over.
+            ValueError: `actions` is not one action of the right shape for each environment, or the
+                environment does not reset itself as its metadata says.
         """
         self._need_reset()
         runtime = self.runtime
         ignored = self._ignored()
-        # Actions that will be ignored are judged too: if the environment used them after all,
-        # they would be safe.
+        # Actions that will be ignored are filtered too, so that the environment gets the filtered
+        # actions if it uses them after all.
         decision = runtime.filter(actions)
         intervened = decision.intervened & ~ignored
         with runtime.transition:
@@ -211,7 +219,8 @@ class VectorSafetyShield(VectorWrapper):
                     f"metadata says {_NEXT_STEP}, but no new episode began", over & ignored
                 )
             last = self._last_observations(infos, over)
-            # Where the states reached begin an episode, by a step that took no action or at once.
+            # `starts` tells where the state reached begins an episode: where the episode ended in
+            # mode SAME_STEP, and where the action was ignored in mode NEXT_STEP.
             starts = over if self._mode == _SAME_STEP else ignored
             runtime.observe(observations, info_rows(infos, len(over), runtime.keys))
             self._over = over & (self._mode != _SAME_STEP)
@@ -237,10 +246,10 @@ class VectorSafetyShield(VectorWrapper):
             infos = _with_columns(infos, news, np.ones(len(over), np.bool_))
             return observations, rewards, terminated, truncated, infos
 
-    # The outer vector wrappers of Gymnasium 0.29 go through these four, past step and reset.
+    # The vector wrappers of Gymnasium 0.29 call these four methods instead of step and reset.
 
     def reset_async(self, **_: object) -> None:
-        """Do nothing: `reset_wait` takes the same arguments."""
+        """Do nothing; `reset_wait` takes the same arguments and resets."""
 
     def reset_wait(
         self,
@@ -263,23 +272,23 @@ class VectorSafetyShield(VectorWrapper):
         actions, self._pending = self._pending, None
         return self.step(actions)
 
-    # Gymnasium's own vectors have these two, and its wrappers since 1.0 do not.
+    # Gymnasium's vector environments have these two methods; its wrappers since 1.0 do not.
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401
-        """Call a method of each environment, or get an attribute, but neither reset nor step.
+        """Call a method of each environment, or get an attribute, except ``reset`` and ``step``.
 
         Raises:
-            ValueError: it would go past the shield.
+            ValueError: `name` is ``reset`` or ``step``, which would bypass the shield.
         """
         refuse_past_shield(name, "call reset() or step() of VectorSafetyShield")
         results: tuple[Any, ...] = self.env.call(name, *args, **kwargs)  # type: ignore[attr-defined]
         return results
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401
-        """Set an attribute of each environment, but neither reset nor step.
+        """Set an attribute of each environment, except ``reset`` and ``step``.
 
         Raises:
-            ValueError: it would go past the shield.
+            ValueError: `name` is ``reset`` or ``step``, which would bypass the shield.
         """
         refuse_past_shield(name, "wrap the environments before they are put into the vector")
         self.env.set_attr(name, values)  # type: ignore[attr-defined]
@@ -291,7 +300,7 @@ class VectorSafetyShield(VectorWrapper):
             raise gym.error.ResetNeeded("reset() all environments first, or after an error")
 
     def _ignored(self) -> Flags:
-        """Where the environment will reset itself instead of taking an action."""
+        """Return (n,) which environments will reset themselves instead of taking an action."""
         if self._mode == _DISABLED and self._over.any():
             raise gym.error.ResetNeeded(
                 f"the episodes of environments {_places(self._over)} are over; "
@@ -314,7 +323,10 @@ class VectorSafetyShield(VectorWrapper):
         return array
 
     def _last_observations(self, infos: _Infos, over: Flags) -> Batch | None:
-        """Return the observations that ended episodes in this step, where others replaced them."""
+        """Return the last observations of episodes that ended in this step, in mode SAME_STEP.
+
+        Return None in the other modes, which do not replace them, and where no episode ended.
+        """
         name = final_observations_key(infos)
         given = np.zeros_like(over) if name is None else reported(infos, name, len(over))
         if self._mode != _SAME_STEP:
@@ -339,7 +351,7 @@ def _autoreset_mode(env: VectorEnv) -> str:
         return _SAME_STEP
     mode = (env.metadata or {}).get("autoreset_mode")
     if mode is None and not hasattr(gym.vector, "AutoresetMode"):
-        return _NEXT_STEP  # Gymnasium 1.0 knows no other
+        return _NEXT_STEP  # Gymnasium 1.0 has no other mode
     name = str(getattr(mode, "value", mode))
     if name not in _MODES:
         raise ValueError(
@@ -370,7 +382,7 @@ def _with_columns(infos: Mapping[str, Any], columns: _Infos, mask: Flags) -> _In
 def _with_final_columns(infos: _Infos, columns: _Infos, over: Flags) -> _Infos:
     final = infos.get(FINAL_INFO)
     if isinstance(final, np.ndarray):
-        # Gymnasium 0.29: a dictionary for each environment whose episode ended.
+        # Gymnasium 0.29 has a dictionary for each environment whose episode ended.
         final = final.copy()
         for i in _places(over):
             told = {key: _plain(rows[i]) for key, rows in columns.items()}
@@ -381,7 +393,7 @@ def _with_final_columns(infos: _Infos, columns: _Infos, over: Flags) -> _Infos:
 
 
 def _merged(where: Flags, one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the rows of one array in the mask, else of the other."""
+    """Return the rows of `one` where the mask `where` is True, and else those of `other`."""
     rows = other.astype(np.result_type(other, one))
     rows[where] = one[where]
     return rows
@@ -395,7 +407,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 
 
 def _rows(batch: Batch, mask: Flags) -> Batch:
-    """Return the rows in the mask as a batch, also of an array of single observations."""
+    """Return the rows in the mask as a batch; `batch` may also be an array of observations."""
     if isinstance(batch, Mapping):
         return {key: _rows(part, mask) for key, part in batch.items()}
     rows = np.asarray(batch)[mask]
