@@ -214,7 +214,8 @@ TASKS: dict[str, tuple[Callable[[], gym.Env], Callable[[], Any]]] = {
 }
 TITLES = {"pendulum": "Pendulum with a speed limit", "boat": "Boat between two rocks"}
 LOGS = {"pendulum": (400, 5000), "boat": (1500, 10_000)}
-"""Episodes of a shield's log, and updates of its training."""
+"""For each task, the number of episodes in the log from which its shield is trained, and the number
+of training updates."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "pendulum": {"temperature": 0.5, "discount": 0.98},
     "boat": {"temperature": 0.1, "discount": 0.98},
