@@ -274,7 +274,7 @@ def test_a_file_of_settings_is_over_the_preset_and_under_the_options(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.toml", "banana = 1", "no such setting: banana; known: seed, episodes"),
+        ("a.toml", "banana = 1", "no such setting: banana; known: seed, batch_size"),
         ("a.toml", "batch_size = 1.5", "batch_size must be a whole number, got 1.5"),
         ("a.toml", "batch_size = 'none'", "batch_size must be a whole number, got 'none'"),
         ("a.toml", "learning_rate = nan", "learning_rate must be a finite number, got nan"),

@@ -24,7 +24,7 @@ from safeshield.algorithms.safefql import SafeFQLConfig
 from safeshield.algorithms.shield_trainer import ShieldConfig
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
-from safeshield.training.log import LogTensors
+from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import device_of
 from safeshield.values.backup import reward_windows, safety_windows, window_ends
 
@@ -174,6 +174,23 @@ def test_a_checkpoint_says_how_another_run_differs(log: OfflineDataset, tmp_path
     with pytest.raises(ValueError, match="log or number of steps; pass the same ones"):
         BehaviourCloning(TINY, device="cpu").fit(log, steps=9, checkpoint=file)
     assert describe(file)["updates_done"] == 4
+
+
+def test_a_run_is_the_same_in_whatever_order_its_settings_are_declared(
+    log: OfflineDataset,
+) -> None:
+    fields = [(field.name, field.type) for field in dataclasses.fields(TINY)]
+    turned = dataclasses.make_dataclass("Turned", reversed(fields))(**dataclasses.asdict(TINY))
+    mine = run_identity("BehaviourCloning", TINY, log, 9)
+    theirs = run_identity("BehaviourCloning", turned, log, 9).to_json()
+    assert list(theirs["config"]) != list(mine.config)
+    assert mine.difference(theirs) is None
+    assert mine.difference({**theirs, "fingerprint": "0" * 64}) is None, "as older files have it"
+    for name in ("algorithm", "log", "steps"):
+        assert mine.difference({**theirs, name: "x"}) is not None
+    for name, value in theirs["config"].items():
+        changed = {**theirs["config"], name: f"not {value}"}
+        assert mine.difference({**theirs, "config": changed}), name
 
 
 def test_checkpoints_are_written_at_phases_ends_and_by_time(

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.settings import NonNegative, Positive, PositiveInt, Seed, Settings, Sizes
+from safeshield.files.settings import NonNegative, Sizes
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent
 from safeshield.training.architecture import Architecture
+from safeshield.training.config import TrainingConfig
 from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.state import Draw, Loss, Metrics, Phase, TrainState
@@ -30,11 +31,9 @@ ACTOR = "actor"
 
 
 @dataclass(frozen=True)
-class BehaviourCloningConfig(Settings):
+class BehaviourCloningConfig(TrainingConfig):
     """Settings of behaviour cloning."""
 
-    seed: Seed = 0
-    """Seed of the initial weights and the batches."""
     episodes: Literal["all", "safe"] = "all"
     """Episodes to imitate. "safe" means those whose summed cost is at most `cost_limit`."""
     cost_limit: NonNegative = 10.0
@@ -43,12 +42,6 @@ class BehaviourCloningConfig(Settings):
     hidden: Sizes = (256, 256)
     """Widths of the actor's hidden layers. Wider layers fit the log more closely and train more
     slowly."""
-    batch_size: PositiveInt = 256
-    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
-    update slower."""
-    learning_rate: Positive = 1e-3
-    """Adam's learning rate at the start. It falls to a fiftieth of that by the end of training. A
-    larger rate learns faster and may diverge."""
 
 
 @dataclass(eq=False)

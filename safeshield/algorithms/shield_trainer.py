@@ -33,15 +33,10 @@ from torch import Tensor
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.settings import (
     Below1,
-    Fraction,
     Inside,
     NonNegative,
     Positive,
     PositiveInt,
-    Rate,
-    Seed,
-    Settings,
-    Share,
     Sizes,
     ThreePhases,
 )
@@ -56,6 +51,7 @@ from safeshield.support.record import SupportRecord
 from safeshield.support.scores import support_score
 from safeshield.training.agent import OfflineAgent
 from safeshield.training.architecture import CRITICS, Architecture, Interface
+from safeshield.training.config import SafetyConfig
 from safeshield.training.imitation import flow_update
 from safeshield.training.log import LogTensors, check_boundary, safety_scale
 from safeshield.training.registry import register
@@ -81,48 +77,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ShieldConfig(Settings):
+class ShieldConfig(SafetyConfig):
     """Settings of `ShieldTrainer`. Those of the critics mean the same as in `SafeFQLConfig`."""
 
-    seed: Seed = 0
-    """Seed of the initial weights, the batches and the noise."""
-    critic_hidden: Sizes = (128, 128, 128)
-    """Widths of the critics' hidden layers. More and wider layers fit finer values and take longer
-    to train. On the boat task three layers of 128 had smaller errors than two of 256 (the papers'
-    choice), at half the cost."""
     behaviour_hidden: Sizes = (128, 128)
     """Widths of the hidden layers of the network that imitates the log. Wider layers fit the log
     more closely and train more slowly."""
     fallback_hidden: Sizes = (128, 128)
     """Widths of the fallback actor's hidden layers. Wider layers fit more closely and train more
     slowly."""
-    batch_size: PositiveInt = 256
-    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
-    update slower."""
-    learning_rate: Positive = 1e-3
-    """Adam's learning rate at the start of a phase. It falls to a fiftieth of that by the end of
-    the phase. A larger rate learns faster and may diverge."""
-    safety_discount: Fraction | None = None
-    """Discount factor g of the safety backup, per step. A violation k steps ahead counts with the
-    weight g^k, so a value nearer 1 sees violations from further away. Choose 1 - g well below
-    (time step) / (time it takes to get out of danger). None means 0.997 for continuous labels and
-    0.99 for binary labels, where g alone sets how many steps ahead a violation has an effect
-    (`data.label_reach`)."""
-    safety_expectile: Fraction = 0.99
-    """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
-    it approaches the value of the safest ones (papers: 0.9)."""
-    safety_backup_steps: Sizes = (64, 32, 16, 8)
-    """Number of steps along the log that a target of V_h covers. Each entry applies to an equal
-    part of the critics' phase. More steps smooth V_h less, but they follow the log's actions and
-    therefore tend to make V_h too high. Let the list end with 1 (the papers' form) where the
-    environment is strongly random; see `values.safety`."""
-    polyak: Rate = 0.005
-    """Share of the distance to the critics that their slow copies move at each update. A smaller
-    share makes the targets more stable and the learning slower."""
-    near_share: Share = 0.5
-    """Share of each batch that is drawn from the eighth of the log whose states lie nearest to
-    V_h = 0. A larger share makes the critics more accurate there and less so elsewhere; 0 draws all
-    transitions alike."""
     flow_steps: PositiveInt = 10
     """Number of Euler steps that integrate the flow of the behaviour. More steps are more accurate
     and slower. Not used for discrete actions."""

@@ -11,19 +11,16 @@ from safeshield.files.settings import (
     Positive,
     PositiveInt,
     Rate,
-    Seed,
-    Settings,
     Share,
     Sizes,
 )
+from safeshield.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
-class SSQLConfig(Settings):
+class SSQLConfig(TrainingConfig):
     """Settings of `SafeSupportQLearning`."""
 
-    seed: Seed = 0
-    """Seed of weights, batches and draws."""
     temperature: Positive = 0.1
     """a, in units of return: the cost of a nat of KL to the behaviour at each step. A useful value
     is about a hundredth of the difference between the returns of good and bad actions. A large
@@ -43,9 +40,6 @@ class SSQLConfig(Settings):
     """Widths of the parametric policy's hidden layers."""
     components: PositiveInt = 4
     """Number of truncated normals in the parametric policy's mixture, for a Box of actions."""
-    batch_size: PositiveInt = 256
-    """Number of transitions in each update. A larger batch makes the gradients less noisy and each
-    update slower."""
     learning_rate: Positive = 1e-3
     """Adam's learning rate. It is constant in `learn`; in `fit` and in the extraction it falls to a
     fiftieth."""

@@ -112,10 +112,9 @@ def load_checkpoint(
     dtypes: dict[str, Any] = {"near": np.int64, "generator": np.uint8}
     dtypes |= {f"scales/{name}": value.cpu().numpy().dtype for name, value in state.scales.items()}
     file = read_tensors(path, _FORMAT)
-    run = file.header.get("run")
-    if not isinstance(run, dict) or run.get("fingerprint") != identity.fingerprint:
-        difference = identity.difference(run)
-        told = "" if difference is None else f" (checkpoint's -> this run's: {difference})"
+    difference = identity.difference(file.header.get("run"))
+    if difference is not None:
+        told = difference and f" (checkpoint's -> this run's: {difference})"
         raise ValueError(
             f"checkpoint {path} belongs to another configuration, log or number of steps{told}; "
             "pass the same ones, or another checkpoint file"

@@ -33,39 +33,33 @@ PAPER_CRITICS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ValueConfig(Settings):
-    """Settings that all algorithms with safety values and an actor have in common."""
-
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
-    """Named settings. "small" means the defaults, which are the same for all tasks and train in
-    minutes on two cores."""
+class TrainingConfig(Settings):
+    """Settings that all learners have in common."""
 
     seed: Seed = 0
     """Seed of the initial weights, the batches and the noise."""
-    critic_hidden: Sizes = (128, 128, 128)
-    """Widths of the critics' hidden layers. More and wider layers fit finer values and take longer
-    to train. On the boat task three layers of 128 had smaller errors than two of 256 (the papers'
-    choice), at half the cost."""
-    flow_hidden: Sizes = (256, 256)
-    """Widths of the hidden layers of the flow that samples actions. Wider layers fit the log more
-    closely and take longer to train (official code: four of 512)."""
     batch_size: PositiveInt = 256
     """Number of transitions in each update. A larger batch makes the gradients less noisy and each
     update slower."""
     learning_rate: Positive = 1e-3
     """Adam's learning rate at the start of a phase. It falls to a fiftieth of that by the end of
     the phase. A larger rate learns faster and may diverge."""
-    discount: Fraction = 0.99
-    """Discount factor of rewards, per step. A value nearer 1 counts later rewards more."""
+
+
+@dataclass(frozen=True)
+class SafetyConfig(TrainingConfig):
+    """Settings of learners with safety critics."""
+
+    critic_hidden: Sizes = (128, 128, 128)
+    """Widths of the critics' hidden layers. More and wider layers fit finer values and take longer
+    to train. On the boat task three layers of 128 had smaller errors than two of 256 (the papers'
+    choice), at half the cost."""
     safety_discount: Fraction | None = None
     """Discount factor g of the safety backup, per step. A violation k steps ahead counts with the
     weight g^k, so a value nearer 1 sees violations from further away. Choose 1 - g well below
     (time step) / (time it takes to get out of danger). None means 0.997 for continuous labels and
     0.99 for binary labels, where g alone sets how many steps ahead a violation has an effect
     (`data.label_reach`)."""
-    reward_expectile: Fraction = 0.95
-    """Expectile of V_r over the logged actions, between 0 and 1. At 0.5 V_r is their mean; nearer 1
-    it approaches the value of the best ones."""
     safety_expectile: Fraction = 0.99
     """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
     it approaches the value of the safest ones (papers: 0.9)."""
@@ -81,6 +75,24 @@ class ValueConfig(Settings):
     """Share of each batch that is drawn from the eighth of the log whose states lie nearest to
     V_h = 0. A larger share makes the critics more accurate there and less so elsewhere; 0 draws all
     transitions alike."""
+
+
+@dataclass(frozen=True)
+class ValueConfig(SafetyConfig):
+    """Settings that all algorithms with safety values and an actor have in common."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
+    """Named settings. "small" means the defaults, which are the same for all tasks and train in
+    minutes on two cores."""
+
+    flow_hidden: Sizes = (256, 256)
+    """Widths of the hidden layers of the flow that samples actions. Wider layers fit the log more
+    closely and take longer to train (official code: four of 512)."""
+    discount: Fraction = 0.99
+    """Discount factor of rewards, per step. A value nearer 1 counts later rewards more."""
+    reward_expectile: Fraction = 0.95
+    """Expectile of V_r over the logged actions, between 0 and 1. At 0.5 V_r is their mean; nearer 1
+    it approaches the value of the best ones."""
     margin: NonNegative = 0.058
     """Distance from the boundary at which an action already counts as unsafe, in standard
     deviations of h over the log. A larger margin makes the actor more cautious; 0 means no margin.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -83,26 +82,25 @@ class RunIdentity:
     log: str
     """Number of rows of the log, and the beginning of its digest."""
     steps: int
-    fingerprint: str
-    """Digest of algorithm, settings, log and number of steps."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON values, for a checkpoint."""
         return json_values(self)
 
     def difference(self, data: object) -> str | None:
-        """Describe how the run of a checkpoint differs from this one.
+        """Describe how the run of a checkpoint differs from this one; None if they are the same.
 
-        Each difference is written as "name checkpoint's value -> this run's value". None means that
-        the checkpoint does not identify its run in this form, or that no difference was found.
+        Each difference is written as "name checkpoint's value -> this run's value". The text is
+        empty where the checkpoint does not identify its run in this form. The order of the settings
+        does not matter. Older checkpoints also hold a digest of all parts, which is not read.
         """
         mine = self.to_json()
-        if not isinstance(data, dict) or set(data) != set(mine):
-            return None
-        pairs = {name: (data[name], mine[name]) for name in ("algorithm", "log", "steps")}
+        if not isinstance(data, dict) or not set(mine) <= set(data):
+            return ""
         theirs = data["config"]
         if not isinstance(theirs, dict):
-            return None
+            return ""
+        pairs = {name: (data[name], mine[name]) for name in ("algorithm", "log", "steps")}
         for name in sorted({*theirs, *self.config}):
             pairs[name] = (
                 theirs.get(name, "no such setting"),
@@ -124,9 +122,8 @@ def run_identity(
     digest = hashlib.sha256(repr((dataset.observation_space, dataset.action_space)).encode())
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
-    log, values = digest.hexdigest(), json_values(config)
-    whole = hashlib.sha256(json.dumps([algorithm, values, log, steps]).encode()).hexdigest()
-    return RunIdentity(algorithm, values, f"of {len(dataset)} rows, {log[:12]}", steps, whole)
+    log = f"of {len(dataset)} rows, {digest.hexdigest()[:12]}"
+    return RunIdentity(algorithm, json_values(config), log, steps)
 
 
 def check_boundary(dataset: OfflineDataset) -> None:
