@@ -139,6 +139,28 @@ def test_a_score_survives_json() -> None:
         FieldScore.from_json(data)
 
 
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("references", {"greatest": None}),
+        ("references", {"least": "low"}),
+        ("runs", {"returns": None}),
+        ("runs", {"costs": 3}),
+        ("runs", {"steps": 5}),
+    ],
+)
+def test_a_score_with_a_broken_part_is_refused(place: str, change: dict[str, Any]) -> None:
+    """Every broken field, also of a run or of the reference returns, is a ValueError."""
+    data = json.loads(json.dumps(score([10.0, 30.0], [4.0, 8.0]).to_json()))
+    part = data[place][0] if place == "runs" else data[place]
+    for name, value in change.items():
+        part[name] = value
+        if value is None:
+            del part[name]
+    with pytest.raises(ValueError, match="must be as to_json wrote them"):
+        FieldScore.from_json(data)
+
+
 def test_scores_refuse_what_is_no_protocol() -> None:
     with pytest.raises(ValueError, match="a return and a cost for each"):
         Run(0, (1.0,), ())

@@ -47,7 +47,14 @@ _MOST_RESETS_PER_EPISODE = 20
 def start_observations(
     shield: Shield, env: Env | VectorEnv, count: int, seed: int
 ) -> npt.NDArray[np.float32]:
-    """Return the first observations after `count` ordinary resets, as rows (count, obs)."""
+    """Return the first observations after `count` ordinary resets, as rows (count, obs).
+
+    Args:
+        shield: Shield whose observation space determines the rows.
+        env: Environment to reset.
+        count: Number of observations.
+        seed: Seed of the resets.
+    """
     envs = vectorise(env)
     rng = np.random.default_rng(seed)
     rows: list[npt.NDArray[np.float32]] = []
@@ -70,6 +77,11 @@ def default_deltas(
 
     The others are quantiles of -V_h over the starts with V_h <= 0. Each is lowered by 1e-6 of the
     scale of h, to allow for rounding.
+
+    Args:
+        shield: Shield whose critics give V_h.
+        observations: (n, obs) first observations of episodes, as rows.
+        shares: Shares of the starts with V_h <= 0 that the thresholds keep, each in (0, 1).
 
     Raises:
         CalibrationError: No start has V_h <= 0.
@@ -181,6 +193,10 @@ def calibrate(
         episodes: N for each test. By default it is the smallest number that allows one violation.
         seed: Seed of all draws.
         num_envs: Number of environments that run side by side.
+
+    Returns:
+        The record, with the chosen delta and the counts of every test. `shield` is not changed;
+        `Shield.calibrate` returns a shield that carries the record.
 
     Raises:
         TypeError: `env` is not an environment.

@@ -22,10 +22,15 @@ RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
 
 
 def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
-    """Return `count` actions spread over the action box, as rows (count, act).
+    """Return actions spread over the bounds of the action space, as rows (count, act).
 
-    In one dimension they are evenly spaced, in two they lie evenly on a circle, and in more they
-    are drawn at random. For discrete actions the result holds all of the actions.
+    The actions are placed in units in which each entry lies in [-1, 1], and then scaled to the
+    bounds. With one entry they are evenly spaced, with two they lie evenly on the unit circle, and
+    with more they are uniform draws, the same in every call.
+
+    Args:
+        shield: The shield whose actions are spread.
+        count: Number of actions. It is not used for discrete actions, of which all are returned.
     """
     if shield.model.action_codec.discrete:
         return shield.model.action_codec.choices
@@ -62,7 +67,12 @@ class Adversary:
         self._points = spread_actions(shield, choices)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
-        """Return proposed actions for n observations."""
+        """Return the proposed actions for n observations, as points of the action space.
+
+        Args:
+            observations: Batch of n observations.
+            rng: Not used, because the proposals are not random.
+        """
         model = self._shield.model
         states = self._shield.states(self._shield.observation_rows(observations)[0])
         points = np.broadcast_to(self._points, (len(states.value), *self._points.shape))
@@ -94,12 +104,20 @@ class ShieldedProposals:
         self._batches: list[list[Flags]] = []
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin a new batch of episodes and reset the recurrent state of the proposing policy."""
+        """Begin a new batch of episodes in `num_envs` environments.
+
+        The recurrent state of the proposing policy is reset.
+        """
         self._batches.append([])
         start_wave(self._proposals, num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
-        """Return the executed actions."""
+        """Return the executed actions for n observations, as points of the action space.
+
+        Args:
+            observations: Batch of n observations.
+            rng: Generator of the proposing policy's random numbers.
+        """
         # The policy gets a copy, because it may write into the observations that the shield judges.
         proposed = np.asarray(self._proposals(copied(observations), rng))
         if not self._shield.model.action_codec.discrete:
@@ -121,9 +139,12 @@ class ShieldedProposals:
         return [column for batch in batches for column in np.stack(batch, axis=1)]
 
     def with_interventions(self, runs: Sequence[Episode]) -> list[Episode]:
-        """Return the episodes of the latest `run_episodes`, with the interventions in their infos.
+        """Return episodes with the recorded interventions added to their infos.
 
-        See `Episode.intervened`.
+        The record is cleared. See `Episode.intervened`.
+
+        Args:
+            runs: The episodes that the latest `run_episodes` returned, in their order.
         """
         # The last batch may have more environments than episodes that were still needed.
         pairs = zip(runs, self.interventions(), strict=False)
@@ -133,7 +154,15 @@ class ShieldedProposals:
 def battery(
     shield: Shield, policy: object = None, name: str | None = None
 ) -> dict[str, BatchPolicy]:
-    """Return the proposing policies by name: `policy`, or random proposals and the adversary."""
+    """Return the policies whose proposals a calibration tests, by name.
+
+    Args:
+        shield: The shield that is calibrated.
+        policy: The policy of the user, in any form that `as_batch_policy` takes. It is then the
+            only one. With None there are two: random proposals, and the `Adversary` of `shield`.
+        name: Name of `policy` in the result; by default `policy` itself where that is a string, and
+            otherwise "policy".
+    """
     if policy is not None:
         name = name or (policy if isinstance(policy, str) else CUSTOM)
         return {name: as_batch_policy(policy, shield.action_space)}

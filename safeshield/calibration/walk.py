@@ -27,7 +27,8 @@ class CalibrationError(ValueError):
 Trial = Callable[[float, str, int, int], tuple[int, int]]
 """A function (delta, policy, episodes, most) -> (number of episodes run, violations).
 
-It may stop early once there are more violations than `most`.
+It runs `episodes` fresh episodes of the named policy, with a shield of this delta. It may stop
+early once more than `most` of them violate.
 """
 
 
@@ -40,16 +41,20 @@ def fixed_sequence_walk(
     confidence: float,
     episodes: int,
 ) -> tuple[float, list[Rung]]:
-    """Return the most permissive threshold that the walk reaches, and the results of all tests.
+    """Test thresholds from strict to permissive, and stop at the first test that fails.
 
     Args:
         trial: Function that runs fresh episodes of a policy with the shield on. The episodes start
-            in states that are accepted at delta.
-        deltas: Strictly decreasing thresholds, all at least 0.
-        policies: Names of the policies. Each is tested at every threshold.
-        epsilon: Violation rate to promise.
+            in states with V_h <= -delta.
+        deltas: Strictly decreasing thresholds, all at least 0, in units of h.
+        policies: Names of the policies. At each threshold they are tested in this order.
+        epsilon: Violation rate per episode to promise.
         confidence: Confidence of the promise, over the draw of the episodes.
-        episodes: N for each test.
+        episodes: Number N of episodes of each test.
+
+    Returns:
+        The last delta at which every policy passed, and the results of all tests that were run, in
+        order. The last result is the failed one where a test failed.
 
     Raises:
         ValueError: An argument is wrong, or there are too few episodes to show epsilon even without

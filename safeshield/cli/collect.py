@@ -67,9 +67,11 @@ def collect(
 ) -> None:
     """Log whole episodes of an environment to an HDF5 or NPZ file.
 
-    The episodes are those of a policy. With --limits they are those of learners, from the first
-    training step to the last, thinned on a grid of cost and return. If such a run is stopped, the
-    same command resumes it.
+    The episodes are those of a policy. With --limits they are those of learners: PPO agents that
+    train from random networks, each under one limit on the cost of an episode. All episodes from
+    the first training step to the last are recorded. The log keeps some of them, chosen on a grid
+    of cost and return so that rare kinds of episodes are kept. If such a run is stopped, the same
+    command resumes it.
     """
     from safeshield.files.schema import versions
 

@@ -18,10 +18,15 @@ R = TypeVar("R")
 
 
 def settings_of(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa: ANN401
-    """Build a configuration from "name=value" texts, which take precedence over `values`.
+    """Return a configuration made of texts such as "seed=3" and of values.
+
+    Args:
+        kind: Class of the configuration.
+        settings: Texts "name=value", which take precedence over `values`.
+        values: Values of settings by name. The other settings have their defaults.
 
     Raises:
-        ValueError: a setting is unknown, or a value has another type.
+        ValueError: A setting is unknown, or a value has another type.
     """
     hints = {field.name: field.kind for field in fields_of(kind)}
     for setting in settings:
@@ -36,10 +41,15 @@ def settings_of(kind: type[R], settings: list[str], **values: Any) -> R:  # noqa
 
 
 def parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
-    """Convert a text to the type that an annotation asks for.
+    """Return the value that a text stands for, of the type that an annotation asks for.
+
+    Args:
+        name: Name of the setting or option in error messages.
+        text: Text from the command line.
+        hint: Annotation of the setting, without its rule.
 
     Raises:
-        ValueError: the text is no such value; the message begins with `name`.
+        ValueError: The text is no such value.
 
     >>> parse("--set widths", "(64, 64)", tuple[int, ...])
     (64, 64)
@@ -75,12 +85,18 @@ def parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
 
 
 def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Read settings from a TOML or YAML file. TOML has no null, so "none" stands for None.
+    """Return the settings in a TOML or YAML file, as values by name.
+
+    TOML has no null, so the text "none" stands for None where a setting may be None.
+
+    Args:
+        path: The file. Its suffix selects the format.
+        kind: Class of the configuration to which the settings belong.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is neither TOML nor YAML, or names a setting unknown to the class.
-        ModuleNotFoundError: the file is YAML and PyYAML is not installed.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is neither TOML nor YAML, or names a setting unknown to the class.
+        ModuleNotFoundError: The file is YAML and PyYAML is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -122,7 +138,13 @@ def _yaml(path: Path, text: str) -> object:
 
 
 def write_settings(path: Path, config: object, heading: str) -> None:
-    """Write a configuration as a TOML file that `read_settings` can read."""
+    """Write a configuration as a TOML file that `read_settings` can read.
+
+    Args:
+        path: The file.
+        config: Configuration whose settings are written.
+        heading: Text that is written above them as comments.
+    """
     lines = [f"# {line}" for line in heading.splitlines()]
     for field in fields_of(type(config)):
         value = getattr(config, field.name)
@@ -135,9 +157,13 @@ def write_settings(path: Path, config: object, heading: str) -> None:
 
 
 def settings_help(algorithms: Iterable[Algorithm]) -> str:
-    """Return the help of every setting: default, meaning with its unit, and rule.
+    """Return the text that ``safeshield train --help`` prints about the settings of algorithms.
 
-    A setting that is the same in several algorithms is listed once.
+    Each setting is listed with its default, its meaning and unit, and the rule that its values must
+    satisfy. A setting that is the same in several algorithms is listed once.
+
+    Args:
+        algorithms: The registered algorithms.
     """
     owners: dict[tuple[str, str], list[str]] = {}
     listed = sorted(algorithms, key=lambda one: (not one.offline, one.name))

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def make_env(env_id: str) -> Env:
-    """Make an environment. Ids of the supported suites are registered on first use."""
+    """Return the environment of an id, or of ``module:id`` after the module has been imported.
+
+    Ids of the supported suites are registered on first use.
+    """
     import gymnasium as gym
 
     import safeshield.envs
@@ -27,10 +30,10 @@ def make_env(env_id: str) -> Env:
 
 
 def shield_of(path: Path) -> Shield:
-    """Load a shield, or make the shield of a loaded agent.
+    """Return the shield in the file `path`, or the shield of the agent in that file.
 
     Raises:
-        ValueError: the file holds neither, or the agent's algorithm learns no shield.
+        ValueError: The file holds neither, or the agent's algorithm learns no shield.
     """
     from safeshield.cli.kinds import file_kind, with_article
     from safeshield.files.tensors import AGENT, SHIELD
@@ -54,7 +57,18 @@ def shield_of(path: Path) -> Shield:
 
 
 def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
-    """Return the policy that a name or a file stands for; an adversary attacks `shield`."""
+    """Return the policy that a name or a file stands for, in a form that `as_batch_policy` takes.
+
+    Args:
+        name: "random", "helmsmen" (boat only), "adversary" (with a shield), or the path of an
+            agent's .safetensors file or of a Stable-Baselines3 model (.zip).
+        env: Environment in which the policy will act.
+        shield: Shield whose critics the adversary uses. None where no adversary can be named.
+        trust: Whether a .zip file may be read, which can run code from it.
+
+    Raises:
+        ValueError: The name is none of these, or does not suit the environment.
+    """
     if name == "random":
         return name
     if name == "adversary" and shield is not None:
@@ -85,7 +99,13 @@ def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object
 
 
 def name_of(name: str, policy: object) -> str:
-    """Return the name of a policy for a record: file name, algorithm and seed."""
+    """Return the name by which a record lists a policy: its file name, algorithm and seed.
+
+    Args:
+        name: Name or path that the user gave.
+        policy: The policy that `policy_of` returned for it. Algorithm and seed are added only for
+            an `OfflineAgent`.
+    """
     from safeshield.training.agent import OfflineAgent
 
     if isinstance(policy, OfflineAgent):
@@ -94,12 +114,18 @@ def name_of(name: str, policy: object) -> str:
 
 
 def log_of(path: str, env: Env) -> OfflineDataset:
-    """Read a log and check that it is of this environment.
+    """Return the log in a file, after a check that it is of this environment.
 
-    Reference returns from the log of another environment would give false scores.
+    Returns are normalised by the least and the greatest return of the log, so the log of another
+    environment would give false scores. Where the log does not name its environment, only the
+    shapes of observations are compared, and a warning is printed.
+
+    Args:
+        path: File of the log.
+        env: Environment that is evaluated.
 
     Raises:
-        ValueError: the log is of another environment.
+        ValueError: The log is of another environment.
     """
     from safeshield.data.card import logged_environment
     from safeshield.data.dataset import OfflineDataset

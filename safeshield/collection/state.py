@@ -1,4 +1,7 @@
-"""The files of a learner: one with its state, and one with the episodes of each segment."""
+"""The files of a learner: one with its state, and one with the episodes of each segment.
+
+A segment is a fixed number of updates, after which the learner's state is written (see `learner`).
+"""
 
 from __future__ import annotations
 
@@ -41,12 +44,17 @@ class Progress:
 
 
 def segment_file(folder: Path, segment: int) -> Path:
-    """Return the path of the file with the episodes of a segment."""
+    """Return the path of the file of a segment's episodes in a learner's `folder`.
+
+    `segment` is the number of the segment, counted from 0.
+    """
     return folder / f"segment-{segment:04d}.hdf5"
 
 
 def read_progress(folder: Path) -> Progress:
-    """Return the progress of the learner in a folder.
+    """Return the progress of the learner whose files are in `folder`.
+
+    Where the folder holds no state file, the learner has done nothing yet.
 
     Raises:
         ValueError: The state file is damaged, or the episodes of a segment are missing.
@@ -70,10 +78,15 @@ def read_progress(folder: Path) -> Progress:
 
 
 def load_segment(folder: Path, segment: int) -> OfflineDataset:
-    """Read the episodes of a segment.
+    """Return the log of the episodes of one segment of a learner.
+
+    Args:
+        folder: Folder of the learner.
+        segment: Number of the segment, counted from 0.
 
     Raises:
         ValueError: The file is damaged.
+        FileNotFoundError: There is no such file.
     """
     with _saying_the_way_out(folder):
         return OfflineDataset.load(segment_file(folder, segment))
@@ -92,7 +105,14 @@ def _saying_the_way_out(folder: Path) -> Iterator[None]:
 
 
 def write_state(path: Path, model: PPO, stack: VecNormalize, progress: Progress) -> None:
-    """Write weights, Adam's moments, running statistics and progress, in a format without code."""
+    """Write weights, Adam's moments, running statistics and progress, in a format without code.
+
+    Args:
+        path: State file of the learner.
+        model: PPO, whose weights and moments are written.
+        stack: Wrapper of the environments, whose running statistics are written.
+        progress: Progress of the learner.
+    """
     arrays = {_RETURNS: progress.returns, _COSTS: progress.costs}
     for name, tensor in model.policy.state_dict().items():
         arrays[_POLICY + name] = tensor.detach().numpy()
@@ -115,7 +135,7 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def restore(path: Path, model: PPO, stack: VecNormalize) -> None:
-    """Load a file that `write_state` wrote into a new model and new statistics."""
+    """Load the file `path` that `write_state` wrote into a new `model` and a new `stack`."""
     header, arrays = _read_state(path)
     # The arrays are copied, because they may be views of the file's bytes and training changes
     # weights in place.

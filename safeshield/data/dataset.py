@@ -66,6 +66,7 @@ class OfflineDataset:
             and -1).
         provenance: How the log was made, as JSON values: environment, seeds, versions. None where
             this is not known. The provenance is saved and loaded, and parts of the log keep it.
+            Minari's datasets do not hold it.
 
     Raises:
         ValueError: A rule is broken. The message names the key, the index, the episode and a
@@ -153,6 +154,8 @@ class OfflineDataset:
     ) -> OfflineDataset:
         """Return a log made of arrays; labels, costs and spaces may be left out.
 
+        The arguments that have the name of an attribute of the class are described there.
+
         Without `constraints` and `next_constraints` the labels are binary and computed from the
         costs by `binary_labels`, with `label_magnitude` and `initial_costs`. With both arrays the
         labels are continuous unless `constraint_kind` says otherwise. Without `costs` each step
@@ -228,7 +231,7 @@ class OfflineDataset:
         action_space: gym.Space[Any] | None = None,
         label_magnitude: float | None = None,
     ) -> OfflineDataset:
-        """Read a log from a .hdf5, .h5 or .npz file: one of DSRL's, or one that `save` wrote.
+        """Return the log in a .hdf5, .h5 or .npz file: one of DSRL's, or one that `save` wrote.
 
         A plain DSRL file has no labels and no spaces. Its labels are binary and computed from the
         costs. Its observation space is Box(-inf, inf) and its action space Box(-1, 1) unless they
@@ -289,6 +292,9 @@ class OfflineDataset:
         the spaces, the kind of labels and the provenance. The file is written atomically: an error
         leaves no partial file.
 
+        Args:
+            path: The file. Its suffix selects the format.
+
         Raises:
             ValueError: The suffix is unknown.
             FileNotFoundError: The folder does not exist.
@@ -314,7 +320,7 @@ class OfflineDataset:
         action_space: gym.Space[Any] | None = None,
         label_magnitude: float = DEFAULT_MAGNITUDE,
     ) -> OfflineDataset:
-        """Read a Minari dataset whose infos hold the cost, the constraint, or both.
+        """Return a Minari dataset, whose infos hold the cost, the constraint, or both, as a log.
 
         The infos must have been recorded at the reset and at every step
         (``DataCollector(env, record_infos=True)``). Entry t + 1 belongs to the state after step t.
@@ -348,9 +354,13 @@ class OfflineDataset:
         """Write the log into Minari's store and return the `minari.MinariDataset`.
 
         The infos hold the cost and, where labels are continuous, the constraint. `from_minari`
-        returns the same log; binary labels get the magnitude that `from_minari` is given.
-        `metadata` is passed to `minari.create_dataset_from_buffers`: author, algorithm_name,
-        description and others.
+        returns the same transitions and spaces, but not the provenance, which is not written.
+        Binary labels get the magnitude that `from_minari` is given.
+
+        Args:
+            dataset_id: Id of the new dataset in the store, such as "boat/random-v0".
+            metadata: Further arguments of `minari.create_dataset_from_buffers`: author,
+                algorithm_name, description and others.
 
         Raises:
             ImportError: The package minari is not installed.
@@ -413,7 +423,10 @@ class OfflineDataset:
         return _frozen(np.logical_or.reduceat(unsafe, self.episode_starts))
 
     def select(self, episode_indices: npt.ArrayLike) -> OfflineDataset:
-        """Return a log of the episodes with these indices, in this order. An index may repeat.
+        """Return a log of the episodes with these indices, in this order.
+
+        Args:
+            episode_indices: (k,) indices of episodes, counted from 0. An index may repeat.
 
         Raises:
             ValueError: No index is given, or one is outside [0, num_episodes).
@@ -434,11 +447,15 @@ class OfflineDataset:
         return self._rows(np.repeat(self.episode_starts[indices], lengths) + offsets)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
-        """Split the episodes at random into ``(train, held_out)``, both in the log's order.
+        """Split the episodes at random and return two logs, ``(train, held_out)``.
 
-        `train` gets ``round(fraction * num_episodes)`` episodes. Episodes stay whole, because the
-        steps of one episode depend on each other and a held-out check must not use an episode that
-        was trained on.
+        Both logs keep the order of this log. Episodes stay whole, because the steps of one episode
+        depend on each other and a held-out check must not use an episode that was trained on.
+
+        Args:
+            fraction: Share of the episodes that `train` gets, in (0, 1): it gets
+                ``round(fraction * num_episodes)`` of them.
+            seed: Seed of the random split.
 
         Raises:
             ValueError: `fraction` is not inside (0, 1), or a part would be empty.
@@ -457,7 +474,14 @@ class OfflineDataset:
 
     @classmethod
     def concatenate(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
-        """Return the logs of the same task joined to one, with the provenance that all share.
+        """Return several logs of one task joined to one log.
+
+        That the logs are of the same task is not checked, only that their spaces and their kinds of
+        labels agree. The result keeps the provenance where it is the same in every log; otherwise
+        its provenance is None.
+
+        Args:
+            datasets: The logs, in the order in which their episodes follow each other.
 
         Raises:
             ValueError: There are no logs, or their spaces or kinds of labels differ.

@@ -66,10 +66,15 @@ Header = dict[str, Any]
 def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
     """Read the arrays and the header of a log.
 
-    The arrays are float32 or bool; the header is None where the file has none. Sizes and dtypes are
-    checked before memory is allocated. Links, external storage and pickled objects are refused.
-    Unknown arrays are ignored. An array with one number for each step may have the shape (N, 1) in
-    the file.
+    Sizes and dtypes are checked before memory is allocated. Links, external storage and pickled
+    objects are refused. Unknown arrays are ignored. An array with one number for each step may have
+    the shape (N, 1) in the file.
+
+    Args:
+        path: The file, .hdf5, .h5 or .npz.
+
+    Returns:
+        The arrays by key, float32 or bool, and the header, which is None where the file has none.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -88,6 +93,11 @@ def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
 
 def write_log(path: Path, arrays: Mapping[str, Array], header: Header) -> None:
     """Write a log atomically: `path` holds either the old file or the whole new one.
+
+    Args:
+        path: The file, .hdf5, .h5 or .npz.
+        arrays: Arrays by key: those of `DSRL_KEYS` and `LABEL_KEYS`.
+        header: Spaces, kind of labels and provenance, as JSON values.
 
     Raises:
         ValueError: The suffix of `path` is unknown.
@@ -164,7 +174,8 @@ def _hdf5_array(key: str, entry: Any) -> Array:  # noqa: ANN401
 def missing_parts(entry: Any) -> tuple[int, int]:  # noqa: ANN401 - h5py has no types
     """Return how many chunks of an array were never written, and how many chunks it has.
 
-    A writer that was interrupted leaves chunks out, and HDF5 reads them as zeros.
+    A writer that was interrupted leaves chunks out, and HDF5 reads them as zeros. `entry` is the
+    array, an `h5py.Dataset`.
     """
     if entry.chunks is None:
         total, written = 1, int(entry.id.get_storage_size() > 0)
@@ -175,9 +186,13 @@ def missing_parts(entry: Any) -> tuple[int, int]:  # noqa: ANN401 - h5py has no 
 
 
 def read_into(out: Array, entry: Any, put: _Put) -> None:  # noqa: ANN401
-    """Read a whole array into `out`, which has the same shape.
+    """Read a whole array of an HDF5 file into memory, block by block.
 
-    `put` converts a block to the dtype of `out` and stores it there.
+    Args:
+        out: Array that is filled, of the shape of `entry`.
+        entry: The array in the file, an `h5py.Dataset`.
+        put: Function (index, block) that converts a block to the dtype of `out` and stores it at
+            `index` of `out`. It may be called from several threads at once.
 
     Raises:
         OSError, ValueError, zlib.error: A chunk is damaged.

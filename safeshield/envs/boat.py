@@ -59,7 +59,10 @@ def direction(action: Actions) -> Actions:
 def next_state(
     state: Observations, action: Actions, *, current: float = CURRENT, dt: float = TIME_STEP
 ) -> Observations:
-    """Return the states (..., 2) one step of dt seconds later.
+    """Return the states (..., 2) one step of `dt` seconds later.
+
+    `state` (..., 2) holds the states before it, `action` (..., 2) the actions, which are rescaled
+    to unit length, and `current` is the speed of the river at y = 0.
 
     Example:
         >>> next_state(np.array([0.0, 0.0]), np.array([0.0, -1.0]))
@@ -71,7 +74,10 @@ def next_state(
 def steer(
     state: Observations, unit: Actions, *, current: float = CURRENT, dt: float = TIME_STEP
 ) -> Observations:
-    """Return the states (..., 2) one step later, for directions (..., 2) of unit length."""
+    """Return the states (..., 2) one step later, for directions `unit` (..., 2) of unit length.
+
+    The other arguments are those of `next_state`.
+    """
     state = np.asarray(state, dtype=np.float64)
     x, y = state[..., 0], state[..., 1]
     drift = current - 0.5 * (y * y)
@@ -117,7 +123,7 @@ def _distance(state: Observations, point: Array) -> Scalars:
 
 @dataclass(frozen=True, eq=False)
 class BoatTask(StateTask):
-    """The boat as a task of `StateEnv` and `StateVectorEnv`."""
+    """The boat's dynamics, constraint, reward and starts, for `StateEnv` and `StateVectorEnv`."""
 
     current: float = CURRENT
     """Speed of the river at y = 0, metres per second."""
@@ -136,15 +142,15 @@ class BoatTask(StateTask):
             raise ValueError(f"current must be a finite speed, got {self.current!r}")
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the module's `next_state` for this current and step."""
+        """Return the result of the module's `next_state` for this `current` and `dt`."""
         return next_state(state, action, current=self.current, dt=self.dt)
 
     def constraint(self, state: Array) -> Array:
-        """Return the module's `constraint`."""
+        """Return the result of the module's `constraint`: h (...) of states (..., 2)."""
         return constraint(state)
 
     def reward(self, state: Array) -> Array:
-        """Return the module's `reward`."""
+        """Return the result of the module's `reward` for steps from states (..., 2)."""
         return reward(state)
 
     def draw_start(self, generator: np.random.Generator) -> Array:
@@ -172,10 +178,18 @@ class BoatTask(StateTask):
 
 
 class BoatEnv(StateEnv):
-    """The boat as a single environment; the observation is (x, y), the action a direction.
+    """A single environment of the boat.
 
-    An episode never terminates. ``gymnasium.make("safeshield/Boat-v0")`` truncates it after 400
-    steps. Actions outside the box are not clipped, since clipping would change their direction.
+    The observation (2,) is the state (x, y) in metres, as float32. The action (2,) is the direction
+    in which the engine drives the boat; its length does not matter, except that a zero action
+    stops the engine. Actions outside [-1, 1] are not clipped, since clipping would change their
+    direction. An episode never terminates. ``gymnasium.make("safeshield/Boat-v0")`` truncates it
+    after 400 steps.
+
+    Args:
+        render_mode: "rgb_array" for pictures, or None.
+        current: Speed of the river at y = 0, metres per second.
+        dt: Length of a step, seconds.
 
     Raises:
         ValueError: `dt` is not positive, `current` is not finite, or the render mode is unknown.
@@ -197,7 +211,18 @@ class BoatEnv(StateEnv):
 
 
 class BoatVectorEnv(StateVectorEnv):
-    """Many boats that are stepped by one NumPy call, as described in `StateVectorEnv`.
+    """A vector environment of n boats, which one NumPy call steps together.
+
+    Observations (n, 2) and actions (n, 2) are those of `BoatEnv`, one row for each boat.
+    `StateVectorEnv` describes `reset`, `step` and the autoreset modes.
+
+    Args:
+        num_envs: Number n of boats.
+        max_episode_steps: Number of steps after which an episode is truncated; None for no limit.
+        autoreset_mode: "NextStep", "SameStep" or "Disabled"; by default Gymnasium's default.
+        render_mode: "rgb_array" for pictures, or None.
+        current: Speed of the river at y = 0, metres per second.
+        dt: Length of a step, seconds.
 
     Example:
         >>> envs = BoatVectorEnv(num_envs=3)

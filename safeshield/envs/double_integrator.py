@@ -35,7 +35,10 @@ STATE_HIGH = np.array([POSITION_LIMIT, SPEED_LIMIT])
 
 
 def next_state(state: Observations, action: Actions, *, dt: float = TIME_STEP) -> Observations:
-    """Return the states (..., 2) after holding the accelerations (..., 1) for dt seconds.
+    """Return the states (..., 2) after one step.
+
+    `state` (..., 2) holds the states before it, and `action` (..., 1) the accelerations that are
+    held for `dt` seconds.
 
     Example:
         >>> next_state(np.array([0.0, 1.0]), np.array([-1.0]), dt=1.0)
@@ -73,7 +76,7 @@ def reward(state: Observations) -> Scalars:
 
 @dataclass(frozen=True, eq=False)
 class DoubleIntegratorTask(StateTask):
-    """The cart as a task of `StateEnv` and `StateVectorEnv`."""
+    """The cart's dynamics, constraint, reward and starts, for `StateEnv` and `StateVectorEnv`."""
 
     dt: float = TIME_STEP
     """Length of a step, seconds."""
@@ -88,15 +91,15 @@ class DoubleIntegratorTask(StateTask):
         positive("dt", self.dt)
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the module's `next_state` for this step."""
+        """Return the result of the module's `next_state` for this `dt`."""
         return next_state(state, action, dt=self.dt)
 
     def constraint(self, state: Array) -> Array:
-        """Return the module's `constraint`."""
+        """Return the result of the module's `constraint`: h (...) of states (..., 2)."""
         return constraint(state)
 
     def reward(self, state: Array) -> Array:
-        """Return the module's `reward`."""
+        """Return the result of the module's `reward` for steps from states (..., 2)."""
         return reward(state)
 
     def draw_start(self, generator: np.random.Generator) -> Array:
@@ -126,11 +129,17 @@ class DoubleIntegratorTask(StateTask):
 
 
 class DoubleIntegratorEnv(StateEnv):
-    """The cart as a single environment; the observation is (position, speed), the action (1,).
+    """A single environment of the cart.
 
-    An episode never terminates. ``gymnasium.make("safeshield/DoubleIntegrator-v0")`` truncates it
-    after 200 steps. Starts are uniform between the walls and over all speeds, so from some starts
-    no control avoids the walls.
+    The observation (2,) is the state: the position in metres and the speed in metres per second, as
+    float32. The action (1,) is the acceleration in metres per second squared; the cart gets the
+    nearest number in [-1, 1]. An episode never terminates.
+    ``gymnasium.make("safeshield/DoubleIntegrator-v0")`` truncates it after 200 steps. Starts are
+    uniform between the walls and over all speeds, so from some starts no control avoids the walls.
+
+    Args:
+        render_mode: "rgb_array" for pictures, or None.
+        dt: Length of a step, seconds.
 
     Raises:
         ValueError: `dt` is not positive, or the render mode is unknown.
@@ -149,7 +158,17 @@ class DoubleIntegratorEnv(StateEnv):
 
 
 class DoubleIntegratorVectorEnv(StateVectorEnv):
-    """Many carts that are stepped by one NumPy call, as described in `StateVectorEnv`.
+    """A vector environment of n carts, which one NumPy call steps together.
+
+    Observations (n, 2) and actions (n, 1) are those of `DoubleIntegratorEnv`, one row for each
+    cart. `StateVectorEnv` describes `reset`, `step` and the autoreset modes.
+
+    Args:
+        num_envs: Number n of carts.
+        max_episode_steps: Number of steps after which an episode is truncated; None for no limit.
+        autoreset_mode: "NextStep", "SameStep" or "Disabled"; by default Gymnasium's default.
+        render_mode: "rgb_array" for pictures, or None.
+        dt: Length of a step, seconds.
 
     Example:
         >>> envs = DoubleIntegratorVectorEnv(num_envs=3)

@@ -112,10 +112,22 @@ class StateVectorEnv(VectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Start new episodes, in all environments or where ``options["reset_mask"]`` is True.
+        """Start new episodes, in all environments or in some of them.
+
+        Args:
+            seed: A whole number s, by which environment i gets the seed s + i, or one seed for each
+                environment. None leaves the random generators as they are.
+            options: ``options["reset_mask"]`` (num_envs,) says which environments start an episode,
+                by default all. ``options["state"]`` holds the start states (num_envs, n), or one
+                state (n,) for all. Without it the start states are random.
+
+        Returns:
+            The observations (num_envs, n) of the present states of all environments, float32, and
+            the infos, whose entries are valid for the environments that started an episode.
 
         Raises:
-            ValueError: seeds, mask (num_envs,) or states have another length than num_envs.
+            ValueError: Seeds, mask or states have another length than num_envs, or a state lies
+                outside the task's bounds.
         """
         options = {} if options is None else options
         mask = self._checked_mask(options.get("reset_mask"))
@@ -128,11 +140,16 @@ class StateVectorEnv(VectorEnv):
         return self._current().astype(np.float32), self._infos(mask)
 
     def step(self, actions: npt.NDArray[Any]) -> Step:
-        """Step every environment with its row of the actions (num_envs, m).
+        """Step every environment with its row of `actions` (num_envs, m).
+
+        Returns:
+            The observations (num_envs, n), rewards (num_envs,), flags `terminated` (always False)
+            and `truncated` (num_envs,) each, and infos. The module describes what they hold where
+            an episode has ended.
 
         Raises:
-            ValueError: the actions have another shape or are not finite where they are used.
-            ResetNeeded: no reset has been made yet, or an episode is over in mode "Disabled".
+            ValueError: The actions have another shape or are not finite where they are used.
+            ResetNeeded: No reset has been made yet, or an episode is over in mode "Disabled".
         """
         state = self._current()
         if self.autoreset_mode == "Disabled" and self._over.any():
@@ -172,14 +189,14 @@ class StateVectorEnv(VectorEnv):
 
     # Gymnasium 0.29's vector wrappers call the next four methods.
     def reset_async(self, seed: Any = None, options: dict[str, Any] | None = None) -> None:  # noqa: ANN401
-        """Do nothing, because `reset_wait` receives the same arguments."""
+        """Do nothing, because `reset_wait` receives the same `seed` and `options`."""
 
     def reset_wait(
         self,
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Call `reset` with these arguments."""
+        """Call `reset` with these `seed` and `options`, and return its result."""
         return self.reset(seed=seed, options=options)
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
@@ -187,7 +204,7 @@ class StateVectorEnv(VectorEnv):
         self._pending = actions
 
     def step_wait(self, **_: object) -> Step:
-        """Call `step` with the actions that `step_async` received."""
+        """Call `step` with the actions that `step_async` received, and return its result."""
         if self._pending is None:
             raise ResetNeeded("call step_async(actions) before step_wait()")
         actions, self._pending = self._pending, None

@@ -130,7 +130,16 @@ def play(
     num_envs: int | None = None,
     workers: int = 0,
 ) -> Run:
-    """Run the episodes of one seed. See `field_score` for the arguments.
+    """Run the episodes of one seed and return their returns and costs.
+
+    Args:
+        env: Environment, as in `field_score`.
+        policy: The policy that proposes actions, in any form that `as_batch_policy` takes.
+        seed: Seed of starts and noise.
+        episodes: Number of episodes.
+        shield: Shield that filters the proposals; None for no shield.
+        num_envs: Number of copies of the environment that step together.
+        workers: Number of processes that step the copies, as in `field_score`.
 
     Raises:
         ValueError: An argument is out of range.

@@ -225,17 +225,27 @@ class FieldScore:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the score that `to_json` wrote. Only the fields are read; the rest is recomputed.
 
+        Args:
+            data: JSON values that `to_json` returned.
+
         Raises:
-            ValueError: A field is missing, or breaks a rule.
+            ValueError: A field of the score, of a run or of the reference returns is missing, has
+                another type, or breaks a rule.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in data]
         if missing:
             raise ValueError(f"a score must have the fields {names}; missing: {missing}")
         fields = {name: data[name] for name in names}
-        fields["references"] = ReferenceReturns(**data["references"])
-        fields["runs"] = tuple(
-            Run(**{**run, "returns": tuple(run["returns"]), "costs": tuple(run["costs"])})
-            for run in data["runs"]
-        )
-        return cls(**fields)
+        try:
+            fields["references"] = ReferenceReturns(**data["references"])
+            fields["runs"] = tuple(
+                Run(**{**run, "returns": tuple(run["returns"]), "costs": tuple(run["costs"])})
+                for run in data["runs"]
+            )
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                "the fields of a score must be as to_json wrote them, but one is missing, unknown "
+                f"or of another type: {type(error).__name__}: {error}"
+            ) from error

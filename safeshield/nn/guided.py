@@ -28,7 +28,13 @@ LABELS = 2
 
 
 def guided_network(observation: int, action: int, hidden: tuple[int, ...]) -> EnsembleMLP:
-    """Return the network v(s, x, t, o): inputs (s, x, t, o), output the velocity of x."""
+    """Return the description of the network v(s, x, t, o), whose output is the velocity of x.
+
+    Args:
+        observation: Number of features of an observation s.
+        action: Number of entries of an action x.
+        hidden: Widths of the hidden layers.
+    """
     return EnsembleMLP(observation + action + 1 + LABELS, action, hidden)
 
 
@@ -45,13 +51,13 @@ def guided_loss(
     """Return the weighted squared error, summed over an action's entries, averaged over the batch.
 
     Args:
-        network: velocity field, made by `guided_network`.
-        params: weights of the network.
+        network: Velocity field, made by `guided_network`.
+        params: Weights of the network.
         observations: (batch, obs) normalised observations.
         actions: (batch, act) actions, in [-1, 1].
         noise: (batch, act) z, standard normal.
         time: (batch, 1) t, uniform in [0, 1].
-        labels: (batch, 2) labels o.
+        labels: (batch, 2) labels o, as `LABELS` encodes them.
         weights: (batch, act) weight of each entry.
     """
     point = noise.lerp(actions, time)
@@ -68,9 +74,18 @@ def guided_sample(
     steps: int,
     guidance: float,
 ) -> A:
-    """Carry noise (batch, act) along the guided field in `steps` steps; clip to [-1, 1].
+    """Return actions (batch, act) in [-1, 1], computed from noise along the guided field.
 
-    Both branches are computed in one pass. With guidance 0 only the branch without a label is.
+    The field without a label and the field of good actions are computed in one pass. With guidance
+    0 only the field without a label is computed.
+
+    Args:
+        network: Velocity field, made by `guided_network`.
+        params: Weights of the network.
+        observations: (batch, obs) normalised observations.
+        noise: (batch, act) z, standard normal.
+        steps: Number K of Euler steps.
+        guidance: Weight w of the field of good actions.
     """
     count = len(noise)
     branches = 2 if guidance else 1

@@ -87,12 +87,15 @@ class SoftCritics:
         return EnsembleMLP(self.inputs + self.act, 1, self.hidden, self.members)
 
     def values(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return Q_i (members, n, c) of all choices or of the given actions, in units of return.
+        """Return the value Q_i(s, a) that each network gives, (members, n, c), in units of return.
+
+        Where actions are discrete, the values are those of all c choices. Otherwise they are those
+        of c given actions in each state.
 
         Args:
-            params: weights.
-            observations: (n, features).
-            actions: (n, c, act) in [-1, 1]; unused where actions are discrete.
+            params: Weights of the networks.
+            observations: (n, features) inputs of the networks, normalised.
+            actions: (n, c, act) actions in [-1, 1]. They are not used where actions are discrete.
         """
         if self.choices:
             raw = self.network(params, observations)
@@ -104,12 +107,15 @@ class SoftCritics:
         return self.offset + self.spread * raw
 
     def one(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return Q (n, c): the mean, or the lowest, of the members' `values`."""
+        """Return one value Q (n, c), the mean or the lowest of the networks' `values`.
+
+        `params`, `observations` and `actions` are those of `values`; `twins` selects mean or least.
+        """
         each = self.values(params, observations, actions)
         return each.mean(0) if self.twins == "mean" else each.amin(0)
 
     def proposed(self, params: Params, support: Support) -> Tensor:
-        """Return Q (n, c) of mu's proposals."""
+        """Return Q (n, c) of mu's proposals in `support`, for the weights `params`."""
         return self.one(params, support.observations, support.candidates)
 
 
@@ -122,7 +128,18 @@ def critic_loss(
     temperature: float,
     discount: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the members' summed mean squared errors, in units of the spread, and the metrics."""
+    """Return the loss of stage one and its metrics.
+
+    The loss is the sum over the critics of the mean squared error of Q_i, in units of the spread.
+
+    Args:
+        critics: Description of the twin networks.
+        networks: Weights that are trained, by network.
+        targets: Slow copies of the weights, from which the target y is computed.
+        batch: Logged or collected steps.
+        temperature: Temperature a of the regularisation.
+        discount: Discount g of the rewards.
+    """
     with torch.no_grad():
         after = critics.proposed(targets[CRITIC], batch.after)
         value = soft_value(after, temperature, batch.after.log_mu)
@@ -144,7 +161,15 @@ def critic_loss(
 def clone_loss(
     actor: MixtureActor, params: Params, support: Support
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return minus the mean log likelihood of mu's proposals, which is the cross-entropy to mu."""
+    """Return the loss of a clone of mu and its metrics.
+
+    The loss is minus the mean log likelihood of mu's proposals, which is the cross-entropy to mu.
+
+    Args:
+        actor: Description of the clone.
+        params: Its weights.
+        support: Proposals of mu in n states.
+    """
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(support.log_mu.exp(), log_pi).mean()
     return loss, {"clone/cross_entropy": loss.detach()}
@@ -159,7 +184,19 @@ def forward_loss(
     *,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return KL(pi* || pi) up to a constant, from the weighted likelihood of mu's proposals."""
+    """Return the forward loss of stage two and its metrics.
+
+    The loss is KL(pi* || pi) up to a constant, computed as the weighted likelihood of mu's
+    proposals.
+
+    Args:
+        actor: Description of the actor pi.
+        params: Its weights.
+        critics: Description of the twin networks.
+        targets: Slow copies of the critics' weights, which define pi*.
+        support: Proposals of mu in n states.
+        temperature: Temperature a.
+    """
     log_target = _log_induced(critics, targets, support, temperature)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(log_target.exp(), log_pi).mean()
@@ -178,7 +215,11 @@ def reverse_loss_choices(
     *,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return KL(pi || pi*) of discrete actions, summed over all choices."""
+    """Return the reverse loss of stage two for discrete actions, and its metrics.
+
+    The loss is KL(pi || pi*), summed over all choices and averaged over the states. The arguments
+    are those of `forward_loss`.
+    """
     log_target = _log_induced(critics, targets, support, temperature)
     # A softmax cannot exclude the actions that mu never takes. They count as less likely than all
     # others.
@@ -219,7 +260,9 @@ def reverse_loss_box(
     *,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return E_pi [log pi - Q / a - log mu], whose gradient is that of KL(pi || pi*).
+    """Return the reverse loss of stage two in a Box, and its metrics.
+
+    The loss is E_pi [log pi - Q / a - log mu], whose gradient is that of KL(pi || pi*).
 
     Q and log pi are differentiated through the draws. mu may be any function and need not be
     differentiable. Its part of the gradient is therefore the likelihood-ratio estimate, with the

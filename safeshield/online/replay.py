@@ -20,26 +20,27 @@ class Step(NamedTuple):
     """One step of n environments, with one row for each environment."""
 
     observations: Array
-    """(n, obs)."""
+    """(n, obs) observations before the step, as rows of `spaces.rows`."""
     candidates: Array
     """`candidates` of the `SafeProposals` in the states before the step."""
     log_mu: Array
     """`log_mu` of these proposals."""
     actions: Array
-    """(n, act) executed actions."""
+    """(n, act) executed actions, as rows. A `Replay` of discrete actions keeps their indices (n,)
+    among all choices instead."""
     rewards: Array
-    """(n,)."""
+    """(n,) rewards of the step."""
     next_observations: Array
-    """(n, obs)."""
+    """(n, obs) observations after the step; at an episode's end, its last observation."""
     next_candidates: Array
     """`candidates` in the states after the step; without meaning where an episode terminated."""
     next_log_mu: Array
     """`log_mu` of these proposals."""
     terminated: npt.NDArray[np.bool_]
-    """(n,)."""
+    """(n,) whether the episode terminated in the state after the step."""
 
     def take(self, rows: Array) -> Step:
-        """Return some of the rows."""
+        """Return the steps with these indices `rows` (k,), as a `Step` of k rows."""
         return Step(*(part[rows] for part in self))
 
 
@@ -47,8 +48,9 @@ class Replay:
     """A ring buffer of transitions in NumPy, allocated when the first step is added.
 
     Args:
-        capacity: number of transitions that are kept; the oldest are overwritten.
-        codec: converts actions to rows.
+        capacity: Number of transitions that are kept; the oldest are overwritten.
+        codec: Converter of actions to rows. Where it is of discrete actions, the buffer keeps their
+            indices among all choices.
     """
 
     def __init__(self, capacity: int, codec: SpaceCodec) -> None:
@@ -62,7 +64,7 @@ class Replay:
         return min(self.added, self._capacity)
 
     def add(self, step: Step) -> None:
-        """Append n transitions."""
+        """Append the n transitions of `step`; where the buffer is full, they replace the oldest."""
         actions: Array = step.actions.astype(np.float32)
         if self._codec.discrete:
             actions = self._codec.choice_index(actions)
@@ -88,12 +90,18 @@ class Replay:
         return self._ring
 
     def column(self, name: str) -> Array:
-        """Return the filled part of one field of `Step`."""
+        """Return the filled part of the field `name` of `Step`, one row for each transition."""
         column: Array = getattr(self._filled(), name)[: len(self)]
         return column
 
     def transitions(self, rows: Array, scaling: Scaling, device: torch.device) -> Transitions:
-        """Return a batch on a device, in the networks' units."""
+        """Return a batch of stored transitions as tensors, in the networks' units.
+
+        Args:
+            rows: (n,) indices of the transitions in the buffer.
+            scaling: Units of the networks' inputs.
+            device: Device of the tensors.
+        """
         step, codec = self._filled().take(rows), self._codec
         actions = step.actions if codec.discrete else scaling.actions(step.actions)
         here = support_of(step.observations, step.candidates, step.log_mu, scaling, codec, device)
@@ -117,15 +125,17 @@ def support_of(
     codec: SpaceCodec,
     device: torch.device,
 ) -> Support:
-    """Return proposals as tensors on a device, in the networks' units.
+    """Return the proposals in n states as a `Support`, tensors in the networks' units.
 
     Args:
         rows: (n, obs) observations.
-        candidates: `SafeProposals.candidates`.
-        log_mu: `SafeProposals.log_mu`.
-        scaling: units of the networks' inputs.
-        codec: converts actions to rows.
-        device: device of the tensors.
+        candidates: `SafeProposals.candidates`: (n, m, act) samples of continuous actions, or
+            (n, 0, act) where actions are discrete.
+        log_mu: `SafeProposals.log_mu`: (n, c) log probabilities of all c choices where actions are
+            discrete. For continuous actions it is not used, and each of the m samples gets -log m.
+        scaling: Units of the networks' inputs.
+        codec: Converter of actions to rows, which tells whether actions are discrete.
+        device: Device of the tensors.
     """
     if not codec.discrete:
         each = candidates.shape[1]

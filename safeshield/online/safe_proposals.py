@@ -38,11 +38,11 @@ class SafeProposals(NamedTuple):
     """(n,) whether no action is admitted, so that the shield's least bad action is used."""
 
     def take(self, rows: Array) -> SafeProposals:
-        """Return the proposals of some of the states."""
+        """Return the proposals of the states with these indices `rows` (k,)."""
         return SafeProposals(*(part[rows] for part in self))
 
     def replaced(self, rows: Array, other: SafeProposals) -> SafeProposals:
-        """Return a copy in which the states `rows` have the proposals of `other`."""
+        """Return a copy in which the states `rows` (k,) have the k proposals of `other`."""
         copy = SafeProposals(*(np.array(part) for part in self))
         for part, new in zip(copy, other, strict=True):
             part[rows] = new
@@ -70,14 +70,20 @@ class SafeBehaviour:
         """Draw actions from the behaviour and restrict them to the safe set.
 
         Args:
-            observations: n observations.
-            samples: m, draws in each state; unused where the probabilities of choices are known.
-            rng: generator of the draws.
+            observations: Batch of n observations.
+            samples: Number m of draws in each state. It is not used where actions are discrete and
+                the behaviour has a `log_prob`, from which the probabilities of all actions follow.
+            rng: Generator of the draws.
+
+        Returns:
+            The proposals in the n states. In a Box, each draw that the safe set does not admit is
+            replaced by a random one of the admitted draws of the same state.
 
         Raises:
-            ValueError: the behaviour returns another shape, NaN, or values that are not
+            ValueError: The behaviour returns another shape, NaN, or values that are not
                 probabilities.
-            NoSafeActionError: rules admit no action, or an observation is not finite.
+            NoSafeActionError: `SafeRules` admit no action in a state, or an observation is not
+                finite.
         """
         if isinstance(self.safe_set, SafeRules):
             # This comes first, because the behaviour may ask the same rules about the zeros below.
@@ -90,7 +96,13 @@ class SafeBehaviour:
         return self._of_samples(observations, seen, samples, rng)
 
     def masked(self, observations: Batch, candidates: Array, log_prob: Array) -> Array:
-        """Return a log density (n, c) with minus infinity for actions that are not admitted."""
+        """Return `log_prob` with minus infinity for the actions that are not admitted.
+
+        Args:
+            observations: Batch of n observations.
+            candidates: (n, c, act) actions.
+            log_prob: (n, c) their log densities.
+        """
         return np.where(self._admitted(observations, candidates), log_prob, -np.inf)
 
     def _admitted(self, observations: Batch, candidates: Array) -> npt.NDArray[np.bool_]:
@@ -169,7 +181,13 @@ class SafeBehaviour:
 
 
 def admitted(safe_set: SafeSet | None, observations: Batch, rows: Array) -> Array:
-    """Return actions (n, act) in which the safe set has replaced those that it refuses."""
+    """Return actions (n, act) in which the safe set has replaced those that it refuses.
+
+    Args:
+        safe_set: Actions that may be executed; with None nothing is replaced.
+        observations: Batch of n observations.
+        rows: (n, act) proposed actions.
+    """
     if safe_set is None:
         return rows
     refused = ~safe_set.admits(observations, rows[:, None])[:, 0]
@@ -240,14 +258,23 @@ class MaskedUniform:
         return MaskedUniform(LoggedRules(own), self._rounds) if isinstance(own, SafeRules) else self
 
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return admitted actions, or the safe set's replacement where none is found."""
+        """Return `each` actions (n, each, act) in each of the n observations.
+
+        They are admitted, or the safe set's replacement where no admitted action is found. `rng`
+        generates the draws.
+        """
         if self._codec.discrete:
             return draw_choices(self._codec, self._log_probs(observations), each, rng)
         chosen = self._rejected(repeated(observations, each), rng)
         return chosen.reshape(-1, each, self._codec.width)
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return the log density: 0 (a Box) or minus the log of the number of admitted choices."""
+        """Return the log density (n, c) of candidates (n, c, act) in the n observations.
+
+        For an admitted action it is 0 in a Box, where the density is not normalised, and minus the
+        log of the number of admitted choices where actions are discrete. For any other action it is
+        minus infinity.
+        """
         if not self._codec.discrete:
             return np.where(self.safe_set.admits(observations, candidates), 0.0, -np.inf)
         log_probs = self._log_probs(observations)
@@ -279,6 +306,10 @@ class MaskedUniform:
 
 def as_behaviour(behaviour: object, action_space: gym.Space[Any]) -> Behaviour:
     """Return a `Behaviour` for a behaviour, for rules (uniform inside them), or for any policy.
+
+    Args:
+        behaviour: A `Behaviour`, `SafeRules`, or a policy in any form that `as_batch_policy` takes.
+        action_space: Space of the actions of a policy.
 
     Raises:
         TypeError: `behaviour` is none of these.

@@ -416,13 +416,19 @@ class SafeSupportQLearning(OnlineLearner):
         return (actions[0] if single else actions), state
 
     def draw(self, observations: Batch, rng: np.random.Generator) -> tuple[Array, Array]:
-        """Return actions of the induced policy in n states, and log pi*(a|s) - log mu(a|s) (n,).
+        """Draw actions of the induced policy in n states.
 
-        `value` is the expected discounted sum of the rewards minus temperature times the second
-        array.
+        Args:
+            observations: Batch of n observations.
+            rng: Generator of the draws.
+
+        Returns:
+            The n actions as points of the action space, and log pi*(a|s) - log mu(a|s) (n,).
+            `value` is the expected discounted sum of the rewards minus temperature times the second
+            array.
 
         Raises:
-            RuntimeError: nothing has been learned, or the agent has no behaviour.
+            RuntimeError: Nothing has been learned, or the agent has no behaviour.
         """
         chosen, nats = self._induced().act(observations, rng)
         return self._fitted().action_codec.unflatten(chosen), nats
@@ -469,12 +475,17 @@ class SafeSupportQLearning(OnlineLearner):
     # -- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the agent to one safetensors file, which contains no executable code.
+        """Write the agent to the safetensors file `path`, which contains no executable code.
 
-        The file does not contain the behaviour, unless `fit` cloned it. Pass the behaviour to
-        `load` again to use the induced policy. The file does not contain the replay buffer either.
-        In the warm-up of `learn`, where a callback may call `save`, no file is written, and a
-        warning says so.
+        The file holds neither the replay buffer nor the behaviour, unless `fit` has cloned the
+        behaviour from a log. The induced policy, which is the behaviour with each action's
+        probability multiplied by exp(Q / temperature) and normalised, needs the behaviour. Pass it
+        to `load` to use that policy; without it the loaded agent acts by the network that stage two
+        trained. In the warm-up of `learn`, where a callback may call `save`, no file is written,
+        and a warning says so.
+
+        Raises:
+            RuntimeError: Nothing has been learned.
         """
         if self._warming():
             if not self._told_unsaved:
@@ -516,11 +527,11 @@ class SafeSupportQLearning(OnlineLearner):
         safe: SafeRules | Shield | HasShield | str | os.PathLike[str] | None = None,
         device: str | torch.device = "auto",
     ) -> Self:
-        """Read an agent from a file that `save` wrote.
+        """Return the agent in a file that `save` wrote.
 
         Args:
-            path: path to the file.
-            behaviour: the behaviour with which the agent learned, for the induced policy. Without
+            path: The file.
+            behaviour: The behaviour with which the agent learned, for the induced policy. Without
                 it the file's own clone of the log takes its place, where the agent learned from a
                 log without a behaviour; otherwise the parametric policy acts.
             safe: the actions that may be executed, as in the class.

@@ -1,4 +1,8 @@
-"""Drawing episodes until enough of them begin in an accepted state, such as a certified one."""
+"""Drawing episodes until enough of them begin in an accepted state, such as a certified one.
+
+Here `accepted` is said of starts: a start is accepted where the caller's function says so, for
+instance because V_h <= -delta there. It is not said of actions, as in the rest of the package.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ def accepted_episodes(
     depends only on the starts, so the same episodes are drawn with and without a shield.
 
     Args:
-        draw: Function (count, seed) that runs `count` episodes with a seed.
+        draw: Function (count, seed) that runs `count` episodes with a seed and returns them.
         accepts: Function that says which first observations (n, obs) are accepted, as (n,) bool.
         episodes: Total number of accepted episodes.
         rng: Generator of the seeds.

@@ -138,9 +138,10 @@ class AdaptiveThreshold:
             )
 
     def long_run_bound(self, steps: int) -> float:
-        """Return how far the share of wrong ranges can be from the target after counted steps.
+        """Return how far the share of wrong ranges can be from `target`.
 
-        `AdaptiveMargin.observed` tells how many steps have been counted.
+        Args:
+            steps: Number T of counted steps, such as `AdaptiveMargin.observed`.
         """
         return (max(self.target, 1.0 - self.target) + self.rate) / (steps * self.rate)
 
@@ -260,13 +261,16 @@ class AdaptiveMargin:
 
         A step does not change an environment's margin where the shield did not replace the action,
         or where the value before or after the step is not finite, because a reading was broken or
-        the state reached is not known.
+        the state reached is not known. `horizon`, where it is found from observed steps, is updated
+        too.
 
         Args:
-            report: verdicts (n,) on the executed actions.
-            reached: (n,) V_h of the states reached. Where the step ended an episode, that is the
-                episode's last state.
-            counted: (n,) whether an action was executed at all.
+            report: The shield's report on the step, with arrays (n,): whether it replaced each
+                action, and V_h and Q_h before the step, by which the error is computed.
+            reached: (n,) V_h of the states reached, infinite where it is not known. Where the step
+                ended an episode, that is the episode's last state.
+            counted: (n,) whether an action was executed at all. It was not where a vector
+                environment used the step to reset an environment.
         """
         stepped_in = np.asarray(report.intervened) & counted
         self._hold_out(report, reached, stepped_in, counted)
@@ -317,7 +321,12 @@ class AdaptiveMargin:
             )
 
     def observe(self, errors: Scalars, counted: Flags) -> None:
-        """Update the margins of the environments in `counted` (n,) by finite errors (n,)."""
+        """Update the margins by the errors of one step.
+
+        Args:
+            errors: (n,) e_t of the module, in units of h; finite where `counted` is True.
+            counted: (n,) the environments whose error is used. The others do not change.
+        """
         rows = np.flatnonzero(counted)
         if not len(rows):
             return
@@ -341,7 +350,10 @@ class AdaptiveMargin:
 
 
 def promised(report: FilterReport) -> _Array:
-    """Return p_t (n,) of the module: the numbers that V_h after the step should not exceed."""
+    """Return p_t (n,) of the module: the numbers that V_h after the step should not exceed.
+
+    `report` is the shield's report on the step's n actions.
+    """
     value = np.asarray(report.value, np.float64)
     held = np.minimum(value, np.asarray(report.state_value, np.float64))
     return np.where(np.asarray(report.acceptable), value, held)

@@ -69,7 +69,7 @@ class ShieldMemory(Protocol):
 
         Args:
             values: (n,) V_h of the states, infinity where they are not readable.
-            threshold: (n,) the present threshold; a returned limit above it has no effect.
+            threshold: (n,) the present threshold. A returned limit above it has no effect.
         """
         ...
 
@@ -253,7 +253,7 @@ class ShieldRuntime:
         return limit
 
     def certified(self, values: PerEnv) -> PerEnv:
-        """Return whether states of these V_h are certified.
+        """Return whether states with these `values` of V_h are certified.
 
         The record's delta decides, also where the present threshold is stricter.
         """
@@ -345,11 +345,18 @@ class ShieldRuntime:
         """Decide which actions the environments execute in the states observed.
 
         The actions are read once and converted to the dtype of the action space. A batch with a
-        number that does not fit that dtype is judged without conversion. The actions that were
-        judged are those executed, and they share no memory with the argument.
+        number that does not fit that dtype is judged without conversion. An accepted action is
+        executed exactly as it was judged. A rejected one is replaced by the shield.
+
+        Args:
+            actions: (n, *shape) the proposed actions, or one action (*shape) for a single
+                environment.
+
+        Returns:
+            The decision. Its executed actions share no memory with `actions`.
 
         Raises:
-            RuntimeError: the states are not known.
+            RuntimeError: The states are not known.
             ValueError: `actions` is not one action of the right shape for each environment.
         """
         states, rows = self._known()
@@ -450,7 +457,10 @@ class ShieldRuntime:
         return infos
 
     def penalties(self, intervened: PerEnv) -> dict[str, PerEnv]:
-        """Return the entry of infos for the penalty, ``{}`` where there is no penalty."""
+        """Return the entry of infos for the penalty, ``{}`` where there is no penalty.
+
+        The penalty of a step is `intervention_penalty` where `intervened` is True, and else 0.
+        """
         return (
             {PENALTY: self.intervention_penalty * intervened} if self.intervention_penalty else {}
         )

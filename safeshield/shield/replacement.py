@@ -2,8 +2,9 @@
 
 All strategies of this module keep these rules:
 
-- An accepted action never reaches them. An action outside the box is first clipped into it, and
-  the clipped action is executed where it is acceptable.
+- An accepted action never reaches them. An action outside the box, which is the range between the
+  lowest and the highest action of the action space, is first clipped into it. The clipped action is
+  executed where it is acceptable.
 - They return actions inside the box, with their Q_h.
 - Where none of a strategy's own actions is acceptable, it also considers the candidates of the
   default strategy. So each strategy finds an acceptable action wherever the default does.
@@ -118,7 +119,7 @@ class Rejected:
         return np.clip(candidates, self.low, self.high).astype(np.float32), usable
 
     def take(self, index: npt.NDArray[np.intp]) -> Rejected:
-        """Return some of the rejected actions, with their data."""
+        """Return the rejected actions with these indices (k,), and their data, as a `Rejected`."""
         return Rejected(
             self.model,
             self.states.take(index),
@@ -133,15 +134,27 @@ class Rejected:
 
 
 class Replacement(Protocol):
-    """A strategy for replacing actions. A new strategy needs only this method.
+    """A strategy for replacing actions. A new strategy is a class with the method `choose`.
 
-    The actions that a new strategy returns are clipped into the box and judged once more. If the
-    strategy does not work for every action space, give it a method ``check_actions(codec)`` that
-    raises a TypeError; it is called when a shield is made with the strategy.
+    The shield checks what the `choose` of a new strategy returns. It clips actions into the bounds
+    of the Box, and executes `Rejected.wanted` in place of an action that is NaN, infinite, or none
+    of the discrete actions. It then computes Q_h of these actions itself; the values that the
+    strategy returned are not used.
+
+    If the strategy does not work for every action space, give it a method ``check_actions(codec)``
+    that raises a TypeError where the actions of this `SpaceCodec` do not suit it. The method is
+    called when a shield is made with the strategy.
     """
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return for each rejected action another one (n, act) and its Q_h (n,)."""
+        """Return an action to execute in place of each rejected one.
+
+        Args:
+            rejected: The n rejected actions, with the data that are needed to replace them.
+
+        Returns:
+            The actions (n, act) in the units of the action space, and their Q_h (n,).
+        """
         ...
 
 
@@ -149,6 +162,9 @@ def float32_box(codec: SpaceCodec) -> tuple[npt.NDArray[np.float32], npt.NDArray
     """Return the lowest and the highest float32 numbers inside the box of actions, (act,) each.
 
     Replacements are float32, and the float32 next to a float64 bound may lie outside it.
+
+    Args:
+        codec: Converter of the actions; its `low` and `high` are the bounds of the box.
     """
     low, high = codec.low.astype(np.float32), codec.high.astype(np.float32)
     return (
@@ -197,7 +213,7 @@ class NearestAcceptable:
     candidates: CandidateSet = field(default_factory=CandidateSet)
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return the nearest acceptable candidates and their Q_h."""
+        """Return the nearest acceptable candidates (n, act) for `rejected`, and their Q_h (n,)."""
         model, wanted = rejected.model, rejected.wanted
         found = self.candidates.actions(model, rejected.states, wanted)
         candidates = np.concatenate([wanted[:, None, :], found], axis=1)
@@ -223,7 +239,11 @@ class NearestSupported:
     candidates: CandidateSet
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return the nearest acceptable and supported candidates and their Q_h."""
+        """Return the nearest acceptable and supported candidates (n, act) and their Q_h (n,).
+
+        `rejected` holds the n rejected actions. Where no candidate passes both tests, see
+        `SupportTest.choose`.
+        """
         model, states, wanted = rejected.model, rejected.states, rejected.wanted
         near = self.candidates.actions(model, states, wanted)
         drawn = self.support.proposals(model, states)
@@ -258,7 +278,11 @@ class FallbackPolicy:
     candidates: CandidateSet = field(default_factory=CandidateSet)
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return the fallback's actions and their Q_h."""
+        """Return the fallback's actions (n, act) for `rejected`, and their Q_h (n,).
+
+        Where the clipped proposal is acceptable, it is returned instead. Where neither is, the
+        result is the candidate that `NearestAcceptable` would return, if that has the lower Q_h.
+        """
         own = rejected.model.fallback_alone(rejected.states)
         options, _ = rejected.inside(np.stack([rejected.wanted, own], axis=1))
         picked = _first_acceptable(rejected, options, rejected.values(options))
@@ -306,7 +330,7 @@ class ProjectedGradient:
             )
 
     def check_actions(self, codec: SpaceCodec) -> None:
-        """Raise TypeError where actions are discrete."""
+        """Raise TypeError where the actions of `codec` are discrete."""
         if codec.discrete:
             raise TypeError(
                 f"ProjectedGradient needs actions of a Box, got {codec.space}: there is no gradient"
@@ -314,11 +338,18 @@ class ProjectedGradient:
             )
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return the last actions of the descents, or candidates, and their Q_h."""
+        """Return the last actions (n, act) of the descents for `rejected`, and their Q_h (n,).
+
+        Where that action is not acceptable, the result is the candidate that `NearestAcceptable`
+        would return, if that has the lower Q_h.
+        """
         return _or_nearest(self.candidates, rejected, *self.walk(rejected))
 
     def walk(self, rejected: Rejected) -> tuple[Actions, Scalars]:
-        """Return the last actions of the descents and their Q_h, acceptable or not."""
+        """Return the last actions (n, act) of the descents for `rejected`, and their Q_h (n,).
+
+        These actions may be unacceptable.
+        """
         model, limit = rejected.model, rejected.limit
         actions = np.clip(rejected.wanted, rejected.low, rejected.high)
         values, slopes = _slopes(model, rejected.states, actions)
@@ -396,11 +427,16 @@ class OwnSamples:
         return self
 
     def check_actions(self, codec: SpaceCodec) -> None:
-        """Raise TypeError or ValueError where the policy does not fit these actions."""
+        """Raise TypeError or ValueError where the policy does not fit the actions of `codec`."""
         as_batch_policy(self.policy, codec.space, deterministic=False)
 
     def choose(self, rejected: Rejected, /) -> tuple[Actions, Scalars]:
-        """Return the first acceptable samples and their Q_h."""
+        """Return the first acceptable samples (n, act) for `rejected`, and their Q_h (n,).
+
+        Where the clipped proposal is acceptable, it is returned instead. Where neither it nor a
+        sample is, the result is the candidate that `NearestAcceptable` would return, if that has
+        the lower Q_h.
+        """
         drawn, usable = rejected.inside(self._draw(rejected))
         options = np.concatenate([rejected.wanted[:, None], drawn], axis=1)
         # The clipped proposal is the first option. Where `wanted` is the fallback's action instead,
@@ -442,6 +478,10 @@ def check_replacement(replacement: object, codec: SpaceCodec) -> None:
 
     A strategy that does not fit every space has a method ``check_actions(codec)`` that raises.
 
+    Args:
+        replacement: The object to check.
+        codec: Converter of the shield's actions.
+
     Raises:
         TypeError: the object is no strategy, or does not work in this space; the message names
             strategies that do.
@@ -458,6 +498,11 @@ def check_replacement(replacement: object, codec: SpaceCodec) -> None:
 
 def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actions, Scalars]:
     """Return a strategy's actions (n, act), all of which can be executed, and their Q_h (n,).
+
+    Args:
+        replacement: The strategy. The results of a strategy that is not of this module are checked
+            as described in `Replacement`.
+        rejected: The n rejected actions, with the data that are needed to replace them.
 
     Raises:
         ValueError: a user's strategy returned actions of another shape.
@@ -476,7 +521,7 @@ def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actio
 
 
 def describe(replacement: Replacement) -> str:
-    """Return the text by which a record names a strategy, "" for the default.
+    """Return the text by which a record names the strategy `replacement`, "" for the default.
 
     >>> describe(ProjectedGradient(steps=4))
     'ProjectedGradient(steps=4, step_size=0.25)'

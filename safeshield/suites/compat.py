@@ -33,6 +33,8 @@ LOCK = threading.RLock()
 def array_defaults(package: str) -> Iterator[None]:
     """Let the dataclasses of `package` have arrays as defaults, which Python 3.11 refuses.
 
+    `package` is a package's name; the patch applies to its modules and to those of its subpackages.
+
     A default such as ``color: np.ndarray = COLOR["goal"]`` becomes a default factory that copies
     the array, so that each instance has an array of its own. The patch applies to modules that are
     imported inside the context. Afterwards `dataclasses.dataclass` is the original again, also in
@@ -90,10 +92,16 @@ def _is_class_variable(annotation: object) -> bool:
 def registry_kept(ids: Collection[str]) -> Iterator[dict[str, registration.EnvSpec]]:
     """Let a package register `ids`, and restore the previous registrations of them afterwards.
 
-    The context manager yields a dict with the previous specs. At its end the dict also holds the
-    specs that the package has registered, the last one for each id. The ids are not registered
-    inside the context, because Gymnasium warns of every replacement. A thread that makes one of
-    them meanwhile gets the error that the id does not exist.
+    The ids are not registered when the context is entered, because Gymnasium warns of every
+    replacement. A thread that makes one of them meanwhile gets the error that the id does not
+    exist.
+
+    Args:
+        ids: Ids of environments that the package will register.
+
+    Yields:
+        A dict of specs by id, with the previous specs. When the context is left, the specs that the
+        package has registered are added to it and replace those of the same ids.
     """
     registry = registration.registry
     before = {one: registry.pop(one) for one in ids if one in registry}
@@ -107,7 +115,10 @@ def registry_kept(ids: Collection[str]) -> Iterator[dict[str, registration.EnvSp
 
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable; processes that other threads start meanwhile inherit it."""
+    """Set the environment variable `name` to `value` inside the context.
+
+    Processes that other threads start meanwhile inherit it.
+    """
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -149,7 +160,10 @@ class Draws:
     """Random streams that can temporarily replace NumPy's and Python's global ones.
 
     Another thread that draws from the global generators during a replacement draws from these
-    streams. Streams of the same seed are equal.
+    streams.
+
+    Args:
+        seed: Seed of both streams. Streams of the same seed are equal.
     """
 
     def __init__(self, seed: int) -> None:

@@ -23,6 +23,13 @@ def import_if_installed(package: str, ids: Collection[str], known: dict[str, Env
 
     Where the package is absent or its import fails, this function does nothing. The error is raised
     when one of its environments is made, so that other environments are not affected.
+
+    Args:
+        package: Name of the package to import.
+        ids: Ids that the package registers and this package will make. After the import they are
+            registered in Gymnasium as before it.
+        known: Specs by id, which this function extends by the specs that the import registered. An
+            id that it holds already keeps its spec.
     """
     if importlib.util.find_spec(package) is None:
         return
@@ -35,7 +42,11 @@ def import_if_installed(package: str, ids: Collection[str], known: dict[str, Env
 
 
 def remember(known: dict[str, EnvSpec], seen: Mapping[str, EnvSpec]) -> None:
-    """Add a package's own specs to `known`, where the first spec of an id is kept."""
+    """Add the specs in `seen` to `known`, both by id.
+
+    An id that `known` holds already keeps its spec. Specs that this package registered are left
+    out.
+    """
     known.update(
         {one: spec for one, spec in seen.items() if one not in known and not _is_ours(spec)}
     )
@@ -70,10 +81,11 @@ def register(
 
 
 class Remade(Env):
-    """An environment of a class that is created at run time and cannot be imported by name.
+    """Base class of environments whose own class is created at run time.
 
-    It is pickled and copied by the arguments with which it was made, like Gymnasium's `EzPickle`.
-    The result is a new environment that has not been reset.
+    Such a class cannot be imported by name, so the usual pickling of its objects fails. A `Remade`
+    environment is pickled and copied by the arguments with which it was made, which `remember_how`
+    stores, like Gymnasium's `EzPickle`. The result is a new environment that has not been reset.
     """
 
     _made: tuple[Maker, str, dict[str, Any]] | None = None
@@ -87,7 +99,14 @@ class Remade(Env):
 
 
 def remember_how(env: Env, make: Maker, env_id: str, kwargs: Mapping[str, Any]) -> Env:
-    """Store how a `Remade` environment was made, and return the environment."""
+    """Store how a `Remade` environment was made, and return the environment.
+
+    Args:
+        env: The environment. One of another class is returned unchanged.
+        make: Function that made it.
+        env_id: First argument of `make`.
+        kwargs: Keyword arguments of `make`.
+    """
     if isinstance(env, Remade):
         env._made = make, env_id, dict(kwargs)
     return env

@@ -94,14 +94,18 @@ def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class Learner(ABC, Generic[ConfigT, ModelT]):
-    """Base class with the settings, spaces, weights and files of a learner.
+    """Base class of learners, which are agents that can be trained, saved and loaded.
+
+    It holds a learner's settings, spaces and weights, and writes and reads its file. The two kinds
+    of learners derive from it: `OfflineAgent` learns from a log, and `SafeSupportQLearning` from
+    its own steps in an environment.
 
     Args:
-        config: settings; None means the defaults.
+        config: Settings, of the class's `config_type`; None means the defaults.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     Raises:
-        TypeError: the settings belong to another learner.
+        TypeError: The settings belong to another learner.
     """
 
     config: ConfigT
@@ -131,10 +135,19 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     @abstractmethod
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
-        """Return the architecture that a file's header describes.
+        """Return the architecture: the spaces, units and networks of the agent, without weights.
 
-        Besides spaces, scaling and settings, the header holds the entries of `Architecture.header`.
-        A KeyError, TypeError or ValueError means that the file is damaged.
+        The method is called when a file is loaded and, by the offline agents, at the start of
+        training. The settings are in `self.config`.
+
+        Args:
+            interface: Spaces of observations and actions, and their scaling for the networks.
+            header: Header of the file, which holds the entries of `Architecture.header` besides
+                spaces, scaling and settings. At the start of training it is empty.
+
+        Raises:
+            KeyError, TypeError, ValueError: The header does not describe an agent. The caller
+                reports that the file is damaged.
         """
 
     def _kept(self, model: ModelT) -> tuple[str, ...]:
@@ -146,7 +159,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         return model.header()
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return measurements of a trained agent, as JSON values."""
+        """Return measurements of a trained agent by name, as JSON values. The base has none."""
         return {}
 
     @abstractmethod
@@ -157,7 +170,17 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], tuple[npt.NDArray[Any], ...] | None]:
-        """Return actions and the state, with the signature of Stable-Baselines3."""
+        """Return actions and the state, with the signature of Stable-Baselines3.
+
+        Args:
+            observation: One observation or a batch.
+            state: Memory of a recurrent policy. The learners of this package have none.
+            episode_start: Whether each environment begins an episode.
+            deterministic: Whether to choose actions without new random numbers.
+
+        Returns:
+            One action or a batch, and the memory after it.
+        """
 
     # -- learned weights ----------------------------------------------------------------------
 
@@ -187,7 +210,11 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     # -- files --------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the agent to one safetensors file, which contains no executable code."""
+        """Write the agent to the safetensors file `path`, which contains no executable code.
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+        """
         model = self._fitted()
         header = {
             "format": self.file_format,
@@ -203,10 +230,14 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "auto") -> Self:
-        """Read an agent from a file that `save` wrote.
+        """Return the agent in a file that `save` wrote.
+
+        Args:
+            path: The file.
+            device: Device of the weights, as in the class.
 
         Raises:
-            ValueError: the file is damaged or of another kind.
+            ValueError: The file is damaged or of another kind.
         """
         read = cls._read(path)
         agent = cls(read.config, device=device)

@@ -4,8 +4,8 @@ r"""Weights with which a policy imitates the good actions of a log.
     V_h(s) >  -margin:   min(exp(-b_h A_h), 150)
 
 Here A_r = min_i (Q_r,i - V_r) / sigma_r and A_h = (Q_h - V_h) / sigma_h are in units of one step's
-advantage, so that the temperatures mean the same on every task. The paper uses them without these
-units.
+advantage, so that the inverse temperatures b_r and b_h mean the same on every task. The paper uses
+them without these units.
 
 Source: FISOR (Zheng et al., ICLR 2024) and its official code, which has the margin 0.
 """
@@ -41,15 +41,20 @@ def imitation_weights(
 ) -> Tensor:
     """Return the weight of each logged action, (batch,). The module docstring has the formula.
 
+    In a feasible state, one with V_h <= -margin, an action with Q_h > -margin has the weight 0.
+
     Args:
-        safety: description of the safety critics.
-        reward: description of the reward critics.
-        networks: weights of both.
-        observations: (batch, obs) normalised.
-        actions: (batch, act) in [-1, 1].
-        margin: distance from the boundary at which an action counts as unsafe, in units of h.
-        reward_temperature: b_r; with 0, all feasible actions have the same weight.
-        safety_temperature: b_h; with 0, all actions in infeasible states have the same weight.
+        safety: Description of the safety critics.
+        reward: Description of the reward critics.
+        networks: Weights of both.
+        observations: (batch, obs) observations, normalised.
+        actions: (batch, act) logged actions, in [-1, 1].
+        margin: Number that -V_h of a feasible state and -Q_h of a safe action must reach, in units
+            of h. (The setting `margin` of an algorithm is in standard deviations of h.)
+        reward_temperature: Inverse temperature b_r. With 0, all safe actions in feasible states
+            have the same weight.
+        safety_temperature: Inverse temperature b_h. With 0, all actions in infeasible states have
+            the same weight.
     """
     value = safety.value(networks, observations)
     danger = safety.advantages(networks, observations, actions).amax(0)
@@ -71,12 +76,12 @@ def flow_update(
     """Return the update that fits a flow to the log's behaviour by flow matching (`nn.flow`).
 
     Args:
-        name: name of the network in a training state.
-        network: description of the velocity field.
-        log: log to imitate.
-        base: learning rate at the start.
-        total: total number of updates.
-        weigh: function from (state, rows) to the weights (batch,) of these logged actions; None
+        name: Name of the network in a training state.
+        network: Description of the velocity field.
+        log: Log to imitate.
+        base: Learning rate at the start.
+        total: Total number of updates.
+        weigh: Function from (state, rows) to the weights (batch,) of these logged actions; None
             means equal weights.
     """
 
