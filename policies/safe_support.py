@@ -303,7 +303,7 @@ class SafeSupportPolicy:
             first = np.where(found, accepted.argmax(axis=1), -1)
             chosen[left] = drawn[np.arange(len(left)), first]
             # Nothing is ever accepted for an observation that is not readable.
-            left = left[~found & self.shield.readable(some.rows)]
+            left = left[~found & self.shield.known(some.states, some.rows)]
             if not len(left):
                 break
         return chosen

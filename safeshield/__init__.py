@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from safeshield.shield.record import CalibrationRecord
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
+    from safeshield.values.constraint import register_constraint
     from safeshield.wrappers import SafetyShield
 
 # Each name is imported on first use. Gymnasium 0.29 loads this package at every
@@ -54,6 +55,7 @@ _HOMES = {
     "UncalibratedShieldWarning": "safeshield.shield.shield",
     "collect": "safeshield.data.collect",
     "load_agent": "safeshield.algorithms.registry",
+    "register_constraint": "safeshield.values.constraint",
 }
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "UncalibratedShieldWarning",
     "collect",
     "load_agent",
+    "register_constraint",
 ]
 __version__ = "0.1.0"
 

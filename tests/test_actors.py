@@ -67,6 +67,7 @@ def model_of(fallback: Actor, **more: Any) -> SafetyModel:  # noqa: ANN401
         gym.spaces.Box(-np.inf, np.inf, (OBS,)),
         gym.spaces.Box(-1.0, 1.0, (ACT,)),
         Scaling(np.zeros(OBS, np.float32), np.ones(OBS, np.float32), -one, one),
+        None,
         CRITIC.scale,
         deployed(networks),
         fallback,

@@ -18,7 +18,9 @@ import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.rollouts.infos import CONSTRAINT, COST
+from safeshield.spaces.batches import batch_of_one
 from safeshield.spaces.generic import Env, Wrapper
+from safeshield.values.constraint import ConstraintSource, find_constraint
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -129,7 +131,9 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     Args:
         env: an environment that does not report ``info["constraint"]``.
         constraint_fn: function that returns h, one finite number in units of your choice; a
-            positive number is a violation. For several constraints, return the largest.
+            positive number is a violation. For several constraints, return the largest. It may
+            also be the name of a function of batches that `register_constraint` has registered.
+            A log that `collect` makes then names it, and shields compute h with it.
         terminate_on_violation: whether the step that reaches h > 0 ends the episode
             (``terminated``). A violation at reset does not end the episode.
 
@@ -148,7 +152,7 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     def __init__(
         self,
         env: Env,
-        constraint_fn: ConstraintFunction,
+        constraint_fn: ConstraintFunction | str,
         terminate_on_violation: bool = False,
     ) -> None:
         RecordConstructorArgs.__init__(
@@ -158,6 +162,16 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
             _disable_deepcopy=True,
         )
         gym.Wrapper.__init__(self, env)
+        self.constraint_source: str | None = None
+        if isinstance(constraint_fn, str):
+            source = find_constraint(constraint_fn)
+            if not source.available:
+                raise ValueError(
+                    f"constraint_fn={constraint_fn!r} is not registered in this process; decorate "
+                    f"the function with register_constraint({constraint_fn!r}), or pass a function"
+                )
+            self.constraint_source = source.name
+            constraint_fn = _OfOne(source)
         _check_callable(constraint_fn, "constraint_fn(observation)")
         self.constraint_fn = constraint_fn
         self.terminate_on_violation = terminate_on_violation
@@ -185,6 +199,16 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
             value, "constraint_fn(observation)", "; of several, return the largest"
         )
         return {COST: float(constraint > 0), **info, CONSTRAINT: constraint}
+
+
+class _OfOne:
+    """The constraint of a single observation, by a source that takes batches."""
+
+    def __init__(self, source: ConstraintSource) -> None:
+        self._source = source
+
+    def __call__(self, observation: Any) -> float:  # noqa: ANN401
+        return float(self._source(batch_of_one(observation))[0])
 
 
 class CostFromFunction(Wrapper, RecordConstructorArgs):

@@ -242,12 +242,27 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     def _act(
         self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.floating]:
+        """Return the actions of `_gated` where a network estimates h."""
+        states = self._safety(model).evaluate_features(observations)
+        return self._gated(model, states, deterministic)
+
+    def _action_rows(
+        self, model: CriticArchitecture, rows: npt.NDArray[np.float32], deterministic: bool
+    ) -> npt.NDArray[np.float32]:
+        """Return the actions of `_gated` as rows (n, act), with h of the agent's source."""
+        states = self._safety(model).states(rows)
+        return model.scaling.to_box(self._gated(model, states, deterministic))
+
+    def _gated(
+        self, model: CriticArchitecture, states: StateValue, deterministic: bool
+    ) -> npt.NDArray[np.floating]:
         """Return the action for one sample of z (deterministic: z = 0) where it is safe enough.
 
         Where Q_h of this action is not below -margin, the safest of it and N more samples is taken.
         If Q_h of that one is not below -margin either, `_beyond_the_student` returns the action
         that a shield would choose. A deterministic call uses the same N samples in every state.
         """
+        observations = states.inputs
         count, width = len(observations), model.scaling.action_features
         shape = (count, width)
         first = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
@@ -256,7 +271,6 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if each == 1:
             return actions
         safety = self._safety(model)
-        states = safety.evaluate_features(observations)
         limit = -self._margin(model)
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)

@@ -50,7 +50,7 @@ from safeshield.support.decide import SupportTest
 from safeshield.support.record import SupportRecord
 from safeshield.support.scores import support_score
 from safeshield.training.agent import OfflineAgent
-from safeshield.training.architecture import CRITICS, Architecture, Interface
+from safeshield.training.architecture import CRITICS, Architecture, Interface, interface_of
 from safeshield.training.config import SafetyConfig
 from safeshield.training.imitation import flow_update
 from safeshield.training.log import LogTensors, check_boundary, safety_scale
@@ -315,8 +315,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
                 self.device,
             )
         safety = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
-        spaces = dataset.observation_space, dataset.action_space
-        return self._architecture(Interface(*spaces, scaling), safety, term=term)
+        return self._architecture(interface_of(dataset, scaling), safety, term=term)
 
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ShieldArchitecture:
         safety = restored_safety(header, interface.scaling, self.config.critic_hidden)
@@ -353,13 +352,13 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         self._shield = None
 
     def _action_rows(
-        self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: ShieldArchitecture, rows: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
         """Return the fallback's actions, or for discrete actions the choice of lowest Q_h."""
         if FALLBACK in model.networks:
-            return super()._action_rows(model, observations, deterministic)
+            return super()._action_rows(model, rows, deterministic)
         safety = self.shield().model
-        return safety.fallback_alone(safety.evaluate_features(observations))
+        return safety.fallback_alone(safety.states(rows))
 
     def _act(
         self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool

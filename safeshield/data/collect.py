@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.rollouts.copies import check_env, spaces_of
+from safeshield.rollouts.copies import check_env, constraint_source, spaces_of
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.generic import Env, VectorEnv
@@ -33,7 +34,9 @@ def collect(
     and at every step. Otherwise they are binary, from ``info["cost"]`` after every step, and a cost
     that is missing at reset counts as 0, a safe start. Where only the constraint is reported, the
     cost is 1 in a violation and 0 elsewhere. The logged action is ``info["action_executed"]``, the
-    action that the dynamics saw, where the environment reports it.
+    action that the dynamics saw, where the environment reports it. Where the environment names a
+    function of the observation that gives its constraint (`values.constraint`), the log stores that
+    name.
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
@@ -62,7 +65,11 @@ def collect(
     runs = run_episodes(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
     )
-    return log_of(runs, space, action_space, label_magnitude=label_magnitude)
+    log = log_of(runs, space, action_space, label_magnitude=label_magnitude)
+    source = constraint_source(env)
+    if source is None or log.constraint_kind == "binary" or observation_keys is not None:
+        return log
+    return dataclasses.replace(log, constraint_source=source)
 
 
 def log_of(

@@ -25,6 +25,7 @@ from safeshield.data.validation import (
 )
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import check_same_space, space_from_json, space_to_json
+from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_constraint, named
 
 ConstraintKind = Literal["continuous", "binary"]
 Array = npt.NDArray[Any]
@@ -67,6 +68,8 @@ class OfflineDataset:
         provenance: How the log was made, as JSON values: environment, seeds, versions. None where
             this is not known. The provenance is saved and loaded, and parts of the log keep it.
             Minari's datasets do not hold it.
+        constraint_source: Name of the function of the observation that gives the labels exactly
+            (`values.constraint`). None where no such function is known.
 
     Raises:
         ValueError: A rule is broken. The message names the key, the index, the episode and a
@@ -99,6 +102,7 @@ class OfflineDataset:
     action_space: gym.Space[Any]
     constraint_kind: ConstraintKind
     provenance: Mapping[str, Any] | None = None
+    constraint_source: str | None = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -151,6 +155,7 @@ class OfflineDataset:
         label_magnitude: float = DEFAULT_MAGNITUDE,
         initial_costs: npt.ArrayLike | None = None,
         provenance: Mapping[str, Any] | None = None,
+        constraint_source: str | None = None,
     ) -> OfflineDataset:
         """Return a log made of arrays; labels, costs and spaces may be left out.
 
@@ -219,6 +224,7 @@ class OfflineDataset:
             action_space=action_space,
             constraint_kind=kind,
             provenance=provenance,
+            constraint_source=constraint_source,
             **flags,
         )
 
@@ -278,6 +284,7 @@ class OfflineDataset:
                 constraint_kind=kind,
                 label_magnitude=DEFAULT_MAGNITUDE if label_magnitude is None else label_magnitude,
                 provenance=None if header is None else header.get("provenance"),
+                constraint_source=named((header or {}).get("constraint_source")),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
@@ -308,6 +315,8 @@ class OfflineDataset:
         }
         if self.provenance is not None:
             header["provenance"] = dict(self.provenance)
+        if self.constraint_source is not None:
+            header["constraint_source"] = self.constraint_source
         arrays = {_DSRL_NAMES.get(name, name): array for name, array in self._arrays().items()}
         storage.write_log(Path(path), arrays, header)
 
@@ -385,6 +394,66 @@ class OfflineDataset:
             self.next_constraints > 0, self.episode_starts, magnitude, initial
         )
         return dataclasses.replace(self, constraints=now, next_constraints=after)
+
+    def with_constraint(
+        self, source: str | ConstraintSource | ConstraintFn, name: str = ""
+    ) -> OfflineDataset:
+        """Return the same log with continuous labels, computed from the observations.
+
+        The log stores the name of the source. Agents and shields that are trained on the log use
+        the same function in place of a network that estimates h.
+
+        Args:
+            source: A function from a batch of n observations to h (n,), positive in a violation;
+                or its registered name, or a `ConstraintSource`.
+            name: Name and version for a function that is not registered, such as ``"speed@1"``.
+
+        Raises:
+            TypeError: `source` is of another kind.
+            LookupError: The name is not registered in this process.
+            ValueError: The function returns NaN, infinity or another shape; or the sign of h
+                contradicts the logged costs. The message says how often, and where first.
+
+        >>> data = OfflineDataset.from_arrays(
+        ...     observations=[[0.0], [1.0]], actions=[[0.5], [0.5]], rewards=[1.0, 1.0],
+        ...     next_observations=[[1.0], [2.0]], terminated=[False, True],
+        ...     truncated=[False, False], costs=[0, 1],
+        ... )
+        >>> data.with_constraint(lambda obs: obs[:, 0] - 1.5, name="place@1").constraints.tolist()
+        [-1.5, -0.5]
+        """
+        known = as_constraint(source, name)
+        if known is None:
+            raise TypeError("source must be a function, a name or a ConstraintSource, got None")
+        codec = self.flat_observations
+        now, after = (
+            np.asarray(known(codec.batch(rows)), np.float32)
+            for rows in (self.observations, self.next_observations)
+        )
+        for what, h in (("constraints", now), ("next_constraints", after)):
+            bad = ~np.isfinite(h)
+            if bad.any():
+                raise ValueError(
+                    f"the constraint '{known.name}' must be finite, but it is {h[bad][0]} in "
+                    f"{int(bad.sum())} of {len(self)} states; the first is that of {what}"
+                    f"[{int(bad.argmax())}]"
+                )
+        differs = (after > 0) != (self.costs > 0)
+        if differs.any():
+            at = int(differs.argmax())
+            raise ValueError(
+                f"the constraint '{known.name}' contradicts the logged cost in "
+                f"{int(differs.sum())} of {len(self)} reached states; the first is row {at}, where "
+                f"h = {after[at]:.4g} and the cost is {self.costs[at]:g}. Check the sign (h > 0 is "
+                "a violation) and whether the observation determines the cost"
+            )
+        return dataclasses.replace(
+            self,
+            constraints=now,
+            next_constraints=after,
+            constraint_kind="continuous",
+            constraint_source=known.name,
+        )
 
     @cached_property
     def episode_starts(self) -> npt.NDArray[np.int64]:
@@ -498,6 +567,12 @@ class OfflineDataset:
                     f"datasets must have the same constraint_kind, got "
                     f"{first.constraint_kind!r} and {part.constraint_kind!r}"
                 )
+            if part.constraint_source != first.constraint_source:
+                raise ValueError(
+                    f"datasets must have the same constraint_source, got "
+                    f"{first.constraint_source!r} and {part.constraint_source!r}; label them "
+                    "alike by with_constraint()"
+                )
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS
         }
@@ -573,7 +648,7 @@ def _read_header(
     header: storage.Header,
 ) -> tuple[ConstraintKind, gym.Space[Any], gym.Space[Any]]:
     expected = {"format", "version", "constraint_kind", "observation_space", "action_space"}
-    if set(header) - {"provenance"} != expected:
+    if set(header) - {"provenance", "constraint_source"} != expected:
         raise ValueError(f"its header must have the fields {sorted(expected)}")
     if (header["format"], header["version"]) != (_FORMAT, _VERSION):
         raise ValueError(

@@ -9,8 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from safeshield.envs.registration import register_envs
+from safeshield.values.constraint import register_constraint
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from safeshield.envs.boat import BoatEnv, BoatVectorEnv
     from safeshield.envs.double_integrator import DoubleIntegratorEnv, DoubleIntegratorVectorEnv
 
@@ -30,6 +34,20 @@ _HOME = {
 }
 
 register_envs()
+
+
+@register_constraint("Boat@1")
+def _boat(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    from safeshield.envs.boat import constraint
+
+    return constraint(observations)
+
+
+@register_constraint("DoubleIntegrator@1")
+def _double_integrator(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    from safeshield.envs.double_integrator import constraint
+
+    return constraint(observations)
 
 
 def __getattr__(name: str) -> object:

@@ -135,6 +135,7 @@ class BoatTask(StateTask):
     action_size = 2
     max_episode_steps = MAX_EPISODE_STEPS
     render_fps = 50
+    constraint_source = "Boat@1"
 
     def __post_init__(self) -> None:
         positive("dt", self.dt)

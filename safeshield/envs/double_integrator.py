@@ -86,6 +86,7 @@ class DoubleIntegratorTask(StateTask):
     action_size = 1
     max_episode_steps = MAX_EPISODE_STEPS
     render_fps = 20
+    constraint_source = "DoubleIntegrator@1"
 
     def __post_init__(self) -> None:
         positive("dt", self.dt)

@@ -31,6 +31,7 @@ class StateEnv(Env):
 
     def __init__(self, task: StateTask, render_mode: str | None = None) -> None:
         self.task = task
+        self.constraint_source = task.constraint_source
         self.render_mode = checked_render_mode(render_mode)
         self.observation_space: spaces.Box = task.observation_space()
         self.action_space: spaces.Box = task.action_space()

@@ -26,6 +26,8 @@ class StateTask(ABC):
     action_size: int
     max_episode_steps: int
     render_fps: int
+    constraint_source: str | None = None
+    """Name under which the constraint is registered as a function of the observation."""
 
     @abstractmethod
     def next_state(self, state: Array, action: Array) -> Array:

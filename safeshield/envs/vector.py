@@ -63,6 +63,7 @@ class StateVectorEnv(VectorEnv):
         render_mode: str | None = None,
     ) -> None:
         self.task = task
+        self.constraint_source = task.constraint_source
         self.num_envs = _at_least_one("num_envs", num_envs)
         self.max_episode_steps = (
             None

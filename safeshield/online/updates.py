@@ -69,7 +69,7 @@ class SSQLModel(Architecture):
         units: tuple[float, float],
     ) -> Self:
         """Make the description; `units` are the offset and the spread of returns."""
-        observation_space, action_space, scaling = interface
+        observation_space, action_space, scaling = interface[:3]
         codec = flat_actions(action_space)
         choices = len(codec.choices) if codec.discrete else 0
         hidden = config.critic_hidden

@@ -53,6 +53,28 @@ def environment_id(env: object) -> str:
     return environment_id(members[0]) if members else ""
 
 
+def constraint_source(env: object) -> str | None:
+    """Return the name of the function of the observation that gives an environment's constraint.
+
+    The name is the attribute `constraint_source` of the environment or of one of its wrappers, the
+    outermost first. The result is None where there is none, or where the members of a vector
+    environment differ.
+    """
+    layer: Any = env
+    while layer is not None:
+        name = vars(layer).get("constraint_source") or getattr(
+            type(layer), "constraint_source", None
+        )
+        if isinstance(name, str):
+            return name
+        members = vars(layer).get("envs")
+        if members:
+            names = {constraint_source(member) for member in members}
+            return names.pop() if len(names) == 1 else None
+        layer = vars(layer).get("env")
+    return None
+
+
 def environment_kwargs(env: object) -> dict[str, Any] | None:
     """Return the keyword arguments with which an environment was made, as JSON values.
 

@@ -18,7 +18,8 @@ from safeshield.nn.mlp import hidden_widths, largest_and_gradient, layers, run
 from safeshield.nn.plan_actor import ActionCritic
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
-from safeshield.spaces.shapes import Actions, Candidates, Noise, Observations, Scalars
+from safeshield.spaces.shapes import Actions, Candidates, Flags, Noise, Observations, Scalars
+from safeshield.values.constraint import ConstraintSource
 from safeshield.values.units import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -27,6 +28,7 @@ from safeshield.values.units import (
     FALLBACK,
     SafetyScale,
     action_value,
+    known_value,
     state_value,
 )
 
@@ -39,10 +41,14 @@ class StateValue:
     """(n, obs) normalised observations."""
     value: Float
     """(n,) V_h of the states, in units of h."""
+    known: Flags | None = None
+    """(n,) whether the constraint's source determines h; None where it does in all states. In the
+    other states `value` uses the network's estimate of h, and no action is acceptable."""
 
     def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> StateValue:
         """Return the results for some of the states."""
-        return StateValue(self.inputs[index], self.value[index])
+        known = None if self.known is None else self.known[index]
+        return StateValue(self.inputs[index], self.value[index], known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +61,8 @@ class SafetyModel:
         observation_space: a space that `spaces.rows.flat_observations` takes.
         action_space: a space that `spaces.rows.flat_actions` takes.
         scaling: units of observations and actions.
+        constraint: source of h(s), a function of the observation; None where the network
+            "constraint" estimates it.
         scale: units of h.
         networks: weights by the network's name: "constraint", "excess", "advantage", and the
             networks that the actors and `judge` name.
@@ -68,6 +76,7 @@ class SafetyModel:
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     scaling: Scaling
+    constraint: ConstraintSource | None
     scale: SafetyScale
     networks: Mapping[str, Weights]
     fallback_actor: Actor | None
@@ -87,6 +96,7 @@ class SafetyModel:
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
         scaling: Scaling,
+        constraint: ConstraintSource | None,
         scale: SafetyScale,
         networks: Mapping[str, Weights],
         flow_steps: int = 10,
@@ -108,7 +118,8 @@ class SafetyModel:
                 if widths.choices
                 else FlowActor(widths.observation, widths.action, hidden, flow_steps)
             )
-        return cls(observation_space, action_space, scaling, scale, networks, fallback, behaviour)
+        spaces = observation_space, action_space
+        return cls(*spaces, scaling, constraint, scale, networks, fallback, behaviour)
 
     @cached_property
     def observation_codec(self) -> SpaceCodec:
@@ -133,12 +144,31 @@ class SafetyModel:
         return [(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]])) for a, b in pairs]
 
     @cached_property
+    def _excess_layers(self) -> list[tuple[Float, Float]]:
+        return layers(self.networks[EXCESS])
+
+    @cached_property
     def _advantage_layers(self) -> list[tuple[Float, Float]]:
         return layers(self.networks[ADVANTAGE])
 
     def states(self, observations: Observations) -> StateValue:
-        """Return V_h of finite observations (n, obs), with the features that actions need."""
-        return self.evaluate_features(self.scaling.observations(observations))
+        """Return V_h of finite observations (n, obs), with the features that actions need.
+
+        Raises:
+            LookupError: the constraint's source is not registered in this process.
+        """
+        inputs = self.scaling.observations(observations)
+        if self.constraint is None:
+            return self.evaluate_features(inputs)
+        h = self.constraint(self.observation_codec.batch(observations))
+        raw = run(self._excess_layers, inputs)[0, :, 0]
+        value = known_value(self.scale, h.astype(np.float32), raw)
+        known = np.isfinite(value)
+        if known.all():
+            return StateValue(inputs, value)
+        return StateValue(
+            inputs, np.where(known, value, self.evaluate_features(inputs).value), known
+        )
 
     def unjudged(self, observations: Observations) -> StateValue:
         """Return observations (n, obs) as features, with value 0; this needs no critics."""
@@ -146,7 +176,10 @@ class SafetyModel:
         return StateValue(inputs, np.zeros(len(inputs), np.float32))
 
     def evaluate_features(self, inputs: Float) -> StateValue:
-        """Return V_h of normalised observations (n, features), as `spaces.scaling` makes them."""
+        """Return V_h of normalised observations (n, features), as `spaces.scaling` makes them.
+
+        The network "constraint" estimates h, because a source needs the observations themselves.
+        """
         out = run(self._state_layers, inputs)
         return StateValue(inputs, state_value(self.scale, out[0, :, 0], out[1, :, 0]))
 

@@ -37,6 +37,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.support import SCORES, SupportRecord, SupportTest, support_score
+from safeshield.values.constraint import as_constraint, named
 from safeshield.values.units import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -79,6 +80,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "action_space": space_to_json(model.action_space),
         "scaling": model.scaling.to_json(),
         "safety_scale": model.scale.to_json(),
+        "constraint_source": model.constraint and model.constraint.name,
         "hidden": {name: list(hidden_widths(model.networks[name])) for name in SAFETY_NETWORKS},
         "fallback": to_header(model.fallback_actor),
         "behaviour": to_header(model.behaviour_actor),
@@ -132,6 +134,8 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
             # Files from before there were several strategies hold the candidates alone.
             replacement = NearestAcceptable(_candidates(header["candidates"]))
         check_replacement(replacement, action)
+        # Files of earlier releases have no source of h.
+        source = as_constraint(named(header.get("constraint_source")))
         trained_by = header["trained_by"]
         if not isinstance(trained_by, str):
             raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")
@@ -145,6 +149,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         observation.space,
         action.space,
         scaling,
+        source,
         scale,
         networks,
         *actors,

@@ -313,12 +313,14 @@ class ShieldRuntime:
         readable = self.shield.readable(rows)
         known = readable[0] if self.num_envs is None else readable.all()
         states = self.shield.model.states(rows) if known else self.shield.states(rows)
+        if states.known is not None:
+            readable = readable & states.known
         self.infos = infos
         if self._constraint is not None:
             batch = batch_of_one(observations) if single else observations
             h = _constraint_of(self._constraint, batch, self.infos)
             raised = np.maximum(states.value, h.astype(states.value.dtype))
-            states = StateValue(states.inputs, raised)
+            states = StateValue(states.inputs, raised, states.known)
         if self.num_envs is None:
             self.values = float(states.value[0]) if readable[0] else np.inf
         else:

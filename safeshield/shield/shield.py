@@ -47,6 +47,7 @@ from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import plain
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
+from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_constraint
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
@@ -151,6 +152,38 @@ class Shield:
         """Return a copy with another delta, without the record."""
         return replace(self, delta=float(delta), record=None)
 
+    def with_constraint(self, source: str | ConstraintSource | ConstraintFn | None) -> Self:
+        """Return a copy that takes h of a state from another source.
+
+        The record is kept only where the source has the name of the shield's own. A function that
+        is passed to a shield whose source is not registered in this process gets that name.
+
+        Args:
+            source: A function from a batch of n observations to h (n,); or its registered name, or
+                a `ConstraintSource`. None means the network's estimate of h.
+
+        Raises:
+            TypeError: `source` is of another kind.
+
+        >>> import gymnasium, safeshield.envs
+        >>> from safeshield import ShieldConfig, ShieldTrainer, collect
+        >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+        >>> trainer = ShieldTrainer(ShieldConfig(critic_hidden=(16,), behaviour_hidden=(16,)))
+        >>> shield = trainer.fit(log, steps=30).shield()
+        >>> shield.constraint, shield.with_constraint(None).constraint
+        ('Boat@1', None)
+        """
+        own = self.model.constraint
+        unresolved = own is not None and not own.available
+        known = as_constraint(source, own.name if own is not None and unresolved else "")
+        model = replace(self.model, constraint=known)
+        return replace(self, model=model, record=self.record if known == own else None)
+
+    @property
+    def constraint(self) -> str | None:
+        """Name of the source of h; None where a network estimates h."""
+        return None if self.model.constraint is None else self.model.constraint.name
+
     def with_replacement(self, replacement: Replacement) -> Self:
         """Return a copy that replaces actions in another way, without the record.
 
@@ -218,7 +251,8 @@ class Shield:
 
     def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
         """Return `value` for rows (n, obs) and (n, act) of `spaces.rows`."""
-        states, known = self.states(rows), self.readable(rows)
+        states = self.states(rows)
+        known = self.known(states, rows)
         if actions is None:
             return _where_known(known, states.value)
         known = known & self.model.action_codec.contains(actions)
@@ -232,6 +266,16 @@ class Shield:
         and whole numbers where its space has whole numbers.
         """
         return np.asarray(np.logical_and.reduce(self._readable.entries(rows), axis=-1))
+
+    def known(self, states: StateValue, rows: Observations) -> Flags:
+        """Return whether observations (n, obs) are readable and determine h, (n,).
+
+        Args:
+            states: Result of `states` for the same rows.
+            rows: (n, obs) the raw observations.
+        """
+        readable = self.readable(rows)
+        return readable if states.known is None else readable & states.known
 
     def states(self, rows: Observations) -> StateValue:
         """Return the critics' results for observations (n, obs), for `filter_rows`.
@@ -317,7 +361,7 @@ class Shield:
         given = np.asarray(self.threshold if threshold is None else threshold, np.float64)
         limit = np.broadcast_to(given, (len(actions),))
         self.warn_if_uncalibrated()
-        readable = self.readable(rows)
+        readable = self.known(states, rows)
         known = readable & np.isfinite(actions).all(axis=-1)
         inside = self.model.action_codec.contains(actions)
         values = self.model.action_values(states, np.where(inside[:, None], actions, self._low))
@@ -381,7 +425,7 @@ class Shield:
         inside = self.model.action_codec.contains(candidates)
         known = np.where(inside[..., None], candidates, self._low)
         values = _where_known(inside, self.model.candidate_values(states, known))
-        good = (values <= limit[..., None]) & self.readable(rows)[:, None]
+        good = (values <= limit[..., None]) & self.known(states, rows)[:, None]
         if self.support is not None and good.any():
             at, which = np.nonzero(good)
             good[at, which] = self.support.accepts(

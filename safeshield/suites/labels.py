@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from safeshield.data import OfflineDataset
 from safeshield.suites.constraints import with_constraint
-from safeshield.suites.logged import LOG_LABELS, Floats, LogLabel
+from safeshield.suites.logged import LOG_LABELS, SOURCES, Floats, LogLabel
 from safeshield.suites.metadrive import METADRIVE_FORK_WIDTH, METADRIVE_TASKS
 
 __all__ = ["Agreement", "LogLabel", "agreement", "label", "log_label", "with_constraint"]
@@ -85,9 +85,12 @@ def label(
     (because of rounding, a car's tilt or a vase that slides on), h is set to 0.001 with the sign of
     the cost. The same is done where the centre is beyond the 6 m range of the Circle tasks' lidar.
 
-    Two kinds of logs are returned unchanged: a log that already has continuous labels, which the
-    environment reported, and a log of the Humanoid, which does not determine its speed and keeps
-    its binary labels.
+    Where the observation alone determines h, and the sign of h agrees with every logged cost, the
+    log names the function (`values.constraint`), and whatever is trained on it computes h with it.
+
+    The labels of two kinds of logs do not change. A log that already has continuous labels keeps
+    what the environment reported. A log of the Humanoid does not determine its speed and keeps its
+    binary labels.
 
     Args:
         dataset: log with raw observations, actions and rewards, as in DSRL's logs.
@@ -106,7 +109,7 @@ def label(
         return dataset
     _check_width(dataset, found, _dsrl_name(task))
     if dataset.constraint_kind == "continuous":
-        return dataset
+        return _named(dataset, found, SOURCES.get(_dsrl_name(task)))
     if not 0.0 <= max_disagreement <= 1.0:
         raise ValueError(f"max_disagreement must lie in [0, 1], got {max_disagreement}")
     now, after = _constraints(dataset, found)
@@ -122,9 +125,28 @@ def label(
     starts = dataset.episode_starts
     # The first state of an episode has no logged cost, so its sign is not corrected.
     left[starts] = np.nan_to_num(now[starts], nan=-MENDED)
+    exact = counts.disagreements == counts.unseen == 0
     return dataclasses.replace(
-        dataset, constraints=left, next_constraints=reached, constraint_kind="continuous"
+        dataset,
+        constraints=left,
+        next_constraints=reached,
+        constraint_kind="continuous",
+        constraint_source=SOURCES.get(_dsrl_name(task)) if exact else None,
     )
+
+
+def _named(dataset: OfflineDataset, found: LogLabel, source: str | None) -> OfflineDataset:
+    """Return a log with continuous labels, which names their source where it gives them."""
+    if source is None or dataset.constraint_source is not None:
+        return dataset
+    now, after = _constraints(dataset, found)
+    near = 1e-3 * float(dataset.constraints.std())
+    same = (
+        np.allclose(now, dataset.constraints, rtol=0.0, atol=near)
+        and np.allclose(after, dataset.next_constraints, rtol=0.0, atol=near)
+        and bool(((after > 0) == (dataset.costs > 0)).all())
+    )
+    return dataclasses.replace(dataset, constraint_source=source) if same else dataset
 
 
 def agreement(dataset: OfflineDataset, task: str | Named) -> Agreement | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.data import OfflineDataset
 from safeshield.suites.constraints import (
     CLEAR,
     CONTACT,
@@ -23,11 +23,15 @@ from safeshield.suites.constraints import (
     SPEED_LIMIT,
 )
 from safeshield.suites.metadrive import METADRIVE_TASKS, METADRIVE_WIDTH
+from safeshield.values.constraint import register_constraint
+
+if TYPE_CHECKING:
+    from safeshield.data import OfflineDataset
 
 Floats = npt.NDArray[np.float64]
 OfState = Callable[[Floats], Floats]
 """Function: observations (N, width) -> h (N,), NaN where an observation does not determine h."""
-OfStep = Callable[[OfflineDataset], Floats]
+OfStep = Callable[["OfflineDataset"], Floats]
 """Function: log -> h (N,) of the state that each step reached."""
 
 
@@ -298,3 +302,23 @@ LOG_LABELS: dict[str, LogLabel | None] = {
     **{name: LogLabel(METADRIVE_WIDTH, _driving_state, _driving_step) for name in METADRIVE_TASKS},
 }
 """DSRL's name of a task -> how h is computed from its logs; None where labels stay binary."""
+
+SOURCES = {
+    name: f"{name}@1"
+    for name, found in LOG_LABELS.items()
+    if found is not None and found.of_step is None
+}
+"""DSRL's name of a task -> name of the function that computes h from an observation. Tasks whose
+constraint an observation does not determine (a mean speed, a contact, a crash) are missing."""
+
+
+def _register(name: str, of_state: OfState) -> None:
+    @register_constraint(SOURCES[name])
+    def observed(observations: Floats) -> Floats:
+        return of_state(np.asarray(observations, np.float64))
+
+
+for _name in SOURCES:
+    _label = LOG_LABELS[_name]
+    if _label is not None:
+        _register(_name, _label.of_state)

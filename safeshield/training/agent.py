@@ -35,12 +35,13 @@ from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
-from safeshield.training.architecture import Architecture, Interface
+from safeshield.training.architecture import Architecture, Interface, interface_of
 from safeshield.training.checkpoint import flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, device_of, run_phases
 from safeshield.training.run import Config, Run
 from safeshield.training.state import Phase, TrainState
+from safeshield.values.constraint import as_constraint, named
 
 _VERSION = 1
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -223,6 +224,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             "observation_space": space_to_json(model.observation_space),
             "action_space": space_to_json(model.action_space),
             "scaling": model.scaling.to_json(),
+            "constraint_source": model.constraint and model.constraint.name,
             **self._header(model),
         }
         kept = {name: self._arrays[name] for name in self._kept(model)}
@@ -257,7 +259,9 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             observation = flat_observations(space_from_json(header["observation_space"]))
             action = flat_actions(space_from_json(header["action_space"]))
             scaling = Scaling.from_json(header["scaling"], observation, action)
-        interface = Interface(observation.space, action.space, scaling)
+            # Older files have no source of h.
+            source = as_constraint(named(header.get("constraint_source")))
+        interface = Interface(observation.space, action.space, scaling, source)
         return AgentFile(path, file, config, interface)
 
     def _take(self, read: AgentFile) -> None:
@@ -331,10 +335,20 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """Return actions (n, act) in [-1, 1] for normalised observations (n, features)."""
 
     def _action_rows(
-        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
+        self, model: ModelT, rows: npt.NDArray[np.float32], deterministic: bool
     ) -> npt.NDArray[np.float32]:
-        """Return the actions of `_act` as rows (n, act) in the units of the action space."""
-        return model.scaling.to_box(self._act(model, observations, deterministic))
+        """Return the actions of `_act` as rows (n, act) in the units of the action space.
+
+        An algorithm whose actions depend on the constraint of the present state overrides this
+        method, because a source of h reads the observations themselves.
+
+        Args:
+            model: Architecture.
+            rows: (n, obs) observations in their own units.
+            deterministic: See `predict`.
+        """
+        seen = model.scaling.observations(rows)
+        return model.scaling.to_box(self._act(model, seen, deterministic))
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         """Return the algorithm's own networks by name, for the widths that a scaling gives."""
@@ -342,8 +356,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
 
     def _describe(self, dataset: OfflineDataset) -> ModelT:
         """Return the architecture in the units of a log."""
-        spaces = dataset.observation_space, dataset.action_space
-        return self._restore(Interface(*spaces, Scaling.of(dataset)), {})
+        return self._restore(interface_of(dataset, Scaling.of(dataset)), {})
 
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
         check_continuous(interface.action_space, type(self).__name__)
@@ -453,7 +466,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
-        chosen = self._action_rows(model, model.scaling.observations(rows), deterministic)
+        chosen = self._action_rows(model, rows, deterministic)
         actions = flat_actions(model.action_space).unflatten(chosen)
         return (actions[0] if single else actions), state
 

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 
+from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.state import Network
+from safeshield.values.constraint import ConstraintSource, as_constraint
 
 CRITICS = "critics"
 """Name of the phase of the critics, and of their group of Adam moments."""
 
 
 class Interface(NamedTuple):
-    """Spaces of an agent's observations and actions, and their scaling for the networks."""
+    """Spaces of an agent's observations and actions, their scaling, and the source of h."""
 
     observation_space: gym.Space[Any]
     """Space of one observation."""
@@ -25,6 +27,14 @@ class Interface(NamedTuple):
     """Space of one action."""
     scaling: Scaling
     """Units of observations and actions."""
+    constraint: ConstraintSource | None = None
+    """Source of h as a function of the observation; None where a network estimates h."""
+
+
+def interface_of(dataset: OfflineDataset, scaling: Scaling) -> Interface:
+    """Return the interface of an agent that learns from a log, in the units of `scaling`."""
+    source = as_constraint(dataset.constraint_source)
+    return Interface(dataset.observation_space, dataset.action_space, scaling, source)
 
 
 @dataclass(frozen=True)
@@ -37,13 +47,16 @@ class Architecture:
     """Space of one action."""
     scaling: Scaling
     """Units of observations and actions."""
+    constraint: ConstraintSource | None
+    """Source of h as a function of the observation; None where a network estimates h."""
     networks: Mapping[str, EnsembleMLP]
     """Networks by name that are each trained separately."""
 
     @property
     def interface(self) -> Interface:
-        """Spaces and scaling of the agent."""
-        return Interface(self.observation_space, self.action_space, self.scaling)
+        """Spaces, scaling and source of h of the agent."""
+        spaces = self.observation_space, self.action_space
+        return Interface(*spaces, self.scaling, self.constraint)
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
         """Return the networks that are trained together and have slow copies, by name.

@@ -14,7 +14,7 @@ from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent, check_continuous
-from safeshield.training.architecture import CRITICS, Architecture, Interface
+from safeshield.training.architecture import CRITICS, Architecture, Interface, interface_of
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
@@ -117,9 +117,9 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
 
     def _describe(self, dataset: OfflineDataset) -> ModelT:
         check_continuous(dataset.action_space, type(self).__name__)
-        spaces, scaling = (dataset.observation_space, dataset.action_space), Scaling.of(dataset)
-        critics = Critics.of(dataset, scaling, self.config)
-        return self._architecture(Interface(*spaces, scaling), critics)
+        interface = interface_of(dataset, Scaling.of(dataset))
+        critics = Critics.of(dataset, interface.scaling, self.config)
+        return self._architecture(interface, critics)
 
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
         check_continuous(interface.action_space, type(self).__name__)

@@ -23,6 +23,7 @@ __all__ = [
     "SAFETY_NETWORKS",
     "SafetyScale",
     "action_value",
+    "known_value",
     "state_value",
 ]
 
@@ -77,6 +78,11 @@ class SafetyScale:
 def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
     """Return V_h(s) = h^(s) + max(e(s), 0), in units of h, from the outputs of the two networks."""
     return scale.offset + scale.spread * constraint + relu(scale.excess * excess)
+
+
+def known_value(scale: SafetyScale, h: A, excess: A) -> A:
+    """Return V_h(s) = h(s) + max(e(s), 0), in units of h, where h(s) is known exactly."""
+    return h + relu(scale.excess * excess)
 
 
 def action_value(scale: SafetyScale, value: A, advantage: A) -> A:

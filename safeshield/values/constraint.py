@@ -1,0 +1,181 @@
+"""Named sources of the constraint: functions that compute h from an observation.
+
+Safety critics estimate h(s) by a network. Where the observation determines h, a function is exact,
+and the value of a state becomes
+
+    V_h(s) = h(s) + max(e(s), 0)
+
+with the function's h(s) in place of the estimate (`values.safety` has the definition of e). A
+source is a named quantity: its name consists of a word and a version, such as ``"Boat@1"``. Logs,
+agents and shields store the name, and each process registers the function. Reading a file therefore
+never runs code that the file names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from safeshield.spaces.shapes import Scalars
+
+ConstraintFn = Callable[[Any], npt.ArrayLike]
+"""Function from a batch of n observations, as a vector environment returns them, to h (n,). NaN
+means that the observation does not determine h."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MOST_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class ConstraintSource:
+    """A named constraint h of observations, positive in a violation.
+
+    Attributes:
+        name: Name and version of the quantity, such as ``"Boat@1"``. Two sources with one name are
+            the same quantity.
+        function: Function that computes h; None where this process has none registered.
+
+    Raises:
+        ValueError: The name is empty, too long, or holds characters that cannot be printed.
+
+    >>> speed = ConstraintSource("pendulum-speed@1", lambda obs: abs(obs[:, 2]) - 6.0)
+    >>> speed(np.array([[1.0, 0.0, 7.0], [1.0, 0.0, -2.0]])).tolist()
+    [1.0, -4.0]
+    """
+
+    name: str
+    function: ConstraintFn | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name = self.name
+        if not isinstance(name, str) or not 0 < len(name) <= _MOST_CHARACTERS:
+            raise ValueError(
+                f"a constraint's name must be text of 1 to {_MOST_CHARACTERS} characters, such as "
+                f"'speed@1', got {name!r:.80}"
+            )
+        if not name.isprintable():
+            raise ValueError(f"a constraint's name must be printable text, got {name!r:.80}")
+
+    @property
+    def available(self) -> bool:
+        """Whether the source has a function, its own or one that this process has registered."""
+        return (self.function or find_constraint(self.name).function) is not None
+
+    def __call__(self, observations: Any) -> Scalars:  # noqa: ANN401
+        """Return h (n,) float64 of n observations; NaN or infinite where it is not known.
+
+        Raises:
+            LookupError: The function is not registered in this process.
+            ValueError: The function does not return one number for each observation.
+        """
+        function = self.function or find_constraint(self.name).function
+        if function is None:
+            raise LookupError(
+                f"the constraint '{self.name}' is not registered in this process: import the "
+                "module that registers it (safeshield.suites for the benchmark tasks, "
+                "safeshield.envs for the package's own environments), pass the function, "
+                "shield.with_constraint(function), or use the network's estimate instead, "
+                "shield.with_constraint(None), which drops the record"
+            )
+        told = np.asarray(function(observations))
+        count = len(next(iter(observations.values()))) if isinstance(observations, dict) else None
+        count = len(observations) if count is None else count
+        if told.shape != (count,) or told.dtype.kind not in "fiu":
+            raise ValueError(
+                f"the constraint '{self.name}' must return one number for each of {count} "
+                f"observations, shape {(count,)}, got {told.dtype} {told.shape}"
+            )
+        return told.astype(np.float64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A registered function is pickled by its name, because it need not be importable.
+        known = _SOURCES.get(self.name)
+        if known is not None and known.function is self.function:
+            return find_constraint, (self.name,)
+        return ConstraintSource, (self.name, self.function)
+
+
+_SOURCES: dict[str, ConstraintSource] = {}
+
+
+def register_constraint(name: str) -> Callable[[F], F]:
+    """Return a decorator that registers a function of observations under a name.
+
+    Args:
+        name: Name and version, such as ``"clearance@1"``. Choose a new version when the function
+            changes, because files that name the old version were trained with the old function.
+
+    Raises:
+        ValueError: The name is registered for another function, or is not a name.
+
+    >>> @register_constraint("doc-speed@1")
+    ... def too_fast(observations):
+    ...     return np.abs(observations[:, 2]) - 6.0
+    >>> find_constraint("doc-speed@1")(np.array([[1.0, 0.0, 7.0]])).tolist()
+    [1.0]
+    """
+
+    def enter(function: F) -> F:
+        known = _SOURCES.get(name)
+        if known is not None and _place(known.function) != _place(function):
+            raise ValueError(
+                f"the constraint '{name}' is registered for another function; choose another name "
+                "or version"
+            )
+        _SOURCES[name] = ConstraintSource(name, function)
+        return function
+
+    return enter
+
+
+def _place(function: object) -> tuple[object, object]:
+    return getattr(function, "__module__", None), getattr(function, "__qualname__", function)
+
+
+def find_constraint(name: str) -> ConstraintSource:
+    """Return the source with this name, without a function where none is registered."""
+    return _SOURCES.get(name) or ConstraintSource(name)
+
+
+def named(name: object) -> str | None:
+    """Return the name of a source that a file holds, or None.
+
+    Raises:
+        ValueError: The entry is neither text nor null.
+    """
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"constraint_source must be a name or null, got {name!r:.80}")
+    return name or None
+
+
+def as_constraint(
+    source: str | ConstraintSource | ConstraintFn | None, name: str = ""
+) -> ConstraintSource | None:
+    """Return a source that is given as a name, a source or a function.
+
+    Args:
+        source: The source; None returns None. A function that is registered keeps its name.
+        name: Name of any other function; by default its module and qualified name.
+
+    Raises:
+        TypeError: `source` is none of these.
+    """
+    if source is None or isinstance(source, ConstraintSource):
+        return source
+    if isinstance(source, str):
+        return find_constraint(source)
+    for known in _SOURCES.values():
+        if known.function is source:
+            return known
+    if not callable(source):
+        raise TypeError(
+            "a constraint must be a registered name, a function of a batch of observations, or a "
+            f"ConstraintSource, got {type(source).__name__}"
+        )
+    own = getattr(source, "__qualname__", type(source).__qualname__)
+    return ConstraintSource(name or f"{getattr(source, '__module__', '')}.{own}", source)
