@@ -220,10 +220,11 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             names = {name: name for name in (*SAFETY_NETWORKS, STUDENT)}
             names[BEHAVIOUR] = BEHAVIOUR if BEHAVIOUR in model.networks else TEACHER
             self._safety_model = SafetyModel.of_networks(
-                *model.interface,
+                *model.interface[:3],
                 model.critics.safety.scale,
                 {name: self._arrays[mine] for name, mine in names.items()},
                 flow_steps=self.config.flow_steps,
+                constraint=model.constraint,
             )
         return self._safety_model
 

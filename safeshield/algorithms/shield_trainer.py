@@ -270,10 +270,11 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         model = self._fitted()
         if self._shield is None:
             safety = SafetyModel.of_networks(
-                *model.interface,
+                *model.interface[:3],
                 model.safety.scale,
                 self._arrays,
                 flow_steps=self.config.flow_steps,
+                constraint=model.constraint,
             )
             record = model.support
             test = None

@@ -96,10 +96,10 @@ class SafetyModel:
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
         scaling: Scaling,
-        constraint: ConstraintSource | None,
         scale: SafetyScale,
         networks: Mapping[str, Weights],
         flow_steps: int = 10,
+        constraint: ConstraintSource | None = None,
     ) -> SafetyModel:
         """Return a model with the usual actors, where `networks` holds their weights.
 

@@ -91,7 +91,6 @@ class SupportTerm:
             self.dataset.observation_space,
             self.dataset.action_space,
             self.scaling,
-            None,
             self.scale,
             deployed({BEHAVIOUR: behaviour}),
             self.flow_steps,
