@@ -127,7 +127,7 @@ class SafeSupportPolicy:
         proposal. None where the last call failed."""
 
     def start_wave(self, num_envs: int) -> None:
-        """Begin new episodes and reset the proposal policy's memory."""
+        """Begin new episodes in `num_envs` environments and reset the proposal policy's memory."""
         self._memory, self._starts = None, np.ones(num_envs, dtype=np.bool_)
         if isinstance(self._source, UserPolicy):
             self._source.start_wave(num_envs)
@@ -175,6 +175,9 @@ class SafeSupportPolicy:
         self, observations: Batch, actions: Batch, *, samples: int = 1024
     ) -> Scalars | np.floating:
         """Return log pi(a | s), which is the `value` of `log_density`.
+
+        `observations` and `actions` are one pair or a batch, and `samples` is the number of draws
+        for the estimate.
 
         >>> import gymnasium, safeshield
         >>> from safeshield import ShieldConfig, ShieldTrainer, collect

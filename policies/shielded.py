@@ -25,7 +25,14 @@ class Predictor(Protocol):
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], Memory]:
-        """Return actions and the recurrent state."""
+        """Return actions and the recurrent state.
+
+        Args:
+            observation: One observation or a batch.
+            state: Recurrent state before the step; None at the start.
+            episode_start: Whether each environment begins an episode.
+            deterministic: Whether to use the deterministic mode.
+        """
         ...
 
 
@@ -92,7 +99,16 @@ class ShieldedPolicy:
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
     ) -> tuple[npt.NDArray[Any], Memory]:
-        """Return the actions to execute, and the agent's recurrent state."""
+        """Return the actions to execute, and the agent's recurrent state.
+
+        The actions are the agent's where the shield accepts them, and else their replacements.
+
+        Args:
+            observation: One observation or a batch.
+            state: The agent's recurrent state before the step; None at the start.
+            episode_start: Whether each environment begins an episode.
+            deterministic: Whether the agent uses its deterministic mode.
+        """
         self.report = None
         # Agents may refuse NaN and infinity, so zeros replace them; the shield then ignores the
         # agent's action. The agent gets a copy, because it may normalise the observation in place.

@@ -48,7 +48,10 @@ class CertifiedStarts(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset until the start is certified."""
+        """Reset the environment until the start is certified, and return that start and its info.
+
+        `seed` is the seed of the first reset. `options` are passed to every reset.
+        """
         self._failed = True
         for _ in range(self._most):
             observation, info = self.env.reset(seed=seed, options=options)
@@ -66,7 +69,10 @@ class CertifiedStarts(Wrapper, RecordConstructorArgs):
         )
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        """Take a step of an episode that began with a certified start."""
+        """Take a step by `action` of an episode that began with a certified start.
+
+        The result is that of the environment.
+        """
         if self._failed:
             raise gym.error.ResetNeeded(
                 "cannot step after a reset that failed: the episode under way did not begin with a "

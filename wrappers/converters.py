@@ -74,7 +74,7 @@ class CostFromStep(Wrapper, RecordConstructorArgs):
         gym.Wrapper.__init__(self, _converted(env))
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
-        """Take a step."""
+        """Take a step by `action` and return what the environment returns."""
         try:
             return self.env.step(action)
         except ValueError as error:
@@ -179,12 +179,19 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and report the constraint of the state in which it starts."""
+        """Reset the environment and report the constraint of the state in which it starts.
+
+        `seed` and `options` are passed to the environment. The result is its observation, and its
+        info with the constraint.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, self._labelled(observation, info)
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
-        """Take a step and report the constraint of the state it reaches."""
+        """Take a step by `action` and report the constraint of the state that it reaches.
+
+        The result is that of the environment, with the constraint in the info.
+        """
         observation, reward, terminated, truncated, info = self.env.step(action)
         info = self._labelled(observation, info)
         if self.terminate_on_violation and info[CONSTRAINT] > 0:
@@ -250,14 +257,21 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and report the cost 0.0."""
+        """Reset the environment and report the cost 0.0.
+
+        `seed` and `options` are passed to the environment. The result is its observation, and its
+        info with the cost.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
         self._check_free(info)
         self._observation, self._running = copy.deepcopy(observation), True
         return observation, {**info, COST: 0.0}
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
-        """Take a step and report its cost."""
+        """Take a step by `action` and report its cost.
+
+        The result is that of the environment, with the cost in the info.
+        """
         if not self._running:
             raise gym.error.ResetNeeded("cannot step before the first call of reset()")
         given = copy.deepcopy(action)  # the environment may write into the array that it gets

@@ -108,14 +108,14 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset the environment."""
+        """Reset the environment by `seed` and `options`, and return its observation and info."""
         with self._forgetting():
             observation, info = self.env.reset(seed=seed, options=options)
             self._note(info, "V")
         return observation, info
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Take a step."""
+        """Take a step by `action` and return what the environment returns."""
         with self._forgetting():
             result = self.env.step(action)
             self._note(result[4], "Q")
@@ -185,7 +185,10 @@ class Layout(NamedTuple):
 
 
 def layout(height: int, width: int) -> Layout:
-    """Return the sizes for a frame; the overlay covers only the strip and the edge."""
+    """Return the sizes of the overlay for a frame of `height` by `width` pixels.
+
+    The overlay covers only the strip and the edge.
+    """
     short = min(height, width)
     edge = max(1, round(short / 100))
     # Smaller frames need relatively larger letters; letters below size 8 cannot be read.

@@ -135,7 +135,11 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and evaluate the state in which it starts."""
+        """Reset the environment and evaluate the state in which it starts.
+
+        `seed` and `options` are passed to the environment. The result is its observation, and its
+        info with the shield's entries.
+        """
         self._called = True
         with self.runtime.transition:
             observation, info = self.env.reset(seed=seed, options=options)

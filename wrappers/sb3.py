@@ -119,7 +119,10 @@ class VecSafetyShield(VecEnvWrapper):
         self._own_masks = self._codec.discrete and _has_masks(venv)
 
     def reset(self) -> VecEnvObs:
-        """Reset all environments and evaluate the states in which they start; see `reset_infos`."""
+        """Reset all environments and evaluate the states in which they start.
+
+        The result is the batch of observations. `reset_infos` holds the infos.
+        """
         self._decision = None
         with self.runtime.transition:
             observations = self.venv.reset()
@@ -193,7 +196,7 @@ class VecSafetyShield(VecEnvWrapper):
             ) from error
 
     def has_attr(self, attr_name: str) -> bool:
-        """Return whether the environments have an attribute.
+        """Return whether the environments have the attribute `attr_name`.
 
         Where actions are discrete, they always have ``action_masks``.
         """
@@ -207,9 +210,15 @@ class VecSafetyShield(VecEnvWrapper):
         indices: VecEnvIndices = None,
         **method_kwargs: Any,  # noqa: ANN401
     ) -> list[Any]:
-        """Call a method of the environments.
+        """Call a method of the environments and return their results, one for each.
 
         Where actions are discrete, ``action_masks`` returns the shield's masks.
+
+        Args:
+            method_name: Name of the method.
+            method_args: Arguments of the method.
+            indices: Environments to ask; None for all.
+            method_kwargs: Keyword arguments of the method.
 
         Raises:
             RuntimeError: masks are asked for before `reset`, or while a step is under way.
@@ -236,6 +245,11 @@ class VecSafetyShield(VecEnvWrapper):
         indices: VecEnvIndices = None,
     ) -> None:
         """Set an attribute of the environments.
+
+        Args:
+            attr_name: Name of the attribute.
+            value: Its new value.
+            indices: Environments in which it is set; None for all.
 
         Raises:
             ValueError: the attribute is ``reset`` or ``step``, which would bypass the shield.

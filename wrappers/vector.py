@@ -168,6 +168,9 @@ class VectorSafetyShield(VectorWrapper):
     ) -> tuple[Batch, _Infos]:
         """Reset all environments, or those in ``options["reset_mask"]``, and evaluate the states.
 
+        `seed` and `options` are passed to the environments. The result is the batch of
+        observations, and the infos with the shield's entries.
+
         Raises:
             gymnasium.error.ResetNeeded: the mask leaves out environments whose states are not
                 known, because they were never reset or a step or reset has failed.
@@ -195,7 +198,10 @@ class VectorSafetyShield(VectorWrapper):
             return observations, _with_columns(infos, runtime.start_infos(), mask)
 
     def step(self, actions: npt.ArrayLike) -> tuple[Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
-        """Execute `actions` (n, ...), or their replacements.
+        """Execute `actions` (n, ...), or their replacements, one in each environment.
+
+        The result is that of the environments: observations, rewards, terminated, truncated, and
+        infos with the shield's entries.
 
         Raises:
             gymnasium.error.ResetNeeded: `step` is called before the first reset, after a step or
@@ -256,7 +262,7 @@ class VectorSafetyShield(VectorWrapper):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Batch, _Infos]:
-        """Reset, as `reset` does."""
+        """Reset with these `seed` and `options`, and return the result of `reset`."""
         return self.reset(seed=seed, options=options)
 
     def step_async(self, actions: npt.ArrayLike) -> None:
@@ -264,7 +270,7 @@ class VectorSafetyShield(VectorWrapper):
         self._pending = actions
 
     def step_wait(self) -> tuple[Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
-        """Step, as `step` does, with the actions given to `step_async`."""
+        """Step with the actions given to `step_async`, and return the result of `step`."""
         if self._pending is None:
             raise gym.error.NoAsyncCallError(
                 "call step_async(actions) before step_wait()", "step_wait"
@@ -277,6 +283,13 @@ class VectorSafetyShield(VectorWrapper):
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Call a method of each environment, or get an attribute, except ``reset`` and ``step``.
 
+        The result has one entry for each environment.
+
+        Args:
+            name: Name of the method or attribute.
+            args: Arguments of the method.
+            kwargs: Keyword arguments of the method.
+
         Raises:
             ValueError: `name` is ``reset`` or ``step``, which would bypass the shield.
         """
@@ -285,7 +298,9 @@ class VectorSafetyShield(VectorWrapper):
         return results
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401
-        """Set an attribute of each environment, except ``reset`` and ``step``.
+        """Set the attribute `name` of each environment to one of `values`, or to a value for all.
+
+        The names ``reset`` and ``step`` are refused.
 
         Raises:
             ValueError: `name` is ``reset`` or ``step``, which would bypass the shield.

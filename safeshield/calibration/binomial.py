@@ -49,6 +49,11 @@ def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
 
     The result is -1 where the bound is above eps even for k = 0.
 
+    Args:
+        episodes: Number N of episodes of a test.
+        epsilon: Violation rate to show.
+        confidence: Confidence of the test.
+
     >>> violations_allowed(458, 0.01, 0.99), violations_allowed(459, 0.01, 0.99)
     (-1, 0)
     """
@@ -61,6 +66,11 @@ def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
 
 def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> int:
     """Return the smallest N for which the bound with `violations` violations is at most eps.
+
+    Args:
+        epsilon: Violation rate to show.
+        confidence: Confidence of the test.
+        violations: Number of violations that the test should tolerate.
 
     >>> episodes_needed(0.01, 0.99), episodes_needed(0.01, 0.99, violations=1)
     (459, 662)

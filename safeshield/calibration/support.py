@@ -80,9 +80,15 @@ def record_of(
     alpha: float = 0.1,
     share: float = 0.01,
 ) -> SupportRecord:
-    """Return the record whose level comes from the scores (N,) of held-out steps.
+    """Return the record of a support test, whose level comes from held-out episodes.
 
-    The episodes of these steps begin at the indices `starts`.
+    Args:
+        scores: (N,) scores of the logged actions of the episodes, one after the other.
+        starts: (E,) indices at which the episodes begin.
+        name: Name of the score.
+        alpha: Largest probability that a new episode has more than `share` of its steps below the
+            level.
+        share: Share of an episode's steps whose scores may be below the level.
 
     Raises:
         ValueError: An argument is out of range, there are too few episodes, or so many scores are

@@ -16,7 +16,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes and other calls. The folder is made if necessary.
+    """Lock a folder against other processes and other calls while this context is open.
+
+    The folder is made if necessary.
 
     The operating system releases the lock when the process ends, even if it is killed.
     Without file-system locking this has no effect.

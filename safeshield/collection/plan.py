@@ -54,7 +54,14 @@ class Plan:
         config: LearnerConfig,
         label_magnitude: float,
     ) -> Self:
-        """Check the arguments of a run and return its plan.
+        """Return the plan of a run, after a check of its arguments.
+
+        Args:
+            env: Environment, whose name, wrappers and spaces the plan holds.
+            limits: Cost limit of each learner; None for no limit.
+            seed: Seed of the run.
+            config: Settings of the learners.
+            label_magnitude: Label of an unsafe state where labels are binary.
 
         Raises:
             ValueError: There are no limits, a limit or the seed is out of range, or the action

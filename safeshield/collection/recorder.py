@@ -61,7 +61,7 @@ class EpisodeRecorder(VecEnvWrapper):
         return taken
 
     def reset(self) -> VecEnvObs:
-        """Start new episodes. The running episodes are discarded."""
+        """Start new episodes and return the first observations. Running episodes are discarded."""
         observations = self.venv.reset()
         self.current = copied(observations)
         rows = self._observation_codec.flatten(observations, "observation")[0]
@@ -76,7 +76,7 @@ class EpisodeRecorder(VecEnvWrapper):
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Wait for the step and record it."""
+        """Wait for the step, record it and return what the environments returned."""
         observations, rewards, dones, infos = self.venv.step_wait()
         self.current = copied(observations)
         after = np.array(self._observation_codec.flatten(observations, "observation")[0])
@@ -111,7 +111,7 @@ class PricedReward(VecEnvWrapper):
         self._recorder, self.price = recorder, price
 
     def reset(self) -> VecEnvObs:
-        """Reset the wrapped environments."""
+        """Reset the wrapped environments and return the first observations."""
         return self.venv.reset()
 
     def step_wait(self) -> VecEnvStepReturn:

@@ -49,7 +49,9 @@ def collect_while_learning(
     label_magnitude: float = DEFAULT_MAGNITUDE,
     progress_bar: bool = False,
 ) -> OfflineDataset:
-    """Collect a log of all episodes that PPO runs while it learns under several cost limits.
+    """Return a log of the episodes that PPO agents run while they learn under several cost limits.
+
+    Each agent is called a learner.
 
     Every learner begins with random networks, and all of its episodes are logged from the first to
     the last. Logged observations are raw, and logged actions are those that were executed. The log
@@ -119,7 +121,7 @@ def collect_while_learning(
 
 
 def config_for(env: Env) -> LearnerConfig:
-    """Return the default settings of learners for an environment.
+    """Return the default settings of learners for the environment `env`.
 
     For an environment that cannot be copied `num_envs` is 1, and `rollout_steps` is larger, so that
     a rollout has the same total number of steps.

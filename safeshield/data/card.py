@@ -234,7 +234,7 @@ def logged_environment(
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 digest of a file in hexadecimal. The file is read in blocks."""
+    """Return the SHA-256 digest of the file `path` in hexadecimal. The file is read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

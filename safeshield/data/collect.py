@@ -81,6 +81,12 @@ def log_of(
 ) -> OfflineDataset:
     """Return episodes as a log. See `collect` for their labels.
 
+    Args:
+        runs: Whole episodes, in the order of the log.
+        observation_space: Space of one observation.
+        action_space: Space of one action.
+        label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
+
     Raises:
         ValueError: There is no episode, they report neither key, or only some of them report
             ``info["constraint"]``.

@@ -35,7 +35,7 @@ _DAMAGE = (OSError, KeyError, IndexError, RuntimeError, AssertionError, TypeErro
 
 
 def open_dataset(source: str | os.PathLike[str] | MinariDataset) -> MinariDataset:
-    """Open a Minari dataset that is stored on this machine.
+    """Return a Minari dataset that is stored on this machine.
 
     Args:
         source: An id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
@@ -75,7 +75,7 @@ def open_dataset(source: str | os.PathLike[str] | MinariDataset) -> MinariDatase
 
 @contextlib.contextmanager
 def errors_named(dataset: MinariDataset) -> Iterator[None]:
-    """Put the dataset's name in front of the messages of errors."""
+    """Put the name of `dataset` in front of the messages of errors raised in this context."""
     name = f"Minari dataset {dataset.id!r}"
     try:
         yield
@@ -118,7 +118,11 @@ def write_dataset(
     dataset_id: str,
     **metadata: Any,  # noqa: ANN401 - what Minari takes
 ) -> MinariDataset:
-    """Write a log into Minari's store. See `OfflineDataset.to_minari`."""
+    """Write a log into Minari's store under the id `dataset_id`, and return the Minari dataset.
+
+    `dataset` is the log, and `metadata` are further arguments of Minari; see
+    `OfflineDataset.to_minari`.
+    """
     minari = _package()
     from minari.data_collector import EpisodeBuffer
 

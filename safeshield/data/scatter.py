@@ -35,7 +35,7 @@ _FAR = 5.0
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of the given size in inches, which needs no display."""
+    """Return an empty figure of `width` by `height` inches, which needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

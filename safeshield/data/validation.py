@@ -52,7 +52,14 @@ def check_log(
     actions: SpaceCodec,
     constraint_kind: str,
 ) -> None:
-    """Raise ValueError for the first rule that the fields of an `OfflineDataset` break."""
+    """Raise ValueError for the first rule that the fields of an `OfflineDataset` break.
+
+    Args:
+        fields: Arrays of the log by name.
+        observations: Converter of the observation space.
+        actions: Converter of the action space.
+        constraint_kind: Kind of the labels, "continuous" or "binary".
+    """
     if constraint_kind not in ("continuous", "binary"):
         raise ValueError(
             f"constraint_kind must be 'continuous' or 'binary', got {constraint_kind!r}"
@@ -81,7 +88,8 @@ def check_log(
 def starts_of(terminated: Array, truncated: Array) -> npt.NDArray[np.int64]:
     """Return the index of the first step of every episode, (E,) int64.
 
-    These are step 0 and every step that follows the end of an episode.
+    These are step 0 and every step that follows the end of an episode. `terminated` and `truncated`
+    (N,) mark the ends.
     """
     ends = np.flatnonzero(terminated | truncated)
     starts = np.concatenate([[0], ends + 1]).astype(np.int64)

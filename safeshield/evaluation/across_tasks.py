@@ -120,7 +120,7 @@ class Aggregate:
 def aggregate(
     scores: Sequence[FieldScore], *, resamples: int = _RESAMPLES, seed: int = 0
 ) -> Aggregate:
-    """Combine the scores of one agent on several tasks.
+    """Return the combined scores of one agent on several tasks.
 
     Args:
         scores: One score for each task, all with the same number of runs.

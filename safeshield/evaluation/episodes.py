@@ -170,7 +170,8 @@ def draw_episodes(
 ) -> tuple[list[Episode], float | None]:
     """Return the episodes that `evaluate` counts, and the share of starts that were certified.
 
-    The share is None where all starts count. See `evaluate` for the arguments.
+    The share is None where all starts count. The arguments `env`, `policy`, `episodes`, `seed`,
+    `shield`, `starts`, `certified_by` and `num_envs` are those of `evaluate`.
 
     Raises:
         ValueError: As in `evaluate`.
@@ -264,9 +265,10 @@ def filtered_episodes(
     num_envs: int | None = None,
     observation_keys: Sequence[str] | None = None,
 ) -> list[Episode]:
-    """Run whole episodes of a policy, with a shield that filters its actions or without one.
+    """Return whole episodes of a policy, run with a shield that filters its actions or without one.
 
-    The other arguments are those of `run_episodes`.
+    `shield` filters the actions of `policy`; None for no shield. The arguments `env`, `episodes`,
+    `seed`, `num_envs` and `observation_keys` are those of `run_episodes`.
 
     Raises:
         ValueError: As in `run_episodes`, or `env` and `shield` would both shield the actions.

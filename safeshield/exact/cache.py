@@ -39,6 +39,13 @@ def cached_grid(
 
     A file that is damaged or that was made for other parameters counts as absent. Where the folder
     cannot be written, the grid is still returned, with a warning.
+
+    Args:
+        name: Name of the grid, which begins the file's name.
+        parameters: Values that determine the grid. They are stored with it.
+        shape: Shape that the grid must have.
+        compute: Function that computes the grid.
+        directory: Folder of the cache; None for the default.
     """
     key = json.dumps(dict(parameters), sort_keys=True)
     folder = cache_directory() if directory is None else Path(directory)

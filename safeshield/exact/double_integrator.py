@@ -46,8 +46,13 @@ def value(
 ) -> Scalars:
     """Return V (...) of states (..., 2) of the environment's box, in metres.
 
-    V is positive where no control avoids the walls. `dt` is the length of a step in seconds, and
-    None stands for continuous time.
+    V is positive where no control avoids the walls.
+
+    Args:
+        states: (..., 2) positions and speeds, in metres and metres per second.
+        wall: Distance of each wall from 0, in metres.
+        max_acceleration: Largest acceleration, in metres per second squared.
+        dt: Length of a step in seconds; None stands for continuous time.
 
     Raises:
         ValueError: the states do not have two finite entries on the last axis, or wall,

@@ -24,6 +24,8 @@ R = TypeVar("R")
 def whole(name: str, value: object, least: int) -> int:
     """Return `value` as an int, checked to be at least `least`. NumPy integers are accepted.
 
+    `name` is the argument's name in error messages.
+
     Raises:
         KindError: the value is no whole number. A KindError is a TypeError and a ValueError.
         ValueError: the number is below `least`.
@@ -40,6 +42,8 @@ def whole(name: str, value: object, least: int) -> int:
 def finite_number(value: object, what: str) -> float:
     """Return a number from a file's header as a float, checked to be in the range of float32.
 
+    `what` names the number in error messages.
+
     Raises:
         ValueError: the value is not such a number.
     """
@@ -49,7 +53,7 @@ def finite_number(value: object, what: str) -> float:
 
 
 def json_values(record: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
-    """Return the fields of a dataclass as JSON values. Tuples and lists become lists.
+    """Return the fields of the dataclass `record` as JSON values. Tuples and lists become lists.
 
     ``json.load`` returns the same values that ``json.dump`` wrote.
 
@@ -105,9 +109,14 @@ def _json_value(value: Any) -> Any:  # noqa: ANN401
 
 
 def record_from_json(kind: type[R], data: object, what: str) -> R:
-    """Rebuild a dataclass from the JSON values that `json_values` returned; check every field.
+    """Return the dataclass whose JSON values `json_values` returned, after a check of every field.
 
     Fields with a default may be missing, because older files were written without them.
+
+    Args:
+        kind: Class of the result.
+        data: The JSON values.
+        what: Beginning of error messages, which names the source of the values.
 
     Raises:
         ValueError: a field is missing, unknown, of another type or out of range.

@@ -153,7 +153,7 @@ class Field:
 
 
 def fields_of(kind: type) -> tuple[Field, ...]:
-    """Return the fields of a dataclass of settings. Those of its base classes come first.
+    """Return the fields of `kind`, a dataclass of settings. Those of its base classes come first.
 
     >>> @dataclass(frozen=True)
     ... class Sampling(Settings):
@@ -201,7 +201,12 @@ def _meanings(kind: type) -> dict[str, str]:
 
 
 def check(name: str, hint: Any, value: object) -> Any:  # noqa: ANN401 - the annotation's type
-    """Check a value against an annotation and return it converted to the annotated type.
+    """Return a value converted to the type that an annotation asks for, after a check of its rules.
+
+    Args:
+        name: Name of the value in error messages.
+        hint: Annotation, such as ``Annotated[float, Rule(...)]``.
+        value: The value to check.
 
     Raises:
         KindError: the value has another type. A KindError is a TypeError and a ValueError.
@@ -233,7 +238,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:  # noqa: ANN401
 
 @functools.cache
 def rules_of(kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
-    """Return the annotation of each field, including its rules."""
+    """Return the annotation of each field of the dataclass `kind` by name, including its rules."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in _fields(kind)}
 

@@ -51,7 +51,7 @@ class TensorFile:
     """SHA-256 digest that the header states."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one tensor according to the header."""
+        """Return the shape of the tensor `name` according to the header."""
         if name not in self.shapes:
             raise ValueError(f"{self.path} has no tensor '{name}'")
         return self.shapes[name]
@@ -61,7 +61,7 @@ class TensorFile:
         expected: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, npt.DTypeLike] | None = None,
     ) -> dict[str, Array]:
-        """Read the tensors, and check that they have the names and shapes of `expected`.
+        """Return the tensors by name, after a check of their names and shapes.
 
         Args:
             expected: shape of every tensor, by name.
@@ -112,6 +112,11 @@ def write_tensors(
 ) -> None:
     """Write tensors and a JSON header atomically, so that a reader never sees a partial file.
 
+    Args:
+        path: The file.
+        arrays: Tensors by name.
+        header: JSON values that describe the tensors.
+
     Raises:
         ValueError: the header is not strict JSON.
         FileNotFoundError: the folder does not exist.
@@ -125,7 +130,7 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> TensorFile:
-    """Read and check a file's header.
+    """Return a file whose header has been read and checked, and whose tensors can then be loaded.
 
     Args:
         path: path of the file.
@@ -184,7 +189,7 @@ def register_format(name: str, holds: str, reader: str) -> None:
 
 
 def read_by(kind: object) -> str:
-    """Return the end of an error message, which says what reads a file of this format."""
+    """Return the end of an error message, which says what reads a file of the format `kind`."""
     known = FORMATS.get(str(kind))
     if known is not None:
         return f"; {known[1]} reads it"

@@ -81,7 +81,13 @@ class Actor(Described, Protocol):
         ...
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
-        """Return actions (n, act) in [-1, 1] for noise (n, noise_features) in n states (n, obs)."""
+        """Return actions (n, act) in [-1, 1] for noise in n states.
+
+        Args:
+            networks: Weights by network.
+            observations: (n, obs) normalised observations.
+            noise: (n, noise_features) standard normal numbers.
+        """
         ...
 
 
@@ -90,7 +96,13 @@ class HasDensity(Protocol):
     """An actor that can compute the density of its actions."""
 
     def log_density(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
-        """Return log p(a | s) of actions (n, act) in [-1, 1] in n states, (n,), in nats."""
+        """Return log p(a | s) of one action in each of n states, (n,), in nats.
+
+        Args:
+            networks: Weights by network.
+            inputs: (n, obs) normalised observations.
+            actions: (n, act) actions in [-1, 1].
+        """
         ...
 
 
@@ -102,7 +114,9 @@ KINDS: dict[str, type[Described]] = {}
 
 
 def register_actor(new: type[D]) -> type[D]:
-    """Register a class, as a decorator, so that files of shields can contain it.
+    """Register a class so that files of shields can contain it (a decorator).
+
+    `new` is the class, which is also returned.
 
     Raises:
         ValueError: another class has the same kind.
@@ -116,7 +130,9 @@ def register_actor(new: type[D]) -> type[D]:
 
 
 def to_header(part: Described | None) -> dict[str, Any] | None:
-    """Return the entry of an actor or an action critic in a file's header.
+    """Return the entry of `part`, an actor or an action critic, in a file's header.
+
+    The result is None where `part` is None.
 
     Raises:
         ValueError: the class is not registered, so that no file can name it.
@@ -179,7 +195,10 @@ def _rebuilt(known: Any, what: str, data: dict[str, Any], widths: dict[str, int]
 
 
 def check_hidden(what: str, widths: object) -> None:
-    """Raise ValueError unless the number and the widths of hidden layers are within the limits."""
+    """Raise ValueError unless the number and the widths of hidden layers are within the limits.
+
+    `widths` are the widths, and `what` names the network in the message.
+    """
     if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= MAX_LAYERS:
         raise ValueError(f"'{what}' must have between 1 and {MAX_LAYERS} hidden layers")
     if not all(type(w) is int and 1 <= w <= MAX_WIDTH for w in widths):
@@ -187,7 +206,10 @@ def check_hidden(what: str, widths: object) -> None:
 
 
 def check_count(what: str, value: object, least: int, most: int) -> None:
-    """Raise ValueError unless a value is a whole number in a range."""
+    """Raise ValueError unless `value` is a whole number from `least` to `most`.
+
+    `what` names the number in the message.
+    """
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{what} must lie in [{least}, {most}], got {value!r:.20}")
 
@@ -214,7 +236,7 @@ class OneStepActor:
         return EnsembleMLP(self.observation + self.action, self.action, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """See `Described`."""
+        """Return the actor's network by name (see `Described`)."""
         return {FALLBACK: self.network}
 
     def check(self) -> None:
@@ -227,7 +249,10 @@ class OneStepActor:
         return self.action
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
-        """See `Actor`."""
+        """Return actions (n, act) in [-1, 1] for noise (n, act) in n states (see `Actor`).
+
+        `networks` are the weights, and `observations` (n, obs) are normalised.
+        """
         inputs = concat([observations, noise])
         raw: A = self.network(networks[FALLBACK], inputs)[0]
         return raw.clip(-1.0, 1.0)
@@ -251,7 +276,7 @@ class FlowActor:
         return velocity_network(self.observation, self.action, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """See `Described`."""
+        """Return the actor's network by name (see `Described`)."""
         return {BEHAVIOUR: self.network}
 
     def check(self) -> None:
@@ -265,11 +290,18 @@ class FlowActor:
         return self.action
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
-        """See `Actor`."""
+        """Return actions (n, act) in [-1, 1] for noise (n, act) in n states (see `Actor`).
+
+        `networks` are the weights, and `observations` (n, obs) are normalised.
+        """
         return euler_sample(self.network, networks[BEHAVIOUR], observations, noise, self.flow_steps)
 
     def to_noise(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
-        """Return the noise (n, act) that the field carries to actions (n, act) in [-1, 1]."""
+        """Return the noise (n, act) that the field carries to given actions.
+
+        `networks` are the weights, `observations` (n, obs) are normalised, and `actions` (n, act)
+        lie in [-1, 1].
+        """
         return euler_noise(
             self.network, networks[BEHAVIOUR], observations, actions, self.flow_steps
         )
@@ -291,7 +323,7 @@ class Classifier:
         return EnsembleMLP(self.observation, self.choices, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """See `Described`."""
+        """Return the classifier's network by name (see `Described`)."""
         return {BEHAVIOUR: self.network}
 
     def check(self) -> None:
@@ -299,10 +331,16 @@ class Classifier:
         check_hidden(BEHAVIOUR, self.hidden)
 
     def logits(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return the logits (n, choices) of n states (n, obs)."""
+        """Return the logits (n, choices) of all discrete actions in n states.
+
+        `networks` are the weights, and `observations` (n, obs) are normalised.
+        """
         out: A = self.network(networks[BEHAVIOUR], observations)[0]
         return out
 
     def log_prob(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return the log probabilities (n, choices), in nats."""
+        """Return the log probabilities (n, choices) of all discrete actions, in nats.
+
+        `networks` and `observations` are those of `logits`.
+        """
         return log_softmax(self.logits(networks, observations))

@@ -63,7 +63,11 @@ def deployed(networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Deployed
 
 
 def derived(make: F) -> F:
-    """Decorate a function of one network's weights; for `Deployed` weights store the result."""
+    """Decorate a function of one network's weights, so that its result is stored with the weights.
+
+    The result is stored only for `Deployed` weights, which do not change. `make` is the function;
+    the decorated function is returned.
+    """
 
     def look_up(params: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if not isinstance(params, Deployed):
@@ -85,7 +89,10 @@ _ZERO = np.zeros((), np.float32)
 
 
 def affine(x: A, weight: A, bias: A) -> A:
-    """Return x W + b: (members, n, in), (members, in, out), (members, 1, out)."""
+    """Return x W + b, (members, n, out).
+
+    `x` is (members, n, in), `weight` is W (members, in, out), and `bias` is b (members, 1, out).
+    """
     if isinstance(x, np.ndarray):
         out: Float = np.matmul(x, weight)
         out += bias
@@ -94,7 +101,7 @@ def affine(x: A, weight: A, bias: A) -> A:
 
 
 def affine_relu(x: A, weight: A, bias: A) -> A:
-    """Return max(x W + b, 0)."""
+    """Return max(x W + b, 0), for the arguments `x`, `weight` and `bias` of `affine`."""
     if isinstance(x, np.ndarray):
         out: Float = np.matmul(x, weight)
         out += bias
@@ -103,7 +110,7 @@ def affine_relu(x: A, weight: A, bias: A) -> A:
 
 
 def transposed(weight: A) -> A:
-    """Return a matrix (out, in) as (in, out), in the memory layout that is fastest for products."""
+    """Return the matrix `weight` (out, in) as (in, out), in the layout fastest for products."""
     return np.ascontiguousarray(weight.T) if isinstance(weight, np.ndarray) else weight.T
 
 
@@ -116,12 +123,12 @@ def relu(x: A) -> A:
 
 
 def exp(x: A) -> A:
-    """Return the exponential."""
+    """Return the exponential of `x`, entry by entry."""
     return np.exp(x) if isinstance(x, np.ndarray) else x.exp()
 
 
 def tanh(x: A) -> A:
-    """Return the hyperbolic tangent."""
+    """Return the hyperbolic tangent of `x`, entry by entry."""
     return np.tanh(x) if isinstance(x, np.ndarray) else x.tanh()
 
 
@@ -142,7 +149,7 @@ def lerp(start: A, end: A, share: float) -> A:
 
 
 def concat(parts: Sequence[A]) -> A:
-    """Concatenate arrays along the last axis."""
+    """Return the arrays `parts` joined along the last axis."""
     first = parts[0]
     if isinstance(first, np.ndarray):
         return np.concatenate(parts, axis=-1)
@@ -177,7 +184,7 @@ def interleaved(even: A, odd: A) -> A:
 
 
 def largest(x: A) -> A:
-    """Return the maximum over the first axis."""
+    """Return the maximum of `x` over the first axis."""
     if isinstance(x, np.ndarray):
         out: Float = x.max(axis=0)
         return out
@@ -185,7 +192,7 @@ def largest(x: A) -> A:
 
 
 def smallest(x: A) -> A:
-    """Return the minimum over the first axis."""
+    """Return the minimum of `x` over the first axis."""
     if isinstance(x, np.ndarray):
         out: Float = x.min(axis=0)
         return out
@@ -193,7 +200,9 @@ def smallest(x: A) -> A:
 
 
 def log_softmax(logits: B) -> B:
-    """Return log probabilities (..., choices); at least one logit of each row is finite.
+    """Return the log probabilities (..., choices) that belong to `logits` (..., choices).
+
+    At least one logit of each row must be finite.
 
     >>> log_softmax(np.log(np.array([[1.0, 3.0]], np.float32))).round(3)
     array([[-1.386, -0.288]], dtype=float32)

@@ -78,7 +78,7 @@ class ChunkActor:
         return self.guidance if self.kind == "guided" else 0.0
 
     def loss(self, params: Params, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and the values to log, by name."""
+        """Return the loss of the weights `params` on the batch `lesson`, and the values to log."""
         weights = lesson.counts
         if self.kind != "guided":
             weights = weights * lesson.weights[:, None]
@@ -104,7 +104,10 @@ class ChunkActor:
         return loss, {"actor/flow_matching_loss": loss.detach()}
 
     def sample(self, params: ParamsOf[A], observations: A, noise: A) -> A:
-        """Return chunks (n, h * act) in [-1, 1] for noise (n, h * act)."""
+        """Return chunks (n, h * act) in [-1, 1] for noise (n, h * act).
+
+        `params` are the weights, and `observations` (n, obs) are normalised.
+        """
         if self.kind == "awr_gaussian":
             mean, log_spread = self._gaussian(params, observations)
             return (mean + exp(log_spread) * noise).clip(-1.0, 1.0)

@@ -68,15 +68,20 @@ class CouplingFlow:
         return shapes
 
     def init(self, generator: torch.Generator) -> Params:
-        """Draw all weights uniformly in +-1/sqrt(fan in); those of last layers in a tenth of it.
+        """Return randomly drawn weights, uniform in +-1/sqrt(fan in).
 
-        The flow then starts near the identity, where both directions are well-conditioned.
+        Those of last layers are drawn in a tenth of that range. The flow then starts near the
+        identity, where both directions are well-conditioned. `generator` draws the weights.
         """
         last = f".hyper.{2 * len(self.hidden)}."
         return drawn(self.shapes, generator, lambda name: 0.1 if last in name else 1.0)
 
     def to_latent(self, params: ParamsOf[A], base: A, context: A) -> tuple[A, A]:
-        """Return z = f(u; c), (batch, features), and log |det dz/du|, (batch,)."""
+        """Return z = f(u; c), (batch, features), and log |det dz/du|, (batch,).
+
+        `params` are the weights, `base` is u (batch, features), and `context` is c (batch,
+        context).
+        """
         halves, volumes = [base[:, 0::2], base[:, 1::2]], []
         for i, stack in reversed(list(enumerate(hyper_layers(params)))):
             shift, log_scale = _hyper(stack, halves[i % 2], context)
@@ -85,7 +90,11 @@ class CouplingFlow:
         return interleaved(*halves), -sum(volumes[1:], volumes[0])
 
     def to_base(self, params: ParamsOf[A], latent: A, context: A) -> tuple[A, A]:
-        """Return u with f(u; c) = z, (batch, features), and log |det du/dz|, (batch,)."""
+        """Return u with f(u; c) = z, (batch, features), and log |det du/dz|, (batch,).
+
+        `params` are the weights, `latent` is z (batch, features), and `context` is c (batch,
+        context).
+        """
         halves, volumes = [latent[:, 0::2], latent[:, 1::2]], []
         for i, stack in enumerate(hyper_layers(params)):
             shift, log_scale = _hyper(stack, halves[i % 2], context)
@@ -94,14 +103,20 @@ class CouplingFlow:
         return interleaved(*halves), sum(volumes[1:], volumes[0])
 
     def log_prob(self, params: ParamsOf[A], latent: A, context: A) -> A:
-        """Return log p(z | c), (batch,), in nats (eq. 2)."""
+        """Return log p(z | c), (batch,), in nats (eq. 2).
+
+        The arguments `params`, `latent` and `context` are those of `to_base`.
+        """
         base, volume = self.to_base(params, latent, context)
         return normal_log_prob(base) + volume
 
 
 @derived
 def hyper_layers(params: ParamsOf[A]) -> list[list[tuple[A, A]]]:
-    """Return the layers of each coupling layer's network, in the form that `nn.mlp.run` accepts."""
+    """Return the layers of each coupling layer's network, in the form that `nn.mlp.run` accepts.
+
+    `params` are the weights of all networks.
+    """
     stacks: dict[int, list[tuple[A, A]]] = {}
     places = (name.split(".") for name in params if name.endswith("weight"))
     for transform, layer in sorted((int(place[1]), int(place[3])) for place in places):

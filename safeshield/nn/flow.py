@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 
 def velocity_network(observation: int, action: int, hidden: tuple[int, ...]) -> EnsembleMLP:
-    """Return the network v(s, x, t): inputs (s, x, t), output the velocity of the action."""
+    """Return the description of the network v(s, x, t), whose output is the velocity of x.
+
+    Args:
+        observation: Number of features of an observation s.
+        action: Number of entries of an action x.
+        hidden: Widths of the hidden layers.
+    """
     return EnsembleMLP(observation + action + 1, action, hidden)
 
 
@@ -58,14 +64,30 @@ def flow_matching_loss(
 def euler_sample(
     network: EnsembleMLP, params: ParamsOf[A], observations: A, noise: A, steps: int
 ) -> A:
-    """Carry noise (batch, act) along the field in `steps` Euler steps; clip to [-1, 1]."""
+    """Return actions (batch, act) in [-1, 1], to which the field carries noise.
+
+    Args:
+        network: Description of the velocity field.
+        params: Its weights.
+        observations: (batch, obs) normalised observations.
+        noise: (batch, act) standard normal numbers.
+        steps: Number of Euler steps.
+    """
     return _follow(network, params, observations, noise, range(steps), steps).clip(-1.0, 1.0)
 
 
 def euler_noise(
     network: EnsembleMLP, params: ParamsOf[A], observations: A, actions: A, steps: int
 ) -> A:
-    """Carry actions (batch, act) in [-1, 1] back to noise in `steps` Euler steps."""
+    """Return the noise (batch, act) that the field carries to given actions.
+
+    Args:
+        network: Description of the velocity field.
+        params: Its weights.
+        observations: (batch, obs) normalised observations.
+        actions: (batch, act) actions in [-1, 1].
+        steps: Number of Euler steps, back from the actions to the noise.
+    """
     return _follow(network, params, observations, actions, range(steps, 0, -1), -steps)
 
 

@@ -150,7 +150,7 @@ class LatentPolicy:
         return {**self.generative, **self.experts}
 
     def init(self, generator: torch.Generator) -> Networks:
-        """Draw all weights."""
+        """Return randomly drawn weights of all networks, by network. `generator` draws them."""
         return {name: part.init(generator) for name, part in self.parts().items()}
 
     def check(self) -> None:
@@ -165,37 +165,59 @@ class LatentPolicy:
     # -- the generative model -----------------------------------------------------------------
 
     def to_latent(self, networks: NetworksOf[A], observations: A, base: A) -> A:
-        """Return z = f(u; s), (batch, latent)."""
+        """Return z = f(u; s), (batch, latent).
+
+        `networks` are the weights, `observations` (batch, obs) are s, normalised, and `base`
+        (batch, latent) is u.
+        """
         if self.spec.prior == "gaussian":
             return base
         return self.prior.to_latent(networks[PRIOR], base, observations)[0]
 
     def to_base(self, networks: NetworksOf[A], observations: A, latent: A) -> tuple[A, A]:
-        """Return u with f(u; s) = z, (batch, latent), and log p(z | s), (batch,), in nats."""
+        """Return u with f(u; s) = z, (batch, latent), and log p(z | s), (batch,), in nats.
+
+        `networks` are the weights, `observations` (batch, obs) are s, normalised, and `latent`
+        (batch, latent) is z.
+        """
         if self.spec.prior == "gaussian":
             return latent, normal_log_prob(latent)
         base, volume = self.prior.to_base(networks[PRIOR], latent, observations)
         return base, normal_log_prob(base) + volume
 
     def encode(self, networks: NetworksOf[A], observations: A, actions: A, noise: A) -> tuple[A, A]:
-        """Draw z ~ q(z | s, a) from noise (batch, latent); return z and log q(z | s, a)."""
+        """Return a draw z ~ q(z | s, a), (batch, latent), and log q(z | s, a), (batch,), in nats.
+
+        `networks` are the weights, `observations` (batch, obs) are s, normalised, `actions` (batch,
+        action) are a in [-1, 1], and `noise` (batch, latent) is standard normal.
+        """
         context = concat([observations, actions])
         latent, volume = self.posterior.to_latent(networks[POSTERIOR], noise, context)
         return latent, normal_log_prob(noise) - volume
 
     def decode(self, networks: NetworksOf[A], observations: A, latent: A) -> A:
-        """Return the decoder's mean, (batch, action), inside [-1, 1]."""
+        """Return the decoder's mean, (batch, action), inside [-1, 1].
+
+        `networks` are the weights, `observations` (batch, obs) are normalised, and `latent` (batch,
+        latent) is z.
+        """
         return tanh(self.decoder(networks[DECODER], concat([observations, latent]))[0])
 
     def log_likelihood(self, actions: A, means: A) -> A:
-        """Return log pi(a | s, z), (batch,), in nats, of a Gaussian around the decoder's mean."""
+        """Return log pi(a | s, z), (batch,), in nats, of a Gaussian around the decoder's mean.
+
+        `actions` (batch, action) are a in [-1, 1], and `means` (batch, action) are the results of
+        `decode`.
+        """
         spread = self.spec.spread
         return normal_log_prob((actions - means) / spread) - self.action * math.log(spread)
 
     def log_density(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
-        """Return log p(a | s) of actions (n, act) in n states (n, obs), (n,), in nats.
+        """Return log p(a | s) of one action in each of n states, (n,), in nats.
 
         The density is per half width of the action box, which is the unit of the actions.
+        `networks` are the weights, `inputs` (n, obs) normalised observations, and `actions` (n,
+        act) lie in [-1, 1].
         """
         table = _noise(self.spec.latent)
         count, draws = len(inputs), len(table)
@@ -211,13 +233,19 @@ class LatentPolicy:
     # -- refinement -----------------------------------------------------------------------------
 
     def refine(self, networks: NetworksOf[A], observations: A, base: A) -> A:
-        """Return u_T, (batch, latent), from u_0 = base by u <- u + f_k(s, u) for each expert k."""
+        """Return u_T, (batch, latent), from u_0 = base by u <- u + f_k(s, u) for each expert k.
+
+        `networks` are the weights, and `observations` (batch, obs) are s, normalised.
+        """
         for name in expert_order(self.spec.refine_steps):
             base = base + self.expert(networks[name], concat([observations, base]))[0]
         return base
 
     def act(self, networks: NetworksOf[A], observations: A, base: A) -> A:
-        """Return the actions (batch, action), in [-1, 1], for noise u_0 = base."""
+        """Return the actions (batch, action), in [-1, 1], for noise u_0 = base.
+
+        `networks` are the weights, and `observations` (batch, obs) are normalised.
+        """
         refined = self.refine(networks, observations, base)
         return self.decode(networks, observations, self.to_latent(networks, observations, refined))
 

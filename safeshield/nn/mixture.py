@@ -36,14 +36,29 @@ class Mixture(NamedTuple):
 
 
 def mixture_network(inputs: int, act: int, hidden: tuple[int, ...], components: int) -> EnsembleMLP:
-    """Return the network whose outputs `mixture` converts to parameters."""
+    """Return the description of the network whose outputs `mixture` converts to parameters.
+
+    Args:
+        inputs: Number of features of an observation.
+        act: Number of entries of an action.
+        hidden: Widths of the hidden layers.
+        components: Number of components of a mixture.
+    """
     return EnsembleMLP(inputs, components * (1 + 2 * act), hidden)
 
 
 def mixture(
     network: EnsembleMLP, params: Params, observations: Tensor, act: int, components: int
 ) -> Mixture:
-    """Return the mixtures of observations (n, obs) for actions of `act` entries."""
+    """Return one mixture for each of n observations.
+
+    Args:
+        network: Description of the network, made by `mixture_network`.
+        params: Its weights.
+        observations: (n, features) normalised observations.
+        act: Number of entries of an action.
+        components: Number of components of a mixture.
+    """
     out = network(params, observations)[0]
     logits, means, logs = torch.split(out, [components, components * act, components * act], -1)
     shape = (len(out), components, act)
@@ -55,7 +70,9 @@ def mixture(
 
 
 def log_density(parts: Mixture, actions: Tensor) -> Tensor:
-    """Return log p (n, c) of c actions (n, c, d) in [-1, 1], per unit of the scaled box's volume.
+    """Return log p (n, c) of c actions in each of n states, per unit of the scaled box's volume.
+
+    `parts` are the mixtures of the n states, and `actions` (n, c, d) lie in [-1, 1].
 
     >>> flat = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.full((1, 1, 1), 1e3))
     >>> log_density(flat, torch.zeros(1, 1, 1)).exp().round(decimals=3)
@@ -112,11 +129,18 @@ class MixtureActor:
         return mixture_network(self.inputs, self.act, self.hidden, self.components)
 
     def mixture(self, params: Params, observations: Tensor) -> Mixture:
-        """Return the mixtures over [-1, 1]^act of observations (n, features)."""
+        """Return the mixtures over [-1, 1]^act of n observations.
+
+        `params` are the weights, and `observations` (n, features) are normalised.
+        """
         return mixture(self.network, params, observations, self.act, self.components)
 
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
-        """Return log pi (n, c) of all choices, or of actions (n, c, act) in [-1, 1] of a Box."""
+        """Return log pi (n, c) of all c choices, or of c given actions of a Box.
+
+        `params` are the weights, `observations` (n, features) are normalised, and `actions` (n, c,
+        act) lie in [-1, 1]; they are not used where actions are discrete.
+        """
         if self.choices:
             return log_softmax(self.network(params, observations)[0])
         return log_density(self.mixture(params, observations), actions)

@@ -62,7 +62,7 @@ class EnsembleMLP:
         return shapes
 
     def init(self, generator: torch.Generator) -> Params:
-        """Draw weights and biases uniformly in +-1/sqrt(fan in), as PyTorch does for its layers.
+        """Return weights and biases drawn uniformly in +-1/sqrt(fan in), as PyTorch's layers do.
 
         The weights are on the generator's device.
         """
@@ -76,7 +76,11 @@ class EnsembleMLP:
 def drawn(
     shapes: Shapes, generator: torch.Generator, share: Callable[[str], float] = lambda name: 1.0
 ) -> Params:
-    """Draw each weight, and the bias after it, uniformly in +-share(name)/sqrt(fan in)."""
+    """Return weights, each with the bias after it, drawn uniformly in +-share(name)/sqrt(fan in).
+
+    `shapes` are the shapes of weights and biases by name, `generator` draws them, and `share` is a
+    function of a weight's name.
+    """
     import torch
 
     params: Params = {}
@@ -91,12 +95,18 @@ def drawn(
 
 @derived
 def layers(params: ParamsOf[A]) -> list[tuple[A, A]]:
-    """Return (weight, bias) of each layer in order: (members, in, out) and (members, 1, out)."""
+    """Return (weight, bias) of each layer in order: (members, in, out) and (members, 1, out).
+
+    `params` are the weights of a network by name.
+    """
     return [(params[f"{i}.weight"], params[f"{i}.bias"]) for i in range(len(params) // 2)]
 
 
 def run(stack: Sequence[tuple[A, A]], x: A) -> A:
-    """Map (n, inputs), or (members, n, inputs), to (members, n, outputs) through ReLU layers."""
+    """Return the outputs (members, n, outputs) of a network with ReLU layers.
+
+    `stack` are its `layers`, and `x` are inputs (n, inputs) or (members, n, inputs).
+    """
     if isinstance(x, np.ndarray):
         if x.shape[-2] > 2 * _CHUNK:
             # In pieces of this size the outputs of the layers stay in the processor's cache.
@@ -111,9 +121,10 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
 
 
 def largest_and_gradient(stack: Sequence[tuple[Float, Float]], x: Float) -> tuple[Float, Float]:
-    """Return the largest output over the members (n,) and its gradient in x (n, inputs).
+    """Return the largest output over the members (n,) and its gradient in `x` (n, inputs).
 
-    The network has one output. The slope of ReLU at 0 is 0, as in PyTorch's autograd.
+    The network with the `layers` `stack` has one output. The slope of ReLU at 0 is 0, as in
+    PyTorch's autograd.
     """
     if len(x) > 2 * _CHUNK:
         pieces = [largest_and_gradient(stack, part) for part in _pieces(x)]
@@ -136,7 +147,7 @@ def _pieces(x: Float) -> list[Float]:
 
 
 def hidden_widths(params: ParamsOf[A]) -> tuple[int, ...]:
-    """Return the widths of a perceptron's hidden layers."""
+    """Return the widths of the hidden layers of a perceptron with the weights `params`."""
     return tuple(int(weight.shape[2]) for weight, _ in layers(params)[:-1])
 
 

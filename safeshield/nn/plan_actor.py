@@ -37,13 +37,21 @@ class ActionCritic(Described, Protocol):
     """
 
     def worst(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
-        """Return max_i A_i(s, a) of c actions (n, c, act) in each of n states (n, obs): (n, c)."""
+        """Return max_i A_i(s, a) of c actions in each of n states, (n, c).
+
+        `networks` are the weights, `inputs` (n, obs) are normalised observations, and `actions` (n,
+        c, act) lie in [-1, 1].
+        """
         ...
 
     def worst_and_gradient(
         self, networks: Mapping[str, Weights], inputs: Float, actions: Float
     ) -> tuple[Float, Float]:
-        """Return max_i A_i(s, a) of one action (n, act), (n,), and its gradient in it, (n, act)."""
+        """Return max_i A_i(s, a) of one action per state, (n,), and its gradient in it, (n, act).
+
+        `networks` are the weights, `inputs` (n, obs) are normalised observations, and `actions` (n,
+        act) lie in [-1, 1].
+        """
         ...
 
 
@@ -69,7 +77,7 @@ class PlanActor:
         return EnsembleMLP(self.observation + chunk, chunk, self.hidden)
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """See `nn.actor.Described`."""
+        """Return the actor's network by name (see `nn.actor.Described`)."""
         return {FALLBACK: self.network}
 
     def check(self) -> None:
@@ -83,13 +91,20 @@ class PlanActor:
         return self.horizon * self.action
 
     def draw(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
-        """Return plans (n, h * act) in [-1, 1] for noise (n, h * act) in n states (n, obs)."""
+        """Return plans (n, h * act) in [-1, 1] for noise (n, h * act) in n states.
+
+        `networks` are the weights, and `observations` (n, obs) are normalised.
+        """
         inputs = concat([observations, noise])
         raw: A = self.network(networks[FALLBACK], inputs)[0]
         return nan_to_zero(raw).clip(-1.0, 1.0)
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:
-        """See `nn.actor.Actor`."""
+        """Return the first actions (n, act) of the plans for noise (n, h * act).
+
+        See `nn.actor.Actor`. `networks` are the weights, and `observations` (n, obs) are
+        normalised.
+        """
         out: A = self.draw(networks, observations, noise)[:, : self.action]
         return out
 
@@ -109,7 +124,7 @@ class BestPlan:
     """Number of plans that are judged for each action."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
-        """See `nn.actor.Described`."""
+        """Return the planner's network and the critic of plans by name (`nn.actor.Described`)."""
         inputs = self.planner.observation + self.planner.noise_features
         judge = EnsembleMLP(inputs, 1, self.hidden, self.members)
         return {**self.planner.parts(), PLAN: judge}
@@ -121,14 +136,22 @@ class BestPlan:
         check_count("plans", self.plans, 1, MAX_STEPS)
 
     def worst(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
-        """See `ActionCritic`."""
+        """Return the value of each action's least dangerous plan, (n, c) (see `ActionCritic`).
+
+        `networks` are the weights, `inputs` (n, obs) are normalised observations, and `actions` (n,
+        c, act) lie in [-1, 1].
+        """
         rows = self._chunks(networks, inputs, actions)
         return np.asarray(self._judged(networks, rows).max(axis=0).min(axis=-1))
 
     def worst_and_gradient(
         self, networks: Mapping[str, Weights], inputs: Float, actions: Float
     ) -> tuple[Float, Float]:
-        """See `ActionCritic`."""
+        """Return the value of each action's least dangerous plan, (n,), and its gradient, (n, act).
+
+        `networks` are the weights, `inputs` (n, obs) are normalised observations, and `actions` (n,
+        act) lie in [-1, 1].
+        """
         rows = self._chunks(networks, inputs, actions[:, None])
         best = self._judged(networks, rows).max(axis=0)[:, 0].argmin(axis=-1)
         chosen = rows[np.arange(len(rows)), 0, best]

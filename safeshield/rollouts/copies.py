@@ -39,7 +39,7 @@ def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
 
 
 def environment_id(env: object) -> str:
-    """Return the id with which an environment was made, or "" where there is none.
+    """Return the id with which the environment `env` was made, or "" where there is none.
 
     For a vector environment of Gymnasium or Stable-Baselines3 it is the id of its members.
     """
@@ -76,7 +76,7 @@ def constraint_source(env: object) -> str | None:
 
 
 def environment_kwargs(env: object) -> dict[str, Any] | None:
-    """Return the keyword arguments with which an environment was made, as JSON values.
+    """Return the keyword arguments with which the environment `env` was made, as JSON values.
 
     They are the arguments in its spec, including those of its registration, without ``render_mode``
     and ``max_episode_steps``, which do not change the dynamics. The result is None where there is
@@ -108,7 +108,7 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def environment_name(env: object) -> str:
-    """Return the id of an environment, or the name of its class where it has no id."""
+    """Return the id of the environment `env`, or the name of its class where it has no id."""
     return environment_id(env) or type(getattr(env, "unwrapped", env)).__name__
 
 
@@ -149,8 +149,12 @@ def copies(
 ) -> VectorEnv:
     """Return a vector environment as `vectorise` does, with at most `most` copies.
 
-    With `freeze`, copies made in a `SyncVectorEnv` do not step once their episode has ended (see
-    `Member`).
+    Args:
+        env: Environment to copy, or a vector environment, which is returned as it is.
+        num_envs: Number of copies; None for a default.
+        most: Largest number of copies; None for no limit.
+        freeze: Whether copies made in a `SyncVectorEnv` do not step once their episode has ended
+            (see `Member`).
     """
     if num_envs is not None and num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, got {num_envs}")
@@ -187,7 +191,7 @@ def copies(
 
 
 def one_per_process(env: Env) -> bool:
-    """Return whether the metadata say that a process can hold only one such environment."""
+    """Return whether the metadata say that a process can hold only one environment like `env`."""
     return bool((env.metadata or {}).get("one_per_process"))
 
 
@@ -262,7 +266,11 @@ class Member(Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode. A reset without a seed has no effect where the episode is `over`."""
+        """Start an episode and return its first observation and info.
+
+        A reset without `seed` has no effect where the episode is `over`; the last observation is
+        then returned. `options` are passed to the environment.
+        """
         if self.over and seed is None:
             return self._last, {}
         self.over = False
@@ -270,7 +278,11 @@ class Member(Wrapper):
         return observation, _float_labels(info)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401
-        """Step the environment unless its episode is `over`."""
+        """Step the environment by `action` and return what it returns.
+
+        Where the episode is `over`, the environment does not step, and the result is the last
+        observation, the reward 0, two False flags and no info.
+        """
         if self.over:
             return self._last, 0.0, False, False, {}
         try:
@@ -301,13 +313,16 @@ def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_step(result: Sequence[object]) -> None:
-    """Raise ValueError unless a step returned the five values that Gymnasium defines."""
+    """Raise ValueError unless `result` of a step has the five values that Gymnasium defines."""
     if len(result) != 5:
         raise _step_error(str(len(result)))
 
 
 def check_reward(reward: float, step: int, episode: str) -> None:
-    """Raise ValueError unless the reward of a step is a finite number."""
+    """Raise ValueError unless the reward of a step is a finite number.
+
+    `step` and `episode` name the step in the error message.
+    """
     if not np.isfinite(reward):
         raise ValueError(
             f"the reward of a step must be a finite number, got {float(reward)} at step {step} of "
@@ -325,7 +340,10 @@ def _step_error(count: str) -> ValueError:
 
 
 def autoreset_mode(envs: VectorEnv) -> str:
-    """Return the autoreset mode of a vector environment: "nextstep", "samestep" or "disabled"."""
+    """Return the autoreset mode of the vector environment `envs`.
+
+    It is "nextstep", "samestep" or "disabled".
+    """
     mode = (envs.metadata or {}).get("autoreset_mode")
     if mode is None:
         return "samestep" if BEFORE_1_0 else "nextstep"

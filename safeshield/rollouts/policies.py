@@ -48,6 +48,9 @@ def start_wave(policy: object, num_envs: int) -> None:
 def batch_policy(function: Callable[[Batch, np.random.Generator], npt.ArrayLike]) -> BatchPolicy:
     """Decorate a function ``(observations, rng) -> actions`` so that it is a batch policy.
 
+    `function` gets a batch of n observations and a random generator, and returns n actions. The
+    result is the function marked as a batch policy.
+
     >>> @batch_policy
     ... def still(observations, rng):
     ...     return np.zeros((len(observations), 2))
@@ -67,7 +70,7 @@ def batch_policy(function: Callable[[Batch, np.random.Generator], npt.ArrayLike]
 def as_batch_policy(
     policy: object, action_space: gym.Space[Any], *, deterministic: bool = True
 ) -> BatchPolicy:
-    """Return a batch policy that acts as `policy` does.
+    """Return a batch policy that acts as `policy` does, with actions of `action_space`.
 
     `policy` may be, checked in this order:
 
@@ -229,7 +232,14 @@ class PredictPolicy:
         *,
         deterministic: bool,
     ) -> tuple[Array, Memory]:
-        """Return the model's actions in n states and its next recurrent state, storing neither."""
+        """Return the model's actions in n states and its next recurrent state, storing neither.
+
+        Args:
+            observations: Batch of n observations.
+            state: Recurrent state before the step; None at the start.
+            starts: (n,) whether an episode begins; None where none does.
+            deterministic: Whether the model uses its deterministic mode.
+        """
         actions, state = self._model.predict(
             observations, state=state, episode_start=starts, deterministic=deterministic
         )

@@ -96,7 +96,7 @@ class Episode:
 
 
 def intervention_rate(episodes: Sequence[Episode]) -> float | None:
-    """Return the share of all steps in which a shield replaced the action.
+    """Return the share of all steps of `episodes` in which a shield replaced the action.
 
     The result is None where no episode had a shield that reports it.
     """

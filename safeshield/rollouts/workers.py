@@ -122,7 +122,10 @@ class WorkerVectorEnv(SyncVectorEnv):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Reset every copy, with the seeds seed, seed + 1, ..., or with those of a list."""
+        """Reset every copy, and return the batch of observations and the infos.
+
+        The seeds are seed, seed + 1, ..., or those of a list. `options` are passed to the copies.
+        """
         seeds: list[int | None]
         if seed is None or isinstance(seed, int | np.integer):
             seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
@@ -135,7 +138,10 @@ class WorkerVectorEnv(SyncVectorEnv):
         return super().reset(seed=seeds, options=options)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:  # noqa: ANN401
-        """Step every copy whose episode is not over."""
+        """Step every copy whose episode is not over by its row of `actions`.
+
+        The result has the form of `gymnasium.vector.VectorEnv.step`.
+        """
         each = gym.vector.utils.iterate(self.action_space, actions)
         for remote, action, member in zip(self._remotes, each, self._members, strict=True):
             if not member.over:
@@ -144,7 +150,7 @@ class WorkerVectorEnv(SyncVectorEnv):
         return super().step(actions)
 
     def close_extras(self, **kwargs: Any) -> None:  # noqa: ANN401
-        """Stop the worker processes."""
+        """Stop the worker processes. `kwargs` are not used."""
         self._stop()
 
     def _send(self) -> None:

@@ -43,9 +43,14 @@ class CandidateSet:
         return self.fallback + self.around + self.box
 
     def actions(self, model: SafetyModel, states: StateValue, proposals: Actions) -> Candidates:
-        """Return the candidates (n, total, act) for proposals (n, act), all inside the box.
+        """Return the candidates (n, total, act) for n proposed actions, all inside the box.
 
         Where actions are discrete, the candidates are all actions, whatever the counts are.
+
+        Args:
+            model: Networks of the shield, with its fallback.
+            states: Result of `SafetyModel.states` for the n states.
+            proposals: (n, act) proposed actions, as rows.
         """
         if model.action_codec.discrete:
             choices = model.action_codec.choices

@@ -46,7 +46,7 @@ class StateValue:
     other states `value` uses the network's estimate of h, and no action is acceptable."""
 
     def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> StateValue:
-        """Return the results for some of the states."""
+        """Return the results for some of the states: indices, a mask or a slice `index`."""
         known = None if self.known is None else self.known[index]
         return StateValue(self.inputs[index], self.value[index], known)
 
@@ -105,6 +105,15 @@ class SafetyModel:
 
         "student" is a `OneStepActor`. "behaviour" is a `FlowActor` of `flow_steps` steps, or a
         `Classifier` where actions are discrete.
+
+        Args:
+            observation_space: Space of one observation.
+            action_space: Space of one action.
+            scaling: Units of observations and actions.
+            scale: Units of h.
+            networks: Weights by the network's name.
+            flow_steps: Number of Euler steps of the behaviour's flow.
+            constraint: Source of h of a state; None where the network "constraint" estimates it.
         """
         widths = widths_of(scaling, flat_actions(action_space))
         fallback, behaviour = None, None
@@ -176,15 +185,21 @@ class SafetyModel:
         return StateValue(inputs, np.zeros(len(inputs), np.float32))
 
     def evaluate_features(self, inputs: Float) -> StateValue:
-        """Return V_h of normalised observations (n, features), as `spaces.scaling` makes them.
+        """Return V_h (n,) of normalised observations, together with these.
 
-        The network "constraint" estimates h, because a source needs the observations themselves.
+        `inputs` (n, features) are observations as `spaces.scaling` makes them. The network
+        "constraint" estimates h, because a source of h needs the observations themselves.
         """
         out = run(self._state_layers, inputs)
         return StateValue(inputs, state_value(self.scale, out[0, :, 0], out[1, :, 0]))
 
     def action_values(self, states: StateValue, actions: Actions) -> Scalars:
-        """Return Q_h of one action (n, act) in each of n states: (n,)."""
+        """Return Q_h (n,) of one action in each of n states.
+
+        Args:
+            states: Result of `states` for the n observations.
+            actions: (n, act) actions, as rows.
+        """
         out: Float = self.scaled_values(states, self.scaling.actions(actions)[:, None])[:, 0]
         return out
 
@@ -192,6 +207,8 @@ class SafetyModel:
         """Return the standard deviation (n,) of Q_h among the critic's members, in units of h.
 
         It comes from the network "advantage", also where the model has a `judge`.
+
+        `states` and `actions` are those of `action_values`.
         """
         inputs = np.concatenate([states.inputs, self.scaling.actions(actions)], axis=-1)
         members = run(self._advantage_layers, inputs)[..., 0]
@@ -199,9 +216,10 @@ class SafetyModel:
         return out
 
     def action_value(self, states: StateValue, action: Actions) -> float:
-        """Return Q_h of one finite action (act,) in one state, faster than `action_values`.
+        """Return Q_h of one finite action in one state, faster than `action_values`.
 
-        Most steps of a shielded agent need only this number.
+        Most steps of a shielded agent need only this number. `states` is the result for one
+        observation, and `action` (act,) is one row.
         """
         width = states.inputs.shape[1]
         features = self.scaling.actions(action)
@@ -214,13 +232,23 @@ class SafetyModel:
         return float(states.value[0]) + worst * self.scale.step_rms
 
     def candidate_values(self, states: StateValue, candidates: Candidates) -> Scalars:
-        """Return Q_h of c actions (n, c, act) in each of n states: (n, c), in one pass."""
+        """Return Q_h (n, c) of c actions in each of n states, in one pass.
+
+        Args:
+            states: Result of `states` for the n observations.
+            candidates: (n, c, act) actions, as rows.
+        """
         count, each, width = candidates.shape
         actions = self.scaling.actions(candidates.reshape(count * each, width))
         return self.scaled_values(states, actions.reshape(count, each, actions.shape[-1]))
 
     def scaled_values(self, states: StateValue, candidates: Candidates) -> Scalars:
-        """Return Q_h (n, c) of normalised actions (n, c, features), the networks' input."""
+        """Return Q_h (n, c) of actions that are normalised already.
+
+        Args:
+            states: Result of `states` for the n observations.
+            candidates: (n, c, features) actions as inputs of the networks.
+        """
         if self.judge is not None:
             worst = self.judge.worst(self.networks, states.inputs, candidates)
         else:
@@ -231,10 +259,11 @@ class SafetyModel:
         return action_value(self.scale, states.value[:, None], worst)
 
     def action_gradients(self, states: StateValue, actions: Actions) -> tuple[Scalars, Float]:
-        """Return Q_h (n,) of one action (n, act) of a Box in each of n states, and its gradient.
+        """Return Q_h (n,) of one action of a Box in each of n states, and its gradient.
 
         The gradient (n, act) is dQ_h/du, where u is the action scaled to [-1, 1]. Its unit is that
-        of h per half width of the box.
+        of h per half width of the box. `states` and `actions` (n, act) are those of
+        `action_values`.
         """
         features = self.scaling.actions(actions)
         if self.judge is not None:
@@ -274,19 +303,24 @@ class SafetyModel:
     def behaviour(self, states: StateValue, noise: Noise) -> Candidates:
         """Return the imitated behaviour's actions (n, c, act), in the box, for noise (n, c, z).
 
-        This needs a Box of actions, and `knows_behaviour`.
+        This needs a Box of actions, and `knows_behaviour`. `states` is the result for n
+        observations.
         """
         scaled = self._behaviour.act(self.networks, *_rows(states, noise))
         return self._in_box(scaled, len(states.inputs))
 
     def fallback_alone(self, states: StateValue) -> Actions:
-        """Return the fallback's actions (n, act) without noise, in the box."""
+        """Return the fallback's actions (n, act) without noise, in the box.
+
+        `states` is the result for n observations.
+        """
         return self.fallback(states, np.zeros((1, self.noise_features), np.float32))[:, 0]
 
     def fallback(self, states: StateValue, noise: Noise) -> Candidates:
         """Return the fallback actor's actions (n, c, act), in the box, for noise (c, z).
 
-        Where actions are discrete, this is the action of lowest Q_h, c times.
+        Where actions are discrete, this is the action of lowest Q_h, c times. `states` is the
+        result for n observations.
         """
         count = len(states.inputs)
         if self.fallback_actor is None:
@@ -309,6 +343,9 @@ def _rows(states: StateValue, noise: Noise) -> tuple[Float, Float]:
 
 
 def widths_of(scaling: Scaling, action_codec: SpaceCodec) -> Widths:
-    """Return the widths of the networks' inputs and outputs that the spaces determine."""
+    """Return the widths of the networks' inputs and outputs that the spaces determine.
+
+    `scaling` gives the inputs, and `action_codec` the number of choices of a discrete action space.
+    """
     choices = math.prod(action_codec.categories) if action_codec.discrete else 0
     return Widths(scaling.observation_features, scaling.action_features, choices)

@@ -66,7 +66,10 @@ _REPLACEMENTS: dict[str, type[NearestAcceptable | FallbackPolicy | ProjectedGrad
 
 
 def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
-    """Write a shield to a file, atomically.
+    """Write a shield to the file `path`, atomically.
+
+    The header holds spaces, units, threshold, record, replacement, support test and the
+    descriptions of the actors. The tensors are the weights of the networks.
 
     Raises:
         ValueError: the shield replaces actions in a way that a file cannot hold, or an actor's
@@ -104,7 +107,10 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
 
 
 def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
-    """Read a shield from a file, after a check of every field of the header."""
+    """Return the shield in the file `path`, after a check of every field of the header.
+
+    `kind` is the class of the result, `Shield` or a subclass.
+    """
     file = read_tensors(path, FORMAT)
     header = file.header
     if header.get("version") not in (1, VERSION):

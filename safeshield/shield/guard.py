@@ -74,7 +74,10 @@ class ShieldMemory(Protocol):
         ...
 
     def learn(self, report: FilterReport, reached: Scalars, counted: Flags, /) -> None:
-        """Update the memory with one step; the arguments are those of `AdaptiveMargin.learn`."""
+        """Update the memory with one step.
+
+        `report`, `reached` and `counted` are those of `AdaptiveMargin.learn`.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def check_discrete(codec: SpaceCodec) -> None:
-    """Raise TypeError unless the actions are discrete."""
+    """Raise TypeError unless the actions of `codec` are discrete."""
     if not codec.discrete:
         raise TypeError(
             "a mask needs discrete actions (Discrete, MultiDiscrete, MultiBinary), the shield's "

@@ -16,7 +16,7 @@ _PAST = ("reset", "step")
 
 
 def shielding_layer(env: object) -> object | None:
-    """Return the first layer of an environment that holds a `Shield`, None if there is none.
+    """Return the first layer of the environment `env` that holds a `Shield`, None if there is none.
 
     The environments inside a vector environment are searched too.
     """
@@ -32,7 +32,10 @@ def shielding_layer(env: object) -> object | None:
 
 
 def is_shielded_policy(policy: object) -> bool:
-    """Whether a `Shield` has already filtered a policy's actions, as in a `ShieldedPolicy`."""
+    """Return whether a `Shield` has already filtered the actions of `policy`.
+
+    This is so for a `ShieldedPolicy`.
+    """
     # The fields are tested because this module must not import the policies. An adversary holds a
     # shield too, but has no report.
     fields = getattr(policy, "__dict__", {})
@@ -40,20 +43,29 @@ def is_shielded_policy(policy: object) -> bool:
 
 
 def refuse_shielded(env: object, instead: str) -> None:
-    """Raise ValueError if a layer of the environment in this process holds a shield."""
+    """Raise ValueError if a layer of `env` in this process holds a shield.
+
+    `instead` is the end of the message, which says what to do.
+    """
     layer = shielding_layer(env)
     if layer is not None:
         raise _shielded_already(type(layer).__name__, instead)
 
 
 def refuse_shielded_infos(infos: Mapping[str, Any], instead: str) -> None:
-    """Raise ValueError if infos report a shield, for example one in another process."""
+    """Raise ValueError if `infos` report a shield, for example one in another process.
+
+    `instead` is the end of the message, which says what to do.
+    """
     if INTERVENED in infos:
         raise _shielded_already(f"its infos have {INTERVENED!r}", instead)
 
 
 def refuse_past_shield(name: str, instead: str) -> None:
-    """Raise ValueError for the name of a method that would step environments past the shield."""
+    """Raise ValueError if the method `name` would step environments past the shield.
+
+    `instead` is the end of the message, which says what to do.
+    """
     if name in _PAST:
         raise ValueError(
             f"{name!r} of the environments themselves would go past the shield, which would then "

@@ -32,7 +32,7 @@ class ReadableRange:
         self._high = np.where(counts, codec.high, mean + reach)
 
     def entries(self, rows: Observations) -> npt.NDArray[np.bool_]:
-        """Return which entries of observations (n, obs) are readable, (n, obs); NaN never is."""
+        """Return which entries of observations `rows` are readable, (n, obs) each; NaN never is."""
         near = (rows >= self._low) & (rows <= self._high)
         if self._counts is not None:
             near &= ~self._counts | (np.floor(rows) == rows)

@@ -89,7 +89,7 @@ class CalibrationRecord:
         )
 
     def speaks_of(self, environment: str, kwargs: Mapping[str, Any] | None = None) -> bool:
-        """Whether nothing known distinguishes an environment from the one that was tested.
+        """Return whether nothing known distinguishes an environment from the one that was tested.
 
         Args:
             environment: the environment's id; "" where it is not known. Nothing is compared then.
@@ -109,7 +109,7 @@ class CalibrationRecord:
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """Rebuild a record from what `to_json` wrote, checking every field.
+        """Return the record that `to_json` wrote as `data`, after a check of every field.
 
         Raises:
             ValueError: a field is missing, unknown or of a wrong type.

@@ -149,7 +149,7 @@ class Shield:
         return 0.0 - self.delta
 
     def with_delta(self, delta: float) -> Self:
-        """Return a copy with another delta, without the record."""
+        """Return a copy with the threshold `delta`, in units of h, and without the record."""
         return replace(self, delta=float(delta), record=None)
 
     def with_constraint(self, source: str | ConstraintSource | ConstraintFn | None) -> Self:
@@ -250,7 +250,12 @@ class Shield:
         return values[0] if single else values
 
     def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
-        """Return `value` for rows (n, obs) and (n, act) of `spaces.rows`."""
+        """Return V_h (n,) of observations, or Q_h (n,) of actions in them, as `value` does.
+
+        Args:
+            rows: (n, obs) observations, as rows of `spaces.rows`.
+            actions: (n, act) actions, one for each observation; None for V_h.
+        """
         states = self.states(rows)
         known = self.known(states, rows)
         if actions is None:
@@ -260,10 +265,13 @@ class Shield:
         return _where_known(known, values)
 
     def readable(self, rows: Observations) -> Flags:
-        """Return whether observations (n, obs) are readable, (n,).
+        """Return whether observations are readable, (n,).
 
         An observation is readable where its entries are finite and not extremely far from the log,
         and whole numbers where its space has whole numbers.
+
+        Args:
+            rows: (n, obs) observations, as rows of `spaces.rows`.
         """
         return np.asarray(np.logical_and.reduce(self._readable.entries(rows), axis=-1))
 
@@ -278,9 +286,12 @@ class Shield:
         return readable if states.known is None else readable & states.known
 
     def states(self, rows: Observations) -> StateValue:
-        """Return the critics' results for observations (n, obs), for `filter_rows`.
+        """Return V_h and the network inputs of n observations, which `filter_rows` takes.
 
         The log's mean takes the place of entries that are not readable.
+
+        Args:
+            rows: (n, obs) observations, as rows of `spaces.rows`.
         """
         near = self._readable.entries(rows)
         if not near.all():
@@ -288,7 +299,10 @@ class Shield:
         return self.model.states(rows)
 
     def certified(self, observation: Batch) -> Flags | np.bool_:
-        """Return whether states are certified: V_h(s) <= -delta and the shield is calibrated."""
+        """Return whether states are certified: V_h(s) <= -delta and the shield is calibrated.
+
+        The result is () for one `observation` and (n,) for a batch.
+        """
         inside = np.asarray(self.value(observation)) <= self.threshold
         flags = inside & (self.record is not None)
         return flags if flags.ndim else np.bool_(flags)
@@ -309,6 +323,10 @@ class Shield:
             observation: one observation, or a batch (see `value`).
             action: one action, or a batch.
 
+        Returns:
+            The action to execute in the form of `action`, and the report: for a batch of n actions,
+            arrays (n,) of verdicts.
+
         Raises:
             ValueError: an argument has a wrong shape.
         """
@@ -326,10 +344,15 @@ class Shield:
     def accepts(
         self, states: StateValue, action: Actions, threshold: float | None = None
     ) -> float | None:
-        """Return Q_h of one action (act,) in one state if it is accepted, else None.
+        """Return Q_h of one action in one state if the action is accepted, else None.
 
         This is a faster test for the common case; `filter_rows` gives the whole report. The state
         must come from a readable observation.
+
+        Args:
+            states: Result of `states` for the one observation.
+            action: (act,) the proposed action, as a row.
+            threshold: The number that Q_h must not exceed; by default the shield's own.
         """
         # Comparisons with NaN are false, so an action with a NaN is rejected here.
         if not ((action >= self._low) & (action <= self._high)).all():
@@ -350,7 +373,7 @@ class Shield:
         actions: Actions,
         threshold: float | Scalars | None = None,
     ) -> tuple[npt.NDArray[Any], FilterReport]:
-        """Return `filter` of actions in observations (n, obs) whose `states` are known already.
+        """Return the executed actions (n, act) and the report on them, as `filter` does for points.
 
         Args:
             states: result of `states` for the same rows.
@@ -443,7 +466,12 @@ class Shield:
 
         These are the acceptable actions, in the order of `SpaceCodec.choices`. Where no action is
         acceptable, or the observation is not readable, the only one is the action that `filter`
-        would execute. So each row has a True. The arguments are those of `acceptable`.
+        would execute. So each row has a True.
+
+        Args:
+            states: Result of `states` for the same rows.
+            rows: (n, obs) the raw observations.
+            threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
         """
         choices = self.model.action_codec.choices
         every = np.broadcast_to(choices, (len(rows), *choices.shape))
@@ -493,7 +521,9 @@ class Shield:
         rows: Observations,
         threshold: float | Scalars | None = None,
     ) -> Mask:
-        """Return `action_mask` (n, k) for observations (n, obs) whose `states` are known already.
+        """Return `action_mask` (n, k) for observations whose `states` are known already.
+
+        The arguments are those of `acceptable_choices`: `states`, `rows` and `threshold`.
 
         Raises:
             TypeError: actions are not discrete.
@@ -567,11 +597,11 @@ class Shield:
         return False
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
-        """Return one observation or a batch as rows (n, obs), and whether it was a single one."""
+        """Return `observations` as rows (n, obs), and whether they are a single one."""
         return self.model.observation_codec.flatten(observations, "observation")
 
     def action_rows(self, actions: Batch) -> tuple[npt.NDArray[Any], bool]:
-        """Return one action or a batch as rows (n, act), and whether it was a single one."""
+        """Return `actions` as rows (n, act), and whether they are a single one."""
         return self.model.action_codec.flatten(actions, "action")
 
     def points(self, rows: Actions) -> npt.NDArray[Any]:
@@ -593,10 +623,11 @@ class Shield:
         seed: int = 0,
         num_envs: int | None = None,
     ) -> Self:
-        """Return a copy with a calibrated delta and its record.
+        """Return a copy with a calibrated delta and the record of the calibration.
 
-        Delta is tested in episodes in which the shield filters the actions. See
-        `calibration.calibrate.calibrate` for the arguments, the procedure and the promise.
+        Delta is tested in episodes of `env` in which the shield filters the actions of `policy`, or
+        of the default proposers. `calibration.calibrate.calibrate` describes all arguments, the
+        procedure and the promise.
         """
         from safeshield.calibration.calibrate import calibrate
 
@@ -615,12 +646,12 @@ class Shield:
         return replace(self, delta=record.delta, record=record)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the shield to one safetensors file whose header is strict JSON."""
+        """Write the shield to the safetensors file `path`, whose header is strict JSON."""
         save_shield(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a shield from a file; no code from the file is executed.
+        """Return the shield in the file `path`. No code from the file is executed.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -49,12 +49,12 @@ def take(points: Batch, index: int | Array | slice) -> Batch:
 
 
 def repeated(points: Batch, times: int) -> Batch:
-    """Return a batch in which each point is repeated `times` times in a row."""
+    """Return a batch in which each of the n `points` is repeated `times` times in a row."""
     return take(points, np.repeat(np.arange(batch_length(points)), times))
 
 
 def copied(points: Batch) -> Batch:
-    """Return a copy of one point or of a batch that shares no array with the original.
+    """Return a copy of `points`, one point or a batch, that shares no array with the original.
 
     The copy is needed because environments may overwrite arrays that they have returned, and
     policies may overwrite their inputs.

@@ -35,8 +35,8 @@ ACTIONS = f"bounded {_PARTS} with at most {MAX_CHOICES} combinations"
 class SpaceCodec:
     """Converter between the points of one space and rows of numbers.
 
-    A Dict space names the entries that are used. The points may have further entries, which are
-    ignored.
+    `space` is the space. A Dict space names the entries that are used. The points may have further
+    entries, which are ignored.
 
     >>> space = gym.spaces.Dict({"at": gym.spaces.Discrete(5), "v": gym.spaces.Box(0, 1)})
     >>> flat = SpaceCodec(space)
@@ -97,7 +97,7 @@ class SpaceCodec:
         return np.concatenate([rows for rows, _ in parts], axis=1), singles.pop()
 
     def unflatten(self, rows: Rows) -> Array:
-        """Return rows (n, width) as a batch of points of a space without Dicts."""
+        """Return `rows` (n, width) as a batch of n points of a space without Dicts."""
         shape = self.space.shape
         if shape is None:
             raise TypeError(f"no batch of points can be made for {self.space}")
@@ -166,7 +166,11 @@ class SpaceCodec:
 
 
 def flat_observations(space: gym.Space[Any], what: str = "observation_space") -> SpaceCodec:
-    """Return the converter of an observation space.
+    """Return the converter of an observation space, after a check that the space is supported.
+
+    Args:
+        space: Space of one observation.
+        what: Name of the argument in error messages.
 
     Raises:
         TypeError: the space is of an unsupported kind or empty; the message lists the supported
@@ -183,7 +187,11 @@ def flat_observations(space: gym.Space[Any], what: str = "observation_space") ->
 
 
 def flat_actions(space: gym.Space[Any], what: str = "action_space") -> SpaceCodec:
-    """Return the converter of an action space.
+    """Return the converter of an action space, after a check that the space is supported.
+
+    Args:
+        space: Space of one action.
+        what: Name of the argument in error messages.
 
     Raises:
         TypeError: the space is of an unsupported kind or has too many combinations; the message
@@ -193,7 +201,7 @@ def flat_actions(space: gym.Space[Any], what: str = "action_space") -> SpaceCode
     Traceback (most recent call last):
     ...
     TypeError: action_space must be bounded Box (any shape), Discrete, MultiDiscrete, MultiBinary \
-with at most 1024 combinations, got Tuple(Discrete(2))
+    with at most 1024 combinations, got Tuple(Discrete(2))
     """
     flat = SpaceCodec(space)
     supported = isinstance(space, _LEAVES) and flat.width > 0
@@ -205,7 +213,7 @@ with at most 1024 combinations, got Tuple(Discrete(2))
 
 
 def plain(points: Any) -> Array:  # noqa: ANN401
-    """Return one point or a batch, of a space without Dicts, as a plain `numpy.ndarray`.
+    """Return `points`, one point or a batch of a space without Dicts, as a plain `numpy.ndarray`.
 
     The object is read once, by `numpy.asarray`, and the result shares no memory with it. An object
     that changes afterwards therefore cannot alter the action that has been checked. The data of a

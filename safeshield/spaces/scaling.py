@@ -61,14 +61,23 @@ class Scaling:
 
     @classmethod
     def of(cls, dataset: LoggedRows) -> Scaling:
-        """Return the scaling of a log; the action box must be bounded."""
+        """Return the scaling of a log `dataset`, whose action box must be bounded."""
         return cls.of_rows(dataset.observations, dataset.flat_observations, dataset.flat_actions)
 
     @classmethod
     def of_rows(
         cls, rows: npt.NDArray[np.float32], observations: SpaceCodec, actions: SpaceCodec
     ) -> Scaling:
-        """Return the scaling of rows of observations (n, obs) and of an action space."""
+        """Return the scaling of observations and of an action space.
+
+        Args:
+            rows: (n, obs) observations, from which mean and spread are computed.
+            observations: Converter of the observation space.
+            actions: Converter of the action space, whose bounds are mapped to -1 and 1.
+
+        Raises:
+            ValueError: The action box is not bounded, or an entry has no width.
+        """
         low, high = actions.low, actions.high
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ValueError(
@@ -121,7 +130,12 @@ class Scaling:
     def from_json(
         cls, data: dict[str, list[float]], observations: SpaceCodec, actions: SpaceCodec
     ) -> Scaling:
-        """Rebuild a scaling from a file's header and check its widths and values.
+        """Return the scaling in a file's header, after a check of its widths and values.
+
+        Args:
+            data: The lists that `to_json` returned.
+            observations: Converter of the observation space.
+            actions: Converter of the action space.
 
         Raises:
             ValueError: a list is missing, has another length, is not finite or is out of order.
@@ -156,14 +170,17 @@ class Scaling:
         return scaling
 
     def observations(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Return the network inputs of rows of observations (..., obs)."""
+        """Return the network inputs (..., features) of rows of observations `raw` (..., obs)."""
         scaled = np.asarray((raw - self.observation_mean) / self.observation_spread, np.float32)
         if not self.observation_categories:
             return scaled
         return _indicators(scaled, scaled, self.observation_categories)
 
     def actions(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Return the network inputs of rows of actions (..., act), mapped to [-1, 1]."""
+        """Return the network inputs (..., features) of rows of actions `raw` (..., act).
+
+        Continuous entries are mapped to [-1, 1].
+        """
         unit = (raw - self.action_low) / self._action_range
         scaled = np.asarray(2.0 * unit - 1.0, np.float32)
         if not self.action_categories:
@@ -171,7 +188,10 @@ class Scaling:
         return _indicators(scaled, raw - self.action_low, self.action_categories)
 
     def to_box(self, scaled: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        """Map continuous actions (..., act) from [-1, 1] to the box, and clip them to the box."""
+        """Return continuous actions `scaled` (..., act) in [-1, 1] as rows in the units of the box.
+
+        Numbers outside [-1, 1] are clipped to the box.
+        """
         unit = 0.5 * (scaled + 1.0)
         raw = self.action_low + unit * self._action_range
         return np.asarray(np.clip(raw, self.action_low, self.action_high), np.float32)

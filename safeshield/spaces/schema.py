@@ -73,7 +73,7 @@ def space_to_json(space: gym.Space[Any]) -> JsonSpace:
 
 
 def space_from_json(data: JsonSpace) -> gym.Space[Any]:
-    """Build the space that `space_to_json` described, and check every field.
+    """Return the space that `space_to_json` described as `data`, after a check of every field.
 
     Raises:
         ValueError: a field is missing, unknown, of a wrong type or out of range, or the space has
@@ -85,7 +85,7 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
     Traceback (most recent call last):
     ...
     ValueError: space type must be one of Box, Dict, Discrete, MultiBinary, MultiDiscrete, got \
-'os.system'
+    'os.system'
     """
     return _from_json(data, depth=0)
 

@@ -63,6 +63,11 @@ class SafetyBackup:
     def one_step(cls, constraint: Tensor, terminated: Tensor, discount: float) -> Self:
         """Return the backup of a single step with the constraint m (batch,).
 
+        Args:
+            constraint: (batch,) m.
+            terminated: (batch,) whether the episode terminated after the step.
+            discount: Discount g in (0, 1].
+
         >>> never = torch.tensor([False])
         >>> SafetyBackup.one_step(torch.tensor([-1.0]), never, 0.5).target(torch.tensor([1.0]))
         tensor([0.])
@@ -132,7 +137,7 @@ def safety_windows(
     steps: int = 1,
     extra: Tensor | None = None,
 ) -> SafetyWindow:
-    """Compose `steps` safety backups along the log, from every transition.
+    """Return the composition of `steps` safety backups along the log, from every transition.
 
     Args:
         constraints: (N,) h(s), positive for a violation.
@@ -169,7 +174,14 @@ def reward_windows(
     discount: float,
     steps: int = 1,
 ) -> RewardWindow:
-    """Compose `steps` discounted reward backups along the log, from every transition.
+    """Return the composition of `steps` discounted reward backups, from every transition.
+
+    Args:
+        rewards: (N,) rewards of the log.
+        terminated: (N,) bool, whether the episode terminated in s'.
+        episode_last: (N,) int64, index of the last transition of each transition's episode.
+        discount: g in (0, 1].
+        steps: Number of steps, at least 1.
 
     >>> window = reward_windows(torch.tensor([1.0, 1.0]), torch.tensor([False, True]),
     ...                         torch.tensor([1, 1]), discount=0.5, steps=2)
@@ -194,7 +206,7 @@ def window_ends(episode_last: Tensor, rows: Tensor, steps: int) -> Tensor:
 
 
 def rows_of(window: WindowT, rows: Tensor) -> WindowT:
-    """Return the windows that begin at the transitions `rows` (batch,)."""
+    """Return the windows of `window` that begin at the transitions `rows` (batch,)."""
     return type(window)(*[part[rows] for part in window])
 
 

@@ -75,22 +75,35 @@ class RewardCritics:
         }
 
     def init(self, generator: torch.Generator) -> Networks:
-        """Draw the initial weights of the two networks."""
+        """Return randomly drawn weights of the two networks, by network.
+
+        `generator` draws them, and determines their device.
+        """
         return {name: part.init(generator) for name, part in self.parts().items()}
 
     def value(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return V_r(s), (batch,), as a discounted return."""
+        """Return V_r(s), (batch,), as a discounted return.
+
+        `networks` are the weights, and `observations` (batch, obs) are normalised.
+        """
         name = self.names[0]
         raw = self.parts()[name](networks[name], observations)[0, :, 0]
         return self.offset + self.spread * raw
 
     def possible(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return `value` clipped to `bounds`, where they are known."""
+        """Return V_r(s), (batch,), clipped to `bounds`, where they are known.
+
+        `networks` and `observations` are those of `value`.
+        """
         value = self.value(networks, observations)
         return value if self.bounds is None else value.clip(*self.bounds)
 
     def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
-        """Return A_i(s, a), (members, batch), in units of sigma."""
+        """Return A_i(s, a), (members, batch), in units of sigma.
+
+        `networks` are the weights, `observations` (batch, obs) are normalised, and `actions`
+        (batch, act) lie in [-1, 1].
+        """
         inputs = concat([observations, actions])
         name = self.names[1]
         return self.parts()[name](networks[name], inputs)[..., 0]

@@ -89,41 +89,62 @@ class SafetyCritics:
         }
 
     def init(self, generator: torch.Generator) -> Networks:
-        """Draw the initial weights of the three networks."""
+        """Return randomly drawn weights of the three networks, by network.
+
+        `generator` draws them, and determines their device.
+        """
         return {name: part.init(generator) for name, part in self.parts().items()}
 
     def constraint(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return h^(s), (batch,), in units of h."""
+        """Return h^(s), (batch,), in units of h.
+
+        `networks` are the weights, and `observations` (batch, obs) are normalised.
+        """
         raw = self.parts()[CONSTRAINT](networks[CONSTRAINT], observations)[0, :, 0]
         return self.scale.offset + self.scale.spread * raw
 
     def excess(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return e(s), (batch,), in units of h."""
+        """Return e(s), (batch,), in units of h.
+
+        `networks` are the weights, and `observations` (batch, obs) are normalised.
+        """
         raw = self.parts()[EXCESS](networks[EXCESS], observations)[0, :, 0]
         return self.scale.excess * raw
 
     def value(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return V_h(s), (batch,), in units of h, at most 0 where some policy stays safe."""
+        """Return V_h(s), (batch,), in units of h, at most 0 where some policy stays safe.
+
+        `networks` are the weights, and `observations` (batch, obs) are normalised.
+        """
         constraint, excess = (
             self.parts()[name](networks[name], observations)[0, :, 0] for name in VALUE_NETWORKS
         )
         return state_value(self.scale, constraint, excess)
 
     def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
-        """Return A_i(s, a), (members, batch), in units of sigma."""
+        """Return A_i(s, a), (members, batch), in units of sigma.
+
+        `networks` are the weights, `observations` (batch, obs) are normalised, and `actions`
+        (batch, act) lie in [-1, 1].
+        """
         inputs = concat([observations, actions])
         return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]
 
     def action_value(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
         """Return Q_h(s, a), (batch,), from the next state on, in units of h.
 
-        The result uses the largest of the advantages A_i.
+        The result uses the largest of the advantages A_i. The arguments `networks`, `observations`
+        and `actions` are those of `advantages`.
         """
         worst = largest(self.advantages(networks, observations, actions))
         return action_value(self.scale, self.value(networks, observations), worst)
 
     def log_value(self, networks: Networks, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Return V_h (batch,) at states of the log, where h is known, in units of h."""
+        """Return V_h (batch,) at states of the log, where h is known, in units of h.
+
+        `networks` are the weights, `observations` (batch, obs) are normalised, and `constraints`
+        (batch,) are the labels h of the states.
+        """
         if self.continuous:
             return constraints + self.excess(networks, observations).relu()
         return torch.maximum(self.value(networks, observations), constraints)

@@ -46,7 +46,12 @@ def soft_value(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
 
 
 def induced_log_policy(q: Tensor, temperature: float, log_mu: Tensor) -> Tensor:
-    """Return log pi* (..., c) of the actions, that is log mu + (q - V) / a, normalised.
+    """Return log pi* (..., c) of c actions, that is log mu + (q - V) / a, normalised.
+
+    Args:
+        q: (..., c) values of the actions.
+        temperature: Temperature a.
+        log_mu: (..., c) log probabilities of the actions under mu.
 
     >>> log_pi = induced_log_policy(torch.zeros(3), 1.0, torch.tensor([0.25, 0.75, 0.0]).log())
     >>> log_pi.exp()

@@ -57,7 +57,7 @@ class SafetyScale:
 
     @classmethod
     def from_json(cls, data: object) -> SafetyScale:
-        """Rebuild the units from a file's header.
+        """Return the units that `to_json` wrote to a file's header as `data`, after a check.
 
         Raises:
             ValueError: a number is missing, unknown or out of range.
@@ -76,7 +76,10 @@ class SafetyScale:
 
 
 def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
-    """Return V_h(s) = h^(s) + max(e(s), 0), in units of h, from the outputs of the two networks."""
+    """Return V_h(s) = h^(s) + max(e(s), 0), in units of h, from the outputs of two networks.
+
+    `constraint` and `excess` are these outputs, and `scale` converts them to units of h.
+    """
     return scale.offset + scale.spread * constraint + relu(scale.excess * excess)
 
 
@@ -86,5 +89,8 @@ def known_value(scale: SafetyScale, h: A, excess: A) -> A:
 
 
 def action_value(scale: SafetyScale, value: A, advantage: A) -> A:
-    """Return Q_h(s, a) = V_h(s) + sigma A(s, a), in units of h, where A is max_i A_i."""
+    """Return Q_h(s, a) = V_h(s) + sigma A(s, a), in units of h, where A is max_i A_i.
+
+    `value` is V_h in units of h, `advantage` is A, and `scale` holds sigma.
+    """
     return value + scale.step_rms * advantage
