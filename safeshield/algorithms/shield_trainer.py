@@ -124,11 +124,11 @@ class ShieldArchitecture(Architecture):
     """Record of the support test from training; None: the shield has no support test."""
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
-        """See `Architecture`."""
+        """Return the safety critics by name (see `Architecture`)."""
         return self.safety.parts()
 
     def header(self) -> dict[str, Any]:
-        """See `Architecture`."""
+        """Return the critics' units and the support test, as JSON values (see `Architecture`)."""
         support = None if self.support is None else self.support.to_json()
         return {**safety_header(self.safety), "support": support}
 
@@ -262,7 +262,10 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     """The learned shield, created at first use."""
 
     def fit(self, dataset: OfflineDataset, steps: int = 20_000, **options: Any) -> Self:  # noqa: ANN401
-        """Train on a log and return self. See `OfflineAgent.fit` for options and errors."""
+        """Train on the log `dataset` for `steps` updates and return self.
+
+        `options` are the other arguments of `OfflineAgent.fit`, which also describes the errors.
+        """
         return super().fit(dataset, steps, **options)
 
     def shield(self) -> Shield:
@@ -286,7 +289,10 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         return self._shield
 
     def calibrate(self, env: Env | VectorEnv, **arguments: Any) -> Shield:  # noqa: ANN401
-        """Return the learned shield after calibration; see `Shield.calibrate` for the arguments."""
+        """Return the learned shield after calibration in `env`.
+
+        `arguments` are the other arguments of `Shield.calibrate`.
+        """
         return self.shield().calibrate(env, **arguments)
 
     # -- methods that OfflineAgent requires ---------------------------------------------------

@@ -40,7 +40,7 @@ class Device(StrEnum):
 
 
 def load_plugins(files: list[Path] | None) -> list[Path] | None:
-    """Import the files that register algorithms. This is the callback of ``--plugin``."""
+    """Import the files that register algorithms, and return them. The callback of ``--plugin``."""
     for file in files or []:
         try:
             from safeshield.cli.plugins import load_plugin
@@ -75,7 +75,11 @@ Trust = Annotated[
 
 
 def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Print an error that the user can repair as one line, and exit with status 2."""
+    """Decorate a command so that an error that the user can repair is printed as one line.
+
+    The process then exits with status 2. `command` is the function of the command; the decorated
+    function is returned.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -108,7 +112,9 @@ def _is_users(error: Exception) -> bool:
 
 
 def check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT") -> None:
-    """Check that an output file can be written, before the command starts its work.
+    """Check that the output file `path` can be written, before the command starts its work.
+
+    `name` is the name of the argument in messages.
 
     Raises:
         ValueError: the name does not end in one of `suffixes`.

@@ -50,12 +50,12 @@ def file_kind(path: str | os.PathLike[str]) -> str:
 
 
 def with_article(kind: str) -> str:
-    """Return "an agent", "a shield", "a checkpoint" or "a log"."""
+    """Return "an agent", "a shield", "a checkpoint" or "a log" for the `kind` of a file."""
     return f"an {kind}" if kind == AGENT else f"a {kind}"
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a file holds as JSON values, in a readable order.
+    """Return what the file `path` holds as JSON values, in a readable order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -83,7 +83,9 @@ def describe_log(log: OfflineDataset, card: DatasetCard) -> dict[str, Any]:
 
 
 def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN401
-    """Load a Stable-Baselines3 agent; the settings in its zip file tell the algorithm.
+    """Return the Stable-Baselines3 agent in the file `path`, whose settings tell the algorithm.
+
+    `trust` must be True, because reading such a file can run code from it.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -29,7 +29,7 @@ Array = npt.NDArray[Any]
 
 @batch_policy
 def straight(observations: Observations, _: np.random.Generator) -> Actions:
-    """Return actions (n, 2) from positions (n, 2) straight towards the goal."""
+    """Return actions (n, 2) from the positions `observations` (n, 2) straight towards the goal."""
     offset = GOAL - observations
     return np.asarray(offset / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-9))
 

@@ -30,7 +30,7 @@ class Helmsmen:
         self.start_wave(0)
 
     def start_wave(self, num_envs: int) -> None:
-        """Draw new helmsmen at the first step of the following trips."""
+        """Draw new helmsmen for `num_envs` boats at the first step of the following trips."""
         self._kind = np.zeros(0, dtype=np.int64)
 
     def _board(self, count: int, rng: np.random.Generator) -> None:

@@ -33,7 +33,13 @@ WATER, ROCK, DOOMED, FLOW = "#eef5fa", "#6b655f", "#f3c9a5", "#a9c4d8"
 
 
 def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
-    """Draw the boundary of the learned safe set over the exact safe set."""
+    """Draw the boundary of the learned safe set over the exact safe set.
+
+    Args:
+        path: File of the picture.
+        shield: The learned shield.
+        exact: Exact safety value on a grid.
+    """
     with mpl.rc_context(STYLE):
         figure = new_figure(7.6, 6.6)
         axes = figure.add_subplot()
@@ -69,7 +75,14 @@ def trips(
     exact: GridValue,
     runs: Mapping[tuple[str, bool], Sequence[Episode]],
 ) -> None:
-    """Draw each agent's trips without the shield (left) and with it (right)."""
+    """Draw each agent's trips without the shield (left) and with it (right).
+
+    Args:
+        path: File of the picture.
+        shield: The shield, whose safe set is drawn.
+        exact: Exact safety value on a grid.
+        runs: Trips by the agent's name and whether it was shielded.
+    """
     names = list(dict.fromkeys(name for name, _ in runs))
     with mpl.rc_context(STYLE):
         figure = new_figure(10.0, 4.1 * len(names) + 0.9)
@@ -97,10 +110,10 @@ def trips(
 
 
 def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> None:
-    """Draw the tests of the calibration.
+    """Draw the tests of the calibration of `shield` to the file `path`.
 
     The upper part shows the violation rate of each threshold with its confidence bound. The lower
-    part shows the share of starts that each threshold keeps.
+    part shows the share of `starts` (n, obs) that each threshold keeps.
 
     Raises:
         ValueError: the shield is not calibrated.

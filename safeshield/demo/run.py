@@ -112,6 +112,9 @@ def run_demo(
         say: function that receives the lines of progress.
         progress_bar: whether a progress bar is shown during training.
 
+    Returns:
+        What was made and measured.
+
     Raises:
         CalibrationError: no threshold passes the test for the requested promise.
     """

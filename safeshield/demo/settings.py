@@ -54,7 +54,10 @@ class DemoConfig(Settings):
 
     @classmethod
     def quick(cls, seed: int = 0) -> DemoConfig:
-        """Return settings for tests, which run every stage but train too little to be useful."""
+        """Return settings for tests, which run every stage but train too little to be useful.
+
+        `seed` is the seed of all random numbers.
+        """
         return cls(
             seed=seed,
             trips=60,

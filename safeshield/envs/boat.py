@@ -39,7 +39,7 @@ MAX_EPISODE_STEPS = 400
 
 
 def direction(action: Actions) -> Actions:
-    """Return actions (..., 2) rescaled to unit length, where zero actions stay zero.
+    """Return the actions `action` (..., 2) rescaled to unit length. Zero actions stay zero.
 
     Example:
         >>> direction(np.array([[0.3, 0.4], [0.0, 0.0]]))
@@ -92,7 +92,9 @@ def steer(
 
 
 def constraint(state: Observations) -> Scalars:
-    """Return h (...) of states (..., 2), the largest radius minus distance to a rock, in metres.
+    """Return h (...) of states `state` (..., 2), in metres: the largest radius minus distance.
+
+    The distance is that to the centre of a rock.
 
     Example:
         >>> float(constraint(np.array([-0.5, 0.5])))
@@ -106,7 +108,7 @@ def constraint(state: Observations) -> Scalars:
 
 
 def reward(state: Observations) -> Scalars:
-    """Return the reward (...) of states (..., 2), minus their distance to the goal in metres.
+    """Return the reward (...) of `state` (..., 2): minus the distance to the goal, in metres.
 
     Example:
         >>> float(reward(np.array([1.5, 2.0])))
@@ -143,19 +145,19 @@ class BoatTask(StateTask):
             raise ValueError(f"current must be a finite speed, got {self.current!r}")
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the result of the module's `next_state` for this `current` and `dt`."""
+        """Return the states (..., 2) that follow `state` (..., 2) under `action` (..., 2)."""
         return next_state(state, action, current=self.current, dt=self.dt)
 
     def constraint(self, state: Array) -> Array:
-        """Return the result of the module's `constraint`: h (...) of states (..., 2)."""
+        """Return h (...) of the states `state` (..., 2), in metres."""
         return constraint(state)
 
     def reward(self, state: Array) -> Array:
-        """Return the result of the module's `reward` for steps from states (..., 2)."""
+        """Return the reward (...) of steps from the states `state` (..., 2)."""
         return reward(state)
 
     def draw_start(self, generator: np.random.Generator) -> Array:
-        """Return a random start (2,), uniform in the box of states."""
+        """Return a start (2,) that `generator` draws uniformly from the box of states."""
         return generator.uniform(STATE_LOW, STATE_HIGH)
 
     def picture(self, trail: Sequence[Array]) -> Frame:

@@ -55,7 +55,7 @@ def next_state(state: Observations, action: Actions, *, dt: float = TIME_STEP) -
 
 
 def constraint(state: Observations) -> Scalars:
-    """Return h (...) = abs(position) - 1 of states (..., 2), in metres.
+    """Return h (...) = abs(position) - 1 of the states `state` (..., 2), in metres.
 
     Example:
         >>> float(constraint(np.array([-1.25, 0.0])))
@@ -65,7 +65,7 @@ def constraint(state: Observations) -> Scalars:
 
 
 def reward(state: Observations) -> Scalars:
-    """Return the reward (...) of steps from states (..., 2), their speed in metres per second.
+    """Return the reward (...) of steps from `state` (..., 2): the speed in metres per second.
 
     Example:
         >>> float(reward(np.array([0.0, 2.0])))
@@ -92,23 +92,29 @@ class DoubleIntegratorTask(StateTask):
         positive("dt", self.dt)
 
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the result of the module's `next_state` for this `dt`."""
+        """Return the states (..., 2) that follow `state` (..., 2) under `action` (..., 1)."""
         return next_state(state, action, dt=self.dt)
 
     def constraint(self, state: Array) -> Array:
-        """Return the result of the module's `constraint`: h (...) of states (..., 2)."""
+        """Return h (...) of the states `state` (..., 2), in metres."""
         return constraint(state)
 
     def reward(self, state: Array) -> Array:
-        """Return the result of the module's `reward` for steps from states (..., 2)."""
+        """Return the reward (...) of steps from the states `state` (..., 2)."""
         return reward(state)
 
     def draw_start(self, generator: np.random.Generator) -> Array:
-        """Return a random start (2,), uniform between the walls and over all speeds of the box."""
+        """Return a start (2,) that `generator` draws.
+
+        It is uniform between the walls and over all speeds of the box.
+        """
         return generator.uniform((-WALL, -SPEED_LIMIT), (WALL, SPEED_LIMIT))
 
     def picture(self, trail: Sequence[Array]) -> Frame:
-        """Return a picture (256, 720, 3) of track, walls, the cart and an arrow for its speed."""
+        """Return a picture (256, 720, 3) of track, walls, the cart and an arrow for its speed.
+
+        The cart is drawn in the last state of `trail`.
+        """
         position, speed = trail[-1]
         canvas = Canvas(low=(-1.8, -0.5), high=(1.8, 0.78), height=256, colour=(244, 244, 240))
         for side in (-1.0, 1.0):

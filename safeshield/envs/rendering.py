@@ -33,20 +33,26 @@ class Canvas:
         self._image[:] = colour
 
     def disc(self, centre: Point, radius: float, colour: Colour) -> None:
-        """Fill a disc; centre and radius are in world units."""
+        """Fill a disc of a colour; centre and radius are in world units."""
         self._stroke(centre, centre, radius, colour)
 
     def line(self, start: Point, end: Point, width: float, colour: Colour) -> None:
-        """Draw a line with round ends; points and width are in world units."""
+        """Draw a line of a colour with round ends from `start` to `end`, in world units.
+
+        `width` is the width of the line, in world units too.
+        """
         self._stroke(start, end, 0.5 * width, colour)
 
     def path(self, points: Sequence[npt.NDArray[np.float64]], width: float, colour: Colour) -> None:
-        """Draw a line through k points (2,), in world units."""
+        """Draw a line of a width and colour through k points (2,), in world units."""
         for i in range(len(points) - 1):
             self._stroke(points[i], points[i + 1], 0.5 * width, colour)
 
     def box(self, low: Point, high: Point, colour: Colour) -> None:
-        """Fill the rectangle between two opposite corners, in world units."""
+        """Fill the rectangle between the opposite corners `low` and `high`, in world units.
+
+        `colour` is its colour.
+        """
         (x0, y1), (x1, y0) = self._to_pixels(low), self._to_pixels(high)
         part, x, y = self._window(x0, x1, y0, y1)
         outside = np.maximum(np.maximum(x0 - x, x - x1), np.maximum(y0 - y, y - y1))

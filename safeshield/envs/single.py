@@ -46,7 +46,10 @@ class StateEnv(Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Start an episode in ``options["state"]`` if that is given, else in a random state."""
+        """Start an episode in ``options["state"]`` if that is given, else in a random state.
+
+        `seed` seeds the random starts. The result is the observation and the info of the start.
+        """
         super().reset(seed=seed)
         if options is not None and "state" in options:
             state = self.task.checked_state(options["state"])
@@ -62,7 +65,10 @@ class StateEnv(Env):
     def step(
         self, action: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Take one step; the reward is of the state before it, the info of the state reached."""
+        """Take one step by `action` and return Gymnasium's five values.
+
+        The reward is of the state before the step, the info of the state reached.
+        """
         state = self._current()
         checked = self.task.checked_action(action, (self.task.action_size,))
         reward = float(self.task.reward(state))

@@ -31,19 +31,19 @@ class StateTask(ABC):
 
     @abstractmethod
     def next_state(self, state: Array, action: Array) -> Array:
-        """Return the states (..., n) that follow states (..., n) under actions (..., m)."""
+        """Return the states (..., n) that follow `state` (..., n) under `action` (..., m)."""
 
     @abstractmethod
     def constraint(self, state: Array) -> Array:
-        """Return h (...) of states (..., n), positive where the state is a violation."""
+        """Return h (...) of states `state` (..., n), positive where the state is a violation."""
 
     @abstractmethod
     def reward(self, state: Array) -> Array:
-        """Return the reward (...) of a step from the states (..., n)."""
+        """Return the reward (...) of a step from the states `state` (..., n)."""
 
     @abstractmethod
     def draw_start(self, generator: np.random.Generator) -> Array:
-        """Return one random start state (n,)."""
+        """Return one random start state (n,) that `generator` draws."""
 
     @abstractmethod
     def picture(self, trail: Sequence[Array]) -> Frame:
@@ -59,7 +59,7 @@ class StateTask(ABC):
         return spaces.Box(-1.0, 1.0, (self.action_size,), np.float32)
 
     def checked_state(self, state: object) -> Array:
-        """Return states (..., n) in float64.
+        """Return `state` (..., n) in float64, after a check.
 
         Raises:
             ValueError: the states have a wrong last axis, are not finite or lie outside the box.
@@ -80,7 +80,7 @@ class StateTask(ABC):
         return array
 
     def checked_action(self, action: object, shape: tuple[int, ...]) -> Array:
-        """Return actions of this shape in float64.
+        """Return `action` in float64, after a check that it has the shape `shape`.
 
         Raises:
             ValueError: the actions have another shape or are not finite.
@@ -97,7 +97,7 @@ class StateTask(ABC):
 
 
 def positive(name: str, value: float) -> float:
-    """Return the value as a float.
+    """Return `value` as a float, after a check. `name` is its name in the message.
 
     Raises:
         ValueError: the value is not a positive, finite number.
@@ -109,7 +109,7 @@ def positive(name: str, value: float) -> float:
 
 
 def checked_render_mode(render_mode: str | None) -> str | None:
-    """Return the render mode.
+    """Return `render_mode`, after a check.
 
     Raises:
         ValueError: the mode is neither None nor "rgb_array".

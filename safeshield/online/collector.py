@@ -110,6 +110,8 @@ class Collector:
     def returns_to_go(self, discount: float) -> Array:
         """Return the discounted returns of the steps recorded since `reset`, and stop recording.
 
+        The result has one return for each step. `discount` is the discount factor g.
+
         Raises:
             RuntimeError: nothing was recorded.
         """
@@ -281,7 +283,9 @@ def _alike(one: Any, other: Any) -> bool:  # noqa: ANN401 - actions
 
 
 def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
-    """Return a batch of observations, and whether a single observation was given.
+    """Return a batch of observations, and whether `observation` was a single one.
+
+    `codec` is the converter of the observations.
 
     Raises:
         ValueError: the observation has another shape, is an empty batch, or is not finite.
@@ -295,7 +299,11 @@ def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
 
 
 def check_environment(venv: VecEnv, safe_set: SafeSet | None) -> None:
-    """Check that actions can be judged in an environment, and that the safe set fits its spaces.
+    """Check that actions can be judged in environments, and that the safe set fits their spaces.
+
+    Args:
+        venv: The environments.
+        safe_set: Actions that may be executed; None for no check.
 
     Raises:
         TypeError: a space is not supported.
@@ -336,7 +344,10 @@ def check_playable(space: gym.Space[Any]) -> None:
 
 
 def as_venv(env: gym.Env[Any, Any] | VecEnv | None) -> VecEnv | None:
-    """Return an environment as a `VecEnv`; raise TypeError for any other object."""
+    """Return the environment `env` as a `VecEnv`; raise TypeError for any other object.
+
+    None and a `VecEnv` are returned unchanged.
+    """
     if env is None or isinstance(env, VecEnv):
         return env
     if not isinstance(env, gym.Env):

@@ -32,6 +32,12 @@ def replay_of_log(
     Where rules admit no action in a state, the transitions from it, and those into it that do not
     terminate, are left out, with a warning.
 
+    Args:
+        dataset: The log.
+        mu: The behaviour, restricted to the safe set.
+        samples: Number of draws of mu in each state.
+        rng: Generator of the draws.
+
     Raises:
         ValueError: no transition is left.
     """
@@ -81,6 +87,12 @@ def clone_of_log(
     dataset: OfflineDataset, model: SSQLModel, config: SSQLConfig, device: torch.device
 ) -> Params:
     """Return the weights of a clone of the log's behaviour, by maximum likelihood of its actions.
+
+    Args:
+        dataset: The log.
+        model: Description of the agent's networks, of which one is the clone.
+        config: Settings.
+        device: Device on which the clone is trained.
 
     Raises:
         FloatingPointError: the cross-entropy became NaN or infinite.

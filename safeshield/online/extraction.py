@@ -39,7 +39,13 @@ class InducedPolicy:
     def act(
         self, observations: Batch, rng: np.random.Generator, *, deterministic: bool = False
     ) -> tuple[Array, Array]:
-        """Return actions (n, act) in n states, and log pi*/mu of them (n,); see `weigh`."""
+        """Return actions (n, act) in n states, and log pi*/mu of them (n,); see `weigh`.
+
+        Args:
+            observations: Batch of n observations.
+            rng: Generator of the draws.
+            deterministic: Whether to return the most likely action instead of a draw.
+        """
         here = self.mu.propose(observations, self.config.predict_samples, rng)
         return self.weigh(observations, here, rng, deterministic=deterministic)
 
@@ -73,7 +79,10 @@ class InducedPolicy:
 
     @torch.no_grad()
     def value(self, observations: Batch, rng: np.random.Generator) -> Array:
-        """Return V(s) (n,), in units of return."""
+        """Return V(s) (n,), in units of return.
+
+        `observations` is a batch of n observations, and `rng` generates the draws of mu.
+        """
         here = self.mu.propose(observations, self.config.predict_samples, rng)
         support, q = self._values(observations, here)
         value = soft_value(q, self.config.temperature, support.log_mu)

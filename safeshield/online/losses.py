@@ -217,8 +217,15 @@ def reverse_loss_choices(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the reverse loss of stage two for discrete actions, and its metrics.
 
-    The loss is KL(pi || pi*), summed over all choices and averaged over the states. The arguments
-    are those of `forward_loss`.
+    The loss is KL(pi || pi*), summed over all choices and averaged over the states.
+
+    Args:
+        actor: Description of the actor pi.
+        params: Its weights.
+        critics: Description of the twin networks.
+        targets: Slow copies of the critics' weights, which define pi*.
+        support: Proposals of mu in n states.
+        temperature: Temperature a.
     """
     log_target = _log_induced(critics, targets, support, temperature)
     # A softmax cannot exclude the actions that mu never takes. They count as less likely than all

@@ -38,11 +38,18 @@ class SafeSet(Protocol):
     """Converts actions to rows."""
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
-        """Return (n, c) whether each of c actions (n, c, act) in n states may be executed."""
+        """Return (n, c) whether each of c actions in each of n states may be executed.
+
+        `observations` is a batch of n observations, and `candidates` (n, c, act) are actions as
+        rows.
+        """
         ...
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return replacements of actions (n, act), and whether each is admitted (n,)."""
+        """Return replacements of n actions, (n, act), and whether each of them is admitted, (n,).
+
+        `observations` is a batch of n observations, and `rows` (n, act) are the actions to replace.
+        """
         ...
 
     def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
@@ -64,17 +71,28 @@ class ShieldSet:
         self.actions = shield.model.action_codec
 
     def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
-        """Check the spaces and the environment by `Shield.check_fits`."""
+        """Raise ValueError where `spaces` are not the shield's; warn of another environment `venv`.
+
+        See `Shield.check_fits`.
+        """
         name = "" if venv is None else environment_id(venv)
         self.shield.check_fits(*spaces, name, None if venv is None else environment_kwargs(venv))
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
-        """Return (n, c) which actions the shield accepts."""
+        """Return (n, c) which actions the shield accepts.
+
+        `observations` is a batch of n observations, and `candidates` (n, c, act) are actions as
+        rows.
+        """
         rows, _ = self.shield.observation_rows(observations)
         return self.shield.acceptable(self.shield.states(rows), rows, candidates)[0]
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return the shield's replacements; where none is acceptable, its least bad action."""
+        """Return the shield's replacements (n, act), and whether each is acceptable, (n,).
+
+        Where none is acceptable, the replacement is the candidate of lowest Q_h. `observations` is
+        a batch of n observations, and `rows` (n, act) are the actions to replace.
+        """
         seen, _ = self.shield.observation_rows(observations)
         executed, report = self.shield.filter_rows(self.shield.states(seen), seen, rows)
         return executed, np.asarray(report.acceptable)
@@ -118,7 +136,9 @@ class SafeRules:
     def of_masks(
         cls, mask: Callable[[Any], npt.ArrayLike], action_space: gym.Space[Any]
     ) -> SafeRules:
-        """Make rules from ``mask(observation) -> (c,)``, True (1) for each admitted action.
+        """Return rules made from ``mask(observation) -> (c,)``, True (1) for each admitted action.
+
+        `action_space` is the environment's action space, which must be discrete.
 
         >>> rules = SafeRules.of_masks(lambda cell: [True, cell > 3], gym.spaces.Discrete(2))
         >>> rules.admits(np.array([0, 9]), np.array([[[1.0]], [[1.0]]])).ravel().tolist()
@@ -139,7 +159,12 @@ class SafeRules:
         return cls(safe, action_space)
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
-        """Call the function for each pair, and only once for each pair of integers."""
+        """Return (n, c) which actions the function admits.
+
+        The function is called for each pair, and only once for each pair of integers.
+        `observations` is a batch of n observations, and `candidates` (n, c, act) are actions as
+        rows.
+        """
         count, each = candidates.shape[:2]
         inside: npt.NDArray[np.bool_] = np.array(self.actions.contains(candidates))
         inside &= readable(observations)[:, None]
@@ -149,7 +174,10 @@ class SafeRules:
         return inside
 
     def replace(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return the nearest admitted action of all choices, or of 256 points of the box.
+        """Return the nearest admitted actions (n, act), and True for each, (n,).
+
+        They are found among all choices, or among 256 points of the box. `observations` is a batch
+        of n observations, and `rows` (n, act) are the actions to replace.
 
         Raises:
             NoSafeActionError: none of the actions that were tried is admitted, or the observation
@@ -168,14 +196,17 @@ class SafeRules:
         return nearest, admitted
 
     def check_fits(self, spaces: Spaces, venv: VecEnv | None = None) -> None:
-        """Raise ValueError where the rules are for other actions."""
+        """Raise ValueError where the rules are for other actions than those of `spaces`.
+
+        `venv` is not used.
+        """
         if self.actions.space != spaces[1]:
             raise ValueError(
                 f"the rules are for {self.actions.space}, the environment's actions are {spaces[1]}"
             )
 
     def refuse_unreadable(self, observations: Batch) -> None:
-        """Raise NoSafeActionError where an observation is not finite."""
+        """Raise NoSafeActionError where one of the `observations` is not finite."""
         good = readable(observations)
         if not good.all():
             raise NoSafeActionError(
@@ -184,9 +215,10 @@ class SafeRules:
             )
 
     def nearest(self, observations: Batch, rows: Array, /) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """Return the nearest admitted actions, and (n,) False where none is admitted.
+        """Return the nearest admitted actions (n, act), and (n,) False where none is admitted.
 
-        Where none is admitted, the returned action has no meaning.
+        Where none is admitted, the returned action has no meaning. `observations` is a batch of n
+        observations, and `rows` (n, act) are the actions to replace.
         """
         tried = self._tried
         inside = self.admits(observations, np.broadcast_to(tried, (len(rows), *tried.shape)))
@@ -256,12 +288,18 @@ def as_safe_set(
 
 
 def spaces_of(env: Any) -> Spaces:  # noqa: ANN401
-    """Return the two spaces of an environment, a log or an agent's networks."""
+    """Return the spaces of observations and actions of `env`: an environment, a log or a model."""
     return env.observation_space, env.action_space
 
 
 def check_spaces(given: object, whose: str, spaces: Spaces) -> None:
-    """Raise ValueError where the spaces of an object, if it has any, are not the given ones."""
+    """Raise ValueError where the spaces of an object, if it has any, are not the given ones.
+
+    Args:
+        given: The object.
+        whose: Name of the object in the message.
+        spaces: The spaces of observations and of actions that it must have.
+    """
     for name, space in zip(("observation_space", "action_space"), spaces, strict=True):
         own = getattr(given, name, None)
         if isinstance(own, gym.Space) and own != space:

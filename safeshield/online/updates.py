@@ -68,7 +68,13 @@ class SSQLModel(Architecture):
         interface: Interface,
         units: tuple[float, float],
     ) -> Self:
-        """Make the description; `units` are the offset and the spread of returns."""
+        """Return the description of an agent's networks.
+
+        Args:
+            config: Settings.
+            interface: Spaces and scaling.
+            units: Offset and spread of the returns.
+        """
         observation_space, action_space, scaling = interface[:3]
         codec = flat_actions(action_space)
         choices = len(codec.choices) if codec.discrete else 0
@@ -108,7 +114,10 @@ class SSQLModel(Architecture):
         )
 
     def initial(self, generator: torch.Generator, clone: Params | None = None) -> TrainState:
-        """Draw all weights; `clone`, where it is given, is used as the clone's weights."""
+        """Return the state before the first update, with weights that `generator` draws.
+
+        `clone`, where it is given, is used as the clone's weights.
+        """
         state = initial_state(self.parts(), generator, slow=(CRITIC,))
         # The actor begins with the clone's weights, which imitate the behaviour.
         clone = state.networks[CLONE] if clone is None else clone
@@ -124,7 +133,10 @@ class SSQLUpdates:
     config: SSQLConfig
 
     def draw(self, generator: torch.Generator, noise_features: int = 0) -> Draw:
-        """Draw a batch of transitions, with `noise_features` normal numbers for each."""
+        """Return a random batch of transitions, with `noise_features` normal numbers for each.
+
+        `generator` draws both.
+        """
         size, device = self.config.batch_size, generator.device
         rows = torch.randint(len(self.replay), (size,), generator=generator, device=device)
         noise = torch.randn((size, noise_features), generator=generator, device=device)
@@ -157,7 +169,10 @@ class SSQLUpdates:
         return update
 
     def clone(self, total: int) -> Update:
-        """Return the update of stage two that trains the clone on mu's proposals."""
+        """Return the update of stage two that trains the clone on mu's proposals.
+
+        Its learning rate falls over `total` updates.
+        """
 
         def loss(_: TrainState, draw: Draw) -> Loss:
             here = self._batch(draw).here
@@ -166,7 +181,10 @@ class SSQLUpdates:
         return falling(CLONE, loss, self.config.learning_rate, total)
 
     def towards_induced(self, distance: ActorLoss, total: int) -> Update:
-        """Return the update of stage two that fits the actor to pi* on mu's proposals."""
+        """Return the update of stage two that fits the actor to pi* on mu's proposals.
+
+        `distance` is the loss, and the learning rate falls over `total` updates.
+        """
 
         def loss(state: TrainState, draw: Draw) -> Loss:
             here = self._batch(draw).here
@@ -182,7 +200,10 @@ class SSQLUpdates:
         return falling(ACTOR, loss, self.config.learning_rate, total)
 
     def reverse_box(self, total: int, log_mu: LogMu) -> Update:
-        """Return the update of stage two that fits the actor by its own draws and mu's density."""
+        """Return the update of stage two that fits the actor by its own draws and mu's density.
+
+        The learning rate falls over `total` updates, and `log_mu` computes the density.
+        """
         model = self.model
 
         def loss(state: TrainState, draw: Draw) -> Loss:

@@ -42,7 +42,10 @@ class ClonedBehaviour:
 
     @torch.no_grad()
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return draws (n, each, act) of the network's distribution, with all noise from `rng`."""
+        """Return draws (n, each, act) of the network's distribution for n observations.
+
+        All noise comes from `rng`. `observations` is a batch of n observations.
+        """
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
@@ -58,7 +61,11 @@ class ClonedBehaviour:
 
     @torch.no_grad()
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return log densities (n, c) in the box scaled to [-1, 1], or log probabilities."""
+        """Return log densities (n, c) in the box scaled to [-1, 1], or log probabilities.
+
+        `observations` is a batch of n observations, and `candidates` (n, c, act) are actions as
+        rows.
+        """
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features).double().numpy()
@@ -69,7 +76,10 @@ class ClonedBehaviour:
 
     @torch.no_grad()
     def most_likely(self, observations: Batch) -> Array:
-        """Return the likeliest choice, or the centre of the heaviest component: (n, act)."""
+        """Return the likeliest choice, or the centre of the heaviest component: (n, act).
+
+        `observations` is a batch of n observations.
+        """
         features = self._features(observations)
         if self._played.discrete:
             log_probs = self._actor.log_prob(self._params, features, features)

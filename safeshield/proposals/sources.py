@@ -41,21 +41,33 @@ class Behaviour(Protocol):
     """A policy without memory that can draw many actions in the same states."""
 
     def draw(self, observations: Batch, each: int, rng: Rng, /) -> Array:
-        """Return `each` independent actions of each of n states, as rows (n, each, act)."""
+        """Return `each` independent actions of each of n states, as rows (n, each, act).
+
+        `observations` is a batch of n observations, and `rng` generates the draws.
+        """
         ...
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array | None:
-        """Return log mu (n, c) of c actions (n, c, act) in each state; None without a density.
+        """Return log mu (n, c) of c actions in each of n states; None without a density.
 
         Where actions are discrete this is the log of a probability. In a Box it is known up to a
         constant of the state, which suffices for learning. It is minus infinity for actions that mu
         never takes.
+
+        Args:
+            observations: Batch of n observations.
+            candidates: (n, c, act) actions, as rows.
         """
         ...
 
 
 def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) -> Array | None:
     """Return the checked log_prob (n, c) of a behaviour; None where it has none.
+
+    Args:
+        behaviour: The behaviour.
+        observations: Batch of n observations.
+        candidates: (n, c, act) actions, as rows.
 
     Raises:
         ValueError: the result has another shape, or holds NaN or plus infinity.
@@ -72,17 +84,30 @@ class Source(Protocol):
     """
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Return `each` proposals of each of n states, as rows (n, each, act)."""
+        """Return `each` proposals of each of n states, as rows (n, each, act).
+
+        Args:
+            observations: Batch of n observations.
+            each: Number of proposals in each state.
+            rng: Generator of the draws.
+            states: The shield's values of the states, where they have been computed.
+        """
         ...
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return the proposals (n, act) of ``deterministic=True``."""
+        """Return the proposals (n, act) of ``deterministic=True``.
+
+        The arguments `observations`, `rng` and `states` are those of `draw`.
+        """
         ...
 
     def log_prob(
         self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
-        """Return log densities (n, c) of c actions (n, c, act); None without a density."""
+        """Return log densities (n, c) of c actions in each of n states; None without a density.
+
+        `candidates` (n, c, act) are the actions. `observations` and `states` are those of `draw`.
+        """
         ...
 
 
@@ -97,7 +122,10 @@ class Uniform:
             self._log_size = np.log(self._codec.high - self._codec.low).sum()
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Return points of the box, or choices, as rows (n, each, act)."""
+        """Return points of the box, or choices, as rows (n, each, act).
+
+        The arguments `observations`, `each`, `rng` and `states` are those of `Source.draw`.
+        """
         count = batch_length(observations)
         if self._codec.discrete:
             log_probs = np.full((count, len(self._codec.choices)), -self._log_size)
@@ -106,13 +134,19 @@ class Uniform:
         return rng.uniform(self._codec.low, self._codec.high, shape).astype(np.float32)
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return the middle of the box, rounded down to a choice where actions are discrete."""
+        """Return the middle of the box, (n, act), rounded down where actions are discrete.
+
+        The arguments `observations`, `rng` and `states` are those of `Source.draw`.
+        """
         middle = 0.5 * (self._codec.low + self._codec.high)
         middle = np.floor(middle) if self._codec.discrete else middle
         return np.tile(middle.astype(np.float32), (batch_length(observations), 1))
 
     def log_prob(self, observations: Batch, candidates: Array, /, states: Seen = None) -> Array:
-        """Return minus the log of the box's volume, or of the number of choices."""
+        """Return minus the log of the box's volume, or of the number of choices: (n, c).
+
+        The arguments `observations`, `candidates` and `states` are those of `Source.log_prob`.
+        """
         return np.full(candidates.shape[:2], -self._log_size)
 
 
@@ -147,7 +181,10 @@ class LoggedBehaviour:
             )
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Return draws (n, each, act) of the flow or of the classifier."""
+        """Return draws (n, each, act) of the flow or of the classifier.
+
+        The arguments `observations`, `each`, `rng` and `states` are those of `Source.draw`.
+        """
         states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
             return draw_choices(self._model.action_codec, self._log_probs(states), each, rng)
@@ -155,7 +192,10 @@ class LoggedBehaviour:
         return self._model.behaviour(states, rng.standard_normal(shape).astype(np.float32))
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return the flow's action for z = 0, or the classifier's likeliest choice: (n, act)."""
+        """Return the flow's action for z = 0, or the classifier's likeliest choice: (n, act).
+
+        The arguments `observations`, `rng` and `states` are those of `Source.draw`.
+        """
         states = self._states(observations) if states is None else states
         if self._model.action_codec.discrete:
             chosen: Array = self._model.action_codec.choices[self._log_probs(states).argmax(1)]
@@ -166,7 +206,10 @@ class LoggedBehaviour:
     def log_prob(
         self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
-        """Return the classifier's log probabilities (n, c); None for a flow."""
+        """Return the classifier's log probabilities (n, c); None for a flow.
+
+        The arguments `observations`, `candidates` and `states` are those of `Source.log_prob`.
+        """
         codec = self._model.action_codec
         if not codec.discrete:
             return None
@@ -225,6 +268,10 @@ class UserPolicy:
         The policy gets the same recurrent state every time it acts in these states, so that the
         recurrent state depends on the observations and not on the number of calls. The attribute
         `memory` then holds the recurrent state that the last call returned.
+
+        Args:
+            memory: Recurrent state; None at the start.
+            starts: (n,) whether an episode begins; None where none does.
         """
         self._before, self._starts = memory, starts
         self.memory = memory
@@ -234,19 +281,27 @@ class UserPolicy:
         start_wave(self._acting, num_envs)
 
     def draw(self, observations: Batch, each: int, rng: Rng, /, states: Seen = None) -> Array:
-        """Return `each` actions of the policy in each state, from one call: (n, each, act)."""
+        """Return `each` actions of the policy in each state, from one call: (n, each, act).
+
+        The arguments `observations`, `rng` and `states` are those of `Source.draw`.
+        """
         # The policy gets copies, because it may change them and later gets the same states again.
         rows = self._ask(repeated(observations, each), rng, deterministic=False)
         return rows.reshape(-1, each, self._codec.width)
 
     def most_likely(self, observations: Batch, rng: Rng, /, states: Seen = None) -> Array:
-        """Return the policy's deterministic actions (n, act), if it has a deterministic mode."""
+        """Return the policy's deterministic actions (n, act), if it has a deterministic mode.
+
+        The arguments `observations`, `rng` and `states` are those of `Source.draw`.
+        """
         return self._ask(repeated(observations, 1), rng, deterministic=True)
 
     def log_prob(
         self, observations: Batch, candidates: Array, /, states: Seen = None
     ) -> Array | None:
         """Return the policy's own log densities (n, c); None where it has none.
+
+        The arguments `observations`, `candidates` and `states` are those of `Source.log_prob`.
 
         Raises:
             ValueError: the result has another shape, or holds NaN or plus infinity.

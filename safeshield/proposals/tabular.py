@@ -62,12 +62,18 @@ class Tabular:
             self._log_table = np.log(values)
 
     def draw(self, observations: Batch, each: int, rng: np.random.Generator, /) -> Array:
-        """Return draws (n, each, act) from the rows of the states."""
+        """Return draws (n, each, act) from the table's rows of the n states `observations`.
+
+        `rng` generates the draws.
+        """
         log_probs = self._log_table[self._index(observations)]
         return draw_choices(self._choices, log_probs, each, rng)
 
     def log_prob(self, observations: Batch, candidates: Array, /) -> Array:
-        """Return the logs (n, c) of the table's entries."""
+        """Return the logs (n, c) of the table's entries.
+
+        `observations` are n states, and `candidates` (n, c, act) are actions as rows.
+        """
         rows = self._log_table[self._index(observations)]
         return np.take_along_axis(rows, self._choices.choice_index(candidates), axis=1)
 

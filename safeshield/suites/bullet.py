@@ -54,7 +54,9 @@ def register_envs() -> None:
 
 
 def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
-    """Return the environment of an id, without Gymnasium's outer wrappers.
+    """Return the environment of the id `env_id`, without Gymnasium's outer wrappers.
+
+    `kwargs` are arguments of the environment.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
@@ -90,7 +92,10 @@ def _import_everything() -> None:
 
 
 def construct(base: Any, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
-    """Return an environment of a class of Bullet-Safety-Gym that follows seeds and render modes."""
+    """Return an environment of the class `base` of Bullet-Safety-Gym, with the arguments `kwargs`.
+
+    It follows seeds and render modes.
+    """
     with compat.LOCK, compat.streams_with_files():
         env: Env = _mended(base)(**kwargs)
     return env

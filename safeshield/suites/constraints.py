@@ -124,12 +124,19 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, Info]:
-        """Reset the environment and report the constraint of its first state."""
+        """Reset the environment and report the constraint of its first state.
+
+        `seed` and `options` are passed to the environment. The result is its observation, and its
+        info with the constraint.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
         return observation, self._labelled(observation, info)
 
     def step(self, action: object) -> tuple[Any, SupportsFloat, bool, bool, Info]:
-        """Take a step and report the constraint of the state that it reaches."""
+        """Take a step by `action` and report the constraint of the state that it reaches.
+
+        The result is that of the environment, with the constraint in the info.
+        """
         observation, *others, info = self.env.step(action)
         # A native environment of Safety-Gymnasium returns one more value, which is passed on.
         return observation, *others, self._labelled(observation, info)
@@ -144,7 +151,7 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
 
 
 def state_constraint(env: Env) -> StateConstraint | None:
-    """Return the function that computes h of this environment, or None where only costs exist."""
+    """Return the function that computes h of `env`, or None where only costs exist."""
     inner: Any = env.unwrapped
     # Classes are compared by name, because this module must work without these packages.
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(inner).__mro__]

@@ -83,7 +83,7 @@ class Finding:
 
 
 def examine(parts: Sequence[Part] = ()) -> list[Finding]:
-    """Check these parts, or all parts, each in a process of its own.
+    """Return the findings on these parts, or on all parts, each checked in a process of its own.
 
     Args:
         parts: parts to check; an empty sequence stands for all parts.
@@ -94,7 +94,10 @@ def examine(parts: Sequence[Part] = ()) -> list[Finding]:
 
 
 def healthy(findings: Sequence[Finding], asked: Sequence[Part] = ()) -> bool:
-    """Return whether no part is broken and no part that was asked for is absent."""
+    """Return whether no part is broken and no part that was asked for is absent.
+
+    `findings` are the results of `examine`, and `asked` the parts that the user named.
+    """
     return not any(
         one.state is State.broken or (one.state is State.absent and one.part in asked)
         for one in findings
@@ -196,7 +199,7 @@ def _signal_name(number: int) -> str:
 
 
 def probe(ids: Sequence[str]) -> None:
-    """Make, reset and step environments in this process, and print the result.
+    """Make, reset and step the environments `ids` in this process, and print the result.
 
     If the first id is one of this package, it stands for the core, and PyTorch and
     Stable-Baselines3 are loaded as well.

@@ -41,6 +41,8 @@ def register_envs() -> None:
 def make_bullet(env_id: str, render_mode: str | None = None, **kwargs: Any) -> Env:  # noqa: ANN401
     """Return DSRL's environment of a Bullet task.
 
+    `env_id` is DSRL's id of the task. `render_mode` and `kwargs` are arguments of the environment.
+
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
     """
@@ -57,7 +59,8 @@ def make_safety_gymnasium(
 ) -> Env:
     """Return DSRL's environment of a Safety-Gymnasium task.
 
-    A step returns five values where the name ends in "Gymnasium", and six otherwise.
+    A step returns five values where the name ends in "Gymnasium", and six otherwise. `env_id` is
+    DSRL's id of the task. `render_mode` and `kwargs` are arguments of the environment.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.

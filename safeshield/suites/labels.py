@@ -150,7 +150,7 @@ def _named(dataset: OfflineDataset, found: LogLabel, source: str | None) -> Offl
 
 
 def agreement(dataset: OfflineDataset, task: str | Named) -> Agreement | None:
-    """Count the states in which labels computed from a log agree with its costs.
+    """Count the states in which labels computed from the log `dataset` agree with its costs.
 
     Returns:
         The counts, or None for a task whose labels stay binary.

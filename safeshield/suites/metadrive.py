@@ -71,7 +71,9 @@ def register_metadrive() -> str | None:
 
 
 def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
-    """Return the task of an id, which reports h in ``info["constraint"]`` (see `with_constraint`).
+    """Return the task of the id `env_id`, which reports h in ``info["constraint"]``.
+
+    See `with_constraint`. `render_mode` is an argument of the environment.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
@@ -144,7 +146,11 @@ class MetaDriveTask(Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-        """Start an episode; the first one starts the engine."""
+        """Start an episode; the first one starts the engine.
+
+        `seed` determines the scenario and the traffic, and `options` are not used. The result is
+        the observation and the info.
+        """
         super().reset(seed=seed)
         if self._simulator is None:
             self._simulator = _start(self)
@@ -156,7 +162,7 @@ class MetaDriveTask(Env):
     def step(
         self, action: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Drive for a tenth of a second."""
+        """Drive for a tenth of a second with `action`, and return Gymnasium's five values."""
         if self._simulator is None:
             raise gym.error.ResetNeeded("cannot step before reset(), nor after close()")
         observation, reward, _, _, info = self._simulator.step(action)

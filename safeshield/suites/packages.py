@@ -165,7 +165,11 @@ def require(what: str, *suites: Suite) -> None:
 
 
 def broken(what: str, error: Exception, *suites: Suite) -> gym.error.DependencyNotInstalled:
-    """Return the error to raise where all packages are installed but an import fails."""
+    """Return the error to raise where all packages are installed but an import fails.
+
+    `what` is the name of what cannot be loaded, `error` the error of the import, and `suites` the
+    suites that the packages serve.
+    """
     if Suite.safety_gymnasium in suites and _failed_in_opengl(error):
         chosen = os.environ.get("MUJOCO_GL")
         says = "MUJOCO_GL is not set" if chosen is None else f"MUJOCO_GL={chosen} asks for it"

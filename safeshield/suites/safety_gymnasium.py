@@ -58,7 +58,7 @@ def native_ids() -> tuple[str, ...]:
 
 
 def five_values_id(native_id: str) -> str:
-    """Return the id of the same environment with steps of Gymnasium's five values.
+    """Return the id of the environment `native_id` with steps of Gymnasium's five values.
 
     >>> five_values_id("SafetyPointGoal1-v0")
     'SafetyPointGoal1Gymnasium-v0'
@@ -68,7 +68,7 @@ def five_values_id(native_id: str) -> str:
 
 
 def native_id(env_id: str) -> str:
-    """Return the id of the same environment with steps of six values."""
+    """Return the id of the environment `env_id` with steps of six values."""
     name, version = env_id.rsplit("-", 1)
     return f"{name.removesuffix('Gymnasium')}-{version}"
 
@@ -88,6 +88,8 @@ def register_envs() -> None:
 def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
     """Return the environment of an id "...Gymnasium-v0", without Gymnasium's outer wrappers.
 
+    `env_id` is the id, and `kwargs` are arguments of the environment.
+
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
         RuntimeError: (in `render`, and in `reset` where an observation is a picture) there is no
@@ -100,6 +102,8 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
 
 def make_native(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
     """Return the environment of a native id, without Gymnasium's outer wrappers.
+
+    `env_id` is the id, and `kwargs` are arguments of the environment.
 
     Raises:
         gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
@@ -146,7 +150,10 @@ def _import_everything() -> None:
 
 @functools.cache
 def mended(base: Any, *, five_values: bool) -> Any:  # noqa: ANN401 - a class of theirs
-    """Return a subclass of an environment's class with the corrections of the classes below."""
+    """Return a subclass of an environment's class with the corrections of the classes below.
+
+    `base` is the class. With `five_values`, its steps return Gymnasium's five values.
+    """
     from safety_gymnasium.builder import Builder
 
     parts: list[type] = [_FiveValues] if five_values else []
@@ -164,7 +171,7 @@ class _Drawn(Remade):
 
 
 def check_display(mode: str) -> None:
-    """Raise RuntimeError where MuJoCo cannot draw.
+    """Raise RuntimeError where MuJoCo cannot draw in the render mode `mode`.
 
     Without a display MuJoCo's drawing would fail partway, and the process would abort when the next
     model is made.

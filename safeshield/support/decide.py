@@ -31,21 +31,29 @@ class SupportTest:
     """The calibration record, which holds the level."""
 
     def scores(self, model: SafetyModel, states: StateValue, actions: Actions) -> Scalars:
-        """Return the scores (n,) of actions (n, act) in n states; minus infinity replaces NaN."""
+        """Return the scores (n,) of actions (n, act) in n states; minus infinity replaces NaN.
+
+        `model` has the networks, and `states` is the result of its `states`.
+        """
         raw = self.score(model, states, actions)
         return np.where(np.isnan(raw), np.float32(-np.inf), raw)
 
     def accepts(self, model: SafetyModel, states: StateValue, actions: Actions) -> Flags:
-        """Return (n,) whether the scores of actions (n, act) in n states reach the level."""
+        """Return (n,) whether the scores of actions (n, act) in n states reach the level.
+
+        `model` has the networks, and `states` is the result of its `states`.
+        """
         # The comparison is False for NaN.
         return np.asarray(self.score(model, states, actions) >= self.record.level)
 
     def proposals(self, model: SafetyModel, states: StateValue) -> Candidates:
-        """Return draws of the log's behaviour for each state, (n, c, act), in the box.
+        """Return draws of the log's behaviour for each of n states, (n, c, act), in the box.
 
         The test accepts actions like those of the behaviour. Without these draws, a shield whose
         other candidates all lie outside the data would find no replacement. There are no draws
         (c = 0) without a flow, and for discrete actions, all of which are candidates anyway.
+
+        `model` has the networks, and `states` is the result of its `states`.
         """
         count = len(states.inputs)
         if model.action_codec.discrete or not model.knows_behaviour:

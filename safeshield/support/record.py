@@ -61,7 +61,7 @@ class SupportRecord(Settings):
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """Rebuild a record and check every field.
+        """Return the record whose JSON values are `data`, after a check of every field.
 
         Raises:
             ValueError: a field is missing, unknown, of another type or out of range.

@@ -51,7 +51,7 @@ class NoiseDistance:
     name = "noise"
 
     def check(self, model: SafetyModel) -> None:
-        """Raise ValueError unless actions are from a Box and the behaviour is a flow."""
+        """Raise ValueError unless `model` has a Box of actions and a flow as behaviour."""
         if model.action_codec.discrete:
             raise ValueError(
                 f"score 'noise' needs a Box of actions, got {model.action_space}; use 'probability'"
@@ -100,7 +100,7 @@ class LogProbability:
     name = "probability"
 
     def check(self, model: SafetyModel) -> None:
-        """Raise ValueError unless actions are discrete and the behaviour is a classifier."""
+        """Raise ValueError unless `model` has discrete actions and a classifier as behaviour."""
         if not model.action_codec.discrete:
             raise ValueError(
                 f"score 'probability' needs discrete actions, got {model.action_space}; use 'noise'"
@@ -126,7 +126,7 @@ class EnsembleSpread:
     name = "ensemble"
 
     def check(self, model: SafetyModel) -> None:
-        """Raise ValueError where the advantage has fewer than two members."""
+        """Raise ValueError where the advantage of `model` has fewer than two members."""
         members = model.networks[ADVANTAGE]["0.weight"].shape[0]
         if members < 2:
             raise ValueError(f"score 'ensemble' needs at least 2 members, the shield has {members}")

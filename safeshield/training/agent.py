@@ -51,6 +51,10 @@ ModelT = TypeVar("ModelT", bound=Architecture)
 def check_continuous(space: gym.Space[Any], who: str) -> None:
     """Check that an action space is a Box of floating-point numbers, as an actor requires.
 
+    Args:
+        space: The action space.
+        who: Name of the algorithm in the message.
+
     Raises:
         TypeError: the space is of another kind.
     """

@@ -22,7 +22,9 @@ register_format(_FORMAT, CHECKPOINT, "fit(checkpoint=...), which goes on from it
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts as one dict, whose keys are the paths to the leaves.
+    """Return the leaves of nested dicts `tree` as one dict, whose keys are the paths to the leaves.
+
+    `prefix` is put in front of every path.
 
     >>> flatten({"actor": {"0.weight": 1, "0.bias": 2}})
     {'actor/0.weight': 1, 'actor/0.bias': 2}
@@ -35,7 +37,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(template: Mapping[str, Any], flat: Mapping[str, Any], prefix: str = "") -> Any:  # noqa: ANN401
-    """Return nested dicts with the structure of `template` and the leaves of `flat`."""
+    """Return nested dicts with the structure of `template` and the leaves of `flat`.
+
+    `prefix` is the beginning of the paths in `flat`.
+    """
     return {
         name: unflatten(part, flat, f"{prefix}{name}/")
         if isinstance(part, Mapping)
@@ -56,7 +61,7 @@ def to_tree(state: TrainState) -> dict[str, Any]:
 
 
 def from_tree(tree: dict[str, Any]) -> TrainState:
-    """Return the training state from the nested dicts of `to_tree`."""
+    """Return the training state from `tree`, the nested dicts of `to_tree`."""
     return TrainState(
         tree["networks"],
         tree["targets"],
@@ -74,7 +79,16 @@ def save_checkpoint(
     identity: RunIdentity,
     phase: str,
 ) -> None:
-    """Write the whole state of a run to a file atomically."""
+    """Write the whole state of a run to a file atomically.
+
+    Args:
+        path: The file.
+        state: State after the updates that have been made.
+        done: Number of updates that have been made.
+        generator: Random generator, whose state is stored.
+        identity: Identity of the run.
+        phase: Name of the current phase.
+    """
     flat = flatten({**to_tree(state), "generator": generator.get_state()})
     header = {
         "format": _FORMAT,
@@ -93,7 +107,7 @@ def load_checkpoint(
     identity: RunIdentity,
     transitions: int,
 ) -> tuple[TrainState, int]:
-    """Read the state of a run and return it with the number of updates made.
+    """Return the state of a run in a file, and the number of updates made.
 
     Args:
         path: file that `save_checkpoint` wrote.

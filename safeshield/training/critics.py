@@ -49,7 +49,13 @@ class Critics:
 
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
-        """Return critics whose units are computed from a log."""
+        """Return critics whose units are computed from a log.
+
+        Args:
+            dataset: The log.
+            scaling: Scaling of its observations and actions.
+            config: Settings of the critics.
+        """
         hidden, returns = config.critic_hidden, logged_returns(dataset, config.discount)
         return cls(
             safety_critics(dataset, scaling, hidden, config.safety_discount),
@@ -59,6 +65,11 @@ class Critics:
     @classmethod
     def restore(cls, header: dict[str, Any], scaling: Scaling, config: ValueConfig) -> Critics:
         """Return the critics whose units `header` wrote to a file's header.
+
+        Args:
+            header: Entries of the file's header.
+            scaling: Scaling of observations and actions.
+            config: Settings of the critics.
 
         Raises:
             KeyError, TypeError, ValueError: an entry of the header is missing or damaged.
@@ -84,15 +95,15 @@ class CriticArchitecture(Architecture):
     critics: Critics
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
-        """See `Architecture`."""
+        """Return the safety and the reward critics by name (see `Architecture`)."""
         return self.critics.parts()
 
     def scales(self) -> dict[str, float]:
-        """See `Architecture`."""
+        """Return the initial unit of the reward advantages (see `Architecture`)."""
         return {"reward": self.critics.reward.spread}
 
     def header(self) -> dict[str, Any]:
-        """See `Architecture`."""
+        """Return the units of the critics, as JSON values (see `Architecture`)."""
         return self.critics.header()
 
 
@@ -193,7 +204,15 @@ def reward_loss(
     batch: RewardBatch,
     **options: Any,  # noqa: ANN401 - see RewardCritics.losses
 ) -> CriticLoss:
-    """Return the loss of reward critics on a batch, with the newest unit of the advantages."""
+    """Return the loss of reward critics on a batch, which also computes the unit of the advantages.
+
+    Args:
+        critics: Description of the reward critics.
+        unit: Name of the running statistic that is the unit of the advantages.
+        state: Training state with the slow copies and that statistic.
+        batch: Logged steps and windows.
+        options: Further arguments of `RewardCritics.losses`.
+    """
 
     def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
         value, newest, metrics = critics.losses(
@@ -231,12 +250,24 @@ class CriticsRun:
         return stages(self.total, config.safety_backup_steps, config.reward_backup_steps)
 
     def phase(self, name: str, steps: int, update: Update, refresh_every: int = 250) -> Phase:
-        """Return a phase whose batches hold more transitions near the learned boundary V_h = 0."""
+        """Return a phase whose batches hold more transitions near the learned boundary V_h = 0.
+
+        Args:
+            name: Name of the phase.
+            steps: Number of updates.
+            update: Update that the phase repeats.
+            refresh_every: Number of updates after which the boundary is found again.
+        """
         size, near = self.config.batch_size, self.config.near_share
         return Phase(name, steps, update, size, near, self._safety.refresh, refresh_every)
 
     def update(self, safety_steps: int, reward_steps: int) -> Update:
-        """Return one update of all critics whose targets cover these numbers of steps."""
+        """Return one update of all critics, for given lengths of the windows of the targets.
+
+        Args:
+            safety_steps: Number of steps of a safety window.
+            reward_steps: Number of steps of a reward window.
+        """
         config = self.config
 
         def losses(state: TrainState, draw: Draw) -> CriticLoss:
@@ -265,7 +296,12 @@ class CriticsRun:
     def imitation(
         self, *, reward_temperature: float, safety_temperature: float
     ) -> Callable[[TrainState, Tensor], Tensor]:
-        """Return the function from a state and rows (batch,) of the log to imitation weights."""
+        """Return a function from a state and rows (batch,) of the log to imitation weights.
+
+        Args:
+            reward_temperature: Inverse temperature b_r of `imitation_weights`.
+            safety_temperature: Inverse temperature b_h of `imitation_weights`.
+        """
 
         def weigh(state: TrainState, rows: Tensor) -> Tensor:
             with torch.no_grad():

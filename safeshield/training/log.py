@@ -49,7 +49,7 @@ class LogTensors:
 
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, device: torch.device) -> LogTensors:
-        """Return the tensors of a log on a device."""
+        """Return the log `dataset` as tensors on `device`, in the units of `scaling`."""
         starts = dataset.episode_starts
         lengths = dataset.episode_lengths
         last = np.repeat(starts + lengths - 1, lengths)
@@ -88,7 +88,9 @@ class RunIdentity:
         return json_values(self)
 
     def difference(self, data: object) -> str | None:
-        """Describe how the run of a checkpoint differs from this one; None if they are the same.
+        """Return how the run of a checkpoint differs from this one; None if they are the same.
+
+        `data` is the identity that the checkpoint stores.
 
         Each difference is written as "name checkpoint's value -> this run's value". The text is
         empty where the checkpoint does not identify its run in this form. The order of the settings
@@ -118,7 +120,14 @@ def run_identity(
     dataset: OfflineDataset,
     steps: int,
 ) -> RunIdentity:
-    """Return the identity of a run of `steps` updates on a log."""
+    """Return the identity of a training run, by which a checkpoint is recognised.
+
+    Args:
+        algorithm: Name of the algorithm.
+        config: Settings, a dataclass.
+        dataset: Log that is learned from.
+        steps: Total number of updates.
+    """
     digest = hashlib.sha256(repr((dataset.observation_space, dataset.action_space)).encode())
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
@@ -154,7 +163,7 @@ def check_boundary(dataset: OfflineDataset) -> None:
 
 
 def safety_scale(dataset: OfflineDataset) -> SafetyScale:
-    """Return the units of the safety critics, computed from a log."""
+    """Return the units of the safety critics, computed from the log `dataset`."""
     h = dataset.constraints.astype(np.float64)
     step = dataset.next_constraints.astype(np.float64) - h
     rms = math.sqrt(float(np.mean(step**2)))
@@ -212,7 +221,13 @@ def scale_of_returns(returns: npt.NDArray[np.float64]) -> tuple[float, float]:
 def logged_returns(
     dataset: OfflineDataset, discount: float, rewards: npt.NDArray[np.float64] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return `returns_to_go` of a log, (N,); `rewards` (N,), where given, replace the log's."""
+    """Return the discounted return of the rest of the episode after each step of a log, (N,).
+
+    Args:
+        dataset: The log.
+        discount: Discount factor g.
+        rewards: (N,) numbers that take the place of the log's rewards; None for its rewards.
+    """
     if rewards is None:
         rewards = dataset.rewards.astype(np.float64)
     ends = dataset.terminated | dataset.truncated

@@ -104,7 +104,9 @@ def offline_algorithm(name: str) -> Algorithm:
 def load_agent(
     path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
 ) -> Learner[Any, Any]:
-    """Read an agent of any registered algorithm from its file. Nothing in the file is executed.
+    """Return the agent of any registered algorithm in the file `path`.
+
+    Nothing in the file is executed. `device` is the device of the weights.
 
     Raises:
         FileNotFoundError: the file does not exist.

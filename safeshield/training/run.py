@@ -59,7 +59,7 @@ class Run(ABC, Generic[ModelT, ConfigT]):
         """Return the phases in order."""
 
     def initial(self, generator: torch.Generator) -> TrainState:
-        """Return the state before the first update, with randomly drawn weights."""
+        """Return the state before the first update, with weights that `generator` draws."""
         model = self.model
         return initial_state(
             model.parts(),
@@ -76,5 +76,12 @@ class Run(ABC, Generic[ModelT, ConfigT]):
         total: int,
         names: tuple[str, ...] | None = None,
     ) -> Update:
-        """Return the update that minimises a loss over networks; see `state.falling`."""
+        """Return the update that minimises a loss over networks at a falling learning rate.
+
+        Args:
+            name: Name of the Adam moments and, unless `names` is given, of the trained network.
+            loss: Function from a state and random numbers to the loss function.
+            total: Total number of updates.
+            names: Names of the trained networks, where there are several.
+        """
         return falling(name, loss, self.config.learning_rate, total, names)

@@ -99,7 +99,9 @@ class SafetyLog:
         return loss
 
     def refresh(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        """Find the transitions nearest to V_h = 0, an eighth of a random pool of the log.
+        """Return `state` with the rows of the transitions nearest to V_h = 0.
+
+        They are an eighth of a random pool of the log, which `generator` draws.
 
         Drawing these states more often does not change the values at convergence, because the
         expectile over actions is taken separately in each state. It makes the networks more
@@ -117,7 +119,7 @@ class SafetyLog:
 def safety_critics(
     dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float | None
 ) -> SafetyCritics:
-    """Describe safety critics in the units of a log.
+    """Return the description of safety critics in the units of a log.
 
     Args:
         dataset: log.
@@ -151,6 +153,11 @@ def restored_safety(
     header: dict[str, Any], scaling: Scaling, hidden: tuple[int, ...]
 ) -> SafetyCritics:
     """Return the safety critics whose units `safety_header` wrote to a file's header.
+
+    Args:
+        header: Entries of the file's header.
+        scaling: Scaling of observations and actions.
+        hidden: Widths of the hidden layers.
 
     Raises:
         KeyError, TypeError, ValueError: an entry of the header is missing or damaged.

@@ -13,7 +13,9 @@ VALUES_END = 0.8
 
 
 def phase_steps(steps: int, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """Divide `steps` updates by these shares, with at least one for each; the last gets the rest.
+    """Return the numbers of updates into which these shares divide `steps` updates.
+
+    Each is at least one, and the last phase gets the rest.
 
     >>> phase_steps(10, (0.5, 0.2, 0.3)), phase_steps(3, (0.98, 0.01, 0.01))
     ((5, 2, 3), (1, 1, 1))
@@ -40,10 +42,10 @@ def learning_rate(base: float, count: Tensor, steps: int, end: float = 1.0) -> T
 
 
 def stages(steps: int, *windows: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Divide `steps` updates into stages during which the entry of every list stays the same.
+    """Return the stages of `steps` updates during which the entry of every list stays the same.
 
-    Each list divides the updates into equal parts, one for each of its entries. A stage is returned
-    as its number of updates, followed by the current entry of each list.
+    Each list of `windows` divides the updates into equal parts, one for each of its entries. A
+    stage is its number of updates, followed by the current entry of each list.
 
     >>> stages(8, (4, 1), (3, 2, 2, 1))
     [(2, 4, 3), (2, 4, 2), (2, 1, 2), (2, 1, 1)]

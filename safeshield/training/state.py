@@ -39,7 +39,7 @@ class Network(Protocol):
         """Shapes of the weights, by name."""
 
     def init(self, generator: torch.Generator) -> Params:
-        """Return randomly drawn weights."""
+        """Return weights by name that `generator` draws, on the device of `generator`."""
 
 
 def initial_state(

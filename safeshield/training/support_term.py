@@ -74,7 +74,7 @@ class SupportTerm:
         self._learned_from = torch.tensor(np.flatnonzero(~marks), device=self.device)
 
     def learned_from(self, rows: Tensor) -> Tensor:
-        """Map rows (batch,) drawn from the whole log to rows of episodes that are not held out."""
+        """Return rows (batch,) of episodes that are not held out, for rows of the whole log."""
         return self._learned_from[rows % len(self._learned_from)]
 
     def read(self, behaviour: Params) -> tuple[SupportTest, Tensor]:

@@ -48,7 +48,13 @@ class Feasibility(Protocol):
     """Evaluation of states and actions with the critics of a training state."""
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
-        """Return the values of states (batch, obs) and of actions (batch, act) in them."""
+        """Return the values of n states and of one action in each of them.
+
+        Args:
+            state: Training state, whose slow copies and statistics are used.
+            observations: (batch, obs) normalised observations.
+            actions: (batch, act) actions in [-1, 1].
+        """
 
     def excess(
         self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
@@ -56,7 +62,12 @@ class Feasibility(Protocol):
         """Return Q - max(V, -margin) of the actions, (batch,), in units of one step's advantage.
 
         It is at most 0 for every feasible action. In infeasible states it is the advantage.
-        `margin` is in standard deviations.
+
+        Args:
+            state: Training state, whose slow copies and statistics are used.
+            observations: (batch, obs) normalised observations.
+            actions: (batch, act) actions in [-1, 1].
+            margin: Distance from the boundary, in standard deviations.
         """
 
 
@@ -67,7 +78,10 @@ class FromSafety:
     critics: SafetyCritics
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
-        """See `Feasibility`."""
+        """Return V_h and Q_h in standard deviations of h (see `Feasibility.judge`).
+
+        The arguments `state`, `observations` and `actions` are described there.
+        """
         value = self.critics.value(state.targets, observations)
         worst = self.critics.advantages(state.targets, observations, actions).amax(0)
         scale = self.critics.scale
@@ -76,7 +90,10 @@ class FromSafety:
     def excess(
         self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
     ) -> Tensor:
-        """See `Feasibility`."""
+        """Return the excess of Q_h, (batch,) (see `Feasibility.excess`).
+
+        The arguments `state`, `observations`, `actions` and `margin` are described there.
+        """
         scale = self.critics.scale
         value, worst = self.judge(state, observations, actions)
         return (worst - value.clamp(min=-margin)) * (scale.spread / scale.step_rms)
@@ -89,7 +106,11 @@ class FromCost:
     critics: RewardCritics
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
-        """See `Feasibility`."""
+        """Return V_c and Q_c above their percentiles (see `Feasibility.judge`).
+
+        The unit is the spread of the returns of the cost. The arguments `state`, `observations` and
+        `actions` are described there.
+        """
         value, action_value = self._costs(state, observations, actions)
         lowest, spread = [state.scales[name] for name in LEVELS], self.critics.spread
         return Judgement((value - lowest[0]) / spread, (action_value - lowest[1]) / spread)
@@ -97,7 +118,10 @@ class FromCost:
     def excess(
         self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
     ) -> Tensor:
-        """See `Feasibility`."""
+        """Return the excess of Q_c, (batch,) (see `Feasibility.excess`).
+
+        The arguments `state`, `observations`, `actions` and `margin` are described there.
+        """
         value, worst = self.judge(state, observations, actions)
         return (worst - value.clamp(min=-margin)) * (self.critics.spread / state.scales["cost"])
 
@@ -109,7 +133,10 @@ class FromCost:
         return value, value + state.scales["cost"] * worst
 
     def level(self, state: TrainState, log: LogTensors, generator: torch.Generator) -> TrainState:
-        """Set both percentiles from the logged transitions without a violation."""
+        """Return `state` with both percentiles over logged transitions without a violation.
+
+        `log` is the log, and `generator` draws a sample of the transitions.
+        """
         free = torch.nonzero((log.next_constraints <= 0) & (log.constraints <= 0)).flatten()
         picks = torch.randint(
             len(free), (min(_POOL, len(free)),), generator=generator, device=generator.device
@@ -124,7 +151,14 @@ class FromCost:
 def cost_critics(
     dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float
 ) -> RewardCritics:
-    """Return the critics of V_c and Q_c, which learn the return of the negative cost of a log."""
+    """Return the critics of V_c and Q_c, which learn the return of the negative cost of a log.
+
+    Args:
+        dataset: The log.
+        scaling: Scaling of its observations and actions.
+        hidden: Widths of the hidden layers.
+        discount: Discount factor of the costs.
+    """
     paid = -(dataset.next_constraints > 0).astype(np.float64)
     scale = scale_of_returns(logged_returns(dataset, discount, paid))
     return RewardCritics(*scaling.widths, hidden, *scale, names=COST_NETWORKS)

@@ -86,11 +86,14 @@ class LatentArchitecture(CriticArchitecture):
         return {} if self.costs is None else self.costs.parts()
 
     def parts(self) -> Mapping[str, Network]:
-        """See `Architecture`."""
+        """Return all networks by name: critics, critics of the cost, and the policy's networks.
+
+        See `Architecture`.
+        """
         return {**self.critic_parts(), **self._cost_parts(), **self.policy.parts()}
 
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """See `Architecture`."""
+        """Return the names of the networks trained together (see `Architecture`)."""
         groups = {
             CRITICS: tuple(self.critic_parts()),
             COSTS: tuple(self._cost_parts()),
@@ -100,17 +103,17 @@ class LatentArchitecture(CriticArchitecture):
         return {name: group for name, group in groups.items() if group}
 
     def slow(self) -> tuple[str, ...]:
-        """See `Architecture`."""
+        """Return the names of the critics, which have slow copies (see `Architecture`)."""
         return (*super().slow(), *self._cost_parts())
 
     def scales(self) -> dict[str, float]:
-        """See `Architecture`."""
+        """Return the initial values of the running statistics by name (see `Architecture`)."""
         costs = self.costs
         more = {} if costs is None else {"cost": costs.spread, **dict.fromkeys(LEVELS, 0.0)}
         return {**super().scales(), **more}
 
     def header(self) -> dict[str, Any]:
-        """See `Architecture`."""
+        """Return what a file stores about critics, costs and shift, as JSON (`Architecture`)."""
         costs, shift = self.costs, self.shift
         return {
             **super().header(),

@@ -77,7 +77,10 @@ class ShiftSummary:
 
     @classmethod
     def of(cls, shift: BaseShift, draws: int) -> ShiftSummary:
-        """Summarise the change in n states, estimated from `draws` samples in each."""
+        """Return a summary of the change `shift` in n states.
+
+        `draws` is the number of samples in each state from which it was estimated.
+        """
         levels = np.quantile(shift.divergence, [0.5, 0.9])
         nearest = [int(np.abs(shift.divergence - level).argmin()) for level in levels]
         errors = shift.standard_error[nearest]
@@ -126,7 +129,7 @@ def _total_variation(divergence: _Floats) -> _Floats:
 def base_shift(
     policy: LatentPolicy, networks: Networks, observations: Tensor, noise: Tensor
 ) -> BaseShift:
-    """Estimate D in n states.
+    """Return an estimate of D in n states, with its standard errors.
 
     Args:
         policy: policy whose refinement is measured.

@@ -368,6 +368,8 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
 def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:
     """Return a log without the episodes that are truncated before h steps and hold no chunk.
 
+    `dataset` is the log, and `chunk` is h.
+
     Warns:
         UserWarning: some episodes are left out.
 

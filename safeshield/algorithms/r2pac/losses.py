@@ -130,17 +130,20 @@ class ChunkArchitecture(CriticArchitecture):
         return EnsembleMLP(inputs, 1, safety.hidden, safety.members)
 
     def critic_parts(self) -> Mapping[str, EnsembleMLP]:
-        """See `Architecture`."""
+        """Return all critics by name, those of chunks and costs included (see `Architecture`)."""
         costs = {} if self.costs is None else self.costs.parts()
         return {**super().critic_parts(), PLAN: self.plan, **costs}
 
     def scales(self) -> dict[str, float]:
-        """See `Architecture`."""
+        """Return the initial values of the running statistics by name (see `Architecture`)."""
         costs = {} if self.costs is None else {"cost": self.costs.spread}
         return {**super().scales(), **costs}
 
     def header(self) -> dict[str, Any]:
-        """See `Architecture`."""
+        """Return what a file stores about critics, costs and the region, as JSON.
+
+        See `Architecture`.
+        """
         costs, region = self.costs, self.region
         return {
             **super().header(),
@@ -152,7 +155,10 @@ class ChunkArchitecture(CriticArchitecture):
 
 
 def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
-    """Return the test for unsafe states that the settings ask for."""
+    """Return the test for unsafe states that the settings ask for.
+
+    `config` are the settings, and `model` describes the critics that the test uses.
+    """
     margin = config.margin_of(model.critics.safety)
     if model.costs is None:
         return SafetyRegion(model.critics.safety, model.plan, margin)
@@ -177,7 +183,10 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         self._label_below = normal_below(config.label_dropout)
 
     def initial(self, generator: torch.Generator) -> TrainState:
-        """Return the state before the first update, in which only violations are marked unsafe."""
+        """Return the state before the first update, in which only violations are marked unsafe.
+
+        `generator` draws the weights.
+        """
         state = super().initial(generator)
         scales = {**state.scales, UNSAFE: self._violates.to(torch.uint8)}
         if self.model.costs is not None:
@@ -233,6 +242,8 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
     def check_region(self, report: RegionReport) -> None:
         """Check that the unsafe region holds some states of the log, but not all of them.
 
+        `report` has the shares of the log's states that lie in it.
+
         Warns:
             UserWarning: it holds only states that violate by themselves, or lie within the margin
                 of a violation.
@@ -263,7 +274,12 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             )
 
     def critic_update(self, window: int, reward_steps: int) -> Update:
-        """Return one update of all critics whose targets cover these numbers of steps."""
+        """Return one update of all critics, for given lengths of the windows of the targets.
+
+        Args:
+            window: Number of steps of a safety window.
+            reward_steps: Number of steps of a reward window.
+        """
         config, model = self.config, self.model
         costs = () if model.costs is None else model.costs.names[:1]
 
@@ -396,7 +412,10 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
     # -- actors -------------------------------------------------------------------------------
 
     def lesson(self, state: TrainState, draw: Draw) -> tuple[Lesson, Metrics]:
-        """Return the batch of chunks with labels and weights (eq. 18, 40), and metrics."""
+        """Return the batch of chunks with labels and weights (eq. 18, 40), and metrics.
+
+        `state` is the training state, whose critics label the chunks, and `draw` selects them.
+        """
         config, log, model = self.config, self.log, self.model
         chunk = self._chunk(draw)
         with torch.no_grad():

@@ -61,23 +61,39 @@ class Region(Protocol):
     """Test for unsafe states and dangerous chunks, with the critics of a training state."""
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Return whether states (n, obs) of the log, with known h (n,), are unsafe, (n,) bool."""
+        """Return whether states of the log, whose h is known, are unsafe, (n,) bool.
+
+        Args:
+            state: Training state, whose slow copies and level are used.
+            observations: (n, obs) normalised observations.
+            constraints: (n,) h of the states.
+        """
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
         """Return how much worse chunks (n, h * act) are than the best one, (n,).
 
-        The unit is one chunk's advantage. At most 0 means that the chunk is not worse.
+        The unit is one chunk's advantage. At most 0 means that the chunk is not worse. `networks`
+        are the weights, and `observations` (n, obs) are normalised.
         """
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
     ) -> TrainState:
-        """Return the state with the level l that the current critics give over the log."""
+        """Return `state` with the level l that its critics give over the log.
+
+        `log` is the log, and `generator` draws a sample of its states.
+        """
 
     def unsafe_of(
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
-        """Return whether states (n, obs) with unknown h are unsafe, (n,) bool, on NumPy arrays."""
+        """Return whether states with unknown h are unsafe, (n,) bool, on NumPy arrays.
+
+        Args:
+            weights: Weights by network.
+            observations: (n, obs) normalised observations.
+            level: Level of the region.
+        """
 
 
 @dataclass(frozen=True)
@@ -93,22 +109,28 @@ class CostRegion:
     """Upper bound of l, in discounted violating steps."""
 
     def value(self, networks: Networks, observations: Tensor) -> Tensor:
-        """Return V_c, (n,), in discounted violating steps."""
+        """Return V_c, (n,), in discounted violating steps.
+
+        `networks` are the weights, and `observations` (n, obs) are normalised.
+        """
         return -self.critics.possible(networks, observations)
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """See `Region`."""
+        """Return whether V_c > l or h > -margin, (n,), for the arguments of `Region.unsafe`."""
         too_much = self.value(state.targets, observations) > state.scales[LEVEL]
         return too_much | (constraints > -self.margin)
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-        """See `Region`."""
+        """Return the cost advantage of chunks, (n,), for the arguments of `Region.worse`."""
         return -smallest(self.critics.advantages(networks, observations, chunks))
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
     ) -> TrainState:
-        """See `Region`."""
+        """Return the state with l, the quantile of V_c over states of the log that do not violate.
+
+        The level is at most `most`. The arguments are those of `Region.read_level`.
+        """
         if self.quantile is None:
             return state
         free = torch.nonzero(log.constraints <= -self.margin).flatten()
@@ -125,7 +147,7 @@ class CostRegion:
     def unsafe_of(
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
-        """See `Region`."""
+        """Return whether V_c > `level`, (n,), for the arguments of `Region.unsafe_of`."""
         return np.asarray(-self.critics.value(weights, observations) > level)
 
 
@@ -140,34 +162,46 @@ class SafetyRegion:
     """Distance from the boundary at which a state counts as unsafe, in units of h."""
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """See `Region`."""
+        """Return whether V_h or h is above -margin, (n,), for the arguments of `Region.unsafe`."""
         value = self.critics.value(state.targets, observations)
         return (value > -self.margin) | (constraints > -self.margin)
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-        """See `Region`."""
+        """Return the larger A_h of chunks, (n,), for the arguments of `Region.worse`."""
         return largest(plan_advantages(self.plan, networks, observations, chunks))
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
     ) -> TrainState:
-        """See `Region`."""
+        """Return the state unchanged, because the level is the margin (see `Region.read_level`)."""
         return state
 
     def unsafe_of(
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
-        """See `Region`."""
+        """Return whether V_h > `level`, (n,), for the arguments of `Region.unsafe_of`."""
         return np.asarray(self.critics.value(weights, observations) > level)
 
 
 def plan_advantages(plan: EnsembleMLP, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-    """Return A_h,i(s, a_{t:t+h}), (members, n), in units of the change of h in one step."""
+    """Return A_h,i(s, a_{t:t+h}), (members, n), in units of the change of h in one step.
+
+    Args:
+        plan: Description of the critic of chunks.
+        networks: Weights by network.
+        observations: (n, obs) normalised observations.
+        chunks: (n, h * act) chunks in [-1, 1].
+    """
     return plan(networks[PLAN], concat([observations, chunks]))[..., 0]
 
 
 def horizon_level(cost_limit: float, steps: int, discount: float) -> float:
     """Return the level for V_c that equals a limit on an episode's violating steps (eq. 42).
+
+    Args:
+        cost_limit: Limit on the number of violating steps of an episode.
+        steps: Number of steps of an episode.
+        discount: Discount factor.
 
     >>> round(horizon_level(10.0, 200, 0.99), 3)
     4.33
@@ -176,7 +210,10 @@ def horizon_level(cost_limit: float, steps: int, discount: float) -> float:
 
 
 def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor:
-    """Return whether each transition of a log leads to an unsafe state, (N,) uint8."""
+    """Return whether each transition of a log leads to an unsafe state, (N,) uint8.
+
+    `region` is the test, and `state` the training state whose critics it uses.
+    """
     parts = []
     with torch.no_grad():
         for start in range(0, len(log), _POOL):
@@ -189,7 +226,14 @@ def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor
 def report_region(
     region: Region, state: TrainState, log: LogTensors, margin: float
 ) -> RegionReport:
-    """Return the level of a region and the shares of the log's states that are unsafe."""
+    """Return the level of a region and the shares of the log's states that are unsafe.
+
+    Args:
+        region: Test for unsafe states.
+        state: Training state, whose critics the test uses.
+        log: The log.
+        margin: Distance from the constraint at which a state counts as violating, in units of h.
+    """
     unsafe = violating = 0.0
     with torch.no_grad():
         for start in range(0, len(log), _POOL):
