@@ -39,7 +39,10 @@ class MovedModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec for a module that has moved, and None for any other module."""
+        """Return a spec for the module `fullname` if it has moved, and None for any other module.
+
+        `path` and `target` are not used.
+        """
         return spec_from_loader(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:

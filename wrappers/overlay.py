@@ -39,9 +39,13 @@ class Verdict(NamedTuple):
     """The numbers that are drawn on a frame."""
 
     value: float
+    """Value that is shown, Q_h or V_h, in units of h."""
     threshold: float
+    """The number that Q_h must not exceed, in units of h."""
     intervened: bool
+    """Whether the shield replaced the action."""
     name: str = "Q"
+    """Name of the value: "Q" or "V"."""
 
 
 class ShieldOverlay(Wrapper, RecordConstructorArgs):
@@ -173,10 +177,13 @@ class Layout(NamedTuple):
     """Sizes of the overlay's parts, in pixels."""
 
     edge: int
+    """Width of the red edge."""
     pad: int
+    """Distance between the parts of the strip."""
     font: int
     """Size of the text; 0 for no text."""
     bar: int
+    """Height of the bar."""
 
     @property
     def strip(self) -> int:

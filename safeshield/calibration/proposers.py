@@ -94,6 +94,10 @@ class ShieldedProposals:
 
     The object records the steps in which the shield replaced the action; `interventions` returns
     them by episode.
+
+    Args:
+        shield: The shield.
+        proposals: The policy that proposes the actions.
     """
 
     batched = True

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def make_env(env_id: str) -> Env:
-    """Return the environment of an id, or of ``module:id`` after the module has been imported.
+    """Return the environment of `env_id`, an id or ``module:id``.
 
-    Ids of the supported suites are registered on first use.
+    The module of ``module:id`` is imported first. Ids of the supported suites are registered on
+    first use.
     """
     import gymnasium as gym
 

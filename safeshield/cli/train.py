@@ -16,7 +16,10 @@ class TrainCommand(TyperCommand):
     """The `train` command, whose help ends with every setting of every algorithm."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click
-        """Write the help of the command, then that of the settings, with `formatter`."""
+        """Write the help of the command, then that of the settings.
+
+        `ctx` and `formatter` are those of click.
+        """
         super().format_help(ctx, formatter)
         from safeshield.algorithms.registry import ALGORITHMS
 

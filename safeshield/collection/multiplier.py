@@ -54,7 +54,7 @@ class Multiplier:
             )
 
     def updated(self, mean_cost: float) -> Multiplier:
-        """Return the multiplier after a rollout whose episodes have the mean cost J."""
+        """Return the multiplier after a rollout, whose episodes have the mean cost `mean_cost`."""
         error = (mean_cost - self.limit) / max(self.limit, 1.0)
         step = self.rate * min(max(error, -1.0), 1.0)
         value = min(max(self.value * math.exp(step), self.least), self.greatest)

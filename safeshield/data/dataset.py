@@ -159,7 +159,9 @@ class OfflineDataset:
     ) -> OfflineDataset:
         """Return a log made of arrays; labels, costs and spaces may be left out.
 
-        The arguments that have the name of an attribute of the class are described there.
+        Arguments with the name of an attribute of the class are described there: `rewards`,
+        `next_observations`, `terminated`, `truncated`, `observation_space`, `action_space`,
+        `provenance` and the others.
 
         Without `constraints` and `next_constraints` the labels are binary and computed from the
         costs by `binary_labels`, with `label_magnitude` and `initial_costs`. With both arrays the
@@ -614,7 +616,7 @@ class OfflineDataset:
 
 
 class Episodes(Sequence[OfflineDataset]):
-    """The episodes of a log as a sequence of `OfflineDataset` of one episode, without copies."""
+    """The episodes of the log `dataset` as a sequence of logs of one episode, without copies."""
 
     def __init__(self, dataset: OfflineDataset) -> None:
         self._dataset = dataset

@@ -62,10 +62,13 @@ class DemoResult:
     """The results of a demonstration, which prints `table` and `promise` at its end."""
 
     shield: Shield
+    """The calibrated shield."""
     evaluations: list[Evaluation]
+    """Results of each agent, with and without the shield."""
     seconds: dict[str, float]
     """Duration of each stage, seconds."""
     folder: Path
+    """Folder with the files of the demonstration."""
 
     @property
     def table(self) -> str:

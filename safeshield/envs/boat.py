@@ -76,7 +76,7 @@ def steer(
 ) -> Observations:
     """Return the states (..., 2) one step later, for directions `unit` (..., 2) of unit length.
 
-    The other arguments are those of `next_state`.
+    The arguments `state`, `current` and `dt` are those of `next_state`.
     """
     state = np.asarray(state, dtype=np.float64)
     x, y = state[..., 0], state[..., 1]

@@ -25,6 +25,10 @@ class StateEnv(Env):
     ``info["cost"]`` is 1.0 where this h is positive, else 0.0.
 
     ``reset(options={"state": s})`` starts the episode in the state s.
+
+    Args:
+        task: Dynamics, constraint, reward and starts.
+        render_mode: "rgb_array" for pictures, or None.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012

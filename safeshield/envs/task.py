@@ -22,10 +22,15 @@ class StateTask(ABC):
     """
 
     state_low: Array
+    """(n,) lowest state."""
     state_high: Array
+    """(n,) highest state."""
     action_size: int
+    """Number of entries of an action."""
     max_episode_steps: int
+    """Number of steps after which `gymnasium.make` truncates an episode."""
     render_fps: int
+    """Number of pictures per second of a video."""
     constraint_source: str | None = None
     """Name under which the constraint is registered as a function of the observation."""
 

@@ -51,6 +51,13 @@ class StateVectorEnv(VectorEnv):
     ``reset(seed=s)`` gives environment i the seed s + i, and a list gives each environment its own
     seed. ``options={"state": states}`` sets the start states: states (num_envs, n), or one state
     (n,) for all.
+
+    Args:
+        task: Dynamics, constraint, reward and starts.
+        num_envs: Number of environments.
+        max_episode_steps: Number of steps after which an episode is truncated; None for no limit.
+        autoreset_mode: "NextStep", "SameStep" or "Disabled"; by default Gymnasium's default.
+        render_mode: "rgb_array" for pictures, or None.
     """
 
     def __init__(

@@ -143,9 +143,11 @@ class Field:
     """The declaration of one setting."""
 
     name: str
+    """Name of the setting."""
     kind: Any
     """Annotation of the field, without rules."""
     default: object
+    """Default value."""
     meaning: str
     """Docstring below the field, on one line; "" where there is none."""
     rule: str

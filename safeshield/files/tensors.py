@@ -43,10 +43,13 @@ class TensorFile:
     """A file whose header has been checked and whose tensors have not been read yet."""
 
     path: Path
+    """The file."""
     header: dict[str, Any]
     """The JSON object that was written with the tensors."""
     shapes: dict[str, tuple[int, ...]]
+    """Shapes of the tensors, by name."""
     dtypes: dict[str, np.dtype[Any]]
+    """Dtypes of the tensors, by name."""
     digest: object
     """SHA-256 digest that the header states."""
 

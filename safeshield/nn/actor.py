@@ -227,8 +227,11 @@ class OneStepActor:
 
     kind: ClassVar[str] = "one_step"
     observation: int
+    """Number of features of an observation."""
     action: int
+    """Number of entries of an action, and of the noise z."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
 
     @cached_property
     def network(self) -> EnsembleMLP:
@@ -265,8 +268,11 @@ class FlowActor:
 
     kind: ClassVar[str] = "flow"
     observation: int
+    """Number of features of an observation."""
     action: int
+    """Number of entries of an action, and of the noise."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     flow_steps: int = 10
     """K, the number of Euler steps."""
 
@@ -314,8 +320,11 @@ class Classifier:
 
     kind: ClassVar[str] = "classifier"
     observation: int
+    """Number of features of an observation."""
     choices: int
+    """Number of discrete actions."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
 
     @cached_property
     def network(self) -> EnsembleMLP:

@@ -57,10 +57,13 @@ class ChunkActor:
     """One of the three kinds of actor, as pure functions of its weights."""
 
     kind: Kind
+    """Name of the kind of actor."""
     observation: int
+    """Number of features of an observation."""
     width: int
     """Number of entries of a chunk: h * act."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     steps: int
     """Number of Euler steps of the flows."""
     guidance: float

@@ -97,8 +97,11 @@ class LatentPolicy:
 
     kind: ClassVar[str] = "latent"
     observation: int
+    """Number of features of an observation."""
     action: int
+    """Number of entries of an action."""
     spec: LatentSpec
+    """Sizes of the networks and of the latent space."""
 
     @cached_property
     def prior(self) -> CouplingFlow:

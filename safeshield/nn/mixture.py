@@ -118,6 +118,7 @@ class MixtureActor:
     act: int
     """Number of entries of an action of a Box."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     components: int
     """Number of components of the mixture; without effect for discrete actions."""
 

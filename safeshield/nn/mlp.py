@@ -47,9 +47,13 @@ class EnsembleMLP:
     """
 
     inputs: int
+    """Number of input features."""
     outputs: int
+    """Number of outputs of each member."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     members: int = 1
+    """Number of perceptrons."""
 
     @property
     def shapes(self) -> Shapes:

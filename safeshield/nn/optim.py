@@ -19,8 +19,11 @@ class AdamState(NamedTuple):
     """Running moments of the gradient, and the number of updates so far as a () tensor."""
 
     mean: Networks
+    """Running mean of the gradient, by network and weight."""
     square: Networks
+    """Running mean of the squared gradient, by network and weight."""
     updates: Tensor
+    """() number of updates so far."""
 
 
 def adam_init(networks: Networks) -> AdamState:

@@ -65,8 +65,11 @@ class PlanActor:
 
     kind: ClassVar[str] = "plan"
     observation: int
+    """Number of features of an observation."""
     action: int
+    """Number of entries of an action."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     horizon: int
     """h, the number of actions in a plan."""
 
@@ -120,6 +123,7 @@ class BestPlan:
     hidden: tuple[int, ...]
     """Widths of the hidden layers of A(s, plan)."""
     members: int = 2
+    """Number of members of the critic A(s, plan)."""
     plans: int = 8
     """Number of plans that are judged for each action."""
 

@@ -30,11 +30,15 @@ class InducedPolicy:
     """The policy pi* = mu exp(Q / a) / Z, which chooses among mu's proposals in the safe set."""
 
     model: SSQLModel
+    """Description of the agent's networks."""
     params: Params
     """Weights of the critics, which are never changed in place."""
     mu: SafeBehaviour
+    """The behaviour, restricted to the safe set."""
     config: SSQLConfig
+    """Settings."""
     device: torch.device
+    """Device on which the critics run."""
 
     def act(
         self, observations: Batch, rng: np.random.Generator, *, deterministic: bool = False

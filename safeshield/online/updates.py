@@ -129,8 +129,11 @@ class SSQLUpdates:
     """All updates of one run. Each update maps (state, draw) to (state, metrics)."""
 
     model: SSQLModel
+    """Description of the agent's networks."""
     replay: Replay
+    """Transitions from which batches are drawn."""
     config: SSQLConfig
+    """Settings."""
 
     def draw(self, generator: torch.Generator, noise_features: int = 0) -> Draw:
         """Return a random batch of transitions, with `noise_features` normal numbers for each.

@@ -112,7 +112,7 @@ class Source(Protocol):
 
 
 class Uniform:
-    """Draw from the whole action space, with the same distribution in every state."""
+    """Uniform distribution over the whole of `action_space`, the same in every state."""
 
     def __init__(self, action_space: gym.Space[Any]) -> None:
         self._codec = flat_actions(action_space)

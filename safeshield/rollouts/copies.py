@@ -54,7 +54,7 @@ def environment_id(env: object) -> str:
 
 
 def constraint_source(env: object) -> str | None:
-    """Return the name of the function of the observation that gives an environment's constraint.
+    """Return the name of the function of the observation that gives the constraint of `env`.
 
     The name is the attribute `constraint_source` of the environment or of one of its wrappers, the
     outermost first. The result is None where there is none, or where the members of a vector
@@ -208,7 +208,10 @@ def spec_to_copy(env: Env, *, elsewhere: bool = False) -> gym.envs.registration.
 
 
 def why_alone(env: Env, *, elsewhere: bool = False) -> str:
-    """Return why `spec_to_copy` is None, as a relative clause for an error message."""
+    """Return why `spec_to_copy` returns None for `env`, as a relative clause for an error message.
+
+    `elsewhere` is that of `spec_to_copy`.
+    """
     if one_per_process(env) and not elsewhere:
         return "of which a process can hold one only"
     return _spec_or_reason(env)[1]

@@ -199,6 +199,10 @@ class PredictPolicy:
     """A batch policy made of a model with Stable-Baselines3's ``predict``.
 
     It keeps the recurrent state of the model between calls.
+
+    Args:
+        model: The model.
+        deterministic: Whether the model uses its deterministic mode.
     """
 
     batched = True

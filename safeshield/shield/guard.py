@@ -520,7 +520,8 @@ class ShieldRuntime:
 class Transition:
     """A context manager for a step or a reset, in which the environments move.
 
-    The observed states are forgotten on entry. After an error inside they stay forgotten.
+    The observed states of `runtime` are forgotten on entry. After an error inside they stay
+    forgotten.
     """
 
     def __init__(self, runtime: ShieldRuntime) -> None:

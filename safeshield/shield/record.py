@@ -29,7 +29,9 @@ class Rung:
     """The test of one threshold against one policy."""
 
     delta: float
+    """The tested threshold, as its delta, in units of h."""
     policy: str
+    """Name of the policy that proposed the actions."""
     episodes: int
     """Number N of tested episodes. It is smaller than asked for where the test failed early."""
     violations: int
@@ -37,6 +39,7 @@ class Rung:
     bound: float
     """Upper confidence bound on the violation rate."""
     passed: bool
+    """Whether the test passed."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class CalibrationRecord:
     walk: tuple[Rung, ...]
     """All tests, in the order in which they were run."""
     seed: int
+    """Seed of the calibration."""
     date: str
     """ISO 8601, UTC."""
     versions: dict[str, str]

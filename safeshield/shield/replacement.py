@@ -119,7 +119,7 @@ class Rejected:
         return np.clip(candidates, self.low, self.high).astype(np.float32), usable
 
     def take(self, index: npt.NDArray[np.intp]) -> Rejected:
-        """Return the rejected actions with these indices (k,), and their data, as a `Rejected`."""
+        """Return the rejected actions with the indices `index` (k,), with their data."""
         return Rejected(
             self.model,
             self.states.take(index),

@@ -626,8 +626,9 @@ class Shield:
         """Return a copy with a calibrated delta and the record of the calibration.
 
         Delta is tested in episodes of `env` in which the shield filters the actions of `policy`, or
-        of the default proposers. `calibration.calibrate.calibrate` describes all arguments, the
-        procedure and the promise.
+        of the default proposers. The other arguments are the promised rate `epsilon`, its
+        `confidence`, `policy_name`, the `deltas` and `episodes` of the tests, `seed` and
+        `num_envs`. `calibration.calibrate.calibrate` describes them, the procedure and the promise.
         """
         from safeshield.calibration.calibrate import calibrate
 

@@ -105,6 +105,8 @@ def with_constraint(env: Env) -> Env:
 class ConstraintFromState(Wrapper, RecordConstructorArgs):
     """Wrapper that reports h of a benchmark environment, as described in `with_constraint`.
 
+    `env` is the environment.
+
     Raises:
         ValueError: no constraint is known for the environment, or (in `reset` and `step`) the
             environment reports one itself.

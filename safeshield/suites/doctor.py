@@ -67,7 +67,9 @@ class Finding:
     """The result of checking one part, with details."""
 
     part: Part
+    """The part that was checked."""
     state: State
+    """Whether the part works, is absent or is broken."""
     versions: dict[str, str]
     """Versions of the part's packages that are installed."""
     detail: str

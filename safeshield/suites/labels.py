@@ -183,7 +183,7 @@ def log_label(task: str | Named) -> LogLabel | None:
 
 
 def same_task(one: str, other: str) -> bool:
-    """Return whether two ids name the same task.
+    """Return whether the ids `one` and `other` name the same task.
 
     DSRL's id, the native id and the id with five values of a task name the same task.
 

@@ -148,8 +148,8 @@ class MetaDriveTask(Env):
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Start an episode; the first one starts the engine.
 
-        `seed` determines the scenario and the traffic, and `options` are not used. The result is
-        the observation and the info.
+        `seed` seeds the random traffic; the road follows from the task. `options` are not used. The
+        result is the observation and the info.
         """
         super().reset(seed=seed)
         if self._simulator is None:

@@ -38,6 +38,7 @@ class Task:
     name: str
     """DSRL's name, such as ``PointGoal1``, ``AntVelocity``, ``BallRun``, ``easysparse``."""
     family: Family
+    """Suite to which the task belongs."""
     env_id: str
     """Id of the environment, whose step returns Gymnasium's five values with ``info["cost"]``."""
     offline_id: str

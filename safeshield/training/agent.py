@@ -74,10 +74,13 @@ class AgentFile(NamedTuple):
     """File of an agent, whose common header has been read and checked."""
 
     path: str | os.PathLike[str]
+    """Path of the file."""
     file: TensorFile
+    """The file, whose tensors have not been read yet."""
     config: Any
     """Settings, of the learner's `config_type`."""
     interface: Interface
+    """Spaces and scaling of the agent."""
 
     @property
     def header(self) -> dict[str, Any]:

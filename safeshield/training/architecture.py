@@ -32,7 +32,10 @@ class Interface(NamedTuple):
 
 
 def interface_of(dataset: OfflineDataset, scaling: Scaling) -> Interface:
-    """Return the interface of an agent that learns from a log, in the units of `scaling`."""
+    """Return the interface of an agent that learns from the log `dataset`.
+
+    `scaling` is the scaling of its observations and actions.
+    """
     source = as_constraint(dataset.constraint_source)
     return Interface(dataset.observation_space, dataset.action_space, scaling, source)
 

@@ -45,7 +45,9 @@ class Critics:
     """Safety and reward critics in the units of one log."""
 
     safety: SafetyCritics
+    """Description of the safety critics."""
     reward: RewardCritics
+    """Description of the reward critics."""
 
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
@@ -143,8 +145,11 @@ class RewardLog:
     """Batches and losses of the reward critics on one log."""
 
     critics: RewardCritics
+    """Description of the reward critics."""
     log: LogTensors
+    """Log that is learned from."""
     discount: float
+    """Discount factor of the rewards."""
     unit: str
     """Name of the running statistic that is the unit of the advantages."""
     _kept: tuple[int, RewardWindow] | None = field(default=None, init=False)
@@ -228,8 +233,11 @@ class CriticsRun:
     """The critics' updates in one call of `fit`."""
 
     critics: Critics
+    """Description of the critics."""
     log: LogTensors
+    """Log that is learned from."""
     config: CriticConfig
+    """Settings of the critics."""
     total: int
     """Total number of updates."""
 

@@ -38,10 +38,13 @@ class LogTensors:
     actions: Tensor
     """(N, act) in [-1, 1]."""
     rewards: Tensor
+    """(N,) rewards of the steps."""
     next_observations: Tensor
     """(N, obs) normalised."""
     constraints: Tensor
+    """(N,) h of the states before the steps."""
     next_constraints: Tensor
+    """(N,) h of the states after the steps."""
     terminated: Tensor
     """(N,) bool."""
     episode_last: Tensor
@@ -77,11 +80,13 @@ class RunIdentity:
     """Identity of a run. A checkpoint of another run is rejected with the differences."""
 
     algorithm: str
+    """Name of the algorithm."""
     config: dict[str, Any]
     """Settings as JSON values."""
     log: str
     """Number of rows of the log, and the beginning of its digest."""
     steps: int
+    """Total number of updates."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON values, for a checkpoint."""

@@ -49,14 +49,17 @@ class FitOptions:
     fewest_steps: int = 1
     """Smallest allowed number of updates, which is one for each phase."""
     progress_bar: bool = False
+    """Whether a progress bar is shown."""
     log_dir: str | os.PathLike[str] | None = None
     """Folder for TensorBoard files; None writes none."""
     checkpoint: str | os.PathLike[str] | None = None
     """File from which training resumes where it exists, and to which checkpoints are written."""
     checkpoint_every: int = 2000
+    """Number of updates between two checkpoints."""
     stop_after: int | None = None
     """Number of updates after which to stop with a checkpoint; None means to run to the end."""
     log_every: int = 200
+    """Number of updates after which metrics are written to TensorBoard and shown."""
 
     def __post_init__(self) -> None:
         settled = {"checkpoint_every": whole("checkpoint_every", self.checkpoint_every, least=1)}

@@ -49,8 +49,11 @@ class Run(ABC, Generic[ModelT, ConfigT]):
     """The updates of one call of `fit` on a log. An algorithm implements `phases`."""
 
     model: ModelT
+    """Description of the agent's networks."""
     log: LogTensors
+    """Log that is learned from."""
     config: ConfigT
+    """Settings of the algorithm."""
     steps: int
     """Total number of updates."""
 

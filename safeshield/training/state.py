@@ -103,15 +103,20 @@ class Phase:
     """A part of training that repeats one update."""
 
     name: str
+    """Name of the phase."""
     steps: int
+    """Number of updates."""
     update: Update
+    """Update that is repeated."""
     batch_size: int
+    """Number of transitions of a batch."""
     near_share: float = 0.0
     """Share of each batch that is drawn from `TrainState.boundary_rows`."""
     refresh: Callable[[TrainState, torch.Generator], TrainState] | None = None
     """Function that evaluates the log with the current networks, called every `refresh_every`
     updates."""
     refresh_every: int = 250
+    """Number of updates between two calls of `refresh`."""
     report: Callable[[TrainState, Draw], Metrics] | None = None
     """Function that returns further metrics. It is called only when metrics are written."""
 

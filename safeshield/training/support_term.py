@@ -58,15 +58,23 @@ class SupportTerm:
     """h_support of a log's transitions, which is computed from the learned behaviour."""
 
     dataset: OfflineDataset
+    """The log."""
     held_out: npt.NDArray[np.bool_]
     """(E,) whether an episode is held out, so that the behaviour does not learn from it."""
     scaling: Scaling
+    """Scaling of the log's observations and actions."""
     scale: SafetyScale
+    """Units of h."""
     flow_steps: int
+    """Number of Euler steps of the behaviour's flow."""
     weight: float
+    """Weight of h_support in the maximum m."""
     alpha: float
+    """`alpha` of the support test; see `Shield.with_support`."""
     share: float
+    """`share` of the support test; see `Shield.with_support`."""
     device: torch.device
+    """Device of the term's values."""
     _known: tuple[SupportTest, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

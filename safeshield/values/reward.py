@@ -38,10 +38,15 @@ class RewardBatch:
     """Transitions for the reward critics, with normalised observations and actions in [-1, 1]."""
 
     observations: Tensor
+    """(batch, obs) observations before the steps."""
     actions: Tensor
+    """(batch, act) actions."""
     next_observations: Tensor
+    """(batch, obs) observations after the steps."""
     rewards: Tensor
+    """(batch,) rewards of the steps."""
     terminated: Tensor
+    """(batch,) bool, whether the episodes terminated after the steps."""
     window: RewardWindow
     """Coefficients of the many-step targets of V."""
     window_observations: Tensor
@@ -53,13 +58,17 @@ class RewardCritics:
     """The networks of V_r and Q_r, as pure functions of (networks, inputs)."""
 
     observation: int
+    """Number of features of an observation."""
     action: int
+    """Number of features of an action."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     offset: float
     """Mean discounted return-to-go of the log, which is added to the output of V's network."""
     spread: float
     """Standard deviation of the return-to-go, which is the unit of the output of V's network."""
     members: int = 2
+    """Number of members of the advantage."""
     names: tuple[str, str] = (VALUE, ADVANTAGE)
     """Names of the two networks, in memory and in files."""
     bounds: tuple[float, float] | None = None

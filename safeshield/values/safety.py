@@ -71,14 +71,19 @@ class SafetyCritics:
     """
 
     observation: int
+    """Number of features of an observation."""
     action: int
+    """Number of features of an action."""
     hidden: tuple[int, ...]
+    """Widths of the hidden layers."""
     scale: SafetyScale
+    """Units of h."""
     continuous: bool = True
     """Whether the labels are samples of a continuous function of the state."""
     discount: float = 0.99
     """g of the safety backup."""
     members: int = 2
+    """Number of members of the advantage."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Return the descriptions of the three networks by name."""
@@ -208,16 +213,23 @@ class SafetyBatch:
     """Transitions for the safety critics, with normalised observations and actions in [-1, 1]."""
 
     observations: Tensor
+    """(batch, obs) observations before the steps."""
     actions: Tensor
+    """(batch, act) actions."""
     next_observations: Tensor
+    """(batch, obs) observations after the steps."""
     constraints: Tensor
+    """(batch,) h of the states before the steps."""
     next_constraints: Tensor
+    """(batch,) h of the states after the steps."""
     terminated: Tensor
+    """(batch,) bool, whether the episodes terminated after the steps."""
     window: SafetyWindow
     """Coefficients of the many-step targets of V."""
     window_observations: Tensor
     """(batch, obs) observations of the states in which the windows end."""
     window_constraints: Tensor
+    """(batch,) h of the states in which the windows end."""
     extra: Tensor | None = None
     """(batch,) a further constraint of the transition itself, in units of h. It is part of the
     windows and of the targets of V. The target of Q_h leaves out the extra constraint of its own

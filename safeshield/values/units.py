@@ -84,7 +84,11 @@ def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
 
 
 def known_value(scale: SafetyScale, h: A, excess: A) -> A:
-    """Return V_h(s) = h(s) + max(e(s), 0), in units of h, where h(s) is known exactly."""
+    """Return V_h(s) = h(s) + max(e(s), 0), in units of h, where h(s) is known exactly.
+
+    `h` is known in units of h, `excess` is the output of the network of e, and `scale` converts it
+    to units of h.
+    """
     return h + relu(scale.excess * excess)
 
 

@@ -76,6 +76,7 @@ class FromSafety:
     """Feasibility by V_h and Q_h."""
 
     critics: SafetyCritics
+    """Description of the safety critics."""
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """Return V_h and Q_h in standard deviations of h (see `Feasibility.judge`).
@@ -104,6 +105,7 @@ class FromCost:
     """Feasibility by V_c and Q_c, where `critics` learns the return of the negative cost."""
 
     critics: RewardCritics
+    """Description of the critics of the cost."""
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """Return V_c and Q_c above their percentiles (see `Feasibility.judge`).
@@ -172,8 +174,11 @@ class CostRun:
     """
 
     critics: RewardCritics
+    """Description of the critics of the cost."""
     log: LogTensors
+    """Log that is learned from."""
     config: CriticConfig
+    """Settings of the critics."""
     total: int
     """Total number of updates."""
     expectile: float = 0.9

@@ -128,7 +128,9 @@ class GenerativeLoss:
     """Loss of the generative model, eq. 13. The module docstring has the formula."""
 
     policy: LatentPolicy
+    """Description of the policy."""
     config: FLRPConfig
+    """Settings."""
 
     def __call__(
         self,
@@ -174,8 +176,11 @@ class RefinerLoss:
     """Loss of the experts, eq. 17. The module docstring has the formula."""
 
     policy: LatentPolicy
+    """Description of the policy."""
     config: FLRPConfig
+    """Settings."""
     feasibility: Feasibility
+    """Evaluation of states and actions."""
     margin: float
     """Distance from the boundary at which an action counts as unsafe, in standard deviations."""
 

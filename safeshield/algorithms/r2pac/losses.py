@@ -92,8 +92,11 @@ class Fitting(NamedTuple):
     """A batch for critics of chunks, with the options of their loss."""
 
     critics: RewardCritics
+    """Description of the critics that are fitted."""
     batch: RewardBatch
+    """Transitions of the chunks."""
     expectile: float
+    """Weight on targets above V."""
     allowed: Tensor | None = None
     """(batch,) 1 where V is fitted to the state, else 0; None means all states."""
     typical: Tensor | None = None

@@ -101,6 +101,7 @@ class CostRegion:
     """Region V_c > l, where `critics` learns the return of the negative cost."""
 
     critics: RewardCritics
+    """Description of the critics of the cost."""
     margin: float
     """Distance from the constraint at which a state counts as violating, in units of h."""
     quantile: float | None
@@ -116,20 +117,26 @@ class CostRegion:
         return -self.critics.possible(networks, observations)
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Return whether V_c > l or h > -margin, (n,), for the arguments of `Region.unsafe`."""
+        """Return whether V_c > l or h > -margin, (n,) (see `Region.unsafe`).
+
+        The arguments `state`, `observations` and `constraints` are described there.
+        """
         too_much = self.value(state.targets, observations) > state.scales[LEVEL]
         return too_much | (constraints > -self.margin)
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-        """Return the cost advantage of chunks, (n,), for the arguments of `Region.worse`."""
+        """Return the cost advantage of the chunks, (n,) (see `Region.worse`).
+
+        The arguments `networks`, `observations` and `chunks` are described there.
+        """
         return -smallest(self.critics.advantages(networks, observations, chunks))
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
     ) -> TrainState:
-        """Return the state with l, the quantile of V_c over states of the log that do not violate.
+        """Return `state` with l, the quantile of V_c over states of `log` that do not violate.
 
-        The level is at most `most`. The arguments are those of `Region.read_level`.
+        The level is at most `most`. `generator` draws a sample of the states.
         """
         if self.quantile is None:
             return state
@@ -147,7 +154,10 @@ class CostRegion:
     def unsafe_of(
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
-        """Return whether V_c > `level`, (n,), for the arguments of `Region.unsafe_of`."""
+        """Return whether V_c > `level`, (n,) (see `Region.unsafe_of`).
+
+        The arguments `weights` and `observations` are described there.
+        """
         return np.asarray(-self.critics.value(weights, observations) > level)
 
 
@@ -156,30 +166,43 @@ class SafetyRegion:
     """Region V_h > -margin."""
 
     critics: SafetyCritics
+    """Description of the safety critics."""
     plan: EnsembleMLP
     """Network of A_h of chunks."""
     margin: float
     """Distance from the boundary at which a state counts as unsafe, in units of h."""
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Return whether V_h or h is above -margin, (n,), for the arguments of `Region.unsafe`."""
+        """Return whether V_h or h is above -margin, (n,) (see `Region.unsafe`).
+
+        The arguments `state`, `observations` and `constraints` are described there.
+        """
         value = self.critics.value(state.targets, observations)
         return (value > -self.margin) | (constraints > -self.margin)
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-        """Return the larger A_h of chunks, (n,), for the arguments of `Region.worse`."""
+        """Return the larger A_h of the chunks, (n,) (see `Region.worse`).
+
+        The arguments `networks`, `observations` and `chunks` are described there.
+        """
         return largest(plan_advantages(self.plan, networks, observations, chunks))
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
     ) -> TrainState:
-        """Return the state unchanged, because the level is the margin (see `Region.read_level`)."""
+        """Return `state` unchanged, because the level is the margin.
+
+        `log` and `generator` are not used; see `Region.read_level`.
+        """
         return state
 
     def unsafe_of(
         self, weights: Arrays, observations: _Float, level: float
     ) -> npt.NDArray[np.bool_]:
-        """Return whether V_h > `level`, (n,), for the arguments of `Region.unsafe_of`."""
+        """Return whether V_h > `level`, (n,) (see `Region.unsafe_of`).
+
+        The arguments `weights` and `observations` are described there.
+        """
         return np.asarray(self.critics.value(weights, observations) > level)
 
 
