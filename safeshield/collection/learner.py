@@ -112,7 +112,10 @@ class LearnerConfig(Settings):
 
 @dataclass(frozen=True)
 class Learner:
-    """One learner of a run. Its folder holds its state and its episodes."""
+    """One PPO agent that learns under a cost limit while its episodes are logged.
+
+    Its folder holds its state and its episodes, one file for each segment of updates.
+    """
 
     venv: VecEnv
     """Vector environment without wrappers, which nothing else may step meanwhile."""
@@ -131,7 +134,7 @@ class Learner:
     with 0 steps."""
 
     def learn(self, updates: int) -> Progress:
-        """Continue until `updates` updates are done in total, and return the progress.
+        """Continue until `updates` updates are done in total, and return the learner's progress.
 
         Raises:
             ValueError: The environment does not report its costs, an episode does not end, or a

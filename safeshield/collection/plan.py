@@ -158,7 +158,7 @@ def _wrappers(env: Env) -> tuple[str, ...]:
 
 
 def learner_folder(folder: Path, number: int) -> Path:
-    """Return the folder of the learner with this number."""
+    """Return the folder of the learner number `number` in the folder of a run."""
     return folder / f"learner-{number:02d}"
 
 
@@ -178,6 +178,9 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def versions_used(folder: Path) -> list[dict[str, str]]:
-    """Return the package versions with which the learners of a folder were run."""
+    """Return the versions of the packages with which the learners of a folder were run.
+
+    There is one dict of versions by name for each combination that was used.
+    """
     used: list[dict[str, str]] = _read(folder / PLAN)["versions"]
     return used

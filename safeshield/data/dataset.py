@@ -365,8 +365,9 @@ class OfflineDataset:
         """Write the log into Minari's store and return the `minari.MinariDataset`.
 
         The infos hold the cost and, where labels are continuous, the constraint. `from_minari`
-        returns the same transitions and spaces, but not the provenance, which is not written.
-        Binary labels get the magnitude that `from_minari` is given.
+        returns the same transitions and spaces, but neither the provenance nor the name of the
+        source of h, which are not written. Binary labels get the magnitude that `from_minari` is
+        given.
 
         Args:
             dataset_id: Id of the new dataset in the store, such as "boat/random-v0".
@@ -547,9 +548,9 @@ class OfflineDataset:
     def concatenate(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
         """Return several logs of one task joined to one log.
 
-        That the logs are of the same task is not checked, only that their spaces and their kinds of
-        labels agree. The result keeps the provenance where it is the same in every log; otherwise
-        its provenance is None.
+        That the logs are of the same task is not checked, only that their spaces, their kinds of
+        labels and their sources of h agree. The result keeps the provenance where it is the same in
+        every log; otherwise its provenance is None.
 
         Args:
             datasets: The logs, in the order in which their episodes follow each other.

@@ -66,6 +66,8 @@ def reported(infos: Infos, key: str, count: int) -> npt.NDArray[np.bool_]:
     """Return which of `count` environments report a key, as (count,) bool.
 
     The key must be in `infos`. In an array of objects, None counts as not reported.
+
+    `key` is the key.
     """
     present = np.array(infos.get(f"_{key}", np.ones(count)), np.bool_)
     values = infos[key]

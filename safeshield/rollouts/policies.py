@@ -121,6 +121,11 @@ def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int
 
     Actions of a Box become float32 and are clipped to its bounds, as in Stable-Baselines3.
 
+    Args:
+        actions: Actions that a policy returned.
+        space: Space of one action.
+        count: Number of actions.
+
     Raises:
         ValueError: The actions have another shape, are NaN, or are not integers of the discrete
             space.

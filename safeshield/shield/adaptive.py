@@ -80,19 +80,21 @@ class NothingAcceptableWarning(UserWarning):
 class AdaptiveThreshold:
     """Settings of a threshold that follows observed errors.
 
-    The module's docstring gives the formulas and what they promise.
+    The module's docstring gives the formulas and what they promise. The margin is the quantile of
+    recent errors at the level 1 - alpha. A step whose error exceeds the margin counts as a wrong
+    range. The number alpha falls after a wrong range and rises after any other counted step.
 
     Args:
-        target: long-run share of wrong ranges, in (0, 1).
-        rate: step size of alpha, positive. Each wrong range lowers alpha by rate * (1 - target). A
+        target: Long-run share of wrong ranges, in (0, 1).
+        rate: Step size of alpha, positive. Each wrong range lowers alpha by rate * (1 - target). A
             larger rate makes the threshold follow faster and vary more.
-        window: number of recent errors that are kept, at least 1. Below 1 / target the margin is
+        window: Number of recent errors that are kept, at least 1. Below 1 / target the margin is
             infinite most of the time, and the threshold follows the largest error kept.
-        horizon: number of steps over which errors may add up, at least 1. It should be the number
+        horizon: Number of steps over which errors may add up, at least 1. It should be the number
             of steps for which the shield has no acceptable action until a danger has passed. None:
             the longest such run observed so far, at most 100 (see the module).
-        baseline: part of the margin that delta covers, per step, in units of h; by default
-            delta / horizon. If it is the margin observed where the shield was calibrated
+        baseline: Part of the margin that delta covers, per step, in units of h; by default delta /
+            horizon. If it is the margin observed where the shield was calibrated
             (`AdaptiveMargin.margin`), the threshold starts to move as soon as errors grow.
 
     Raises:
@@ -153,9 +155,10 @@ class AdaptiveThreshold:
 def as_adaptive(
     adaptive: AdaptiveThreshold | Mapping[str, Any] | None,
 ) -> AdaptiveThreshold | None:
-    """Return settings as they are, or make them from a mapping of `AdaptiveThreshold`'s arguments.
+    """Return settings of a threshold that follows errors, made of what a user passed.
 
-    None stays None.
+    `adaptive` may be an `AdaptiveThreshold`, which is returned as it is, a mapping of its
+    arguments, or None, which stays None.
 
     Raises:
         TypeError: `adaptive` is of another type, or names an unknown argument.
@@ -208,7 +211,7 @@ class AdaptiveMargin:
 
     @property
     def alpha(self) -> _Array:
-        """(n,) the present level alpha_t, between -rate and 1 + rate."""
+        """(n,) the present level alpha_t of the quantile of errors, between -rate and 1 + rate."""
         return self._alpha.copy()
 
     @property
@@ -234,12 +237,12 @@ class AdaptiveMargin:
 
     @property
     def observed(self) -> npt.NDArray[np.int64]:
-        """(n,) number T of counted steps."""
+        """(n,) number T of counted steps, those whose error was used."""
         return self._observed.copy()
 
     @property
     def wrong(self) -> npt.NDArray[np.int64]:
-        """(n,) number of wrong ranges among the counted steps."""
+        """(n,) number of counted steps whose error exceeded the margin (wrong ranges)."""
         return self._wrong.copy()
 
     def forget(self, mask: Flags | None = None) -> None:
@@ -281,7 +284,7 @@ class AdaptiveMargin:
         self.observe(errors, stepped_in & np.isfinite(errors))
 
     def passed(self) -> None:
-        """Record a step in which every action was accepted: all runs of refused steps end."""
+        """Record a step in which every action was accepted; all runs of refused steps end."""
         self._held[:] = 0
         self._starved[:] = 0
 

@@ -104,9 +104,9 @@ def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
 class Learner(ABC, Generic[ConfigT, ModelT]):
     """Base class of learners, which are agents that can be trained, saved and loaded.
 
-    It holds a learner's settings, spaces and weights, and writes and reads its file. The two kinds
-    of learners derive from it: `OfflineAgent` learns from a log, and `SafeSupportQLearning` from
-    its own steps in an environment.
+    It holds a learner's settings, spaces and weights, and writes and reads its file.
+    `OfflineAgent`, from which the offline algorithms derive, learns from a log.
+    `SafeSupportQLearning` learns from its own steps in an environment or from a log.
 
     Args:
         config: Settings, of the class's `config_type`; None means the defaults.

@@ -103,6 +103,9 @@ class ValueConfig(SafetyConfig):
     def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401
         """Return the settings of the preset with this name, with `changes` applied.
 
+        `name` is the name of the preset, and `changes` are settings that replace those of the
+        preset.
+
         Raises:
             ValueError: there is no preset with this name.
 

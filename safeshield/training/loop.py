@@ -75,7 +75,7 @@ class FitOptions:
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """Return a device; "auto" means CUDA where there is one, and the CPU otherwise.
+    """Return the device that `device` names; "auto" means CUDA where there is one, else the CPU.
 
     Raises:
         ValueError: the device does not exist.

@@ -87,7 +87,7 @@ def _place(kind: type[Any]) -> tuple[str, str]:
 
 
 def offline_algorithm(name: str) -> Algorithm:
-    """Return the registered algorithm with this name that is trained from a log.
+    """Return the registered algorithm `name`, which is trained from a log.
 
     Raises:
         ValueError: no such algorithm has this name.
