@@ -211,7 +211,7 @@ class AdaptiveMargin:
 
     @property
     def alpha(self) -> _Array:
-        """(n,) the present level alpha_t of the quantile of errors, between -rate and 1 + rate."""
+        """(n,) the present alpha_t, between -rate and 1 + rate; the margin has the level 1 - alpha_t."""
         return self._alpha.copy()
 
     @property
