@@ -115,7 +115,7 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         self._critics = CriticsRun(self.model.critics, self.log, self.config, self._phase_steps[0])
 
     def phases(self) -> list[Phase]:
-        """Return the phases in order. The windows of the critics' targets get shorter in stages."""
+        """Return the phases of training in order. The targets' windows get shorter in stages."""
         critics, (_, teacher, student) = self._critics, self._phase_steps
         imitate, improve = self._teacher(), self.falling(STUDENT, self._student, student)
         if self.config.phases == "joint":

@@ -141,7 +141,11 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
         self._safety = SafetyLog(self.model.safety, self.log)
 
     def phases(self) -> list[Phase]:
-        """Return the phases in order."""
+        """Return the phases of training in order: critics, behaviour, fallback.
+
+        Where the support counts in the backups, the behaviour comes first. Discrete actions have no
+        fallback.
+        """
         config, size, near = self.config, self.config.batch_size, self.config.near_share
         refresh = self._safety.refresh
         critics, behaviour, fallback = phase_steps(self.steps, config.phase_shares)

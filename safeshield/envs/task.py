@@ -52,7 +52,7 @@ class StateTask(ABC):
 
     @abstractmethod
     def picture(self, trail: Sequence[Array]) -> Frame:
-        """Return a picture of the last state of the trail and of the states before it."""
+        """Return a picture of the last state of `trail` and of the states before it."""
 
     def observation_space(self) -> spaces.Box:
         """Return the box of states, as float32."""

@@ -208,7 +208,7 @@ class StateVectorEnv(VectorEnv):
         return self.reset(seed=seed, options=options)
 
     def step_async(self, actions: npt.NDArray[Any]) -> None:
-        """Store the actions for `step_wait`."""
+        """Store the `actions` (num_envs, m) for `step_wait`."""
         self._pending = actions
 
     def step_wait(self, **_: object) -> Step:

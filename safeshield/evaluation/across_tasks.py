@@ -24,7 +24,7 @@ _RESAMPLES_AT_ONCE = 1_000
 
 
 def interquartile_mean(scores: npt.ArrayLike) -> float:
-    """Return the mean of the middle half of the scores, over all runs and tasks together.
+    """Return the mean of the middle half of `scores`, over all runs and tasks together.
 
     With the n scores in order, x(1) <= ... <= x(n), and g = floor(n / 4), it is the mean of
     x(g + 1) ... x(n - g). This is `scipy.stats.trim_mean` at 25%, as in rliable. For fewer than

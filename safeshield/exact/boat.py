@@ -97,7 +97,9 @@ class GridValue:
         return np.asarray(np.maximum(constraint(states), between))
 
     def action_value(self, states: Observations, actions: Actions) -> Scalars:
-        """Return Q (...) = max(h(s), V(s')) of states (..., 2) and actions (..., 2), in metres.
+        """Return Q (...) = max(h(s), V(s')) of `states` (..., 2) and `actions` (..., 2), in metres.
+
+        Here s' is the state one step later, and V is interpolated on the grid.
 
         Raises:
             ValueError: states without two finite entries on the last axis.

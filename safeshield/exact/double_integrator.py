@@ -87,6 +87,11 @@ def action_value(states: Observations, actions: Actions, dt: float) -> Scalars:
     if the action is taken first and the best controls follow. Its minimum over actions is `value`
     with the same dt.
 
+    Args:
+        states: (..., 2) positions and speeds, in metres and metres per second.
+        actions: (..., 1) accelerations.
+        dt: Length of a step in seconds.
+
     Raises:
         ValueError: as for `value`.
 

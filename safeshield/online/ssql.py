@@ -177,7 +177,7 @@ class SafeSupportQLearning(OnlineLearner):
 
     @property
     def recalibration_spent(self) -> int:
-        """Episodes of the budget that the tests of refreshed collectors have used."""
+        """Number of episodes that the tests of refreshed collectors have used of their budget."""
         return self._refresher.spent
 
     def diagnostics(self) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class AdaptiveMargin:
 
     @property
     def alpha(self) -> _Array:
-        """(n,) the present alpha_t, between -rate and 1 + rate; the margin has the level 1 - alpha_t."""
+        """(n,) the present alpha_t, in [-rate, 1 + rate]; the margin has the level 1 - alpha_t."""
         return self._alpha.copy()
 
     @property

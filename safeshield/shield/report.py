@@ -37,6 +37,6 @@ class FilterReport(NamedTuple):
     test."""
 
     def row(self, index: int) -> FilterReport:
-        """Return the verdict on the action number `index` of a batch."""
+        """Return the report on action number `index` of a batch, with single values for arrays."""
         fields: list[npt.NDArray[np.generic]] = [np.asarray(field) for field in self]
         return FilterReport(*(field[index] for field in fields))

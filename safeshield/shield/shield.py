@@ -149,7 +149,7 @@ class Shield:
         return 0.0 - self.delta
 
     def with_delta(self, delta: float) -> Self:
-        """Return a copy with the threshold `delta`, in units of h, and without the record."""
+        """Return a copy whose threshold is -delta, in units of h, without the record."""
         return replace(self, delta=float(delta), record=None)
 
     def with_constraint(self, source: str | ConstraintSource | ConstraintFn | None) -> Self:

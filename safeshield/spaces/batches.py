@@ -66,7 +66,7 @@ def copied(points: Batch) -> Batch:
 
 
 def finite(points: Batch) -> Batch:
-    """Return the points with every NaN and infinity replaced by zero."""
+    """Return `points` with every NaN and infinity replaced by zero."""
     if isinstance(points, Mapping):
         return {key: finite(part) for key, part in points.items()}
     array = np.asarray(points)

@@ -118,7 +118,7 @@ class ValueConfig(SafetyConfig):
         return cls(**{**cls.presets[name], **changes})
 
     def margin_of(self, safety: SafetyCritics) -> float:
-        """Return the margin in units of h; the critics `safety` know the scale of h."""
+        """Return the setting `margin` in units of h; `safety` knows the standard deviation of h."""
         share = self.margin * safety.scale.spread
         # The minimum of one step's change is for continuous labels only. A binary label changes in
         # one step by more than the whole distance between safe and unsafe.

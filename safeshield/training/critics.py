@@ -246,7 +246,7 @@ class CriticsRun:
         self._reward = RewardLog(self.critics.reward, self.log, self.config.discount, "reward")
 
     def phases(self) -> list[Phase]:
-        """Return the phases in order. The windows of the critics' targets get shorter in stages."""
+        """Return the phases of training in order. The targets' windows get shorter in stages."""
         return [
             self.phase(f"{CRITICS} {i + 1}", count, self.update(*windows))
             for i, (count, *windows) in enumerate(self.stages())

@@ -59,7 +59,7 @@ class Run(ABC, Generic[ModelT, ConfigT]):
 
     @abstractmethod
     def phases(self) -> list[Phase]:
-        """Return the phases in order."""
+        """Return the phases of training, in order. Each repeats one update."""
 
     def initial(self, generator: torch.Generator) -> TrainState:
         """Return the state before the first update, with weights that `generator` draws."""

@@ -108,10 +108,10 @@ class RewardCritics:
         return value if self.bounds is None else value.clip(*self.bounds)
 
     def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
-        """Return A_i(s, a), (members, batch), in units of sigma.
+        """Return how much better actions are than V_r, A_i(s, a) of each member, (members, batch).
 
-        `networks` are the weights, `observations` (batch, obs) are normalised, and `actions`
-        (batch, act) lie in [-1, 1].
+        The unit is sigma, a running statistic of the advantages. `networks` are the weights,
+        `observations` (batch, obs) are normalised, and `actions` (batch, act) lie in [-1, 1].
         """
         inputs = concat([observations, actions])
         name = self.names[1]

@@ -101,7 +101,7 @@ class SafetyCritics:
         return {name: part.init(generator) for name, part in self.parts().items()}
 
     def constraint(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return h^(s), (batch,), in units of h.
+        """Return h^(s), the estimate of the constraint, (batch,), in units of h.
 
         `networks` are the weights, and `observations` (batch, obs) are normalised.
         """
@@ -109,7 +109,7 @@ class SafetyCritics:
         return self.scale.offset + self.scale.spread * raw
 
     def excess(self, networks: NetworksOf[A], observations: A) -> A:
-        """Return e(s), (batch,), in units of h.
+        """Return e(s), whose positive part is V_h(s) - h(s), (batch,), in units of h.
 
         `networks` are the weights, and `observations` (batch, obs) are normalised.
         """
@@ -127,10 +127,10 @@ class SafetyCritics:
         return state_value(self.scale, constraint, excess)
 
     def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
-        """Return A_i(s, a), (members, batch), in units of sigma.
+        """Return how much worse actions are than the best: A_i(s, a), (members, batch).
 
-        `networks` are the weights, `observations` (batch, obs) are normalised, and `actions`
-        (batch, act) lie in [-1, 1].
+        The unit is sigma, the typical change of h in one step. `networks` are the weights,
+        `observations` (batch, obs) are normalised, and `actions` (batch, act) lie in [-1, 1].
         """
         inputs = concat([observations, actions])
         return self.parts()[ADVANTAGE](networks[ADVANTAGE], inputs)[..., 0]

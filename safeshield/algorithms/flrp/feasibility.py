@@ -190,7 +190,7 @@ class CostRun:
         self._costs = RewardLog(self.critics, paid, self.config.discount, "cost")
 
     def update(self, steps: int) -> Update:
-        """Return one update of the cost critics whose targets cover this number of steps."""
+        """Return one update of the cost critics, whose targets cover `steps` steps."""
         names, config = self.critics.names, self.config
 
         def losses(state: TrainState, draw: Draw) -> CriticLoss:

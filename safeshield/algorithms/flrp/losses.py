@@ -259,7 +259,7 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
         self._margin = margin if self._costs is None else 0.0
 
     def phases(self) -> list[Phase]:
-        """Return the phases in order."""
+        """Return the phases of training in order: critics, generative model, experts."""
         size, policy, flow_steps = self.config.batch_size, self.model.policy, self._flow_steps
         fit = self.falling(GENERATIVE, self._generative, flow_steps, tuple(policy.generative))
         generative = Phase(GENERATIVE, flow_steps, fit, size)

@@ -105,11 +105,12 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     def shield(self, plans: int = 8) -> Shield:
         """Return an uncalibrated shield (delta 0) that judges plans; its fallback is the student.
 
-        It accepts an action if at least one of `plans` plans that begin with the action has
-        Q_h(s, chunk) <= -delta. Otherwise it replaces the action by one for which this holds.
+        It accepts an action if at least one of `plans` plans that begin with the action has Q_h(s,
+        chunk) <= -delta. Otherwise it replaces the action by one for which this holds, where it
+        finds one.
 
         Args:
-            plans: number of plans that the student samples in each state. With 0, actions are
+            plans: Number of plans that the student samples in each state. With 0, actions are
                 judged alone, as by the shields of other agents.
 
         Raises:

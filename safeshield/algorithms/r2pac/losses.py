@@ -198,7 +198,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         return state._replace(scales=scales)
 
     def phases(self) -> list[Phase]:
-        """Return the phases in order."""
+        """Return the phases of training in order: those of the critics, the actor, the student."""
         config, size, near = self.config, self.config.batch_size, self.config.near_share
         critics, actor, student = self._shares
         windows = stages(critics, config.safety_backup_steps, config.reward_backup_steps)

@@ -207,7 +207,9 @@ class SafetyRegion:
 
 
 def plan_advantages(plan: EnsembleMLP, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-    """Return A_h,i(s, a_{t:t+h}), (members, n), in units of the change of h in one step.
+    """Return how much worse chunks are than the best, A_h,i(s, a_{t:t+h}), (members, n).
+
+    The unit is the change of h in one step.
 
     Args:
         plan: Description of the critic of chunks.
