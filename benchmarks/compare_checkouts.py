@@ -101,10 +101,10 @@ def row_of(name: str, before: Sequence[float], after: Sequence[float], pair: int
     """Return a row from the paired times of both checkouts, (rounds,) each.
 
     Args:
-        name: name of the operation that was timed.
-        before: seconds of BEFORE in each round.
-        after: seconds of AFTER in each round.
-        pair: number of rounds that one pair of processes runs; divides the number of rounds.
+        name: Name of the operation that was timed.
+        before: Seconds of BEFORE in each round.
+        after: Seconds of AFTER in each round.
+        pair: Number of rounds that one pair of processes runs; divides the number of rounds.
     """
     a, b = np.asarray(before), np.asarray(after)
     ratios = (b / a).reshape(-1, pair)

@@ -46,9 +46,9 @@ class ShieldCallback(BaseCallback):
     several calls of ``learn``.
 
     Args:
-        require_shield: raise an error where the infos have no ``shield/...`` keys. False counts
+        require_shield: Raise an error where the infos have no ``shield/...`` keys. False counts
             violations in an unshielded environment, for comparison.
-        verbose: as in Stable-Baselines3.
+        verbose: As in Stable-Baselines3.
 
     >>> import gymnasium, safeshield
     >>> from stable_baselines3 import PPO

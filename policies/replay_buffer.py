@@ -87,7 +87,7 @@ class _ShieldedRows(ReplayBuffer):
         """Add one transition of each environment, with actions (n_envs, act) in the policy's scale.
 
         Raises:
-            ValueError: executed actions are stored and the infos do not contain them, or contain
+            ValueError: Executed actions are stored and the infos do not contain them, or contain
                 them in other units.
         """
         if self.store == "proposed":
@@ -195,7 +195,7 @@ class ShieldedReplayBuffer(_ShieldedRows):
     the action that the agent drew, so their buffers must keep the proposed action.
 
     Raises:
-        TypeError: observations are dicts, for which there is `ShieldedDictReplayBuffer`.
+        TypeError: Observations are dicts, for which there is `ShieldedDictReplayBuffer`.
         ValueError: `store` is not one of the three, or `shield_space` is not a box of the agent's
             shape. `add` raises it where the infos lack the shield's keys, or hold other proposed
             actions than the agent's.

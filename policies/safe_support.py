@@ -74,18 +74,18 @@ class SafeSupportPolicy:
     or the shield's replacement of that action.
 
     Args:
-        shield: a `Shield`, a path to its file, or an agent that has one. Its threshold says which
+        shield: A `Shield`, a path to its file, or an agent that has one. Its threshold says which
             actions are safe; its record, if any, says for which proposers.
         proposal: ``"uniform"`` over the action space; ``"behaviour"``, the log's behaviour, from
             the network that `ShieldTrainer` and `SafeFQL` store in the shield; or a policy that
             `as_batch_policy` takes. The policy is asked repeatedly for a random action
             (``deterministic=False``). A policy that always returns the same action has no
             advantage over a `ShieldedPolicy`.
-        rounds: maximal number of rounds of proposals, at least 1. Round k = 0, 1, ... draws 2^k
+        rounds: Maximal number of rounds of proposals, at least 1. Round k = 0, 1, ... draws 2^k
             proposals in each state that still has no action. From a policy, each round draws one
             in all states, because the policy may remember each call. 7 rounds are 127 proposals:
             where Z is 0.05, all of them fail in one state of 700.
-        seed: seed of `predict`'s generator; None for an unpredictable one. A policy that draws
+        seed: Seed of `predict`'s generator; None for an unpredictable one. A policy that draws
             from a generator of its own (PyTorch's, in Stable-Baselines3) is seeded there.
 
     Raises:
@@ -155,13 +155,13 @@ class SafeSupportPolicy:
         """Return an action, or n actions for a batch, and the proposal policy's recurrent state.
 
         Args:
-            observation: one observation, or a batch (see `Shield.value`).
-            state: recurrent state of the proposal policy, if it has one.
+            observation: One observation, or a batch (see `Shield.value`).
+            state: Recurrent state of the proposal policy, if it has one.
             episode_start: (n,) where a new episode begins.
-            deterministic: see the class.
+            deterministic: See the class.
 
         Raises:
-            ValueError: the observation has a wrong shape.
+            ValueError: The observation has a wrong shape.
         """
         self.report = None
         view, single = self._look(observation)
@@ -216,16 +216,16 @@ class SafeSupportPolicy:
         has the value minus infinity.
 
         Args:
-            observations: one observation, or a batch (see `Shield.value`).
-            actions: one action, or a batch.
-            samples: proposals in each state for the estimate of Z; without effect where actions
+            observations: One observation, or a batch (see `Shield.value`).
+            actions: One action, or a batch.
+            samples: Proposals in each state for the estimate of Z; without effect where actions
                 are discrete, because all of them are weighed.
 
         Raises:
-            TypeError: the proposal has no density: it is the behaviour of a Box (a flow, clipped to
+            TypeError: The proposal has no density: it is the behaviour of a Box (a flow, clipped to
                 the box), or a policy without a method ``log_prob(observations, actions)`` that
                 returns the log density (n,) of n actions in n states.
-            ValueError: an array has a wrong shape, or `samples` is below 1.
+            ValueError: An array has a wrong shape, or `samples` is below 1.
         """
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
@@ -251,11 +251,11 @@ class SafeSupportPolicy:
         state. For discrete actions this is `log_prob`.
 
         Args:
-            observations: a batch.
-            actions: a batch.
+            observations: A batch.
+            actions: A batch.
 
         Raises:
-            ValueError: an array has a wrong shape.
+            ValueError: An array has a wrong shape.
         """
         return self._relative(self._look(observations)[0], self.shield.action_rows(actions)[0])
 

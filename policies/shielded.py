@@ -45,18 +45,18 @@ class ShieldedPolicy:
     The agent gets a copy of each observation, so that it cannot change what the shield judges.
 
     Args:
-        model: an agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
+        model: An agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
             or another policy that `rollouts.policies.as_batch_policy` takes, such as a
             function of one observation. A policy with a memory of its own (`start_wave`) is
             reset whenever the number of observations changes, or ``episode_start`` is True for
             all of them.
-        shield: a `Shield`, a path to its file, or an agent that has one; the spaces must be the
+        shield: A `Shield`, a path to its file, or an agent that has one; the spaces must be the
             agent's.
-        seed: seed of the noise for batch policies; ``predict`` draws from the agent's generator.
+        seed: Seed of the noise for batch policies; ``predict`` draws from the agent's generator.
 
     Raises:
         TypeError: `model` is not a policy, or `shield` is none of these.
-        ValueError: the agent's spaces, where it has any, are not the shield's, or `model` is
+        ValueError: The agent's spaces, where it has any, are not the shield's, or `model` is
             shielded already.
 
     >>> import gymnasium, safeshield

@@ -43,8 +43,8 @@ def installed(name: str, module: str = "") -> str | None:
     """Return the installed version of a distribution, or None where it is absent.
 
     Args:
-        name: name of the distribution, as pip knows it.
-        module: name of a module that the distribution contains. Where this module can be imported
+        name: Name of the distribution, as pip knows it.
+        module: Name of a module that the distribution contains. Where this module can be imported
             although the distribution is absent, the version is unknown and "?" is returned.
     """
     try:

@@ -23,7 +23,7 @@ def table_shield(
     """Make a shield with Q_h = `q` (states, choices) and V_h its row's minimum.
 
     Args:
-        q: columns in the order of `spaces.rows.choices`.
+        q: Columns in the order of `spaces.rows.choices`.
         actions: Discrete by default.
         behaviour: (states, choices) probabilities of a classifier, if there is to be one.
     """

@@ -22,8 +22,8 @@ class CertifiedStarts(Wrapper, RecordConstructorArgs):
     seed, and the others continue the environment's random numbers.
 
     Args:
-        env: an environment whose reset reports ``info["shield/certified"]``.
-        most: largest number of resets before an error is raised.
+        env: An environment whose reset reports ``info["shield/certified"]``.
+        most: Largest number of resets before an error is raised.
 
     Raises:
         ValueError: `most` is below 1, or the shield inside is not calibrated. `reset` also raises

@@ -54,7 +54,7 @@ class CostFromStep(Wrapper, RecordConstructorArgs):
     not changed.
 
     Raises (in `step`):
-        ValueError: the environment returns five values already, or six values in another order, or
+        ValueError: The environment returns five values already, or six values in another order, or
             a cost that is not one finite number of at least 0.
 
     >>> class Native(gym.Env):
@@ -129,12 +129,12 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     ``SyncVectorEnv([lambda: ConstraintFromFunction(gym.make(id), constraint_fn)] * n)``.
 
     Args:
-        env: an environment that does not report ``info["constraint"]``.
-        constraint_fn: function that returns h, one finite number in units of your choice; a
+        env: An environment that does not report ``info["constraint"]``.
+        constraint_fn: Function that returns h, one finite number in units of your choice; a
             positive number is a violation. For several constraints, return the largest. It may
             also be the name of a function of batches that `register_constraint` has registered.
             A log that `collect` makes then names it, and shields compute h with it.
-        terminate_on_violation: whether the step that reaches h > 0 ends the episode
+        terminate_on_violation: Whether the step that reaches h > 0 ends the episode
             (``terminated``). A violation at reset does not end the episode.
 
     Raises:
@@ -229,8 +229,8 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
     wrapper, so that the cost is that of the executed action.
 
     Args:
-        env: an environment that does not report ``info["cost"]``.
-        cost_fn: function that returns the cost, one finite number of at least 0; 0 is safe. Its
+        env: An environment that does not report ``info["cost"]``.
+        cost_fn: Function that returns the cost, one finite number of at least 0; 0 is safe. Its
             `observation` is a copy, and its `info` is the environment's.
 
     Raises:

@@ -71,12 +71,12 @@ class ShieldOverlay(Wrapper, RecordConstructorArgs):
     environment's frame without the overlay.
 
     Args:
-        env: an environment whose infos have the shield's keys, such as `SafetyShield`.
-        span: lowest value on the bar, as a distance below zero in the constraint's units. None: the
+        env: An environment whose infos have the shield's keys, such as `SafetyShield`.
+        span: Lowest value on the bar, as a distance below zero in the constraint's units. None: the
             bar reaches down to the lowest value so far.
 
     Raises:
-        ValueError: the environment has no render mode, or `span` is not positive. `reset` and
+        ValueError: The environment has no render mode, or `span` is not positive. `reset` and
             `step` raise it for infos without the shield's keys, `render` for a frame that is not
             (height, width, 3) uint8.
 
@@ -208,11 +208,11 @@ def draw_verdict(frame: Frame, verdict: Verdict, span: float) -> Frame:
 
     Args:
         frame: (height, width, 3) uint8 image.
-        verdict: the numbers to show.
-        span: distance from 0 to each end of the bar, in the units of the value.
+        verdict: The numbers to show.
+        span: Distance from 0 to each end of the bar, in the units of the value.
 
     Raises:
-        ValueError: the frame has another shape or dtype.
+        ValueError: The frame has another shape or dtype.
 
     >>> frame = draw_verdict(np.zeros((64, 64, 3), np.uint8), Verdict(-0.2, -0.05, True), span=0.5)
     >>> frame.shape, frame[0, 0].tolist()

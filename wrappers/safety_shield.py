@@ -81,19 +81,19 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     ``max_episode_steps``.
 
     Args:
-        env: an environment with the spaces that the shield was trained on.
-        shield: a path to a shield's file, a `Shield`, or an agent. With a path the environment's
+        env: An environment with the spaces that the shield was trained on.
+        shield: A path to a shield's file, a `Shield`, or an agent. With a path the environment's
             spec can rebuild the shielded environment, also after a round trip through JSON. A
             relative path stays relative to the working directory of the process that rebuilds it.
-        intervention_penalty: number that is subtracted from the reward of a step in which the
+        intervention_penalty: Number that is subtracted from the reward of a step in which the
             shield intervened. If it is above 0, the info ``shield/penalty`` of a step tells the
             number that was subtracted.
-        adaptive: settings by which the threshold follows its errors, as an `AdaptiveThreshold` or a
+        adaptive: Settings by which the threshold follows its errors, as an `AdaptiveThreshold` or a
             dict of its arguments; None for a fixed threshold. A rebuilt environment begins with the
             calibrated threshold.
 
     Raises:
-        ValueError: the spaces differ, the file is damaged, the penalty is below 0, a setting in
+        ValueError: The spaces differ, the file is damaged, the penalty is below 0, a setting in
             `adaptive` is out of range, or the environment is shielded already.
         TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
     """
@@ -155,7 +155,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         Raises:
             gymnasium.error.ResetNeeded: `step` is called before the first reset, or after a step or
                 reset that failed. The environment may then be in a state that was not observed.
-            ValueError: the action has a wrong shape, or the environment's step returns six values.
+            ValueError: The action has a wrong shape, or the environment's step returns six values.
         """
         runtime = self.runtime
         if not runtime.ready:
@@ -179,9 +179,9 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         """Return which discrete actions may be taken next; sb3-contrib's MaskablePPO calls this.
 
         Raises:
-            gymnasium.error.ResetNeeded: the method is called before the first reset, or after a
+            gymnasium.error.ResetNeeded: The method is called before the first reset, or after a
                 step or reset that failed.
-            TypeError: actions are not discrete.
+            TypeError: Actions are not discrete.
         """
         if not self.runtime.ready:
             raise self._reset_needed("there is no mask")

@@ -64,18 +64,18 @@ class VecSafetyShield(VecEnvWrapper):
     in its own process.
 
     Args:
-        venv: environments with the spaces that the shield was trained on.
-        shield: a path to a shield's file, a `Shield`, or an agent.
-        intervention_penalty: number of at least 0 that is subtracted from the reward of a step in
+        venv: Environments with the spaces that the shield was trained on.
+        shield: A path to a shield's file, a `Shield`, or an agent.
+        intervention_penalty: Number of at least 0 that is subtracted from the reward of a step in
             which the shield intervened. If it is above 0, the info ``shield/penalty`` tells the
             number that was subtracted. Returns that a `Monitor` inside records do not include the
             penalty, and those of a `VecMonitor` outside do.
-        adaptive: settings by which each environment's threshold follows its own errors (see
+        adaptive: Settings by which each environment's threshold follows its own errors (see
             `SafetyShield`). An episode's last step does not change the threshold where the `VecEnv`
             does not report ``terminal_observation``.
 
     Raises:
-        ValueError: the spaces differ, the file is damaged, the penalty is not a number of at least
+        ValueError: The spaces differ, the file is damaged, the penalty is not a number of at least
             0, a setting in `adaptive` is out of range, `venv` normalises observations or is
             shielded already.
         TypeError: `venv` is not a `VecEnv`, `shield` is none of the three, or `adaptive` is of a
@@ -135,8 +135,8 @@ class VecSafetyShield(VecEnvWrapper):
         """Filter the actions (num_envs, ...) and start the step of the environments.
 
         Raises:
-            RuntimeError: the method is called before `reset`, or while a step is under way.
-            ValueError: the actions have a wrong shape.
+            RuntimeError: The method is called before `reset`, or while a step is under way.
+            ValueError: The actions have a wrong shape.
         """
         if not self.runtime.ready:
             raise RuntimeError(
@@ -155,7 +155,7 @@ class VecSafetyShield(VecEnvWrapper):
         """Return observations, rewards, ends and infos of the step under way.
 
         Raises:
-            RuntimeError: no step is under way.
+            RuntimeError: No step is under way.
         """
         decision, self._decision = self._decision, None
         if decision is None:
@@ -221,8 +221,8 @@ class VecSafetyShield(VecEnvWrapper):
             method_kwargs: Keyword arguments of the method.
 
         Raises:
-            RuntimeError: masks are asked for before `reset`, or while a step is under way.
-            ValueError: the method is ``reset`` or ``step``, which would bypass the shield.
+            RuntimeError: Masks are asked for before `reset`, or while a step is under way.
+            ValueError: The method is ``reset`` or ``step``, which would bypass the shield.
         """
         refuse_past_shield(
             method_name, "call reset() or step() of the VecEnv, after seed() or set_options()"
@@ -252,7 +252,7 @@ class VecSafetyShield(VecEnvWrapper):
             indices: Environments in which it is set; None for all.
 
         Raises:
-            ValueError: the attribute is ``reset`` or ``step``, which would bypass the shield.
+            ValueError: The attribute is ``reset`` or ``step``, which would bypass the shield.
         """
         refuse_past_shield(attr_name, "wrap the environments before they are put into the VecEnv")
         super().set_attr(attr_name, value, indices)
@@ -306,14 +306,14 @@ def worker_env(
     main process is not changed.
 
     Args:
-        make_env: function that makes one environment, without the shield.
-        shield: a path to a shield's file (recommended), a `Shield`, or an agent.
-        adaptive: settings by which the threshold follows its errors (see `SafetyShield`).
+        make_env: Function that makes one environment, without the shield.
+        shield: A path to a shield's file (recommended), a `Shield`, or an agent.
+        adaptive: Settings by which the threshold follows its errors (see `SafetyShield`).
 
     Raises:
         FileNotFoundError: `shield` is a path to a file that does not exist.
         TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
-        ValueError: a setting in `adaptive` is out of range.
+        ValueError: A setting in `adaptive` is out of range.
 
     >>> from safeshield.wrappers.sb3 import worker_env
     >>> from stable_baselines3.common.vec_env import SubprocVecEnv

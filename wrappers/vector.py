@@ -81,16 +81,16 @@ class VectorSafetyShield(VectorWrapper):
     ``gymnasium.make_vec`` made them.
 
     Args:
-        env: a vector environment whose single spaces are those the shield was trained on.
-        shield: a path to a shield's file, a `Shield`, or an agent.
-        intervention_penalty: number that is subtracted from the reward of a step in which the
+        env: A vector environment whose single spaces are those the shield was trained on.
+        shield: A path to a shield's file, a `Shield`, or an agent.
+        intervention_penalty: Number that is subtracted from the reward of a step in which the
             shield intervened. If it is above 0, ``shield/penalty`` (n,) tells the numbers that were
             subtracted.
-        adaptive: settings by which each environment's threshold follows its own errors (see
+        adaptive: Settings by which each environment's threshold follows its own errors (see
             `SafetyShield`).
 
     Raises:
-        ValueError: the spaces differ, the file is damaged, the penalty is negative or not finite,
+        ValueError: The spaces differ, the file is damaged, the penalty is negative or not finite,
             a setting in `adaptive` is out of range, or the environment is shielded already or
             does not say how it resets itself.
         TypeError: `env` is not a vector environment, `shield` is none of the three, or `adaptive`
@@ -153,7 +153,7 @@ class VectorSafetyShield(VectorWrapper):
         """V_h (n,) of the states in which the next actions will be judged.
 
         Raises:
-            gymnasium.error.ResetNeeded: the environments have not been reset, or a step or reset
+            gymnasium.error.ResetNeeded: The environments have not been reset, or a step or reset
                 has failed.
         """
         self._need_reset()
@@ -172,9 +172,9 @@ class VectorSafetyShield(VectorWrapper):
         observations, and the infos with the shield's entries.
 
         Raises:
-            gymnasium.error.ResetNeeded: the mask leaves out environments whose states are not
+            gymnasium.error.ResetNeeded: The mask leaves out environments whose states are not
                 known, because they were never reset or a step or reset has failed.
-            ValueError: the mask is not n booleans with one of them True, or observations of
+            ValueError: The mask is not n booleans with one of them True, or observations of
                 environments outside the mask changed.
         """
         mask = self._reset_mask(options)

@@ -68,7 +68,7 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
     """Imitate all episodes of a log, or only those with a low cost.
 
     Args:
-        config: settings; see `BehaviourCloningConfig`.
+        config: Settings; see `BehaviourCloningConfig`.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs

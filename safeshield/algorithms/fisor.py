@@ -80,7 +80,7 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
     """Imitate good actions in feasible states, safe ones elsewhere; act by the safest of N samples.
 
     Args:
-        config: settings; see `FISORConfig`.
+        config: Settings; see `FISORConfig`.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs

@@ -190,7 +190,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     """Learn a safe actor and safety critics offline from one log.
 
     Args:
-        config: settings; see `SafeFQLConfig`.
+        config: Settings; see `SafeFQLConfig`.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs

@@ -245,7 +245,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     that `safeshield.spaces.rows` lists.
 
     Args:
-        config: settings; see `ShieldConfig`.
+        config: Settings; see `ShieldConfig`.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs

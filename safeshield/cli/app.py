@@ -117,8 +117,8 @@ def check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT"
     `name` is the name of the argument in messages.
 
     Raises:
-        ValueError: the name does not end in one of `suffixes`.
-        FileNotFoundError: the folder does not exist.
+        ValueError: The name does not end in one of `suffixes`.
+        FileNotFoundError: The folder does not exist.
     """
     if suffixes is not None and path.suffix.lower() not in suffixes:
         raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got '{path}'")

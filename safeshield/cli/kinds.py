@@ -39,8 +39,8 @@ def file_kind(path: str | os.PathLike[str]) -> str:
     """Return "agent", "shield", "checkpoint" or "log".
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the path is a folder, or a file of another kind.
+        FileNotFoundError: There is no such file.
+        ValueError: The path is a folder, or a file of another kind.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; give a file in it")
@@ -58,8 +58,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what the file `path` holds as JSON values, in a readable order.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or neither an agent, shield, checkpoint nor log.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or neither an agent, shield, checkpoint nor log.
     """
     path = Path(path)
     if path.suffix.lower() in _LOG_SUFFIXES:
@@ -88,7 +88,7 @@ def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN4
     `trust` must be True, because reading such a file can run code from it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: There is no such file.
         ValueError: `trust` is False, or the algorithm is not one of PPO, A2C, SAC and TD3.
     """
     path = Path(path)

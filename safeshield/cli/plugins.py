@@ -14,8 +14,8 @@ def load_plugin(file: Path) -> None:
     """Import a Python file. As with ``python FILE``, it can import modules from its own folder.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: another module has the same name.
+        FileNotFoundError: There is no such file.
+        ImportError: Another module has the same name.
     """
     if not file.is_file():
         raise FileNotFoundError("no such file")

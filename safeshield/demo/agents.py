@@ -40,10 +40,10 @@ def train_ppo(path: str | Path, steps: int, seed: int, num_envs: int = 64) -> No
     The reward is normalised. PPO does not observe the constraint.
 
     Args:
-        path: file to write.
-        steps: total number of environment steps.
-        seed: seed of weights, starts and noise.
-        num_envs: number of boats that are simulated together.
+        path: File to write.
+        steps: Total number of environment steps.
+        seed: Seed of weights, starts and noise.
+        num_envs: Number of boats that are simulated together.
     """
     envs = VecNormalize(_BoatVecEnv(num_envs), norm_obs=False, gamma=0.99)
     model = PPO(

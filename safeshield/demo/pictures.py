@@ -116,7 +116,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
     part shows the share of `starts` (n, obs) that each threshold keeps.
 
     Raises:
-        ValueError: the shield is not calibrated.
+        ValueError: The shield is not calibrated.
     """
     record = shield.record
     if record is None:

@@ -110,16 +110,16 @@ def run_demo(
     below ``if __name__ == "__main__":``.
 
     Args:
-        folder: folder to write to, which is created where it does not exist.
-        config: settings of the demonstration; None stands for the defaults.
-        say: function that receives the lines of progress.
-        progress_bar: whether a progress bar is shown during training.
+        folder: Folder to write to, which is created where it does not exist.
+        config: Settings of the demonstration; None stands for the defaults.
+        say: Function that receives the lines of progress.
+        progress_bar: Whether a progress bar is shown during training.
 
     Returns:
         What was made and measured.
 
     Raises:
-        CalibrationError: no threshold passes the test for the requested promise.
+        CalibrationError: No threshold passes the test for the requested promise.
     """
     config = config or DemoConfig()
     folder = Path(folder)

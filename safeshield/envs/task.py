@@ -67,7 +67,7 @@ class StateTask(ABC):
         """Return `state` (..., n) in float64, after a check.
 
         Raises:
-            ValueError: the states have a wrong last axis, are not finite or lie outside the box.
+            ValueError: The states have a wrong last axis, are not finite or lie outside the box.
         """
         array = np.array(state, dtype=np.float64)
         size = self.state_low.size
@@ -88,7 +88,7 @@ class StateTask(ABC):
         """Return `action` in float64, after a check that it has the shape `shape`.
 
         Raises:
-            ValueError: the actions have another shape or are not finite.
+            ValueError: The actions have another shape or are not finite.
         """
         array = np.asarray(action, dtype=np.float64)
         if array.shape != shape:
@@ -105,7 +105,7 @@ def positive(name: str, value: float) -> float:
     """Return `value` as a float, after a check. `name` is its name in the message.
 
     Raises:
-        ValueError: the value is not a positive, finite number.
+        ValueError: The value is not a positive, finite number.
     """
     number = float(value)
     if not (np.isfinite(number) and number > 0.0):
@@ -117,7 +117,7 @@ def checked_render_mode(render_mode: str | None) -> str | None:
     """Return `render_mode`, after a check.
 
     Raises:
-        ValueError: the mode is neither None nor "rgb_array".
+        ValueError: The mode is neither None nor "rgb_array".
     """
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode!r}')

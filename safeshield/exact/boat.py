@@ -83,7 +83,7 @@ class GridValue:
         moved to its edge.
 
         Raises:
-            ValueError: states without two finite entries on the last axis.
+            ValueError: States without two finite entries on the last axis.
         """
         states = np.asarray(states, dtype=np.float64)
         if states.ndim == 0 or states.shape[-1] != 2 or not np.isfinite(states).all():
@@ -102,7 +102,7 @@ class GridValue:
         Here s' is the state one step later, and V is interpolated on the grid.
 
         Raises:
-            ValueError: states without two finite entries on the last axis.
+            ValueError: States without two finite entries on the last axis.
         """
         after = self(next_state(states, actions, current=self.current, dt=self.dt))
         return np.asarray(np.maximum(constraint(states), after))
@@ -124,7 +124,7 @@ def boat_value(
     ``$SAFESHIELD_CACHE``, else the user's cache folder).
 
     Raises:
-        ValueError: the grid has fewer than 2 points along an axis, `refine` is below 1, `dt` is not
+        ValueError: The grid has fewer than 2 points along an axis, `refine` is below 1, `dt` is not
             positive, or `current` is not finite.
 
     Example:

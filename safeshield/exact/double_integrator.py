@@ -55,7 +55,7 @@ def value(
         dt: Length of a step in seconds; None stands for continuous time.
 
     Raises:
-        ValueError: the states do not have two finite entries on the last axis, or wall,
+        ValueError: The states do not have two finite entries on the last axis, or wall,
             acceleration or dt is not positive.
 
     Example:
@@ -93,7 +93,7 @@ def action_value(states: Observations, actions: Actions, dt: float) -> Scalars:
         dt: Length of a step in seconds.
 
     Raises:
-        ValueError: as for `value`.
+        ValueError: As for `value`.
 
     Example:
         >>> brake, push = np.array([-1.0]), np.array([1.0])

@@ -14,7 +14,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces `path` if the block raises no error.
 
     Raises:
-        FileNotFoundError: the folder of `path` does not exist.
+        FileNotFoundError: The folder of `path` does not exist.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")

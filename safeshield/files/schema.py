@@ -27,8 +27,8 @@ def whole(name: str, value: object, least: int) -> int:
     `name` is the argument's name in error messages.
 
     Raises:
-        KindError: the value is no whole number. A KindError is a TypeError and a ValueError.
-        ValueError: the number is below `least`.
+        KindError: The value is no whole number. A KindError is a TypeError and a ValueError.
+        ValueError: The number is below `least`.
 
     >>> whole("steps", 3, least=1)
     3
@@ -45,7 +45,7 @@ def finite_number(value: object, what: str) -> float:
     `what` names the number in error messages.
 
     Raises:
-        ValueError: the value is not such a number.
+        ValueError: The value is not such a number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise ValueError(f"{what} must be a finite number below {_LARGEST:.1e}, got {value!r:.60}")
@@ -119,7 +119,7 @@ def record_from_json(kind: type[R], data: object, what: str) -> R:
         what: Beginning of error messages, which names the source of the values.
 
     Raises:
-        ValueError: a field is missing, unknown, of another type or out of range.
+        ValueError: A field is missing, unknown, of another type or out of range.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Pair:

@@ -129,8 +129,8 @@ class Settings:
     rules that concern several fields.
 
     Raises:
-        KindError: a value has another type. A KindError is a TypeError and a ValueError.
-        ValueError: a value breaks the rule of its field.
+        KindError: A value has another type. A KindError is a TypeError and a ValueError.
+        ValueError: A value breaks the rule of its field.
     """
 
     def __post_init__(self) -> None:
@@ -211,8 +211,8 @@ def check(name: str, hint: Any, value: object) -> Any:  # noqa: ANN401 - the ann
         value: The value to check.
 
     Raises:
-        KindError: the value has another type. A KindError is a TypeError and a ValueError.
-        ValueError: the value breaks a rule of the annotation.
+        KindError: The value has another type. A KindError is a TypeError and a ValueError.
+        ValueError: The value breaks a rule of the annotation.
 
     >>> check("share", Share, np.float32(0.5))
     0.5

@@ -67,11 +67,11 @@ class TensorFile:
         """Return the tensors by name, after a check of their names and shapes.
 
         Args:
-            expected: shape of every tensor, by name.
-            dtypes: dtypes of the tensors that are not float32, by name.
+            expected: Shape of every tensor, by name.
+            dtypes: Dtypes of the tensors that are not float32, by name.
 
         Raises:
-            ValueError: a tensor is missing, unknown, of another shape or dtype, or not finite; or
+            ValueError: A tensor is missing, unknown, of another shape or dtype, or not finite; or
                 the contents do not match the digest.
         """
         missing = sorted(set(expected) - set(self.shapes))
@@ -121,8 +121,8 @@ def write_tensors(
         header: JSON values that describe the tensors.
 
     Raises:
-        ValueError: the header is not strict JSON.
-        FileNotFoundError: the folder does not exist.
+        ValueError: The header is not strict JSON.
+        FileNotFoundError: The folder does not exist.
     """
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # The metadata has one key, because the order of several keys would vary between runs.
@@ -136,12 +136,12 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
     """Return a file whose header has been read and checked, and whose tensors can then be loaded.
 
     Args:
-        path: path of the file.
-        kind: required "format" of the header; by default any format.
+        path: Path of the file.
+        kind: Required "format" of the header; by default any format.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not of this kind or is truncated, or its header is not
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not of this kind or is truncated, or its header is not
             consistent.
     """
     path = Path(path)
@@ -178,12 +178,12 @@ def register_format(name: str, holds: str, reader: str) -> None:
     """Register a file format in `FORMATS`. The module that defines a format calls this.
 
     Args:
-        name: value of "format" in the header.
+        name: Value of "format" in the header.
         holds: AGENT, SHIELD or CHECKPOINT.
-        reader: name of the function that reads the format, such as `Shield.load`.
+        reader: Name of the function that reads the format, such as `Shield.load`.
 
     Raises:
-        ValueError: the name is already registered for another reader.
+        ValueError: The name is already registered for another reader.
     """
     if FORMATS.setdefault(name, (holds, reader)) != (holds, reader):
         raise ValueError(

@@ -119,7 +119,7 @@ def register_actor(new: type[D]) -> type[D]:
     `new` is the class, which is also returned.
 
     Raises:
-        ValueError: another class has the same kind.
+        ValueError: Another class has the same kind.
     """
     old = KINDS.setdefault(new.kind, new)
     # Running a notebook cell again defines the same class again.
@@ -135,7 +135,7 @@ def to_header(part: Described | None) -> dict[str, Any] | None:
     The result is None where `part` is None.
 
     Raises:
-        ValueError: the class is not registered, so that no file can name it.
+        ValueError: The class is not registered, so that no file can name it.
     """
     if part is None:
         return None
@@ -157,13 +157,13 @@ def from_header(what: str, data: dict[str, Any] | None, widths: Widths, needs: s
     """Rebuild an actor or an action critic from the entry that `to_header` returned.
 
     Args:
-        what: name of the header's entry.
-        data: the entry.
-        widths: widths that the spaces determine.
-        needs: name of a method that the class must have.
+        what: Name of the header's entry.
+        data: The entry.
+        widths: Widths that the spaces determine.
+        needs: Name of a method that the class must have.
 
     Raises:
-        ValueError: the kind is not registered in this process or has no such method, or a field is
+        ValueError: The kind is not registered in this process or has no such method, or a field is
             not valid.
     """
     if data is None:

@@ -42,7 +42,7 @@ class Deployed(dict[str, Float]):
     """The weights of a deployed network. They must not change.
 
     Attributes:
-        memo: results of functions with the decorator `derived`, by function.
+        memo: Results of functions with the decorator `derived`, by function.
     """
 
     def __init__(self, weights: Weights) -> None:

@@ -47,8 +47,8 @@ def flow_matching_loss(
     """Return the flow matching error, summed over the action's entries, averaged over the batch.
 
     Args:
-        network: velocity field, made by `velocity_network`.
-        params: weights of the network.
+        network: Velocity field, made by `velocity_network`.
+        params: Weights of the network.
         observations: (batch, obs) normalised observations.
         actions: (batch, act) logged actions, in [-1, 1].
         noise: (batch, act) z, standard normal.

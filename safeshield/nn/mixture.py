@@ -90,7 +90,7 @@ def draw_each(parts: Mixture, uniform: Tensor) -> Tensor:
     """Return one action of every component (n, k, d), differentiable in means and widths.
 
     Args:
-        parts: parameters of the mixtures.
+        parts: Parameters of the mixtures.
         uniform: (n, k, d) in [0, 1), mapped through the inverse distribution function.
     """
     low, high = _ends(parts.means, parts.widths)

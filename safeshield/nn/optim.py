@@ -46,12 +46,12 @@ def adam(
     """Return the weights and moments after one step of Adam (Kingma and Ba 2015, algorithm 1).
 
     Args:
-        networks: weights before the step.
-        gradients: gradients, one for each of `tensors(networks)`.
-        state: moments before the step.
-        rates: learning rates, () tensors, one for each of the gradients.
-        betas: decay rates of the two moments.
-        epsilon: number added to the root of the second moment.
+        networks: Weights before the step.
+        gradients: Gradients, one for each of `tensors(networks)`.
+        state: Moments before the step.
+        rates: Learning rates, () tensors, one for each of the gradients.
+        betas: Decay rates of the two moments.
+        epsilon: Number added to the root of the second moment.
     """
     count = state.updates + 1
     mean = torch._foreach_lerp(tensors(state.mean), gradients, 1.0 - betas[0])

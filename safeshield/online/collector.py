@@ -68,12 +68,12 @@ class Collector:
     """Step environments with the actions of a behaviour that is restricted to a safe set.
 
     Args:
-        venv: vector environment of Stable-Baselines3.
-        codec: converts observations to rows.
-        mu: the behaviour, restricted to the safe set; it may be exchanged between two steps.
-        replay: buffer that receives the transitions.
-        samples: draws of mu in each state, for a Box of actions.
-        rng: generator of all draws.
+        venv: Vector environment of Stable-Baselines3.
+        codec: Converts observations to rows.
+        mu: The behaviour, restricted to the safe set; it may be exchanged between two steps.
+        replay: Buffer that receives the transitions.
+        samples: Draws of mu in each state, for a Box of actions.
+        rng: Generator of all draws.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Collector:
         The result has one return for each step. `discount` is the discount factor g.
 
         Raises:
-            RuntimeError: nothing was recorded.
+            RuntimeError: Nothing was recorded.
         """
         if not self._history:
             raise RuntimeError("no step has been recorded since reset(record=True)")
@@ -128,11 +128,11 @@ class Collector:
         """Return mu's draws, restricted to the safe set, which act before anything is learned.
 
         Args:
-            observation: one observation, or a batch.
-            rng: generator of the draws.
+            observation: One observation, or a batch.
+            rng: Generator of the draws.
 
         Raises:
-            ValueError: the observation has another shape, or holds NaN or infinity.
+            ValueError: The observation has another shape, or holds NaN or infinity.
         """
         points, single = readable_batch(self._codec, observation)
         executed = self.mu.propose(points, self._samples, rng).executed
@@ -162,9 +162,9 @@ class Collector:
 
         Raises:
             RuntimeError: `step` was called before `reset`.
-            ValueError: a reward is not finite, or a label is not a number; or the shield around the
+            ValueError: A reward is not finite, or a label is not a number; or the shield around the
                 environment received another action than the one that was sent.
-            NoSafeActionError: rules admit no action in a state.
+            NoSafeActionError: Rules admit no action in a state.
         """
         here, before, codec = self._proposals, self._observations, self.mu.codec
         if here is None:
@@ -288,7 +288,7 @@ def readable_batch(codec: SpaceCodec, observation: Batch) -> tuple[Batch, bool]:
     `codec` is the converter of the observations.
 
     Raises:
-        ValueError: the observation has another shape, is an empty batch, or is not finite.
+        ValueError: The observation has another shape, is an empty batch, or is not finite.
     """
     rows, single = codec.flatten(observation, "observation")
     if not len(rows):
@@ -306,7 +306,7 @@ def check_environment(venv: VecEnv, safe_set: SafeSet | None) -> None:
         safe_set: Actions that may be executed; None for no check.
 
     Raises:
-        TypeError: a space is not supported.
+        TypeError: A space is not supported.
         ValueError: `VecNormalize` normalises the observations, by which actions are judged; the
             action space has no bounds; or the safe set is for other spaces.
     """
@@ -327,8 +327,8 @@ def check_playable(space: gym.Space[Any]) -> None:
     """Raise an error unless actions are discrete or from a bounded Box of floating-point numbers.
 
     Raises:
-        TypeError: the Box holds integers, or the space is not supported.
-        ValueError: the Box has no bounds.
+        TypeError: The Box holds integers, or the space is not supported.
+        ValueError: The Box has no bounds.
     """
     played = flat_actions(space)
     if isinstance(space, gym.spaces.Box) and not np.issubdtype(space.dtype, np.floating):

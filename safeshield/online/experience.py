@@ -39,7 +39,7 @@ def replay_of_log(
         rng: Generator of the draws.
 
     Raises:
-        ValueError: no transition is left.
+        ValueError: No transition is left.
     """
     seen, rules = dataset.flat_observations, isinstance(mu.safe_set, SafeRules)
     if isinstance(mu.safe_set, SafeRules):
@@ -95,7 +95,7 @@ def clone_of_log(
         device: Device on which the clone is trained.
 
     Raises:
-        FloatingPointError: the cross-entropy became NaN or infinite.
+        FloatingPointError: The cross-entropy became NaN or infinite.
     """
     codec, count = dataset.flat_actions, len(dataset)
     candidates, log_mu = dataset.actions[:, None], np.zeros((count, 0), np.float32)

@@ -67,8 +67,8 @@ class InducedPolicy:
         Args:
             observations: n observations.
             here: mu's proposals in these states.
-            rng: generator of the draw.
-            deterministic: return the likeliest action instead of a draw.
+            rng: Generator of the draw.
+            deterministic: Return the likeliest action instead of a draw.
         """
         support, q = self._values(observations, here)
         tensor = induced_log_policy(q, self.config.temperature, support.log_mu)
@@ -110,9 +110,9 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
     clone's density is used.
 
     Args:
-        updates: the updates, with the replay of transitions.
-        mu: the behaviour, restricted to the safe set.
-        cloned: whether the clone has been trained already.
+        updates: The updates, with the replay of transitions.
+        mu: The behaviour, restricted to the safe set.
+        cloned: Whether the clone has been trained already.
     """
     model, config = updates.model, updates.config
     total, size = config.extraction_steps, config.batch_size

@@ -29,9 +29,9 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
     (`_improve`) and what follows the last one (`_extract`).
 
     Args:
-        config: settings.
-        venv: environments in which it collects; None for a learner that does not collect.
-        tensorboard_log: folder for TensorBoard.
+        config: Settings.
+        venv: Environments in which it collects; None for a learner that does not collect.
+        tensorboard_log: Folder for TensorBoard.
         verbose: 1 prints a table of the log.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
     """
@@ -59,7 +59,7 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         """Return the collector at the beginning of new episodes, for `total` steps.
 
         Raises:
-            ValueError: there is no environment, or `total` is too small.
+            ValueError: There is no environment, or `total` is too small.
         """
 
     @abstractmethod
@@ -104,23 +104,23 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         """Collect and learn in turn, then extract the parametric policy; return self.
 
         Args:
-            total_timesteps: steps of all environments together, warm-up included.
-            callback: a callback of Stable-Baselines3, a list of callbacks, or a function. A
+            total_timesteps: Steps of all environments together, warm-up included.
+            callback: A callback of Stable-Baselines3, a list of callbacks, or a function. A
                 callback that returns False ends collecting; stage two follows if anything was
                 learned.
-            log_interval: episodes between two lines of the log.
-            tb_log_name: name of the run in TensorBoard.
+            log_interval: Episodes between two lines of the log.
+            tb_log_name: Name of the run in TensorBoard.
             reset_num_timesteps: False continues the step count of the last call. What was learned
                 is kept either way.
-            progress_bar: whether to show a progress bar.
+            progress_bar: Whether to show a progress bar.
 
         Raises:
             TypeError: `total_timesteps` or `log_interval` is not an integer.
-            ValueError: there is no environment; `total_timesteps` does not exceed
+            ValueError: There is no environment; `total_timesteps` does not exceed
                 `learning_starts`; a reward is not finite; or the behaviour returns actions outside
                 the space.
-            NoSafeActionError: rules admit no action in a state that was reached.
-            FloatingPointError: a loss or a weight became NaN.
+            NoSafeActionError: Rules admit no action in a state that was reached.
+            FloatingPointError: A loss or a weight became NaN.
         """
         total = whole("total_timesteps", total_timesteps, least=1)
         log_interval = whole("log_interval", log_interval, least=1)

@@ -244,8 +244,8 @@ def actor_draws(
     """Return draws (n, k * s, act) of a mixture of k components, s draws of each component.
 
     Args:
-        actor: the actor of a Box of actions.
-        params: the actor's weights.
+        actor: The actor of a Box of actions.
+        params: The actor's weights.
         observations: (n, features).
         uniform: (n, k * s, act) uniform noise in [0, 1).
     """
@@ -277,10 +277,10 @@ def reverse_loss_box(
     of the state cancels.
 
     Args:
-        actor: the actor of a Box of actions.
-        params: the actor's weights.
-        critics: the twin networks.
-        targets: the slow copies of the critics' weights.
+        actor: The actor of a Box of actions.
+        params: The actor's weights.
+        critics: The twin networks.
+        targets: The slow copies of the critics' weights.
         observations: (n, features).
         uniform: (n, k * s, act) noise of the draws, s for each of k components; s is even.
         log_mu: (n, k * s) log mu of the `actor_draws` of this noise, up to a constant of the state.

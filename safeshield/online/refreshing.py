@@ -35,10 +35,10 @@ class Refresher:
     """Makes the collector mix mu with the current induced policy; both choose among mu's proposals.
 
     Args:
-        config: settings.
-        safe_set: a calibrated shield, where refreshed collectors are tested.
-        calibration_env: environment in which they are tested.
-        venv: environments in which learning collects; the spaces of both must be the same.
+        config: Settings.
+        safe_set: A calibrated shield, where refreshed collectors are tested.
+        calibration_env: Environment in which they are tested.
+        venv: Environments in which learning collects; the spaces of both must be the same.
 
     Raises:
         ValueError: `recalibration_episodes` is set without a calibrated shield or without a
@@ -81,9 +81,9 @@ class Refresher:
         """Refresh the collector, after it has passed its test where tests are required.
 
         Args:
-            induced: the induced policy, with the current critics.
-            collector: the collector to refresh; its shield gets the new record.
-            step: number of steps so far, which names the test and its seed.
+            induced: The induced policy, with the current critics.
+            collector: The collector to refresh; its shield gets the new record.
+            step: Number of steps so far, which names the test and its seed.
         """
         share = self._config.refresh_share
 
@@ -111,7 +111,7 @@ class Refresher:
         """Return the shield with a record of the new collector.
 
         Raises:
-            CalibrationError: the collector failed the test of the shield's record, or the remaining
+            CalibrationError: The collector failed the test of the shield's record, or the remaining
                 budget is too small for a test.
         """
         record, env = shield.record, self._env

@@ -239,8 +239,8 @@ class MaskedUniform:
     Discrete actions are drawn from the admitted choices. Actions of a Box are drawn by rejection.
 
     Args:
-        safe: a `SafeRules`, or a shield, a path to its file or an agent that has one.
-        rounds: number of rounds of rejection; round k draws 2^k actions a state.
+        safe: A `SafeRules`, or a shield, a path to its file or an agent that has one.
+        rounds: Number of rounds of rejection; round k draws 2^k actions a state.
     """
 
     def __init__(

@@ -56,8 +56,8 @@ class SafeSet(Protocol):
         """Raise ValueError where the set is for other spaces than the given ones.
 
         Args:
-            spaces: the spaces of observations and of actions.
-            venv: the environments that have these spaces; a shield warns where its record is of
+            spaces: The spaces of observations and of actions.
+            venv: The environments that have these spaces; a shield warns where its record is of
                 another environment.
         """
         ...
@@ -112,7 +112,7 @@ class SafeRules:
             for a Discrete, a dict for a Dict. The function gets copies, which it may change. It
             must always return the same answer, True or False, for the same two arguments. For a
             constraint h return ``h <= 0``.
-        action_space: the environment's action space.
+        action_space: The environment's action space.
 
     Raises:
         TypeError: `safe` is not a function, or it returned neither True nor False.
@@ -180,7 +180,7 @@ class SafeRules:
         of n observations, and `rows` (n, act) are the actions to replace.
 
         Raises:
-            NoSafeActionError: none of the actions that were tried is admitted, or the observation
+            NoSafeActionError: None of the actions that were tried is admitted, or the observation
                 is not finite.
         """
         self.refuse_unreadable(observations)

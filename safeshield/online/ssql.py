@@ -75,26 +75,26 @@ class SafeSupportQLearning(OnlineLearner):
     Learning promises no more than the shield's record, or the author of the rules, promises.
 
     Args:
-        env: a Gymnasium environment, with or without a shield, or a `VecEnv` of Stable-Baselines3;
+        env: A Gymnasium environment, with or without a shield, or a `VecEnv` of Stable-Baselines3;
             None to use `fit` only.
         behaviour: mu, which has no memory: a `Behaviour` (`Tabular`, `MaskedUniform`,
             `FlowTeacher`, `ClonedBehaviour`), `SafeRules` (uniform inside them), a
             `SafeSupportPolicy`, or any policy that `as_batch_policy` takes, with or without a
             method ``log_prob``. None, for `fit` only: a clone of the log.
-        config: settings; see `SSQLConfig`.
-        safe: the actions that may be executed: a `Shield`, a path to its file, an agent that has
+        config: Settings; see `SSQLConfig`.
+        safe: The actions that may be executed: a `Shield`, a path to its file, an agent that has
             one, or `SafeRules`. The default is the shield around the environment, or else the one
             inside the behaviour. Without any, every proposal of the behaviour is executed, and an
             `UnguardedWarning` is issued.
-        calibration_env: environment in which refreshed collectors are tested where
+        calibration_env: Environment in which refreshed collectors are tested where
             `recalibration_episodes` is set: a simulator or a testbed, whose episodes may violate.
-        tensorboard_log: folder for TensorBoard.
+        tensorboard_log: Folder for TensorBoard.
         verbose: 1 prints a table of the log.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     Raises:
-        TypeError: there is no behaviour, `env` is not an environment, or a space is not supported.
-        ValueError: the shield's spaces are not the environment's, or a setting does not fit.
+        TypeError: There is no behaviour, `env` is not an environment, or a space is not supported.
+        ValueError: The shield's spaces are not the environment's, or a setting does not fit.
 
     >>> import gymnasium as gym
     >>> from safeshield.online import SafeRules
@@ -297,20 +297,20 @@ class SafeSupportQLearning(OnlineLearner):
         """Learn from a log that a behaviour has collected; return self.
 
         Args:
-            dataset: a log of whole episodes.
-            behaviour: the policy that collected the log, as in the class. The default is the
+            dataset: A log of whole episodes.
+            behaviour: The policy that collected the log, as in the class. The default is the
                 behaviour of the constructor, or else a clone of the log's own actions.
-            steps: updates of the critics; stage two adds `extraction_steps` updates.
-            progress_bar: whether to show a progress bar.
-            log_dir: folder for TensorBoard files.
-            checkpoint: file that is updated during training. If it exists, training resumes from
+            steps: Updates of the critics; stage two adds `extraction_steps` updates.
+            progress_bar: Whether to show a progress bar.
+            log_dir: Folder for TensorBoard files.
+            checkpoint: File that is updated during training. If it exists, training resumes from
                 it.
-            checkpoint_every: updates between two checkpoints.
+            checkpoint_every: Updates between two checkpoints.
 
         Raises:
             TypeError: `dataset` is not a log, or a number is not an integer.
-            ValueError: the checkpoint is of another run, or the behaviour's actions do not fit.
-            FloatingPointError: a loss or a weight became NaN; the message names the phase.
+            ValueError: The checkpoint is of another run, or the behaviour's actions do not fit.
+            FloatingPointError: A loss or a weight became NaN; the message names the phase.
         """
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(f"dataset must be an OfflineDataset, got {type(dataset).__name__}")
@@ -388,15 +388,15 @@ class SafeSupportQLearning(OnlineLearner):
         warm-up of `learn`, where a callback may call `predict`, the behaviour itself acts.
 
         Args:
-            observation: one observation, or a batch.
-            state: unused, because the policy has no memory.
-            episode_start: unused.
-            deterministic: return the likeliest choice; in a Box, the draw of highest Q, or the
+            observation: One observation, or a batch.
+            state: Unused, because the policy has no memory.
+            episode_start: Unused.
+            deterministic: Return the likeliest choice; in a Box, the draw of highest Q, or the
                 centre of the heaviest component of the network's mixture.
 
         Raises:
-            ValueError: the observation has another shape, or holds NaN or infinity.
-            RuntimeError: nothing has been learned; or the induced policy is needed and the agent
+            ValueError: The observation has another shape, or holds NaN or infinity.
+            RuntimeError: Nothing has been learned; or the induced policy is needed and the agent
                 has no behaviour; or the parametric policy is needed and has not been trained.
         """
         rng = np.random.default_rng(self.config.seed) if deterministic else self._noise
@@ -465,8 +465,8 @@ class SafeSupportQLearning(OnlineLearner):
         subtracted from the reward at every step.
 
         Raises:
-            ValueError: the observation has a wrong shape, or holds NaN or infinity.
-            RuntimeError: nothing has been learned, or the agent has no behaviour.
+            ValueError: The observation has a wrong shape, or holds NaN or infinity.
+            RuntimeError: Nothing has been learned, or the agent has no behaviour.
         """
         points, single = readable_batch(self._fitted().observation_codec, observation)
         value = self._induced().value(points, np.random.default_rng(self.config.seed))
@@ -534,12 +534,12 @@ class SafeSupportQLearning(OnlineLearner):
             behaviour: The behaviour with which the agent learned, for the induced policy. Without
                 it the file's own clone of the log takes its place, where the agent learned from a
                 log without a behaviour; otherwise the parametric policy acts.
-            safe: the actions that may be executed, as in the class.
-            device: device, as in the class.
+            safe: The actions that may be executed, as in the class.
+            device: Device, as in the class.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of another kind; the behaviour or the safe set is for
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or of another kind; the behaviour or the safe set is for
                 other spaces.
         """
         read = cls._read(path)

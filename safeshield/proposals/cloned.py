@@ -22,11 +22,11 @@ class ClonedBehaviour:
     """A `MixtureActor` with its weights, as a `Behaviour`.
 
     Args:
-        seen: converts observations to rows.
-        played: converts actions to rows.
-        scaling: units of the network's inputs and actions.
-        actor: the network.
-        params: the network's weights.
+        seen: Converts observations to rows.
+        played: Converts actions to rows.
+        scaling: Units of the network's inputs and actions.
+        actor: The network.
+        params: The network's weights.
     """
 
     def __init__(

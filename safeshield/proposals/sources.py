@@ -70,7 +70,7 @@ def log_density(behaviour: Behaviour, observations: Batch, candidates: Array) ->
         candidates: (n, c, act) actions, as rows.
 
     Raises:
-        ValueError: the result has another shape, or holds NaN or plus infinity.
+        ValueError: The result has another shape, or holds NaN or plus infinity.
     """
     told = behaviour.log_prob(observations, candidates)
     return None if told is None else checked_log_prob(told, candidates.shape[:2], _WHOSE)
@@ -165,11 +165,11 @@ class LoggedBehaviour:
     Source: flow matching as in SafeFQL (arXiv 2603.15136); `nn.flow`.
 
     Args:
-        shield: a `Shield` with a network of the behaviour, a path to its file, or an agent such as
+        shield: A `Shield` with a network of the behaviour, a path to its file, or an agent such as
             `SafeFQL`.
 
     Raises:
-        ValueError: the shield has no network of the behaviour.
+        ValueError: The shield has no network of the behaviour.
     """
 
     def __init__(self, shield: Shield | HasShield | str | os.PathLike[str]) -> None:
@@ -236,9 +236,9 @@ class UserPolicy:
     same state occurs many times in one batch, and the policy may act differently each time.
 
     Args:
-        policy: the policy.
-        action_space: the environment's action space.
-        judged: whether a shield judges every proposal. If so, actions outside the box are passed to
+        policy: The policy.
+        action_space: The environment's action space.
+        judged: Whether a shield judges every proposal. If so, actions outside the box are passed to
             the shield, and the density must be per unit of volume: the policy's own ``log_prob(
             observations, actions) -> (n,)``. Otherwise actions are clipped to the box as
             Stable-Baselines3 does, and a method ``relative_log_prob``, which is known up to a
@@ -304,7 +304,7 @@ class UserPolicy:
         The arguments `observations`, `candidates` and `states` are those of `Source.log_prob`.
 
         Raises:
-            ValueError: the result has another shape, or holds NaN or plus infinity.
+            ValueError: The result has another shape, or holds NaN or plus infinity.
         """
         if not callable(self._log_prob):
             return None

@@ -21,12 +21,12 @@ class Tabular:
     Args:
         table: (S, c) probabilities. Rows are in the order of the observation's integers, columns
             in the order of the actions' integers. Every row sums to 1.
-        observation_space: a Discrete of S states.
-        action_space: a discrete space of c choices.
+        observation_space: A Discrete of S states.
+        action_space: A discrete space of c choices.
 
     Raises:
-        TypeError: a space is not discrete.
-        ValueError: the table has another shape, or its rows are not probabilities.
+        TypeError: A space is not discrete.
+        ValueError: The table has another shape, or its rows are not probabilities.
 
     >>> two = gym.spaces.Discrete(2)
     >>> mu = Tabular([[0.5, 0.5], [1.0, 0.0]], two, two)

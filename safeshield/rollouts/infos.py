@@ -125,9 +125,9 @@ def info_rows(
     """Return the infos of `count` environments as a dictionary for each, of what it reports.
 
     Args:
-        infos: columns, or Gymnasium 0.29's ``final_info``, an array of dictionaries and None.
-        count: how many environments.
-        keys: which of the infos; None: all.
+        infos: Columns, or Gymnasium 0.29's ``final_info``, an array of dictionaries and None.
+        count: How many environments.
+        keys: Which of the infos; None: all.
 
     >>> infos = {"a": np.array([1, 2]), "_a": np.array([True, False]), "b": {"c": np.zeros(2)}}
     >>> info_rows(infos, 2)

@@ -98,8 +98,8 @@ class AdaptiveThreshold:
             (`AdaptiveMargin.margin`), the threshold starts to move as soon as errors grow.
 
     Raises:
-        TypeError: a count is not a whole number, or another argument is not a number.
-        ValueError: an argument is out of its range.
+        TypeError: A count is not a whole number, or another argument is not a number.
+        ValueError: An argument is out of its range.
 
     >>> AdaptiveThreshold(target=0.1, rate=0.02).long_run_bound(1000)
     0.046
@@ -162,7 +162,7 @@ def as_adaptive(
 
     Raises:
         TypeError: `adaptive` is of another type, or names an unknown argument.
-        ValueError: an argument is out of its range.
+        ValueError: An argument is out of its range.
     """
     if adaptive is None or isinstance(adaptive, AdaptiveThreshold):
         return adaptive
@@ -182,9 +182,9 @@ class AdaptiveMargin:
     """The adaptive margins of n environments, each computed from its own errors.
 
     Args:
-        settings: how the thresholds follow the errors.
-        delta: the calibrated delta, in units of h.
-        count: number n of environments.
+        settings: How the thresholds follow the errors.
+        delta: The calibrated delta, in units of h.
+        count: Number n of environments.
 
     >>> margin = AdaptiveMargin(AdaptiveThreshold(window=40, horizon=10), delta=0.05, count=1)
     >>> for _ in range(40):  # the value rises by 1 cm a step: 10 cm in 10 steps

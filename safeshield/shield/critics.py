@@ -58,18 +58,18 @@ class SafetyModel:
     Observations and actions are rows of `spaces.rows` in all methods.
 
     Attributes:
-        observation_space: a space that `spaces.rows.flat_observations` takes.
-        action_space: a space that `spaces.rows.flat_actions` takes.
-        scaling: units of observations and actions.
-        constraint: source of h(s), a function of the observation; None where the network
+        observation_space: A space that `spaces.rows.flat_observations` takes.
+        action_space: A space that `spaces.rows.flat_actions` takes.
+        scaling: Units of observations and actions.
+        constraint: Source of h(s), a function of the observation; None where the network
             "constraint" estimates it.
-        scale: units of h.
-        networks: weights by the network's name: "constraint", "excess", "advantage", and the
+        scale: Units of h.
+        networks: Weights by the network's name: "constraint", "excess", "advantage", and the
             networks that the actors and `judge` name.
-        fallback_actor: the actor that proposes replacements. None where actions are discrete,
+        fallback_actor: The actor that proposes replacements. None where actions are discrete,
             because then all actions are candidates.
-        behaviour_actor: the actor that imitates the log; None where none was learned.
-        judge: a critic, such as one of plans, that says in place of "advantage" how much worse
+        behaviour_actor: The actor that imitates the log; None where none was learned.
+        judge: A critic, such as one of plans, that says in place of "advantage" how much worse
             than the best an action is; None where "advantage" says so.
     """
 
@@ -164,7 +164,7 @@ class SafetyModel:
         """Return V_h of finite observations (n, obs), with the features that actions need.
 
         Raises:
-            LookupError: the constraint's source is not registered in this process.
+            LookupError: The constraint's source is not registered in this process.
         """
         inputs = self.scaling.observations(observations)
         if self.constraint is None:

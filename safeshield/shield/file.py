@@ -72,7 +72,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
     descriptions of the actors. The tensors are the weights of the networks.
 
     Raises:
-        ValueError: the shield replaces actions in a way that a file cannot hold, or an actor's
+        ValueError: The shield replaces actions in a way that a file cannot hold, or an actor's
             class is not registered.
     """
     model = shield.model

@@ -50,7 +50,7 @@ class ConstraintSource(Protocol):
 
         Args:
             observations: n observations, as a vector environment batches them.
-            infos: the infos that the environments returned with these observations.
+            infos: The infos that the environments returned with these observations.
         """
         ...
 
@@ -106,33 +106,33 @@ class ShieldRuntime:
     environments have left.
 
     Args:
-        shield: the shield that filters the actions.
-        num_envs: number of environments; observations and actions have a leading axis of that
+        shield: The shield that filters the actions.
+        num_envs: Number of environments; observations and actions have a leading axis of that
             length. None means a single environment, whose observations and actions have no such
             axis, and whose decisions and infos are plain Python.
-        dtype: dtype of the environments' action space; by default that of the shield's.
-        adaptive: settings by which each environment's threshold follows its errors
+        dtype: Dtype of the environments' action space; by default that of the shield's.
+        adaptive: Settings by which each environment's threshold follows its errors
             (`AdaptiveThreshold`, or a dict of its arguments); None for a fixed threshold.
-        intervention_penalty: number that is subtracted from the reward at an intervention.
-        certifies: whether the shield's record may apply to these environments, as returned by
+        intervention_penalty: Number that is subtracted from the reward at an intervention.
+        certifies: Whether the shield's record may apply to these environments, as returned by
             `Shield.check_fits`. Where it is False, no state is certified.
-        constraint: returns h of the present states. By definition V_h(s) >= h(s), so the value of a
+        constraint: Returns h of the present states. By definition V_h(s) >= h(s), so the value of a
             state, and with it Q_h of every action in the state, is raised where the critics'
             estimate lies below h(s). None means that only the critics are used.
-        memory: can make thresholds stricter depending on earlier steps. The runtime resets the
+        memory: Can make thresholds stricter depending on earlier steps. The runtime resets the
             memory of each environment whose episode begins, and of all environments after a
             failure. None means that each decision depends only on the present state.
 
     Attributes:
-        adaptive: the margins of the environments; None where the threshold is fixed.
+        adaptive: The margins of the environments; None where the threshold is fixed.
         values: V_h of the states last observed, infinity where they are not readable.
         rows: (n, obs) the last observations, as rows of `spaces.rows`.
-        infos: the infos that came with the last observations.
-        keys: the keys of infos that the runtime reads; None where it may read any key.
+        infos: The infos that came with the last observations.
+        keys: The keys of infos that the runtime reads; None where it may read any key.
 
     Raises:
         TypeError: `adaptive` is of a wrong type.
-        ValueError: a setting in `adaptive` is out of range, or the penalty is negative or not
+        ValueError: A setting in `adaptive` is out of range, or the penalty is negative or not
             finite.
 
     >>> import gymnasium, safeshield.envs
@@ -210,17 +210,17 @@ class ShieldRuntime:
         """Return a runtime for an environment of any kind, after a check that the shield fits it.
 
         Args:
-            env: the environment; its id and the arguments with which it was made are read.
-            shield: a shield, a path to its file, or an agent.
-            observation_space: observation space of one environment.
-            action_space: action space of one environment.
-            num_envs: see the class.
-            adaptive: see the class.
-            intervention_penalty: see the class.
+            env: The environment; its id and the arguments with which it was made are read.
+            shield: A shield, a path to its file, or an agent.
+            observation_space: Observation space of one environment.
+            action_space: Action space of one environment.
+            num_envs: See the class.
+            adaptive: See the class.
+            intervention_penalty: See the class.
 
         Raises:
             TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
-            ValueError: the spaces differ, the file is damaged, or the penalty or a setting in
+            ValueError: The spaces differ, the file is damaged, or the penalty or a setting in
                 `adaptive` is out of range.
         """
         shield = as_shield(shield)
@@ -271,8 +271,8 @@ class ShieldRuntime:
         shield's mask alone applies.
 
         Raises:
-            RuntimeError: the states are not known.
-            TypeError: actions are not discrete.
+            RuntimeError: The states are not known.
+            TypeError: Actions are not discrete.
         """
         if self._masks is None:
             states, rows = self._known()
@@ -288,8 +288,8 @@ class ShieldRuntime:
         """Evaluate the present states of the environments.
 
         Args:
-            observations: the observations of all environments.
-            infos: the infos that came with the observations, at least the keys in `keys`.
+            observations: The observations of all environments.
+            infos: The infos that came with the observations, at least the keys in `keys`.
             starts: (n,) whether a reset has begun an episode, or one value for all. Episodes that a
                 step has begun are passed to `update` instead.
 
@@ -297,7 +297,7 @@ class ShieldRuntime:
             V_h of the states, infinity where they are not readable.
 
         Raises:
-            ValueError: the observations have a wrong shape or number. The states observed before
+            ValueError: The observations have a wrong shape or number. The states observed before
                 are then forgotten too, because the environments have left them.
         """
         self._states = self._masks = None
@@ -337,8 +337,8 @@ class ShieldRuntime:
         """Return V_h (k,) of the last states of k episodes, which the environments have left.
 
         Args:
-            observations: the k last observations.
-            infos: the infos that came with these observations.
+            observations: The k last observations.
+            infos: The infos that came with these observations.
         """
         values: Scalars = np.asarray(self.shield.value(observations))
         if self._constraint is not None:
@@ -445,7 +445,7 @@ class ShieldRuntime:
         """Return the entries of infos for a step.
 
         Args:
-            decision: the decision on the step's actions.
+            decision: The decision on the step's actions.
             reached: V_h of the states reached, see `update`.
         """
         infos = {
@@ -476,8 +476,8 @@ class ShieldRuntime:
         The entry is missing where actions are not discrete. Rows of other environments are zeros.
 
         Args:
-            observations: the last observations of k episodes.
-            infos: the infos that came with these observations.
+            observations: The last observations of k episodes.
+            infos: The infos that came with these observations.
             ended: (n,) whether an environment's episode ended; k of them are True.
         """
         if not self._discrete:

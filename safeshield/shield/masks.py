@@ -28,7 +28,7 @@ def agent_masks(accepted: Mask, values: Scalars, codec: SpaceCodec) -> Mask:
     Args:
         accepted: (n, c) which of the space's `choices` may be taken; at least one in each row.
         values: (n, c) Q_h of the choices.
-        codec: codec of the action space.
+        codec: Codec of the action space.
     """
     if codec.width == 1:
         return accepted
@@ -49,7 +49,7 @@ def product_mask(accepted: Mask, values: Scalars, categories: Sequence[int]) -> 
         accepted: (c,) whether each combination is accepted; the last entry varies fastest, and at
             least one combination is True.
         values: (c,) Q_h of the combinations.
-        categories: number of values of each entry; their product is c.
+        categories: Number of values of each entry; their product is c.
 
     >>> accepted = np.array([[True, True, False], [True, True, True]])
     >>> product_mask(accepted.ravel(), np.zeros(6), (2, 3)).astype(int).tolist()
@@ -84,10 +84,10 @@ def with_own_mask(masks: Mask, own: object, codec: SpaceCodec) -> Mask:
         masks: (..., k) the shield's masks, from `agent_masks`.
         own: (..., k) the environment's masks, or a tuple with the masks of each entry, as
             Gymnasium's MultiDiscrete takes them.
-        codec: codec of the action space.
+        codec: Codec of the action space.
 
     Raises:
-        ValueError: the environment's masks have another shape.
+        ValueError: The environment's masks have another shape.
     """
     given = np.concatenate(own, axis=-1) if isinstance(own, tuple) else np.asarray(own)
     if given.shape != masks.shape:

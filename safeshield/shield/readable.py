@@ -18,8 +18,8 @@ class ReadableRange:
     """The ranges of an observation's entries outside which an entry is not readable.
 
     Args:
-        codec: codec of the observation space. An entry with whole numbers must be one of its space.
-        scaling: mean and spread of the log's observations. Any other entry must lie within 1e6
+        codec: Codec of the observation space. An entry with whole numbers must be one of its space.
+        scaling: Mean and spread of the log's observations. Any other entry must lie within 1e6
             spreads of the mean.
     """
 

@@ -96,8 +96,8 @@ class CalibrationRecord:
         """Return whether nothing known distinguishes an environment from the one that was tested.
 
         Args:
-            environment: the environment's id; "" where it is not known. Nothing is compared then.
-            kwargs: the result of `rollouts.copies.environment_kwargs`, None where it is not known.
+            environment: The environment's id; "" where it is not known. Nothing is compared then.
+            kwargs: The result of `rollouts.copies.environment_kwargs`, None where it is not known.
                 Where it, or that of the tested environment, is not known, only ids are compared.
         """
         if not environment:
@@ -116,6 +116,6 @@ class CalibrationRecord:
         """Return the record that `to_json` wrote as `data`, after a check of every field.
 
         Raises:
-            ValueError: a field is missing, unknown or of a wrong type.
+            ValueError: A field is missing, unknown or of a wrong type.
         """
         return record_from_json(cls, data, "record")

@@ -45,8 +45,8 @@ class Rejected:
     Observations and actions are rows of `spaces.rows`.
 
     Attributes:
-        model: critics and fallback.
-        states: the critics' results for the n states.
+        model: Critics and fallback.
+        states: The critics' results for the n states.
         rows: (n, obs) the raw observations.
         wanted: (n, act) float32, the proposed action, clipped into the box. It is the fallback's
             action where the proposed one is not usable or the observation is not readable.
@@ -82,14 +82,14 @@ class Rejected:
         """Return the description of n rejected proposals.
 
         Args:
-            model: critics and fallback.
-            states: the critics' results for the n states.
+            model: Critics and fallback.
+            states: The critics' results for the n states.
             rows: (n, obs) the raw observations.
             proposals: (n, act) the proposed actions, unchanged.
             known: (n,) whether the proposed action is finite and the observation readable.
             readable: (n,) whether the observation is readable.
             limit: (n,) the number that Q_h must not exceed.
-            box: result of `float32_box` for the actions.
+            box: Result of `float32_box` for the actions.
         """
         codec, (low, high) = model.action_codec, box
         wanted = np.clip(proposals, codec.low, codec.high)
@@ -207,7 +207,7 @@ class NearestAcceptable:
     `ProjectedGradient` changes the action less.
 
     Args:
-        candidates: the candidates that are considered.
+        candidates: The candidates that are considered.
     """
 
     candidates: CandidateSet = field(default_factory=CandidateSet)
@@ -231,8 +231,8 @@ class NearestSupported:
     `SupportTest.choose`.
 
     Args:
-        support: the support test.
-        candidates: the other candidates that are considered.
+        support: The support test.
+        candidates: The other candidates that are considered.
     """
 
     support: SupportTest
@@ -272,7 +272,7 @@ class FallbackPolicy:
     as the default.
 
     Args:
-        candidates: the candidates for states in which the fallback's action is not acceptable.
+        candidates: The candidates for states in which the fallback's action is not acceptable.
     """
 
     candidates: CandidateSet = field(default_factory=CandidateSet)
@@ -310,10 +310,10 @@ class ProjectedGradient:
     5). Here it is repeated, and uses a value instead of one step's linear model.
 
     Args:
-        steps: largest number of steps; each step is one forward and one backward pass through the
+        steps: Largest number of steps; each step is one forward and one backward pass through the
             critics.
-        step_size: longest step, in half widths of the box.
-        candidates: the candidates for states in which the descent finds no acceptable action.
+        step_size: Longest step, in half widths of the box.
+        candidates: The candidates for states in which the descent finds no acceptable action.
     """
 
     steps: int = 8
@@ -394,17 +394,17 @@ class OwnSamples:
     A shield that holds an agent cannot be saved.
 
     Args:
-        policy: the agent. It may have Stable-Baselines3's ``predict``, which is called with
+        policy: The agent. It may have Stable-Baselines3's ``predict``, which is called with
             ``deterministic=False``. Recurrent agents then sample as at an episode's start, and all
             samples of an agent trained with `use_sde` are alike, because it holds its noise. Or it
             is another policy that `safeshield.rollouts.policies.as_batch_policy` takes. The agent
             gets the observations that the shield gets: of a Dict only the shield's entries.
-        count: number of samples for each rejected action; all are drawn in one call.
-        candidates: the candidates for states in which no sample is acceptable.
-        seed: seed of the noise that batch policies get; ``predict`` uses the agent's own generator.
+        count: Number of samples for each rejected action; all are drawn in one call.
+        candidates: The candidates for states in which no sample is acceptable.
+        seed: Seed of the noise that batch policies get; ``predict`` uses the agent's own generator.
 
     Raises:
-        ValueError: the policy keeps a memory (`start_wave`), or `count` is out of range.
+        ValueError: The policy keeps a memory (`start_wave`), or `count` is out of range.
     """
 
     policy: object
@@ -483,7 +483,7 @@ def check_replacement(replacement: object, codec: SpaceCodec) -> None:
         codec: Converter of the shield's actions.
 
     Raises:
-        TypeError: the object is no strategy, or does not work in this space; the message names
+        TypeError: The object is no strategy, or does not work in this space; the message names
             strategies that do.
     """
     if isinstance(replacement, type) or not callable(getattr(replacement, "choose", None)):
@@ -505,7 +505,7 @@ def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actio
         rejected: The n rejected actions, with the data that are needed to replace them.
 
     Raises:
-        ValueError: a user's strategy returned actions of another shape.
+        ValueError: A user's strategy returned actions of another shape.
     """
     actions, values = replacement.choose(rejected)
     if isinstance(replacement, (*BUILT_IN, NearestSupported)):

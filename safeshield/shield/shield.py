@@ -68,12 +68,12 @@ class Shield:
     """A filter of an agent's actions, for NumPy arrays; filtering does not change the shield.
 
     Args:
-        model: critics, fallback, spaces and units.
-        delta: distance of the threshold -delta from 0, in units of h, at least 0.
-        record: the record of the calibration; None for an uncalibrated shield.
-        trained_by: free text for the shield's file, such as the name of the algorithm.
-        replacement: the strategy that replaces rejected actions; see `replacement`.
-        support: a support test that an accepted action must pass in addition to the test of its
+        model: Critics, fallback, spaces and units.
+        delta: Distance of the threshold -delta from 0, in units of h, at least 0.
+        record: The record of the calibration; None for an uncalibrated shield.
+        trained_by: Free text for the shield's file, such as the name of the algorithm.
+        replacement: The strategy that replaces rejected actions; see `replacement`.
+        support: A support test that an accepted action must pass in addition to the test of its
             value; None for no such test. See `with_support`.
     """
 
@@ -188,7 +188,7 @@ class Shield:
         """Return a copy that replaces actions in another way, without the record.
 
         Args:
-            replacement: a strategy of `safeshield.shield`, such as ``ProjectedGradient(steps=8)``.
+            replacement: A strategy of `safeshield.shield`, such as ``ProjectedGradient(steps=8)``.
 
         Raises:
             TypeError: `replacement` is no strategy, or does not work in this action space.
@@ -211,15 +211,15 @@ class Shield:
         promise was made for another shield. Calibrate the copy again.
 
         Args:
-            held_out: episodes of the logging policy that were NOT used in training.
-            alpha: largest probability that an episode has more than `share` of its steps below the
+            held_out: Episodes of the logging policy that were NOT used in training.
+            alpha: Largest probability that an episode has more than `share` of its steps below the
                 level. At least 1 / alpha - 1 episodes are needed.
-            share: share of an episode's steps whose scores may be below the level.
+            share: Share of an episode's steps whose scores may be below the level.
             score: "noise" (default for a Box of actions), "probability" (default for discrete
                 actions), "ensemble", or a `SupportScore` of your own.
 
         Raises:
-            TypeError, ValueError: see `calibration.support.calibrate_support`.
+            TypeError, ValueError: See `calibration.support.calibrate_support`.
         """
         from safeshield.calibration.support import calibrate_support
 
@@ -232,12 +232,12 @@ class Shield:
         """Return V_h(s), or Q_h(s, a): one number () or a batch (n,), in units of h.
 
         Args:
-            observation: one observation, or a batch as Gymnasium's vector environments make it:
+            observation: One observation, or a batch as Gymnasium's vector environments make it:
                 (n, *shape), (n,) for a Discrete, a dict of such arrays for a Dict.
-            action: one action or a batch, in the same form; None for V_h.
+            action: One action or a batch, in the same form; None for V_h.
 
         Raises:
-            ValueError: an argument has a wrong shape.
+            ValueError: An argument has a wrong shape.
 
         The value is +infinity where the observation is not readable, or the action is not finite or
         outside the box.
@@ -320,15 +320,15 @@ class Shield:
         report is not `valid`.
 
         Args:
-            observation: one observation, or a batch (see `value`).
-            action: one action, or a batch.
+            observation: One observation, or a batch (see `value`).
+            action: One action, or a batch.
 
         Returns:
             The action to execute in the form of `action`, and the report: for a batch of n actions,
             arrays (n,) of verdicts.
 
         Raises:
-            ValueError: an argument has a wrong shape.
+            ValueError: An argument has a wrong shape.
         """
         proposed = plain(action)
         actions, single = self.action_rows(proposed)
@@ -376,7 +376,7 @@ class Shield:
         """Return the executed actions (n, act) and the report on them, as `filter` does for points.
 
         Args:
-            states: result of `states` for the same rows.
+            states: Result of `states` for the same rows.
             rows: (n, obs) the raw observations.
             actions: (n, act) the proposed actions.
             threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
@@ -436,7 +436,7 @@ class Shield:
         """Return which of c actions in each of n states are acceptable, and their Q_h: (n, c) each.
 
         Args:
-            states: result of `states` for the same rows.
+            states: Result of `states` for the same rows.
             rows: (n, obs) the raw observations.
             candidates: (n, c, act) the actions.
             threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
@@ -504,12 +504,12 @@ class Shield:
         MultiDiscrete as a tuple: ``tuple(np.split(mask, np.cumsum(space.nvec)[:-1]))``.
 
         Args:
-            observation: one observation, or a batch (see `value`).
+            observation: One observation, or a batch (see `value`).
             threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
 
         Raises:
-            TypeError: actions are not discrete.
-            ValueError: the observation has a wrong shape.
+            TypeError: Actions are not discrete.
+            ValueError: The observation has a wrong shape.
         """
         rows, single = self.observation_rows(observation)
         masks = self.mask_rows(self.states(rows), rows, threshold)
@@ -526,7 +526,7 @@ class Shield:
         The arguments are those of `acceptable_choices`: `states`, `rows` and `threshold`.
 
         Raises:
-            TypeError: actions are not discrete.
+            TypeError: Actions are not discrete.
         """
         codec = self.model.action_codec
         check_discrete(codec)
@@ -565,10 +565,10 @@ class Shield:
         A warning is issued where the shield was calibrated in another environment.
 
         Args:
-            observation_space: observation space of one environment.
-            action_space: action space of one environment.
-            name: the environment's id; "" where it is not known.
-            kwargs: the keyword arguments with which the environment was made, as
+            observation_space: Observation space of one environment.
+            action_space: Action space of one environment.
+            name: The environment's id; "" where it is not known.
+            kwargs: The keyword arguments with which the environment was made, as
                 `rollouts.copies.environment_kwargs` returns them; None where they are not known.
 
         Returns:
@@ -576,7 +576,7 @@ class Shield:
             In another environment no state may be called certified.
 
         Raises:
-            ValueError: the spaces differ; the message shows both.
+            ValueError: The spaces differ; the message shows both.
         """
         check_same_space(
             self.observation_space,
@@ -655,8 +655,8 @@ class Shield:
         """Return the shield in the file `path`. No code from the file is executed.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, malicious, or of another kind.
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, malicious, or of another kind.
         """
         return load_shield(cls, path)
 
@@ -685,8 +685,8 @@ def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
     """Return a shield as it is, or get one from a path to its file or from an agent.
 
     Raises:
-        TypeError: the argument is none of these.
-        ValueError: the file is damaged or of another kind.
+        TypeError: The argument is none of these.
+        ValueError: The file is damaged or of another kind.
     """
     if isinstance(shield, Shield):
         return shield

@@ -78,14 +78,14 @@ class SpaceCodec:
         """Return one point, or a batch of n points, as rows.
 
         Args:
-            points: one point or a batch.
-            what: name of the argument in error messages.
+            points: One point or a batch.
+            what: Name of the argument in error messages.
 
         Returns:
             The rows (n, width), and whether `points` was a single point.
 
         Raises:
-            ValueError: the points have another shape, are not numbers, or lack an entry of a Dict.
+            ValueError: The points have another shape, are not numbers, or lack an entry of a Dict.
         """
         if not self._nested:
             return _rows_of(points, self.space, what)
@@ -173,7 +173,7 @@ def flat_observations(space: gym.Space[Any], what: str = "observation_space") ->
         what: Name of the argument in error messages.
 
     Raises:
-        TypeError: the space is of an unsupported kind or empty; the message lists the supported
+        TypeError: The space is of an unsupported kind or empty; the message lists the supported
             kinds.
     """
     flat = SpaceCodec(space)
@@ -194,7 +194,7 @@ def flat_actions(space: gym.Space[Any], what: str = "action_space") -> SpaceCode
         what: Name of the argument in error messages.
 
     Raises:
-        TypeError: the space is of an unsupported kind or has too many combinations; the message
+        TypeError: The space is of an unsupported kind or has too many combinations; the message
             lists the supported kinds.
 
     >>> flat_actions(gym.spaces.Tuple([gym.spaces.Discrete(2)]))
@@ -231,8 +231,8 @@ def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
     that no number wraps around.
 
     Args:
-        points: array of any shape; an array that does not hold numbers is returned unchanged.
-        dtype: dtype of the space.
+        points: Array of any shape; an array that does not hold numbers is returned unchanged.
+        dtype: Dtype of the space.
 
     >>> fitted(np.array([0.1, 2.0]), np.dtype(np.float32))
     array([0.1, 2. ], dtype=float32)

@@ -138,7 +138,7 @@ class Scaling:
             actions: Converter of the action space.
 
         Raises:
-            ValueError: a list is missing, has another length, is not finite or is out of order.
+            ValueError: A list is missing, has another length, is not finite or is out of order.
         """
         widths = dict.fromkeys(("observation_mean", "observation_spread"), observations.width)
         widths |= dict.fromkeys(("action_low", "action_high"), actions.width)

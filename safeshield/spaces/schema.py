@@ -38,7 +38,7 @@ def space_to_json(space: gym.Space[Any]) -> JsonSpace:
     infinities. `space_from_json` restores shape, dtype and every bound exactly.
 
     Raises:
-        TypeError: the space is of another kind.
+        TypeError: The space is of another kind.
 
     >>> space_to_json(gym.spaces.Box(-1.0, np.inf, (2,), np.float32))
     {'type': 'Box', 'shape': [2], 'dtype': 'float32', 'low': -1.0, 'high': 'inf'}
@@ -76,7 +76,7 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
     """Return the space that `space_to_json` described as `data`, after a check of every field.
 
     Raises:
-        ValueError: a field is missing, unknown, of a wrong type or out of range, or the space has
+        ValueError: A field is missing, unknown, of a wrong type or out of range, or the space has
             more than `MAX_ELEMENTS` elements.
 
     >>> space_from_json({"type": "Discrete", "n": 4, "start": 0})
@@ -152,15 +152,15 @@ def check_same_space(
     Dict agrees with one that has further entries.
 
     Args:
-        expected: space that a model or a log was made for.
-        actual: space that it is being used with.
-        what: name of the pair in the error message, for example ``"action_space"``.
-        unbounded_matches_any: whether an infinite bound in `expected` agrees with any bound. This
+        expected: Space that a model or a log was made for.
+        actual: Space that it is being used with.
+        what: Name of the pair in the error message, for example ``"action_space"``.
+        unbounded_matches_any: Whether an infinite bound in `expected` agrees with any bound. This
             is meant for observation spaces inferred from a log that stores none.
-        repair: advice at the end of the error message.
+        repair: Advice at the end of the error message.
 
     Raises:
-        ValueError: the spaces differ; the message shows both.
+        ValueError: The spaces differ; the message shows both.
 
     >>> box = gym.spaces.Box(-1.0, 1.0, (2,))
     >>> check_same_space(box, gym.spaces.Box(-1.0, 1.0, (2,), np.float64), "action_space")
@@ -181,11 +181,11 @@ def part_of(space: gym.Space[Any], keys: Sequence[str] | None) -> gym.Space[Any]
     """Return the chosen entries of a Dict space as a Dict space.
 
     Args:
-        space: the space.
-        keys: names of the entries; None returns the space unchanged.
+        space: The space.
+        keys: Names of the entries; None returns the space unchanged.
 
     Raises:
-        ValueError: the space is not a Dict, or `keys` is empty or holds an unknown name.
+        ValueError: The space is not a Dict, or `keys` is empty or holds an unknown name.
 
     >>> part_of(gym.spaces.Dict(a=gym.spaces.Discrete(2), b=gym.spaces.Discrete(3)), ["b"])
     Dict('b': Discrete(3))

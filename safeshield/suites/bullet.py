@@ -59,8 +59,8 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
     `kwargs` are arguments of the environment.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
-        ValueError: the render mode is unknown, or needs a display where there is none.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
+        ValueError: The render mode is unknown, or needs a display where there is none.
     """
     load(env_id)
     spec = _UPSTREAM[env_id]
@@ -76,10 +76,10 @@ def load(what: str) -> None:
     """Import Bullet-Safety-Gym.
 
     Args:
-        what: name, for the error message, of what needs the package.
+        what: Name, for the error message, of what needs the package.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
     load_once(what, Suite.bullet, _import_everything)
 

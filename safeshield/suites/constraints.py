@@ -83,7 +83,7 @@ def with_constraint(env: Env) -> Env:
     button is wrong.
 
     Args:
-        env: an environment, wrapped or not, whose step returns Gymnasium's five values or
+        env: An environment, wrapped or not, whose step returns Gymnasium's five values or
             Safety-Gymnasium's six.
 
     Raises:
@@ -108,7 +108,7 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
     `env` is the environment.
 
     Raises:
-        ValueError: no constraint is known for the environment, or (in `reset` and `step`) the
+        ValueError: No constraint is known for the environment, or (in `reset` and `step`) the
             environment reports one itself.
     """
 

@@ -88,7 +88,7 @@ def examine(parts: Sequence[Part] = ()) -> list[Finding]:
     """Return the findings on these parts, or on all parts, each checked in a process of its own.
 
     Args:
-        parts: parts to check; an empty sequence stands for all parts.
+        parts: Parts to check; an empty sequence stands for all parts.
     """
     wanted = list(dict.fromkeys(parts)) or list(Part)
     with ThreadPoolExecutor(max_workers=min(len(wanted), os.cpu_count() or 1)) as pool:

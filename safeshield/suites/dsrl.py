@@ -44,7 +44,7 @@ def make_bullet(env_id: str, render_mode: str | None = None, **kwargs: Any) -> E
     `env_id` is DSRL's id of the task. `render_mode` and `kwargs` are arguments of the environment.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
     bullet.load(env_id)
     base, defaults = _class_of(env_id, "offline_bullet_safety_gym")
@@ -63,7 +63,7 @@ def make_safety_gymnasium(
     DSRL's id of the task. `render_mode` and `kwargs` are arguments of the environment.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
     safety_gymnasium.load(env_id)
     base, defaults = _class_of(env_id, "offline_safety_gymnasium")

@@ -93,16 +93,16 @@ def label(
     binary labels.
 
     Args:
-        dataset: log with raw observations, actions and rewards, as in DSRL's logs.
-        task: a task of `safeshield.suites.tasks`, its name or an id: ``"PointGoal1"``,
+        dataset: Log with raw observations, actions and rewards, as in DSRL's logs.
+        task: A task of `safeshield.suites.tasks`, its name or an id: ``"PointGoal1"``,
             ``"SafetyPointGoal1Gymnasium-v0"``, ``"OfflinePointGoal1-v0"``, ``"easysparse"``.
-        max_disagreement: largest number of disagreements that are corrected, per violation. A
+        max_disagreement: Largest number of disagreements that are corrected, per violation. A
             larger number cannot be explained by rounding.
 
     Raises:
-        ValueError: the task is unknown, the observations have another width, or more states
+        ValueError: The task is unknown, the observations have another width, or more states
             disagree than `max_disagreement` allows (`agreement` returns the counts).
-        TypeError: the task is none of the kinds above.
+        TypeError: The task is none of the kinds above.
     """
     found = log_label(task)
     if found is None:
@@ -156,7 +156,7 @@ def agreement(dataset: OfflineDataset, task: str | Named) -> Agreement | None:
         The counts, or None for a task whose labels stay binary.
 
     Raises:
-        ValueError: the task is unknown, or the observations have another width.
+        ValueError: The task is unknown, or the observations have another width.
     """
     found = log_label(task)
     if found is None:
@@ -169,7 +169,7 @@ def log_label(task: str | Named) -> LogLabel | None:
     """Return how h is computed from a log of this task, or None where its labels stay binary.
 
     Raises:
-        ValueError: the task is unknown; the message lists the known tasks.
+        ValueError: The task is unknown; the message lists the known tasks.
 
     >>> log_label("SafetyPointGoal1Gymnasium-v0").width, log_label("HumanoidVelocity") is None
     (60, True)

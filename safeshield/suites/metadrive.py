@@ -76,8 +76,8 @@ def make(env_id: str, render_mode: str | None = None) -> gym.Env[Any, Any]:
     See `with_constraint`. `render_mode` is an argument of the environment.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
-        ValueError: the render mode is unknown.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
+        ValueError: The render mode is unknown.
     """
     return with_constraint(MetaDriveTask(_IDS[env_id], render_mode))
 
@@ -115,12 +115,12 @@ class MetaDriveTask(Env):
             the 3-d assets.
 
     Raises:
-        ValueError: the name or the render mode is unknown.
-        gymnasium.error.DependencyNotInstalled: a package is missing, or (in `reset`) cannot be
+        ValueError: The name or the render mode is unknown.
+        gymnasium.error.DependencyNotInstalled: A package is missing, or (in `reset`) cannot be
             loaded.
         RuntimeError: (in `reset`) another task of this process holds the engine, or held it when
             this process was forked, or the simulator has another version.
-        gymnasium.error.ResetNeeded: a step or a picture was requested before the first reset or
+        gymnasium.error.ResetNeeded: A step or a picture was requested before the first reset or
             after `close`.
     """
 

@@ -149,11 +149,11 @@ def require(what: str, *suites: Suite) -> None:
     """Raise an error unless all packages of these suites are installed.
 
     Args:
-        what: name, for the error message, of what needs the packages.
-        *suites: the suites that are needed.
+        what: Name, for the error message, of what needs the packages.
+        *suites: The suites that are needed.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing; the message names it and the
+        gymnasium.error.DependencyNotInstalled: A package is missing; the message names it and the
             commands that install it.
     """
     absent = missing(*suites)
@@ -200,13 +200,13 @@ def load_once(what: str, suite: Suite, import_everything: _lru_cache_wrapper[Non
     """Import the packages of a suite, unless they have been imported already.
 
     Args:
-        what: name, for the error message, of what needs the suite.
-        suite: the suite to import.
-        import_everything: function that imports it, decorated with `functools.cache`, whose cache
+        what: Name, for the error message, of what needs the suite.
+        suite: The suite to import.
+        import_everything: Function that imports it, decorated with `functools.cache`, whose cache
             shows whether the suite has been imported.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
     if import_everything.cache_info().currsize:
         return

@@ -60,11 +60,11 @@ def register(
     Registrations of these ids by other packages are replaced. A second call changes nothing.
 
     Args:
-        ids: ids to register.
+        ids: Ids to register.
         entry_point: "module:function" of this package. It is a string, so that a process which
             receives nothing but an environment's spec can make the environment.
-        steps: largest number of steps of an episode by id, where it is known here.
-        upstream: specs that the environments' own package has registered, by id.
+        steps: Largest number of steps of an episode by id, where it is known here.
+        upstream: Specs that the environments' own package has registered, by id.
     """
     for one in ids:
         if _is_ours(registration.registry.get(one)):

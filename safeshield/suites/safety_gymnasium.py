@@ -91,7 +91,7 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
     `env_id` is the id, and `kwargs` are arguments of the environment.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
         RuntimeError: (in `render`, and in `reset` where an observation is a picture) there is no
             display, and MUJOCO_GL does not name a library that works without one.
     """
@@ -106,7 +106,7 @@ def make_native(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the enviro
     `env_id` is the id, and `kwargs` are arguments of the environment.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
     base, defaults = _class_of(env_id, env_id)
     env: Env = mended(base, five_values=False)(**{**defaults, **kwargs})
@@ -131,10 +131,10 @@ def load(what: str) -> None:
     """Import Safety-Gymnasium with all its tasks.
 
     Args:
-        what: name, for the error message, of what needs the package.
+        what: Name, for the error message, of what needs the package.
 
     Raises:
-        gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
     load_once(what, Suite.safety_gymnasium, _import_everything)
 

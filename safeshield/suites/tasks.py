@@ -156,10 +156,10 @@ def find_task(name: str) -> Task:
     """Return the task with this name, environment id or DSRL id.
 
     Args:
-        name: the name or id; a module in front of an id ("module:id") is ignored.
+        name: The name or id; a module in front of an id ("module:id") is ignored.
 
     Raises:
-        ValueError: the name belongs to none of the 38 tasks.
+        ValueError: The name belongs to none of the 38 tasks.
 
     >>> find_task("safeshield.suites:SafetyBallRun-v0").name
     'BallRun'

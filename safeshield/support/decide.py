@@ -74,7 +74,7 @@ class SupportTest:
         Scores are computed in blocks, in the given order, until a supported candidate is found.
 
         Args:
-            model: the shield's networks, with the behaviour that the score uses.
+            model: The shield's networks, with the behaviour that the score uses.
             states: n states.
             candidates: (n, c, act).
             order: (n, c) permutations of range(c), with the eligible candidates first.
@@ -113,7 +113,7 @@ class SupportTest:
         largest error. Where no candidate is supported, it is the one of highest score.
 
         Args:
-            model: the shield's networks, with the behaviour that the score uses.
+            model: The shield's networks, with the behaviour that the score uses.
             states: n states.
             candidates: (n, c, act).
             values: (n, c) Q_h of the candidates, in units of h.

@@ -64,6 +64,6 @@ class SupportRecord(Settings):
         """Return the record whose JSON values are `data`, after a check of every field.
 
         Raises:
-            ValueError: a field is missing, unknown, of another type or out of range.
+            ValueError: A field is missing, unknown, of another type or out of range.
         """
         return record_from_json(cls, data, "support")

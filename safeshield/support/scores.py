@@ -161,7 +161,7 @@ def support_score(score: str | SupportScore | None, model: SafetyModel) -> Suppo
     has a density, as FLRP's does, and "noise" otherwise.
 
     Raises:
-        ValueError: the name is unknown, or the model lacks what the score needs.
+        ValueError: The name is unknown, or the model lacks what the score needs.
         TypeError: `score` is neither a name nor a score.
     """
     if score is None:

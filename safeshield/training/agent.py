@@ -56,7 +56,7 @@ def check_continuous(space: gym.Space[Any], who: str) -> None:
         who: Name of the algorithm in the message.
 
     Raises:
-        TypeError: the space is of another kind.
+        TypeError: The space is of another kind.
     """
     if not isinstance(space, gym.spaces.Box):
         raise TypeError(
@@ -296,12 +296,12 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """Run all phases on a log, starting from the checkpoint where there is one.
 
         Args:
-            phases: phases in order.
-            initial: function that returns the state before the first update.
-            dataset: log, which is part of the identity that a checkpoint stores.
-            options: progress bar, logging and checkpoints.
-            transitions: number of rows from which batches are drawn.
-            noise_features: width of the noise that an update draws for each transition.
+            phases: Phases in order.
+            initial: Function that returns the state before the first update.
+            dataset: Log, which is part of the identity that a checkpoint stores.
+            options: Progress bar, logging and checkpoints.
+            transitions: Number of rows from which batches are drawn.
+            noise_features: Width of the noise that an update draws for each transition.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         state, _ = run_phases(
@@ -322,7 +322,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     Its `predict` has the signature of Stable-Baselines3.
 
     Args:
-        config: settings; None means the defaults.
+        config: Settings; None means the defaults.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
     """
 
@@ -403,25 +403,25 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """Train on a log and return self.
 
         Args:
-            dataset: log of whole episodes with labels.
-            steps: total number of updates, which the phases share.
-            progress_bar: whether to show a progress bar.
-            log_dir: folder for TensorBoard files; None writes none.
-            checkpoint: file from which training resumes where it exists, and which is updated
+            dataset: Log of whole episodes with labels.
+            steps: Total number of updates, which the phases share.
+            progress_bar: Whether to show a progress bar.
+            log_dir: Folder for TensorBoard files; None writes none.
+            checkpoint: File from which training resumes where it exists, and which is updated
                 during training. A resumed run ends with the same weights as one that was never
                 interrupted.
-            checkpoint_every: number of updates between two checkpoints. There is also one at the
+            checkpoint_every: Number of updates between two checkpoints. There is also one at the
                 end of each phase and one every minute.
-            stop_after: number of updates after which training stops early, so that a later call
+            stop_after: Number of updates after which training stops early, so that a later call
                 resumes it; requires `checkpoint`.
 
         Raises:
-            TypeError: a number is not a whole number; or actions are discrete and the algorithm's
+            TypeError: A number is not a whole number; or actions are discrete and the algorithm's
                 actor is continuous. `ShieldTrainer` accepts discrete actions.
-            ValueError: the log lacks what the algorithm learns from (for example a boundary between
+            ValueError: The log lacks what the algorithm learns from (for example a boundary between
                 safe and unsafe), its action box is unbounded, or the checkpoint belongs to another
                 run.
-            FloatingPointError: a loss or a weight is NaN or infinite; the message names the phase.
+            FloatingPointError: A loss or a weight is NaN or infinite; the message names the phase.
         """
         options = FitOptions(
             steps,
@@ -461,14 +461,14 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """Return actions and the unchanged state, with the signature of Stable-Baselines3.
 
         Args:
-            observation: one observation or a batch.
-            state: returned unchanged, because the actor has no memory.
-            episode_start: not used, for the same reason.
-            deterministic: whether to use the same fixed noise in every call, where actions are
+            observation: One observation or a batch.
+            state: Returned unchanged, because the actor has no memory.
+            episode_start: Not used, for the same reason.
+            deterministic: Whether to use the same fixed noise in every call, where actions are
                 sampled.
 
         Raises:
-            ValueError: an observation has another shape than the observation space, or is not
+            ValueError: An observation has another shape than the observation space, or is not
                 finite.
         """
         model = self._fitted()

@@ -110,14 +110,14 @@ def load_checkpoint(
     """Return the state of a run in a file, and the number of updates made.
 
     Args:
-        path: file that `save_checkpoint` wrote.
-        state: state of the same networks, which gives the names and shapes.
-        generator: random generator, which is set to its state in the checkpoint.
-        identity: identity of the run to which the file must belong.
-        transitions: number N of rows of the log.
+        path: File that `save_checkpoint` wrote.
+        state: State of the same networks, which gives the names and shapes.
+        generator: Random generator, which is set to its state in the checkpoint.
+        identity: Identity of the run to which the file must belong.
+        transitions: Number N of rows of the log.
 
     Raises:
-        ValueError: the file is damaged, or belongs to another configuration, log or number of
+        ValueError: The file is damaged, or belongs to another configuration, log or number of
             steps.
     """
     tree = to_tree(state)

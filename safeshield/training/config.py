@@ -107,7 +107,7 @@ class ValueConfig(SafetyConfig):
         preset.
 
         Raises:
-            ValueError: there is no preset with this name.
+            ValueError: There is no preset with this name.
 
         >>> from safeshield import SafeFQLConfig
         >>> SafeFQLConfig.preset("paper", seed=2).student_hidden

@@ -74,7 +74,7 @@ class Critics:
             config: Settings of the critics.
 
         Raises:
-            KeyError, TypeError, ValueError: an entry of the header is missing or damaged.
+            KeyError, TypeError, ValueError: An entry of the header is missing or damaged.
         """
         safety = restored_safety(header, scaling, config.critic_hidden)
         mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
@@ -166,10 +166,10 @@ class RewardLog:
         """Return the loss of the reward critics on a batch.
 
         Args:
-            state: training state with the slow copies and the unit of the advantages.
+            state: Training state with the slow copies and the unit of the advantages.
             rows: (batch,) rows of the log.
-            steps: length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_r.
-            expectile: weight on targets above V.
+            steps: Length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_r.
+            expectile: Weight on targets above V.
             allowed: (batch,) 1 where V is fitted to the action, else 0; None means all actions.
         """
         return reward_loss(

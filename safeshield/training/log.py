@@ -145,7 +145,7 @@ def check_boundary(dataset: OfflineDataset) -> None:
 
     Raises:
         TypeError: `dataset` is not a log.
-        ValueError: no logged state violates the constraint, or all of them do.
+        ValueError: No logged state violates the constraint, or all of them do.
     """
     if not isinstance(dataset, OfflineDataset):
         raise TypeError(
@@ -191,8 +191,8 @@ def returns_to_go(
         rewards: (N,) rewards, which alternate between `columns` environments.
         ends: (N,) whether an episode ended at the step.
         terminated: (N,) whether that episode terminated, rather than being truncated.
-        discount: discount factor g.
-        columns: number of environments.
+        discount: Discount factor g.
+        columns: Number of environments.
 
     >>> returns_to_go(np.ones(4), np.zeros(4, bool), np.zeros(4, bool), 0.5).tolist()
     [2.0, 2.0, 2.0, 2.0]

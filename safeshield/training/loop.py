@@ -38,10 +38,10 @@ class FitOptions:
     """Options of `fit` for the progress bar, the logging and the checkpoints.
 
     Raises:
-        TypeError: a number is not a whole number.
+        TypeError: A number is not a whole number.
         ValueError: `steps` is below one for each phase, another number is out of range, or
             `stop_after` is given without a checkpoint.
-        FileNotFoundError: the checkpoint's folder does not exist.
+        FileNotFoundError: The checkpoint's folder does not exist.
     """
 
     steps: int
@@ -78,7 +78,7 @@ def device_of(device: str | torch.device) -> torch.device:
     """Return the device that `device` names; "auto" means CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: the device does not exist.
+        ValueError: The device does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,13 +108,13 @@ def run_phases(
     """Run all phases from the checkpoint on; return the state and whether all updates were made.
 
     Args:
-        phases: phases in order.
-        state: initial state, which is used where there is no checkpoint.
-        generator: source of all random numbers, on the device of the state.
-        transitions: number N of rows of the log.
-        noise_features: width of the noise that an update draws for each transition.
-        options: progress bar, logging and checkpoints; see `FitOptions`.
-        identity: identity of the run. A checkpoint of another run is rejected.
+        phases: Phases in order.
+        state: Initial state, which is used where there is no checkpoint.
+        generator: Source of all random numbers, on the device of the state.
+        transitions: Number N of rows of the log.
+        noise_features: Width of the noise that an update draws for each transition.
+        options: Progress bar, logging and checkpoints; see `FitOptions`.
+        identity: Identity of the run. A checkpoint of another run is rejected.
     """
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():

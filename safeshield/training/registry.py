@@ -61,11 +61,11 @@ def register(name: str, *, offline: bool = True) -> Callable[[K], K]:
     `training.agent.OfflineAgent`.
 
     Args:
-        name: name of the algorithm on the command line.
-        offline: whether the algorithm is trained from a log alone.
+        name: Name of the algorithm on the command line.
+        offline: Whether the algorithm is trained from a log alone.
 
     Raises:
-        ValueError: another class has this name or this file format.
+        ValueError: Another class has this name or this file format.
     """
 
     def enter(kind: K) -> K:
@@ -90,7 +90,7 @@ def offline_algorithm(name: str) -> Algorithm:
     """Return the registered algorithm `name`, which is trained from a log.
 
     Raises:
-        ValueError: no such algorithm has this name.
+        ValueError: No such algorithm has this name.
     """
     known = sorted(one.name for one in ALGORITHMS.values() if one.offline)
     if name not in known:
@@ -109,8 +109,8 @@ def load_agent(
     Nothing in the file is executed. `device` is the device of the weights.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, does not hold an agent, or its algorithm is not registered.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, does not hold an agent, or its algorithm is not registered.
     """
     form = read_tensors(path).header["format"]
     known = {one.kind.file_format: one.kind for one in ALGORITHMS.values()}

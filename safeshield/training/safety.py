@@ -36,7 +36,7 @@ class SafetyLog:
 
         Args:
             rows: (batch,) rows of the log.
-            steps: length of the windows, in steps.
+            steps: Length of the windows, in steps.
             extra: (N,) further constraint of each transition, in units of h.
         """
         log = self.log
@@ -82,10 +82,10 @@ class SafetyLog:
         """Return the loss of the safety critics on a batch.
 
         Args:
-            state: training state with the slow copies.
+            state: Training state with the slow copies.
             rows: (batch,) rows of the log.
-            steps: length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_h.
-            expectile: weight on targets below V.
+            steps: Length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_h.
+            expectile: Weight on targets below V.
             extra: (N,) further constraint of each transition, in units of h.
         """
         batch = self.batch(rows, steps, extra)
@@ -122,10 +122,10 @@ def safety_critics(
     """Return the description of safety critics in the units of a log.
 
     Args:
-        dataset: log.
-        scaling: scaling of its observations and actions.
-        hidden: widths of the hidden layers.
-        discount: discount factor of the safety backup, per step. None means 0.997 for continuous
+        dataset: Log.
+        scaling: Scaling of its observations and actions.
+        hidden: Widths of the hidden layers.
+        discount: Discount factor of the safety backup, per step. None means 0.997 for continuous
             labels and 0.99 for binary ones, where the discount sets how many steps ahead a
             violation has an effect.
     """
@@ -160,7 +160,7 @@ def restored_safety(
         hidden: Widths of the hidden layers.
 
     Raises:
-        KeyError, TypeError, ValueError: an entry of the header is missing or damaged.
+        KeyError, TypeError, ValueError: An entry of the header is missing or damaged.
     """
     scale = SafetyScale.from_json(header["safety_scale"])
     # Older files lack this entry, because their agents did not need it.

@@ -32,10 +32,10 @@ def learning_rate(base: float, count: Tensor, steps: int, end: float = 1.0) -> T
     steps``.
 
     Args:
-        base: learning rate at the start.
+        base: Learning rate at the start.
         count: () number of updates made so far.
-        steps: total number of updates.
-        end: share of the updates after which the rate stays at its lowest value.
+        steps: Total number of updates.
+        end: Share of the updates after which the rate stays at its lowest value.
     """
     progress = count / (steps * end)
     return base * torch.clamp(2.0 - 2.0 * progress, 0.02, 1.0)
@@ -67,11 +67,11 @@ def critic_rates(
     """Return the learning rate of each network; it is 0 for `values` in the last fifth of updates.
 
     Args:
-        base: learning rate at the start.
+        base: Learning rate at the start.
         count: () number of updates made so far.
-        total: total number of updates.
-        names: names of the networks.
-        values: names of those networks that are state values.
+        total: Total number of updates.
+        names: Names of the networks.
+        values: Names of those networks that are state values.
     """
     early = learning_rate(base, count, total, VALUES_END)
     still = torch.where(count < VALUES_END * total, early, torch.zeros_like(early))

@@ -55,12 +55,12 @@ def initial_state(
     The weights are drawn in the order of `parts`, on the generator's device.
 
     Args:
-        parts: all networks by name.
-        generator: source of the random weights.
-        groups: names of the networks that are trained together, by the name of their moments. None
+        parts: All networks by name.
+        generator: Source of the random weights.
+        groups: Names of the networks that are trained together, by the name of their moments. None
             means that each network is trained separately, under its own name.
-        slow: names of the networks that have slow copies.
-        scales: initial values of the running statistics, by name.
+        slow: Names of the networks that have slow copies.
+        scales: Initial values of the running statistics, by name.
     """
     networks = {name: part.init(generator) for name, part in parts.items()}
     groups = {name: (name,) for name in parts} if groups is None else groups
@@ -144,11 +144,11 @@ def descend(
     """Make one Adam step on `loss` for the networks `names`, and return the new state and metrics.
 
     Args:
-        state: state before the step, which is not changed.
-        phase: name of the Adam moments.
-        names: names of the networks to update; all others are constant.
-        loss: function from all networks to a () loss and metrics.
-        rates: learning rate of each of these networks, by name.
+        state: State before the step, which is not changed.
+        phase: Name of the Adam moments.
+        names: Names of the networks to update; all others are constant.
+        loss: Function from all networks to a () loss and metrics.
+        rates: Learning rate of each of these networks, by name.
     """
     leaves = {
         name: {key: tensor.detach().requires_grad_() for key, tensor in params.items()}
@@ -182,11 +182,11 @@ def falling(
     The rate is that of `schedule.learning_rate`.
 
     Args:
-        name: name of the Adam moments and, unless `names` is given, of the trained network.
-        loss: function from a state and random numbers to the loss function.
-        base: learning rate at the start.
-        total: total number of updates.
-        names: names of the trained networks, where there are several.
+        name: Name of the Adam moments and, unless `names` is given, of the trained network.
+        loss: Function from a state and random numbers to the loss function.
+        base: Learning rate at the start.
+        total: Total number of updates.
+        names: Names of the trained networks, where there are several.
     """
     trained = (name,) if names is None else names
 
@@ -210,13 +210,13 @@ def critic_update(
     """Return the update of critics, which also moves their slow copies and the statistics.
 
     Args:
-        name: name of the Adam moments.
-        loss: function from a state and random numbers to the loss function.
-        names: names of the trained networks.
-        values: names of the state values among them, which are fixed in the last fifth of updates.
-        base: learning rate at the start.
-        total: total number of updates.
-        share: share of the distance to their newest values that slow copies and statistics move.
+        name: Name of the Adam moments.
+        loss: Function from a state and random numbers to the loss function.
+        names: Names of the trained networks.
+        values: Names of the state values among them, which are fixed in the last fifth of updates.
+        base: Learning rate at the start.
+        total: Total number of updates.
+        share: Share of the distance to their newest values that slow copies and statistics move.
     """
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:

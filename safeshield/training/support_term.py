@@ -123,7 +123,7 @@ def held_out_episodes(
     """Return which episodes are held out, (E,) bool: a random `share` of them, drawn with `seed`.
 
     Raises:
-        ValueError: these are too few to set a level for alpha, or no episode is left for training.
+        ValueError: These are too few to set a level for alpha, or no episode is left for training.
 
     >>> int(held_out_episodes(100, share=0.1, alpha=0.1, seed=0).sum())
     10

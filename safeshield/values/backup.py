@@ -33,7 +33,7 @@ def back_up(constraint: Tensor, value: Tensor, discount: float) -> Tensor:
 
     Args:
         constraint: m, in units of h.
-        value: value v of the next state, in units of h; minus infinity where the episode
+        value: Value v of the next state, in units of h; minus infinity where the episode
             terminated.
         discount: g in (0, 1].
     """
@@ -200,7 +200,7 @@ def window_ends(episode_last: Tensor, rows: Tensor, steps: int) -> Tensor:
     Args:
         episode_last: (N,) int64, index of the last transition of each transition's episode.
         rows: (batch,) int64, indices of the transitions at which the windows begin.
-        steps: length n >= 1 of the windows.
+        steps: Length n >= 1 of the windows.
     """
     return torch.minimum(rows + steps - 1, episode_last[rows])
 

@@ -134,18 +134,18 @@ class RewardCritics:
         """Return the sum of the losses, the next sigma, and the metrics to log.
 
         Args:
-            networks: online weights, which receive the gradients.
-            targets: slow copies of the weights, which give all values inside targets.
-            batch: transitions and the coefficients of the many-step targets.
+            networks: Online weights, which receive the gradients.
+            targets: Slow copies of the weights, which give all values inside targets.
+            batch: Transitions and the coefficients of the many-step targets.
             sigma: () the unit of the advantages, in units of return.
             discount: g of the one-step backup of Q_r.
-            expectile: weight of targets above V, near 1.
-            one_step: whether V is fitted to Q_r of the slow copies instead of to the windows.
+            expectile: Weight of targets above V, near 1.
+            one_step: Whether V is fitted to Q_r of the slow copies instead of to the windows.
             allowed: (batch,) 1 where the action counts for V, 0 where it does not; by default all
                 actions count.
             typical: (batch,) 1 where the transition counts for the next sigma, 0 where it does not;
                 by default all transitions count.
-            least: lower bound to which the targets of A_i are clipped, in units of sigma. Among
+            least: Lower bound to which the targets of A_i are clipped, in units of sigma. Among
                 actions below this bound no difference is learned. None: the targets are not
                 clipped.
 

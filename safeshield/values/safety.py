@@ -166,11 +166,11 @@ class SafetyCritics:
         """Return the sum of the three networks' losses, and the metrics to log.
 
         Args:
-            networks: online weights, which receive the gradients.
-            targets: slow copies of the weights, which give all values inside targets.
-            batch: transitions and the coefficients of the many-step targets.
-            expectile: weight of targets below V (FLRP eq. 8), near 1.
-            one_step: whether V is fitted to Q_h of the slow copies (FLRP eq. 8) instead of to the
+            networks: Online weights, which receive the gradients.
+            targets: Slow copies of the weights, which give all values inside targets.
+            batch: Transitions and the coefficients of the many-step targets.
+            expectile: Weight of targets below V (FLRP eq. 8), near 1.
+            one_step: Whether V is fitted to Q_h of the slow copies (FLRP eq. 8) instead of to the
                 windows.
         """
         with torch.no_grad():

@@ -85,10 +85,10 @@ def soft_value_iteration(
         temperature: a, in units of return. The values 0 and infinity give the limits: the value of
             the best action in mu's support, and the value of mu itself.
         discount: g, in (0, 1).
-        tolerance: remaining error of V, as a share of the error of V = 0.
+        tolerance: Remaining error of V, as a share of the error of V = 0.
 
     Raises:
-        ValueError: a row of mu does not sum to 1, or a or g is out of range.
+        ValueError: A row of mu does not sum to 1, or a or g is out of range.
 
     >>> stay = np.ones((1, 2, 1))
     >>> q, v = soft_value_iteration(

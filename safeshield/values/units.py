@@ -60,7 +60,7 @@ class SafetyScale:
         """Return the units that `to_json` wrote to a file's header as `data`, after a check.
 
         Raises:
-            ValueError: a number is missing, unknown or out of range.
+            ValueError: A number is missing, unknown or out of range.
         """
         names = ("offset", "spread", "step")
         if not isinstance(data, dict) or set(data) != set(names):

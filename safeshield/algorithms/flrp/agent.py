@@ -49,7 +49,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     """Learn a generative model of the log's actions and refine its noise for safety and reward.
 
     Args:
-        config: settings; see `FLRPConfig`.
+        config: Settings; see `FLRPConfig`.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs
@@ -122,7 +122,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
 
         Args:
             observations: n observations, or one.
-            draws: number of samples of u_0, which are the same in each state; at least 2.
+            draws: Number of samples of u_0, which are the same in each state; at least 2.
 
         Returns:
             The divergence D between the refined and the unrefined base distribution, (n,) in nats,

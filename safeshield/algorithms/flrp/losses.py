@@ -144,7 +144,7 @@ class GenerativeLoss:
         """Return the loss and what to log.
 
         Args:
-            networks: weights, including those of prior, posterior and decoder.
+            networks: Weights, including those of prior, posterior and decoder.
             observations: (batch, obs) normalised.
             actions: (batch, act) logged, in [-1, 1].
             noise: (batch, latent) standard normal.
@@ -196,8 +196,8 @@ class RefinerLoss:
         """Return the loss and what to log.
 
         Args:
-            networks: weights of the experts, which get the gradient, and of the frozen networks.
-            state: training state with the critics.
+            networks: Weights of the experts, which get the gradient, and of the frozen networks.
+            state: Training state with the critics.
             observations: (batch, obs) normalised.
             actions: (batch, act) logged, in [-1, 1].
             noise: (batch, latent) u_0, standard normal.

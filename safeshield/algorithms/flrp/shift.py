@@ -132,8 +132,8 @@ def base_shift(
     """Return an estimate of D in n states, with its standard errors.
 
     Args:
-        policy: policy whose refinement is measured.
-        networks: weights of its networks.
+        policy: Policy whose refinement is measured.
+        networks: Weights of its networks.
         observations: (n, obs) normalised.
         noise: (draws, latent) standard normal samples for all states; at least 2.
     """

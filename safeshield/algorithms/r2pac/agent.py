@@ -53,7 +53,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     """Plan chunks of actions that stay outside the region of states from which costs follow.
 
     Args:
-        config: settings; see `R2PACConfig`.
+        config: Settings; see `R2PACConfig`.
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs
@@ -83,13 +83,13 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         """Return an agent with the same weights and other settings of planning.
 
         Args:
-            inference: network that samples plans: "flow", or the one-step "student".
-            candidates: number of plans from which to choose; None leaves it unchanged.
-            execute: number of actions of a plan to execute; None leaves it unchanged.
-            choose: choice among the plans (`R2PACConfig.choose`); None leaves it unchanged.
+            inference: Network that samples plans: "flow", or the one-step "student".
+            candidates: Number of plans from which to choose; None leaves it unchanged.
+            execute: Number of actions of a plan to execute; None leaves it unchanged.
+            choose: Choice among the plans (`R2PACConfig.choose`); None leaves it unchanged.
 
         Raises:
-            ValueError: a name is unknown, or a number is out of range.
+            ValueError: A name is unknown, or a number is out of range.
         """
         given: dict[str, Any] = {
             "candidates": candidates,
@@ -138,11 +138,11 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         """Return the chosen chunk of h actions: (h, *action's shape), or (n, h, *action's shape).
 
         Args:
-            observation: one observation or a batch of n.
-            deterministic: whether to sample plans from the same fixed noise in every state.
+            observation: One observation or a batch of n.
+            deterministic: Whether to sample plans from the same fixed noise in every state.
 
         Raises:
-            ValueError: an observation has another shape than the observation space, or is not
+            ValueError: An observation has another shape than the observation space, or is not
                 finite.
         """
         model = self._fitted()
@@ -163,14 +163,14 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         """Return actions and the state, with the signature of Stable-Baselines3.
 
         Args:
-            observation: one observation or a batch of n.
-            state: with `execute` above 1, the state that the last call returned, which holds the
+            observation: One observation or a batch of n.
+            state: With `execute` above 1, the state that the last call returned, which holds the
                 current plans. With None every call makes new plans.
             episode_start: (n,) whether an episode, and therefore a new plan, begins.
-            deterministic: whether to sample plans from the same fixed noise in every state.
+            deterministic: Whether to sample plans from the same fixed noise in every state.
 
         Raises:
-            ValueError: an observation has another shape than the observation space, or is not
+            ValueError: An observation has another shape than the observation space, or is not
                 finite; or the state is not one that a call for n observations returned.
         """
         if self.config.steps_of_a_plan == 1:
@@ -372,10 +372,10 @@ def with_chunks(dataset: OfflineDataset, chunk: int) -> OfflineDataset:
     `dataset` is the log, and `chunk` is h.
 
     Warns:
-        UserWarning: some episodes are left out.
+        UserWarning: Some episodes are left out.
 
     Raises:
-        ValueError: no episode is left.
+        ValueError: No episode is left.
     """
     lengths = dataset.episode_lengths
     ends = dataset.episode_starts + lengths - 1

@@ -69,14 +69,14 @@ def log_window(
     a batch, so that the transitions that end a window may change during training.
 
     Args:
-        log: log; no window crosses the end of an episode.
+        log: Log; no window crosses the end of an episode.
         rows: (batch,) first rows of the windows.
-        steps: number n of steps.
+        steps: Number n of steps.
         values: (N,) value of each transition.
-        discount: discount factor g.
+        discount: Discount factor g.
         fails: (N,) whether a transition ends the window with the value `worth`; None means that no
             transition does.
-        worth: value of a transition that `fails` marks, in place of everything after it.
+        worth: Value of a transition that `fails` marks, in place of everything after it.
     """
     at = rows[:, None] + torch.arange(steps, device=rows.device)
     last = log.episode_last[rows][:, None]

@@ -248,11 +248,11 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         `report` has the shares of the log's states that lie in it.
 
         Warns:
-            UserWarning: it holds only states that violate by themselves, or lie within the margin
+            UserWarning: It holds only states that violate by themselves, or lie within the margin
                 of a violation.
 
         Raises:
-            ValueError: it holds all states of the log, or none.
+            ValueError: It holds all states of the log, or none.
         """
         told, setting = f"V_h > {report.level:g}", "margin"
         if isinstance(self.region, CostRegion):
@@ -329,9 +329,9 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         """Return the fits to rewards and, where there are cost critics, to costs, by name.
 
         Args:
-            state: training state, which marks the transitions that lead to the unsafe region.
-            chunk: chunks of the batch.
-            steps: length of the windows along the log to which V is fitted, in steps.
+            state: Training state, which marks the transitions that lead to the unsafe region.
+            chunk: Chunks of the batch.
+            steps: Length of the windows along the log to which V is fitted, in steps.
         """
         steps = min(steps, self.model.longest)  # A longer window is the whole episode, too.
         fitted = {"reward": self._reward_fitting(state, chunk, steps)}
