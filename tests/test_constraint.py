@@ -97,10 +97,23 @@ def test_an_unregistered_source_is_an_error_that_names_the_repair(
     for call in (
         lambda: unknown.value(log.observations[0]),
         lambda: unknown.filter(log.observations[0], log.actions[0]),
-        lambda: SafetyShield(gym.make("safeshield/Boat-v0"), unknown).reset(seed=0),
+        lambda: unknown.certified(log.observations[0]),
     ):
         with pytest.raises(LookupError, match=r"'unknown@7' is not registered.*with_constraint"):
             call()
+    h = constraint(log.observations)
+    np.testing.assert_array_equal(
+        unknown.value(log.observations, constraint=h), shield.value(log.observations)
+    )
+    told = unknown.filter(log.observations[0], log.actions[0], constraint=h[0])
+    own = shield.filter(log.observations[0], log.actions[0])
+    np.testing.assert_array_equal(told[0], own[0])
+    assert told[1].value == own[1].value
+    with pytest.raises(ValueError, match="one number for each of"):
+        unknown.value(log.observations, constraint=h[:3])
+    for other in (shield, shield.with_constraint(None)):
+        with pytest.raises(ValueError, match="constraint must be left out"):
+            other.value(log.observations, constraint=h)
     resolved = unknown.with_constraint(constraint)
     assert resolved.constraint == "unknown@7"
     np.testing.assert_array_equal(resolved.value(log.observations), shield.value(log.observations))

@@ -53,6 +53,7 @@ KEYS = {
     "shield/value": float,
     "shield/threshold": float,
     "shield/certified": bool,
+    "shield/safe_set": bool,
     "action_proposed": np.ndarray,
     "action_executed": np.ndarray,
 }
@@ -193,7 +194,7 @@ def test_certified_speaks_of_the_end_and_not_of_the_next_start(calibrated: Shiel
         assert dones[0]
         assert infos[0]["shield/certified"] is safe
         end = infos[0]["terminal_observation"]
-        assert infos[0]["shield/certified"] == bool(calibrated.certified(end))
+        assert infos[0]["shield/safe_set"] == bool(calibrated.certified(end))
         assert not np.array_equal(observations[0], end)
         assert envs.reset_infos[0]["shield/certified"] is not safe
 
@@ -258,8 +259,8 @@ def test_a_broken_observation_is_flagged_and_the_fallback_acts(calibrated: Shiel
     envs = VecSafetyShield(rivers(2, broken_at=2), calibrated)
     envs.reset()
     still = np.zeros((2, 2), np.float32)
-    certified = [envs.step(still)[3][0]["shield/certified"] for _ in range(2)]
-    assert certified == [True, False]
+    safe = [envs.step(still)[3][0]["shield/safe_set"] for _ in range(2)]
+    assert safe == [True, False]
     infos = envs.step(still)[3]
     assert infos[0]["shield/intervened"]
     assert infos[0]["shield/value"] == np.inf
@@ -334,7 +335,7 @@ class NamedShield(Shield):
         rows = observations["at"]
         return (rows[None], True) if rows.ndim == 1 else (rows, False)
 
-    def value(self, observation: Any, action: Any = None) -> Array:  # noqa: ANN401
+    def value(self, observation: Any, action: Any = None, **_: Any) -> Array:  # noqa: ANN401
         return self.states(self.observation_rows(observation)[0]).value
 
 

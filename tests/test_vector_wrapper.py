@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 BOAT = "safeshield/Boat-v0"
 KEYS = (
-    "shield/intervened", "shield/value", "shield/threshold", "shield/certified",
+    "shield/intervened", "shield/value", "shield/threshold", "shield/certified", "shield/safe_set",
     "action_proposed", "action_executed",
 )  # fmt: skip
 FINAL = "final_observation" if BEFORE_1_0 else "final_obs"
@@ -500,10 +500,10 @@ def test_same_step_certifies_what_was_reached_and_judges_in_what_has_begun(
         observations, _, _, truncated, infos = env.step(actions)
     assert truncated.all()
     # The new episode's start at the top, the last step in final_info.
-    np.testing.assert_array_equal(infos["shield/certified"][:2], [True, False])
+    np.testing.assert_array_equal(infos["shield/safe_set"][:2], [True, False])
     assert np.isnan(infos["action_executed"]).all()
     final = infos["final_info"]
-    finals = [one["shield/certified"] for one in final] if BEFORE_1_0 else final["shield/certified"]
+    finals = [one["shield/safe_set"] for one in final] if BEFORE_1_0 else final["shield/safe_set"]
     np.testing.assert_array_equal(finals[:2], [False, True])
     own = spy.result[4]["final_info"]
     assert set(own[0] if BEFORE_1_0 else own) & {"cost", *KEYS} == {"cost"}
@@ -754,7 +754,7 @@ def test_an_unreadable_row_stays_unreadable_whatever_is_done_to_the_array(shield
     env.reset(seed=0, options={"state": OPEN})
     actions = np.full((N, 2), 0.25, np.float32)
     observations, _, _, _, infos = env.step(actions)
-    np.testing.assert_array_equal(infos["shield/certified"], np.arange(N) != 2)
+    np.testing.assert_array_equal(infos["shield/safe_set"], np.arange(N) != 2)
     observations[:] = OPEN
     infos = env.step(actions)[4]
     np.testing.assert_array_equal(infos["shield/intervened"], np.arange(N) == 2)
@@ -826,7 +826,7 @@ def test_observations_are_passed_on_as_they_are(
             return super().observe(rows, *args, **kwargs)
 
     class NamedShield(Shield):
-        def value(self, observation: Any, action: Any = None) -> Any:  # noqa: ANN401
+        def value(self, observation: Any, action: Any = None, **_: Any) -> Any:  # noqa: ANN401
             return super().value(observation["at"], action)
 
         def check_fits(self, *_: object) -> bool:

@@ -34,6 +34,7 @@ KEYS = {
     "shield/value": float,
     "shield/threshold": float,
     "shield/certified": bool,
+    "shield/safe_set": bool,
     "action_proposed": np.ndarray,
     "action_executed": np.ndarray,
 }
@@ -400,8 +401,8 @@ def test_a_broken_observation_is_flagged_and_the_fallback_acts(shield: Shield) -
     env, watch = watched(replace(shield, record=record(0.05)), broken_at=2)
     env.reset(seed=0, options={"state": [1.5, 0.0]})
     proposal = np.array([0.25, 0.75], np.float32)
-    assert env.step(proposal)[4]["shield/certified"]
-    assert not env.step(proposal)[4]["shield/certified"]
+    assert env.step(proposal)[4]["shield/safe_set"]
+    assert not env.step(proposal)[4]["shield/safe_set"]
     info = env.step(proposal)[4]
     assert info["shield/intervened"]
     assert info["shield/value"] == np.inf

@@ -173,14 +173,14 @@ class VecSafetyShield(VecEnvWrapper):
             if len(ends):
                 reached[ends] = self._last_values([infos[i] for i in ends])
             runtime.update(reached, starts=np.asarray(dones, np.bool_))
-            if len(ends):
-                starts = _added(present, runtime.start_infos(), start=True)
-                for i in ends:
-                    self.reset_infos[i] = starts[i]
             penalty = runtime.penalties(decision.intervened)
             if penalty:
                 rewards = rewards - penalty[PENALTY].astype(np.result_type(rewards, np.float32))
             news = {**runtime.step_infos(decision, reached), **penalty}
+            if len(ends):
+                starts = _added(present, runtime.start_infos(dones), start=True)
+                for i in ends:
+                    self.reset_infos[i] = starts[i]
             return observations, rewards, dones, _added(infos, news)
 
     def _step_inner(self) -> VecEnvStepReturn:

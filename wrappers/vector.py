@@ -187,7 +187,7 @@ class VectorSafetyShield(VectorWrapper):
 
             news = info_rows(infos, len(mask), runtime.keys)
             told = [news[i] if mask[i] else known[i] for i in range(len(mask))]
-            runtime.observe(observations, told, starts=mask)
+            runtime.observe(observations, told, starts=mask, reports=infos)
             if not mask.all():
                 changed = ~mask & ~_same_rows(rows, runtime.rows)
                 if changed.any():
@@ -195,7 +195,7 @@ class VectorSafetyShield(VectorWrapper):
                         "reset() changed what options['reset_mask'] leaves out", changed
                     )
             self._over = self._over & ~mask
-            return observations, _with_columns(infos, runtime.start_infos(), mask)
+            return observations, _with_columns(infos, runtime.start_infos(mask), mask)
 
     def step(self, actions: npt.ArrayLike) -> tuple[Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
         """Execute `actions` (n, ...), or their replacements, one in each environment.
@@ -228,7 +228,8 @@ class VectorSafetyShield(VectorWrapper):
             # `starts` tells where the state reached begins an episode: where the episode ended in
             # mode SAME_STEP, and where the action was ignored in mode NEXT_STEP.
             starts = over if self._mode == _SAME_STEP else ignored
-            runtime.observe(observations, info_rows(infos, len(over), runtime.keys))
+            present = info_rows(infos, len(over), runtime.keys)
+            runtime.observe(observations, present, reports=infos)
             self._over = over & (self._mode != _SAME_STEP)
             reached = runtime.values.copy()
 
@@ -245,7 +246,7 @@ class VectorSafetyShield(VectorWrapper):
                 ended = {**news, **penalty, **runtime.last_masks(last, last_infos, over)}
                 infos = _with_final_columns(infos, ended, over)
             if starts.any():
-                start = runtime.start_infos()
+                start = runtime.start_infos(starts)
                 news = {key: _merged(starts, start[key], rows) for key, rows in news.items()}
                 penalty = {key: rows * ~starts for key, rows in penalty.items()}
             infos = _with_columns(infos, penalty, ~starts)

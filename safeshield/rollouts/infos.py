@@ -38,7 +38,10 @@ VALUE = "shield/value"
 THRESHOLD = "shield/threshold"
 """Threshold that the value must not exceed."""
 CERTIFIED = "shield/certified"
-"""Whether the state that the step reached is certified."""
+"""Whether the shield's promise covers the episode: it began in a certified state, and nothing has
+contradicted the record since. The entry does not change within an episode otherwise."""
+SAFE_SET = "shield/safe_set"
+"""Whether the state that the step reached has V_h <= -delta, with or without a record."""
 PENALTY = "shield/penalty"
 """Penalty that an intervention subtracted from the reward."""
 

@@ -41,14 +41,20 @@ class StateValue:
     """(n, obs) normalised observations."""
     value: Float
     """(n,) V_h of the states, in units of h."""
-    known: Flags | None = None
-    """(n,) whether the constraint's source determines h; None where it does in all states. In the
-    other states `value` uses the network's estimate of h, and no action is acceptable."""
+    constraint: Scalars | None = None
+    """(n,) h of the states by the constraint's source, in units of h; None where a network
+    estimates it. Where h is not finite, the observation does not determine it: `value` uses the
+    network's estimate there, and no action is acceptable."""
+
+    @property
+    def known(self) -> Flags | None:
+        """(n,) whether the source determines h; None where a network estimates it."""
+        return None if self.constraint is None else np.isfinite(self.constraint)
 
     def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> StateValue:
         """Return the results for some of the states: indices, a mask or a slice `index`."""
-        known = None if self.known is None else self.known[index]
-        return StateValue(self.inputs[index], self.value[index], known)
+        h = None if self.constraint is None else self.constraint[index]
+        return StateValue(self.inputs[index], self.value[index], h)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,24 +166,31 @@ class SafetyModel:
     def _advantage_layers(self) -> list[tuple[Float, Float]]:
         return layers(self.networks[ADVANTAGE])
 
-    def states(self, observations: Observations) -> StateValue:
+    def states(self, observations: Observations, constraint: Scalars | None = None) -> StateValue:
         """Return V_h of finite observations (n, obs), with the features that actions need.
 
+        Args:
+            observations: (n, obs) finite observations, as rows of `spaces.rows`.
+            constraint: (n,) h of the states, for a source that is not registered in this process;
+                None where the source computes it.
+
         Raises:
-            LookupError: The constraint's source is not registered in this process.
+            LookupError: The source is not registered in this process, and `constraint` is None.
         """
         inputs = self.scaling.observations(observations)
         if self.constraint is None:
             return self.evaluate_features(inputs)
-        h = self.constraint(self.observation_codec.batch(observations))
+        h = constraint
+        if h is None:
+            h = self.constraint(self.observation_codec.batch(observations))
         raw = run(self._excess_layers, inputs)[0, :, 0]
-        value = known_value(self.scale, h.astype(np.float32), raw)
-        known = np.isfinite(value)
+        small = h.astype(np.float32)
+        value = known_value(self.scale, small, raw)
+        known = np.isfinite(small)
         if known.all():
-            return StateValue(inputs, value)
-        return StateValue(
-            inputs, np.where(known, value, self.evaluate_features(inputs).value), known
-        )
+            return StateValue(inputs, value, small)
+        estimated = self.evaluate_features(inputs).value
+        return StateValue(inputs, np.where(known, value, estimated), small)
 
     def unjudged(self, observations: Observations) -> StateValue:
         """Return observations (n, obs) as features, with value 0; this needs no critics."""

@@ -6,6 +6,7 @@ translate between their interface and a `ShieldRuntime`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from types import TracebackType
@@ -19,40 +20,34 @@ from safeshield.rollouts.copies import environment_id, environment_kwargs
 from safeshield.rollouts.infos import (
     ACTION_MASK,
     CERTIFIED,
+    CONSTRAINT,
+    COST,
     EXECUTED,
     INTERVENED,
     PENALTY,
     PROPOSED,
+    SAFE_SET,
     THRESHOLD,
     VALUE,
+    Infos,
+    column_of,
 )
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import Mask, with_own_mask
 from safeshield.shield.report import FilterReport
-from safeshield.shield.shield import HasShield, Shield, as_shield
-from safeshield.spaces.batches import Batch, batch_of_one
+from safeshield.shield.shield import HasShield, OtherEnvironmentWarning, Shield, as_shield
+from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
 
+_SAME_H = 1e-3
+"""Largest difference of two values of the same h, in standard deviations of h over the log."""
 Array = npt.NDArray[Any]
 PerEnv = Any
 """One value for each environment: an array (n, ...), or a plain Python value for a single one."""
 InfoDicts = Sequence[Mapping[str, Any]]
 """The infos of n environments, one mapping for each."""
-
-
-class ConstraintSource(Protocol):
-    """Returns the constraint h of the present states of n environments."""
-
-    def __call__(self, observations: Batch, infos: InfoDicts, /) -> Scalars:
-        """Return finite h (n,) of the states, in units of h; a positive number is a violation.
-
-        Args:
-            observations: n observations, as a vector environment batches them.
-            infos: The infos that the environments returned with these observations.
-        """
-        ...
 
 
 class ShieldMemory(Protocol):
@@ -96,6 +91,41 @@ class Decision(NamedTuple):
     """The number that Q_h must not exceed."""
 
 
+class Reports(NamedTuple):
+    """What environments report of their present states, NaN where they report nothing."""
+
+    constraint: PerEnv
+    """h of the states, in units of h."""
+    cost: PerEnv
+    """Costs of the states."""
+
+    @classmethod
+    def of(cls, infos: InfoDicts | Infos, count: int | None) -> Self:
+        """Read the reports of n environments.
+
+        Args:
+            infos: A mapping for each environment, or columns as a vector environment returns them.
+            count: n; None for a single environment, whose reports are plain numbers.
+        """
+        if isinstance(infos, Mapping):
+            return cls(*(_column(infos, key, count or 1) for key in (CONSTRAINT, COST)))
+        read = [[_number(info.get(key)) for info in infos] for key in (CONSTRAINT, COST)]
+        return cls(*(column[0] if count is None else np.array(column) for column in read))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, float | int | np.number):
+        return float(value)
+    return float(value.item()) if isinstance(value, np.ndarray) and value.size == 1 else np.nan
+
+
+def _column(infos: Infos, key: str, count: int) -> Scalars:
+    column = column_of(infos, key, count)
+    if column is None or column.values.shape != (count,) or column.values.dtype.kind not in "fiub":
+        return np.full(count, np.nan)
+    return np.where(column.present, column.values, np.nan)
+
+
 class ShieldRuntime:
     """Applies a shield to environments that step together.
 
@@ -116,9 +146,6 @@ class ShieldRuntime:
         intervention_penalty: Number that is subtracted from the reward at an intervention.
         certifies: Whether the shield's record may apply to these environments, as returned by
             `Shield.check_fits`. Where it is False, no state is certified.
-        constraint: Returns h of the present states. By definition V_h(s) >= h(s), so the value of a
-            state, and with it Q_h of every action in the state, is raised where the critics'
-            estimate lies below h(s). None means that only the critics are used.
         memory: Can make thresholds stricter depending on earlier steps. The runtime resets the
             memory of each environment whose episode begins, and of all environments after a
             failure. None means that each decision depends only on the present state.
@@ -156,7 +183,6 @@ class ShieldRuntime:
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         intervention_penalty: float = 0.0,
         certifies: bool = True,
-        constraint: ConstraintSource | None = None,
         memory: ShieldMemory | None = None,
     ) -> None:
         if not 0.0 <= intervention_penalty < np.inf:
@@ -182,9 +208,18 @@ class ShieldRuntime:
         self._shape = self._nothing.shape
         self._calibrated = shield.threshold
         self._vouched = certifies and shield.record is not None
-        self._constraint = constraint
+        self._near = _SAME_H * shield.model.scale.spread
+        # Whether the present episodes began in certified states that nothing has contradicted.
+        self._covered = np.zeros(self._count, np.bool_)
+        self._contradicted = np.zeros(self._count, np.bool_)
+        self._warned = False
         self._memory = memory
-        self.keys = None if constraint is not None else (ACTION_MASK,) if codec.discrete else ()
+        source = shield.model.constraint
+        self._reported = source is not None and not source.available
+        self.keys = (
+            *((ACTION_MASK,) if codec.discrete else ()),
+            *((CONSTRAINT,) if self._reported else ()),
+        )
         self.transition = Transition(self)
         self.values: PerEnv = None
         self.rows: Array = np.empty((0, shield.model.observation_codec.width))
@@ -255,12 +290,12 @@ class ShieldRuntime:
             return float(limit[0])
         return limit
 
-    def certified(self, values: PerEnv) -> PerEnv:
-        """Return whether states with these `values` of V_h are certified.
+    def in_safe_set(self, values: PerEnv) -> PerEnv:
+        """Return whether states with these `values` of V_h have V_h <= -delta.
 
-        The record's delta decides, also where the present threshold is stricter.
+        The shield's delta decides, also where the present threshold is stricter.
         """
-        return (values <= self._calibrated) & self._vouched
+        return values <= self._calibrated
 
     @property
     def masks(self) -> Mask:
@@ -283,7 +318,11 @@ class ShieldRuntime:
     # -- the step -------------------------------------------------------------------------------
 
     def observe(
-        self, observations: Batch, infos: InfoDicts, starts: Flags | bool = False
+        self,
+        observations: Batch,
+        infos: InfoDicts,
+        starts: Flags | bool = False,
+        reports: Infos | None = None,
     ) -> PerEnv:
         """Evaluate the present states of the environments.
 
@@ -292,6 +331,7 @@ class ShieldRuntime:
             infos: The infos that came with the observations, at least the keys in `keys`.
             starts: (n,) whether a reset has begun an episode, or one value for all. Episodes that a
                 step has begun are passed to `update` instead.
+            reports: The infos as columns, where `infos` holds only the keys in `keys`.
 
         Returns:
             V_h of the states, infinity where they are not readable.
@@ -315,15 +355,11 @@ class ShieldRuntime:
         rows = np.array(rows)
         readable = self.shield.readable(rows)
         known = readable[0] if self.num_envs is None else readable.all()
-        states = self.shield.model.states(rows) if known else self.shield.states(rows)
+        h = self._reported_h(infos)
+        states = (self.shield.model if known else self.shield).states(rows, h)
         if states.known is not None:
             readable = readable & states.known
         self.infos = infos
-        if self._constraint is not None:
-            batch = batch_of_one(observations) if single else observations
-            h = _constraint_of(self._constraint, batch, self.infos)
-            raised = np.maximum(states.value, h.astype(states.value.dtype))
-            states = StateValue(states.inputs, raised, states.known)
         if self.num_envs is None:
             self.values = float(states.value[0]) if readable[0] else np.inf
         else:
@@ -331,6 +367,9 @@ class ShieldRuntime:
         if self._memory is not None:
             self._memory.reset(np.full(self._count, starts))
         self.rows, self._readable, self._states = rows, readable, states
+        if self._vouched:
+            given = infos if reports is None else reports
+            self._compare(states, Reports.of(given, self.num_envs))
         return self.values
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> Scalars:
@@ -340,11 +379,7 @@ class ShieldRuntime:
             observations: The k last observations.
             infos: The infos that came with these observations.
         """
-        values: Scalars = np.asarray(self.shield.value(observations))
-        if self._constraint is not None:
-            h = _constraint_of(self._constraint, observations, infos)
-            values = np.maximum(values, h)
-        return values
+        return np.asarray(self.shield.value(observations, constraint=self._reported_h(infos)))
 
     def filter(self, actions: npt.ArrayLike) -> Decision:
         """Decide which actions the environments execute in the states observed.
@@ -427,17 +462,24 @@ class ShieldRuntime:
 
     # -- infos ----------------------------------------------------------------------------------
 
-    def start_infos(self) -> dict[str, PerEnv]:
+    def start_infos(self, starts: Flags | bool = True) -> dict[str, PerEnv]:
         """Return the entries of infos for a reset, whose states are those last observed.
 
         No action was proposed or executed, so both are NaN; where actions are whole numbers, both
-        are one less than the lowest action.
+        are one less than the lowest action. The call decides whether the new episodes are
+        certified, so it must follow the `step_infos` of the episodes that ended.
+
+        Args:
+            starts: (n,) whether the state last observed begins an episode, or one value for all.
         """
         if self.num_envs is None:
             intervened: PerEnv = False
         else:
             intervened = np.zeros(self._count, np.bool_)
         nothing = self._nothing
+        begins = np.full(self._count, starts)
+        safe = self._vouched & ~self._contradicted & self.in_safe_set(self._each(self.values))
+        self._covered = np.where(begins, safe, self._covered)
         start = Decision(nothing.copy(), nothing.copy(), intervened, self.values, self._told())
         return self.step_infos(start, self.values)
 
@@ -452,7 +494,8 @@ class ShieldRuntime:
             INTERVENED: decision.intervened,
             VALUE: decision.value,
             THRESHOLD: decision.threshold,
-            CERTIFIED: self.certified(reached),
+            CERTIFIED: bool(self._covered[0]) if self.num_envs is None else self._covered.copy(),
+            SAFE_SET: self.in_safe_set(reached),
             PROPOSED: decision.proposed,
             EXECUTED: decision.executed,
         }
@@ -487,6 +530,70 @@ class ShieldRuntime:
         told[ended] = self._joined(masks, infos)
         return {ACTION_MASK: told}
 
+    # -- the environments' reports ---------------------------------------------------------------
+
+    def _reported_h(self, infos: InfoDicts) -> Scalars | None:
+        """Return h (n,) that the infos report; None where the shield does not need the report.
+
+        Raises:
+            ValueError: An info lacks the report, or the reports are whole numbers, as in a column
+                into which a vector environment has rounded them.
+        """
+        if not self._reported:
+            return None
+        told = [info.get(CONSTRAINT) for info in infos]
+        source = self.shield.constraint
+        if any(h is None for h in told):
+            raise ValueError(
+                f"the shield needs the constraint '{source}' of each state, but the environment "
+                "does not report info['constraint'] for it: report it at reset and at every step, "
+                f"or register the function of the observation as {source!r}"
+            )
+        if self.num_envs is not None and any(isinstance(h, np.integer) for h in told):
+            raise ValueError(
+                "info['constraint'] must be a float in every environment, got a column of whole "
+                "numbers, into which the vector environment has rounded the reports: return "
+                "float(h)"
+            )
+        return np.array([float(h) for h in told])
+
+    def _compare(self, states: StateValue, reports: Reports) -> None:
+        """Withdraw the promise where the environments' reports contradict the shield's h.
+
+        A source of h that differs from the report, or from the cost, shows that the environment is
+        not the one of the record. The promise is then withdrawn for good. A state that violates
+        although V_h <= -delta by the network's estimate of h withdraws it for the episode.
+        """
+        h, values = states.constraint, states.value
+        if self.num_envs is None:
+            h, values = None if h is None else h[0], values[0]
+        if h is None:
+            bad = self.in_safe_set(values) & ((reports.constraint > 0) | (reports.cost > 0))
+        else:
+            differs = abs(reports.constraint - h) > self._near
+            bad = differs | ((reports.cost > 0) & (h <= -self._near))
+        self._contradicted[:] = bad
+        if not self._contradicted.any():
+            return
+        self._covered &= ~self._contradicted
+        if h is not None:
+            self._vouched = False
+            self._covered[:] = False
+        if self._warned:
+            return
+        self._warned = True
+        at = int(self._contradicted.argmax())
+        told = [float(np.ravel(x)[at]) for x in (*reports, values if h is None else h)]
+        used = "V_h" if h is None else f"h by the shield's source '{self.shield.constraint}'"
+        warnings.warn(
+            f"the environment reports the constraint {told[0]:.4g} and the cost {told[1]:.4g} of a "
+            f"state where {used} is {told[2]:.4g}: the shield's record does not cover "
+            f"{'this episode' if h is None else 'this environment'}; calibrate the shield in the "
+            "environment that it will protect",
+            OtherEnvironmentWarning,
+            stacklevel=4,
+        )
+
     # -- parts ----------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -495,6 +602,7 @@ class ShieldRuntime:
     def _fail(self) -> None:
         """Forget the states and reset the memory, because the present states are not known."""
         self._forget()
+        self._covered[:] = False
         if self._memory is not None:
             self._memory.reset(np.ones(self._count, np.bool_))
 
@@ -538,13 +646,3 @@ class Transition:
     ) -> None:
         if kind is not None:
             self._runtime._fail()
-
-
-def _constraint_of(source: ConstraintSource, observations: Batch, infos: InfoDicts) -> Scalars:
-    told = np.asarray(source(observations, infos), np.float64)
-    if told.shape != (len(infos),) or not np.isfinite(told).all():
-        raise ValueError(
-            f"the constraint source must return {len(infos)} finite numbers, one for each "
-            f"environment, got {told!r:.80}"
-        )
-    return told

@@ -228,16 +228,26 @@ class Shield:
 
     # -- values ---------------------------------------------------------------------------------
 
-    def value(self, observation: Batch, action: Batch | None = None) -> Scalars | np.floating:
+    def value(
+        self,
+        observation: Batch,
+        action: Batch | None = None,
+        *,
+        constraint: npt.ArrayLike | None = None,
+    ) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): one number () or a batch (n,), in units of h.
 
         Args:
             observation: One observation, or a batch as Gymnasium's vector environments make it:
                 (n, *shape), (n,) for a Discrete, a dict of such arrays for a Dict.
             action: One action or a batch, in the same form; None for V_h.
+            constraint: h of the states, () or (n,), for a shield whose source of h this process
+                has not registered. NaN means that h is not known.
 
         Raises:
-            ValueError: An argument has a wrong shape.
+            LookupError: The shield's source of h is not registered, and `constraint` is None.
+            ValueError: An argument has a wrong shape, or `constraint` is given to a shield that
+                does not need it.
 
         The value is +infinity where the observation is not readable, or the action is not finite or
         outside the box.
@@ -246,17 +256,23 @@ class Shield:
         actions = None if action is None else self.action_rows(action)[0]
         if actions is not None and len(actions) != len(rows):
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
-        values = self.row_values(rows, actions)
+        values = self.row_values(rows, actions, self._given(constraint, len(rows)))
         return values[0] if single else values
 
-    def row_values(self, rows: Observations, actions: Actions | None = None) -> Scalars:
+    def row_values(
+        self,
+        rows: Observations,
+        actions: Actions | None = None,
+        constraint: Scalars | None = None,
+    ) -> Scalars:
         """Return V_h (n,) of observations, or Q_h (n,) of actions in them, as `value` does.
 
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
             actions: (n, act) actions, one for each observation; None for V_h.
+            constraint: (n,) h of the states; None where the shield's source computes it.
         """
-        states = self.states(rows)
+        states = self.states(rows, constraint)
         known = self.known(states, rows)
         if actions is None:
             return _where_known(known, states.value)
@@ -285,18 +301,19 @@ class Shield:
         readable = self.readable(rows)
         return readable if states.known is None else readable & states.known
 
-    def states(self, rows: Observations) -> StateValue:
+    def states(self, rows: Observations, constraint: Scalars | None = None) -> StateValue:
         """Return V_h and the network inputs of n observations, which `filter_rows` takes.
 
         The log's mean takes the place of entries that are not readable.
 
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
+            constraint: (n,) h of the states; None where the shield's source computes it.
         """
         near = self._readable.entries(rows)
         if not near.all():
             rows = np.where(near, rows, self.model.scaling.observation_mean)
-        return self.model.states(rows)
+        return self.model.states(rows, constraint)
 
     def certified(self, observation: Batch) -> Flags | np.bool_:
         """Return whether states are certified: V_h(s) <= -delta and the shield is calibrated.
@@ -309,7 +326,9 @@ class Shield:
 
     # -- accept and filter ----------------------------------------------------------------------
 
-    def filter(self, observation: Batch, action: Batch) -> tuple[npt.NDArray[Any], FilterReport]:
+    def filter(
+        self, observation: Batch, action: Batch, *, constraint: npt.ArrayLike | None = None
+    ) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the report on it.
 
         An accepted action is returned unchanged, bit for bit and in its own dtype. The argument is
@@ -322,6 +341,7 @@ class Shield:
         Args:
             observation: One observation, or a batch (see `value`).
             action: One action, or a batch.
+            constraint: h of the states, see `value`.
 
         Returns:
             The action to execute in the form of `action`, and the report: for a batch of n actions,
@@ -335,7 +355,8 @@ class Shield:
         rows, _ = self.observation_rows(observation)
         if len(actions) != len(rows):
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
-        executed, report = self.filter_rows(self.states(rows), rows, actions)
+        states = self.states(rows, self._given(constraint, len(rows)))
+        executed, report = self.filter_rows(states, rows, actions)
         if single:
             one = report.row(0)
             return (self.points(executed)[0] if one.intervened else proposed), one
@@ -531,6 +552,26 @@ class Shield:
         codec = self.model.action_codec
         check_discrete(codec)
         return agent_masks(*self.acceptable_choices(states, rows, threshold), codec)
+
+    def _given(self, constraint: npt.ArrayLike | None, count: int) -> Scalars | None:
+        """Return h (count,) that a caller passes, after a check."""
+        if constraint is None:
+            return None
+        source = self.model.constraint
+        if source is None or source.available:
+            why = "a network estimates h" if source is None else f"'{source.name}' computes h"
+            raise ValueError(
+                f"constraint must be left out, because in this shield {why}; "
+                "with_constraint(ConstraintSource(name)) makes a shield that takes h from its "
+                "caller, without a record"
+            )
+        h = np.asarray(constraint, np.float64).reshape(-1)
+        if h.shape != (count,):
+            raise ValueError(
+                f"constraint must be one number for each of {count} observations, got shape "
+                f"{np.shape(constraint)}"
+            )
+        return h
 
     def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
         """Return whether actions (n, act) pass the support test, (n,); False where not asked."""

@@ -79,7 +79,8 @@ class ConstraintSource:
                 f"the constraint '{self.name}' is not registered in this process: import the "
                 "module that registers it (safeshield.suites for the benchmark tasks, "
                 "safeshield.envs for the package's own environments), pass the function, "
-                "shield.with_constraint(function), or use the network's estimate instead, "
+                "shield.with_constraint(function), pass the number, shield.filter(observation, "
+                "action, constraint=h), or use the network's estimate instead, "
                 "shield.with_constraint(None), which drops the record"
             )
         told = np.asarray(function(observations))
