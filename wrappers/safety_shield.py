@@ -42,8 +42,10 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
                             taken (at reset: V_h of the state); infinity where not finite
     shield/threshold        float: the number that the value must not exceed: -delta (or
                             less, where the threshold adapts)
-    shield/certified        bool: whether the state just reached has V_h <= -delta and the
-                            shield is calibrated, in no other environment (see below)
+    shield/certified        bool: whether the promise of the shield's record covers the episode:
+                            it began in a state with V_h <= -delta, in the environment of the
+                            record (see below)
+    shield/safe_set         bool: whether the state just reached has V_h <= -delta
     action_proposed         array: the action that the agent sent (at reset: NaN; where actions
                             are discrete, an integer that is not an action)
     action_executed         array: the action that the dynamics saw (at reset: likewise)
@@ -75,10 +77,16 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     fixed threshold, and to the dynamics of the calibration, because no stricter threshold was
     tested.
 
-    Where the environment's spec has another id or other keyword arguments than the environment of
-    the calibration, an `OtherEnvironmentWarning` is issued and ``shield/certified`` is False in all
-    steps. An environment without a spec is not compared, nor are the arguments ``render_mode`` and
-    ``max_episode_steps``.
+    An episode is certified only in the environment of the record. Where the environment's spec has
+    another id or other keyword arguments, an `OtherEnvironmentWarning` is issued and
+    ``shield/certified`` is False in all steps. An environment without a spec is not compared, nor
+    are the arguments ``render_mode`` and ``max_episode_steps``. Where the shield has a source of h
+    (`Shield.constraint`) and the environment reports another h, or a cost although h is negative,
+    the warning is issued once with both values, and no later state is certified. Where a network
+    estimates h, a violation in a state with V_h <= -delta ends the promise for that episode.
+
+    Where the source of h is not registered in this process, the environment must report h in
+    ``info["constraint"]`` at reset and at every step.
 
     Args:
         env: An environment with the spaces that the shield was trained on.

@@ -44,7 +44,7 @@ class VecSafetyShield(VecEnvWrapper):
     the same as there.
 
     A `VecEnv` resets an environment in the step that ends its episode. That step's
-    ``shield/certified`` refers to the state reached, ``terminal_observation``, and is False where
+    ``shield/safe_set`` refers to the state reached, ``terminal_observation``, and is False where
     the `VecEnv` does not report that observation. The shield judges the next action in the new
     episode's first state, whose infos are in `reset_infos`.
 

@@ -49,9 +49,9 @@ class VectorSafetyShield(VectorWrapper):
                             taken (at reset: V_h of the state); infinity where not finite
     shield/threshold        (n,) float: the number that the value must not exceed: -delta (or
                             less, where the threshold adapts)
-    shield/certified        (n,) bool: whether the state just reached has V_h <= -delta and the
-                            shield is calibrated, in no other environment (see
-                            `SafetyShield`)
+    shield/certified        (n,) bool: whether the promise of the shield's record covers the
+                            episode, see `SafetyShield`
+    shield/safe_set         (n,) bool: whether the state just reached has V_h <= -delta
     action_proposed         (n, ...): the actions that the agent sent
     action_executed         (n, ...): the actions that the dynamics saw
     action_mask             (n, k) int8, where actions are discrete: which of them may be
@@ -71,7 +71,7 @@ class VectorSafetyShield(VectorWrapper):
     - SAME_STEP, and always in Gymnasium 0.29: where an episode ended, the environment's row of
       observations and infos is already that of the new episode's reset. The infos above about the
       step that was taken are in ``infos["final_info"]``, with the environment's own infos about
-      that step. There, ``shield/certified`` and ``action_mask`` refer to the last observation,
+      that step. There, ``shield/safe_set`` and ``action_mask`` refer to the last observation,
       ``infos["final_obs"]`` (0.29: ``"final_observation"``). A `SyncVectorEnv` of environments that
       are each in a `SafetyShield` returns the same.
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the environments in the mask. Only
