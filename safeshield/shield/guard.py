@@ -541,9 +541,9 @@ class ShieldRuntime:
         """
         if not self._reported:
             return None
-        told = [info.get(CONSTRAINT) for info in infos]
+        told = [info[CONSTRAINT] for info in infos if info.get(CONSTRAINT) is not None]
         source = self.shield.constraint
-        if any(h is None for h in told):
+        if len(told) < len(infos):
             raise ValueError(
                 f"the shield needs the constraint '{source}' of each state, but the environment "
                 "does not report info['constraint'] for it: report it at reset and at every step, "
