@@ -34,9 +34,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def once(name: str, compute: Callable[[], dict[str, Any]], *, redo: bool = False) -> dict[str, Any]:
+def once(
+    name: str,
+    compute: Callable[[], dict[str, Any]],
+    *,
+    redo: bool = False,
+    folder: Path = RESULTS,
+) -> dict[str, Any]:
     """Return the result stored under this name; compute and store it first where there is none."""
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     if path.exists() and not redo:
         kept: dict[str, Any] = json.loads(path.read_text())
         return kept
