@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 from suites import Normalised, learn
-from values_train import BOAT, CART, IDS
+from values_train import BOAT, CART
 
 import safeshield.suites  # noqa: F401 - registers the tasks
 from safeshield import OfflineDataset, Shield
@@ -21,14 +21,12 @@ from safeshield.envs.boat import next_state as sail
 from safeshield.envs.double_integrator import DoubleIntegratorTask
 from safeshield.envs.task import StateTask
 from safeshield.exact.double_integrator import value as cart_value
-from safeshield.nn.mlp import run
-from safeshield.shield.critics import SafetyModel, StateValue
+from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.guard import ShieldMemory, ShieldRuntime
-from safeshield.shield.replacement import NearestAcceptable, Rejected
+from safeshield.shield.replacement import NearestAcceptable, Rejected, nearest_acceptable
 from safeshield.shield.report import FilterReport
-from safeshield.suites.labels import log_label
+from safeshield.suites.logged import SOURCES
 from safeshield.suites.tasks import COST_LIMIT, find_task
-from safeshield.values.units import state_value
 
 NEAR = 6.0
 """Steps count as near the boundary where abs(V_h) is below this many margins."""
@@ -47,34 +45,10 @@ PATIENCE = 0.99
 # -- the exact constraint ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class ExactModel(SafetyModel):
-    """A model whose V_h(s) = h(s) + max(e(s), 0) has the exact constraint of the observation."""
-
-    source: Callable[[np.ndarray], np.ndarray] = lambda rows: np.full(len(rows), np.nan)
-    """Function: observations (n, obs) -> h (n,), NaN where an observation does not determine h."""
-
-    def states(self, observations: np.ndarray) -> StateValue:
-        """Return V_h of observations (n, obs)."""
-        inputs = self.scaling.observations(observations)
-        guess, excess = run(self._state_layers, inputs)[..., 0]
-        guessed = state_value(self.scale, guess, np.zeros_like(guess))
-        told = self.source(np.asarray(observations, np.float64))
-        h = np.where(np.isnan(told), guessed, told)
-        value = h + np.maximum(self.scale.excess * excess, 0.0)
-        return StateValue(inputs, value.astype(np.float32))
-
-
 def exact(shield: Shield, task: str) -> Shield:
-    """Return a shield that knows the constraint of the task's observations."""
-    if task in IDS:
-        source = {BOAT: BoatTask(), CART: DoubleIntegratorTask()}[task].constraint
-    else:
-        found = log_label(task)
-        assert found is not None
-        source = found.of_state
-    values = {one.name: getattr(shield.model, one.name) for one in dataclasses.fields(SafetyModel)}
-    return dataclasses.replace(shield, model=ExactModel(**values, source=source), record=None)
+    """Return a shield that computes h of an observation with the task's named source."""
+    name = {BOAT: "Boat@1", CART: "DoubleIntegrator@1"}.get(task) or SOURCES[task]
+    return shield.with_constraint(name)
 
 
 def margin_of(shield: Shield) -> float:
@@ -216,15 +190,15 @@ class StateWorld:
         rng = np.random.default_rng(seed)
         states = np.stack([self._task.draw_start(rng) for _ in range(20 * episodes)])
         good = certified(states.astype(np.float32))
-        self._states = states[good][:episodes]
-        return self._states.astype(np.float32), float(good.mean())
+        self.states = states[good][:episodes]
+        return self.states.astype(np.float32), float(good.mean())
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """See `World`."""
-        rewards = self._task.reward(self._states)
-        self._states = self._task.next_state(self._states, actions.astype(np.float64))
-        costs = (self._task.constraint(self._states) > 0).astype(float)
-        return self._states.astype(np.float32), rewards, costs, np.zeros(len(costs), bool)
+        rewards = self._task.reward(self.states)
+        self.states = self._task.next_state(self.states, actions.astype(np.float64))
+        costs = (self._task.constraint(self.states) > 0).astype(float)
+        return self.states.astype(np.float32), rewards, costs, np.zeros(len(costs), bool)
 
 
 class SuiteWorld:
@@ -430,71 +404,110 @@ class Grid:
         return index, weights / np.where(total > 0.0, total, 1.0)
 
 
-def worst_agent(
-    shield: Shield, rule: str, delta: float, episodes: int, seed: int, *, directions: int = 24
-) -> dict[str, float]:
-    """Find the boat's worst agent by dynamic programming against the shield, and let it play.
+def replacements(
+    shield: Shield, points: np.ndarray, courses: np.ndarray, deltas: tuple[float, ...]
+) -> np.ndarray:
+    """Return what the default rule executes of m courses in n states: (deltas, n, m, 2).
+
+    The result is that of `Shield.filter` for each delta. Candidates that do not depend on the
+    proposed action are judged once for each state.
+    """
+    model, width = shield.model, len(courses)
+    whole = CandidateSet()
+    kept = np.empty((len(deltas), len(points), width, 2), np.float32)
+    for part in np.array_split(np.arange(len(points)), max(1, len(points) // 1000)):
+        states = model.states(points[part].astype(np.float32))
+        nothing = np.zeros((len(part), 2), np.float32)
+        common = dataclasses.replace(whole, around=0).actions(model, states, nothing)
+        common_values = model.candidate_values(states, common)
+        wanted = np.broadcast_to(courses.astype(np.float32), (len(part), width, 2))
+        values = model.candidate_values(states, wanted)
+        kept[:, part] = wanted
+        row, column = np.nonzero(values > -max(deltas))
+        if not len(row):
+            continue
+        asked = wanted[row, column]
+        near = dataclasses.replace(whole, fallback=1, box=0)
+        around = near.actions(model, states.take(row), asked)[:, 1:]
+        around_values = model.candidate_values(states.take(row), around)
+        options = np.concatenate([asked[:, None], common[row], around], axis=1)
+        judged = np.concatenate(
+            [values[row, column, None], common_values[row], around_values], axis=1
+        )
+        scaled = model.scaling.actions(options)
+        for k, delta in enumerate(deltas):
+            best = nearest_acceptable(scaled, judged, np.full(len(row), -delta))
+            rejected = values[row, column] > -delta
+            picked = options[np.arange(len(row)), best]
+            kept[k, part[row[rejected]], column[rejected]] = picked[rejected]
+    return kept
+
+
+def worst_agents(
+    shield: Shield, deltas: tuple[float, ...], episodes: int, seed: int
+) -> dict[str, Any]:
+    """Find the boat's worst agent by dynamic programming for each delta, and let it play.
 
     The agent knows the exact dynamics and the shield, which is inside every transition. Its value
     is 1 in a rock and otherwise PATIENCE times the greatest value that a course leads to. It is
     computed on a grid upstream of the last rock. The agent takes the course of the greatest
     interpolated value, from certified starts that are uniform in the box.
     """
-    acting, memory = RULES[rule](shield, delta, 1)
-    if isinstance(memory, Hold):
-        raise ValueError("the worst agent needs a rule without memory")
-
-    def executed(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        rows = states.astype(np.float32)
-        judged = acting.states(rows)
-        given = np.full(len(rows), -delta)
-        limit = given if memory is None else memory.limit(judged.value, given)
-        return acting.filter_rows(judged, rows, actions.astype(np.float32), limit)[0]
-
     end = ROCK_CENTRES[:, 0].max() + 0.6
     grid = Grid(np.arange(UPSTREAM, end + CELL, CELL), np.arange(-2.0, 2.0 + CELL / 2, CELL))
     points = grid.points
     free = constraint(points) <= 0
-    angles = np.arange(directions) * (2.0 * np.pi / directions)
+    angles = np.arange(DIRECTIONS) * (2.0 * np.pi / DIRECTIONS)
     courses = np.stack([np.cos(angles), np.sin(angles)], -1)
-    count = int(free.sum())
-    index = np.empty((count, directions, 4), np.int32)
-    weights = np.empty((count, directions, 4), np.float32)
-    hit = np.empty((count, directions), bool)
-    for part in np.array_split(np.arange(count), max(1, count // 1000)):
-        states = np.repeat(points[free][part], directions, axis=0)
-        moved = sail(states, executed(states, np.tile(courses, (len(part), 1))))
-        into, share = grid.corners(moved, free)
-        index[part] = into.reshape(-1, directions, 4)
-        # Beyond the grid there is no rock to come.
-        share = share * (moved[:, :1] <= grid.xs[-1])
-        weights[part] = share.reshape(-1, directions, 4)
-        hit[part] = (constraint(moved) > 0).reshape(-1, directions)
-    value, table = np.zeros(len(points), np.float32), np.zeros((len(points), directions))
+    executed = replacements(shield, points[free], courses, deltas)
+    found = {}
+    for k, delta in enumerate(deltas):
+        moved = sail(points[free][:, None], executed[k])
+        table = _table(grid, free, moved)
+        found[f"{delta:g}"] = _voyages(
+            shield.with_delta(delta), grid, table, courses, episodes, seed
+        )
+    return {"episodes": episodes, "violating": found}
+
+
+def _table(grid: Grid, free: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """Return the value (points, courses) of the courses that lead to `moved` (free, courses, 2)."""
+    count, width, _ = moved.shape
+    flat = moved.reshape(-1, 2)
+    index, share = grid.corners(flat, free)
+    # Beyond the grid there is no rock to come.
+    share = (share * (flat[:, :1] <= grid.xs[-1])).astype(np.float32)
+    index = index.astype(np.int32)
+    hit = (constraint(flat) > 0).reshape(count, width)
+    value, table = np.zeros(len(free), np.float32), np.zeros((len(free), width), np.float32)
     for _ in range(1000):
-        gained = (value[index] * weights).sum(-1)
+        gained = np.einsum("nk,nk->n", value[index], share).reshape(count, width)
         table[free] = np.where(hit, 1.0, PATIENCE * gained)
         newest = table.max(axis=1)
         change = np.abs(newest - value).max()
-        value = newest.astype(np.float32)
-        if change < 1e-6:
+        value = newest
+        if change < 1e-5:
             break
-    task = BoatTask()
-    world = StateWorld(task)
-    states, _ = world.start(lambda rows: shield.row_values(rows) <= -delta, episodes, seed)
-    states = states.astype(np.float64)
+    return table
+
+
+def _voyages(
+    shield: Shield, grid: Grid, table: np.ndarray, courses: np.ndarray, episodes: int, seed: int
+) -> int:
+    """Return how many episodes of the agent that follows a table violate, behind a shield."""
+    world = StateWorld(BoatTask())
+    world.start(lambda rows: shield.row_values(rows) <= shield.threshold, episodes, seed)
+    states, free = world.states.copy(), constraint(grid.points) <= 0
     violated = np.zeros(len(states), bool)
     for _ in range(world.horizon):
         going = np.flatnonzero(~violated & (states[:, 0] <= grid.xs[-1]))
         if not len(going):
             break
         into, share = grid.corners(states[going], free)
-        gained = (table[into] * share[..., None]).sum(axis=1)
-        chosen = courses[gained.argmax(axis=1)]
-        states[going] = sail(states[going], executed(states[going], chosen))
+        gained = np.einsum("nkc,nk->nc", table[into], share)
+        rows = states[going].astype(np.float32)
+        chosen = courses[gained.argmax(axis=1)].astype(np.float32)
+        actions, _ = shield.filter(rows, chosen)
+        states[going] = sail(states[going], actions)
         violated[going] = constraint(states[going]) > 0
-    return {
-        "episodes": len(states),
-        "violating": int(violated.sum()),
-        "value_above_tenth": float((value[free] > 0.1).mean()),
-    }
+    return int(violated.sum())

@@ -257,7 +257,9 @@ def trained(task: str, name: str, seed: int, data: Path, folder: Path) -> Shield
         trainer = VariantTrainer(VARIANTS[name], seed)
         updates = CRITIC_UPDATES.get(task, OTHER_UPDATES)
         steps = round(updates / trainer.config.phase_shares[0])
-        trainer.fit(log, steps=steps).shield().save(path)
+        checkpoint = path.with_suffix(".checkpoint")
+        trainer.fit(log, steps=steps, checkpoint=checkpoint).shield().save(path)
+        checkpoint.unlink()
     return Shield.load(path)
 
 
