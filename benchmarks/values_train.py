@@ -98,12 +98,12 @@ def losses(
     """Return the loss of a variant's critics; `SafetyCritics.losses` has that of the defaults.
 
     Args:
-        critics: description of the networks.
-        variant: settings.
-        networks: online weights.
-        targets: slow copies of the weights.
-        batch: transitions and the coefficients of the windows.
-        window: length of the windows, in steps.
+        critics: Description of the networks.
+        variant: Settings.
+        networks: Online weights.
+        targets: Slow copies of the weights.
+        batch: Transitions and the coefficients of the windows.
+        window: Length of the windows, in steps.
         draws: (batch, draws, act) actions of the behaviour in the states, in [-1, 1]; None where
             V_h is not fitted to them.
     """

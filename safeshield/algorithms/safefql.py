@@ -106,7 +106,7 @@ SAFETY_TEMPERATURE = 5.0
 
 @dataclass(eq=False)
 class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
-    """The three phases, either one after the other or all in every update."""
+    """SafeFQL's training in three phases, one after the other or all in every update."""
 
     def __post_init__(self) -> None:
         joint = self.config.phases == "joint"

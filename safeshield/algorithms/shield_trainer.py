@@ -135,7 +135,10 @@ class ShieldArchitecture(Architecture):
 
 @dataclass(eq=False)
 class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
-    """The three phases. Where the support counts in the backups, the behaviour is trained first."""
+    """A shield's training in three phases.
+
+    Where the support counts in the backups, the behaviour is trained first.
+    """
 
     def __post_init__(self) -> None:
         self._safety = SafetyLog(self.model.safety, self.log)

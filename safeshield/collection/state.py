@@ -29,7 +29,7 @@ _RETURNS, _COSTS, _POLICY, _MOMENTS = "episodes.returns", "episodes.costs", "pol
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a learner."""
+    """How far a learner has come, as its state file stores it."""
 
     updates: int
     """Number of updates that are done."""

@@ -44,7 +44,7 @@ class Support(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """A batch of n steps."""
+    """A batch of n steps, with mu's proposals before and after each."""
 
     here: Support
     """mu's proposals before the step."""
@@ -60,7 +60,7 @@ class Transitions(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftCritics:
-    """The twin networks of Q, as pure functions of (params, inputs)."""
+    """The twin networks of Q, the soft action value, as pure functions of (params, inputs)."""
 
     inputs: int
     """Features of an observation."""

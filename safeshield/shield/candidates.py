@@ -20,7 +20,7 @@ _SEED = 20_260_315
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """How many candidates of each kind a shield considers."""
+    """The numbers of candidates of each kind that a shield considers as replacements."""
 
     fallback: int = 8
     """Number of actions of the fallback actor: one for noise z = 0, the others for drawn z."""

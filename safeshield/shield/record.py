@@ -11,7 +11,7 @@ from safeshield.files.schema import json_values, record_from_json
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """The result at the chosen threshold where one policy proposed the actions."""
+    """The result of the test of one policy's proposals at the chosen threshold."""
 
     policy: str
     episodes: int

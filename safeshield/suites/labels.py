@@ -38,7 +38,10 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Counts of the reached states of a log in which computed labels and costs agree or not."""
+    """Counts of the states of a log in which computed labels and logged costs agree or not.
+
+    They agree where the label is positive exactly where the cost is.
+    """
 
     states: int
     """Number of states, which is the number of steps of the log."""

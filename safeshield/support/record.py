@@ -22,7 +22,10 @@ def episodes_needed(alpha: float) -> int:
 
 @dataclass(frozen=True)
 class SupportRecord(Settings):
-    """The calibration of one support test by split conformal over episodes."""
+    """The calibration of a support test: the level of its score, and what the level promises.
+
+    The level is set by split conformal prediction over held-out episodes (`calibration.support`).
+    """
 
     alpha: Inside
     """Bound on the probability that more than `share` of a new episode's steps are unseen."""

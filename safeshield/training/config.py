@@ -140,7 +140,7 @@ class CriticConfig(ValueConfig):
 
 @dataclass(frozen=True)
 class EulerConfig(CriticConfig):
-    """Settings of algorithms that have critics and a flow that is integrated."""
+    """Settings of algorithms that have critics and a flow, which is integrated by Euler steps."""
 
     flow_steps: PositiveInt = 10
     """Number of Euler steps that integrate the flow. More steps are more accurate and slower."""

@@ -42,7 +42,7 @@ ModelT = TypeVar("ModelT", bound="CriticArchitecture")
 
 @dataclass(frozen=True)
 class Critics:
-    """Safety and reward critics in the units of one log."""
+    """Descriptions of the safety and the reward critics, in the units of one log."""
 
     safety: SafetyCritics
     """Description of the safety critics."""

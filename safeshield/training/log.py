@@ -77,7 +77,10 @@ class LogTensors:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Identity of a run. A checkpoint of another run is rejected with the differences."""
+    """What identifies a training run: algorithm, settings, log and number of updates.
+
+    A checkpoint of another run is rejected with the differences.
+    """
 
     algorithm: str
     """Name of the algorithm."""

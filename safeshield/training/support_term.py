@@ -55,7 +55,10 @@ from safeshield.values.units import BEHAVIOUR, SafetyScale
 
 @dataclass(eq=False)
 class SupportTerm:
-    """h_support of a log's transitions, which is computed from the learned behaviour."""
+    """The term h_support of a log's transitions, which is above 0 where an action is not supported.
+
+    It is computed from the learned behaviour.
+    """
 
     dataset: OfflineDataset
     """The log."""

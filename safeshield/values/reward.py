@@ -55,7 +55,11 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class RewardCritics:
-    """The networks of V_r and Q_r, as pure functions of (networks, inputs)."""
+    """The networks of V_r and Q_r, the expected discounted rewards, as pure functions.
+
+    `networks` holds the weights of the two networks by name: the online weights or their slow
+    copies.
+    """
 
     observation: int
     """Number of features of an observation."""

@@ -36,7 +36,11 @@ _POOL = 65_536
 
 
 class Judgement(NamedTuple):
-    """Values of states and of actions in them, in standard deviations; feasible where <= 0."""
+    """Values of states and of actions in them, in standard deviations.
+
+    A state or an action counts as feasible, that is, safe to be in or to take, where its value is
+    at most minus the margin. The standard deviation is that of h, or of the cost's return.
+    """
 
     value: Tensor
     """(batch,) values of the states."""
@@ -45,7 +49,7 @@ class Judgement(NamedTuple):
 
 
 class Feasibility(Protocol):
-    """Evaluation of states and actions with the critics of a training state."""
+    """A test of whether states and actions are feasible, by the critics of a training state."""
 
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """Return the values of n states and of one action in each of them.
@@ -73,7 +77,7 @@ class Feasibility(Protocol):
 
 @dataclass(frozen=True)
 class FromSafety:
-    """Feasibility by V_h and Q_h."""
+    """The test of feasibility by V_h and Q_h, the safety values of a state and of an action."""
 
     critics: SafetyCritics
     """Description of the safety critics."""
@@ -102,7 +106,10 @@ class FromSafety:
 
 @dataclass(frozen=True)
 class FromCost:
-    """Feasibility by V_c and Q_c, where `critics` learns the return of the negative cost."""
+    """The test of feasibility by V_c and Q_c, the expected discounted costs, and their percentiles.
+
+    `critics` learns the return of the negative cost.
+    """
 
     critics: RewardCritics
     """Description of the critics of the cost."""

@@ -236,7 +236,7 @@ def _of_mean_one(weights: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
-    """The three phases: the critics, the generative model, then the experts."""
+    """FLRP's training in three phases: the critics, the generative model, then the experts."""
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model

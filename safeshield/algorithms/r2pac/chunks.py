@@ -26,7 +26,7 @@ from safeshield.values.backup import RewardWindow
 
 
 class Chunk(NamedTuple):
-    """A batch of chunks."""
+    """A batch of chunks, each of which is h successive actions of the log."""
 
     observations: Tensor
     """(batch, obs) s_t, normalised."""

@@ -174,7 +174,7 @@ def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
 
 @dataclass(eq=False)
 class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
-    """The three phases: the critics, the actor, then its student."""
+    """R2PAC's training in three phases: the critics, the actor, then its student."""
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model

@@ -58,7 +58,10 @@ class RegionReport(NamedTuple):
 
 
 class Region(Protocol):
-    """Test for unsafe states and dangerous chunks, with the critics of a training state."""
+    """Test for unsafe states and dangerous chunks, with the critics of a training state.
+
+    The states that the test calls unsafe are the region that R2PAC's plans avoid.
+    """
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
         """Return whether states of the log, whose h is known, are unsafe, (n,) bool.
@@ -98,7 +101,10 @@ class Region(Protocol):
 
 @dataclass(frozen=True)
 class CostRegion:
-    """Region V_c > l, where `critics` learns the return of the negative cost."""
+    """The region of states in which the expected discounted cost V_c is above a level l.
+
+    `critics` learns the return of the negative cost.
+    """
 
     critics: RewardCritics
     """Description of the critics of the cost."""
@@ -163,7 +169,7 @@ class CostRegion:
 
 @dataclass(frozen=True)
 class SafetyRegion:
-    """Region V_h > -margin."""
+    """The region of states whose safety value V_h is above -margin."""
 
     critics: SafetyCritics
     """Description of the safety critics."""
