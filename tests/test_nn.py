@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import expectile
-from torch import Tensor, nn
+from torch import nn
 
 from safeshield.nn.flow import euler_sample, flow_matching_loss, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks, Params, like, tensors
@@ -45,6 +45,8 @@ def test_an_ensemble_is_a_loop_over_its_members(hidden: tuple[int, ...], members
     each = torch.randn(members, 11, 4, generator=generator(2))
     loop = torch.stack([torch_twin(network, params, i)(each[i]) for i in range(members)])
     torch.testing.assert_close(network(params, each), loop)
+    # As a function of its inputs alone, the network gives the same numbers.
+    assert torch.equal(network.on(params)(each), network(params, each))
 
 
 def test_members_start_differently_and_within_the_bounds_of_torch() -> None:
@@ -146,15 +148,13 @@ def test_like_gives_values_their_names_back() -> None:
 # -- flow matching ------------------------------------------------------------------------------
 
 
-class AffineField:
-    """v(s, x, t) = matrix x + shift + t drift: stands in for a network."""
-
-    def __init__(self, matrix: float, shift: float, drift: float = 0.0) -> None:
-        self.matrix, self.shift, self.drift = matrix, shift, drift
-
-    def __call__(self, params: Params, inputs: Tensor) -> Tensor:
-        x, time = inputs[:, 1:3], inputs[:, 3:]
-        return (self.matrix * x + self.shift + self.drift * time)[None]
+def affine_field(slope: float, shift: float, drift: float = 0.0) -> tuple[EnsembleMLP, Params]:
+    """A velocity network of one layer, and weights for v(s, x, t) = slope x + shift + drift t."""
+    network = velocity_network(1, 2, ())
+    weight = torch.zeros(network.shapes["0.weight"])
+    weight[0, 1:3] = slope * torch.eye(2)
+    weight[0, 3] = drift
+    return network, {"0.weight": weight, "0.bias": torch.full((1, 1, 2), shift)}
 
 
 def test_flow_matching_loss_is_the_formula() -> None:
@@ -175,27 +175,27 @@ def test_the_true_velocity_has_no_loss_and_no_other_constant_has_less() -> None:
     # All actions equal: the straight path to a has velocity a - z = (a - x) / (1 - t).
     a, z = torch.full((50, 2), 0.5), torch.randn(50, 2, generator=generator())
     t, s = torch.zeros(50, 1), torch.zeros(50, 1)
-    assert float(flow_matching_loss(AffineField(-1.0, 0.5), {}, s, a, z, t)) < 1e-10  # type: ignore[arg-type]
-    assert float(flow_matching_loss(AffineField(-1.0, 0.6), {}, s, a, z, t)) > 1e-3  # type: ignore[arg-type]
+    assert float(flow_matching_loss(*affine_field(-1.0, 0.5), s, a, z, t)) < 1e-10
+    assert float(flow_matching_loss(*affine_field(-1.0, 0.6), s, a, z, t)) > 1e-3
 
 
 def test_euler_steps_are_the_compound_interest_of_a_linear_field() -> None:
     z = torch.tensor([[0.1, -0.2], [0.05, 0.0]])
     s = torch.zeros(2, 1)
     for steps in (1, 4, 10):
-        moved = euler_sample(AffineField(0.5, 0.0), {}, s, z, steps)  # type: ignore[arg-type]
+        moved = euler_sample(*affine_field(0.5, 0.0), s, z, steps)
         torch.testing.assert_close(moved, z * (1 + 0.5 / steps) ** steps)
     # t = i / K: the mean of the times is (K - 1) / 2K, not a half.
-    moved = euler_sample(AffineField(0.0, 0.0, 1.0), {}, s, z, 10)  # type: ignore[arg-type]
+    moved = euler_sample(*affine_field(0.0, 0.0, 1.0), s, z, 10)
     torch.testing.assert_close(moved, z + 0.45)
 
 
 def test_samples_stay_in_the_box_and_only_the_end_is_clipped() -> None:
     z, s = torch.tensor([[3.0, -3.0]]), torch.zeros(1, 1)
-    still = euler_sample(AffineField(0.0, 0.0), {}, s, z, 4)  # type: ignore[arg-type]
+    still = euler_sample(*affine_field(0.0, 0.0), s, z, 4)
     torch.testing.assert_close(still, torch.tensor([[1.0, -1.0]]))
     # Out of the box at first, inside at the end.
-    back = euler_sample(AffineField(0.0, -2.5), {}, s, torch.tensor([[3.0, 3.0]]), 5)  # type: ignore[arg-type]
+    back = euler_sample(*affine_field(0.0, -2.5), s, torch.tensor([[3.0, 3.0]]), 5)
     torch.testing.assert_close(back, torch.tensor([[0.5, 0.5]]))
 
 

@@ -167,7 +167,8 @@ def zeros(like: A, rows: int, columns: int) -> A:
 
 def tiled(x: A, times: int) -> A:
     """Return all rows of x (n, width), repeated `times` times: (times * n, width)."""
-    return np.tile(x, (times, 1)) if isinstance(x, np.ndarray) else x.repeat(times, 1)
+    # For few rows np.tile takes several times as long as np.concatenate.
+    return np.concatenate([x] * times) if isinstance(x, np.ndarray) else x.repeat(times, 1)
 
 
 def interleaved(even: A, odd: A) -> A:

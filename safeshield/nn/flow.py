@@ -99,9 +99,9 @@ def _follow(
     times: range,
     signed: int,
 ) -> A:
-    path = Path(observations, start)
+    field, path = network.on(params), Path(observations, start)
     for i in times:
-        path.move(network(params, path.rows(i / abs(signed)))[0], signed)
+        path.move(field(path.rows(i / abs(signed)))[0], signed)
     return path.x
 
 

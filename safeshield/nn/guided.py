@@ -91,9 +91,10 @@ def guided_sample(
     branches = 2 if guidance else 1
     labels = zeros(noise, branches * count, LABELS)
     labels[count:, 0] = 1.0
+    field = network.on(params)
     path = Path(tiled(observations, branches), tiled(noise, branches), labels)
     for i in range(steps):
-        velocity = network(params, path.rows(i / steps))[0]
+        velocity = field(path.rows(i / steps))[0]
         if guidance:
             velocity = tiled(lerp(velocity[:count], velocity[count:], guidance), branches)
         path.move(velocity, steps)

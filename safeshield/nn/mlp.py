@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -75,6 +76,13 @@ class EnsembleMLP:
     def __call__(self, params: ParamsOf[A], x: A) -> A:
         """Map (batch, inputs), or (members, batch, inputs), to (members, batch, outputs)."""
         return run(layers(params), x)
+
+    def on(self, params: ParamsOf[A]) -> Callable[[A], A]:
+        """Return the network with these weights as a function of its inputs.
+
+        The layers are looked up once, which saves time where the network runs several times.
+        """
+        return partial(run, layers(params))
 
 
 def drawn(
