@@ -27,7 +27,6 @@ from safeshield.rollouts.infos import (
     COST,
     EXECUTED,
     Array,
-    Column,
     Infos,
     column_of,
     final_observations_key,
@@ -248,7 +247,7 @@ class _BatchRecord:
         self._info_keys = info_keys
         keys = (COST, CONSTRAINT, EXECUTED, *info_keys)
         self._reset = {key: column_of(reset_infos, key, count) for key in keys}
-        self._columns: dict[str, list[Column | None]] = {key: [] for key in keys}
+        self._columns: dict[str, list[Sequence[Any] | Array]] = {key: [] for key in keys}
         self._steps: list[VectorStep] = []
         self._lengths = np.zeros(count, dtype=np.int64)
 
@@ -266,14 +265,10 @@ class _BatchRecord:
                 name: np.stack([getattr(step, name)[i] for step in self._steps[:length]])
                 for name in _ROWS
             },
-            {key: _entry(column, i) for key, column in self._reset.items()},
+            {key: column[i] for key, column in self._reset.items()},
             {
-                key: [_entry(column, i) for column in columns[:length]]
+                key: [column[i] for column in columns[:length]]
                 for key, columns in self._columns.items()
             },
             self._info_keys,
         )
-
-
-def _entry(column: Column | None, i: int) -> Any:  # noqa: ANN401 - a value of an info
-    return column.values[i] if column is not None and column.present[i] else None

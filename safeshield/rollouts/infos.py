@@ -8,11 +8,12 @@ has reset itself in a step, the entries of the episode that ended are in ``infos
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from safeshield.spaces.batches import copied
 
 Array = npt.NDArray[Any]
 Infos = Mapping[str, Any]
@@ -55,16 +56,6 @@ TIME_LIMIT = "TimeLimit.truncated"
 """Key under which Stable-Baselines3 reports that an episode was truncated."""
 
 
-@dataclass
-class Column:
-    """One key of the infos of n environments."""
-
-    values: Array
-    """(n, ...) values of the key."""
-    present: npt.NDArray[np.bool_]
-    """(n,) whether the environment reports the key."""
-
-
 def reported(infos: Infos, key: str, count: int) -> npt.NDArray[np.bool_]:
     """Return which of `count` environments report a key, as (count,) bool.
 
@@ -84,22 +75,24 @@ def final_observations_key(infos: Infos) -> str | None:
     return next((key for key in FINAL_OBSERVATIONS if key in infos), None)
 
 
-def column_of(infos: Infos | Array, key: str, count: int) -> Column | None:
-    """Return one key of the infos of `count` environments; None where none of them reports it."""
+def column_of(infos: Infos | Array, key: str, count: int) -> Sequence[Any] | Array:
+    """Return copies of one key's values in the infos of `count` environments.
+
+    The value is None for an environment that does not report the key.
+    """
     if isinstance(infos, np.ndarray):
         # In Gymnasium 0.29 final_info is an array of dictionaries and None.
-        return _column_of_rows([None if one is None else one.get(key) for one in infos])
+        return [_copied((one or {}).get(key)) for one in infos]
     if key not in infos:
-        return None
-    values = np.asarray(infos[key])
-    present = reported(infos, key, count)
-    if values.dtype != object:
-        return Column(values.copy(), present)
-    return _column_of_rows([values[i] if present[i] else None for i in range(count)])
+        return [None] * count
+    values, present = np.array(infos[key]), reported(infos, key, count)
+    if values.dtype != object and present.all():
+        return values
+    return [_copied(values[i]) if present[i] else None for i in range(count)]
 
 
-def step_column(infos: Infos, key: str, replaced: npt.NDArray[np.bool_]) -> Column | None:
-    """Return one key as it was after a step; None where no environment reports it.
+def step_column(infos: Infos, key: str, replaced: npt.NDArray[np.bool_]) -> Sequence[Any] | Array:
+    """Return `column_of` one key for the states that a step reached.
 
     Args:
         infos: Infos that the step returned.
@@ -107,19 +100,11 @@ def step_column(infos: Infos, key: str, replaced: npt.NDArray[np.bool_]) -> Colu
         replaced: (n,) whether the environment has already reset itself, so that ``"final_info"``
             holds its entry.
     """
-    count = len(replaced)
-    column = column_of(infos, key, count)
+    column = column_of(infos, key, len(replaced))
     if not replaced.any():
         return column
-    final = column_of(infos.get(FINAL_INFO, {}), key, count)
-    if column is None:
-        column = final
-    if column is None:
-        return None
-    column.present[replaced] = False if final is None else final.present[replaced]
-    if final is not None:
-        column.values[replaced] = final.values[replaced]
-    return column
+    final = column_of(infos.get(FINAL_INFO, {}), key, len(replaced))
+    return [final[i] if replaced[i] else column[i] for i in range(len(replaced))]
 
 
 def info_rows(
@@ -152,16 +137,8 @@ def info_rows(
     return rows
 
 
-def _column_of_rows(rows: Sequence[object]) -> Column | None:
-    present = np.array([row is not None for row in rows])
-    if not present.any():
-        return None
-    first = np.asarray(next(row for row in rows if row is not None))
-    values = np.zeros((len(rows), *first.shape), np.result_type(first.dtype, np.float32))
-    for i, row in enumerate(rows):
-        if row is not None:
-            values[i] = row
-    return Column(values, present)
+def _copied(value: object) -> Any:  # noqa: ANN401 - a value of an info
+    return None if value is None else copied(value)
 
 
 def violates(info: Infos) -> bool | None:
