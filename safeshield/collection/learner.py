@@ -141,7 +141,7 @@ class Learner:
                 file is damaged.
         """
         progress = read_progress(self.folder)
-        with _one_thread():
+        with one_thread():
             while progress.updates < updates:
                 count = min(self.config.segment, updates - progress.updates)
                 progress = self._segment(progress, count)
@@ -281,7 +281,7 @@ def _finish_episodes(model: PPO, stack: VecNormalize, recorder: EpisodeRecorder)
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Make torch use one thread in this context.
 
     Small networks are not faster with more, and one thread keeps the order of sums, so that results

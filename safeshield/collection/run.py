@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -97,7 +97,7 @@ def collect_while_learning(
         stack.enter_context(locked(folder))
         plan.claim(folder)
         venv = stack.enter_context(_environments(env, config.num_envs))
-        bar = stack.enter_context(_Bar(folder, plan, updates, shown=progress_bar))
+        bar = stack.enter_context(_progress_bar(folder, plan, updates, shown=progress_bar))
         done = [
             Learner(
                 venv,
@@ -106,7 +106,7 @@ def collect_while_learning(
                 (seed, number),
                 config,
                 label_magnitude,
-                report=bar.of(limit),
+                report=_report_to(bar, limit),
             ).learn(updates)
             for number, limit in enumerate(plan.limits)
         ]
@@ -228,41 +228,34 @@ def _provenance(
     }
 
 
-class _Bar:
-    """A progress bar over the steps of all learners."""
+def _progress_bar(folder: Path, plan: Plan, updates: int, *, shown: bool) -> tqdm:
+    """Return a progress bar over the steps of all learners, at what they have done before."""
+    numbers = range(len(plan.limits))
+    before = [read_progress(learner_folder(folder, number)).updates for number in numbers]
+    rollout = plan.config.rollout
+    return tqdm(
+        total=rollout * sum(max(updates, one) for one in before),
+        initial=rollout * sum(before),
+        disable=not shown,
+        unit="step",
+        unit_scale=True,
+    )
 
-    def __init__(self, folder: Path, plan: Plan, updates: int, *, shown: bool) -> None:
-        numbers = range(len(plan.limits))
-        before = [read_progress(learner_folder(folder, number)).updates for number in numbers]
-        rollout = plan.config.rollout
-        self._bar = tqdm(
-            total=rollout * sum(max(updates, one) for one in before),
-            initial=rollout * sum(before),
-            disable=not shown,
-            unit="step",
-            unit_scale=True,
-        )
 
-    def __enter__(self) -> Self:
-        return self
+def _report_to(bar: tqdm, limit: float | None) -> Callable[[int, Progress], None]:
+    """Return the `report` function for the learner with this limit."""
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def report(steps: int, progress: Progress) -> None:
+        bar.update(steps)
+        if steps and len(progress.returns):
+            recent = slice(-20, None)
+            told = {
+                "limit": "none" if limit is None else f"{limit:g}",
+                "return": f"{progress.returns[recent].mean():.4g}",
+                "cost": f"{progress.costs[recent].mean():.4g}",
+            }
+            if progress.price is not None:
+                told["price"] = f"{progress.price:.3g}"
+            bar.set_postfix(told, refresh=False)
 
-    def of(self, limit: float | None) -> Callable[[int, Progress], None]:
-        """Return the `report` function for the learner with this limit."""
-
-        def report(steps: int, progress: Progress) -> None:
-            self._bar.update(steps)
-            if steps and len(progress.returns):
-                recent = slice(-20, None)
-                told = {
-                    "limit": "none" if limit is None else f"{limit:g}",
-                    "return": f"{progress.returns[recent].mean():.4g}",
-                    "cost": f"{progress.costs[recent].mean():.4g}",
-                }
-                if progress.price is not None:
-                    told["price"] = f"{progress.price:.3g}"
-                self._bar.set_postfix(told, refresh=False)
-
-        return report
+    return report

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from safeshield.algorithms.safefql import SafeFQL
 from safeshield.calibration.calibrate import default_deltas, start_observations
 from safeshield.calibration.proposers import Adversary
+from safeshield.collection.learner import one_thread
 from safeshield.data.collect import collect
 from safeshield.data.dataset import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
-from safeshield.demo.settings import DemoConfig
+from safeshield.demo.settings import ENVIRONMENT, DemoConfig
 from safeshield.evaluation.episodes import (
     Evaluation,
     UnshieldedAdversary,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 AGENTS = ("straight to goal", "random", "adversary", "PPO")
 PICTURED = ("PPO", "adversary")
-ENVIRONMENT = "safeshield/Boat-v0"
 LOG, AGENT, SHIELD, TABLE = "boat.hdf5", "agent.safetensors", "boat.safetensors", "table.json"
 _PPO = "ppo.zip"
 _STARTS = 2000
@@ -167,15 +166,11 @@ def hardware() -> str:
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
+# Networks this small gain nothing from a second thread, and PPO needs the other core.
+@one_thread()
 def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> SafeFQL:
     training = dataclasses.replace(config.training, seed=config.seed)
-    threads = torch.get_num_threads()
-    # Networks this small gain nothing from a second thread, and PPO needs the other core.
-    torch.set_num_threads(1)
-    try:
-        return SafeFQL(training, device="cpu").fit(log, config.steps, progress_bar=progress_bar)
-    finally:
-        torch.set_num_threads(threads)
+    return SafeFQL(training, device="cpu").fit(log, config.steps, progress_bar=progress_bar)
 
 
 def _calibrate(
@@ -284,10 +279,10 @@ def _draw(
     pictures.calibration(folder / "calibration.png", shield, starts)
 
 
+@one_thread()
 def _train_ppo(path: str, steps: int, seed: int) -> None:
     from safeshield.demo.agents import train_ppo
 
-    torch.set_num_threads(1)
     train_ppo(path, steps, seed)
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from safeshield.algorithms.safefql import SafeFQLConfig
 from safeshield.files.settings import Count, Seed, Settings
 
+ENVIRONMENT = "safeshield/Boat-v0"
+"""Id of the environment of the demonstration."""
+
 
 def _training() -> SafeFQLConfig:
     return SafeFQLConfig(
