@@ -21,6 +21,7 @@ from safeshield.algorithms.registry import ALGORITHMS, register
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.cli import app
 from safeshield.cli.settings import read_settings, settings_help, write_settings
+from safeshield.collection import LearnerConfig
 from safeshield.files.settings import fields_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
@@ -225,6 +226,14 @@ def test_help_shows_every_setting_of_every_algorithm_with_meaning_and_default() 
             assert field.meaning, f"{one.name}: {field.name} has no docstring"
             assert f"{' '.join(field.meaning.split())} [{field.rule}]" in told
             assert f" {field.name}=" in told
+
+
+def test_help_of_collect_shows_every_setting_of_a_learner() -> None:
+    told = " ".join(run("collect", "--help").split())
+    for field in fields_of(LearnerConfig):
+        assert field.meaning, f"{field.name} has no docstring"
+        assert f" {field.name}=" in told
+        assert f"{field.meaning} [{field.rule}]" in told
 
 
 def test_what_help_says_of_a_default_is_what_set_takes() -> None:

@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_output
-from safeshield.cli.settings import parse, settings_of
+from safeshield.cli.settings import fields_help, parse, settings_of
 from safeshield.cli.sources import make_env, policy_of
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
+
+
+def learner_settings() -> str:
+    """Return the help of every setting of a learner."""
+    from safeshield.collection import LearnerConfig
+
+    head = "Settings of a learner (with --limits): --set NAME=VALUE.\n"
+    return "\n".join([head, *fields_help(LearnerConfig), ""])
 
 
 def collect(
@@ -59,7 +67,10 @@ def collect(
         ),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A learner's setting, name=value. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="A learner's setting, name=value; all are listed below. Repeatable."
+        ),
     ] = None,
     trust: Trust = False,
     plugins: Plugins = None,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from safeshield.cli import collect, train
 from safeshield.cli.app import app, clear_errors
 from safeshield.cli.calibrate import calibrate
-from safeshield.cli.collect import collect
 from safeshield.cli.demo import demo
 from safeshield.cli.doctor import doctor
 from safeshield.cli.evaluate import evaluate
 from safeshield.cli.inspect import inspect
-from safeshield.cli.train import TrainCommand, train
+from safeshield.cli.settings import command_with
 
 app.command()(clear_errors(demo))
-app.command()(clear_errors(collect))
-app.command(cls=TrainCommand)(clear_errors(train))
+app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.collect))
+app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
 for function in (calibrate, evaluate, inspect, doctor):
     app.command()(clear_errors(function))
 

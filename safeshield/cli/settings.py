@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import textwrap
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+from typer.core import TyperCommand
 
 from safeshield.files.settings import Field, fields_of
 
@@ -154,6 +156,22 @@ def write_settings(path: Path, config: object, heading: str) -> None:
 
 
 # -- help ---------------------------------------------------------------------------------------
+
+
+def command_with(settings: Callable[[], str]) -> type[TyperCommand]:
+    """Return the class of a command whose help ends with the text that `settings` returns."""
+
+    class Command(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click
+            super().format_help(ctx, formatter)
+            formatter.write(settings())
+
+    return Command
+
+
+def fields_help(kind: type[Any]) -> list[str]:
+    """Return the help of each setting of a class: default, meaning with its unit, and rule."""
+    return [_entry(*_told(field)) for field in fields_of(kind)]
 
 
 def settings_help(algorithms: Iterable[Algorithm]) -> str:

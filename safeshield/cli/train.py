@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from safeshield.cli.app import Debug, Device, Out, Plugins, check_output
 from safeshield.cli.settings import read_settings, settings_help, settings_of, write_settings
 
 
-class TrainCommand(TyperCommand):
-    """The `train` command, whose help ends with every setting of every algorithm."""
+def all_settings() -> str:
+    """Return the help of every setting of every algorithm."""
+    from safeshield.algorithms.registry import ALGORITHMS
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - typer's own click
-        """Write the help of the command, then that of the settings.
-
-        `ctx` and `formatter` are those of click.
-        """
-        super().format_help(ctx, formatter)
-        from safeshield.algorithms.registry import ALGORITHMS
-
-        formatter.write(settings_help(ALGORITHMS.values()))
+    return settings_help(ALGORITHMS.values())
 
 
 def train(

@@ -96,7 +96,7 @@ def collect_while_learning(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(folder))
         plan.claim(folder)
-        venv = stack.enter_context(_environments(env, config.num_envs))
+        venv = stack.enter_context(contextlib.closing(_environments(env, config.num_envs)))
         bar = stack.enter_context(_progress_bar(folder, plan, updates, shown=progress_bar))
         done = [
             Learner(
@@ -143,8 +143,7 @@ def _check_env(env: object) -> None:
         )
 
 
-@contextlib.contextmanager
-def _environments(env: Env, count: int) -> Iterator[VecEnv]:
+def _environments(env: Env, count: int) -> VecEnv:
     spec = spec_to_copy(env)
     if spec is None and count > 1:
         raise ValueError(
@@ -158,11 +157,7 @@ def _environments(env: Env, count: int) -> Iterator[VecEnv]:
         inner = gym.make(spec, disable_env_checker=True) if owned and spec else env
         return Member(inner, owned=owned, freeze=False)
 
-    venv = DummyVecEnv([make for _ in range(count)])
-    try:
-        yield venv
-    finally:
-        venv.close()
+    return DummyVecEnv([make for _ in range(count)])
 
 
 def _kept(done: Sequence[Progress], thinning: Thinning | None) -> list[Indices]:

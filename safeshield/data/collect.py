@@ -13,7 +13,7 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.rollouts.copies import check_env, constraint_source, spaces_of
 from safeshield.rollouts.episodes import run_episodes
-from safeshield.rollouts.recorded import Episode
+from safeshield.rollouts.recorded import STEP_ARRAYS, Episode
 from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.schema import part_of
 
@@ -98,15 +98,7 @@ def log_of(
         raise ValueError("info['constraint'] must be reported in all episodes or in none")
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(run, name) for run in runs])
-        for name in (
-            "observations",
-            "actions",
-            "rewards",
-            "next_observations",
-            "terminated",
-            "truncated",
-            *(("constraints", "next_constraints") if labelled[0] else ()),
-        )
+        for name in (*STEP_ARRAYS, *(("constraints", "next_constraints") if labelled[0] else ()))
     }
     arrays["costs"] = np.concatenate([_costs(run) for run in runs])
     if not labelled[0]:

@@ -215,8 +215,7 @@ def _episodes(
         episodes,
         seed,
         shield=shield if shielded else None,
-        starts="certified",
-        certified_by=shield,
+        judge=shield,
     )
     return runs, share or 0.0
 

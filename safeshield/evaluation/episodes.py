@@ -138,16 +138,9 @@ def evaluate(
     >>> result.episodes, result.violation_interval[1] <= 1.0, result.intervention_rate
     (4, True, None)
     """
-    runs, share = draw_episodes(
-        env,
-        policy,
-        episodes,
-        seed,
-        shield=shield,
-        starts=starts,
-        certified_by=certified_by,
-        num_envs=num_envs,
-    )
+    shield = None if shield is None else as_shield(shield)
+    judge = _judge(starts, shield, certified_by)
+    runs, share = draw_episodes(env, policy, episodes, seed, shield, judge, num_envs)
     return summarise(
         runs,
         policy=name or (policy if isinstance(policy, str) else type(policy).__name__),
@@ -162,16 +155,15 @@ def draw_episodes(
     policy: object,
     episodes: int,
     seed: int,
-    *,
     shield: ShieldLike | None = None,
-    starts: Literal["certified"] | None = None,
-    certified_by: ShieldLike | None = None,
+    judge: Shield | None = None,
     num_envs: int | None = None,
 ) -> tuple[list[Episode], float | None]:
     """Return the episodes that `evaluate` counts, and the share of starts that were certified.
 
-    The share is None where all starts count. The arguments `env`, `policy`, `episodes`, `seed`,
-    `shield`, `starts`, `certified_by` and `num_envs` are those of `evaluate`.
+    `judge` is the shield that certifies the starts that count. Where it is None, all starts count,
+    and the share is None. The arguments `env`, `policy`, `episodes`, `seed`, `shield` and
+    `num_envs` are those of `evaluate`.
 
     Raises:
         ValueError: As in `evaluate`.
@@ -180,7 +172,6 @@ def draw_episodes(
         raise ValueError(f"episodes must be at least 1, got {episodes}")
     check_env(env)
     shield = None if shield is None else as_shield(shield)
-    judge = _judge(starts, shield, certified_by)
     for one in (shield, judge):
         if one is not None:
             one.check_fits(*spaces_of(env), name="")

@@ -145,7 +145,7 @@ def play(
         ValueError: An argument is out of range.
     """
     with _side_by_side(env, episodes, num_envs, workers) as envs:
-        runs, _ = draw_episodes(envs, policy, episodes, seed, shield=shield)
+        runs, _ = draw_episodes(envs, policy, episodes, seed, shield)
     return Run(
         seed=seed,
         returns=tuple(one.total_return for one in runs),

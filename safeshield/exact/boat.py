@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import sparse
 
 from safeshield.envs.boat import (
     CURRENT,
@@ -91,9 +92,8 @@ class GridValue:
                 f"states must be finite and have (x, y) on the last axis, got shape {states.shape}"
             )
         states = np.clip(states, STATE_LOW, STATE_HIGH)
-        flat = states.reshape(-1, 2)
-        corners, weights = _stencil(flat[:, 0], flat[:, 1], self.values.shape)
-        between = _gather(self.values, corners, weights).reshape(states.shape[:-1])
+        interpolation = _interpolation(states.reshape(-1, 2), self.values.shape)
+        between = (interpolation @ self.values.ravel()).reshape(states.shape[:-1])
         return np.asarray(np.maximum(constraint(states), between))
 
     def action_value(self, states: Observations, actions: Actions) -> Scalars:
@@ -203,9 +203,10 @@ def _settle(
     for _ in range(hold):
         reached = steer(reached, directions, current=current, dt=dt)
         worst = np.maximum(worst, constraint(reached))
-    corners, weights = _stencil(reached[..., 0], reached[..., 1], values.shape)
+    interpolation = _interpolation(reached.reshape(-1, 2), values.shape)
     for _ in range(MAX_SWEEPS):
-        over_time = np.maximum(worst, _gather(values, corners, weights))
+        later = (interpolation @ values.ravel()).reshape(worst.shape)
+        over_time = np.maximum(worst, later)
         backed_up = np.maximum(here, over_time.min(axis=1))
         change = np.max(np.abs(backed_up - values[block]))
         values[block] = backed_up
@@ -228,28 +229,18 @@ def _keeps_clear(xs: Array, ys: Array, current: float) -> npt.NDArray[np.bool_]:
     return clear
 
 
-def _stencil(
-    x: Array, y: Array, shape: tuple[int, ...]
-) -> tuple[tuple[npt.NDArray[np.intp], ...], tuple[Array, ...]]:
-    """Return flat indices and weights of the four grid points around (x, y)."""
+def _interpolation(states: Array, shape: tuple[int, ...]) -> sparse.csr_array:
+    """Return the matrix (n, nx ny) that interpolates a grid of values at n states bilinearly."""
     nx, ny = shape
-    column = (x - STATE_LOW[0]) * ((nx - 1) / (STATE_HIGH[0] - STATE_LOW[0]))
-    row = (y - STATE_LOW[1]) * ((ny - 1) / (STATE_HIGH[1] - STATE_LOW[1]))
+    column = (states[:, 0] - STATE_LOW[0]) * ((nx - 1) / (STATE_HIGH[0] - STATE_LOW[0]))
+    row = (states[:, 1] - STATE_LOW[1]) * ((ny - 1) / (STATE_HIGH[1] - STATE_LOW[1]))
     left = np.minimum(column.astype(np.intp), nx - 2)
     lower = np.minimum(row.astype(np.intp), ny - 2)
     across, up = column - left, row - lower
     first = left * ny + lower
-    return (
-        (first, first + 1, first + ny, first + ny + 1),
-        ((1 - across) * (1 - up), (1 - across) * up, across * (1 - up), across * up),
+    corners = np.stack((first, first + 1, first + ny, first + ny + 1), axis=-1)
+    weights = np.stack(
+        ((1 - across) * (1 - up), (1 - across) * up, across * (1 - up), across * up), axis=-1
     )
-
-
-def _gather(
-    values: Array, corners: tuple[npt.NDArray[np.intp], ...], weights: tuple[Array, ...]
-) -> Array:
-    flat = values.reshape(-1)
-    total = flat[corners[0]] * weights[0]
-    for corner, weight in zip(corners[1:], weights[1:], strict=True):
-        total = total + flat[corner] * weight
-    return np.asarray(total)
+    ends = 4 * np.arange(len(states) + 1)
+    return sparse.csr_array((weights.ravel(), corners.ravel(), ends), (len(states), nx * ny))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from safeshield.files.atomic import written_whole
 
 Grid = npt.NDArray[np.float64]
 
@@ -81,13 +82,5 @@ def _read(path: Path, key: str, shape: tuple[int, ...]) -> Grid | None:
 
 def _write(path: Path, key: str, grid: Grid) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The file is written under a temporary name and renamed, so that another process never reads an
-    # incomplete file.
-    handle, aside = tempfile.mkstemp(suffix=".npz", prefix=path.stem, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, key=np.array(key), grid=grid)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, key=np.array(key), grid=grid)

@@ -38,15 +38,11 @@ from safeshield.rollouts.policies import (
     executable_actions,
     start_wave,
 )
-from safeshield.rollouts.recorded import Episode, recorded_episode
+from safeshield.rollouts.recorded import STEP_ARRAYS, Episode, recorded_episode
 from safeshield.spaces.batches import Batch, copied, take
 from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
-
-_ROWS = (
-    "observations", "actions", "rewards", "next_observations", "terminated", "truncated",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -263,7 +259,7 @@ class _BatchRecord:
         return recorded_episode(
             {
                 name: np.stack([getattr(step, name)[i] for step in self._steps[:length]])
-                for name in _ROWS
+                for name in STEP_ARRAYS
             },
             {key: column[i] for key, column in self._reset.items()},
             {

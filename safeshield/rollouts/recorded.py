@@ -11,6 +11,11 @@ import numpy.typing as npt
 
 from safeshield.rollouts.infos import CONSTRAINT, COST, EXECUTED, INTERVENED, Array, Infos
 
+STEP_ARRAYS = (
+    "observations", "actions", "rewards", "next_observations", "terminated", "truncated",
+)  # fmt: skip
+"""Names of the arrays of an episode that every environment gives, with one row for each step."""
+
 
 @dataclass(frozen=True)
 class Episode:

@@ -6,6 +6,8 @@ Reinforcement Learning"). The package itself is not needed here.
 
 from __future__ import annotations
 
+import csv
+import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -83,69 +85,25 @@ _CONSTRAINTS = {
     ),
 }
 
-# Name: horizon, least return, greatest return and greatest cost, as in DSRL's infos.py.
-_NAVIGATION = {
-    "PointButton1": (1000, 0.008822109034937853, 41.19301568767707, 200.0),
-    "PointButton2": (1000, 0.014114166087574098, 42.8985953616709, 250.0),
-    "PointCircle1": (500, 20.067626953125, 61.72819519042969, 200.0),
-    "PointCircle2": (500, 20.478347778320312, 54.02184295654297, 299.0),
-    "PointGoal1": (1000, 0.01196012764197707, 30.071114857340543, 100.0),
-    "PointGoal2": (1000, 0.002616959830266108, 27.717709787852737, 200.0),
-    "PointPush1": (1000, 0.0014001545292344209, 16.518654299293367, 150.0),
-    "PointPush2": (1000, 0.0012438183001730607, 14.691039145644403, 200.0),
-    "CarButton1": (1000, 0.0028926206826067613, 44.420003345738984, 250.0),
-    "CarButton2": (1000, 0.001767391717990563, 41.99513815522894, 300.0),
-    "CarCircle1": (500, 8.037073135375977, 24.94155502319336, 250.0),
-    "CarCircle2": (500, 5.113386154174805, 25.950098037719727, 398.0),
-    "CarGoal1": (1000, 0.012232819540852091, 39.907809198384705, 120.0),
-    "CarGoal2": (1000, 0.001032874531954775, 28.902897990056502, 200.0),
-    "CarPush1": (1000, 0.013700173533941762, 16.304467598905237, 200.0),
-    "CarPush2": (1000, 0.00029391133526335267, 15.141648491514314, 250.0),
-}
-_VELOCITY = {
-    "AntVelocity": (1000, 6.1519012451171875, 2976.276611328125, 250.0),
-    "HalfCheetahVelocity": (1000, 5.7509765625, 2806.93310546875, 250.0),
-    "HopperVelocity": (1000, 37.05154800415039, 1911.396728515625, 250.0),
-    "SwimmerVelocity": (1000, 0.07114458084106445, 238.95831298828125, 200.0),
-    "Walker2dVelocity": (1000, 18.668498992919922, 3418.223876953125, 300.0),
-}
-_BULLET = {
-    "BallRun": (100, 26.339754104614258, 1327.445556640625, 80.0),
-    "BallCircle": (200, 0.38312244415283203, 881.46337890625, 80.0),
-    "CarRun": (200, 204.28726196289062, 574.6533203125, 40.0),
-    "CarCircle": (300, 3.484419822692871, 534.3060913085938, 100.0),
-    "DroneRun": (200, 10.557029724121094, 682.8330078125, 140.0),
-    "DroneCircle": (300, 207.794189453125, 996.38916015625, 100.0),
-    "AntRun": (200, 0.001767391717990563, 955.4818725585938, 150.0),
-    "AntCircle": (500, 0.0177031010389328, 460.7091979980469, 200.0),
-}
-_METADRIVE = {
-    "easysparse": (1000, 20.094310760498047, 425.8006286621094, 82.42418670654297),
-    "easymean": (1000, 22.142553329467773, 425.82440185546875, 82.38601684570312),
-    "easydense": (1000, 19.71139144897461, 425.81732177734375, 80.36358642578125),
-    "mediumsparse": (1000, 17.446578979492188, 269.80084228515625, 46.46459197998047),
-    "mediummean": (1000, 17.032529830932617, 269.8221435546875, 46.46154022216797),
-    "mediumdense": (1000, 15.102348327636719, 269.7813415527344, 46.45858383178711),
-    "hardsparse": (1000, 17.247974395751953, 486.80523681640625, 85.010009765625),
-    "hardmean": (1000, 19.387981414794922, 486.9967956542969, 84.33995056152344),
-    "harddense": (1000, 15.386894226074219, 486.63616943359375, 84.76679229736328),
+# By family: the ids of the environment and of DSRL. MetaDrive's tasks have no other id than DSRL's.
+_IDS = {
+    Family.navigation: ("Safety{}Gymnasium-v0", "Offline{}Gymnasium-v0"),
+    Family.velocity: ("Safety{}Gymnasium-v1", "Offline{}Gymnasium-v1"),
+    Family.bullet: ("Safety{}-v0", "Offline{}-v0"),
+    Family.metadrive: ("OfflineMetadrive-{}-v0", "OfflineMetadrive-{}-v0"),
 }
 
 
 def _tasks() -> dict[str, Task]:
-    # The id of the environment, DSRL's id, and the numbers, family by family.
-    families = (
-        (Family.navigation, "Safety{}Gymnasium-v0", "Offline{}Gymnasium-v0", _NAVIGATION),
-        (Family.velocity, "Safety{}Gymnasium-v1", "Offline{}Gymnasium-v1", _VELOCITY),
-        (Family.bullet, "Safety{}-v0", "Offline{}-v0", _BULLET),
-        # These tasks have no other id than DSRL's.
-        (Family.metadrive, "OfflineMetadrive-{}-v0", "OfflineMetadrive-{}-v0", _METADRIVE),
-    )
-    return {
-        name: Task(name, family, env_id.format(name), offline_id.format(name), *numbers)
-        for family, env_id, offline_id, table in families
-        for name, numbers in table.items()
-    }
+    """Read tasks.csv, which has a row for each task with the numbers of DSRL's infos.py."""
+    text = importlib.resources.files(__package__).joinpath("tasks.csv").read_text("utf-8")
+    _, *rows = csv.reader(text.splitlines())
+    tasks = {}
+    for name, word, horizon, *numbers in rows:
+        family = Family(word)
+        ids = (one.format(name) for one in _IDS[family])
+        tasks[name] = Task(name, family, *ids, int(horizon), *map(float, numbers))
+    return tasks
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(_tasks())
