@@ -55,8 +55,8 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Package, "version", property(version))
     # What another test has loaded is not looked for again.
-    safety_gymnasium._import_everything.cache_clear()
-    bullet._import_everything.cache_clear()
+    safety_gymnasium.UPSTREAM.loaded = False
+    bullet.UPSTREAM.loaded = False
 
 
 # -- tasks -------------------------------------------------------------------------------------

@@ -96,10 +96,6 @@ class Plan:
             label_magnitude=float(label_magnitude),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return json_values(self)
-
     def claim(self, folder: Path) -> None:
         """Begin a run in this folder, or check that its run has the same plan.
 
@@ -113,7 +109,7 @@ class Plan:
             self._begin(folder)
             return
         stored = _read(path)
-        mine = self.to_json()
+        mine = json_values(self)
         differing = [
             f"{name} {stored['plan'].get(name)} there, {mine[name]} here"
             for name in mine
@@ -134,7 +130,7 @@ class Plan:
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(len(self.limits)):
             learner_folder(folder, number).mkdir(exist_ok=True)
-        content = {"format": _FORMAT, "plan": self.to_json(), "versions": [versions()]}
+        content = {"format": _FORMAT, "plan": json_values(self), "versions": [versions()]}
         _write(folder / PLAN, content)
 
 

@@ -22,7 +22,7 @@ from safeshield.collection.state import Progress, load_segment, read_progress
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.files.schema import whole
+from safeshield.files.schema import json_values, whole
 from safeshield.rollouts.copies import (
     Member,
     is_vector_env,
@@ -200,7 +200,6 @@ def _provenance(
     kept: Sequence[Indices],
     thinning: Thinning | None,
 ) -> dict[str, Any]:
-    stored = plan.to_json()
     learners = [
         {
             "limit": limit,
@@ -217,7 +216,7 @@ def _provenance(
         "wrappers": list(plan.wrappers),
         "seed": plan.seed,
         "learners": learners,
-        "settings": stored["config"],
+        "settings": json_values(plan.config),
         "thinning": None if thinning is None else dataclasses.asdict(thinning),
         "versions": versions_used(folder),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, cast, overload
@@ -642,9 +642,6 @@ class Episodes(Sequence[OfflineDataset]):
 
     def __len__(self) -> int:
         return self._dataset.num_episodes
-
-    def __iter__(self) -> Iterator[OfflineDataset]:
-        return (self[index] for index in range(len(self)))
 
 
 def _read_header(

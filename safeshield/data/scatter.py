@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -34,11 +35,13 @@ _FAR = 5.0
 """Ratio of the greatest cost to the limit up to which the whole cost axis is linear."""
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of `width` by `height` inches, which needs no display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+@contextlib.contextmanager
+def saved_figure(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of this size, inches, which is written to `path` afterwards."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=DPI)
 
 
 def draw_scatter(
@@ -72,8 +75,7 @@ def draw_scatter(
     costs, returns = dataset.episode_costs, dataset.returns
     safe = costs <= limit
     ended = dataset.terminated[dataset.episode_starts + dataset.episode_lengths - 1]
-    with mpl.rc_context(STYLE):
-        figure = new_figure(7.6, 5.6)
+    with saved_figure(path, 7.6, 5.6) as figure:
         axes = figure.add_subplot()
         axes.grid(color=GREY, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -95,11 +97,11 @@ def draw_scatter(
         axes.axvspan(left, limit, color=BLUE, alpha=0.07, linewidth=0)
         axes.axvline(limit, color=BLACK, linewidth=1.3, linestyle=(0, (5, 3)))
         handles = [
-            _mark("o", BLUE, f"cost at most {limit:g}: {safe.sum()} of {len(safe)} episodes"),
-            _mark("o", VERMILION, f"above it: {(~safe).sum()}"),
+            mark("o", BLUE, f"cost at most {limit:g}: {safe.sum()} of {len(safe)} episodes"),
+            mark("o", VERMILION, f"above it: {(~safe).sum()}"),
         ]
         if ended.any():
-            handles.append(_mark("x", BLACK, f"ended by termination: {ended.sum()}"))
+            handles.append(mark("x", BLACK, f"ended by termination: {ended.sum()}"))
         handles.append(
             Line2D(
                 [], [], color=BLACK, linewidth=1.3, linestyle=(0, (5, 3)),
@@ -111,7 +113,7 @@ def draw_scatter(
             axes.plot(
                 costs[best], returns[best], "*", color=GREEN, mec="white", ms=17, clip_on=False
             )
-            handles.append(_mark("*", GREEN, f"best within it: return {returns[best]:.4g}", 12))
+            handles.append(mark("*", GREEN, f"best within it: return {returns[best]:.4g}", 12))
         axes.set_xlim(left, right)
         counted = bool(((dataset.costs == 0.0) | (dataset.costs == 1.0)).all())
         unit = "steps in violation" if counted else "sum of costs"
@@ -122,7 +124,6 @@ def draw_scatter(
         if title:
             axes.set_title(title, loc="left")
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
-        figure.savefig(path, dpi=DPI)
 
 
 def _cost_axis(axes: Any, limit: float, greatest: float) -> tuple[float, float]:  # noqa: ANN401
@@ -156,5 +157,9 @@ def _normalised_axis(axes: Any, least: float, greatest: float) -> None:  # noqa:
     right.spines["right"].set_visible(True)
 
 
-def _mark(marker: str, colour: str, label: str, size: float = 6) -> Line2D:
-    return Line2D([], [], linestyle="", marker=marker, color=colour, markersize=size, label=label)
+def mark(marker: str, colour: str, label: str, size: float = 6, face: str | None = None) -> Line2D:
+    """Return the legend's entry of a marker; `face` is the colour inside, if it is another."""
+    return Line2D(
+        [], [], linestyle="", marker=marker, color=colour, markersize=size, mfc=face or colour,
+        label=label,
+    )  # fmt: skip

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
@@ -16,13 +15,12 @@ from matplotlib.patches import Circle, Patch
 from safeshield.data.scatter import (
     BLACK,
     BLUE,
-    DPI,
     GREEN,
     GREY,
     ORANGE,
-    STYLE,
     VERMILION,
-    new_figure,
+    mark,
+    saved_figure,
 )
 from safeshield.envs.boat import CURRENT, GOAL, ROCK_CENTRES, ROCK_RADII, STATE_HIGH, STATE_LOW
 from safeshield.exact.boat import GridValue
@@ -40,8 +38,7 @@ def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
         shield: The learned shield.
         exact: Exact safety value on a grid.
     """
-    with mpl.rc_context(STYLE):
-        figure = new_figure(7.6, 6.6)
+    with saved_figure(path, 7.6, 6.6) as figure:
         axes = figure.add_subplot()
         _river(axes, exact)
         xs, ys = np.linspace(-3, 2, 401), np.linspace(-2, 2, 321)
@@ -66,7 +63,6 @@ def safe_set(path: Path, shield: Shield, exact: GridValue) -> None:
         handles.append(_goal_handle())
         axes.set_title("Learned from the log alone, against the exact safe set")
         _legend(figure, handles, columns=2)
-        figure.savefig(path, dpi=DPI)
 
 
 def trips(
@@ -84,8 +80,7 @@ def trips(
         runs: Trips by the agent's name and whether it was shielded.
     """
     names = list(dict.fromkeys(name for name, _ in runs))
-    with mpl.rc_context(STYLE):
-        figure = new_figure(10.0, 4.1 * len(names) + 0.9)
+    with saved_figure(path, 10.0, 4.1 * len(names) + 0.9) as figure:
         grid = figure.subplots(len(names), 2, sharex=True, sharey=True, squeeze=False)
         for row, name in zip(grid, names, strict=True):
             for axes, shielded in zip(row, (False, True), strict=True):
@@ -100,13 +95,12 @@ def trips(
             Line2D([], [], color=BLUE, linewidth=1.2, label="trip"),
             Line2D([], [], color=BLACK, marker=".", linestyle="", label="start, certified safe"),
             Line2D([], [], color=VERMILION, linewidth=1.2, label="trip that hits a rock"),
-            _mark("X", VERMILION, "hits the rock", 8),
+            mark("X", VERMILION, "hits the rock", 8),
             Line2D([], [], color=ORANGE, linewidth=3.2, label="the shield replaces the action"),
             Patch(color=DOOMED, label="exact unsafe set"),
             _goal_handle(),
         ]
         _legend(figure, handles, columns=4)
-        figure.savefig(path, dpi=DPI)
 
 
 def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> None:
@@ -123,8 +117,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         raise ValueError("the shield must be calibrated: call calibrate()")
     values = np.asarray(shield.value(starts))
     deltas = sorted({rung.delta for rung in record.walk})
-    with mpl.rc_context(STYLE):
-        figure = new_figure(7.6, 6.0)
+    with saved_figure(path, 7.6, 6.0) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         names = list(dict.fromkeys(rung.policy for rung in record.walk))
         # Shift the marks of the policies sideways, so that they do not cover each other.
@@ -157,7 +150,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         below.set_xlabel(r"threshold $\delta$, metres: an action passes where $Q_h \leq -\delta$")
         percent = f"{100 * record.confidence:g}%"
         handles: list[Any] = [
-            _mark(marker, colour, f"{name}: observed, bar up to its {percent} bound", 6)
+            mark(marker, colour, f"{name}: observed, bar up to its {percent} bound", 6)
             for name, colour, marker in zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
         ]
         handles.append(
@@ -173,9 +166,8 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
             )
         )  # fmt: skip
         if not all(rung.passed for rung in record.walk):
-            handles.append(_mark("o", BLACK, "failed: the walk stops (test cut short)", 6, "white"))
+            handles.append(mark("o", BLACK, "failed: the walk stops (test cut short)", 6, "white"))
         _legend(figure, handles, columns=2)
-        figure.savefig(path, dpi=DPI)
 
 
 def _river(axes: Any, exact: GridValue) -> None:  # noqa: ANN401 - matplotlib has no types
@@ -220,15 +212,8 @@ def _stretches(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _mark(marker: str, colour: str, label: str, size: float, face: str | None = None) -> Line2D:
-    return Line2D(
-        [], [], linestyle="", marker=marker, color=colour, markersize=size, mfc=face or colour,
-        label=label,
-    )  # fmt: skip
-
-
 def _goal_handle() -> Line2D:
-    return _mark("*", GREEN, "goal", 13)
+    return mark("*", GREEN, "goal", 13)
 
 
 def _legend(figure: Figure, handles: Sequence[object], columns: int) -> None:

@@ -101,6 +101,24 @@ class StateTask(ABC):
         return array
 
 
+def finite_states(states: object, columns: str) -> Array:
+    """Return states (..., 2) as float64.
+
+    Args:
+        states: states, with two numbers on the last axis.
+        columns: names of the two numbers, for the error message.
+
+    Raises:
+        ValueError: the shape is another, or a number is not finite.
+    """
+    array = np.asarray(states, dtype=np.float64)
+    if array.ndim == 0 or array.shape[-1] != 2 or not np.isfinite(array).all():
+        raise ValueError(
+            f"states must be finite and have {columns} on the last axis, got shape {array.shape}"
+        )
+    return array
+
+
 def positive(name: str, value: float) -> float:
     """Return `value` as a float, after a check. `name` is its name in the message.
 

@@ -45,7 +45,7 @@ from safeshield.envs.boat import (
     next_state,
     steer,
 )
-from safeshield.envs.task import positive
+from safeshield.envs.task import finite_states, positive
 from safeshield.exact.cache import cached_grid
 from safeshield.spaces.shapes import Actions, Observations, Scalars
 
@@ -86,12 +86,7 @@ class GridValue:
         Raises:
             ValueError: States without two finite entries on the last axis.
         """
-        states = np.asarray(states, dtype=np.float64)
-        if states.ndim == 0 or states.shape[-1] != 2 or not np.isfinite(states).all():
-            raise ValueError(
-                f"states must be finite and have (x, y) on the last axis, got shape {states.shape}"
-            )
-        states = np.clip(states, STATE_LOW, STATE_HIGH)
+        states = np.clip(finite_states(states, "(x, y)"), STATE_LOW, STATE_HIGH)
         interpolation = _interpolation(states.reshape(-1, 2), self.values.shape)
         between = (interpolation @ self.values.ravel()).reshape(states.shape[:-1])
         return np.asarray(np.maximum(constraint(states), between))

@@ -34,7 +34,7 @@ from __future__ import annotations
 import numpy as np
 
 from safeshield.envs.double_integrator import MAX_ACCELERATION, POSITION_LIMIT, WALL, next_state
-from safeshield.envs.task import positive
+from safeshield.envs.task import finite_states, positive
 from safeshield.spaces.shapes import Actions, Observations, Scalars
 
 
@@ -65,7 +65,7 @@ def value(
         >>> float(value(np.array([0.0, 1.0]), dt=0.4).round(3))
         -0.52
     """
-    states = _checked_states(states)
+    states = finite_states(states, "(position, speed)")
     wall = positive("wall", wall)
     braking = positive("max_acceleration", max_acceleration)
     position, speed = states[..., 0], np.abs(states[..., 1])
@@ -103,17 +103,7 @@ def action_value(states: Observations, actions: Actions, dt: float) -> Scalars:
         >>> float(action_value(state, push, dt=0.05).round(4))
         -0.0025
     """
-    states = _checked_states(states)
+    states = finite_states(states, "(position, speed)")
     here = np.minimum(np.abs(states[..., 0]), POSITION_LIMIT) - WALL
     after = value(next_state(states, actions, dt=positive("dt", dt)), dt=dt)
     return np.asarray(np.maximum(here, after))
-
-
-def _checked_states(states: Observations) -> Observations:
-    array = np.asarray(states, dtype=np.float64)
-    if array.ndim == 0 or array.shape[-1] != 2 or not np.isfinite(array).all():
-        raise ValueError(
-            "states must be finite and have (position, speed) on the last axis, "
-            f"got shape {array.shape}"
-        )
-    return array

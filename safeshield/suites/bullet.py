@@ -8,7 +8,6 @@ other environments.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 from contextlib import nullcontext
@@ -17,20 +16,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.spaces.generic import Env
 from safeshield.suites import compat
-from safeshield.suites.packages import Suite, load_once
-from safeshield.suites.registration import (
-    Remade,
-    import_if_installed,
-    register,
-    remember,
-    remember_how,
-)
+from safeshield.suites.packages import Suite
+from safeshield.suites.registration import Remade, Upstream, register, remember_how
 
-PACKAGE = "bullet_safety_gym"
 RENDER_MODES = ("human", "rgb_array")
 METADATA = {"render_modes": list(RENDER_MODES), "render_fps": 30}
 
@@ -44,13 +35,15 @@ _TASKS = {
     "Drone": ("Reach", "Circle", "Run", "Gather"),
 }
 IDS = tuple(f"Safety{robot}{task}-v0" for robot, tasks in _TASKS.items() for task in tasks)
-_UPSTREAM: dict[str, EnvSpec] = {}
+UPSTREAM = Upstream(
+    Suite.bullet, IDS, ("bullet_safety_gym.envs.builder",), compat.streams_with_files
+)
 
 
 def register_envs() -> None:
     """Register Bullet-Safety-Gym's ids; without the package, making one raises an error."""
-    import_if_installed(PACKAGE, IDS, _UPSTREAM)
-    register(IDS, f"{__name__}:make", {}, _UPSTREAM)
+    UPSTREAM.load_if_installed()
+    register(IDS, f"{__name__}:make", {}, UPSTREAM.specs)
 
 
 def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
@@ -62,33 +55,11 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
         gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
         ValueError: The render mode is unknown, or needs a display where there is none.
     """
-    load(env_id)
-    spec = _UPSTREAM[env_id]
-    base: Any = load_env_creator(str(spec.entry_point))
-    env = construct(base, **{**spec.kwargs, **kwargs})
-    return remember_how(env, make, env_id, kwargs)
+    base, defaults = UPSTREAM.class_of(env_id, env_id)
+    return remember_how(construct(base, **{**defaults, **kwargs}), make, env_id, kwargs)
 
 
 vars(make).update(metadata=METADATA)
-
-
-def load(what: str) -> None:
-    """Import Bullet-Safety-Gym.
-
-    Args:
-        what: Name, for the error message, of what needs the package.
-
-    Raises:
-        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
-    """
-    load_once(what, Suite.bullet, _import_everything)
-
-
-@functools.cache
-def _import_everything() -> None:
-    with compat.LOCK, compat.registry_kept(IDS) as seen, compat.streams_with_files():
-        importlib.import_module(f"{PACKAGE}.envs.builder")
-    remember(_UPSTREAM, seen)
 
 
 def construct(base: Any, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own

@@ -46,7 +46,7 @@ def make_bullet(env_id: str, render_mode: str | None = None, **kwargs: Any) -> E
     Raises:
         gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
-    bullet.load(env_id)
+    bullet.UPSTREAM.load(env_id)
     base, defaults = _class_of(env_id, "offline_bullet_safety_gym")
     given = {**kwargs, "render_mode": render_mode}
     return remember_how(bullet.construct(base, **{**defaults, **given}), make_bullet, env_id, given)
@@ -65,7 +65,7 @@ def make_safety_gymnasium(
     Raises:
         gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
-    safety_gymnasium.load(env_id)
+    safety_gymnasium.UPSTREAM.load(env_id)
     base, defaults = _class_of(env_id, "offline_safety_gymnasium")
     kind = safety_gymnasium.mended(base, five_values=env_id in _FIVE_VALUES)
     env: Any = kind(**{**defaults, **kwargs})

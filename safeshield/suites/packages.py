@@ -12,15 +12,11 @@ import sys
 import traceback
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import gymnasium as gym
 from packaging.requirements import Requirement
 
 from safeshield.requirements import installed
-
-if TYPE_CHECKING:
-    from functools import _lru_cache_wrapper
 
 
 class Suite(StrEnum):
@@ -194,27 +190,6 @@ def _failed_in_opengl(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     modules = {str(frame.f_globals.get("__name__")) for frame, _ in frames}
     return any(name.startswith(_OPENGL) for name in modules)
-
-
-def load_once(what: str, suite: Suite, import_everything: _lru_cache_wrapper[None]) -> None:
-    """Import the packages of a suite, unless they have been imported already.
-
-    Args:
-        what: Name, for the error message, of what needs the suite.
-        suite: The suite to import.
-        import_everything: Function that imports it, decorated with `functools.cache`, whose cache
-            shows whether the suite has been imported.
-
-    Raises:
-        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
-    """
-    if import_everything.cache_info().currsize:
-        return
-    require(what, suite)
-    try:
-        import_everything()
-    except Exception as error:
-        raise broken(what, error, suite) from error
 
 
 def _repair(packages: tuple[Package, ...]) -> str:

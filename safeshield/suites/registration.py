@@ -2,54 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 from gymnasium.envs import registration
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.spaces.generic import Env
 from safeshield.suites.compat import LOCK, registry_kept, streams_with_files
+from safeshield.suites.packages import Suite, broken, require
 
 Maker = Callable[..., Env]
 """Function that makes an environment from an id and the arguments of `gymnasium.make`."""
 _HERE = "safeshield.suites."
 
 
-def import_if_installed(package: str, ids: Collection[str], known: dict[str, EnvSpec]) -> None:
-    """Import a package that registers environments, and add its specs to `known`.
+@dataclass
+class Upstream:
+    """The environments that another package registers, and the import of that package."""
 
-    Where the package is absent or its import fails, this function does nothing. The error is raised
-    when one of its environments is made, so that other environments are not affected.
+    suite: Suite
+    ids: tuple[str, ...]
+    """Ids that the package registers."""
+    modules: tuple[str, ...]
+    """The package itself or one of its modules first, then all that must be imported with it."""
+    patch: Callable[[], AbstractContextManager[None]]
+    """Makes the patch of `suites.compat` under which the modules can be imported."""
+    specs: dict[str, EnvSpec] = field(default_factory=dict)
+    """The package's own specs by id; the first spec of an id is kept."""
+    loaded: bool = False
+    """Whether `load` has succeeded."""
 
-    Args:
-        package: Name of the package to import.
-        ids: Ids that the package registers and this package will make. After the import they are
-            registered in Gymnasium as before it.
-        known: Specs by id, which this function extends by the specs that the import registered. An
-            id that it holds already keeps its spec.
-    """
-    if importlib.util.find_spec(package) is None:
-        return
-    try:
-        with LOCK, registry_kept(ids) as seen, streams_with_files():
-            importlib.import_module(package)
-    except Exception:
-        return
-    remember(known, seen)
+    def load_if_installed(self) -> None:
+        """Import the package alone, without its other modules, and keep its specs.
 
+        Where the package is absent or its import fails, this method does nothing. The error is
+        raised when one of its environments is made, so that other environments are not affected.
+        """
+        package = self.modules[0].partition(".")[0]
+        if importlib.util.find_spec(package) is not None:
+            with contextlib.suppress(Exception):
+                self._import((package,), streams_with_files())
 
-def remember(known: dict[str, EnvSpec], seen: Mapping[str, EnvSpec]) -> None:
-    """Add the specs in `seen` to `known`, both by id.
+    def load(self, what: str) -> None:
+        """Import all modules, unless they have been imported already.
 
-    An id that `known` holds already keeps its spec. Specs that this package registered are left
-    out.
-    """
-    known.update(
-        {one: spec for one, spec in seen.items() if one not in known and not _is_ours(spec)}
-    )
+        Args:
+            what: name, for the error message, of what needs the package.
+
+        Raises:
+            gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        """
+        if self.loaded:
+            return
+        require(what, self.suite)
+        try:
+            self._import(self.modules, self.patch())
+        except Exception as error:
+            raise broken(what, error, self.suite) from error
+        self.loaded = True
+
+    def class_of(self, env_id: str, what: str) -> tuple[Any, dict[str, Any]]:
+        """Return the class and the arguments that the package has registered for an id.
+
+        Raises:
+            gymnasium.error.DependencyNotInstalled: a package is missing or cannot be loaded.
+        """
+        self.load(what)
+        spec = self.specs[env_id]
+        return load_env_creator(str(spec.entry_point)), dict(spec.kwargs)
+
+    def _import(self, modules: Iterable[str], patch: AbstractContextManager[None]) -> None:
+        with LOCK, registry_kept(self.ids) as seen, patch:
+            for module in modules:
+                importlib.import_module(module)
+        own = {one: spec for one, spec in seen.items() if not _is_ours(spec)}
+        self.specs = own | self.specs
 
 
 def register(

@@ -8,7 +8,6 @@ them to five). Navigation tasks without rendering reset without decoding the pic
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 import re
@@ -17,18 +16,11 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from safeshield.spaces.generic import Env
 from safeshield.suites import compat
-from safeshield.suites.packages import Suite, load_once
-from safeshield.suites.registration import (
-    Remade,
-    import_if_installed,
-    register,
-    remember,
-    remember_how,
-)
+from safeshield.suites.packages import Suite
+from safeshield.suites.registration import Remade, Upstream, register, remember_how
 
 PACKAGE = "safety_gymnasium"
 METADATA = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 30}
@@ -75,14 +67,20 @@ def native_id(env_id: str) -> str:
 
 _NATIVE = native_ids()
 _ALL = (*_NATIVE, *map(five_values_id, _NATIVE))
-_UPSTREAM: dict[str, EnvSpec] = {}
+UPSTREAM = Upstream(
+    Suite.safety_gymnasium,
+    _ALL,
+    # Safety-Gymnasium's own `make` would import these later, after the patches have ended.
+    (PACKAGE, f"{PACKAGE}.builder", f"{PACKAGE}.tasks"),
+    functools.partial(compat.array_defaults, PACKAGE),
+)
 
 
 def register_envs() -> None:
     """Register Safety-Gymnasium's ids; without the package, making one raises an error."""
-    import_if_installed(PACKAGE, _ALL, _UPSTREAM)
-    register(_NATIVE, f"{__name__}:make_native", {}, _UPSTREAM)
-    register(map(five_values_id, _NATIVE), f"{__name__}:make", {}, _UPSTREAM)
+    UPSTREAM.load_if_installed()
+    register(_NATIVE, f"{__name__}:make_native", {}, UPSTREAM.specs)
+    register(map(five_values_id, _NATIVE), f"{__name__}:make", {}, UPSTREAM.specs)
 
 
 def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's own
@@ -95,7 +93,7 @@ def make(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the environment's
         RuntimeError: (in `render`, and in `reset` where an observation is a picture) there is no
             display, and MUJOCO_GL does not name a library that works without one.
     """
-    base, defaults = _class_of(native_id(env_id), env_id)
+    base, defaults = UPSTREAM.class_of(native_id(env_id), env_id)
     env: Env = mended(base, five_values=True)(**{**defaults, **kwargs})
     return remember_how(env, make, env_id, kwargs)
 
@@ -108,7 +106,7 @@ def make_native(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the enviro
     Raises:
         gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
     """
-    base, defaults = _class_of(env_id, env_id)
+    base, defaults = UPSTREAM.class_of(env_id, env_id)
     env: Env = mended(base, five_values=False)(**{**defaults, **kwargs})
     return remember_how(env, make_native, env_id, kwargs)
 
@@ -117,35 +115,6 @@ def make_native(env_id: str, **kwargs: Any) -> Env:  # noqa: ANN401 - the enviro
 # offers "rgb_array_list" too.
 vars(make).update(metadata=METADATA)
 vars(make_native).update(metadata=METADATA)
-
-
-def _class_of(native_id: str, what: str) -> tuple[Any, dict[str, Any]]:
-    """Return the class and the arguments that Safety-Gymnasium has registered for an id."""
-    load(what)
-    spec = _UPSTREAM[native_id]
-    kind: Any = load_env_creator(str(spec.entry_point))
-    return kind, dict(spec.kwargs)
-
-
-def load(what: str) -> None:
-    """Import Safety-Gymnasium with all its tasks.
-
-    Args:
-        what: Name, for the error message, of what needs the package.
-
-    Raises:
-        gymnasium.error.DependencyNotInstalled: A package is missing or cannot be loaded.
-    """
-    load_once(what, Suite.safety_gymnasium, _import_everything)
-
-
-@functools.cache
-def _import_everything() -> None:
-    with compat.LOCK, compat.registry_kept(_ALL) as seen, compat.array_defaults(PACKAGE):
-        # Safety-Gymnasium's own `make` would import these later, after the patches have ended.
-        for module in (PACKAGE, f"{PACKAGE}.builder", f"{PACKAGE}.tasks"):
-            importlib.import_module(module)
-    remember(_UPSTREAM, seen)
 
 
 @functools.cache

@@ -101,8 +101,8 @@ def _tasks() -> dict[str, Task]:
     tasks = {}
     for name, word, horizon, *numbers in rows:
         family = Family(word)
-        ids = (one.format(name) for one in _IDS[family])
-        tasks[name] = Task(name, family, *ids, int(horizon), *map(float, numbers))
+        env_id, offline_id = (one.format(name) for one in _IDS[family])
+        tasks[name] = Task(name, family, env_id, offline_id, int(horizon), *map(float, numbers))
     return tasks
 
 

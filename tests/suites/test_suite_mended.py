@@ -44,7 +44,7 @@ import dataclasses, inspect, sys
 original = dataclasses.dataclass
 import safeshield.suites
 from safeshield.suites import safety_gymnasium
-safety_gymnasium.load("this test")
+safety_gymnasium.UPSTREAM.load("this test")
 from safety_gymnasium.assets.color import COLOR
 from safety_gymnasium.assets.geoms import Goal, GEOMS_REGISTER
 from safety_gymnasium.assets.free_geoms import FREE_GEOMS_REGISTER
@@ -113,7 +113,7 @@ def test_a_list_is_an_action() -> None:
 
 
 def test_environments_are_made_where_streams_have_no_file() -> None:
-    bullet.load("this test")
+    bullet.UPSTREAM.load("this test")
     from bullet_safety_gym.envs.builder import RedirectStream
 
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -175,7 +175,7 @@ def test_it_is_bullets_own_trajectory_and_global_draws_go_on(name: str) -> None:
     with compat.streams_with_files():
         upstream_class = type(env.unwrapped).__mro__[3]
         assert upstream_class.__module__ == "bullet_safety_gym.envs.builder"
-        spec = bullet._UPSTREAM[TASKS[name].env_id]
+        spec = bullet.UPSTREAM.specs[TASKS[name].env_id]
         upstream: Any = upstream_class(**spec.kwargs)
     with compat.Draws(5).in_place():
         theirs = trajectory(upstream, None)
@@ -284,12 +284,12 @@ def test_a_failing_import_says_so_and_leaves_nothing_open(monkeypatch: pytest.Mo
         raise RuntimeError(f"no {name} today")
 
     monkeypatch.setattr("importlib.import_module", broken)
-    safety_gymnasium._import_everything.cache_clear()
-    bullet._import_everything.cache_clear()
+    safety_gymnasium.UPSTREAM.loaded = False
+    bullet.UPSTREAM.loaded = False
     with pytest.raises(gym.error.DependencyNotInstalled, match="no safety_gymnasium today"):
-        safety_gymnasium.load("this test")
+        safety_gymnasium.UPSTREAM.load("this test")
     with pytest.raises(gym.error.DependencyNotInstalled, match=r"no bullet_safety_gym\.envs"):
-        bullet.load("this test")
+        bullet.UPSTREAM.load("this test")
     assert dataclasses.dataclass is original
     assert gym.registry == registered
 
