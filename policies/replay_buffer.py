@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-import torch
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -29,13 +28,10 @@ class _ShieldedRows(ReplayBuffer):
         buffer_size: int,
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
-        device: torch.device | str = "auto",
-        n_envs: int = 1,
-        optimize_memory_usage: bool = False,
-        handle_timeout_termination: bool = True,
-        *,
+        *args: Any,  # noqa: ANN401 - the base's own
         store: str = "proposed",
         shield_space: gym.Space[Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401 - the base's own
     ) -> None:
         if store not in STORES:
             raise ValueError(f"store must be one of {list(STORES)}, got {store!r}")
@@ -47,15 +43,7 @@ class _ShieldedRows(ReplayBuffer):
                 "ShieldedDictReplayBuffer"
             )
         self._check_shield_space(action_space, shield_space)
-        super().__init__(
-            buffer_size,
-            observation_space,
-            action_space,
-            device,
-            n_envs,
-            optimize_memory_usage,
-            handle_timeout_termination,
-        )
+        super().__init__(buffer_size, observation_space, action_space, *args, **kwargs)
         self.store = store
         self.shield_space = action_space if shield_space is None else shield_space
         if store == "both":

@@ -27,6 +27,7 @@ import safeshield.suites
 from safeshield import requirements
 from safeshield.cli import app
 from safeshield.data import OfflineDataset
+from safeshield.rollouts.workers import environment_variables
 from safeshield.suites import (
     TASKS,
     Family,
@@ -274,8 +275,7 @@ def test_environment_variables_are_put_back(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("SUITES_UNSET", raising=False)
     with (
         suppress(RuntimeError),
-        compat.environment_variable("SUITES_SET", "inside"),
-        compat.environment_variable("SUITES_UNSET", "inside"),
+        environment_variables({"SUITES_SET": "inside", "SUITES_UNSET": "inside"}),
     ):
         assert os.environ["SUITES_SET"] == os.environ["SUITES_UNSET"] == "inside"
         raise RuntimeError("inside")

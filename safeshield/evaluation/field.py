@@ -22,6 +22,7 @@ from safeshield.rollouts.copies import (
     copies,
     environment_name,
     is_vector_env,
+    most_together,
     one_per_process,
     spec_to_copy,
 )
@@ -32,7 +33,6 @@ from safeshield.spaces.generic import Env, VectorEnv
 SEEDS = (0, 1, 2)
 EPISODES = 20
 """Number of episodes for each seed. `SEEDS` and `EPISODES` are those of R2PAC's table."""
-_MOST_TOGETHER, _MOST_NATIVE = 8, 256
 
 
 def field_score(
@@ -177,17 +177,15 @@ def _side_by_side(
         yield copies(env, num_envs, most=None, freeze=True)
         return
     single = cast(Env, env)
-    spec = spec_to_copy(single)
     if num_envs is None and one_per_process(single):
         num_envs = max(workers, 1)
-    elif num_envs is None and spec is not None:
-        native = spec.vector_entry_point and not spec.additional_wrappers
-        batches = math.ceil(episodes / (_MOST_NATIVE if native else _MOST_TOGETHER))
+    elif num_envs is None:
+        batches = math.ceil(episodes / most_together(spec_to_copy(single)))
         num_envs = math.ceil(episodes / batches)
     if workers:
         from safeshield.rollouts.workers import WorkerVectorEnv
 
-        together: VectorEnv = WorkerVectorEnv(single, min(num_envs or 1, episodes), workers)
+        together: VectorEnv = WorkerVectorEnv(single, min(num_envs, episodes), workers)
     else:
         together = copies(single, num_envs, most=episodes, freeze=True)
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.schema import json_values
+from safeshield.files.schema import json_values, record_from_json
 
 COST_LIMIT = 10.0
 """Cost limit of FISOR, SafeFQL, FLRP and R2PAC. R2PAC's table uses 5 for Bullet-Safety-Gym."""
@@ -236,16 +236,4 @@ class FieldScore:
         missing = [name for name in names if name not in data]
         if missing:
             raise ValueError(f"a score must have the fields {names}; missing: {missing}")
-        fields = {name: data[name] for name in names}
-        try:
-            fields["references"] = ReferenceReturns(**data["references"])
-            fields["runs"] = tuple(
-                Run(**{**run, "returns": tuple(run["returns"]), "costs": tuple(run["costs"])})
-                for run in data["runs"]
-            )
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                "the fields of a score must be as to_json wrote them, but one is missing, unknown "
-                f"or of another type: {type(error).__name__}: {error}"
-            ) from error
+        return record_from_json(cls, {name: data[name] for name in names}, "score")

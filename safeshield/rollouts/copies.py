@@ -167,9 +167,7 @@ def copies(
         return vector
     single = cast(Env, env)
     spec = spec_to_copy(single)
-    native = spec is not None and spec.vector_entry_point and not spec.additional_wrappers
-    default = 1 if spec is None else _MAX_NATIVE_ENVS if native else _MAX_COPIED_ENVS
-    count = default if num_envs is None else num_envs
+    count = most_together(spec) if num_envs is None else num_envs
     count = count if most is None else min(count, most)
     if count == 1:
         return gym.vector.SyncVectorEnv([lambda: Member(single, owned=False, freeze=freeze)])
@@ -179,7 +177,7 @@ def copies(
             f"num_envs must be 1 for {single}, {why_alone(single)}; got {count}. Leave num_envs "
             f"out, or pass {own} of your own"
         )
-    if native:
+    if _is_native(spec):
         return _make_native(spec, count)
     # The checker is disabled because it has already checked the environment that is copied.
     return gym.vector.SyncVectorEnv(
@@ -188,6 +186,17 @@ def copies(
             for _ in range(count)
         ]
     )
+
+
+def most_together(spec: gym.envs.registration.EnvSpec | None) -> int:
+    """Return how many environments of a spec step together by default; 1 without a spec."""
+    if spec is None:
+        return 1
+    return _MAX_NATIVE_ENVS if _is_native(spec) else _MAX_COPIED_ENVS
+
+
+def _is_native(spec: gym.envs.registration.EnvSpec) -> bool:
+    return bool(spec.vector_entry_point and not spec.additional_wrappers)
 
 
 def one_per_process(env: Env) -> bool:

@@ -36,7 +36,11 @@ _TASKS = {
 }
 IDS = tuple(f"Safety{robot}{task}-v0" for robot, tasks in _TASKS.items() for task in tasks)
 UPSTREAM = Upstream(
-    Suite.bullet, IDS, ("bullet_safety_gym.envs.builder",), compat.streams_with_files
+    Suite.bullet,
+    "bullet_safety_gym",
+    IDS,
+    ("bullet_safety_gym.envs.builder",),
+    compat.streams_with_files,
 )
 
 

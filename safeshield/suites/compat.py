@@ -3,9 +3,9 @@
 Each context manager makes one change while it is open and afterwards restores the previous state
 exactly.
 
-The changes are visible in the whole process (a decorator, a table, an environment variable, a
-stream). Only one thread at a time may be inside, so callers must hold `LOCK`. Other threads
-continue to run, and each docstring states the effect that they could notice.
+The changes are visible in the whole process (a decorator, a table, a stream). Only one thread at a
+time may be inside, so callers must hold `LOCK`. Other threads continue to run, and each docstring
+states the effect that they could notice.
 """
 
 from __future__ import annotations
@@ -111,23 +111,6 @@ def registry_kept(ids: Collection[str]) -> Iterator[dict[str, registration.EnvSp
     finally:
         seen.update({one: registry.pop(one) for one in ids if one in registry})
         registry.update(before)
-
-
-@contextmanager
-def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set the environment variable `name` to `value` inside the context.
-
-    Processes that other threads start meanwhile inherit it.
-    """
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

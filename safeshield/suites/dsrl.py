@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium as gym
 
+from safeshield.rollouts.workers import environment_variables
 from safeshield.spaces.generic import Env
 from safeshield.suites import bullet, compat, safety_gymnasium
 from safeshield.suites.packages import Suite, broken, require
@@ -114,7 +115,7 @@ def _modules(part: str) -> tuple[ModuleType, ModuleType]:
     with (
         compat.LOCK,
         compat.registry_kept(_ALL),
-        compat.environment_variable("DSRL_SUPPRESS_IMPORT_ERROR", "1"),
+        environment_variables({"DSRL_SUPPRESS_IMPORT_ERROR": "1"}),
     ):
         environments = importlib.import_module(f"{PACKAGE}.{part}.gym_envs")
         return environments, importlib.import_module(f"{PACKAGE}.infos")

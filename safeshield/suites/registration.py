@@ -27,10 +27,12 @@ class Upstream:
     """The environments that another package registers, and the import of that package."""
 
     suite: Suite
+    package: str
+    """Name of the package's module."""
     ids: tuple[str, ...]
     """Ids that the package registers."""
     modules: tuple[str, ...]
-    """The package itself or one of its modules first, then all that must be imported with it."""
+    """Modules that must be imported before its environments can be made."""
     patch: Callable[[], AbstractContextManager[None]]
     """Makes the patch of `suites.compat` under which the modules can be imported."""
     specs: dict[str, EnvSpec] = field(default_factory=dict)
@@ -44,10 +46,9 @@ class Upstream:
         Where the package is absent or its import fails, this method does nothing. The error is
         raised when one of its environments is made, so that other environments are not affected.
         """
-        package = self.modules[0].partition(".")[0]
-        if importlib.util.find_spec(package) is not None:
+        if importlib.util.find_spec(self.package) is not None:
             with contextlib.suppress(Exception):
-                self._import((package,), streams_with_files())
+                self._import((self.package,), streams_with_files())
 
     def load(self, what: str) -> None:
         """Import all modules, unless they have been imported already.

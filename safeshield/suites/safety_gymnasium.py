@@ -22,7 +22,6 @@ from safeshield.suites import compat
 from safeshield.suites.packages import Suite
 from safeshield.suites.registration import Remade, Upstream, register, remember_how
 
-PACKAGE = "safety_gymnasium"
 METADATA = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 30}
 
 _ROBOTS = ("Point", "Car", "Doggo", "Racecar", "Ant")
@@ -69,10 +68,11 @@ _NATIVE = native_ids()
 _ALL = (*_NATIVE, *map(five_values_id, _NATIVE))
 UPSTREAM = Upstream(
     Suite.safety_gymnasium,
+    "safety_gymnasium",
     _ALL,
     # Safety-Gymnasium's own `make` would import these later, after the patches have ended.
-    (PACKAGE, f"{PACKAGE}.builder", f"{PACKAGE}.tasks"),
-    functools.partial(compat.array_defaults, PACKAGE),
+    ("safety_gymnasium", "safety_gymnasium.builder", "safety_gymnasium.tasks"),
+    functools.partial(compat.array_defaults, "safety_gymnasium"),
 )
 
 

@@ -88,9 +88,12 @@ def test_dsrls_own_environments_are_the_same_tasks(task: Task) -> None:
 
 @pytest.mark.parametrize("family", [safety_gymnasium, bullet])
 def test_every_id_that_a_package_registers_is_registered(family: ModuleType) -> None:
-    code = f"import json, gymnasium as gym; b = set(gym.registry); import {family.PACKAGE}\n" + (
-        "print(json.dumps({i: [s.max_episode_steps, s.reward_threshold]"
-        " for i, s in gym.registry.items() if i not in b}))"
+    code = (
+        f"import json, gymnasium as gym; b = set(gym.registry); import {family.UPSTREAM.package}\n"
+        + (
+            "print(json.dumps({i: [s.max_episode_steps, s.reward_threshold]"
+            " for i, s in gym.registry.items() if i not in b}))"
+        )
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
