@@ -145,6 +145,8 @@ def record_from_json(kind: type[R], data: object, what: str) -> R:
 def _from_json(hint: Any, value: object, what: str, name: str) -> Any:  # noqa: ANN401
     if hint is float:
         return finite_number(value, f"{what}: '{name}'")
+    if dataclasses.is_dataclass(hint):
+        return record_from_json(cast("type[Any]", hint), value, what)
     item = (get_args(hint) or (None,))[0]
     if get_origin(hint) is tuple and dataclasses.is_dataclass(item):
         if not isinstance(value, list | tuple):
