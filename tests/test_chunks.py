@@ -334,7 +334,7 @@ def greedy_path(run: R2PACRun, log: LogTensors, length: int) -> list[int]:
     state = run.initial(torch.Generator().manual_seed(0))
     reaches = reached_unsafe(run.region, state, log)
     state = state._replace(scales={**state.scales, UNSAFE: reaches})
-    batch = run.chunk_batches(state, chunk, 1)["reward"].batch
+    batch = run.reward_batch(state, chunk, 1)
     at = chunk.observations[:, 0].long()
     after = batch.next_observations[:, 0].long()
     values = torch.zeros(Ring.size)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from zuko.flows import RealNVP
 
 from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
-from safeshield.algorithms.flrp.losses import FLRPRun, GenerativeLoss, RefinerLoss
+from safeshield.algorithms.flrp.losses import FLRPRun, generative_loss, refiner_loss
 from safeshield.algorithms.flrp.shift import BaseShift, base_shift
 from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
@@ -187,7 +188,7 @@ def fit_generative(
     """Train in one state on (actions, weights) of 256 draws each; return weights and generator."""
     generator = torch.Generator().manual_seed(0)
     networks = policy.init(generator)
-    loss = GenerativeLoss(policy, config)
+    loss = partial(generative_loss, policy, config)
     trained = {name: networks[name] for name in policy.generative}
     moments, seen = adam_init(trained), torch.zeros(256, 1)
     for _ in range(steps):
@@ -235,7 +236,7 @@ def test_the_posterior_keeps_its_entropy() -> None:
     ones, weight = torch.ones(256), FLRPConfig().entropy_weight
 
     def terms(posterior: Any, entropy_weight: float) -> tuple[torch.Tensor, float]:  # noqa: ANN401
-        loss = GenerativeLoss(policy, FLRPConfig(entropy_weight=entropy_weight))
+        loss = partial(generative_loss, policy, FLRPConfig(entropy_weight=entropy_weight))
         value, metrics = loss(
             {**networks, POSTERIOR: posterior}, seen, actions.tanh(), noise, ones, ones
         )
@@ -292,9 +293,10 @@ def test_the_reward_expert_pulls_towards_good_actions(agent: FLRP, log: OfflineD
     seen = run.log.observations[draw.rows]
 
     def distance(state: Any) -> float:  # noqa: ANN401
-        _, metrics = RefinerLoss(model.policy, config, run._feasibility, run._margin)(
-            state.networks, state, seen, goal, draw.noise, torch.ones(64)
-        )
+        _, metrics = refiner_loss(
+            model.policy, config, run._feasibility, run._margin,
+            state.networks, state, seen, goal, draw.noise, torch.ones(64),
+        )  # fmt: skip
         return float(metrics["refiner/distance_to_good_actions"])
 
     before = distance(state)
@@ -313,7 +315,7 @@ def test_the_safety_weight_carries_no_gradient(agent: FLRP, log: OfflineDataset)
     scale = torch.tensor(0.7, requires_grad=True)
     config = dataclasses.replace(TINY, reward_weight=0.0, shared_weight=0.0)
     run, state, draw = run_of(agent, log, config)
-    loss = RefinerLoss(agent._fitted().policy, config, Linear(), 0.0)  # type: ignore[arg-type]
+    loss = partial(refiner_loss, agent._fitted().policy, config, Linear(), 0.0)  # type: ignore[arg-type]
     seen, goal = run.log.observations[draw.rows], run.log.actions[draw.rows]
     value, _ = loss(state.networks, state, seen, goal, draw.noise, torch.ones(64))
     (slope,) = torch.autograd.grad(value, scale)

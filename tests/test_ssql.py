@@ -44,6 +44,7 @@ from safeshield.online.losses import (
     actor_draws,
     critic_loss,
     forward_loss,
+    log_induced,
     reverse_loss_box,
     reverse_loss_choices,
 )
@@ -193,11 +194,12 @@ def test_both_extractions_of_choices_recover_the_induced_policy(direction: Any) 
     table["0.bias"] = torch.zeros(2, 1, MOVES)
     actor = MixtureActor(STATES, MOVES, 1, (32,), 1)
     support = Support(torch.eye(STATES), torch.zeros(STATES, 0, 1), mu.log())
+    target = log_induced(critics, {CRITIC: table}, support, 0.5)
     networks = {ACTOR: actor.network.init(torch.Generator().manual_seed(0))}
     state = TrainState(networks, {}, {ACTOR: adam_init(networks)}, {}, torch.zeros(0))
 
     def loss(online: Any) -> Any:  # noqa: ANN401
-        return direction(actor, online[ACTOR], critics, {CRITIC: table}, support, temperature=0.5)
+        return direction(actor, online[ACTOR], support, target)
 
     for rate in (0.02, 0.003):
         for _ in range(400):
@@ -233,16 +235,16 @@ def test_both_extractions_of_a_box_recover_the_induced_policy(direction: str) ->
         def loss(online: Any) -> Any:  # noqa: ANN401
             if direction == "forward":
                 support = Support(seen, candidates, torch.full((64, 16), -np.log(16.0)))
-                return forward_loss(
-                    actor, online[ACTOR], critics, targets, support, temperature=temperature
-                )
+                target = log_induced(critics, targets, support, temperature)
+                return forward_loss(actor, online[ACTOR], support, target)
             with torch.no_grad():
                 drawn = actor_draws(actor, online[ACTOR], seen, uniform)[..., 0]
             log_mu = torch.where(drawn <= 0.5, 0.0, -torch.inf)
-            return reverse_loss_box(
-                actor, online[ACTOR], critics, targets, seen, uniform, log_mu,
-                temperature=temperature,
-            )  # fmt: skip
+
+            def scaled_q(actions: torch.Tensor) -> torch.Tensor:
+                return critics.one(params, seen, actions) / temperature
+
+            return reverse_loss_box(actor, online[ACTOR], scaled_q, seen, uniform, log_mu)
 
         state, _ = descend(state, ACTOR, (ACTOR,), loss, {ACTOR: torch.tensor(rate)})
         return state

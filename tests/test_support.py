@@ -46,6 +46,7 @@ from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import PolicyResult, Rung
 from safeshield.spaces.scaling import Scaling
 from safeshield.support import SCORES, SupportRecord, SupportTest, episodes_needed, support_score
+from safeshield.training.config import SafetyConfig
 from safeshield.training.log import LogTensors, safety_scale
 from safeshield.training.safety import SafetyLog
 from safeshield.training.support_term import held_out_episodes
@@ -848,7 +849,7 @@ def tensors(log: OfflineDataset) -> tuple[SafetyLog, LogTensors]:
     critics = SafetyCritics(
         scaling.observation_features, scaling.action_features, (8,), safety_scale(log)
     )
-    return SafetyLog(critics, rows), rows
+    return SafetyLog(critics, rows, SafetyConfig()), rows
 
 
 @pytest.mark.parametrize("window", [1, 5])

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.settings import NonNegative, Sizes
+from safeshield.nn.arrays import Float
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent
@@ -101,8 +101,6 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         return {ACTOR: EnsembleMLP(*scaling.widths, self.config.hidden)}
 
-    def _act(
-        self, model: Architecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: Architecture, observations: Float, deterministic: bool) -> Float:
         raw = model.networks[ACTOR](self._arrays[ACTOR], observations)[0]
         return np.asarray(np.clip(raw, -1.0, 1.0))

@@ -17,9 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from safeshield.files.settings import NonNegative, PositiveInt, TwoPhases
+from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
@@ -99,13 +99,11 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         return {ACTOR: velocity_network(*scaling.widths, self.config.flow_hidden)}
 
-    def _act(
-        self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: CriticArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the safest of N samples; a deterministic call uses the same noise everywhere."""
         config, width = self.config, model.scaling.action_features
         count, each = len(observations), config.candidates
-        noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
+        noise = self._candidate_noise(count, each, width, deterministic)
         seen = np.repeat(observations, each, axis=0)
         actions = euler_sample(
             model.networks[ACTOR], self._arrays[ACTOR], seen, noise, config.flow_steps
@@ -113,7 +111,5 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
         # Q_h = V_h(s) + sigma max_i A_i, so A_i alone decides the order of actions in a state.
         worst = model.critics.safety.advantages(self._arrays, seen, actions).max(0)
         lowest = worst.reshape(count, each).argmin(1)
-        chosen: npt.NDArray[np.floating] = actions.reshape(count, each, width)[
-            np.arange(count), lowest
-        ]
+        chosen: Float = actions.reshape(count, each, width)[np.arange(count), lowest]
         return chosen

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from safeshield.files.settings import NonNegative, Positive, PositiveInt, Sizes, ThreePhases
+from safeshield.nn.actor import BEHAVIOUR, of_noise
+from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.candidates import CandidateSet
@@ -42,7 +43,8 @@ from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.schedule import phase_steps
 from safeshield.training.state import Draw, Loss, Metrics, Phase, TrainState, Update, together
-from safeshield.values.units import BEHAVIOUR, SAFETY_NETWORKS
+from safeshield.values.expectile import mean_where
+from safeshield.values.units import SAFETY_NETWORKS
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,12 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         critics, (_, teacher, student) = self._critics, self._phase_steps
         imitate, improve = self._teacher(), self.falling(STUDENT, self._student, student)
         if self.config.phases == "joint":
-            return [
-                critics.phase(
-                    f"joint {i + 1}", count, together(critics.update(*lengths), imitate, improve)
-                )
-                for i, (count, *lengths) in enumerate(critics.stages())
-            ]
+            return critics.phases("joint", lambda _: together(imitate, improve))
         return [
             *critics.phases(),
             Phase(TEACHER, teacher, imitate, self.config.batch_size),
             # The critics do not change in this phase, so the boundary rows are found only once.
-            critics.phase(STUDENT, student, improve, refresh_every=student),
+            critics.safety.phase(STUDENT, student, improve, refresh_every=student),
         ]
 
     def _teacher(self) -> Update:
@@ -160,16 +157,15 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
             )
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            inputs = torch.cat([observations, noise], -1)
-            raw = model.networks[STUDENT](networks[STUDENT], inputs)[0]
+            raw = of_noise(model.networks[STUDENT], networks[STUDENT], observations, noise)
             action = raw.clamp(-1.0, 1.0)
             unsafe = safety.action_value(critics, observations, action)
             reward = model.critics.reward.advantages(critics, observations, action).amin(0)
             feasible = (unsafe < -margin).float()
             excess = (unsafe + margin).relu() / safety.scale.step_rms
             distance = (raw - taught).square().sum(-1).mean()
-            gain = _mean_over(reward, feasible)
-            danger = _mean_over(excess, 1.0 - feasible)
+            gain = mean_where(reward, feasible)
+            danger = mean_where(excess, 1.0 - feasible)
             value = config.distillation * distance - gain + config.safety_weight * danger
             return value, {
                 "student/feasible_share": feasible.mean(),
@@ -179,10 +175,6 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
             }
 
         return loss
-
-
-def _mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp(min=1.0)
 
 
 @register("safefql")
@@ -240,23 +232,17 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         student = EnsembleMLP(observation + action, action, self.config.student_hidden)
         return {**dict.fromkeys(flows, flow), STUDENT: student}
 
-    def _act(
-        self, model: CriticArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: CriticArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the actions of `_gated` where a network estimates h."""
         states = self._safety(model).evaluate_features(observations)
         return self._gated(model, states, deterministic)
 
-    def _action_rows(
-        self, model: CriticArchitecture, rows: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.float32]:
+    def _action_rows(self, model: CriticArchitecture, rows: Float, deterministic: bool) -> Float:
         """Return the actions of `_gated` as rows (n, act), with h of the agent's source."""
         states = self._safety(model).states(rows)
         return model.scaling.to_box(self._gated(model, states, deterministic))
 
-    def _gated(
-        self, model: CriticArchitecture, states: StateValue, deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _gated(self, model: CriticArchitecture, states: StateValue, deterministic: bool) -> Float:
         """Return the action for one sample of z (deterministic: z = 0) where it is safe enough.
 
         Where Q_h of this action is not below -margin, the safest of it and N more samples is taken.
@@ -265,14 +251,12 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         """
         observations = states.inputs
         count, width = len(observations), model.scaling.action_features
-        shape = (count, width)
-        first = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
-        actions = self._student(observations, first)
+        actions = self._student(observations, self._one_noise(count, width, deterministic))
         each = self.config.candidates
         if each == 1:
             return actions
         safety = self._safety(model)
-        limit = -self._margin(model)
+        limit = -self.config.margin_of(model.critics.safety)
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)
         if len(at):
@@ -294,9 +278,9 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         self,
         safety: SafetyModel,
         states: StateValue,
-        actions: npt.NDArray[np.float32],
+        actions: Float,
         limit: float,
-    ) -> npt.NDArray[np.float32]:
+    ) -> Float:
         """Return the nearest acceptable action to each, among the candidates of a shield."""
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
@@ -306,12 +290,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
         return np.asarray(drawn[np.arange(len(actions)), best])
 
-    def _student(
-        self, observations: npt.NDArray[np.float32], noise: npt.NDArray[np.floating]
-    ) -> npt.NDArray[np.float32]:
-        inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
-        student = self._fitted().networks[STUDENT]
-        return np.asarray(np.clip(student(self._arrays[STUDENT], inputs)[0], -1.0, 1.0))
-
-    def _margin(self, model: CriticArchitecture) -> float:
-        return self.config.margin_of(model.critics.safety)
+    def _student(self, observations: Float, noise: Float) -> Float:
+        network = self._fitted().networks[STUDENT]
+        raw = of_noise(network, self._arrays[STUDENT], observations, noise)
+        return np.asarray(np.clip(raw, -1.0, 1.0))

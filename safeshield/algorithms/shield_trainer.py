@@ -26,7 +26,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,6 +39,8 @@ from safeshield.files.settings import (
     Sizes,
     ThreePhases,
 )
+from safeshield.nn.actor import BEHAVIOUR, FALLBACK, of_noise
+from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.critics import SafetyModel
@@ -53,11 +54,11 @@ from safeshield.training.agent import OfflineAgent
 from safeshield.training.architecture import CRITICS, Architecture, Interface, interface_of
 from safeshield.training.config import SafetyConfig
 from safeshield.training.imitation import flow_update
-from safeshield.training.log import LogTensors, check_boundary, safety_scale
+from safeshield.training.log import LogTensors, check_boundary
 from safeshield.training.registry import register
 from safeshield.training.run import Run
-from safeshield.training.safety import SafetyLog, restored_safety, safety_critics, safety_header
-from safeshield.training.schedule import phase_steps, stages
+from safeshield.training.safety import SafetyLog, restored_safety, safety_header, safety_units
+from safeshield.training.schedule import phase_steps
 from safeshield.training.state import (
     CriticLoss,
     Draw,
@@ -70,7 +71,6 @@ from safeshield.training.state import (
 )
 from safeshield.training.support_term import SupportTerm, held_out_episodes
 from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
-from safeshield.values.units import BEHAVIOUR, FALLBACK
 
 if TYPE_CHECKING:
     from safeshield.spaces.generic import Env, VectorEnv
@@ -141,7 +141,7 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
     """
 
     def __post_init__(self) -> None:
-        self._safety = SafetyLog(self.model.safety, self.log)
+        self._safety = SafetyLog(self.model.safety, self.log, self.config)
 
     def phases(self) -> list[Phase]:
         """Return the phases of training in order: critics, behaviour, fallback.
@@ -149,38 +149,27 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
         Where the support counts in the backups, the behaviour comes first. Discrete actions have no
         fallback.
         """
-        config, size, near = self.config, self.config.batch_size, self.config.near_share
-        refresh = self._safety.refresh
-        critics, behaviour, fallback = phase_steps(self.steps, config.phase_shares)
+        critics, behaviour, fallback = phase_steps(self.steps, self.config.phase_shares)
         if FALLBACK not in self.model.networks:
             critics, fallback = critics + fallback, 0
-        phases = [
-            Phase(f"{CRITICS} {i + 1}", count, self._critics(window, critics), size, near, refresh)
-            for i, (count, window) in enumerate(stages(critics, config.safety_backup_steps))
-        ]
-        imitation = Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), size)
+        phases = self._safety.phases(
+            CRITICS, critics, lambda window: self._critics(window, critics)
+        )
+        imitation = Phase(BEHAVIOUR, behaviour, self._behaviour(behaviour), self.config.batch_size)
         phases.insert(len(phases) if self.model.term is None else 0, imitation)
         if fallback:
             update = self.falling(FALLBACK, self._fallback, fallback)
-            phases.append(Phase(FALLBACK, fallback, update, size, near, refresh, fallback))
+            phases.append(self._safety.phase(FALLBACK, fallback, update, fallback))
         return phases
 
     def _critics(self, window: int, total: int) -> Update:
-        config, term = self.config, self.model.term
+        term = self.model.term
 
         def losses(state: TrainState, draw: Draw) -> CriticLoss:
             extra = None if term is None else term.read(state.networks[BEHAVIOUR])[1]
-            return self._safety.loss(state, draw.rows, window, config.safety_expectile, extra)
+            return self._safety.loss(state, draw.rows, window, extra)
 
-        return critic_update(
-            CRITICS,
-            losses,
-            self.model.slow(),
-            VALUE_NETWORKS,
-            base=config.learning_rate,
-            total=total,
-            share=config.polyak,
-        )
+        return critic_update(CRITICS, losses, self.model.slow(), VALUE_NETWORKS, self.config, total)
 
     def _behaviour(self, total: int) -> Update:
         """Return the update that imitates the log without the episodes held out for the support."""
@@ -226,8 +215,7 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
             taught = euler_sample(*behaviour, observations, noise, config.flow_steps)
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            inputs = torch.cat([observations, noise], -1)
-            raw = model.networks[FALLBACK](networks[FALLBACK], inputs)[0]
+            raw = of_noise(model.networks[FALLBACK], networks[FALLBACK], observations, noise)
             action = raw.clamp(-1.0, 1.0)
             danger = model.safety.advantages(state.targets, observations, action).amax(0)
             distance = (raw - taught).square().sum(-1)
@@ -309,40 +297,32 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         return dataset
 
     def _describe(self, dataset: OfflineDataset) -> ShieldArchitecture:
-        config, term = self.config, None
-        scaling, weight = Scaling.of(dataset), config.support_weight
-        if weight is not None:
-            alpha, share = config.support_alpha, config.support_held_out
-            held_out = held_out_episodes(dataset.num_episodes, share, alpha, config.seed)
-            # The scaling is part of the score, so it must not be computed from the held-out
-            # episodes.
-            scaling = Scaling.of(dataset.select(np.flatnonzero(~held_out)))
-            term = SupportTerm(
-                dataset,
-                held_out,
-                scaling,
-                safety_scale(dataset),
-                config.flow_steps,
-                weight,
-                alpha,
-                config.support_share,
-                self.device,
-            )
-        safety = safety_critics(dataset, scaling, config.critic_hidden, config.safety_discount)
-        return self._architecture(interface_of(dataset, scaling), safety, term=term)
+        config, weight = self.config, self.config.support_weight
+        if weight is None:
+            return super()._describe(dataset)
+        alpha, share = config.support_alpha, config.support_held_out
+        held_out = held_out_episodes(dataset.num_episodes, share, alpha, config.seed)
+        # The scaling is part of the score, so it must not be computed from the held-out episodes.
+        scaling = Scaling.of(dataset.select(np.flatnonzero(~held_out)))
+        model = self._build(interface_of(dataset, scaling), safety_units(dataset))
+        term = SupportTerm(
+            dataset,
+            held_out,
+            scaling,
+            model.safety.scale,
+            config.flow_steps,
+            weight,
+            alpha,
+            config.support_share,
+            self.device,
+        )
+        return replace(model, term=term)
 
-    def _restore(self, interface: Interface, header: dict[str, Any]) -> ShieldArchitecture:
-        safety = restored_safety(header, interface.scaling, self.config.critic_hidden)
-        support = header["support"]
-        record = None if support is None else SupportRecord.from_json(support)
-        return self._architecture(interface, safety, support=record)
+    def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
+        return safety_units(dataset)
 
-    def _architecture(
-        self,
-        interface: Interface,
-        safety: SafetyCritics,
-        **support: Any,  # noqa: ANN401 - the architecture's own fields
-    ) -> ShieldArchitecture:
+    def _build(self, interface: Interface, units: dict[str, Any]) -> ShieldArchitecture:
+        safety = restored_safety(units, interface.scaling, self.config)
         codec, config = flat_actions(interface.action_space), self.config
         seen, act = interface.scaling.widths
         if codec.discrete:
@@ -353,7 +333,12 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
                 BEHAVIOUR: velocity_network(seen, act, config.behaviour_hidden),
                 FALLBACK: EnsembleMLP(seen + act, act, config.fallback_hidden),
             }
-        return ShieldArchitecture(*interface, networks, safety, **support)
+        return ShieldArchitecture(*interface, networks, safety)
+
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ShieldArchitecture:
+        model, support = super()._restore(interface, header), header["support"]
+        record = None if support is None else SupportRecord.from_json(support)
+        return replace(model, support=record)
 
     def _settle(self, model: ShieldArchitecture, log: LogTensors) -> ShieldArchitecture:
         if model.term is None:
@@ -365,21 +350,17 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         super()._adopt(model, networks)
         self._shield = None
 
-    def _action_rows(
-        self, model: ShieldArchitecture, rows: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.float32]:
+    def _action_rows(self, model: ShieldArchitecture, rows: Float, deterministic: bool) -> Float:
         """Return the fallback's actions, or for discrete actions the choice of lowest Q_h."""
         if FALLBACK in model.networks:
             return super()._action_rows(model, rows, deterministic)
         safety = self.shield().model
         return safety.fallback_alone(safety.states(rows))
 
-    def _act(
-        self, model: ShieldArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: ShieldArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the fallback's actions for one sample of z (deterministic: z = 0)."""
-        shape = (len(observations), model.scaling.action_features)
-        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
-        inputs = np.concatenate([observations, noise.astype(np.float32)], -1)
-        raw = model.networks[FALLBACK](self._arrays[FALLBACK], inputs)[0]
+        width = model.scaling.action_features
+        noise = self._one_noise(len(observations), width, deterministic)
+        network = model.networks[FALLBACK]
+        raw = of_noise(network, self._arrays[FALLBACK], observations, noise)
         return np.asarray(np.clip(raw, -1.0, 1.0))

@@ -23,7 +23,7 @@ from typing import (
 )
 
 from safeshield.files.schema import json_values
-from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, log_softmax
+from safeshield.nn.arrays import A, Float, NetworksOf, ParamsOf, Weights, concat, log_softmax
 from safeshield.nn.flow import euler_noise, euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Shapes
 
@@ -217,6 +217,16 @@ def check_count(what: str, value: object, least: int, most: int) -> None:
 # -- the usual ones --------------------------------------------------------------------------------
 
 
+def of_noise(network: EnsembleMLP, params: ParamsOf[A], observations: A, noise: A) -> A:
+    """Return the outputs (n, width) of a one-step network for noise (n, width) in n states.
+
+    `network` is the description, `params` are its weights, and `observations` (n, obs) are
+    normalised.
+    """
+    out: A = network(params, concat([observations, noise]))[0]
+    return out
+
+
 @register_actor
 @dataclass(frozen=True)
 class OneStepActor:
@@ -256,9 +266,7 @@ class OneStepActor:
 
         `networks` are the weights, and `observations` (n, obs) are normalised.
         """
-        inputs = concat([observations, noise])
-        raw: A = self.network(networks[FALLBACK], inputs)[0]
-        return raw.clip(-1.0, 1.0)
+        return of_noise(self.network, networks[FALLBACK], observations, noise).clip(-1.0, 1.0)
 
 
 @register_actor

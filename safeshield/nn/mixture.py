@@ -35,40 +35,6 @@ class Mixture(NamedTuple):
     """(n, k, d) standard deviations before truncation."""
 
 
-def mixture_network(inputs: int, act: int, hidden: tuple[int, ...], components: int) -> EnsembleMLP:
-    """Return the description of the network whose outputs `mixture` converts to parameters.
-
-    Args:
-        inputs: Number of features of an observation.
-        act: Number of entries of an action.
-        hidden: Widths of the hidden layers.
-        components: Number of components of a mixture.
-    """
-    return EnsembleMLP(inputs, components * (1 + 2 * act), hidden)
-
-
-def mixture(
-    network: EnsembleMLP, params: Params, observations: Tensor, act: int, components: int
-) -> Mixture:
-    """Return one mixture for each of n observations.
-
-    Args:
-        network: Description of the network, made by `mixture_network`.
-        params: Its weights.
-        observations: (n, features) normalised observations.
-        act: Number of entries of an action.
-        components: Number of components of a mixture.
-    """
-    out = network(params, observations)[0]
-    logits, means, logs = torch.split(out, [components, components * act, components * act], -1)
-    shape = (len(out), components, act)
-    # The bounds are soft, because a hard clamp has no gradient outside its range.
-    widths = _LOW + (_HIGH - _LOW) * torch.sigmoid(logs + 1.5)
-    return Mixture(
-        torch.log_softmax(logits, -1), torch.tanh(means).reshape(shape), widths.exp().reshape(shape)
-    )
-
-
 def log_density(parts: Mixture, actions: Tensor) -> Tensor:
     """Return log p (n, c) of c actions in each of n states, per unit of the scaled box's volume.
 
@@ -127,14 +93,24 @@ class MixtureActor:
         """Description of the network."""
         if self.choices:
             return EnsembleMLP(self.inputs, self.choices, self.hidden)
-        return mixture_network(self.inputs, self.act, self.hidden, self.components)
+        return EnsembleMLP(self.inputs, self.components * (1 + 2 * self.act), self.hidden)
 
     def mixture(self, params: Params, observations: Tensor) -> Mixture:
         """Return the mixtures over [-1, 1]^act of n observations.
 
         `params` are the weights, and `observations` (n, features) are normalised.
         """
-        return mixture(self.network, params, observations, self.act, self.components)
+        count, wide = self.components, self.components * self.act
+        out = self.network(params, observations)[0]
+        logits, means, logs = torch.split(out, [count, wide, wide], -1)
+        shape = (len(out), count, self.act)
+        # The bounds are soft, because a hard clamp has no gradient outside its range.
+        widths = _LOW + (_HIGH - _LOW) * torch.sigmoid(logs + 1.5)
+        return Mixture(
+            torch.log_softmax(logits, -1),
+            torch.tanh(means).reshape(shape),
+            widths.exp().reshape(shape),
+        )
 
     def log_prob(self, params: Params, observations: Tensor, actions: Tensor) -> Tensor:
         """Return log pi (n, c) of all c choices, or of c given actions of a Box.

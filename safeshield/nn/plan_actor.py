@@ -20,9 +20,10 @@ from safeshield.nn.actor import (
     Described,
     check_count,
     check_hidden,
+    of_noise,
     register_actor,
 )
-from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, nan_to_zero
+from safeshield.nn.arrays import A, Float, NetworksOf, Weights, nan_to_zero
 from safeshield.nn.mlp import EnsembleMLP, largest_and_gradient, layers, run
 
 PLAN = "plan_advantage"
@@ -98,8 +99,7 @@ class PlanActor:
 
         `networks` are the weights, and `observations` (n, obs) are normalised.
         """
-        inputs = concat([observations, noise])
-        raw: A = self.network(networks[FALLBACK], inputs)[0]
+        raw = of_noise(self.network, networks[FALLBACK], observations, noise)
         return nan_to_zero(raw).clip(-1.0, 1.0)
 
     def act(self, networks: NetworksOf[A], observations: A, noise: A) -> A:

@@ -97,7 +97,7 @@ class Collector:
         self._history: list[tuple[Array, Array, Array]] | None = None
         self._observations: Batch = None
         self._proposals: SafeProposals | None = None
-        self._warned = self._warned_replaced = False
+        self._warned: set[str] = set()
 
     def reset(self, *, record: bool) -> None:
         """Begin new episodes; with `record`, keep the rewards until `returns_to_go` is called."""
@@ -229,21 +229,23 @@ class Collector:
                 )
             if not _alike(told, sent[i]):
                 self.tally.replaced += 1
-                self._warn_replaced(sent[i], told)
+                if self._first("replaced"):
+                    warnings.warn(
+                        f"the shield around the environment executed {told} where {sent[i]} was "
+                        "chosen: it judges differently from `safe`. Such steps are counted "
+                        "(tally.replaced), and the executed action is learned from; leave `safe` "
+                        "out to choose by the environment's own shield",
+                        OutsideSafeSetWarning,
+                        stacklevel=4,
+                    )
             rows[i] = np.ravel(told)
         return rows
 
-    def _warn_replaced(self, sent: Array, told: Array) -> None:
-        if self._warned_replaced:
-            return
-        self._warned_replaced = True
-        warnings.warn(
-            f"the shield around the environment executed {told} where {sent} was chosen: it judges "
-            "differently from `safe`. Such steps are counted (tally.replaced), and the executed "
-            "action is learned from; leave `safe` out to choose by the environment's own shield",
-            OutsideSafeSetWarning,
-            stacklevel=5,
-        )
+    def _first(self, event: str) -> bool:
+        """Return whether an event, of which the user is warned once, has not happened before."""
+        known = event in self._warned
+        self._warned.add(event)
+        return not known
 
     def _count_proposals(self, here: SafeProposals) -> None:
         tally = self.tally
@@ -252,8 +254,7 @@ class Collector:
         outside = (here.mass_outside > 0) & ~here.no_safe_action
         tally.proposed_outside += int((here.outside & ~here.no_safe_action).sum())
         tally.support_outside += int(outside.sum())
-        if outside.any() and not self._warned:
-            self._warned = True
+        if outside.any() and self._first("outside"):
             at = int(outside.argmax())
             warnings.warn(
                 f"the behaviour's support is not inside the safe set: {here.mass_outside[at]:.1%} "

@@ -15,6 +15,7 @@ Source: arXiv 2604.25379, of which only the abstract is known; derived in `value
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -176,13 +177,7 @@ def clone_loss(
 
 
 def forward_loss(
-    actor: MixtureActor,
-    params: Params,
-    critics: SoftCritics,
-    targets: Networks,
-    support: Support,
-    *,
-    temperature: float,
+    actor: MixtureActor, params: Params, support: Support, log_target: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the forward loss of stage two and its metrics.
 
@@ -192,12 +187,9 @@ def forward_loss(
     Args:
         actor: Description of the actor pi.
         params: Its weights.
-        critics: Description of the twin networks.
-        targets: Slow copies of the critics' weights, which define pi*.
         support: Proposals of mu in n states.
-        temperature: Temperature a.
+        log_target: (n, c) log pi* of these proposals, from `log_induced`.
     """
-    log_target = _log_induced(critics, targets, support, temperature)
     log_pi = actor.log_prob(params, support.observations, support.candidates)
     loss = -_mean(log_target.exp(), log_pi).mean()
     return loss, {
@@ -207,27 +199,13 @@ def forward_loss(
 
 
 def reverse_loss_choices(
-    actor: MixtureActor,
-    params: Params,
-    critics: SoftCritics,
-    targets: Networks,
-    support: Support,
-    *,
-    temperature: float,
+    actor: MixtureActor, params: Params, support: Support, log_target: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the reverse loss of stage two for discrete actions, and its metrics.
 
-    The loss is KL(pi || pi*), summed over all choices and averaged over the states.
-
-    Args:
-        actor: Description of the actor pi.
-        params: Its weights.
-        critics: Description of the twin networks.
-        targets: Slow copies of the critics' weights, which define pi*.
-        support: Proposals of mu in n states.
-        temperature: Temperature a.
+    The loss is KL(pi || pi*), summed over all choices and averaged over the states. The arguments
+    `actor`, `params`, `support` and `log_target` are those of `forward_loss`.
     """
-    log_target = _log_induced(critics, targets, support, temperature)
     # A softmax cannot exclude the actions that mu never takes. They count as less likely than all
     # others.
     possible = log_target > -torch.inf
@@ -259,13 +237,10 @@ def actor_draws(
 def reverse_loss_box(
     actor: MixtureActor,
     params: Params,
-    critics: SoftCritics,
-    targets: Networks,
+    scaled_q: Callable[[Tensor], Tensor],
     observations: Tensor,
     uniform: Tensor,
     log_mu: Tensor,
-    *,
-    temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the reverse loss of stage two in a Box, and its metrics.
 
@@ -279,23 +254,20 @@ def reverse_loss_box(
     Args:
         actor: The actor of a Box of actions.
         params: The actor's weights.
-        critics: The twin networks.
-        targets: The slow copies of the critics' weights.
+        scaled_q: Function from actions (n, c, act) in these states to Q / a, (n, c).
         observations: (n, features).
         uniform: (n, k * s, act) noise of the draws, s for each of k components; s is even.
         log_mu: (n, k * s) log mu of the `actor_draws` of this noise, up to a constant of the state.
             It is minus infinity for actions that mu never takes. The Q of such a draw is not used,
             and the draw counts as less likely than all others by more than any difference of Q.
-        temperature: a.
     """
     parts = actor.mixture(params, observations)
     actions = actor_draws(actor, params, observations, uniform)
     each = actions.shape[1] // actor.components
     weights = (parts.log_weights.exp() / each).repeat_interleave(each, -1)
     log_pi = log_density(parts, actions)
-    q = critics.one(targets[CRITIC], observations, actions)
+    scaled = scaled_q(actions)
     inside = log_mu > -torch.inf
-    scaled = q / temperature
     with torch.no_grad():
         low = torch.where(inside, scaled, torch.inf).amin(-1, keepdim=True)
         least = torch.where(inside, log_mu, torch.inf).amin(-1, keepdim=True)
@@ -318,7 +290,7 @@ def reverse_loss_box(
 
 
 @torch.no_grad()
-def _log_induced(
+def log_induced(
     critics: SoftCritics, targets: Networks, support: Support, temperature: float
 ) -> Tensor:
     """Return log pi* (n, c) of mu's proposals."""

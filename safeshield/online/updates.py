@@ -25,6 +25,7 @@ from safeshield.online.losses import (
     actor_draws,
     clone_loss,
     critic_loss,
+    log_induced,
     reverse_loss_box,
 )
 from safeshield.online.replay import Replay
@@ -190,15 +191,9 @@ class SSQLUpdates:
         """
 
         def loss(state: TrainState, draw: Draw) -> Loss:
-            here = self._batch(draw).here
-            return lambda networks: distance(
-                self.model.actor,
-                networks[ACTOR],
-                self.model.critics,
-                state.targets,
-                here,
-                temperature=self.config.temperature,
-            )
+            here, model = self._batch(draw).here, self.model
+            target = log_induced(model.critics, state.targets, here, self.config.temperature)
+            return lambda networks: distance(model.actor, networks[ACTOR], here, target)
 
         return falling(ACTOR, loss, self.config.learning_rate, total)
 
@@ -219,15 +214,13 @@ class SSQLUpdates:
             raw = self.replay.column("observations")[draw.rows.cpu().numpy()]
             judged = log_mu(state, raw, model.scaling.to_box(actions.cpu().numpy()))
             likely = torch.tensor(judged, dtype=seen.dtype, device=seen.device)
+
+            def scaled_q(actions: Tensor) -> Tensor:
+                q = model.critics.one(state.targets[CRITIC], seen, actions)
+                return q / self.config.temperature
+
             return lambda networks: reverse_loss_box(
-                model.actor,
-                networks[ACTOR],
-                model.critics,
-                state.targets,
-                seen,
-                uniform,
-                likely,
-                temperature=self.config.temperature,
+                model.actor, networks[ACTOR], scaled_q, seen, uniform, likely
             )
 
         return falling(ACTOR, loss, self.config.learning_rate, total)

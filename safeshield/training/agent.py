@@ -16,6 +16,7 @@ holds fewer networks than its architecture.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ import torch
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.tensors import TensorFile, read_tensors, write_tensors
-from safeshield.nn.arrays import Deployed, deployed
+from safeshield.nn.arrays import Deployed, Float, deployed
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
@@ -190,6 +191,13 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             One action or a batch, and the memory after it.
         """
 
+    def _changed(self, **changes: Any) -> Self:  # noqa: ANN401 - settings of any type
+        """Return an agent with the same weights, other settings, and its noise from the start."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, **changes)
+        other._noise = np.random.default_rng(other.config.seed)
+        return other
+
     # -- learned weights ----------------------------------------------------------------------
 
     def _adopt(self, model: ModelT, networks: Networks) -> None:
@@ -289,7 +297,6 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         initial: Callable[[torch.Generator], TrainState],
         dataset: OfflineDataset,
         options: FitOptions,
-        *,
         transitions: int,
         noise_features: int,
     ) -> TrainState:
@@ -304,14 +311,9 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             noise_features: Width of the noise that an update draws for each transition.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        identity = run_identity(type(self).__name__, self.config, dataset, options.steps)
         state, _ = run_phases(
-            phases,
-            initial(generator),
-            generator,
-            transitions=transitions,
-            noise_features=noise_features,
-            options=options,
-            identity=run_identity(type(self).__name__, self.config, dataset, options.steps),
+            phases, initial(generator), generator, options, identity, transitions, noise_features
         )
         return state
 
@@ -336,14 +338,10 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     # -- methods that an algorithm implements -------------------------------------------------
 
     @abstractmethod
-    def _act(
-        self, model: ModelT, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: ModelT, observations: Float, deterministic: bool) -> Float:
         """Return actions (n, act) in [-1, 1] for normalised observations (n, features)."""
 
-    def _action_rows(
-        self, model: ModelT, rows: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.float32]:
+    def _action_rows(self, model: ModelT, rows: Float, deterministic: bool) -> Float:
         """Return the actions of `_act` as rows (n, act) in the units of the action space.
 
         An algorithm whose actions depend on the constraint of the present state overrides this
@@ -361,14 +359,26 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """Return the algorithm's own networks by name, for the widths that a scaling gives."""
         raise NotImplementedError(f"{type(self).__name__} must describe its networks")
 
-    def _describe(self, dataset: OfflineDataset) -> ModelT:
-        """Return the architecture in the units of a log."""
-        return self._restore(interface_of(dataset, Scaling.of(dataset)), {})
+    def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
+        """Return the numbers that `_build` needs from a log, by their names in a file's header.
 
-    def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
+        `dataset` is the log, and `scaling` the scaling of its observations and actions.
+        """
+        return {}
+
+    def _build(self, interface: Interface, units: dict[str, Any]) -> ModelT:
+        """Return the architecture for the units of a log, or for those in a file's header."""
         check_continuous(interface.action_space, type(self).__name__)
         model: ModelT = self.model_type(*interface, self._parts(interface.scaling))
         return model
+
+    def _describe(self, dataset: OfflineDataset) -> ModelT:
+        """Return the architecture in the units of a log, before training."""
+        interface = interface_of(dataset, Scaling.of(dataset))
+        return self._build(interface, self._units(dataset, interface.scaling))
+
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
+        return self._build(interface, header)
 
     def _run(self, model: ModelT, log: LogTensors, steps: int) -> Run[ModelT, ConfigT]:
         """Return the run of one call of `fit`."""
@@ -437,12 +447,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         log = LogTensors.of(dataset, model.scaling, self.device)
         run = self._run(model, log, options.steps)
         state = self._train(
-            run.phases(),
-            run.initial,
-            dataset,
-            options,
-            transitions=len(log),
-            noise_features=self._noise_features(model),
+            run.phases(), run.initial, dataset, options, len(log), self._noise_features(model)
         )
         # The agent uses the slow copies of the critics, because the advantages were fitted to them.
         self._adopt(model, {**state.networks, **state.targets})
@@ -477,9 +482,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         actions = flat_actions(model.action_space).unflatten(chosen)
         return (actions[0] if single else actions), state
 
-    def _rows(
-        self, model: ModelT, observation: Batch, name: str
-    ) -> tuple[npt.NDArray[np.float32], bool]:
+    def _rows(self, model: ModelT, observation: Batch, name: str) -> tuple[Float, bool]:
         """Return observations as rows (n, features), and whether a single one was passed."""
         rows, single = flat_observations(model.observation_space).flatten(observation, name)
         with np.errstate(over="ignore"):
@@ -493,14 +496,18 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             )
         return small, single
 
-    def _candidate_noise(
-        self, rows: int, each: int, width: int, deterministic: bool
-    ) -> npt.NDArray[np.float64]:
+    def _one_noise(self, rows: int, width: int, deterministic: bool) -> Float:
+        """Return standard normal noise (rows, width); 0 in a deterministic call."""
+        shape = (rows, width)
+        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
+        return noise.astype(np.float32)
+
+    def _candidate_noise(self, rows: int, each: int, width: int, deterministic: bool) -> Float:
         """Return standard normal noise (rows * each, width).
 
         A deterministic call returns the same `each` fixed samples for every row.
         """
         if deterministic:
             drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
-            return np.tile(drawn, (rows, 1))
-        return self._noise.standard_normal((rows * each, width))
+            return np.tile(drawn, (rows, 1)).astype(np.float32)
+        return self._noise.standard_normal((rows * each, width)).astype(np.float32)

@@ -20,16 +20,17 @@ from safeshield.files.settings import (
 if TYPE_CHECKING:
     from safeshield.values.safety import SafetyCritics
 
-PAPER_CRITICS: dict[str, Any] = {
+PAPER_VALUES: dict[str, Any] = {
     "reward_expectile": 0.9,
     "safety_expectile": 0.9,
     "safety_backup_steps": (1,),
     "reward_backup_steps": (1,),
-    "safe_reward_value": False,
     "near_share": 0.0,
     "margin": 0.0,
 }
 """Settings of the critics in the papers' official codes, where they differ from the defaults."""
+PAPER_CRITICS: dict[str, Any] = {**PAPER_VALUES, "safe_reward_value": False}
+"""The same for `CriticConfig`, which has one more setting."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import OfflineAgent, check_continuous
-from safeshield.training.architecture import CRITICS, Architecture, Interface, interface_of
+from safeshield.training.architecture import CRITICS, Architecture, Interface
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
-from safeshield.training.safety import SafetyLog, restored_safety, safety_critics, safety_header
-from safeshield.training.schedule import stages
+from safeshield.training.safety import SafetyLog, restored_safety, safety_header, safety_units
 from safeshield.training.state import (
     CriticLoss,
     Draw,
@@ -29,6 +28,7 @@ from safeshield.training.state import (
     Update,
     critic_update,
     summed,
+    together,
 )
 from safeshield.values.backup import RewardWindow, reward_windows, rows_of, window_ends
 from safeshield.values.reward import VALUE as REWARD_VALUE
@@ -50,23 +50,8 @@ class Critics:
     """Description of the reward critics."""
 
     @classmethod
-    def of(cls, dataset: OfflineDataset, scaling: Scaling, config: ValueConfig) -> Critics:
-        """Return critics whose units are computed from a log.
-
-        Args:
-            dataset: The log.
-            scaling: Scaling of its observations and actions.
-            config: Settings of the critics.
-        """
-        hidden, returns = config.critic_hidden, logged_returns(dataset, config.discount)
-        return cls(
-            safety_critics(dataset, scaling, hidden, config.safety_discount),
-            RewardCritics(*scaling.widths, hidden, *scale_of_returns(returns)),
-        )
-
-    @classmethod
     def restore(cls, header: dict[str, Any], scaling: Scaling, config: ValueConfig) -> Critics:
-        """Return the critics whose units `header` wrote to a file's header.
+        """Return the critics whose units are in a file's header, or come from a log.
 
         Args:
             header: Entries of the file's header.
@@ -76,14 +61,9 @@ class Critics:
         Raises:
             KeyError, TypeError, ValueError: An entry of the header is missing or damaged.
         """
-        safety = restored_safety(header, scaling, config.critic_hidden)
-        mean, spread = (finite_number(x, "reward_scale") for x in header["reward_scale"])
+        safety = restored_safety(header, scaling, config)
+        mean, spread = (float(x) for x in header["reward_scale"])
         return cls(safety, RewardCritics(*scaling.widths, config.critic_hidden, mean, spread))
-
-    def header(self) -> dict[str, Any]:
-        """Return the units as JSON values."""
-        reward = [self.reward.offset, self.reward.spread]
-        return {**safety_header(self.safety), "reward_scale": reward}
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Return all networks by name."""
@@ -106,7 +86,9 @@ class CriticArchitecture(Architecture):
 
     def header(self) -> dict[str, Any]:
         """Return the units of the critics, as JSON values (see `Architecture`)."""
-        return self.critics.header()
+        reward = self.critics.reward
+        scale = [reward.offset, reward.spread]
+        return {**safety_header(self.critics.safety), "reward_scale": scale}
 
 
 class CriticAgent(OfflineAgent[ConfigT, ModelT]):
@@ -128,16 +110,18 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         check_boundary(dataset)
         return dataset
 
-    def _describe(self, dataset: OfflineDataset) -> ModelT:
-        check_continuous(dataset.action_space, type(self).__name__)
-        interface = interface_of(dataset, Scaling.of(dataset))
-        critics = Critics.of(dataset, interface.scaling, self.config)
-        return self._architecture(interface, critics)
+    def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
+        scale = scale_of_returns(logged_returns(dataset, self.config.discount))
+        return {**safety_units(dataset), "reward_scale": list(scale)}
+
+    def _build(self, interface: Interface, units: dict[str, Any]) -> ModelT:
+        check_continuous(interface.action_space, type(self).__name__)
+        return self._architecture(interface, Critics.restore(units, interface.scaling, self.config))
 
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
-        check_continuous(interface.action_space, type(self).__name__)
-        critics = Critics.restore(header, interface.scaling, self.config)
-        return self._architecture(interface, critics)
+        for number in header["reward_scale"]:
+            finite_number(number, "reward_scale")
+        return super()._restore(interface, header)
 
 
 @dataclass(eq=False)
@@ -150,18 +134,15 @@ class RewardLog:
     """Log that is learned from."""
     discount: float
     """Discount factor of the rewards."""
+    expectile: float
+    """Weight on targets above V."""
     unit: str
     """Name of the running statistic that is the unit of the advantages."""
     _kept: tuple[int, RewardWindow] | None = field(default=None, init=False)
     """Length and windows of the current stage."""
 
     def loss(
-        self,
-        state: TrainState,
-        rows: Tensor,
-        steps: int,
-        expectile: float,
-        allowed: Tensor | None = None,
+        self, state: TrainState, rows: Tensor, steps: int, allowed: Tensor | None = None
     ) -> CriticLoss:
         """Return the loss of the reward critics on a batch.
 
@@ -169,21 +150,19 @@ class RewardLog:
             state: Training state with the slow copies and the unit of the advantages.
             rows: (batch,) rows of the log.
             steps: Length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_r.
-            expectile: Weight on targets above V.
             allowed: (batch,) 1 where V is fitted to the action, else 0; None means all actions.
         """
         return reward_loss(
             self.critics,
             self.unit,
             state,
-            self._batch(rows, steps),
+            self._batch(rows, steps, allowed),
             discount=self.discount,
-            expectile=expectile,
+            expectile=self.expectile,
             one_step=steps == 1,
-            allowed=allowed,
         )
 
-    def _batch(self, rows: Tensor, steps: int) -> RewardBatch:
+    def _batch(self, rows: Tensor, steps: int, allowed: Tensor | None) -> RewardBatch:
         log = self.log
         if self._kept is None or self._kept[0] != steps:
             windows = reward_windows(
@@ -199,6 +178,7 @@ class RewardLog:
             terminated=log.terminated[rows],
             window=rows_of(self._kept[1], rows),
             window_observations=log.next_observations[end],
+            allowed=allowed,
         )
 
 
@@ -242,32 +222,28 @@ class CriticsRun:
     """Total number of updates."""
 
     def __post_init__(self) -> None:
-        self._safety = SafetyLog(self.critics.safety, self.log)
-        self._reward = RewardLog(self.critics.reward, self.log, self.config.discount, "reward")
+        config, critics = self.config, self.critics
+        self.safety = SafetyLog(critics.safety, self.log, config)
+        self._reward = RewardLog(
+            critics.reward, self.log, config.discount, config.reward_expectile, "reward"
+        )
 
-    def phases(self) -> list[Phase]:
-        """Return the phases of training in order. The targets' windows get shorter in stages."""
-        return [
-            self.phase(f"{CRITICS} {i + 1}", count, self.update(*windows))
-            for i, (count, *windows) in enumerate(self.stages())
-        ]
-
-    def stages(self) -> list[tuple[int, ...]]:
-        """Return the stages as (number of updates, safety window, reward window), in steps."""
-        config = self.config
-        return stages(self.total, config.safety_backup_steps, config.reward_backup_steps)
-
-    def phase(self, name: str, steps: int, update: Update, refresh_every: int = 250) -> Phase:
-        """Return a phase whose batches hold more transitions near the learned boundary V_h = 0.
+    def phases(
+        self, name: str = CRITICS, beside: Callable[[int], Update] | None = None
+    ) -> list[Phase]:
+        """Return the phases in order; see `SafetyLog.phases`.
 
         Args:
-            name: Name of the phase.
-            steps: Number of updates.
-            update: Update that the phase repeats.
-            refresh_every: Number of updates after which the boundary is found again.
+            name: Name of the phases.
+            beside: Function from the current length of the reward windows to a further update,
+                which is made after each of the critics' updates.
         """
-        size, near = self.config.batch_size, self.config.near_share
-        return Phase(name, steps, update, size, near, self._safety.refresh, refresh_every)
+
+        def update(safety_steps: int, reward_steps: int) -> Update:
+            critics = self.update(safety_steps, reward_steps)
+            return critics if beside is None else together(critics, beside(reward_steps))
+
+        return self.safety.phases(name, self.total, update, self.config.reward_backup_steps)
 
     def update(self, safety_steps: int, reward_steps: int) -> Update:
         """Return one update of all critics, for given lengths of the windows of the targets.
@@ -282,18 +258,12 @@ class CriticsRun:
             rows = draw.rows
             allowed = self._allowed(state.targets, rows) if config.safe_reward_value else None
             return summed(
-                self._safety.loss(state, rows, safety_steps, config.safety_expectile),
-                self._reward.loss(state, rows, reward_steps, config.reward_expectile, allowed),
+                self.safety.loss(state, rows, safety_steps),
+                self._reward.loss(state, rows, reward_steps, allowed),
             )
 
         return critic_update(
-            CRITICS,
-            losses,
-            tuple(self.critics.parts()),
-            _VALUES,
-            base=config.learning_rate,
-            total=self.total,
-            share=config.polyak,
+            CRITICS, losses, tuple(self.critics.parts()), _VALUES, config, self.total
         )
 
     @property

@@ -25,7 +25,8 @@ from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
 REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
-"""Largest weights of a logged action in feasible and in other states, as in the official code."""
+"""Largest weights of a logged action in feasible and in other states, as in the official code, and
+of FLRP's actions (its table 5)."""
 
 
 def imitation_weights(

@@ -27,6 +27,8 @@ _LEARNED_FROM = (
     "terminated",
     "truncated",
 )
+POOL = 65_536
+"""Number of rows of a log that are evaluated together."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class LogTensors:
 
     def __len__(self) -> int:
         return len(self.rewards)
+
+
+def some_rows(kept: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw at most 65,536 rows, with replacement, from those that `kept` (N,) bool marks."""
+    rows = torch.nonzero(kept).flatten()
+    size = min(POOL, len(rows))
+    if not size:
+        return rows
+    return rows[torch.randint(len(rows), (size,), generator=generator, device=generator.device)]
 
 
 @dataclass(frozen=True)

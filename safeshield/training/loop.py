@@ -99,11 +99,10 @@ def run_phases(
     phases: list[Phase],
     state: TrainState,
     generator: torch.Generator,
-    *,
-    transitions: int,
-    noise_features: int,
     options: FitOptions,
     identity: RunIdentity,
+    transitions: int,
+    noise_features: int,
 ) -> tuple[TrainState, bool]:
     """Run all phases from the checkpoint on; return the state and whether all updates were made.
 
@@ -111,10 +110,10 @@ def run_phases(
         phases: Phases in order.
         state: Initial state, which is used where there is no checkpoint.
         generator: Source of all random numbers, on the device of the state.
-        transitions: Number N of rows of the log.
-        noise_features: Width of the noise that an update draws for each transition.
         options: Progress bar, logging and checkpoints; see `FitOptions`.
         identity: Identity of the run. A checkpoint of another run is rejected.
+        transitions: Number N of rows of the log.
+        noise_features: Width of the noise that an update draws for each transition.
     """
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,23 +12,22 @@ from torch import Tensor
 from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.mlp import Networks
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.log import LogTensors, safety_scale
-from safeshield.training.state import CriticLoss, Metrics, TrainState
+from safeshield.training.config import SafetyConfig
+from safeshield.training.log import POOL, LogTensors, safety_scale
+from safeshield.training.schedule import stages
+from safeshield.training.state import CriticLoss, Metrics, Phase, TrainState, Update
 from safeshield.values.backup import SafetyWindow, rows_of, safety_windows, window_ends
 from safeshield.values.safety import SafetyBatch, SafetyCritics
 from safeshield.values.units import SafetyScale
 
-# The search for the states nearest to V_h = 0 examines at most _POOL states and keeps an eighth of
-# them.
-_POOL, _KEPT = 65_536, 8_192
-
 
 @dataclass(eq=False)
 class SafetyLog:
-    """Batches and losses of the safety critics on one log."""
+    """Batches, losses and phases of the safety critics on one log."""
 
     critics: SafetyCritics
     log: LogTensors
+    config: SafetyConfig
     _kept: tuple[int, Tensor | None, SafetyWindow] | None = field(default=None, init=False)
     """Windows of the current stage. Those of all stages together would be as large as the log."""
 
@@ -72,12 +72,7 @@ class SafetyLog:
         return self._kept[2]
 
     def loss(
-        self,
-        state: TrainState,
-        rows: Tensor,
-        steps: int,
-        expectile: float,
-        extra: Tensor | None = None,
+        self, state: TrainState, rows: Tensor, steps: int, extra: Tensor | None = None
     ) -> CriticLoss:
         """Return the loss of the safety critics on a batch.
 
@@ -85,10 +80,9 @@ class SafetyLog:
             state: Training state with the slow copies.
             rows: (batch,) rows of the log.
             steps: Length of the windows to which V is fitted, in steps; with 1, V is fitted to Q_h.
-            expectile: Weight on targets below V.
             extra: (N,) further constraint of each transition, in units of h.
         """
-        batch = self.batch(rows, steps, extra)
+        batch, expectile = self.batch(rows, steps, extra), self.config.safety_expectile
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
             value, metrics = self.critics.losses(
@@ -107,38 +101,49 @@ class SafetyLog:
         expectile over actions is taken separately in each state. It makes the networks more
         accurate near the boundary, where the sign of V_h is decided.
         """
-        size = min(_POOL, len(self.log))
+        size = min(POOL, len(self.log))
         rows = torch.randint(len(self.log), (size,), generator=generator, device=generator.device)
         with torch.no_grad():
             value = self.critics.value(state.targets, self.log.observations[rows])
-        kept = max(1, size * _KEPT // _POOL)
+        kept = max(1, size // 8)
         nearest = value.abs().topk(kept, largest=False).indices
         return state._replace(boundary_rows=rows[nearest])
 
+    def phase(self, name: str, steps: int, update: Update, refresh_every: int = 250) -> Phase:
+        """Return a phase whose batches hold more transitions near the learned boundary V_h = 0.
 
-def safety_critics(
-    dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float | None
-) -> SafetyCritics:
-    """Return the description of safety critics in the units of a log.
+        Args:
+            name: Name of the phase.
+            steps: Number of updates.
+            update: Update that the phase repeats.
+            refresh_every: Number of updates after which the boundary is found again.
+        """
+        size, near = self.config.batch_size, self.config.near_share
+        return Phase(name, steps, update, size, near, self.refresh, refresh_every)
 
-    Args:
-        dataset: Log.
-        scaling: Scaling of its observations and actions.
-        hidden: Widths of the hidden layers.
-        discount: Discount factor of the safety backup, per step. None means 0.997 for continuous
-            labels and 0.99 for binary ones, where the discount sets how many steps ahead a
-            violation has an effect.
-    """
-    continuous = dataset.constraint_kind == "continuous"
-    if discount is None:
-        discount = 0.997 if continuous else 0.99
-    return SafetyCritics(
-        *scaling.widths,
-        hidden,
-        safety_scale(dataset),
-        continuous=continuous,
-        discount=discount,
-    )
+    def phases(
+        self, name: str, total: int, update: Callable[..., Update], *windows: tuple[int, ...]
+    ) -> list[Phase]:
+        """Return the phases of the critics. The windows of their targets get shorter in stages.
+
+        Args:
+            name: Name of the phases, to which their numbers are added.
+            total: Total number of updates.
+            update: Function from the current length of the safety windows, and the current entry of
+                each of `windows`, to the update.
+            windows: Further lists of lengths, in steps.
+        """
+        lengths = stages(total, self.config.safety_backup_steps, *windows)
+        return [
+            self.phase(f"{name} {i + 1}", count, update(*current))
+            for i, (count, *current) in enumerate(lengths)
+        ]
+
+
+def safety_units(dataset: OfflineDataset) -> dict[str, Any]:
+    """Return the units of safety critics for a log, in the form of `safety_header`."""
+    scale = safety_scale(dataset).to_json()
+    return {"safety_scale": scale, "constraint_kind": dataset.constraint_kind}
 
 
 def safety_header(critics: SafetyCritics) -> dict[str, Any]:
@@ -150,14 +155,14 @@ def safety_header(critics: SafetyCritics) -> dict[str, Any]:
 
 
 def restored_safety(
-    header: dict[str, Any], scaling: Scaling, hidden: tuple[int, ...]
+    header: dict[str, Any], scaling: Scaling, config: SafetyConfig
 ) -> SafetyCritics:
-    """Return the safety critics whose units `safety_header` wrote to a file's header.
+    """Return the safety critics whose units are in a file's header, or come from `safety_units`.
 
     Args:
         header: Entries of the file's header.
         scaling: Scaling of observations and actions.
-        hidden: Widths of the hidden layers.
+        config: Settings of the critics.
 
     Raises:
         KeyError, TypeError, ValueError: An entry of the header is missing or damaged.
@@ -167,9 +172,13 @@ def restored_safety(
     kind = header.get("constraint_kind", "continuous")
     if kind not in ("continuous", "binary"):
         raise ValueError(f"constraint_kind must be 'continuous' or 'binary', got {kind!r:.20}")
+    discount = config.safety_discount
+    if discount is None:
+        discount = 0.997 if kind == "continuous" else 0.99
     return SafetyCritics(
         *scaling.widths,
-        hidden,
+        config.critic_hidden,
         scale,
         continuous=kind == "continuous",
+        discount=discount,
     )

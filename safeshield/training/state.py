@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from safeshield.nn import actor
 from safeshield.nn.mlp import Networks, Params
 from safeshield.nn.optim import AdamState, adam, adam_init, polyak
+from safeshield.training.config import SafetyConfig
 from safeshield.training.schedule import critic_rates, learning_rate
 
 Metrics = dict[str, Tensor]
@@ -31,12 +33,8 @@ class TrainState(NamedTuple):
     """(M,) int64 indices of the transitions nearest to V_h = 0, which are drawn more often."""
 
 
-class Network(Protocol):
-    """Description of one network."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the weights, by name."""
+class Network(actor.Network, Protocol):
+    """Description of one network that can be trained."""
 
     def init(self, generator: torch.Generator) -> Params:
         """Return weights by name that `generator` draws, on the device of `generator`."""
@@ -202,10 +200,8 @@ def critic_update(
     loss: Callable[[TrainState, Draw], CriticLoss],
     names: tuple[str, ...],
     values: tuple[str, ...],
-    *,
-    base: float,
+    config: SafetyConfig,
     total: int,
-    share: float,
 ) -> Update:
     """Return the update of critics, which also moves their slow copies and the statistics.
 
@@ -214,10 +210,10 @@ def critic_update(
         loss: Function from a state and random numbers to the loss function.
         names: Names of the trained networks.
         values: Names of the state values among them, which are fixed in the last fifth of updates.
-        base: Learning rate at the start.
+        config: Settings, of which the learning rate and `polyak` are used.
         total: Total number of updates.
-        share: Share of the distance to their newest values that slow copies and statistics move.
     """
+    share = config.polyak
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
         critic_loss = loss(state, draw)
@@ -228,7 +224,9 @@ def critic_update(
             newest.update(statistics)
             return value, metrics
 
-        rates = critic_rates(base, state.moments[name].updates, total, names, values)
+        rates = critic_rates(
+            config.learning_rate, state.moments[name].updates, total, names, values
+        )
         moved, metrics = descend(state, name, names, plain, rates)
         scales = {key: torch.lerp(state.scales[key], new, share) for key, new in newest.items()}
         return (

@@ -19,4 +19,15 @@ def expectile_loss(error: Tensor, weight: float, keep: Tensor | None = None) -> 
     0.5
     """
     loss = torch.where(error < 0, 1.0 - weight, weight) * error.square()
-    return loss.mean() if keep is None else (loss * keep).sum() / keep.sum().clamp(min=1.0)
+    return mean_where(loss, keep)
+
+
+def mean_where(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Return the mean of values (batch,) over the rows in which `keep` (batch,) is 1, else 0.
+
+    None keeps all rows.
+
+    >>> mean_where(torch.tensor([1.0, 5.0]), torch.tensor([0.0, 1.0]))
+    tensor(5.)
+    """
+    return values.mean() if keep is None else (values * keep).sum() / keep.sum().clamp(min=1.0)

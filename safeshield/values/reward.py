@@ -26,7 +26,7 @@ from torch import Tensor
 from safeshield.nn.arrays import A, NetworksOf, concat
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.values.backup import RewardWindow
-from safeshield.values.expectile import expectile_loss
+from safeshield.values.expectile import expectile_loss, mean_where
 
 VALUE, ADVANTAGE = "reward_value", "reward_advantage"
 COST_NETWORKS = ("cost_value", "cost_advantage")
@@ -51,6 +51,13 @@ class RewardBatch:
     """Coefficients of the many-step targets of V."""
     window_observations: Tensor
     """(batch, obs) observations of the states in which the windows end."""
+    allowed: Tensor | None = None
+    """(batch,) 1 where V is fitted to the action, else 0; None means all actions."""
+    typical: Tensor | None = None
+    """(batch,) 1 where the transition counts for the next sigma, else 0; None means all."""
+    least: float | None = None
+    """Lower bound to which the targets of A_i are clipped, in units of sigma. Among actions below
+    it no difference is learned. None means no bound."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,6 @@ class RewardCritics:
         discount: float,
         expectile: float,
         one_step: bool,
-        allowed: Tensor | None = None,
-        typical: Tensor | None = None,
-        least: float | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum of the losses, the next sigma, and the metrics to log.
 
@@ -145,13 +149,6 @@ class RewardCritics:
             discount: g of the one-step backup of Q_r.
             expectile: Weight of targets above V, near 1.
             one_step: Whether V is fitted to Q_r of the slow copies instead of to the windows.
-            allowed: (batch,) 1 where the action counts for V, 0 where it does not; by default all
-                actions count.
-            typical: (batch,) 1 where the transition counts for the next sigma, 0 where it does not;
-                by default all transitions count.
-            least: Lower bound to which the targets of A_i are clipped, in units of sigma. Among
-                actions below this bound no difference is learned. None: the targets are not
-                clipped.
 
         Returns:
             The sum of the losses, the root mean square () of y - V(s), and the metrics by name.
@@ -168,16 +165,13 @@ class RewardCritics:
                 goal = batch.window.target(end)
             residual = y - here
             square = residual.square()
-            if typical is None:
-                unit = square.mean().sqrt()
-            else:
-                unit = ((square * typical).sum() / typical.sum().clamp(min=1.0)).sqrt()
+            unit = mean_where(square, batch.typical).sqrt()
             wanted = residual / sigma
-            if least is not None:
-                wanted = wanted.clamp(min=least)
+            if batch.least is not None:
+                wanted = wanted.clamp(min=batch.least)
         value = self.value(networks, batch.observations)
         advantage = self.advantages(networks, batch.observations, batch.actions)
-        value_loss = expectile_loss((goal - value) / self.spread, expectile, allowed)
+        value_loss = expectile_loss((goal - value) / self.spread, expectile, batch.allowed)
         advantage_loss = (advantage - wanted).square().mean(1).sum()
         kind = self.names[0].removesuffix("_value")
         metrics = {

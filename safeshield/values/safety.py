@@ -105,26 +105,26 @@ class SafetyCritics:
 
         `networks` are the weights, and `observations` (batch, obs) are normalised.
         """
-        raw = self.parts()[CONSTRAINT](networks[CONSTRAINT], observations)[0, :, 0]
-        return self.scale.offset + self.scale.spread * raw
+        return self.scale.offset + self.scale.spread * self._raw(CONSTRAINT, networks, observations)
 
     def excess(self, networks: NetworksOf[A], observations: A) -> A:
         """Return e(s), whose positive part is V_h(s) - h(s), (batch,), in units of h.
 
         `networks` are the weights, and `observations` (batch, obs) are normalised.
         """
-        raw = self.parts()[EXCESS](networks[EXCESS], observations)[0, :, 0]
-        return self.scale.excess * raw
+        return self.scale.excess * self._raw(EXCESS, networks, observations)
 
     def value(self, networks: NetworksOf[A], observations: A) -> A:
         """Return V_h(s), (batch,), in units of h, at most 0 where some policy stays safe.
 
         `networks` are the weights, and `observations` (batch, obs) are normalised.
         """
-        constraint, excess = (
-            self.parts()[name](networks[name], observations)[0, :, 0] for name in VALUE_NETWORKS
-        )
-        return state_value(self.scale, constraint, excess)
+        raw = [self._raw(name, networks, observations) for name in VALUE_NETWORKS]
+        return state_value(self.scale, *raw)
+
+    def _raw(self, name: str, networks: NetworksOf[A], observations: A) -> A:
+        out: A = self.parts()[name](networks[name], observations)[0, :, 0]
+        return out
 
     def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
         """Return how much worse actions are than the best: A_i(s, a), (members, batch).

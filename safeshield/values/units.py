@@ -9,23 +9,10 @@ import math
 from dataclasses import dataclass
 
 from safeshield.files.schema import finite_number
-from safeshield.nn.actor import BEHAVIOUR, FALLBACK
+from safeshield.nn.actor import BEHAVIOUR as BEHAVIOUR
+from safeshield.nn.actor import FALLBACK as FALLBACK
 from safeshield.nn.arrays import A, relu
-from safeshield.nn.plan_actor import PLAN
-
-__all__ = [
-    "ADVANTAGE",
-    "BEHAVIOUR",
-    "CONSTRAINT",
-    "EXCESS",
-    "FALLBACK",
-    "PLAN",
-    "SAFETY_NETWORKS",
-    "SafetyScale",
-    "action_value",
-    "known_value",
-    "state_value",
-]
+from safeshield.nn.plan_actor import PLAN as PLAN
 
 CONSTRAINT, EXCESS, ADVANTAGE = "constraint", "excess", "advantage"
 

@@ -16,24 +16,23 @@ mean of the decoder. The module docstring of `algorithms.flrp.losses` has the lo
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from safeshield.algorithms.flrp.config import FLRPConfig
-from safeshield.algorithms.flrp.feasibility import cost_critics
+from safeshield.algorithms.flrp.feasibility import cost_units
 from safeshield.algorithms.flrp.losses import FLRPRun, LatentArchitecture
 from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
+from safeshield.nn.arrays import Float
 from safeshield.nn.latent_actor import LatentPolicy, LatentSpec, expert_order
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
+from safeshield.spaces.scaling import Scaling
 from safeshield.training.architecture import Interface
 from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors
@@ -77,8 +76,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
             ValueError: T is not a whole number of at least 0, or it uses an expert that the T of
                 training did not use, so that this expert has not been trained.
         """
-        other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, refine_steps=refine_steps)
+        other = self._changed(refine_steps=refine_steps)
         trained = None if self._model is None else self._model.trained_steps
         if trained is not None:
             untrained = set(expert_order(other.config.refine_steps)) - set(expert_order(trained))
@@ -88,7 +86,6 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
                     f"refine_steps={trained} has left out: train with refine_steps of at least "
                     f"{min(other.config.refine_steps, 3)}"
                 )
-        other._noise = np.random.default_rng(other.config.seed)
         if other._model is not None:
             policy = other._model.policy
             spec = dataclasses.replace(policy.spec, refine_steps=other.config.refine_steps)
@@ -163,23 +160,28 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
 
     # -- methods that OfflineAgent requires ---------------------------------------------------
 
-    def _describe(self, dataset: OfflineDataset) -> LatentArchitecture:
-        model = super()._describe(dataset)
+    def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
+        units = super()._units(dataset, scaling)
+        if self.config.feasibility == "safety":
+            return units
+        return {**units, "cost_scale": cost_units(dataset, self.config.discount)}
+
+    def _build(self, interface: Interface, units: dict[str, Any]) -> LatentArchitecture:
+        model = super()._build(interface, units)
         if self.config.feasibility == "safety":
             return model
-        config = self.config
-        costs = cost_critics(dataset, model.scaling, config.critic_hidden, config.discount)
+        offset, spread = (finite_number(x, "cost_scale") for x in units["cost_scale"])
+        costs = RewardCritics(
+            *interface.scaling.widths,
+            self.config.critic_hidden,
+            offset,
+            spread,
+            names=COST_NETWORKS,
+        )
         return dataclasses.replace(model, costs=costs)
 
     def _restore(self, interface: Interface, header: dict[str, Any]) -> LatentArchitecture:
         model = super()._restore(interface, header)
-        if self.config.feasibility == "cost":
-            offset, spread = (finite_number(x, "cost_scale") for x in header["cost_scale"])
-            widths = interface.scaling.widths
-            costs = RewardCritics(
-                *widths, self.config.critic_hidden, offset, spread, names=COST_NETWORKS
-            )
-            model = dataclasses.replace(model, costs=costs)
         shift = header["shift"]
         # Older files lack this entry. Where they have a summary, T is that of training.
         trained = header.get(
@@ -215,10 +217,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         summary = ShiftSummary.of(shift, _SHIFT_DRAWS)
         return dataclasses.replace(model, shift=summary, trained_steps=self.config.refine_steps)
 
-    def _act(
-        self, model: LatentArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: LatentArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the actions for one sample of u (deterministic: u = 0), after refinement."""
-        shape = (len(observations), model.policy.spec.latent)
-        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
-        return model.policy.act(self._arrays, observations, noise.astype(np.float32))
+        noise = self._one_noise(len(observations), model.policy.spec.latent, deterministic)
+        return model.policy.act(self._arrays, observations, noise)

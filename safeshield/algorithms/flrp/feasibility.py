@@ -12,27 +12,29 @@ units of one step's advantage.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import CriticConfig
 from safeshield.training.critics import RewardLog
-from safeshield.training.log import LogTensors, logged_returns, scale_of_returns
+from safeshield.training.log import LogTensors, logged_returns, scale_of_returns, some_rows
 from safeshield.training.state import CriticLoss, Draw, TrainState, Update, critic_update
-from safeshield.values.reward import COST_NETWORKS, RewardCritics
+from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
 
 COSTS = "costs"
 LEVELS = ("cost_value_level", "cost_action_level")
 """Names of the percentiles of V_c and Q_c among the statistics of a training state."""
 PERCENTILE = 0.75
-_POOL = 65_536
+_EXPECTILE = 0.9
+"""Expectile of V_c, as in the papers: the weight on the actions of lower cost."""
 
 
 class Judgement(NamedTuple):
@@ -48,9 +50,10 @@ class Judgement(NamedTuple):
     """(batch,) values of the actions."""
 
 
-class Feasibility(Protocol):
+class Feasibility(ABC):
     """A test of whether states and actions are feasible, by the critics of a training state."""
 
+    @abstractmethod
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
         """Return the values of n states and of one action in each of them.
 
@@ -58,6 +61,13 @@ class Feasibility(Protocol):
             state: Training state, whose slow copies and statistics are used.
             observations: (batch, obs) normalised observations.
             actions: (batch, act) actions in [-1, 1].
+        """
+
+    @abstractmethod
+    def steps(self, state: TrainState) -> float | Tensor:
+        """Return one standard deviation in units of one step's advantage.
+
+        `state` is the training state, whose statistics are used.
         """
 
     def excess(
@@ -73,10 +83,12 @@ class Feasibility(Protocol):
             actions: (batch, act) actions in [-1, 1].
             margin: Distance from the boundary, in standard deviations.
         """
+        value, worst = self.judge(state, observations, actions)
+        return (worst - value.clamp(min=-margin)) * self.steps(state)
 
 
 @dataclass(frozen=True)
-class FromSafety:
+class FromSafety(Feasibility):
     """The test of feasibility by V_h and Q_h, the safety values of a state and of an action."""
 
     critics: SafetyCritics
@@ -92,20 +104,13 @@ class FromSafety:
         scale = self.critics.scale
         return Judgement(value / scale.spread, (value + scale.step_rms * worst) / scale.spread)
 
-    def excess(
-        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
-    ) -> Tensor:
-        """Return the excess of Q_h, (batch,) (see `Feasibility.excess`).
-
-        The arguments `state`, `observations`, `actions` and `margin` are described there.
-        """
-        scale = self.critics.scale
-        value, worst = self.judge(state, observations, actions)
-        return (worst - value.clamp(min=-margin)) * (scale.spread / scale.step_rms)
+    def steps(self, state: TrainState) -> float | Tensor:
+        """Return the ratio of the two units of h; `state` is not used (see `Feasibility.steps`)."""
+        return self.critics.scale.spread / self.critics.scale.step_rms
 
 
 @dataclass(frozen=True)
-class FromCost:
+class FromCost(Feasibility):
     """The test of feasibility by V_c and Q_c, the expected discounted costs, and their percentiles.
 
     `critics` learns the return of the negative cost.
@@ -124,15 +129,9 @@ class FromCost:
         lowest, spread = [state.scales[name] for name in LEVELS], self.critics.spread
         return Judgement((value - lowest[0]) / spread, (action_value - lowest[1]) / spread)
 
-    def excess(
-        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
-    ) -> Tensor:
-        """Return the excess of Q_c, (batch,) (see `Feasibility.excess`).
-
-        The arguments `state`, `observations`, `actions` and `margin` are described there.
-        """
-        value, worst = self.judge(state, observations, actions)
-        return (worst - value.clamp(min=-margin)) * (self.critics.spread / state.scales["cost"])
+    def steps(self, state: TrainState) -> float | Tensor:
+        """Return the ratio of the two units of the cost in `state` (see `Feasibility.steps`)."""
+        return self.critics.spread / state.scales["cost"]
 
     def _costs(
         self, state: TrainState, observations: Tensor, actions: Tensor
@@ -141,74 +140,48 @@ class FromCost:
         worst = -self.critics.advantages(state.targets, observations, actions).amin(0)
         return value, value + state.scales["cost"] * worst
 
-    def level(self, state: TrainState, log: LogTensors, generator: torch.Generator) -> TrainState:
+    def level(self, log: LogTensors, state: TrainState, generator: torch.Generator) -> TrainState:
         """Return `state` with both percentiles over logged transitions without a violation.
 
         `log` is the log, and `generator` draws a sample of the transitions.
         """
-        free = torch.nonzero((log.next_constraints <= 0) & (log.constraints <= 0)).flatten()
-        picks = torch.randint(
-            len(free), (min(_POOL, len(free)),), generator=generator, device=generator.device
-        )
-        rows = free[picks]
+        rows = some_rows((log.next_constraints <= 0) & (log.constraints <= 0), generator)
         with torch.no_grad():
             found = self._costs(state, log.observations[rows], log.actions[rows])
         levels = [torch.quantile(costs, PERCENTILE) for costs in found]
         return state._replace(scales={**state.scales, **dict(zip(LEVELS, levels, strict=True))})
 
 
-def cost_critics(
-    dataset: OfflineDataset, scaling: Scaling, hidden: tuple[int, ...], discount: float
-) -> RewardCritics:
-    """Return the critics of V_c and Q_c, which learn the return of the negative cost of a log.
+def cost_units(dataset: OfflineDataset, discount: float) -> list[float]:
+    """Return the offset and the unit of V_c, from the returns of the negative cost of a log.
 
-    Args:
-        dataset: The log.
-        scaling: Scaling of its observations and actions.
-        hidden: Widths of the hidden layers.
-        discount: Discount factor of the costs.
+    `dataset` is the log, and `discount` the discount factor of the costs.
     """
     paid = -(dataset.next_constraints > 0).astype(np.float64)
-    scale = scale_of_returns(logged_returns(dataset, discount, paid))
-    return RewardCritics(*scaling.widths, hidden, *scale, names=COST_NETWORKS)
+    return list(scale_of_returns(logged_returns(dataset, discount, paid)))
 
 
-@dataclass(eq=False)
-class CostRun:
-    """Training of V_c and Q_c by implicit Q-learning with an expectile towards low cost.
+def cost_update(
+    critics: RewardCritics, log: LogTensors, config: CriticConfig, total: int
+) -> Callable[[int], Update]:
+    """Return the function from the length of the targets' windows to the update of V_c and Q_c.
 
-    The cost of a step is 1 where the next state violates (h > 0), and otherwise 0.
+    They are trained by implicit Q-learning with an expectile towards low cost. The cost of a step
+    is 1 where the next state violates (h > 0), and otherwise 0.
+
+    Args:
+        critics: Description of the critics of the cost.
+        log: Log that is learned from.
+        config: Settings of the critics.
+        total: Total number of updates.
     """
+    paid = replace(log, rewards=-(log.next_constraints > 0).to(log.rewards.dtype))
+    costs = RewardLog(critics, paid, config.discount, _EXPECTILE, "cost")
 
-    critics: RewardCritics
-    """Description of the critics of the cost."""
-    log: LogTensors
-    """Log that is learned from."""
-    config: CriticConfig
-    """Settings of the critics."""
-    total: int
-    """Total number of updates."""
-    expectile: float = 0.9
-    """Expectile of V_c, as in the papers: the weight on the actions of lower cost."""
-
-    def __post_init__(self) -> None:
-        log = self.log
-        paid = replace(log, rewards=-(log.next_constraints > 0).to(log.rewards.dtype))
-        self._costs = RewardLog(self.critics, paid, self.config.discount, "cost")
-
-    def update(self, steps: int) -> Update:
-        """Return one update of the cost critics, whose targets cover `steps` steps."""
-        names, config = self.critics.names, self.config
-
+    def update(steps: int) -> Update:
         def losses(state: TrainState, draw: Draw) -> CriticLoss:
-            return self._costs.loss(state, draw.rows, steps, self.expectile)
+            return costs.loss(state, draw.rows, steps)
 
-        return critic_update(
-            COSTS,
-            losses,
-            names,
-            names[:1],
-            base=config.learning_rate,
-            total=self.total,
-            share=config.polyak,
-        )
+        return critic_update(COSTS, losses, critics.names, critics.names[:1], config, total)
+
+    return update

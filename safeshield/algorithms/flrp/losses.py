@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ from safeshield.algorithms.flrp.config import FLRPConfig
 from safeshield.algorithms.flrp.feasibility import (
     COSTS,
     LEVELS,
-    CostRun,
     Feasibility,
     FromCost,
     FromSafety,
+    cost_update,
 )
 from safeshield.algorithms.flrp.shift import ShiftSummary, base_shift
 from safeshield.nn.latent_actor import LatentPolicy
@@ -50,6 +51,7 @@ from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.training.architecture import CRITICS
 from safeshield.training.config import CriticConfig
 from safeshield.training.critics import CriticArchitecture, CriticsRun
+from safeshield.training.imitation import REWARD_LIMIT, SAFETY_LIMIT
 from safeshield.training.run import Run
 from safeshield.training.schedule import phase_steps
 from safeshield.training.state import (
@@ -59,12 +61,9 @@ from safeshield.training.state import (
     Network,
     Phase,
     TrainState,
-    together,
 )
 from safeshield.values.reward import RewardCritics
 
-REWARD_LIMIT, SAFETY_LIMIT = 100.0, 150.0
-"""Largest values of the exponentials in w_s and w_h (the paper's table 5)."""
 _REPORTED = 32
 """Number of states, and of samples in each, for which the divergence is logged."""
 GENERATIVE, REFINERS = "generative", "refiners"
@@ -123,111 +122,98 @@ class LatentArchitecture(CriticArchitecture):
         }
 
 
-@dataclass(frozen=True)
-class GenerativeLoss:
-    """Loss of the generative model, eq. 13. The module docstring has the formula."""
+def generative_loss(
+    policy: LatentPolicy,
+    config: FLRPConfig,
+    networks: Networks,
+    observations: Tensor,
+    actions: Tensor,
+    noise: Tensor,
+    elbo_weights: Tensor,
+    shape_weights: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """Return the loss of the generative model, eq. 13, and what to log.
 
-    policy: LatentPolicy
-    """Description of the policy."""
-    config: FLRPConfig
-    """Settings."""
-
-    def __call__(
-        self,
-        networks: Networks,
-        observations: Tensor,
-        actions: Tensor,
-        noise: Tensor,
-        elbo_weights: Tensor,
-        shape_weights: Tensor,
-    ) -> tuple[Tensor, Metrics]:
-        """Return the loss and what to log.
-
-        Args:
-            networks: Weights, including those of prior, posterior and decoder.
-            observations: (batch, obs) normalised.
-            actions: (batch, act) logged, in [-1, 1].
-            noise: (batch, latent) standard normal.
-            elbo_weights: (batch,) w_e, of mean 1.
-            shape_weights: (batch,) w_s, of mean 1 (or all 0).
-        """
-        policy, config = self.policy, self.config
-        latent, log_q = policy.encode(networks, observations, actions, noise)
-        base, log_p = policy.to_base(networks, observations, latent)
-        fit = policy.log_likelihood(actions, policy.decode(networks, observations, latent))
-        divergence = log_q - log_p
-        energy = base.square().mean(-1)
-        floor = config.entropy_floor * policy.spec.latent
-        missing = (floor + log_q.mean()).relu()
-        elbo = (elbo_weights * (config.kl_weight * divergence - fit)).mean()
-        shape = (shape_weights * energy).mean()
-        loss = elbo + config.shape_weight * shape + config.entropy_weight * missing
-        return loss, {
-            "flow/negative_elbo": elbo.detach(),
-            "flow/log_likelihood": fit.detach().mean(),
-            "flow/divergence": divergence.detach().mean(),
-            "flow/posterior_entropy": -log_q.detach().mean(),
-            "flow/base_energy": energy.detach().mean(),
-        }
+    Args:
+        policy: Description of the model.
+        config: Weights of the terms; the module docstring has the formula.
+        networks: Weights, including those of prior, posterior and decoder.
+        observations: (batch, obs) normalised.
+        actions: (batch, act) logged, in [-1, 1].
+        noise: (batch, latent) standard normal.
+        elbo_weights: (batch,) w_e, of mean 1.
+        shape_weights: (batch,) w_s, of mean 1 (or all 0).
+    """
+    latent, log_q = policy.encode(networks, observations, actions, noise)
+    base, log_p = policy.to_base(networks, observations, latent)
+    fit = policy.log_likelihood(actions, policy.decode(networks, observations, latent))
+    divergence = log_q - log_p
+    energy = base.square().mean(-1)
+    floor = config.entropy_floor * policy.spec.latent
+    missing = (floor + log_q.mean()).relu()
+    elbo = (elbo_weights * (config.kl_weight * divergence - fit)).mean()
+    shape = (shape_weights * energy).mean()
+    loss = elbo + config.shape_weight * shape + config.entropy_weight * missing
+    return loss, {
+        "flow/negative_elbo": elbo.detach(),
+        "flow/log_likelihood": fit.detach().mean(),
+        "flow/divergence": divergence.detach().mean(),
+        "flow/posterior_entropy": -log_q.detach().mean(),
+        "flow/base_energy": energy.detach().mean(),
+    }
 
 
-@dataclass(frozen=True)
-class RefinerLoss:
-    """Loss of the experts, eq. 17. The module docstring has the formula."""
+def refiner_loss(
+    policy: LatentPolicy,
+    config: FLRPConfig,
+    feasibility: Feasibility,
+    margin: float,
+    networks: Networks,
+    state: TrainState,
+    observations: Tensor,
+    actions: Tensor,
+    noise: Tensor,
+    reward_weights: Tensor,
+) -> tuple[Tensor, Metrics]:
+    """Return the loss of the experts, eq. 17, and what to log.
 
-    policy: LatentPolicy
-    """Description of the policy."""
-    config: FLRPConfig
-    """Settings."""
-    feasibility: Feasibility
-    """Evaluation of states and actions."""
-    margin: float
-    """Distance from the boundary at which an action counts as unsafe, in standard deviations."""
-
-    def __call__(
-        self,
-        networks: Networks,
-        state: TrainState,
-        observations: Tensor,
-        actions: Tensor,
-        noise: Tensor,
-        reward_weights: Tensor,
-    ) -> tuple[Tensor, Metrics]:
-        """Return the loss and what to log.
-
-        Args:
-            networks: Weights of the experts, which get the gradient, and of the frozen networks.
-            state: Training state with the critics.
-            observations: (batch, obs) normalised.
-            actions: (batch, act) logged, in [-1, 1].
-            noise: (batch, latent) u_0, standard normal.
-            reward_weights: (batch,) w_s, of mean 1 (or all 0).
-        """
-        policy, config = self.policy, self.config
-        refined = policy.refine(networks, observations, noise)
-        latent = policy.to_latent(networks, observations, refined)
-        action = policy.decode(networks, observations, latent)
-        danger = self.feasibility.excess(state, observations, action, self.margin)
-        pressing = _of_mean_one(
-            (config.safety_temperature * danger.detach()).exp().clamp(max=SAFETY_LIMIT)
-        )
-        safety = (pressing * torch.nn.functional.softplus(danger)).mean()
-        # The norm is not differentiable at 0. With the small constant its gradient there is 0.
-        distance = ((action - actions).square().sum(-1) + 1e-12).sqrt()
-        reward = (reward_weights * distance).mean()
-        energy, way = refined.square().sum(-1), (refined - noise).square().sum(-1)
-        shared = (energy + way).mean()
-        loss = (
-            config.reward_weight * reward
-            + config.safety_weight * safety
-            + config.shared_weight * shared
-        )
-        return loss, {
-            "refiner/distance_to_good_actions": reward.detach(),
-            "refiner/danger_steps": danger.detach().mean(),
-            "refiner/base_energy": 0.5 * energy.detach().mean(),
-            "refiner/way": way.detach().mean(),
-        }
+    Args:
+        policy: Description of the experts and the generative model.
+        config: Weights of the terms; the module docstring has the formula.
+        feasibility: Evaluation of the refined actions.
+        margin: Distance from the boundary at which an action counts as unsafe, in standard
+            deviations.
+        networks: Weights of the experts, which get the gradient, and of the frozen networks.
+        state: Training state with the critics.
+        observations: (batch, obs) normalised.
+        actions: (batch, act) logged, in [-1, 1].
+        noise: (batch, latent) u_0, standard normal.
+        reward_weights: (batch,) w_s, of mean 1 (or all 0).
+    """
+    refined = policy.refine(networks, observations, noise)
+    latent = policy.to_latent(networks, observations, refined)
+    action = policy.decode(networks, observations, latent)
+    danger = feasibility.excess(state, observations, action, margin)
+    pressing = _of_mean_one(
+        (config.safety_temperature * danger.detach()).exp().clamp(max=SAFETY_LIMIT)
+    )
+    safety = (pressing * torch.nn.functional.softplus(danger)).mean()
+    # The norm is not differentiable at 0. With the small constant its gradient there is 0.
+    distance = ((action - actions).square().sum(-1) + 1e-12).sqrt()
+    reward = (reward_weights * distance).mean()
+    energy, way = refined.square().sum(-1), (refined - noise).square().sum(-1)
+    shared = (energy + way).mean()
+    loss = (
+        config.reward_weight * reward
+        + config.safety_weight * safety
+        + config.shared_weight * shared
+    )
+    return loss, {
+        "refiner/distance_to_good_actions": reward.detach(),
+        "refiner/danger_steps": danger.detach().mean(),
+        "refiner/base_energy": 0.5 * energy.detach().mean(),
+        "refiner/way": way.detach().mean(),
+    }
 
 
 def _of_mean_one(weights: Tensor) -> Tensor:
@@ -245,18 +231,16 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             shares = shares[:2]  # The generative model gets the updates of the experts.
         critics, self._flow_steps, *rest = phase_steps(self.steps, shares)
         self._refiner_steps = sum(rest)
-        self._costs: CostRun | None = None
         self._feasibility: Feasibility = FromSafety(model.critics.safety)
         critic_config: CriticConfig = config
         if model.costs is not None:
             # In this ablation the policy must not depend on the safety values.
             critic_config = replace(config, safe_reward_value=False)
-            self._costs = CostRun(model.costs, self.log, config, critics)
             self._feasibility = FromCost(model.costs)
         self._critics = CriticsRun(model.critics, self.log, critic_config, critics)
         margin = self._critics.margin / model.critics.safety.scale.spread
         # The percentiles of the costs are used without a margin.
-        self._margin = margin if self._costs is None else 0.0
+        self._margin = margin if model.costs is None else 0.0
 
     def phases(self) -> list[Phase]:
         """Return the phases of training in order: critics, generative model, experts."""
@@ -268,27 +252,13 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             names, report = tuple(policy.refining), self._report_shift
             refine = self.falling(REFINERS, self._refine, self._refiner_steps, names)
             refiners = [Phase(REFINERS, self._refiner_steps, refine, size, report=report)]
-        if self._costs is None:
-            return [*self._critics.phases(), generative, *refiners]
-        # The critics do not change from here on, so the percentiles are computed only once.
-        leveled = replace(generative, refresh=self._level, refresh_every=flow_steps)
-        return [*self._both_kinds(self._costs), leveled, *refiners]
-
-    def _both_kinds(self, costs: CostRun) -> list[Phase]:
-        """Return the phases that train the cost critics in the same updates as the others."""
-        return [
-            self._critics.phase(
-                f"{CRITICS} {i + 1}",
-                count,
-                together(self._critics.update(safety, reward), costs.update(reward)),
-            )
-            for i, (count, safety, reward) in enumerate(self._critics.stages())
-        ]
-
-    def _level(self, state: TrainState, generator: torch.Generator) -> TrainState:
-        if not isinstance(self._feasibility, FromCost):
-            raise TypeError("only costs have a level to be read off the log")
-        return self._feasibility.level(state, self.log, generator)
+        judge, costs = self._feasibility, None
+        if isinstance(judge, FromCost):
+            costs = cost_update(judge.critics, self.log, self.config, self._critics.total)
+            # The critics do not change from here on, so the percentiles are computed only once.
+            level = partial(judge.level, self.log)
+            generative = replace(generative, refresh=level, refresh_every=flow_steps)
+        return [*self._critics.phases(beside=costs), generative, *refiners]
 
     def _good(self, state: TrainState, observations: Tensor, actions: Tensor, q: Tensor) -> Tensor:
         """Return the weights w_s (batch,) of actions whose Q_h is q (batch,)."""
@@ -304,25 +274,28 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             safe = torch.sigmoid(-q / config.action_temperature)
             elbo = _of_mean_one(safe * torch.sigmoid(-value / config.state_temperature))
             shape = self._good(state, observations, actions, q)
-        generative_loss = GenerativeLoss(policy, config)
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            return generative_loss(networks, observations, actions, draw.noise, elbo, shape)
-
-        return loss
+        return lambda networks: generative_loss(
+            policy, config, networks, observations, actions, draw.noise, elbo, shape
+        )
 
     def _refine(self, state: TrainState, draw: Draw) -> Loss:
-        policy = self.model.policy
+        policy, judge, margin = self.model.policy, self._feasibility, self._margin
         observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
         with torch.no_grad():
-            _, q = self._feasibility.judge(state, observations, actions)
+            _, q = judge.judge(state, observations, actions)
             good = self._good(state, observations, actions, q)
-        refiner_loss = RefinerLoss(policy, self.config, self._feasibility, self._margin)
-
-        def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            return refiner_loss(networks, state, observations, actions, draw.noise, good)
-
-        return loss
+        return lambda networks: refiner_loss(
+            policy,
+            self.config,
+            judge,
+            margin,
+            networks,
+            state,
+            observations,
+            actions,
+            draw.noise,
+            good,
+        )
 
     def _report_shift(self, state: TrainState, draw: Draw) -> Metrics:
         """Return metrics of the base-space divergence (eq. 18) in states of the batch."""

@@ -16,7 +16,6 @@ and then plans again. The module docstring of `algorithms.r2pac.losses` has the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from typing import Any, Literal, Self
@@ -30,22 +29,25 @@ from safeshield.algorithms.r2pac.losses import ACTOR, ChunkArchitecture, R2PACRu
 from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, RegionReport, report_region
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
-from safeshield.nn.actor import FlowActor
+from safeshield.nn.actor import BEHAVIOUR, FALLBACK, FlowActor, of_noise
+from safeshield.nn.arrays import Float
 from safeshield.nn.chunk_actors import ChunkActor
 from safeshield.nn.flow import velocity_network
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.nn.plan_actor import BestPlan, PlanActor
+from safeshield.nn.plan_actor import PLAN, BestPlan, PlanActor
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions
+from safeshield.spaces.scaling import Scaling
 from safeshield.training.architecture import Interface
 from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
 from safeshield.training.registry import register
+from safeshield.training.safety import restored_safety
 from safeshield.training.state import TrainState
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
-from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN, SAFETY_NETWORKS
+from safeshield.values.units import SAFETY_NETWORKS
 
 
 @register("r2pac")
@@ -97,10 +99,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             "choose": choose,
         }
         changes = {name: value for name, value in given.items() if value is not None}
-        other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, inference=inference, **changes)
-        other._noise = np.random.default_rng(other.config.seed)
-        return other
+        return self._changed(inference=inference, **changes)
 
     def shield(self, plans: int = 8) -> Shield:
         """Return an uncalibrated shield (delta 0) that judges plans; its fallback is the student.
@@ -134,7 +133,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             trained_by=f"R2PAC, seed {self.config.seed}",
         )
 
-    def plan(self, observation: Batch, deterministic: bool = False) -> npt.NDArray[np.float32]:
+    def plan(self, observation: Batch, deterministic: bool = False) -> Float:
         """Return the chosen chunk of h actions: (h, *action's shape), or (n, h, *action's shape).
 
         Args:
@@ -159,7 +158,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         state: tuple[npt.NDArray[Any], ...] | None = None,
         episode_start: npt.NDArray[np.bool_] | None = None,
         deterministic: bool = False,
-    ) -> tuple[npt.NDArray[np.float32], tuple[npt.NDArray[Any], ...] | None]:
+    ) -> tuple[Float, tuple[npt.NDArray[Any], ...] | None]:
         """Return actions and the state, with the signature of Stable-Baselines3.
 
         Args:
@@ -177,8 +176,8 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             return super().predict(observation, state, episode_start, deterministic)
         model = self._fitted()
         rows, single = self._rows(model, observation, "observation")
-        plans, done = self._under_way(model, len(rows), state, episode_start)
         seen = model.scaling.observations(rows)
+        plans, done = self._under_way(model, len(seen), state, episode_start)
         # In an unsafe state the agent plans again at once.
         over = (done >= self.config.steps_of_a_plan) | self._unsafe(model, seen)
         due = np.flatnonzero(over)
@@ -195,7 +194,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         count: int,
         state: tuple[npt.NDArray[Any], ...] | None,
         episode_start: npt.NDArray[np.bool_] | None,
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    ) -> tuple[Float, npt.NDArray[np.int64]]:
         """Return the current plans (n, h, act) and the number of executed actions of each, (n,)."""
         shape = (count, model.chunk, model.scaling.action_features)
         if state is None:
@@ -238,56 +237,53 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         check_boundary(dataset)
         return with_chunks(dataset, self.config.chunk)
 
-    def _describe(self, dataset: OfflineDataset) -> ChunkArchitecture:
-        model, config = super()._describe(dataset), self.config
-        margin = config.margin_of(model.critics.safety)
+    def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
+        config, units = self.config, super()._units(dataset, scaling)
+        margin = config.margin_of(restored_safety(units, scaling, config))
         if (dataset.constraints > -margin).all():
             raise ValueError(
                 "the unsafe region holds all of the log's states: each violates, or lies within "
                 f"the margin of a violation ({margin:g} in units of h); lower margin, or log some "
                 "careful episodes"
             )
-        penalty = config.penalty
+        penalty, spread = config.penalty, None
         if penalty is None:
             penalty = -float(logged_returns(dataset, config.discount).min())
-        costs = None
         if config.region != "safety":
             paid = -(dataset.next_constraints > -margin).astype(np.float64)
             _, spread = scale_of_returns(logged_returns(dataset, config.discount, paid))
-            costs = self._costs(model, spread)
-        return dataclasses.replace(
-            model, costs=costs, penalty=penalty, longest=int(dataset.episode_lengths.max())
-        )
+        longest = int(dataset.episode_lengths.max())
+        return {**units, "cost_scale": spread, "penalty": penalty, "longest": longest}
 
-    def _costs(self, model: ChunkArchitecture, spread: float) -> RewardCritics:
-        # The initial values mean that no violation follows. Violations are learned within a few
-        # chunks, while initial values that are too high would decrease only as fast as the
-        # discount allows.
-        return RewardCritics(
-            model.scaling.observation_features,
-            model.actor.width,
-            self.config.critic_hidden,
-            0.0,
-            spread,
-            names=COST_NETWORKS,
-            bounds=(-1.0 / (1.0 - self.config.discount), 0.0),
-        )
-
-    def _restore(self, interface: Interface, header: dict[str, Any]) -> ChunkArchitecture:
-        model = super()._restore(interface, header)
-        costs, region = header["cost_scale"], header["region"]
+    def _build(self, interface: Interface, units: dict[str, Any]) -> ChunkArchitecture:
+        model, costs = super()._build(interface, units), units["cost_scale"]
         if (costs is None) != (self.config.region == "safety"):
             raise ValueError(f"region {self.config.region!r} and cost_scale contradict each other")
         if costs is not None:
-            costs = self._costs(model, finite_number(costs, "cost_scale"))
-        numbers = {name: finite_number(region[name], name) for name in RegionReport._fields}
+            # The initial values mean that no violation follows. Violations are learned within a few
+            # chunks, while initial values that are too high would decrease only as fast as the
+            # discount allows.
+            costs = RewardCritics(
+                model.scaling.observation_features,
+                model.actor.width,
+                self.config.critic_hidden,
+                0.0,
+                finite_number(costs, "cost_scale"),
+                names=COST_NETWORKS,
+                bounds=(-1.0 / (1.0 - self.config.discount), 0.0),
+            )
         return dataclasses.replace(
             model,
             costs=costs,
-            penalty=finite_number(header["penalty"], "penalty"),
-            longest=whole("longest", header["longest"], least=1),
-            region=RegionReport(**numbers),
+            penalty=float(units["penalty"]),
+            longest=whole("longest", units["longest"], least=1),
         )
+
+    def _restore(self, interface: Interface, header: dict[str, Any]) -> ChunkArchitecture:
+        finite_number(header["penalty"], "penalty")
+        model, region = super()._restore(interface, header), header["region"]
+        numbers = {name: finite_number(region[name], name) for name in RegionReport._fields}
+        return dataclasses.replace(model, region=RegionReport(**numbers))
 
     def _architecture(self, interface: Interface, critics: Critics) -> ChunkArchitecture:
         config = self.config
@@ -325,23 +321,19 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         margin = self.config.margin_of(model.critics.safety)
         return dataclasses.replace(model, region=report_region(region, state, log, margin))
 
-    def _act(
-        self, model: ChunkArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.floating]:
+    def _act(self, model: ChunkArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the first action of each plan."""
         plans = self._plans(model, observations, deterministic)
         return plans[:, : model.scaling.action_features]
 
-    def _plans(
-        self, model: ChunkArchitecture, observations: npt.NDArray[np.float32], deterministic: bool
-    ) -> npt.NDArray[np.float32]:
+    def _plans(self, model: ChunkArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the best of the sampled plans in each state, (n, h * act), in [-1, 1]."""
         count, each, width = len(observations), self.config.candidates, model.actor.width
-        noise = self._candidate_noise(count, each, width, deterministic).astype(np.float32)
+        noise = self._candidate_noise(count, each, width, deterministic)
         seen = np.repeat(observations, each, axis=0)
         if self.config.inference == "student":
-            inputs = np.concatenate([seen, noise], -1)
-            drawn = np.clip(model.networks[FALLBACK](self._arrays[FALLBACK], inputs)[0], -1.0, 1.0)
+            network = model.networks[FALLBACK]
+            drawn = of_noise(network, self._arrays[FALLBACK], seen, noise).clip(-1.0, 1.0)
         else:
             drawn = model.actor.sample(self._arrays[ACTOR], seen, noise)
         if each == 1:
@@ -356,9 +348,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
             chosen = np.where(safe, gain.reshape(count, each).argmax(1), chosen)
         return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
 
-    def _unsafe(
-        self, model: ChunkArchitecture, observations: npt.NDArray[np.float32]
-    ) -> npt.NDArray[np.bool_]:
+    def _unsafe(self, model: ChunkArchitecture, observations: Float) -> npt.NDArray[np.bool_]:
         """Return whether the costs decide in each state, because it is unsafe, (n,) bool."""
         if not self.config.recover:
             return np.zeros(len(observations), bool)

@@ -17,7 +17,7 @@ from safeshield.files.settings import (
     Sizes,
     ThreePhases,
 )
-from safeshield.training.config import ValueConfig
+from safeshield.training.config import PAPER_VALUES, ValueConfig
 
 Penalty = Annotated[
     float,
@@ -42,19 +42,14 @@ class R2PACConfig(ValueConfig):
             "student_hidden": (512,) * 4,
             "batch_size": 1024,
             "learning_rate": 3e-4,
-            "reward_expectile": 0.9,
-            "safety_expectile": 0.9,
             "cost_expectile": 0.9,
-            "safety_backup_steps": (1,),
-            "reward_backup_steps": (1,),
-            "near_share": 0.0,
-            "margin": 0.0,
             "cost_limit": None,
             "region_test": "end",
             "penalty": 1.0,
             "flow_steps": 32,
             "execute": 1,
             "choose": "cost",
+            **PAPER_VALUES,
         },
     }
 

@@ -35,8 +35,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +55,16 @@ from safeshield.algorithms.r2pac.regions import (
     reached_unsafe,
     report_region,
 )
+from safeshield.nn.actor import BEHAVIOUR, FALLBACK, of_noise
 from safeshield.nn.chunk_actors import LARGEST_WEIGHT, ChunkActor, Lesson, normal_below
 from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.nn.plan_actor import PLAN
 from safeshield.training.architecture import CRITICS
 from safeshield.training.critics import CriticArchitecture, reward_loss
 from safeshield.training.imitation import flow_update
 from safeshield.training.run import Run
 from safeshield.training.safety import SafetyLog
-from safeshield.training.schedule import phase_steps, stages
+from safeshield.training.schedule import phase_steps
 from safeshield.training.state import (
     CriticLoss,
     Draw,
@@ -75,10 +77,9 @@ from safeshield.training.state import (
     summed,
     together,
 )
-from safeshield.values.backup import RewardWindow, SafetyBackup, window_ends
+from safeshield.values.backup import SafetyBackup, window_ends
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS
-from safeshield.values.units import BEHAVIOUR, FALLBACK, PLAN
 
 ACTOR = "actor"
 _LOOK_EVERY = 500
@@ -86,23 +87,6 @@ _LOOK_EVERY = 500
 _LEAST = 4.0
 """Bound on the targets of a chunk's advantage, in units of the advantages of safe chunks. Worse
 chunks are not distinguished."""
-
-
-class Fitting(NamedTuple):
-    """A batch for critics of chunks, with the options of their loss."""
-
-    critics: RewardCritics
-    """Description of the critics that are fitted."""
-    batch: RewardBatch
-    """Transitions of the chunks."""
-    expectile: float
-    """Weight on targets above V."""
-    allowed: Tensor | None = None
-    """(batch,) 1 where V is fitted to the state, else 0; None means all states."""
-    typical: Tensor | None = None
-    """(batch,) 1 where the chunk counts for the unit of A, else 0; None means all chunks."""
-    least: float | None = None
-    """Lower bound of the targets of A, in that unit; None means no bound."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +148,12 @@ def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
     """
     margin = config.margin_of(model.critics.safety)
     if model.costs is None:
-        return SafetyRegion(model.critics.safety, model.plan, margin)
+        return SafetyRegion(margin, model.critics.safety, model.plan)
     most = math.inf
     if config.cost_limit is not None:
         most = horizon_level(config.cost_limit, model.longest, config.discount)
     quantile = config.quantile if config.region == "quantile" else None
-    return CostRegion(model.costs, margin, quantile, most)
+    return CostRegion(margin, model.costs, quantile, most)
 
 
 @dataclass(eq=False)
@@ -181,7 +165,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         self.chunks = Chunks(self.log, model.chunk)
         self.margin = config.margin_of(model.critics.safety)
         self.region = region_of(model, config)
-        self._safety = SafetyLog(model.critics.safety, self.log)
+        self._safety = SafetyLog(model.critics.safety, self.log, config)
         self._shares = phase_steps(self.steps, config.phase_shares)
         self._label_below = normal_below(config.label_dropout)
 
@@ -199,23 +183,14 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
 
     def phases(self) -> list[Phase]:
         """Return the phases of training in order: those of the critics, the actor, the student."""
-        config, size, near = self.config, self.config.batch_size, self.config.near_share
+        config, size = self.config, self.config.batch_size
         critics, actor, student = self._shares
-        windows = stages(critics, config.safety_backup_steps, config.reward_backup_steps)
+        values = self._safety.phases(
+            CRITICS, critics, self.critic_update, config.reward_backup_steps
+        )
         distil = self.falling(FALLBACK, self._student, student)
         return [
-            *(
-                Phase(
-                    f"{CRITICS} {i + 1}",
-                    count,
-                    self.critic_update(*lengths),
-                    size,
-                    near,
-                    self._look,
-                    _LOOK_EVERY,
-                )
-                for i, (count, *lengths) in enumerate(windows)
-            ),
+            *(replace(phase, refresh=self._look, refresh_every=_LOOK_EVERY) for phase in values),
             # The critics do not change from here on, so the log is evaluated only once.
             Phase(ACTOR, actor, self._actor(), size, refresh=self._settle, refresh_every=actor),
             Phase("student", student, distil, size),
@@ -288,107 +263,94 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
 
         def losses(state: TrainState, draw: Draw) -> CriticLoss:
             chunk = self._chunk(draw)
-            return summed(
-                self._safety.loss(state, draw.rows, window, config.safety_expectile),
+            rewards = self.reward_batch(state, chunk, reward_steps)
+            parts = [
+                self._safety.loss(state, draw.rows, window),
                 self._plan_loss(state, chunk),
-                *self._chunk_losses(state, chunk, reward_steps),
-            )
+                fit("reward", model.critics.reward, config.reward_expectile, state, rewards),
+            ]
+            if model.costs is not None:
+                paid = self._cost_batch(chunk, reward_steps)
+                parts.append(fit("cost", model.costs, config.cost_expectile, state, paid))
+            return summed(*parts)
 
-        return critic_update(
-            CRITICS,
-            losses,
-            model.slow(),
-            (*VALUE_NETWORKS, model.critics.reward.names[0], *costs),
-            base=config.learning_rate,
-            total=self._shares[0],
-            share=config.polyak,
-        )
-
-    def _chunk_losses(self, state: TrainState, chunk: Chunk, steps: int) -> list[CriticLoss]:
-        return [
-            reward_loss(
-                fitting.critics,
-                kind,
+        def fit(
+            unit: str,
+            critics: RewardCritics,
+            expectile: float,
+            state: TrainState,
+            batch: RewardBatch,
+        ) -> CriticLoss:
+            return reward_loss(
+                critics,
+                unit,
                 state,
-                fitting.batch,
-                discount=self.config.discount**self.model.chunk,
-                expectile=fitting.expectile,
-                one_step=steps <= self.model.chunk,
-                allowed=fitting.allowed,
-                typical=fitting.typical,
-                least=fitting.least,
+                batch,
+                discount=config.discount**model.chunk,
+                expectile=expectile,
+                one_step=reward_steps <= model.chunk,
             )
-            for kind, fitting in self.chunk_batches(state, chunk, steps).items()
-        ]
+
+        values = (*VALUE_NETWORKS, model.critics.reward.names[0], *costs)
+        return critic_update(CRITICS, losses, model.slow(), values, config, self._shares[0])
 
     def _chunk(self, draw: Draw) -> Chunk:
         """Return the chunks of the batch, padded with random actions that differ in each update."""
         return self.chunks.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
 
-    def chunk_batches(self, state: TrainState, chunk: Chunk, steps: int) -> dict[str, Fitting]:
-        """Return the fits to rewards and, where there are cost critics, to costs, by name.
+    def reward_batch(self, state: TrainState, chunk: Chunk, steps: int) -> RewardBatch:
+        """Return the batch for Q_r and V_r, with the penalty of the region (eq. 14 to 16).
 
         Args:
             state: Training state, which marks the transitions that lead to the unsafe region.
             chunk: Chunks of the batch.
             steps: Length of the windows along the log to which V is fitted, in steps.
         """
-        steps = min(steps, self.model.longest)  # A longer window is the whole episode, too.
-        fitted = {"reward": self._reward_fitting(state, chunk, steps)}
-        if self.model.costs is not None:
-            fitted["cost"] = self._cost_fitting(self.model.costs, chunk, steps)
-        return fitted
-
-    def _reward_fitting(self, state: TrainState, chunk: Chunk, steps: int) -> Fitting:
-        """Return the fit to rewards, with the penalty for entering the region (eq. 14 to 16)."""
-        config, log, start = self.config, self.log, chunk.rows[:, 0]
-        rewards = chunk.discounted(log.rewards[chunk.rows], config.discount)
-        critics, expectile = self.model.critics.reward, config.reward_expectile
+        config, log = self.config, self.log
         if not config.penalise:
-            window = log_window(log, start, steps, log.rewards, config.discount)
-            batch = self._batch(chunk, steps, rewards, chunk.terminated, window)
-            return Fitting(critics, batch, expectile)
+            return self._batch(chunk, steps, log.rewards)
         unsafe, worth = state.scales[UNSAFE].bool(), -self.model.penalty
+        batch = self._batch(chunk, steps, log.rewards, unsafe, worth)
         fails = chunk.any(unsafe[chunk.rows])
         if config.region_test == "end":
             fails = unsafe[chunk.end]
-        window = log_window(log, start, steps, log.rewards, config.discount, unsafe, worth)
-        batch = self._batch(
-            chunk, steps, torch.where(fails, worth, rewards), chunk.terminated | fails, window
-        )
         with torch.no_grad():
-            inside = self.region.unsafe(state, chunk.observations, log.constraints[start])
-        safe = (~inside).to(rewards.dtype)
-        return Fitting(
-            critics,
+            h = log.constraints[chunk.rows[:, 0]]
+            inside = self.region.unsafe(state, chunk.observations, h)
+        safe = (~inside).to(batch.rewards.dtype)
+        return replace(
             batch,
-            expectile,
+            rewards=torch.where(fails, worth, batch.rewards),
+            terminated=chunk.terminated | fails,
             allowed=safe if config.recover else None,
             typical=safe * ~fails,
             least=-_LEAST,
         )
 
-    def _cost_fitting(self, critics: RewardCritics, chunk: Chunk, steps: int) -> Fitting:
-        """Return the fit to the negative number of violating steps (eq. 10, 11)."""
-        config, log, start = self.config, self.log, chunk.rows[:, 0]
-        pays = -self._violates.to(log.rewards.dtype)
-        costs = chunk.discounted(pays[chunk.rows], config.discount)
-        window = log_window(log, start, steps, pays, config.discount)
-        batch = self._batch(chunk, steps, costs, chunk.terminated, window)
-        return Fitting(critics, batch, config.cost_expectile)
+    def _cost_batch(self, chunk: Chunk, steps: int) -> RewardBatch:
+        """Return the batch for the negative number of violating steps (eq. 10, 11)."""
+        return self._batch(chunk, steps, -self._violates.to(self.log.rewards.dtype))
 
     def _batch(
-        self, chunk: Chunk, steps: int, rewards: Tensor, terminated: Tensor, window: RewardWindow
+        self,
+        chunk: Chunk,
+        steps: int,
+        values: Tensor,
+        fails: Tensor | None = None,
+        worth: float = 0.0,
     ) -> RewardBatch:
-        end = window_ends(self.log.episode_last, chunk.rows[:, 0], steps)
+        """Return chunks with the sums of `values` (N,); see `log_window` for the last two."""
+        log, start, discount = self.log, chunk.rows[:, 0], self.config.discount
+        steps = min(steps, self.model.longest)  # A longer window is the whole episode, too.
+        end = window_ends(log.episode_last, start, steps)
         return RewardBatch(
             observations=chunk.observations,
             actions=chunk.actions,
-            next_observations=self.log.next_observations[chunk.end],
-            rewards=rewards,
-            terminated=terminated,
-            window=window,
-            window_observations=self.log.next_observations[end],
+            next_observations=log.next_observations[chunk.end],
+            rewards=chunk.discounted(values[chunk.rows], discount),
+            terminated=chunk.terminated,
+            window=log_window(log, start, steps, values, discount, fails, worth),
+            window_observations=log.next_observations[end],
         )
 
     def _plan_loss(self, state: TrainState, chunk: Chunk) -> CriticLoss:
@@ -474,8 +436,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             taught = model.actor.sample(state.networks[ACTOR], observations, noise)
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics]:
-            inputs = torch.cat([observations, noise], -1)
-            drawn = model.networks[FALLBACK](networks[FALLBACK], inputs)[0]
+            drawn = of_noise(model.networks[FALLBACK], networks[FALLBACK], observations, noise)
             value = (drawn - taught).square().sum(-1).mean()
             return value, {"student/distance_to_actor": value.detach()}
 

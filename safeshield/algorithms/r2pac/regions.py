@@ -20,29 +20,27 @@ independently of the learned values, because its h is known.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.nn.arrays import A, NetworksOf, Weights, concat, largest, smallest
-from safeshield.nn.mlp import EnsembleMLP, Networks
-from safeshield.training.log import LogTensors
+from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, largest, smallest
+from safeshield.nn.mlp import EnsembleMLP
+from safeshield.nn.plan_actor import PLAN
+from safeshield.training.log import POOL, LogTensors, some_rows
 from safeshield.training.state import TrainState
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
-from safeshield.values.units import PLAN
 
 LEVEL, UNSAFE = "region_level", "region_unsafe"
 """Names among the statistics of a training state: of l, (), and of whether the next state of each
 transition is unsafe, (N,) uint8."""
-_POOL = 65_536
-_Float = npt.NDArray[np.float32]
-_Flags = npt.NDArray[np.bool_]
 Arrays = Mapping[str, Weights]
 
 
@@ -57,11 +55,30 @@ class RegionReport(NamedTuple):
     """Share of the log's states that violate or lie within the margin of a violation."""
 
 
-class Region(Protocol):
+@dataclass(frozen=True)
+class Region(ABC):
     """Test for unsafe states and dangerous chunks, with the critics of a training state.
 
     The states that the test calls unsafe are the region that R2PAC's plans avoid.
     """
+
+    margin: float
+    """Distance from the constraint at which a state counts as violating, in units of h."""
+
+    @abstractmethod
+    def value(self, networks: NetworksOf[A], observations: A) -> A:
+        """Return V_c (n,) in discounted violating steps, or V_h (n,) in units of h.
+
+        `networks` are the weights, and `observations` (n, obs) are normalised.
+        """
+
+    @abstractmethod
+    def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
+        """Return how much worse chunks (n, h * act) are than the best one, (n,).
+
+        The unit is one chunk's advantage. At most 0 means that the chunk is not worse. `networks`
+        are the weights, and `observations` (n, obs) are normalised.
+        """
 
     def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
         """Return whether states of the log, whose h is known, are unsafe, (n,) bool.
@@ -71,13 +88,9 @@ class Region(Protocol):
             observations: (n, obs) normalised observations.
             constraints: (n,) h of the states.
         """
-
-    def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
-        """Return how much worse chunks (n, h * act) are than the best one, (n,).
-
-        The unit is one chunk's advantage. At most 0 means that the chunk is not worse. `networks`
-        are the weights, and `observations` (n, obs) are normalised.
-        """
+        level = state.scales.get(LEVEL, -self.margin)
+        too_much = self.value(state.targets, observations) > level
+        return too_much | (constraints > -self.margin)
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
@@ -86,9 +99,10 @@ class Region(Protocol):
 
         `log` is the log, and `generator` draws a sample of its states.
         """
+        return state
 
     def unsafe_of(
-        self, weights: Arrays, observations: _Float, level: float
+        self, weights: Arrays, observations: Float, level: float
     ) -> npt.NDArray[np.bool_]:
         """Return whether states with unknown h are unsafe, (n,) bool, on NumPy arrays.
 
@@ -97,10 +111,11 @@ class Region(Protocol):
             observations: (n, obs) normalised observations.
             level: Level of the region.
         """
+        return np.asarray(self.value(weights, observations) > level)
 
 
 @dataclass(frozen=True)
-class CostRegion:
+class CostRegion(Region):
     """The region of states in which the expected discounted cost V_c is above a level l.
 
     `critics` learns the return of the negative cost.
@@ -108,27 +123,17 @@ class CostRegion:
 
     critics: RewardCritics
     """Description of the critics of the cost."""
-    margin: float
-    """Distance from the constraint at which a state counts as violating, in units of h."""
     quantile: float | None
     """Quantile alpha; None means that l is `most`."""
     most: float
     """Upper bound of l, in discounted violating steps."""
 
-    def value(self, networks: Networks, observations: Tensor) -> Tensor:
+    def value(self, networks: NetworksOf[A], observations: A) -> A:
         """Return V_c, (n,), in discounted violating steps.
 
         `networks` are the weights, and `observations` (n, obs) are normalised.
         """
         return -self.critics.possible(networks, observations)
-
-    def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Return whether V_c > l or h > -margin, (n,) (see `Region.unsafe`).
-
-        The arguments `state`, `observations` and `constraints` are described there.
-        """
-        too_much = self.value(state.targets, observations) > state.scales[LEVEL]
-        return too_much | (constraints > -self.margin)
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
         """Return the cost advantage of the chunks, (n,) (see `Region.worse`).
@@ -146,45 +151,30 @@ class CostRegion:
         """
         if self.quantile is None:
             return state
-        free = torch.nonzero(log.constraints <= -self.margin).flatten()
-        size = min(_POOL, len(free))
-        if not size:  # All states violate, so the level has no effect.
+        rows = some_rows(log.constraints <= -self.margin, generator)
+        if not len(rows):  # All states violate, so the level has no effect.
             return state
-        picks = torch.randint(len(free), (size,), generator=generator, device=generator.device)
-        rows = free[picks]
         with torch.no_grad():
             values = self.value(state.targets, log.observations[rows])
         level = torch.quantile(values, self.quantile).clamp(max=self.most)
         return state._replace(scales={**state.scales, LEVEL: level})
 
-    def unsafe_of(
-        self, weights: Arrays, observations: _Float, level: float
-    ) -> npt.NDArray[np.bool_]:
-        """Return whether V_c > `level`, (n,) (see `Region.unsafe_of`).
-
-        The arguments `weights` and `observations` are described there.
-        """
-        return np.asarray(-self.critics.value(weights, observations) > level)
-
 
 @dataclass(frozen=True)
-class SafetyRegion:
+class SafetyRegion(Region):
     """The region of states whose safety value V_h is above -margin."""
 
     critics: SafetyCritics
     """Description of the safety critics."""
     plan: EnsembleMLP
     """Network of A_h of chunks."""
-    margin: float
-    """Distance from the boundary at which a state counts as unsafe, in units of h."""
 
-    def unsafe(self, state: TrainState, observations: Tensor, constraints: Tensor) -> Tensor:
-        """Return whether V_h or h is above -margin, (n,) (see `Region.unsafe`).
+    def value(self, networks: NetworksOf[A], observations: A) -> A:
+        """Return V_h, (n,), in units of h.
 
-        The arguments `state`, `observations` and `constraints` are described there.
+        `networks` are the weights, and `observations` (n, obs) are normalised.
         """
-        value = self.critics.value(state.targets, observations)
-        return (value > -self.margin) | (constraints > -self.margin)
+        return self.critics.value(networks, observations)
 
     def worse(self, networks: NetworksOf[A], observations: A, chunks: A) -> A:
         """Return the larger A_h of the chunks, (n,) (see `Region.worse`).
@@ -192,24 +182,6 @@ class SafetyRegion:
         The arguments `networks`, `observations` and `chunks` are described there.
         """
         return largest(plan_advantages(self.plan, networks, observations, chunks))
-
-    def read_level(
-        self, state: TrainState, log: LogTensors, generator: torch.Generator
-    ) -> TrainState:
-        """Return `state` unchanged, because the level is the margin.
-
-        `log` and `generator` are not used; see `Region.read_level`.
-        """
-        return state
-
-    def unsafe_of(
-        self, weights: Arrays, observations: _Float, level: float
-    ) -> npt.NDArray[np.bool_]:
-        """Return whether V_h > `level`, (n,) (see `Region.unsafe_of`).
-
-        The arguments `weights` and `observations` are described there.
-        """
-        return np.asarray(self.critics.value(weights, observations) > level)
 
 
 def plan_advantages(plan: EnsembleMLP, networks: NetworksOf[A], observations: A, chunks: A) -> A:
@@ -245,13 +217,17 @@ def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor
 
     `region` is the test, and `state` the training state whose critics it uses.
     """
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(log), _POOL):
-            part = slice(start, start + _POOL)
-            seen, h = log.next_observations[part], log.next_constraints[part]
-            parts.append(region.unsafe(state, seen, h).to(torch.uint8))
-    return torch.cat(parts)
+    parts = _unsafe_states(region, state, log.next_observations, log.next_constraints)
+    return torch.cat([part.to(torch.uint8) for part in parts])
+
+
+@torch.no_grad()
+def _unsafe_states(
+    region: Region, state: TrainState, observations: Tensor, constraints: Tensor
+) -> list[Tensor]:
+    """Return whether states of the log are unsafe, in parts."""
+    pairs = zip(torch.split(observations, POOL), torch.split(constraints, POOL), strict=True)
+    return [region.unsafe(state, *pair) for pair in pairs]
 
 
 def report_region(
@@ -265,13 +241,9 @@ def report_region(
         log: The log.
         margin: Distance from the constraint at which a state counts as violating, in units of h.
     """
-    unsafe = violating = 0.0
-    with torch.no_grad():
-        for start in range(0, len(log), _POOL):
-            part = slice(start, start + _POOL)
-            h = log.constraints[part]
-            unsafe += float(region.unsafe(state, log.observations[part], h).sum())
-            violating += float((h > -margin).sum())
+    parts = _unsafe_states(region, state, log.observations, log.constraints)
+    unsafe = sum(float(part.sum()) for part in parts)
+    violating = float((log.constraints > -margin).sum())
     level = state.scales.get(LEVEL)
     return RegionReport(
         -margin if level is None else float(level) + 0.0, unsafe / len(log), violating / len(log)
