@@ -114,16 +114,17 @@ class Reports(NamedTuple):
 
 
 def _number(value: object) -> float:
-    if isinstance(value, float | int | np.number):
+    if isinstance(value, float | int | np.number | np.bool_):
         return float(value)
     return float(value.item()) if isinstance(value, np.ndarray) and value.size == 1 else np.nan
 
 
 def _column(infos: Infos, key: str, count: int) -> Scalars:
     column = column_of(infos, key, count)
-    if column is None or column.values.shape != (count,) or column.values.dtype.kind not in "fiub":
-        return np.full(count, np.nan)
-    return np.where(column.present, column.values, np.nan)
+    if isinstance(column, np.ndarray):
+        numbers = column.shape == (count,) and column.dtype.kind in "fiub"
+        return column.astype(np.float64) if numbers else np.full(count, np.nan)
+    return np.array([_number(value) for value in column])
 
 
 class ShieldRuntime:
