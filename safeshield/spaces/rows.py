@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.shapes import Flags, Rows
+from safeshield.spaces.shapes import Flags, Points, Rows
 
 Array = npt.NDArray[Any]
 
@@ -126,8 +126,8 @@ class SpaceCodec:
             start += part.width
         return batch
 
-    def contains(self, rows: Rows) -> Flags:
-        """Return a mask (n,) of the rows (n, width) that lie in the space.
+    def contains(self, rows: Points) -> Flags:
+        """Return a mask (...) of the rows (..., width) that lie in the space.
 
         A row lies in the space if it is within the bounds and its discrete columns are integers.
         A row with a NaN does not.

@@ -1,7 +1,7 @@
 """Type aliases for arrays with their shapes, shared by all modules.
 
 ``*batch`` stands for any number of leading axes, possibly none. ``obs`` and ``act`` are the widths
-of one flat observation and one action. The test suite checks these shapes at run time.
+of one flat observation and one action. CI checks these shapes at run time in some of the tests.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ Observations: TypeAlias = Num[np.ndarray, "*batch obs"]
 Actions: TypeAlias = Num[np.ndarray, "*batch act"]
 Rows: TypeAlias = Num[np.ndarray, "n width"]
 """n points of a space in its own units, as described in `spaces.rows`."""
+Points: TypeAlias = Num[np.ndarray, "*batch width"]
+"""Points of a space in its own units, with any number of leading axes."""
 Scalars: TypeAlias = Float[np.ndarray, "*batch"]
 Flags: TypeAlias = Bool[np.ndarray, "*batch"]
 Noise: TypeAlias = Num[np.ndarray, "*batch z"]
