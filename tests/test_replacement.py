@@ -26,6 +26,7 @@ from safeshield.nn.mlp import EnsembleMLP, largest_and_gradient, layers
 from safeshield.rollouts.policies import as_batch_policy, batch_policy
 from safeshield.shield import (
     CandidateSet,
+    CommittedFallback,
     FallbackPolicy,
     NearestAcceptable,
     OwnSamples,
@@ -302,6 +303,27 @@ def test_the_fallbacks_own_action_runs_wherever_it_is_acceptable(shield: Shield)
     elsewhere = (q > shield.threshold + 1e-5) & np.asarray(report.acceptable)
     assert elsewhere.any()
     assert np.abs(executed - fallback)[elsewhere].max() > 0.1
+
+
+def test_a_committed_fallback_runs_wherever_a_proposal_is_rejected(shield: Shield) -> None:
+    """Acceptable or not; so between neighbouring states the replacement moves as little as mu."""
+    observations, actions, _ = rejected_by(shield)
+    committed = shield.with_replacement(CommittedFallback())
+    executed, report = committed.filter(observations, actions)
+    fallback = shield.model.fallback(shield.states(observations), np.zeros((1, 2), "f4"))[:, 0]
+    np.testing.assert_allclose(executed, fallback, atol=1e-6)
+    q = np.asarray(shield.value(observations, fallback))
+    np.testing.assert_allclose(report.value, q, atol=1e-5)
+    far = np.abs(q - shield.threshold) > 1e-5
+    np.testing.assert_array_equal(report.acceptable[far], (q <= shield.threshold)[far])
+    assert not report.acceptable.all(), "the test must meet states where the fallback is rejected"
+    # An action outside the box is clipped first, and runs where the clipped one is acceptable.
+    accepted = np.asarray(shield.value(observations, fallback)) < shield.threshold - 1e-5
+    outside = np.where(np.abs(fallback) >= 0.99, 3.0 * np.sign(fallback), fallback)
+    at = accepted & (outside != fallback).any(axis=1)
+    if at.any():
+        ran, _ = committed.filter(observations[at], outside[at].astype("f4"))
+        np.testing.assert_allclose(ran, np.clip(outside[at], -1, 1), atol=1e-6)
 
 
 def test_discrete_fallback_is_the_lowest_value() -> None:
@@ -775,6 +797,7 @@ IN_FILES = [
     NearestAcceptable(),
     NearestAcceptable(CandidateSet(2, 0, 1)),
     FallbackPolicy(CandidateSet(1, 5, 0)),
+    CommittedFallback(),
     ProjectedGradient(3, 0.1 + 1e-17, FEW),
 ]
 

@@ -7,6 +7,7 @@ from safeshield.shield.adaptive import (
 )
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.replacement import (
+    CommittedFallback,
     FallbackPolicy,
     NearestAcceptable,
     OwnSamples,
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptiveMargin",
     "AdaptiveThreshold",
     "CandidateSet",
+    "CommittedFallback",
     "FallbackPolicy",
     "FilterReport",
     "NearestAcceptable",

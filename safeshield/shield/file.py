@@ -27,6 +27,7 @@ from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, widths_of
 from safeshield.shield.record import CalibrationRecord
 from safeshield.shield.replacement import (
+    CommittedFallback,
     FallbackPolicy,
     NearestAcceptable,
     ProjectedGradient,
@@ -57,9 +58,12 @@ register_format(FORMAT, SHIELD, "Shield.load")
 VERSION = 2
 _MAX_CANDIDATES = 4096
 _MAX_WEIGHTS = 1 << 28
-_REPLACEMENTS: dict[str, type[NearestAcceptable | FallbackPolicy | ProjectedGradient]] = {
+_REPLACEMENTS: dict[
+    str, type[NearestAcceptable | FallbackPolicy | CommittedFallback | ProjectedGradient]
+] = {
     "nearest_acceptable": NearestAcceptable,
     "fallback_policy": FallbackPolicy,
+    "committed_fallback": CommittedFallback,
     "projected_gradient": ProjectedGradient,
 }
 """The ways to replace actions that a file can name."""
@@ -203,7 +207,9 @@ def _replacement(data: dict[str, Any]) -> Replacement:
     settings = {name: value for name, value in data.items() if name not in ("kind", "candidates")}
     if "step_size" in settings:
         settings["step_size"] = finite_number(settings["step_size"], "step_size")
-    return known(candidates=_candidates(data["candidates"]), **settings)
+    if "candidates" in data:
+        settings["candidates"] = _candidates(data["candidates"])
+    return known(**settings)
 
 
 def _support_to_json(shield: Shield) -> dict[str, Any] | None:
