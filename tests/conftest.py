@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -92,6 +93,16 @@ def shield() -> Shield:
     q = np.maximum(exact(next_state(states, actions, dt=DT)), constraint(states))
     space = gym.spaces.Box(STATE_LOW.astype("f4"), STATE_HIGH.astype("f4"))
     return fitted_shield(space, states, actions, exact(states), q).with_delta(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _forgetful(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the shared shield forget the calibrations of a test, which change those of the next."""
+    yield
+    if "shield" in request.fixturenames:
+        shared = request.getfixturevalue("shield")
+        if isinstance(shared, Shield):
+            shared.attempts = ()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,11 +21,15 @@ from scipy.stats import binom
 from safeshield.calibration import (
     CalibrationError,
     CalibrationRecord,
+    CostAbove,
+    MeanCost,
+    Violation,
     episodes_needed,
     fixed_sequence_walk,
     upper_bound,
     violations_allowed,
 )
+from safeshield.calibration.betting import betting_test, wealth
 from safeshield.calibration.calibrate import (
     DEFAULT_SHARES,
     calibrate,
@@ -33,6 +37,12 @@ from safeshield.calibration.calibrate import (
     start_observations,
 )
 from safeshield.calibration.proposers import Adversary
+from safeshield.calibration.sequential import (
+    BinomialPlan,
+    Decision,
+    fixed_plan,
+    sequential_plan,
+)
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
 from safeshield.files.schema import json_arguments
@@ -111,6 +121,158 @@ def test_all_episodes_violating_bounds_nothing() -> None:
 )
 def test_arguments_out_of_range_are_errors(call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=r"must lie between|need 0 <="):
+        call()
+
+
+# -- the sequential test ------------------------------------------------------------------------
+
+GRID = [(e, c) for e in (0.001, 0.01, 0.03, 0.1, 0.3, 0.8) for c in (0.6, 0.9, 0.95, 0.99, 0.999)]
+
+
+@pytest.mark.parametrize(("epsilon", "confidence"), GRID)
+def test_the_size_of_a_plan_is_at_most_b(epsilon: float, confidence: float) -> None:
+    plan = sequential_plan(epsilon, confidence)
+    assert 0 < plan.power(epsilon) <= 1 - confidence
+    # The first look is the smallest one for which that is so.
+    earlier = BinomialPlan(tuple((n - 1, k) for n, k in plan.looks), confidence)
+    assert plan.looks[0][0] == 1 or earlier.power(epsilon) > 1 - confidence
+
+
+@pytest.mark.parametrize(("epsilon", "confidence"), GRID[:20])
+def test_a_plan_that_forgives_one_more_is_too_large(epsilon: float, confidence: float) -> None:
+    plan = sequential_plan(epsilon, confidence)
+    broken = BinomialPlan(tuple((n, k + 1) for n, k in plan.looks), confidence)
+    assert broken.power(epsilon) > 1 - confidence
+
+
+def test_known_plans_and_their_power() -> None:
+    strict = sequential_plan(0.01, 0.99)
+    assert strict.looks == tuple((513 + 250 * j, j) for j in range(7))
+    assert strict.power(0.001) >= 0.99
+    assert strict.power(0.002) >= 0.9
+    assert strict.decide(np.zeros(515)) == Decision(True, 513)
+    assert [n for n, _ in sequential_plan(0.05, 0.95).looks] == [65, 115, 165, 215]
+    assert [n for n, _ in sequential_plan(0.1, 0.95).looks] == [32, 57, 82, 107]
+
+
+def test_the_enumeration_is_what_the_test_does() -> None:
+    rng = np.random.default_rng(0)
+    plan = sequential_plan(0.1, 0.9)
+    for rate in (0.02, 0.1):
+        decisions = [plan.decide((rng.random(plan.most) < rate) * 1.0) for _ in range(4000)]
+        passed = np.mean([one is not None and one.passed for one in decisions])
+        assert passed == pytest.approx(plan.power(rate), abs=0.025)
+
+
+@given(st.lists(st.booleans(), min_size=150, max_size=150))
+def test_a_decision_never_changes_as_episodes_come_in(violated: list[bool]) -> None:
+    plan = sequential_plan(0.1, 0.9)
+    scores = np.array(violated, float)
+    decided = [one for n in range(151) if (one := plan.decide(scores[:n])) is not None]
+    assert decided
+    assert all(one == decided[0] for one in decided)
+    first = decided[0].episodes
+    assert plan.decide(scores[: first - 1]) is None
+    assert all(0 < plan.missing(n) <= plan.most for n in range(first))
+
+
+def test_the_bound_covers_the_rate_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    plan = sequential_plan(0.1, 0.9)
+    for rate in (0.03, 0.1, 0.2):
+        missed = 0
+        for _ in range(1000):
+            scores = (rng.random(plan.most) < rate) * 1.0
+            decision = plan.decide(scores)
+            assert decision is not None
+            bound = plan.bound(scores[: decision.episodes])
+            missed += bound < rate
+            assert bound <= 0.1 or not decision.passed
+        assert missed <= binom.ppf(0.9999, 1000, 0.1)
+
+
+def test_one_look_is_the_test_of_clopper_and_pearson() -> None:
+    plan = fixed_plan(662, 0.01, 0.99)
+    assert plan.looks == ((662, 1),)
+    for k in (0, 1):
+        scores = (np.arange(662) < k) * 1.0
+        assert plan.decide(scores) == Decision(True, 662)
+        assert plan.bound(scores) == pytest.approx(upper_bound(662, k, 0.99), rel=1e-9)
+
+
+# -- the test of a mean --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bound", "least"), [(100, 29), (500, 149), (1000, 299)])
+def test_a_clean_run_passes_at_the_smallest_number(bound: float, least: int) -> None:
+    test = betting_test(10 / bound, 0.95)
+    assert test.least == least
+    assert test.decide(np.zeros(least - 1)) is None
+    assert test.decide(np.zeros(least)) == Decision(True, least)
+
+
+COSTS: dict[str, Callable[[np.random.Generator, int], npt.NDArray[np.float64]]] = {
+    "all or nothing": lambda rng, n: (rng.random(n) < 0.1) * 1.0,
+    "half": lambda rng, n: (rng.random(n) < 0.2) * 0.5,
+    "spread": lambda rng, n: rng.beta(0.3, 2.7, n),
+}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_a_mean_at_the_limit_passes_no_more_often_than_b(kind: str) -> None:
+    rng, test = np.random.default_rng(2), betting_test(0.1, 0.9)
+    decisions = [test.decide(COSTS[kind](rng, test.most)) for _ in range(300)]
+    assert sum(one is not None and one.passed for one in decisions) <= 47
+
+
+def test_bets_that_look_ahead_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peeking(scores: npt.NDArray[np.float64], mean: float) -> npt.NDArray[np.float64]:
+        # Bets nothing on the episodes that are going to be bad.
+        return np.cumsum(np.maximum(np.log1p((mean - scores) / (1.0 - mean)), 0.0))
+
+    monkeypatch.setattr("safeshield.calibration.betting.wealth", peeking)
+    with np.errstate(divide="ignore"):
+        rng, test = np.random.default_rng(2), betting_test(0.1, 0.9)
+        decisions = [test.decide(COSTS["half"](rng, test.most)) for _ in range(300)]
+    assert sum(one is not None and one.passed for one in decisions) > 47
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_a_small_mean_passes(kind: str) -> None:
+    rng, test = np.random.default_rng(3), betting_test(0.1, 0.9)
+    scores = [COSTS[kind](rng, test.most) * (rng.random(test.most) < 0.1) for _ in range(200)]
+    passed = [one for s in scores if (one := test.decide(s)) is not None and one.passed]
+    assert len(passed) > 170
+    assert all(test.bound(s[: d.episodes]) <= 0.1 for s in scores if (d := test.decide(s)).passed)  # type: ignore[union-attr]
+
+
+def test_the_wealth_is_that_of_the_two_gamblers() -> None:
+    scores, m = np.array([0.0, 0.3, 0.0]), 0.1
+    bold = np.cumprod(1 + (m - scores) / (1 - m))
+    assert np.exp(wealth(scores, m))[0] > 0.9 * bold[0]
+    assert (np.exp(wealth(scores, m)) >= 0.9 * bold).all()
+    assert wealth(np.array([1.0]), m)[0] == pytest.approx(np.log(0.1 * (1 - 0.9)))
+
+
+# -- promises -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Violation(0.0),
+        lambda: Violation(float("nan")),
+        lambda: CostAbove(-1.0, 0.1),
+        lambda: CostAbove(5.0, 1.0),
+        lambda: MeanCost(10.0, 10.0),
+        lambda: MeanCost(0.0, 10.0),
+        lambda: MeanCost(1.0, float("inf")),
+        lambda: betting_test(0.1, 0.95, 28),
+        lambda: fixed_plan(0, 0.1, 0.9),
+    ],
+)
+def test_promises_out_of_range_are_errors(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"must|are needed"):
         call()
 
 
@@ -281,16 +443,16 @@ def calibrated(shield: Shield) -> Shield:
 def test_the_record_says_what_was_done(calibrated: Shield) -> None:
     record = calibrated.record
     assert record is not None
-    needed = episodes_needed(0.15, 0.9, violations=1)
+    plan = sequential_plan(0.15, 0.9)
     assert calibrated.delta == record.delta >= 0
     assert (record.epsilon, record.confidence, record.seed) == (0.15, 0.9, 1)
     assert record.environment == "safeshield/Boat-v0"
     assert record.environment_kwargs == {"dt": DT}
     assert [result.policy for result in record.policies] == ["random", "adversary"]
     for result in record.policies:
-        assert result.episodes == needed
-        assert result.violations <= 1
-        assert result.bound == upper_bound(needed, result.violations, 0.9) <= 0.15
+        assert result.violations <= dict(plan.looks)[result.episodes]
+        scores = np.arange(result.episodes) < result.violations
+        assert result.bound == plan.bound(scores.astype(float)) <= 0.15
         assert 0 < result.intervention_rate < 1
     deltas = [rung.delta for rung in record.walk]
     assert deltas == sorted(deltas, reverse=True)
@@ -422,10 +584,11 @@ def test_only_accepted_starts_count(shield: Shield, monkeypatch: pytest.MonkeyPa
     starts, bad = np.array(env.starts), np.array(env.bad)
     accepted = np.asarray(shield.value(starts)) <= -0.6
     count = record.policies[0].episodes
-    assert count == episodes_needed(0.3, 0.7, violations=1)
+    assert count in dict(sequential_plan(0.3, 0.7).looks)
     assert count <= accepted.sum() < len(starts)
     assert record.policies[0].violations == bad[accepted][:count].sum()
-    assert record.start_share == pytest.approx(accepted.mean())
+    last = np.flatnonzero(accepted)[count - 1]
+    assert record.start_share == pytest.approx(count / (last + 1))
 
 
 def test_a_request_out_of_reach_is_an_error(shield: Shield) -> None:

@@ -1,16 +1,26 @@
 """Calibration: choosing a threshold by rollouts, with binomial bounds and fixed-sequence tests."""
 
 from safeshield.calibration.binomial import episodes_needed, upper_bound, violations_allowed
+from safeshield.calibration.promises import CostAbove, MeanCost, Violation
+from safeshield.calibration.sequential import BinomialPlan, fixed_plan, sequential_plan
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
-from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
+from safeshield.shield.record import Attempt, CalibrationRecord, PilotPoint, PolicyResult, Rung
 
 __all__ = [
+    "Attempt",
+    "BinomialPlan",
     "CalibrationError",
     "CalibrationRecord",
+    "CostAbove",
+    "MeanCost",
+    "PilotPoint",
     "PolicyResult",
     "Rung",
+    "Violation",
     "episodes_needed",
+    "fixed_plan",
     "fixed_sequence_walk",
+    "sequential_plan",
     "upper_bound",
     "violations_allowed",
 ]

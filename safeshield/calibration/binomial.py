@@ -34,7 +34,7 @@ def upper_bound(episodes: int, violations: int, confidence: float) -> float:
         raise ValueError(
             f"need 0 <= violations <= episodes and episodes >= 1, got {violations} and {episodes}"
         )
-    _check_probability("confidence", confidence)
+    check_probability("confidence", confidence)
     if violations == episodes:
         return 1.0
     # The import stands here because SciPy's statistics load slowly and a shield that only runs
@@ -57,7 +57,7 @@ def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
     >>> violations_allowed(458, 0.01, 0.99), violations_allowed(459, 0.01, 0.99)
     (-1, 0)
     """
-    _check_probability("epsilon", epsilon)
+    check_probability("epsilon", epsilon)
     k = -1
     while k < episodes and upper_bound(episodes, k + 1, confidence) <= epsilon:
         k += 1
@@ -75,8 +75,8 @@ def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> i
     >>> episodes_needed(0.01, 0.99), episodes_needed(0.01, 0.99, violations=1)
     (459, 662)
     """
-    _check_probability("epsilon", epsilon)
-    _check_probability("confidence", confidence)
+    check_probability("epsilon", epsilon)
+    check_probability("confidence", confidence)
     low = max(violations, 1)
     high = max(low, math.ceil(math.log1p(-confidence) / math.log1p(-epsilon)))
     while upper_bound(high, violations, confidence) > epsilon:
@@ -90,6 +90,7 @@ def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> i
     return high
 
 
-def _check_probability(name: str, value: float) -> None:
+def check_probability(name: str, value: float) -> None:
+    """Raise ValueError unless a number lies inside (0, 1)."""
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must lie between 0 and 1, got {value}")

@@ -1,51 +1,56 @@
-"""Calibration by rollouts: run the shielded agent, count violating episodes and choose delta."""
+"""Calibration by rollouts: a pilot proposes thresholds, and tests on fresh seeds choose one."""
 
 from __future__ import annotations
 
 import datetime
-import functools
 import platform
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.calibration.binomial import episodes_needed
-from safeshield.calibration.proposers import ShieldedProposals, battery
-from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
-from safeshield.rollouts.accepted import Starts, accepted_episodes
+from safeshield.calibration.advice import nothing_passes
+from safeshield.calibration.binomial import check_probability
+from safeshield.calibration.pilot import Pilot, threshold_grid
+from safeshield.calibration.promises import Promise, Violation
+from safeshield.calibration.proposers import policy_names
+from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials
+from safeshield.calibration.walk import CalibrationError, check_deltas, walk_rungs
 from safeshield.rollouts.copies import (
     check_env,
+    environment_horizon,
     environment_kwargs,
     environment_name,
+    environment_wrappers,
     is_vector_env,
     spaces_of,
     vectorise,
 )
-from safeshield.rollouts.episodes import run_episodes
-from safeshield.rollouts.infos import INTERVENED
+from safeshield.rollouts.episodes import SEEDS
 from safeshield.shield.nested import shielding_layer
-from safeshield.shield.record import CalibrationRecord, PolicyResult
+from safeshield.shield.record import Attempt, CalibrationRecord, EnvironmentWrapper, PolicyResult
 from safeshield.shield.replacement import describe
 from safeshield.spaces.generic import Env, VectorEnv
 
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
 
-DEFAULT_SHARES = (0.8, 0.9, 0.95, 0.965, 0.975, 0.985)
-"""Shares of the starts with V_h <= 0 that the default thresholds keep. The strictest is first."""
+DEFAULT_SHARES = (0.5, 0.8, 0.9, 0.95, 0.965, 0.975, 0.985)
+"""Shares of the starts with V_h <= 0 that some of the pilot's thresholds keep, the strictest first.
+"""
 _STARTS = 2000
 _STARTS_OF_SLOW = 400  # A reset without a vectorised form may take a second.
-_AT_ONCE = 1024
-_MOST_RESETS_PER_EPISODE = 20
+# The environment's seeds of an attempt: first those of the starts, then the pilot's and the tests'.
+_PILOT = 2**14
+_TESTS = 2**18
+_RESERVED = 2**20
 
 
 def start_observations(
-    shield: Shield, env: Env | VectorEnv, count: int, seed: int
+    shield: Shield, env: Env | VectorEnv, count: int, seed: int, first_seed: int | None = None
 ) -> npt.NDArray[np.float32]:
     """Return the first observations after `count` ordinary resets, as rows (count, obs).
 
@@ -53,14 +58,16 @@ def start_observations(
         shield: Shield whose observation space determines the rows.
         env: Environment to reset.
         count: Number of observations.
-        seed: Seed of the resets.
+        seed: Seed from which that of the first reset is drawn.
+        first_seed: Seed of the first reset, in place of `seed`. The others follow it.
     """
     envs = vectorise(env)
-    rng = np.random.default_rng(seed)
+    if first_seed is None:
+        first_seed = int(np.random.default_rng(seed).integers(SEEDS))
     rows: list[npt.NDArray[np.float32]] = []
     try:
         while sum(map(len, rows)) < count:
-            observations, _ = envs.reset(seed=int(rng.integers(2**31 - 1)))
+            observations, _ = envs.reset(seed=first_seed + sum(map(len, rows)))
             rows.append(shield.observation_rows(observations)[0].astype(np.float32))
     finally:
         if envs is not env:
@@ -73,10 +80,10 @@ def default_deltas(
     observations: npt.NDArray[np.float32],
     shares: Sequence[float] = DEFAULT_SHARES,
 ) -> list[float]:
-    """Return the default thresholds of the walk, in decreasing order; the last one is 0.
+    """Return thresholds that keep given shares of the starts with V_h <= 0, and 0, decreasing.
 
-    The others are quantiles of -V_h over the starts with V_h <= 0. Each is lowered by 1e-6 of the
-    scale of h, to allow for rounding.
+    They are quantiles of -V_h over the starts with V_h <= 0. Each is lowered by 1e-6 of the scale
+    of h, to allow for rounding.
 
     Args:
         shield: Shield whose critics give V_h.
@@ -86,7 +93,13 @@ def default_deltas(
     Raises:
         CalibrationError: No start has V_h <= 0.
     """
-    values = shield.row_values(observations).astype(np.float64)
+    return _quantiles(shield, shield.row_values(observations).astype(np.float64), shares)
+
+
+def _quantiles(
+    shield: Shield, values: npt.NDArray[np.float64], shares: Sequence[float] = DEFAULT_SHARES
+) -> list[float]:
+    """Return `default_deltas` for the values V_h (n,) of starts."""
     inside = -values[values <= 0]
     if len(inside) == 0:
         raise CalibrationError(
@@ -100,99 +113,59 @@ def default_deltas(
     return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
 
 
-@dataclass
-class _Trials:
-    """Runs fresh shielded episodes from accepted starts and keeps the counts for the record."""
-
-    shield: Shield
-    env: Env | VectorEnv
-    policy: object
-    policy_name: str | None
-    seeds: np.random.Generator
-    num_envs: int | None
-    intervention_rates: dict[tuple[float, str], float] = field(default_factory=dict)
-    start_shares: dict[float, float] = field(default_factory=dict)
-
-    def __call__(self, delta: float, name: str, episodes: int, most: int) -> tuple[int, int]:
-        with warnings.catch_warnings():
-            # The warning that the shield is not calibrated does not apply during calibration.
-            warnings.simplefilter("ignore")
-            shield = self.shield.with_delta(delta)
-            acting = ShieldedProposals(shield, battery(shield, self.policy, self.policy_name)[name])
-            draw = functools.partial(
-                run_episodes,
-                self.env,
-                acting,
-                num_envs=self.num_envs,
-                observation_keys=shield.observation_keys,
-            )
-            starts = Starts()
-            accepted = violations = steps = replaced = 0
-            for batch in accepted_episodes(
-                lambda count, seed: acting.with_interventions(draw(count, seed)),
-                lambda rows: shield.row_values(rows) <= shield.threshold,
-                episodes,
-                self.seeds,
-                starts,
-                spare=1.05,
-                most=_AT_ONCE,
-            ):
-                accepted += len(batch)
-                violations += sum(run.violated for run in batch)
-                steps += sum(map(len, batch))
-                replaced += sum(int(run.info[INTERVENED].sum()) for run in batch)
-                if starts.drawn > _MOST_RESETS_PER_EPISODE * max(accepted, episodes // 10, 50):
-                    raise CalibrationError(
-                        f"only {accepted} of {starts.drawn} starts have V_h <= -{delta:.4g}: the "
-                        "environment starts almost everywhere outside the certified set"
-                    )
-                if violations > most:
-                    break
-        self.intervention_rates[delta, name] = replaced / max(steps, 1)
-        self.start_shares[delta] = starts.share
-        return accepted, violations
-
-
 def calibrate(
     shield: Shield,
     env: Env | VectorEnv,
     *,
-    epsilon: float = 0.01,
+    epsilon: float | None = None,
     confidence: float = 0.99,
+    promise: Promise | None = None,
     policy: object = None,
     policy_name: str | None = None,
+    deterministic: bool = False,
     deltas: Sequence[float] | None = None,
     episodes: int | None = None,
     seed: int = 0,
     num_envs: int | None = None,
+    progress_bar: bool = False,
 ) -> CalibrationRecord:
     """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
 
-    The thresholds are tested from strict to permissive. For each threshold and each policy, fresh
-    episodes are run until N of them start with V_h <= -delta. The number of violating episodes is
-    tested against the binomial tail. The walk stops at the first failure (see `walk`).
+    A pilot proposes at most three thresholds (see `pilot`). They are then tested on fresh seeds,
+    the strictest first: for each threshold and each policy, episodes that start with V_h <= -delta
+    are played until a sequential test decides. The walk stops at the first failure (see `walk`).
 
     The promise is: with the given confidence, over the draw of these episodes, an episode
     from the same start distribution, in which one of these policies proposes and the shield
-    executes, violates with probability at most epsilon.
+    executes, violates with probability at most epsilon. Other promises are `CostAbove` and
+    `MeanCost`.
+
+    Where the shield remembers m earlier attempts in this environment with one of these policies,
+    the tests have the level (1 - confidence) / 2^m, and the seeds of those attempts are not used.
 
     Args:
         shield: The shield to calibrate. Its own delta and record are ignored.
         env: The environment that the shield will protect. With a vector entry point it runs in
-            parallel. It must report ``info["constraint"]`` or ``info["cost"]``.
-        epsilon: Violation rate per episode to promise.
+            parallel. It must report ``info["constraint"]`` or ``info["cost"]``, and the cost for a
+            promise about costs.
+        epsilon: Violation rate per episode to promise, by default 0.01; short for
+            ``promise=Violation(epsilon)``.
         confidence: Confidence of the promise.
+        promise: What to promise: a `Violation`, `CostAbove` or `MeanCost`.
         policy: The policy that proposes the actions, in any form that `as_batch_policy` takes. The
             promise then holds for this policy alone. By default there are two: random proposals,
             and an adversary that always proposes the accepted action of highest Q_h.
         policy_name: Name of the policy in the promise. By default it is `policy` itself where that
             is a string, and "policy" otherwise.
-        deltas: Strictly decreasing thresholds to test. By default they are those that keep given
-            shares of the starts with V_h <= 0 (`DEFAULT_SHARES`), estimated from separate resets
-            that are not used in any test.
-        episodes: N for each test. By default it is the smallest number that allows one violation.
+        deterministic: The `deterministic` with which a policy's ``predict`` is called. It should be
+            what is deployed; the default is Stable-Baselines3's.
+        deltas: Strictly decreasing thresholds to test, without a pilot.
+        episodes: A fixed number of episodes for each test in place of the sequential test; for a
+            `MeanCost` the greatest number.
         seed: Seed of all draws.
         num_envs: Number of environments that run side by side.
+        progress_bar: Whether to show a progress bar, with the threshold, the policy, the episodes
+            counted and the bound so far.
 
     Returns:
         The record, with the chosen delta and the counts of every test. `shield` is not changed;
@@ -200,68 +173,140 @@ def calibrate(
 
     Raises:
         TypeError: `env` is not an environment.
-        ValueError: The spaces differ, an argument is out of range, or N is too small (the message
-            says how many episodes are needed).
-        CalibrationError: No threshold meets the request. The message says what was reached.
+        ValueError: The spaces differ, an argument is out of range, N is too small (the message
+            says how many episodes are needed), or the environment does not report what is needed.
+        CalibrationError: No threshold meets the request. The message says what was reached and what
+            would help; `curve` and `attempt` of the error have the figures.
     """
     check_env(env)
     shield.check_fits(*spaces_of(env), name="")
     _refuse_shielded(env)
-    if episodes is None:
-        episodes = episodes_needed(epsilon, confidence, violations=1)
-    spec = getattr(env, "spec", None)
-    fast = is_vector_env(env) or getattr(spec, "vector_entry_point", None) is not None
-    starts = start_observations(shield, env, _STARTS if fast else _STARTS_OF_SLOW, seed)
-    if deltas is not None:
-        deltas = [float(delta) for delta in deltas]
-    else:
-        deltas = default_deltas(shield, starts)
-    share = float(np.mean(shield.row_values(starts) <= -max(deltas, default=0.0)))
-    if share < 1.0 / _MOST_RESETS_PER_EPISODE:
-        raise CalibrationError(
-            f"only {share:.1%} of the environment's starts have V_h <= -{max(deltas):.4g}, the "
-            "strictest threshold: pass smaller deltas, or check the labels (for binary labels, "
-            "data.label_reach says how many steps before a violation V_h becomes positive)"
-        )
+    if epsilon is not None and promise is not None:
+        raise ValueError(f"pass epsilon={epsilon} or promise={promise}, not both")
+    promise = promise or Violation(0.01 if epsilon is None else epsilon)
     if policy_name is not None and policy is None:
         raise ValueError(
             f"policy_name={policy_name!r} names a policy, but policy is None: pass policy as well"
         )
-    names = list(battery(shield, policy, policy_name))
-    seeds = np.random.default_rng(np.random.SeedSequence([seed, 1]))
-    trials = _Trials(shield, env, policy, policy_name, seeds, num_envs)
-    delta, rungs = fixed_sequence_walk(
-        trials, deltas, names, epsilon=epsilon, confidence=confidence, episodes=episodes
-    )
+    check_probability("confidence", confidence)
+    name, names = environment_name(env), tuple(policy_names(policy, policy_name))
+    earlier = _known_attempts(shield)
+    tried = sum(one.counts_for(name, names) for one in earlier)
+    level = (1.0 - confidence) * 2.0**-tried
+    test = promise.test(confidence if tried == 0 else 1.0 - level, episodes)
+    if deltas is not None:
+        deltas = [float(delta) for delta in deltas]
+        check_deltas(deltas)
+    first_seed = _fresh_seeds(seed, earlier)
+    values = _start_values(shield, env, seed, first_seed)
+    asked = deltas
+    if asked is not None:
+        _refuse_few_starts(values, asked)
+    quantiles = _quantiles(shield, values) if asked is None else []
+    trials = Trials(
+        shield, env, promise, policy, policy_name, 1.0 - level, values, seed,
+        deterministic=deterministic, num_envs=num_envs, progress_bar=progress_bar,
+    )  # fmt: skip
+    try:
+        if deltas is None:
+            pilot = Pilot(trials, first_seed + _PILOT)
+            deltas = pilot.thresholds(threshold_grid(values, quantiles)) or [pilot.best()]
+        before = tuple(trials.points)
+        attempt = Attempt(name, names, level, False, first_seed)
+        try:
+            delta, rungs = walk_rungs(
+                lambda delta, policy: trials.test(delta, policy, test, first_seed + _TESTS),
+                deltas,
+                names,
+            )
+        except CalibrationError as error:
+            error.attempt = attempt
+            raise
+    finally:
+        trials.close()
+    if delta is None:
+        raise CalibrationError(
+            nothing_passes(promise, confidence, rungs[-1], trials.points, values, asked, policy),
+            trials.points,
+            attempt,
+        )
     chosen = {rung.policy: rung for rung in rungs if rung.delta == delta}
+    played = {one.policy: one for one in trials.points[len(before) :] if one.delta == delta}
     results = tuple(
         PolicyResult(
-            name,
-            chosen[name].episodes,
-            chosen[name].violations,
-            chosen[name].bound,
-            trials.intervention_rates[delta, name],
+            one,
+            chosen[one].episodes,
+            chosen[one].violations,
+            chosen[one].bound,
+            played[one].intervention_rate,
         )
-        for name in names
+        for one in names
     )
     return CalibrationRecord(
         delta=delta,
-        epsilon=epsilon,
+        epsilon=promise.share,
         confidence=confidence,
         policies=results,
-        environment=environment_name(env),
+        environment=name,
         start_distribution="its own reset does, kept where V_h <= -delta",
-        start_share=trials.start_shares[delta],
+        start_share=played[names[0]].start_share,
         walk=tuple(rungs),
         seed=seed,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={
             "python": platform.python_version(),
-            **{name: version(name) for name in ("safeshield", "gymnasium", "numpy")},
+            **{one: version(one) for one in ("safeshield", "gymnasium", "numpy")},
         },
         replacement=describe(shield.replacement),
         environment_kwargs=environment_kwargs(env),
+        kind=promise.kind,
+        limit=promise.limit,
+        cost_bound=promise.bound,
+        deterministic=deterministic,
+        horizon=environment_horizon(env),
+        wrappers=tuple(EnvironmentWrapper(*one) for one in environment_wrappers(env)),
+        pilot=before,
+        attempts=(*earlier, replace(attempt, passed=True)),
     )
+
+
+def _known_attempts(shield: Shield) -> tuple[Attempt, ...]:
+    """Return the attempts that a shield remembers; a record from before there were any is one."""
+    record = shield.record
+    if record is None or record.attempts:
+        return shield.attempts
+    names = tuple(result.policy for result in record.policies)
+    own = Attempt(record.environment, names, 1.0 - record.confidence, True, -1)
+    return (own, *shield.attempts)
+
+
+def _fresh_seeds(seed: int, earlier: Sequence[Attempt]) -> int:
+    """Return the first of the environment's seeds for an attempt, apart from all earlier ones."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+    while True:
+        first = int(rng.integers(SEEDS))
+        if all(abs(first - one.first_seed) >= _RESERVED for one in earlier if one.first_seed >= 0):
+            return first
+
+
+def _start_values(
+    shield: Shield, env: Env | VectorEnv, seed: int, first_seed: int
+) -> npt.NDArray[np.float64]:
+    """Return V_h of starts (n,), drawn with seeds that no test uses."""
+    spec = getattr(env, "spec", None)
+    fast = is_vector_env(env) or getattr(spec, "vector_entry_point", None) is not None
+    starts = start_observations(shield, env, _STARTS if fast else _STARTS_OF_SLOW, seed, first_seed)
+    return shield.row_values(starts).astype(np.float64)
+
+
+def _refuse_few_starts(values: npt.NDArray[np.float64], deltas: Sequence[float]) -> None:
+    share = float(np.mean(values <= -max(deltas)))
+    if share < 1.0 / MOST_RESETS_PER_EPISODE:
+        raise CalibrationError(
+            f"only {share:.1%} of the environment's starts have V_h <= -{max(deltas):.4g}, the "
+            "strictest threshold: pass smaller deltas, or check the labels (for binary labels, "
+            "data.label_reach says how many steps before a violation V_h becomes positive)"
+        )
 
 
 def _refuse_shielded(env: object) -> None:

@@ -155,8 +155,19 @@ class ShieldedProposals:
         return [replace(run, info={**run.info, INTERVENED: at[: len(run)]}) for run, at in pairs]
 
 
+def policy_names(policy: object = None, name: str | None = None) -> list[str]:
+    """Return the names of the policies of `battery`, with the same arguments."""
+    if policy is None:
+        return [RANDOM, ADVERSARY]
+    return [name or (policy if isinstance(policy, str) else CUSTOM)]
+
+
 def battery(
-    shield: Shield, policy: object = None, name: str | None = None
+    shield: Shield,
+    policy: object = None,
+    name: str | None = None,
+    *,
+    deterministic: bool = False,
 ) -> dict[str, BatchPolicy]:
     """Return the policies whose proposals a calibration tests, by name.
 
@@ -166,11 +177,12 @@ def battery(
             only one. With None there are two: random proposals, and the `Adversary` of `shield`.
         name: Name of `policy` in the result; by default `policy` itself where that is a string, and
             otherwise "policy".
+        deterministic: The `deterministic` with which a policy's ``predict`` is called.
     """
+    names = policy_names(policy, name)
     if policy is not None:
-        name = name or (policy if isinstance(policy, str) else CUSTOM)
-        return {name: as_batch_policy(policy, shield.action_space)}
-    return {
-        RANDOM: as_batch_policy("random", shield.action_space),
-        ADVERSARY: Adversary(shield),
-    }
+        acting = as_batch_policy(policy, shield.action_space, deterministic=deterministic)
+        return dict.fromkeys(names, acting)
+    return dict(
+        zip(names, [as_batch_policy("random", shield.action_space), Adversary(shield)], strict=True)
+    )

@@ -1,9 +1,9 @@
 """The fixed-sequence walk, which chooses a threshold without a union bound.
 
-Thresholds are tested from the strictest to the most permissive, each at the full level b, and the
-walk stops at the first that fails. A threshold is chosen only if it and all stricter ones
-passed. If a bad threshold is chosen, the FIRST bad one in the sequence has passed its own
-test, which happens with probability at most b. The sequence must not depend on the episodes
+Thresholds are tested in a fixed order, usually from the strictest to the most permissive, each at
+the full level b, and the walk stops at the first that fails. A threshold is chosen only if it and
+all before it passed. If a bad threshold is chosen, the FIRST bad one in the sequence has passed its
+own test, which happens with probability at most b. The sequence must not depend on the episodes
 that test it.
 
 Where the promise covers several policies, a threshold passes only if it passes for each of them,
@@ -15,13 +15,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from safeshield.calibration.binomial import episodes_needed, upper_bound, violations_allowed
-from safeshield.shield.record import Rung
+from safeshield.shield.record import Attempt, PilotPoint, Rung
 
 
 class CalibrationError(ValueError):
-    """Raised where no threshold meets the request. The message says what was reached."""
+    """Raised where no threshold meets the request. The message says what was reached.
+
+    Args:
+        message: What was reached, and what would help.
+        curve: What was seen at each threshold and policy that was played.
+        attempt: The attempt that ended in this error; None where no test was made.
+    """
+
+    def __init__(
+        self, message: str, curve: Sequence[PilotPoint] = (), attempt: Attempt | None = None
+    ) -> None:
+        super().__init__(message)
+        self.curve = tuple(curve)
+        self.attempt = attempt
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        """Keep the attributes where the error comes from another process."""
+        return type(self), (*self.args, self.curve, self.attempt)
 
 
 Trial = Callable[[float, str, int, int], tuple[int, int]]
@@ -30,6 +48,39 @@ Trial = Callable[[float, str, int, int], tuple[int, int]]
 It runs `episodes` fresh episodes of the named policy, with a shield of this delta. It may stop
 early once more than `most` of them violate.
 """
+
+
+def walk_rungs(
+    test: Callable[[float, str], Rung], deltas: Sequence[float], policies: Sequence[str]
+) -> tuple[float | None, list[Rung]]:
+    """Test thresholds in the given order, and stop at the first test that fails.
+
+    Args:
+        test: Function that tests one threshold with one policy at the full level.
+        deltas: The thresholds, in the order of the tests.
+        policies: Names of the policies. At each threshold they are tested in this order.
+
+    Returns:
+        The last delta at which every policy passed, None if there is none, and the results of all
+        tests that were run, in order. The last result is the failed one where a test failed.
+    """
+    rungs: list[Rung] = []
+    reached: float | None = None
+    for delta in deltas:
+        for policy in policies:
+            rungs.append(test(delta, policy))
+            if not rungs[-1].passed:
+                return reached, rungs
+        reached = delta
+    return reached, rungs
+
+
+def check_deltas(deltas: Sequence[float]) -> None:
+    """Raise ValueError unless thresholds fall strictly and are at least 0."""
+    if not deltas or any(not a > b for a, b in itertools.pairwise(deltas)):
+        raise ValueError(f"deltas must be strictly decreasing and not empty, got {list(deltas)}")
+    if not deltas[-1] >= 0:
+        raise ValueError(f"deltas must be at least 0, got {deltas[-1]}")
 
 
 def fixed_sequence_walk(
@@ -41,7 +92,7 @@ def fixed_sequence_walk(
     confidence: float,
     episodes: int,
 ) -> tuple[float, list[Rung]]:
-    """Test thresholds from strict to permissive, and stop at the first test that fails.
+    """Test thresholds from strict to permissive with a fixed number of episodes for each test.
 
     Args:
         trial: Function that runs fresh episodes of a policy with the shield on. The episodes start
@@ -61,10 +112,7 @@ def fixed_sequence_walk(
             a violation.
         CalibrationError: The strictest threshold fails.
     """
-    if not deltas or any(not a > b for a, b in itertools.pairwise(deltas)):
-        raise ValueError(f"deltas must be strictly decreasing and not empty, got {list(deltas)}")
-    if not deltas[-1] >= 0:
-        raise ValueError(f"deltas must be at least 0, got {deltas[-1]}")
+    check_deltas(deltas)
     most = violations_allowed(episodes, epsilon, confidence)
     if most < 0:
         raise ValueError(
@@ -72,27 +120,21 @@ def fixed_sequence_walk(
             f"confidence {confidence:g}, even without a single violation: at least "
             f"{episodes_needed(epsilon, confidence)} are needed"
         )
-    rungs: list[Rung] = []
-    reached: float | None = None
-    for delta in deltas:
-        passed = True
-        for policy in policies:
-            count, violations = trial(delta, policy, episodes, most)
-            bound = upper_bound(count, violations, confidence)
-            passed = violations <= most and count == episodes
-            rungs.append(Rung(delta, policy, count, violations, bound, passed))
-            if not passed:
-                break
-        if not passed:
-            break
-        reached = delta
+
+    def test(delta: float, policy: str) -> Rung:
+        count, violations = trial(delta, policy, episodes, most)
+        bound = upper_bound(count, violations, confidence)
+        return Rung(
+            delta, policy, count, violations, bound, violations <= most and count == episodes
+        )
+
+    reached, rungs = walk_rungs(test, deltas, policies)
     if reached is None:
         worst = rungs[-1]
         raise CalibrationError(
             f"no threshold meets epsilon {epsilon:g} with confidence {confidence:g}: at the "
             f"strictest, delta {worst.delta:.4g}, policy '{worst.policy}' violated in "
             f"{worst.violations} of {worst.episodes} episodes (at most {most} of {episodes} are "
-            f"allowed), which bounds the rate by {worst.bound:.3g} only. Train longer or on more "
-            "of the log, ask for a larger epsilon, or pass larger deltas"
+            f"allowed), which bounds the rate by {worst.bound:.3g} only"
         )
     return reached, rungs

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
+from types import NoneType
 from typing import Any, TypeVar, cast, get_args, get_origin
 
 import numpy as np
@@ -147,6 +148,9 @@ def _from_json(hint: Any, value: object, what: str, name: str) -> Any:  # noqa: 
         return finite_number(value, f"{what}: '{name}'")
     if dataclasses.is_dataclass(hint):
         return record_from_json(cast("type[Any]", hint), value, what)
+    if value is None and NoneType in get_args(hint):
+        return None
+    hint = next((one for one in get_args(hint) if get_origin(one) is tuple), hint)
     item = (get_args(hint) or (None,))[0]
     if get_origin(hint) is tuple and dataclasses.is_dataclass(item):
         if not isinstance(value, list | tuple):

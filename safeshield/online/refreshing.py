@@ -135,5 +135,6 @@ class Refresher:
             policy=refreshed,
             policy_name=f"SSQL's collector of step {step}",
             deltas=[shield.delta],
+            episodes=needed,
             seed=self._config.seed + step,
         )

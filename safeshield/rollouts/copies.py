@@ -18,6 +18,11 @@ _MAX_COPIED_ENVS = 8
 _STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
 # Arguments that do not change the dynamics.
 _NO_DYNAMICS = ("render_mode", "max_episode_steps")
+# Wrappers that gymnasium.make adds by itself, and those that do not change what an agent meets.
+_NO_WRAPPERS = (
+    "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "AutoResetWrapper", "Autoreset",
+    "HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics",
+)  # fmt: skip
 # Arguments of vector environments only.
 _OF_VECTORS = ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers", "autoreset_mode")
 _MANY_VALUES = "too many values to unpack"
@@ -99,7 +104,55 @@ def environment_kwargs(env: object) -> dict[str, Any] | None:
     return {name: _distinct(one.get(name) for one in known) for name in names}
 
 
+def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]:
+    """Return the wrappers of an environment, the innermost first: (name of the class, arguments).
+
+    The arguments are JSON values, and None where a wrapper does not record them. Left out are the
+    wrappers that `gymnasium.make` adds and those that only render. The wrappers of the members of
+    a vector environment come before its own, each different one once.
+    """
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    layer: Any = env
+    while layer is not None:
+        fields = vars(layer)
+        inner = fields.get("env")
+        name = type(layer).__name__
+        if inner is not None and name not in _NO_WRAPPERS:
+            # Gymnasium's RecordConstructorArgs keeps the arguments under this name.
+            saved = fields.get("_saved_kwargs")
+            found.append((name, None if saved is None else json_arguments(saved)))
+        members = fields.get("envs")
+        if members:
+            inside = _distinct(one for member in members for one in environment_wrappers(member))
+            return [*inside, *reversed(found)]
+        layer = inner
+    return found[::-1]
+
+
+def environment_horizon(env: object) -> int | None:
+    """Return the greatest number of steps of an episode; None where it is not known or unlimited.
+
+    It is the smallest limit of the `TimeLimit` wrappers, and for a vector environment that of its
+    spec or of its members. Limits of which the environment says nothing are not known.
+    """
+    limits: list[int | None] = []
+    layer: Any = env
+    while layer is not None:
+        fields = vars(layer)
+        if type(layer).__name__ == "TimeLimit":
+            limits.append(fields.get("_max_episode_steps"))
+        members = fields.get("envs")
+        if members:
+            inside = [environment_horizon(member) for member in members]
+            limits.append(None if None in inside else max(one for one in inside if one))
+        elif is_vector_env(layer) and "env" not in fields:
+            limits.append(getattr(fields.get("spec"), "max_episode_steps", None))
+        layer = fields.get("env")
+    return min((int(one) for one in limits if one is not None and one > 0), default=None)
+
+
 def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Return each different value once, in order; values need not be hashable."""
     found: list[Any] = []
     for value in values:
         if value not in found:
@@ -197,6 +250,12 @@ def most_together(spec: gym.envs.registration.EnvSpec | None) -> int:
 
 def _is_native(spec: gym.envs.registration.EnvSpec) -> bool:
     return bool(spec.vector_entry_point and not spec.additional_wrappers)
+
+
+def has_native_form(env: Env | VectorEnv) -> bool:
+    """Return whether copies of a single environment `env` use its vector entry point."""
+    spec = None if is_vector_env(env) else spec_to_copy(cast(Env, env))
+    return spec is not None and _is_native(spec)
 
 
 def one_per_process(env: Env) -> bool:

@@ -44,6 +44,9 @@ from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
 
+SEEDS = 2**31 - 2**24
+"""Number of seeds from which the first one of a run is drawn; some are left for its episodes."""
+
 
 @dataclass(frozen=True)
 class VectorStep:
@@ -85,12 +88,12 @@ def run_episodes(
     info_keys: Sequence[str] = (),
     step_limit: int = 100_000,
     observation_keys: Sequence[str] | None = None,
+    first_seed: int | None = None,
 ) -> list[Episode]:
     """Run exactly `episodes` whole episodes and return them in order.
 
-    Episode e is reset with the seed ``base + e``, where base is drawn from `seed`. For a policy
-    that draws no noise, the data therefore do not depend on `num_envs`. The same seed gives the
-    same data.
+    Episode e is reset with the seed ``first_seed + e``. For a policy that draws no noise, the data
+    therefore do not depend on `num_envs`. The same seeds give the same data.
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
@@ -104,6 +107,7 @@ def run_episodes(
         info_keys: Infos to record at every step, such as ``("shield/intervened",)``.
         step_limit: Greatest length of an episode in steps. A longer episode is an error.
         observation_keys: Entries of a Dict observation to record; all by default.
+        first_seed: Seed of the reset of the first episode; by default it is drawn from `seed`.
 
     Raises:
         ValueError: An argument is wrong; the environment returns six values from a step, returns a
@@ -122,7 +126,9 @@ def run_episodes(
         )
         action_codec = flat_actions(envs.single_action_space)
         seeds, noise = np.random.SeedSequence(seed).spawn(2)
-        base = int(np.random.default_rng(seeds).integers(2**31 - 2**24))
+        base = first_seed
+        if base is None:
+            base = int(np.random.default_rng(seeds).integers(SEEDS))
         rng = np.random.default_rng(noise)
         acting = as_batch_policy(policy, action_codec.space)
         runner = _Runner(
@@ -245,6 +251,9 @@ class _BatchRecord:
         self._reset = {key: column_of(reset_infos, key, count) for key in keys}
         self._columns: dict[str, list[Sequence[Any] | Array]] = {key: [] for key in keys}
         self._steps: list[VectorStep] = []
+        # Made once for all environments, because the entries of many are slow to take one by one.
+        self._stacked: dict[str, Array] = {}
+        self._tables: dict[str, Array | None] = {}
         self._lengths = np.zeros(count, dtype=np.int64)
 
     def add(self, step: VectorStep, replaced: npt.NDArray[np.bool_]) -> None:
@@ -255,16 +264,35 @@ class _BatchRecord:
 
     def episode(self, i: int) -> Episode:
         """Return the episode of environment i."""
-        length = self._lengths[i]
+        length = int(self._lengths[i])
         return recorded_episode(
-            {
-                name: np.stack([getattr(step, name)[i] for step in self._steps[:length]])
-                for name in STEP_ARRAYS
-            },
+            {name: np.array(rows[:length, i]) for name, rows in self._rows().items()},
             {key: column[i] for key, column in self._reset.items()},
-            {
-                key: [column[i] for column in columns[:length]]
-                for key, columns in self._columns.items()
-            },
+            {key: self._infos(key, length, i) for key in self._columns},
             self._info_keys,
         )
+
+    def _rows(self) -> dict[str, Array]:
+        """Return the arrays (steps, n, ...) of all environments, by the names in an `Episode`."""
+        if not self._stacked:
+            self._stacked = {
+                name: np.stack([getattr(step, name) for step in self._steps])
+                for name in STEP_ARRAYS
+            }
+        return self._stacked
+
+    def _infos(self, key: str, length: int, i: int) -> Array | list[Any]:
+        """Return a key's values after the steps of environment i, None where not reported."""
+        if key not in self._tables:
+            self._tables[key] = _table(self._columns[key])
+        table = self._tables[key]
+        if table is not None:
+            return np.array(table[:length, i])
+        return [column[i] for column in self._columns[key][:length]]
+
+
+def _table(columns: Sequence[Sequence[Any] | Array]) -> Array | None:
+    """Return the columns of all steps as one array (steps, n, ...), None where that is no array."""
+    arrays = [column for column in columns if isinstance(column, np.ndarray)]
+    kinds = {(array.dtype, array.shape) for array in arrays}
+    return np.stack(arrays) if len(arrays) == len(columns) and len(kinds) == 1 else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
 import gymnasium as gym
@@ -114,6 +116,24 @@ def as_batch_policy(
         "policy must be 'random', have act_batch or predict, or be a function of one observation; "
         f"got {type(policy).__name__}"
     )
+
+
+@contextlib.contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's own generators for a block, and restore their states at its end.
+
+    Policies with Stable-Baselines3's ``predict`` draw their noise from these generators. Nothing
+    happens where torch has not been imported.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    # Without this list every device is initialised, which takes seconds.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
 
 
 def executable_actions(actions: npt.ArrayLike, space: gym.Space[Any], count: int) -> Array:

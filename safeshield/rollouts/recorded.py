@@ -112,7 +112,7 @@ def intervention_rate(episodes: Sequence[Episode]) -> float | None:
 def recorded_episode(
     rows: Mapping[str, Array],
     at_reset: Infos,
-    after: Mapping[str, Sequence[Any]],
+    after: Mapping[str, Sequence[Any] | Array],
     info_keys: Sequence[str] = (),
 ) -> Episode:
     """Return an episode of L steps, with the labels that its infos report.
@@ -121,7 +121,8 @@ def recorded_episode(
         rows: Arrays (L, ...) named as in `Episode`: observations, actions, rewards,
             next_observations, terminated and truncated.
         at_reset: Infos at reset by key, None where a key was not reported.
-        after: L infos after the steps by key, None where a key was not reported.
+        after: L infos after the steps by key, None where a key was not reported; an array where
+            every step reported it.
         info_keys: Keys of `after` to keep in `Episode.info`.
 
     Raises:
@@ -174,8 +175,10 @@ def number_of(info: Infos, key: str) -> float | None:
     return None if value is None else float(_numbers(np.asarray(value)[None], key)[0])
 
 
-def _complete(values: Sequence[Any], key: str) -> Array | None:
+def _complete(values: Sequence[Any] | Array, key: str) -> Array | None:
     """Return the values of a key at every step, or None where no step reports the key."""
+    if isinstance(values, np.ndarray):
+        return values
     missing = [t for t, value in enumerate(values) if value is None]
     if len(missing) == len(values):
         return None

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import safeshield.nn.latent_actor  # noqa: F401 - registers its kind of actor
-from safeshield.files.schema import finite_number
+from safeshield.files.schema import finite_number, json_values, record_from_json
 from safeshield.files.tensors import SHIELD, read_tensors, register_format, write_tensors
 from safeshield.nn.actor import (
     MAX_STEPS,
@@ -25,7 +25,7 @@ from safeshield.nn.mlp import EnsembleMLP, Shapes, hidden_widths
 from safeshield.nn.plan_actor import ActionCritic
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, widths_of
-from safeshield.shield.record import CalibrationRecord
+from safeshield.shield.record import Attempt, CalibrationRecord
 from safeshield.shield.replacement import (
     CommittedFallback,
     FallbackPolicy,
@@ -95,6 +95,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
         "delta": shield.delta,
         "record": None if shield.record is None else shield.record.to_json(),
+        "attempts": [json_values(one) for one in shield.attempts],
         "trained_by": shield.trained_by,
         "replacement": _replacement_to_json(shield.replacement),
         "support": _support_to_json(shield),
@@ -138,6 +139,10 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         delta = finite_number(header["delta"], "delta")
         record = header["record"]
         record = None if record is None else CalibrationRecord.from_json(record)
+        # Files of earlier releases remember no attempts.
+        attempts = tuple(
+            record_from_json(Attempt, one, "attempts") for one in header.get("attempts", ())
+        )
         if "replacement" in header:
             replacement = _replacement(header["replacement"])
         else:
@@ -177,6 +182,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         trained_by=trained_by,
         replacement=replacement,
         support=test,
+        attempts=attempts,
     )
 
 

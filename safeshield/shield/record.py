@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Literal, Self
 
 from safeshield.files.schema import json_values, record_from_json
+
+VIOLATION: Final = "violation"
+COST_ABOVE: Final = "cost above"
+MEAN_COST: Final = "mean cost"
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,11 @@ class PolicyResult:
     episodes: int
     """Number N of episodes; all of them started in states with V_h <= -delta."""
     violations: int
-    """Number k of episodes with h > 0 (or cost > 0) in any state."""
+    """Number k of episodes with h > 0 (or cost > 0) in any state; for a promise about costs, of
+    episodes with a cost above the limit, or with any cost where the mean is promised."""
     bound: float
-    """Upper confidence bound on the violation rate of that policy under the shield."""
+    """Upper confidence bound on the violation rate of that policy under the shield, or on the mean
+    cost."""
     intervention_rate: float
     """Share of the steps in which the shield replaced the action."""
 
@@ -43,15 +49,61 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class EnvironmentWrapper:
+    """One wrapper of an environment."""
+
+    name: str
+    """Name of its class."""
+    arguments: dict[str, Any] | None
+    """Its arguments as JSON values; None where it does not tell them."""
+
+
+@dataclass(frozen=True)
+class PilotPoint:
+    """What a threshold did with one policy: in the pilot, or in a test that found none to pass."""
+
+    delta: float
+    """The threshold's distance from 0, in units of h."""
+    policy: str
+    episodes: int
+    violations: int
+    """Number of episodes that count against the promise, as in `PolicyResult`."""
+    start_share: float
+    """Share of the environment's own starts with V_h <= -delta."""
+    intervention_rate: float
+    """Share of the steps in which the shield replaced the action."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One calibration that a shield remembers, whether it passed or not."""
+
+    environment: str
+    """Id of the environment, or its class."""
+    policies: tuple[str, ...]
+    level: float
+    """Level at which the thresholds were tested: an upper bound on the probability that this
+    attempt promises too much. It is 0 where the pilot found nothing to test."""
+    passed: bool
+    first_seed: int
+    """First of the environment's seeds that the attempt reserved; -1 where it is not known."""
+
+    def counts_for(self, environment: str, policies: Collection[str]) -> bool:
+        """Whether it was an attempt in the same environment with one of the same policies."""
+        return self.environment == environment and bool(set(policies) & set(self.policies))
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """One calibration: the promise, the proposers and starts it holds for, and the results."""
 
     delta: float
     """The chosen delta, in units of h. The shield's threshold is -delta."""
     epsilon: float
-    """The promised violation rate per episode."""
+    """The promised violation rate per episode. For a mean cost it is `limit` / `cost_bound`."""
     confidence: float
-    """Probability, over the draw of the calibration episodes, that the promise is true."""
+    """Confidence that was asked for. A first attempt is tested at the level 1 - confidence; see
+    `attempts` for later ones."""
     policies: tuple[PolicyResult, ...]
     """The results for each policy that proposed the actions."""
     environment: str
@@ -73,6 +125,24 @@ class CalibrationRecord:
     environment_kwargs: dict[str, Any] | None = None
     """Keyword arguments with which the environment was made, as JSON values; None where they are
     not known."""
+    kind: Literal["violation", "cost above", "mean cost"] = VIOLATION
+    """Kind of the promise: "violation", "cost above" or "mean cost"."""
+    limit: float | None = None
+    """Limit of an episode's summed cost, or of its mean, where the promise is about costs."""
+    cost_bound: float | None = None
+    """Declared bound of an episode's summed cost, where the mean cost is promised."""
+    deterministic: bool | None = None
+    """The `deterministic` that policies with a method ``predict`` were called with. None in
+    records from before it was stored, where it was True."""
+    horizon: int | None = None
+    """Greatest number of steps of an episode; None where there is no limit or it is not known."""
+    wrappers: tuple[EnvironmentWrapper, ...] | None = None
+    """Wrappers of the environment, the innermost first; None where they are not known."""
+    pilot: tuple[PilotPoint, ...] = ()
+    """The pilot that proposed the thresholds; empty where they were given."""
+    attempts: tuple[Attempt, ...] = ()
+    """The attempts on this shield that are known, the present one last. Attempts that were made
+    elsewhere, for instance on another copy of the file, are not known."""
 
     @property
     def promise(self) -> str:
@@ -83,13 +153,44 @@ class CalibrationRecord:
             for result in self.policies
         )
         replaced = self.replacement and f", which replaces actions by {self.replacement},"
+        length = "" if self.horizon is None else f" of at most {self.horizon} steps"
+        acting = "" if self.deterministic is None else f" (deterministic={self.deterministic})"
+        claim, counted = {
+            VIOLATION: (
+                f"violates the constraint with probability at most {self.epsilon:g}",
+                "Violating episodes seen",
+            ),
+            COST_ABOVE: (
+                f"has a summed cost above {self.limit or 0.0:g} with probability at most "
+                f"{self.epsilon:g}",
+                "Episodes above it seen",
+            ),
+            MEAN_COST: (
+                f"has a mean summed cost of at most {self.limit or 0.0:g}, if no episode's can "
+                f"exceed {self.cost_bound or 0.0:g}",
+                "Episodes with a cost seen",
+            ),
+        }[self.kind]
         return (
             f"With confidence {self.confidence:g} over the draw of the calibration episodes: an "
-            f"episode of {self.environment} that starts as {self.start_distribution}, in which "
-            f"actions are proposed by one of {names} and executed through this shield at delta "
-            f"{self.delta:.4g}{replaced or ','} violates the constraint with probability at most "
-            f"{self.epsilon:g}. Violating episodes seen: {seen}. For another policy, start "
-            "distribution or environment nothing is promised."
+            f"episode of {self.environment}{length} that starts as {self.start_distribution}, in "
+            f"which actions are proposed by one of {names}{acting} and executed through this "
+            f"shield at delta {self.delta:.4g}{replaced or ','} {claim}. {counted}: {seen}."
+            f"{self._about_attempts()} For another policy, start distribution, horizon or "
+            "environment nothing is promised."
+        )
+
+    def _about_attempts(self) -> str:
+        """Return the sentences about earlier attempts, "" where none is known."""
+        names = [result.policy for result in self.policies]
+        levels = [one.level for one in self.attempts if one.counts_for(self.environment, names)]
+        if len(levels) < 2:
+            return ""
+        return (
+            f" This was attempt {len(levels)} on this shield with these policies here, tested at "
+            f"the level {levels[-1]:.3g}; with the earlier ones, the probability of a wrong "
+            f"promise is at most {min(sum(levels), 1.0):.3g}. Attempts made elsewhere are not "
+            "known."
         )
 
     def speaks_of(self, environment: str, kwargs: Mapping[str, Any] | None = None) -> bool:

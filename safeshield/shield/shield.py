@@ -31,7 +31,7 @@ from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.file import load_shield, save_shield
 from safeshield.shield.masks import Mask, agent_masks, check_discrete
 from safeshield.shield.readable import ReadableRange
-from safeshield.shield.record import CalibrationRecord
+from safeshield.shield.record import Attempt, CalibrationRecord
 from safeshield.shield.replacement import (
     NearestAcceptable,
     NearestSupported,
@@ -50,6 +50,7 @@ from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, S
 from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_constraint
 
 if TYPE_CHECKING:
+    from safeshield.calibration.promises import Promise
     from safeshield.data.dataset import OfflineDataset
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
@@ -75,6 +76,8 @@ class Shield:
         replacement: The strategy that replaces rejected actions; see `replacement`.
         support: A support test that an accepted action must pass in addition to the test of its
             value; None for no such test. See `with_support`.
+        attempts: Earlier calibrations of this shield. `calibrate` adds each one, also where it
+            fails, and every changed copy keeps them.
     """
 
     model: SafetyModel
@@ -83,6 +86,7 @@ class Shield:
     trained_by: str = ""
     replacement: Replacement = field(default_factory=NearestAcceptable)
     support: SupportTest | None = None
+    attempts: tuple[Attempt, ...] = ()
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.delta) and self.delta >= 0):
@@ -93,6 +97,8 @@ class Shield:
                 "drop the record or calibrate again"
             )
         self.delta = float(self.delta)
+        if self.record is not None and len(self.record.attempts) > len(self.attempts):
+            self.attempts = self.record.attempts
         codec = self.model.action_codec
         check_replacement(self.replacement, codec)
         self._strategy = self.replacement
@@ -655,36 +661,52 @@ class Shield:
         self,
         env: Env | VectorEnv,
         *,
-        epsilon: float = 0.01,
+        epsilon: float | None = None,
         confidence: float = 0.99,
+        promise: Promise | None = None,
         policy: object = None,
         policy_name: str | None = None,
+        deterministic: bool = False,
         deltas: Sequence[float] | None = None,
         episodes: int | None = None,
         seed: int = 0,
         num_envs: int | None = None,
+        progress_bar: bool = False,
     ) -> Self:
         """Return a copy with a calibrated delta and the record of the calibration.
 
         Delta is tested in episodes of `env` in which the shield filters the actions of `policy`, or
-        of the default proposers. The other arguments are the promised rate `epsilon`, its
-        `confidence`, `policy_name`, the `deltas` and `episodes` of the tests, `seed` and
-        `num_envs`. `calibration.calibrate.calibrate` describes them, the procedure and the promise.
+        of the default proposers. The other arguments are the promised rate `epsilon` or another
+        `promise`, its `confidence`, `policy_name` and `deterministic` of the policy, the `deltas`
+        and `episodes` of the tests, `seed`, `num_envs` and `progress_bar`.
+        `calibration.calibrate.calibrate` describes them, the procedure and the promise. Both this
+        shield and the copy remember the attempt, in `attempts`.
         """
         from safeshield.calibration.calibrate import calibrate
 
-        record = calibrate(
-            self,
-            env,
-            epsilon=epsilon,
-            confidence=confidence,
-            policy=policy,
-            policy_name=policy_name,
-            deltas=deltas,
-            episodes=episodes,
-            seed=seed,
-            num_envs=num_envs,
-        )
+        try:
+            record = calibrate(
+                self,
+                env,
+                epsilon=epsilon,
+                confidence=confidence,
+                promise=promise,
+                policy=policy,
+                policy_name=policy_name,
+                deterministic=deterministic,
+                deltas=deltas,
+                episodes=episodes,
+                seed=seed,
+                num_envs=num_envs,
+                progress_bar=progress_bar,
+            )
+        except ValueError as error:
+            # A CalibrationError tells the attempt, if it came to a test.
+            attempt = getattr(error, "attempt", None)
+            if attempt is not None:
+                self.attempts = (*self.attempts, attempt)
+            raise
+        self.attempts = record.attempts
         return replace(self, delta=record.delta, record=record)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,103 @@
+"""What to say where no threshold passes: what was reached, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.calibration.binomial import upper_bound
+from safeshield.calibration.promises import Promise
+from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE
+from safeshield.shield.record import MEAN_COST, VIOLATION, PilotPoint, Rung
+
+_DID = {
+    VIOLATION: "violated",
+    "cost above": "exceeded the limit",
+    MEAN_COST: "had a cost",
+}
+
+
+def nothing_passes(
+    promise: Promise,
+    confidence: float,
+    failed: Rung,
+    curve: Sequence[PilotPoint],
+    values: npt.NDArray[np.float64],
+    asked: Sequence[float] | None,
+    policy: object,
+) -> str:
+    """Return the message of an error where the first test failed.
+
+    Args:
+        promise: The promise that was asked for.
+        confidence: Its confidence.
+        failed: The test that failed.
+        curve: Everything that was played.
+        values: (n,) V_h of starts.
+        asked: The thresholds that the user passed; None where a pilot proposed them.
+        policy: The user's policy; None for the battery.
+    """
+    wanted = (
+        f"the mean cost {promise.limit:g}"
+        if promise.kind == MEAN_COST
+        else f"epsilon {promise.share:g}"
+    )
+    did = _DID[promise.kind]
+    point, rate, low, high = _best(curve)
+    parts = [
+        f"no threshold meets {wanted} with confidence {confidence:g}: at the first one tested, "
+        f"delta {failed.delta:.4g}, policy '{failed.policy}' {did} in {failed.violations} of "
+        f"{failed.episodes} episodes.",
+        _about_deltas(values, max(one.delta for one in curve), asked),
+    ]
+    if promise.kind != MEAN_COST:
+        parts.append(
+            f"The lowest rate seen is about {rate:.2g} (95% interval {low:.2g} to {high:.2g}), at "
+            f"delta {point.delta:.4g}: ask for an epsilon above that interval"
+        )
+    else:
+        parts.append("Ask for a larger limit")
+    yours = ", calibrate with policy= the agent that will be deployed" if policy is None else ""
+    parts[-1] += (
+        f"{yours}, or improve the critics: more of the log, more updates, or a log that reports "
+        "h where it has binary costs alone"
+    )
+    return " ".join(parts)
+
+
+def _about_deltas(
+    values: npt.NDArray[np.float64], strictest: float, asked: Sequence[float] | None
+) -> str:
+    """Return whether larger deltas than the strictest one that was played are possible."""
+    lowest = float(values.min())
+    largest = float(np.quantile(-values, 1.0 - 1.0 / MOST_RESETS_PER_EPISODE))
+    if largest > 1.05 * strictest:
+        if asked is None:
+            return (
+                f"Stricter thresholds, up to {largest:.4g}, would certify less than half of the "
+                "starts; pass deltas to test them."
+            )
+        return f"Pass larger deltas, up to {largest:.4g}, or leave deltas out, for a pilot."
+    return (
+        f"Larger deltas do not help: the values of the starts end at {lowest:.4g}, so hardly any "
+        "start would be certified."
+    )
+
+
+def _best(curve: Sequence[PilotPoint]) -> tuple[PilotPoint, float, float, float]:
+    """Return the point of the threshold with the lowest worst rate, the rate and its interval."""
+    worst: dict[float, PilotPoint] = {}
+    for point in curve:
+        known = worst.get(point.delta)
+        if known is None or _rate(point) > _rate(known):
+            worst[point.delta] = point
+    best = min(worst.values(), key=_rate)
+    harmless = best.episodes - best.violations
+    low = 1.0 - upper_bound(best.episodes, harmless, 0.975)
+    return best, _rate(best), low, upper_bound(best.episodes, best.violations, 0.975)
+
+
+def _rate(point: PilotPoint) -> float:
+    return point.violations / max(point.episodes, 1)

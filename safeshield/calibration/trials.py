@@ -1,0 +1,254 @@
+"""Episodes of a calibration: drawn in the order of their seeds, from certified starts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm.auto import tqdm
+
+from safeshield.calibration.binomial import upper_bound
+from safeshield.calibration.promises import Promise, SequentialTest
+from safeshield.calibration.proposers import ShieldedProposals, battery, policy_names
+from safeshield.calibration.walk import CalibrationError
+from safeshield.rollouts.copies import copies, has_native_form
+from safeshield.rollouts.episodes import VectorStep, run_episodes
+from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
+from safeshield.rollouts.policies import torch_seeded
+from safeshield.rollouts.recorded import Episode
+from safeshield.shield.record import VIOLATION, PilotPoint, Rung
+from safeshield.spaces.generic import Env, VectorEnv
+
+if TYPE_CHECKING:
+    from safeshield.shield.shield import Shield
+
+MOST_RESETS_PER_EPISODE = 20
+_AT_ONCE = 1024
+_NATIVE_WIDTH = 256
+_WAVES = 4
+_SPARE = 1.05
+_PRIOR = 50
+
+
+class Score(NamedTuple):
+    """What counts of one episode."""
+
+    score: float
+    """Score by the promise, in [0, 1]."""
+    steps: int
+    replaced: int
+    """Number of steps in which the shield replaced the action."""
+    drawn: int
+    """Number of starts drawn up to this episode, since the episode counted before it."""
+
+
+@dataclass
+class Trials:
+    """Plays fresh shielded episodes from certified starts, and scores them by a promise.
+
+    An episode is identified by its environment's seed. Episodes are played in groups and counted in
+    the order of their seeds, never in that of their ends.
+    """
+
+    shield: Shield
+    env: Env | VectorEnv
+    promise: Promise
+    policy: object
+    policy_name: str | None
+    confidence: float
+    """Confidence of the bound that the progress bar shows."""
+    values: npt.NDArray[np.float64]
+    """V_h of some starts (n,), from which the share of certified starts is first estimated."""
+    seed: int
+    """Seed of the policies' noise, with the seed of the first episode of a group."""
+    deterministic: bool = False
+    num_envs: int | None = None
+    progress_bar: bool = False
+    names: list[str] = field(init=False)
+    """Names of the policies that propose actions."""
+    points: list[PilotPoint] = field(default_factory=list, init=False)
+    """What was played, in order."""
+
+    def __post_init__(self) -> None:
+        self.names = policy_names(self.policy, self.policy_name)
+        self._native = self.num_envs is None and has_native_form(self.env)
+        # Copies of an environment without a vectorised form are made once: that may be slow.
+        self._envs: Env | VectorEnv = (
+            self.env if self._native else copies(self.env, self.num_envs, most=None, freeze=True)
+        )
+        width = getattr(self._envs, "num_envs", _NATIVE_WIDTH)
+        self._at_once = min(_WAVES * int(width), _AT_ONCE)
+        self._bar: tqdm[None] = tqdm(disable=not self.progress_bar, unit="episode")
+
+    def close(self) -> None:
+        """Close the progress bar, and the copies of the environment that were made."""
+        self._bar.close()
+        if self._envs is not self.env:
+            self._envs.close()
+
+    def test(self, delta: float, name: str, test: SequentialTest, first_seed: int) -> Rung:
+        """Return the result of a test of one threshold with one policy.
+
+        Args:
+            delta: Distance of the threshold from 0.
+            name: Name of the policy.
+            test: The test.
+            first_seed: Seed of the environment in the first episode.
+        """
+
+        def missing(scores: npt.NDArray[np.float64]) -> int:
+            return 0 if test.decide(scores) else test.missing(len(scores))
+
+        played = self.play(delta, name, missing, first_seed, "test")
+        scores = np.array([one.score for one in played])
+        decision = test.decide(scores)
+        if decision is None:
+            raise RuntimeError("a test ended without a decision")
+        counted = played[: decision.episodes]
+        point = self._keep(delta, name, counted)
+        bound = test.bound(scores[: decision.episodes]) * (self.promise.bound or 1.0)
+        return Rung(delta, name, point.episodes, point.violations, bound, decision.passed)
+
+    def pilot(self, delta: float, name: str, episodes: int, most: float, seed: int) -> float:
+        """Return the mean score of some episodes, which end once their sum exceeds `most`.
+
+        Args:
+            delta: Distance of the threshold from 0.
+            name: Name of the policy.
+            episodes: Number of episodes.
+            most: Greatest sum of scores of interest.
+            seed: Seed of the environment in the first episode.
+        """
+        played = self.play(
+            delta,
+            name,
+            lambda scores: 0 if scores.sum() > most else episodes - len(scores),
+            seed,
+            "pilot",
+        )
+        self._keep(delta, name, played)
+        return float(np.mean([one.score for one in played]))
+
+    def play(
+        self,
+        delta: float,
+        name: str,
+        missing: Callable[[npt.NDArray[np.float64]], int],
+        first_seed: int,
+        stage: str,
+    ) -> list[Score]:
+        """Return the scores of episodes from certified starts, in the order of their seeds.
+
+        Args:
+            delta: Distance of the threshold from 0.
+            name: Name of the policy.
+            missing: Function of the scores so far (n,) that returns how many more episodes are
+                wanted; 0 ends.
+            first_seed: Seed of the environment in the first episode.
+            stage: Name of the stage, for the progress bar.
+
+        Raises:
+            CalibrationError: Hardly any start is certified, or a cost exceeds its declared bound.
+            ValueError: The environment does not report what the promise is about.
+        """
+        with warnings.catch_warnings():
+            # The warning that the shield is not calibrated does not apply during calibration.
+            warnings.simplefilter("ignore")
+            shield = self.shield.with_delta(delta)
+            proposing = battery(
+                shield, self.policy, self.policy_name, deterministic=self.deterministic
+            )[name]
+            acting = ShieldedProposals(shield, proposing)
+            self._bar.set_description(f"{stage}: delta {delta:.4g}, {name}")
+            counted: list[Score] = []
+            drawn = since = 0
+            while (wanted := missing(np.array([one.score for one in counted]))) > 0:
+                expected = _PRIOR * float(np.mean(self.values <= shield.threshold))
+                share = (len(counted) + expected) / (drawn + _PRIOR)
+                share = max(share, 1 / MOST_RESETS_PER_EPISODE)
+                group = min(math.ceil(_SPARE * wanted / share), self._at_once)
+                for run in self._group(acting, group, first_seed + drawn):
+                    since += 1
+                    if shield.row_values(run.observations[:1])[0] <= shield.threshold:
+                        replaced = 0 if run.intervened is None else int(run.intervened.sum())
+                        counted.append(Score(self._score(run), len(run), replaced, since))
+                        since = 0
+                        self._bar.update()
+                drawn += group
+                self._show(counted)
+                if drawn > MOST_RESETS_PER_EPISODE * max(len(counted), 50):
+                    raise CalibrationError(
+                        f"only {len(counted)} of {drawn} starts have V_h <= -{delta:.4g}: the "
+                        "environment starts almost everywhere outside the certified set",
+                        self.points,
+                    )
+        return counted
+
+    def _group(self, acting: ShieldedProposals, count: int, first_seed: int) -> list[Episode]:
+        """Return the episodes of consecutive seeds, with the interventions in their infos."""
+        noise = int(np.random.SeedSequence([self.seed, first_seed]).generate_state(1)[0])
+        # Waves of equal width leave no environment without an episode.
+        waves = math.ceil(count / _NATIVE_WIDTH)
+        with torch_seeded(noise):
+            runs = run_episodes(
+                self._envs,
+                acting,
+                count,
+                noise,
+                on_step=self._check_reports,
+                num_envs=math.ceil(count / waves) if self._native else None,
+                observation_keys=self.shield.observation_keys,
+                first_seed=first_seed,
+            )
+        return acting.with_interventions(runs)
+
+    def _score(self, run: Episode) -> float:
+        score = self.promise.score(run)
+        if not score <= 1.0:
+            raise CalibrationError(
+                f"an episode has cost {run.total_cost:g}, above the declared bound "
+                f"{self.promise.bound:g}: the calibration is void. Declare as bound the largest "
+                "cost that an episode can have, such as the horizon times the largest cost of a "
+                "step",
+                self.points,
+            )
+        return score
+
+    def _check_reports(self, step: VectorStep) -> None:
+        if step.index > 0:
+            return
+        needed = (CONSTRAINT, COST) if self.promise.kind == VIOLATION else (COST,)
+        told = {**step.infos, **dict(step.infos.get(FINAL_INFO) or {})}
+        if not any(key in told for key in needed):
+            raise ValueError(
+                f"the environment's first step reports no {_infos(needed)}, so no episode can be "
+                f"judged: its infos are {sorted(k for k in told if not k.startswith('_'))}. Add "
+                "it to the info of reset and of every step, for example in a wrapper"
+            )
+
+    def _keep(self, delta: float, name: str, counted: list[Score]) -> PilotPoint:
+        point = PilotPoint(
+            delta,
+            name,
+            len(counted),
+            sum(one.score > 0 for one in counted),
+            len(counted) / max(sum(one.drawn for one in counted), 1),
+            sum(one.replaced for one in counted) / max(sum(one.steps for one in counted), 1),
+        )
+        self.points.append(point)
+        return point
+
+    def _show(self, counted: list[Score]) -> None:
+        count, bad = len(counted), sum(one.score > 0 for one in counted)
+        if self.progress_bar and count:
+            bound = upper_bound(count, bad, self.confidence)
+            self._bar.set_postfix_str(f"{bad} of {count} violate, bound so far {bound:.3g}")
+
+
+def _infos(keys: tuple[str, ...]) -> str:
+    return " or ".join(f"info[{key!r}]" for key in keys)
