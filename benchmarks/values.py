@@ -46,6 +46,7 @@ import torch
 from common import RESULTS, machine, once
 from values_play import (
     RULES,
+    WORST_RULES,
     boat_points,
     cart_points,
     exact,
@@ -149,15 +150,15 @@ class Study:
 
         return once(f"{task}_unshielded_{self.seed}", compute, folder=self.folder)
 
-    def worst(self, variant: str) -> dict[str, Any]:
+    def worst(self, variant: str, rule: str) -> dict[str, Any]:
         """Return how many episodes of the boat's worst agent violate, by delta."""
 
         def compute() -> dict[str, Any]:
             shield = self.shield(BOAT, variant)
-            told = worst_agents(shield, WORST_DELTAS, WORST_EPISODES, 100 + self.seed)
+            told = worst_agents(shield, rule, WORST_DELTAS, WORST_EPISODES, 100 + self.seed)
             return {"seed": self.seed, **told}
 
-        return once(self.name(BOAT, variant, "worst"), compute, folder=self.folder)
+        return once(self.name(BOAT, variant, f"worst_{rule}"), compute, folder=self.folder)
 
     def kept(self, name: str) -> dict[str, Any] | None:
         """Return a stored cell, or None."""
@@ -170,7 +171,7 @@ def jobs(
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield the cells as (name, function), the most informative first."""
     known = [one for group in GROUPS for one in group]
-    first, later = rules[:1], rules[1:]
+    first, later = rules[:3], rules[3:]
     others = tuple(one for one in variants if one not in known)
     order = [(first, one) for one in GROUPS] + [(later, one) for one in GROUPS]
     for part, group in (*order, (first, others), (later, others)):
@@ -184,7 +185,8 @@ def jobs(
                 yield name, partial(study.played, task, variant, rule, margins)
         if part == first and BOAT in tasks:
             for variant in chosen:
-                yield f"worst {variant}", partial(study.worst, variant)
+                for rule in WORST_RULES:
+                    yield f"worst {variant} {rule}", partial(study.worst, variant, rule)
 
 
 def tables(study: Study, tasks: list[str], variants: list[str], rules: list[str]) -> str:
@@ -255,13 +257,13 @@ def _played_row(variant: str, margins: float, row: dict[str, Any]) -> str:
 
 def _worst_table(study: Study, variants: list[str]) -> list[str]:
     rows = []
-    for variant in variants:
-        found = study.kept(study.name(BOAT, variant, "worst"))
+    for rule, variant in itertools.product(WORST_RULES, variants):
+        found = study.kept(study.name(BOAT, variant, f"worst_{rule}"))
         if found:
             told = (str(found["violating"][f"{delta:g}"]) for delta in WORST_DELTAS)
-            rows.append(f"| {variant} | " + " | ".join(told) + " |")
+            rows.append(f"| {variant}, {rule} | " + " | ".join(told) + " |")
     head = " | ".join(f"delta {delta:g}" for delta in WORST_DELTAS)
-    title = f"| the boat's worst agent, nearest, violating of {WORST_EPISODES} | {head} |"
+    title = f"| the boat's worst agent, violating of {WORST_EPISODES} | {head} |"
     return [title, "|---|" + "---|" * len(WORST_DELTAS), *rows, ""] if rows else []
 
 

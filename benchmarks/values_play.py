@@ -23,7 +23,12 @@ from safeshield.envs.task import StateTask
 from safeshield.exact.double_integrator import value as cart_value
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.guard import ShieldMemory, ShieldRuntime
-from safeshield.shield.replacement import NearestAcceptable, Rejected, nearest_acceptable
+from safeshield.shield.replacement import (
+    FallbackPolicy,
+    NearestAcceptable,
+    Rejected,
+    nearest_acceptable,
+)
 from safeshield.shield.report import FilterReport
 from safeshield.suites.logged import SOURCES
 from safeshield.suites.tasks import COST_LIMIT, find_task
@@ -32,6 +37,8 @@ NEAR = 6.0
 """Steps count as near the boundary where abs(V_h) is below this many margins."""
 WINDOWS = (1, 8, 32, 128)
 """Lengths of the running sums, in steps."""
+WORST_RULES = ("nearest", "escape", "nearest-escape")
+"""Rules against which the worst agent is computed."""
 DIRECTIONS = 24
 """Number of courses among which the worst agent of the boat chooses."""
 CELL = 0.025
@@ -92,6 +99,32 @@ class Safest:
         return actions, lowest
 
 
+@dataclass(frozen=True)
+class Escape:
+    """Execute the fallback actor's action for z = 0, acceptable or not.
+
+    The other strategies compare candidates anew in every state, and the best of them may change
+    from step to step. The fallback is a continuous function of the state.
+    """
+
+    def choose(self, rejected: Rejected, /) -> tuple[np.ndarray, np.ndarray]:
+        """Return the actions and their Q_h."""
+        own, _ = rejected.inside(rejected.model.fallback_alone(rejected.states)[:, None])
+        return own[:, 0], rejected.values(own)[:, 0]
+
+
+@dataclass(frozen=True)
+class NearestElseEscape:
+    """Execute the nearest acceptable candidate, or the fallback where none is acceptable."""
+
+    def choose(self, rejected: Rejected, /) -> tuple[np.ndarray, np.ndarray]:
+        """Return the actions and their Q_h."""
+        actions, values = NearestAcceptable().choose(rejected)
+        own, own_values = Escape().choose(rejected)
+        lost = ~(values <= rejected.limit)
+        return np.where(lost[:, None], own, actions), np.where(lost, own_values, values)
+
+
 class Hold:
     """Reject every proposal after an intervention, until V_h <= -2 delta."""
 
@@ -133,12 +166,28 @@ Rule = Callable[[Shield, float, int], tuple[Shield, ShieldMemory | None]]
 """Function (shield, delta, environments) -> the shield that acts, and its memory."""
 RULES: dict[str, Rule] = {
     "nearest": lambda shield, delta, n: (shield.with_delta(delta), None),
+    "escape": lambda shield, delta, n: (
+        shield.with_delta(delta).with_replacement(Escape()),
+        None,
+    ),
+    "nearest-escape": lambda shield, delta, n: (
+        shield.with_delta(delta).with_replacement(NearestElseEscape()),
+        None,
+    ),
+    "fallback": lambda shield, delta, n: (
+        shield.with_delta(delta).with_replacement(FallbackPolicy()),
+        None,
+    ),
     "safest": lambda shield, delta, n: (
         shield.with_delta(delta).with_replacement(Safest(delta)),
         None,
     ),
     "hold": lambda shield, delta, n: (
         shield.with_delta(delta).with_replacement(Safest(delta)),
+        Hold(n, delta),
+    ),
+    "escape-hold": lambda shield, delta, n: (
+        shield.with_delta(delta).with_replacement(Escape()),
         Hold(n, delta),
     ),
     "kappa": lambda shield, delta, n: (shield.with_delta(delta), Kappa()),
@@ -405,9 +454,9 @@ class Grid:
 
 
 def replacements(
-    shield: Shield, points: np.ndarray, courses: np.ndarray, deltas: tuple[float, ...]
+    shield: Shield, rule: str, points: np.ndarray, courses: np.ndarray, deltas: tuple[float, ...]
 ) -> np.ndarray:
-    """Return what the default rule executes of m courses in n states: (deltas, n, m, 2).
+    """Return what a rule of `WORST_RULES` executes of m courses in n states: (deltas, n, m, 2).
 
     The result is that of `Shield.filter` for each delta. Candidates that do not depend on the
     proposed action are judged once for each state.
@@ -427,6 +476,12 @@ def replacements(
         if not len(row):
             continue
         asked = wanted[row, column]
+        own = np.clip(model.fallback_alone(states), -1.0, 1.0)[row]
+        if rule == "escape":
+            for k, delta in enumerate(deltas):
+                rejected = values[row, column] > -delta
+                kept[k, part[row[rejected]], column[rejected]] = own[rejected]
+            continue
         near = dataclasses.replace(whole, fallback=1, box=0)
         around = near.actions(model, states.take(row), asked)[:, 1:]
         around_values = model.candidate_values(states.take(row), around)
@@ -438,20 +493,25 @@ def replacements(
         for k, delta in enumerate(deltas):
             best = nearest_acceptable(scaled, judged, np.full(len(row), -delta))
             rejected = values[row, column] > -delta
-            picked = options[np.arange(len(row)), best]
+            each = np.arange(len(row))
+            picked = options[each, best]
+            if rule == "nearest-escape":
+                lost = judged[each, best] > -delta
+                picked = np.where(lost[:, None], own, picked)
             kept[k, part[row[rejected]], column[rejected]] = picked[rejected]
     return kept
 
 
 def worst_agents(
-    shield: Shield, deltas: tuple[float, ...], episodes: int, seed: int
+    shield: Shield, rule: str, deltas: tuple[float, ...], episodes: int, seed: int
 ) -> dict[str, Any]:
     """Find the boat's worst agent by dynamic programming for each delta, and let it play.
 
     The agent knows the exact dynamics and the shield, which is inside every transition. Its value
     is 1 in a rock and otherwise PATIENCE times the greatest value that a course leads to. It is
     computed on a grid upstream of the last rock. The agent takes the course of the greatest
-    interpolated value, from certified starts that are uniform in the box.
+    interpolated value, from certified starts that are uniform in the box. The rule
+    is one of `WORST_RULES`, which have no memory.
     """
     end = ROCK_CENTRES[:, 0].max() + 0.6
     grid = Grid(np.arange(UPSTREAM, end + CELL, CELL), np.arange(-2.0, 2.0 + CELL / 2, CELL))
@@ -459,14 +519,13 @@ def worst_agents(
     free = constraint(points) <= 0
     angles = np.arange(DIRECTIONS) * (2.0 * np.pi / DIRECTIONS)
     courses = np.stack([np.cos(angles), np.sin(angles)], -1)
-    executed = replacements(shield, points[free], courses, deltas)
+    executed = replacements(shield, rule, points[free], courses, deltas)
     found = {}
     for k, delta in enumerate(deltas):
         moved = sail(points[free][:, None], executed[k])
         table = _table(grid, free, moved)
-        found[f"{delta:g}"] = _voyages(
-            shield.with_delta(delta), grid, table, courses, episodes, seed
-        )
+        acting, _ = RULES[rule](shield, delta, 1)
+        found[f"{delta:g}"] = _voyages(acting, grid, table, courses, episodes, seed)
     return {"episodes": episodes, "violating": found}
 
 
