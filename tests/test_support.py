@@ -40,7 +40,7 @@ from safeshield.data import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.files.tensors import read_tensors
 from safeshield.nn.actor import FlowActor
-from safeshield.shield import ProjectedGradient
+from safeshield.shield import NearestAcceptable, ProjectedGradient
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import PolicyResult, Rung
@@ -106,7 +106,7 @@ def plain(half_log: OfflineDataset) -> Shield:
         phase_shares=(0.4, 0.55, 0.05),
     )
     trainer = ShieldTrainer(config, device="cpu").fit(half_log.split(0.7, seed=0)[0], steps=2000)
-    return trainer.shield().with_delta(0.02)
+    return trainer.shield().with_replacement(NearestAcceptable()).with_delta(0.02)
 
 
 @pytest.fixture(scope="module")

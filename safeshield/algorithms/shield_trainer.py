@@ -44,6 +44,7 @@ from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.critics import SafetyModel
+from safeshield.shield.replacement import CommittedFallback, NearestAcceptable
 from safeshield.shield.shield import Shield
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
@@ -141,7 +142,8 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
     """
 
     def __post_init__(self) -> None:
-        self._safety = SafetyLog(self.model.safety, self.log, self.config)
+        discrete = FALLBACK not in self.model.networks
+        self._safety = SafetyLog(self.model.safety, self.log, self.config, discrete)
 
     def phases(self) -> list[Phase]:
         """Return the phases of training in order: critics, behaviour, fallback.
@@ -264,7 +266,12 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         return super().fit(dataset, steps, **options)
 
     def shield(self) -> Shield:
-        """Return the learned shield, uncalibrated (delta 0)."""
+        """Return the learned shield, uncalibrated (delta 0).
+
+        It replaces a rejected action by the fallback's (`CommittedFallback`). Where actions are
+        discrete, or the shield has a support test, it takes the nearest acceptable action instead.
+        `Shield.with_replacement` changes that.
+        """
         model = self._fitted()
         if self._shield is None:
             safety = SafetyModel.of_networks(
@@ -278,8 +285,12 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
             test = None
             if record is not None:
                 test = SupportTest(support_score(record.score, safety), record)
+            learned = FALLBACK in model.networks
             self._shield = Shield(
-                safety, trained_by=f"ShieldTrainer, seed {self.config.seed}", support=test
+                safety,
+                trained_by=f"ShieldTrainer, seed {self.config.seed}",
+                replacement=CommittedFallback() if learned and not test else NearestAcceptable(),
+                support=test,
             )
         return self._shield
 

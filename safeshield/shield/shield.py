@@ -33,6 +33,7 @@ from safeshield.shield.masks import Mask, agent_masks, check_discrete
 from safeshield.shield.readable import ReadableRange
 from safeshield.shield.record import Attempt, CalibrationRecord
 from safeshield.shield.replacement import (
+    CommittedFallback,
     NearestAcceptable,
     NearestSupported,
     Rejected,
@@ -103,13 +104,14 @@ class Shield:
         check_replacement(self.replacement, codec)
         self._strategy = self.replacement
         if self.support is not None:
-            if not isinstance(self.replacement, NearestAcceptable):
+            if isinstance(self.replacement, NearestAcceptable):
+                self._strategy = NearestSupported(self.support, self.replacement.candidates)
+            elif not isinstance(self.replacement, CommittedFallback):
                 raise ValueError(
-                    "a shield with a support test replaces actions by NearestAcceptable alone, got "
-                    f"{describe(self.replacement)}: other ways do not look for what the log has "
-                    "shown"
+                    "a shield with a support test replaces actions by NearestAcceptable or by "
+                    f"CommittedFallback, got {describe(self.replacement)}: other ways do not look "
+                    "for what the log has shown"
                 )
-            self._strategy = NearestSupported(self.support, self.replacement.candidates)
         replaced = describe(self.replacement)
         if self.record is not None and self.record.replacement != replaced:
             raise ValueError(

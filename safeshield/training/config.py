@@ -61,9 +61,11 @@ class SafetyConfig(TrainingConfig):
     (time step) / (time it takes to get out of danger). None means 0.997 for continuous labels and
     0.99 for binary labels, where g alone sets how many steps ahead a violation has an effect
     (`data.label_reach`)."""
-    safety_expectile: Fraction = 0.99
+    safety_expectile: Fraction | None = None
     """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
-    it approaches the value of the safest ones (papers: 0.9)."""
+    it approaches the value of the luckiest continuation in the log, which a shield cannot repeat.
+    None means 0.9, as in the papers, and 0.99 for discrete actions, all of which a shield compares
+    (`benchmarks/values.py`)."""
     safety_backup_steps: Sizes = (64, 32, 16, 8)
     """Number of steps along the log that a target of V_h covers. Each entry applies to an equal
     part of the critics' phase. More steps smooth V_h less, but they follow the log's actions and

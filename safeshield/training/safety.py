@@ -28,6 +28,8 @@ class SafetyLog:
     critics: SafetyCritics
     log: LogTensors
     config: SafetyConfig
+    discrete: bool = False
+    """Whether the actions are discrete, on which the default expectile depends."""
     _kept: tuple[int, Tensor | None, SafetyWindow] | None = field(default=None, init=False)
     """Windows of the current stage. Those of all stages together would be as large as the log."""
 
@@ -83,6 +85,8 @@ class SafetyLog:
             extra: (N,) further constraint of each transition, in units of h.
         """
         batch, expectile = self.batch(rows, steps, extra), self.config.safety_expectile
+        if expectile is None:
+            expectile = 0.99 if self.discrete else 0.9
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
             value, metrics = self.critics.losses(
