@@ -46,9 +46,10 @@ from safeshield.calibration.sequential import (
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
 from safeshield.files.schema import json_arguments
+from safeshield.rollouts.copies import Identity
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
-from safeshield.shield import Shield
+from safeshield.shield import OtherEnvironmentWarning, Shield
 from safeshield.wrappers import SafetyShield
 
 pytestmark = pytest.mark.filterwarnings(
@@ -479,11 +480,45 @@ def test_a_records_file_keeps_the_arguments_and_older_ones_load(
     del older["environment_kwargs"]
     unknown = CalibrationRecord.from_json(older)
     assert unknown.environment_kwargs is None
-    assert unknown.speaks_of(again.environment, {"dt": 7.0})
-    assert not unknown.speaks_of("Other-v0", {"dt": DT})
-    assert not again.speaks_of(again.environment, {"dt": 7.0})
-    assert again.speaks_of(again.environment, None)
-    assert again.speaks_of("", {"dt": 7.0})
+    same = Identity.of(boat())
+    assert not again.differences(same)
+    assert not unknown.differences(same._replace(kwargs={"dt": 7.0}))
+    assert "Other-v0" in unknown.differences(same._replace(name="Other-v0"))[0]
+    assert "'dt': 7.0" in again.differences(same._replace(kwargs={"dt": 7.0}))[0]
+    assert not again.differences(same._replace(kwargs=None))
+    assert not again.differences(same._replace(name="", kwargs={"dt": 7.0}))
+
+
+def test_a_record_knows_longer_episodes_and_other_wrappers(calibrated: Shield) -> None:
+    record = calibrated.record
+    assert record is not None
+    same = Identity.of(boat())
+    assert record.horizon == same.horizon
+    assert record.horizon is not None
+    for horizon, words in ((record.horizon + 1, "up to"), (None, "any number")):
+        (told,) = record.differences(same._replace(horizon=horizon))
+        assert words in told
+    assert not record.differences(same._replace(horizon=record.horizon - 1))
+    scaled = gym.wrappers.RescaleAction(boat(), -2.0, 2.0)
+    assert "RescaleAction" in record.differences(Identity.of(scaled))[0]
+    watched = gym.wrappers.RecordEpisodeStatistics(boat())
+    assert not record.differences(Identity.of(watched))
+    older = record.to_json()
+    del older["horizon"], older["wrappers"]
+    unknown = CalibrationRecord.from_json(older)
+    assert not unknown.differences(Identity.of(scaled)._replace(horizon=None))
+
+
+def test_an_environment_with_longer_episodes_is_never_certified(calibrated: Shield) -> None:
+    longer = gym.make("safeshield/Boat-v0", dt=DT, max_episode_steps=5000)
+    with pytest.warns(OtherEnvironmentWarning, match="up to 5000 steps"):
+        env = SafetyShield(longer, calibrated)
+    assert not env.reset(seed=0, options={"state": [1.9, 0.0]})[1]["shield/certified"]
+
+
+def test_a_damaged_records_arguments_are_refused(calibrated: Shield) -> None:
+    assert calibrated.record is not None
+    older = calibrated.record.to_json()
     for wrong in ([], "dt", 3):
         with pytest.raises(ValueError, match="'environment_kwargs' must be an object or None"):
             CalibrationRecord.from_json({**older, "environment_kwargs": wrong})

@@ -161,7 +161,7 @@ def test_it_equals_a_vecenv_of_single_shields_across_ends_of_episodes(calibrated
         for one, other in zip(mine[3], theirs[3], strict=True):
             assert_same_infos(one, other)
             intervened.append(one["shield/intervened"])
-            certified.append(one["shield/certified"])
+            certified.append(one["shield/safe_set"])
             ends.append(("terminal_observation" in one, one["TimeLimit.truncated"]))
     np.testing.assert_allclose(
         [[a for _, a in notes] for notes in seen(together)],

@@ -77,10 +77,11 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     fixed threshold, and to the dynamics of the calibration, because no stricter threshold was
     tested.
 
-    An episode is certified only in the environment of the record. Where the environment's spec has
-    another id or other keyword arguments, an `OtherEnvironmentWarning` is issued and
-    ``shield/certified`` is False in all steps. An environment without a spec is not compared, nor
-    are the arguments ``render_mode`` and ``max_episode_steps``. Where the shield has a source of h
+    An episode is certified only in the environment of the record. Where the environment has another
+    id, other keyword arguments, other wrappers inside this one, or longer episodes, an
+    `OtherEnvironmentWarning` is issued and ``shield/certified`` is False in all steps. An
+    environment without a spec is not compared, nor are the argument ``render_mode`` and wrappers
+    that only report or render. Where the shield has a source of h
     (`Shield.constraint`) and the environment reports another h, or a cost although h is negative,
     the warning is issued once with both values, and no later state is certified. Where a network
     estimates h, a violation in a state with V_h <= -delta ends the promise for that episode.

@@ -179,7 +179,7 @@ def calibrate(
             would help; `curve` and `attempt` of the error have the figures.
     """
     check_env(env)
-    shield.check_fits(*spaces_of(env), name="")
+    shield.check_fits(*spaces_of(env))
     _refuse_shielded(env)
     if epsilon is not None and promise is not None:
         raise ValueError(f"pass epsilon={epsilon} or promise={promise}, not both")

@@ -174,7 +174,7 @@ def draw_episodes(
     shield = None if shield is None else as_shield(shield)
     for one in (shield, judge):
         if one is not None:
-            one.check_fits(*spaces_of(env), name="")
+            one.check_fits(*spaces_of(env))
     draw = functools.partial(
         filtered_episodes,
         env,

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from stable_baselines3.common.vec_env import VecEnv
 
-from safeshield.rollouts.copies import environment_id, environment_kwargs
+from safeshield.rollouts.copies import Identity
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch, copied, readable, take
 from safeshield.spaces.rows import SpaceCodec, flat_actions
@@ -75,8 +75,7 @@ class ShieldSet:
 
         See `Shield.check_fits`.
         """
-        name = "" if venv is None else environment_id(venv)
-        self.shield.check_fits(*spaces, name, None if venv is None else environment_kwargs(venv))
+        self.shield.check_fits(*spaces, None if venv is None else Identity.of(venv))
 
     def admits(self, observations: Batch, candidates: Array, /) -> npt.NDArray[np.bool_]:
         """Return (n, c) which actions the shield accepts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import gymnasium as gym
 import numpy as np
@@ -149,6 +149,25 @@ def environment_horizon(env: object) -> int | None:
             limits.append(getattr(fields.get("spec"), "max_episode_steps", None))
         layer = fields.get("env")
     return min((int(one) for one in limits if one is not None and one > 0), default=None)
+
+
+class Identity(NamedTuple):
+    """What is known of an environment, to compare it with that of a calibration."""
+
+    name: str
+    """Id; "" where it is not known."""
+    kwargs: dict[str, Any] | None
+    """Keyword arguments with which it was made, as JSON values; None where they are not known."""
+    wrappers: list[tuple[str, dict[str, Any] | None]]
+    """Result of `environment_wrappers`."""
+    horizon: int | None
+    """Greatest number of steps of an episode; None where there is no limit or it is not known."""
+
+    @classmethod
+    def of(cls, env: object) -> Self:
+        """Return what is known of an environment or a vector environment."""
+        told = environment_id(env), environment_kwargs(env), environment_wrappers(env)
+        return cls(*told, environment_horizon(env))
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

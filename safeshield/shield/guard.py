@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.copies import environment_id, environment_kwargs
+from safeshield.rollouts.copies import Identity
 from safeshield.rollouts.infos import (
     ACTION_MASK,
     CERTIFIED,
@@ -260,9 +260,7 @@ class ShieldRuntime:
                 `adaptive` is out of range.
         """
         shield = as_shield(shield)
-        certifies = shield.check_fits(
-            observation_space, action_space, environment_id(env), environment_kwargs(env)
-        )
+        certifies = shield.check_fits(observation_space, action_space, Identity.of(env))
         return cls(
             shield,
             num_envs,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
 from safeshield.files.schema import json_values, record_from_json
+from safeshield.rollouts.copies import Identity
 
 VIOLATION: Final = "violation"
 COST_ABOVE: Final = "cost above"
 MEAN_COST: Final = "mean cost"
+
+
+Wrappers = Sequence[tuple[str, dict[str, Any] | None]]
+_LABELS_ONLY = (
+    "ConstraintFromFunction", "ConstraintFromState", "CostFromFunction", "CostFromStep",
+    "_FiveValues", "Monitor",
+)  # fmt: skip
+"""Wrappers that report labels or statistics and change nothing else."""
 
 
 @dataclass(frozen=True)
@@ -193,20 +202,30 @@ class CalibrationRecord:
             "known."
         )
 
-    def speaks_of(self, environment: str, kwargs: Mapping[str, Any] | None = None) -> bool:
-        """Return whether nothing known distinguishes an environment from the one that was tested.
+    def differences(self, env: Identity) -> list[str]:
+        """Return in words how an environment differs from the one that was tested.
 
-        Args:
-            environment: The environment's id; "" where it is not known. Nothing is compared then.
-            kwargs: The result of `rollouts.copies.environment_kwargs`, None where it is not known.
-                Where it, or that of the tested environment, is not known, only ids are compared.
+        An environment without an id is not compared, nor is what the record or the environment
+        does not say. A shorter horizon is no difference.
         """
-        if not environment:
-            return True
-        if environment != self.environment:
-            return False
-        known = kwargs is not None and self.environment_kwargs is not None
-        return not known or kwargs == self.environment_kwargs
+        if not env.name:
+            return []
+        told = []
+        if env.name != self.environment:
+            told.append(f"its id is {env.name}, not {self.environment}")
+        kwargs = self.environment_kwargs
+        if None not in (env.kwargs, kwargs) and env.kwargs != kwargs:
+            told.append(f"its arguments are {env.kwargs}, not {kwargs}")
+        if self.wrappers is not None:
+            tested = [(one.name, one.arguments) for one in self.wrappers]
+            if not _same_wrappers(env.wrappers, tested):
+                told.append(f"its wrappers are {env.wrappers}, not {tested}")
+        if self.horizon is not None and not (env.horizon and env.horizon <= self.horizon):
+            told.append(
+                f"its episodes last up to {env.horizon or 'any number of'} steps, not "
+                f"{self.horizon}"
+            )
+        return told
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values."""
@@ -220,3 +239,12 @@ class CalibrationRecord:
             ValueError: A field is missing, unknown or of a wrong type.
         """
         return record_from_json(cls, data, "record")
+
+
+def _same_wrappers(one: Wrappers, other: Wrappers) -> bool:
+    """Return whether wrappers agree; arguments that are not known are not compared."""
+    one, other = ([x for x in each if x[0] not in _LABELS_ONLY] for each in (one, other))
+    return len(one) == len(other) and all(
+        name == same and (None in (a, b) or a == b)
+        for (name, a), (same, b) in zip(one, other, strict=True)
+    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -606,8 +606,7 @@ class Shield:
         self,
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
-        name: str,
-        kwargs: Mapping[str, Any] | None = None,
+        env: Identity | None = None,
     ) -> bool:
         """Raise unless an environment's spaces are the shield's.
 
@@ -616,13 +615,11 @@ class Shield:
         Args:
             observation_space: Observation space of one environment.
             action_space: Action space of one environment.
-            name: The environment's id; "" where it is not known.
-            kwargs: The keyword arguments with which the environment was made, as
-                `rollouts.copies.environment_kwargs` returns them; None where they are not known.
+            env: What is known of the environment; None compares the spaces only.
 
         Returns:
-            False where the environment is known to be another one than the record names, else True.
-            In another environment no state may be called certified.
+            False where the environment is known to be another one than that of the record, else
+            True. In another environment no state may be called certified.
 
         Raises:
             ValueError: The spaces differ; the message shows both.
@@ -634,12 +631,12 @@ class Shield:
             unbounded_matches_any=True,
         )
         check_same_space(self.action_space, action_space, "action_space")
-        if self.record is None or self.record.speaks_of(name, kwargs):
+        differs = [] if self.record is None or env is None else self.record.differences(env)
+        if not differs:
             return True
-        tested = _with_arguments(self.record.environment, self.record.environment_kwargs)
         warnings.warn(
-            f"this shield was calibrated in {tested}, not in {_with_arguments(name, kwargs)}: here "
-            "its record promises nothing; calibrate it in the environment that it will protect",
+            f"this shield was not calibrated in this environment: {'; '.join(differs)}. Here its "
+            "record promises nothing; calibrate it in the environment that it will protect",
             OtherEnvironmentWarning,
             stacklevel=4,
         )
@@ -724,12 +721,6 @@ class Shield:
             ValueError: The file is damaged, malicious, or of another kind.
         """
         return load_shield(cls, path)
-
-
-def _with_arguments(environment: str, kwargs: Mapping[str, Any] | None) -> str:
-    """Return the text that names an environment: its id and keyword arguments, if any."""
-    told = ", ".join(f"{name}={value!r}" for name, value in sorted((kwargs or {}).items()))
-    return f"{environment} ({told})" if told else environment
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
