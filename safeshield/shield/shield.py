@@ -53,6 +53,7 @@ from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_cons
 if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.rollouts.copies import Identity
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
 
