@@ -153,6 +153,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "trained_by": shield.trained_by,
         "observation_space": str(shield.observation_space),
         "action_space": str(shield.action_space),
+        "constraint_source": shield.constraint or "none: a network estimates h",
         "delta": shield.delta,
         "replacement": describe_replacement(shield.replacement) or "NearestAcceptable()",
         "calibrated": record is not None,
