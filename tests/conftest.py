@@ -68,7 +68,7 @@ def boat_log() -> OfflineDataset:
 
 @pytest.fixture(scope="session")
 def agent(boat_log: OfflineDataset) -> SafeFQL:
-    """A small agent whose safety values of states are roughly right (see test_values)."""
+    """A small agent whose safety values of states are roughly right."""
     config = SafeFQLConfig(
         critic_hidden=(48, 48),
         flow_hidden=(16, 16),
@@ -77,6 +77,13 @@ def agent(boat_log: OfflineDataset) -> SafeFQL:
         phase_shares=(0.8, 0.05, 0.15),
     )
     return SafeFQL(config, device="cpu").fit(boat_log, steps=2000)
+
+
+@pytest.fixture(scope="session")
+def stored_agent() -> SafeFQL:
+    """A SafeFQL agent of the boat from a file, for tests where any trained agent will do."""
+    path = Path(__file__).parent / "golden" / "agent_safefql.safetensors"
+    return SafeFQL.load(path, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,7 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         (("train", "{tmp}/none.hdf5", "{tmp}/a.safetensors"), "no such file"),
         (
             ("train", "{log}", "{tmp}/a.safetensors", "--set", "banana=1"),
-            "no such setting; known: seed, critic_hidden",
+            "no such setting; known: seed, batch_size",
         ),
         (("train", "{log}", "{tmp}/a.safetensors", "--set", "seed"), "name=value"),
         (("train", "{log}", "{tmp}/a.safetensors", "--set", "batch_size=x"), "a whole number"),

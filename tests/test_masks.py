@@ -20,6 +20,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
 from tables import table_shield
 
+from safeshield.algorithms.safefql import SafeFQL
 from safeshield.shield import Shield
 from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.masks import product_mask
@@ -187,8 +188,8 @@ def test_multibinary_masks_are_laid_out_as_sb3_contrib_reads_them() -> None:
         assert action.tolist() == [1, 0]
 
 
-def test_a_box_has_no_mask(agent: Any) -> None:  # noqa: ANN401
-    shield = agent.shield()
+def test_a_box_has_no_mask(stored_agent: SafeFQL) -> None:
+    shield = stored_agent.shield()
     with pytest.raises(TypeError, match=r"a mask needs discrete actions.*SafeSupportPolicy"):
         shield.action_mask(np.zeros(2, np.float32))
     env = SafetyShield(gym.make("safeshield/Boat-v0"), shield)

@@ -25,6 +25,7 @@ from stable_baselines3 import PPO
 from typer.testing import CliRunner
 
 import safeshield.envs
+from safeshield.algorithms.safefql import SafeFQL
 from safeshield.cli import app
 from safeshield.data.collect import collect
 from safeshield.data.dataset import OfflineDataset
@@ -624,13 +625,13 @@ def test_the_command_scores_behind_a_shield_and_without(files: Path) -> None:
         assert text.strip().endswith("the highest return of the safe")
 
 
-def test_the_command_scores_an_agent_by_itself(agent: Any, tmp_path: Path) -> None:  # noqa: ANN401
-    agent.save(tmp_path / "agent.safetensors")
+def test_the_command_scores_an_agent_by_itself(stored_agent: SafeFQL, tmp_path: Path) -> None:
+    stored_agent.save(tmp_path / "agent.safetensors")
     command = ("evaluate", tmp_path / "agent.safetensors", BOAT, "--cost-limit", 10,
                "--episodes", 2, "--seeds", "3", "--references", "0,400", "--json")  # fmt: skip
     (alone,) = map(FieldScore.from_json, json.loads(run(*command)))
     assert not alone.shielded
-    assert alone.runs == (play(gym.make(BOAT), agent, 3, episodes=2),)
+    assert alone.runs == (play(gym.make(BOAT), stored_agent, 3, episodes=2),)
     (behind,) = map(FieldScore.from_json, json.loads(run(*command, "--policy", "random")))
     assert (behind.shielded, behind.policy) == (True, "random")
 
