@@ -53,6 +53,7 @@ from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_cons
 if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.evaluation.diagnosis import Diagnosis
     from safeshield.rollouts.copies import Identity
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
@@ -708,6 +709,38 @@ class Shield:
             raise
         self.attempts = record.attempts
         return replace(self, delta=record.delta, record=record)
+
+    def diagnose(
+        self,
+        env: Env | VectorEnv,
+        policy: object = "random",
+        *,
+        episodes: int = 100,
+        seed: int = 0,
+        num_envs: int | None = None,
+        deterministic: bool = False,
+        policy_name: str | None = None,
+        log: OfflineDataset | None = None,
+    ) -> Diagnosis:
+        """Run shielded episodes and return the cause of every violation, and what to do.
+
+        `env`, `policy`, `episodes`, `seed`, `num_envs`, `deterministic`, `policy_name` and `log`
+        are those of `evaluation.diagnosis.diagnose`. The result's `summary()` is text, and its
+        `picture(path)` draws the worst episode.
+        """
+        from safeshield.evaluation.diagnosis import diagnose
+
+        return diagnose(
+            self,
+            env,
+            policy,
+            episodes=episodes,
+            seed=seed,
+            num_envs=num_envs,
+            deterministic=deterministic,
+            policy_name=policy_name,
+            log=log,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the shield to the safetensors file `path`, whose header is strict JSON."""
