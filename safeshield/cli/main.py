@@ -6,6 +6,7 @@ from safeshield.cli import collect, train
 from safeshield.cli.app import app, clear_errors
 from safeshield.cli.calibrate import calibrate
 from safeshield.cli.demo import demo
+from safeshield.cli.diagnose import diagnose
 from safeshield.cli.doctor import doctor
 from safeshield.cli.evaluate import evaluate
 from safeshield.cli.inspect import inspect
@@ -14,7 +15,7 @@ from safeshield.cli.settings import command_with
 app.command()(clear_errors(demo))
 app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.collect))
 app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
-for function in (calibrate, evaluate, inspect, doctor):
+for function in (calibrate, evaluate, diagnose, inspect, doctor):
     app.command()(clear_errors(function))
 
 

@@ -54,6 +54,7 @@ _DRAWS = 64
 _RARE = 1e-3
 _SHIFT = 1.0
 _RATIO, _LEAST_CHANGE, _LEAST_STEPS = 3.0, 0.05, 50
+_NEIGHBOURS, _FLOOR = 8, 0.02
 _MOST_ROWS, _MOST_QUERIES = 20_000, 4_000
 
 
@@ -114,7 +115,9 @@ class Facts:
                 comparison.
         """
         contradicts, text, turned = _contradictions(shield, traces)
-        return cls(contradicts, text, turned, _declared(shield, env), _shift(shield, traces, log))
+        # Where the reports contradict the h in use, V_h says nothing about the dynamics.
+        shifted = "" if text else _shift(shield, traces, log)
+        return cls(contradicts, text, turned, _declared(shield, env), shifted)
 
 
 def entries(trace: Trace) -> list[int]:
@@ -146,7 +149,7 @@ def _violation(shield: Shield, trace: Trace, number: int, t: int, facts: Facts) 
     value = None if last is None else float(trace.value[last])
     later = np.flatnonzero(trace.acceptable[t:])
     end = t + int(later[0]) if len(later) else len(trace)
-    peak = float(trace.h[t : end + 1].max())
+    peak = max(float(trace.h[t : end + 1].max()), 0.0)
     error = None if value is None else peak - value
     return Violation(
         episode=number,
@@ -277,38 +280,46 @@ def _contradictions(shield: Shield, traces: Sequence[Trace]) -> tuple[list[Flags
     """Return where reports contradict the h in use, a text, and whether the sign is turned."""
     exact = shield.model.constraint is not None
     spread = shield.model.scale.spread
-    used = np.concatenate([trace.used[trace.readable] for trace in traces])
     nothing = [np.zeros(len(trace) + 1, np.bool_) for trace in traces]
-    name = f"the source '{shield.constraint}'" if exact else "the shield's estimate of h"
-    told = _joined([trace.reported for trace in traces], traces)
-    cost = _joined([trace.costs for trace in traces], traces)
-    if not len(used):
+    readable = np.concatenate([trace.readable for trace in traces])
+    if not readable.any():
         return nothing, "", False
-    most, turned = SAME_H * spread, False
+    used = np.concatenate([trace.used for trace in traces])[readable]
+    value = np.concatenate([trace.state_value for trace in traces])[readable]
+    told = _joined([trace.reported for trace in traces], readable)
+    cost = _joined([trace.costs for trace in traces], readable)
+    turned = False
     if told is not None:
-        difference = told - used
-        turned = bool(np.median(np.abs(told + used)) < 0.5 * np.median(np.abs(difference)))
-        bias = float(np.median(difference))
-        noise = float(np.median(np.abs(difference - bias)))
-        if not exact:
-            # A network's estimate has errors, so only a systematic difference is a contradiction.
-            apart = abs(bias) > max(0.2 * spread, 3.0 * noise)
-            apart = apart or float(np.median(np.abs(difference))) > 0.5 * spread
-            most = 0.1 * spread if apart or turned else np.inf
-    if cost is not None:
-        bad, good = used[cost > 0], used[cost <= 0]
-        if told is None and len(bad) and len(good):
-            turned = bool(np.mean(bad <= 0) >= 0.9 and np.mean(good > 0) >= 0.9)
-        if not exact and told is None:
-            apart = len(bad) > 0 and float(np.mean(bad < -0.2 * spread)) > 0.5
-            most = 0.2 * spread if apart or turned else np.inf
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # NaN where a report never changes, and the comparison is then False.
+            turned = bool(np.corrcoef(told, used)[0, 1] < -0.5)
+    elif cost is not None and (cost > 0).any() and (cost <= 0).any():
+        # Costs of at least 90% of the states have the sign that -h would give them.
+        signs = np.mean(used[cost > 0] <= 0), np.mean(used[cost <= 0] > 0)
+        turned = bool(min(signs) >= 0.9)
+    most = SAME_H * spread
+    if not exact:
+        # V_h is never below h. A network's estimate has errors, so only a large error in most of
+        # the violating states is a contradiction.
+        most = 0.1 * spread
+        # A cost says only that h is above 0.
+        above = np.zeros(len(used)) if cost is None else np.where(cost > 0, 0.0, -np.inf)
+        level = above if told is None else told
+        gap = (level - value)[level > 0 if told is not None else level == 0]
+        if not len(gap) or float(np.median(gap)) <= most:
+            return nothing, "", False
     flags = []
     for trace in traces:
         flag = np.zeros(len(trace) + 1, np.bool_)
+        known = trace.used if exact else trace.state_value
         if trace.reported is not None:
-            flag |= np.abs(trace.reported - trace.used) > most
+            apart = trace.reported - known
+            flag |= (np.abs(apart) if exact else apart) > most
         if trace.costs is not None:
-            flag |= (trace.costs > 0) & (trace.used <= -most)
+            flag |= (trace.costs > 0) & (known <= -most)
+        if not exact:
+            # Far from the log an estimate is an extrapolation.
+            flag &= _distance(shield, trace.observations) <= FAR
         flags.append(flag & trace.readable)
     where = np.concatenate(flags)
     if not where.any():
@@ -316,6 +327,8 @@ def _contradictions(shield: Shield, traces: Sequence[Trace]) -> tuple[list[Flags
     share = float(where.mean())
     number, t = next((i, int(np.argmax(flag))) for i, flag in enumerate(flags) if flag.any())
     one = traces[number]
+    source = f"the source '{shield.constraint}'"
+    name = source if exact else "V_h, which is never below h"
     says = []
     if one.reported is not None:
         says.append(f"h = {one.reported[t]:.4g}")
@@ -324,18 +337,16 @@ def _contradictions(shield: Shield, traces: Sequence[Trace]) -> tuple[list[Flags
     text = (
         f"in {share:.1%} of the states the environment's report contradicts {name}; first in "
         f"episode {number}, state {t}: the environment reports {' and '.join(says)}, and "
-        f"{'the source' if exact else 'the estimate'} says h = {one.used[t]:.4g}"
+        f"{'the source says h' if exact else 'the shield says V_h'} = "
+        f"{(one.used if exact else one.state_value)[t]:.4g}"
     )
     return flags, text, turned
 
 
-def _joined(columns: Sequence[Scalars | None], traces: Sequence[Trace]) -> Scalars | None:
-    """Return the readable states' entries of all episodes; None where an episode has none."""
+def _joined(columns: Sequence[Scalars | None], readable: Flags) -> Scalars | None:
+    """Return the readable entries of all episodes' columns; None where one of them is None."""
     present = [column for column in columns if column is not None]
-    if len(present) < len(columns):
-        return None
-    pairs = zip(present, traces, strict=True)
-    return np.concatenate([column[trace.readable] for column, trace in pairs])
+    return np.concatenate(present)[readable] if len(present) == len(columns) else None
 
 
 def _declared(shield: Shield, env: object) -> str:
@@ -398,19 +409,29 @@ def _shift_from_log(shield: Shield, traces: Sequence[Trace], log: OfflineDataset
         return np.concatenate(inputs, axis=1).astype(np.float64)
 
     tree = cKDTree(features(log.observations[known], log.actions[known]))
-    near, which = tree.query(features(log.observations[held], log.actions[held]))
-    usual = np.abs((changes[held] - changes[known][which]) / unit).max(axis=1)
+
+    def surprise(
+        rows: npt.NDArray[Any], taken: npt.NDArray[Any], change: npt.NDArray[Any]
+    ) -> tuple[Scalars, Scalars, Scalars]:
+        """Return distance, error and error in standard deviations of the neighbours' changes."""
+        far, which = tree.query(features(rows, taken), k=_NEIGHBOURS)
+        near = changes[known][which] / unit
+        error = np.abs(change / unit - near.mean(axis=1))
+        relative = error / (near.std(axis=1) + _FLOOR)
+        return far[:, -1], error.max(axis=1), relative.max(axis=1)
+
+    near, _, before = surprise(log.observations[held], log.actions[held], changes[held])
     limit = float(np.quantile(near, 0.9))
-    apart, which = tree.query(features(states[played], actions[played]))
+    apart, error, now = surprise(states[played], actions[played], moves[played])
     like = apart <= limit
     if np.count_nonzero(like) < _LEAST_STEPS:
         return ""
-    errors = np.abs((moves[played] - changes[known][which]) / unit).max(axis=1)[like]
-    now, before = float(np.median(errors)), float(np.median(usual[near <= limit]))
-    if now <= max(_LEAST_CHANGE, _RATIO * before):
+    usual, seen = float(np.median(before[near <= limit])), float(np.median(now[like]))
+    if float(np.median(error[like])) <= _LEAST_CHANGE or seen <= _RATIO * usual:
         return ""
     return (
-        f"after states and actions like the log's the state changes differently: by {now:.2g} of a "
-        f"typical change (median of {len(errors)} steps), where the log's own transitions differ "
-        f"by {before:.2g}"
+        "after states and actions like the log's the state changes differently than it did in the "
+        f"log: by {seen:.2g} standard deviations of the changes after the {_NEIGHBOURS} most "
+        f"similar logged steps (median of {np.count_nonzero(like)} steps), where the log's own "
+        f"transitions differ by {usual:.2g}"
     )

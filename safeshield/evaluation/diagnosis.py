@@ -41,6 +41,7 @@ from safeshield.spaces.generic import Env, VectorEnv
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
 
+_NEAR = 18.0
 SUMS = (1, 8, 32, 128)
 """Numbers of steps over which the residuals are summed."""
 
@@ -49,9 +50,10 @@ SUMS = (1, 8, 32, 128)
 class RunningSum:
     """Greatest sum of V_h(s[t+1]) - Q_h(s[t], a[t]) over successive steps of an episode.
 
-    The unit is the typical change of h in one step. Where Q_h is right, the sums are near 0 or
-    below. Where they grow with the number of steps, the value of a state rises again and again by
-    more than Q_h said.
+    The unit is the typical change of h in one step. Only steps near the boundary count, from states
+    with abs(V_h) below 18 of these units. Where Q_h is right, the sums are near 0 or below. Where
+    they grow with the number of steps, the value of a state rises again and again by more than Q_h
+    said.
     """
 
     steps: int
@@ -107,6 +109,8 @@ class Diagnosis:
     """Whether the environment reports h with the opposite sign of the h in use."""
     estimated: bool
     """Whether a network estimates h."""
+    declared: bool
+    """Whether the environment's id or keyword arguments differ from those of the record."""
     compared: bool
     """Whether the transitions were compared with those of a log."""
     findings: tuple[str, ...]
@@ -237,11 +241,7 @@ class Diagnosis:
                 "OfflineDataset.with_constraint(function) and train again. If it does not, add "
                 "what is missing to the observation, or log more episodes near such violations."
             )
-        if (
-            cause == CHANGED
-            and not self.compared
-            and not any("made with" in one for one in self.findings)
-        ):
+        if cause == CHANGED and not self.compared and not self.declared:
             return f"{_ADVICE[CHANGED]} {_COMPARE}"
         if cause == LATE and not self.compared:
             return f"{_ADVICE[LATE]} {_COMPARE}"
@@ -250,6 +250,7 @@ class Diagnosis:
                 f"shield.with_delta({self.needed_delta:.3g}) would have rejected the last accepted "
                 "action of all these entries. Let shield.calibrate(env, policy=...) choose and "
                 "test delta; pass deltas= if its thresholds are too far apart."
+                f"{'' if self.compared else ' ' + _COMPARE}"
             )
         if cause == CONTRADICTION and self.turned:
             return (
@@ -397,7 +398,7 @@ def diagnose(
     worst = _worst(traces, shield.threshold)
     return Diagnosis(
         environment=environment_name(env),
-        policy=policy_name or (policy if isinstance(policy, str) else type(policy).__name__),
+        policy=policy_name or _name(policy),
         deterministic=deterministic,
         seed=seed,
         delta=shield.delta,
@@ -415,11 +416,18 @@ def diagnose(
         needed_delta=_needed_delta(thin),
         turned=facts.turned,
         estimated=shield.model.constraint is None,
+        declared=bool(facts.declared),
         compared=log is not None,
         findings=tuple(one for one in (facts.contradiction, facts.declared, facts.shifted) if one),
         worst=traces[worst],
         worst_episode=worst,
     )
+
+
+def _name(policy: object) -> str:
+    if isinstance(policy, str):
+        return policy
+    return str(getattr(policy, "__name__", type(policy).__name__))
 
 
 def _needed_delta(thin: Sequence[Violation]) -> float | None:
@@ -436,7 +444,9 @@ def _running_sums(traces: Sequence[Trace], unit: float) -> tuple[RunningSum, ...
     for steps in SUMS:
         highest = []
         for trace in traces:
-            total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(trace.residuals) / unit)])
+            near = np.abs(trace.state_value[:-1]) < _NEAR * unit
+            counted = np.where(near, np.nan_to_num(trace.residuals) / unit, 0.0)
+            total = np.concatenate([[0.0], np.cumsum(counted)])
             width = min(steps, len(trace))
             highest.append(float((total[width:] - total[:-width]).max()))
         sums.append(RunningSum(steps, float(np.median(highest)), float(np.quantile(highest, 0.95))))

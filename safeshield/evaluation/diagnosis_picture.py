@@ -52,7 +52,7 @@ def draw_trace(
             label=rf"threshold $-\delta$ = {-delta:.3g}",
         )  # fmt: skip
         told = "reported" if trace.reported is not None else "in use"
-        axes.plot(at, trace.h[at], color=BLACK, linewidth=1.8, label=f"h, {told}")
+        axes.plot(at, trace.h[at], color=BLACK, linewidth=3.2, label=f"h, {told}")
         axes.plot(at, _finite(trace.state_value[at]), color=BLUE, linewidth=1.8, label="$V_h$")
         axes.plot(
             steps, _finite(trace.proposed_value[steps]), ".", color=ORANGE, markersize=4,
