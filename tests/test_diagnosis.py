@@ -21,6 +21,7 @@ from safeshield.evaluation.causes import (
     CHANGED,
     CONTRADICTION,
     LATE,
+    MISREPLACED,
     START,
     THIN,
     UNSUPPORTED,
@@ -31,7 +32,7 @@ from safeshield.evaluation.causes import (
 from safeshield.evaluation.diagnosis import Diagnosis
 from safeshield.evaluation.traces import Trace, shielded_traces
 from safeshield.rollouts.policies import as_batch_policy
-from safeshield.shield import Shield
+from safeshield.shield import CommittedFallback, Shield
 from safeshield.wrappers import CostFromFunction, SafetyShield
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -152,7 +153,7 @@ def test_a_sound_log_changes_no_verdict() -> None:
 def test_the_arguments_that_differ_are_named() -> None:
     found = diagnosed(FAULTS["other arguments"](CART), CART, episodes=8)
     assert found.findings == (
-        "the environment was made with dt=0.4 (calibrated with 'the default')",
+        "the environment is not that of the record: its arguments are {'dt': 0.4}, not {}",
     )
     shield = with_record(sound("boat").with_delta(0.1), TASKS["boat"].env())
     same = shield.diagnose(TASKS["boat"].env(), "random", episodes=8)
@@ -164,6 +165,14 @@ def test_states_far_from_the_log_are_outside_the_support() -> None:
     for speed, cause in ((2.0, BLIND), (20.0, UNSUPPORTED)):
         trace.observations[1, 1] = speed
         assert [one.cause for one in judged(trace)] == [cause]
+
+
+def test_a_committed_fallback_that_is_clearly_worse_is_misreplaced() -> None:
+    # The fallback of these shields is a random network.
+    shield = sound(CART).with_delta(0.1).with_replacement(CommittedFallback())
+    found = shield.diagnose(TASKS[CART].env(), TASKS[CART].agent, episodes=6)
+    assert found.cause == MISREPLACED
+    assert "always runs its fallback (CommittedFallback)" in found.summary()
 
 
 # -- what a diagnosis says -----------------------------------------------------------------------

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from scipy.spatial import cKDTree
 
 from safeshield.evaluation.traces import Trace
-from safeshield.rollouts.copies import environment_id, environment_kwargs
+from safeshield.rollouts.copies import Identity
 from safeshield.shield.candidates import CandidateSet
+from safeshield.shield.replacement import CommittedFallback
 from safeshield.shield.shield import Shield
 from safeshield.spaces.shapes import Actions, Flags, Observations, Scalars
 from safeshield.support import support_score
@@ -213,8 +214,11 @@ def _misreplaced(shield: Shield, trace: Trace, steps: npt.NDArray[np.int64]) -> 
         candidates = np.concatenate([candidates, drawn], axis=1)
     good, values = shield.acceptable(states, rows, candidates)
     gap = trace.value[steps] - values.min(axis=1)
-    # An alternative that is better by a rounding error is no fault of the replacement.
-    better = good.any(axis=1) & (gap > 0.1 * model.scale.step_rms)
+    # An alternative that is better by a rounding error is no fault of the replacement. A committed
+    # fallback may run without being acceptable; it is at fault only where it is clearly worse.
+    committed = isinstance(shield.replacement, CommittedFallback)
+    least = (1.0 if committed else 0.1) * model.scale.step_rms
+    better = good.any(axis=1) & (gap > least)
     if shield.support is None:
         better |= gap > model.scale.step_rms
     return bool(better[0] or better.mean() > 0.5)
@@ -350,20 +354,8 @@ def _joined(columns: Sequence[Scalars | None], readable: Flags) -> Scalars | Non
 
 
 def _declared(shield: Shield, env: object) -> str:
-    record = shield.record
-    name, kwargs = environment_id(env), environment_kwargs(env)
-    if record is None or record.speaks_of(name, kwargs):
-        return ""
-    if name != record.environment:
-        return f"the shield was calibrated in {record.environment}, and this is {name}"
-    was = record.environment_kwargs or {}
-    differ = [
-        f"{key}={(kwargs or {}).get(key, 'the default')!r} (calibrated with "
-        f"{was.get(key, 'the default')!r})"
-        for key in sorted({*was, *(kwargs or {})})
-        if was.get(key) != (kwargs or {}).get(key)
-    ]
-    return f"the environment was made with {', '.join(differ)}"
+    differs = [] if shield.record is None else shield.record.differences(Identity.of(env))
+    return f"the environment is not that of the record: {'; '.join(differs)}" if differs else ""
 
 
 def _shift(shield: Shield, traces: Sequence[Trace], log: OfflineDataset | None) -> str:

@@ -35,6 +35,7 @@ from safeshield.files.schema import json_values
 from safeshield.rollouts.copies import check_env, environment_name, spaces_of
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.shield.nested import refuse_shielded
+from safeshield.shield.replacement import describe
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
 from safeshield.spaces.generic import Env, VectorEnv
 
@@ -78,6 +79,8 @@ class Diagnosis:
     """Seed of the starts and of the noise."""
     delta: float
     """Delta of the shield, in units of h."""
+    replacement: str
+    """How the shield replaces actions, "" for the default; see `shield.replacement.describe`."""
     one_step: float
     """Typical change of h in one step over the log (root mean square), in units of h."""
     episodes: int
@@ -110,7 +113,7 @@ class Diagnosis:
     estimated: bool
     """Whether a network estimates h."""
     declared: bool
-    """Whether the environment's id or keyword arguments differ from those of the record."""
+    """Whether the environment's id, arguments, wrappers or horizon differ from the record's."""
     compared: bool
     """Whether the transitions were compared with those of a log."""
     findings: tuple[str, ...]
@@ -259,12 +262,20 @@ class Diagnosis:
                 "the shield is, label the log with the negated function by "
                 "OfflineDataset.with_constraint, and train again."
             )
+        if cause == MISREPLACED and self.replacement.startswith("CommittedFallback"):
+            return _COMMITTED
         return _ADVICE[cause]
 
 
 _COMPARE = (
     "To tell changed dynamics from a value that was too optimistic from the beginning, pass the "
     "training log: diagnose(..., log=log), or --log on the command line."
+)
+_COMMITTED = (
+    "This shield always runs its fallback (CommittedFallback), also where that is not acceptable. "
+    "If the fallback is at fault, train longer; compare with shield.with_replacement("
+    "FallbackPolicy()), which takes the nearest acceptable candidate there, or with "
+    "NearestAcceptable(), and calibrate again."
 )
 _ADVICE = {
     CONTRADICTION: (
@@ -303,7 +314,7 @@ _ADVICE = {
     ),
     LATE: (
         "Test larger deltas with shield.calibrate(env, policy=..., deltas=[...]). If none passes, "
-        "train a more cautious value (safety_expectile=0.9 in the settings), and log episodes "
+        "train a more cautious value (a lower safety_expectile in the settings), and log episodes "
         "that recover from such states."
     ),
 }
@@ -373,7 +384,7 @@ def diagnose(
     """
     check_env(env)
     refuse_shielded(env, "pass the plain environment")
-    shield.check_fits(*spaces_of(env), name="")
+    shield.check_fits(*spaces_of(env))
     if log is not None and log.flat_observations.width != shield.model.observation_codec.width:
         raise ValueError(
             f"log must have observations of width {shield.model.observation_codec.width}, as the "
@@ -402,6 +413,7 @@ def diagnose(
         deterministic=deterministic,
         seed=seed,
         delta=shield.delta,
+        replacement=describe(shield.replacement),
         one_step=shield.model.scale.step_rms,
         episodes=episodes,
         steps=len(acceptable),
