@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,19 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from fitted import DT, fitted_shield
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
 from safeshield.calibration import (
+    Attempt,
     CalibrationError,
     CalibrationRecord,
     CostAbove,
     MeanCost,
+    Rung,
     Violation,
     episodes_needed,
     fixed_sequence_walk,
@@ -36,6 +40,7 @@ from safeshield.calibration.calibrate import (
     default_deltas,
     start_observations,
 )
+from safeshield.calibration.pilot import threshold_grid
 from safeshield.calibration.proposers import Adversary
 from safeshield.calibration.sequential import (
     BinomialPlan,
@@ -43,10 +48,11 @@ from safeshield.calibration.sequential import (
     fixed_plan,
     sequential_plan,
 )
+from safeshield.calibration.walk import walk_rungs
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
 from safeshield.files.schema import json_arguments
-from safeshield.rollouts.copies import Identity
+from safeshield.rollouts.copies import Identity, environment_horizon, environment_wrappers
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import OtherEnvironmentWarning, Shield
@@ -361,6 +367,49 @@ def test_a_walk_that_skips_failures_is_caught() -> None:
     assert share_of_broken_promises(greedy, 1000) > allowed_share(1000)
 
 
+def sequential_walk(
+    plan: BinomialPlan, rng: np.random.Generator, policies: int = 1
+) -> float | None:
+    def test(delta: float, policy: str) -> Rung:
+        scores = (rng.random(plan.most) < RATES[delta]) * 1.0
+        decision = plan.decide(scores)
+        assert decision is not None
+        counted = scores[: decision.episodes]
+        bad = int(counted.sum())
+        return Rung(delta, policy, len(counted), bad, 1.0, decision.passed)
+
+    return walk_rungs(test, DELTAS, [f"policy {i}" for i in range(policies)])[0]
+
+
+@pytest.mark.parametrize("policies", [1, 2])
+def test_a_sequential_walk_breaks_its_promise_no_more_often_than_it_says(policies: int) -> None:
+    plan = sequential_plan(EPSILON, 0.9)
+    rng = np.random.default_rng(5)
+    chosen = [sequential_walk(plan, rng, policies) for _ in range(300)]
+    assert sum(one is not None and RATES[one] > EPSILON for one in chosen) <= 47
+    assert sum(one is not None for one in chosen) > 270
+
+
+def test_a_sequential_walk_that_forgives_one_more_is_caught() -> None:
+    plan = sequential_plan(EPSILON, 0.9)
+    broken = BinomialPlan(tuple((n, k + 1) for n, k in plan.looks), 0.9)
+    rng = np.random.default_rng(5)
+    chosen = [sequential_walk(broken, rng) for _ in range(300)]
+    assert sum(one is not None and RATES[one] > EPSILON for one in chosen) > 47
+
+
+def test_looks_in_the_order_of_the_ends_are_caught() -> None:
+    """Where violating episodes are longer, those that end first are the harmless ones."""
+    plan = sequential_plan(0.1, 0.9)
+    rng = np.random.default_rng(6)
+    passed = 0
+    for _ in range(300):
+        scores = (rng.random(plan.most) < 0.1) * 1.0
+        decision = plan.decide(np.sort(scores))
+        passed += decision is not None and decision.passed
+    assert passed > 47
+
+
 # -- the walk itself ------------------------------------------------------------------------------
 
 
@@ -576,7 +625,10 @@ def test_the_promise_holds_in_fresh_episodes(calibrated: Shield) -> None:
 
 
 def test_the_same_seed_gives_the_same_record(shield: Shield, calibrated: Shield) -> None:
-    again = calibrate(shield, boat(), deltas=DELTAS_HERE, **REQUEST)
+    from dataclasses import replace
+
+    fresh = replace(shield, attempts=())
+    again = calibrate(fresh, boat(), deltas=DELTAS_HERE, **REQUEST)
     first = calibrated.record
     assert first is not None
     assert {**again.to_json(), "date": ""} == {**first.to_json(), "date": ""}
@@ -595,20 +647,29 @@ class Counting(gym.Wrapper):  # type: ignore[type-arg]
 
     starts: list[npt.NDArray[Any]] = []  # noqa: RUF012
     bad: list[bool] = []  # noqa: RUF012
+    seen: list[npt.NDArray[Any]] = []  # noqa: RUF012
 
     def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
         observation, info = self.env.reset(**kwargs)
-        self.starts.append(observation)
-        self.bad.append(info["constraint"] > 0)
+        self.seen.append(observation)
+        self.fresh = (observation, info["constraint"] > 0)
         return observation, info
 
     def step(self, action: Any) -> Any:  # noqa: ANN401
+        if self.fresh is not None:
+            self.starts.append(self.fresh[0])
+            self.bad.append(self.fresh[1])
+            self.fresh = None
         result = self.env.step(action)
         self.bad[-1] |= result[4]["constraint"] > 0
         return result
 
+    fresh: Any = None
 
-def test_only_accepted_starts_count(shield: Shield, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_only_accepted_starts_are_played_and_count(
+    shield: Shield, monkeypatch: pytest.MonkeyPatch
+) -> None:
     env = Counting(boat(3))
     # The resets that only look where episodes start are not under test.
     far = np.tile(np.array([[-2.9, 1.9]], np.float32), (20, 1))
@@ -616,14 +677,17 @@ def test_only_accepted_starts_count(shield: Shield, monkeypatch: pytest.MonkeyPa
     record = calibrate(
         shield, env, epsilon=0.3, confidence=0.7, policy="random", deltas=[0.6], num_envs=1
     )
-    starts, bad = np.array(env.starts), np.array(env.bad)
-    accepted = np.asarray(shield.value(starts)) <= -0.6
+    starts, bad, seen = np.array(env.starts), np.array(env.bad), np.array(env.seen)
+    assert (np.asarray(shield.value(starts)) <= -0.6 + 1e-5).all()
     count = record.policies[0].episodes
     assert count in dict(sequential_plan(0.3, 0.7).looks)
-    assert count <= accepted.sum() < len(starts)
-    assert record.policies[0].violations == bad[accepted][:count].sum()
-    last = np.flatnonzero(accepted)[count - 1]
-    assert record.start_share == pytest.approx(count / (last + 1))
+    assert count <= len(starts)
+    assert record.policies[0].violations == bad[:count].sum()
+    # Before the first step it has looked at many starts, in the order of their seeds.
+    looked = np.asarray(shield.value(seen)) <= -0.6
+    assert not looked.all()
+    assert record.start_share == count / (np.flatnonzero(looked)[count - 1] + 1)
+    assert np.array_equal(starts[:count], seen[np.flatnonzero(looked)[:count]])
 
 
 def test_a_request_out_of_reach_is_an_error(shield: Shield) -> None:
@@ -749,3 +813,265 @@ def test_a_shield_inside_earns_no_promise_for_the_one_outside(shield: Shield) ->
 def test_hopeless_thresholds_are_refused_at_once(shield: Shield) -> None:
     with pytest.raises(CalibrationError, match="starts have V_h"):
         shield.calibrate(gym.make("safeshield/Boat-v0"), epsilon=0.3, confidence=0.8, deltas=[50.0])
+
+
+# -- pilot, attempts and other promises ------------------------------------------------------------
+
+LOOSE: dict[str, Any] = {"epsilon": 0.3, "confidence": 0.8}
+
+
+def test_a_pilot_fixes_few_thresholds_on_seeds_of_its_own(
+    shield: Shield, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safeshield.calibration import trials
+
+    seeds: dict[str, set[int]] = {"pilot": set(), "test": set()}
+    real = trials.Trials.play
+
+    def play(self: Any, delta: float, name: str, missing: Any, first: int, stage: str) -> Any:  # noqa: ANN401
+        played = real(self, delta, name, missing, first, stage)
+        seeds[stage] |= set(range(first, first + sum(one.drawn for one in played) + 1024))
+        return played
+
+    monkeypatch.setattr(trials.Trials, "play", play)
+    record = calibrate(shield, boat(), **LOOSE)
+    tested = list(dict.fromkeys(rung.delta for rung in record.walk))
+    assert 1 <= len(tested) <= 5
+    assert tested == sorted(tested, reverse=True)
+    assert seeds["pilot"]
+    assert not seeds["pilot"] & seeds["test"]
+    assert {point.policy for point in record.pilot} == {"random", "adversary"}
+    assert record.attempts[-1].passed
+    # What is chosen is permissive: the shield is nearly exact, and the promise is loose.
+    assert record.delta < default_deltas(shield, start_observations(shield, boat(), 500, 0))[0]
+
+
+def test_a_grid_reaches_from_the_largest_value_to_zero() -> None:
+    values = np.concatenate([np.full(50, 0.3), -np.linspace(0.01, 1.0, 100)])
+    grid = threshold_grid(values, [0.123])
+    assert all(a > b for a, b in itertools.pairwise(grid))
+    assert grid[-1] == 0.0
+    assert 0.123 in grid
+    # Every threshold leaves a twentieth of the starts.
+    assert np.mean(values <= -grid[0]) >= 0.05
+    assert min(d for d in grid if d > 0) < 0.01
+
+
+def test_a_later_attempt_is_tested_more_strictly_on_other_seeds(
+    shield: Shield, tmp_path: Path
+) -> None:
+    own = shield.with_delta(0.0)
+    settings: dict[str, Any] = {**LOOSE, "policy": "random", "deltas": [0.3]}
+    first = own.calibrate(boat(), **settings)
+    second = own.calibrate(boat(), **settings)
+    for later in (second, first.calibrate(boat(), **settings)):
+        assert later.record is not None
+        one, two = later.record.attempts
+        assert two.level == one.level / 2 == pytest.approx(0.1)
+        assert abs(two.first_seed - one.first_seed) >= 2**21
+        assert later.record.policies[0].episodes >= sequential_plan(0.3, 0.9).looks[0][0]
+        assert "attempt 2 on this shield" in later.record.promise
+        assert "Attempts made elsewhere are not known" in later.record.promise
+        assert "at most 0.3" in later.record.promise
+    assert first.record is not None
+    assert "attempt" not in first.record.promise
+    # Another policy, or another environment, is another promise.
+    other = second.calibrate(boat(), **{**settings, "policy": into_the_rocks})
+    assert other.record is not None
+    assert other.record.attempts[-1].level == pytest.approx(0.2)
+    # A file remembers, with and without a record.
+    for kept in (second, second.with_delta(0.7)):
+        kept.save(tmp_path / "shield")
+        assert Shield.load(tmp_path / "shield").attempts == kept.attempts
+    assert len(second.attempts) == 3
+
+
+def test_a_failed_attempt_is_remembered(shield: Shield) -> None:
+    from dataclasses import replace
+
+    offset = replace(shield.model.scale, offset=-50.0)
+    blind = replace(shield, model=replace(shield.model, scale=offset), attempts=())
+    with pytest.raises(CalibrationError) as caught:
+        blind.calibrate(boat(), policy=into_the_rocks, deltas=[0.2], **REQUEST)
+    error = caught.value
+    assert error.attempt == blind.attempts[-1]
+    assert not error.attempt.passed
+    assert [(one.delta, one.policy) for one in error.curve] == [(0.2, "policy")]
+    assert error.curve[0].violations > 0
+    assert "Pass larger deltas" in str(error)
+
+
+def test_the_advice_is_true_where_all_values_are_alike(shield: Shield) -> None:
+    from dataclasses import replace
+
+    scale = replace(shield.model.scale, offset=-1.0, spread=1e-12, step_rms=1e-12)
+    blind = replace(shield, model=replace(shield.model, scale=scale))
+    words = "Larger deltas do not help: the values of the starts end at -1,"
+    with pytest.raises(CalibrationError, match=words) as caught:
+        blind.calibrate(boat(), policy=into_the_rocks, **REQUEST)
+    assert len({point.delta for point in caught.value.curve}) > 5
+    assert all(point.violations > 0 for point in caught.value.curve)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.curve, again.attempt) == (
+        str(caught.value), caught.value.curve, caught.value.attempt,
+    )  # fmt: skip
+    with pytest.raises(CalibrationError, match=words):
+        blind.calibrate(boat(), policy=into_the_rocks, deltas=[0.99], **REQUEST)
+    assert [one.level for one in blind.attempts] == pytest.approx([0.1, 0.05])
+
+
+def test_a_record_of_before_counts_as_an_attempt(calibrated: Shield) -> None:
+    from dataclasses import replace
+
+    assert calibrated.record is not None
+    old = replace(calibrated.record, attempts=())
+    before = replace(calibrated, record=old, attempts=())
+    after = before.calibrate(boat(), deltas=[0.3], **REQUEST).record
+    assert after is not None
+    assert [one.first_seed >= 0 for one in after.attempts] == [False, True]
+    assert after.attempts[1].level == pytest.approx(0.05)
+
+
+def test_a_record_from_before_its_new_fields_loads(calibrated: Shield) -> None:
+    assert calibrated.record is not None
+    data = calibrated.record.to_json()
+    new = ("kind", "limit", "cost_bound", "deterministic", "horizon", "wrappers", "pilot")
+    older = CalibrationRecord.from_json(
+        {key: value for key, value in data.items() if key not in (*new, "attempts")}
+    )
+    assert (older.kind, older.horizon, older.wrappers, older.attempts) == (
+        "violation", None, None, (),
+    )  # fmt: skip
+    assert "deterministic" not in older.promise
+    for wrong in ({"kind": "anything"}, {"wrappers": 3}, {"horizon": 0.5}, {"attempts": [1]}):
+        with pytest.raises(ValueError, match="record"):
+            CalibrationRecord.from_json({**data, **wrong})
+
+
+class Noisy:
+    """A model whose `predict` notes how it is asked, and draws from torch's generator."""
+
+    def __init__(self) -> None:
+        self.asked: set[bool] = set()
+
+    def predict(
+        self, observations: npt.NDArray[Any], deterministic: bool, **memory: object
+    ) -> tuple[npt.NDArray[Any], None]:
+        self.asked.add(deterministic)
+        return torch.rand((len(observations), 2)).numpy() * 2 - 1, None
+
+
+def test_what_is_deployed_is_tested_and_told(shield: Shield) -> None:
+    records = []
+    for deterministic in (False, True, False):
+        model = Noisy()
+        torch.manual_seed(len(records))
+        before = torch.get_rng_state()
+        record = calibrate(
+            shield, boat(), policy=model, deltas=[0.3], deterministic=deterministic, **LOOSE
+        )
+        assert model.asked == {deterministic}
+        assert record.deterministic is deterministic
+        assert f"deterministic={deterministic}" in record.promise
+        assert torch.equal(torch.get_rng_state(), before)
+        records.append({**record.to_json(), "date": ""})
+    # The noise of the policy is seeded, too.
+    assert records[0] == records[2]
+
+
+def test_the_record_names_horizon_and_wrappers(shield: Shield) -> None:
+    env = gym.wrappers.RescaleAction(boat(30), -1.0, 1.0)
+    env = gym.wrappers.TransformReward(env, lambda reward: reward)
+    record = calibrate(shield, env, policy="random", deltas=[0.3], num_envs=1, **LOOSE)
+    assert record.horizon == 30
+    assert "of at most 30 steps" in record.promise
+    assert record.wrappers is not None
+    assert [one.name for one in record.wrappers] == ["RescaleAction", "TransformReward"]
+    assert record.wrappers[0].arguments == {"min_action": -1.0, "max_action": 1.0}
+    assert CalibrationRecord.from_json(record.to_json()) == record
+    many = gym.vector.SyncVectorEnv([lambda: boat(30), lambda: boat(40)])
+    assert environment_horizon(many) == 40
+    assert environment_wrappers(many) == []
+    assert environment_horizon(boat().unwrapped) is None
+
+
+class Priced(gym.Wrapper):  # type: ignore[type-arg]
+    """Reports a cost of 1 where the boat is inside a rock, and else 0."""
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        *result, info = self.env.step(action)
+        return (*result, {"cost": self.price * float(info["constraint"] > 0)})
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self.env.reset(**kwargs)[0], {}
+
+    price = 1.0
+
+
+def test_costs_can_be_promised(shield: Shield) -> None:
+    settings: dict[str, Any] = {
+        "policy": "random", "deltas": [0.3], "confidence": 0.8, "num_envs": 1,
+    }  # fmt: skip
+    above = calibrate(shield, Priced(boat(20)), promise=CostAbove(2.0, 0.3), **settings)
+    assert (above.kind, above.limit, above.epsilon) == ("cost above", 2.0, 0.3)
+    assert "has a summed cost above 2 with probability at most 0.3" in above.promise
+    mean = calibrate(shield, Priced(boat(20)), promise=MeanCost(4.0, bound=20.0), **settings)
+    assert (mean.kind, mean.limit, mean.cost_bound, mean.epsilon) == ("mean cost", 4.0, 20.0, 0.2)
+    assert "mean summed cost of at most 4, if no episode's can exceed 20" in mean.promise
+    assert mean.policies[0].bound <= 4.0
+    assert mean.policies[0].episodes >= betting_test(0.2, 0.8).least
+    for record in (above, mean):
+        assert CalibrationRecord.from_json(record.to_json()) == record
+    with pytest.raises(ValueError, match="not both"):
+        calibrate(shield, boat(), promise=Violation(0.1), epsilon=0.1)
+
+
+def test_a_cost_above_its_bound_makes_the_run_void(shield: Shield) -> None:
+    env = Priced(boat(20))
+    env.price = 1e6
+    fresh = shield.with_delta(0.0)
+    with pytest.raises(CalibrationError, match="above the declared bound 20: the calibration is"):
+        fresh.calibrate(
+            env, promise=MeanCost(4.0, bound=20.0), policy=into_the_rocks, deltas=[0.0],
+            confidence=0.8, num_envs=1,
+        )  # fmt: skip
+    assert len(fresh.attempts) == 1
+
+
+class Silent(gym.Wrapper):  # type: ignore[type-arg]
+    """Reports nothing, and counts its steps."""
+
+    steps = 0
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.steps += 1
+        *result, _ = self.env.step(action)
+        return (*result, {})
+
+    def reset(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        return self.env.reset(**kwargs)[0], {}
+
+
+def test_an_environment_that_reports_nothing_is_refused_at_its_first_step(shield: Shield) -> None:
+    env = Silent(boat())
+    with pytest.raises(ValueError, match="first step reports no info"):
+        calibrate(shield, env, num_envs=1, **LOOSE)
+    assert env.steps == 1
+    with pytest.raises(ValueError, match=r"no info\['cost'\]"):
+        calibrate(shield, _Relabelled(boat(), constraint=-1.0), promise=CostAbove(1.0, 0.3))
+
+
+def test_a_progress_bar_says_where_it_is(
+    shield: Shield, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate(shield, boat(), policy="random", deltas=[0.3], progress_bar=True, **LOOSE)
+    shown = capsys.readouterr().err
+    for words in ("test: delta 0.3, random", "violate, bound so far", "episode"):
+        assert words in shown
+
+
+def test_attempts_count_where_environment_and_policy_are_the_same() -> None:
+    one = Attempt("Boat", ("random", "adversary"), 0.1, False, 5)
+    assert one.counts_for("Boat", ["adversary"])
+    assert not one.counts_for("Boat", ["policy"])
+    assert not one.counts_for("Other", ["random"])

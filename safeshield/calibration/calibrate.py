@@ -17,7 +17,7 @@ from safeshield.calibration.binomial import check_probability
 from safeshield.calibration.pilot import Pilot, threshold_grid
 from safeshield.calibration.promises import Promise, Violation
 from safeshield.calibration.proposers import policy_names
-from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials
+from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials, start_rows
 from safeshield.calibration.walk import CalibrationError, check_deltas, walk_rungs
 from safeshield.rollouts.copies import (
     check_env,
@@ -27,7 +27,6 @@ from safeshield.rollouts.copies import (
     environment_wrappers,
     is_vector_env,
     spaces_of,
-    vectorise,
 )
 from safeshield.rollouts.episodes import SEEDS
 from safeshield.shield.nested import shielding_layer
@@ -45,8 +44,8 @@ _STARTS = 2000
 _STARTS_OF_SLOW = 400  # A reset without a vectorised form may take a second.
 # The environment's seeds of an attempt: first those of the starts, then the pilot's and the tests'.
 _PILOT = 2**14
-_TESTS = 2**18
-_RESERVED = 2**20
+_TESTS = 2**19
+_RESERVED = 2**21
 
 
 def start_observations(
@@ -61,18 +60,9 @@ def start_observations(
         seed: Seed from which that of the first reset is drawn.
         first_seed: Seed of the first reset, in place of `seed`. The others follow it.
     """
-    envs = vectorise(env)
     if first_seed is None:
         first_seed = int(np.random.default_rng(seed).integers(SEEDS))
-    rows: list[npt.NDArray[np.float32]] = []
-    try:
-        while sum(map(len, rows)) < count:
-            observations, _ = envs.reset(seed=first_seed + sum(map(len, rows)))
-            rows.append(shield.observation_rows(observations)[0].astype(np.float32))
-    finally:
-        if envs is not env:
-            envs.close()
-    return np.concatenate(rows)[:count]
+    return start_rows(shield, env, count, first_seed)
 
 
 def default_deltas(
@@ -131,7 +121,7 @@ def calibrate(
 ) -> CalibrationRecord:
     """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
 
-    A pilot proposes at most three thresholds (see `pilot`). They are then tested on fresh seeds,
+    A pilot proposes at most four thresholds (see `pilot`). They are then tested on fresh seeds,
     the strictest first: for each threshold and each policy, episodes that start with V_h <= -delta
     are played until a sequential test decides. The walk stops at the first failure (see `walk`).
 

@@ -1,17 +1,19 @@
 r"""The pilot: it proposes the few thresholds that a calibration tests.
 
-The pilot may look at its episodes as often as it likes, because no test uses their seeds. It plays
-n = max(2.5 / epsilon, 50) episodes of each policy at a threshold, and calls the threshold good if
-the rate of violations is at most 0.4 epsilon. On a grid of thresholds it looks by bisection for the
-most permissive good one, and refines it between two neighbours of the grid. Where no threshold of
-the bisection is good, it tries the whole grid, because a stricter threshold can be worse.
+The pilot may look at its episodes as often as it likes, because no test uses their seeds. With
+n = max(2.5 / epsilon, 50) it calls a threshold good if at most 0.4 epsilon m of m episodes of each
+policy violate, rounded down and counted as for n where m is smaller. On a grid of thresholds it
+looks by bisection for the most permissive good one with m = n / 2, and confirms it with m = 2 n.
+Between this one and its next neighbour of the grid it refines, where the shares of replaced steps
+or of certified starts differ enough to matter. Where no threshold of the bisection is good, it
+tries the whole grid, because a stricter threshold can be worse.
 
 The grid falls geometrically, by a factor of sqrt(2), from the largest -V_h over the starts. It also
 holds quantiles of -V_h, which matter where all starts have nearly the same value, and 0.
 
-Three thresholds are proposed at most: the strictest good one, one that is 1.2 times the most
-permissive good one, and the most permissive good one. The walk (see `walk`) tests them in this
-order, so that a last threshold that looked better than it is leaves one that is hardly stricter.
+At most four thresholds are proposed: a strict good one, the most permissive good one L, 1.2 L, and
+the geometric mean of the strict one and 1.2 L. The walk (see `walk`) tests them in falling order,
+so that a last threshold that looked better than it is leaves one that is hardly stricter.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ _STEPS = 16
 _REFINEMENTS = 2
 _NEXT = 1.2
 _PREFERRED_SHARE = 0.5
+_SHARE_MATTERS = 1.05
+_REPLACED_MATTERS = 1.15
+_PART = 2**16
+"""Distance between the first seeds of two parts of the episodes."""
 
 
 def threshold_grid(values: npt.NDArray[np.float64], quantiles: list[float]) -> list[float]:
@@ -59,10 +65,10 @@ class Pilot:
 
     trials: Trials
     first_seed: int
-    _worst: dict[float, float] = field(default_factory=dict, init=False)
+    _seen: dict[float, _Seen] = field(default_factory=dict, init=False)
 
     def thresholds(self, grid: list[float]) -> list[float]:
-        """Return at most three thresholds to test, in decreasing order.
+        """Return at most four thresholds to test, in decreasing order.
 
         The list is empty where none looks good.
 
@@ -73,33 +79,46 @@ class Pilot:
         wide = [d for d in grid if self._share(d) >= _PREFERRED_SHARE * self._share(0.0)]
         least = self._bisect(wide)
         if least is None:
-            good = [delta for delta in grid if self.good(delta)]
-            return good[-2:]
+            every = [delta for delta in grid if self.good(delta)]
+            if not every:
+                return []
+            least = every[-1]
         softer = [delta for delta in grid if delta < least]
-        if softer:
+        if softer and self._differ(least, softer[0]):
             least = self._refine(least, softer[0])
-        strictest = max(delta for delta in self._worst if self.good(delta))
+        # The first test is the one whose failure leaves nothing, so it is of a strict threshold.
+        self.good(wide[0], parts=2)
+        strictest = max(d for d, seen in self._seen.items() if not seen.bad)
         near = _NEXT * least if least > 0 else grid[-2] if len(grid) > 1 else 0.0
-        return sorted({strictest, *([near] if near < strictest else []), least}, reverse=True)
+        between = [near, math.sqrt(strictest * near)] if near < strictest else []
+        return sorted({strictest, *between, least}, reverse=True)
 
     def best(self) -> float:
         """Return the threshold that was looked at with the lowest rate of violations."""
-        return min(self._worst, key=lambda delta: (self._worst[delta], -delta))
+        return min(self._seen, key=lambda delta: (self._seen[delta].worst, -delta))
 
-    def good(self, delta: float) -> bool:
-        """Return whether a threshold looks good; its episodes are played at the first call."""
+    def good(self, delta: float, parts: int = 4) -> bool:
+        """Return whether a threshold looks good; its episodes are played at the first call.
+
+        Args:
+            delta: The threshold's distance from 0.
+            parts: Number of times that n / 2 episodes are played.
+        """
         share = self.trials.promise.share
-        if delta not in self._worst:
-            episodes = max(math.ceil(_EPISODES / share), _LEAST_EPISODES)
-            worst = 0.0
+        half = math.ceil(max(_EPISODES / share, _LEAST_EPISODES) / 2)
+        seen = self._seen.setdefault(delta, _Seen())
+        while seen.parts < parts and not seen.bad:
+            first = self.first_seed + seen.parts * _PART
+            seen.parts += 1
+            limit = _GOOD * share * half * max(seen.parts, 2)
             for name in self.trials.names:
-                most = _GOOD * share * episodes
-                mean = self.trials.pilot(delta, name, episodes, most, self.first_seed)
-                worst = max(worst, mean)
-                if worst > _GOOD * share:
+                most = limit - seen.sums.get(name, 0.0)
+                total, count = self.trials.pilot(delta, name, half, most, first)
+                seen.add(name, total, count)
+                seen.bad = seen.bad or total > most
+                if seen.bad:
                     break
-            self._worst[delta] = worst
-        return self._worst[delta] <= _GOOD * share
+        return not seen.bad
 
     def _share(self, delta: float) -> float:
         return float(np.mean(self.trials.values <= -delta))
@@ -109,11 +128,23 @@ class Pilot:
         low, high = -1, len(grid)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.good(grid[middle]):
+            if self.good(grid[middle], parts=1):
                 low = middle
             else:
                 high = middle
-        return grid[low] if low >= 0 else None
+        return next((delta for delta in reversed(grid[: low + 1]) if self.good(delta)), None)
+
+    def _differ(self, strict: float, soft: float) -> bool:
+        """Return whether a threshold between these two could matter to a user."""
+        if self._share(soft) > _SHARE_MATTERS * self._share(strict):
+            return True
+        replaced: list[dict[str, float]] = [{}, {}]
+        self.good(soft, parts=1)
+        for point in self.trials.points:
+            if point.delta in (strict, soft):
+                replaced[point.delta == soft].setdefault(point.policy, point.intervention_rate)
+        more, less = replaced
+        return any(more[name] > _REPLACED_MATTERS * less[name] for name in less)
 
     def _refine(self, good: float, bad: float) -> float:
         for _ in range(_REFINEMENTS):
@@ -123,3 +154,24 @@ class Pilot:
             else:
                 bad = middle
         return good
+
+
+@dataclass
+class _Seen:
+    """What the pilot has seen of a threshold."""
+
+    parts: int = 0
+    bad: bool = False
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums of the scores by policy."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Numbers of episodes by policy."""
+
+    def add(self, name: str, total: float, count: int) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    @property
+    def worst(self) -> float:
+        """Highest mean score of a policy."""
+        return max(self.sums[name] / self.counts[name] for name in self.sums)

@@ -16,7 +16,7 @@ from safeshield.calibration.binomial import upper_bound
 from safeshield.calibration.promises import Promise, SequentialTest
 from safeshield.calibration.proposers import ShieldedProposals, battery, policy_names
 from safeshield.calibration.walk import CalibrationError
-from safeshield.rollouts.copies import copies, has_native_form
+from safeshield.rollouts.copies import copies, has_native_form, vectorise
 from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
 from safeshield.rollouts.policies import torch_seeded
@@ -31,8 +31,30 @@ MOST_RESETS_PER_EPISODE = 20
 _AT_ONCE = 1024
 _NATIVE_WIDTH = 256
 _WAVES = 4
-_SPARE = 1.05
-_PRIOR = 50
+_LOOK = 64
+
+
+def start_rows(
+    shield: Shield, env: Env | VectorEnv, count: int, first_seed: int
+) -> npt.NDArray[np.float32]:
+    """Return the first observations after resets with `count` consecutive seeds, (count, obs).
+
+    Args:
+        shield: Shield whose observation space determines the rows.
+        env: Environment to reset.
+        count: Number of observations.
+        first_seed: Seed of the first reset.
+    """
+    envs = vectorise(env)
+    rows: list[npt.NDArray[np.float32]] = []
+    try:
+        while sum(map(len, rows)) < count:
+            observations, _ = envs.reset(seed=first_seed + sum(map(len, rows)))
+            rows.append(shield.observation_rows(observations)[0].astype(np.float32))
+    finally:
+        if envs is not env:
+            envs.close()
+    return np.concatenate(rows)[:count]
 
 
 class Score(NamedTuple):
@@ -52,7 +74,8 @@ class Trials:
     """Plays fresh shielded episodes from certified starts, and scores them by a promise.
 
     An episode is identified by its environment's seed. Episodes are played in groups and counted in
-    the order of their seeds, never in that of their ends.
+    the order of their seeds, never in that of their ends. Only seeds whose start is certified are
+    played.
     """
 
     shield: Shield
@@ -73,6 +96,8 @@ class Trials:
     """Names of the policies that propose actions."""
     points: list[PilotPoint] = field(default_factory=list, init=False)
     """What was played, in order."""
+
+    _values: dict[int, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.names = policy_names(self.policy, self.policy_name)
@@ -114,8 +139,12 @@ class Trials:
         bound = test.bound(scores[: decision.episodes]) * (self.promise.bound or 1.0)
         return Rung(delta, name, point.episodes, point.violations, bound, decision.passed)
 
-    def pilot(self, delta: float, name: str, episodes: int, most: float, seed: int) -> float:
-        """Return the mean score of some episodes, which end once their sum exceeds `most`.
+    def pilot(
+        self, delta: float, name: str, episodes: int, most: float, seed: int
+    ) -> tuple[float, int]:
+        """Return the sum of the scores of some episodes and their number.
+
+        No more episodes are played once the sum exceeds `most`.
 
         Args:
             delta: Distance of the threshold from 0.
@@ -132,7 +161,7 @@ class Trials:
             "pilot",
         )
         self._keep(delta, name, played)
-        return float(np.mean([one.score for one in played]))
+        return sum(one.score for one in played), len(played)
 
     def play(
         self,
@@ -166,44 +195,63 @@ class Trials:
             acting = ShieldedProposals(shield, proposing)
             self._bar.set_description(f"{stage}: delta {delta:.4g}, {name}")
             counted: list[Score] = []
-            drawn = since = 0
+            seed = last = first_seed
             while (wanted := missing(np.array([one.score for one in counted]))) > 0:
-                expected = _PRIOR * float(np.mean(self.values <= shield.threshold))
-                share = (len(counted) + expected) / (drawn + _PRIOR)
-                share = max(share, 1 / MOST_RESETS_PER_EPISODE)
-                group = min(math.ceil(_SPARE * wanted / share), self._at_once)
-                for run in self._group(acting, group, first_seed + drawn):
-                    since += 1
-                    if shield.row_values(run.observations[:1])[0] <= shield.threshold:
+                seeds: list[int] = []
+                while len(seeds) < min(wanted, self._at_once):
+                    if self._value(seed) <= shield.threshold:
+                        seeds.append(seed)
+                    seed += 1
+                    drawn = seed - first_seed
+                    if drawn > MOST_RESETS_PER_EPISODE * max(len(counted) + len(seeds), 50):
+                        raise CalibrationError(
+                            f"only {len(counted) + len(seeds)} of {drawn} starts have V_h <= "
+                            f"-{delta:.4g}: the environment starts almost everywhere outside the "
+                            "certified set",
+                            self.points,
+                        )
+                for own, run in zip(seeds, self._group(acting, seeds), strict=True):
+                    # An environment that does not start alike for the same seed may start outside.
+                    if shield.row_values(run.observations[:1])[0] <= self._near(shield.threshold):
                         replaced = 0 if run.intervened is None else int(run.intervened.sum())
-                        counted.append(Score(self._score(run), len(run), replaced, since))
-                        since = 0
+                        score = self._score(run)
+                        counted.append(Score(score, len(run), replaced, own + 1 - last))
+                        last = own + 1
                         self._bar.update()
-                drawn += group
                 self._show(counted)
-                if drawn > MOST_RESETS_PER_EPISODE * max(len(counted), 50):
-                    raise CalibrationError(
-                        f"only {len(counted)} of {drawn} starts have V_h <= -{delta:.4g}: the "
-                        "environment starts almost everywhere outside the certified set",
-                        self.points,
-                    )
         return counted
 
-    def _group(self, acting: ShieldedProposals, count: int, first_seed: int) -> list[Episode]:
-        """Return the episodes of consecutive seeds, with the interventions in their infos."""
-        noise = int(np.random.SeedSequence([self.seed, first_seed]).generate_state(1)[0])
+    def _value(self, seed: int) -> float:
+        """Return V_h of the start that a seed draws. It is computed once, for many seeds at a time.
+
+        Starts outside the certified set are so told without playing their episodes.
+        """
+        if seed not in self._values:
+            count = max(_LOOK, getattr(self._envs, "num_envs", _LOOK))
+            rows = start_rows(self.shield, self._envs, count, seed)
+            self._values.update(enumerate(self.shield.row_values(rows).tolist(), start=seed))
+        return self._values[seed]
+
+    def _near(self, threshold: float) -> float:
+        """Return a threshold that allows for the rounding of V_h in batches of another size."""
+        scale = self.shield.model.scale
+        return threshold + 1e-6 * (abs(scale.offset) + scale.spread)
+
+    def _group(self, acting: ShieldedProposals, seeds: list[int]) -> list[Episode]:
+        """Return the episodes of some seeds, with the interventions in their infos."""
+        noise = int(np.random.SeedSequence([self.seed, seeds[0]]).generate_state(1)[0])
         # Waves of equal width leave no environment without an episode.
-        waves = math.ceil(count / _NATIVE_WIDTH)
+        waves = math.ceil(len(seeds) / _NATIVE_WIDTH)
         with torch_seeded(noise):
             runs = run_episodes(
                 self._envs,
                 acting,
-                count,
+                len(seeds),
                 noise,
                 on_step=self._check_reports,
-                num_envs=math.ceil(count / waves) if self._native else None,
+                num_envs=math.ceil(len(seeds) / waves) if self._native else None,
                 observation_keys=self.shield.observation_keys,
-                first_seed=first_seed,
+                seeds=seeds,
             )
         return acting.with_interventions(runs)
 

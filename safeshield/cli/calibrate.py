@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,23 +11,41 @@ from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_ou
 from safeshield.cli.settings import parse
 from safeshield.cli.sources import make_env, name_of, policy_of, shield_of
 
+if TYPE_CHECKING:
+    from safeshield.calibration.promises import Promise
+
 
 def calibrate(
     source: Annotated[Path, typer.Argument(help="File of an agent or a shield, .safetensors.")],
     env_id: EnvId,
     out: Out,
     epsilon: Annotated[
-        float, typer.Option(help="Violation rate per episode that the promise states.")
-    ] = 0.01,
+        float | None,
+        typer.Option(help="Violation rate per episode that the promise states; default: 0.01."),
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Confidence of the promise.")] = 0.99,
     episodes: Annotated[
         int | None,
-        typer.Option(help="Episodes of each test; default: enough to pass with one violation."),
+        typer.Option(help="Episodes of each test; default: a sequential test decides."),
+    ] = None,
+    cost_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Promise that an episode's summed cost exceeds this limit with probability at "
+            "most epsilon; with --cost-bound, that its mean is at most this limit."
+        ),
+    ] = None,
+    cost_bound: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest cost that an episode can have, such as the horizon times the largest "
+            "cost of a step."
+        ),
     ] = None,
     deltas: Annotated[
         str | None,
         typer.Option(
-            help="Deltas to test, decreasing, such as 0.3,0.1,0; default: chosen automatically."
+            help="Deltas to test, decreasing, such as 0.3,0.1,0; default: chosen in a pilot."
         ),
     ] = None,
     seed: Seed = 0,
@@ -38,6 +56,12 @@ def calibrate(
             "Default: random proposals and an adversary."
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="Calibrate for a policy that is deployed without its noise."
+        ),
+    ] = False,
     trust: Trust = False,
     plugins: Plugins = None,
     debug: Debug = False,
@@ -46,19 +70,38 @@ def calibrate(
     check_output(out, (".safetensors",))
     if policy == "adversary":
         raise ValueError("--policy adversary: leave out --policy; the adversary is then included")
+    promise = _promise(epsilon, cost_limit, cost_bound)
     env = make_env(env_id)
     proposing = None if policy is None else policy_of(policy, env, None, trust)
     shield = shield_of(source).calibrate(
         env,
-        epsilon=epsilon,
+        promise=promise,
         confidence=confidence,
         policy=proposing,
         policy_name=None if policy is None else name_of(policy, proposing),
         deltas=None if deltas is None else parse("--deltas", deltas, tuple[float, ...]),
         episodes=episodes,
+        deterministic=deterministic,
         seed=seed,
+        progress_bar=True,
     )
     shield.save(out)
     typer.echo(f"{out}: delta {shield.delta:.6g}")
     if shield.record is not None:
         typer.echo(shield.record.promise)
+
+
+def _promise(epsilon: float | None, limit: float | None, bound: float | None) -> Promise:
+    """Return the promise that the options ask for.
+
+    Raises:
+        ValueError: The options contradict each other, or a number is out of range.
+    """
+    from safeshield.calibration.promises import CostAbove, MeanCost, Violation
+
+    if bound is None:
+        rate = 0.01 if epsilon is None else epsilon
+        return Violation(rate) if limit is None else CostAbove(limit, rate)
+    if limit is None or epsilon is not None:
+        raise ValueError("--cost-bound goes with --cost-limit, and without --epsilon")
+    return MeanCost(limit, bound)

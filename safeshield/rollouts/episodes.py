@@ -88,12 +88,13 @@ def run_episodes(
     info_keys: Sequence[str] = (),
     step_limit: int = 100_000,
     observation_keys: Sequence[str] | None = None,
-    first_seed: int | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Episode]:
     """Run exactly `episodes` whole episodes and return them in order.
 
-    Episode e is reset with the seed ``first_seed + e``. For a policy that draws no noise, the data
-    therefore do not depend on `num_envs`. The same seeds give the same data.
+    Episode e is reset with the seed ``base + e``, where base is drawn from `seed`, or with
+    ``seeds[e]``. For a policy that draws no noise, the data therefore do not depend on `num_envs`.
+    The same seeds give the same data.
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
@@ -107,7 +108,7 @@ def run_episodes(
         info_keys: Infos to record at every step, such as ``("shield/intervened",)``.
         step_limit: Greatest length of an episode in steps. A longer episode is an error.
         observation_keys: Entries of a Dict observation to record; all by default.
-        first_seed: Seed of the reset of the first episode; by default it is drawn from `seed`.
+        seeds: Seeds of the resets, one for each episode; by default they follow from `seed`.
 
     Raises:
         ValueError: An argument is wrong; the environment returns six values from a step, returns a
@@ -125,10 +126,8 @@ def run_episodes(
             part_of(envs.single_observation_space, observation_keys)
         )
         action_codec = flat_actions(envs.single_action_space)
-        seeds, noise = np.random.SeedSequence(seed).spawn(2)
-        base = first_seed
-        if base is None:
-            base = int(np.random.default_rng(seeds).integers(SEEDS))
+        starts, noise = np.random.SeedSequence(seed).spawn(2)
+        base = int(np.random.default_rng(starts).integers(SEEDS))
         rng = np.random.default_rng(noise)
         acting = as_batch_policy(policy, action_codec.space)
         runner = _Runner(
@@ -145,7 +144,10 @@ def run_episodes(
         done: list[Episode] = []
         while len(done) < episodes:
             wanted = min(envs.num_envs, episodes - len(done))
-            done += runner.episode_batch(base + len(done), wanted)
+            if seeds is None:
+                done += runner.episode_batch(base + len(done), wanted)
+            else:
+                done += runner.episode_batch(seeds[len(done) : len(done) + wanted], wanted)
         return done
     finally:
         if envs is not env:
@@ -171,12 +173,20 @@ class _Runner:
     def __post_init__(self) -> None:
         self.mode = autoreset_mode(self.envs)
 
-    def episode_batch(self, seed: int, wanted: int) -> list[Episode]:
+    def episode_batch(self, seed: int | Sequence[int], wanted: int) -> list[Episode]:
         """Run a batch and return one episode of each of the first `wanted` environments."""
         envs, count = self.envs, self.envs.num_envs
         start_wave(self.policy, count)
         options = None if self.options is None else dict(self.options)
-        observations, infos = envs.reset(seed=seed, options=options)
+        if isinstance(seed, int):
+            own = list(range(seed, seed + count))
+            observations, infos = envs.reset(seed=seed, options=options)
+        else:
+            # Environments beyond the wanted ones start as the last of these does.
+            own = [int(seed[min(i, wanted - 1)]) for i in range(count)]
+            # Gymnasium 0.29 annotates one number only, and takes a list as well.
+            own_seeds: Any = own
+            observations, infos = envs.reset(seed=own_seeds, options=options)
         record = _BatchRecord(infos, count, self.info_keys)
         active = np.arange(count) < wanted
         index = 0
@@ -195,7 +205,7 @@ class _Runner:
             check_step(result)
             returned, rewards, terminated, truncated, infos = result
             for i in np.flatnonzero(active & ~np.isfinite(np.asarray(rewards, np.float64))):
-                check_reward(rewards[i], index, f"the episode that was reset with seed {seed + i}")
+                check_reward(rewards[i], index, f"the episode that was reset with seed {own[i]}")
             ended = np.asarray(terminated) | np.asarray(truncated)
             reached, replaced = self._reached(returned, ended, infos)
             step = VectorStep(
