@@ -94,12 +94,14 @@ class SafeSupportPolicy:
         TypeError: `proposal` is not a policy, or `shield` is none of the three.
 
     >>> import gymnasium, safeshield
+    >>> import numpy as np
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
     >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
     >>> policy = SafeSupportPolicy(agent.shield().with_delta(0.05), "behaviour", seed=0)
-    >>> actions, _ = policy.predict(log.observations[:5])
-    >>> bool((policy.shield.value(log.observations[:5], actions) <= -0.05).all())
+    >>> downstream = np.array([[1.5, 0.0], [1.8, 1.0], [1.6, -1.0]], np.float32)
+    >>> actions, _ = policy.predict(downstream)
+    >>> bool((policy.shield.value(downstream, actions) <= -0.05).all())
     True
     """
 
@@ -185,8 +187,9 @@ class SafeSupportPolicy:
         >>> config = ShieldConfig(critic_hidden=(8,), behaviour_hidden=(8,), fallback_hidden=(8,))
         >>> shield = ShieldTrainer(config).fit(log, steps=30).shield()
         >>> policy = SafeSupportPolicy(shield, "uniform", seed=0)
-        >>> action, _ = policy.predict(log.observations[0])
-        >>> float(np.exp(policy.log_prob(log.observations[0], action))) >= 0.25  # of [-1, 1]^2
+        >>> downstream = np.array([1.5, 0.0], np.float32)
+        >>> action, _ = policy.predict(downstream)
+        >>> float(np.exp(policy.log_prob(downstream, action))) >= 0.25  # of [-1, 1]^2
         True
         """
         return self.log_density(observations, actions, samples=samples).value

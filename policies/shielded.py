@@ -60,11 +60,12 @@ class ShieldedPolicy:
             shielded already.
 
     >>> import gymnasium, safeshield
+    >>> import numpy as np
     >>> from safeshield import SafeFQL, SafeFQLConfig, ShieldedPolicy, collect
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
     >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
     >>> policy = ShieldedPolicy(agent, agent.shield().with_delta(0.05))
-    >>> action, _ = policy.predict(log.observations[0])
+    >>> action, _ = policy.predict(np.array([1.5, 0.0], np.float32))  # downstream of the rocks
     >>> bool(policy.report.acceptable), action.shape
     (True, (2,))
     """

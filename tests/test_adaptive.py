@@ -455,7 +455,7 @@ def test_a_single_environment_step_by_step(shield: Shield) -> None:
             assert info["shield/threshold"] == pytest.approx(slow.threshold, abs=1e-6)
             assert info["shield/intervened"] == verdict.intervened[0]  # type: ignore[index]
             reached = float(shield.value(observation))
-            assert info["shield/certified"] == (reached <= -0.05)
+            assert info["shield/safe_set"] == (reached <= -0.05)
             error = reached - float(promised(verdict)[0])
             if verdict.intervened[0] and not math.isfinite(error):  # type: ignore[index]
                 broken += 1

@@ -41,7 +41,7 @@ def wealth(scores: npt.NDArray[np.float64], mean: float) -> npt.NDArray[np.float
     """Return log W_n (n,) after each of n scores in [0, 1], for a mean m in (0, 1).
 
     >>> round(float(np.exp(wealth(np.zeros(29), 0.1))[-1]), 1)
-    20.8
+    20.7
     """
     before = np.arange(len(scores))
     totals = np.cumsum(scores) - scores

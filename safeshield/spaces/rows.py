@@ -201,7 +201,7 @@ def flat_actions(space: gym.Space[Any], what: str = "action_space") -> SpaceCode
     Traceback (most recent call last):
     ...
     TypeError: action_space must be bounded Box (any shape), Discrete, MultiDiscrete, MultiBinary \
-    with at most 1024 combinations, got Tuple(Discrete(2))
+with at most 1024 combinations, got Tuple(Discrete(2))
     """
     flat = SpaceCodec(space)
     supported = isinstance(space, _LEAVES) and flat.width > 0

@@ -85,7 +85,7 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
     Traceback (most recent call last):
     ...
     ValueError: space type must be one of Box, Dict, Discrete, MultiBinary, MultiDiscrete, got \
-    'os.system'
+'os.system'
     """
     return _from_json(data, depth=0)
 

@@ -52,6 +52,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         device: "auto" (CUDA where there is one), "cpu", "cuda" or a `torch.device`.
 
     >>> import gymnasium, safeshield.envs
+    >>> import numpy as np
     >>> from safeshield.data import collect
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
     >>> agent = FLRP(FLRPConfig(critic_hidden=(16,), flow_hidden=(16,))).fit(log, steps=30)
