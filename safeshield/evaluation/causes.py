@@ -99,8 +99,10 @@ class Facts:
     """How the environment differs from that of the record, in words; "" where no difference is
     known."""
     shifted: str
-    """How the dynamics differ from those that the critics describe, in words; "" where they do
+    """How the dynamics differ from those of the log or the critics, in words; "" where they do
     not."""
+    compared: bool = False
+    """Whether the dynamics were compared with those of a log."""
 
     @classmethod
     def of(
@@ -118,7 +120,7 @@ class Facts:
         contradicts, text, turned = _contradictions(shield, traces)
         # Where the reports contradict the h in use, V_h says nothing about the dynamics.
         shifted = "" if text else _shift(shield, traces, log)
-        return cls(contradicts, text, turned, _declared(shield, env), shifted)
+        return cls(contradicts, text, turned, _declared(shield, env), shifted, log is not None)
 
 
 def entries(trace: Trace) -> list[int]:
@@ -182,7 +184,8 @@ def _cause(
         return MISREPLACED
     if t == 0 or (last is None and trace.state_value[0] > shield.threshold):
         return START
-    if facts.declared:
+    if facts.declared or (facts.shifted and facts.compared):
+        # With a log, the dynamics were compared in states and actions that the log shows.
         return CHANGED
     if _unsupported(shield, trace, window, t):
         return UNSUPPORTED
