@@ -105,11 +105,10 @@ def shield() -> Shield:
 @pytest.fixture(autouse=True)
 def _forgetful(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the shared shield forget the calibrations of a test, which change those of the next."""
+    shared = request.getfixturevalue("shield") if "shield" in request.fixturenames else None
     yield
-    if "shield" in request.fixturenames:
-        shared = request.getfixturevalue("shield")
-        if isinstance(shared, Shield):
-            shared.attempts = ()
+    if isinstance(shared, Shield):
+        shared.attempts = ()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
