@@ -155,7 +155,9 @@ def test_a_collected_log_has_them() -> None:
     env.close()
     assert log.constraint_kind == "continuous"
     np.testing.assert_array_equal(log.next_constraints > 0, log.costs > 0)
-    assert label(log, "BallRun") is log
+    named = label(log, "BallRun")
+    assert named.constraint_source == "BallRun@1"
+    np.testing.assert_array_equal(named.next_constraints, log.next_constraints)
 
 
 # -- logs --------------------------------------------------------------------------------------
