@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -106,9 +106,14 @@ class Trials:
         self._envs: Env | VectorEnv = (
             self.env if self._native else copies(self.env, self.num_envs, most=None, freeze=True)
         )
-        width = getattr(self._envs, "num_envs", _NATIVE_WIDTH)
-        self._at_once = min(_WAVES * int(width), _AT_ONCE)
+        width = self._width(_NATIVE_WIDTH)
+        self._at_once = min(_WAVES * width, _AT_ONCE)
         self._bar: tqdm[None] = tqdm(disable=not self.progress_bar, unit="episode")
+
+    def _width(self, native: int) -> int:
+        """Return the number of environments that step together; `native` for a vectorised form."""
+        # A wrapper of Gymnasium 0.29 warns when it is asked for an attribute that it lacks.
+        return native if self._native else int(cast("VectorEnv", self._envs).num_envs)
 
     def close(self) -> None:
         """Close the progress bar, and the copies of the environment that were made."""
@@ -227,7 +232,7 @@ class Trials:
         Starts outside the certified set are so told without playing their episodes.
         """
         if seed not in self._values:
-            count = max(_LOOK, getattr(self._envs, "num_envs", _LOOK))
+            count = max(_LOOK, self._width(_LOOK))
             rows = start_rows(self.shield, self._envs, count, seed)
             self._values.update(enumerate(self.shield.row_values(rows).tolist(), start=seed))
         return self._values[seed]

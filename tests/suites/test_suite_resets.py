@@ -40,7 +40,7 @@ def actions(env: gym.Env[Any, Any], seed: int) -> list[np.ndarray]:
 @pytest.fixture
 def small_sky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Safety-Gymnasium a sky of small pictures: the same model, built in no time."""
-    safety_gymnasium.load("this test")
+    safety_gymnasium.UPSTREAM.load("this test")
     from safety_gymnasium import world
 
     home = Path(world.BASE_DIR)
@@ -56,7 +56,7 @@ def compare_with_upstream(name: str, seeds: Sequence[int]) -> tuple[float, float
     """Return the shortest reset with the sky, the longest without (CPU s), the sum of costs."""
     task = TASKS[name]
     env = gym.make(task.env_id)
-    safety_gymnasium.load("this test")
+    safety_gymnasium.UPSTREAM.load("this test")
     from safety_gymnasium.builder import Builder
 
     robot = "Car" if name.startswith("Car") else "Point"
