@@ -198,6 +198,8 @@ def test_a_name_is_one_function() -> None:
     with pytest.raises(ValueError, match="registered for another function"):
         register_constraint("test-speed@1")(constraint)
     assert as_constraint(too_fast) == find_constraint("test-speed@1")
+    with pytest.raises(TypeError, match=r"@register_constraint\('speed@1'\)"):
+        register_constraint(too_fast)  # type: ignore[arg-type]
     for name in ("", "a\nb", "x" * 201):
         with pytest.raises(ValueError, match="constraint's name"):
             ConstraintSource(name)
@@ -288,3 +290,28 @@ def test_label_names_the_source_only_where_it_agrees_with_every_cost() -> None:
     )
     assert label(unnamed, "BallRun").constraint_source == "BallRun@1"
     assert safeshield.suites.find_task("BallRun").name == "BallRun"
+
+
+def test_calibration_refuses_an_environment_that_contradicts_the_source(shield: Shield) -> None:
+    class Shifted(gym.Wrapper):  # type: ignore[type-arg]
+        def step(self, action: np.ndarray) -> tuple:  # type: ignore[type-arg]
+            *rest, info = self.env.step(action)
+            return *rest, {**info, "constraint": info["constraint"] + 0.1}
+
+    env = Shifted(gym.make("safeshield/Boat-v0", max_episode_steps=5))
+    with pytest.raises(ValueError, match="source 'Boat@1' gives"):
+        shield.calibrate(env, epsilon=0.9, confidence=0.5, policy="random", deltas=[0.0])
+
+
+def test_an_episode_that_violates_is_certified_no_more(shield: Shield) -> None:
+    env = gym.make("safeshield/Boat-v0")
+    vouched = shield.calibrate(env, epsilon=0.9, confidence=0.5, policy="random", deltas=[0.0])
+    shielded = SafetyShield(env, vouched)
+    _, info = shielded.reset(seed=0, options={"state": [1.9, 0.0]})
+    assert info["shield/certified"]
+    env.unwrapped._state = np.array([-0.5, 0.5])  # type: ignore[attr-defined]
+    _, _, _, _, info = shielded.step(np.zeros(2, np.float32))
+    assert info["cost"] == 1.0
+    assert not info["shield/certified"]
+    _, info = shielded.reset(seed=0, options={"state": [1.9, 0.0]})
+    assert info["shield/certified"]

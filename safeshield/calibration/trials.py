@@ -21,6 +21,7 @@ from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
 from safeshield.rollouts.policies import torch_seeded
 from safeshield.rollouts.recorded import Episode
+from safeshield.shield.guard import SAME_H
 from safeshield.shield.record import VIOLATION, PilotPoint, Rung
 from safeshield.spaces.generic import Env, VectorEnv
 
@@ -282,6 +283,26 @@ class Trials:
                 f"the environment's first step reports no {_infos(needed)}, so no episode can be "
                 f"judged: its infos are {sorted(k for k in told if not k.startswith('_'))}. Add "
                 "it to the info of reset and of every step, for example in a wrapper"
+            )
+        self._compare(step)
+
+    def _compare(self, step: VectorStep) -> None:
+        """Refuse an environment whose first states contradict the shield's source of h."""
+        source, told = self.shield.model.constraint, step.infos.get(CONSTRAINT)
+        if source is None or not isinstance(told, np.ndarray) or told.shape != step.active.shape:
+            return
+        reported = told.astype(np.float64)
+        h = source(self.shield.model.observation_codec.batch(step.next_observations))
+        # Where an episode has ended, the report may be that of the next one's start.
+        going = step.active & ~(step.terminated | step.truncated)
+        near = SAME_H * self.shield.model.scale.spread
+        differs = going & (np.abs(reported - h) > near)
+        if differs.any():
+            at = int(differs.argmax())
+            raise ValueError(
+                f"the environment reports info['constraint'] = {reported[at]:.4g} of a state where "
+                f"the shield's source '{source.name}' gives {h[at]:.4g}: calibrate where both are "
+                "the same quantity, or train again on a log that this environment has labelled"
             )
 
     def _keep(self, delta: float, name: str, counted: list[Score]) -> PilotPoint:

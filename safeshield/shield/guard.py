@@ -41,7 +41,7 @@ from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
 
-_SAME_H = 0.02
+SAME_H = 0.02
 """Largest difference of two values of the same h, in standard deviations of h over the log. The
 lidar of a tilted car, from which its source reads a distance, is off by about half of that."""
 Array = npt.NDArray[Any]
@@ -210,10 +210,11 @@ class ShieldRuntime:
         self._shape = self._nothing.shape
         self._calibrated = shield.threshold
         self._vouched = certifies and shield.record is not None
-        self._near = _SAME_H * shield.model.scale.spread
+        self._near = SAME_H * shield.model.scale.spread
         # Whether the present episodes began in certified states that nothing has contradicted.
         self._covered = np.zeros(self._count, np.bool_)
         self._contradicted = np.zeros(self._count, np.bool_)
+        self._withdrawn = np.zeros(self._count, np.bool_)
         self._warned = False
         self._memory = memory
         source = shield.model.constraint
@@ -443,6 +444,10 @@ class ShieldRuntime:
             counted: (n,) whether an action was executed at all, or one value for all.
             starts: (n,) whether the state last observed begins an episode, or one value for all.
         """
+        # The states observed last may already begin the next episodes, whose reports do not concern
+        # those that ended. A promise leaves a few episodes that violate; these are certified no
+        # more.
+        self._covered &= ~self._withdrawn | np.full(self._count, starts)
         report, decided = self._report, self._decided
         self._report, self._decided, self._masks = None, False, None
         adaptive, memory = self.adaptive, self._memory
@@ -558,7 +563,7 @@ class ShieldRuntime:
         return np.array([float(h) for h in told])
 
     def _compare(self, states: StateValue, reports: Reports) -> None:
-        """Withdraw the promise where the environments' reports contradict the shield's h.
+        """Withdraw the promise after a violation, and where reports contradict the shield's h.
 
         A source of h that differs from the report, or from the cost, shows that the environment is
         not the one of the record. The promise is then withdrawn for good. A state that violates
@@ -567,15 +572,16 @@ class ShieldRuntime:
         h, values = states.constraint, states.value
         if self.num_envs is None:
             h, values = None if h is None else h[0], values[0]
+        violated = (reports.constraint > 0) | (reports.cost > 0)
         if h is None:
-            bad = self.in_safe_set(values) & ((reports.constraint > 0) | (reports.cost > 0))
+            bad = self.in_safe_set(values) & violated
         else:
             differs = abs(reports.constraint - h) > self._near
             bad = differs | ((reports.cost > 0) & (h <= -self._near))
         self._contradicted[:] = bad
+        self._withdrawn[:] = bad | violated
         if not self._contradicted.any():
             return
-        self._covered &= ~self._contradicted
         if h is not None:
             self._vouched = False
             self._covered[:] = False

@@ -31,6 +31,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MOST_CHARACTERS = 200
 
 
+class UnknownConstraintError(LookupError, ValueError):
+    """Raised where a source of h is needed that this process has not registered."""
+
+
 @dataclass(frozen=True)
 class ConstraintSource:
     """A named constraint h of observations, positive in a violation.
@@ -75,7 +79,7 @@ class ConstraintSource:
         """
         function = self.function or find_constraint(self.name).function
         if function is None:
-            raise LookupError(
+            raise UnknownConstraintError(
                 f"the constraint '{self.name}' is not registered in this process: import the "
                 "module that registers it (safeshield.suites for the benchmark tasks, "
                 "safeshield.envs for the package's own environments), pass the function, "
@@ -112,6 +116,7 @@ def register_constraint(name: str) -> Callable[[F], F]:
             changes, because files that name the old version were trained with the old function.
 
     Raises:
+        TypeError: `name` is not text, as where the decorator is written without a name.
         ValueError: The name is registered for another function, or is not a name.
 
     >>> @register_constraint("doc-speed@1")
@@ -120,6 +125,11 @@ def register_constraint(name: str) -> Callable[[F], F]:
     >>> find_constraint("doc-speed@1")(np.array([[1.0, 0.0, 7.0]])).tolist()
     [1.0]
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"register_constraint takes a name, such as 'speed@1', got {type(name).__name__}; "
+            "write @register_constraint('speed@1') above the function"
+        )
 
     def enter(function: F) -> F:
         known = _SOURCES.get(name)
