@@ -140,7 +140,7 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     Raises:
         TypeError: `constraint_fn` is not a function of one observation.
         ValueError: (in `reset` and `step`) `constraint_fn` does not return one finite number, or
-            the environment reports a constraint itself.
+            the environment already reports ``info["constraint"]``.
 
     >>> pendulum = gym.make("Pendulum-v1")
     >>> env = ConstraintFromFunction(pendulum, lambda obs: abs(obs[2]) - 6.0)  # rad/s
@@ -236,7 +236,7 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
     Raises:
         TypeError: `cost_fn` is not a function of these four arguments.
         ValueError: (in `step`) `cost_fn` does not return one finite number of at least 0; (also in
-            `reset`) the environment reports a cost itself.
+            `reset`) the environment already reports ``info["cost"]``.
         gymnasium.error.ResetNeeded: `step` is called before the first reset.
 
     >>> too_strong = lambda obs, action, next_obs, info: float(abs(action[0]) > 1.5)

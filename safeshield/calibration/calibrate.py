@@ -20,11 +20,9 @@ from safeshield.calibration.proposers import policy_names
 from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials, start_rows
 from safeshield.calibration.walk import CalibrationError, check_deltas, walk_rungs
 from safeshield.rollouts.copies import (
+    Identity,
     check_env,
-    environment_horizon,
-    environment_kwargs,
     environment_name,
-    environment_wrappers,
     is_vector_env,
     spaces_of,
 )
@@ -96,10 +94,9 @@ def _quantiles(
             "no start of the environment has a learned value V_h <= 0: there is nothing to "
             "certify. Train longer, or check the labels' sign (h <= 0 is safe)"
         )
-    # The last digits of a value depend on the batch in which it is computed. Without the slack,
-    # the start of an environment that always starts in the same state could miss its own threshold.
-    slack = 1e-6 * (abs(shield.model.scale.offset) + shield.model.scale.spread)
-    quantiles = np.quantile(inside, [1.0 - share for share in shares]) - slack
+    # Without the slack for rounding, the start of an environment that always starts in the same
+    # state could miss its own threshold.
+    quantiles = np.quantile(inside, [1.0 - share for share in shares]) - shield.model.scale.rounding
     return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
 
 
@@ -232,6 +229,7 @@ def calibrate(
         )
         for one in names
     )
+    tested = Identity.of(env)
     return CalibrationRecord(
         delta=delta,
         epsilon=promise.share,
@@ -248,13 +246,13 @@ def calibrate(
             **{one: version(one) for one in ("safeshield", "gymnasium", "numpy")},
         },
         replacement=describe(shield.replacement),
-        environment_kwargs=environment_kwargs(env),
+        environment_kwargs=tested.kwargs,
         kind=promise.kind,
         limit=promise.limit,
         cost_bound=promise.bound,
         deterministic=deterministic,
-        horizon=environment_horizon(env),
-        wrappers=tuple(EnvironmentWrapper(*one) for one in environment_wrappers(env)),
+        horizon=tested.horizon,
+        wrappers=tuple(EnvironmentWrapper(*one) for one in tested.wrappers),
         pilot=before,
         attempts=(*earlier, replace(attempt, passed=True)),
     )

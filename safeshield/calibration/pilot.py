@@ -1,19 +1,23 @@
 r"""The pilot: it proposes the few thresholds that a calibration tests.
 
-The pilot may look at its episodes as often as it likes, because no test uses their seeds. With
-n = max(2.5 / epsilon, 50) it calls a threshold good if at most 0.4 epsilon m of m episodes of each
-policy violate, rounded down and counted as for n where m is smaller. On a grid of thresholds it
-looks by bisection for the most permissive good one with m = n / 2, and confirms it with m = 2 n.
-Between this one and its next neighbour of the grid it refines, where the shares of replaced steps
-or of certified starts differ enough to matter. Where no threshold of the bisection is good, it
-tries the whole grid, because a stricter threshold can be worse.
+The pilot may look at its episodes as often as it likes, because no test uses their seeds. It
+evaluates a threshold by playing m episodes of each policy. Let n = max(2.5 / epsilon, 50). The
+threshold is called good if at most 0.4 epsilon max(m, n) episodes of each policy violate.
+
+First, a bisection over a grid of thresholds finds the most permissive good threshold, with
+m = n / 2 for each one. This threshold and the stricter ones of the grid are then evaluated with
+m = 2 n, the most permissive first, until one is good. A few thresholds between that one and the
+next more permissive one of the grid are evaluated as well, if the two replace clearly different
+shares of the steps or certify clearly different shares of the starts. If the bisection finds no
+good threshold, the pilot evaluates the whole grid, because a stricter threshold can be worse.
 
 The grid falls geometrically, by a factor of sqrt(2), from the largest -V_h over the starts. It also
 holds quantiles of -V_h, which matter where all starts have nearly the same value, and 0.
 
 At most four thresholds are proposed: a strict good one, the most permissive good one L, 1.2 L, and
-the geometric mean of the strict one and 1.2 L. The walk (see `walk`) tests them in falling order,
-so that a last threshold that looked better than it is leaves one that is hardly stricter.
+the geometric mean of the strict one and 1.2 L. The walk (see `walk`) tests them in falling order.
+If L fails its test although it looked good in the pilot, the calibration keeps 1.2 L, which is only
+slightly stricter.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class BinomialPlan:
         of the episodes' seeds.
         """
         counts = np.cumsum(scores > 0)
-        forgiven = self.looks[-1][1]
-        failed = int(np.argmax(counts > forgiven)) + 1 if (counts > forgiven).any() else None
+        too_many = counts > self.looks[-1][1]
+        failed = int(too_many.argmax()) + 1 if too_many.any() else None
         for episodes, most in self.looks:
             if failed is not None and failed <= episodes:
                 return Decision(False, failed)

@@ -21,7 +21,6 @@ from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
 from safeshield.rollouts.policies import torch_seeded
 from safeshield.rollouts.recorded import Episode
-from safeshield.shield.guard import SAME_H
 from safeshield.shield.record import VIOLATION, PilotPoint, Rung
 from safeshield.spaces.generic import Env, VectorEnv
 
@@ -240,8 +239,7 @@ class Trials:
 
     def _near(self, threshold: float) -> float:
         """Return a threshold that allows for the rounding of V_h in batches of another size."""
-        scale = self.shield.model.scale
-        return threshold + 1e-6 * (abs(scale.offset) + scale.spread)
+        return threshold + self.shield.model.scale.rounding
 
     def _group(self, acting: ShieldedProposals, seeds: list[int]) -> list[Episode]:
         """Return the episodes of some seeds, with the interventions in their infos."""
@@ -295,8 +293,7 @@ class Trials:
         h = source(self.shield.model.observation_codec.batch(step.next_observations))
         # Where an episode has ended, the report may be that of the next one's start.
         going = step.active & ~(step.terminated | step.truncated)
-        near = SAME_H * self.shield.model.scale.spread
-        differs = going & (np.abs(reported - h) > near)
+        differs = going & (np.abs(reported - h) > self.shield.model.scale.agreement)
         if differs.any():
             at = int(differs.argmax())
             raise ValueError(

@@ -155,8 +155,8 @@ class SoftAgent(OnlineLearner):
     def value(self, observation: Batch) -> Array | np.floating:
         """Return V(s), () or (n,): the estimated regularised return of the induced policy.
 
-        The discounted return is regularised: temperature times the KL to the behaviour is
-        subtracted from the reward at every step.
+        The return is the discounted sum of regularised rewards. The regularised reward of a step is
+        the reward minus temperature times KL(policy || behaviour) in the step's state.
 
         Raises:
             ValueError: The observation has a wrong shape, or holds NaN or infinity.

@@ -51,7 +51,8 @@ def accepted_episodes(
 
     Args:
         draw: Function (count, seed) that runs `count` episodes with a seed and returns them.
-        accepts: Function that says which first observations (n, obs) are accepted, as (n,) bool.
+        accepts: Function from the first observations (n, obs) of n episodes to a bool array (n,),
+            which is True where an episode is accepted.
         episodes: Total number of accepted episodes.
         rng: Generator of the seeds.
         starts: Counts to update. They are up to date whenever a batch is yielded, so that the

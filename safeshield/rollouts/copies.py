@@ -85,8 +85,8 @@ def environment_kwargs(env: object) -> dict[str, Any] | None:
 
     They are the arguments in its spec, including those of its registration, without ``render_mode``
     and ``max_episode_steps``, which do not change the dynamics. The result is None where there is
-    no spec. Where the members of a vector environment differ in an argument, its entry is the list
-    of the values.
+    no spec. Where the members of a vector environment have different values of an argument, the
+    result holds the list of these values under the argument's name.
     """
     inner = getattr(env, "unwrapped", env)
     spec = getattr(inner, "spec", None)

@@ -94,8 +94,9 @@ class AdaptiveThreshold:
             of steps for which the shield has no acceptable action until a danger has passed. None:
             the longest such run observed so far, at most 100 (see the module).
         baseline: Part of the margin that delta covers, per step, in units of h; by default delta /
-            horizon. If it is the margin observed where the shield was calibrated
-            (`AdaptiveMargin.margin`), the threshold starts to move as soon as errors grow.
+            horizon. Set it to the margin that was observed in the environment of the calibration
+            (`AdaptiveMargin.margin`) to make the threshold stricter as soon as the errors exceed
+            those of the calibration.
 
     Raises:
         TypeError: A count is not a whole number, or another argument is not a number.

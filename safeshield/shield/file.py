@@ -38,7 +38,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.support import SCORES, SupportRecord, SupportTest, support_score
-from safeshield.values.constraint import as_constraint, named
+from safeshield.values.constraint import stored_source
 from safeshield.values.units import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -149,8 +149,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
             # Files from before there were several strategies hold the candidates alone.
             replacement = NearestAcceptable(_candidates(header["candidates"]))
         check_replacement(replacement, action)
-        # Files of earlier releases have no source of h.
-        source = as_constraint(named(header.get("constraint_source")))
+        source = stored_source(header)
         trained_by = header["trained_by"]
         if not isinstance(trained_by, str):
             raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")

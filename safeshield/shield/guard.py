@@ -41,9 +41,6 @@ from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
 
-SAME_H = 0.02
-"""Largest difference of two values of the same h, in standard deviations of h over the log. The
-lidar of a tilted car, from which its source reads a distance, is off by about half of that."""
 Array = npt.NDArray[Any]
 PerEnv = Any
 """One value for each environment: an array (n, ...), or a plain Python value for a single one."""
@@ -210,7 +207,7 @@ class ShieldRuntime:
         self._shape = self._nothing.shape
         self._calibrated = shield.threshold
         self._vouched = certifies and shield.record is not None
-        self._near = SAME_H * shield.model.scale.spread
+        self._near = shield.model.scale.agreement
         # Whether the present episodes began in certified states that nothing has contradicted.
         self._covered = np.zeros(self._count, np.bool_)
         self._contradicted = np.zeros(self._count, np.bool_)

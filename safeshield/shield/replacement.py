@@ -198,8 +198,9 @@ def nearest_acceptable(
 class NearestAcceptable:
     """The default strategy: execute the acceptable candidate nearest to the proposed action.
 
-    Distances are measured in half widths of the box. Where actions are discrete, the strategy takes
-    the acceptable choice that differs in the fewest entries, and of those the one of lowest Q_h.
+    In a Box, the distance between two actions is measured after each entry has been scaled to
+    [-1, 1]. Where actions are discrete, the strategy takes the acceptable action that differs from
+    the proposed one in the fewest entries, and of several such actions the one of lowest Q_h.
 
     Use it if nothing speaks for another strategy: it needs no gradient, no agent and no good
     fallback, and changes the proposed action little. Its actions lie just inside the threshold, so

@@ -184,8 +184,7 @@ class Shield:
         ('Boat@1', None)
         """
         own = self.model.constraint
-        unresolved = own is not None and not own.available
-        known = as_constraint(source, own.name if own is not None and unresolved else "")
+        known = as_constraint(source, "" if own is None or own.available else own.name)
         model = replace(self.model, constraint=known)
         return replace(self, model=model, record=self.record if known == own else None)
 
@@ -752,7 +751,7 @@ class Shield:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, malicious, or of another kind.
+            ValueError: The file is damaged, has been tampered with, or does not hold a shield.
         """
         return load_shield(cls, path)
 

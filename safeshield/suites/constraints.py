@@ -109,7 +109,7 @@ class ConstraintFromState(Wrapper, RecordConstructorArgs):
 
     Raises:
         ValueError: No constraint is known for the environment, or (in `reset` and `step`) the
-            environment reports one itself.
+            environment already reports ``info["constraint"]``.
     """
 
     def __init__(self, env: Env) -> None:

@@ -303,22 +303,19 @@ LOG_LABELS: dict[str, LogLabel | None] = {
 }
 """DSRL's name of a task -> how h is computed from its logs; None where labels stay binary."""
 
-SOURCES = {
-    name: f"{name}@1"
-    for name, found in LOG_LABELS.items()
-    if found is not None and found.of_step is None
-}
+SOURCES: dict[str, str] = {}
 """DSRL's name of a task -> name of the function that computes h from an observation. Tasks whose
 constraint an observation does not determine (a mean speed, a contact, a crash) are missing."""
 
 
 def _register(name: str, of_state: OfState) -> None:
+    SOURCES[name] = f"{name}@1"
+
     @register_constraint(SOURCES[name])
     def observed(observations: Floats) -> Floats:
         return of_state(np.asarray(observations, np.float64))
 
 
-for _name in SOURCES:
-    _label = LOG_LABELS[_name]
-    if _label is not None:
+for _name, _label in LOG_LABELS.items():
+    if _label is not None and _label.of_step is None:
         _register(_name, _label.of_state)

@@ -42,7 +42,7 @@ from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, device_of, run_phases
 from safeshield.training.run import Config, Run
 from safeshield.training.state import Phase, TrainState
-from safeshield.values.constraint import as_constraint, named
+from safeshield.values.constraint import stored_source
 
 _VERSION = 1
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -274,8 +274,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             observation = flat_observations(space_from_json(header["observation_space"]))
             action = flat_actions(space_from_json(header["action_space"]))
             scaling = Scaling.from_json(header["scaling"], observation, action)
-            # Older files have no source of h.
-            source = as_constraint(named(header.get("constraint_source")))
+            source = stored_source(header)
         interface = Interface(observation.space, action.space, scaling, source)
         return AgentFile(path, file, config, interface)
 

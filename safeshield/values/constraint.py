@@ -13,7 +13,7 @@ never runs code that the file names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -162,6 +162,16 @@ def named(name: object) -> str | None:
     if name is not None and not isinstance(name, str):
         raise ValueError(f"constraint_source must be a name or null, got {name!r:.80}")
     return name or None
+
+
+def stored_source(header: Mapping[str, Any]) -> ConstraintSource | None:
+    """Return the source that the header of a file names; None where it names none.
+
+    Raises:
+        ValueError: The entry is neither text nor null.
+    """
+    # Files of earlier releases have no entry.
+    return as_constraint(named(header.get("constraint_source")))
 
 
 def as_constraint(

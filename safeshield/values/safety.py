@@ -127,9 +127,10 @@ class SafetyCritics:
         return out
 
     def advantages(self, networks: NetworksOf[A], observations: A, actions: A) -> A:
-        """Return how much worse actions are than the best: A_i(s, a), (members, batch).
+        """Return the safety advantages A_i(s, a) of actions, (members, batch).
 
-        The unit is sigma, the typical change of h in one step. `networks` are the weights,
+        A_i estimates (Q_h(s, a) - V_h(s)) / sigma, where sigma is the typical change of h in one
+        step. A larger advantage means a more dangerous action. `networks` are the weights,
         `observations` (batch, obs) are normalised, and `actions` (batch, act) lie in [-1, 1].
         """
         inputs = concat([observations, actions])

@@ -57,6 +57,23 @@ class SafetyScale:
         return cls(*(finite_number(data[name], name) for name in names))
 
     @property
+    def rounding(self) -> float:
+        """Difference that rounding may make between values of the same state, in units of h.
+
+        The last digits of a value depend on the batch in which it is computed.
+        """
+        return 1e-6 * (abs(self.offset) + self.spread)
+
+    @property
+    def agreement(self) -> float:
+        """Largest difference between two measurements of the same h, in units of h.
+
+        The lidar of a tilted car, from which its source reads a distance, is off by about half of
+        that.
+        """
+        return 0.02 * self.spread
+
+    @property
     def excess(self) -> float:
         """Unit of V - h^, which is small compared with the standard deviation of h."""
         return 0.2 * self.spread

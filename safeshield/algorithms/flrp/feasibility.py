@@ -55,7 +55,7 @@ class Feasibility(ABC):
 
     @abstractmethod
     def judge(self, state: TrainState, observations: Tensor, actions: Tensor) -> Judgement:
-        """Return the values of n states and of one action in each of them.
+        """Return the value of each state, and the value of one action in each state.
 
         Args:
             state: Training state, whose slow copies and statistics are used.
