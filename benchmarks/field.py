@@ -1,0 +1,206 @@
+"""Calibrate shields on the field's tasks, and test each promise on fresh episodes.
+
+    pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
+    python benchmarks/field.py --data FOLDER     # logs in DSRL's format, TASK.hdf5; resumes
+    python benchmarks/field.py --data FOLDER --table
+
+A cell is one agent on one task with one seed. Its shield is `ShieldTrainer` with its defaults,
+trained on the log for 20,000 updates, and with the constraint that the observation tells, where
+there is one. The agents are PPO for reward alone (100,000 steps in the environment), behaviour
+cloning of the whole log, and random actions. The shield is calibrated for the agent as it is
+deployed (mean actions) at epsilon 0.05 and confidence 0.95. Then two sets of fresh episodes are
+played with seeds that no calibration uses:
+
+    certified     300 episodes from certified starts; their violating episodes are compared with
+                  epsilon
+    all starts    20 episodes by the field's protocol: mean normalised return, and mean cost
+                  divided by the limit 10
+
+A cell whose calibration finds no threshold stores the curve and the error's message instead. Its
+agent is then played behind the threshold of the least violations that the pilot saw, without a
+promise. All tasks have the same settings. They were chosen on seed 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from common import RESULTS, machine, once
+from suites import Normalised, learn, read_log
+
+import safeshield.suites  # noqa: F401 - registers the tasks
+from safeshield import CalibrationError, Shield
+from safeshield.algorithms.registry import load_agent, offline_algorithm
+from safeshield.algorithms.shield_trainer import ShieldConfig, ShieldTrainer
+from safeshield.evaluation import EPISODES, ReferenceReturns, evaluate
+from safeshield.suites.labels import with_constraint
+from safeshield.suites.tasks import COST_LIMIT, find_task
+
+FOLDER = RESULTS / "field"
+EPSILON, CONFIDENCE = 0.05, 0.95
+CERTIFIED = 300
+UPDATES = 20_000
+CLONING_UPDATES = 6_000
+MOST_THAT_AGREE = 21
+"""Largest number of 300 episodes that may violate before the one-sided 95% lower limit of the rate
+exceeds epsilon."""
+AGENTS = ("ppo", "bc", "random")
+
+
+def make(task: str) -> gym.Env:
+    """Return a task's environment, which reports the constraint where the suite knows one."""
+    return with_constraint(gym.make(find_task(task).env_id))
+
+
+def shield_of(task: str, seed: int, data: Path, folder: Path) -> Shield:
+    """Return the shield of a task, trained now or read from its file."""
+    path = folder / f"{task}_shield_{seed}.safetensors"
+    if not path.exists():
+        trainer = ShieldTrainer(ShieldConfig(seed=seed), device="cpu")
+        checkpoint = path.with_suffix(".checkpoint")
+        trainer.fit(read_log(data, task), steps=UPDATES, checkpoint=checkpoint)
+        trainer.shield().save(path)
+        checkpoint.unlink()
+    return Shield.load(path)
+
+
+def agent_of(task: str, name: str, seed: int, data: Path, folder: Path) -> object:
+    """Return an agent, trained now or read from its file."""
+    path = folder / f"{task}_{name}_{seed}.safetensors"
+    if name == "random":
+        return name
+    if name == "ppo":
+        if not path.with_suffix(".npz").exists():
+            learn(task, seed, path)
+        return Normalised(path)
+    if not path.exists():
+        algorithm = offline_algorithm("bc")
+        agent: Any = algorithm.kind(algorithm.config_type(seed=seed), device="cpu")
+        agent.fit(read_log(data, task), steps=CLONING_UPDATES).save(path)
+    return load_agent(path)
+
+
+def calibrated(shield: Shield, task: str, agent: object, name: str, seed: int) -> dict[str, Any]:
+    """Return what calibration says, and the threshold that is to be played."""
+    try:
+        done = shield.calibrate(
+            make(task),
+            epsilon=EPSILON,
+            confidence=CONFIDENCE,
+            policy=agent,
+            policy_name=name,
+            deterministic=True,
+            seed=seed,
+        )
+    except CalibrationError as error:
+        curve = [dataclasses.asdict(point) for point in error.curve]
+        best = min(error.curve, key=lambda point: (point.violations / point.episodes, -point.delta))
+        return {"promise": None, "delta": best.delta, "message": str(error), "curve": curve}
+    assert done.record is not None
+    return {"promise": done.record.promise, "delta": done.delta}
+
+
+def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Train, calibrate and play one cell."""
+    shield = shield_of(task, seed, data, folder)
+    agent = agent_of(task, name, seed, data, folder)
+    started = time.process_time()
+    told = calibrated(shield, task, agent, name, seed)
+    seconds = time.process_time() - started
+    shield = shield.with_delta(told["delta"])
+    references = ReferenceReturns.of_log(data / f"{task}.hdf5")
+    env, fresh = make(task), 1_000_000 + seed
+    row = {"task": task, "agent": name, "seed": seed, **told, "calibration_seconds": seconds}
+    row["constraint"] = shield.constraint
+    if told["promise"] is not None:
+        certified = evaluate(env, agent, CERTIFIED, fresh, shield=shield, starts="certified")
+        row["violating"] = certified.violating
+        row["start_share"] = certified.start_share
+    for key, used in (("shielded", shield), ("unshielded", None)):
+        result = evaluate(env, agent, EPISODES, fresh + 1, shield=used)
+        row[key] = {
+            "return": float(references.normalise(result.mean_return)),
+            "cost": result.mean_cost / COST_LIMIT,
+            "violating": result.violating,
+            "replaced": result.intervention_rate,
+        }
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a cell as a row of a Markdown table."""
+    inside, outside = row["shielded"], row["unshielded"]
+    if row["promise"] is None:
+        promise = "none | - | -"
+    else:
+        promise = f"{row['delta']:.3g} | {row['violating']} | {row['start_share']:.0%}"
+    return (
+        f"| {row['task']} | {row['agent']} | {row['seed']} | {promise} | "
+        f"{inside['replaced']:.0%} | {inside['return']:.2f} / {inside['cost']:.2f} | "
+        f"{outside['return']:.2f} / {outside['cost']:.2f} |"
+    )
+
+
+def main() -> None:
+    """Run the cells without a stored result, each in its own process, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
+    parser.add_argument("--tasks", nargs="+", help="default: every log in the folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=AGENTS)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where models and results lie")
+    parser.add_argument("--here", action="store_true", help="run in this process")
+    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    tasks = arguments.tasks or sorted(path.stem for path in arguments.data.glob("*.hdf5"))
+    cells = [(t, n, s) for s in arguments.seeds for n in arguments.agents for t in tasks]
+    for task, name, seed in cells:
+        stored = f"{task}_{name}_{seed}"
+        if arguments.table or (folder / f"{stored}.json").exists():
+            continue
+        if arguments.here:
+            once(
+                stored,
+                lambda t=task, n=name, s=seed: cell(t, n, s, arguments.data, folder),
+                folder=folder,
+            )
+            continue
+        command = [sys.executable, __file__, "--data", str(arguments.data), "--here"]
+        command += ["--tasks", task, "--agents", name, "--seeds", str(seed)]
+        command += ["--folder", str(folder)]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            print(f"{stored} failed; going on", flush=True)
+    paths = [folder / f"{t}_{n}_{s}.json" for t, n, s in cells]
+    rows = [once(path.stem, dict, folder=folder) for path in paths if path.exists()]
+    print(machine())
+    print("| task | agent | seed | delta | violating of 300 | certified starts | replaced | "
+          "return / cost | without the shield |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(line(row))
+    promised = [row for row in rows if row["promise"] is not None]
+    wrong = sum(row["violating"] > MOST_THAT_AGREE for row in promised)
+    if promised:
+        pooled = np.mean([row["violating"] for row in promised]) / CERTIFIED
+        print(f"{len(promised)} promises of {len(rows)} cells; {wrong} contradicted; "
+              f"pooled rate {pooled:.4f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
