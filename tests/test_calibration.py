@@ -40,7 +40,7 @@ from safeshield.calibration.calibrate import (
     default_deltas,
     start_observations,
 )
-from safeshield.calibration.pilot import threshold_grid
+from safeshield.calibration.pilot import Pilot, threshold_grid
 from safeshield.calibration.proposers import Adversary
 from safeshield.calibration.sequential import (
     BinomialPlan,
@@ -841,9 +841,38 @@ def test_a_pilot_fixes_few_thresholds_on_seeds_of_its_own(
     assert seeds["pilot"]
     assert not seeds["pilot"] & seeds["test"]
     assert {point.policy for point in record.pilot} == {"random", "adversary"}
+    played = [(point.delta, point.policy) for point in record.pilot]
+    assert len(set(played)) == len(played)  # all parts of a threshold's episodes are one point
     assert record.attempts[-1].passed
     # What is chosen is permissive: the shield is nearly exact, and the promise is loose.
     assert record.delta < default_deltas(shield, start_observations(shield, boat(), 500, 0))[0]
+
+
+class _Counted:
+    """Stands for `Trials`: thresholds above 0.5 violate twice in 100 episodes, others never."""
+
+    promise, names = Violation(0.05), ("agent",)
+    values = -np.ones(100)
+
+    def __init__(self) -> None:
+        self.points: list[Any] = []
+        self._parts: dict[float, int] = {}
+
+    def pilot(
+        self, delta: float, name: str, episodes: int, most: float, seed: int
+    ) -> tuple[float, int]:
+        part = self._parts[delta] = self._parts.get(delta, 0) + 1
+        return (1.0 if delta > 0.5 and part in (1, 4) else 0.0), episodes
+
+
+def test_a_pilot_puts_the_safest_threshold_first_although_a_stricter_one_looks_good() -> None:
+    trials: Any = _Counted()
+    pilot = Pilot(trials, 0)
+    strict = 1.0
+    chosen = pilot.thresholds([strict, 0.4, 0.2, 0.0])
+    assert pilot.good(strict)
+    assert chosen[0] == 0.4
+    assert chosen[-1] == 0.0
 
 
 def test_a_grid_reaches_from_the_largest_value_to_zero() -> None:

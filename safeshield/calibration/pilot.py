@@ -14,10 +14,13 @@ good threshold, the pilot evaluates the whole grid, because a stricter threshold
 The grid falls geometrically, by a factor of sqrt(2), from the largest -V_h over the starts. It also
 holds quantiles of -V_h, which matter where all starts have nearly the same value, and 0.
 
-At most four thresholds are proposed: a strict good one, the most permissive good one L, 1.2 L, and
-the geometric mean of the strict one and 1.2 L. The walk (see `walk`) tests them in falling order.
-If L fails its test although it looked good in the pilot, the calibration keeps 1.2 L, which is only
-slightly stricter.
+The strictest threshold of the grid is evaluated with m = 2 n as well. If it has a higher rate than
+L, the most permissive good one, so is one in the middle of those that are stricter than L. At most
+four thresholds are proposed: the one S with the lowest rate of violations (the strictest of these),
+L, 1.2 L, and the geometric mean of S and 1.2 L. Thresholds above S are not proposed, because a
+shield that steps in too early can violate more often. The walk (see `walk`) tests them in falling
+order. If L fails its test although it looked good in the pilot, the calibration keeps 1.2 L, which
+is only slightly stricter.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ _LEAST_EPISODES = 50
 _GOOD = 0.4
 """Largest rate that looks good, as a share of the promised one."""
 _STEPS = 16
+_PARTS = 4
+"""Number of times that n / 2 episodes are played at a threshold that is to be proposed."""
 _REFINEMENTS = 2
 _NEXT = 1.2
 _PREFERRED_SHARE = 0.5
@@ -90,18 +95,21 @@ class Pilot:
         softer = [delta for delta in grid if delta < least]
         if softer and self._differ(least, softer[0]):
             least = self._refine(least, softer[0])
-        # The first test is the one whose failure leaves nothing, so it is of a strict threshold.
-        self.good(wide[0], parts=2)
-        strictest = max(d for d, seen in self._seen.items() if not seen.bad)
+        # The first test is the one whose failure leaves nothing, so it is of the threshold that
+        # looks safest after as many episodes as the others had: usually, not always, a strict one.
+        self.good(wide[0])
+        if self._safest() == least and (stricter := [d for d in wide if d > least]):
+            self.good(stricter[len(stricter) // 2])
+        safest = self._safest()
         near = _NEXT * least if least > 0 else grid[-2] if len(grid) > 1 else 0.0
-        between = [near, math.sqrt(strictest * near)] if near < strictest else []
-        return sorted({strictest, *between, least}, reverse=True)
+        between = [near, math.sqrt(safest * near)] if near < safest else []
+        return sorted({safest, *between, least}, reverse=True)
 
     def best(self) -> float:
         """Return the threshold that was looked at with the lowest rate of violations."""
         return min(self._seen, key=lambda delta: (self._seen[delta].worst, -delta))
 
-    def good(self, delta: float, parts: int = 4) -> bool:
+    def good(self, delta: float, parts: int = _PARTS) -> bool:
         """Return whether a threshold looks good; its episodes are played at the first call.
 
         Args:
@@ -126,6 +134,11 @@ class Pilot:
 
     def _share(self, delta: float) -> float:
         return float(np.mean(self.trials.values <= -delta))
+
+    def _safest(self) -> float:
+        """Return the threshold of the lowest rate among those that had all parts and look good."""
+        full = [d for d, seen in self._seen.items() if seen.parts == _PARTS and not seen.bad]
+        return min(full, key=lambda delta: (self._seen[delta].worst, -delta))
 
     def _bisect(self, grid: list[float]) -> float | None:
         """Return the last good threshold if the good ones come first; None if none was found."""

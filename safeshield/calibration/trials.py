@@ -95,9 +95,13 @@ class Trials:
     names: list[str] = field(init=False)
     """Names of the policies that propose actions."""
     points: list[PilotPoint] = field(default_factory=list, init=False)
-    """What was played, in order."""
+    """What was played: the pilot's thresholds with each policy, then the tests."""
 
     _values: dict[int, float] = field(default_factory=dict, init=False)
+    _pooled: dict[tuple[float, str], tuple[int, list[Score]]] = field(
+        default_factory=dict, init=False
+    )
+    """For each threshold and policy of the pilot: the position in `points`, and its episodes."""
 
     def __post_init__(self) -> None:
         self.names = policy_names(self.policy, self.policy_name)
@@ -140,7 +144,8 @@ class Trials:
         if decision is None:
             raise RuntimeError("a test ended without a decision")
         counted = played[: decision.episodes]
-        point = self._keep(delta, name, counted)
+        point = self._point(delta, name, counted)
+        self.points.append(point)
         bound = test.bound(scores[: decision.episodes]) * (self.promise.bound or 1.0)
         return Rung(delta, name, point.episodes, point.violations, bound, decision.passed)
 
@@ -165,7 +170,7 @@ class Trials:
             seed,
             "pilot",
         )
-        self._keep(delta, name, played)
+        self._pool(delta, name, played)
         return sum(one.score for one in played), len(played)
 
     def play(
@@ -302,8 +307,15 @@ class Trials:
                 "the same quantity, or train again on a log that this environment has labelled"
             )
 
-    def _keep(self, delta: float, name: str, counted: list[Score]) -> PilotPoint:
-        point = PilotPoint(
+    def _pool(self, delta: float, name: str, played: list[Score]) -> None:
+        """Add a part of the pilot's episodes to its point for a threshold and a policy."""
+        at, earlier = self._pooled.setdefault((delta, name), (len(self.points), []))
+        earlier += played
+        self.points[at : at + 1] = [self._point(delta, name, earlier)]
+
+    @staticmethod
+    def _point(delta: float, name: str, counted: list[Score]) -> PilotPoint:
+        return PilotPoint(
             delta,
             name,
             len(counted),
@@ -311,8 +323,6 @@ class Trials:
             len(counted) / max(sum(one.drawn for one in counted), 1),
             sum(one.replaced for one in counted) / max(sum(one.steps for one in counted), 1),
         )
-        self.points.append(point)
-        return point
 
     def _show(self, counted: list[Score]) -> None:
         count, bad = len(counted), sum(one.score > 0 for one in counted)
