@@ -875,6 +875,18 @@ def test_a_pilot_puts_the_safest_threshold_first_although_a_stricter_one_looks_g
     assert chosen[-1] == 0.0
 
 
+def test_of_equally_safe_thresholds_the_pilot_prefers_the_strict_one_until_one_violates() -> None:
+    trials: Any = _Counted()
+    pilot = Pilot(trials, 0)
+    assert pilot.good(0.4)
+    assert pilot.good(0.2)
+    assert pilot._safest() == 0.4
+    pilot = Pilot(trials, 0)
+    assert pilot.good(1.0)
+    assert pilot.good(0.6)
+    assert pilot._safest() == 0.6
+
+
 def test_a_grid_reaches_from_the_largest_value_to_zero() -> None:
     values = np.concatenate([np.full(50, 0.3), -np.linspace(0.01, 1.0, 100)])
     grid = threshold_grid(values, [0.123])

@@ -14,13 +14,13 @@ good threshold, the pilot evaluates the whole grid, because a stricter threshold
 The grid falls geometrically, by a factor of sqrt(2), from the largest -V_h over the starts. It also
 holds quantiles of -V_h, which matter where all starts have nearly the same value, and 0.
 
-The strictest threshold of the grid is evaluated with m = 2 n as well. If it has a higher rate than
-L, the most permissive good one, so is one in the middle of those that are stricter than L. At most
-four thresholds are proposed: the one S with the lowest rate of violations (the strictest of these),
-L, 1.2 L, and the geometric mean of S and 1.2 L. Thresholds above S are not proposed, because a
-shield that steps in too early can violate more often. The walk (see `walk`) tests them in falling
-order. If L fails its test although it looked good in the pilot, the calibration keeps 1.2 L, which
-is only slightly stricter.
+The strictest threshold of the grid is evaluated with m = 2 n as well. If it does not look safer
+than L, the most permissive good one, so is one in the middle of those that are stricter than L. At
+most four thresholds are proposed: the one S with the lowest rate of violations, L, 1.2 L, and the
+geometric mean of S and 1.2 L. Thresholds above S are not proposed, because a shield that steps in
+too early can violate more often. The walk (see `walk`) tests them in falling order. If L fails its
+test although it looked good in the pilot, the calibration keeps 1.2 L, which is only slightly
+stricter.
 """
 
 from __future__ import annotations
@@ -136,9 +136,15 @@ class Pilot:
         return float(np.mean(self.trials.values <= -delta))
 
     def _safest(self) -> float:
-        """Return the threshold of the lowest rate among those that had all parts and look good."""
+        """Return the threshold of the lowest rate among those that had all parts and look good.
+
+        Of equal rates it is the strictest one if there were no violations. Otherwise it is the most
+        permissive one, because the stricter ones did not help.
+        """
         full = [d for d, seen in self._seen.items() if seen.parts == _PARTS and not seen.bad]
-        return min(full, key=lambda delta: (self._seen[delta].worst, -delta))
+        least = min(self._seen[delta].worst for delta in full)
+        equal = [delta for delta in full if self._seen[delta].worst == least]
+        return min(equal) if least > 0 else max(equal)
 
     def _bisect(self, grid: list[float]) -> float | None:
         """Return the last good threshold if the good ones come first; None if none was found."""
