@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -53,6 +54,13 @@ def once(
     temporary.write_text(json.dumps(result, indent=1))
     temporary.replace(path)
     return result
+
+
+def apart(command: list[str], name: str) -> None:
+    """Run a command with one thread, and say so if the cell of this name fails."""
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        print(f"{name} failed; going on", flush=True)
 
 
 def rank_correlation(learned: np.ndarray, exact: np.ndarray) -> float:

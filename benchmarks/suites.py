@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import resource
-import subprocess
 import sys
 import time
 import warnings
@@ -31,7 +29,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from common import RESULTS, machine, once
+from common import RESULTS, apart, machine, once
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -108,9 +106,9 @@ def learn(task: str, seed: int, path: Path) -> None:
     np.savez(path.with_suffix(".npz"), mean=seen.mean, spread=np.sqrt(seen.var + envs.epsilon))
 
 
-def trained(task: str, method: str, seed: int, data: Path) -> object:
+def trained(task: str, method: str, seed: int, data: Path, folder: Path = FOLDER) -> object:
     """Return the agent of a cell, trained now or read from its file."""
-    path = FOLDER / f"{task}_{method}_{seed}.safetensors"
+    path = folder / f"{task}_{method}_{seed}.safetensors"
     if method == "ppo":
         if not path.with_suffix(".npz").exists():
             learn(task, seed, path)
@@ -182,9 +180,7 @@ def run_apart(tasks: list[str], seeds: list[int], methods: list[str], data: Path
                     continue
                 command = [sys.executable, __file__, "--data", str(data)]
                 command += ["--tasks", task, "--seeds", str(seed), "--methods", method, "--here"]
-                done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                if done.returncode:
-                    print(f"{task} {method} {seed} failed; going on", flush=True)
+                apart(command, f"{task} {method} {seed}")
 
 
 def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[FieldScore]:

@@ -14,13 +14,13 @@ good threshold, the pilot evaluates the whole grid, because a stricter threshold
 The grid falls geometrically, by a factor of sqrt(2), from the largest -V_h over the starts. It also
 holds quantiles of -V_h, which matter where all starts have nearly the same value, and 0.
 
-The strictest threshold of the grid is evaluated with m = 2 n as well. If it does not look safer
-than L, the most permissive good one, so is one in the middle of those that are stricter than L. At
-most four thresholds are proposed: the one S with the lowest rate of violations, L, 1.2 L, and the
-geometric mean of S and 1.2 L. Thresholds above S are not proposed, because a shield that steps in
-too early can violate more often. The walk (see `walk`) tests them in falling order. If L fails its
-test although it looked good in the pilot, the calibration keeps 1.2 L, which is only slightly
-stricter.
+Let L be the most permissive good threshold. The strictest threshold of the grid is evaluated with
+m = 2 n as well. If it does not look safer than L, a threshold in the middle of those that are
+stricter than L is evaluated in the same way. At most four thresholds are proposed: the good one S
+with the lowest rate of violations, L, 1.2 L, and the geometric mean of S and 1.2 L. Thresholds
+stricter than S are not proposed, because a stricter shield can violate more often. The walk (see
+`walk`) tests the thresholds in falling order. If L fails its test although it looked good in the
+pilot, the calibration keeps 1.2 L, which is only slightly stricter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _GOOD = 0.4
 """Largest rate that looks good, as a share of the promised one."""
 _STEPS = 16
 _PARTS = 4
-"""Number of times that n / 2 episodes are played at a threshold that is to be proposed."""
+"""Number of parts, of n / 2 episodes each, that are played before a threshold may be proposed."""
 _REFINEMENTS = 2
 _NEXT = 1.2
 _PREFERRED_SHARE = 0.5
@@ -95,8 +95,8 @@ class Pilot:
         softer = [delta for delta in grid if delta < least]
         if softer and self._differ(least, softer[0]):
             least = self._refine(least, softer[0])
-        # The first test is the one whose failure leaves nothing, so it is of the threshold that
-        # looks safest after as many episodes as the others had: usually, not always, a strict one.
+        # If the first test fails, calibration fails. It is therefore a test of the threshold with
+        # the lowest rate in the pilot, which is usually a strict one.
         self.good(wide[0])
         if self._safest() == least and (stricter := [d for d in wide if d > least]):
             self.good(stricter[len(stricter) // 2])

@@ -101,7 +101,7 @@ class Trials:
     _pooled: dict[tuple[float, str], tuple[int, list[Score]]] = field(
         default_factory=dict, init=False
     )
-    """For each threshold and policy of the pilot: the position in `points`, and its episodes."""
+    """(threshold, policy) of the pilot -> index of its point in `points`, and its episodes."""
 
     def __post_init__(self) -> None:
         self.names = policy_names(self.policy, self.policy_name)
@@ -308,7 +308,7 @@ class Trials:
             )
 
     def _pool(self, delta: float, name: str, played: list[Score]) -> None:
-        """Add a part of the pilot's episodes to its point for a threshold and a policy."""
+        """Add episodes of the pilot to the point of this threshold and policy."""
         at, earlier = self._pooled.setdefault((delta, name), (len(self.points), []))
         earlier += played
         self.points[at : at + 1] = [self._point(delta, name, earlier)]
