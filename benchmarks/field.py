@@ -8,7 +8,8 @@ A cell is one agent on one task with one seed. Its shield is `ShieldTrainer` wit
 trained on the log for 20,000 updates, and with the constraint that the observation tells, where
 there is one. The agents are PPO for reward alone (100,000 steps in the environment), behaviour
 cloning of the whole log, and random actions. The shield is calibrated for the agent as it is
-deployed (mean actions) at epsilon 0.05 and confidence 0.95. Then two sets of fresh episodes are
+deployed (mean actions) at epsilon 0.05 and confidence 0.95; where this finds no threshold, once
+more at epsilon 0.1. Then two sets of fresh episodes are
 played with seeds that no calibration uses:
 
     certified     300 episodes from certified starts; their violating episodes are compared with
@@ -16,9 +17,9 @@ played with seeds that no calibration uses:
     all starts    20 episodes by the field's protocol: mean normalised return, and mean cost
                   divided by the limit 10
 
-A cell whose calibration finds no threshold stores the curve and the error's message instead. Its
-agent then plays behind the threshold with the lowest rate of violations in that curve, without a
-promise. All tasks have the same settings. They were chosen on seed 10.
+A cell where both calibrations find no threshold stores the curve and the message of the last error
+instead. Its agent then plays behind the threshold with the lowest rate of violations in that curve,
+without a promise. All tasks have the same settings. They were chosen on seed 10.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ from safeshield.suites.labels import with_constraint
 from safeshield.suites.tasks import COST_LIMIT, find_task
 
 FOLDER = RESULTS / "field"
-EPSILON, CONFIDENCE = 0.05, 0.95
+EPSILONS, CONFIDENCE = (0.05, 0.1), 0.95
 CERTIFIED = 300
 UPDATES = 20_000
-MOST_THAT_AGREE = 21
+MOST_THAT_AGREE = {0.05: 21, 0.1: 39}
 """Largest number of 300 episodes that may violate before the one-sided 95% lower limit of the rate
 exceeds epsilon."""
 AGENTS = ("ppo", "bc", "random")
@@ -74,22 +75,26 @@ def shield_of(task: str, seed: int, data: Path, folder: Path) -> Shield:
 
 def calibrated(shield: Shield, task: str, agent: object, name: str, seed: int) -> dict[str, Any]:
     """Return what calibration says, and the threshold that is to be played."""
-    try:
-        done = shield.calibrate(
-            make(task),
-            epsilon=EPSILON,
-            confidence=CONFIDENCE,
-            policy=agent,
-            policy_name=name,
-            deterministic=True,
-            seed=seed,
-        )
-    except CalibrationError as error:
-        curve = [dataclasses.asdict(point) for point in error.curve]
-        best = min(error.curve, key=lambda point: (point.violations / point.episodes, -point.delta))
-        return {"promise": None, "delta": best.delta, "message": str(error), "curve": curve}
-    assert done.record is not None
-    return {"promise": done.record.promise, "delta": done.delta}
+    curve: list[Any] = []
+    for epsilon in EPSILONS:
+        try:
+            done = shield.calibrate(
+                make(task),
+                epsilon=epsilon,
+                confidence=CONFIDENCE,
+                policy=agent,
+                policy_name=name,
+                deterministic=True,
+                seed=seed,
+            )
+        except CalibrationError as error:
+            curve, message = list(error.curve), str(error)
+            continue
+        assert done.record is not None
+        return {"promise": done.record.promise, "epsilon": epsilon, "delta": done.delta}
+    best = min(curve, key=lambda point: (point.violations / point.episodes, -point.delta))
+    points = [dataclasses.asdict(point) for point in curve]
+    return {"promise": None, "delta": best.delta, "message": message, "curve": points}
 
 
 def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
@@ -119,13 +124,21 @@ def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str,
     return row
 
 
+def epsilon_of(row: dict[str, Any]) -> float:
+    """Return the epsilon of a cell's promise."""
+    return float(row.get("epsilon", EPSILONS[0]))
+
+
 def line(row: dict[str, Any]) -> str:
     """Return a cell as a row of a Markdown table."""
     inside, outside = row["shielded"], row["unshielded"]
     if row["promise"] is None:
-        promise = "none | - | -"
+        promise = "none | - | - | -"
     else:
-        promise = f"{row['delta']:.3g} | {row['violating']} | {row['start_share']:.0%}"
+        promise = (
+            f"{epsilon_of(row)} | {row['delta']:.3g} | {row['violating']} | "
+            f"{row['start_share']:.0%}"
+        )
     return (
         f"| {row['task']} | {row['agent']} | {row['seed']} | {promise} | "
         f"{inside['replaced']:.0%} | {inside['return']:.2f} / {inside['cost']:.2f} | "
@@ -168,13 +181,13 @@ def main() -> None:
     paths = [folder / f"{t}_{n}_{s}.json" for t, n, s in cells]
     rows = [json.loads(path.read_text()) for path in paths if path.exists()]
     print(machine())
-    print("| task | agent | seed | delta | violating of 300 | certified starts | replaced | "
-          "return / cost | without the shield |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| task | agent | seed | epsilon | delta | violating of 300 | certified starts | "
+          "replaced | return / cost | without the shield |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(line(row))
     promised = [row for row in rows if row["promise"] is not None]
-    wrong = sum(row["violating"] > MOST_THAT_AGREE for row in promised)
+    wrong = sum(row["violating"] > MOST_THAT_AGREE[epsilon_of(row)] for row in promised)
     if promised:
         pooled = np.mean([row["violating"] for row in promised]) / CERTIFIED
         print(f"{len(promised)} promises of {len(rows)} cells; {wrong} contradicted; "
