@@ -73,12 +73,17 @@ def shield_of(task: str, seed: int, data: Path, folder: Path) -> Shield:
     return Shield.load(path)
 
 
-def calibrated(shield: Shield, task: str, agent: object, name: str, seed: int) -> dict[str, Any]:
-    """Return what calibration says, and the threshold that is to be played."""
+def calibrated(
+    shield: Shield, task: str, seed: int, agent: object = None, name: str | None = None
+) -> tuple[Shield, dict[str, Any]]:
+    """Return the shield that is to be played, and what its calibration says.
+
+    The shield is calibrated for an agent, or without one for the default proposers.
+    """
     curve: list[Any] = []
     for epsilon in EPSILONS:
         try:
-            done = shield.calibrate(
+            shield = shield.calibrate(
                 make(task),
                 epsilon=epsilon,
                 confidence=CONFIDENCE,
@@ -90,11 +95,13 @@ def calibrated(shield: Shield, task: str, agent: object, name: str, seed: int) -
         except CalibrationError as error:
             curve, message = list(error.curve), str(error)
             continue
-        assert done.record is not None
-        return {"promise": done.record.promise, "epsilon": epsilon, "delta": done.delta}
+        assert shield.record is not None
+        told = {"promise": shield.record.promise, "epsilon": epsilon, "delta": shield.delta}
+        return shield, told
     best = min(curve, key=lambda point: (point.violations / point.episodes, -point.delta))
     points = [dataclasses.asdict(point) for point in curve]
-    return {"promise": None, "delta": best.delta, "message": message, "curve": points}
+    told = {"promise": None, "delta": best.delta, "message": message, "curve": points}
+    return shield.with_delta(best.delta), told
 
 
 def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
@@ -102,9 +109,8 @@ def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str,
     shield = shield_of(task, seed, data, folder)
     agent = name if name == "random" else trained(task, name, seed, data, folder)
     started = time.process_time()
-    told = calibrated(shield, task, agent, name, seed)
+    shield, told = calibrated(shield, task, seed, agent, name)
     seconds = time.process_time() - started
-    shield = shield.with_delta(told["delta"])
     references = ReferenceReturns.of_log(data / f"{task}.hdf5")
     env, fresh = make(task), 1_000_000 + seed
     row = {"task": task, "agent": name, "seed": seed, **told, "calibration_seconds": seconds}

@@ -30,7 +30,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from common import RESULTS, apart, machine, once
-from stable_baselines3 import PPO
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import safeshield.suites  # noqa: F401 - registers the tasks
@@ -78,8 +79,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 class Normalised:
     """A model of Stable-Baselines3 that normalises observations as in its training."""
 
-    def __init__(self, path: Path) -> None:
-        self._model = PPO.load(path.with_suffix(".zip"), device="cpu")
+    def __init__(self, path: Path, algorithm: type[PPO] | type[SAC] = PPO) -> None:
+        self._model = algorithm.load(path.with_suffix(".zip"), device="cpu")
         statistics = np.load(path.with_suffix(".npz"))
         self._mean, self._spread = statistics["mean"], statistics["spread"]
 
@@ -95,12 +96,24 @@ class Normalised:
         return self._model.predict(scaled, state, episode_start, deterministic)
 
 
-def learn(task: str, seed: int, path: Path) -> None:
-    """Train PPO for reward alone: 64 x 64, 4 environments, normalised for the learner only."""
-    made = [lambda: gym.make(find_task(task).env_id)] * 4
+def learn(
+    make: Callable[[], gym.Env],
+    seed: int,
+    path: Path,
+    algorithm: type[PPO] | type[SAC] = PPO,
+    callback: BaseCallback | None = None,
+) -> None:
+    """Train PPO or SAC for reward alone, 100,000 steps; normalised for the learner only.
+
+    PPO has 64 x 64 networks and 4 environments, SAC the defaults and a single environment. The
+    model is saved as `path` with the ending .zip, the statistics of the observations with .npz.
+    """
+    on_policy = algorithm is PPO
+    made = [make] * (4 if on_policy else 1)
     envs = VecNormalize(DummyVecEnv(made))  # type: ignore[arg-type]
-    model = PPO("MlpPolicy", envs, n_steps=512, batch_size=256, seed=seed, device="cpu")
-    model.learn(PPO_STEPS)
+    settings: dict[str, Any] = {"n_steps": 512, "batch_size": 256} if on_policy else {}
+    model = algorithm("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    model.learn(PPO_STEPS, callback)
     model.save(path.with_suffix(".zip"))
     seen: Any = envs.obs_rms
     np.savez(path.with_suffix(".npz"), mean=seen.mean, spread=np.sqrt(seen.var + envs.epsilon))
@@ -111,7 +124,7 @@ def trained(task: str, method: str, seed: int, data: Path, folder: Path = FOLDER
     path = folder / f"{task}_{method}_{seed}.safetensors"
     if method == "ppo":
         if not path.with_suffix(".npz").exists():
-            learn(task, seed, path)
+            learn(lambda: gym.make(find_task(task).env_id), seed, path)
         return Normalised(path)
     if not path.exists():
         log = read_log(data, task)

@@ -245,3 +245,19 @@ def test_json_holds_the_rate() -> None:
 def test_an_uncalibrated_shield_warns() -> None:
     with pytest.warns(UncalibratedShieldWarning):
         evaluate(Walk(), up, 2, 0, shield=linear_shield())
+
+
+class Noisy:
+    """A policy whose mean action is 1 and whose noisy action is -1."""
+
+    def predict(
+        self, observation: Array, state: None = None, episode_start: None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, None]:  # fmt: skip
+        return np.full((len(observation), 1), 1.0 if deterministic else -1.0, np.float32), state
+
+
+def test_evaluation_plays_the_policy_with_its_noise_when_asked() -> None:
+    assert evaluate(Walk(), Noisy(), 3, 0).mean_return == 5.0
+    assert evaluate(Walk(), Noisy(), 3, 0, deterministic=False).mean_return == -5.0
+    assert evaluate(Walk(), Noisy(), 3, 0, deterministic=False).policy == "Noisy"

@@ -112,6 +112,7 @@ def evaluate(
     certified_by: ShieldLike | None = None,
     num_envs: int | None = None,
     name: str | None = None,
+    deterministic: bool = True,
 ) -> Evaluation:
     """Run whole episodes and return their violation rate, return and cost.
 
@@ -127,6 +128,9 @@ def evaluate(
         certified_by: The shield whose V_h and delta certify the starts; by default `shield`.
         num_envs: Number of environments that step together.
         name: Name of the policy in tables.
+        deterministic: The `deterministic` with which a policy's ``predict`` is called. Choose what
+            will be deployed. The default is that of the field's protocol, mean actions; that of
+            `Shield.calibrate` is False.
 
     Raises:
         ValueError: An argument is out of range, the environment's spaces are not the shield's, or
@@ -140,7 +144,9 @@ def evaluate(
     """
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
-    runs, share = draw_episodes(env, policy, episodes, seed, shield, judge, num_envs)
+    check_env(env)
+    acting = as_batch_policy(policy, spaces_of(env)[1], deterministic=deterministic)
+    runs, share = draw_episodes(env, acting, episodes, seed, shield, judge, num_envs)
     return summarise(
         runs,
         policy=name or (policy if isinstance(policy, str) else type(policy).__name__),
