@@ -161,7 +161,8 @@ def main() -> None:
             fine = f"{row['fine_delta']:.3g}, {row['fine_replaced']:.1%}"
         print(f"| {seed} | {row['delta']:.3g} | {row['certified']:.1%} | "
               f"{row['unsafe_certified']} | {counts} of {EPISODES} | "
-              f"{row['ridge']} of {LONG} | {row['worst']} of {LONG} | {row['replaced']:.1%} | {fine} |", flush=True)  # fmt: skip
+              f"{row['ridge']} of {LONG} | {row['worst']} of {LONG} | "
+              f"{row['replaced']:.1%} | {fine} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
