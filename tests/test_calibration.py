@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,12 @@ from safeshield.calibration.walk import walk_rungs
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
 from safeshield.files.schema import json_arguments
-from safeshield.rollouts.copies import Identity, environment_horizon, environment_wrappers
+from safeshield.rollouts.copies import (
+    Identity,
+    UnequalCopiesWarning,
+    environment_horizon,
+    environment_wrappers,
+)
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import OtherEnvironmentWarning, Shield
@@ -1113,3 +1119,56 @@ def test_attempts_count_where_environment_and_policy_are_the_same() -> None:
     assert one.counts_for("Boat", ["adversary"])
     assert not one.counts_for("Boat", ["policy"])
     assert not one.counts_for("Other", ["random"])
+
+
+# -- copies and worker processes -----------------------------------------------------------------
+
+
+def test_the_record_does_not_depend_on_the_number_of_processes(shield: Shield) -> None:
+    records = []
+    for workers in (1, 2):
+        request = {"deltas": [0.3], "num_envs": 6, "workers": workers, **REQUEST}
+        records.append({**calibrate(shield, boat(), **request).to_json(), "date": None})
+    assert records[0] == records[1]
+
+
+@pytest.mark.filterwarnings("ignore::safeshield.rollouts.copies.UnequalCopiesWarning")
+def test_processes_are_refused_where_they_cannot_be_used(shield: Shield) -> None:
+    with pytest.raises(ValueError, match="workers must be"):
+        calibrate(shield, boat(), workers=-1)
+    envs = gym.make_vec("safeshield/Boat-v0", num_envs=2)
+    with pytest.raises(ValueError, match="workers=2 needs one Gymnasium environment to copy"):
+        calibrate(shield, envs, workers=2)
+    changed: Any = boat()
+    changed.unwrapped.task = replace(changed.unwrapped.task, current=3.0)
+    with pytest.raises(ValueError, match=r"workers=2 cannot copy .* because a copy made from its"):
+        calibrate(shield, changed, workers=2)
+
+
+def test_an_environment_that_was_changed_by_hand_is_calibrated_itself(shield: Shield) -> None:
+    """Its copies would have the current that the spec names."""
+    changed: Any = boat()
+    changed.unwrapped.task = replace(changed.unwrapped.task, current=3.0)
+    with pytest.warns(UnequalCopiesWarning, match="returns something else 1 steps after a reset"):
+        runs = run_episodes(changed, "random", 2, 0)
+    made = gym.make("safeshield/Boat-v0", dt=DT, current=3.0, max_episode_steps=100)
+    own = run_episodes(made, "random", 2, 0, num_envs=1)
+    for here, there in zip(runs, own, strict=True):
+        assert np.allclose(here.observations, there.observations, atol=1e-5)
+    with pytest.raises(ValueError, match="num_envs must be 1 for"):
+        run_episodes(changed, "random", 2, 0, num_envs=2)
+
+
+def test_an_interrupted_calibration_counts_as_an_attempt(shield: Shield) -> None:
+    """Its tests may have been seen, so a further calibration has a smaller level."""
+    shield, calls = replace(shield), itertools.count()
+
+    @batch_policy
+    def impatient(observations: npt.NDArray[Any], rng: np.random.Generator) -> npt.NDArray[Any]:
+        if next(calls) > 150:
+            raise KeyboardInterrupt
+        return rng.uniform(-1.0, 1.0, observations.shape)
+
+    with pytest.raises(KeyboardInterrupt):
+        shield.calibrate(boat(), policy=impatient, deltas=[0.3, 0.15, 0.08], **REQUEST)
+    assert [one.passed for one in shield.attempts] == [False]

@@ -19,6 +19,7 @@ from safeshield.calibration.promises import Promise, Violation
 from safeshield.calibration.proposers import policy_names
 from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials, start_rows
 from safeshield.calibration.walk import CalibrationError, check_deltas, walk_rungs
+from safeshield.files.schema import whole
 from safeshield.rollouts.copies import (
     Identity,
     check_env,
@@ -114,6 +115,7 @@ def calibrate(
     episodes: int | None = None,
     seed: int = 0,
     num_envs: int | None = None,
+    workers: int = 0,
     progress_bar: bool = False,
 ) -> CalibrationRecord:
     """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
@@ -132,15 +134,18 @@ def calibrate(
 
     Args:
         shield: The shield to calibrate. Its own delta and record are ignored.
-        env: The environment that the shield will protect. With a vector entry point it runs in
-            parallel. It must report ``info["constraint"]`` or ``info["cost"]``, and the cost for a
-            promise about costs.
+        env: The environment that the shield will protect. Copies of it run in parallel where it can
+            be copied (see `copies.vectorise`). It must report ``info["constraint"]`` or
+            ``info["cost"]``, and the cost for a promise about costs.
         epsilon: Violation rate per episode to promise, by default 0.01; short for
             ``promise=Violation(epsilon)``.
         confidence: Confidence of the promise.
         promise: What to promise: a `Violation`, `CostAbove` or `MeanCost`.
         policy: The policy that proposes the actions, in any form that `as_batch_policy` takes. The
-            promise then holds for this policy alone. By default there are two: random proposals,
+            promise then holds for this policy alone. It must act on what it is given: a policy that
+            reads an environment object sees the idle `env` instead of the copy that it acts in,
+            and a function with a memory is called for several episodes in turn. Both need
+            ``num_envs=1``. By default there are two: random proposals,
             and an adversary that always proposes the accepted action of highest Q_h.
         policy_name: Name of the policy in the promise. By default it is `policy` itself where that
             is a string, and "policy" otherwise.
@@ -151,6 +156,10 @@ def calibrate(
             `MeanCost` the greatest number.
         seed: Seed of all draws.
         num_envs: Number of environments that run side by side.
+        workers: Number of processes that step the environments (see `workers.WorkerVectorEnv`);
+            with 0 this process does. Workers are worthwhile where a step takes milliseconds. The
+            record does not depend on their number. A script must use them below
+            ``if __name__ == "__main__":``.
         progress_bar: Whether to show a progress bar, with the threshold, the policy, the episodes
             counted and the bound so far.
 
@@ -162,6 +171,8 @@ def calibrate(
         TypeError: `env` is not an environment.
         ValueError: The spaces differ, an argument is out of range, N is too small (the message
             says how many episodes are needed), or the environment does not report what is needed.
+        KeyboardInterrupt: The tests were interrupted. They count as an attempt, which the error has
+            as its `attempt`.
         CalibrationError: No threshold meets the request. The message says what was reached and what
             would help; `curve` and `attempt` of the error have the figures.
     """
@@ -176,6 +187,7 @@ def calibrate(
             f"policy_name={policy_name!r} names a policy, but policy is None: pass policy as well"
         )
     check_probability("confidence", confidence)
+    workers = whole("workers", workers, least=0)
     name, names = environment_name(env), tuple(policy_names(policy, policy_name))
     earlier = _known_attempts(shield)
     tried = sum(one.counts_for(name, names) for one in earlier)
@@ -192,7 +204,7 @@ def calibrate(
     quantiles = _quantiles(shield, values) if asked is None else []
     trials = Trials(
         shield, env, promise, policy, policy_name, 1.0 - level, values, seed,
-        deterministic=deterministic, num_envs=num_envs, progress_bar=progress_bar,
+        deterministic=deterministic, num_envs=num_envs, workers=workers, progress_bar=progress_bar,
     )  # fmt: skip
     try:
         if deltas is None:
@@ -208,6 +220,10 @@ def calibrate(
             )
         except CalibrationError as error:
             error.attempt = attempt
+            raise
+        except KeyboardInterrupt as interrupt:
+            # Its tests may have been seen, on the progress bar for example.
+            interrupt.attempt = attempt  # type: ignore[attr-defined]
             raise
     finally:
         trials.close()

@@ -16,7 +16,13 @@ from safeshield.calibration.binomial import upper_bound
 from safeshield.calibration.promises import Promise, SequentialTest
 from safeshield.calibration.proposers import ShieldedProposals, battery, policy_names
 from safeshield.calibration.walk import CalibrationError
-from safeshield.rollouts.copies import copies, has_native_form, vectorise
+from safeshield.rollouts.copies import (
+    copies,
+    difference,
+    runs_natively,
+    spec_to_copy,
+    vectorise,
+)
 from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
 from safeshield.rollouts.policies import torch_seeded
@@ -91,6 +97,7 @@ class Trials:
     """Seed of the policies' noise, with the seed of the first episode of a group."""
     deterministic: bool = False
     num_envs: int | None = None
+    workers: int = 0
     progress_bar: bool = False
     names: list[str] = field(init=False)
     """Names of the policies that propose actions."""
@@ -105,14 +112,28 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.names = policy_names(self.policy, self.policy_name)
-        self._native = self.num_envs is None and has_native_form(self.env)
+        self._native = not self.workers and self.num_envs is None and runs_natively(self.env)
         # Copies of an environment without a vectorised form are made once: that may be slow.
-        self._envs: Env | VectorEnv = (
-            self.env if self._native else copies(self.env, self.num_envs, most=None, freeze=True)
-        )
+        self._envs: Env | VectorEnv = self.env if self._native else self._copies()
         width = self._width(_NATIVE_WIDTH)
         self._at_once = min(_WAVES * width, _AT_ONCE)
         self._bar: tqdm[None] = tqdm(disable=not self.progress_bar, unit="episode")
+
+    def _copies(self) -> VectorEnv:
+        if not self.workers:
+            return copies(self.env, self.num_envs, most=None, freeze=True)
+        from safeshield.rollouts.workers import WorkerVectorEnv
+
+        # The number of copies does not depend on that of the processes, so neither does a result.
+        envs = WorkerVectorEnv(cast("Env", self.env), self.num_envs, self.workers)
+        # The spec is None where a process can hold only one environment: nothing to compare with.
+        spec = spec_to_copy(cast("Env", self.env))
+        if spec is not None and (differs := difference(cast("Env", self.env), spec)):
+            envs.close()
+            raise ValueError(
+                f"workers={self.workers} cannot copy {self.env}, {differs}; leave workers out"
+            )
+        return envs
 
     def _width(self, native: int) -> int:
         """Return the number of environments that step together; `native` for a vectorised form."""

@@ -62,6 +62,14 @@ def calibrate(
             "--deterministic", help="Calibrate for a policy that is deployed without its noise."
         ),
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Processes that step the environment; 0 means that this one does. The record does "
+            "not depend on their number.",
+            min=0,
+        ),
+    ] = 0,
     trust: Trust = False,
     plugins: Plugins = None,
     debug: Debug = False,
@@ -83,6 +91,7 @@ def calibrate(
         episodes=episodes,
         deterministic=deterministic,
         seed=seed,
+        workers=workers,
         progress_bar=True,
     )
     shield.save(out)

@@ -170,10 +170,9 @@ def _side_by_side(
     whole("workers", workers, least=0)
     if is_vector_env(env):
         if workers:
-            raise ValueError(
-                f"workers={workers} needs one Gymnasium environment to copy, got a VectorEnv; "
-                "leave workers out, or pass gymnasium.make(id)"
-            )
+            from safeshield.rollouts.workers import refuse_vector_env
+
+            refuse_vector_env(env, workers)
         yield copies(env, num_envs, most=None, freeze=True)
         return
     single = cast(Env, env)

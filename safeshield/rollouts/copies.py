@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, cast
 
@@ -25,6 +26,7 @@ _NO_WRAPPERS = (
 )  # fmt: skip
 # Arguments of vector environments only.
 _OF_VECTORS = ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers", "autoreset_mode")
+_COMPARED_STEPS, _COMPARED_SEED = 20, 0
 _MANY_VALUES = "too many values to unpack"
 
 
@@ -197,8 +199,10 @@ def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
     """Return a vector environment of copies of `env`. A VectorEnv is returned unchanged.
 
     An `env` that `gymnasium.make` can rebuild is copied. The copies use its vector entry point
-    where it has one and no wrapper was added, and a `SyncVectorEnv` otherwise. Changes made by hand
-    after `make` are not copied.
+    where it has one and no wrapper was added, and a `SyncVectorEnv` otherwise. A copy must behave
+    as `env` does for 20 steps from the same seed (see `difference`), so `env` is reset. Where it
+    does not, for example because an attribute of `env` was changed after `make`, `env` itself is
+    the only member, and a warning says so.
 
     `env` itself is the only member, and stays open when the result is closed, where `num_envs` is 1
     or `env` cannot be copied. It cannot be copied where it has no spec, has a render mode, has a
@@ -211,7 +215,7 @@ def vectorise(env: Env | VectorEnv, num_envs: int | None = None) -> VectorEnv:
 
     Raises:
         ValueError: `num_envs` is below 1, differs from that of a VectorEnv, or is above 1 where
-            `env` cannot be copied.
+            `env` cannot be copied or a copy behaves otherwise.
     """
     return copies(env, num_envs, most=None, freeze=False)
 
@@ -241,6 +245,15 @@ def copies(
     spec = spec_to_copy(single)
     count = most_together(spec) if num_envs is None else num_envs
     count = count if most is None else min(count, most)
+    if count > 1 and spec is not None and (differs := difference(single, spec)):
+        if num_envs is not None:
+            raise ValueError(f"num_envs must be 1 for {single}, {differs}; got {num_envs}")
+        warnings.warn(
+            f"episodes run in {single} itself, one after the other, {differs}",
+            UnequalCopiesWarning,
+            stacklevel=3,
+        )
+        count = 1
     if count == 1:
         return gym.vector.SyncVectorEnv([lambda: Member(single, owned=False, freeze=freeze)])
     if spec is None:
@@ -260,6 +273,57 @@ def copies(
     )
 
 
+class UnequalCopiesWarning(UserWarning):
+    """A copy of an environment does not behave as the environment, so no copies are used."""
+
+
+def difference(env: Env, spec: gym.envs.registration.EnvSpec) -> str:
+    """Return how a copy made from `spec` differs from `env`, as a clause; "" where it does not.
+
+    Both are reset with the same seed and take the same random actions, for 20 steps or until an
+    episode ends. Observations, rewards, ends and the reported constraint and cost are compared,
+    with a tolerance of 1e-5.
+
+    Args:
+        env: The environment, which is reset.
+        spec: The spec from which `gymnasium.make` makes the copy.
+    """
+    # The checker is disabled because it has already checked the environment that is copied.
+    copy = gym.make(spec, disable_env_checker=True)
+    try:
+        copy.action_space.seed(_COMPARED_SEED)
+        told = [one.reset(seed=_COMPARED_SEED) for one in (env, copy)]
+        for step in range(_COMPARED_STEPS + 1):
+            here, there = [
+                (*one[:-1], *(_float_labels(one[-1]).get(key) for key in LABELS)) for one in told
+            ]
+            if not _alike(here, there):
+                return (
+                    f"because a copy made from its spec returns something else {step} steps after "
+                    "a reset with the same seed: it was changed after gymnasium.make, or its seed "
+                    "does not determine it"
+                )
+            if step and any(here[2:4]):
+                break
+            action = copy.action_space.sample()
+            told = [one.step(action) for one in (env, copy)]
+    finally:
+        copy.close()
+    return ""
+
+
+def _alike(here: object, there: object) -> bool:
+    """Return whether two observations or results of a step differ by rounding only."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        return here.keys() == there.keys() and all(_alike(here[k], there[k]) for k in here)
+    if isinstance(here, tuple | list) and isinstance(there, tuple | list):
+        return len(here) == len(there) and all(map(_alike, here, there))
+    one, other = np.asarray(here), np.asarray(there)
+    if one.dtype.kind not in "biufc" or other.dtype.kind not in "biufc":
+        return bool(np.all(one == other))
+    return one.shape == other.shape and np.allclose(one, other, 1e-5, 1e-5, equal_nan=True)
+
+
 def most_together(spec: gym.envs.registration.EnvSpec | None) -> int:
     """Return how many environments of a spec step together by default; 1 without a spec."""
     if spec is None:
@@ -271,10 +335,10 @@ def _is_native(spec: gym.envs.registration.EnvSpec) -> bool:
     return bool(spec.vector_entry_point and not spec.additional_wrappers)
 
 
-def has_native_form(env: Env | VectorEnv) -> bool:
-    """Return whether copies of a single environment `env` use its vector entry point."""
+def runs_natively(env: Env | VectorEnv) -> bool:
+    """Return whether copies of `env` use its vector entry point, and behave as `env` does."""
     spec = None if is_vector_env(env) else spec_to_copy(cast(Env, env))
-    return spec is not None and _is_native(spec)
+    return spec is not None and _is_native(spec) and not difference(cast(Env, env), spec)
 
 
 def one_per_process(env: Env) -> bool:

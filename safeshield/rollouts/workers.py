@@ -21,11 +21,12 @@ import numpy as np
 from safeshield.rollouts.copies import (
     Member,
     is_vector_env,
+    most_together,
     one_per_process,
     spec_to_copy,
     why_alone,
 )
-from safeshield.spaces.generic import Env, SyncVectorEnv
+from safeshield.spaces.generic import Env, SyncVectorEnv, VectorEnv
 
 # Modules whose import registers environments. A new process must import those of its parent.
 _REGISTERING = ("safeshield.envs", "safeshield.suites")
@@ -55,6 +56,15 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def refuse_vector_env(env: Env | VectorEnv, workers: int) -> None:
+    """Raise ValueError where `env`, which `workers` processes are to step, is a VectorEnv."""
+    if is_vector_env(env):
+        raise ValueError(
+            f"workers={workers} needs one Gymnasium environment to copy, got a VectorEnv; "
+            "leave workers out, or pass gymnasium.make(id)"
+        )
+
+
 class WorkerVectorEnv(SyncVectorEnv):
     """`num_envs` copies of an environment that are stepped by `workers` processes.
 
@@ -72,7 +82,8 @@ class WorkerVectorEnv(SyncVectorEnv):
 
     Args:
         env: The environment to copy. `gymnasium.make` must be able to rebuild it.
-        num_envs: Number of copies, at least 1. It is at most `workers` where a process can hold
+        num_envs: Number of copies, at least 1; None for the number that `copies` makes, which does
+            not depend on `workers`. It is at most `workers` where a process can hold
             only one environment (``metadata["one_per_process"]``).
         workers: Number of processes, at least 1. At most `num_envs` processes are started.
 
@@ -85,14 +96,15 @@ class WorkerVectorEnv(SyncVectorEnv):
     >>> envs = WorkerVectorEnv(env, num_envs=4, workers=2)  # doctest: +SKIP
     """
 
-    def __init__(self, env: Env, num_envs: int, workers: int) -> None:
+    def __init__(self, env: Env, num_envs: int | None, workers: int) -> None:
+        refuse_vector_env(env, workers)
+        spec = spec_to_copy(env, elsewhere=True)
+        if num_envs is None:
+            num_envs = workers if one_per_process(env) else most_together(spec)
         if num_envs < 1 or workers < 1:
             raise ValueError(
                 f"num_envs and workers must be at least 1, got {num_envs} and {workers}"
             )
-        if is_vector_env(env):
-            raise ValueError(f"workers need one environment to copy, got the VectorEnv {env}")
-        spec = spec_to_copy(env, elsewhere=True)
         if spec is None:
             raise ValueError(
                 f"workers need an environment that gymnasium.make can rebuild, got {env}, "

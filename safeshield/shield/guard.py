@@ -587,12 +587,21 @@ class ShieldRuntime:
         self._warned = True
         at = int(self._contradicted.argmax())
         told = [float(np.ravel(x)[at]) for x in (*reports, values if h is None else h)]
-        used = "V_h" if h is None else f"h by the shield's source '{self.shield.constraint}'"
+        pairs = zip(("constraint", "cost"), told[:2], strict=True)
+        reported = " and ".join(f"the {name} {x:.4g}" for name, x in pairs if not np.isnan(x))
+        if h is None:
+            then = (
+                f"V_h is {told[2]:.4g}: the network's estimate of h is wrong there, and the "
+                "episode is not certified any more"
+            )
+        else:
+            then = (
+                f"h by the shield's source '{self.shield.constraint}' is {told[2]:.4g}: the "
+                "shield's record does not cover this environment; calibrate the shield in the "
+                "environment that it will protect"
+            )
         warnings.warn(
-            f"the environment reports the constraint {told[0]:.4g} and the cost {told[1]:.4g} of a "
-            f"state where {used} is {told[2]:.4g}: the shield's record does not cover "
-            f"{'this episode' if h is None else 'this environment'}; calibrate the shield in the "
-            "environment that it will protect",
+            f"the environment reports {reported} of a state where {then}",
             OtherEnvironmentWarning,
             stacklevel=4,
         )

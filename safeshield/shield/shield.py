@@ -671,6 +671,7 @@ class Shield:
         episodes: int | None = None,
         seed: int = 0,
         num_envs: int | None = None,
+        workers: int = 0,
         progress_bar: bool = False,
     ) -> Self:
         """Return a copy with a calibrated delta and the record of the calibration.
@@ -678,7 +679,7 @@ class Shield:
         Delta is tested in episodes of `env` in which the shield filters the actions of `policy`, or
         of the default proposers. The other arguments are the promised rate `epsilon` or another
         `promise`, its `confidence`, `policy_name` and `deterministic` of the policy, the `deltas`
-        and `episodes` of the tests, `seed`, `num_envs` and `progress_bar`.
+        and `episodes` of the tests, `seed`, `num_envs`, `workers` and `progress_bar`.
         `calibration.calibrate.calibrate` describes them, the procedure and the promise. Both this
         shield and the copy remember the attempt, in `attempts`.
         """
@@ -698,10 +699,11 @@ class Shield:
                 episodes=episodes,
                 seed=seed,
                 num_envs=num_envs,
+                workers=workers,
                 progress_bar=progress_bar,
             )
-        except ValueError as error:
-            # A CalibrationError tells the attempt, if it came to a test.
+        except (ValueError, KeyboardInterrupt) as error:
+            # The error tells the attempt, if it came to a test.
             attempt = getattr(error, "attempt", None)
             if attempt is not None:
                 self.attempts = (*self.attempts, attempt)
