@@ -185,6 +185,7 @@ class CalibrationRecord:
             f"episode of {self.environment}{length} that starts as {self.start_distribution}, in "
             f"which actions are proposed by one of {names}{acting} and executed through this "
             f"shield at delta {self.delta:.4g}{replaced or ','} {claim}. {counted}: {seen}."
+            f" Of the starts drawn, {self.start_share:.0%} had V_h <= -delta."
             f"{self._about_attempts()} For another policy, start distribution, horizon or "
             "environment nothing is promised."
         )
