@@ -117,6 +117,22 @@ def test_adam_equals_torch_adam_over_many_steps() -> None:
         torch.testing.assert_close(mine, other.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_adam_does_not_depend_on_how_tensors_lie_in_memory() -> None:
+    """A gradient or a weight may be a transposed matrix."""
+    plain = torch.randn(3, 5, generator=generator(4))
+    gradient = torch.randn(3, 5, generator=generator(5))
+
+    def turn(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.T.contiguous().T
+
+    rates = [torch.tensor(0.1)]
+    moved, _ = adam({"a": {"w": plain}}, [gradient], adam_init({"a": {"w": plain}}), rates)
+    for weight, slope in ((plain, turn(gradient)), (turn(plain), gradient)):
+        networks = {"a": {"w": weight}}
+        turned, _ = adam(networks, [slope], adam_init(networks), rates)
+        assert torch.equal(turned["a"]["w"], moved["a"]["w"])
+
+
 def test_adam_leaves_its_inputs_alone() -> None:
     networks = two_networks()
     before = [tensor.clone() for tensor in tensors(networks)]

@@ -62,7 +62,7 @@ def nothing_passes(
     yours = ", calibrate with policy= the agent that will be deployed" if policy is None else ""
     parts[-1] += (
         f"{yours}, or improve the critics: more of the log, more updates, or a log that reports "
-        "h where it has binary costs alone"
+        "h where it has binary costs alone. shield.diagnose names the cause of each violation"
     )
     return " ".join(parts)
 

@@ -2,7 +2,7 @@
 
 `torch.optim` changes its parameters in place. The functions here return new tensors, so that an
 update is one function of its inputs that can be compiled, replayed or run for many seeds. The
-results of `adam` equal those of `torch.optim.Adam`, which a test checks.
+results of `adam` equal those of `torch.optim.Adam`, which a test checks; it runs torch's fused kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as functional_adam
 
 from safeshield.nn.mlp import Networks, like, tensors
 
@@ -53,19 +54,31 @@ def adam(
         betas: Decay rates of the two moments.
         epsilon: Number added to the root of the second moment.
     """
-    count = state.updates + 1
-    mean = torch._foreach_lerp(tensors(state.mean), gradients, 1.0 - betas[0])
-    square = torch._foreach_mul(tensors(state.square), betas[1])
-    square = torch._foreach_addcmul(square, gradients, gradients, 1.0 - betas[1])
-    correction = torch.sqrt(1.0 - betas[1] ** count)
-    root = torch._foreach_div(torch._foreach_sqrt(square), correction)
-    direction = torch._foreach_div(mean, torch._foreach_add(root, epsilon))
-    unbias = 1.0 / (1.0 - betas[0] ** count)
-    step = torch._foreach_mul(direction, [rate * unbias for rate in rates])
-    updated = torch._foreach_sub(tensors(networks), step)
-    return like(networks, list(updated)), AdamState(
-        like(networks, list(mean)), like(networks, list(square)), count
+    # torch's fused kernel writes into its arguments, so it gets copies. It reads the memory of all
+    # of them in one order, whatever their strides are.
+    values, mean, square = (
+        [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors(of)]
+        for of in (networks, state.mean, state.square)
     )
+    gradients = [gradient.contiguous() for gradient in gradients]
+    count = state.updates + 1
+    steps = list(state.updates.expand(len(values)).clone().unbind())
+    for rate in {id(rate): rate for rate in rates}.values():
+        own = [i for i, other in enumerate(rates) if other is rate]
+        functional_adam(
+            *([part[i] for i in own] for part in (values, gradients, mean, square)),
+            [],
+            [steps[i] for i in own],
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=rate,
+            weight_decay=0.0,
+            eps=epsilon,
+            maximize=False,
+        )
+    return like(networks, values), AdamState(like(networks, mean), like(networks, square), count)
 
 
 def polyak(targets: Networks, networks: Networks, rate: float) -> Networks:
