@@ -19,7 +19,7 @@ played with seeds that no calibration uses:
 
 A cell where both calibrations find no threshold stores the curve and the message of the last error
 instead. Its agent then plays behind the threshold with the lowest rate of violations in that curve,
-without a promise. All tasks have the same settings. They were chosen on seed 10.
+without a promise, and `Shield.diagnose` counts the causes of the violations in 40 episodes. All tasks have the same settings. They were chosen on seed 10.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from safeshield.suites.tasks import COST_LIMIT, find_task
 
 FOLDER = RESULTS / "field"
 EPSILONS, CONFIDENCE = (0.05, 0.1), 0.95
-CERTIFIED = 300
+CERTIFIED, DIAGNOSED = 300, 40
 UPDATES = 20_000
 MOST_THAT_AGREE = {0.05: 21, 0.1: 39}
 """Largest number of 300 episodes that may violate before the one-sided 95% lower limit of the rate
@@ -119,6 +119,11 @@ def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str,
         certified = evaluate(env, agent, CERTIFIED, fresh, shield=shield, starts="certified")
         row["violating"] = certified.violating
         row["start_share"] = certified.start_share
+    else:
+        diagnosis = shield.diagnose(
+            env, agent, episodes=DIAGNOSED, seed=fresh + 2, deterministic=True
+        )
+        row["causes"] = diagnosis.counts
     for key, used in (("shielded", shield), ("unshielded", None)):
         result = evaluate(env, agent, EPISODES, fresh + 1, shield=used)
         row[key] = {
@@ -192,6 +197,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(line(row))
+    for row in rows:
+        if "causes" in row:
+            print(f"{row['task']}, {row['agent']}, seed {row['seed']}: {row['causes']}")
     promised = [row for row in rows if row["promise"] is not None]
     wrong = sum(row["violating"] > MOST_THAT_AGREE[epsilon_of(row)] for row in promised)
     if promised:

@@ -2,7 +2,8 @@
 
 `torch.optim` changes its parameters in place. The functions here return new tensors, so that an
 update is one function of its inputs that can be compiled, replayed or run for many seeds. The
-results of `adam` equal those of `torch.optim.Adam`, which a test checks; it runs torch's fused kernel.
+results of `adam`, which runs torch's fused kernel on copies, equal those of `torch.optim.Adam`. A
+test checks this.
 """
 
 from __future__ import annotations
