@@ -19,7 +19,8 @@ played with seeds that no calibration uses:
 
 A cell where both calibrations find no threshold stores the curve and the message of the last error
 instead. Its agent then plays behind the threshold with the lowest rate of violations in that curve,
-without a promise, and `Shield.diagnose` counts the causes of the violations in 40 episodes. All tasks have the same settings. They were chosen on seed 10.
+without a promise, and `Shield.diagnose` counts the causes of the violations in 40 episodes. All
+tasks have the same settings. They were chosen on seed 10.
 """
 
 from __future__ import annotations
