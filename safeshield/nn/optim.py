@@ -67,7 +67,10 @@ def adam(
     for rate in {id(rate): rate for rate in rates}.values():
         own = [i for i, other in enumerate(rates) if other is rate]
         functional_adam(
-            *([part[i] for i in own] for part in (values, gradients, mean, square)),
+            [values[i] for i in own],
+            [gradients[i] for i in own],
+            [mean[i] for i in own],
+            [square[i] for i in own],
             [],
             [steps[i] for i in own],
             fused=True,

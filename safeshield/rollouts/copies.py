@@ -292,7 +292,7 @@ def difference(env: Env, spec: gym.envs.registration.EnvSpec) -> str:
     copy = gym.make(spec, disable_env_checker=True)
     try:
         copy.action_space.seed(_COMPARED_SEED)
-        told = [one.reset(seed=_COMPARED_SEED) for one in (env, copy)]
+        told: list[tuple[Any, ...]] = [one.reset(seed=_COMPARED_SEED) for one in (env, copy)]
         for step in range(_COMPARED_STEPS + 1):
             here, there = [
                 (*one[:-1], *(_float_labels(one[-1]).get(key) for key in LABELS)) for one in told
