@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,7 @@ from safeshield.calibration import (
     upper_bound,
     violations_allowed,
 )
+from safeshield.calibration.advice import nothing_passes
 from safeshield.calibration.betting import betting_test, wealth
 from safeshield.calibration.calibrate import (
     DEFAULT_SHARES,
@@ -62,6 +64,7 @@ from safeshield.rollouts.copies import (
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import OtherEnvironmentWarning, Shield
+from safeshield.shield.record import PilotPoint
 from safeshield.wrappers import SafetyShield
 
 pytestmark = pytest.mark.filterwarnings(
@@ -481,6 +484,37 @@ def test_nothing_passes_says_what_was_reached() -> None:
         run(scripted({(0.3, "a"): 60}))
 
 
+def test_the_advice_of_a_failed_calibration_is_the_safest_threshold_with_enough_episodes() -> None:
+    """A rate of 0 in 25 episodes says less than 2 of 100. The test of the advised length passes
+    with probability 0.9 at this rate, and keeps its level."""
+    curve = [
+        PilotPoint(0.4, "a", 25, 0, 1.0, 0.0),
+        PilotPoint(0.3, "a", 100, 2, 1.0, 0.0),
+        PilotPoint(0.2, "a", 100, 4, 1.0, 0.0),
+    ]
+    told = nothing_passes(
+        Violation(0.05),
+        0.95,
+        Rung(0.3, "a", 126, 4, 0.1, False),
+        curve,
+        np.array([-1.0, -0.5]),
+        None,
+        "a",
+        0.05,
+    )
+    found = re.search(r"deltas=\[0.3\] and episodes=(\d+)", told)
+    assert found is not None
+    episodes, level = int(found[1]), 0.05 / 2.0
+    allowed = violations_allowed(episodes, 0.05, 1.0 - level)
+    assert binom.cdf(allowed, episodes, 0.02) >= 0.9
+    assert binom.cdf(allowed, episodes, 0.05) <= level
+    assert "about 0.02" in told
+    bad = [PilotPoint(0.3, "a", 100, 6, 1.0, 0.0)]
+    failed = Rung(0.3, "a", 100, 6, 0.1, False)
+    told = nothing_passes(Violation(0.05), 0.95, failed, bad, np.zeros(1), None, "a", 0.05)
+    assert "episodes=" not in told
+
+
 # -- on the boat ----------------------------------------------------------------------------------
 
 REQUEST: dict[str, Any] = {"epsilon": 0.15, "confidence": 0.9, "seed": 1}
@@ -631,8 +665,6 @@ def test_the_promise_holds_in_fresh_episodes(calibrated: Shield) -> None:
 
 
 def test_the_same_seed_gives_the_same_record(shield: Shield, calibrated: Shield) -> None:
-    from dataclasses import replace
-
     fresh = replace(shield, attempts=())
     again = calibrate(fresh, boat(), deltas=DELTAS_HERE, **REQUEST)
     first = calibrated.record
@@ -698,8 +730,6 @@ def test_only_accepted_starts_are_played_and_count(
 
 def test_a_request_out_of_reach_is_an_error(shield: Shield) -> None:
     # A shield that believes all is safe: h is moved far down.
-    from dataclasses import replace
-
     blind = replace(
         shield, model=replace(shield.model, scale=replace(shield.model.scale, offset=-50.0))
     )
@@ -934,8 +964,6 @@ def test_a_later_attempt_is_tested_more_strictly_on_other_seeds(
 
 
 def test_a_failed_attempt_is_remembered(shield: Shield) -> None:
-    from dataclasses import replace
-
     offset = replace(shield.model.scale, offset=-50.0)
     blind = replace(shield, model=replace(shield.model, scale=offset), attempts=())
     with pytest.raises(CalibrationError) as caught:
@@ -949,8 +977,6 @@ def test_a_failed_attempt_is_remembered(shield: Shield) -> None:
 
 
 def test_the_advice_is_true_where_all_values_are_alike(shield: Shield) -> None:
-    from dataclasses import replace
-
     scale = replace(shield.model.scale, offset=-1.0, spread=1e-12, step_rms=1e-12)
     blind = replace(shield, model=replace(shield.model, scale=scale))
     words = "Larger deltas do not help: the values of the starts end at -1,"
@@ -968,8 +994,6 @@ def test_the_advice_is_true_where_all_values_are_alike(shield: Shield) -> None:
 
 
 def test_a_record_of_before_counts_as_an_attempt(calibrated: Shield) -> None:
-    from dataclasses import replace
-
     assert calibrated.record is not None
     old = replace(calibrated.record, attempts=())
     before = replace(calibrated, record=old, attempts=())

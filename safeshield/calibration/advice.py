@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.calibration.binomial import upper_bound
+from safeshield.calibration.binomial import episodes_needed, upper_bound
 from safeshield.calibration.promises import Promise
+from safeshield.calibration.sequential import fixed_plan
 from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE
 from safeshield.shield.record import MEAN_COST, VIOLATION, PilotPoint, Rung
 
+_MOST_EPISODES, _LIKELY = 10_000, 0.9
 _DID = {
     VIOLATION: "violated",
     "cost above": "exceeded the limit",
@@ -27,6 +29,7 @@ def nothing_passes(
     values: npt.NDArray[np.float64],
     asked: Sequence[float] | None,
     policy: object,
+    level: float,
 ) -> str:
     """Return the message of an error where the first test failed.
 
@@ -38,6 +41,7 @@ def nothing_passes(
         values: (n,) V_h of starts.
         asked: The thresholds that the user passed; None where a pilot proposed them.
         policy: The user's policy; None for the battery.
+        level: Level of the test. The next attempt on this shield is tested at half of it.
     """
     wanted = (
         f"the mean cost {promise.limit:g}"
@@ -54,8 +58,9 @@ def nothing_passes(
     ]
     if promise.kind != MEAN_COST:
         parts.append(
-            f"The lowest rate seen is about {rate:.2g} (95% interval {low:.2g} to {high:.2g}), at "
-            f"delta {point.delta:.4g}: ask for an epsilon above that interval"
+            f"The safest threshold seen is delta {point.delta:.4g}, at a rate of about {rate:.2g} "
+            f"(95% interval {low:.2g} to {high:.2g}): ask for an epsilon above that interval"
+            f"{_about_episodes(point.delta, rate, promise.share, 1.0 - level / 2.0)}"
         )
     else:
         parts.append("Ask for a larger limit")
@@ -87,17 +92,34 @@ def _about_deltas(
 
 
 def _best(curve: Sequence[PilotPoint]) -> tuple[PilotPoint, float, float, float]:
-    """Return the point of the threshold with the lowest worst rate, the rate and its interval."""
+    """Return the point of the safest threshold, its rate and the 95% interval of the rate.
+
+    The safest threshold has the lowest upper limit, of its worst policy. A lower rate that was seen
+    in a few episodes says less.
+    """
     worst: dict[float, PilotPoint] = {}
     for point in curve:
         known = worst.get(point.delta)
-        if known is None or _rate(point) > _rate(known):
+        if known is None or _high(point) > _high(known):
             worst[point.delta] = point
-    best = min(worst.values(), key=_rate)
+    best = min(worst.values(), key=_high)
     harmless = best.episodes - best.violations
     low = 1.0 - upper_bound(best.episodes, harmless, 0.975)
-    return best, _rate(best), low, upper_bound(best.episodes, best.violations, 0.975)
+    return best, best.violations / max(best.episodes, 1), low, _high(best)
 
 
-def _rate(point: PilotPoint) -> float:
-    return point.violations / max(point.episodes, 1)
+def _high(point: PilotPoint) -> float:
+    return upper_bound(point.episodes, point.violations, 0.975) if point.episodes else 1.0
+
+
+def _about_episodes(delta: float, rate: float, epsilon: float, confidence: float) -> str:
+    """Return the number of episodes with which a threshold of a rate usually passes, or ""."""
+    least = episodes_needed(epsilon, confidence)
+    if rate < epsilon and least < _MOST_EPISODES:
+        for episodes in np.geomspace(least, _MOST_EPISODES, 60).astype(int).tolist():
+            if fixed_plan(episodes, epsilon, confidence).power(rate) >= _LIKELY:
+                return (
+                    f", or pass deltas=[{delta:.4g}] and episodes={episodes}, a test that this "
+                    f"rate passes with probability {_LIKELY:g}"
+                )
+    return ""

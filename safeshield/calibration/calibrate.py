@@ -229,7 +229,9 @@ def calibrate(
         trials.close()
     if delta is None:
         raise CalibrationError(
-            nothing_passes(promise, confidence, rungs[-1], trials.points, values, asked, policy),
+            nothing_passes(
+                promise, confidence, rungs[-1], trials.points, values, asked, policy, level
+            ),
             trials.points,
             attempt,
         )
