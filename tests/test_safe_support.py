@@ -295,7 +295,7 @@ def test_each_state_is_measured_with_the_policys_actions_there(shield: Shield) -
             return np.full(len(actions), -np.log(0.4**2))
 
     policy = SafeSupportPolicy(shield, Turning(), seed=0)
-    seen = np.array([EDGE, [-1.2, 0.6], [-1.1, 0.3]], np.float32)
+    seen = np.array([EDGE, [-1.18, 0.6], [-1.1, 0.3]], np.float32)
     actions, _ = policy.predict(seen)
     together = policy.log_density(seen, actions)
     for i in range(3):

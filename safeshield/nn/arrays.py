@@ -106,7 +106,8 @@ def affine_relu(x: A, weight: A, bias: A) -> A:
         out: Float = np.matmul(x, weight)
         out += bias
         return np.maximum(out, _ZERO, out=out)
-    return bias.baddbmm(x, weight).relu()
+    # In place, which autograd allows: the product's gradient does not need its result.
+    return bias.baddbmm(x, weight).relu_()
 
 
 def transposed(weight: A) -> A:

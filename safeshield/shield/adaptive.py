@@ -186,6 +186,8 @@ class AdaptiveMargin:
         settings: How the thresholds follow the errors.
         delta: The calibrated delta, in units of h.
         count: Number n of environments.
+        rounding: Difference of two errors that counts as none, in units of h. The last digits of a
+            value depend on the batch in which it is computed.
 
     >>> margin = AdaptiveMargin(AdaptiveThreshold(window=40, horizon=10), delta=0.05, count=1)
     >>> for _ in range(40):  # the value rises by 1 cm a step: 10 cm in 10 steps
@@ -194,9 +196,12 @@ class AdaptiveMargin:
     array([-0.1])
     """
 
-    def __init__(self, settings: AdaptiveThreshold, delta: float, count: int) -> None:
+    def __init__(
+        self, settings: AdaptiveThreshold, delta: float, count: int, rounding: float = 0.0
+    ) -> None:
         self.settings = settings
         self.delta = float(delta)
+        self._rounding = float(rounding)
         self._alpha = np.empty(count)
         self._margin = np.empty(count)
         self._threshold = np.empty(count)
@@ -335,7 +340,7 @@ class AdaptiveMargin:
         if not len(rows):
             return
         settings, seen = self.settings, np.asarray(errors, np.float64)[rows]
-        wrong = seen > self._margin[rows]
+        wrong = seen > self._margin[rows] + self._rounding
         self._alpha[rows] += settings.rate * (settings.target - wrong)
         self._errors[rows, self._observed[rows] % settings.window] = seen
         self._observed[rows] += 1

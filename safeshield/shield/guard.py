@@ -195,7 +195,9 @@ class ShieldRuntime:
         self._count = 1 if num_envs is None else num_envs
         settings = as_adaptive(adaptive)
         self.adaptive = (
-            None if settings is None else AdaptiveMargin(settings, shield.delta, self._count)
+            None
+            if settings is None
+            else AdaptiveMargin(settings, shield.delta, self._count, shield.model.scale.rounding)
         )
         codec = shield.model.action_codec
         self._codec = codec
