@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -61,6 +63,48 @@ def apart(command: list[str], name: str) -> None:
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         print(f"{name} failed; going on", flush=True)
+
+
+def cells_parser(description: str | None, folder: Path) -> argparse.ArgumentParser:
+    """Return the options of a benchmark of cells (task, agent, seed), each in its own process.
+
+    Args:
+        description: The help of the command.
+        folder: Folder of models and results by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=folder, help="where models and results lie")
+    parser.add_argument("--here", action="store_true", help="run in this process")
+    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    return parser
+
+
+def cell_result(
+    stored: str,
+    compute: Callable[[], dict[str, Any]],
+    arguments: argparse.Namespace,
+    command: list[str],
+) -> dict[str, Any] | None:
+    """Return the result of a cell, computed first where there is none; None where it failed.
+
+    Args:
+        stored: Name of the result.
+        compute: Function that computes it.
+        arguments: Options of `cells_parser`.
+        command: The command that computes this cell alone, without its folders. It runs in a
+            process of its own, unless `arguments` say otherwise.
+    """
+    path = arguments.folder / f"{stored}.json"
+    if not (arguments.table or path.exists()):
+        if arguments.here:
+            once(stored, compute, folder=arguments.folder)
+        else:
+            places = ["--data", str(arguments.data), "--folder", str(arguments.folder), "--here"]
+            apart([sys.executable, *command, *places], stored)
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def rank_correlation(learned: np.ndarray, exact: np.ndarray) -> float:

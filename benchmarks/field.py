@@ -25,19 +25,18 @@ tasks have the same settings. They were chosen on seed 10.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
+import itertools
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from common import RESULTS, apart, machine, once
+from common import RESULTS, cell_result, cells_parser, machine
 from suites import read_log, trained
 
 import safeshield.suites  # noqa: F401 - registers the tasks
@@ -160,38 +159,24 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the cells without a stored result, each in its own process, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
-    parser.add_argument("--tasks", nargs="+", help="default: every log in the folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = cells_parser(__doc__, FOLDER)
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=AGENTS)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where models and results lie")
-    parser.add_argument("--here", action="store_true", help="run in this process")
-    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()
-    folder: Path = arguments.folder
+    data, folder = arguments.data, arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    tasks = arguments.tasks or sorted(path.stem for path in arguments.data.glob("*.hdf5"))
-    cells = [(t, n, s) for s in arguments.seeds for n in arguments.agents for t in tasks]
-    for task, name, seed in cells:
-        stored = f"{task}_{name}_{seed}"
-        if arguments.table or (folder / f"{stored}.json").exists():
-            continue
-        if arguments.here:
-            once(
-                stored,
-                lambda t=task, n=name, s=seed: cell(t, n, s, arguments.data, folder),
-                folder=folder,
-            )
-            continue
-        command = [sys.executable, __file__, "--data", str(arguments.data), "--here"]
-        command += ["--tasks", task, "--agents", name, "--seeds", str(seed)]
-        command += ["--folder", str(folder)]
-        apart(command, stored)
-    paths = [folder / f"{t}_{n}_{s}.json" for t, n, s in cells]
-    rows = [json.loads(path.read_text()) for path in paths if path.exists()]
+    tasks = arguments.tasks or sorted(path.stem for path in data.glob("*.hdf5"))
+    results = [
+        cell_result(
+            f"{task}_{name}_{seed}",
+            partial(cell, task, name, seed, data, folder),
+            arguments,
+            [__file__, "--tasks", task, "--agents", name, "--seeds", str(seed)],
+        )
+        for seed, name, task in itertools.product(arguments.seeds, arguments.agents, tasks)
+    ]
+    rows = [row for row in results if row is not None]
     print(machine())
     print("| task | agent | seed | epsilon | delta | violating of 300 | certified starts | "
           "replaced | return / cost | without the shield |")  # fmt: skip

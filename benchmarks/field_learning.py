@@ -16,16 +16,15 @@ the PPO of `field.py`, which learned without a shield.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import itertools
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
-from common import RESULTS, apart, machine, once
+from common import RESULTS, cell_result, cells_parser, machine
 from field import calibrated, make, shield_of
 from stable_baselines3 import PPO, SAC
 from suites import Normalised, learn, trained
@@ -93,39 +92,24 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the cells without a stored result, each in its own process, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = cells_parser(__doc__, FOLDER)
     parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=LEARNERS)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where models and results lie")
-    parser.add_argument("--here", action="store_true", help="run in this process")
-    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()
-    folder: Path = arguments.folder
+    data, folder = arguments.data, arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = []
-    for seed in arguments.seeds:
-        for name in arguments.learners:
-            for task in arguments.tasks:
-                stored = f"{task}_learned_{name}_{seed}"
-                path = folder / f"{stored}.json"
-                if not (arguments.table or path.exists()):
-                    if arguments.here:
-                        once(
-                            stored,
-                            lambda t=task, n=name, s=seed: cell(t, n, s, arguments.data, folder),
-                            folder=folder,
-                        )
-                    else:
-                        command = [sys.executable, __file__, "--data", str(arguments.data)]
-                        command += ["--here", "--tasks", task, "--learners", name]
-                        command += ["--seeds", str(seed), "--folder", str(folder)]
-                        apart(command, stored)
-                if path.exists():
-                    rows.append(json.loads(path.read_text()))
+    tasks = arguments.tasks or TASKS
+    results = [
+        cell_result(
+            f"{task}_learned_{name}_{seed}",
+            partial(cell, task, name, seed, data, folder),
+            arguments,
+            [__file__, "--tasks", task, "--learners", name, "--seeds", str(seed)],
+        )
+        for seed, name, task in itertools.product(arguments.seeds, arguments.learners, tasks)
+    ]
+    rows = [row for row in results if row is not None]
     print(machine())
     print("| task | learner | seed | epsilon | delta | violating in training | replaced | learned, "
           "shielded | the PPO without a shield, shielded |")  # fmt: skip
