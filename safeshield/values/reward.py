@@ -158,9 +158,8 @@ class RewardCritics:
             observed = [batch.observations, batch.next_observations]
             if not one_step:
                 observed.append(batch.window_observations)
-            here, after, *end = self.possible(targets, torch.cat(observed)).split(
-                len(batch.actions)
-            )
+            values = self.possible(targets, torch.cat(observed))
+            here, after, *end = values.view(len(observed), -1).unbind()
             y = batch.rewards + discount * torch.where(batch.terminated, 0.0, after)
             if one_step:
                 low = self.advantages(targets, batch.observations, batch.actions).amin(0)

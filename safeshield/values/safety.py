@@ -181,9 +181,8 @@ class SafetyCritics:
             if not one_step:
                 observed.append(batch.window_observations)
                 labelled.append(batch.window_constraints)
-            here, after, *end = self.log_value(
-                targets, torch.cat(observed), torch.cat(labelled)
-            ).split(len(batch.actions))
+            values = self.log_value(targets, torch.cat(observed), torch.cat(labelled))
+            here, after, *end = values.view(len(observed), -1).unbind()
             step = SafetyBackup.one_step(batch.next_constraints, batch.terminated, self.discount)
             if one_step:
                 worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
