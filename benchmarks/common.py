@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,46 +67,54 @@ def apart(command: list[str], name: str) -> None:
         print(f"{name} failed; going on", flush=True)
 
 
-def cells_parser(description: str | None, folder: Path) -> argparse.ArgumentParser:
-    """Return the options of a benchmark of cells (task, agent, seed), each in its own process.
+def run_cells(
+    script: str,
+    description: str | None,
+    option: str,
+    names: Sequence[str],
+    cell: Callable[[str, str, int, Path, Path], dict[str, Any]],
+    stored: str,
+    tasks: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Read the command line, run the cells without a stored result, and return all results.
+
+    A cell is a task, a name (of an agent, for example) and a seed. It runs in its own process.
 
     Args:
-        description: The help of the command.
-        folder: Folder of models and results by default.
+        script: File of the benchmark, which runs again for each cell.
+        description: Help of the command.
+        option: Name of the option that selects names, such as "agents".
+        names: All names.
+        cell: Function (task, name, seed, data, folder) that computes a result.
+        stored: Name of a result, with the fields task, name and seed.
+        tasks: Tasks by default; empty for every log in the folder.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
-    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--tasks", nargs="+", help=f"default: {' '.join(tasks) or 'every log'}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=folder, help="where models and results lie")
+    parser.add_argument(f"--{option}", nargs="+", default=list(names), choices=list(names))
+    place = RESULTS / "field"
+    parser.add_argument("--folder", type=Path, default=place, help="where models and results lie")
     parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
-    return parser
-
-
-def cell_result(
-    stored: str,
-    compute: Callable[[], dict[str, Any]],
-    arguments: argparse.Namespace,
-    command: list[str],
-) -> dict[str, Any] | None:
-    """Return the result of a cell, computed first where there is none; None where it failed.
-
-    Args:
-        stored: Name of the result.
-        compute: Function that computes it.
-        arguments: Options of `cells_parser`.
-        command: The command that computes this cell alone, without its folders. It runs in a
-            process of its own, unless `arguments` say otherwise.
-    """
-    path = arguments.folder / f"{stored}.json"
-    if not (arguments.table or path.exists()):
-        if arguments.here:
-            once(stored, compute, folder=arguments.folder)
-        else:
-            places = ["--data", str(arguments.data), "--folder", str(arguments.folder), "--here"]
-            apart([sys.executable, *command, *places], stored)
-    return json.loads(path.read_text()) if path.exists() else None
+    arguments = parser.parse_args()
+    data, folder = arguments.data, arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = arguments.tasks or tasks or sorted(path.stem for path in data.glob("*.hdf5"))
+    rows = []
+    for seed, name, task in itertools.product(arguments.seeds, getattr(arguments, option), wanted):
+        key = stored.format(task=task, name=name, seed=seed)
+        path = folder / f"{key}.json"
+        if arguments.here and not arguments.table:
+            once(key, partial(cell, task, name, seed, data, folder), folder=folder)
+        elif not (arguments.table or path.exists()):
+            command = [sys.executable, script, "--tasks", task, f"--{option}", name]
+            command += ["--seeds", str(seed), "--data", str(data), "--folder", str(folder)]
+            apart([*command, "--here"], key)
+        if path.exists():
+            rows.append(json.loads(path.read_text()))
+    return rows
 
 
 def rank_correlation(learned: np.ndarray, exact: np.ndarray) -> float:

@@ -26,17 +26,15 @@ tasks have the same settings. They were chosen on seed 10.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from common import RESULTS, cell_result, cells_parser, machine
+from common import machine, run_cells
 from suites import read_log, trained
 
 import safeshield.suites  # noqa: F401 - registers the tasks
@@ -46,7 +44,6 @@ from safeshield.evaluation import EPISODES, ReferenceReturns, evaluate
 from safeshield.suites.labels import with_constraint
 from safeshield.suites.tasks import COST_LIMIT, find_task
 
-FOLDER = RESULTS / "field"
 EPSILONS, CONFIDENCE = (0.05, 0.1), 0.95
 CERTIFIED, DIAGNOSED = 300, 40
 UPDATES = 20_000
@@ -159,24 +156,9 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the cells without a stored result, each in its own process, and print the table."""
-    parser = cells_parser(__doc__, FOLDER)
-    parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=AGENTS)
-    arguments = parser.parse_args()
-    data, folder = arguments.data, arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    tasks = arguments.tasks or sorted(path.stem for path in data.glob("*.hdf5"))
-    results = [
-        cell_result(
-            f"{task}_{name}_{seed}",
-            partial(cell, task, name, seed, data, folder),
-            arguments,
-            [__file__, "--tasks", task, "--agents", name, "--seeds", str(seed)],
-        )
-        for seed, name, task in itertools.product(arguments.seeds, arguments.agents, tasks)
-    ]
-    rows = [row for row in results if row is not None]
+    rows = run_cells(__file__, __doc__, "agents", AGENTS, cell, "{task}_{name}_{seed}")
     print(machine())
     print("| task | agent | seed | epsilon | delta | violating of 300 | certified starts | "
           "replaced | return / cost | without the shield |")  # fmt: skip

@@ -16,15 +16,13 @@ the PPO of `field.py`, which learned without a shield.
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
-from common import RESULTS, cell_result, cells_parser, machine
+from common import machine, run_cells
 from field import calibrated, make, shield_of
 from stable_baselines3 import PPO, SAC
 from suites import Normalised, learn, trained
@@ -34,13 +32,15 @@ from safeshield.evaluation import EPISODES, ReferenceReturns, evaluate
 from safeshield.policies import ShieldCallback
 from safeshield.wrappers import CertifiedStarts
 
-FOLDER = RESULTS / "field"
 TASKS = ("BallRun", "DroneCircle", "PointGoal1")
 LEARNERS: dict[str, type[PPO] | type[SAC]] = {"ppo": PPO, "sac": SAC}
 
 
 def calibrated_shield(task: str, seed: int, data: Path, folder: Path) -> Shield:
-    """Return the shield of a task, calibrated for the default proposers if that succeeds."""
+    """Return the shield of a task, calibrated for the default proposers, or read from its file.
+
+    The shield has no record if calibration finds no threshold.
+    """
     path = folder / f"{task}_battery_{seed}.safetensors"
     if not path.exists():
         shield, _ = calibrated(shield_of(task, seed, data, folder), task, seed)
@@ -92,24 +92,11 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the cells without a stored result, each in its own process, and print the table."""
-    parser = cells_parser(__doc__, FOLDER)
-    parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=LEARNERS)
-    arguments = parser.parse_args()
-    data, folder = arguments.data, arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    tasks = arguments.tasks or TASKS
-    results = [
-        cell_result(
-            f"{task}_learned_{name}_{seed}",
-            partial(cell, task, name, seed, data, folder),
-            arguments,
-            [__file__, "--tasks", task, "--learners", name, "--seeds", str(seed)],
-        )
-        for seed, name, task in itertools.product(arguments.seeds, arguments.learners, tasks)
-    ]
-    rows = [row for row in results if row is not None]
+    rows = run_cells(
+        __file__, __doc__, "learners", list(LEARNERS), cell, "{task}_learned_{name}_{seed}", TASKS
+    )
     print(machine())
     print("| task | learner | seed | epsilon | delta | violating in training | replaced | learned, "
           "shielded | the PPO without a shield, shielded |")  # fmt: skip

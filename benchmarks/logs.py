@@ -1,7 +1,7 @@
 """Make logs of the field's tasks with `safeshield collect`, for the other benchmarks.
 
     pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
-    python benchmarks/logs.py --data FOLDER                   # FOLDER/TASK.hdf5; resumes
+    python benchmarks/logs.py --data FOLDER                   # writes FOLDER/TASK.hdf5
     python benchmarks/logs.py --data FOLDER --tasks CarGoal1
 
 Each log holds episodes of PPO under four limits on an episode's cost (none, 25, 5 and 0), from its

@@ -502,6 +502,12 @@ def replacements(
     return kept
 
 
+def all_courses() -> np.ndarray:
+    """Return the courses (DIRECTIONS, 2) among which an agent chooses, as unit vectors."""
+    angles = np.arange(DIRECTIONS) * (2.0 * np.pi / DIRECTIONS)
+    return np.stack([np.cos(angles), np.sin(angles)], -1)
+
+
 def worst_agents(
     shield: Shield, rule: str, deltas: tuple[float, ...], episodes: int, seed: int
 ) -> dict[str, Any]:
@@ -517,8 +523,7 @@ def worst_agents(
     grid = Grid(np.arange(UPSTREAM, end + CELL, CELL), np.arange(-2.0, 2.0 + CELL / 2, CELL))
     points = grid.points
     free = constraint(points) <= 0
-    angles = np.arange(DIRECTIONS) * (2.0 * np.pi / DIRECTIONS)
-    courses = np.stack([np.cos(angles), np.sin(angles)], -1)
+    courses = all_courses()
     executed = replacements(shield, rule, points[free], courses, deltas)
     found = {}
     for k, delta in enumerate(deltas):

@@ -1184,7 +1184,7 @@ def test_an_environment_that_was_changed_by_hand_is_calibrated_itself(shield: Sh
 
 
 def test_an_interrupted_calibration_counts_as_an_attempt(shield: Shield) -> None:
-    """Its tests may have been seen, so a further calibration has a smaller level."""
+    """The user may have seen results of its tests, so it lowers the level of the next attempt."""
     shield, calls = replace(shield), itertools.count()
 
     @batch_policy

@@ -41,7 +41,8 @@ def nothing_passes(
         values: (n,) V_h of starts.
         asked: The thresholds that the user passed; None where a pilot proposed them.
         policy: The user's policy; None for the battery.
-        level: Level of the test. The next attempt on this shield is tested at half of it.
+        level: Significance level of the failed test. The next attempt on the same shield is tested
+            at half this level.
     """
     wanted = (
         f"the mean cost {promise.limit:g}"
@@ -94,8 +95,8 @@ def _about_deltas(
 def _best(curve: Sequence[PilotPoint]) -> tuple[PilotPoint, float, float, float]:
     """Return the point of the safest threshold, its rate and the 95% interval of the rate.
 
-    The safest threshold has the lowest upper limit, of its worst policy. A lower rate that was seen
-    in a few episodes says less.
+    The safest threshold is the one whose worst policy has the lowest upper limit of the rate. No
+    violation in a few episodes gives a higher limit than a small rate in many episodes.
     """
     worst: dict[float, PilotPoint] = {}
     for point in curve:
@@ -113,7 +114,7 @@ def _high(point: PilotPoint) -> float:
 
 
 def _about_episodes(delta: float, rate: float, epsilon: float, confidence: float) -> str:
-    """Return the number of episodes with which a threshold of a rate usually passes, or ""."""
+    """Return advice on the number of episodes of a test that this rate usually passes, or ""."""
     least = episodes_needed(epsilon, confidence)
     if rate < epsilon and least < _MOST_EPISODES:
         for episodes in np.geomspace(least, _MOST_EPISODES, 60).astype(int).tolist():

@@ -142,11 +142,11 @@ def calibrate(
         confidence: Confidence of the promise.
         promise: What to promise: a `Violation`, `CostAbove` or `MeanCost`.
         policy: The policy that proposes the actions, in any form that `as_batch_policy` takes. The
-            promise then holds for this policy alone. It must act on what it is given: a policy that
-            reads an environment object sees the idle `env` instead of the copy that it acts in,
-            and a function with a memory is called for several episodes in turn. Both need
-            ``num_envs=1``. By default there are two: random proposals,
-            and an adversary that always proposes the accepted action of highest Q_h.
+            promise then holds for this policy alone. Pass ``num_envs=1`` if the policy reads an
+            environment object, because the episodes otherwise run in copies of it, or if it is a
+            function that remembers earlier calls, because it is otherwise called for several
+            episodes in turn. By default there are two policies: random proposals, and an adversary
+            that always proposes the accepted action of highest Q_h.
         policy_name: Name of the policy in the promise. By default it is `policy` itself where that
             is a string, and "policy" otherwise.
         deterministic: The `deterministic` with which a policy's ``predict`` is called. It should be
@@ -171,8 +171,8 @@ def calibrate(
         TypeError: `env` is not an environment.
         ValueError: The spaces differ, an argument is out of range, N is too small (the message
             says how many episodes are needed), or the environment does not report what is needed.
-        KeyboardInterrupt: The tests were interrupted. They count as an attempt, which the error has
-            as its `attempt`.
+        KeyboardInterrupt: The tests were interrupted. This counts as an attempt, which is stored in
+            the exception's `attempt`.
         CalibrationError: No threshold meets the request. The message says what was reached and what
             would help; `curve` and `attempt` of the error have the figures.
     """
@@ -218,12 +218,9 @@ def calibrate(
                 deltas,
                 names,
             )
-        except CalibrationError as error:
-            error.attempt = attempt
-            raise
-        except KeyboardInterrupt as interrupt:
-            # Its tests may have been seen, on the progress bar for example.
-            interrupt.attempt = attempt  # type: ignore[attr-defined]
+        except (CalibrationError, KeyboardInterrupt) as error:
+            # The user may have seen results before an interruption, for example on the bar.
+            error.attempt = attempt  # type: ignore[union-attr]
             raise
     finally:
         trials.close()

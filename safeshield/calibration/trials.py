@@ -19,6 +19,7 @@ from safeshield.calibration.walk import CalibrationError
 from safeshield.rollouts.copies import (
     copies,
     difference,
+    refuse_vector_env,
     runs_natively,
     spec_to_copy,
     vectorise,
@@ -124,16 +125,16 @@ class Trials:
             return copies(self.env, self.num_envs, most=None, freeze=True)
         from safeshield.rollouts.workers import WorkerVectorEnv
 
-        # The number of copies does not depend on that of the processes, so neither does a result.
-        envs = WorkerVectorEnv(cast("Env", self.env), self.num_envs, self.workers)
+        refuse_vector_env(self.env, self.workers)
+        env = cast("Env", self.env)
         # The spec is None where a process can hold only one environment: nothing to compare with.
-        spec = spec_to_copy(cast("Env", self.env))
-        if spec is not None and (differs := difference(cast("Env", self.env), spec)):
-            envs.close()
+        spec = spec_to_copy(env)
+        if spec is not None and (differs := difference(env, spec)):
             raise ValueError(
-                f"workers={self.workers} cannot copy {self.env}, {differs}; leave workers out"
+                f"workers={self.workers} cannot copy {env}, {differs}; leave workers out"
             )
-        return envs
+        # The number of copies does not depend on the number of processes, so results do not either.
+        return WorkerVectorEnv(env, self.num_envs, self.workers)
 
     def _width(self, native: int) -> int:
         """Return the number of environments that step together; `native` for a vectorised form."""

@@ -24,6 +24,7 @@ from safeshield.rollouts.copies import (
     is_vector_env,
     most_together,
     one_per_process,
+    refuse_vector_env,
     spec_to_copy,
 )
 from safeshield.rollouts.recorded import intervention_rate
@@ -170,8 +171,6 @@ def _side_by_side(
     whole("workers", workers, least=0)
     if is_vector_env(env):
         if workers:
-            from safeshield.rollouts.workers import refuse_vector_env
-
             refuse_vector_env(env, workers)
         yield copies(env, num_envs, most=None, freeze=True)
         return

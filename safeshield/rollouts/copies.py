@@ -37,6 +37,15 @@ def is_vector_env(env: object) -> bool:
     return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
 
 
+def refuse_vector_env(env: Env | VectorEnv, workers: int) -> None:
+    """Raise ValueError where `env`, which `workers` processes are to step, is a VectorEnv."""
+    if is_vector_env(env):
+        raise ValueError(
+            f"workers={workers} needs one Gymnasium environment to copy, got a VectorEnv; "
+            "leave workers out, or pass gymnasium.make(id)"
+        )
+
+
 def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
     """Return the observation space and the action space of a single environment of `env`."""
     if is_vector_env(env):
@@ -274,7 +283,7 @@ def copies(
 
 
 class UnequalCopiesWarning(UserWarning):
-    """A copy of an environment does not behave as the environment, so no copies are used."""
+    """A copy behaves differently from the environment, so no copy is used."""
 
 
 def difference(env: Env, spec: gym.envs.registration.EnvSpec) -> str:

@@ -20,13 +20,13 @@ import numpy as np
 
 from safeshield.rollouts.copies import (
     Member,
-    is_vector_env,
     most_together,
     one_per_process,
+    refuse_vector_env,
     spec_to_copy,
     why_alone,
 )
-from safeshield.spaces.generic import Env, SyncVectorEnv, VectorEnv
+from safeshield.spaces.generic import Env, SyncVectorEnv
 
 # Modules whose import registers environments. A new process must import those of its parent.
 _REGISTERING = ("safeshield.envs", "safeshield.suites")
@@ -54,15 +54,6 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def refuse_vector_env(env: Env | VectorEnv, workers: int) -> None:
-    """Raise ValueError where `env`, which `workers` processes are to step, is a VectorEnv."""
-    if is_vector_env(env):
-        raise ValueError(
-            f"workers={workers} needs one Gymnasium environment to copy, got a VectorEnv; "
-            "leave workers out, or pass gymnasium.make(id)"
-        )
 
 
 class WorkerVectorEnv(SyncVectorEnv):

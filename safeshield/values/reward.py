@@ -154,7 +154,7 @@ class RewardCritics:
             The sum of the losses, the root mean square () of y - V(s), and the metrics by name.
         """
         with torch.no_grad():
-            # One pass over the states of all three kinds is faster than three passes.
+            # States, next states and ends of windows in one pass: faster than three passes.
             observed = [batch.observations, batch.next_observations]
             if not one_step:
                 observed.append(batch.window_observations)

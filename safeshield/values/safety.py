@@ -175,7 +175,7 @@ class SafetyCritics:
                 windows.
         """
         with torch.no_grad():
-            # One pass over the states of all three kinds is faster than three passes.
+            # States, next states and ends of windows in one pass: faster than three passes.
             observed = [batch.observations, batch.next_observations]
             labelled = [batch.constraints, batch.next_constraints]
             if not one_step:
