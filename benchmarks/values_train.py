@@ -168,7 +168,7 @@ class VariantRun(ShieldRun):
     def _stage(self, window: int, discount: float, total: int) -> Callable[..., Any]:
         config, variant = self.config, self.variant
         critics = dataclasses.replace(self.model.safety, discount=discount)
-        batches = SafetyLog(critics, self.log)
+        batches = SafetyLog(critics, self.log, config)
 
         def loss(state: TrainState, draw: Draw) -> CriticLoss:
             batch = batches.batch(draw.rows, window)
@@ -187,9 +187,8 @@ class VariantRun(ShieldRun):
             loss,
             self.model.slow(),
             VALUE_NETWORKS,
-            base=config.learning_rate,
-            total=total,
-            share=config.polyak,
+            config,
+            total,
         )
 
     def _drawn(self, networks: Networks) -> Tensor:

@@ -97,6 +97,9 @@ def affine(x: A, weight: A, bias: A) -> A:
         out: Float = np.matmul(x, weight)
         out += bias
         return out
+    if weight.shape[-1] == 1 < weight.shape[0]:
+        # For one output of several members, PyTorch's batched product takes five times as long.
+        return (x * weight.mT).sum(-1, keepdim=True) + bias
     return bias.baddbmm(x, weight)
 
 

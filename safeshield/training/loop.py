@@ -115,6 +115,7 @@ def run_phases(
         transitions: Number N of rows of the log.
         noise_features: Width of the noise that an update draws for each transition.
     """
+    _keep_freed_memory()
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():
         state, done = load_checkpoint(path, state, generator, identity, transitions)
@@ -142,6 +143,17 @@ def run_phases(
                 save_checkpoint(path, state, done, generator, identity, phase.name)
                 saved = time.perf_counter()
     return state, True
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next update.
+
+    An update allocates and frees some hundred arrays of up to a few MiB. The GNU C library returns
+    arrays above a threshold to the operating system, and the next update then waits for fresh
+    pages. The threshold rises to the largest array freed so far, so one array of almost 32 MiB, the
+    limit of the threshold, is allocated and freed. Other C libraries ignore this.
+    """
+    torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
 
 
 def _remaining(phases: list[Phase], done: int) -> Iterator[tuple[Phase, int]]:
