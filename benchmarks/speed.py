@@ -2,11 +2,11 @@
 
     python benchmarks/speed.py filter       # SafetyShield.step minus the env's own step
     python benchmarks/speed.py vector       # VectorSafetyShield, per env, 1 to 4,096 envs
-    python benchmarks/speed.py train        # updates per second, networks 256x256, batch 256
+    python benchmarks/speed.py train        # updates of SafeFQL, one and two threads
 
 The figures are medians of several runs. The reference is measured in the same run. For the filter
-it is one NumPy forward pass of a (256, 256) network; for training it is a matrix product of the
-same size as a layer.
+it is one NumPy forward pass of a (256, 256) network; for training it is the product
+of a batch and a hidden layer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from common import machine
+from torch.utils.flop_counter import FlopCounterMode
 
 import safeshield
 from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield
@@ -44,6 +45,14 @@ def microseconds(function: Callable[[], object], count: int) -> float:
         if repeat:
             times.append((time.perf_counter() - start) / count * 1e6)
     return float(np.median(times))
+
+
+def seconds(function: Callable[[], object], count: int) -> float:
+    """Return the mean time of a call."""
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
 
 
 def filter_step() -> None:
@@ -127,7 +136,19 @@ def vector_step() -> None:
 
 
 def train_updates() -> None:
-    """Time updates of each phase on random data: 17 observations, 6 actions, batch 256."""
+    """Time the updates of each phase of SafeFQL on random data: 17 observations, 6 actions.
+
+    The unit is the product of a batch and a hidden layer. The number of products that an update
+    needs is its number of floating-point operations, divided by that of one product. The share of
+    the limit is the time of these products divided by the time of the update.
+    """
+    for widths, size in (((256,) * 2, 256), ((512,) * 4, 1024)):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            _train_phases(widths, size)
+
+
+def _train_phases(nets: tuple[int, ...], size: int) -> None:
     rng = np.random.default_rng(0)
     count, length = 20_000, 500
     observations = rng.standard_normal((count + 1, 17)).astype(np.float32)
@@ -147,26 +168,40 @@ def train_updates() -> None:
         observation_space=gym.spaces.Box(-np.inf, np.inf, (17,)),
         action_space=gym.spaces.Box(-1.0, 1.0, (6,)),
     )
-    nets = (256, 256)
-    config = SafeFQLConfig(critic_hidden=nets, flow_hidden=nets, student_hidden=nets)
+    config = SafeFQLConfig(
+        critic_hidden=nets, flow_hidden=nets, student_hidden=nets, batch_size=size
+    )
     model = SafeFQL(config, device="cpu")._describe(log)
     tensors = LogTensors.of(log, model.scaling, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     run = SafeFQLRun(model, tensors, config, 1000)
     state = run.initial(generator)
     phases = {phase.name: phase for phase in run.phases()}
-    a, b = torch.randn(256, 256), torch.randn(256, 256)
-    product = microseconds(lambda: a @ b, 500)
-    print(f"threads {torch.get_num_threads()}, 256^3 product {product:.0f} us")
+    width = nets[0]
+    a, b, out = torch.randn(size, width), torch.randn(width, width), torch.empty(size, width)
+    each = 2 * size * width**2
+    calls = max(1, 10**10 // each)
+    print(f"networks {nets}, batch {size}, {torch.get_num_threads()} threads")
     for name, phase in phases.items():
-        size = phase.batch_size
         draw = Draw(
             torch.randint(count, (size,), generator=generator),
             torch.randn(size, 6, generator=generator),
             torch.rand(size, 1, generator=generator),
         )
-        each = microseconds(lambda phase=phase, draw=draw: phase.update(state, draw), 20)
-        print(f"{name:12} {1e6 / each:6.0f} updates/s  ({each / product:.0f} products an update)")
+        with FlopCounterMode(display=False) as counter:
+            phase.update(state, draw)
+        needed = counter.get_total_flops() / each
+        ratios, times = [], []
+        for _ in range(REPEATS):
+            product = seconds(lambda: torch.mm(a, b, out=out), calls)
+            times.append(seconds(lambda phase=phase, draw=draw: phase.update(state, draw), 3))
+            ratios.append(times[-1] / product)
+        taken = float(np.median(ratios))
+        print(
+            f"{name:12} {1 / np.median(times):6.1f} updates/s, needs {needed:5.1f} products, takes "
+            f"{taken:6.1f}: {taken / needed:.2f} times, {needed / taken:.0%} of the limit",
+            flush=True,
+        )
 
 
 def main() -> None:
