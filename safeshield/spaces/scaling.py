@@ -16,6 +16,8 @@ from safeshield.spaces.rows import SpaceCodec
 # An observation entry counts as constant if its spread is below this share of its magnitude, since
 # such a spread is rounding error.
 _CONSTANT = 1e-6
+_PART = 65_536
+"""Number of rows that are converted to double precision together."""
 
 
 class LoggedRows(Protocol):
@@ -84,8 +86,8 @@ class Scaling:
                 "action_space must be a bounded box with low < high in every entry, got "
                 f"{actions.space}; wrap the environment in RescaleAction or narrow the box"
             )
-        mean = rows.mean(0, dtype=np.float64)
-        spread = rows.std(0, dtype=np.float64)
+        mean = _sums(rows) / len(rows)
+        spread = np.sqrt(_sums(rows, mean) / len(rows))
         floor = _CONSTANT * np.maximum(np.abs(mean), 1.0)
         spread = np.where(spread > floor, spread, 1.0)
         counts = np.array(observations.categories, dtype=bool)
@@ -195,6 +197,20 @@ class Scaling:
         unit = 0.5 * (scaled + 1.0)
         raw = self.action_low + unit * self._action_range
         return np.asarray(np.clip(raw, self.action_low, self.action_high), np.float32)
+
+
+def _sums(
+    rows: npt.NDArray[np.floating], mean: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Return the sum of each column of `rows` (n, width), or of its squared distances from `mean`.
+
+    The rows are read in parts, so that no copy of a large log in double precision is made.
+    """
+    total = np.zeros(rows.shape[1])
+    for start in range(0, len(rows), _PART):
+        part = rows[start : start + _PART].astype(np.float64)
+        total += (part if mean is None else np.square(part - mean)).sum(0)
+    return total
 
 
 def _features(width: int, categories: tuple[int, ...]) -> int:

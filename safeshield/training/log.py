@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +32,42 @@ POOL = 65_536
 """Number of rows of a log that are evaluated together."""
 
 
+@dataclass(frozen=True, eq=False)
+class ScaledRows:
+    """Rows of a log that are normalised when they are read, so that no copy of the log is made.
+
+    Attributes:
+        raw: (N, width) rows in the units of the log.
+        scale: Function from rows (n, width) to the network inputs (n, features).
+    """
+
+    raw: npt.NDArray[np.float32]
+    scale: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """Return the network inputs (n, features) of the rows with these indices."""
+        chosen = rows if isinstance(rows, slice) else rows.numpy()
+        return torch.from_numpy(self.scale(self.raw[chosen]))
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Yield the network inputs of `size` rows after `size` rows."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+
 @dataclass(frozen=True)
 class LogTensors:
     """The N transitions of a log as tensors on one device, from which training draws batches."""
 
-    observations: Tensor
+    observations: Tensor | ScaledRows
     """(N, obs) normalised."""
     actions: Tensor
     """(N, act) in [-1, 1]."""
     rewards: Tensor
     """(N,) rewards of the steps."""
-    next_observations: Tensor
+    next_observations: Tensor | ScaledRows
     """(N, obs) normalised."""
     constraints: Tensor
     """(N,) h of the states before the steps."""
@@ -54,7 +80,11 @@ class LogTensors:
 
     @classmethod
     def of(cls, dataset: OfflineDataset, scaling: Scaling, device: torch.device) -> LogTensors:
-        """Return the log `dataset` as tensors on `device`, in the units of `scaling`."""
+        """Return the log `dataset` as tensors on `device`, in the units of `scaling`.
+
+        On the CPU the observations stay in the memory of `dataset`. Another device holds them
+        normalised.
+        """
         starts = dataset.episode_starts
         lengths = dataset.episode_lengths
         last = np.repeat(starts + lengths - 1, lengths)
@@ -62,11 +92,15 @@ class LogTensors:
         def move(array: npt.NDArray[np.generic]) -> Tensor:
             return torch.tensor(array, device=device)
 
+        def rows(raw: npt.NDArray[np.float32]) -> Tensor | ScaledRows:
+            scale = scaling.observations
+            return ScaledRows(raw, scale) if device.type == "cpu" else move(scale(raw))
+
         return cls(
-            move(scaling.observations(dataset.observations)),
+            rows(dataset.observations),
             move(scaling.actions(dataset.actions)),
             move(dataset.rewards),
-            move(scaling.observations(dataset.next_observations)),
+            rows(dataset.next_observations),
             move(dataset.constraints),
             move(dataset.next_constraints),
             move(dataset.terminated),

@@ -33,7 +33,7 @@ from torch import Tensor
 from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, largest, smallest
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.nn.plan_actor import PLAN
-from safeshield.training.log import POOL, LogTensors, some_rows
+from safeshield.training.log import POOL, LogTensors, ScaledRows, some_rows
 from safeshield.training.state import TrainState
 from safeshield.values.reward import RewardCritics
 from safeshield.values.safety import SafetyCritics
@@ -223,10 +223,10 @@ def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor
 
 @torch.no_grad()
 def _unsafe_states(
-    region: Region, state: TrainState, observations: Tensor, constraints: Tensor
+    region: Region, state: TrainState, observations: Tensor | ScaledRows, constraints: Tensor
 ) -> list[Tensor]:
     """Return whether states of the log are unsafe, in parts."""
-    pairs = zip(torch.split(observations, POOL), torch.split(constraints, POOL), strict=True)
+    pairs = zip(observations.split(POOL), constraints.split(POOL), strict=True)
     return [region.unsafe(state, *pair) for pair in pairs]
 
 
