@@ -125,6 +125,8 @@ class RewardWindow(NamedTuple):
         return RewardWindow(self.reward + self.slope * later.reward, self.slope * later.slope)
 
 
+_PART = 65_536
+"""Number of transitions whose windows are computed together, at least."""
 WindowT = TypeVar("WindowT", SafetyWindow, RewardWindow)
 
 
@@ -212,6 +214,18 @@ def rows_of(window: WindowT, rows: Tensor) -> WindowT:
 
 def _along(one: WindowT, episode_last: Tensor, steps: int) -> WindowT:
     """Return windows of `steps` steps, composed of windows of one step."""
+    parts: list[WindowT] = []
+    start = 0
+    while start < len(episode_last):
+        # Whole episodes, which no window leaves, so that the copies in between stay small.
+        stop = int(episode_last[min(start + _PART, len(episode_last)) - 1]) + 1
+        own = type(one)(*[column[start:stop] for column in one])
+        parts.append(_along_part(own, episode_last[start:stop] - start, steps))
+        start = stop
+    return type(one)(*[torch.cat(columns) for columns in zip(*parts, strict=True)])
+
+
+def _along_part(one: WindowT, episode_last: Tensor, steps: int) -> WindowT:
     last = torch.arange(len(episode_last), device=episode_last.device)
     longest = int((episode_last - last).max()) + 1
     total = one
