@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,6 @@ class ScaledRows:
 
     def __len__(self) -> int:
         return len(self.raw)
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """Yield the network inputs of `size` rows after `size` rows."""
-        return (self[start : start + size] for start in range(0, len(self), size))
 
 
 @dataclass(frozen=True)

@@ -226,8 +226,8 @@ def _unsafe_states(
     region: Region, state: TrainState, observations: Tensor | ScaledRows, constraints: Tensor
 ) -> list[Tensor]:
     """Return whether states of the log are unsafe, in parts."""
-    pairs = zip(observations.split(POOL), constraints.split(POOL), strict=True)
-    return [region.unsafe(state, *pair) for pair in pairs]
+    parts = [slice(start, start + POOL) for start in range(0, len(constraints), POOL)]
+    return [region.unsafe(state, observations[part], constraints[part]) for part in parts]
 
 
 def report_region(
