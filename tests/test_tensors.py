@@ -253,6 +253,24 @@ def test_the_cliff_decides_alike(cliff: Shield, strategy: Any) -> None:  # noqa:
     assert compare(shield, cells, moves) <= 2
 
 
+def test_verdicts_that_differ_lie_at_the_threshold(shield: Shield) -> None:
+    """With each row's threshold at its own Q_h, rounding decides; far from it, it does not."""
+    states, actions = trips(shield, 5_000, seed=15)
+    rows, _ = shield.observation_rows(states)
+    judged = shield.states(rows)
+    own = shield.filter_rows(judged, rows, actions)[1].proposed_value.astype(np.float64)
+    known = np.isfinite(own)
+    near = 1e-5 * shield.model.scale.spread
+    args = torch.tensor(states), torch.tensor(actions)
+    different = []
+    for shift in (0.0, near, -near):
+        told = shield.filter_rows(judged, rows, actions, own + shift)[1].intervened
+        _, found = shield.to_torch().filter(*args, threshold=torch.tensor(own + shift))
+        different.append((found.intervened.numpy() != told)[known].sum())
+    assert different[0] > 0
+    assert different[1:] == [0, 0]
+
+
 def test_a_comparison_sees_another_shield(shield: Shield) -> None:
     """What the tests above do with a shield whose threshold differs by 0.01."""
     states, actions = trips(shield, 2_000, seed=5)
