@@ -540,6 +540,14 @@ def test_strategies_that_do_not_run_on_tensors_are_refused(shield: Shield) -> No
             shield.with_replacement(strategy).to_torch()  # type: ignore[arg-type]
 
 
+def test_other_sources_of_h_are_refused(shield: Shield) -> None:
+    class Both(ConstraintSource):
+        pass
+
+    with pytest.raises(TypeError, match="h comes from a Both does not run on tensors"):
+        shield.with_constraint(Both("both@1")).to_torch()
+
+
 def test_budgets_are_checked(shield: Shield) -> None:
     for budget in (0, -3):
         with pytest.raises(ValueError, match=f"at least 1 row, got {budget}"):

@@ -38,7 +38,11 @@ from safeshield.shield.replacement import (
     float32_range,
 )
 from safeshield.spaces.rows import SpaceCodec
-from safeshield.values.constraint import UnknownConstraintError, find_constraint
+from safeshield.values.constraint import (
+    ConstraintSource,
+    UnknownConstraintError,
+    find_constraint,
+)
 from safeshield.values.units import (
     ADVANTAGE,
     CONSTRAINT,
@@ -140,8 +144,8 @@ class TorchShield:
         overflowed: () int64, number of rows that lay beyond the budget, over all calls.
 
     Raises:
-        TypeError: The shield has a replacement, a critic or a support test that does not run on
-            tensors, or `budget` is not a whole number.
+        TypeError: The shield has a replacement, a critic, a support test or a source of h that does
+            not run on tensors, or `budget` is not a whole number.
         ValueError: `budget` is below 1, a `constraint_fn` is given to a shield whose h comes from a
             network, or the device has no float64.
     """
@@ -757,10 +761,16 @@ def _check(shield: Shield, constraint_fn: TensorConstraint | None, budget: int |
         )
     if judge is not None and not isinstance(judge, BestPlan):
         raise TypeError(
-            f"a shield whose critic of actions is {type(judge).__name__} does not run on tensors; "
+            f"a shield whose critic of actions is {type(judge).__name__} does not run on tensors: "
             "filter arrays with it"
         )
-    if constraint_fn is not None and shield.model.constraint is None:
+    source = shield.model.constraint
+    if source is not None and type(source) is not ConstraintSource:
+        raise TypeError(
+            f"a shield whose h comes from a {type(source).__name__} does not run on tensors: "
+            "filter arrays with it"
+        )
+    if constraint_fn is not None and source is None:
         raise ValueError(
             "constraint_fn must be left out, because in this shield a network estimates h; "
             "shield.with_constraint(function) makes a shield that takes h from a function, without "
