@@ -475,6 +475,7 @@ def test_all_members_in_one_product_are_the_members(shield: Shield) -> None:
     torch.testing.assert_close(one.value(*args), other.value(*args))
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_a_budget_never_waits_for_the_device(shield: Shield) -> None:
     """And a captured graph decides as the shield on the CPU does."""
