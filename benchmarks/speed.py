@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py filter       # SafetyShield.step minus the env's own step
     python benchmarks/speed.py vector       # VectorSafetyShield, per env, 1 to 4,096 envs
+    python benchmarks/speed.py tensors      # the shield on tensors beside it, 4,096 envs
     python benchmarks/speed.py train        # updates of SafeFQL, one and two threads
 
 The figures are medians of several runs. The reference is measured in the same run. For the filter
@@ -135,6 +136,67 @@ def vector_step() -> None:
         )
 
 
+def tensor_step() -> None:
+    """Time `TorchShield.filter` and `VectorSafetyShield.step` for 4,096 environments, in turn."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+    trained = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
+    count = 4096
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (count, 2)).astype(np.float32)
+    w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
+    x = rng.standard_normal((count, 4)).astype(np.float32)
+
+    def net() -> np.ndarray:
+        return np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
+
+    guessed = trained.with_constraint(None)
+    # No learned value lies beyond this threshold, so it accepts every action.
+    moved = replace(guessed.model.scale, offset=guessed.model.scale.offset - 100.0)
+    guessed = replace(guessed, model=replace(guessed.model, scale=moved))
+    known = trained.with_constraint(lambda seen: np.full(len(seen), -100.0))
+    print(f"{count} envs, all accepted, one thread: microseconds an env, medians of {REPEATS}")
+    for name, shield in (("h by a network", guessed), ("h by a function", known)):
+        bare = BoatVectorEnv(count, max_episode_steps=None, current=0.0)
+        vector = VectorSafetyShield(
+            BoatVectorEnv(count, max_episode_steps=None, current=0.0), shield
+        )
+        bare.reset(seed=0)
+        seen = torch.tensor(vector.reset(seed=0)[0])
+        wanted = torch.tensor(actions)
+        function = None if shield is guessed else (lambda seen: seen.new_full((count,), -100.0))
+        free = shield.to_torch(constraint_fn=function)
+        captured = shield.to_torch(constraint_fn=function, budget=64)
+        if free.filter(seen, wanted)[1].intervened.any():
+            raise SystemExit("not all actions are accepted: this would time the wrong path")
+        runs = {
+            "bare": functools.partial(bare.step, actions),
+            "arrays": functools.partial(vector.step, actions),
+            "tensors": functools.partial(free.filter, seen, wanted),
+            "budget 64": functools.partial(captured.filter, seen, wanted),
+            "net": net,
+        }
+        times: dict[str, list[float]] = {key: [] for key in runs}
+        for repeat in range(REPEATS + 1):
+            for key, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if repeat:
+                    times[key].append((time.perf_counter() - start) / count * 1e6)
+        table = {key: np.array(value) for key, value in times.items()}
+        table["arrays"] -= table["bare"]
+        print(
+            f"{name:15}: "
+            + ", ".join(
+                f"{key} {np.median(table[key]):.2f} ({np.median(table[key] / table['net']):.1f} "
+                f"nets, {np.median(table[key] / table['arrays']):.2f} of arrays)"
+                for key in ("arrays", "tensors", "budget 64")
+            ),
+            flush=True,
+        )
+
+
 def train_updates() -> None:
     """Time the updates of each phase of SafeFQL on random data: 17 observations, 6 actions.
 
@@ -207,10 +269,16 @@ def _train_phases(nets: tuple[int, ...], size: int) -> None:
 def main() -> None:
     """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["filter", "vector", "train"])
+    parser.add_argument("what", choices=["filter", "vector", "tensors", "train"])
     what = parser.parse_args().what
     print(machine())
-    {"filter": filter_step, "vector": vector_step, "train": train_updates}[what]()
+    measured = {
+        "filter": filter_step,
+        "vector": vector_step,
+        "tensors": tensor_step,
+        "train": train_updates,
+    }
+    measured[what]()
 
 
 if __name__ == "__main__":

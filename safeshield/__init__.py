@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from safeshield.shield.record import CalibrationRecord
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
+    from safeshield.shield.tensors import TorchShield
     from safeshield.values.constraint import register_constraint
     from safeshield.wrappers import SafetyShield
 
@@ -52,6 +53,7 @@ _HOMES = {
     "ShieldTrainer": "safeshield.algorithms.shield_trainer",
     "ShieldedPolicy": "safeshield.policies",
     "Shield": "safeshield.shield.shield",
+    "TorchShield": "safeshield.shield.tensors",
     "UncalibratedShieldWarning": "safeshield.shield.shield",
     "collect": "safeshield.data.collect",
     "load_agent": "safeshield.algorithms.registry",
@@ -74,6 +76,7 @@ __all__ = [
     "ShieldConfig",
     "ShieldTrainer",
     "ShieldedPolicy",
+    "TorchShield",
     "UncalibratedShieldWarning",
     "collect",
     "load_agent",

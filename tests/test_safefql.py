@@ -367,6 +367,7 @@ def test_files_from_before_the_feasible_teacher_are_read(
     assert back.config == agent.config
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_it_learns_what_it_learns_on_the_cpu(log: OfflineDataset) -> None:
     agent = SafeFQL(TINY, device="cuda").fit(log, steps=STEPS)

@@ -188,6 +188,15 @@ def interleaved(even: A, odd: A) -> A:
     return torch.cat([halves[j % 2][:, j // 2, None] for j in range(width)], -1)
 
 
+def places(like: A, count: int) -> Any:  # noqa: ANN401
+    """Return the integers 0, 1, ..., count - 1 as the kind of array that `like` is."""
+    if isinstance(like, np.ndarray):
+        return np.arange(count)
+    import torch
+
+    return torch.arange(count, device=like.device)
+
+
 def largest(x: A) -> A:
     """Return the maximum of `x` over the first axis."""
     if isinstance(x, np.ndarray):

@@ -12,11 +12,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from safeshield.nn.arrays import A, Float, ParamsOf, affine, affine_relu, derived
+from safeshield.nn.arrays import (
+    A,
+    Float,
+    ParamsOf,
+    affine,
+    affine_relu,
+    derived,
+    largest,
+    places,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -132,26 +141,28 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
     return affine(x, weight, bias)
 
 
-def largest_and_gradient(stack: Sequence[tuple[Float, Float]], x: Float) -> tuple[Float, Float]:
+def largest_and_gradient(stack: Sequence[tuple[A, A]], x: A) -> tuple[A, A]:
     """Return the largest output over the members (n,) and its gradient in `x` (n, inputs).
 
     The network with the `layers` `stack` has one output. The slope of ReLU at 0 is 0, as in
     PyTorch's autograd.
     """
-    if len(x) > 2 * _CHUNK:
+    if isinstance(x, np.ndarray) and len(x) > 2 * _CHUNK:
         pieces = [largest_and_gradient(stack, part) for part in _pieces(x)]
         return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
     *inner, (weight, bias) = stack
-    hidden, active = x, []
+    slope: Any
+    hidden: Any = x if isinstance(x, np.ndarray) else x.expand(len(weight), *x.shape)
+    active = []
     for each in inner:
         hidden = affine_relu(hidden, *each)
         active.append(hidden > 0)
     out = affine(hidden, weight, bias)[..., 0]
-    best = np.arange(len(out))[:, None] == out.argmax(axis=0)
+    best = places(out, len(out))[:, None] == out.argmax(0)
     slope = best[..., None] * weight.swapaxes(1, 2)
-    for (weight, _), on in zip(reversed(inner), reversed(active), strict=True):
-        slope = np.matmul(slope * on, weight.swapaxes(1, 2))
-    return out.max(axis=0), slope.sum(axis=0)
+    for layer, on in zip(reversed(inner), reversed(active), strict=True):
+        slope = (slope * on) @ layer[0].swapaxes(1, 2)
+    return largest(out), slope.sum(0)
 
 
 def _pieces(x: Float) -> list[Float]:

@@ -23,7 +23,16 @@ from safeshield.nn.actor import (
     of_noise,
     register_actor,
 )
-from safeshield.nn.arrays import A, Float, NetworksOf, Weights, nan_to_zero
+from safeshield.nn.arrays import (
+    A,
+    Float,
+    NetworksOf,
+    Weights,
+    concat,
+    largest,
+    nan_to_zero,
+    places,
+)
 from safeshield.nn.mlp import EnsembleMLP, largest_and_gradient, layers, run
 
 PLAN = "plan_advantage"
@@ -139,34 +148,44 @@ class BestPlan:
         check_count("members", self.members, 1, 64)
         check_count("plans", self.plans, 1, MAX_STEPS)
 
-    def worst(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+    def worst(self, networks: NetworksOf[A], inputs: A, actions: A) -> A:
         """Return the value of each action's least dangerous plan, (n, c) (see `ActionCritic`).
 
         `networks` are the weights, `inputs` (n, obs) are normalised observations, and `actions` (n,
         c, act) lie in [-1, 1].
         """
         rows = self._chunks(networks, inputs, actions)
-        return np.asarray(self._judged(networks, rows).max(axis=0).min(axis=-1))
+        judged = largest(self._judged(networks, rows))
+        least: A = judged.min(axis=-1) if isinstance(judged, np.ndarray) else judged.amin(-1)
+        return least
 
-    def worst_and_gradient(
-        self, networks: Mapping[str, Weights], inputs: Float, actions: Float
-    ) -> tuple[Float, Float]:
+    def worst_and_gradient(self, networks: NetworksOf[A], inputs: A, actions: A) -> tuple[A, A]:
         """Return the value of each action's least dangerous plan, (n,), and its gradient, (n, act).
 
         `networks` are the weights, `inputs` (n, obs) are normalised observations, and `actions` (n,
         act) lie in [-1, 1].
         """
         rows = self._chunks(networks, inputs, actions[:, None])
-        best = self._judged(networks, rows).max(axis=0)[:, 0].argmin(axis=-1)
-        chosen = rows[np.arange(len(rows)), 0, best]
+        best = largest(self._judged(networks, rows))[:, 0].argmin(-1)
+        chosen = rows[places(rows, len(rows)), 0, best]
         value, slope = largest_and_gradient(layers(networks[PLAN]), chosen)
         width = inputs.shape[1]
         return value, slope[:, width : width + self.planner.action]
 
-    def _chunks(self, networks: Mapping[str, Weights], inputs: Float, actions: Float) -> Float:
+    def _chunks(self, networks: NetworksOf[A], inputs: A, actions: A) -> A:
         """Return (n, c, plans, obs + h * act): every action at the head of every plan."""
         count, width = inputs.shape
         noise = _noise(self.plans, self.planner.noise_features)
+        if not isinstance(inputs, np.ndarray):
+            table = inputs.new_tensor(noise)
+            seen = inputs[:, None].expand(-1, self.plans, -1)
+            plans = self.planner.draw(
+                networks, seen.reshape(-1, width), table.repeat(count, 1)
+            ).reshape(count, 1, *noise.shape)
+            shape = count, actions.shape[1], self.plans
+            parts = seen[:, None], actions[:, :, None], plans[..., self.planner.action :]
+            joined: A = concat([part.expand(*shape, part.shape[-1]) for part in parts])
+            return joined
         repeated = np.repeat(inputs, self.plans, axis=0)
         drawn = self.planner.draw(networks, repeated, np.tile(noise, (count, 1)))
         rows = np.empty((count, actions.shape[1], self.plans, width + noise.shape[1]), np.float32)
@@ -175,7 +194,7 @@ class BestPlan:
         rows[..., width : width + self.planner.action] = actions[:, :, None]
         return rows
 
-    def _judged(self, networks: Mapping[str, Weights], rows: Float) -> Float:
+    def _judged(self, networks: NetworksOf[A], rows: A) -> A:
         shape = rows.shape[:-1]
         out = run(layers(networks[PLAN]), rows.reshape(-1, rows.shape[-1]))[..., 0]
         return out.reshape(-1, *shape)

@@ -55,7 +55,7 @@ class CandidateSet:
         if model.action_codec.discrete:
             choices = model.action_codec.choices
             return np.broadcast_to(choices, (len(proposals), *choices.shape))
-        tables = _tables(self, model.action_codec.width, model.noise_features)
+        tables = self.tables(model)
         parts = [model.fallback(states, tables.noise)]
         if self.around:
             near = model.scaling.actions(proposals)[:, None, :] + tables.around
@@ -65,15 +65,25 @@ class CandidateSet:
             parts.append(np.broadcast_to(points, (len(proposals), *points.shape)))
         return np.concatenate(parts, axis=1)
 
+    def tables(self, model: SafetyModel) -> Tables:
+        """Return the fixed numbers behind the candidates in a Box of the actions of `model`."""
+        return _tables(self, model.action_codec.width, model.noise_features)
+
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
+    """The fixed numbers from which the candidates in a Box are made."""
+
     candidates: CandidateSet
+    """Numbers of candidates of each kind."""
     width: int
+    """Number of entries of an action."""
     noise_width: int
+    """Width of the noise of the fallback actor."""
 
     @cached_property
     def noise(self) -> npt.NDArray[np.float32]:
+        """(fallback, noise_width) noise of the fallback's actions; the first row is 0."""
         rng = np.random.default_rng(_SEED)
         noise = rng.standard_normal((self.candidates.fallback, self.noise_width))
         noise[0] = 0.0
@@ -81,6 +91,7 @@ class _Tables:
 
     @cached_property
     def around(self) -> npt.NDArray[np.float32]:
+        """(around, act) differences from the proposed action, in half widths of the box."""
         count = self.candidates.around
         rng = np.random.default_rng(_SEED + 1)
         if self.width == 1:
@@ -97,6 +108,7 @@ class _Tables:
 
     @cached_property
     def box(self) -> npt.NDArray[np.float32]:
+        """(box, act) points of the box, scaled to [-1, 1]."""
         count = self.candidates.box
         rng = np.random.default_rng(_SEED + 2)
         points = rng.uniform(-1.0, 1.0, (count, self.width))
@@ -108,11 +120,11 @@ class _Tables:
         return points.astype(np.float32)
 
 
-_CACHE: dict[tuple[CandidateSet, int, int], _Tables] = {}
+_CACHE: dict[tuple[CandidateSet, int, int], Tables] = {}
 
 
-def _tables(candidates: CandidateSet, width: int, noise_width: int) -> _Tables:
+def _tables(candidates: CandidateSet, width: int, noise_width: int) -> Tables:
     key = (candidates, width, noise_width)
     if key not in _CACHE:
-        _CACHE[key] = _Tables(candidates, width, noise_width)
+        _CACHE[key] = Tables(candidates, width, noise_width)
     return _CACHE[key]

@@ -37,3 +37,13 @@ class ReadableRange:
         if self._counts is not None:
             near &= ~self._counts | (np.floor(rows) == rows)
         return near
+
+    @property
+    def ranges(
+        self,
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.bool_] | None]:
+        """Lowest and highest readable numbers (obs,), and which entries must be whole numbers.
+
+        The last is None where no entry must be whole.
+        """
+        return self._low, self._high, self._counts

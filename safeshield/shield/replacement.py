@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 MAX_STEPS, MAX_SAMPLES = 1000, 4096
 # Shortest step of a descent, in half widths of the box. Rounding errors dominate shorter steps.
-_SHORTEST = 1e-3
+SHORTEST = 1e-3
 # Factor on the step's length according to the linear model, so that the step crosses the threshold.
-_BEYOND = 1.1
+BEYOND = 1.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,10 +166,17 @@ def float32_box(codec: SpaceCodec) -> tuple[npt.NDArray[np.float32], npt.NDArray
     Args:
         codec: Converter of the actions; its `low` and `high` are the bounds of the box.
     """
-    low, high = codec.low.astype(np.float32), codec.high.astype(np.float32)
+    return float32_range(codec.low, codec.high)
+
+
+def float32_range(
+    low: npt.NDArray[np.float64], high: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the lowest and the highest float32 numbers in the ranges from `low` to `high`."""
+    least, most = low.astype(np.float32), high.astype(np.float32)
     return (
-        np.where(low < codec.low, np.nextafter(low, np.float32(np.inf)), low),
-        np.where(high > codec.high, np.nextafter(high, np.float32(-np.inf)), high),
+        np.where(least < low, np.nextafter(least, np.float32(np.inf)), least),
+        np.where(most > high, np.nextafter(most, np.float32(-np.inf)), most),
     )
 
 
@@ -352,9 +359,9 @@ class ProjectedGradient:
     def __post_init__(self) -> None:
         if type(self.steps) is not int or not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(f"steps must be an integer in [1, {MAX_STEPS}], got {self.steps!r}")
-        if not _SHORTEST <= self.step_size <= 1e6:
+        if not SHORTEST <= self.step_size <= 1e6:
             raise ValueError(
-                f"step_size must be at least {_SHORTEST} half widths of the box (and at most 1e6), "
+                f"step_size must be at least {SHORTEST} half widths of the box (and at most 1e6), "
                 f"got {self.step_size!r}"
             )
 
@@ -384,7 +391,7 @@ class ProjectedGradient:
         values, slopes = _slopes(model, rejected.states, actions)
         reach = np.full(len(actions), self.step_size)
         for _ in range(self.steps):
-            going = np.flatnonzero((values > limit) & (reach >= _SHORTEST))
+            going = np.flatnonzero((values > limit) & (reach >= SHORTEST))
             if not len(going):
                 break
             scaled, slope = model.scaling.actions(actions[going]), slopes[going]
@@ -399,7 +406,7 @@ class ProjectedGradient:
             if not len(going):
                 break
             gap = (values[going] - limit[going]) / steep
-            length = np.clip(_BEYOND * gap, _SHORTEST, reach[going])
+            length = np.clip(BEYOND * gap, SHORTEST, reach[going])
             target = np.clip(scaled - (length / steep)[:, None] * slope, -1.0, 1.0)
             tried = np.clip(model.scaling.to_box(target), rejected.low, rejected.high)
             tried_values, tried_slopes = _slopes(model, rejected.states.take(going), tried)

@@ -51,10 +51,13 @@ from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, S
 from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_constraint
 
 if TYPE_CHECKING:
+    import torch
+
     from safeshield.calibration.promises import Promise
     from safeshield.data.dataset import OfflineDataset
     from safeshield.evaluation.diagnosis import Diagnosis
     from safeshield.rollouts.copies import Identity
+    from safeshield.shield.tensors import TensorConstraint, TorchShield
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
 
@@ -600,6 +603,46 @@ class Shield:
                 UncalibratedShieldWarning,
                 stacklevel=4,
             )
+
+    def to_torch(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        constraint_fn: TensorConstraint | None = None,
+        budget: int | None = None,
+    ) -> TorchShield:
+        """Return the shield for batches of PyTorch tensors on a device.
+
+        The result has `filter`, `value` and `certified` for n observations and actions that are
+        tensors. It decides as this shield does, except that numbers differ by rounding. Later
+        changes of this shield do not affect it.
+
+        Args:
+            device: Device of observations and actions, such as "cuda".
+            constraint_fn: Function of n observations (tensors) to h (n,), for a shield whose h
+                comes from a named source. Without it, the registered function is used where it
+                takes and returns tensors; else pass `constraint` to `filter`.
+            budget: Largest number K of rows in a call whose actions are replaced by this shield's
+                strategy. All shapes are then fixed, so that the call can be captured in a CUDA
+                graph or compiled. The K rejected actions of the highest Q_h are replaced so; other
+                rejected ones are replaced by the fallback's action, and the report marks them. None
+                replaces any number of actions, and waits for the device once.
+
+        Raises:
+            TypeError, ValueError: See `shield.tensors.TorchShield`.
+
+        >>> import gymnasium, torch, safeshield.envs
+        >>> from safeshield import ShieldConfig, ShieldTrainer, collect
+        >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+        >>> trainer = ShieldTrainer(ShieldConfig(critic_hidden=(16,), behaviour_hidden=(16,)))
+        >>> shield = trainer.fit(log, steps=30).shield().with_constraint(None)
+        >>> executed, report = shield.to_torch().filter(torch.zeros(4, 2), torch.zeros(4, 2))
+        >>> executed.shape, report.valid.tolist()
+        (torch.Size([4, 2]), [True, True, True, True])
+        """
+        from safeshield.shield.tensors import TorchShield
+
+        return TorchShield(self, device, constraint_fn, budget)
 
     # -- environments ---------------------------------------------------------------------------
 
