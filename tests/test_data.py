@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
+import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -161,12 +164,6 @@ def without_last_end() -> dict[str, Any]:
     return fields
 
 
-def both_flags() -> dict[str, Any]:
-    fields = arrays()
-    fields["truncated"][2] = True
-    return fields
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -175,7 +172,6 @@ def both_flags() -> dict[str, Any]:
         (bad("actions", 5, 1.00001), r"actions\[5\] \(episode 2\).*pass action_space="),
         (bad("next_constraints", 0, 7.0), r"index 0 \(episode 0\).*label each state once"),
         (bad("constraints", 6, 7.0), r"index 5 \(episode 2\)"),
-        (both_flags(), r"exclude each other.*index 2 \(episode 0\).*truncated &= ~terminated"),
         (without_last_end(), r"last step must end.*index 7 \(episode 2\)"),
         (arrays() | {"rewards": np.zeros((8, 1))}, r"rewards must have shape \(N,\)"),
         (arrays() | {"costs": np.zeros(7)}, "same first axis N"),
@@ -188,6 +184,72 @@ def both_flags() -> dict[str, Any]:
 )
 def test_broken_rules_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        OfflineDataset.from_arrays(**fields)
+
+
+def test_a_step_that_is_terminated_and_truncated_is_terminated() -> None:
+    fields = arrays()
+    fields["truncated"] = fields["truncated"] | fields["terminated"]
+    found = OfflineDataset.from_arrays(**fields)
+    assert_same(found, log())
+    with pytest.raises(ValueError, match=r"exclude each other.*index 2 \(episode 0\)"):
+        dataclasses.replace(found, truncated=fields["truncated"])
+
+
+@pytest.mark.parametrize("wrong", [[2], [2, 5, 6, 7]])
+def test_labels_that_contradict_some_costs_are_told(wrong: list[int]) -> None:
+    fields = arrays()
+    fields["costs"][wrong] = 1 - fields["costs"][wrong]
+    clause = rf"contradicts the logged cost in {len(wrong)} of 8 .* first is row 2, where h = .* is"
+    with pytest.warns(UserWarning, match=f"next_constraints {clause} {fields['costs'][2]:g}"):
+        OfflineDataset.from_arrays(**fields)
+
+
+@pytest.mark.parametrize("names", [("constraints", "next_constraints"), ("costs",)])
+def test_a_turned_sign_is_refused(names: tuple[str, ...]) -> None:
+    fields = arrays()
+    for name in names:
+        fields[name] = -fields[name] if name != "costs" else 1 - fields[name]
+    message = r"contradicts the logged cost in 8 of 8 .* first is row 0.*Check the sign"
+    with pytest.raises(ValueError, match=message):
+        OfflineDataset.from_arrays(**fields)
+
+
+def test_costs_in_place_of_h_are_refused() -> None:
+    fields = arrays()
+    for name in ("constraints", "next_constraints"):
+        fields[name] = (fields[name] > 0).astype(int)
+    with pytest.raises(ValueError, match=r"hold only 0 and 1.*pass costs=next_constraints"):
+        OfflineDataset.from_arrays(**fields)
+    kept = OfflineDataset.from_arrays(**fields, constraint_kind="continuous")
+    assert kept.next_constraints.max() == 1
+
+
+@pytest.mark.parametrize("shift", [0, -1, 2])
+def test_next_observations_of_another_row_are_refused(shift: int) -> None:
+    fields = arrays((9, 1, 8))
+    fields["next_observations"] = np.roll(fields["observations"], -shift, axis=0)
+    found = re.escape(f"observations[t{shift:+d}]" if shift else "observations[t]")
+    message = rf"differs from observations\[t\+1\] in 15 of 15 .* row 0 .*It is {found} in"
+    with pytest.raises(ValueError, match=message):
+        OfflineDataset.from_arrays(**fields)
+
+
+def test_rows_that_do_not_follow_each_other_are_told() -> None:
+    fields = arrays()
+    fields["next_observations"] = fields["next_observations"].copy()
+    fields["next_observations"][5] += 0.1
+    message = r"differs .* in 1 of 5 rows .* first is row 5 \(episode 2\)"
+    with pytest.warns(UserWarning, match=message):
+        OfflineDataset.from_arrays(**fields)
+
+
+def test_a_sound_log_gives_no_warning() -> None:
+    fields = arrays()
+    # Rounding is no difference.
+    fields["next_observations"] = fields["next_observations"] * np.float32(1 + 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         OfflineDataset.from_arrays(**fields)
 
 

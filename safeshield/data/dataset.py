@@ -20,7 +20,10 @@ from safeshield.data.validation import (
     SCALAR_FIELDS,
     VECTOR_FIELDS,
     as_field,
+    check_costs,
     check_log,
+    check_successors,
+    cost_contradictions,
     starts_of,
 )
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
@@ -172,19 +175,33 @@ class OfflineDataset:
         (N,) for a Discrete, dicts of arrays for a Dict. They may also be rows (N, width). The
         default spaces are Box(-inf, inf) for observations and Box(-1, 1) for actions.
 
+        A step that is both terminated and truncated counts as terminated, as Gymnasium's
+        `TimeLimit` may return it. A warning is issued where ``next_observations[t]`` is not
+        ``observations[t+1]`` inside an episode, or where the signs of h and of a cost contradict
+        each other. It gives their number and the first row.
+
         Raises:
-            ValueError: A rule is broken, one of the two constraint arrays is missing, or both of
-                them and the costs are missing.
+            ValueError: A rule is broken; one of the two constraint arrays is missing, or both of
+                them and the costs are missing; the constraints hold only 0 and 1, as costs do; most
+                signs of h contradict the costs; or most rows of `next_observations` hold the
+                observation of another row.
         """
         flags = {
             "terminated": as_field("terminated", terminated),
             "truncated": as_field("truncated", truncated),
         }
+        if flags["terminated"].shape == flags["truncated"].shape:
+            both = flags["terminated"] & flags["truncated"]
+            if both.any():
+                flags["truncated"] = _frozen(flags["truncated"] & ~both)
         if (constraints is None) != (next_constraints is None):
             raise ValueError(
                 "constraints and next_constraints must be given together, or neither: the label "
                 "of an episode's last state is in next_constraints only"
             )
+        compared = costs is not None and constraints is not None
+        if constraint_kind is None and constraints is not None and next_constraints is not None:
+            _refuse_costs(constraints, next_constraints)
         if costs is None:
             if next_constraints is None:
                 raise ValueError(
@@ -214,7 +231,7 @@ class OfflineDataset:
             constraints, next_constraints = binary_labels(
                 costs, starts_of(**flags), label_magnitude, initial_costs
             )
-        return cls(
+        log = cls(
             observations=_rows("observations", observations, observation_codec),
             actions=_rows("actions", actions, action_codec),
             rewards=as_field("rewards", rewards),
@@ -229,6 +246,10 @@ class OfflineDataset:
             constraint_source=constraint_source,
             **flags,
         )
+        check_successors(log.observations, log.next_observations, log.terminated, log.truncated)
+        if compared:
+            check_costs(log.next_constraints, log.costs)
+        return log
 
     @classmethod
     def load(
@@ -441,14 +462,11 @@ class OfflineDataset:
                     f"{int(bad.sum())} of {len(self)} states; the first is that of {what}"
                     f"[{int(bad.argmax())}]"
                 )
-        differs = (after > 0) != (self.costs > 0)
-        if differs.any():
-            at = int(differs.argmax())
+        count, clause = cost_contradictions(after, self.costs, f"the constraint '{known.name}'")
+        if count:
             raise ValueError(
-                f"the constraint '{known.name}' contradicts the logged cost in "
-                f"{int(differs.sum())} of {len(self)} reached states; the first is row {at}, where "
-                f"h = {after[at]:.4g} and the cost is {self.costs[at]:g}. Check the sign (h > 0 is "
-                "a violation) and whether the observation determines the cost"
+                f"{clause}. Check the sign (h > 0 is a violation) and whether the observation "
+                "determines the cost"
             )
         return dataclasses.replace(
             self,
@@ -686,6 +704,16 @@ def _rows(
         flattened.flags.writeable = False
         return flattened
     return array
+
+
+def _refuse_costs(constraints: npt.ArrayLike, next_constraints: npt.ArrayLike) -> None:
+    """Raise ValueError where labels that should be h hold only 0 and 1, as costs do."""
+    if all(np.size(h) and np.isin(h, (0, 1)).all() for h in (next_constraints, constraints)):
+        raise ValueError(
+            "constraints and next_constraints hold only 0 and 1, as costs do, but h <= 0 is safe "
+            "by a margin of -h: pass costs=next_constraints and leave both out, so that labels are "
+            "binary, or pass constraint_kind='continuous' if h takes these values"
+        )
 
 
 def _box(

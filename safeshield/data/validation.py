@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ SCALAR_FIELDS = ("rewards", "costs", "constraints", "next_constraints")
 
 _ACTION_TOLERANCE = 1e-6
 _BLOCK = 1 << 18
+_SHIFTS = (0, -1, 2)
+"""Rows t + k whose observation a log may hold by mistake in place of that of row t + 1."""
 
 
 def as_field(name: str, value: npt.ArrayLike) -> Array:
@@ -83,6 +86,98 @@ def check_log(
     for name in ("observations", "next_observations"):
         _check_counts(name, fields[name], observations, starts)
     _check_labels(fields, constraint_kind, starts)
+
+
+def cost_contradictions(h: Array, costs: Array, what: str) -> tuple[int, str]:
+    """Return in how many states the sign of h contradicts the cost, and a clause that says so.
+
+    Args:
+        h: (N,) h of the states that the steps reached; a violation has h > 0.
+        costs: (N,) costs of the same states; a violation has a cost above 0.
+        what: Name of h in the clause.
+
+    Returns:
+        The number of contradictions and the clause, which is "" where there are none.
+    """
+    differs = (h > 0) != (costs > 0)
+    if not differs.any():
+        return 0, ""
+    count, at = int(differs.sum()), int(differs.argmax())
+    return count, (
+        f"{what} contradicts the logged cost in {count} of {len(h)} reached states; the first is "
+        f"row {at}, where h = {h[at]:.4g} and the cost is {costs[at]:g}"
+    )
+
+
+def check_costs(h: Array, costs: Array) -> None:
+    """Compare h of the states reached (N,) with their costs (N,).
+
+    Where up to half of them contradict each other, a warning is issued: h may be stricter than the
+    cost, or speak of another quantity.
+
+    Raises:
+        ValueError: More than half contradict each other, as where a sign is turned.
+    """
+    count, clause = cost_contradictions(h, costs, "next_constraints")
+    if 2 * count > len(h):
+        raise ValueError(
+            f"{clause}. Check the sign (h > 0 is a violation) and that both speak of the state "
+            "that the step reached; if the cost is of another quantity, leave costs out"
+        )
+    if count:
+        warnings.warn(
+            f"{clause}. Check that both speak of the state that the step reached, unless h is "
+            "meant to differ from the cost",
+            stacklevel=3,
+        )
+
+
+def check_successors(
+    observations: Array, next_observations: Array, terminated: Array, truncated: Array
+) -> None:
+    """Check that ``next_observations[t]`` is ``observations[t+1]`` inside episodes.
+
+    Where they differ by more than rounding, a warning gives the number of such rows and the first.
+
+    Args:
+        observations: (N, obs) s[t].
+        next_observations: (N, obs) s[t+1].
+        terminated: (N,) whether an episode terminated.
+        truncated: (N,) whether an episode was truncated.
+
+    Raises:
+        ValueError: Most rows differ, and most rows hold the observation of another row instead,
+            such as ``observations[t]``.
+    """
+    ends = terminated | truncated
+    differs = ~ends[:-1] & ~_rows_agree(next_observations[:-1], observations[1:])
+    count, inside = int(differs.sum()), int((~ends[:-1]).sum())
+    if not count:
+        return
+    starts = starts_of(terminated, truncated)
+    at = int(differs.argmax())
+    clause = (
+        f"next_observations[t] differs from observations[t+1] in {count} of {inside} rows inside "
+        f"episodes; the first is row {at} (episode {_episode(at, starts)})"
+    )
+    episodes = np.cumsum(ends) - ends
+    for shift in _SHIFTS if 2 * count > inside else ():
+        first, last = max(0, -shift), len(ends) - max(0, shift)
+        here, there = slice(first, last), slice(first + shift, last + shift)
+        comparable = episodes[here] == episodes[there]
+        same = comparable & _rows_agree(next_observations[here], observations[there])
+        if 2 * same.sum() > comparable.sum():
+            found = f"observations[t{shift:+d}]" if shift else "observations[t]"
+            raise ValueError(
+                f"{clause}. It is {found} in {int(same.sum())} rows: shift it, so that row t holds "
+                "the observation after step t"
+            )
+    warnings.warn(
+        f"{clause}. The rows of an episode must be its consecutive steps: where rows were left out "
+        "or shuffled, set truncated before each gap, because labels that are computed from costs "
+        "are wrong there. Where an observation is measured twice with noise, nothing is wrong",
+        stacklevel=3,
+    )
 
 
 def starts_of(terminated: Array, truncated: Array) -> npt.NDArray[np.int64]:
@@ -202,6 +297,20 @@ def _first_bad_row(array: Array, good: Callable[[Array], Array]) -> int | None:
         if not fine.all():
             return start + int(np.argmin(fine.reshape(len(fine), -1).all(axis=1)))
     return None
+
+
+def _rows_agree(one: Array, other: Array) -> Array:
+    """Return whether the rows of two arrays (n, width) agree up to rounding, (n,)."""
+    agree = np.empty(len(one), np.bool_)
+    size = max(1, _BLOCK // max(1, one.shape[1]))
+    for start in range(0, len(one), size):
+        part = slice(start, start + size)
+        agree[part] = (one[part] == other[part]).all(axis=1)
+    rows = np.flatnonzero(~agree)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        agree[part] = np.isclose(one[part], other[part], 1e-5, 1e-5).all(axis=1)
+    return agree
 
 
 def _episode(index: int, starts: Array) -> int:
