@@ -153,6 +153,10 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         (("collect", "nosuchmodule:Boat-v0", "{tmp}/a.hdf5"), "nosuchmodule"),
         (("collect", BOAT, "{tmp}/a.csv"), "must end in .hdf5"),
         (("collect", BOAT, "{tmp}/no/a.hdf5"), "make the folder"),
+        (("collect", BOAT, "{long}.hdf5"), "File name too long"),
+        (("train", "{log}", "{long}.safetensors"), "File name too long"),
+        (("train", "{log}", "{tmp}/a.safetensors", "--checkpoint", "{tmp}"), "it is a folder"),
+        (("calibrate", "{agent}", BOAT, "{long}.safetensors"), "File name too long"),
         (("collect", BOAT, "{tmp}/a.hdf5", "--policy", "drunk"), "['random', 'helmsmen']"),
         (
             ("collect", "Pendulum-v1", "{tmp}/a.hdf5", "--policy", "helmsmen"),
@@ -209,6 +213,7 @@ def test_mistakes_end_in_one_line(
         "log": files / "log.hdf5",
         "agent": files / "agent.safetensors",
         "text": tmp_path / "text",
+        "long": tmp_path / ("x" * 240),
     }
     filled = [argument.format(**places) for argument in arguments]
     output = run(*filled, code=2)

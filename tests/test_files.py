@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safeshield.files.atomic import check_writable
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.shield import CandidateSet, ProjectedGradient, Shield
@@ -27,6 +28,7 @@ from safeshield.shield.critics import SafetyModel
 from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
 from safeshield.shield.replacement import describe
 from safeshield.spaces.scaling import Scaling
+from safeshield.training.loop import FitOptions
 from safeshield.values.units import SafetyScale
 
 Json = dict[str, Any]
@@ -182,6 +184,25 @@ def test_missing_files_and_folders(shield: Shield, tmp_path: Path) -> None:
         Shield.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="make the folder"):
         shield.save(tmp_path / "none" / "shield")
+
+
+def test_paths_that_cannot_be_written_are_named(shield: Shield, tmp_path: Path) -> None:
+    for folder in ("", tmp_path):
+        with pytest.raises(IsADirectoryError, match=r"it is a folder .*give the name of a file"):
+            shield.save(folder)
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(OSError, match=f"cannot write {long}: File name too long; choose another"):
+        shield.save(long)
+    with pytest.raises(IsADirectoryError, match="give the name of a file"):
+        FitOptions(10, checkpoint=tmp_path)
+    check_writable(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that refuses files")
+def test_a_folder_that_refuses_files_is_found_before_the_work() -> None:
+    with pytest.raises(OSError, match=r"cannot write /proc/x: .*a folder in which you may write"):
+        check_writable(Path("/proc/x"))
 
 
 def test_scalars_and_integers_survive(tmp_path: Path) -> None:

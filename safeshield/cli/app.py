@@ -118,9 +118,10 @@ def check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT"
 
     Raises:
         ValueError: The name does not end in one of `suffixes`.
-        FileNotFoundError: The folder does not exist.
+        OSError: It is a folder, its folder does not exist, or nothing can be written there.
     """
+    from safeshield.files.atomic import check_writable
+
     if suffixes is not None and path.suffix.lower() not in suffixes:
         raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got '{path}'")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
+    check_writable(path)

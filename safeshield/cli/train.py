@@ -65,6 +65,7 @@ def train(
             f"--config must not be {record}, where the settings of this run are written: copy it "
             "to another name"
         )
+    check_output(record, None)
     import torch
 
     from safeshield.algorithms.registry import offline_algorithm

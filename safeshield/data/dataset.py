@@ -327,7 +327,7 @@ class OfflineDataset:
 
         Raises:
             ValueError: The suffix is unknown.
-            FileNotFoundError: The folder does not exist.
+            OSError: The file cannot be written; see `files.atomic.check_writable`.
         """
         header = {
             "format": _FORMAT,

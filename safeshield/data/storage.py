@@ -101,7 +101,7 @@ def write_log(path: Path, arrays: Mapping[str, Array], header: Header) -> None:
 
     Raises:
         ValueError: The suffix of `path` is unknown.
-        FileNotFoundError: The folder does not exist.
+        OSError: The file cannot be written; see `files.atomic.check_writable`.
     """
     text = json.dumps(header, allow_nan=False)
     write = _write_hdf5 if _is_hdf5(path) else _write_npz

@@ -9,16 +9,47 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def check_writable(path: Path) -> None:
+    """Check that the file `path` can be written, so that work whose result it takes is not lost.
+
+    A temporary file is made beside it and removed again.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+        FileNotFoundError: The folder of `path` does not exist.
+        OSError: No file with such a name can be made in that folder.
+    """
+    if os.path.isdir(path):  # Path.is_dir raises where a name is too long.
+        raise IsADirectoryError(
+            f"cannot write '{path}': it is a folder (an empty path is the current one); give the "
+            "name of a file"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
+    part = _beside(path)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise type(error)(
+            f"cannot write {path}: {error.strerror}; choose another name, or a folder in which you "
+            "may write"
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield the path of a temporary file, which replaces `path` if the block raises no error.
 
     Raises:
-        FileNotFoundError: The folder of `path` does not exist.
+        OSError: `path` cannot be written; see `check_writable`.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: make the folder {path.parent} first")
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    check_writable(path)
+    part = _beside(path)
     try:
         yield part
         with part.open("rb+") as stream:

@@ -122,7 +122,7 @@ def write_tensors(
 
     Raises:
         ValueError: The header is not strict JSON.
-        FileNotFoundError: The folder does not exist.
+        OSError: The file cannot be written; see `files.atomic.check_writable`.
     """
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # The metadata has one key, because the order of several keys would vary between runs.

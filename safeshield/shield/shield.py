@@ -787,7 +787,12 @@ class Shield:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the shield to the safetensors file `path`, whose header is strict JSON."""
+        """Write the shield to the safetensors file `path`, whose header is strict JSON.
+
+        Raises:
+            OSError: `path` is a folder, its folder does not exist, or nothing can be written there.
+            ValueError: The shield replaces actions in a way that a file cannot hold.
+        """
         save_shield(self, path)
 
     @classmethod

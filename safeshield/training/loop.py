@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from safeshield.files.atomic import check_writable
 from safeshield.files.schema import whole
 from safeshield.training.checkpoint import load_checkpoint, save_checkpoint
 from safeshield.training.log import RunIdentity
@@ -41,7 +42,7 @@ class FitOptions:
         TypeError: A number is not a whole number.
         ValueError: `steps` is below one for each phase, another number is out of range, or
             `stop_after` is given without a checkpoint.
-        FileNotFoundError: The checkpoint's folder does not exist.
+        OSError: The checkpoint cannot be written; see `files.atomic.check_writable`.
     """
 
     steps: int
@@ -70,8 +71,8 @@ class FitOptions:
             object.__setattr__(self, name, value)
         if self.stop_after is not None and self.checkpoint is None:
             raise ValueError("stop_after needs a checkpoint file to resume from; pass checkpoint")
-        if self.checkpoint is not None and not Path(self.checkpoint).parent.is_dir():
-            raise FileNotFoundError(f"make the folder of the checkpoint {self.checkpoint} first")
+        if self.checkpoint is not None:
+            check_writable(Path(self.checkpoint))
 
 
 def device_of(device: str | torch.device) -> torch.device:
