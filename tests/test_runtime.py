@@ -18,7 +18,7 @@ from safeshield import CalibrationRecord, SafetyShield, Shield
 from safeshield.envs.vector import autoreset_modes
 from safeshield.shield import FilterReport
 from safeshield.shield.guard import ShieldMemory, ShieldRuntime
-from safeshield.shield.shield import OtherEnvironmentWarning
+from safeshield.shield.shield import NoReportWarning, OtherEnvironmentWarning
 from safeshield.values.constraint import ConstraintSource
 from safeshield.wrappers import VecSafetyShield, VectorSafetyShield
 
@@ -334,3 +334,36 @@ def test_a_report_that_contradicts_h_withdraws_the_promise_for_good(
     last.labels = {}
     plant.reset()
     assert plant.runtime._covered.all() == holds
+
+
+class ReportsSteps(Other):
+    """A river that reports nothing at reset, as most environments with a cost."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:  # noqa: ANN401
+        return super().reset(seed=seed)[0], {}
+
+
+@pytest.mark.parametrize("kind", ["single", "sb3", *autoreset_modes()])
+def test_reports_that_stop_are_told_once(shield: Shield, kind: str) -> None:
+    """At each member, and not at a reset. The promise is about the dynamics, so it stays."""
+    plant = Plant(kind, vouched(shield), certifies=True)
+    for river in plant.rivers:
+        river.__class__, river.at, river.labels = (
+            ReportsSteps, np.array([1.0, 0.0], np.float32), {"cost": 0.0},
+        )  # fmt: skip
+        river.steps = 3
+    last = plant.rivers[-1]
+    ended = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plant.reset()
+        for _ in range(30):
+            ended += plant.step(np.zeros(2, np.float32))[1].sum()
+    assert ended >= 10
+    last.labels = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            plant.step(np.zeros(2, np.float32))
+    assert [w.category for w in caught] == [NoReportWarning]
+    assert plant.runtime._covered.all()

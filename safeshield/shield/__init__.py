@@ -17,6 +17,7 @@ from safeshield.shield.replacement import (
 )
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import (
+    NoReportWarning,
     OtherEnvironmentWarning,
     Shield,
     UncalibratedShieldWarning,
@@ -30,6 +31,7 @@ __all__ = [
     "FallbackPolicy",
     "FilterReport",
     "NearestAcceptable",
+    "NoReportWarning",
     "NothingAcceptableWarning",
     "OtherEnvironmentWarning",
     "OwnSamples",

@@ -36,7 +36,13 @@ from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_ada
 from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import Mask, with_own_mask
 from safeshield.shield.report import FilterReport
-from safeshield.shield.shield import HasShield, OtherEnvironmentWarning, Shield, as_shield
+from safeshield.shield.shield import (
+    HasShield,
+    NoReportWarning,
+    OtherEnvironmentWarning,
+    Shield,
+    as_shield,
+)
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
@@ -215,6 +221,9 @@ class ShieldRuntime:
         self._contradicted = np.zeros(self._count, np.bool_)
         self._withdrawn = np.zeros(self._count, np.bool_)
         self._warned = False
+        # Whether the present states came without a report, until a warning has said so.
+        self._silent: PerEnv = False
+        self._told_silent = False
         self._memory = memory
         source = shield.model.constraint
         self._reported = source is not None and not source.available
@@ -447,6 +456,8 @@ class ShieldRuntime:
         # those that ended. A promise leaves a few episodes that violate; these are certified no
         # more.
         self._covered &= ~self._withdrawn | np.full(self._count, starts)
+        if self._silent is not False:
+            self._warn_if_silent(counted, starts)
         report, decided = self._report, self._decided
         self._report, self._decided, self._masks = None, False, None
         adaptive, memory = self.adaptive, self._memory
@@ -568,6 +579,9 @@ class ShieldRuntime:
         not the one of the record. The promise is then withdrawn for good. A state that violates
         although V_h <= -delta by the network's estimate of h withdraws it for the episode.
         """
+        if not self._told_silent:
+            told, cost = reports
+            self._silent = (told != told) & (cost != cost)  # Only NaN differs from itself.
         h, values = states.constraint, states.value
         if self.num_envs is None:
             h, values = None if h is None else h[0], values[0]
@@ -605,6 +619,24 @@ class ShieldRuntime:
         warnings.warn(
             f"the environment reports {reported} of a state where {then}",
             OtherEnvironmentWarning,
+            stacklevel=4,
+        )
+
+    def _warn_if_silent(self, counted: Flags | bool, starts: Flags | bool) -> None:
+        """Warn once where an environment reports nothing of a state that an action has reached.
+
+        Infos of a reset need not report a cost. `counted` and `starts` are those of `update`.
+        """
+        if not np.any(np.full(self._count, counted) & ~np.full(self._count, starts) & self._silent):
+            return
+        self._told_silent, self._silent = True, False
+        warnings.warn(
+            "an environment reports neither info['constraint'] nor info['cost'], one of which was "
+            "reported in the calibration: 'shield/certified' still says whether the episode began "
+            "in a certified state, but neither a violation nor a contradiction can be noticed. "
+            "Report one of them at every step, or ignore safeshield.shield.NoReportWarning where "
+            "neither can be measured",
+            NoReportWarning,
             stacklevel=4,
         )
 

@@ -70,6 +70,10 @@ class OtherEnvironmentWarning(UserWarning):
     """A shield is used in another environment than the one that its record names."""
 
 
+class NoReportWarning(UserWarning):
+    """An environment reports neither h nor a cost, so that a violation cannot be noticed."""
+
+
 @dataclass(eq=False, repr=False)
 class Shield:
     """A filter of an agent's actions, for NumPy arrays; filtering does not change the shield.
