@@ -553,6 +553,37 @@ def test_what_is_not_known_or_changes_no_dynamics_is_not_compared(shield: Shield
         assert SafetyShield(seen, known).reset(options=AT_EASE)[1]["shield/certified"]
 
 
+class PassesThrough(gym.Wrapper):  # type: ignore[type-arg]
+    """Overrides nothing."""
+
+    purpose: str
+
+
+class Prepares(gym.Wrapper):  # type: ignore[type-arg]
+    """May change the environment when it is made."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+
+
+def with_own_step(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    wrapper = PassesThrough(env)
+    wrapper.step = lambda action: env.step(-action)  # type: ignore[method-assign]
+    return wrapper
+
+
+def test_a_wrapper_that_overrides_nothing_is_no_difference(shield: Shield) -> None:
+    told = replace(record(shield.delta), environment_kwargs={"dt": DT}, wrappers=())
+    known = replace(shield, record=told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherEnvironmentWarning)
+        env = SafetyShield(gym.Wrapper(PassesThrough(boat())), known)
+        assert env.reset(options=AT_EASE)[1]["shield/certified"]
+    for other in (Doubles, Prepares, with_own_step):
+        with pytest.warns(OtherEnvironmentWarning, match=r"its wrappers are \[\('"):
+            SafetyShield(other(boat()), known)
+
+
 def test_members_that_differ_are_not_taken_for_the_first(shield: Shield) -> None:
     told = replace(record(shield.delta), environment_kwargs={"dt": DT})
     makers = [boat, lambda: boat(current=0.5)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from safeshield.files.schema import json_arguments
 from safeshield.rollouts.infos import LABELS
-from safeshield.spaces.generic import BEFORE_1_0, Env, VectorEnv, Wrapper
+from safeshield.spaces.generic import BEFORE_1_0, Env, VectorEnv, VectorWrapper, Wrapper
 
 _MAX_NATIVE_ENVS = 256
 _MAX_COPIED_ENVS = 8
@@ -24,6 +24,12 @@ _NO_WRAPPERS = (
     "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "AutoResetWrapper", "Autoreset",
     "HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics",
 )  # fmt: skip
+# What Python itself and annotations put into the namespace of a class.
+_NO_OVERRIDES = {
+    "__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__dict__",
+    "__doc__", "__firstlineno__", "__module__", "__orig_bases__", "__parameters__", "__qualname__",
+    "__static_attributes__", "__type_params__", "__weakref__",
+}  # fmt: skip
 # Arguments of vector environments only.
 _OF_VECTORS = ("num_envs", "vectorization_mode", "vector_kwargs", "wrappers", "autoreset_mode")
 _COMPARED_STEPS, _COMPARED_SEED = 20, 0
@@ -119,7 +125,8 @@ def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]
     """Return the wrappers of an environment, the innermost first: (name of the class, arguments).
 
     The arguments are JSON values, and None where a wrapper does not record them. Left out are the
-    wrappers that `gymnasium.make` adds and those that only render. The wrappers of the members of
+    wrappers that `gymnasium.make` adds, those that only render, and those whose class overrides
+    nothing. The wrappers of the members of
     a vector environment come before its own, each different one once.
     """
     found: list[tuple[str, dict[str, Any] | None]] = []
@@ -128,7 +135,7 @@ def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]
         fields = vars(layer)
         inner = fields.get("env")
         name = type(layer).__name__
-        if inner is not None and name not in _NO_WRAPPERS:
+        if inner is not None and name not in _NO_WRAPPERS and not _passes_through(layer):
             # Gymnasium's RecordConstructorArgs keeps the arguments under this name.
             saved = fields.get("_saved_kwargs")
             found.append((name, None if saved is None else json_arguments(saved)))
@@ -138,6 +145,16 @@ def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]
             return [*inside, *reversed(found)]
         layer = inner
     return found[::-1]
+
+
+def _passes_through(wrapper: object) -> bool:
+    """Return whether a wrapper overrides nothing of Gymnasium's base class of wrappers."""
+    names = set(vars(wrapper)) & {"step", "reset"}
+    for kind in type(wrapper).__mro__:
+        if kind in (Wrapper, VectorWrapper):
+            return names <= _NO_OVERRIDES
+        names |= set(vars(kind))
+    return False
 
 
 def environment_horizon(env: object) -> int | None:
