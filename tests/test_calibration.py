@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import pickle
@@ -44,7 +45,7 @@ from safeshield.calibration.calibrate import (
     start_observations,
 )
 from safeshield.calibration.pilot import Pilot, threshold_grid
-from safeshield.calibration.proposers import Adversary
+from safeshield.calibration.proposers import Adversary, policy_names
 from safeshield.calibration.sequential import (
     BinomialPlan,
     Decision,
@@ -674,10 +675,25 @@ def test_the_same_seed_gives_the_same_record(shield: Shield, calibrated: Shield)
 
 def test_a_policy_of_ones_own_is_the_only_one_promised_for(shield: Shield) -> None:
     record = calibrate(shield, boat(), policy=into_the_rocks, deltas=[0.5, 0.3], **REQUEST)
-    assert [result.policy for result in record.policies] == ["policy"]
+    assert [result.policy for result in record.policies] == ["into_the_rocks"]
     assert record.policies[0].intervention_rate > 0
     assert {rung.delta for rung in record.walk} <= {0.5, 0.3}
-    assert "proposed by one of 'policy'" in record.promise
+    assert "proposed by one of 'into_the_rocks'" in record.promise
+
+
+def test_policies_without_a_name_are_listed_by_what_they_are() -> None:
+    class Agent:
+        def act(self, observation: object) -> int:
+            return 0
+
+    def own(observation: object) -> int:
+        return 0
+
+    named = {"random": "random", own: "own", Agent().act: "Agent.act", Agent(): "Agent"}
+    named |= {functools.partial(own): "own", lambda obs: 0: "policy"}
+    for policy, name in named.items():
+        assert policy_names(policy) == [name]
+        assert policy_names(policy, "mine") == ["mine"]
 
 
 class Counting(gym.Wrapper):  # type: ignore[type-arg]
@@ -971,7 +987,7 @@ def test_a_failed_attempt_is_remembered(shield: Shield) -> None:
     error = caught.value
     assert error.attempt == blind.attempts[-1]
     assert not error.attempt.passed
-    assert [(one.delta, one.policy) for one in error.curve] == [(0.2, "policy")]
+    assert [(one.delta, one.policy) for one in error.curve] == [(0.2, "into_the_rocks")]
     assert error.curve[0].violations > 0
     assert "Pass larger deltas" in str(error)
 

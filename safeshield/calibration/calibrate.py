@@ -148,7 +148,7 @@ def calibrate(
             episodes in turn. By default there are two policies: random proposals, and an adversary
             that always proposes the accepted action of highest Q_h.
         policy_name: Name of the policy in the promise. By default it is `policy` itself where that
-            is a string, and "policy" otherwise.
+            is a string, the qualified name of a function, and the class of any other object.
         deterministic: The `deterministic` with which a policy's ``predict`` is called. It should be
             what is deployed; the default is Stable-Baselines3's.
         deltas: Strictly decreasing thresholds to test, without a pilot.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.rollouts.infos import INTERVENED
-from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, start_wave
+from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, default_name, start_wave
 from safeshield.rollouts.recorded import Episode
 from safeshield.spaces.batches import Batch, copied
 from safeshield.spaces.shapes import Flags
@@ -18,7 +18,7 @@ from safeshield.spaces.shapes import Flags
 if TYPE_CHECKING:
     from safeshield.shield.shield import Shield
 
-RANDOM, ADVERSARY, CUSTOM = "random", "adversary", "policy"
+RANDOM, ADVERSARY = "random", "adversary"
 
 
 def spread_actions(shield: Shield, count: int) -> npt.NDArray[np.float32]:
@@ -159,7 +159,7 @@ def policy_names(policy: object = None, name: str | None = None) -> list[str]:
     """Return the names of the policies of `battery`, with the same arguments."""
     if policy is None:
         return [RANDOM, ADVERSARY]
-    return [name or (policy if isinstance(policy, str) else CUSTOM)]
+    return [name or default_name(policy)]
 
 
 def battery(
@@ -175,8 +175,7 @@ def battery(
         shield: The shield that is calibrated.
         policy: The policy of the user, in any form that `as_batch_policy` takes. It is then the
             only one. With None there are two: random proposals, and the `Adversary` of `shield`.
-        name: Name of `policy` in the result; by default `policy` itself where that is a string, and
-            otherwise "policy".
+        name: Name of `policy` in the result; by default that of `rollouts.policies.default_name`.
         deterministic: The `deterministic` with which a policy's ``predict`` is called.
     """
     names = policy_names(policy, name)

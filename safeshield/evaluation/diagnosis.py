@@ -33,7 +33,7 @@ from safeshield.evaluation.causes import (
 from safeshield.evaluation.traces import Trace, shielded_traces
 from safeshield.files.schema import json_values
 from safeshield.rollouts.copies import check_env, environment_name, spaces_of
-from safeshield.rollouts.policies import as_batch_policy
+from safeshield.rollouts.policies import as_batch_policy, default_name
 from safeshield.shield.nested import refuse_shielded
 from safeshield.shield.replacement import describe
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
@@ -409,7 +409,7 @@ def diagnose(
     worst = _worst(traces, shield.threshold)
     return Diagnosis(
         environment=environment_name(env),
-        policy=policy_name or _name(policy),
+        policy=policy_name or default_name(policy),
         deterministic=deterministic,
         seed=seed,
         delta=shield.delta,
@@ -434,12 +434,6 @@ def diagnose(
         worst=traces[worst],
         worst_episode=worst,
     )
-
-
-def _name(policy: object) -> str:
-    if isinstance(policy, str):
-        return policy
-    return str(getattr(policy, "__name__", type(policy).__name__))
 
 
 def _needed_delta(thin: Sequence[Violation]) -> float | None:

@@ -23,7 +23,7 @@ from safeshield.rollouts.accepted import Starts, accepted_episodes
 from safeshield.rollouts.copies import check_env, environment_name, spaces_of
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.infos import INTERVENED
-from safeshield.rollouts.policies import as_batch_policy
+from safeshield.rollouts.policies import as_batch_policy, default_name
 from safeshield.rollouts.recorded import Episode, intervention_rate
 from safeshield.shield.nested import refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -149,7 +149,7 @@ def evaluate(
     runs, share = draw_episodes(env, acting, episodes, seed, shield, judge, num_envs)
     return summarise(
         runs,
-        policy=name or (policy if isinstance(policy, str) else type(policy).__name__),
+        policy=name or default_name(policy),
         environment=environment_name(env),
         start_share=share,
         seed=seed,

@@ -118,6 +118,22 @@ def as_batch_policy(
     )
 
 
+def default_name(policy: object) -> str:
+    """Return the name by which records and tables list a policy that the user has not named.
+
+    It is a string itself, the qualified name of a function or method, and the class of any other
+    object. It is "policy" for a lambda, which has no name.
+
+    >>> default_name("random"), default_name(max), default_name(lambda observation: 0)
+    ('random', 'max', 'policy')
+    """
+    if isinstance(policy, str):
+        return policy
+    named = policy.func if isinstance(policy, functools.partial) else policy
+    name = getattr(named, "__qualname__", type(named).__qualname__).rpartition("<locals>.")[2]
+    return "policy" if name == "<lambda>" else name
+
+
 @contextlib.contextmanager
 def torch_seeded(seed: int) -> Iterator[None]:
     """Seed torch's own generators for a block, and restore their states at its end.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.policies import as_batch_policy
+from safeshield.rollouts.policies import as_batch_policy, default_name
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.spaces.rows import SpaceCodec
@@ -571,8 +571,7 @@ def describe(replacement: Replacement) -> str:
     if isinstance(replacement, NearestAcceptable) and not values:
         return ""
     if isinstance(replacement, OwnSamples) and not isinstance(replacement.policy, str):
-        policy = replacement.policy
-        values["policy"] = getattr(policy, "__name__", type(policy).__name__)
+        values["policy"] = default_name(replacement.policy)
     return f"{name}({', '.join(f'{key}={value}' for key, value in values.items())})"
 
 
