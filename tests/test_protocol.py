@@ -507,7 +507,7 @@ def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
 
 def test_workers_end_with_their_environment() -> None:
     envs = WorkerVectorEnv(pendulum(), num_envs=3, workers=2)
-    processes = [process._process for process in envs._processes]
+    processes = [worker._process for worker in envs._workers]
     assert len(processes) == 2
     envs.reset(seed=0)
     envs.close()

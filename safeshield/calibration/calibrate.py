@@ -116,6 +116,7 @@ def calibrate(
     seed: int = 0,
     num_envs: int | None = None,
     workers: int = 0,
+    ray: str | None = None,
     progress_bar: bool = False,
 ) -> CalibrationRecord:
     """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
@@ -160,6 +161,9 @@ def calibrate(
             with 0 this process does. Workers are worthwhile where a step takes milliseconds. The
             record does not depend on their number. A script must use them below
             ``if __name__ == "__main__":``.
+        ray: Address of a Ray cluster that steps the environments, as `ray.init` takes it: "auto",
+            "local" or host:port. `workers` is then the number of Ray actors, and 0 means one for
+            each CPU of the cluster, of which each takes one. The record is that of ``workers=1``.
         progress_bar: Whether to show a progress bar, with the threshold, the policy, the episodes
             counted and the bound so far.
 
@@ -171,6 +175,9 @@ def calibrate(
         TypeError: `env` is not an environment.
         ValueError: The spaces differ, an argument is out of range, N is too small (the message
             says how many episodes are needed), or the environment does not report what is needed.
+        ImportError: `ray` is given, and Ray is not installed.
+        ConnectionError: No Ray cluster answers at `ray`.
+        RuntimeError: A worker has ended. Nothing of the run is kept.
         KeyboardInterrupt: The tests were interrupted. This counts as an attempt, which is stored in
             the exception's `attempt`.
         CalibrationError: No threshold meets the request. The message says what was reached and what
@@ -204,7 +211,8 @@ def calibrate(
     quantiles = _quantiles(shield, values) if asked is None else []
     trials = Trials(
         shield, env, promise, policy, policy_name, 1.0 - level, values, seed,
-        deterministic=deterministic, num_envs=num_envs, workers=workers, progress_bar=progress_bar,
+        deterministic=deterministic, num_envs=num_envs, workers=workers, ray=ray,
+        progress_bar=progress_bar,
     )  # fmt: skip
     try:
         if deltas is None:

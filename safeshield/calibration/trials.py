@@ -99,6 +99,7 @@ class Trials:
     deterministic: bool = False
     num_envs: int | None = None
     workers: int = 0
+    ray: str | None = None
     progress_bar: bool = False
     names: list[str] = field(init=False)
     """Names of the policies that propose actions."""
@@ -113,7 +114,9 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.names = policy_names(self.policy, self.policy_name)
-        self._native = not self.workers and self.num_envs is None and runs_natively(self.env)
+        self._native = (
+            not (self.workers or self.ray) and self.num_envs is None and runs_natively(self.env)
+        )
         # Copies of an environment without a vectorised form are made once: that may be slow.
         self._envs: Env | VectorEnv = self.env if self._native else self._copies()
         width = self._width(_NATIVE_WIDTH)
@@ -121,20 +124,20 @@ class Trials:
         self._bar: tqdm[None] = tqdm(disable=not self.progress_bar, unit="episode")
 
     def _copies(self) -> VectorEnv:
-        if not self.workers:
+        if not (self.workers or self.ray):
             return copies(self.env, self.num_envs, most=None, freeze=True)
         from safeshield.rollouts.workers import WorkerVectorEnv
 
-        refuse_vector_env(self.env, self.workers)
+        refuse_vector_env(self.env, self.workers, self.ray)
         env = cast("Env", self.env)
         # The spec is None where a process can hold only one environment: nothing to compare with.
         spec = spec_to_copy(env)
         if spec is not None and (differs := difference(env, spec)):
             raise ValueError(
-                f"workers={self.workers} cannot copy {env}, {differs}; leave workers out"
+                f"workers={self.workers} cannot copy {env}, {differs}; leave workers (and ray) out"
             )
         # The number of copies does not depend on the number of processes, so results do not either.
-        return WorkerVectorEnv(env, self.num_envs, self.workers)
+        return WorkerVectorEnv(env, self.num_envs, self.workers, self.ray)
 
     def _width(self, native: int) -> int:
         """Return the number of environments that step together; `native` for a vectorised form."""

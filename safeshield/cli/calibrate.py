@@ -70,6 +70,15 @@ def calibrate(
             min=0,
         ),
     ] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Ray cluster that steps the environment: host:port, auto (the one of this machine "
+            "or of RAY_ADDRESS) or local (started here). --workers is then the number of Ray "
+            "actors; default: one for each CPU.",
+        ),
+    ] = None,
     trust: Trust = False,
     plugins: Plugins = None,
     debug: Debug = False,
@@ -92,6 +101,7 @@ def calibrate(
         deterministic=deterministic,
         seed=seed,
         workers=workers,
+        ray=ray,
         progress_bar=True,
     )
     shield.save(out)

@@ -160,11 +160,11 @@ def check_successors(
         f"next_observations[t] differs from observations[t+1] in {count} of {inside} rows inside "
         f"episodes; the first is row {at} (episode {_episode(at, starts)})"
     )
-    episodes = np.cumsum(ends) - ends
+    episodes: Array = np.cumsum(ends) - ends
     for shift in _SHIFTS if 2 * count > inside else ():
         first, last = max(0, -shift), len(ends) - max(0, shift)
         here, there = slice(first, last), slice(first + shift, last + shift)
-        comparable = episodes[here] == episodes[there]
+        comparable: Array = episodes[here] == episodes[there]
         same = comparable & _rows_agree(next_observations[here], observations[there])
         if 2 * same.sum() > comparable.sum():
             found = f"observations[t{shift:+d}]" if shift else "observations[t]"
@@ -304,12 +304,12 @@ def _rows_agree(one: Array, other: Array) -> Array:
     agree = np.empty(len(one), np.bool_)
     size = max(1, _BLOCK // max(1, one.shape[1]))
     for start in range(0, len(one), size):
-        part = slice(start, start + size)
-        agree[part] = (one[part] == other[part]).all(axis=1)
-    rows = np.flatnonzero(~agree)
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        agree[part] = np.isclose(one[part], other[part], 1e-5, 1e-5).all(axis=1)
+        block = slice(start, start + size)
+        agree[block] = (one[block] == other[block]).all(axis=1)
+    unequal = np.flatnonzero(~agree)
+    for start in range(0, len(unequal), size):
+        rows = unequal[start : start + size]
+        agree[rows] = np.isclose(one[rows], other[rows], 1e-5, 1e-5).all(axis=1)
     return agree
 
 

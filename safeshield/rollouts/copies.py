@@ -43,12 +43,16 @@ def is_vector_env(env: object) -> bool:
     return hasattr(inner, "num_envs") and hasattr(inner, "single_action_space")
 
 
-def refuse_vector_env(env: Env | VectorEnv, workers: int) -> None:
-    """Raise ValueError where `env`, which `workers` processes are to step, is a VectorEnv."""
+def refuse_vector_env(env: Env | VectorEnv, workers: int, ray: str | None = None) -> None:
+    """Raise ValueError where `env`, which other processes are to step, is a VectorEnv.
+
+    `workers` is the number of these processes, and `ray` the address of the Ray cluster.
+    """
     if is_vector_env(env):
+        name, asked = ("workers", workers) if ray is None else ("ray", repr(ray))
         raise ValueError(
-            f"workers={workers} needs one Gymnasium environment to copy, got a VectorEnv; "
-            "leave workers out, or pass gymnasium.make(id)"
+            f"{name}={asked} needs one Gymnasium environment to copy, got a VectorEnv; leave "
+            f"{name} out, or pass gymnasium.make(id)"
         )
 
 

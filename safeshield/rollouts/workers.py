@@ -1,4 +1,4 @@
-"""A vector environment whose copies step in worker processes, for environments that are slow."""
+"""A vector environment whose copies step in other processes, for environments that are slow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import os
 import pickle
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import gymnasium as gym
@@ -28,10 +29,16 @@ from safeshield.rollouts.copies import (
 )
 from safeshield.spaces.generic import Env, SyncVectorEnv
 
+if TYPE_CHECKING:
+    from safeshield.rollouts.ray_workers import Cluster
+
 # Modules whose import registers environments. A new process must import those of its parent.
 _REGISTERING = ("safeshield.envs", "safeshield.suites")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SECONDS_TO_END = 5.0
+NOTHING_KEPT = (
+    "nothing of this run was kept: start it again, or run with workers=0 to see why it ended"
+)
 
 
 def single_threads() -> contextlib.AbstractContextManager[None]:
@@ -59,10 +66,11 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
 class WorkerVectorEnv(SyncVectorEnv):
     """`num_envs` copies of an environment that are stepped by `workers` processes.
 
-    It is a SyncVectorEnv whose members are in other processes. All processes step their share of
-    the copies at the same time. The results are the same, bit for bit, for every number of
-    processes. Once its episode is over, a copy does not step until the next reset with a seed.
-    The class is therefore meant for whole episodes (`run_episodes`), not for training.
+    It is a SyncVectorEnv whose members are in other processes, of this machine or of a Ray cluster.
+    All processes step their share of the copies at the same time. The results are the same, bit for
+    bit, for every number of processes. Once its episode is over, a copy does not step until the
+    next reset with a seed. The class is therefore meant for whole episodes (`run_episodes`), not
+    for training.
 
     Gymnasium's `AsyncVectorEnv` uses one process for each copy. With eight copies on two cores it
     started 3.7 times and stepped 2.8 times slower, and it does not report why a process ended.
@@ -76,19 +84,41 @@ class WorkerVectorEnv(SyncVectorEnv):
         num_envs: Number of copies, at least 1; None for the number that `copies` makes, which does
             not depend on `workers`. It is at most `workers` where a process can hold
             only one environment (``metadata["one_per_process"]``).
-        workers: Number of processes, at least 1. At most `num_envs` processes are started.
+        workers: Number of processes, at least 1. At most `num_envs` processes are started. With
+            `ray`, 0 means one for each CPU of the cluster.
+        ray: Address of a Ray cluster on which the processes run (see `ray_workers.Cluster`); None
+            for this machine, without Ray.
 
     Raises:
         ValueError: A number is out of range, or the environment cannot be copied.
-        RuntimeError: A process ended unexpectedly.
+        ImportError: Ray is not installed.
+        ConnectionError: No Ray cluster answers at the address.
+        RuntimeError: A process ended unexpectedly, or Ray has no free CPU for one.
 
     >>> import safeshield.envs
     >>> env = gym.make("safeshield/Boat-v0")
     >>> envs = WorkerVectorEnv(env, num_envs=4, workers=2)  # doctest: +SKIP
     """
 
-    def __init__(self, env: Env, num_envs: int | None, workers: int) -> None:
-        refuse_vector_env(env, workers)
+    def __init__(
+        self, env: Env, num_envs: int | None, workers: int, ray: str | None = None
+    ) -> None:
+        refuse_vector_env(env, workers, ray)
+        self._remotes: list[_Remote] = []
+        self._workers: list[Worker] = []
+        self._cluster: Cluster | None = None
+        try:
+            if ray is not None:
+                from safeshield.rollouts.ray_workers import Cluster
+
+                self._cluster = Cluster(ray)
+                workers = workers or self._cluster.cpus
+            self._start(env, num_envs, workers)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _start(self, env: Env, num_envs: int | None, workers: int) -> None:
         spec = spec_to_copy(env, elsewhere=True)
         if num_envs is None:
             num_envs = workers if one_per_process(env) else most_together(spec)
@@ -107,21 +137,17 @@ class WorkerVectorEnv(SyncVectorEnv):
                 f"num_envs must be at most workers = {workers} for {env}, of which a process can "
                 f"hold one only; got {num_envs}"
             )
-        self._remotes: list[_Remote] = []
-        self._processes: list[_Process] = []
         packed = cloudpickle.dumps(spec)
-        try:
-            for share in np.array_split(np.arange(num_envs), min(workers, num_envs)):
-                process = _Process(packed, len(share))
-                self._processes.append(process)
-                self._remotes += [_Remote(env, process, i) for i in range(len(share))]
-            for process in self._processes:
-                process.await_answers()
-            self._members = [Member(one, owned=False, freeze=True) for one in self._remotes]
-            super().__init__([_giving(member) for member in self._members])
-        except BaseException:
-            self._stop()
-            raise
+        modules = [name for name in _REGISTERING if name in sys.modules]
+        start: Callable[..., Worker] = _Process if self._cluster is None else self._cluster.worker
+        for share in np.array_split(np.arange(num_envs), min(workers, num_envs)):
+            worker = start(packed, len(share), modules)
+            self._workers.append(worker)
+            self._remotes += [_Remote(env, worker, i) for i in range(len(share))]
+        for worker in self._workers:
+            worker.await_answers()
+        self._members = [Member(one, owned=False, freeze=True) for one in self._remotes]
+        super().__init__([_giving(member) for member in self._members])
         self.spec = spec
 
     def reset(
@@ -162,13 +188,16 @@ class WorkerVectorEnv(SyncVectorEnv):
         self._stop()
 
     def _send(self) -> None:
-        for process in self._processes:
-            process.send()
+        for worker in self._workers:
+            worker.send()
 
     def _stop(self) -> None:
-        for process in self._processes:
-            process.stop()
-        self._processes = []
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+        if self._cluster is not None:
+            self._cluster.close()
+        self._cluster = None
 
 
 class _Remote(gym.Env[Any, Any]):
@@ -177,79 +206,163 @@ class _Remote(gym.Env[Any, Any]):
     `reset` and `step` return the answer to the request that `ask` has made before.
     """
 
-    def __init__(self, env: Env, process: _Process, index: int) -> None:
+    def __init__(self, env: Env, worker: Worker, index: int) -> None:
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.metadata, self.spec = env.metadata, env.spec
-        self._process, self._index = process, index
+        self._worker, self._index = worker, index
 
     def ask(self, what: str, argument: object) -> None:
-        self._process.ask(self._index, what, argument)
+        self._worker.ask(self._index, what, argument)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        answer: tuple[Any, dict[str, Any]] = self._process.answer(self._index)
+        answer: tuple[Any, dict[str, Any]] = self._worker.answer(self._index)
         return answer
 
     def step(self, action: Any) -> Any:  # noqa: ANN401 - checked by Member
-        return self._process.answer(self._index)
+        return self._worker.answer(self._index)
 
 
-class _Process:
-    """One worker process with some environments.
+class Environments:
+    """The environments of one worker, which answer requests there.
 
-    The requests to all of its environments are sent together, and so are the answers.
+    Args:
+        spec: Spec of the environments, packed by cloudpickle.
+        count: Number of environments.
+        modules: Modules to import first, because they register environments.
     """
 
-    def __init__(self, spec: bytes, count: int) -> None:
+    def __init__(self, spec: bytes, count: int, modules: Sequence[str]) -> None:
+        self._spec, self._count, self._modules = spec, count, modules
+        self._envs: list[Env] = []
+
+    def answer(self, packed: bytes) -> bytes:
+        """Answer pickled requests, {index: ("step" or "reset", argument)}.
+
+        The environments are made at the first call.
+
+        Returns:
+            The pickled pair of the answers {index: result} and an error or None.
+        """
+        try:
+            if not self._envs:
+                self._envs = self._made()
+            answers: dict[int, Any] = {}
+            for index, (what, argument) in pickle.loads(packed).items():
+                if what == "step":
+                    answers[index] = self._envs[index].step(argument)
+                else:
+                    seed, options = argument
+                    answers[index] = self._envs[index].reset(seed=seed, options=options)
+            return pickle.dumps((answers, None))
+        except Exception as error:
+            return pickle.dumps(({}, _sendable(error)))
+
+    def close(self) -> None:
+        """Close the environments."""
+        for env in self._envs:
+            env.close()
+
+    def _made(self) -> list[Env]:
+        for name in self._modules:
+            importlib.import_module(name)
+        spec = cloudpickle.loads(self._spec)
+        # The checker is disabled because it has already checked the environment that is copied.
+        return [gym.make(spec, disable_env_checker=True) for _ in range(self._count)]
+
+
+class Worker(ABC):
+    """The connection to one worker with some environments.
+
+    The requests to all of its environments are sent together, and so are the answers. A subclass
+    starts the worker, and then calls this constructor.
+    """
+
+    def __init__(self) -> None:
+        self._questions: dict[int, tuple[str, object]] = {}
+        self._answers: dict[int, Any] = {}
+        self._begun = False
+        # The first answer says that the environments have been made.
+        self._post(pickle.dumps({}))
+        self._waiting = True
+
+    @abstractmethod
+    def _post(self, packed: bytes) -> None:
+        """Send requests to the worker."""
+
+    @abstractmethod
+    def _receive(self) -> bytes:
+        """Wait for the answer to the last requests.
+
+        Raises:
+            RuntimeError: The worker has ended.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the worker."""
+
+    def ask(self, index: int, what: str, argument: object) -> None:
+        """Note a request to one environment, which `send` sends."""
+        self._questions[index] = (what, argument)
+
+    def send(self) -> None:
+        """Send the requests that `ask` has noted."""
+        if self._questions:
+            self._post(pickle.dumps(self._questions))
+            self._questions, self._waiting = {}, True
+
+    def answer(self, index: int) -> Any:  # noqa: ANN401
+        """Return the answer of one environment to its last request."""
+        self.await_answers()
+        return self._answers.pop(index)
+
+    def await_answers(self) -> None:
+        """Wait for the answers to the requests that were sent, and raise an error among them."""
+        if not self._waiting:
+            return
+        self._waiting = False
+        answers, error = pickle.loads(self._receive())
+        if error is not None:
+            raise error
+        self._answers, self._begun = answers, True
+
+
+class _Process(Worker):
+    """A worker process of this machine."""
+
+    def __init__(self, spec: bytes, count: int, modules: Sequence[str]) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        modules = [name for name in _REGISTERING if name in sys.modules]
         self._process: BaseProcess = context.Process(
             target=_work, args=(theirs, spec, count, modules), daemon=True
         )
         with single_threads():
             self._process.start()
+        super().__init__()
         theirs.close()
-        self._questions: dict[int, tuple[str, object]] = {}
-        self._answers: dict[int, Any] = {}
-        self._waiting, self._begun = True, False
 
-    def ask(self, index: int, what: str, argument: object) -> None:
-        self._questions[index] = (what, argument)
+    def _post(self, packed: bytes) -> None:
+        self._connection.send_bytes(packed)
 
-    def send(self) -> None:
-        if self._questions:
-            self._connection.send(self._questions)
-            self._questions, self._waiting = {}, True
-
-    def answer(self, index: int) -> Any:  # noqa: ANN401
-        self.await_answers()
-        return self._answers.pop(index)
-
-    def await_answers(self) -> None:
-        if not self._waiting:
-            return
-        self._waiting = False
+    def _receive(self) -> bytes:
         try:
-            answers, error = self._connection.recv()
+            return self._connection.recv_bytes()
         except (EOFError, ConnectionError) as gone:
             self._process.join(_SECONDS_TO_END)
             ended = f"a worker process ended with exit code {self._process.exitcode}"
             if self._begun:
-                raise RuntimeError(f"{ended}; run with workers=0 to see why") from gone
+                raise RuntimeError(f"{ended}; {NOTHING_KEPT}") from gone
             raise RuntimeError(
                 f"{ended} before it could begin. A worker imports the script that started it: the "
                 "script must be a file, and what it does must stand below "
                 '`if __name__ == "__main__":`. If both are so, see what the worker printed, or '
                 "run with workers=0"
             ) from gone
-        if error is not None:
-            raise error
-        self._answers, self._begun = answers, True
 
     def stop(self) -> None:
-        # Closing the pipe ends the process, because its recv then raises EOFError.
+        # Closing the pipe ends the process, because its recv_bytes then raises EOFError.
         self._connection.close()
         self._process.join(_SECONDS_TO_END)
         if self._process.is_alive():
@@ -263,38 +376,15 @@ def _giving(env: Member) -> Callable[[], Member]:
 
 def _work(connection: Connection, spec: bytes, count: int, modules: Sequence[str]) -> None:
     """Answer requests in a worker process until the pipe is closed."""
-    envs: list[Env] = []
+    environments = Environments(spec, count, modules)
     try:
-        for name in modules:
-            importlib.import_module(name)
-        made = cloudpickle.loads(spec)
-        # The checker is disabled because it has already checked the environment that is copied.
-        envs = [gym.make(made, disable_env_checker=True) for _ in range(count)]
-        connection.send(({}, None))
-        while (questions := _next_questions(connection)) is not None:
-            answers: dict[int, Any] = {}
-            for index, (what, argument) in questions.items():
-                if what == "step":
-                    answers[index] = envs[index].step(argument)
-                else:
-                    seed, options = argument
-                    answers[index] = envs[index].reset(seed=seed, options=options)
-            connection.send((answers, None))
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            connection.send(({}, _sendable(error)))
-    finally:
-        for env in envs:
-            env.close()
-        connection.close()
-
-
-def _next_questions(connection: Connection) -> dict[int, tuple[str, Any]] | None:
-    try:
-        questions: dict[int, tuple[str, Any]] = connection.recv()
+        while True:
+            connection.send_bytes(environments.answer(connection.recv_bytes()))
     except (EOFError, ConnectionError, KeyboardInterrupt):
-        return None
-    return questions
+        pass
+    finally:
+        environments.close()
+        connection.close()
 
 
 def _sendable(error: Exception) -> Exception:

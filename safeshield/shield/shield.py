@@ -719,6 +719,7 @@ class Shield:
         seed: int = 0,
         num_envs: int | None = None,
         workers: int = 0,
+        ray: str | None = None,
         progress_bar: bool = False,
     ) -> Self:
         """Return a copy with a calibrated delta and the record of the calibration.
@@ -726,7 +727,7 @@ class Shield:
         Delta is tested in episodes of `env` in which the shield filters the actions of `policy`, or
         of the default proposers. The other arguments are the promised rate `epsilon` or another
         `promise`, its `confidence`, `policy_name` and `deterministic` of the policy, the `deltas`
-        and `episodes` of the tests, `seed`, `num_envs`, `workers` and `progress_bar`.
+        and `episodes` of the tests, `seed`, `num_envs`, `workers`, `ray` and `progress_bar`.
         `calibration.calibrate.calibrate` describes them, the procedure and the promise. Both this
         shield and the copy remember the attempt, in `attempts`.
         """
@@ -747,6 +748,7 @@ class Shield:
                 seed=seed,
                 num_envs=num_envs,
                 workers=workers,
+                ray=ray,
                 progress_bar=progress_bar,
             )
         except (ValueError, KeyboardInterrupt) as error:
