@@ -183,8 +183,8 @@ class OfflineDataset:
         Raises:
             ValueError: A rule is broken; one of the two constraint arrays is missing, or both of
                 them and the costs are missing; the constraints hold only 0 and 1, as costs do; most
-                signs of h contradict the costs; or most rows of `next_observations` hold the
-                observation of another row.
+                signs of h contradict the costs; or the rows of `next_observations` hold the
+                observations of other rows.
         """
         flags = {
             "terminated": as_field("terminated", terminated),
