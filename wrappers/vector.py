@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import gymnasium as gym
@@ -231,14 +232,15 @@ class VectorSafetyShield(VectorWrapper):
             present = info_rows(infos, len(over), runtime.keys)
             runtime.observe(observations, present, reports=infos)
             self._over = over & (self._mode != _SAME_STEP)
-            reached = runtime.values.copy()
-
+            reached, binding = runtime.values.copy(), copy(runtime.binding)
             if last is not None:
                 final = info_rows(infos.get(FINAL_INFO, {}), len(over), runtime.keys)
                 last_infos = [final[i] for i in _places(over)]
-                reached[over] = runtime.evaluate(last, last_infos)
+                reached[over], names = runtime.evaluate(last, last_infos)
+                if binding is not None:
+                    binding[over] = names
             runtime.update(reached, ~ignored, starts)
-            news = runtime.step_infos(decision, reached)
+            news = runtime.step_infos(decision, reached, binding)
             penalty = runtime.penalties(intervened)
             if penalty:
                 rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)
