@@ -200,6 +200,7 @@ def number_of(info: Infos, key: str) -> float | None:
 
 def _named(reports: Sequence[Any]) -> dict[str, Array]:
     """Return the reports (L + 1,) of several constraints, by name."""
+    largest(reports[0])  # an error where there is no constraint, or no number
     names = set(reports[0]) if isinstance(reports[0], Mapping) else set()
     for t, report in enumerate(reports):
         if not isinstance(report, Mapping) or set(report) != names:

@@ -114,6 +114,7 @@ class Reports(NamedTuple):
         """
         n = count or 1
         given: Sequence[Any] | Array
+        told: list[PerEnv]
         if isinstance(infos, Mapping):
             given = column_of(infos, CONSTRAINT, n)
             told = [_numbers(given, n), _numbers(column_of(infos, COST, n), n)]
@@ -123,10 +124,10 @@ class Reports(NamedTuple):
             told = [column[0] if count is None else np.array(column) for column in read]
         plain = isinstance(given, np.ndarray) or not any(isinstance(h, Mapping) for h in given)
         if not names or (plain and len(names) == 1):
-            return cls(*told, told[0])
+            return cls(told[0], told[1], told[0])
         named = np.array([[_number(h) for h in _parts(one, names)] for one in given])
         named = named if len(names) > 1 else named[:, 0]
-        return cls(*told, named[0] if count is None else named)
+        return cls(told[0], told[1], named[0] if count is None else named)
 
     def text(self, at: int, names: Sequence[str]) -> str:
         """Return the report of the constraint of environment `at` as text; `names` as in `of`."""
@@ -411,8 +412,9 @@ class ShieldRuntime:
         h = self._reported_h(infos)
         states = (self.shield.model if known else self.shield).states(rows, h)
         binding = self._binding(states, readable)
-        single = binding is not None and self.num_envs is None
-        self.binding = str(binding[0]) if single else binding
+        self.binding = binding
+        if binding is not None and self.num_envs is None:
+            self.binding = str(binding[0])
         if states.known is not None:
             readable = readable & states.known
         self.infos = infos
@@ -662,7 +664,7 @@ class ShieldRuntime:
             h, values = None if h is None else h[0], values[0]
             each = None if each is None else each[0]
         violated = (reports.constraint > 0) | (reports.cost > 0)
-        if source is None or each is None:
+        if source is None or h is None or each is None:
             bad = self.in_safe_set(values) & violated
         else:
             bad = source.contradicts(each, reports.named, reports.constraint, self._near)

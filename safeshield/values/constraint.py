@@ -302,7 +302,7 @@ class SeveralConstraints(ConstraintSource):
 
     def _scaled(self, each: Scalars) -> Scalars:
         # NaN is the largest for `max` and `argmax`, so no constraint that is unknown is ignored.
-        return np.where(np.isfinite(each), each, np.nan) / np.array(self.units)
+        return np.asarray(np.where(np.isfinite(each), each, np.nan) / np.array(self.units))
 
 
 _SOURCES: dict[str, ConstraintSource] = {}
@@ -364,6 +364,8 @@ def _is_several(name: str) -> bool:
 def _several_of(name: str) -> SeveralConstraints:
     pairs = [one.rpartition(_PER) for one in name[len(_BEGIN) : -len(_END)].split(_BETWEEN)]
     try:
+        if not all(one for one, _, _ in pairs):
+            raise ValueError("each must be 'name / unit'")
         several = SeveralConstraints((find_constraint(one), float(unit)) for one, _, unit in pairs)
     except ValueError as error:
         raise ValueError(f"a damaged name of several constraints, {name!r:.80}: {error}") from None
