@@ -195,6 +195,18 @@ def test_a_log_is_labelled_alike_by_reports_names_and_functions(log: OfflineData
     )
 
 
+@pytest.mark.parametrize("mode", autoreset_modes())
+def test_a_vector_environment_gives_each_state_its_own_reports(mode: str) -> None:
+    modes = getattr(gym.vector, "AutoresetMode", None)
+    arguments = {} if modes is None else {"autoreset_mode": modes(mode)}
+    makers = [lambda: Corridor(steps=5)] * N
+    logged = collect(gym.vector.SyncVectorEnv(makers, **arguments), "random", 12, seed=0)
+    source = find_constraint(str(logged.constraint_source))
+    assert source.names == NAMES
+    np.testing.assert_allclose(logged.constraints, source(logged.observations), atol=1e-5)
+    np.testing.assert_allclose(logged.next_constraints, source(logged.next_observations), atol=1e-5)
+
+
 def test_a_name_is_the_quantity(source: SeveralConstraints) -> None:
     assert find_constraint(source.name) == source
     again = pickle.loads(pickle.dumps(source))

@@ -45,9 +45,9 @@ class VecSafetyShield(VecEnvWrapper):
     the same as there.
 
     A `VecEnv` resets an environment in the step that ends its episode. That step's
-    ``shield/safe_set`` refers to the state reached, ``terminal_observation``, and is False where
-    the `VecEnv` does not report that observation. The shield judges the next action in the new
-    episode's first state, whose infos are in `reset_infos`.
+    ``shield/safe_set`` and ``shield/binding`` refer to the state reached, ``terminal_observation``;
+    they are False and empty where the `VecEnv` does not report that observation. The shield judges
+    the next action in the new episode's first state, whose infos are in `reset_infos`.
 
     Where actions are discrete, infos contain ``action_mask`` for each environment's next action (at
     an episode's end, for the first action of the new episode). ``env_method("action_masks")``

@@ -53,6 +53,8 @@ class VectorSafetyShield(VectorWrapper):
     shield/certified        (n,) bool: whether the promise of the shield's record covers the
                             episode, see `SafetyShield`
     shield/safe_set         (n,) bool: whether the state just reached has V_h <= -delta
+    shield/binding          (n,) str, where the shield has several constraints: the name of the
+                            largest in the state just reached, see `SafetyShield`
     action_proposed         (n, ...): the actions that the agent sent
     action_executed         (n, ...): the actions that the dynamics saw
     action_mask             (n, k) int8, where actions are discrete: which of them may be
@@ -72,9 +74,9 @@ class VectorSafetyShield(VectorWrapper):
     - SAME_STEP, and always in Gymnasium 0.29: where an episode ended, the environment's row of
       observations and infos is already that of the new episode's reset. The infos above about the
       step that was taken are in ``infos["final_info"]``, with the environment's own infos about
-      that step. There, ``shield/safe_set`` and ``action_mask`` refer to the last observation,
-      ``infos["final_obs"]`` (0.29: ``"final_observation"``). A `SyncVectorEnv` of environments that
-      are each in a `SafetyShield` returns the same.
+      that step. There, ``shield/safe_set``, ``shield/binding`` and ``action_mask`` refer to the
+      last observation, ``infos["final_obs"]`` (0.29: ``"final_observation"``). A `SyncVectorEnv` of
+      environments that are each in a `SafetyShield` returns the same.
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the environments in the mask. Only
       these have infos. For the others, the values and infos observed last still apply.
 

@@ -344,9 +344,10 @@ class OfflineDataset:
         (``DataCollector(env, record_infos=True)``). Entry t + 1 belongs to the state after step t.
         Labels are ``infos["constraint"]`` where it is recorded. Otherwise they are binary, from
         ``infos["cost"]``; the cost of the reset labels the first state, and NaN counts as 0 there.
-        Where no cost is recorded, it is 1 in a violation and 0 elsewhere. Actions are
-        ``infos["action_executed"]`` where it is recorded. An episode without an end flag counts as
-        truncated.
+        Where no cost is recorded, it is 1 in a violation and 0 elsewhere. Where several
+        constraints are recorded by name, labels are binary, and `with_constraint` gives each its
+        unit. Actions are ``infos["action_executed"]`` where it is recorded. An episode without an
+        end flag counts as truncated.
 
         Args:
             source: An id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
