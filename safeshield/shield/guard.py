@@ -267,6 +267,7 @@ class ShieldRuntime:
         self._memory = memory
         source = shield.model.constraint
         self._reported = source is not None and not source.available
+        self._own = () if source is None else source.names
         # The last name is that of an observation that is not readable.
         self._names: Array | None = None
         if isinstance(source, SeveralConstraints):
@@ -411,10 +412,9 @@ class ShieldRuntime:
         known = readable[0] if self.num_envs is None else readable.all()
         h = self._reported_h(infos)
         states = (self.shield.model if known else self.shield).states(rows, h)
-        binding = self._binding(states, readable)
-        self.binding = binding
-        if binding is not None and self.num_envs is None:
-            self.binding = str(binding[0])
+        if self._names is not None:
+            binding = self._binding(states, readable)
+            self.binding = str(binding[0]) if self.num_envs is None else binding
         if states.known is not None:
             readable = readable & states.known
         self.infos = infos
@@ -427,9 +427,7 @@ class ShieldRuntime:
         self.rows, self._readable, self._states = rows, readable, states
         if self._vouched:
             given = infos if reports is None else reports
-            source = self.shield.model.constraint
-            names = () if source is None else source.names
-            self._compare(states, Reports.of(given, self.num_envs, names))
+            self._compare(states, Reports.of(given, self.num_envs, self._own))
         return self.values
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> tuple[Scalars, Array | None]:
@@ -642,12 +640,12 @@ class ShieldRuntime:
         each = np.array([[float(h) for h in told] for told in read])
         return each if len(names) > 1 else each[:, 0]
 
-    def _binding(self, states: StateValue, readable: Flags) -> Array | None:
-        """Return the names (n,) of the largest constraints of states; see `binding`."""
+    def _binding(self, states: StateValue, readable: Flags) -> Array:
+        """Return the names (n,) of the largest of several constraints of states; see `binding`."""
         source = self.shield.model.constraint
-        if self._names is None or states.each is None:
-            return None
         assert isinstance(source, SeveralConstraints)
+        assert self._names is not None
+        assert states.each is not None
         return np.asarray(self._names[np.where(readable, source.binding(states.each), -1)])
 
     def _compare(self, states: StateValue, reports: Reports) -> None:
@@ -680,16 +678,15 @@ class ShieldRuntime:
             return
         self._warned = True
         at = int(self._contradicted.argmax())
-        names = () if source is None else source.names
         worst, cost = (float(np.ravel(x)[at]) for x in reports[:2])
-        says = [] if np.isnan(worst) else [f"the constraint {reports.text(at, names)}"]
+        says = [] if np.isnan(worst) else [f"the constraint {reports.text(at, self._own)}"]
         says += [] if np.isnan(cost) else [f"the cost {cost:.4g}"]
         reported = " and ".join(says)
         if h is None or states.constraint is None:
             in_use = f"{states.value[at]:.4g}"
         else:
             each = states.constraint[:, None] if states.each is None else states.each
-            in_use = listed(float(states.constraint[at]), each[at], names)
+            in_use = listed(float(states.constraint[at]), each[at], self._own)
         if h is None:
             then = (
                 f"V_h is {in_use}: the network's estimate of h is wrong there, and the "

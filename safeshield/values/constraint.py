@@ -123,7 +123,9 @@ class ConstraintSource:
             reported: (n,) the reports as one number, see `rollouts.infos.largest`.
             near: Largest difference between two measurements of the same h, in units of h.
         """
-        return np.asarray((abs(named - each) > near) | ((reported > 0) & (each <= -near)))
+        differs: Flags = abs(named - each) > near
+        # A plain number is the report of the constraint itself, so the first test holds the second.
+        return differs if reported is named else differs | ((reported > 0) & (each <= -near))
 
     def __call__(self, observations: Any) -> Scalars:  # noqa: ANN401
         """Return h (n,) float64 of n observations; NaN or infinite where it is not known.
