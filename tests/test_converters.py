@@ -272,7 +272,7 @@ def test_dict_observations_and_one_number_in_an_array() -> None:
     [
         (np.nan, "must be finite, got nan"),
         (np.inf, "must be finite, got inf"),
-        (np.zeros(2), "must be one number.*return the largest"),
+        (np.zeros(2), "must be one number.*name each of several"),
         (None, "must be one number, got None"),
         ("safe", "must be one number, got 'safe'"),
         (1j, "must be one number"),

@@ -59,11 +59,14 @@ def test_the_import_lines_of_the_guide_work() -> None:
     code = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
     names: dict[str, object] = {"gym": gym, "collect": collect}
     exec(code[0], names)
-    (constraint,) = (block for block in code if "register_constraint" in block)
+    constraint, several = (block for block in code if "register_constraint" in block)
     plant = ConstraintFromFunction(gym.make("Pendulum-v1"), lambda obs: abs(obs[2]) - 6.0)
     names["other_log"] = collect(plant, "random", episodes=2, seed=0)
     exec(constraint.replace("episodes=500", "episodes=2"), names)
     assert getattr(names["log"], "constraint_source", None) == "pendulum-speed@1"
+    exec(several.replace("episodes=500", "episodes=2"), names)
+    source = str(getattr(names["log"], "constraint_source", None))
+    assert re.fullmatch(r"max\(pendulum-speed@1 / \S+, pendulum-upright@1 / \S+\)", source)
 
 
 def test_learning_online_runs_as_it_stands(

@@ -476,7 +476,7 @@ def test_missing_labels_are_explained() -> None:
         def _info(self) -> dict[str, Any]:
             return {"constraint": np.zeros(2)}
 
-    with pytest.raises(ValueError, match="report the largest"):
+    with pytest.raises(ValueError, match="report a mapping from the name"):
         collect(Several(), push, 1, seed=0)
 
 

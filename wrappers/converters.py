@@ -10,17 +10,17 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from safeshield.rollouts.infos import CONSTRAINT, COST
+from safeshield.rollouts.infos import CONSTRAINT, COST, violates
 from safeshield.spaces.batches import batch_of_one
 from safeshield.spaces.generic import Env, Wrapper
-from safeshield.values.constraint import ConstraintSource, find_constraint
+from safeshield.values.constraint import ConstraintSource, SeveralConstraints, find_constraint
 
 if TYPE_CHECKING:
     from gymnasium.envs.registration import EnvSpec
@@ -128,31 +128,43 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
     In a vector environment, wrap each environment:
     ``SyncVectorEnv([lambda: ConstraintFromFunction(gym.make(id), constraint_fn)] * n)``.
 
+    Several constraints are reported by name, each in its own units:
+    ``info["constraint"]`` is then a mapping from each name to its h_k.
+
     Args:
         env: An environment that does not report ``info["constraint"]``.
         constraint_fn: Function that returns h, one finite number in units of your choice; a
-            positive number is a violation. For several constraints, return the largest. It may
-            also be the name of a function of batches that `register_constraint` has registered.
-            A log that `collect` makes then names it, and shields compute h with it.
+            positive number is a violation. It may also be the name of a function of batches that
+            `register_constraint` has registered. A log that `collect` makes then names it, and
+            shields compute h with it. For several constraints, a mapping from each name to its
+            function, or a list of registered names.
         terminate_on_violation: Whether the step that reaches h > 0 ends the episode
             (``terminated``). A violation at reset does not end the episode.
 
     Raises:
         TypeError: `constraint_fn` is not a function of one observation.
-        ValueError: (in `reset` and `step`) `constraint_fn` does not return one finite number, or
-            the environment already reports ``info["constraint"]``.
+        ValueError: A name is not registered, or there is no constraint; (in `reset` and `step`)
+            `constraint_fn` does not return one finite number, or the environment already reports
+            ``info["constraint"]``.
 
     >>> pendulum = gym.make("Pendulum-v1")
     >>> env = ConstraintFromFunction(pendulum, lambda obs: abs(obs[2]) - 6.0)  # rad/s
     >>> observation, info = env.reset(seed=0)
     >>> round(info["constraint"], 3), info["cost"]
     (-5.54, 0.0)
+    >>> limits = {"speed@1": lambda obs: abs(obs[2]) - 6.0, "upright@1": lambda obs: 0.5 - obs[0]}
+    >>> _, info = ConstraintFromFunction(pendulum, limits).reset(seed=0)
+    >>> {name: round(h, 2) for name, h in info["constraint"].items()}, info["cost"]
+    ({'speed@1': -5.54, 'upright@1': -0.15}, 0.0)
     """
 
     def __init__(
         self,
         env: Env,
-        constraint_fn: ConstraintFunction | str,
+        constraint_fn: ConstraintFunction
+        | str
+        | Sequence[str]
+        | Mapping[str, ConstraintFunction | str],
         terminate_on_violation: bool = False,
     ) -> None:
         RecordConstructorArgs.__init__(
@@ -163,17 +175,26 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
         )
         gym.Wrapper.__init__(self, env)
         self.constraint_source: str | None = None
-        if isinstance(constraint_fn, str):
+        given: Mapping[str, ConstraintFunction | str] | None = None
+        if isinstance(constraint_fn, Mapping):
+            given = constraint_fn
+        elif isinstance(constraint_fn, list | tuple):
+            given = {name: name for name in constraint_fn}
+        elif isinstance(constraint_fn, str):
             source = find_constraint(constraint_fn)
-            if not source.available:
-                raise ValueError(
-                    f"constraint_fn={constraint_fn!r} is not registered in this process; decorate "
-                    f"the function with register_constraint({constraint_fn!r}), or pass a function"
-                )
-            self.constraint_source = source.name
-            constraint_fn = _OfOne(source)
-        _check_callable(constraint_fn, "constraint_fn(observation)")
-        self.constraint_fn = constraint_fn
+            if isinstance(source, SeveralConstraints):
+                given = {name: name for name in source.names}
+            else:
+                self.constraint_source = source.name
+        if given is not None and not given:
+            raise ValueError("constraint_fn must hold one constraint or more, got none")
+        self.constraint_fn: ConstraintFunction | dict[str, ConstraintFunction]
+        if given is None:
+            self.constraint_fn = _of_one(constraint_fn, "constraint_fn")  # type: ignore[arg-type]
+        else:
+            self.constraint_fn = {
+                name: _of_one(one, f"constraint_fn[{name!r}]") for name, one in given.items()
+            }
         self.terminate_on_violation = terminate_on_violation
 
     def reset(
@@ -194,18 +215,40 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
         info = self._labelled(observation, info)
-        if self.terminate_on_violation and info[CONSTRAINT] > 0:
+        if self.terminate_on_violation and violates({CONSTRAINT: info[CONSTRAINT]}):
             terminated = True
         return observation, reward, terminated, truncated, info
 
     def _labelled(self, observation: object, info: Info) -> Info:
         if CONSTRAINT in info:
             raise _reported_already(CONSTRAINT, "ConstraintFromFunction")
-        value = self.constraint_fn(observation)
-        constraint = _number(
-            value, "constraint_fn(observation)", "; of several, return the largest"
+        report: float | dict[str, float]
+        if isinstance(self.constraint_fn, dict):
+            report = {
+                name: _number(function(observation), f"constraint_fn[{name!r}](observation)")
+                for name, function in self.constraint_fn.items()
+            }
+        else:
+            report = _number(
+                self.constraint_fn(observation),
+                "constraint_fn(observation)",
+                "; name each of several: constraint_fn={'speed@1': function, ...}",
+            )
+        return {COST: float(bool(violates({CONSTRAINT: report}))), **info, CONSTRAINT: report}
+
+
+def _of_one(function: ConstraintFunction | str, where: str) -> ConstraintFunction:
+    """Return a function of one observation, from a function or a registered name."""
+    if not isinstance(function, str):
+        _check_callable(function, f"{where}(observation)")
+        return function
+    source = find_constraint(function)
+    if not source.available:
+        raise ValueError(
+            f"{where}={function!r} is not registered in this process; decorate the function with "
+            f"register_constraint({function!r}), or pass a function"
         )
-        return {COST: float(constraint > 0), **info, CONSTRAINT: constraint}
+    return _OfOne(source)
 
 
 class _OfOne:

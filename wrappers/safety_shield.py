@@ -46,6 +46,9 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
                             it began in a state with V_h <= -delta, in the environment of the
                             record (see below)
     shield/safe_set         bool: whether the state just reached has V_h <= -delta
+    shield/binding          str, where the shield has several constraints: the name of the largest
+                            in the state just reached, each in units of its own steps; empty where
+                            the observation is not readable
     action_proposed         array: the action that the agent sent (at reset: NaN; where actions
                             are discrete, an integer that is not an action)
     action_executed         array: the action that the dynamics saw (at reset: likewise)
@@ -83,11 +86,15 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     environment without a spec is not compared, nor are the argument ``render_mode`` and wrappers
     that only report or render. Where the shield has a source of h
     (`Shield.constraint`) and the environment reports another h, or a cost although h is negative,
-    the warning is issued once with both values, and no later state is certified. Where a network
+    the warning is issued once with both values, and no later state is certified. Several
+    constraints are compared one by one, each in units of its own steps, where the environment
+    reports them by name. A plain number, whose units are not known, contradicts them only where
+    its sign does. Where a network
     estimates h, a violation in a state with V_h <= -delta ends the promise for that episode.
 
     Where the source of h is not registered in this process, the environment must report h in
-    ``info["constraint"]`` at reset and at every step.
+    ``info["constraint"]`` at reset and at every step; of several constraints, a mapping from each
+    name to its number.
 
     Args:
         env: An environment with the spaces that the shield was trained on.

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ class VecSafetyShield(VecEnvWrapper):
     the same as there.
 
     A `VecEnv` resets an environment in the step that ends its episode. That step's
-    ``shield/safe_set`` refers to the state reached, ``terminal_observation``, and is False where
-    the `VecEnv` does not report that observation. The shield judges the next action in the new
-    episode's first state, whose infos are in `reset_infos`.
+    ``shield/safe_set`` and ``shield/binding`` refer to the state reached, ``terminal_observation``;
+    they are False and empty where the `VecEnv` does not report that observation. The shield judges
+    the next action in the new episode's first state, whose infos are in `reset_infos`.
 
     Where actions are discrete, infos contain ``action_mask`` for each environment's next action (at
     an episode's end, for the first action of the new episode). ``env_method("action_masks")``
@@ -169,14 +170,16 @@ class VecSafetyShield(VecEnvWrapper):
             inner = self._inner_reset_infos() if len(ends) else infos
             present = [inner[i] if done else infos[i] for i, done in enumerate(dones)]
             runtime.observe(observations, present)
-            reached = runtime.values.copy()
+            reached, binding = runtime.values.copy(), copy(runtime.binding)
             if len(ends):
-                reached[ends] = self._last_values([infos[i] for i in ends])
+                reached[ends], last = self._last_values([infos[i] for i in ends])
+                if binding is not None:
+                    binding[ends] = last
             runtime.update(reached, starts=np.asarray(dones, np.bool_))
             penalty = runtime.penalties(decision.intervened)
             if penalty:
                 rewards = rewards - penalty[PENALTY].astype(np.result_type(rewards, np.float32))
-            news = {**runtime.step_infos(decision, reached), **penalty}
+            news = {**runtime.step_infos(decision, reached, binding), **penalty}
             if len(ends):
                 starts = _added(present, runtime.start_infos(dones), start=True)
                 for i in ends:
@@ -257,15 +260,21 @@ class VecSafetyShield(VecEnvWrapper):
         refuse_past_shield(attr_name, "wrap the environments before they are put into the VecEnv")
         super().set_attr(attr_name, value, indices)
 
-    def _last_values(self, infos: Sequence[Mapping[str, Any]]) -> Scalars:
-        """Return V_h (len(infos),) of ended episodes' last states, infinity where not reported."""
+    def _last_values(
+        self, infos: Sequence[Mapping[str, Any]]
+    ) -> tuple[Scalars, npt.NDArray[np.object_]]:
+        """Return V_h (len(infos),) of ended episodes' last states, and their largest constraints.
+
+        Where a state is not reported, the results are infinity and an empty name.
+        """
         values = np.full(len(infos), np.inf, np.float32)
+        names = np.full(len(infos), "", object)
         told = [info for info in infos if info.get(TERMINAL_OBSERVATION) is not None]
         if told:
             where = [info.get(TERMINAL_OBSERVATION) is not None for info in infos]
             last = stacked([info[TERMINAL_OBSERVATION] for info in told])
-            values[where] = self.runtime.evaluate(last, told)
-        return values
+            values[where], names[where] = self.runtime.evaluate(last, told)
+        return values, names
 
     def _inner_reset_infos(self) -> Infos:
         # The wrappers of Stable-Baselines3 do not pass `reset_infos` on; their own stay empty.

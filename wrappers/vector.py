@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import gymnasium as gym
@@ -52,6 +53,8 @@ class VectorSafetyShield(VectorWrapper):
     shield/certified        (n,) bool: whether the promise of the shield's record covers the
                             episode, see `SafetyShield`
     shield/safe_set         (n,) bool: whether the state just reached has V_h <= -delta
+    shield/binding          (n,) str, where the shield has several constraints: the name of the
+                            largest in the state just reached, see `SafetyShield`
     action_proposed         (n, ...): the actions that the agent sent
     action_executed         (n, ...): the actions that the dynamics saw
     action_mask             (n, k) int8, where actions are discrete: which of them may be
@@ -71,9 +74,9 @@ class VectorSafetyShield(VectorWrapper):
     - SAME_STEP, and always in Gymnasium 0.29: where an episode ended, the environment's row of
       observations and infos is already that of the new episode's reset. The infos above about the
       step that was taken are in ``infos["final_info"]``, with the environment's own infos about
-      that step. There, ``shield/safe_set`` and ``action_mask`` refer to the last observation,
-      ``infos["final_obs"]`` (0.29: ``"final_observation"``). A `SyncVectorEnv` of environments that
-      are each in a `SafetyShield` returns the same.
+      that step. There, ``shield/safe_set``, ``shield/binding`` and ``action_mask`` refer to the
+      last observation, ``infos["final_obs"]`` (0.29: ``"final_observation"``). A `SyncVectorEnv` of
+      environments that are each in a `SafetyShield` returns the same.
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the environments in the mask. Only
       these have infos. For the others, the values and infos observed last still apply.
 
@@ -231,14 +234,15 @@ class VectorSafetyShield(VectorWrapper):
             present = info_rows(infos, len(over), runtime.keys)
             runtime.observe(observations, present, reports=infos)
             self._over = over & (self._mode != _SAME_STEP)
-            reached = runtime.values.copy()
-
+            reached, binding = runtime.values.copy(), copy(runtime.binding)
             if last is not None:
                 final = info_rows(infos.get(FINAL_INFO, {}), len(over), runtime.keys)
                 last_infos = [final[i] for i in _places(over)]
-                reached[over] = runtime.evaluate(last, last_infos)
+                reached[over], names = runtime.evaluate(last, last_infos)
+                if binding is not None:
+                    binding[over] = names
             runtime.update(reached, ~ignored, starts)
-            news = runtime.step_infos(decision, reached)
+            news = runtime.step_infos(decision, reached, binding)
             penalty = runtime.penalties(intervened)
             if penalty:
                 rewards = np.where(intervened, rewards - self.intervention_penalty, rewards)

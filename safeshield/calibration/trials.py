@@ -28,6 +28,7 @@ from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
 from safeshield.rollouts.policies import torch_seeded
 from safeshield.rollouts.recorded import Episode
+from safeshield.shield.guard import Reports, listed
 from safeshield.shield.record import VIOLATION, PilotPoint, Rung
 from safeshield.spaces.generic import Env, VectorEnv
 
@@ -316,20 +317,23 @@ class Trials:
 
     def _compare(self, step: VectorStep) -> None:
         """Refuse an environment whose first states contradict the shield's source of h."""
-        source, told = self.shield.model.constraint, step.infos.get(CONSTRAINT)
-        if source is None or not isinstance(told, np.ndarray) or told.shape != step.active.shape:
+        source, model = self.shield.model.constraint, self.shield.model
+        if source is None:
             return
-        reported = told.astype(np.float64)
-        h = source(self.shield.model.observation_codec.batch(step.next_observations))
+        reports = Reports.of(step.infos, len(step.active), source.names)
+        each = source.each(model.observation_codec.batch(step.next_observations))
+        known = each if len(source.names) > 1 else each[:, 0]
+        near = model.scale.agreement
+        differs = source.contradicts(known, reports.named, reports.constraint, near)
         # Where an episode has ended, the report may be that of the next one's start.
-        going = step.active & ~(step.terminated | step.truncated)
-        differs = going & (np.abs(reported - h) > self.shield.model.scale.agreement)
+        differs &= step.active & ~(step.terminated | step.truncated)
         if differs.any():
             at = int(differs.argmax())
             raise ValueError(
-                f"the environment reports info['constraint'] = {reported[at]:.4g} of a state where "
-                f"the shield's source '{source.name}' gives {h[at]:.4g}: calibrate where both are "
-                "the same quantity, or train again on a log that this environment has labelled"
+                f"the environment reports info['constraint'] = {reports.text(at, source.names)} "
+                f"of a state where the shield's source '{source.name}' gives "
+                f"{listed(source.largest(each)[at], each[at], source.names)}: calibrate where both "
+                "are the same quantity, or train again on a log that this environment has labelled"
             )
 
     def _pool(self, delta: float, name: str, played: list[Score]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
 
 LOG = "log"
+_ESTIMATED = "none: a network estimates h"
 _LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
 # First bytes of other common files, for a clearer error.
 _OTHERS = {
@@ -72,7 +73,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if kind == SHIELD:
         return {"kind": kind, **_describe_shield(path), **_size(file)}
     if kind == AGENT:
-        return {"kind": kind, **_describe_agent(path), **_size(file)}
+        source = {"constraint_source": file.header.get("constraint_source") or _ESTIMATED}
+        return {"kind": kind, **_describe_agent(path), **source, **_size(file)}
     return {"kind": kind, **_describe_checkpoint(file.header), **_size(file)}
 
 
@@ -153,7 +155,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "trained_by": shield.trained_by,
         "observation_space": str(shield.observation_space),
         "action_space": str(shield.action_space),
-        "constraint_source": shield.constraint or "none: a network estimates h",
+        "constraint_source": shield.constraint or _ESTIMATED,
         "delta": shield.delta,
         "replacement": describe_replacement(shield.replacement) or "NearestAcceptable()",
         "calibrated": record is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ class _Running:
         self.states = [np.array(start)]
         self.actions: list[Array] = []
         self.rewards: list[float] = []
-        self.at_reset = {key: number_of(info, key) for key in LABELS}
+        self.at_reset = _labels(info)
         self.after: dict[str, list[Any]] = {key: [] for key in (*LABELS, EXECUTED)}
 
     def add(self, action: Array, reward: float, reached: Array, info: Infos) -> None:
@@ -137,8 +138,8 @@ class _Running:
         self.states.append(np.array(reached))
         executed = info.get(EXECUTED)
         self.after[EXECUTED].append(None if executed is None else np.array(executed))
-        for key in LABELS:
-            self.after[key].append(number_of(info, key))
+        for key, label in _labels(info).items():
+            self.after[key].append(label)
 
     def episode(self, *, truncated: bool) -> Episode:
         flags = np.zeros((2, len(self.rewards)), np.bool_)
@@ -152,6 +153,14 @@ class _Running:
             "truncated": flags[1],
         }
         return recorded_episode(rows, self.at_reset, self.after)
+
+
+def _labels(info: Infos) -> dict[str, float | None]:
+    if isinstance(info.get(CONSTRAINT), Mapping):
+        # The units of several constraints come from the steps of a whole log, and the segments of
+        # this one are labelled one by one. The cost says which states violate.
+        return {COST: _cost(info), CONSTRAINT: None}
+    return {key: number_of(info, key) for key in LABELS}
 
 
 def _cost(info: Infos) -> float:

@@ -67,8 +67,10 @@ def collect_while_learning(
 
     Args:
         env: A Gymnasium environment that reports ``info["cost"]`` or ``info["constraint"]``.
-            Copies of it are stepped. Where `gymnasium.make` cannot rebuild it, or a process can
-            hold only one, `env` itself is stepped and `config.num_envs` must be 1.
+            Where it reports several constraints by name, the labels are binary;
+            `OfflineDataset.with_constraint` then gives each its unit. Copies of it are stepped.
+            Where `gymnasium.make` cannot rebuild it, or a process can hold only one, `env` itself
+            is stepped and `config.num_envs` must be 1.
         folder: Folder for state and episodes. It is made if necessary. Reading its models and logs
             runs no code from them.
         limits: Limit of each learner on the mean cost of an episode; None for no limit.

@@ -102,6 +102,9 @@ class DatasetCard:
     """Action space as text."""
     constraint_kind: ConstraintKind
     """"continuous" or "binary"."""
+    constraint_source: str | None
+    """Name of the function that gives h, with the units of several constraints; None where it is
+    not known."""
     constraint_range: tuple[float, float]
     """Least and greatest h, in units of h."""
     violating_episodes: int
@@ -137,6 +140,8 @@ class DatasetCard:
             ("observations", f"{self.observation_width} wide, {self.observation_space}"),
             ("actions", f"{self.action_width} wide, {self.action_space}"),
         ]
+        if self.constraint_source is not None:
+            rows.insert(-2, ("h by", self.constraint_source))
         if self.env_id is not None:
             rows.insert(0, ("environment", self.env_id))
         if self.file is not None:
@@ -204,6 +209,7 @@ def card_of(
         observation_space=str(log.observation_space),
         action_space=str(log.action_space),
         constraint_kind=log.constraint_kind,
+        constraint_source=log.constraint_source,
         constraint_range=(
             float(min(log.constraints.min(), log.next_constraints.min())),
             float(max(log.constraints.max(), log.next_constraints.max())),

@@ -16,6 +16,7 @@ from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.recorded import STEP_ARRAYS, Episode
 from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.schema import part_of
+from safeshield.values.constraint import ConstraintSource, constraints_by_name, in_own_steps
 
 
 def collect(
@@ -36,7 +37,9 @@ def collect(
     cost is 1 in a violation and 0 elsewhere. The logged action is ``info["action_executed"]``, the
     action that the dynamics saw, where the environment reports it. Where the environment names a
     function of the observation that gives its constraint (`values.constraint`), the log stores that
-    name.
+    name. Several constraints that are reported by name become one label, each in units of its own
+    steps in this log (`OfflineDataset.with_constraint`). The log stores their names and units where
+    a function is registered for each name.
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
@@ -66,9 +69,10 @@ def collect(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
     )
     log = log_of(runs, space, action_space, label_magnitude=label_magnitude)
-    source = constraint_source(env)
-    if source is None or log.constraint_kind == "binary" or observation_keys is not None:
-        return log
+    # A function takes whole observations.
+    source = None if observation_keys is not None else log.constraint_source
+    if observation_keys is None and log.constraint_kind != "binary":
+        source = source or constraint_source(env)
     return dataclasses.replace(log, constraint_source=source)
 
 
@@ -81,6 +85,9 @@ def log_of(
 ) -> OfflineDataset:
     """Return episodes as a log. See `collect` for their labels.
 
+    Where the episodes report several constraints whose functions are registered, the log names
+    them.
+
     Args:
         runs: Whole episodes, in the order of the log.
         observation_space: Space of one observation.
@@ -88,8 +95,8 @@ def log_of(
         label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
 
     Raises:
-        ValueError: There is no episode, they report neither key, or only some of them report
-            ``info["constraint"]``.
+        ValueError: There is no episode, they report neither key, only some of them report
+            ``info["constraint"]`` or a name in it, or one of several constraints never changes.
     """
     if not runs:
         raise ValueError("runs must hold at least one episode, got none")
@@ -101,6 +108,22 @@ def log_of(
         for name in (*STEP_ARRAYS, *(("constraints", "next_constraints") if labelled[0] else ()))
     }
     arrays["costs"] = np.concatenate([_costs(run) for run in runs])
+    names = [set(run.named) for run in runs]
+    if any(named != names[0] for named in names):
+        raise ValueError(
+            f"info['constraint'] must hold the same constraints in all episodes, got "
+            f"{sorted(map(sorted, names))[0]} and {sorted(map(sorted, names))[-1]}"
+        )
+    source: ConstraintSource | None = None
+    if names[0]:
+        parts = constraints_by_name(sorted(names[0]))
+        now, after = (
+            [np.concatenate([run.named[part.name][rows] for run in runs]) for part in parts]
+            for rows in (slice(None, -1), slice(1, None))
+        )
+        source = in_own_steps(parts, now, after)
+        for key, each in (("constraints", now), ("next_constraints", after)):
+            arrays[key] = source.largest(np.stack(each, axis=1))
     if not labelled[0]:
         arrays["initial_costs"] = np.array([run.initial_cost or 0.0 for run in runs])
     return OfflineDataset.from_arrays(
@@ -108,6 +131,7 @@ def log_of(
         observation_space=observation_space,
         action_space=action_space,
         label_magnitude=label_magnitude,
+        constraint_source=source.name if source is not None and source.available else None,
     )
 
 

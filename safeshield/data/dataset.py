@@ -28,7 +28,14 @@ from safeshield.data.validation import (
 )
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import check_same_space, space_from_json, space_to_json
-from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_constraint, named
+from safeshield.values.constraint import (
+    ConstraintSource,
+    Source,
+    as_constraint,
+    constraints_by_name,
+    in_own_steps,
+    named,
+)
 
 ConstraintKind = Literal["continuous", "binary"]
 Array = npt.NDArray[Any]
@@ -358,9 +365,10 @@ class OfflineDataset:
         (``DataCollector(env, record_infos=True)``). Entry t + 1 belongs to the state after step t.
         Labels are ``infos["constraint"]`` where it is recorded. Otherwise they are binary, from
         ``infos["cost"]``; the cost of the reset labels the first state, and NaN counts as 0 there.
-        Where no cost is recorded, it is 1 in a violation and 0 elsewhere. Actions are
-        ``infos["action_executed"]`` where it is recorded. An episode without an end flag counts as
-        truncated.
+        Where no cost is recorded, it is 1 in a violation and 0 elsewhere. Where several
+        constraints are recorded by name, labels are binary, and `with_constraint` gives each its
+        unit. Actions are ``infos["action_executed"]`` where it is recorded. An episode without an
+        end flag counts as truncated.
 
         Args:
             source: An id in Minari's store, the folder of a dataset, or a `minari.MinariDataset`.
@@ -420,23 +428,30 @@ class OfflineDataset:
         return dataclasses.replace(self, constraints=now, next_constraints=after)
 
     def with_constraint(
-        self, source: str | ConstraintSource | ConstraintFn, name: str = ""
+        self, source: Source | Mapping[str, Source] | Sequence[Source], name: str = ""
     ) -> OfflineDataset:
         """Return the same log with continuous labels, computed from the observations.
 
         The log stores the name of the source. Agents and shields that are trained on the log use
         the same function in place of a network that estimates h.
 
+        Several constraints become one, h(s) = max_k h_k(s) / sigma_k, where sigma_k is the root
+        mean square of h_k(s') - h_k(s) over the steps of this log (`SeveralConstraints`). The sign
+        of h is that of the worst constraint, whatever their units.
+
         Args:
             source: A function from a batch of n observations to h (n,), positive in a violation;
-                or its registered name, or a `ConstraintSource`.
+                or its registered name, or a `ConstraintSource`. For several constraints, a
+                function, name or source for each name, or a list of registered names. Where
+                another log has labelled them, its `constraint_source` keeps the units of that log.
             name: Name and version for a function that is not registered, such as ``"speed@1"``.
 
         Raises:
             TypeError: `source` is of another kind.
             LookupError: The name is not registered in this process.
             ValueError: The function returns NaN, infinity or another shape; or the sign of h
-                contradicts the logged costs. The message says how often, and where first.
+                contradicts the logged costs. The message says how often, and where first. Or one
+                of several constraints never changes in the log.
 
         >>> data = OfflineDataset.from_arrays(
         ...     observations=[[0.0], [1.0]], actions=[[0.5], [0.5]], rewards=[1.0, 1.0],
@@ -445,24 +460,45 @@ class OfflineDataset:
         ... )
         >>> data.with_constraint(lambda obs: obs[:, 0] - 1.5, name="place@1").constraints.tolist()
         [-1.5, -0.5]
+        >>> both = data.with_constraint({
+        ...     "place@1": lambda obs: obs[:, 0] - 1.5,           # changes by 1 in each step
+        ...     "height@1": lambda obs: 1e3 * (obs[:, 0] - 4.0),  # changes by 1000
+        ... })
+        >>> both.constraint_source, both.next_constraints.tolist()
+        ('max(height@1 / 1000.0, place@1 / 1.0)', [-0.5, 0.5])
         """
-        known = as_constraint(source, name)
-        if known is None:
-            raise TypeError("source must be a function, a name or a ConstraintSource, got None")
+        known: ConstraintSource | None = None
+        if isinstance(source, Mapping | list | tuple):
+            if name:
+                raise ValueError(
+                    "name must be left out where source holds several constraints, got "
+                    f"{name!r}; write {{name: function, ...}}"
+                )
+            parts = constraints_by_name(source)
+        else:
+            known = as_constraint(source, name)  # type: ignore[arg-type]
+            if known is None:
+                raise TypeError("source must be a function, a name or a ConstraintSource, got None")
+            parts = known.parts
         codec = self.flat_observations
         now, after = (
-            np.asarray(known(codec.batch(rows)), np.float32)
+            [part(codec.batch(rows)) for part in parts]
             for rows in (self.observations, self.next_observations)
         )
-        for what, h in (("constraints", now), ("next_constraints", after)):
-            bad = ~np.isfinite(h)
-            if bad.any():
-                raise ValueError(
-                    f"the constraint '{known.name}' must be finite, but it is {h[bad][0]} in "
-                    f"{int(bad.sum())} of {len(self)} states; the first is that of {what}"
-                    f"[{int(bad.argmax())}]"
-                )
-        count, clause = cost_contradictions(after, self.costs, f"the constraint '{known.name}'")
+        for what, each in (("constraints", now), ("next_constraints", after)):
+            for part, h in zip(parts, each, strict=True):
+                bad = ~np.isfinite(h.astype(np.float32))
+                if bad.any():
+                    raise ValueError(
+                        f"the constraint '{part.name}' must be finite, but it is {h[bad][0]} in "
+                        f"{int(bad.sum())} of {len(self)} states; the first is that of {what}"
+                        f"[{int(bad.argmax())}]"
+                    )
+        known = known or in_own_steps(parts, now, after)
+        h, reached = (
+            known.largest(np.stack(each, axis=1)).astype(np.float32) for each in (now, after)
+        )
+        count, clause = cost_contradictions(reached, self.costs, f"the constraint '{known.name}'")
         if count:
             raise ValueError(
                 f"{clause}. Check the sign (h > 0 is a violation) and whether the observation "
@@ -470,8 +506,8 @@ class OfflineDataset:
             )
         return dataclasses.replace(
             self,
-            constraints=now,
-            next_constraints=after,
+            constraints=h,
+            next_constraints=reached,
             constraint_kind="continuous",
             constraint_source=known.name,
         )

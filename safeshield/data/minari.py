@@ -270,6 +270,13 @@ class _Filling:
 def _infos(infos: Mapping[str, Any] | None, steps: int, where: str) -> dict[str, Array]:
     """Return the infos that a log uses, each (steps + 1, ...): at reset and after each step."""
     known = {}
+    if infos is not None and isinstance(infos.get(CONSTRAINT), Mapping):
+        # The units of several constraints come from all episodes; here a state has a cost
+        # where one of them is violated.
+        named = infos[CONSTRAINT]
+        violated = np.any([~(np.asarray(h, np.float64) <= 0) for h in named.values()], axis=0)
+        rest = {key: infos[key] for key in infos if key != CONSTRAINT}
+        infos = {COST: violated.astype(np.float32), **rest}
     for key in _INFOS:
         if infos is None or key not in infos:
             continue

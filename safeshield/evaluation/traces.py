@@ -54,10 +54,11 @@ class Trace:
     used: Scalars
     """(L + 1,) h of the states in use: by the shield's source, or by its network's estimate."""
     reported: Scalars | None
-    """(L + 1,) h that the environment reports; None where it reports none."""
+    """(L + 1,) h that the environment reports, in units of the shield's h; None where it reports
+    none, or in other units."""
     costs: Scalars | None
     """(L + 1,) costs that the environment reports, 0 at reset where none is reported there; None
-    where it reports none."""
+    where it reports none. Where h is reported in other units, at least 1 in a violation."""
 
     def __len__(self) -> int:
         return len(self.value)
@@ -158,10 +159,18 @@ def _trace(
     readable = shield.known(states, rows)
     reports = [report for _, _, report in steps]
     reported = costs = None
-    if one.constraints is not None and one.next_constraints is not None:
-        reported = np.concatenate([one.constraints[:1], one.next_constraints]).astype(np.float64)
     if one.costs is not None:
         costs = np.concatenate([[one.initial_cost or 0.0], one.costs]).astype(np.float64)
+    if one.constraints is not None and one.next_constraints is not None:
+        reported = np.concatenate([one.constraints[:1], one.next_constraints]).astype(np.float64)
+        source = shield.model.constraint
+        names = () if source is None else source.names
+        if source is not None and one.named and set(names) <= set(one.named):
+            reported = source.largest(np.stack([one.named[name] for name in names], axis=1))
+        elif one.named or len(names) > 1:
+            # The units differ from those of h, so the report says only which states violate.
+            violated = (reported > 0).astype(np.float64)
+            reported, costs = None, violated if costs is None else np.maximum(costs, violated)
     if reported is None and costs is None:
         raise ValueError(
             "the environment reports neither info['constraint'] nor info['cost'], so violations "

@@ -488,12 +488,13 @@ class Member(Wrapper):
 
 
 def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
-    labels = {
-        key: float(np.reshape(info[key], ()))
-        for key in LABELS
-        if info.get(key) is not None and np.size(info[key]) == 1
-    }
-    return {**info, **labels}
+    return {**info, **{key: _as_float(info[key]) for key in LABELS if info.get(key) is not None}}
+
+
+def _as_float(label: Any) -> Any:  # noqa: ANN401
+    if isinstance(label, Mapping):
+        return {name: _as_float(part) for name, part in label.items()}
+    return float(np.reshape(label, ())) if np.size(label) == 1 else label
 
 
 def check_step(result: Sequence[object]) -> None:

@@ -21,7 +21,8 @@ Infos = Mapping[str, Any]
 COST = "cost"
 """Cost of the state that the step reached, at least 0. A cost of 0 is safe."""
 CONSTRAINT = "constraint"
-"""h of the state that the step reached. A positive h is a violation."""
+"""h of the state that the step reached. A positive h is a violation. Where there are several
+constraints, it is a mapping from the name of each to its h_k, each in its own units."""
 LABELS = (COST, CONSTRAINT)
 """Keys under which an environment may report the safety of a state."""
 
@@ -43,6 +44,11 @@ CERTIFIED = "shield/certified"
 contradicted the record since. The entry does not change within an episode otherwise."""
 SAFE_SET = "shield/safe_set"
 """Whether the state that the step reached has V_h <= -delta, with or without a record."""
+BINDING = "shield/binding"
+"""Name of the constraint that is the largest in the state that the step reached, each in units of
+its own steps (`values.constraint.SeveralConstraints`). Where constraints are not finite, it is the
+first of these; where the observation is not readable, it is empty. Only shields of several
+constraints report it."""
 PENALTY = "shield/penalty"
 """Penalty that an intervention subtracted from the reward."""
 
@@ -85,6 +91,8 @@ def column_of(infos: Infos | Array, key: str, count: int) -> Sequence[Any] | Arr
         return [_copied((one or {}).get(key)) for one in infos]
     if key not in infos:
         return [None] * count
+    if isinstance(infos[key], Mapping):
+        return [row.get(key) for row in info_rows(infos, count, (key,))]
     values, present = np.array(infos[key]), reported(infos, key, count)
     if values.dtype != object and present.all():
         return values
@@ -141,6 +149,26 @@ def _copied(value: object) -> Any:  # noqa: ANN401 - a value of an info
     return None if value is None else copied(value)
 
 
+def largest(report: object) -> object:
+    """Return what an environment reports of a constraint as one value.
+
+    Of several constraints by name it is the largest number, NaN where one is NaN. The units of the
+    constraints may differ, so only its sign has a meaning: that of the worst constraint. Any other
+    report is returned unchanged.
+
+    Raises:
+        ValueError: `report` is a mapping that is empty, or holds a value that is not a number.
+
+    >>> largest({"speed@1": -0.5, "clearance@1": 0.1}), largest(-1.0)
+    (0.1, -1.0)
+    """
+    if not isinstance(report, Mapping):
+        return report
+    if not report:
+        raise ValueError(f"info[{CONSTRAINT!r}] must hold one constraint or more, got {{}}")
+    return float(np.max([_one_number(f"[{CONSTRAINT!r}][{k!r}]", v) for k, v in report.items()]))
+
+
 def violates(info: Infos) -> bool | None:
     """Return whether the info of one environment reports a violation; None without a label.
 
@@ -151,6 +179,8 @@ def violates(info: Infos) -> bool | None:
 
     >>> violates({"cost": 0.0}), violates({"constraint": float("nan")}), violates({})
     (False, True, None)
+    >>> violates({"constraint": {"speed@1": -0.5, "clearance@1": 0.1}})
+    True
     """
     reports = [_number(info, key) for key in LABELS if key in info]
     # The comparison is negated so that NaN counts as a violation.
@@ -158,7 +188,11 @@ def violates(info: Infos) -> bool | None:
 
 
 def _number(info: Infos, key: str) -> float:
-    value = np.asarray(info[key])
+    return _one_number(f"[{key!r}]", largest(info[key]) if key == CONSTRAINT else info[key])
+
+
+def _one_number(where: str, report: object) -> float:
+    value = np.asarray(report)
     if value.dtype.kind not in "fiub" or value.size != 1:
-        raise ValueError(f"info[{key!r}] must be one number, got {info[key]!r:.60}")
+        raise ValueError(f"info{where} must be one number, got {report!r:.60}")
     return float(value.item())

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.rollouts.infos import CONSTRAINT, COST, EXECUTED, INTERVENED, Array, Infos
+from safeshield.rollouts.infos import (
+    CONSTRAINT,
+    COST,
+    EXECUTED,
+    INTERVENED,
+    Array,
+    Infos,
+    largest,
+)
 
 STEP_ARRAYS = (
     "observations", "actions", "rewards", "next_observations", "terminated", "truncated",
@@ -32,8 +40,11 @@ class Episode:
         truncated: (L,) bool. Only the last entry can be set, and only where `terminated` is not.
         costs: (L,) float32 ``info["cost"]`` after each step, or None where it is not reported.
         initial_cost: ``info["cost"]`` at reset, or None.
-        constraints: (L,) float32 ``info["constraint"]`` of s[t], or None.
-        next_constraints: (L,) float32 ``info["constraint"]`` of s[t+1], or None.
+        constraints: (L,) float32 ``info["constraint"]`` of s[t], or None. Of several constraints by
+            name it is the largest number, whose sign alone has a meaning.
+        next_constraints: (L,) float32 the same of s[t+1], or None.
+        named: For each name in ``info["constraint"]`` (L + 1,) h_k of s[0] to s[L]; empty where one
+            number is reported.
         info: For each of `info_keys` its values after each step, (L, ...).
     """
 
@@ -47,6 +58,7 @@ class Episode:
     initial_cost: float | None
     constraints: npt.NDArray[np.float32] | None
     next_constraints: npt.NDArray[np.float32] | None
+    named: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     info: Mapping[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -136,10 +148,16 @@ def recorded_episode(
             "add it there, or leave it out and report info['cost']"
         )
     constraints = next_constraints = None
+    named: dict[str, Array] = {}
     if reached is not None:
-        next_constraints = _numbers(reached, CONSTRAINT).astype(np.float32)
-        start = np.array([number_of(at_reset, CONSTRAINT)], np.float32)
-        constraints = np.concatenate([start, next_constraints[:-1]])
+        if reached.dtype == object or isinstance(at_reset[CONSTRAINT], Mapping):
+            named = _named([at_reset[CONSTRAINT], *reached])
+            every = np.max(list(named.values()), axis=0)
+        else:
+            start = number_of(at_reset, CONSTRAINT)
+            every = np.append(np.float32(start), _numbers(reached, CONSTRAINT))
+        every = every.astype(np.float32)
+        constraints, next_constraints = every[:-1], every[1:]
     info = {}
     for key in info_keys:
         values = _complete(after[key], key)
@@ -161,6 +179,7 @@ def recorded_episode(
         initial_cost=number_of(at_reset, COST),
         constraints=constraints,
         next_constraints=next_constraints,
+        named=named,
         info=info,
     )
 
@@ -168,11 +187,33 @@ def recorded_episode(
 def number_of(info: Infos, key: str) -> float | None:
     """Return the label that an info reports under `key`, or None where it reports none.
 
+    Of several constraints by name it is the largest.
+
     Raises:
         ValueError: The label is not a single finite number, or it is a cost below 0.
     """
     value = info.get(key)
+    if isinstance(value, Mapping) and key == CONSTRAINT:
+        value = largest(value)
     return None if value is None else float(_numbers(np.asarray(value)[None], key)[0])
+
+
+def _named(reports: Sequence[Any]) -> dict[str, Array]:
+    """Return the reports (L + 1,) of several constraints, by name."""
+    largest(reports[0])  # an error where there is no constraint, or no number
+    names = set(reports[0]) if isinstance(reports[0], Mapping) else set()
+    for t, report in enumerate(reports):
+        if not isinstance(report, Mapping) or set(report) != names:
+            told = sorted(report) if isinstance(report, Mapping) else "a number"
+            raise ValueError(
+                f"info[{CONSTRAINT!r}] must hold the same constraints in every state, but in state "
+                f"{t} of an episode it is {told}, and at reset {sorted(names) or 'a number'}"
+            )
+    columns = {name: np.stack([report[name] for report in reports]) for name in sorted(names)}
+    return {
+        name: _numbers(column, CONSTRAINT, f"[{name!r}]").astype(np.float64)
+        for name, column in columns.items()
+    }
 
 
 def _complete(values: Sequence[Any] | Array, key: str) -> Array | None:
@@ -190,11 +231,11 @@ def _complete(values: Sequence[Any] | Array, key: str) -> Array | None:
     return np.stack(values)
 
 
-def _numbers(array: Array, key: str) -> Array:
+def _numbers(array: Array, key: str, name: str = "") -> Array:
     if array.size != len(array):
         raise ValueError(
-            f"info[{key!r}] must be one number, got shape {array.shape[1:]}; with several "
-            "constraints report the largest"
+            f"info[{key!r}]{name} must be one number, got shape {array.shape[1:]}; with several "
+            "constraints report a mapping from the name of each to its number"
         )
     numbers = array.reshape(len(array))
     bad = ~np.isfinite(numbers.astype(np.float64))
@@ -203,5 +244,5 @@ def _numbers(array: Array, key: str) -> Array:
     if bad.any():
         step = int(np.argmax(bad))
         rule = "finite and at least 0 (0 is safe)" if key == COST else "finite"
-        raise ValueError(f"info[{key!r}] must be {rule}, got {numbers[step]} at entry {step}")
+        raise ValueError(f"info[{key!r}]{name} must be {rule}, got {numbers[step]} at entry {step}")
     return numbers

@@ -19,7 +19,7 @@ from safeshield.nn.plan_actor import ActionCritic
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Noise, Observations, Scalars
-from safeshield.values.constraint import ConstraintSource
+from safeshield.values.constraint import ConstraintSource, SeveralConstraints
 from safeshield.values.units import (
     ADVANTAGE,
     BEHAVIOUR,
@@ -45,6 +45,9 @@ class StateValue:
     """(n,) h of the states by the constraint's source, in units of h; None where a network
     estimates it. Where h is not finite, the observation does not determine it: `value` uses the
     network's estimate there, and no action is acceptable."""
+    each: Scalars | None = None
+    """(n, k) the constraints of which h is the largest, each in its own units, in the order of the
+    source's names; None where there is only one."""
 
     @property
     def known(self) -> Flags | None:
@@ -54,7 +57,8 @@ class StateValue:
     def take(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> StateValue:
         """Return the results for some of the states: indices, a mask or a slice `index`."""
         h = None if self.constraint is None else self.constraint[index]
-        return StateValue(self.inputs[index], self.value[index], h)
+        each = None if self.each is None else self.each[index]
+        return StateValue(self.inputs[index], self.value[index], h, each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +175,8 @@ class SafetyModel:
 
         Args:
             observations: (n, obs) finite observations, as rows of `spaces.rows`.
-            constraint: (n,) h of the states, for a source that is not registered in this process;
-                None where the source computes it.
+            constraint: (n,) h of the states, or (n, k) where h is the largest of k constraints, for
+                a source that is not registered in this process; None where the source computes it.
 
         Raises:
             LookupError: The source is not registered in this process, and `constraint` is None.
@@ -180,17 +184,20 @@ class SafetyModel:
         inputs = self.scaling.observations(observations)
         if self.constraint is None:
             return self.evaluate_features(inputs)
-        h = constraint
-        if h is None:
-            h = self.constraint(self.observation_codec.batch(observations))
+        source, h, each = self.constraint, constraint, None
+        if isinstance(source, SeveralConstraints):
+            each = source.each(self.observation_codec.batch(observations)) if h is None else h
+            h = source.largest(each)
+        elif h is None:
+            h = source(self.observation_codec.batch(observations))
         raw = run(self._excess_layers, inputs)[0, :, 0]
         small = h.astype(np.float32)
         value = known_value(self.scale, small, raw)
         known = np.isfinite(small)
         if known.all():
-            return StateValue(inputs, value, small)
+            return StateValue(inputs, value, small, each)
         estimated = self.evaluate_features(inputs).value
-        return StateValue(inputs, np.where(known, value, estimated), small)
+        return StateValue(inputs, np.where(known, value, estimated), small, each)
 
     def unjudged(self, observations: Observations) -> StateValue:
         """Return observations (n, obs) as features, with value 0; this needs no critics."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from os import PathLike
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from safeshield.rollouts.copies import Identity
 from safeshield.rollouts.infos import (
     ACTION_MASK,
+    BINDING,
     CERTIFIED,
     CONSTRAINT,
     COST,
@@ -46,6 +48,7 @@ from safeshield.shield.shield import (
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.shapes import Flags, Scalars
+from safeshield.values.constraint import SeveralConstraints
 
 Array = npt.NDArray[Any]
 PerEnv = Any
@@ -99,32 +102,76 @@ class Reports(NamedTuple):
     """What environments report of their present states, NaN where they report nothing."""
 
     constraint: PerEnv
-    """h of the states, in units of h."""
+    """h of the states, in units of h; of several constraints by name, the largest."""
     cost: PerEnv
     """Costs of the states."""
+    named: PerEnv
+    """The reports of the shield's own constraints: h of the states, in units of h; or, of a shield
+    of k constraints, (n, k) h_k, NaN where a plain number is reported."""
 
     @classmethod
-    def of(cls, infos: InfoDicts | Infos, count: int | None) -> Self:
+    def of(cls, infos: InfoDicts | Infos, count: int | None, names: Sequence[str] = ()) -> Self:
         """Read the reports of n environments.
 
         Args:
             infos: A mapping for each environment, or columns as a vector environment returns them.
             count: n; None for a single environment, whose reports are plain numbers.
+            names: Names of the shield's constraints.
         """
+        n = count or 1
+        given: Sequence[Any] | Array
+        told: list[PerEnv]
         if isinstance(infos, Mapping):
-            return cls(*(_column(infos, key, count or 1) for key in (CONSTRAINT, COST)))
-        read = [[_number(info.get(key)) for info in infos] for key in (CONSTRAINT, COST)]
-        return cls(*(column[0] if count is None else np.array(column) for column in read))
+            given = column_of(infos, CONSTRAINT, n)
+            told = [_numbers(given, n), _numbers(column_of(infos, COST, n), n)]
+        else:
+            given = [info.get(CONSTRAINT) for info in infos]
+            read = [[_number(one) for one in given], [_number(info.get(COST)) for info in infos]]
+            told = [column[0] if count is None else np.array(column) for column in read]
+        plain = isinstance(given, np.ndarray) or not any(isinstance(h, Mapping) for h in given)
+        if not names or (plain and len(names) == 1):
+            return cls(told[0], told[1], told[0])
+        named = np.array([[_number(h) for h in _parts(one, names)] for one in given])
+        named = named if len(names) > 1 else named[:, 0]
+        return cls(told[0], told[1], named[0] if count is None else named)
+
+    def text(self, at: int, names: Sequence[str]) -> str:
+        """Return the report of the constraint of environment `at` as text; `names` as in `of`."""
+        each = np.reshape(self.named, (-1, max(len(names), 1)))[at]  # one without a source
+        return listed(float(np.ravel(self.constraint)[at]), each, names)
+
+
+def _parts(report: object, names: Sequence[str]) -> list[Any]:
+    """Return what a report holds under these names, None where it holds nothing."""
+    if isinstance(report, Mapping):
+        return [report.get(name) for name in names]
+    return [report] if len(names) == 1 else [None] * len(names)
+
+
+def listed(h: float, each: Scalars, names: Sequence[str]) -> str:
+    """Return h as text, and after it the constraints of which it is the largest, where known.
+
+    Args:
+        h: h of a state, or a report of it.
+        each: (k,) the constraints, or the reports of them; NaN where not reported.
+        names: Their names.
+    """
+    if each.shape == (1,) and each[0] == h:
+        return f"{h:.4g}"
+    pairs = zip(names, each, strict=True)
+    parts = ", ".join(f"{name} {x:.4g}" for name, x in pairs if not np.isnan(x))
+    return f"{h:.4g} ({parts})" if parts else f"{h:.4g}"
 
 
 def _number(value: object) -> float:
     if isinstance(value, float | int | np.number | np.bool_):
         return float(value)
+    if isinstance(value, Mapping) and value:
+        return float(np.max([_number(one) for one in value.values()]))
     return float(value.item()) if isinstance(value, np.ndarray) and value.size == 1 else np.nan
 
 
-def _column(infos: Infos, key: str, count: int) -> Scalars:
-    column = column_of(infos, key, count)
+def _numbers(column: Sequence[Any] | Array, count: int) -> Scalars:
     if isinstance(column, np.ndarray):
         numbers = column.shape == (count,) and column.dtype.kind in "fiub"
         return column.astype(np.float64) if numbers else np.full(count, np.nan)
@@ -158,6 +205,8 @@ class ShieldRuntime:
     Attributes:
         adaptive: The margins of the environments; None where the threshold is fixed.
         values: V_h of the states last observed, infinity where they are not readable.
+        binding: Names of the largest constraints in these states, see `rollouts.infos.BINDING`;
+            None for a shield of one constraint.
         rows: (n, obs) the last observations, as rows of `spaces.rows`.
         infos: The infos that came with the last observations.
         keys: The keys of infos that the runtime reads; None where it may read any key.
@@ -227,12 +276,18 @@ class ShieldRuntime:
         self._memory = memory
         source = shield.model.constraint
         self._reported = source is not None and not source.available
+        self._own = () if source is None else source.names
+        # The last name is that of an observation that is not readable.
+        self._names: Array | None = None
+        if isinstance(source, SeveralConstraints):
+            self._names = np.array([*source.names, ""])
         self.keys = (
             *((ACTION_MASK,) if codec.discrete else ()),
             *((CONSTRAINT,) if self._reported else ()),
         )
         self.transition = Transition(self)
         self.values: PerEnv = None
+        self.binding: PerEnv = None
         self.rows: Array = np.empty((0, shield.model.observation_codec.width))
         # This is None while the environments may be in a state that was not observed.
         self._states: StateValue | None = None
@@ -366,6 +421,9 @@ class ShieldRuntime:
         known = readable[0] if self.num_envs is None else readable.all()
         h = self._reported_h(infos)
         states = (self.shield.model if known else self.shield).states(rows, h)
+        if self._names is not None:
+            binding = self._binding(states, readable)
+            self.binding = str(binding[0]) if self.num_envs is None else binding
         if states.known is not None:
             readable = readable & states.known
         self.infos = infos
@@ -378,17 +436,24 @@ class ShieldRuntime:
         self.rows, self._readable, self._states = rows, readable, states
         if self._vouched:
             given = infos if reports is None else reports
-            self._compare(states, Reports.of(given, self.num_envs))
+            self._compare(states, Reports.of(given, self.num_envs, self._own))
         return self.values
 
-    def evaluate(self, observations: Batch, infos: InfoDicts) -> Scalars:
+    def evaluate(self, observations: Batch, infos: InfoDicts) -> tuple[Scalars, Array | None]:
         """Return V_h (k,) of the last states of k episodes, which the environments have left.
+
+        The second result is (k,) `binding` of these states.
 
         Args:
             observations: The k last observations.
             infos: The infos that came with these observations.
         """
-        return np.asarray(self.shield.value(observations, constraint=self._reported_h(infos)))
+        h = self._reported_h(infos)
+        if self._names is None:
+            return np.asarray(self.shield.value(observations, constraint=h)), None
+        rows, _ = self.shield.observation_rows(observations)
+        binding = self._binding(self.shield.states(rows, h), self.shield.readable(rows))
+        return self.shield.row_values(rows, constraint=h), binding
 
     def filter(self, actions: npt.ArrayLike) -> Decision:
         """Decide which actions the environments execute in the states observed.
@@ -498,12 +563,15 @@ class ShieldRuntime:
         start = Decision(nothing.copy(), nothing.copy(), intervened, self.values, self._told())
         return self.step_infos(start, self.values)
 
-    def step_infos(self, decision: Decision, reached: PerEnv) -> dict[str, PerEnv]:
+    def step_infos(
+        self, decision: Decision, reached: PerEnv, binding: PerEnv = None
+    ) -> dict[str, PerEnv]:
         """Return the entries of infos for a step.
 
         Args:
             decision: The decision on the step's actions.
             reached: V_h of the states reached, see `update`.
+            binding: `binding` of the states reached; None for that of the states last observed.
         """
         infos = {
             INTERVENED: decision.intervened,
@@ -514,6 +582,8 @@ class ShieldRuntime:
             PROPOSED: decision.proposed,
             EXECUTED: decision.executed,
         }
+        if self._names is not None:
+            infos[BINDING] = self.binding if binding is None else binding
         if self._discrete:
             masks = self.masks.astype(np.int8)
             infos[ACTION_MASK] = masks[0] if self.num_envs is None else masks
@@ -556,41 +626,61 @@ class ShieldRuntime:
         """
         if not self._reported:
             return None
-        told = [info[CONSTRAINT] for info in infos if info.get(CONSTRAINT) is not None]
-        source = self.shield.constraint
-        if len(told) < len(infos):
+        source = self.shield.model.constraint
+        assert source is not None
+        names = source.names
+        read = [_parts(info.get(CONSTRAINT), names) for info in infos]
+        missing = sorted(
+            {n for told in read for n, h in zip(names, told, strict=True) if h is None}
+        )
+        if missing:
+            what = "info['constraint']"
+            if len(names) > 1:
+                what += f", a mapping that holds {missing},"
             raise ValueError(
-                f"the shield needs the constraint '{source}' of each state, but the environment "
-                "does not report info['constraint'] for it: report it at reset and at every step, "
-                f"or register the function of the observation as {source!r}"
+                f"the shield needs the constraint '{source.name}' of each state, but the "
+                f"environment does not report {what} for it: report it at reset and at every step, "
+                f"or register the function of the observation as {missing[0]!r}"
             )
-        if self.num_envs is not None and any(isinstance(h, np.integer) for h in told):
+        if self.num_envs is not None and any(isinstance(h, np.integer) for h in chain(*read)):
             raise ValueError(
                 "info['constraint'] must be a float in every environment, got a column of whole "
                 "numbers, into which the vector environment has rounded the reports: return "
                 "float(h)"
             )
-        return np.array([float(h) for h in told])
+        each = np.array([[float(h) for h in told] for told in read])
+        return each if len(names) > 1 else each[:, 0]
+
+    def _binding(self, states: StateValue, readable: Flags) -> Array:
+        """Return the names (n,) of the largest of several constraints of states; see `binding`."""
+        source = self.shield.model.constraint
+        assert isinstance(source, SeveralConstraints)
+        assert self._names is not None
+        assert states.each is not None
+        return np.asarray(self._names[np.where(readable, source.binding(states.each), -1)])
 
     def _compare(self, states: StateValue, reports: Reports) -> None:
         """Withdraw the promise after a violation, and where reports contradict the shield's h.
 
-        A source of h that differs from the report, or from the cost, shows that the environment is
+        A source of h that the report or the cost contradicts shows that the environment is
         not the one of the record. The promise is then withdrawn for good. A state that violates
         although V_h <= -delta by the network's estimate of h withdraws it for the episode.
         """
         if not self._told_silent:
-            told, cost = reports
+            told, cost = reports.constraint, reports.cost
             self._silent = (told != told) & (cost != cost)  # Only NaN differs from itself.
+        source = self.shield.model.constraint
         h, values = states.constraint, states.value
+        each = h if states.each is None else states.each
         if self.num_envs is None:
             h, values = None if h is None else h[0], values[0]
+            each = None if each is None else each[0]
         violated = (reports.constraint > 0) | (reports.cost > 0)
-        if h is None:
+        if source is None or h is None or each is None:
             bad = self.in_safe_set(values) & violated
         else:
-            differs = abs(reports.constraint - h) > self._near
-            bad = differs | ((reports.cost > 0) & (h <= -self._near))
+            bad = source.contradicts(each, reports.named, reports.constraint, self._near)
+            bad = bad | ((reports.cost > 0) & (h <= -self._near))
         self._contradicted[:] = bad
         self._withdrawn[:] = bad | violated
         if not self._contradicted.any():
@@ -602,17 +692,23 @@ class ShieldRuntime:
             return
         self._warned = True
         at = int(self._contradicted.argmax())
-        told = [float(np.ravel(x)[at]) for x in (*reports, values if h is None else h)]
-        pairs = zip(("constraint", "cost"), told[:2], strict=True)
-        reported = " and ".join(f"the {name} {x:.4g}" for name, x in pairs if not np.isnan(x))
+        worst, cost = (float(np.ravel(x)[at]) for x in reports[:2])
+        says = [] if np.isnan(worst) else [f"the constraint {reports.text(at, self._own)}"]
+        says += [] if np.isnan(cost) else [f"the cost {cost:.4g}"]
+        reported = " and ".join(says)
+        if h is None or states.constraint is None:
+            in_use = f"{states.value[at]:.4g}"
+        else:
+            each = states.constraint[:, None] if states.each is None else states.each
+            in_use = listed(float(states.constraint[at]), each[at], self._own)
         if h is None:
             then = (
-                f"V_h is {told[2]:.4g}: the network's estimate of h is wrong there, and the "
+                f"V_h is {in_use}: the network's estimate of h is wrong there, and the "
                 "episode is not certified any more"
             )
         else:
             then = (
-                f"h by the shield's source '{self.shield.constraint}' is {told[2]:.4g}: the "
+                f"h by the shield's source '{self.shield.constraint}' is {in_use}: the "
                 "shield's record does not cover this environment; calibrate the shield in the "
                 "environment that it will protect"
             )

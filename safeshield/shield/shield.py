@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -48,7 +48,13 @@ from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import plain
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
-from safeshield.values.constraint import ConstraintFn, ConstraintSource, as_constraint
+from safeshield.values.constraint import (
+    ConstraintSource,
+    SeveralConstraints,
+    Source,
+    as_constraint,
+    constraints_by_name,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +175,9 @@ class Shield:
         """Return a copy whose threshold is -delta, in units of h, without the record."""
         return replace(self, delta=float(delta), record=None)
 
-    def with_constraint(self, source: str | ConstraintSource | ConstraintFn | None) -> Self:
+    def with_constraint(
+        self, source: Source | Mapping[str, Source] | Sequence[Source] | None
+    ) -> Self:
         """Return a copy that takes h of a state from another source.
 
         The record is kept only where the source has the name of the shield's own. A function that
@@ -177,10 +185,13 @@ class Shield:
 
         Args:
             source: A function from a batch of n observations to h (n,); or its registered name, or
-                a `ConstraintSource`. None means the network's estimate of h.
+                a `ConstraintSource`. None means the network's estimate of h. For a shield of
+                several constraints, a mapping from some of its names to functions or sources; the
+                units remain.
 
         Raises:
             TypeError: `source` is of another kind.
+            ValueError: `source` holds several constraints, and a name is not one of the shield's.
 
         >>> import gymnasium, safeshield.envs
         >>> from safeshield import ShieldConfig, ShieldTrainer, collect
@@ -191,7 +202,20 @@ class Shield:
         ('Boat@1', None)
         """
         own = self.model.constraint
-        known = as_constraint(source, "" if own is None or own.available else own.name)
+        if isinstance(source, Mapping | list | tuple):
+            parts = constraints_by_name(source)
+            if isinstance(own, SeveralConstraints):
+                known: ConstraintSource | None = own.with_sources(parts)
+            elif len(parts) == 1:
+                known = parts[0]
+            else:
+                raise ValueError(
+                    "source must be one constraint for a shield that was not trained with several, "
+                    f"got {[part.name for part in parts]}: the units of several come from a log; "
+                    "train a shield on log.with_constraint({name: function, ...})"
+                )
+        else:
+            known = as_constraint(source, "" if own is None or own.available else own.name)  # type: ignore[arg-type]
         model = replace(self.model, constraint=known)
         return replace(self, model=model, record=self.record if known == own else None)
 
@@ -249,7 +273,7 @@ class Shield:
         observation: Batch,
         action: Batch | None = None,
         *,
-        constraint: npt.ArrayLike | None = None,
+        constraint: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
     ) -> Scalars | np.floating:
         """Return V_h(s), or Q_h(s, a): one number () or a batch (n,), in units of h.
 
@@ -258,7 +282,8 @@ class Shield:
                 (n, *shape), (n,) for a Discrete, a dict of such arrays for a Dict.
             action: One action or a batch, in the same form; None for V_h.
             constraint: h of the states, () or (n,), for a shield whose source of h this process
-                has not registered. NaN means that h is not known.
+                has not registered; of several constraints, a mapping from each name to its h_k.
+                NaN means that h is not known.
 
         Raises:
             LookupError: The shield's source of h is not registered, and `constraint` is None.
@@ -286,7 +311,8 @@ class Shield:
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
             actions: (n, act) actions, one for each observation; None for V_h.
-            constraint: (n,) h of the states; None where the shield's source computes it.
+            constraint: (n,) h of the states, or (n, k) of k constraints; None where the shield's
+                source computes it.
         """
         states = self.states(rows, constraint)
         known = self.known(states, rows)
@@ -324,7 +350,8 @@ class Shield:
 
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
-            constraint: (n,) h of the states; None where the shield's source computes it.
+            constraint: (n,) h of the states, or (n, k) of k constraints; None where the shield's
+                source computes it.
         """
         near = self._readable.entries(rows)
         if not near.all():
@@ -343,7 +370,11 @@ class Shield:
     # -- accept and filter ----------------------------------------------------------------------
 
     def filter(
-        self, observation: Batch, action: Batch, *, constraint: npt.ArrayLike | None = None
+        self,
+        observation: Batch,
+        action: Batch,
+        *,
+        constraint: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
     ) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the report on it.
 
@@ -569,8 +600,10 @@ class Shield:
         check_discrete(codec)
         return agent_masks(*self.acceptable_choices(states, rows, threshold), codec)
 
-    def _given(self, constraint: npt.ArrayLike | None, count: int) -> Scalars | None:
-        """Return h (count,) that a caller passes, after a check."""
+    def _given(
+        self, constraint: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None, count: int
+    ) -> Scalars | None:
+        """Return h (count,) that a caller passes, or (count, k) of k constraints, after a check."""
         if constraint is None:
             return None
         source = self.model.constraint
@@ -581,13 +614,21 @@ class Shield:
                 "with_constraint(ConstraintSource(name)) makes a shield that takes h from its "
                 "caller, without a record"
             )
-        h = np.asarray(constraint, np.float64).reshape(-1)
-        if h.shape != (count,):
+        if not isinstance(constraint, Mapping):
+            if len(source.names) > 1:
+                raise ValueError(
+                    f"constraint must be a mapping from the names {list(source.names)} to numbers, "
+                    f"each in its own units, got {type(constraint).__name__}"
+                )
+            return _numbers("constraint", constraint, count)
+        missing = [name for name in source.names if name not in constraint]
+        if missing:
             raise ValueError(
-                f"constraint must be one number for each of {count} observations, got shape "
-                f"{np.shape(constraint)}"
+                f"constraint must have the names {list(source.names)}, but {missing} are missing; "
+                "pass the number of each"
             )
-        return h
+        each = [_numbers(f"constraint[{k!r}]", constraint[k], count) for k in source.names]
+        return np.stack(each, axis=1) if len(each) > 1 else each[0]
 
     def _supported(self, states: StateValue, actions: Actions, asked: Flags) -> Flags:
         """Return whether actions (n, act) pass the support test, (n,); False where not asked."""
@@ -815,6 +856,16 @@ class Shield:
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
     """Return the values, with infinity where they are not known or the networks overflowed."""
     return np.where(known & ~np.isnan(values), values, np.float32(np.inf))
+
+
+def _numbers(what: str, given: npt.ArrayLike, count: int) -> Scalars:
+    h = np.asarray(given, np.float64).reshape(-1)
+    if h.shape != (count,):
+        raise ValueError(
+            f"{what} must be one number for each of {count} observations, got shape "
+            f"{np.shape(given)}"
+        )
+    return h
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from torch import Tensor
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import json_values
 from safeshield.spaces.scaling import Scaling
-from safeshield.values.units import SafetyScale
+from safeshield.values.units import SafetyScale, step_rms
 
 _LEARNED_FROM = (
     "observations",
@@ -214,8 +214,7 @@ def check_boundary(dataset: OfflineDataset) -> None:
 def safety_scale(dataset: OfflineDataset) -> SafetyScale:
     """Return the units of the safety critics, computed from the log `dataset`."""
     h = dataset.constraints.astype(np.float64)
-    step = dataset.next_constraints.astype(np.float64) - h
-    rms = math.sqrt(float(np.mean(step**2)))
+    rms = step_rms(h, dataset.next_constraints.astype(np.float64))
     return SafetyScale(float(h.mean()), float(h.std()) or 1.0, rms or float(h.std()) or 1.0)
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from safeshield.files.schema import finite_number
 from safeshield.nn.actor import BEHAVIOUR as BEHAVIOUR
 from safeshield.nn.actor import FALLBACK as FALLBACK
@@ -77,6 +80,14 @@ class SafetyScale:
     def excess(self) -> float:
         """Unit of V - h^, which is small compared with the standard deviation of h."""
         return 0.2 * self.spread
+
+
+def step_rms(now: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> float:
+    """Return the root mean square of h(s') - h(s) over N steps, in units of h.
+
+    `now` (N,) is h of the states s, and `after` (N,) of the states s'.
+    """
+    return math.sqrt(float(np.mean((after - now) ** 2)))
 
 
 def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:

@@ -90,6 +90,33 @@ def collected(
     return env.create_dataset(name)
 
 
+class Named(Stairs):
+    """Reports two constraints by name, in different units, and no cost."""
+
+    def _see(self, action: int) -> tuple[Any, dict[str, Any]]:
+        seen, info = super()._see(action)
+        h = float(self.at - LIMIT)
+        return seen, {
+            "constraint": {"height@1": 100.0 * h, "floor@1": -9.0},
+            "other": info["other"],
+        }
+
+
+def test_several_constraints_by_name_give_binary_labels() -> None:
+    env = minari.DataCollector(Named(()), record_infos=True)
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        env.reset(seed=seed)
+        ended = False
+        while not ended:
+            _, _, terminated, truncated, _ = env.step(int(rng.integers(2)))
+            ended = terminated or truncated
+    log = OfflineDataset.from_minari(env.create_dataset("named-v0"))
+    assert log.constraint_kind == "binary"
+    np.testing.assert_array_equal(log.costs > 0, at(log, log.next_observations) > LIMIT)
+    assert 0 < log.costs.sum() < len(log)
+
+
 def at(log: OfflineDataset, observations: Any) -> Any:  # noqa: ANN401
     assert log.observations.shape[1] == 3
     return observations[:, 0]
