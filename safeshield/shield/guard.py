@@ -214,6 +214,8 @@ class ShieldRuntime:
         self._covered = np.zeros(self._count, np.bool_)
         self._contradicted = np.zeros(self._count, np.bool_)
         self._withdrawn = np.zeros(self._count, np.bool_)
+        # Whether one of the two arrays above has a True.
+        self._doubted = False
         self._warned = False
         self._memory = memory
         source = shield.model.constraint
@@ -446,7 +448,8 @@ class ShieldRuntime:
         # The states observed last may already begin the next episodes, whose reports do not concern
         # those that ended. A promise leaves a few episodes that violate; these are certified no
         # more.
-        self._covered &= ~self._withdrawn | np.full(self._count, starts)
+        if self._doubted:
+            self._covered &= ~self._withdrawn | np.full(self._count, starts)
         report, decided = self._report, self._decided
         self._report, self._decided, self._masks = None, False, None
         adaptive, memory = self.adaptive, self._memory
@@ -568,17 +571,22 @@ class ShieldRuntime:
         not the one of the record. The promise is then withdrawn for good. A state that violates
         although V_h <= -delta by the network's estimate of h withdraws it for the episode.
         """
-        h, values = states.constraint, states.value
+        h: PerEnv = states.constraint
+        values: PerEnv = states.value
         if self.num_envs is None:
-            h, values = None if h is None else h[0], values[0]
+            h, values = None if h is None else float(h[0]), float(values[0])
         violated = (reports.constraint > 0) | (reports.cost > 0)
         if h is None:
             bad = self.in_safe_set(values) & violated
         else:
             differs = abs(reports.constraint - h) > self._near
             bad = differs | ((reports.cost > 0) & (h <= -self._near))
+        doubted = bad | violated
+        if not (self._doubted or np.any(doubted)):
+            return
         self._contradicted[:] = bad
-        self._withdrawn[:] = bad | violated
+        self._withdrawn[:] = doubted
+        self._doubted = bool(self._withdrawn.any())
         if not self._contradicted.any():
             return
         if h is not None:
