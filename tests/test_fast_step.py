@@ -275,4 +275,4 @@ def test_blocks_judge_few_candidates_where_a_near_one_is_acceptable() -> None:
         table, states, scaled, scaled, limit > 0, limit > 0, limit, limit, limit
     )
     replacement._values_until_acceptable(rejected, scaled)
-    assert table.judged <= 5 * count
+    assert table.judged <= 2 * replacement._BLOCK * count
