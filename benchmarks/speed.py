@@ -1,13 +1,16 @@
 """Measure the time of a shielded step and the speed of training, relative to a reference.
 
-    python benchmarks/speed.py filter       # SafetyShield.step minus the env's own step
-    python benchmarks/speed.py vector       # VectorSafetyShield, per env, 1 to 4,096 envs
+    python benchmarks/speed.py filter       # SafetyShield.step minus the environment's own step
+    python benchmarks/speed.py latency      # percentiles over --steps steps, default 10^6
+    python benchmarks/speed.py vector       # VectorSafetyShield, per environment, 1 to 4,096
     python benchmarks/speed.py tensors      # the shield on tensors beside it, 4,096 envs
     python benchmarks/speed.py train        # updates of SafeFQL, one and two threads
 
 The figures are medians of several runs. The reference is measured in the same run. For the filter
 it is one NumPy forward pass of a (256, 256) network; for training it is the product
-of a batch and a hidden layer.
+of a batch and a hidden layer. `filter` and `vector` tell the CPU time of the process, which other
+processes on the machine disturb least. `latency` tells wall time as well, which needs a machine
+without other work. Set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 from common import machine
+from gymnasium.vector.utils import batch_space
 from torch.utils.flop_counter import FlopCounterMode
 
 import safeshield
-from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield
+from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield, Shield
 from safeshield.algorithms.safefql import SafeFQLRun
 from safeshield.envs.boat import BoatVectorEnv
 from safeshield.training.log import LogTensors
@@ -36,16 +41,188 @@ from safeshield.wrappers import VectorSafetyShield
 REPEATS = 15
 
 
-def microseconds(function: Callable[[], object], count: int) -> float:
+def microseconds(
+    function: Callable[[], object],
+    count: int,
+    clock: Callable[[], float] = time.process_time,
+    repeats: int = REPEATS,
+) -> float:
     """Return the median over repeats of the mean time of a call, after a warm-up."""
     times = []
-    for repeat in range(REPEATS + 1):
-        start = time.perf_counter()
+    for repeat in range(repeats + 1):
+        start = clock()
         for _ in range(count):
             function()
         if repeat:
-            times.append((time.perf_counter() - start) / count * 1e6)
+            times.append((clock() - start) / count * 1e6)
     return float(np.median(times))
+
+
+def network(batch: int) -> Callable[[], np.ndarray]:
+    """Return one NumPy forward pass of a (256, 256) network for a batch, the reference."""
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
+    x = rng.standard_normal((batch, 4)).astype(np.float32)
+    return lambda: np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
+
+
+def boat_shield(updates: int) -> Shield:
+    """Return a shield of the boat, with critics 2 x (256, 256), after some updates."""
+    log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=100, seed=0)
+    agent = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=updates)
+    return agent.shield().with_delta(0.05)
+
+
+class Still(gym.Env):
+    """An environment that does nothing, so that a step of it costs nothing."""
+
+    observation_space = gym.spaces.Box(np.float32([-3, -2]), np.float32([2, 2]))
+    action_space = gym.spaces.Box(-1.0, 1.0, (2,))
+    where = np.array([-2.0, 0.0], np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the state in which the environment stays."""
+        return self.where, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Return the same state."""
+        return self.where, 0.0, False, False, {}
+
+
+class StillVector(gym.vector.VectorEnv):
+    """A vector environment that stays in given states."""
+
+    def __init__(self, observations: np.ndarray) -> None:
+        self.num_envs, self._observations = len(observations), observations
+        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+        self.single_observation_space = Still.observation_space
+        self.single_action_space = Still.action_space
+        self.observation_space = batch_space(Still.observation_space, self.num_envs)
+        self.action_space = batch_space(Still.action_space, self.num_envs)
+
+    def reset(
+        self, *, seed: object = None, options: object = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the states."""
+        return self._observations, {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the same states."""
+        none = np.zeros(self.num_envs, bool)
+        return self._observations, np.zeros(self.num_envs), none, none, {}
+
+
+def filter_step() -> None:
+    """Time the step of a shielded environment whose action is accepted, and that of the bare one.
+
+    The boat is at rest in still water, so that the episode never ends and every state is safe.
+    """
+    warnings.simplefilter("ignore")
+    shield = boat_shield(3)
+    action = np.zeros(2, np.float32)
+    start = {"state": np.array([-2.0, 0.0])}
+    makers: dict[str, Callable[[], gym.Env]] = {
+        "boat": lambda: gym.make("safeshield/Boat-v0", current=0.0).unwrapped,
+        "an environment that does nothing": Still,
+    }
+    timed: dict[str, Callable[[], object]] = {"reference": network(1)}
+    for name, make in makers.items():
+        bare = make()
+        bare.reset(seed=0, options=start)
+        timed[name] = functools.partial(bare.step, action)
+        for source, filtering in (
+            ("h by its source", shield),
+            ("h estimated", shield.with_constraint(None)),
+        ):
+            wrapped = SafetyShield(make(), filtering)
+            wrapped.reset(seed=0, options=start)
+            if wrapped.step(action)[4]["shield/intervened"]:
+                raise SystemExit("the test state is not accepted: this would time the wrong path")
+            timed[f"{name}, {source}"] = functools.partial(wrapped.step, action)
+    rows = [{name: microseconds(call, 50) for name, call in timed.items()} for _ in range(5)]
+    times = {name: float(np.median([row[name] for row in rows])) for name in timed}
+    reference = times.pop("reference")
+    print(f"one NumPy network: {reference:.1f} us")
+    for name, each in times.items():
+        if name in makers:
+            print(f"{name}: its own step {each:.1f} us")
+        else:
+            extra = each - times[name.rpartition(", ")[0]]
+            print(f"{name}: the shield adds {extra:.1f} us = {extra / reference:.1f} networks")
+
+
+def latency(steps: int) -> None:
+    """Time every step of a shielded boat under random actions; print percentiles."""
+    warnings.simplefilter("ignore")
+    env = SafetyShield(gym.make("safeshield/Boat-v0"), boat_shield(1000))
+    rng = np.random.default_rng(0)
+    env.reset(seed=0)
+    wall, cpu = np.empty((2, steps), np.int64)
+    replaced = np.empty(steps, np.bool_)
+    for i in range(steps):
+        if i % 10_000 == 0:
+            actions = rng.uniform(-1, 1, (10_000, 2)).astype(np.float32)
+        before, used = time.perf_counter_ns(), time.thread_time_ns()
+        _, _, terminated, truncated, info = env.step(actions[i % 10_000])
+        cpu[i], wall[i] = time.thread_time_ns() - used, time.perf_counter_ns() - before
+        replaced[i] = info["shield/intervened"]
+        if terminated or truncated:
+            env.reset()
+    for name, which in (
+        ("all", np.ones(steps, np.bool_)),
+        ("accepted", ~replaced),
+        ("replaced", replaced),
+    ):
+        if not which.any():
+            continue
+        for clock, times in (("wall", wall[which]), ("CPU", cpu[which])):
+            middle, high, most = np.quantile(times, [0.5, 0.999, 1.0]) / 1e3
+            print(
+                f"{name:8} {len(times):8} steps, {clock:4} time: median {middle:.0f} us, 99.9% "
+                f"{high:.0f} us ({high / middle:.1f} x), maximum {most:.0f} us"
+            )
+
+
+def vector_step() -> None:
+    """Time VectorSafetyShield per environment, for states in which all actions fare alike.
+
+    The kinds are: all accepted; all rejected, with an acceptable candidate; all rejected, and no
+    candidate is acceptable. States and actions are drawn until enough are of each kind.
+    """
+    warnings.simplefilter("ignore")
+    # Every replacement is the nearest acceptable action, the default of SafeFQL's shield.
+    shield = boat_shield(1000)
+    rng = np.random.default_rng(0)
+    states = rng.uniform([-3, -2], [2, 2], (20_000, 2)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (len(states), 2)).astype(np.float32)
+    print("microseconds an environment; in brackets, (256, 256) NumPy networks on the same batch")
+    for source, filtering in (
+        ("h by its source", shield),
+        ("h estimated", shield.with_constraint(None)),
+    ):
+        _, report = filtering.filter(states, actions)
+        kinds = {
+            "accepted": ~report.intervened,
+            "replaced": report.intervened & report.acceptable,
+            "nothing acceptable": report.intervened & ~report.acceptable,
+        }
+        for count in (1, 16, 256, 4096):
+            reference = microseconds(network(count), max(1, 2000 // count)) / count
+            cells = []
+            for kind, which in kinds.items():
+                places = np.resize(np.flatnonzero(which), count)
+                wrapped = VectorSafetyShield(StillVector(states[places]), filtering)
+                wrapped.reset()
+                told = wrapped.step(actions[places])[4]["shield/intervened"]
+                if (told != (kind != "accepted")).any():
+                    raise SystemExit("not all actions go the way that is timed")
+                call = functools.partial(wrapped.step, actions[places])
+                repeats = 3 if count > 1000 else REPEATS
+                each = microseconds(call, max(1, 200 // count), repeats=repeats) / count
+                cells.append(f"{kind} {each:.1f} ({each / reference:.1f})")
+            print(f"{source}, {count:5} environments: {', '.join(cells)}", flush=True)
 
 
 def seconds(function: Callable[[], object], count: int) -> float:
@@ -54,86 +231,6 @@ def seconds(function: Callable[[], object], count: int) -> float:
     for _ in range(count):
         function()
     return (time.perf_counter() - start) / count
-
-
-def filter_step() -> None:
-    """Time the step of a shielded boat whose action is accepted, and that of the bare boat."""
-    warnings.simplefilter("ignore")
-    log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
-    shield = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
-    # The boat is at rest in still water, so the episode never ends and every state is safe.
-    bare = gym.make("safeshield/Boat-v0", current=0.0).unwrapped
-    wrapped = SafetyShield(gym.make("safeshield/Boat-v0", current=0.0).unwrapped, shield)
-    action = np.zeros(2, np.float32)
-    start = {"state": np.array([-2.0, 0.0])}
-    bare.reset(seed=0, options=start)
-    wrapped.reset(seed=0, options=start)
-    if wrapped.step(action)[4]["shield/intervened"]:
-        raise SystemExit("the test state is not accepted: this would time the wrong path")
-    rng = np.random.default_rng(0)
-    w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
-    x = rng.standard_normal((1, 4)).astype(np.float32)
-
-    def reference() -> np.ndarray:
-        return np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
-
-    rows = [
-        (
-            microseconds(lambda: bare.step(action), 200),
-            microseconds(lambda: wrapped.step(action), 200),
-            microseconds(reference, 200),
-        )
-        for _ in range(5)
-    ]
-    bare_us, wrapped_us, reference_us = np.median(np.array(rows), axis=0)
-    extra = wrapped_us - bare_us
-    print(
-        f"env step {bare_us:.1f} us, shielded step {wrapped_us:.1f} us: the shield adds "
-        f"{extra:.1f} us = {extra / reference_us:.1f} forwards of one NumPy network "
-        f"({reference_us:.1f} us)"
-    )
-
-
-def vector_step() -> None:
-    """Time VectorSafetyShield per environment with all actions accepted and all rejected."""
-    warnings.simplefilter("ignore")
-    log = safeshield.collect(gym.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
-    shield = SafeFQL(SafeFQLConfig(critic_hidden=(256, 256))).fit(log, steps=3).shield()
-    rng = np.random.default_rng(0)
-    w = [rng.standard_normal(s).astype(np.float32) for s in ((4, 256), (256, 256), (256, 1))]
-    # No learned value lies beyond these thresholds, so they accept or reject every action.
-    accepts, rejects = (-100.0, 100.0)
-    print("microseconds an env beyond its own step; one (256, 256) NumPy net beside it")
-    for count in (1, 16, 256, 4096):
-        x = rng.standard_normal((count, 4)).astype(np.float32)
-        actions = rng.uniform(-1, 1, (count, 2)).astype(np.float32)
-        bare = BoatVectorEnv(count, max_episode_steps=None, current=0.0)
-        cells = []
-        for shift in (accepts, rejects):
-            moved = replace(shield.model.scale, offset=shield.model.scale.offset + shift)
-            shifted = replace(shield, model=replace(shield.model, scale=moved))
-            wrapped = VectorSafetyShield(
-                BoatVectorEnv(count, max_episode_steps=None, current=0.0), shifted
-            )
-            bare.reset(seed=0)
-            wrapped.reset(seed=0)
-            _, _, _, _, infos = wrapped.step(actions)
-            if (infos["shield/intervened"] != (shift == rejects)).any():
-                raise SystemExit("not all actions go the way that is timed")
-            calls = max(1, (2000 if shift == accepts else 100) // count)
-            with_shield = microseconds(functools.partial(wrapped.step, actions), calls)
-            without = microseconds(functools.partial(bare.step, actions), calls)
-            cells.append((with_shield - without) / count)
-
-        def reference(x: np.ndarray = x) -> np.ndarray:
-            return np.maximum(np.maximum(x @ w[0], 0.0) @ w[1], 0.0) @ w[2]
-
-        net = microseconds(reference, max(1, 2000 // count)) / count
-        print(
-            f"{count:5} envs: accepted {cells[0]:8.2f} ({cells[0] / net:5.1f} nets), rejected "
-            f"{cells[1]:9.2f} ({cells[1] / net:6.1f} nets); net {net:6.2f}",
-            flush=True,
-        )
 
 
 def tensor_step() -> None:
@@ -269,16 +366,18 @@ def _train_phases(nets: tuple[int, ...], size: int) -> None:
 def main() -> None:
     """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["filter", "vector", "tensors", "train"])
-    what = parser.parse_args().what
+    parser.add_argument("what", choices=["filter", "latency", "vector", "tensors", "train"])
+    parser.add_argument("--steps", type=int, default=1_000_000, help="of latency")
+    arguments = parser.parse_args()
     print(machine())
     measured = {
         "filter": filter_step,
+        "latency": functools.partial(latency, arguments.steps),
         "vector": vector_step,
         "tensors": tensor_step,
         "train": train_updates,
     }
-    measured[what]()
+    measured[arguments.what]()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ place.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -26,6 +27,8 @@ A = TypeVar("A", Float, "Tensor")
 """Float32 arrays, or tensors."""
 B = TypeVar("B", npt.NDArray[np.floating[Any]], "Tensor")
 """Arrays of any precision, or tensors."""
+C = TypeVar("C", Float, "Tensor", float)
+"""Float32 arrays, tensors, or single numbers."""
 ParamsOf: TypeAlias = Mapping[str, A]
 """Weights of one network as arrays or tensors, by name."""
 NetworksOf: TypeAlias = Mapping[str, ParamsOf[A]]
@@ -81,8 +84,12 @@ def derived(make: F) -> F:
     return look_up  # type: ignore[return-value]
 
 
-_ZERO = np.zeros((), np.float32)
-"""Zero as an array. NumPy would convert a Python 0.0 to an array in every layer."""
+@cache
+def _zero_row(width: int) -> Float:
+    """Return `width` zeros, for ReLU; NumPy's maximum is slower with a single number."""
+    zeros = np.zeros(width, np.float32)
+    zeros.flags.writeable = False
+    return zeros
 
 
 # -- layers ----------------------------------------------------------------------------------------
@@ -108,7 +115,7 @@ def affine_relu(x: A, weight: A, bias: A) -> A:
     if isinstance(x, np.ndarray):
         out: Float = np.matmul(x, weight)
         out += bias
-        return np.maximum(out, _ZERO, out=out)
+        return np.maximum(out, _zero_row(out.shape[-1]), out=out)
     # In place, which autograd allows: the product's gradient does not need its result.
     return bias.baddbmm(x, weight).relu_()
 
@@ -121,8 +128,10 @@ def transposed(weight: A) -> A:
 # -- functions of each entry -----------------------------------------------------------------------
 
 
-def relu(x: A) -> A:
-    """Return max(x, 0)."""
+def relu(x: C) -> C:
+    """Return max(x, 0); NaN stays NaN."""
+    if isinstance(x, float):
+        return max(x, 0.0)
     return np.maximum(x, 0.0) if isinstance(x, np.ndarray) else x.relu()
 
 

@@ -37,7 +37,7 @@ Params: TypeAlias = "dict[str, Tensor]"
 """The weights of one network: "0.weight" (members, in, out), "0.bias" (members, 1, out), ..."""
 Networks: TypeAlias = "dict[str, Params]"
 """Networks by name."""
-_CHUNK = 1024
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
     `stack` are its `layers`, and `x` are inputs (n, inputs) or (members, n, inputs).
     """
     if isinstance(x, np.ndarray):
-        if x.shape[-2] > 2 * _CHUNK:
+        if x.shape[-2] > _CHUNK:
             # In pieces of this size the outputs of the layers stay in the processor's cache.
             pieces = [run(stack, part) for part in _pieces(x)]
             return np.concatenate(pieces, axis=1)
@@ -141,13 +141,79 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
     return affine(x, weight, bias)
 
 
+class OneRow:
+    """An ensemble of ReLU networks with one output each, arranged for a single input.
+
+    For a single input the products are so small that the number of NumPy calls decides the time.
+    The units of all members therefore lie in one row, and the first and the last layer are one
+    product each. The bias b of the last hidden layer needs no addition, because
+
+        max(z + b, 0) w = max(z, -b) w + b w.
+
+    Args:
+        first: (features, units) weights of the first layer. The units of the ensemble come first;
+            those of other networks with the same input may follow.
+        stack: The ensemble's `layers` after the first, at least one.
+    """
+
+    def __init__(self, first: Float, stack: Sequence[tuple[Float, Float]]) -> None:
+        weight, bias = stack[-1]
+        members, width, _ = weight.shape
+        last = np.zeros((members * width, members), np.float32)
+        for i in range(members):
+            last[i * width : (i + 1) * width, i] = weight[i, :, 0]
+        constant = bias.reshape(-1)
+        # Of each hidden layer after the first: weights, the bias, and the row below which nothing
+        # passes. The last of them has no bias of its own.
+        middle: list[tuple[Float, Float | None, Float]] = []
+        for weight, bias in stack[:-1]:
+            row = bias.reshape(-1)
+            middle.append((weight, row, np.zeros_like(row)))
+        if middle:
+            row = stack[-2][1].reshape(-1)
+            middle[-1] = (stack[-2][0], None, -row)
+            constant = constant + row @ last
+        self.units: int = stack[0][0].shape[0] * stack[0][0].shape[1]
+        """Number of units of the ensemble in the first layer."""
+        self._first, self._middle, self._last = first, middle, last
+        self._zeros = np.zeros(self.units, np.float32)
+        self._constant: list[float] = constant.tolist()
+
+    def __call__(self, features: Float, start: Float) -> tuple[list[float], Float]:
+        """Return the outputs, and what the input gives to other networks.
+
+        Args:
+            features: (features,) the input.
+            start: (units,) the biases of the first layer, and what other inputs add to it.
+
+        Returns:
+            The output of each member, and the results of the first layer (all units - `units`,) for
+            the other networks, before their ReLU.
+        """
+        results = features.dot(self._first)
+        results += start
+        hidden = results[: self.units]
+        np.maximum(hidden, self._zeros, out=hidden)
+        for weight, bias, floor in self._middle:
+            members, width, _ = weight.shape
+            if members == 1:
+                hidden = hidden.dot(weight[0])
+            else:
+                hidden = np.matmul(hidden.reshape(members, 1, width), weight).reshape(-1)
+            if bias is not None:
+                hidden += bias
+            np.maximum(hidden, floor, out=hidden)
+        out = hidden.dot(self._last).tolist()
+        return [x + y for x, y in zip(out, self._constant, strict=True)], results[self.units :]
+
+
 def largest_and_gradient(stack: Sequence[tuple[A, A]], x: A) -> tuple[A, A]:
     """Return the largest output over the members (n,) and its gradient in `x` (n, inputs).
 
     The network with the `layers` `stack` has one output. The slope of ReLU at 0 is 0, as in
     PyTorch's autograd.
     """
-    if isinstance(x, np.ndarray) and len(x) > 2 * _CHUNK:
+    if isinstance(x, np.ndarray) and len(x) > _CHUNK:
         pieces = [largest_and_gradient(stack, part) for part in _pieces(x)]
         return np.concatenate([a for a, _ in pieces]), np.concatenate([b for _, b in pieces])
     *inner, (weight, bias) = stack

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from safeshield.nn.actor import Actor, Classifier, FlowActor, OneStepActor, Widths
 from safeshield.nn.arrays import Deployed, Float, Weights
-from safeshield.nn.mlp import hidden_widths, largest_and_gradient, layers, run
+from safeshield.nn.mlp import OneRow, hidden_widths, largest_and_gradient, layers, run
 from safeshield.nn.plan_actor import ActionCritic
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
@@ -32,9 +32,10 @@ from safeshield.values.units import (
     state_value,
 )
 
+_ALL = slice(None)
 
-@dataclass(frozen=True, eq=False)
-class StateValue:
+
+class StateValue(NamedTuple):
     """The critics' results for n states, kept so that each state is evaluated only once."""
 
     inputs: Float
@@ -48,6 +49,9 @@ class StateValue:
     each: Scalars | None = None
     """(n, k) the constraints of which h is the largest, each in its own units, in the order of the
     source's names; None where there is only one."""
+    hidden: Float | None = None
+    """(members * width,) the observation's part of the first layer of the network "advantage",
+    where there is one state and the model has no judge; else None."""
 
     @property
     def known(self) -> Flags | None:
@@ -59,6 +63,18 @@ class StateValue:
         h = None if self.constraint is None else self.constraint[index]
         each = None if self.each is None else self.each[index]
         return StateValue(self.inputs[index], self.value[index], h, each)
+
+
+class _OneState(NamedTuple):
+    """The safety critics, arranged for one state and one action at a time (see `OneRow`)."""
+
+    bias: Float
+    """(units,) biases of the first layers of the networks of the state and of "advantage"."""
+    state: OneRow
+    """The networks "constraint" and "excess", or "excess" alone where h has a source. The units of
+    "advantage" follow theirs in the first layer, so that one product serves both."""
+    advantage: OneRow
+    """The network "advantage", with the action as input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +166,10 @@ class SafetyModel:
         """How actions become rows."""
         return flat_actions(self.action_space)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Arranged weights are not pickled; they are computed again after unpickling.
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
     def __deepcopy__(self, memo: dict[int, object]) -> SafetyModel:
         # A model never changes, and Gymnasium often copies the specs of wrapped environments.
         return self
@@ -170,6 +190,18 @@ class SafetyModel:
     def _advantage_layers(self) -> list[tuple[Float, Float]]:
         return layers(self.networks[ADVANTAGE])
 
+    @cached_property
+    def _one_state(self) -> _OneState:
+        state = self._state_layers if self.constraint is None else self._excess_layers
+        advantage = self._advantage_layers
+        width = self.scaling.observation_features
+        (weight, bias), (seen, own_bias) = advantage[0], state[0]
+        return _OneState(
+            np.concatenate([b.reshape(-1) for b in (own_bias, bias)]),
+            OneRow(np.concatenate([*seen, *weight[:, :width]], axis=1), state[1:]),
+            OneRow(np.concatenate(list(weight[:, width:]), axis=1), advantage[1:]),
+        )
+
     def states(self, observations: Observations, constraint: Scalars | None = None) -> StateValue:
         """Return V_h of finite observations (n, obs), with the features that actions need.
 
@@ -182,16 +214,19 @@ class SafetyModel:
             LookupError: The source is not registered in this process, and `constraint` is None.
         """
         inputs = self.scaling.observations(observations)
+        alone = len(inputs) == 1 and self.judge is None
         if self.constraint is None:
-            return self.evaluate_features(inputs)
+            return self._evaluate_one(inputs, None) if alone else self.evaluate_features(inputs)
         source, h, each = self.constraint, constraint, None
         if isinstance(source, SeveralConstraints):
             each = source.each(self.observation_codec.batch(observations)) if h is None else h
             h = source.largest(each)
         elif h is None:
             h = source(self.observation_codec.batch(observations))
-        raw = run(self._excess_layers, inputs)[0, :, 0]
         small = h.astype(np.float32)
+        if alone and math.isfinite(small[0]):
+            return self._evaluate_one(inputs, small, each)
+        raw = run(self._excess_layers, inputs)[0, :, 0]
         value = known_value(self.scale, small, raw)
         known = np.isfinite(small)
         if known.all():
@@ -212,6 +247,21 @@ class SafetyModel:
         """
         out = run(self._state_layers, inputs)
         return StateValue(inputs, state_value(self.scale, out[0, :, 0], out[1, :, 0]))
+
+    def _evaluate_one(
+        self, inputs: Float, h: Float | None, each: Scalars | None = None
+    ) -> StateValue:
+        """Return the results for one state, whose h (1,) is known and finite, or None.
+
+        `each` (1, k) are the constraints of which h is the largest, where there are several.
+        """
+        one, scale = self._one_state, self.scale
+        (*estimate, excess), hidden = one.state(inputs[0], one.bias)
+        if h is None:
+            value = state_value(scale, estimate[0], excess)
+        else:
+            value = known_value(scale, float(h[0]), excess)
+        return StateValue(inputs, np.array((value,), np.float32), h, each, hidden)
 
     def action_values(self, states: StateValue, actions: Actions) -> Scalars:
         """Return Q_h (n,) of one action in each of n states.
@@ -241,15 +291,13 @@ class SafetyModel:
         Most steps of a shielded agent need only this number. `states` is the result for one
         observation, and `action` (act,) is one row.
         """
-        width = states.inputs.shape[1]
         features = self.scaling.actions(action)
-        if self.judge is not None:
+        if states.hidden is None:
             return float(self.scaled_values(states, features[None, None])[0, 0])
-        inputs = np.empty((1, width + features.shape[0]), np.float32)
-        inputs[:, :width] = states.inputs
-        inputs[0, width:] = features
-        worst = float(run(self._advantage_layers, inputs).max())
-        return float(states.value[0]) + worst * self.scale.step_rms
+        members, _ = self._one_state.advantage(features, states.hidden)
+        # `max` may miss a NaN, the sum does not.
+        worst = max(members) if sum(members) < math.inf else math.nan
+        return action_value(self.scale, float(states.value[0]), worst)
 
     def candidate_values(self, states: StateValue, candidates: Candidates) -> Scalars:
         """Return Q_h (n, c) of c actions in each of n states, in one pass.
@@ -262,21 +310,36 @@ class SafetyModel:
         actions = self.scaling.actions(candidates.reshape(count * each, width))
         return self.scaled_values(states, actions.reshape(count, each, actions.shape[-1]))
 
-    def scaled_values(self, states: StateValue, candidates: Candidates) -> Scalars:
+    def scaled_values(
+        self, states: StateValue, candidates: Candidates, members: slice = _ALL
+    ) -> Scalars:
         """Return Q_h (n, c) of actions that are normalised already.
 
         Args:
             states: Result of `states` for the n observations.
-            candidates: (n, c, features) actions as inputs of the networks.
+            candidates: (n, c, features) candidates as inputs of the networks.
+            members: The members of the network "advantage" whose largest output is taken. The
+                result of some members is a lower bound of Q_h. A `judge` has no such members.
+
+        Raises:
+            ValueError: `members` are some of a model with a `judge`.
         """
         if self.judge is not None:
+            if members != _ALL:
+                raise ValueError(f"members must be {_ALL} in a model with a judge, got {members}")
             worst = self.judge.worst(self.networks, states.inputs, candidates)
         else:
             count, each, width = candidates.shape
+            stack = [(w[members], b[members]) for w, b in self._advantage_layers]
             seen = np.repeat(states.inputs, each, axis=0)
             inputs = np.concatenate([seen, candidates.reshape(count * each, width)], axis=-1)
-            worst = run(self._advantage_layers, inputs)[..., 0].max(axis=0).reshape(count, each)
+            worst = run(stack, inputs)[..., 0].max(axis=0).reshape(count, each)
         return action_value(self.scale, states.value[:, None], worst)
+
+    @property
+    def members(self) -> int:
+        """Number of members of the critic of actions; 1 for a `judge`, which has no parts."""
+        return 1 if self.judge is not None else len(self._advantage_layers[0][0])
 
     def action_gradients(self, states: StateValue, actions: Actions) -> tuple[Scalars, Float]:
         """Return Q_h (n,) of one action of a Box in each of n states, and its gradient.

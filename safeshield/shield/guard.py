@@ -269,6 +269,8 @@ class ShieldRuntime:
         self._covered = np.zeros(self._count, np.bool_)
         self._contradicted = np.zeros(self._count, np.bool_)
         self._withdrawn = np.zeros(self._count, np.bool_)
+        # Whether one of the two arrays above has a True.
+        self._doubted = False
         self._warned = False
         # Whether the present states came without a report, until a warning has said so.
         self._silent: PerEnv = False
@@ -520,7 +522,8 @@ class ShieldRuntime:
         # The states observed last may already begin the next episodes, whose reports do not concern
         # those that ended. A promise leaves a few episodes that violate; these are certified no
         # more.
-        self._covered &= ~self._withdrawn | np.full(self._count, starts)
+        if self._doubted:
+            self._covered &= ~self._withdrawn | np.full(self._count, starts)
         if self._silent is not False:
             self._warn_if_silent(counted, starts)
         report, decided = self._report, self._decided
@@ -670,19 +673,24 @@ class ShieldRuntime:
             told, cost = reports.constraint, reports.cost
             self._silent = (told != told) & (cost != cost)  # Only NaN differs from itself.
         source = self.shield.model.constraint
-        h, values = states.constraint, states.value
-        each = h if states.each is None else states.each
+        h: PerEnv = states.constraint
+        values: PerEnv = states.value
+        each: PerEnv = h if states.each is None else states.each
         if self.num_envs is None:
-            h, values = None if h is None else h[0], values[0]
-            each = None if each is None else each[0]
+            h, values = None if h is None else float(h[0]), float(values[0])
+            each = h if states.each is None else each[0]
         violated = (reports.constraint > 0) | (reports.cost > 0)
         if source is None or h is None or each is None:
             bad = self.in_safe_set(values) & violated
         else:
             bad = source.contradicts(each, reports.named, reports.constraint, self._near)
             bad = bad | ((reports.cost > 0) & (h <= -self._near))
+        doubted = bad | violated
+        if not (self._doubted or np.any(doubted)):
+            return
         self._contradicted[:] = bad
-        self._withdrawn[:] = bad | violated
+        self._withdrawn[:] = doubted
+        self._doubted = bool(self._withdrawn.any())
         if not self._contradicted.any():
             return
         if h is not None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.spaces.scaling import Scaling
-from safeshield.spaces.shapes import Observations
+from safeshield.spaces.shapes import Flags, Observations
 
 # Distance from the log's mean, in standard deviations, beyond which a reading counts as broken. A
 # number farther away would overflow in the networks, whose result would then be NaN.
 _READABLE = 1e6
+# A row with more entries than this is tested by NumPy.
+_FEW = 64
+_YES = np.ones(1, np.bool_)
+_YES.flags.writeable = False
 
 
 class ReadableRange:
@@ -30,6 +36,17 @@ class ReadableRange:
         self._counts = counts if counts.any() else None
         self._low = np.where(counts, codec.low, mean - reach)
         self._high = np.where(counts, codec.high, mean + reach)
+        # Every observation whose Euclidean norm is at most this number is readable.
+        self._radius = -np.inf
+        if self._counts is None and codec.width <= _FEW:
+            self._radius = float(np.minimum(self._high, -self._low).min())
+
+    def rows(self, rows: Observations) -> Flags:
+        """Return which observations `rows` (n, obs) are readable in every entry, (n,)."""
+        # For one short row `math.hypot` is faster than NumPy. It is NaN where an entry is.
+        if len(rows) == 1 and math.hypot(*rows[0].tolist()) <= self._radius:
+            return _YES
+        return np.asarray(np.logical_and.reduce(self.entries(rows), axis=-1))
 
     def entries(self, rows: Observations) -> npt.NDArray[np.bool_]:
         """Return which entries of observations `rows` are readable, (n, obs) each; NaN never is."""

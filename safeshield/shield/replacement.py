@@ -36,6 +36,10 @@ MAX_STEPS, MAX_SAMPLES = 1000, 4096
 SHORTEST = 1e-3
 # Factor on the step's length according to the linear model, so that the step crosses the threshold.
 BEYOND = 1.1
+# Number of candidates of a state that are judged at once.
+_BLOCK = 8
+# Number of candidates of all states below which blocks would cost more than they save.
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,8 +230,9 @@ class NearestAcceptable:
         found = self.candidates.actions(model, rejected.states, wanted)
         candidates = np.concatenate([wanted[:, None, :], found], axis=1)
         candidates = np.clip(candidates, rejected.low, rejected.high)
-        values = rejected.values(candidates)
-        best = nearest_acceptable(model.scaling.actions(candidates), values, rejected.limit)
+        scaled = model.scaling.actions(candidates)
+        values = _values_until_acceptable(rejected, scaled)
+        best = nearest_acceptable(scaled, values, rejected.limit)
         return _pick(candidates, values, best)
 
 
@@ -573,6 +578,74 @@ def describe(replacement: Replacement) -> str:
     if isinstance(replacement, OwnSamples) and not isinstance(replacement.policy, str):
         values["policy"] = default_name(replacement.policy)
     return f"{name}({', '.join(f'{key}={value}' for key, value in values.items())})"
+
+
+def _values_until_acceptable(rejected: Rejected, scaled: Candidates) -> Judged:
+    """Return Q_h (n, c) of the candidates on which the choice of `nearest_acceptable` depends.
+
+    The candidates of each state are judged in blocks of increasing distance, until all that are as
+    near as the nearest acceptable one are judged. In each block the first member of the critic
+    rules out what it finds unacceptable, because Q_h is the largest value of the members. Where no
+    candidate is acceptable, the other members judge those that may have the lowest Q_h.
+
+    Args:
+        rejected: The n rejected actions.
+        scaled: (n, c, features) candidates, scaled to [-1, 1].
+
+    Returns:
+        Q_h (n, c), infinity for candidates that cannot be chosen.
+    """
+    model, limit = rejected.model, rejected.limit
+    count, total, _ = scaled.shape
+    if count * total <= _AT_ONCE:
+        return _number(model.scaled_values(rejected.states, scaled))
+    several = model.members > 1
+    first, others = (slice(0, 1), slice(1, None)) if several else (slice(None), slice(None))
+
+    def judged(at: npt.NDArray[np.intp], which: npt.NDArray[np.intp], members: slice) -> Judged:
+        """Return the members' values (k, b) of candidates `which` (k, b) in states `at` (k,)."""
+        part = rejected.states.take(at)
+        return _number(model.scaled_values(part, scaled[at[:, None], which], members))
+
+    def raised(at: npt.NDArray[np.intp], which: npt.NDArray[np.intp], low: Scalars) -> Scalars:
+        """Return Q_h (k,) of candidates `which` (k,) in states `at` (k,), from a lower bound."""
+        return np.maximum(low, judged(at, which[:, None], others)[:, 0]) if len(at) else low
+
+    distance = np.square(scaled - scaled[:, :1]).sum(axis=-1)
+    order = distance.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(distance, order, axis=1)
+    # Lower bounds of Q_h, and Q_h where it is known.
+    bounds = np.full((count, total), np.inf, scaled.dtype)
+    values = bounds.copy()
+    reach = np.full(count, np.inf)
+    rows, start = np.arange(count), 0
+    while len(rows) and start < total:
+        which = order[rows, start : start + _BLOCK]
+        low = judged(rows, which, first)
+        bounds[rows[:, None], which] = low
+        at, column = np.nonzero(low <= limit[rows, None])
+        if several:
+            low[at, column] = raised(rows[at], which[at, column], low[at, column])
+            values[rows[at], which[at, column]] = low[at, column]
+        else:
+            values[rows[:, None], which] = low
+        good = low <= limit[rows, None]
+        far = np.where(good, ordered[rows, start : start + _BLOCK], np.inf).min(axis=1)
+        reach[rows] = np.minimum(reach[rows], far)
+        start += _BLOCK
+        if start < total:
+            rows = rows[ordered[rows, start] <= reach[rows]]
+    # Where nothing is acceptable, the candidate with the lowest Q_h is needed.
+    none = np.flatnonzero(np.isinf(reach))
+    if several and len(none):
+        low, known = bounds[none], values[none]
+        best = low.argmin(axis=1)
+        each = np.arange(len(none))
+        known[each, best] = raised(none, best, low[each, best])
+        at, which = np.nonzero(np.isinf(known) & (low <= known.min(axis=1)[:, None]))
+        known[at, which] = raised(none[at], which, low[at, which])
+        values[none] = known
+    return values
 
 
 def _number(values: Scalars) -> Scalars:

@@ -135,6 +135,7 @@ class Shield:
                 "record, or calibrate again"
             )
         self._low, self._high, self._discrete = codec.low, codec.high, codec.discrete
+        self._bounds = tuple(zip(codec.low.tolist(), codec.high.tolist(), strict=True))
         self._box = float32_box(codec)
         self._readable = ReadableRange(self.model.observation_codec, self.model.scaling)
         self._warned = False
@@ -331,7 +332,7 @@ class Shield:
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
         """
-        return np.asarray(np.logical_and.reduce(self._readable.entries(rows), axis=-1))
+        return self._readable.rows(rows)
 
     def known(self, states: StateValue, rows: Observations) -> Flags:
         """Return whether observations (n, obs) are readable and determine h, (n,).
@@ -353,8 +354,8 @@ class Shield:
             constraint: (n,) h of the states, or (n, k) of k constraints; None where the shield's
                 source computes it.
         """
-        near = self._readable.entries(rows)
-        if not near.all():
+        if not self._readable.rows(rows).all():
+            near = self._readable.entries(rows)
             rows = np.where(near, rows, self.model.scaling.observation_mean)
         return self.model.states(rows, constraint)
 
@@ -423,10 +424,9 @@ class Shield:
             threshold: The number that Q_h must not exceed; by default the shield's own.
         """
         # Comparisons with NaN are false, so an action with a NaN is rejected here.
-        if not ((action >= self._low) & (action <= self._high)).all():
-            return None
-        if self._discrete and not (np.floor(action) == action).all():
-            return None
+        for entry, (low, high) in zip(action.tolist(), self._bounds, strict=True):
+            if not low <= entry <= high or (self._discrete and entry % 1):
+                return None
         value = self.model.action_value(states, action)
         if not value <= (self.threshold if threshold is None else threshold):
             return None

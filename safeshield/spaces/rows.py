@@ -69,7 +69,7 @@ class SpaceCodec:
         """(width,) upper bounds of the columns, in the space's units."""
         return np.concatenate([_columns(part)[1] for part in _leaves(self.space)])
 
-    @property
+    @cached_property
     def discrete(self) -> bool:
         """Whether every column is an integer with finitely many values."""
         return all(self.categories)
@@ -310,6 +310,8 @@ def _rows_of(points: Any, space: gym.Space[Any], what: str) -> tuple[Rows, bool]
     array = np.asarray(points)
     shape = space.shape or ()
     single = array.shape == shape
+    if single and array.dtype.kind in "fiu":
+        return array.reshape(1, array.size), True
     if array.dtype.kind not in "fiub" or (
         (array.shape[1:] != shape or not array.ndim) and not single
     ):

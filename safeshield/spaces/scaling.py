@@ -18,6 +18,8 @@ from safeshield.spaces.rows import SpaceCodec
 _CONSTANT = 1e-6
 _PART = 65_536
 """Number of rows that are converted to double precision together."""
+# NumPy would convert a Python number to an array in every call.
+_ONE, _TWO = np.ones((), np.float32), np.full((), 2.0, np.float32)
 
 
 class LoggedRows(Protocol):
@@ -173,7 +175,9 @@ class Scaling:
 
     def observations(self, raw: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         """Return the network inputs (..., features) of rows of observations `raw` (..., obs)."""
-        scaled = np.asarray((raw - self.observation_mean) / self.observation_spread, np.float32)
+        scaled = raw - self.observation_mean
+        scaled /= self.observation_spread
+        scaled = np.asarray(scaled, np.float32)
         if not self.observation_categories:
             return scaled
         return _indicators(scaled, scaled, self.observation_categories)
@@ -183,8 +187,11 @@ class Scaling:
 
         Continuous entries are mapped to [-1, 1].
         """
-        unit = (raw - self.action_low) / self._action_range
-        scaled = np.asarray(2.0 * unit - 1.0, np.float32)
+        scaled = raw - self.action_low
+        scaled /= self._action_range
+        scaled *= _TWO
+        scaled -= _ONE
+        scaled = np.asarray(scaled, np.float32)
         if not self.action_categories:
             return scaled
         return _indicators(scaled, raw - self.action_low, self.action_categories)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from safeshield.files.schema import finite_number
 from safeshield.nn.actor import BEHAVIOUR as BEHAVIOUR
 from safeshield.nn.actor import FALLBACK as FALLBACK
-from safeshield.nn.arrays import A, relu
+from safeshield.nn.arrays import C, relu
 from safeshield.nn.plan_actor import PLAN as PLAN
 
 CONSTRAINT, EXCESS, ADVANTAGE = "constraint", "excess", "advantage"
@@ -90,7 +90,7 @@ def step_rms(now: npt.NDArray[np.float64], after: npt.NDArray[np.float64]) -> fl
     return math.sqrt(float(np.mean((after - now) ** 2)))
 
 
-def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
+def state_value(scale: SafetyScale, constraint: C, excess: C) -> C:
     """Return V_h(s) = h^(s) + max(e(s), 0), in units of h, from the outputs of two networks.
 
     `constraint` and `excess` are these outputs, and `scale` converts them to units of h.
@@ -98,7 +98,7 @@ def state_value(scale: SafetyScale, constraint: A, excess: A) -> A:
     return scale.offset + scale.spread * constraint + relu(scale.excess * excess)
 
 
-def known_value(scale: SafetyScale, h: A, excess: A) -> A:
+def known_value(scale: SafetyScale, h: C, excess: C) -> C:
     """Return V_h(s) = h(s) + max(e(s), 0), in units of h, where h(s) is known exactly.
 
     `h` is known in units of h, `excess` is the output of the network of e, and `scale` converts it
@@ -107,7 +107,7 @@ def known_value(scale: SafetyScale, h: A, excess: A) -> A:
     return h + relu(scale.excess * excess)
 
 
-def action_value(scale: SafetyScale, value: A, advantage: A) -> A:
+def action_value(scale: SafetyScale, value: C, advantage: C) -> C:
     """Return Q_h(s, a) = V_h(s) + sigma A(s, a), in units of h, where A is max_i A_i.
 
     `value` is V_h in units of h, `advantage` is A, and `scale` holds sigma.
