@@ -27,6 +27,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.file import load_shield, save_shield
 from safeshield.shield.masks import Mask, agent_masks, check_discrete
@@ -115,7 +116,7 @@ class Shield:
         if self.support is not None:
             if isinstance(self.replacement, NearestAcceptable):
                 self._strategy = NearestSupported(self.support, self.replacement.candidates)
-            elif not isinstance(self.replacement, CommittedFallback):
+            elif not isinstance(self.replacement, CommittedFallback | BackupController):
                 raise ValueError(
                     "a shield with a support test replaces actions by NearestAcceptable or by "
                     f"CommittedFallback, got {describe(self.replacement)}: other ways do not look "
@@ -211,6 +212,30 @@ class Shield:
         """
         return replace(self, replacement=replacement, record=None)
 
+    def with_backup(self, controller: object) -> Self:
+        """Return a copy that executes a backup controller where it rejects an action.
+
+        The record is kept only where the controller has the name of the shield's own. A controller
+        that is passed to a shield whose controller is not registered in this process gets that
+        name. The safety values are not changed: they are those of the controller that
+        `ShieldConfig.backup` named in training, so train again for another controller.
+
+        Args:
+            controller: A function from a batch of n observations to n actions; or an object with
+                Stable-Baselines3's ``predict``, a registered name, or a `BackupController`.
+
+        Raises:
+            TypeError: `controller` is of another kind.
+        """
+        own = self.replacement if isinstance(self.replacement, BackupController) else None
+        known = BackupController.of(controller, "" if own is None or own.available else own.name)
+        if known is None:
+            raise TypeError(
+                "controller must be a function, a name or a BackupController, got None; "
+                "with_replacement(CommittedFallback()) makes a shield without a controller"
+            )
+        return replace(self, replacement=known, record=self.record if known == own else None)
+
     def with_support(
         self,
         held_out: OfflineDataset,
@@ -261,7 +286,8 @@ class Shield:
                 has not registered. NaN means that h is not known.
 
         Raises:
-            LookupError: The shield's source of h is not registered, and `constraint` is None.
+            LookupError: The shield's source of h is not registered, and `constraint` is None; or
+                its backup controller is not registered.
             ValueError: An argument has a wrong shape, or `constraint` is given to a shield that
                 does not need it.
 
@@ -326,6 +352,9 @@ class Shield:
             rows: (n, obs) observations, as rows of `spaces.rows`.
             constraint: (n,) h of the states; None where the shield's source computes it.
         """
+        if isinstance(self.replacement, BackupController):
+            # An escape that is missing must not be noticed only when it is needed.
+            self.replacement.require()
         near = self._readable.entries(rows)
         if not near.all():
             rows = np.where(near, rows, self.model.scaling.observation_mean)
