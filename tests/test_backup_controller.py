@@ -112,11 +112,12 @@ def test_the_rollout_of_the_brake_is_the_exact_value(grid: np.ndarray) -> None:
 def test_values_are_those_of_executing_the_controller(
     shields: dict[str, Shield], grid: np.ndarray, name: str
 ) -> None:
-    """V_h is V_mu within 6 cm in the mean, the distance between the walls being 2 m."""
+    """V_h is V_mu within 7 cm in the mean near V_mu = 0; the two controllers differ by 18 cm."""
     learned = np.asarray(shields[name].value(grid))
     truth = simulated(grid, {"test-brake@1": brake, "test-half@1": brake_late}[name])
-    assert np.abs(learned - truth).mean() < 0.06
-    assert ((learned <= 0) == (truth <= 0)).mean() > 0.94
+    near = np.abs(truth) < 0.4
+    assert np.abs(learned - truth)[near].mean() < 0.07
+    assert ((learned <= 0) == (truth <= 0)).mean() > 0.95
 
 
 def test_a_worse_controller_has_higher_values(shields: dict[str, Shield], grid: np.ndarray) -> None:
@@ -125,6 +126,20 @@ def test_a_worse_controller_has_higher_values(shields: dict[str, Shield], grid: 
     )
     truth = (simulated(grid, brake_late) - simulated(grid, brake)).mean()
     assert (worse - better).mean() > 0.5 * truth > 0.0
+
+
+def test_the_default_expectile_is_cautious(carts: OfflineDataset, grid: np.ndarray) -> None:
+    """Of the states that the controller loses, hardly any is called safe."""
+    config = ShieldConfig(
+        backup="test-brake@1",
+        critic_hidden=(32, 32),
+        behaviour_hidden=(16,),
+        fallback_hidden=(16,),
+        phase_shares=(0.96, 0.02, 0.02),
+    )
+    shield = ShieldTrainer(config, device="cpu").fit(carts, steps=1500).shield()
+    lost = simulated(grid, brake) > 0.05
+    assert (np.asarray(shield.value(grid))[lost] <= 0).mean() < 0.02
 
 
 def test_a_rejected_action_is_replaced_by_the_controller(
@@ -156,12 +171,9 @@ def test_files_hold_the_name_and_a_missing_controller_is_an_error(
     for call in (
         lambda: same.filter(grid[0], action),
         lambda: same.value(grid),
-        lambda: SafetyShield(env, same).reset(seed=0),
-        lambda: same.replacement.choose,
-    )[:3]:
-        with pytest.raises(
-            UnregisteredError, match=r"'test-mine@1' is not registered.*with_backup"
-        ):
+        lambda: SafetyShield(env, same),
+    ):
+        with pytest.raises(UnregisteredError, match=r"'test-mine@1' is not reg.*with_backup"):
             call()
     given = same.with_backup(brake)
     assert describe(given.replacement) == describe(mine.replacement), "it gets the shield's name"

@@ -352,9 +352,7 @@ class Shield:
             rows: (n, obs) observations, as rows of `spaces.rows`.
             constraint: (n,) h of the states; None where the shield's source computes it.
         """
-        if isinstance(self.replacement, BackupController):
-            # An escape that is missing must not be noticed only when it is needed.
-            self.replacement.require()
+        self._require_backup()
         near = self._readable.entries(rows)
         if not near.all():
             rows = np.where(near, rows, self.model.scaling.observation_mean)
@@ -700,7 +698,9 @@ class Shield:
 
         Raises:
             ValueError: The spaces differ; the message shows both.
+            LookupError: The shield's backup controller is not registered.
         """
+        self._require_backup()
         check_same_space(
             self.observation_space,
             observation_space,
@@ -718,6 +718,11 @@ class Shield:
             stacklevel=4,
         )
         return False
+
+    def _require_backup(self) -> None:
+        # A missing controller must be noticed before it is needed.
+        if isinstance(self.replacement, BackupController):
+            self.replacement.require()
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return `observations` as rows (n, obs), and whether they are a single one."""

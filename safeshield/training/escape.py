@@ -15,12 +15,16 @@ from safeshield.shield.backup import BackupController
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.log import POOL
+from safeshield.values.safety import EscapeBatch
 
 _SAME = 0.01
 """Largest difference, in half widths of the box, between two actions that count as the same."""
-_QUERIES = 2048
+_QUERIES, _ROWS = 2048, 256
+"""Number of states whose actions are looked for in the log, and of those compared together."""
 _UNSEEN = 0.95
+"""Share of the logged pairs (s, a) whose distance from the rest of the log is no further."""
 _TOLERATED = 0.25
+"""Share of unseen actions of the controller above which `Escape.of` warns."""
 
 
 class UnseenBackupWarning(UserWarning):
@@ -38,6 +42,10 @@ class Escape:
     last: Tensor
     """(N,) int64, index of the last transition to which the log follows mu without a break. It has
     no meaning where `logged` is False."""
+
+    def batch(self, rows: Tensor) -> EscapeBatch:
+        """Return what the controller does in the states of the rows (batch,)."""
+        return EscapeBatch(self.actions[rows], self.logged[rows])
 
     @classmethod
     def of(
@@ -117,6 +125,8 @@ def _unseen_share(
 
     def nearest(actions: np.ndarray) -> np.ndarray:
         pairs = torch.tensor(np.concatenate([observations[queries], actions[queries]], axis=1))
-        return np.concatenate([torch.cdist(x, known).amin(1).numpy() for x in pairs.split(256)])
+        starts = range(0, len(pairs), _ROWS)
+        found = [torch.cdist(pairs[at : at + _ROWS], known).amin(1) for at in starts]
+        return torch.cat(found).numpy()
 
     return float((nearest(asked) > np.quantile(nearest(logged), _UNSEEN)).mean())

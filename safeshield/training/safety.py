@@ -59,8 +59,7 @@ class SafetyLog:
             window_observations=log.next_observations[end],
             window_constraints=log.next_constraints[end],
             extra=None if extra is None else extra[rows],
-            escape=None if self.escape is None else self.escape.actions[rows],
-            escaping=None if self.escape is None else self.escape.logged[rows],
+            escape=None if self.escape is None else self.escape.batch(rows),
         )
 
     @property

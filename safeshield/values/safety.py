@@ -42,6 +42,7 @@ The differences from the papers, with their reasons:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -192,14 +193,15 @@ class SafetyCritics:
             here, after, *end = values.view(len(observed), -1).unbind()
             step = SafetyBackup.one_step(batch.next_constraints, batch.terminated, self.discount)
             if one_step or batch.escape is not None:
-                played = batch.actions if batch.escape is None else batch.escape
+                played = batch.actions if batch.escape is None else batch.escape.actions
                 worst = self.advantages(targets, batch.observations, played).amax(0)
                 goal = torch.maximum(here + self.scale.step_rms * worst, batch.constraints)
                 if batch.extra is not None:
                     goal = torch.maximum(goal, batch.extra)
             if not one_step:
                 along = batch.window.target(end[0])
-                goal = along if batch.escape is None else torch.where(batch.escaping, along, goal)
+                logged = batch.escape and batch.escape.logged
+                goal = along if logged is None else torch.where(logged, along, goal)
             residual = (step.target(after) - here) / self.scale.step_rms
         # h^ is fitted at both ends of each step, because terminal states occur only as s'.
         constraint = self.constraint(
@@ -221,6 +223,16 @@ class SafetyCritics:
             "safety/unsafe_share": (here > 0).float().mean(),
         }
         return constraint_loss + value_loss + advantage_loss, metrics
+
+
+class EscapeBatch(NamedTuple):
+    """What a backup controller mu does in states of the log (`training.escape`)."""
+
+    actions: Tensor
+    """(batch, act) mu(s), in [-1, 1]."""
+    logged: Tensor
+    """(batch,) bool, whether the logged action is mu(s). The window then follows the log as long as
+    its actions are those of mu."""
 
 
 @dataclass(frozen=True)
@@ -250,9 +262,6 @@ class SafetyBatch:
     windows and of the targets of V. The target of Q_h leaves out the extra constraint of its own
     action. A caller can evaluate that constraint exactly, and its jumps would hide the order of
     the actions in the regression."""
-    escape: Tensor | None = None
-    """(batch, act) actions mu(s) of a backup controller in the states before the steps; None where
-    V is the value of the log's best actions."""
-    escaping: Tensor | None = None
-    """(batch,) bool, with `escape`: whether the logged action is mu(s). The window then follows the
-    log as long as its actions are the controller's."""
+    escape: EscapeBatch | None = None
+    """What a backup controller does in the states before the steps; None where V is the value of
+    the log's best actions."""
