@@ -175,7 +175,7 @@ def test_files_hold_the_name_and_a_missing_controller_is_an_error(
     ):
         with pytest.raises(UnregisteredError, match=r"'test-mine@1' is not reg.*with_backup"):
             call()
-    given = same.with_backup(brake)
+    given = same.with_backup(lambda observations: brake(observations))
     assert describe(given.replacement) == describe(mine.replacement), "it gets the shield's name"
     push = np.sign(grid[:, 1:]).astype(np.float32)
     np.testing.assert_array_equal(given.filter(grid, push)[0], mine.filter(grid, push)[0])

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from safeshield.files.settings import (
     NonNegative,
     Positive,
     PositiveInt,
+    Rule,
     Sizes,
     ThreePhases,
 )
@@ -79,6 +80,13 @@ if TYPE_CHECKING:
     from safeshield.spaces.generic import Env, VectorEnv
 
 
+ControllerName = Annotated[
+    str,
+    Rule("be a name and a version, such as 'brake@1'", lambda name: name.partition("@")[2] != ""),
+]
+"""Name of a registered backup controller."""
+
+
 @dataclass(frozen=True)
 class ShieldConfig(SafetyConfig):
     """Settings of `ShieldTrainer`. Those of the critics mean the same as in `SafeFQLConfig`."""
@@ -114,7 +122,7 @@ class ShieldConfig(SafetyConfig):
     """Share of the episodes that set the level of the support test. The critics learn from these
     episodes, but the behaviour does not. A larger share estimates the level better and leaves
     fewer episodes for the behaviour. Used with `support_weight` only."""
-    backup: str | None = None
+    backup: ControllerName | None = None
     """Name of a backup controller, such as ``"brake@1"`` (`shield.backup`). V_h is then the value
     of executing this controller, which the shield does where it rejects an action. The log must
     show the controller's actions. None means the value of the log's best actions, and the fallback
@@ -275,6 +283,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     config_type = ShieldConfig
     file_format = "safeshield-shield-trainer"
     run_type = ShieldRun
+    _before: ClassVar[dict[str, Any]] = {"backup": None}
     _fewest_steps = 3
     _shield: Shield | None = None
     """The learned shield, created at first use."""
