@@ -1,6 +1,7 @@
 """Compare a shield for a backup controller with the default shield of `ShieldTrainer`.
 
     python benchmarks/backup.py            # 3 tasks, 2 logs, 3 shields, 3 seeds; resumes
+    python benchmarks/backup.py --fixed    # violations at fixed deltas instead
     python benchmarks/backup.py --table
 
 The tasks are the double integrator (controller: brake), the boat (controller: steer away from the
@@ -64,6 +65,7 @@ UPDATES, EPISODES, PLAYED, COPIES = 10_000, 400, 300, 100
 EPSILON, CONFIDENCE = 0.05, 0.95
 LOGS, SHIELDS = ("with", "without"), ("default", "executed", "backup")
 AGENTS = ("reckless", "random", "adversary")
+DELTAS = (0.0, 0.03, 0.1)  # In metres.
 
 
 class DroneTask(StateTask):
@@ -241,6 +243,38 @@ def trained(task: str, which: str, shield: str, seed: int, folder: Path) -> Shie
     return found.with_backup(PLANTS[task].backup) if shield == "executed" else found
 
 
+def played(task: str, shield: Shield, seed: int) -> dict[str, list[Any]]:
+    """Return violating episodes, share replaced and mean return of each agent."""
+    plant = PLANTS[task]
+    told = {}
+    for name in AGENTS:
+        agent = {"reckless": plant.reckless, "random": "random", "adversary": Adversary(shield)}
+        result = evaluate(
+            plant.envs(), agent[name], PLAYED, seed, shield=shield, starts="certified"
+        )
+        told[name] = [result.violating, result.intervention_rate, result.mean_return]
+    return told
+
+
+def fixed(task: str, which: str, shield: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Let the agents play behind one shield at deltas that are not calibrated."""
+    found = trained(task, which, shield, seed, folder)
+    row: dict[str, Any] = {"task": task, "log": which, "shield": shield, "seed": seed}
+    row["agents"] = {str(d): played(task, found.with_delta(d), 2_000_000 + seed) for d in DELTAS}
+    return row
+
+
+def fixed_table(rows: list[dict[str, Any]]) -> None:
+    """Print the violating episodes at fixed deltas, one line for each shield."""
+    for row in rows:
+        told = [
+            f"delta {delta}: " + ", ".join(str(agents[name][0]) for name in AGENTS)
+            for delta, agents in row["agents"].items()
+        ]
+        name = f"{row['task']} | {row['log']} | {row['shield']} | seed {row['seed']}"
+        print(f"| {name} | {' | '.join(told)} |")
+
+
 def cell(task: str, which: str, shield: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train, calibrate and test one shield."""
     plant = PLANTS[task]
@@ -258,13 +292,7 @@ def cell(task: str, which: str, shield: str, seed: int, folder: Path) -> dict[st
     row["delta"] = found.delta
     row["certified"] = float(certified[truth <= 0].mean())
     row["unsafe_certified"] = int((certified & (truth > 0)).sum())
-    agents = {"reckless": plant.reckless, "random": "random", "adversary": Adversary(found)}
-    row["agents"] = {}
-    for name, agent in agents.items():
-        told = evaluate(
-            plant.envs(), agent, PLAYED, 1_000_000 + seed, shield=found, starts="certified"
-        )
-        row["agents"][name] = [told.violating, told.intervention_rate, told.mean_return]
+    row["agents"] = played(task, found, 1_000_000 + seed)
     return row
 
 
@@ -309,6 +337,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shields", nargs="+", default=list(SHIELDS), choices=list(SHIELDS))
     parser.add_argument("--folder", type=Path, default=RESULTS / "backup")
+    parser.add_argument("--fixed", action="store_true", help="play at fixed deltas")
+    parser.add_argument("--logs", nargs="+", default=list(LOGS), choices=list(LOGS))
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,18 +346,19 @@ def main() -> None:
     rows = []
     for seed in arguments.seeds:
         for task in arguments.tasks:
-            for which in LOGS:
+            for which in arguments.logs:
                 for shield in arguments.shields:
-                    name = f"backup_{task}_{which}_{shield}_{seed}"
+                    name = f"backup_{task}_{which}_{shield}_{seed}" + "_fixed" * arguments.fixed
                     path = arguments.folder / f"{name}.json"
                     if arguments.table and not path.exists():
                         continue
-                    compute = partial(cell, task, which, shield, seed, arguments.folder)
+                    work = fixed if arguments.fixed else cell
+                    compute = partial(work, task, which, shield, seed, arguments.folder)
                     rows.append(once(name, compute, folder=arguments.folder))
                     if not arguments.table:
                         print(json.dumps(rows[-1]), flush=True)
     print(machine())
-    table(rows)
+    (fixed_table if arguments.fixed else table)(rows)
 
 
 if __name__ == "__main__":

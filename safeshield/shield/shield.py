@@ -118,9 +118,10 @@ class Shield:
                 self._strategy = NearestSupported(self.support, self.replacement.candidates)
             elif not isinstance(self.replacement, CommittedFallback | BackupController):
                 raise ValueError(
-                    "a shield with a support test replaces actions by NearestAcceptable or by "
-                    f"CommittedFallback, got {describe(self.replacement)}: other ways do not look "
-                    "for what the log has shown"
+                    "a shield with a support test replaces actions by NearestAcceptable, "
+                    "CommittedFallback or BackupController, got "
+                    f"{describe(self.replacement)}: other ways do not look for what the log has "
+                    "shown"
                 )
         replaced = describe(self.replacement)
         if self.record is not None and self.record.replacement != replaced:
