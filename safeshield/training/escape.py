@@ -83,7 +83,7 @@ class Escape:
             )
         mine, theirs = scaling.actions(found), scaling.actions(dataset.actions)
         logged = (np.abs(mine - theirs) <= _SAME).all(axis=1)
-        share = _unseen_share(scaling.observations(dataset.observations), theirs, mine)
+        share = _unseen_share(dataset.observations, scaling, theirs, mine)
         if share > _TOLERATED:
             warnings.warn(
                 f"the backup '{controller.name}' does in {share:.0%} of the log's states what the "
@@ -104,7 +104,11 @@ class Escape:
 
 
 def _unseen_share(
-    observations: np.ndarray, logged: np.ndarray, asked: np.ndarray, seed: int = 0
+    observations: np.ndarray,
+    scaling: Scaling,
+    logged: np.ndarray,
+    asked: np.ndarray,
+    seed: int = 0,
 ) -> float:
     """Return the share of states in which an asked action lies further from the log than most.
 
@@ -112,7 +116,8 @@ def _unseen_share(
     A pair counts as unseen where this distance exceeds that of 95% of the logged pairs.
 
     Args:
-        observations: (N, obs) normalised observations.
+        observations: (N, obs) observations.
+        scaling: Scaling of observations and actions.
         logged: (N, act) the log's actions, in [-1, 1].
         asked: (N, act) actions to look for.
         seed: Seed of the drawn rows.
@@ -121,10 +126,14 @@ def _unseen_share(
     queries, others = rows[: min(_QUERIES, len(rows) // 2)], rows[_QUERIES : _QUERIES + POOL]
     if len(rows) <= 2 * _QUERIES:
         others = rows[len(queries) :]
-    known = torch.tensor(np.concatenate([observations[others], logged[others]], axis=1))
+
+    def pairs_of(at: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        return torch.tensor(np.hstack([scaling.observations(observations[at]), actions[at]]))
+
+    known = pairs_of(others, logged)
 
     def nearest(actions: np.ndarray) -> np.ndarray:
-        pairs = torch.tensor(np.concatenate([observations[queries], actions[queries]], axis=1))
+        pairs = pairs_of(queries, actions)
         starts = range(0, len(pairs), _ROWS)
         found = [torch.cdist(pairs[at : at + _ROWS], known).amin(1) for at in starts]
         return torch.cat(found).numpy()
