@@ -59,6 +59,7 @@ from safeshield.evaluation import evaluate
 from safeshield.exact import boat_value
 from safeshield.rollouts.policies import BatchPolicy, HandOver, batch_policy
 from safeshield.shield.backup import register_backup
+from safeshield.training.escape import UnseenBackupWarning
 from safeshield.values.constraint import register_constraint
 
 UPDATES, EPISODES, PLAYED, COPIES = 10_000, 400, 300, 100
@@ -343,6 +344,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    warnings.simplefilter("always", UnseenBackupWarning)
     rows = []
     for seed in arguments.seeds:
         for task in arguments.tasks:
