@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
     from safeshield.online import SafeSupportQLearning, SSQLConfig
     from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
+    from safeshield.rollouts.policies import HandOver
     from safeshield.shield.adaptive import AdaptiveThreshold
+    from safeshield.shield.backup import register_backup
     from safeshield.shield.record import CalibrationRecord
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
@@ -42,6 +44,7 @@ _HOMES = {
     "CalibrationError": "safeshield.calibration.walk",
     "CalibrationRecord": "safeshield.shield.record",
     "FilterReport": "safeshield.shield.report",
+    "HandOver": "safeshield.rollouts.policies",
     "OfflineDataset": "safeshield.data.dataset",
     "SSQLConfig": "safeshield.online",
     "SafeFQL": "safeshield.algorithms.safefql",
@@ -57,6 +60,7 @@ _HOMES = {
     "UncalibratedShieldWarning": "safeshield.shield.shield",
     "collect": "safeshield.data.collect",
     "load_agent": "safeshield.algorithms.registry",
+    "register_backup": "safeshield.shield.backup",
     "register_constraint": "safeshield.values.constraint",
 }
 
@@ -65,6 +69,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationRecord",
     "FilterReport",
+    "HandOver",
     "OfflineDataset",
     "SSQLConfig",
     "SafeFQL",
@@ -80,6 +85,7 @@ __all__ = [
     "UncalibratedShieldWarning",
     "collect",
     "load_agent",
+    "register_backup",
     "register_constraint",
 ]
 __version__ = "0.1.0"

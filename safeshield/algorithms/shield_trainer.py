@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from safeshield.files.settings import (
     NonNegative,
     Positive,
     PositiveInt,
+    Rule,
     Sizes,
     ThreePhases,
 )
@@ -43,8 +44,9 @@ from safeshield.nn.actor import BEHAVIOUR, FALLBACK, of_noise
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel
-from safeshield.shield.replacement import CommittedFallback, NearestAcceptable
+from safeshield.shield.replacement import CommittedFallback, NearestAcceptable, Replacement
 from safeshield.shield.shield import Shield
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
@@ -54,6 +56,7 @@ from safeshield.support.scores import support_score
 from safeshield.training.agent import OfflineAgent
 from safeshield.training.architecture import CRITICS, Architecture, Interface, interface_of
 from safeshield.training.config import SafetyConfig
+from safeshield.training.escape import Escape
 from safeshield.training.imitation import flow_update
 from safeshield.training.log import LogTensors, check_boundary
 from safeshield.training.registry import register
@@ -75,6 +78,13 @@ from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
 
 if TYPE_CHECKING:
     from safeshield.spaces.generic import Env, VectorEnv
+
+
+ControllerName = Annotated[
+    str,
+    Rule("be a name and a version, such as 'brake@1'", lambda name: name.partition("@")[2] != ""),
+]
+"""Name of a registered backup controller."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,20 @@ class ShieldConfig(SafetyConfig):
     """Share of the episodes that set the level of the support test. The critics learn from these
     episodes, but the behaviour does not. A larger share estimates the level better and leaves
     fewer episodes for the behaviour. Used with `support_weight` only."""
+    backup: ControllerName | None = None
+    """Name of a backup controller, such as ``"brake@1"`` (`shield.backup`). V_h is then the value
+    of executing this controller, which the shield does where it rejects an action. The log must
+    show the controller's actions. None means the value of the log's best actions, and the fallback
+    that is learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backup is not None and self.support_weight is not None:
+            raise ValueError(
+                f"backup must be None where support_weight is set, got {self.backup!r:.80} and "
+                f"{self.support_weight}: the support of the controller's actions has no value in "
+                "the backups; add a support test by shield.with_support instead"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,6 +143,9 @@ class ShieldArchitecture(Architecture):
     """The safety critics, the behaviour and, for a Box of actions, the fallback."""
 
     safety: SafetyCritics
+    escape: Escape | None = None
+    """Actions of the backup controller in the states of the log, during training; None: there is no
+    backup controller."""
     term: SupportTerm | None = None
     """Term of the backups for leaving the support, during training; None: there is no such term."""
     support: SupportRecord | None = None
@@ -143,7 +170,9 @@ class ShieldRun(Run[ShieldArchitecture, ShieldConfig]):
 
     def __post_init__(self) -> None:
         discrete = FALLBACK not in self.model.networks
-        self._safety = SafetyLog(self.model.safety, self.log, self.config, discrete)
+        self._safety = SafetyLog(
+            self.model.safety, self.log, self.config, discrete, self.model.escape
+        )
 
     def phases(self) -> list[Phase]:
         """Return the phases of training in order: critics, behaviour, fallback.
@@ -254,6 +283,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     config_type = ShieldConfig
     file_format = "safeshield-shield-trainer"
     run_type = ShieldRun
+    _before: ClassVar[dict[str, Any]] = {"backup": None}
     _fewest_steps = 3
     _shield: Shield | None = None
     """The learned shield, created at first use."""
@@ -268,7 +298,8 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     def shield(self) -> Shield:
         """Return the learned shield, uncalibrated (delta 0).
 
-        It replaces a rejected action by the fallback's (`CommittedFallback`). Where actions are
+        It replaces a rejected action by that of the backup controller, where there is one
+        (`ShieldConfig.backup`), or by the fallback's (`CommittedFallback`). Where actions are
         discrete, or the shield has a support test, it takes the nearest acceptable action instead.
         `Shield.with_replacement` changes that.
         """
@@ -285,11 +316,15 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
             test = None
             if record is not None:
                 test = SupportTest(support_score(record.score, safety), record)
-            learned = FALLBACK in model.networks
+            replacement: Replacement = NearestAcceptable()
+            if self.config.backup is not None:
+                replacement = BackupController.find(self.config.backup)
+            elif FALLBACK in model.networks and test is None:
+                replacement = CommittedFallback()
             self._shield = Shield(
                 safety,
                 trained_by=f"ShieldTrainer, seed {self.config.seed}",
-                replacement=CommittedFallback() if learned and not test else NearestAcceptable(),
+                replacement=replacement,
                 support=test,
             )
         return self._shield
@@ -310,7 +345,12 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     def _describe(self, dataset: OfflineDataset) -> ShieldArchitecture:
         config, weight = self.config, self.config.support_weight
         if weight is None:
-            return super()._describe(dataset)
+            model = super()._describe(dataset)
+            if config.backup is None:
+                return model
+            controller = BackupController.find(config.backup)
+            escape = Escape.of(controller, dataset, model.scaling, self.device)
+            return replace(model, escape=escape)
         alpha, share = config.support_alpha, config.support_held_out
         held_out = held_out_episodes(dataset.num_episodes, share, alpha, config.seed)
         # The scaling is part of the score, so it must not be computed from the held-out episodes.
@@ -352,6 +392,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         return replace(model, support=record)
 
     def _settle(self, model: ShieldArchitecture, log: LogTensors) -> ShieldArchitecture:
+        model = replace(model, escape=None)
         if model.term is None:
             return model
         test, _ = model.term.read(self._networks[BEHAVIOUR])

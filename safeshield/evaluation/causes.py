@@ -18,6 +18,7 @@ from scipy.spatial import cKDTree
 
 from safeshield.evaluation.traces import Trace
 from safeshield.rollouts.copies import Identity
+from safeshield.shield.backup import BackupController
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.replacement import CommittedFallback
 from safeshield.shield.shield import Shield
@@ -219,7 +220,7 @@ def _misreplaced(shield: Shield, trace: Trace, steps: npt.NDArray[np.int64]) -> 
     gap = trace.value[steps] - values.min(axis=1)
     # An alternative that is better by a rounding error is no fault of the replacement. A committed
     # fallback may run without being acceptable; it is at fault only where it is clearly worse.
-    committed = isinstance(shield.replacement, CommittedFallback)
+    committed = isinstance(shield.replacement, CommittedFallback | BackupController)
     least = (1.0 if committed else 0.1) * model.scale.step_rms
     better = good.any(axis=1) & (gap > least)
     if shield.support is None:

@@ -264,6 +264,8 @@ class Diagnosis:
             )
         if cause == MISREPLACED and self.replacement.startswith("CommittedFallback"):
             return _COMMITTED
+        if cause == MISREPLACED and self.replacement.startswith("BackupController"):
+            return _BACKUP
         return _ADVICE[cause]
 
 
@@ -276,6 +278,12 @@ _COMMITTED = (
     "If the fallback is at fault, train longer; compare with shield.with_replacement("
     "FallbackPolicy()), which takes the nearest acceptable candidate there, or with "
     "NearestAcceptable(), and calibrate again."
+)
+_BACKUP = (
+    "This shield always runs its backup controller, also where that is not acceptable. Let the "
+    "controller run alone from such states: if it violates, improve it, register it under a new "
+    "version and train again; if it does not, log it in such states (HandOver) and train again. Or "
+    "compare with shield.with_replacement(NearestAcceptable()), and calibrate again."
 )
 _ADVICE = {
     CONTRADICTION: (

@@ -289,3 +289,58 @@ class PredictPolicy:
             observations, state=state, episode_start=starts, deterministic=deterministic
         )
         return np.asarray(actions), state
+
+
+class HandOver:
+    """A batch policy that acts as one policy, and from a random step to the end as another one.
+
+    A log that is collected with it shows a backup controller in the states to which a policy
+    brings the system, as the values of the controller require (`ShieldConfig.backup`).
+
+    Args:
+        policy: The first policy, in any form that `as_batch_policy` takes.
+        backup: The second policy. A function takes a batch of n observations and returns n actions,
+            as a function of `register_backup` does.
+        action_space: Space of one action.
+        mean_steps: Mean number of steps before the hand-over, above 0. At each step it happens with
+            the probability 1 / (1 + mean_steps).
+
+    Raises:
+        ValueError: `mean_steps` is not above 0 or not finite.
+        TypeError: A policy is of no known form.
+
+    >>> box = gym.spaces.Box(-1.0, 1.0, (1,))
+    >>> policy = HandOver("random", lambda obs: -np.ones((len(obs), 1)), box, mean_steps=1e-9)
+    >>> policy(np.zeros((2, 2)), np.random.default_rng(0)).tolist()
+    [[-1.0], [-1.0]]
+    """
+
+    batched = True
+
+    def __init__(
+        self, policy: object, backup: object, action_space: gym.Space[Any], mean_steps: float
+    ) -> None:
+        if not (mean_steps > 0 and math.isfinite(mean_steps)):
+            raise ValueError(f"mean_steps must be finite and above 0, got {mean_steps}")
+        if callable(backup) and not callable(getattr(backup, "predict", None)):
+            function = backup
+            backup = batch_policy(lambda observations, _: function(observations))
+        self._policies = [as_batch_policy(one, action_space) for one in (policy, backup)]
+        self._rate = 1.0 / (1.0 + mean_steps)
+        self.start_wave(0)
+
+    def start_wave(self, num_envs: int) -> None:
+        """Begin new episodes in `num_envs` environments with the first policy."""
+        self._over = np.zeros(num_envs, dtype=np.bool_)
+        for policy in self._policies:
+            start_wave(policy, num_envs)
+
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
+        """Return the actions (n, ...) of the policy that acts in each of n environments."""
+        count = batch_length(observations)
+        if len(self._over) != count:
+            self._over = np.zeros(count, dtype=np.bool_)
+        self._over |= rng.random(count) < self._rate
+        first, second = (np.asarray(policy(observations, rng)) for policy in self._policies)
+        over = self._over.reshape(-1, *[1] * (first.ndim - 1))
+        return np.where(over, second, first)

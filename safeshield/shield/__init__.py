@@ -5,6 +5,7 @@ from safeshield.shield.adaptive import (
     AdaptiveThreshold,
     NothingAcceptableWarning,
 )
+from safeshield.shield.backup import BackupController, register_backup
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.replacement import (
     CommittedFallback,
@@ -26,6 +27,7 @@ from safeshield.shield.shield import (
 __all__ = [
     "AdaptiveMargin",
     "AdaptiveThreshold",
+    "BackupController",
     "CandidateSet",
     "CommittedFallback",
     "FallbackPolicy",
@@ -40,4 +42,5 @@ __all__ = [
     "Replacement",
     "Shield",
     "UncalibratedShieldWarning",
+    "register_backup",
 ]

@@ -23,6 +23,7 @@ from safeshield.nn.actor import (
 )
 from safeshield.nn.mlp import EnsembleMLP, Shapes, hidden_widths
 from safeshield.nn.plan_actor import ActionCritic
+from safeshield.shield.backup import BackupController
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, widths_of
 from safeshield.shield.record import Attempt, CalibrationRecord
@@ -33,6 +34,7 @@ from safeshield.shield.replacement import (
     ProjectedGradient,
     Replacement,
     check_replacement,
+    settings_of,
 )
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
@@ -59,11 +61,19 @@ VERSION = 2
 _MAX_CANDIDATES = 4096
 _MAX_WEIGHTS = 1 << 28
 _REPLACEMENTS: dict[
-    str, type[NearestAcceptable | FallbackPolicy | CommittedFallback | ProjectedGradient]
+    str,
+    type[
+        NearestAcceptable
+        | FallbackPolicy
+        | CommittedFallback
+        | BackupController
+        | ProjectedGradient
+    ],
 ] = {
     "nearest_acceptable": NearestAcceptable,
     "fallback_policy": FallbackPolicy,
     "committed_fallback": CommittedFallback,
+    "backup_controller": BackupController,
     "projected_gradient": ProjectedGradient,
 }
 """The ways to replace actions that a file can name."""
@@ -188,7 +198,10 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
 def _replacement_to_json(replacement: Replacement) -> dict[str, Any]:
     for kind, known in _REPLACEMENTS.items():
         if type(replacement) is known:
-            return {"kind": kind, **dataclasses.asdict(replacement)}
+            settings = settings_of(replacement)
+            if "candidates" in settings:
+                settings["candidates"] = dataclasses.asdict(settings["candidates"])
+            return {"kind": kind, **settings}
     raise ValueError(
         f"replacement {type(replacement).__name__} holds what no file can (a file holds "
         f"{', '.join(known.__name__ for known in _REPLACEMENTS.values())}): save the shield "
@@ -204,7 +217,7 @@ def _replacement(data: dict[str, Any]) -> Replacement:
         raise ValueError(
             f"replacement kind {kind!r:.40} is not known; this release knows {list(_REPLACEMENTS)}"
         )
-    names = {"kind", *(entry.name for entry in dataclasses.fields(known))}
+    names = {"kind", *(entry.name for entry in dataclasses.fields(known) if entry.compare)}
     if set(data) != names:
         raise ValueError(
             f"replacement '{kind}' must have the fields {sorted(names)}, got {sorted(data)!r:.80}"

@@ -17,12 +17,13 @@ A new strategy is one class with a method `choose` (see `Replacement`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from safeshield.rollouts.policies import as_batch_policy, default_name
+from safeshield.shield.backup import BackupController
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.spaces.rows import SpaceCodec
@@ -510,7 +511,14 @@ class OwnSamples:
         return draws
 
 
-BUILT_IN = (NearestAcceptable, FallbackPolicy, CommittedFallback, ProjectedGradient, OwnSamples)
+BUILT_IN = (
+    NearestAcceptable,
+    FallbackPolicy,
+    CommittedFallback,
+    BackupController,
+    ProjectedGradient,
+    OwnSamples,
+)
 _NAMES = ", ".join(f"{kind.__name__}(...)" for kind in BUILT_IN)
 
 
@@ -561,6 +569,15 @@ def replace_actions(replacement: Replacement, rejected: Rejected) -> tuple[Actio
     return options[:, 0], rejected.values(options)[:, 0]
 
 
+def settings_of(replacement: object) -> dict[str, Any]:
+    """Return the settings of a strategy of this module, by their names.
+
+    The function of a `BackupController` is not one of them, because its name stands for it.
+    """
+    compared = (entry.name for entry in fields(cast(Any, replacement)) if entry.compare)
+    return {name: getattr(replacement, name) for name in compared}
+
+
 def describe(replacement: Replacement) -> str:
     """Return the text by which a record names the strategy `replacement`, "" for the default.
 
@@ -570,7 +587,7 @@ def describe(replacement: Replacement) -> str:
     name = type(replacement).__name__
     if not isinstance(replacement, BUILT_IN):
         return name
-    values = {entry.name: getattr(replacement, entry.name) for entry in fields(replacement)}
+    values = settings_of(replacement)
     if values.get("candidates") == CandidateSet():
         del values["candidates"]
     if isinstance(replacement, NearestAcceptable) and not values:

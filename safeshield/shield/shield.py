@@ -27,6 +27,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.file import load_shield, save_shield
 from safeshield.shield.masks import Mask, agent_masks, check_discrete
@@ -121,11 +122,12 @@ class Shield:
         if self.support is not None:
             if isinstance(self.replacement, NearestAcceptable):
                 self._strategy = NearestSupported(self.support, self.replacement.candidates)
-            elif not isinstance(self.replacement, CommittedFallback):
+            elif not isinstance(self.replacement, CommittedFallback | BackupController):
                 raise ValueError(
-                    "a shield with a support test replaces actions by NearestAcceptable or by "
-                    f"CommittedFallback, got {describe(self.replacement)}: other ways do not look "
-                    "for what the log has shown"
+                    "a shield with a support test replaces actions by NearestAcceptable, "
+                    "CommittedFallback or BackupController, got "
+                    f"{describe(self.replacement)}: other ways do not look for what the log has "
+                    "shown"
                 )
         replaced = describe(self.replacement)
         if self.record is not None and self.record.replacement != replaced:
@@ -236,6 +238,30 @@ class Shield:
         """
         return replace(self, replacement=replacement, record=None)
 
+    def with_backup(self, controller: object) -> Self:
+        """Return a copy that executes a backup controller where it rejects an action.
+
+        The record is kept only where the controller has the name of the shield's own. A controller
+        that is passed to a shield whose controller is not registered in this process gets that
+        name. The safety values are not changed: they are those of the controller that
+        `ShieldConfig.backup` named in training, so train again for another controller.
+
+        Args:
+            controller: A function from a batch of n observations to n actions; or an object with
+                Stable-Baselines3's ``predict``, a registered name, or a `BackupController`.
+
+        Raises:
+            TypeError: `controller` is of another kind.
+        """
+        own = self.replacement if isinstance(self.replacement, BackupController) else None
+        known = BackupController.of(controller, "" if own is None or own.available else own.name)
+        if known is None:
+            raise TypeError(
+                "controller must be a function, a name or a BackupController, got None; "
+                "with_replacement(CommittedFallback()) makes a shield without a controller"
+            )
+        return replace(self, replacement=known, record=self.record if known == own else None)
+
     def with_support(
         self,
         held_out: OfflineDataset,
@@ -287,7 +313,8 @@ class Shield:
                 NaN means that h is not known.
 
         Raises:
-            LookupError: The shield's source of h is not registered, and `constraint` is None.
+            LookupError: The shield's source of h is not registered, and `constraint` is None; or
+                its backup controller is not registered.
             ValueError: An argument has a wrong shape, or `constraint` is given to a shield that
                 does not need it.
 
@@ -354,6 +381,7 @@ class Shield:
             constraint: (n,) h of the states, or (n, k) of k constraints; None where the shield's
                 source computes it.
         """
+        self._require_backup()
         if not self._readable.rows(rows).all():
             near = self._readable.entries(rows)
             rows = np.where(near, rows, self.model.scaling.observation_mean)
@@ -712,7 +740,9 @@ class Shield:
 
         Raises:
             ValueError: The spaces differ; the message shows both.
+            LookupError: The shield's backup controller is not registered.
         """
+        self._require_backup()
         check_same_space(
             self.observation_space,
             observation_space,
@@ -730,6 +760,11 @@ class Shield:
             stacklevel=4,
         )
         return False
+
+    def _require_backup(self) -> None:
+        # A missing controller must be noticed before it is needed.
+        if isinstance(self.replacement, BackupController):
+            self.replacement.require()
 
     def observation_rows(self, observations: Batch) -> tuple[npt.NDArray[Any], bool]:
         """Return `observations` as rows (n, obs), and whether they are a single one."""

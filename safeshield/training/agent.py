@@ -122,7 +122,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     file_format: ClassVar[str]
     """Name of the format of the learner's files."""
     _before: ClassVar[dict[str, Any]] = {}
-    """Settings that older files lack, with the values with which those agents were trained."""
+    """Settings that older files and checkpoints lack, with the values with which those agents were
+    trained."""
     _dropped: ClassVar[tuple[str, ...]] = ()
     """Settings of older files that had no effect and are ignored."""
 
@@ -310,7 +311,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             noise_features: Width of the noise that an update draws for each transition.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        identity = run_identity(type(self).__name__, self.config, dataset, options.steps)
+        name = type(self).__name__
+        identity = run_identity(name, self.config, dataset, options.steps, self._before)
         state, _ = run_phases(
             phases, initial(generator), generator, options, identity, transitions, noise_features
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,14 @@ class RunIdentity:
     """Number of rows of the log, and the beginning of its digest."""
     steps: int
     """Total number of updates."""
+    later: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that older checkpoints lack, with the values with which those runs were made."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON values, for a checkpoint."""
-        return json_values(self)
+        values = json_values(self)
+        del values["later"]
+        return values
 
     def difference(self, data: object) -> str | None:
         """Return how the run of a checkpoint differs from this one; None if they are the same.
@@ -154,7 +158,7 @@ class RunIdentity:
         pairs = {name: (data[name], mine[name]) for name in ("algorithm", "log", "steps")}
         for name in sorted({*theirs, *self.config}):
             pairs[name] = (
-                theirs.get(name, "no such setting"),
+                theirs.get(name, self.later.get(name, "no such setting")),
                 mine["config"].get(name, "no such setting"),
             )
         different = [
@@ -168,6 +172,7 @@ def run_identity(
     config: Any,  # noqa: ANN401 - any dataclass
     dataset: OfflineDataset,
     steps: int,
+    later: Mapping[str, Any] | None = None,
 ) -> RunIdentity:
     """Return the identity of a training run, by which a checkpoint is recognised.
 
@@ -176,12 +181,13 @@ def run_identity(
         config: Settings, a dataclass.
         dataset: Log that is learned from.
         steps: Total number of updates.
+        later: Settings that older checkpoints lack; see `RunIdentity`.
     """
     digest = hashlib.sha256(repr((dataset.observation_space, dataset.action_space)).encode())
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
     log = f"of {len(dataset)} rows, {digest.hexdigest()[:12]}"
-    return RunIdentity(algorithm, json_values(config), log, steps)
+    return RunIdentity(algorithm, json_values(config), log, steps, later or {})
 
 
 def check_boundary(dataset: OfflineDataset) -> None:

@@ -13,6 +13,7 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.nn.mlp import Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import SafetyConfig
+from safeshield.training.escape import Escape
 from safeshield.training.log import POOL, LogTensors, safety_scale
 from safeshield.training.schedule import stages
 from safeshield.training.state import CriticLoss, Metrics, Phase, TrainState, Update
@@ -30,6 +31,8 @@ class SafetyLog:
     config: SafetyConfig
     discrete: bool = False
     """Whether the actions are discrete, on which the default expectile depends."""
+    escape: Escape | None = None
+    """Actions of the backup controller whose value V_h is; None: the log's best actions."""
     _kept: tuple[int, Tensor | None, SafetyWindow] | None = field(default=None, init=False)
     """Windows of the current stage. Those of all stages together would be as large as the log."""
 
@@ -44,7 +47,7 @@ class SafetyLog:
         log = self.log
         # The ends are computed for each batch, because all of them would be almost as large as the
         # windows.
-        end = window_ends(log.episode_last, rows, steps)
+        end = window_ends(self._last, rows, steps)
         return SafetyBatch(
             observations=log.observations[rows],
             actions=log.actions[rows],
@@ -56,7 +59,13 @@ class SafetyLog:
             window_observations=log.next_observations[end],
             window_constraints=log.next_constraints[end],
             extra=None if extra is None else extra[rows],
+            escape=None if self.escape is None else self.escape.batch(rows),
         )
+
+    @property
+    def _last(self) -> Tensor:
+        """(N,) index of the transition at which the windows from each transition end at last."""
+        return self.log.episode_last if self.escape is None else self.escape.last
 
     def _windows(self, steps: int, extra: Tensor | None) -> SafetyWindow:
         if self._kept is None or self._kept[0] != steps or self._kept[1] is not extra:
@@ -65,7 +74,7 @@ class SafetyLog:
                 log.constraints,
                 log.next_constraints,
                 log.terminated,
-                log.episode_last,
+                self._last,
                 self.critics.discount,
                 steps,
                 extra,
@@ -85,7 +94,9 @@ class SafetyLog:
             extra: (N,) further constraint of each transition, in units of h.
         """
         batch, expectile = self.batch(rows, steps, extra), self.config.safety_expectile
-        if expectile is None:
+        if expectile is None and self.escape is not None:
+            expectile = 0.1
+        elif expectile is None:
             expectile = 0.99 if self.discrete else 0.9
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.values.named import NamedFunction, UnregisteredError
 from safeshield.values.units import step_rms
 
 if TYPE_CHECKING:
@@ -37,23 +38,23 @@ ConstraintFn = Callable[[Any], npt.ArrayLike]
 means that the observation does not determine h."""
 F = TypeVar("F", bound=Callable[..., Any])
 
-_MOST_CHARACTERS = 200
 # The name of several constraints is "max(clearance@1 / 0.5, speed@1 / 0.25)".
 _BEGIN, _BETWEEN, _PER, _END = "max(", ", ", " / ", ")"
 
 
-class UnknownConstraintError(LookupError, ValueError):
+class UnknownConstraintError(UnregisteredError):
     """Raised where a source of h is needed that this process has not registered."""
 
 
 @dataclass(frozen=True)
-class ConstraintSource:
+class ConstraintSource(NamedFunction):
     """A named constraint h of observations, positive in a violation.
 
     Attributes:
         name: Name and version of the quantity, such as ``"Boat@1"``. Two sources with one name are
             the same quantity.
-        function: Function that computes h; None where this process has none registered.
+        function: Function that computes h; None where the one that this process has registered is
+            used.
 
     Raises:
         ValueError: The name is empty, too long, or holds characters that cannot be printed.
@@ -63,23 +64,26 @@ class ConstraintSource:
     [1.0, -4.0]
     """
 
-    name: str
-    function: ConstraintFn | None = field(default=None, compare=False, repr=False)
+    noun: ClassVar[str] = "constraint"
+    example: ClassVar[str] = "speed@1"
 
     def __post_init__(self) -> None:
-        name = self.name
-        if not isinstance(name, str) or not 0 < len(name) <= _MOST_CHARACTERS:
-            raise ValueError(
-                f"a constraint's name must be text of 1 to {_MOST_CHARACTERS} characters, such as "
-                f"'speed@1', got {name!r:.80}"
-            )
-        if not name.isprintable():
-            raise ValueError(f"a constraint's name must be printable text, got {name!r:.80}")
-        if _is_several(name):
+        super().__post_init__()
+        if _is_several(self.name):
             raise ValueError(
                 f"a constraint's name must not have the form of the name of several, got "
-                f"{name!r:.80}; give each of them its own function: {{'speed@1': function, ...}}"
+                f"{self.name!r:.80}; give each of them its own function: {{'speed@1': function, "
+                "...}"
             )
+
+    @classmethod
+    def find(cls, name: str) -> Self:
+        """Return the source with this name, without a function where none is registered.
+
+        Raises:
+            ValueError: The name is not a name, or a damaged name of several constraints.
+        """
+        return _several_of(name) if _is_several(name) else super().find(name)  # type: ignore[return-value]
 
     @property
     def parts(self) -> tuple[ConstraintSource, ...]:
@@ -90,11 +94,6 @@ class ConstraintSource:
     def names(self) -> tuple[str, ...]:
         """Names of the k constraints."""
         return tuple(part.name for part in self.parts)
-
-    @property
-    def available(self) -> bool:
-        """Whether the source has a function, its own or one that this process has registered."""
-        return (self.function or find_constraint(self.name).function) is not None
 
     def each(self, observations: Any) -> Scalars:  # noqa: ANN401
         """Return the k constraints (n, k) of n observations, each in its own units.
@@ -134,7 +133,7 @@ class ConstraintSource:
             LookupError: The function is not registered in this process.
             ValueError: The function does not return one number for each observation.
         """
-        function = self.function or find_constraint(self.name).function
+        function = self.found
         if function is None:
             raise UnknownConstraintError(
                 f"the constraint '{self.name}' is not registered in this process: import the "
@@ -153,13 +152,6 @@ class ConstraintSource:
                 f"observations, shape {(count,)}, got {told.dtype} {told.shape}"
             )
         return told.astype(np.float64)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A registered function is pickled by its name, because it need not be importable.
-        known = _SOURCES.get(self.name)
-        if known is not None and known.function is self.function:
-            return find_constraint, (self.name,)
-        return ConstraintSource, (self.name, self.function)
 
 
 class SeveralConstraints(ConstraintSource):
@@ -307,9 +299,6 @@ class SeveralConstraints(ConstraintSource):
         return np.asarray(np.where(np.isfinite(each), each, np.nan) / np.array(self.units))
 
 
-_SOURCES: dict[str, ConstraintSource] = {}
-
-
 def register_constraint(name: str) -> Callable[[F], F]:
     """Return a decorator that registers a function of observations under a name.
 
@@ -327,27 +316,7 @@ def register_constraint(name: str) -> Callable[[F], F]:
     >>> find_constraint("doc-speed@1")(np.array([[1.0, 0.0, 7.0]])).tolist()
     [1.0]
     """
-    if not isinstance(name, str):
-        raise TypeError(
-            f"register_constraint takes a name, such as 'speed@1', got {type(name).__name__}; "
-            "write @register_constraint('speed@1') above the function"
-        )
-
-    def enter(function: F) -> F:
-        known = _SOURCES.get(name)
-        if known is not None and _place(known.function) != _place(function):
-            raise ValueError(
-                f"the constraint '{name}' is registered for another function; choose another name "
-                "or version"
-            )
-        _SOURCES[name] = ConstraintSource(name, function)
-        return function
-
-    return enter
-
-
-def _place(function: object) -> tuple[object, object]:
-    return getattr(function, "__module__", None), getattr(function, "__qualname__", function)
+    return ConstraintSource.register(name)
 
 
 def find_constraint(name: str) -> ConstraintSource:
@@ -356,7 +325,7 @@ def find_constraint(name: str) -> ConstraintSource:
     Raises:
         ValueError: The name is not a name, or a damaged name of several constraints.
     """
-    return _several_of(name) if _is_several(name) else _SOURCES.get(name) or ConstraintSource(name)
+    return ConstraintSource.find(name)
 
 
 def _is_several(name: str) -> bool:
@@ -474,17 +443,4 @@ def as_constraint(source: Source | None, name: str = "") -> ConstraintSource | N
     Raises:
         TypeError: `source` is none of these.
     """
-    if source is None or isinstance(source, ConstraintSource):
-        return source
-    if isinstance(source, str):
-        return find_constraint(source)
-    for known in _SOURCES.values():
-        if known.function is source:
-            return known
-    if not callable(source):
-        raise TypeError(
-            "a constraint must be a registered name, a function of a batch of observations, or a "
-            f"ConstraintSource, got {type(source).__name__}"
-        )
-    own = getattr(source, "__qualname__", type(source).__qualname__)
-    return ConstraintSource(name or f"{getattr(source, '__module__', '')}.{own}", source)
+    return ConstraintSource.of(source, name)

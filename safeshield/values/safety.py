@@ -42,6 +42,7 @@ The differences from the papers, with their reasons:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,6 +174,13 @@ class SafetyCritics:
             expectile: Weight of targets below V (FLRP eq. 8), near 1.
             one_step: Whether V is fitted to Q_h of the slow copies (FLRP eq. 8) instead of to the
                 windows.
+
+        With the actions mu(s) of a backup controller (`SafetyBatch.escape`), V is the value of
+        this controller, V_mu(s) = max(h(s), Q_mu(s, mu(s))): it is fitted to the window where the
+        log follows the controller, which is a window of mu itself, and to max(h(s), Q_h(s, mu(s)))
+        elsewhere. There is no minimum over actions, so the targets differ only by the noise of the
+        dynamics and by the errors of the networks. An expectile of 0.5 gives their mean, and one
+        below 0.5 leans to the higher values, which is cautious.
         """
         with torch.no_grad():
             # States, next states and ends of windows in one pass: faster than three passes.
@@ -184,13 +192,16 @@ class SafetyCritics:
             values = self.log_value(targets, torch.cat(observed), torch.cat(labelled))
             here, after, *end = values.view(len(observed), -1).unbind()
             step = SafetyBackup.one_step(batch.next_constraints, batch.terminated, self.discount)
-            if one_step:
-                worst = self.advantages(targets, batch.observations, batch.actions).amax(0)
+            if one_step or batch.escape is not None:
+                played = batch.actions if batch.escape is None else batch.escape.actions
+                worst = self.advantages(targets, batch.observations, played).amax(0)
                 goal = torch.maximum(here + self.scale.step_rms * worst, batch.constraints)
                 if batch.extra is not None:
                     goal = torch.maximum(goal, batch.extra)
-            else:
-                goal = batch.window.target(end[0])
+            if not one_step:
+                along = batch.window.target(end[0])
+                logged = batch.escape and batch.escape.logged
+                goal = along if logged is None else torch.where(logged, along, goal)
             residual = (step.target(after) - here) / self.scale.step_rms
         # h^ is fitted at both ends of each step, because terminal states occur only as s'.
         constraint = self.constraint(
@@ -212,6 +223,16 @@ class SafetyCritics:
             "safety/unsafe_share": (here > 0).float().mean(),
         }
         return constraint_loss + value_loss + advantage_loss, metrics
+
+
+class EscapeBatch(NamedTuple):
+    """What a backup controller mu does in states of the log (`training.escape`)."""
+
+    actions: Tensor
+    """(batch, act) mu(s), in [-1, 1]."""
+    logged: Tensor
+    """(batch,) bool, whether the logged action is mu(s). The window then follows the log as long as
+    its actions are those of mu."""
 
 
 @dataclass(frozen=True)
@@ -241,3 +262,6 @@ class SafetyBatch:
     windows and of the targets of V. The target of Q_h leaves out the extra constraint of its own
     action. A caller can evaluate that constraint exactly, and its jumps would hide the order of
     the actions in the regression."""
+    escape: EscapeBatch | None = None
+    """What a backup controller does in the states before the steps; None where V is the value of
+    the log's best actions."""
