@@ -12,7 +12,7 @@ from safeshield.cli.app import Debug, Seed
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for the log, agent, shield, table and pictures.")
+        Path, typer.Option(help="Folder for the log, shield, table and pictures.")
     ] = Path("safeshield-demo"),
     seed: Seed = 0,
     quick: Annotated[
@@ -35,4 +35,4 @@ def demo(
     typer.echo(f"\n{result.table}\n\n{result.promise}\n")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     typer.echo(f"{times}; {sum(result.seconds.values()):.0f} s in all")
-    typer.echo(f"Log, agent, shield, table and pictures are in {result.folder}")
+    typer.echo(f"Log, shield, table and pictures are in {result.folder}")

@@ -23,8 +23,8 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.algorithms.safefql import SafeFQL
-from safeshield.calibration.calibrate import default_deltas, start_observations
+from safeshield.algorithms.shield_trainer import ShieldTrainer
+from safeshield.calibration.calibrate import start_observations
 from safeshield.calibration.proposers import Adversary
 from safeshield.collection.learner import one_thread
 from safeshield.data.collect import collect
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 AGENTS = ("straight to goal", "random", "adversary", "PPO")
 PICTURED = ("PPO", "adversary")
-LOG, AGENT, SHIELD, TABLE = "boat.hdf5", "agent.safetensors", "boat.safetensors", "table.json"
+LOG, SHIELD, TABLE = "boat.hdf5", "boat.safetensors", "table.json"
 _PPO = "ppo.zip"
 _STARTS = 2000
 _PARTS = 4
@@ -103,7 +103,7 @@ def run_demo(
     say: Say = print,
     progress_bar: bool = True,
 ) -> DemoResult:
-    """Run every stage and write log, agent, shield, table and pictures into `folder`.
+    """Run every stage and write log, shield, table and pictures into `folder`.
 
     PPO is trained and episodes are run in other processes, so a script must call this function
     below ``if __name__ == "__main__":``.
@@ -133,12 +133,11 @@ def run_demo(
             log = collect(env, Helmsmen(), config.trips, config.seed)
             log.save(folder / LOG)
         say(f"    {len(log):,} steps; {log.violating_episodes.mean():.0%} of the trips hit a rock")
-        with stages("train", f"Learning from the log alone: SafeFQL, {config.steps:,} updates"):
-            agent = _train(log, config, progress_bar)
-            agent.save(folder / AGENT)
+        with stages("train", f"Learning a shield from the log: {config.steps:,} updates"):
+            shield = _train(log, config, progress_bar)
         wanted = f"at most {config.epsilon:g} violations an episode, confidence {config.confidence}"
         with stages("calibrate", f"Calibrating: {wanted}"):
-            shield, starts = _calibrate(agent.shield(), env, config)
+            shield, starts = _calibrate(shield, env, config)
             shield.save(folder / SHIELD)
         with stages("wait for PPO", "Waiting for PPO, which trains beside it for reward alone"):
             ppo.result()
@@ -168,22 +167,21 @@ def hardware() -> str:
 
 # Networks this small gain nothing from a second thread, and PPO needs the other core.
 @one_thread()
-def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> SafeFQL:
+def _train(log: OfflineDataset, config: DemoConfig, progress_bar: bool) -> Shield:
     training = dataclasses.replace(config.training, seed=config.seed)
-    return SafeFQL(training, device="cpu").fit(log, config.steps, progress_bar=progress_bar)
+    trainer = ShieldTrainer(training, device="cpu")
+    return trainer.fit(log, config.steps, progress_bar=progress_bar).shield()
 
 
 def _calibrate(
     shield: Shield, env: gym.Env[Any, Any], config: DemoConfig
 ) -> tuple[Shield, npt.NDArray[np.float32]]:
-    """Return the calibrated shield, and the starts from which its thresholds were computed."""
+    """Return the calibrated shield, and starts for its picture."""
     starts = start_observations(shield, env, _STARTS, config.seed)
     calibrated = shield.calibrate(
         env,
         epsilon=config.epsilon,
         confidence=config.confidence,
-        deltas=default_deltas(shield, starts, config.start_shares),
-        episodes=config.calibration_episodes,
         seed=config.seed,
     )
     return calibrated, starts

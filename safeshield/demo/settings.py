@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from safeshield.algorithms.safefql import SafeFQLConfig
+from safeshield.algorithms.shield_trainer import ShieldConfig
 from safeshield.files.settings import Count, Seed, Settings
 
 ENVIRONMENT = "safeshield/Boat-v0"
 """Id of the environment of the demonstration."""
-
-
-def _training() -> SafeFQLConfig:
-    return SafeFQLConfig(
-        critic_hidden=(128, 128, 128),
-        flow_hidden=(128, 128),
-        student_hidden=(128, 128),
-        # The log shows every course in every state, so the student may deviate from the teacher.
-        teacher="behaviour",
-        distillation=0.1,
-        phase_shares=(0.8, 0.08, 0.12),
-    )
 
 
 @dataclass(frozen=True)
@@ -31,19 +19,14 @@ class DemoConfig(Settings):
     """Seed of all random numbers."""
     trips: Count = 600
     """Number of trips in the log."""
-    training: SafeFQLConfig = field(default_factory=_training)
-    """Settings of SafeFQL, whose seed is replaced by `seed`."""
+    training: ShieldConfig = field(default_factory=ShieldConfig)
+    """Settings of `ShieldTrainer`, whose seed is replaced by `seed`."""
     steps: int = 12_000
-    """Number of updates of SafeFQL."""
+    """Number of updates of `ShieldTrainer`."""
     epsilon: float = 0.01
     """Violation rate per episode that the promise states."""
     confidence: float = 0.99
     """Confidence of the promise."""
-    start_shares: tuple[float, ...] = (0.8, 0.9, 0.95, 0.97)
-    """Thresholds to test, strictest first, given as the shares of the starts with V_h <= 0 that
-    they keep. They are fewer than the calibration's default, because each test takes seconds."""
-    calibration_episodes: int | None = None
-    """Number of episodes in each test; None stands for the number that allows one violation."""
     evaluation_episodes: int = 1000
     """Number of episodes of each agent with the shield, and without it."""
     ppo_steps: int = 400_000
@@ -64,11 +47,12 @@ class DemoConfig(Settings):
         return cls(
             seed=seed,
             trips=60,
-            training=SafeFQLConfig(critic_hidden=(32, 32), flow_hidden=(16,), student_hidden=(16,)),
+            training=ShieldConfig(
+                critic_hidden=(32, 32), behaviour_hidden=(16,), fallback_hidden=(16,)
+            ),
             steps=600,
             epsilon=0.6,
             confidence=0.9,
-            start_shares=(0.3, 0.7),
             evaluation_episodes=16,
             ppo_steps=3_200,
             pictured_trips=12,
