@@ -20,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_ten_lines(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
-    assert "SafeFQLConfig(seed=0)" in code
+    assert "ShieldConfig(seed=0)" in code
     assert "steps=20_000" in code
     log = collect(gym.make("safeshield/Boat-v0"), Helmsmen(), episodes=600, seed=0)
     log.save(tmp_path / "boat.hdf5")

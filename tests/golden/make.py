@@ -545,8 +545,8 @@ def ten_lines() -> Json:
         '"boat.hdf5"': "LOG",
         "steps=20_000, progress_bar=True": "steps=300",
         "epsilon=0.01, confidence=0.99": "epsilon=0.95, confidence=0.9, episodes=12, deltas=[0.02]",
-        "SafeFQLConfig(seed=0)": "SafeFQLConfig(seed=0, critic_hidden=(32,), flow_hidden=(16,), "
-        "student_hidden=(16,), safety_expectile=0.99)",
+        "ShieldConfig(seed=0)": "ShieldConfig(seed=0, critic_hidden=(32,), behaviour_hidden=(16,), "
+        "fallback_hidden=(16,))",
         "obs, info = env.reset(seed=0)\n": "obs, info = env.reset(seed=0)\nstart = info\n"
         "env.action_space.seed(0)\n",
     }.items():
