@@ -35,7 +35,7 @@ from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield, Shi
 from safeshield.algorithms.safefql import SafeFQLRun
 from safeshield.envs.boat import BoatVectorEnv
 from safeshield.training.log import LogTensors
-from safeshield.training.loop import Draw
+from safeshield.training.loop import Draw, keep_freed_memory
 from safeshield.wrappers import VectorSafetyShield
 
 REPEATS = 15
@@ -301,6 +301,7 @@ def train_updates() -> None:
     needs is its number of floating-point operations, divided by that of one product. The share of
     the limit is the time of these products divided by the time of the update.
     """
+    keep_freed_memory()  # as `fit` does
     for widths, size in (((256,) * 2, 256), ((512,) * 4, 1024)):
         for threads in (1, 2):
             torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ class DemoConfig(Settings):
     """Number of trips in the log."""
     training: ShieldConfig = field(default_factory=ShieldConfig)
     """Settings of `ShieldTrainer`, whose seed is replaced by `seed`."""
-    steps: int = 12_000
+    steps: int = 8_000
     """Number of updates of `ShieldTrainer`."""
     epsilon: float = 0.01
     """Violation rate per episode that the promise states."""

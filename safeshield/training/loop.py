@@ -116,7 +116,7 @@ def run_phases(
         transitions: Number N of rows of the log.
         noise_features: Width of the noise that an update draws for each transition.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():
         state, done = load_checkpoint(path, state, generator, identity, transitions)
@@ -146,7 +146,7 @@ def run_phases(
     return state, True
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next update.
 
     An update allocates and frees some hundred arrays of up to a few MiB. The GNU C library returns
