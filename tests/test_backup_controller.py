@@ -339,3 +339,12 @@ def test_hand_over_happens_once_and_lasts() -> None:
     for steps in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="mean_steps must be finite and above 0"):
             HandOver("random", aside, box, steps)
+
+
+def test_a_backup_of_one_observation_does_not_act_in_all_environments() -> None:
+    box = gym.spaces.Box(-1.0, 1.0, (1,))
+    policy = HandOver("random", lambda _: np.ones((1, 1)), box, mean_steps=5.0)
+    with pytest.raises(
+        ValueError, match=r"one action for each of 3 .* shape \(3, 1\), got \(1, 1\)"
+    ):
+        policy(np.zeros((3, 2)), np.random.default_rng(0))

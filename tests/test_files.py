@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import stat
 import struct
@@ -20,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeshield.files.atomic import check_writable
+from safeshield.files.atomic import check_writable, written_whole
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.shield import CandidateSet, ProjectedGradient, Shield
@@ -586,3 +587,18 @@ def test_another_projects_safetensors_file_is_named_as_such(path: Path) -> None:
 
     save_file({"x": np.zeros(3, np.float32)}, path, {"format": "pt"})
     refused(path, "not a safeshield file")
+
+
+def test_saving_keeps_links_and_permissions_and_refuses_devices(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    with written_whole(link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device or another special file"):
+        check_writable(tmp_path / "pipe")

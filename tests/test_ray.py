@@ -153,8 +153,12 @@ def test_an_address_that_nothing_answers_is_told_at_once(
             with pytest.raises(ConnectionError, match=f"no Ray cluster answers at ray='{address}'"):
                 calibrate(shield, boat(), ray=address, **REQUEST)
     assert time.monotonic() - begin < 40.0
-    with pytest.raises(ValueError, match="'auto', 'local' or host:port, got 'nowhere'"):
-        calibrate(shield, boat(), ray="nowhere", **REQUEST)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConnectionError, match="no Ray cluster answers at ray='auto'"):
+        calibrate(shield, boat(), ray="auto", **REQUEST)
+    for wrong in ("nowhere", ""):
+        with pytest.raises(ValueError, match=f"'auto', 'local' or host:port, got '{wrong}'"):
+            calibrate(shield, boat(), ray=wrong, **REQUEST)
     shield.save(tmp_path / "a.safetensors")
     command = ["calibrate", tmp_path / "a.safetensors", BOAT, tmp_path / "b.safetensors"]
     result = CliRunner().invoke(app, [*map(str, command), "--ray", "127.0.0.1:1"])

@@ -116,7 +116,10 @@ class Trials:
     def __post_init__(self) -> None:
         self.names = policy_names(self.policy, self.policy_name)
         self._native = (
-            not (self.workers or self.ray) and self.num_envs is None and runs_natively(self.env)
+            self.workers == 0
+            and self.ray is None
+            and self.num_envs is None
+            and runs_natively(self.env)
         )
         # Copies of an environment without a vectorised form are made once: that may be slow.
         self._envs: Env | VectorEnv = self.env if self._native else self._copies()
@@ -125,7 +128,7 @@ class Trials:
         self._bar: tqdm[None] = tqdm(disable=not self.progress_bar, unit="episode")
 
     def _copies(self) -> VectorEnv:
-        if not (self.workers or self.ray):
+        if self.workers == 0 and self.ray is None:
             return copies(self.env, self.num_envs, most=None, freeze=True)
         from safeshield.rollouts.workers import WorkerVectorEnv
 

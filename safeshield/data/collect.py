@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,6 +123,14 @@ def log_of(
             for rows in (slice(None, -1), slice(1, None))
         )
         source = in_own_steps(parts, now, after)
+        if not source.available:
+            warnings.warn(
+                f"the constraints {[part.name for part in parts if not part.available]} are not "
+                "registered, so the log does not name its constraint and the units of its labels; "
+                "register their functions (register_constraint) before collecting, or label the "
+                "finished log by with_constraint",
+                stacklevel=2,
+            )
         for key, each in (("constraints", now), ("next_constraints", after)):
             arrays[key] = source.largest(np.stack(each, axis=1))
     if not labelled[0]:

@@ -432,8 +432,9 @@ class OfflineDataset:
     ) -> OfflineDataset:
         """Return the same log with continuous labels, computed from the observations.
 
-        The log stores the name of the source. Agents and shields that are trained on the log use
-        the same function in place of a network that estimates h.
+        The log stores the name of the source, not the function. Agents and shields that are trained
+        on the log look up the function under this name in place of a network that estimates h, so
+        register it (`register_constraint`), also for this process.
 
         Several constraints become one, h(s) = max_k h_k(s) / sigma_k, where sigma_k is the root
         mean square of h_k(s') - h_k(s) over the steps of this log (`SeveralConstraints`). The sign

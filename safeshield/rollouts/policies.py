@@ -336,11 +336,20 @@ class HandOver:
             start_wave(policy, num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
-        """Return the actions (n, ...) of the policy that acts in each of n environments."""
+        """Return the actions (n, ...) of the policy that acts in each of n environments.
+
+        Raises:
+            ValueError: The second policy returns actions of another shape than the first.
+        """
         count = batch_length(observations)
         if len(self._over) != count:
             self._over = np.zeros(count, dtype=np.bool_)
         self._over |= rng.random(count) < self._rate
         first, second = (np.asarray(policy(observations, rng)) for policy in self._policies)
+        if second.shape != first.shape:
+            raise ValueError(
+                f"backup must return one action for each of {count} observations, shape "
+                f"{first.shape}, got {second.shape}"
+            )
         over = self._over.reshape(-1, *[1] * (first.ndim - 1))
         return np.where(over, second, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -35,8 +36,10 @@ class Cluster:
     def __init__(self, address: str) -> None:
         self._ray = _package()
         self._own = not self._ray.is_initialized()
+        if not address:
+            raise ValueError("ray must be 'auto', 'local' or host:port, got ''")
         if self._own:
-            if address not in ("auto", "local"):
+            if address != "local":
                 _check_answers(address)
             try:
                 self._ray.init(address=address)
@@ -101,17 +104,19 @@ class _Actor(Worker):
 
 
 def _check_answers(address: str) -> None:
-    """Raise ConnectionError unless a Ray cluster answers at host:port.
+    """Raise ConnectionError unless a Ray cluster answers at host:port, or at "auto".
 
     `ray.init` would wait for minutes and then end this process.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"ray must be 'auto', 'local' or host:port, got '{address}'")
+    told = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
+    host, _, port = told.removeprefix("ray://").rpartition(":")
+    if told != "auto" and not (host and port.isdigit()):
+        raise ValueError(f"ray must be 'auto', 'local' or host:port, got '{told}'")
     try:
-        socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
-        if not address.startswith("ray://"):
-            command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+        if told != "auto":
+            socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
+        if not told.startswith("ray://"):
+            command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", told]
             subprocess.run(command, timeout=_SECONDS_TO_TELL, check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError, OverflowError) as error:
         raise _no_answer(address, str(error)) from error

@@ -651,7 +651,7 @@ class ShieldRuntime:
                 "numbers, into which the vector environment has rounded the reports: return "
                 "float(h)"
             )
-        each = np.array([[float(h) for h in told] for told in read])
+        each = np.array([[_number(h) for h in told] for told in read])
         return each if len(names) > 1 else each[:, 0]
 
     def _binding(self, states: StateValue, readable: Flags) -> Array:
