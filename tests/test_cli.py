@@ -283,8 +283,9 @@ def test_the_quick_demo_runs_every_stage(tmp_path: Path) -> None:
         table["evaluations"][0]["start_share"]
     }
     assert table["promise"] in result.stdout
-    assert "SafeFQL" in run("inspect", folder / "agent.safetensors")
-    assert "calibrated" in run("inspect", folder / "boat.safetensors")
+    told = run("inspect", folder / "boat.safetensors")
+    assert "calibrated" in told
+    assert "ShieldTrainer" in told
     run("inspect", folder / "boat.hdf5")
 
 
