@@ -526,8 +526,9 @@ def test_a_vector_of_shielded_environments_keeps_the_name(shield: Shield) -> Non
 def test_a_source_that_takes_reports_needs_each_by_name(
     shield: Shield, source: SeveralConstraints, kind: str, report: str
 ) -> None:
-    if report == "integers" and kind in ("single", "sb3"):
-        pytest.skip("only the columns of a vector environment round reports")
+    rounds = kind not in ("single", "sb3") and not gym.__version__.startswith("0.")
+    if report == "integers" and not rounds:
+        pytest.skip("only the columns of Gymnasium 1 and later round the numbers of a mapping")
     unknown = nobodys(source)
     told: Any = {
         "number": -1.0,
