@@ -18,7 +18,7 @@ best of some blocks, in CPU time of the process, which other work on the machine
 processes of the same code may differ as long as they run, because their memory lies elsewhere, so
 both are started anew every few rounds. Each row shows the median over the rounds of AFTER / BEFORE,
 with a 95% interval of that median by bootstrap over pairs of processes and over the rounds within
-each pair. A row whose interval lies entirely above 1.03 is flagged.
+each pair. A row whose interval lies entirely above the limit (1.03, or `--limit`) is flagged.
 
 **import** times `from safeshield import Shield, SafetyShield`, reading a shield's file and one
 filtered step in a fresh process, without the time to import numpy and gymnasium.
@@ -33,6 +33,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -90,11 +91,13 @@ class Row:
     high: float
     """Upper end of the ratio's 95% interval: the 97.5% quantile of the bootstrap."""
     rounds: int
+    limit: float = SLOWER
+    """Ratio above which the row counts as slower."""
 
     @property
     def slower(self) -> bool:
-        """Whether the interval lies entirely above `SLOWER`."""
-        return self.low > SLOWER
+        """Whether the interval lies entirely above the limit."""
+        return self.low > self.limit
 
 
 def row_of(name: str, before: Sequence[float], after: Sequence[float], pair: int = 1) -> Row:
@@ -226,9 +229,9 @@ def equality(
 
 
 def speed(
-    installed: Sequence[Path], shared: Path, rounds: int, quick: bool, part: str
+    installed: Sequence[Path], shared: Path, rounds: int, quick: bool, pattern: str
 ) -> list[Row]:
-    """Time all rows whose names contain `part`, in both checkouts alternately."""
+    """Time all rows in whose names `pattern` is found, in both checkouts alternately."""
     times: dict[str, tuple[list[float], list[float]]] = {}
     start = time.perf_counter()
     for first in range(0, rounds, _PAIR):
@@ -237,7 +240,7 @@ def speed(
         if names[0] != names[1]:
             raise SystemExit(f"the two do not time the same rows: {names}")
         for turn in range(_PAIR + 1):
-            for name in (name for name in names[0] if part in name):
+            for name in (name for name in names[0] if re.search(pattern, name)):
                 for i in (0, 1) if turn % 2 else (1, 0):
                     seconds = workers[i].ask("time", name)
                     if turn:  # The first round is a warm-up.
@@ -310,7 +313,12 @@ def main() -> None:
         help="of speed (up to a multiple of 5) and import; by default 30, quick 5",
     )
     parser.add_argument("--states", type=int, help="of equality; by default 10,000, quick 400")
-    parser.add_argument("--rows", default="", help="time only rows whose names contain this")
+    parser.add_argument(
+        "--rows", default="", help="time only rows in whose names this regular expression is found"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=SLOWER, help="largest ratio of a row that is not flagged"
+    )
     parser.add_argument("--quick", action="store_true", help="less of all, to see that it runs")
     args = parser.parse_args()
     rounds = args.rounds or (5 if args.quick else 30)
@@ -346,6 +354,7 @@ def main() -> None:
             results["loaded"] = dict(zip(("before", "after"), loaded, strict=True))
             report += [f"Loaded {k}: {', '.join(v)}" for k, v in results["loaded"].items()]
         if rows:
+            rows = [replace(row, limit=args.limit) for row in rows]
             flagged = [row.name for row in rows if row.slower]
             results["rows"] = [asdict(row) for row in rows]
             results["slower"] = flagged
