@@ -8,8 +8,8 @@
 
 The figures are medians of several runs. The reference is measured in the same run. For the filter
 it is one NumPy forward pass of a (256, 256) network; for training it is the product
-of a batch and a hidden layer. `filter` and `vector` tell the CPU time of the process, which other
-processes on the machine disturb least. `latency` tells wall time as well, which needs a machine
+of a batch and a hidden layer. `filter` and `vector` report the CPU time of the process, which other
+processes on the machine disturb least. `latency` reports wall time as well, which needs a machine
 without other work. Set OMP_NUM_THREADS=1.
 """
 
@@ -74,7 +74,7 @@ def boat_shield(updates: int) -> Shield:
 
 
 class Still(gym.Env):
-    """An environment that does nothing, so that a step of it costs nothing."""
+    """An environment that returns the same state in every step, which takes almost no time."""
 
     observation_space = gym.spaces.Box(np.float32([-3, -2]), np.float32([2, 2]))
     action_space = gym.spaces.Box(-1.0, 1.0, (2,))

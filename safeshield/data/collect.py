@@ -70,10 +70,11 @@ def collect(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
     )
     log = log_of(runs, space, action_space, label_magnitude=label_magnitude)
-    # A function takes whole observations.
-    source = None if observation_keys is not None else log.constraint_source
-    if observation_keys is None and log.constraint_kind != "binary":
-        source = source or constraint_source(env)
+    source = log.constraint_source
+    if source is None and log.constraint_kind != "binary":
+        source = constraint_source(env)
+    if observation_keys is not None:
+        source = None  # The function takes whole observations.
     return dataclasses.replace(log, constraint_source=source)
 
 

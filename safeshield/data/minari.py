@@ -271,8 +271,8 @@ def _infos(infos: Mapping[str, Any] | None, steps: int, where: str) -> dict[str,
     """Return the infos that a log uses, each (steps + 1, ...): at reset and after each step."""
     known = {}
     if infos is not None and isinstance(infos.get(CONSTRAINT), Mapping):
-        # The units of several constraints come from all episodes; here a state has a cost
-        # where one of them is violated.
+        # The units of several constraints can be computed only from all episodes together. Here a
+        # state has the cost 1 if at least one of them is violated.
         named = infos[CONSTRAINT]
         violated = np.any([~(np.asarray(h, np.float64) <= 0) for h in named.values()], axis=0)
         rest = {key: infos[key] for key in infos if key != CONSTRAINT}

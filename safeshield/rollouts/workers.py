@@ -228,7 +228,7 @@ class Environments:
     """The environments of one worker, which answer requests there.
 
     Args:
-        spec: Spec of the environments, packed by cloudpickle.
+        spec: Gymnasium's `EnvSpec` of the environments, pickled by cloudpickle.
         count: Number of environments.
         modules: Modules to import first, because they register environments.
     """

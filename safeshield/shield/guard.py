@@ -454,8 +454,9 @@ class ShieldRuntime:
         if self._names is None:
             return np.asarray(self.shield.value(observations, constraint=h)), None
         rows, _ = self.shield.observation_rows(observations)
-        binding = self._binding(self.shield.states(rows, h), self.shield.readable(rows))
-        return self.shield.row_values(rows, constraint=h), binding
+        states = self.shield.states(rows, h)
+        binding = self._binding(states, self.shield.readable(rows))
+        return self.shield.state_values(states, rows), binding
 
     def filter(self, actions: npt.ArrayLike) -> Decision:
         """Decide which actions the environments execute in the states observed.

@@ -343,12 +343,20 @@ class Shield:
                 source computes it.
         """
         states = self.states(rows, constraint)
-        known = self.known(states, rows)
         if actions is None:
-            return _where_known(known, states.value)
-        known = known & self.model.action_codec.contains(actions)
+            return self.state_values(states, rows)
+        known = self.known(states, rows) & self.model.action_codec.contains(actions)
         values = self.model.action_values(states, np.where(known[:, None], actions, self._low))
         return _where_known(known, values)
+
+    def state_values(self, states: StateValue, rows: Observations) -> Scalars:
+        """Return V_h (n,) of observations, infinity where they are not readable or h is not known.
+
+        Args:
+            states: Result of `states` for the same rows.
+            rows: (n, obs) the raw observations.
+        """
+        return _where_known(self.known(states, rows), states.value)
 
     def readable(self, rows: Observations) -> Flags:
         """Return whether observations are readable, (n,).

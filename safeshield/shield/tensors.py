@@ -782,7 +782,8 @@ def _check(shield: Shield, constraint_fn: TensorConstraint | None, budget: int |
         raise TypeError(f"budget must be a whole number of rows or None, got {budget!r}")
     if budget < 1:
         raise ValueError(
-            f"budget must be at least 1 row, got {budget}; CommittedFallback needs no search at all"
+            f"budget must be at least 1 row, got {budget}; a shield that replaces actions by "
+            "CommittedFallback searches in no row"
         )
     if judge is not None:
         raise TypeError(

@@ -120,7 +120,7 @@ def _unseen_share(
         scaling: Scaling of observations and actions.
         logged: (N, act) the log's actions, in [-1, 1].
         asked: (N, act) actions to look for.
-        seed: Seed of the drawn rows.
+        seed: Seed with which rows of the log are sampled.
     """
     rows = np.random.default_rng(seed).permutation(len(observations))
     queries, others = rows[: min(_QUERIES, len(rows) // 2)], rows[_QUERIES : _QUERIES + POOL]

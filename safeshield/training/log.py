@@ -37,7 +37,7 @@ class ScaledRows:
     """Rows of a log that are normalised when they are read, so that no copy of the log is made.
 
     Attributes:
-        raw: (N, width) rows in the units of the log.
+        raw: (N, width) rows of the log that are not normalised.
         scale: Function from rows (n, width) to the network inputs (n, features).
     """
 
