@@ -140,8 +140,13 @@ def trained(task: str, method: str, seed: int, data: Path, folder: Path = FOLDER
 
 
 def read_log(data: Path, task: str) -> OfflineDataset:
-    """Read a task's log, with continuous labels where h follows from its observations."""
-    return label(OfflineDataset.load(data / f"{task}.hdf5"), task)
+    """Read a task's log, with continuous labels where h follows from its observations.
+
+    AntVelocity's mean speed across is known only approximately, so that its computed labels are
+    corrected by the logged costs more often than those of the other tasks (in 0.14% of the states
+    of the log of benchmarks/logs.py, which are 7% of its violations).
+    """
+    return label(OfflineDataset.load(data / f"{task}.hdf5"), task, max_disagreement=0.1)
 
 
 def shield_of(task: str, seed: int, data: Path) -> Shield:
