@@ -174,6 +174,12 @@ def without_last_end() -> dict[str, Any]:
         (bad("constraints", 6, 7.0), r"index 5 \(episode 2\)"),
         (without_last_end(), r"last step must end.*index 7 \(episode 2\)"),
         (arrays() | {"rewards": np.zeros((8, 1))}, r"rewards must have shape \(N,\)"),
+        (
+            arrays()
+            | {"costs": None}
+            | {name: np.full((8, 1), -0.5) for name in ("constraints", "next_constraints")},
+            r"next_constraints must have shape \(N,\)",
+        ),
         (arrays() | {"costs": np.zeros(7)}, "same first axis N"),
         (arrays() | {"next_observations": np.zeros((8, 3))}, "wide as observation_space"),
         (arrays() | {"terminated": np.full(8, 0.5)}, "terminated must hold booleans"),
@@ -239,7 +245,7 @@ def test_rows_that_do_not_follow_each_other_are_told() -> None:
     fields = arrays()
     fields["next_observations"] = fields["next_observations"].copy()
     fields["next_observations"][5] += 0.1
-    message = r"differs .* in 1 of 5 rows .* first is row 5 \(episode 2\)"
+    message = r"differs .* in 1 of 5 rows .* by up to 0\.1; the first is row 5 \(episode 2\)"
     with pytest.warns(UserWarning, match=message):
         OfflineDataset.from_arrays(**fields)
 

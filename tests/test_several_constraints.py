@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import warnings
@@ -519,6 +520,20 @@ def test_a_vector_of_shielded_environments_keeps_the_name(shield: Shield) -> Non
             for k in find_constraint(str(shield.constraint)).binding(each_of(run.next_observations))  # type: ignore[attr-defined]
         ]
         assert run.info["shield/binding"].tolist() == expected
+
+
+def test_a_constraint_that_is_reported_beside_a_registered_one_is_told_what_to_do(
+    shield: Shield, source: SeveralConstraints
+) -> None:
+    gap = dataclasses.replace(source.parts[0], name="nobody-gap@1", function=None)
+    mixed = SeveralConstraints([(gap, 1.0), (source.parts[1], 1.0)])
+    env, _ = wrapped(
+        "single", shield.with_constraint(mixed.name), report=lambda at: {"nobody-gap@1": -1.0}
+    )
+    known = source.parts[1].name
+    message = rf"holds \['{known}'\].* or register the function .* as 'nobody-gap@1'$"
+    with pytest.raises(ValueError, match=message):
+        list(started("single", env))
 
 
 @pytest.mark.parametrize("kind", KINDS)

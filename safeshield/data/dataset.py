@@ -214,7 +214,12 @@ class OfflineDataset:
                 raise ValueError(
                     "costs are missing: give costs, or constraints and next_constraints"
                 )
-            costs = (as_field("next_constraints", next_constraints) > 0).astype(np.float32)
+            labels = as_field("next_constraints", next_constraints)
+            if labels.ndim != 1:
+                raise ValueError(
+                    f"next_constraints must have shape (N,), got {labels.shape}; reshape it"
+                )
+            costs = (labels > 0).astype(np.float32)
         if observation_space is None:
             observation_space = _box(np.inf, observations, "observations")
         if action_space is None:

@@ -158,9 +158,11 @@ def check_successors(
         return
     starts = starts_of(terminated, truncated)
     at = int(differs.argmax())
+    rows = np.flatnonzero(differs)
+    most = float(np.abs(next_observations[rows] - observations[rows + 1]).max())
     clause = (
         f"next_observations[t] differs from observations[t+1] in {count} of {inside} rows inside "
-        f"episodes; the first is row {at} (episode {_episode(at, starts)})"
+        f"episodes, by up to {most:.3g}; the first is row {at} (episode {_episode(at, starts)})"
     )
     episodes = np.cumsum(ends, dtype=np.int32)
     episodes -= ends

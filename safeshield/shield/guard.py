@@ -641,10 +641,12 @@ class ShieldRuntime:
             what = "info['constraint']"
             if len(names) > 1:
                 what += f", a mapping that holds {missing},"
+            unknown = [part.name for part in source.parts if not part.available]
             raise ValueError(
                 f"the shield needs the constraint '{source.name}' of each state, but the "
                 f"environment does not report {what} for it: report it at reset and at every step, "
-                f"or register the function of the observation as {missing[0]!r}"
+                f"or register the function of the observation as "
+                f"{' and '.join(map(repr, unknown))}"
             )
         if self.num_envs is not None and any(isinstance(h, np.integer) for h in chain(*read)):
             raise ValueError(
