@@ -5,6 +5,7 @@
     python benchmarks/speed.py vector       # VectorSafetyShield, per environment, 1 to 4,096
     python benchmarks/speed.py tensors      # the shield on tensors beside it, 4,096 envs
     python benchmarks/speed.py train        # updates of SafeFQL, one and two threads
+    python benchmarks/speed.py jax          # ... beside FQL in JAX (pip install jax optax)
 
 The figures are medians of several runs. The reference is measured in the same run. For the filter
 it is one NumPy forward pass of a (256, 256) network; for training it is the product
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -364,10 +366,38 @@ def _train_phases(nets: tuple[int, ...], size: int) -> None:
         )
 
 
+def jax_updates() -> None:
+    """Time an update of FQL in JAX beside the phases of SafeFQL, 256 x 256 networks, batch 256.
+
+    JAX uses all cores that the process may use, so run it under ``taskset -c 0`` for one thread.
+    """
+    from jax_reference import products_of, update_of
+
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    hidden, size = (256, 256), 256
+    update, needed = update_of(hidden, size, 17, 6), products_of(hidden, 17, 6)
+    a, b, out = torch.randn(size, 256), torch.randn(256, 256), torch.empty(size, 256)
+    for _ in range(2):
+        ratios, times = [], []
+        for _ in range(REPEATS):
+            product = seconds(lambda: torch.mm(a, b, out=out), 300)
+            times.append(seconds(update, 20))
+            ratios.append(times[-1] / product)
+        taken = float(np.median(ratios))
+        print(
+            f"FQL in JAX   {1 / np.median(times):6.1f} updates/s, needs {needed:5.1f} products, "
+            f"takes {taken:6.1f}: {taken / needed:.2f} times, {needed / taken:.0%} of the limit, "
+            f"{threads} threads",
+            flush=True,
+        )
+        _train_phases(hidden, size)
+
+
 def main() -> None:
     """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["filter", "latency", "vector", "tensors", "train"])
+    parser.add_argument("what", choices=["filter", "latency", "vector", "tensors", "train", "jax"])
     parser.add_argument("--steps", type=int, default=1_000_000, help="of latency")
     arguments = parser.parse_args()
     print(machine())
@@ -377,6 +407,7 @@ def main() -> None:
         "vector": vector_step,
         "tensors": tensor_step,
         "train": train_updates,
+        "jax": jax_updates,
     }
     measured[arguments.what]()
 
