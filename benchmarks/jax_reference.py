@@ -1,4 +1,4 @@
-"""One update of flow Q-learning in JAX, compiled as a whole, as a reference for the speed of training.
+"""One update of flow Q-learning in JAX, compiled as a whole, as a reference for speed.
 
 The update is that of FQL (Park, Li and Levine, "Flow Q-learning", 2025), with the settings of its
 paper apart from the sizes: two critics with layer normalisation and GELU, a flow that clones the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ Batch = dict[str, jax.Array]
 
 def _init(key: jax.Array, sizes: tuple[int, ...], normalised: bool) -> Params:
     layers = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in pairwise(sizes):
         key, draw = jax.random.split(key)
         bound = (3.0 / fan_in) ** 0.5
         layer = {
