@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_metrics_are_copied_from_the_device_only_where_they_are_read() -> None:
     options = FitOptions(20, log_every=10, callbacks=[Reads()])
     _, done = run_phases(
         [phase], nothing, torch.Generator(), options, run_identity("x", TINY, log, 20), 9, 1,
-        lambda _: pytest.fail("no callback asked for the agent"),
+        lambda *_: pytest.fail("no callback asked for the agent"),
     )  # fmt: skip
     assert (done, copied) == (20, [7, 10, 20])
 
@@ -371,3 +372,25 @@ def test_the_best_of_unknown_evaluations_is_refused(
     curve = Evaluate(env, every=3, episodes=1, best=tmp_path / "best.safetensors")
     with pytest.raises(ValueError, match=r"resumes at update 6 .* pass the path"):
         clone().fit(log, 12, checkpoint=tmp_path / "c", callbacks=[curve])
+
+
+def test_the_page_on_callbacks_runs_as_it_stands(
+    log: OfflineDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer updates and episodes."""
+    page = Path(__file__).parents[1] / "docs" / "algorithms.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    stop, curve = (block for block in blocks if "Callback" in block or "Evaluate" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"agent": clone(), "log": log}
+    exec(curve.replace("0_000", "").replace("episodes=20", "episodes=1"), names)
+    assert [point.step for point in read_curve("curve.csv")] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    exec(stop.replace("500", "2"), names)
+
+    class StopWhenFlat(names["StopWhenFlat"]):  # type: ignore[misc]
+        def on_step(self, step: TrainingStep) -> bool:
+            value = dataclasses.replace(step)
+            value.__dict__["metrics"] = {"actor/error": 1.0}
+            return bool(super().on_step(value))
+
+    assert clone().fit(log, 10, callbacks=[StopWhenFlat()]).updates == 4

@@ -334,9 +334,15 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         name = type(self).__name__
         identity = run_identity(name, self.config, dataset, options.steps, self._before)
+
+        def present(state: TrainState, done: int) -> Learner[Any, Any]:
+            made = agent(state)
+            made.updates, made.chosen = done, None
+            return made
+
         state, self.updates = run_phases(
             phases, initial(generator), generator, options, identity, transitions, noise_features,
-            agent,
+            present,
         )  # fmt: skip
         self.chosen = None
         return state

@@ -115,7 +115,7 @@ def run_phases(
     identity: RunIdentity,
     transitions: int,
     noise_features: int,
-    agent: Callable[[TrainState], Learner[Any, Any]],
+    agent: Callable[[TrainState, int], Learner[Any, Any]],
 ) -> tuple[TrainState, int]:
     """Run all phases from the checkpoint on; return the state and the number of updates made.
 
@@ -130,7 +130,8 @@ def run_phases(
         identity: Identity of the run. A checkpoint of another run is rejected.
         transitions: Number N of rows of the log.
         noise_features: Width of the noise that an update draws for each transition.
-        agent: Function from a state to an agent with its weights, for callbacks.
+        agent: Function from a state and the number of updates made to an agent with its weights,
+            for callbacks.
     """
     keep_freed_memory()
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
@@ -214,7 +215,7 @@ class _Progress:
         draw: Draw | None,
         metrics: Metrics,
         done: int,
-        agent: Callable[[TrainState], Learner[Any, Any]],
+        agent: Callable[[TrainState, int], Learner[Any, Any]],
     ) -> TrainingStep:
         """Return the record of an update, whose numbers are copied from the device when read.
 
@@ -226,7 +227,7 @@ class _Progress:
             return {key: float(value) for key, value in {**metrics, **further}.items()}
 
         return TrainingStep(
-            phase.name, done, self._steps, measure, lambda: agent(state), self._write
+            phase.name, done, self._steps, measure, lambda: agent(state, done), self._write
         )
 
     def tell(self, step: TrainingStep) -> None:
