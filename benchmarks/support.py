@@ -96,7 +96,7 @@ def trained(seed: int, weight: float | None) -> Shield:
             seed=seed, phase_shares=(0.55, 0.3, 0.15), support_weight=weight, support_held_out=0.2
         )
         # With the support in the backup, the trainer holds out episodes itself.
-        log = train if weight is None else OfflineDataset.concatenate([train, held_out])
+        log = train if weight is None else OfflineDataset.concat([train, held_out])
         shield = ShieldTrainer(config, device="cpu").fit(log, steps=STEPS).shield()
         RESULTS.mkdir(parents=True, exist_ok=True)
         shield.save(path)

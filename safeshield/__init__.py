@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from safeshield.calibration.walk import CalibrationError
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.evaluation.curves import Evaluate
     from safeshield.online import SafeSupportQLearning, SSQLConfig
     from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
     from safeshield.rollouts.policies import HandOver
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
     from safeshield.shield.tensors import TorchShield
+    from safeshield.training.callbacks import TrainingCallback
     from safeshield.values.constraint import register_constraint
     from safeshield.wrappers import SafetyShield
 
@@ -43,6 +45,7 @@ _HOMES = {
     "AdaptiveThreshold": "safeshield.shield.adaptive",
     "CalibrationError": "safeshield.calibration.walk",
     "CalibrationRecord": "safeshield.shield.record",
+    "Evaluate": "safeshield.evaluation.curves",
     "FilterReport": "safeshield.shield.report",
     "HandOver": "safeshield.rollouts.policies",
     "OfflineDataset": "safeshield.data.dataset",
@@ -57,6 +60,7 @@ _HOMES = {
     "ShieldedPolicy": "safeshield.policies",
     "Shield": "safeshield.shield.shield",
     "TorchShield": "safeshield.shield.tensors",
+    "TrainingCallback": "safeshield.training.callbacks",
     "UncalibratedShieldWarning": "safeshield.shield.shield",
     "collect": "safeshield.data.collect",
     "load_agent": "safeshield.algorithms.registry",
@@ -68,6 +72,7 @@ __all__ = [
     "AdaptiveThreshold",
     "CalibrationError",
     "CalibrationRecord",
+    "Evaluate",
     "FilterReport",
     "HandOver",
     "OfflineDataset",
@@ -82,6 +87,7 @@ __all__ = [
     "ShieldTrainer",
     "ShieldedPolicy",
     "TorchShield",
+    "TrainingCallback",
     "UncalibratedShieldWarning",
     "collect",
     "load_agent",

@@ -72,7 +72,7 @@ def carts() -> OfflineDataset:
         collect(envs, HandOver(careless, one, envs.single_action_space, 15.0), 300, seed)
         for seed, one in enumerate((brake, brake_late))
     ]
-    return OfflineDataset.concatenate(logs)
+    return OfflineDataset.concat(logs)
 
 
 def trained(log: OfflineDataset, backup: str) -> Shield:

@@ -665,9 +665,12 @@ def test_a_log_remembers_how_it_was_made(
     loaded = OfflineDataset.load(tmp_path / "log.hdf5")
     assert loaded.provenance == json.loads(json.dumps(log.provenance))
     assert log.episodes[0].provenance == log.split(0.5, 0)[1].provenance == log.provenance
-    assert OfflineDataset.concatenate([log, log]).provenance == log.provenance
+    assert OfflineDataset.concat([log, log]).provenance == log.provenance
     other = dataclasses.replace(log, provenance=None)
-    assert OfflineDataset.concatenate([log, other]).provenance is None
+    assert OfflineDataset.concat([other, other]).provenance is None
+    assert OfflineDataset.concat([log, other]).provenance == {
+        "parts": [{"transitions": len(log), **log.provenance}, {"transitions": len(log)}]
+    }
     other.save(tmp_path / "plain.npz")
     assert OfflineDataset.load(tmp_path / "plain.npz").provenance is None
 

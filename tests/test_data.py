@@ -16,12 +16,18 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safeshield.algorithms.r2pac.chunks import log_window
 from safeshield.data import OfflineDataset, binary_labels, label_reach
+from safeshield.data.card import card_of
 from safeshield.data.storage import DSRL_KEYS
+from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import check_same_space, space_from_json, space_to_json
+from safeshield.training.log import LogTensors
+from safeshield.values.backup import window_ends
 
 FIELDS = (
     "observations",
@@ -313,7 +319,7 @@ def test_episodes_share_memory_and_make_up_the_log() -> None:
     data = log()
     assert len(data.episodes) == data.num_episodes == 3
     assert all(np.shares_memory(e.observations, data.observations) for e in data.episodes)
-    assert_same(OfflineDataset.concatenate(data.episodes), data)
+    assert_same(OfflineDataset.concat(data.episodes), data)
     assert_same(data.episodes[-1], data.episodes[2])
     assert [len(e) for e in data.episodes[1:]] == [1, 4]
     with pytest.raises(IndexError, match="3 episodes"):
@@ -364,9 +370,54 @@ def test_concatenation_needs_the_same_task() -> None:
         ([], "at least one"),
         ([log(), wide], "action_space mismatch"),
         ([log(), binary], "constraint_kind"),
+        ([binary, binary.with_label_magnitude(3.0)], r"label of unsafe states, got \[3.0, 25.0\]"),
+        ([log(), dataclasses.replace(log(), constraint_source="x@1")], "constraint_source"),
     ):
         with pytest.raises(ValueError, match=message):
-            OfflineDataset.concatenate(parts)
+            OfflineDataset.concat(parts)
+    with pytest.raises(TypeError, match=r"must be an OfflineDataset, got str; read a file by"):
+        OfflineDataset.concat([log(), "log.hdf5"])  # type: ignore[list-item]
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.integers(1, 8))
+def test_no_window_crosses_from_one_log_into_the_next(lengths: list[int], steps: int) -> None:
+    """Windows of joined logs are the windows of the logs, one after the other."""
+    parts = [log((length, 2), seed=i) for i, length in enumerate(lengths)]
+    joined = OfflineDataset.concat(parts)
+    assert joined.episode_lengths.tolist() == [n for part in parts for n in part.episode_lengths]
+    assert_same(joined, OfflineDataset.concat(joined.episodes))
+    scaling = Scaling.of(joined)
+
+    def windows(one: OfflineDataset) -> tuple[torch.Tensor, ...]:
+        tensors = LogTensors.of(one, scaling, torch.device("cpu"))
+        rows = torch.arange(len(one))
+        end = window_ends(tensors.episode_last, rows, steps)
+        sums = log_window(tensors, rows, steps, tensors.rewards, 0.9)
+        return tensors.next_observations[end], *sums
+
+    for whole, each in zip(windows(joined), zip(*map(windows, parts), strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(each), rtol=0, atol=0)
+
+
+def test_a_joined_log_tells_how_each_part_was_made() -> None:
+    """What all parts share stays at the top, where a card looks for the environment."""
+    made = [
+        {"environment": "Boat-v0", "seed": 1, "policy": "random"},
+        {"environment": "Boat-v0", "seed": 2},
+    ]
+    one, other = (dataclasses.replace(log(), provenance=part) for part in made)
+    assert OfflineDataset.concat([one, one]).provenance == made[0]
+    joined = OfflineDataset.concat([one, other])
+    assert joined.provenance == {
+        "environment": "Boat-v0",
+        "parts": [
+            {"transitions": 8, "seed": 1, "policy": "random"},
+            {"transitions": 8, "seed": 2},
+        ],
+    }
+    assert card_of(joined).env_id == "Boat-v0"
+    assert card_of(joined).episodes == 6
+    assert card_of(joined).costs.mean == card_of(one).costs.mean
 
 
 def test_label_magnitude_can_be_changed() -> None:

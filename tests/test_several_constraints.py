@@ -184,7 +184,7 @@ def test_a_log_is_labelled_alike_by_reports_names_and_functions(log: OfflineData
     assert part.with_constraint(list(NAMES)).constraint_source != log.constraint_source
     same = part.with_constraint(str(log.constraint_source))
     assert same.constraint_source == log.constraint_source
-    OfflineDataset.concatenate([same, log])
+    OfflineDataset.concat([same, log])
     # One constraint keeps its own units and its name.
     one = log.with_constraint([SPEED, GAP]).with_constraint
     with pytest.raises(ValueError, match=rf"'{SPEED}' contradicts the logged cost"):

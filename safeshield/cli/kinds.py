@@ -188,6 +188,8 @@ def _describe_agent(path: Path) -> dict[str, Any]:
         "algorithm": type(agent).__name__,
         "observation_space": str(agent.observation_space),
         "action_space": str(agent.action_space),
+        **({} if agent.updates is None else {"updates": agent.updates}),
+        **({} if agent.chosen is None else {"chosen": agent.chosen}),
         "config": dataclasses.asdict(agent.config),
         **agent.diagnostics(),
     }

@@ -119,7 +119,7 @@ def collect_while_learning(
             for part in _selected(learner_folder(folder, number), progress, indices)
         ]
         provenance = _provenance(folder, plan, done, kept, thinning)
-    return dataclasses.replace(OfflineDataset.concatenate(parts), provenance=provenance)
+    return dataclasses.replace(OfflineDataset.concat(parts), provenance=provenance)
 
 
 def config_for(env: Env) -> LearnerConfig:

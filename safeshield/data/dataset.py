@@ -605,22 +605,38 @@ class OfflineDataset:
         return self.select(np.sort(order[:count])), self.select(np.sort(order[count:]))
 
     @classmethod
-    def concatenate(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
+    def concat(cls, datasets: Iterable[OfflineDataset]) -> OfflineDataset:
         """Return several logs of one task joined to one log.
 
-        That the logs are of the same task is not checked, only that their spaces, their kinds of
-        labels and their sources of h agree. The result keeps the provenance where it is the same in
-        every log; otherwise its provenance is None.
+        Episodes stay whole and in their order, so that no window of steps crosses from one log into
+        the next. The provenance is that of the logs where it is the same in all of them. Otherwise
+        it has the entries on which all logs agree, and a list "parts" with the number of
+        transitions and the other entries of each log. It is None where no log has one.
 
         Args:
             datasets: The logs, in the order in which their episodes follow each other.
 
         Raises:
-            ValueError: There are no logs, or their spaces or kinds of labels differ.
+            TypeError: One of them is not a log.
+            ValueError: There are no logs; or their spaces, kinds of labels, magnitudes of binary
+                labels or sources of h differ. The message names the first difference.
+
+        >>> data = OfflineDataset.from_arrays(
+        ...     observations=[[0.0]], actions=[[0.5]], rewards=[1.0], next_observations=[[1.0]],
+        ...     terminated=[True], truncated=[False], costs=[0],
+        ... )
+        >>> OfflineDataset.concat([data, data])
+        OfflineDataset(2 transitions, 2 episodes, obs 1, act 1, binary constraints)
         """
         parts = list(datasets)
         if not parts:
             raise ValueError("datasets must hold at least one dataset, got none")
+        for part in parts:
+            if not isinstance(part, OfflineDataset):
+                raise TypeError(
+                    f"each of datasets must be an OfflineDataset, got {type(part).__name__}; "
+                    "read a file by OfflineDataset.load(path)"
+                )
         first = parts[0]
         for part in parts[1:]:
             check_same_space(first.observation_space, part.observation_space, "observation_space")
@@ -636,11 +652,25 @@ class OfflineDataset:
                     f"{first.constraint_source!r} and {part.constraint_source!r}; label them "
                     "alike by with_constraint()"
                 )
+        if first.constraint_kind == "binary":
+            labels = {size for part in parts for size in part._unsafe_labels()}
+            if len(labels) > 1:
+                raise ValueError(
+                    f"datasets must have the same label of unsafe states, got {sorted(labels)}; "
+                    "label them alike by with_label_magnitude()"
+                )
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS
         }
-        shared = all(part.provenance == first.provenance for part in parts)
-        return dataclasses.replace(first, **joined, provenance=first.provenance if shared else None)
+        return dataclasses.replace(first, **joined, provenance=_joint_provenance(parts))
+
+    concatenate = concat
+    """The earlier name of `concat`."""
+
+    def _unsafe_labels(self) -> list[float]:
+        """Return the labels above 0 that occur; a log with binary labels has at most one."""
+        present = np.unique(np.append(self.constraints, self.next_constraints))
+        return [float(label) for label in present if label > 0]
 
     def summary(self) -> str:
         """Return a few lines of text: sizes, returns, costs, labels and how episodes end."""
@@ -674,6 +704,24 @@ class OfflineDataset:
                 part, field.name, _frozen(value[rows]) if field.name in _FIELDS else value
             )
         return part
+
+
+def _joint_provenance(parts: Sequence[OfflineDataset]) -> Mapping[str, Any] | None:
+    """Return the provenance of logs that are joined, as `OfflineDataset.concat` describes it."""
+    first = parts[0].provenance
+    if all(part.provenance == first for part in parts):
+        return first
+    known = [part.provenance or {} for part in parts]
+    shared = {
+        name: value
+        for name, value in known[0].items()
+        if all(name in one and one[name] == value for one in known)
+    }
+    apart = [
+        {"transitions": len(part), **{name: one[name] for name in one if name not in shared}}
+        for part, one in zip(parts, known, strict=True)
+    ]
+    return {**shared, "parts": apart}
 
 
 class Episodes(Sequence[OfflineDataset]):

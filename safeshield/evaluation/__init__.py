@@ -19,6 +19,7 @@ from safeshield.evaluation.across_tasks import (
     interquartile_mean,
     stratified_interval,
 )
+from safeshield.evaluation.curves import CurvePoint, Evaluate, read_curve, write_curve
 from safeshield.evaluation.episodes import Evaluation, UnshieldedAdversary, evaluate
 from safeshield.evaluation.field import EPISODES, SEEDS, field_score, play
 from safeshield.evaluation.scores import (
@@ -35,6 +36,8 @@ __all__ = [
     "EPISODES",
     "SEEDS",
     "Aggregate",
+    "CurvePoint",
+    "Evaluate",
     "Evaluation",
     "FieldScore",
     "ReferenceReturns",
@@ -49,5 +52,7 @@ __all__ = [
     "interquartile_mean",
     "normalised_cost",
     "play",
+    "read_curve",
     "stratified_interval",
+    "write_curve",
 ]

@@ -139,8 +139,8 @@ class SoftAgent(OnlineLearner):
 
     def _acts_induced(self) -> bool:
         wanted = self.config.policy
-        # A callback of the first `learn` may call this before stage two has trained the network.
-        early = self._in_loop and not self._extracted
+        # A callback may call this before stage two has trained the network, or end the training.
+        early = not self._extracted and (self._in_loop or self.config.extraction_steps > 0)
         if (wanted != "parametric" or early) and self._behaviour is not None:
             return True
         if wanted == "induced":

@@ -137,7 +137,7 @@ class OnlineLearner(Learner[SSQLConfig, SSQLModel]):
         callbacks.on_training_start(
             {"self": self, "total_timesteps": end, "reset_num_timesteps": reset_num_timesteps}, {}
         )
-        self._in_loop = True
+        self._in_loop, self.updates, self.chosen = True, None, None
         try:
             with tqdm(total=end, initial=self.num_timesteps, disable=not progress_bar) as bar:
                 self._loop(collector, callbacks, end, log_interval, bar)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import gymnasium as gym
@@ -50,6 +51,7 @@ from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.architecture import Interface
+from safeshield.training.callbacks import TrainingCallback
 from safeshield.training.log import returns_to_go, scale_of_returns
 from safeshield.training.loop import FitOptions
 from safeshield.training.registry import register
@@ -256,6 +258,7 @@ class SafeSupportQLearning(SoftAgent):
         log_dir: str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 2000,
+        callbacks: Sequence[TrainingCallback] = (),
     ) -> Self:
         """Learn from a log that a behaviour has collected; return self.
 
@@ -269,9 +272,12 @@ class SafeSupportQLearning(SoftAgent):
             checkpoint: File that is updated during training. If it exists, training resumes from
                 it.
             checkpoint_every: Updates between two checkpoints.
+            callbacks: Objects whose methods are called during training, as in `OfflineAgent.fit`.
+                Until stage two is complete, the agent of a callback acts by the induced policy.
 
         Raises:
-            TypeError: `dataset` is not a log, or a number is not an integer.
+            TypeError: `dataset` is not a log, a number is not an integer, or a callback is not a
+                `TrainingCallback`.
             ValueError: The checkpoint is of another run, or the behaviour's actions do not fit.
             FloatingPointError: A loss or a weight became NaN; the message names the phase.
         """
@@ -279,7 +285,7 @@ class SafeSupportQLearning(SoftAgent):
             raise TypeError(f"dataset must be an OfflineDataset, got {type(dataset).__name__}")
         options = FitOptions(
             steps, 1, progress_bar=progress_bar, log_dir=log_dir, checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
+            checkpoint_every=checkpoint_every, callbacks=callbacks,
         )  # fmt: skip
         check_playable(dataset.action_space)
         ends = dataset.terminated | dataset.truncated
@@ -298,19 +304,28 @@ class SafeSupportQLearning(SoftAgent):
         replay = replay_of_log(dataset, mu, self.config.samples, self._noise)
         updates = SSQLUpdates(model, replay, self.config)
         critics = updates.critics(options.steps)
+
+        def present(state: TrainState) -> SafeSupportQLearning:
+            agent = self._changed()
+            agent._model, agent._state, agent._extracted = model, state, False
+            return agent
+
+        phases = [
+            Phase("critics", options.steps, critics, self.config.batch_size),
+            *second_stage(updates, mu, cloned=self._cloned),
+        ]
         self._state = self._train(
-            [
-                Phase("critics", options.steps, critics, self.config.batch_size),
-                *second_stage(updates, mu, cloned=self._cloned),
-            ],
+            phases,
             lambda generator: model.initial(generator, clone),
             dataset,
             options,
             len(replay),
             model.noise_features,
+            present,
         )
         self._model, self._replay = model, replay
-        self._extracted = self.config.extraction_steps > 0
+        complete = self.updates == sum(phase.steps for phase in phases)
+        self._extracted = complete and self.config.extraction_steps > 0
         return self
 
     # -- stage two --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import copy
 import dataclasses
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import gymnasium as gym
@@ -37,6 +37,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.training.architecture import Architecture, Interface, interface_of
+from safeshield.training.callbacks import TrainingCallback
 from safeshield.training.checkpoint import flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, device_of, run_phases
@@ -45,6 +46,8 @@ from safeshield.training.state import Phase, TrainState
 from safeshield.values.constraint import stored_source
 
 _VERSION = 1
+_MARKS = {"updates": int, "chosen": str}
+"""Entries of a file's header about the training, with their types. Older files lack them."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModelT = TypeVar("ModelT", bound=Architecture)
 
@@ -126,6 +129,14 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     trained."""
     _dropped: ClassVar[tuple[str, ...]] = ()
     """Settings of older files that had no effect and are ignored."""
+    updates: int | None = None
+    """Number of updates with which the agent was trained by `fit`. It is below the `steps` of `fit`
+    where a callback or `stop_after` ended the training. None for files of earlier releases and for
+    an agent that collects its own experience."""
+    chosen: str | None = None
+    """How the agent was chosen among the states of its training, such as "with a simulator". None
+    for the last state. An agent that was chosen by play does not belong into a table of agents that
+    were trained from a log alone."""
 
     def __init__(
         self, config: ConfigT | None = None, *, device: str | torch.device = "auto"
@@ -241,6 +252,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             "action_space": space_to_json(model.action_space),
             "scaling": model.scaling.to_json(),
             "constraint_source": model.constraint and model.constraint.name,
+            **{name: getattr(self, name) for name in _MARKS if getattr(self, name) is not None},
             **self._header(model),
         }
         kept = {name: self._arrays[name] for name in self._kept(model)}
@@ -283,6 +295,11 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """Use the architecture and the weights of a file from now on."""
         with _describing(read.path):
             model = self._restore(read.interface, read.header)
+            for name, kind in _MARKS.items():
+                mark = read.header.get(name)
+                if mark is not None and type(mark) is not kind:
+                    raise ValueError(f"{name} must be a {kind.__name__}, got {mark!r:.80}")
+                setattr(self, name, mark)
         parts = model.parts()
         shapes = {name: parts[name].shapes for name in self._kept(model)}
         arrays = read.file.load(flatten(shapes))
@@ -299,23 +316,35 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         options: FitOptions,
         transitions: int,
         noise_features: int,
+        agent: Callable[[TrainState], Learner[Any, Any]],
     ) -> TrainState:
         """Run all phases on a log, starting from the checkpoint where there is one.
+
+        The number of updates made is stored in `updates`.
 
         Args:
             phases: Phases in order.
             initial: Function that returns the state before the first update.
             dataset: Log, which is part of the identity that a checkpoint stores.
-            options: Progress bar, logging and checkpoints.
+            options: Progress bar, logging, checkpoints and callbacks.
             transitions: Number of rows from which batches are drawn.
             noise_features: Width of the noise that an update draws for each transition.
+            agent: Function from a state to an agent with its weights, for callbacks.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         name = type(self).__name__
         identity = run_identity(name, self.config, dataset, options.steps, self._before)
-        state, _ = run_phases(
-            phases, initial(generator), generator, options, identity, transitions, noise_features
-        )
+
+        def present(state: TrainState, done: int) -> Learner[Any, Any]:
+            made = agent(state)
+            made.updates, made.chosen = done, None
+            return made
+
+        state, self.updates = run_phases(
+            phases, initial(generator), generator, options, identity, transitions, noise_features,
+            present,
+        )  # fmt: skip
+        self.chosen = None
         return state
 
 
@@ -410,6 +439,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 2000,
         stop_after: int | None = None,
+        callbacks: Sequence[TrainingCallback] = (),
     ) -> Self:
         """Train on a log and return self.
 
@@ -425,10 +455,15 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
                 end of each phase and one every minute.
             stop_after: Number of updates after which training stops early, so that a later call
                 resumes it; requires `checkpoint`.
+            callbacks: Objects whose methods are called during training; see `TrainingCallback`.
+                One that returns False stops training. The agent then has the weights of that
+                update, its `updates` is the number of updates made, and a later call with the same
+                checkpoint goes on from there.
 
         Raises:
-            TypeError: A number is not a whole number; or actions are discrete and the algorithm's
-                actor is continuous. `ShieldTrainer` accepts discrete actions.
+            TypeError: A number is not a whole number; a callback is not a `TrainingCallback`; or
+                actions are discrete and the algorithm's actor is continuous. `ShieldTrainer`
+                accepts discrete actions.
             ValueError: The log lacks what the algorithm learns from (for example a boundary between
                 safe and unsafe), its action box is unbounded, or the checkpoint belongs to another
                 run.
@@ -442,18 +477,30 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             stop_after=stop_after,
+            callbacks=callbacks,
         )
         dataset = self._check_log(dataset)
         model = self._describe(dataset)
         log = LogTensors.of(dataset, model.scaling, self.device)
         run = self._run(model, log, options.steps)
+
+        def present(state: TrainState) -> OfflineAgent[ConfigT, ModelT]:
+            agent = self._changed()
+            agent._use(model, log, state)
+            return agent
+
         state = self._train(
-            run.phases(), run.initial, dataset, options, len(log), self._noise_features(model)
-        )
+            run.phases(), run.initial, dataset, options, len(log), self._noise_features(model),
+            present,
+        )  # fmt: skip
+        self._use(model, log, state)
+        return self
+
+    def _use(self, model: ModelT, log: LogTensors, state: TrainState) -> None:
+        """Use the weights of a training's state from now on."""
         # The agent uses the slow copies of the critics, because the advantages were fitted to them.
         self._adopt(model, {**state.networks, **state.targets})
         self._model = self._settle(model, log)
-        return self
 
     # -- choosing actions ---------------------------------------------------------------------
 

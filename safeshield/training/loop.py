@@ -1,4 +1,4 @@
-"""The training loop: phases, batches, checkpoints and logging.
+"""The training loop: phases, batches, checkpoints, logging and callbacks.
 
 An algorithm provides a list of `Phase`s. Each phase has a pure update from (state, indices, noise)
 to (state, metrics). This module draws the indices and the noise from one generator on the device,
@@ -13,16 +13,22 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from safeshield.files.atomic import check_writable
 from safeshield.files.schema import whole
+from safeshield.training.callbacks import (
+    TrainingCallback,
+    TrainingStep,
+    checked_callbacks,
+    go_on,
+)
 from safeshield.training.checkpoint import load_checkpoint, save_checkpoint
 from safeshield.training.log import RunIdentity
 from safeshield.training.state import Draw, Metrics, Phase, TrainState
@@ -30,16 +36,18 @@ from safeshield.training.state import Draw, Metrics, Phase, TrainState
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
+    from safeshield.training.agent import Learner
+
 _SECONDS = 60.0
 """Longest time between two checkpoints, in seconds."""
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Options of `fit` for the progress bar, the logging and the checkpoints.
+    """Options of `fit` for the progress bar, the logging, the checkpoints and the callbacks.
 
     Raises:
-        TypeError: A number is not a whole number.
+        TypeError: A number is not a whole number, or a callback is not a `TrainingCallback`.
         ValueError: `steps` is below one for each phase, another number is out of range, or
             `stop_after` is given without a checkpoint.
         OSError: The checkpoint cannot be written; see `files.atomic.check_writable`.
@@ -61,8 +69,11 @@ class FitOptions:
     """Number of updates after which to stop with a checkpoint; None means to run to the end."""
     log_every: int = 200
     """Number of updates after which metrics are written to TensorBoard and shown."""
+    callbacks: Sequence[TrainingCallback] = ()
+    """Callbacks, which are called in this order."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "callbacks", checked_callbacks(self.callbacks))
         settled = {"checkpoint_every": whole("checkpoint_every", self.checkpoint_every, least=1)}
         if self.stop_after is not None:
             settled["stop_after"] = whole("stop_after", self.stop_after, least=0)
@@ -104,36 +115,46 @@ def run_phases(
     identity: RunIdentity,
     transitions: int,
     noise_features: int,
-) -> tuple[TrainState, bool]:
-    """Run all phases from the checkpoint on; return the state and whether all updates were made.
+    agent: Callable[[TrainState, int], Learner[Any, Any]],
+) -> tuple[TrainState, int]:
+    """Run all phases from the checkpoint on; return the state and the number of updates made.
+
+    The number is that of all updates, unless `stop_after` or a callback ends the run earlier. The
+    checkpoint then holds the returned state.
 
     Args:
         phases: Phases in order.
         state: Initial state, which is used where there is no checkpoint.
         generator: Source of all random numbers, on the device of the state.
-        options: Progress bar, logging and checkpoints; see `FitOptions`.
+        options: Progress bar, logging, checkpoints and callbacks; see `FitOptions`.
         identity: Identity of the run. A checkpoint of another run is rejected.
         transitions: Number N of rows of the log.
         noise_features: Width of the noise that an update draws for each transition.
+        agent: Function from a state and the number of updates made to an agent with its weights,
+            for callbacks.
     """
     keep_freed_memory()
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     if path is not None and path.exists():
         state, done = load_checkpoint(path, state, generator, identity, transitions)
-    saved = time.perf_counter()
+    saved, saved_at = time.perf_counter(), done
     with contextlib.closing(_Progress(phases, options, done)) as progress:
+        step = progress.step(phases[0], state, None, {}, done, agent)
+        for callback in options.callbacks:
+            callback.on_start(step)
         for phase, local in _remaining(phases, done):
             if options.stop_after is not None and done >= options.stop_after:
                 if path is not None:
                     save_checkpoint(path, state, done, generator, identity, phase.name)
-                return state, False
+                return state, done
             if phase.refresh is not None and local % phase.refresh_every == 0:
                 state = phase.refresh(state, generator)
             draw = _draw(phase, state, generator, transitions, noise_features)
             state, metrics = phase.update(state, draw)
             done, last = done + 1, local + 1 == phase.steps
+            step = progress.step(phase, state, draw, metrics, done, agent)
             if done % options.log_every == 0 or last:
-                progress.tell(phase, state, draw, metrics, done)
+                progress.tell(step)
             if last:
                 _check_weights(state, phase.name, done)
             if path is not None and (
@@ -142,8 +163,17 @@ def run_phases(
                 or time.perf_counter() - saved > _SECONDS
             ):
                 save_checkpoint(path, state, done, generator, identity, phase.name)
-                saved = time.perf_counter()
-    return state, True
+                saved, saved_at = time.perf_counter(), done
+            due = [one for one in options.callbacks if done % one.every == 0]
+            answers = [one.on_step(step) for one in due]
+            answers += [one.on_phase(step) for one in options.callbacks if last]
+            if not go_on(answers):
+                if path is not None and saved_at < done:
+                    save_checkpoint(path, state, done, generator, identity, phase.name)
+                break
+        for callback in options.callbacks:
+            callback.on_end(step)
+    return state, done
 
 
 def keep_freed_memory() -> None:
@@ -176,22 +206,44 @@ class _Progress:
 
             self._writer = SummaryWriter(str(options.log_dir), purge_step=done or None)
         self._first, self._started = done, time.perf_counter()
+        self._steps = total
 
-    def tell(
-        self, phase: Phase, state: TrainState, draw: Draw, metrics: Metrics, done: int
-    ) -> None:
-        """Write the metrics of an update. Only here are numbers copied from the device."""
-        if phase.report is not None:
-            metrics = {**metrics, **phase.report(state, draw)}
-        values = {key: float(value) for key, value in metrics.items()}
+    def step(
+        self,
+        phase: Phase,
+        state: TrainState,
+        draw: Draw | None,
+        metrics: Metrics,
+        done: int,
+        agent: Callable[[TrainState, int], Learner[Any, Any]],
+    ) -> TrainingStep:
+        """Return the record of an update, whose numbers are copied from the device when read.
+
+        `draw` and `metrics` are those of the update, and None and empty before the first one.
+        """
+
+        def measure() -> Mapping[str, float]:
+            further = phase.report(state, draw) if phase.report is not None and draw else {}
+            return {key: float(value) for key, value in {**metrics, **further}.items()}
+
+        return TrainingStep(
+            phase.name, done, self._steps, measure, lambda: agent(state, done), self._write
+        )
+
+    def tell(self, step: TrainingStep) -> None:
+        """Write the metrics of an update to TensorBoard and update the progress bar."""
         seconds = time.perf_counter() - self._started
-        values["time/steps_per_second"] = (done - self._first) / seconds
-        _check_finite(values, phase.name, done)
-        self._bar.set_description(phase.name, refresh=False)
-        self._bar.update(done - self._bar.n)
+        rate = (step.step - self._first) / seconds
+        values = {**step.metrics, "time/steps_per_second": rate}
+        _check_finite(values, step.phase, step.step)
+        self._bar.set_description(step.phase, refresh=False)
+        self._bar.update(step.step - self._bar.n)
+        self._write(values, step.step)
+
+    def _write(self, values: Mapping[str, float], at: int) -> None:
         if self._writer is not None:
             for key, value in values.items():
-                self._writer.add_scalar(key, value, done)
+                self._writer.add_scalar(key, value, at)
 
     def close(self) -> None:
         """Close the progress bar and the TensorBoard file."""

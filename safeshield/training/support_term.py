@@ -79,6 +79,8 @@ class SupportTerm:
     device: torch.device
     """Device of the term's values."""
     _known: tuple[SupportTest, Tensor] | None = field(default=None, init=False)
+    _known_of: Params | None = field(default=None, init=False)
+    """Behaviour from which `_known` was computed."""
 
     def __post_init__(self) -> None:
         marks = np.repeat(self.held_out, self.dataset.episode_lengths)
@@ -91,10 +93,11 @@ class SupportTerm:
     def read(self, behaviour: Params) -> tuple[SupportTest, Tensor]:
         """Return the support test with its level, and weight * h_support (N,) of all transitions.
 
-        The first call computes both, so it must come after the training of the behaviour.
+        Both are computed again only where `behaviour` is another object than in the last call.
+        Weights are replaced and never changed, so the same object has the same weights.
         """
-        if self._known is None:
-            self._known = self._read(behaviour)
+        if self._known is None or self._known_of is not behaviour:
+            self._known, self._known_of = self._read(behaviour), behaviour
         return self._known
 
     def _read(self, behaviour: Params) -> tuple[SupportTest, Tensor]:
