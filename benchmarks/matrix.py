@@ -48,6 +48,7 @@ MATRIX = tuple(name for name in TASKS if name not in LEFT_OUT)
 """The 34 tasks."""
 ATTEMPTS = 4
 """Number of times that Ray starts a cell whose worker is killed."""
+_NEEDED = "a cell that it needs has failed"
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,9 @@ def run(
     failed: dict[Cell, str] = {}
     found: dict[Cell, Any] = {}
 
-    def needed(cell: Cell) -> list[Any]:
-        before = (Cell(cell.task, name, cell.seed) for name in needs.get(cell.method, ()))
-        return [found[one] for one in before if one in found]
+    def before(cell: Cell) -> list[Cell]:
+        needed = (Cell(cell.task, name, cell.seed) for name in needs.get(cell.method, ()))
+        return [one for one in needed if one in found]
 
     def ended(cell: Cell, error: str) -> None:
         print(f"{cell}: {error or 'done'}", flush=True)
@@ -172,7 +173,7 @@ def run(
 
     if ray is None:
         for cell in cells:
-            found[cell] = attempt(work, cell, *needed(cell))
+            found[cell] = attempt(work, cell, *(found[one] for one in before(cell)))
             ended(cell, found[cell])
         return failed
     from safeshield.rollouts.ray_workers import Cluster
@@ -184,15 +185,18 @@ def run(
         # A process ends after one cell, so that memory is that of the cell.
         start = engine.remote(num_cpus=1, max_retries=ATTEMPTS - 1, max_calls=1)(attempt)
         for cell in cells:
-            found[cell] = start.remote(work, cell, *needed(cell))
+            found[cell] = start.remote(work, cell, *(found[one] for one in before(cell)))
         waiting = {reference: cell for cell, reference in found.items()}
         while waiting:
+            # Of several that have ended, it returns the first: what a cell needs comes before it.
             (reference,), _ = engine.wait(list(waiting), num_returns=1)
+            cell = waiting.pop(reference)
             try:
                 error = engine.get(reference)
             except engine.exceptions.RayError as crash:
                 error = f"its process was killed {ATTEMPTS} times ({' '.join(str(crash).split())})"
-            ended(waiting.pop(reference), error)
+                error = _NEEDED if any(one in failed for one in before(cell)) else error
+            ended(cell, error)
     finally:
         cluster.close()
     return failed
@@ -207,7 +211,7 @@ def attempt(work: Callable[[Cell], None], cell: Cell, *needed: str) -> str:
         needed: Errors of the cells that it needs.
     """
     if any(needed):
-        return "a cell that it needs has failed"
+        return _NEEDED
     try:
         work(cell)
     except Exception as error:
