@@ -15,10 +15,11 @@ On a cluster, every machine must see the folders --data and --folder under the s
 the same packages installed.
 
 The tasks are 34 of DSRL's: the 17 of R2PAC's table, PointButton, PointGoal and PointPush, Hopper
-and Walker2d, and MetaDrive's nine. A log that is missing or misses a floor (`FLOORS`) is listed,
-and its task is not run. All results of the folder go into OUT/matrix.csv, one row for each cell,
-and what is known of the logs into OUT/logs.csv. --report makes OUT/matrix.md and OUT/matrix.png
-of them.
+and Walker2d, and MetaDrive's nine, and any other task of DSRL that has a log in the folder. A log
+that is missing or misses a floor (`FLOORS`) is listed, and its task is left out, unless --tasks
+names it and the log exists. All results of the folder go into OUT/matrix.csv, one row for each
+cell, and what is known of the logs into OUT/logs.csv. --report makes OUT/matrix.md and
+OUT/matrix.png of them.
 """
 
 from __future__ import annotations
@@ -481,7 +482,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data", type=Path, help="folder of TASK.hdf5, logs in DSRL's format")
-    add("--tasks", nargs="+", metavar="TASK", choices=list(TASKS), help="default: the 34 tasks")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        choices=list(TASKS),
+        help="default: the 34, and those with a log",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--methods", nargs="+", metavar="METHOD", default=list(NAMES), choices=list(known))
     add("--folder", type=Path, default=RESULTS / "suites", help="agents and results of the cells")
@@ -500,6 +507,11 @@ def main() -> None:
     sys.exit(bool(fill(arguments, NEEDS)))
 
 
+def runs(log: Mapping[str, Any], named: Sequence[str] | None) -> bool:
+    """Return whether a task is run: its log misses no floor, or it is named and its log is read."""
+    return not log["problem"] or ("sha256" in log and log["task"] in (named or ()))
+
+
 def fill(arguments: argparse.Namespace, needs: Mapping[str, Sequence[str]]) -> dict[Cell, str]:
     """Run the cells without a result, write the files, and return the errors of those that failed.
 
@@ -512,12 +524,14 @@ def fill(arguments: argparse.Namespace, needs: Mapping[str, Sequence[str]]) -> d
         ValueError: A stored result is of other settings.
     """
     data, folder, out = (getattr(arguments, name).resolve() for name in ("data", "folder", "out"))
-    tasks = arguments.tasks or list(MATRIX)
+    there = sorted(path.stem for path in data.glob("*.hdf5") if path.stem in TASKS)
+    tasks = arguments.tasks or list(dict.fromkeys([*MATRIX, *there]))
     logs = [look_at_log(data, task) for task in tasks]
     for row in logs:
         if row["problem"]:
-            print(f"{row['task']} is left out: {row['problem']}", flush=True)
-    usable = [row["task"] for row in logs if not row["problem"]]
+            fate = "is run although" if runs(row, arguments.tasks) else "is left out:"
+            print(f"{row['task']} {fate} {row['problem']}", flush=True)
+    usable = [row["task"] for row in logs if runs(row, arguments.tasks)]
     work = Work(
         data, folder, arguments.updates, arguments.episodes, apart=arguments.ray is not None
     )

@@ -28,12 +28,13 @@ import torch
 from common import RESULTS
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 import safeshield.suites  # noqa: F401 - registers the tasks
 from safeshield import OfflineDataset, SafeFQL, Shield
 from safeshield.algorithms.registry import load_agent, offline_algorithm
 from safeshield.evaluation import EPISODES, ReferenceReturns, play
+from safeshield.rollouts.copies import one_per_process
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
@@ -110,8 +111,11 @@ def learn(
     model is saved as `path` with the ending .zip, the statistics of the observations with .npz.
     """
     on_policy = algorithm is PPO
-    made = [make] * (4 if on_policy else 1)
-    envs = VecNormalize(DummyVecEnv(made))  # type: ignore[arg-type]
+    made: list[Callable[[], gym.Env]] = [make] * (4 if on_policy else 1)
+    first = make()
+    apart = one_per_process(first) and on_policy  # MetaDrive
+    first.close()
+    envs = VecNormalize(SubprocVecEnv(made) if apart else DummyVecEnv(made))
     settings: dict[str, Any] = {"n_steps": 512, "batch_size": 256} if on_policy else {}
     model = algorithm("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     model.learn(PPO_STEPS, callback)
@@ -121,6 +125,7 @@ def learn(
     part = path.with_suffix(".part.npz")
     np.savez(part, mean=seen.mean, spread=np.sqrt(seen.var + envs.epsilon))
     part.replace(path.with_suffix(".npz"))
+    envs.close()
 
 
 def path_of(task: str, method: str, seed: int, folder: Path) -> Path:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from safeshield import OfflineDataset
+from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.data.card import card_of
 from safeshield.suites.tasks import TASKS, find_task
 
@@ -118,7 +119,7 @@ def cell(task, method, seed, *_):
             "deterministic": run, "references": {"least": 0.0, "greatest": 1.0},
             "training_seconds": 1.0, "playing_seconds": 1.0, "peak_memory_mb": 1}
 suites.cell = cell
-matrix.look_at_log = lambda data, task: {"task": task, "problem": ""}
+matrix.look_at_log = lambda data, task: {"task": task, "problem": "", "sha256": "0"}
 sys.argv = ["matrix.py", "--data", str(folder), "--folder", str(folder / "cells"), "--out",
             str(folder / "out"), "--tasks", "BallRun", "CarRun", "AntRun", "--methods", "bc",
             "--seeds", "0", "--updates", "5", "--episodes", "1", *sys.argv[2:]]
@@ -196,7 +197,11 @@ def test_a_log_that_misses_a_floor_is_listed_with_the_reason(tmp_path: Path) -> 
         assert found["problem"] == problem
         assert found["episodes"] == made.num_episodes
     assert floors.missed(card_of(good, limits=[10.0]), "BallRun") == []
+    below = matrix.look_at_log(tmp_path, "BallRun", floors)
+    assert not matrix.runs(below, None)
+    assert matrix.runs(below, ["BallRun"])
     assert matrix.look_at_log(tmp_path, "CarRun")["problem"] == "there is no log"
+    assert not matrix.runs(matrix.look_at_log(tmp_path, "CarRun"), ["CarRun"])
     (tmp_path / "AntRun.hdf5").write_bytes(b"no log")
     assert "AntRun.hdf5" in matrix.look_at_log(tmp_path, "AntRun")["problem"]
 
@@ -245,3 +250,17 @@ def test_the_tables_follow_from_the_csv_files_alone(
 def test_a_report_needs_results(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must have a row; run the matrix first"):
         matrix.report(tmp_path)
+
+
+def test_an_agent_that_was_chosen_by_play_or_trained_otherwise_is_refused(tmp_path: Path) -> None:
+    config = BehaviourCloningConfig(hidden=(4,), batch_size=8)
+    agent = BehaviourCloning(config, device="cpu").fit(log([1.0, 2.0], [0.0, 1.0]), 3)
+    path = suites.path_of("BallRun", "bc", 0, tmp_path)
+    agent.save(path)
+    assert suites.trained("BallRun", "bc", 0, tmp_path, tmp_path, 3).updates == 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="an agent of 4 updates, its last, got 3 updates"):
+        suites.trained("BallRun", "bc", 0, tmp_path, tmp_path, 4)
+    agent.chosen = "with a simulator"
+    agent.save(path)
+    with pytest.raises(ValueError, match="chosen with a simulator; pass"):
+        suites.trained("BallRun", "bc", 0, tmp_path, tmp_path, 3)
