@@ -416,6 +416,7 @@ def report(out: Path) -> None:
             for seeds, scores in sorted(scores_of(rows, way, by).items()):
                 table = format_scores(scores, markup="markdown")
                 lines += ["", f"Seeds {seeds}:", "", table]
+    lines += ["", "## What a method takes", "", *costs(rows)]
     lines += ["", "## Logs", "", "| task | episodes | safe | best safe return | sha256 | problem |"]
     lines += ["|---|---:|---:|---:|---|---|"]
     for log in logs:
@@ -424,9 +425,31 @@ def report(out: Path) -> None:
         entries = (log["task"], log.get("episodes"), share, best, log.get("sha256"), log["problem"])
         lines.append("| " + " | ".join(entry or "-" for entry in entries) + " |")
     draw(out / "matrix.png", rows)
+    lines += ["", "A point is a task, filled where the mean cost is within the limit:"]
     lines += ["", "![Returns of all tasks, safe and unsafe](matrix.png)"]
     with written_whole(out / "matrix.md") as part:
         part.write_text("\n".join(lines) + "\n")
+    print(f"the tables are in {out / 'matrix.md'}", flush=True)
+
+
+def costs(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the lines of a table: processor seconds of training and memory of each method.
+
+    The seconds are the median over the cells that were not interrupted, the memory is the largest
+    peak of a cell that had a process of its own.
+    """
+    lines = ["| method | updates | training, s | peak memory, MB |", "|---|---:|---:|---:|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        updates = ", ".join(sorted({row["updates"] for row in mine}, key=int))
+        seconds, memory = (
+            [float(row[name]) for row in mine if row[name]]
+            for name in ("training_seconds", "peak_memory_mb")
+        )
+        entries = [f"{np.median(seconds):.0f}" if seconds else "-"]
+        entries.append(f"{max(memory):.0f}" if memory else "-")
+        lines.append(f"| {method} | {updates} | {' | '.join(entries)} |")
+    return lines
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

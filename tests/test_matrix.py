@@ -240,6 +240,7 @@ def test_the_tables_follow_from_the_csv_files_alone(
     assert "| BallRun | 10 | **0.56\\* / 0.60** | **0.50 / 0.60** |" in page
     assert "| BallRun | 10 | (1.00 / 3.00) | (1.00 / 3.00) |" in page
     assert page.count("BC + shield") == 4
+    assert "| bc | 6000 | 3 | - |" in page
     assert "| BallRun | 600 | - | - | - | - |" in page
     assert (out / "matrix.png").read_bytes().startswith(b"\x89PNG")
     with (out / "matrix.csv").open(newline="") as stream:

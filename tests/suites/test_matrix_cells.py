@@ -36,7 +36,7 @@ def test_cells_are_trained_and_played(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (row["task"], row["seed"], row["episodes"]) == ("BallRun", "3", "2")
         assert row["peak_memory_mb"] == ""
         assert float(row["training_seconds"]) > 0
-    # A clone's flow draws noise, and PPO is stochastic; a shield replaces some of its actions.
+    # PPO draws its actions, unless it plays deterministically.
     assert rows["ppo"]["return_deployed"] != rows["ppo"]["return_deterministic"]
     assert rows["ppo"]["replaced_deployed"] == "" != rows["ppo-shield"]["replaced_deployed"]
     assert [row["problem"] for row in matrix.read_csv(tmp_path / "logs.csv")] != [""]
