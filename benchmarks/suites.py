@@ -1,14 +1,12 @@
-"""Compare the algorithms, PPO for reward alone and shielded agents on the field's tasks.
+"""The cells of the matrix: a method trained on a task with a seed, and its episodes.
 
-    pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
-    python benchmarks/suites.py --data FOLDER     # logs in DSRL's format, TASK.hdf5; resumes
-    python benchmarks/suites.py --data FOLDER --table
+    pip install -e ".[suites,ray]" && pip install --no-deps -r requirements-suites.txt
+    python benchmarks/suites.py --data FOLDER     # the same command as benchmarks/matrix.py
 
-A cell is one method on one task with one seed. The method is trained and then evaluated on 20
-episodes by the field's protocol (returns normalised by the lowest and the highest of the log, cost
-limit 10). Each cell runs in its own process, which reports its CPU time and peak memory, and its
-result is stored under `results/`. All tasks have the same configuration. Labels are continuous
-where h can be computed from the observations of the log.
+The methods are this package's algorithms, PPO for reward alone, and shielded agents. A cell is
+trained and then evaluated on 20 episodes by the field's protocol, twice from the same starts: as
+the agent is deployed, with its noise, and deterministically. All tasks have the same configuration.
+Labels are continuous where h can be computed from the observations of the log.
 
 The shield is that of SafeFQL with the same seed, and its delta is the margin of the agent's gate.
 No shield is calibrated here, so nothing is promised, and the columns are measurements only.
@@ -16,28 +14,28 @@ No shield is calibrated here, so nothing is promised, and the columns are measur
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import resource
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from common import RESULTS, apart, machine, once
+from common import RESULTS
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 import safeshield.suites  # noqa: F401 - registers the tasks
 from safeshield import OfflineDataset, SafeFQL, Shield
-from safeshield.algorithms.registry import ALGORITHMS, load_agent, offline_algorithm
-from safeshield.evaluation import EPISODES, FieldScore, ReferenceReturns, Run, format_scores, play
+from safeshield.algorithms.registry import load_agent, offline_algorithm
+from safeshield.evaluation import EPISODES, ReferenceReturns, play
+from safeshield.rollouts.copies import one_per_process
+from safeshield.rollouts.policies import as_batch_policy
 from safeshield.suites.labels import label
 from safeshield.suites.tasks import COST_LIMIT, find_task
 
@@ -56,7 +54,7 @@ NAMES = {
     "ppo-shield": "PPO, reward alone",
     "bc-shield": "BC",
 }
-"""Methods in the order in which they run; a shielded method needs results of earlier ones."""
+"""Methods in the order in which they run, with their names in tables."""
 ABLATIONS = {
     "flrp-gaussian": "FLRP, Gaussian prior",
     "flrp-cost": "FLRP, plain costs",
@@ -74,6 +72,10 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "r2pac-awr": ("r2pac", {"actor": "awr_gaussian"}),
 }
 """Algorithm and changed settings of each method that does not use the defaults."""
+NEEDS = {"ppo-shield": ("ppo", "safefql"), "bc-shield": ("bc", "safefql")}
+"""Methods whose agents a method uses."""
+WAYS = {"deployed": False, "deterministic": True}
+"""Ways to act, with the `deterministic` of ``predict``: with the agent's noise, and without it."""
 
 
 class Normalised:
@@ -109,22 +111,55 @@ def learn(
     model is saved as `path` with the ending .zip, the statistics of the observations with .npz.
     """
     on_policy = algorithm is PPO
-    made = [make] * (4 if on_policy else 1)
-    envs = VecNormalize(DummyVecEnv(made))  # type: ignore[arg-type]
+    made: list[Callable[[], gym.Env]] = [make] * (4 if on_policy else 1)
+    first = make()
+    apart = one_per_process(first) and on_policy  # MetaDrive
+    first.close()
+    envs = VecNormalize(SubprocVecEnv(made) if apart else DummyVecEnv(made))
     settings: dict[str, Any] = {"n_steps": 512, "batch_size": 256} if on_policy else {}
     model = algorithm("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     model.learn(PPO_STEPS, callback)
     model.save(path.with_suffix(".zip"))
     seen: Any = envs.obs_rms
-    np.savez(path.with_suffix(".npz"), mean=seen.mean, spread=np.sqrt(seen.var + envs.epsilon))
+    # The .npz marks a complete training, so that it must not appear before it is whole.
+    part = path.with_suffix(".part.npz")
+    np.savez(part, mean=seen.mean, spread=np.sqrt(seen.var + envs.epsilon))
+    part.replace(path.with_suffix(".npz"))
+    envs.close()
 
 
-def trained(task: str, method: str, seed: int, data: Path, folder: Path = FOLDER) -> object:
-    """Return the agent of a cell, trained now or read from its file."""
-    path = folder / f"{task}_{method}_{seed}.safetensors"
+def path_of(task: str, method: str, seed: int, folder: Path) -> Path:
+    """Return the file of a cell's agent."""
+    return folder / f"{task}_{method}_{seed}.safetensors"
+
+
+def updates_of(method: str, updates: int | None) -> int:
+    """Return the number of updates of a method, or of steps of PPO; `updates` where it is given."""
+    if method == "ppo":
+        return PPO_STEPS
+    return updates or UPDATES.get(CHANGES.get(method, (method,))[0], 12_000)
+
+
+def trained(
+    task: str,
+    method: str,
+    seed: int,
+    data: Path,
+    folder: Path = FOLDER,
+    updates: int | None = None,
+) -> object:
+    """Return the agent of a cell, trained now or read from its file.
+
+    A training that was interrupted continues from its checkpoint, except PPO's, which begins again.
+    The processor seconds of a training that was not interrupted are stored beside the agent.
+    """
+    path, started = path_of(task, method, seed, folder), time.process_time()
+    kept, checkpoint = path.with_suffix(".seconds"), path.with_suffix(".checkpoint")
+    steps, resumed = updates_of(method, updates), checkpoint.exists()
     if method == "ppo":
         if not path.with_suffix(".npz").exists():
             learn(lambda: gym.make(find_task(task).env_id), seed, path)
+            kept.write_text(str(round(time.process_time() - started, 1)))
         return Normalised(path)
     if not path.exists():
         log = read_log(data, task)
@@ -132,11 +167,18 @@ def trained(task: str, method: str, seed: int, data: Path, folder: Path = FOLDER
         algorithm = offline_algorithm(name)
         config = algorithm.config_type(seed=seed, **changes)
         agent: Any = algorithm.kind(config, device="cpu")
-        steps = UPDATES.get(name, 12_000)
-        agent.fit(log, steps=steps, checkpoint=path.with_suffix(".checkpoint"))
+        agent.fit(log, steps=steps, checkpoint=checkpoint)
         agent.save(path)
-        path.with_suffix(".checkpoint").unlink()
-    return load_agent(path)
+        checkpoint.unlink()
+        if not resumed:
+            kept.write_text(str(round(time.process_time() - started, 1)))
+    found = load_agent(path)
+    if found.updates not in (None, steps) or found.chosen is not None:
+        raise ValueError(
+            f"{path} must be an agent of {steps} updates, its last, got {found.updates} updates, "
+            f"chosen {found.chosen}; pass the --updates of this folder, or another --folder"
+        )
+    return found
 
 
 def read_log(data: Path, task: str) -> OfflineDataset:
@@ -149,136 +191,59 @@ def read_log(data: Path, task: str) -> OfflineDataset:
     return label(OfflineDataset.load(data / f"{task}.hdf5"), task, max_disagreement=0.1)
 
 
-def shield_of(task: str, seed: int, data: Path) -> Shield:
+def shield_of(
+    task: str, seed: int, data: Path, folder: Path = FOLDER, updates: int | None = None
+) -> Shield:
     """Return the shield of SafeFQL's critics, with the margin of the gate as its delta."""
-    agent = trained(task, "safefql", seed, data)
+    agent = trained(task, "safefql", seed, data, folder, updates)
     assert isinstance(agent, SafeFQL)
     shield = agent.shield()
     return shield.with_delta(agent.config.margin_of(agent._fitted().critics.safety))
 
 
-def cell(task: str, method: str, seed: int, data: Path) -> dict[str, Any]:
-    """Train, and run 20 episodes from starts that no other seed has."""
+def cell(
+    task: str,
+    method: str,
+    seed: int,
+    data: Path,
+    folder: Path = FOLDER,
+    updates: int | None = None,
+    episodes: int = EPISODES,
+) -> dict[str, Any]:
+    """Train, and run episodes from starts that no other seed has, in both ways to act."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     behind = method.removesuffix("-shield")
-    started = time.process_time()
-    agent = trained(task, behind, seed, data)
-    seconds = FOLDER / f"{task}_{behind}_{seed}.seconds"
-    if not seconds.exists():
-        seconds.write_text(str(round(time.process_time() - started, 1)))
-    shield = shield_of(task, seed, data) if method.endswith("-shield") else None
+    agent = trained(task, behind, seed, data, folder, updates)
+    seconds = path_of(task, behind, seed, folder).with_suffix(".seconds")
+    shield = shield_of(task, seed, data, folder, updates) if method.endswith("-shield") else None
     references = ReferenceReturns.of_log(data / f"{task}.hdf5")
     started = time.process_time()
     env = gym.make(find_task(task).env_id)
-    run = play(env, agent, 100 + seed, episodes=EPISODES, shield=shield, num_envs=1)
+    played = {}
+    for way, deterministic in WAYS.items():
+        policy = as_batch_policy(agent, env.action_space, deterministic=deterministic)
+        run = play(env, policy, 100 + seed, episodes=episodes, shield=shield, num_envs=1)
+        played[way] = dataclasses.asdict(run)
+    env.close()
     return {
         "task": task,
         "method": method,
         "seed": seed,
+        "updates": updates_of(behind, updates),
         "references": dataclasses.asdict(references),
-        "run": dataclasses.asdict(run),
-        "training_seconds": float(seconds.read_text()),
+        **played,
+        "training_seconds": float(seconds.read_text()) if seconds.exists() else None,
         "playing_seconds": round(time.process_time() - started, 1),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
 
-def kept(task: str, method: str, seed: int, compute: Callable[[], dict[str, Any]]) -> Any:  # noqa: ANN401
-    """Return the stored result of a cell; compute and store it first where there is none."""
-    return once(f"suites/{task}_{method}_{seed}", compute)
-
-
-def run_apart(tasks: list[str], seeds: list[int], methods: list[str], data: Path) -> None:
-    """Run the cells without a stored result, each in its own process."""
-    for seed in seeds:
-        for method in methods:
-            for task in tasks:
-                if (RESULTS / f"suites/{task}_{method}_{seed}.json").exists():
-                    continue
-                command = [sys.executable, __file__, "--data", str(data)]
-                command += ["--tasks", task, "--seeds", str(seed), "--methods", method, "--here"]
-                apart(command, f"{task} {method} {seed}")
-
-
-def scores(tasks: list[str], seeds: list[int], methods: list[str]) -> Iterator[FieldScore]:
-    """Read the cells of which all seeds have results."""
-    for task in tasks:
-        for method in methods:
-            paths = [RESULTS / f"suites/{task}_{method}_{seed}.json" for seed in seeds]
-            if not all(path.exists() for path in paths):
-                continue
-            rows = [kept(task, method, seed, lambda: {}) for seed in seeds]
-            runs = [
-                Run(
-                    **{
-                        **row["run"],
-                        "returns": tuple(row["run"]["returns"]),
-                        "costs": tuple(row["run"]["costs"]),
-                    }
-                )
-                for row in rows
-            ]
-            yield FieldScore(
-                policy={**NAMES, **ABLATIONS}.get(method, method),
-                task=task,
-                references=ReferenceReturns(**rows[0]["references"]),
-                cost_limit=COST_LIMIT,
-                runs=tuple(runs),
-                shielded=method.endswith("-shield"),
-                trained_apart=True,
-            )
-
-
-def costs(tasks: list[str], seeds: list[int], methods: list[str]) -> str:
-    """Return the cost of each method: CPU seconds of training, memory, milliseconds a step."""
-    lines = ["method                training, s    peak memory, MB"]
-    for method in methods:
-        rows = [
-            kept(task, method, seed, lambda: {})
-            for task in tasks
-            for seed in seeds
-            if (RESULTS / f"suites/{task}_{method}_{seed}.json").exists()
-        ]
-        if rows:
-            seconds = np.median([row["training_seconds"] for row in rows])
-            memory = max(row["peak_memory_mb"] for row in rows)
-            lines.append(f"{method:20}  {seconds:10.0f}  {memory:17d}")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Run the cells without a stored result, and print the table."""
-    # In a dict each name occurs once, although most algorithms also have a name in NAMES.
-    known = {**NAMES, **ABLATIONS, **{one.name: "" for one in ALGORITHMS.values() if one.offline}}
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
-    parser.add_argument("--tasks", nargs="+", help="default: every log in the folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=known)
-    parser.add_argument("--here", action="store_true", help="one cell, in this process")
-    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
-    arguments = parser.parse_args()
-    tasks = arguments.tasks or sorted(path.stem for path in arguments.data.glob("*.hdf5"))
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if arguments.here:
-        for task in tasks:
-            for method in arguments.methods:
-                for seed in arguments.seeds:
-                    row = kept(
-                        task,
-                        method,
-                        seed,
-                        lambda t=task, m=method, s=seed: cell(t, m, s, arguments.data),
-                    )
-                    mean = {key: np.mean(row["run"][key]) for key in ("returns", "costs")}
-                    print(task, method, seed, mean, f"{row['training_seconds']} s", flush=True)
-        return
-    if not arguments.table:
-        run_apart(tasks, arguments.seeds, arguments.methods, arguments.data)
-    print(machine())
-    print(format_scores(list(scores(tasks, arguments.seeds, arguments.methods))))
-    print(costs(tasks, arguments.seeds, arguments.methods))
+    """Run the matrix."""
+    import matrix
+
+    matrix.main()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from safeshield.rollouts.ray_workers import Cluster
 from safeshield.rollouts.workers import WorkerVectorEnv
 from safeshield.shield import Shield
 
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 BOAT = "safeshield/Boat-v0"
 REQUEST: dict[str, Any] = {"epsilon": 0.3, "confidence": 0.8, "deltas": [0.3], "num_envs": 6}
 
@@ -41,6 +42,8 @@ def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers import the benchmark that the last test runs.
+        patch.setenv("PYTHONPATH", os.pathsep.join([BENCHMARKS, os.environ.get("PYTHONPATH", "")]))
         cluster = Cluster("local")
         yield ray
         cluster.close()
@@ -164,6 +167,39 @@ def test_an_address_that_nothing_answers_is_told_at_once(
     result = CliRunner().invoke(app, [*map(str, command), "--ray", "127.0.0.1:1"])
     assert result.exit_code == 2
     assert "error: no Ray cluster answers at ray='127.0.0.1:1'" in result.output
+
+
+def test_a_killed_worker_of_the_matrix_goes_on(
+    ray: Any,  # noqa: ANN401
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its cell starts again. Where each process ends, it fails, and what needs it does not run."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import matrix
+
+    def work(cell: Any) -> None:  # noqa: ANN401
+        with (tmp_path / str(cell)).open("a") as stream:
+            stream.write("x")
+        attempts = len((tmp_path / str(cell)).read_text())
+        if cell.method == "hopeless" or (cell.method == "killed" and attempts == 1):
+            os.kill(os.getpid(), 9)
+        if cell.method == "wrong":
+            raise ValueError("no log")
+
+    needs = {"after": ("hopeless",), "then": ("killed",)}
+    methods = ["killed", "then", "wrong", "after"]
+    failed = matrix.run(matrix.plan(["A"], methods, [0], needs), work, needs, "auto")
+    attempts = {path.name: len(path.read_text()) for path in tmp_path.iterdir()}
+    assert attempts == {
+        "A_killed_0": 2, "A_then_0": 1, "A_wrong_0": 1, "A_hopeless_0": matrix.ATTEMPTS
+    }  # fmt: skip
+    told = {str(cell): error for cell, error in failed.items()}
+    assert set(told) == {"A_wrong_0", "A_hopeless_0", "A_after_0"}
+    assert told["A_wrong_0"] == "ValueError: no log"
+    assert told["A_after_0"] == "a cell that it needs has failed"
+    assert told["A_hopeless_0"].startswith("its process was killed 4 times (")
+    assert ray.is_initialized()
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, shield: Shield) -> None:
