@@ -31,8 +31,9 @@ class FLRPConfig(CriticConfig):
     """Settings of FLRP. The defaults, which are the preset "small", are the same for all tasks.
 
     With the defaults training takes minutes on two cores. The preset "paper" has the settings of
-    tables 4 and 5, for 1,000,000 updates on a GPU. Settings that the paper does not give (depth of
-    the flows, KL weight, entropy floor) and the units of the temperatures are as in "small".
+    tables 4 and 5, for 1,000,000 updates on a GPU, in the three phases of section 3.4; algorithm 1
+    is `preset("paper", phases="joint")`. The paper has one configuration for all tasks. Settings
+    that it does not give are as in "small"; docs/flrp.md lists them.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -43,9 +44,28 @@ class FLRPConfig(CriticConfig):
             "batch_size": 512,
             "learning_rate": 3e-4,
             "polyak": 0.001,
+            "safety_discount": 0.99,
+            "shape_weight": 1.0,
             "safety_weight": 1.0,
             **PAPER_CRITICS,
         },
+    }
+    # Eq. 13 has the weight 1 of ||u||^2, which is here divided by the latent width, that of the
+    # task's actions.
+    paper_tasks: ClassVar[dict[str, dict[str, Any]]] = {
+        **{
+            task: {"shape_weight": 2.0}
+            for task in (
+                *("CarButton1", "CarButton2", "CarPush1", "CarPush2", "CarGoal1", "CarGoal2"),
+                *("SwimmerVelocity", "BallRun", "CarRun", "BallCircle", "CarCircle"),
+                *("easysparse", "easymean", "easydense"),
+                *("mediumsparse", "mediummean", "mediumdense"),
+                *("hardsparse", "hardmean", "harddense"),
+            )
+        },
+        **{task: {"shape_weight": 4.0} for task in ("DroneRun", "DroneCircle")},
+        "HalfCheetahVelocity": {"shape_weight": 6.0},
+        **{task: {"shape_weight": 8.0} for task in ("AntVelocity", "AntRun", "AntCircle")},
     }
 
     flow_hidden: Sizes = (128, 128)
