@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -265,7 +265,7 @@ class LatentPolicy:
         """
         start, order = base, self.spec.order
 
-        def step(name: str, at: A) -> A:
+        def step(name: str, at: A) -> Any:  # noqa: ANN401 - an array or a tensor
             return self.expert(networks[name], concat([observations, at]))[0]
 
         names = expert_order(self.spec.refine_steps)
@@ -277,8 +277,7 @@ class LatentPolicy:
             for first in range(0, len(turns), 2):
                 pair = turns[first : first + 2]
                 if order == "jacobi":
-                    ways = [step(name, base) for name in pair]
-                    for way in ways:
+                    for way in [step(name, base) for name in pair]:
                         base = base + way
                 else:
                     for name in pair * _MINI_STEPS:
@@ -287,10 +286,11 @@ class LatentPolicy:
         rho = self.spec.trust_region
         if rho is None:
             return base
-        way = base - start
+        moved: Any = base - start
         # Clipped before the root, whose gradient at 0 is infinite.
-        length = (way * way).sum(-1)[..., None].clip(rho * rho, None) ** 0.5
-        return start + way * (rho / length)
+        length = (moved * moved).sum(-1)[..., None].clip(rho * rho, None) ** 0.5
+        bounded: A = start + moved * (rho / length)
+        return bounded
 
     def act(self, networks: NetworksOf[A], observations: A, base: A) -> A:
         """Return the actions (batch, action), in [-1, 1], for noise u_0 = base.

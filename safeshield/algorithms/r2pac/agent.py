@@ -264,7 +264,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
                 "careful episodes"
             )
         longest, spread = int(dataset.episode_lengths.max()), None
-        penalty = config.penalty
+        penalty: Any = config.penalty
         if penalty == "prop1":
             # The level of the region is not known yet.
             low, high = float(dataset.rewards.min()), float(dataset.rewards.max())
