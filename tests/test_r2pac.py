@@ -268,6 +268,17 @@ def test_the_bound_of_proposition_1_is_kept_with_the_agent(log: OfflineDataset) 
     assert agent.diagnostics()["penalty"] == pytest.approx(stated)
 
 
+def test_the_bound_can_be_set_on_the_command_line() -> None:
+    from safeshield.cli.settings import settings_of
+
+    for text, value in (("prop1", "prop1"), ("2.5", 2.5), ("none", None)):
+        assert settings_of(R2PACConfig, [f"penalty={text}"]).penalty == value
+    with pytest.raises(
+        ValueError, match=r"penalty: must be a number, got 'prop2'; or one of \['pr"
+    ):
+        settings_of(R2PACConfig, ["penalty=prop2"])
+
+
 def test_a_cost_limit_caps_the_level(log: OfflineDataset) -> None:
     """Never above what the limit is worth, whatever the quantile; "horizon" is that worth."""
     free = R2PAC(dataclasses.replace(TINY, cost_limit=None), device="cpu").fit(log, steps=30)
