@@ -293,13 +293,13 @@ def arm_config(arm: str, task: str, seed: int, sizes: str) -> R2PACConfig:
     known = task if task in R2PACConfig.paper_tasks else None
     paper = R2PACConfig.preset("paper", task=known, seed=seed)
     both = {name: getattr(paper if sizes == "paper" else ours, name) for name in SIZES}
-    chunk = both["chunk"] = min(both["chunk"], paper.chunk)
+    both["chunk"] = min(both["chunk"], paper.chunk)
     mine, other = (ours, paper) if base == "default" else (paper, ours)
     changes = {name: getattr(other, name) for name in FACTORS.get(factor, ())}
     changes |= EXTRA.get(factor, {})
-    config = dataclasses.replace(mine, **both, **changes)
-    execute = config.execute and min(config.execute, chunk)
-    return dataclasses.replace(config, execute=execute)
+    if changes.get("execute"):
+        changes["execute"] = min(changes["execute"], both["chunk"])
+    return dataclasses.replace(mine, **both, **changes)
 
 
 def trained_arm(arm: str, task: str, seed: int, place: argparse.Namespace) -> R2PAC:
