@@ -313,6 +313,12 @@ def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDatase
         run.check_region(RegionReport(run.region.most, 0.0, 0.0))  # type: ignore[union-attr]
     with pytest.warns(UserWarning, match="foresees no violation"):
         run.check_region(RegionReport(2.0, 0.25, 0.25))
+    # The level of a fixed horizon comes from the limit, also where it is rounded to a float32.
+    fixed = R2PAC(dataclasses.replace(TINY, region="horizon"), device="cpu")
+    other = fixed._run(fixed._describe(log), run.log, 30)
+    rounded = float(torch.tensor(other.region.most)) * (1 - 1e-7)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"from cost_limit\) holds none .*lower cost_limit"):
+        other.check_region(RegionReport(rounded, 0.0, 0.0))  # type: ignore[attr-defined]
     # A margin as wide as the log swallows everything, whatever the costs say.
     wide = dataclasses.replace(TINY, margin=50.0)
     with pytest.raises(ValueError, match=r"holds all of the log's states: each violates"):

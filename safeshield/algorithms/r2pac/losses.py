@@ -251,7 +251,8 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         told, setting = f"V_h > {report.level:g}", "margin"
         if isinstance(self.region, CostRegion):
             told, setting = f"V_c > {report.level:g}, from cost_limit", "cost_limit"
-            if report.level < self.region.most:
+            # The level is a float32, in which the upper bound may be rounded down.
+            if self.region.quantile is not None and report.level < self.region.most * (1 - 1e-6):
                 told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
                 setting = "quantile"
         way = "raise" if report.unsafe_share == 1.0 else "lower"
