@@ -1,4 +1,4 @@
-r"""Measure R2PAC: chunk lengths, ways of acting, and the shield that evaluates plans.
+r"""Measure R2PAC: chunk lengths, ways of acting, the shield that evaluates plans, the paper's way.
 
     python benchmarks/r2pac.py chunks --data FOLDER   # BallRun, h = 1, 3, 5, 7; draws a picture
     python benchmarks/suites.py --data FOLDER --methods r2pac     # the agents of the next one
@@ -6,6 +6,8 @@ r"""Measure R2PAC: chunk lengths, ways of acting, and the shield that evaluates 
     python benchmarks/r2pac.py ahead                  # the boat; 3 seeds, everything resumes
     python benchmarks/suites.py --data FOLDER --tasks BallRun CarCircle SwimmerVelocity \
         --methods r2pac-plain r2pac-reward r2pac-awr  # ablations: table 2 of the paper
+    python benchmarks/r2pac.py arms --data FOLDER --folder FOLDER --tasks BallRun --seeds 10 11 12
+    python benchmarks/r2pac.py arms --data FOLDER --folder FOLDER --table   # prints, runs nothing
 
 chunks draws figure 2 of the paper: the means of Q_r and Q_c over 2,000 fixed chunks of the log,
 without a penalty and with one-chunk targets as in the paper, every 50 of 2,500 updates. It also
@@ -14,12 +16,24 @@ for 10 episodes in each way to act, and measures the microseconds of `predict` f
 ahead uses 600 logged trips and 8,000 updates. It compares shields of the same critics with and
 without plans, at the delta that certifies 90% of the starts with V_h <= 0, in 300 episodes of
 agents that head straight to the goal or in random directions.
+
+arms compares the default with the paper's way. The arm "paper" has the settings of
+`R2PACConfig.preset("paper", task=...)`, except those of `SIZES`, which are the defaults in all arms
+unless --sizes is "paper". An arm "default, X" is the default with the paper's settings of X
+(`FACTORS`), and "paper, X" is the paper's arm with the default's settings of X. Every arm plays 20
+episodes from the same starts, so that differences to "default" or to "paper" are paired. A cell is
+a task, an arm and a seed. It is stored as one JSON file in --folder and runs in its own process;
+its training resumes from a checkpoint. Arms that differ in acting only share the training.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
+import resource
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -30,7 +44,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from boat import BOAT, straight
-from common import RESULTS, machine, once
+from common import RESULTS, apart, machine, once
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -61,6 +75,54 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "student, 1 candidate": (10, {"inference": "student", "candidates": 1}),
 }
 """Euler steps and settings of each way to act; by default 16 candidates, 3 executed."""
+FACTORS: dict[str, tuple[str, ...]] = {
+    "margin": ("margin",),
+    "labels": ("trust_labels", "quantile"),
+    "cap": ("cost_limit",),
+    "executed": ("execute",),
+    "choice": ("choose",),
+    "unsafe values": ("fit_unsafe",),
+    "windows": ("reward_backup_steps", "safety_backup_steps"),
+    "test": ("region_test",),
+    "penalty": ("penalty",),
+    "expectiles": ("reward_expectile", "cost_expectile"),
+    "sampling": ("near_share",),
+}
+"""Settings in which the default differs from the paper, by what an arm calls them."""
+SIZES = (
+    "critic_hidden",
+    "flow_hidden",
+    "student_hidden",
+    "batch_size",
+    "learning_rate",
+    "flow_steps",
+    "phase_shares",
+    "chunk",
+)
+"""Settings of the paper that need a GPU, or that do not belong to any suspect."""
+ARMS = (
+    "default",
+    "paper",
+    *(f"default, {factor}" for factor in FACTORS),
+    "default, whole plans",
+    "default, prop1",
+    "default, finite horizon",
+    *(f"paper, {factor}" for factor in FACTORS),
+    "paper, whole plans",
+    "paper, prop1",
+    "paper, finite horizon",
+)
+EXTRA: dict[str, dict[str, Any]] = {
+    "whole plans": {"execute": 5},
+    "prop1": {"penalty": "prop1"},
+    "finite horizon": {"ends": "terminals+timeouts", "region": "horizon", "cost_limit": 10.0},
+}
+"""Arms whose settings neither the default nor the preset has; table 8 of the paper is the last."""
+SHARES = (0.6, 0.38, 0.02)
+"""Shares of the phases with --sizes "ours". No arm acts by the student, which gets few updates;
+10,000 updates give critics and actor about as many as 12,000 with the default's shares."""
+ACTING = ("execute", "choose")
+"""Settings that do not matter in training."""
 
 
 # -- chunk lengths --------------------------------------------------------------------------------
@@ -221,11 +283,139 @@ def ahead(seed: int) -> dict[str, Any]:
     return out
 
 
+# -- the paper's way ------------------------------------------------------------------------------
+
+
+def arm_config(arm: str, task: str, seed: int, sizes: str) -> R2PACConfig:
+    """Return the settings of an arm; the module docstring describes them."""
+    base, _, factor = arm.partition(", ")
+    ours = R2PACConfig(seed=seed, phase_shares=SHARES)
+    known = task if task in R2PACConfig.paper_tasks else None
+    paper = R2PACConfig.preset("paper", task=known, seed=seed)
+    both = {name: getattr(paper if sizes == "paper" else ours, name) for name in SIZES}
+    both["chunk"] = min(both["chunk"], paper.chunk)
+    mine, other = (ours, paper) if base == "default" else (paper, ours)
+    changes = {name: getattr(other, name) for name in FACTORS.get(factor, ())}
+    changes |= EXTRA.get(factor, {})
+    if changes.get("execute"):
+        changes["execute"] = min(changes["execute"], both["chunk"])
+    return dataclasses.replace(mine, **both, **changes)
+
+
+def trained_arm(arm: str, task: str, seed: int, place: argparse.Namespace) -> R2PAC:
+    """Return the agent of an arm, from its file or trained now, as it is to act."""
+    from suites import read_log
+
+    config = arm_config(arm, task, seed, place.sizes)
+    base = arm.partition(", ")[0]
+    shared = arm_config(base, task, seed, place.sizes)
+    acting = {name: getattr(config, name) for name in ACTING}
+    if dataclasses.replace(shared, **acting) == config:
+        arm, kept = base, shared  # Only the acting differs.
+    else:
+        kept = config
+    path = place.folder / f"{cell_name(arm, task, seed, place)}.safetensors"
+    if not path.exists():
+        log = read_log(place.data, task)
+        checkpoint = path.with_suffix(".checkpoint")
+        R2PAC(kept, device="auto").fit(log, steps=place.updates, checkpoint=checkpoint).save(path)
+        checkpoint.unlink()
+    agent = R2PAC.load(path, device="cpu")
+    return agent._changed(**acting)
+
+
+def cell_name(arm: str, task: str, seed: int, place: argparse.Namespace) -> str:
+    """Return the name of a cell's files."""
+    plain = arm.replace(", ", "-").replace(" ", "_")
+    return f"r2pac_arm_{task}_{plain}_{place.sizes}_{place.updates}_{seed}"
+
+
+def play_arm(arm: str, task: str, seed: int, place: argparse.Namespace) -> dict[str, Any]:
+    """Train an arm, and play 20 episodes from the starts that all arms of this seed have."""
+    import safeshield.suites  # noqa: F401 - registers the tasks
+    from safeshield.evaluation import EPISODES, ReferenceReturns, play
+    from safeshield.suites.tasks import COST_LIMIT, find_task
+
+    torch.set_num_threads(1)
+    started = time.process_time()
+    agent = trained_arm(arm, task, seed, place)
+    training = time.process_time() - started
+    started = time.process_time()
+    references = ReferenceReturns.of_log(place.data / f"{task}.hdf5")
+    run = play(gym.make(find_task(task).env_id), agent, 100 + seed, episodes=EPISODES, num_envs=1)
+    return {
+        "task": task,
+        "arm": arm,
+        "seed": seed,
+        "config": dataclasses.asdict(agent.config),
+        "updates": place.updates,
+        "returns": np.asarray(references.normalise(np.array(run.returns))).tolist(),
+        "costs": (np.array(run.costs) / COST_LIMIT).tolist(),
+        "region": agent.region._asdict(),
+        "penalty": agent.diagnostics()["penalty"],
+        "training_seconds": round(training, 1),
+        "playing_seconds": round(time.process_time() - started, 1),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def run_arms(place: argparse.Namespace) -> None:
+    """Run the cells without a stored result, each in its own process unless `here`."""
+    for seed, arm, task in itertools.product(place.seeds, place.arms, place.tasks):
+        name = cell_name(arm, task, seed, place)
+        if place.here:
+            warnings.simplefilter("ignore")
+            once(name, lambda a=arm, t=task, s=seed: play_arm(a, t, s, place), folder=place.folder)
+        elif not (place.folder / f"{name}.json").exists():
+            command = [sys.executable, __file__, "arms", "--tasks", task, "--arms", arm, "--seeds"]
+            command += [str(seed), "--data", str(place.data), "--folder", str(place.folder)]
+            command += ["--sizes", place.sizes, "--updates", str(place.updates), "--here"]
+            apart(command, name)
+
+
+def print_arms(place: argparse.Namespace) -> None:
+    """Print the stored cells of each task and arm, with paired differences to the arm's base.
+
+    The differences are means over the starts of all seeds that both arms have played; in brackets
+    is the mean of each seed.
+    """
+    print("| task | arm | seeds | return / cost | return, difference | cost, difference |")
+    print("|---|---|---|---|---|---|")
+    for task, arm in itertools.product(place.tasks, place.arms):
+        own, base = (stored_arm(name, task, place) for name in (arm, arm.partition(", ")[0]))
+        if not own:
+            continue
+        means = [np.mean([own[seed][key] for seed in own]) for key in ("returns", "costs")]
+        shared = sorted(own.keys() & base.keys())
+        told = []
+        for key in ("returns", "costs"):
+            gaps = [float(np.mean(np.subtract(own[s][key], base[s][key]))) for s in shared]
+            each = ", ".join(f"{gap:+.2f}" for gap in gaps)
+            differs = shared and arm not in ("default", "paper")
+            told.append(f"{np.mean(gaps):+.2f} ({each})" if differs else "")
+        seeds = " ".join(map(str, own))
+        print(
+            f"| {task} | {arm} | {seeds} | {means[0]:.2f} / {means[1]:.2f} | {' | '.join(told)} |"
+        )
+
+
+def stored_arm(arm: str, task: str, place: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """Return the stored results of an arm by seed."""
+    paths = {s: place.folder / f"{cell_name(arm, task, s, place)}.json" for s in place.seeds}
+    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+
+
 def main() -> None:
     """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["chunks", "acting", "ahead"])
+    parser.add_argument("what", choices=["chunks", "acting", "ahead", "arms"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
+    parser.add_argument("--updates", type=int, default=10_000, help="arms: of all phases together")
+    parser.add_argument("--sizes", choices=["ours", "paper"], default="ours", help="arms: networks")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "r2pac", help="arms: results")
+    parser.add_argument("--here", action="store_true", help="arms: run in this process")
+    parser.add_argument("--table", action="store_true", help="arms: print what is there")
     parser.add_argument("--data", type=Path, help="chunks, acting: folder of TASK.hdf5")
     parser.add_argument("--tasks", nargs="+", default=["CarCircle", "BallCircle"])
     arguments = parser.parse_args()
@@ -233,9 +423,16 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.what != "ahead" and arguments.data is None:
         parser.error(f"{arguments.what} needs --data FOLDER")
-    print(machine())
+    if not arguments.here:
+        print(machine())
     seeds, data = arguments.seeds, arguments.data
-    if arguments.what == "chunks":
+    if arguments.what == "arms":
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if not arguments.table:
+            run_arms(arguments)
+        if not arguments.here:
+            print_arms(arguments)
+    elif arguments.what == "chunks":
         found = {
             h: [once(f"r2pac_chunks_{h}_{s}", lambda h=h, s=s: chunks(h, s, data)) for s in seeds]
             for h in LENGTHS

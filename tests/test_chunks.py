@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +18,14 @@ from safeshield import OfflineDataset
 from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
 from safeshield.algorithms.r2pac.chunks import Chunks, log_window
 from safeshield.algorithms.r2pac.losses import R2PACRun
-from safeshield.algorithms.r2pac.regions import UNSAFE, horizon_level, reached_unsafe
+from safeshield.algorithms.r2pac.regions import LEVEL, UNSAFE, horizon_level, reached_unsafe
 from safeshield.nn.chunk_actors import normal_below
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.guided import guided_network, guided_sample
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init, polyak
 from safeshield.training.log import LogTensors
+from safeshield.training.state import Draw, TrainState
 from safeshield.values.backup import (
     RewardWindow,
     SafetyBackup,
@@ -276,9 +278,8 @@ class Ring(SimpleNamespace):
     unsafe = 3
 
     @staticmethod
-    def step(state: int, action: int) -> tuple[int, float]:
-        after = min(state + 1, 4) if action else max(state - 1, 0)
-        return after, (5.0 if after >= Ring.unsafe else -1.0)
+    def step(state: int, action: int) -> int:
+        return min(state + 1, 4) if action else max(state - 1, 0)
 
 
 class TableRegion:
@@ -288,53 +289,71 @@ class TableRegion:
         return observations[:, 0].round() == Ring.unsafe
 
 
-def penalised_run(length: int, penalty: float, test: Any) -> tuple[R2PACRun, LogTensors]:  # noqa: ANN401
-    """Return a run over all chunks of the ring, its region told by a table."""
+def ring_log(starts: Any, plans: Any, shift: float = 0.0, lure: int = 0) -> OfflineDataset:  # noqa: ANN401
+    """Return an episode, cut short by a truncation, for every start and plan on the ring.
+
+    `shift` is added to all rewards, and the states that pay begin `lure` states before the unsafe.
+    """
     episodes, observations, nexts, rewards, acted = [], [], [], [], []
-    for start, plan in itertools.product(range(5), itertools.product((0, 1), repeat=length)):
+    for start, plan in itertools.product(starts, plans):
         state = start
         for action in plan:
-            after, reward = Ring.step(state, action)
+            after = Ring.step(state, action)
             observations.append([float(state)])
             nexts.append([float(after)])
-            rewards.append(reward)
+            rewards.append((5.0 if after >= Ring.unsafe - lure else -1.0) + shift)
             acted.append([2.0 * action - 1.0])
             state = after
-        episodes.append(length)
+        episodes.append(len(plan))
     h = np.where(np.array(nexts)[:, 0] == Ring.unsafe, 1.0, -1.0)
     before = np.where(np.array(observations)[:, 0] == Ring.unsafe, 1.0, -1.0)
     ends = np.cumsum(episodes) - 1
     truncated = np.zeros(len(rewards), bool)
     truncated[ends] = True
-    data = OfflineDataset.from_arrays(
+    return OfflineDataset.from_arrays(
         observations=np.array(observations), actions=np.array(acted), rewards=np.array(rewards),
         next_observations=np.array(nexts), terminated=np.zeros(len(rewards), bool),
         truncated=truncated, constraints=before, next_constraints=h,
     )  # fmt: skip
-    config = R2PACConfig(
-        chunk=length, discount=0.9, penalty=penalty, region_test=test, margin=0.0,
-        critic_hidden=(4,), flow_hidden=(4,), student_hidden=(4,),
-    )  # fmt: skip
+
+
+def ring_run(data: OfflineDataset, config: R2PACConfig) -> tuple[R2PACRun, LogTensors]:
+    """Return a run over a log of the ring, its region told by a table."""
     agent = R2PAC(config, device="cpu")
     model = agent._describe(data)
     log = LogTensors.of(data, model.scaling, torch.device("cpu"))
     # The tables' region reads raw states.
-    raw = torch.tensor(np.array(observations), dtype=torch.float32)
-    log = LogTensors(**{**vars(log), "observations": raw, "next_observations": torch.tensor(
-        np.array(nexts), dtype=torch.float32)})  # fmt: skip
+    raw, then = torch.tensor(data.observations), torch.tensor(data.next_observations)
+    log = LogTensors(**{**vars(log), "observations": raw, "next_observations": then})
     run = R2PACRun(model, log, config, 3)
     run.region = TableRegion()  # type: ignore[assignment]
     return run, log
+
+
+TABLE = R2PACConfig(
+    discount=0.9, margin=0.0, critic_hidden=(4,), flow_hidden=(4,), student_hidden=(4,)
+)
+
+
+def penalised_run(length: int, penalty: float, test: Any) -> tuple[R2PACRun, LogTensors]:  # noqa: ANN401
+    """Return a run over all chunks of the ring."""
+    config = replace(TABLE, chunk=length, penalty=penalty, region_test=test)
+    return ring_run(ring_log(range(5), list(itertools.product((0, 1), repeat=length))), config)
+
+
+def marked(run: R2PACRun, log: LogTensors, level: float = 0.0) -> TrainState:
+    """Return a state that knows the unsafe states of a log, and the level of the region."""
+    state = run.initial(torch.Generator().manual_seed(0))
+    reaches = reached_unsafe(run.region, state, log)
+    told = {UNSAFE: reaches, LEVEL: torch.tensor(level)}
+    return state._replace(scales={**state.scales, **told})
 
 
 def greedy_path(run: R2PACRun, log: LogTensors, length: int) -> list[int]:
     """Solve the penalised problem by value iteration on the run's own targets; follow it from 0."""
     starts = torch.arange(0, len(log), length)
     chunk = run.chunks.batch(starts, torch.zeros(len(starts), run.chunks.width))
-    state = run.initial(torch.Generator().manual_seed(0))
-    reaches = reached_unsafe(run.region, state, log)
-    state = state._replace(scales={**state.scales, UNSAFE: reaches})
-    batch = run.reward_batch(state, chunk, 1)
+    batch = run.reward_batch(marked(run, log), chunk, 1)
     at = chunk.observations[:, 0].long()
     after = batch.next_observations[:, 0].long()
     values = torch.zeros(Ring.size)
@@ -373,6 +392,151 @@ def test_the_last_state_alone_lets_a_chunk_through() -> None:
     assert Ring.unsafe in greedy_path(run, log, 2)
     run, log = penalised_run(2, 600.0, "any")
     assert Ring.unsafe not in greedy_path(run, log, 2)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("test", ["any", "end"])
+def test_a_window_of_a_chunk_is_tested_like_the_chunk(length: int, test: Any) -> None:  # noqa: ANN401
+    """V is fitted to windows and Q to chunks: over h steps the same ones enter the region."""
+    run, log = penalised_run(length, 600.0, test)
+    starts = torch.arange(0, len(log), length)
+    chunk = run.chunks.batch(starts, torch.zeros(len(starts), run.chunks.width))
+    batch = run.reward_batch(marked(run, log), chunk, length)
+    out = ~batch.terminated
+    torch.testing.assert_close(batch.window.reward[out], batch.rewards[out])
+    torch.testing.assert_close(batch.window.slope, out.float() * 0.9**length)
+    assert (batch.window.reward[~out] < -400).all()
+    assert batch.terminated.any()
+    assert not batch.terminated.all()
+
+
+@pytest.mark.parametrize("steps", [3, 4, 6])
+def test_the_last_state_alone_ends_a_longer_window(steps: int) -> None:
+    """A window of 2-step chunks, the last of which may be shorter, against a loop over chunks."""
+    log = log_of([9, 5, 7, 8], [True, False, False, True])
+    rows = torch.arange(len(log))
+    fails = torch.rand(len(log), generator=torch.Generator().manual_seed(1)) < 0.4
+    window = log_window(log, rows, steps, log.rewards, 0.9, fails, -7.0, test_every=2)
+    anywhere = log_window(log, rows, steps, log.rewards, 0.9, fails, -7.0)
+    assert not torch.equal(window.reward, anywhere.reward)
+    for row in rows.tolist():
+        last = min(row + steps - 1, int(log.episode_last[row]))
+        total, weight = 0.0, 1.0
+        for number, step in enumerate(range(row, last + 1), start=1):
+            ends_a_chunk = number % 2 == 0 or step == last
+            failed = bool(fails[step]) and ends_a_chunk
+            total += weight * (-7.0 if failed else float(log.rewards[step]))
+            weight *= 0.0 if failed or log.terminated[step] else 0.9
+        assert float(window.reward[row]) == pytest.approx(total, abs=1e-4)
+        assert float(window.slope[row]) == pytest.approx(weight, abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("kappa", [0.5, 1.0, 6.0])
+def test_proposition_1_every_path_that_enters_is_worth_less(shift: float, kappa: float) -> None:
+    """All paths of 6 steps from state 0, with rewards that may be negative, and their exact values.
+
+    The level of 6 violating steps of 6 is the largest that there is: (1 - g^6) / (1 - g).
+    """
+    steps = 6
+    data = ring_log([0], list(itertools.product((0, 1), repeat=steps)), shift, lure=1)
+    level = horizon_level(kappa, steps, 0.9)
+    config = replace(
+        TABLE, chunk=1, region="horizon", cost_limit=kappa, penalty="prop1",
+        ends="terminals+timeouts",
+    )  # fmt: skip
+    run, log = ring_run(data, config)
+    starts = torch.arange(0, len(log), steps)
+
+    def values(state: TrainState) -> tuple[Tensor, Tensor]:
+        chunk = run.chunks.batch(starts, torch.zeros(len(starts), run.chunks.width))
+        window = run.reward_batch(state, chunk, steps).window
+        assert not window.slope.any()
+        enters = (log.next_observations[:][:, 0] == Ring.unsafe).view(-1, steps)
+        # The discounted number of unsafe steps, those in the absorbing state included.
+        first = torch.where(enters.any(1), enters.int().argmax(1), steps)
+        unsafe = 0.9 ** first.double() / 0.1 * enters.any(1)
+        assert (unsafe[enters.any(1)] >= level).all()
+        return window.reward[enters.any(1)], window.reward[~enters.any(1)]
+
+    state = marked(run, log, level)
+    entering, staying = values(state)
+    assert len(entering) > 20
+    assert entering.max() < staying.min()
+    lowest, highest = shift - 1.0, shift + 5.0
+    stated = (highest - lowest) * (1 - 0.9**steps) / (0.1 * level) / 0.1 - min(lowest, 0.0) / 0.1
+    assert float(run.penalty(state)) == pytest.approx(stated)
+    # C in place of C_bar is a tenth of it, and too little for the largest level.
+    run.penalty = lambda state: 0.1 * stated  # type: ignore[method-assign]
+    entering, staying = values(state)
+    if kappa == 6.0:
+        assert entering.max() >= staying.min()
+
+
+def test_proposition_1_needs_a_level() -> None:
+    with pytest.raises(ValueError, match=r"penalty must be a number or None where region is 'saf"):
+        replace(TABLE, penalty="prop1", region="safety")
+    data = ring_log(range(5), list(itertools.product((0, 1), repeat=2)))
+    run, log = ring_run(data, replace(TABLE, chunk=2, penalty="prop1"))
+    state = marked(run, log, 0.0)
+    # While V_c is learned, the bound is that of one violating step.
+    assert float(run.penalty(state)) == pytest.approx(float(run.penalty(marked(run, log, 1.0))))
+    run.region.read_level = lambda state, log, generator: state  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"needs a level l of the region above 0.*got l = 0, the"):
+        run._settle(state, torch.Generator())
+    run._settle(marked(run, log, 0.5), torch.Generator())
+
+
+# -- time-outs that end episodes ----------------------------------------------------------------
+
+
+def test_a_time_out_that_ends_gives_the_exact_finite_value() -> None:
+    """Rewards of 1 and a cost in every step of 12, then a time-out: sums of 12 terms, no V."""
+    steps, discount = 12, 0.9
+    place = np.tile(np.arange(float(steps + 1)), (3, 1))
+    data = OfflineDataset.from_arrays(
+        observations=place[:, :-1].reshape(-1, 1), next_observations=place[:, 1:].reshape(-1, 1),
+        actions=np.linspace(-1, 1, 3 * steps)[:, None], rewards=np.ones(3 * steps),
+        terminated=np.zeros(3 * steps, bool), truncated=np.tile(np.arange(steps) == steps - 1, 3),
+        constraints=np.repeat([-1.0, 1.0, 1.0], steps),
+        next_constraints=np.repeat([-1.0, 1.0, 1.0], steps),
+    )  # fmt: skip
+    rest = steps - np.arange(steps)
+    exact = torch.tensor(np.tile((1 - discount**rest) / (1 - discount), 3), dtype=torch.float32)
+    rows = torch.arange(len(data))
+    for ends in ("terminals+timeouts", "terminals"):
+        config = replace(TABLE, chunk=3, ends=ends)
+        agent = R2PAC(config, device="cpu")
+        model = agent._describe(data)
+        log = LogTensors.of(data, model.scaling, agent.device)
+        run = R2PACRun(model, log, config, 3)
+        chunk = run.chunks.batch(rows, torch.zeros(len(rows), run.chunks.width))
+        batch = run._batch(chunk, steps, log.rewards)
+        costs = run._cost_batch(chunk, steps)
+        draw = Draw(rows, torch.zeros(len(rows), run.chunks.width + 1), torch.zeros(len(rows), 1))
+        judged = run._safety_chunk(draw, chunk)
+        # For the safety values a time-out is no end, and every chunk has h logged actions.
+        assert not judged.terminated.any()
+        assert judged.inside.all()
+        if ends == "terminals":
+            assert (batch.window.slope > 0).all()
+            assert not batch.terminated.any()
+            # The log's own penalty supposes that rewards of 1 go on for ever.
+            assert model.penalty == pytest.approx(-1.0 / (1 - discount))
+            continue
+        assert not batch.window.slope.any()
+        torch.testing.assert_close(batch.window.reward, exact)
+        assert torch.equal(batch.terminated, torch.tensor(np.tile(rest <= 3, 3)))
+        values = torch.zeros(len(rows))
+        for _ in range(steps):
+            after = values[torch.minimum(chunk.end + 1, log.episode_last)]
+            values = batch.rewards + discount**3 * torch.where(batch.terminated, 0.0, after)
+        torch.testing.assert_close(values, exact)
+        assert model.penalty == pytest.approx(-1.0)
+        # Eq. 42 is exact here: a limit of 12 violating steps of 12 is worth what they cost.
+        paid = -float(costs.window.reward[steps])
+        assert paid == pytest.approx(horizon_level(steps, steps, discount))
+        assert not costs.window.reward[:steps].any()
 
 
 # -- violations that end episodes ---------------------------------------------------------------

@@ -27,6 +27,7 @@ from safeshield.nn.actor import Widths, from_header, to_header
 from safeshield.nn.coupling import CouplingFlow
 from safeshield.nn.latent_actor import (
     EXPERTS,
+    ORDERS,
     POSTERIOR,
     PRIOR,
     LatentPolicy,
@@ -356,6 +357,114 @@ def test_the_order_of_the_experts(steps: int, order: str) -> None:
     assert " ".join(name[:2] for name in expert_order(steps)) == order
 
 
+def refiner(order: Any, steps: int, rho: float | None = None) -> tuple[LatentPolicy, Any]:  # noqa: ANN401
+    spec = LatentSpec(2, (8,), 2, refine_steps=steps, order=order, trust_region=rho)
+    policy = LatentPolicy(3, 1, spec)
+    return policy, policy.init(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_the_orders_of_a_round(steps: int) -> None:
+    """Gauss-Seidel, Jacobi and quarters of a step in turn, written out; the shared expert last."""
+    generator = torch.Generator().manual_seed(1)
+    seen, noise = (torch.randn(7, width, generator=generator) for width in (3, 2))
+    made = {}
+    for order in ORDERS:
+        policy, networks = refiner(order, steps)
+
+        def f(name: str, u: Any, policy: Any = policy, networks: Any = networks) -> Any:  # noqa: ANN401
+            return policy.expert(networks[name], torch.cat([seen, u], 1))[0]
+
+        u, left = noise, steps - 1
+        while left > 0:
+            pair = ["safety_expert", "reward_expert"][:left]
+            left -= 2
+            if order == "jacobi":
+                u = u + torch.stack([f(name, u) for name in pair]).sum(0)
+            for name in [] if order == "jacobi" else pair * (4 if order == "interleaved" else 1):
+                u = u + f(name, u) / (4 if order == "interleaved" else 1)
+        u = u + f("shared_expert", u)
+        made[order] = policy.refine(networks, seen, noise)
+        torch.testing.assert_close(made[order], u)
+        arrays = policy.refine(numpy_of(networks), seen.numpy(), noise.numpy())
+        np.testing.assert_allclose(arrays, u, atol=1e-5)
+    different = not torch.allclose(made["sequential"], made["jacobi"], atol=1e-4)
+    assert different == (steps >= 3)
+    assert torch.allclose(made["sequential"], made["interleaved"], atol=1e-4) == (steps == 1)
+
+
+def test_jacobi_does_not_depend_on_which_expert_is_first() -> None:
+    seen, noise = torch.randn(7, 3), torch.randn(7, 2)
+    for order in ORDERS:
+        policy, networks = refiner(order, 3)
+        first, second = networks["safety_expert"], networks["reward_expert"]
+        swapped = {**networks, "safety_expert": second, "reward_expert": first}
+        same = torch.allclose(
+            policy.refine(networks, seen, noise), policy.refine(swapped, seen, noise), atol=1e-5
+        )
+        assert same == (order == "jacobi"), order
+
+
+def test_the_trust_region_cuts_the_way_and_keeps_its_direction() -> None:
+    """||u_T - u_0|| <= rho, on tensors and arrays; a shorter way is not changed."""
+    generator = torch.Generator().manual_seed(2)
+    seen, noise = (torch.randn(200, width, generator=generator) for width in (3, 2))
+    free, networks = refiner("sequential", 3)
+    way = free.refine(networks, seen, noise) - noise
+    length = way.norm(dim=1)
+    rho = float(length.median())
+    policy, _ = refiner("sequential", 3, rho)
+    bounded = policy.refine(networks, seen, noise) - noise
+    assert bounded.norm(dim=1).max() <= rho * (1 + 1e-5)
+    expected = way * (rho / length.clamp(min=rho))[:, None]
+    torch.testing.assert_close(bounded, expected, atol=1e-5, rtol=1e-5)
+    arrays = policy.refine(numpy_of(networks), seen.numpy(), noise.numpy())
+    np.testing.assert_allclose(arrays, noise + expected, atol=1e-5)
+    # Where the experts do nothing, the gradient is that of the step itself.
+    still = {
+        name: {key: torch.zeros_like(t).requires_grad_() for key, t in params.items()}
+        for name, params in networks.items()
+    }
+    policy.refine(still, seen, noise).sum().backward()
+    grown = still["shared_expert"]["1.bias"].grad
+    assert grown is not None
+    torch.testing.assert_close(grown, torch.full_like(grown, 200.0))
+
+
+@pytest.mark.parametrize("change", [{}, {"feasibility": "cost"}, {"refine_steps": 0}])
+def test_algorithm_1_trains_everything_in_every_update(
+    log: OfflineDataset, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(TINY, phases="joint", order="jacobi", trust_region=0.5, **change)
+    agent = FLRP(config, device="cpu")
+    model = agent._describe(log)
+    run = FLRPRun(model, LogTensors.of(log, model.scaling, torch.device("cpu")), config, 12)
+    phases = run.phases()
+    assert sum(phase.steps for phase in phases) == 12
+    assert all(phase.name.startswith("joint") for phase in phases)
+    before = run.initial(torch.Generator().manual_seed(0))
+    assert phases[0].refresh is not None
+    before = phases[0].refresh(before, torch.Generator().manual_seed(0))
+    draw = Draw(torch.arange(16), torch.randn(16, model.policy.spec.latent), torch.rand(16, 1))
+    after, _ = phases[0].update(before, draw)
+    still = set() if config.refine_steps else set(EXPERTS)
+    for name, params in after.networks.items():
+        moved = any(not torch.equal(t, before.networks[name][key]) for key, t in params.items())
+        assert moved == (name not in still), name
+    # A run in two parts ends as one without, and its file and its shield bring everything back.
+    whole = FLRP(config, device="cpu").fit(log, steps=12)
+    FLRP(config, device="cpu").fit(log, steps=12, checkpoint=tmp_path / "c", stop_after=5)
+    parts = FLRP(config, device="cpu").fit(log, steps=12, checkpoint=tmp_path / "c")
+    parts.save(tmp_path / "agent")
+    again, seen = load_agent(tmp_path / "agent"), log.observations[:5]
+    assert again.config == config
+    acted = whole.predict(seen, deterministic=True)[0]
+    np.testing.assert_array_equal(acted, again.predict(seen, deterministic=True)[0])  # type: ignore[attr-defined]
+    parts.shield().save(tmp_path / "shield")
+    fallback = Shield.load(tmp_path / "shield").model.fallback_actor
+    assert fallback == whole._fitted().policy
+
+
 def test_the_divergence_of_an_affine_map_is_the_gaussians() -> None:
     """Experts that scale and shift the noise: KL(N(m, s^2 I) || N(0, I)) is known."""
     policy = LatentPolicy(1, 1, LatentSpec(2, (4,), 2, refine_steps=1))
@@ -580,6 +689,9 @@ def test_density_is_for_flrp_alone(log: OfflineDataset) -> None:
         ("spread", 0.0),
         ("spread", float("nan")),
         ("refine_steps", -1),
+        ("order", "backwards"),
+        ("trust_region", 0.0),
+        ("trust_region", "far"),
         ("colour", 3),
     ],
 )

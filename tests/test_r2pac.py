@@ -16,7 +16,7 @@ import torch
 from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig, with_chunks
 from safeshield.algorithms.r2pac.losses import ACTOR, region_of
-from safeshield.algorithms.r2pac.regions import CostRegion, horizon_level
+from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, horizon_level
 from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
@@ -26,7 +26,7 @@ from safeshield.online import FlowTeacher
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.shield import ProjectedGradient
 from safeshield.training.log import LogTensors
-from safeshield.training.state import Draw
+from safeshield.training.state import Draw, TrainState
 from safeshield.values.units import FALLBACK, PLAN
 
 TINY = R2PACConfig(
@@ -77,6 +77,8 @@ def same_weights(one: R2PAC, other: R2PAC) -> bool:
         {"penalise": False, "reward_backup_steps": (1,)},
         {"recover": False},
         {"penalty": 3.0, "inference": "student"},
+        {"penalty": "prop1", "region": "horizon", "ends": "terminals+timeouts"},
+        {"trust_labels": False, "fit_unsafe": True, "cost_limit": None, "margin": 0.0},
     ],
 )
 def test_every_variant_trains_acts_and_is_kept(
@@ -204,6 +206,79 @@ def test_the_level_is_the_quantile_of_the_costs(log: OfflineDataset) -> None:
     assert agent.region.violating_share == pytest.approx(known.mean())
 
 
+def test_without_labels_the_level_is_the_quantile_over_all_states(log: OfflineDataset) -> None:
+    """The paper's region: V_c > l and nothing else, l over states that violate and that do not."""
+    config = dataclasses.replace(TINY, cost_limit=None, trust_labels=False)
+    agent = R2PAC(config, device="cpu").fit(log, steps=60)
+    model = agent._fitted()
+    assert model.costs is not None
+    scaled = torch.tensor(model.scaling.observations(log.observations))
+    with torch.no_grad():
+        values = -model.costs.possible(agent._networks, scaled)
+    assert float((values <= agent.region.level).float().mean()) == pytest.approx(0.9, abs=0.03)
+    region = region_of(model, config)
+    state = TrainState({}, agent._networks, {}, {LEVEL: torch.tensor(agent.region.level)}, values)
+    unsafe = region.unsafe(state, scaled, torch.tensor(log.constraints))
+    assert torch.equal(unsafe, values > agent.region.level)
+    assert (log.constraints[~unsafe.numpy()] > 0).any()  # A violation that V_c does not know.
+    labelled = dataclasses.replace(region, trust_labels=True)
+    assert not (log.constraints > 0)[
+        ~labelled.unsafe(state, scaled, torch.tensor(log.constraints)).numpy()
+    ].any()
+
+
+def test_the_reward_scale_of_table_4_is_a_matter_of_the_penalty(log: OfflineDataset) -> None:
+    """Rewards times 256 with 256 times the penalty give the same agent, bit for bit."""
+    config = dataclasses.replace(TINY, penalty=0.05)
+    plain = R2PAC(config, device="cpu").fit(log, steps=30)
+    louder = dataclasses.replace(log, rewards=256 * log.rewards)
+    scaled = R2PAC(dataclasses.replace(config, penalty=0.05 * 256), device="cpu")
+    assert same_weights(plain, scaled.fit(louder, steps=30))
+    assert not same_weights(plain, R2PAC(config, device="cpu").fit(louder, steps=30))
+
+
+def test_values_in_unsafe_states_are_fitted_as_in_the_paper(log: OfflineDataset) -> None:
+    """All chunks count, with their whole penalty."""
+    batches = []
+    for fit_unsafe in (False, True):
+        agent = R2PAC(dataclasses.replace(TINY, fit_unsafe=fit_unsafe), device="cpu")
+        model = agent._describe(log)
+        tensors = LogTensors.of(log, model.scaling, agent.device)
+        run = agent._run(model, tensors, 30)
+        state = run.initial(torch.Generator().manual_seed(0))
+        rows = torch.arange(len(tensors))
+        chunk = run.chunks.batch(rows, torch.zeros(len(rows), run.chunks.width))  # type: ignore[attr-defined]
+        batches.append(run.reward_batch(state, chunk, 6))  # type: ignore[attr-defined]
+    ours, paper = batches
+    assert torch.equal(ours.rewards, paper.rewards)
+    assert ours.allowed is not None
+    assert not ours.allowed.all()
+    assert (ours.least, paper.least) == (-4.0, None)
+    assert paper.allowed is None
+    assert paper.typical is None
+
+
+def test_the_bound_of_proposition_1_is_kept_with_the_agent(log: OfflineDataset) -> None:
+    config = dataclasses.replace(TINY, penalty="prop1", region="horizon", cost_limit=3.0)
+    agent = R2PAC(config, device="cpu").fit(log, steps=12)
+    level, low, high = agent.region.level, float(log.rewards.min()), float(log.rewards.max())
+    assert level == pytest.approx(horizon_level(3.0, 400, 0.99))
+    stated = ((high - low) * (1 - 0.99**400) / (0.01 * level) - low) / 0.01
+    assert low < 0
+    assert agent.diagnostics()["penalty"] == pytest.approx(stated)
+
+
+def test_the_bound_can_be_set_on_the_command_line() -> None:
+    from safeshield.cli.settings import settings_of
+
+    for text, value in (("prop1", "prop1"), ("2.5", 2.5), ("none", None)):
+        assert settings_of(R2PACConfig, [f"penalty={text}"]).penalty == value
+    with pytest.raises(
+        ValueError, match=r"penalty: must be a number, got 'prop2'; or one of \['pr"
+    ):
+        settings_of(R2PACConfig, ["penalty=prop2"])
+
+
 def test_a_cost_limit_caps_the_level(log: OfflineDataset) -> None:
     """Never above what the limit is worth, whatever the quantile; "horizon" is that worth."""
     free = R2PAC(dataclasses.replace(TINY, cost_limit=None), device="cpu").fit(log, steps=30)
@@ -238,6 +313,12 @@ def test_a_region_that_holds_everything_or_nothing_is_refused(log: OfflineDatase
         run.check_region(RegionReport(run.region.most, 0.0, 0.0))  # type: ignore[union-attr]
     with pytest.warns(UserWarning, match="foresees no violation"):
         run.check_region(RegionReport(2.0, 0.25, 0.25))
+    # The level of a fixed horizon comes from the limit, also where it is rounded to a float32.
+    fixed = R2PAC(dataclasses.replace(TINY, region="horizon"), device="cpu")
+    other = fixed._run(fixed._describe(log), run.log, 30)
+    rounded = float(torch.tensor(other.region.most)) * (1 - 1e-7)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"from cost_limit\) holds none .*lower cost_limit"):
+        other.check_region(RegionReport(rounded, 0.0, 0.0))  # type: ignore[attr-defined]
     # A margin as wide as the log swallows everything, whatever the costs say.
     wide = dataclasses.replace(TINY, margin=50.0)
     with pytest.raises(ValueError, match=r"holds all of the log's states: each violates"):
@@ -574,6 +655,10 @@ def test_episodes_shorter_than_a_chunk(log: OfflineDataset) -> None:
         ("inference", "both"),
         ("penalty", float("inf")),
         ("penalty", 1e39),
+        ("penalty", "prop2"),
+        ("ends", "timeouts"),
+        ("trust_labels", 1),
+        ("fit_unsafe", None),
         ("seed", 2**63),
         ("seed", -1),
         ("label_dropout", 1.5),

@@ -51,9 +51,10 @@ from safeshield.values.units import SAFETY_NETWORKS
 class SafeFQLConfig(EulerConfig):
     """Settings of SafeFQL. The defaults, which are the preset "small", are the same for all tasks.
 
-    The preset "paper" has the settings of the official code, for 100,000 updates on a GPU. Two
-    things differ from that code: the student's branches are in units of one step's advantage, and
-    the distillation weight, for which the code tries values from 0.01 to 100, is 1.
+    The preset "paper" has the settings of the official code, for 100,001 updates on a GPU. With
+    `task` it has the safety weight that the code has for this task. docs/safefql.md lists what of
+    the code it cannot express, and what is not known: the distillation weight, which the code ships
+    as 0 and for which it tries values from 0.01 to 100, is 1.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -64,12 +65,29 @@ class SafeFQLConfig(EulerConfig):
             "student_hidden": (512,) * 4,
             "batch_size": 1024,
             "learning_rate": 3e-4,
+            "safety_discount": 0.99,
             "teacher": "behaviour",
             "distillation": 1.0,
             "candidates": 1,
             "phases": "joint",
             **PAPER_CRITICS,
         },
+    }
+    paper_tasks: ClassVar[dict[str, dict[str, Any]]] = {
+        "HalfCheetahVelocity": {"safety_weight": 10.0},
+        "Walker2dVelocity": {"safety_weight": 1e3},
+        "HopperVelocity": {"safety_weight": 2.0},
+        "SwimmerVelocity": {"safety_weight": 0.1},
+        "AntVelocity": {"safety_weight": 1e4},
+        "Boat": {"safety_weight": 1e5, "batch_size": 512},
+        "CarCircle": {"safety_weight": 0.1},
+        "DroneRun": {"safety_weight": 0.1},
+        "DroneCircle": {"safety_weight": 0.1},
+        "AntRun": {"safety_weight": 0.5},
+        "BallRun": {"safety_weight": 0.5},
+        "AntCircle": {"safety_weight": 1.0},
+        "BallCircle": {"safety_weight": 1.0},
+        "CarRun": {"safety_weight": 100.0},
     }
 
     student_hidden: Sizes = (128, 128, 128)

@@ -7,7 +7,8 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 from typer.core import TyperCommand
 
@@ -55,12 +56,22 @@ def parse(name: str, text: str, hint: Any) -> Any:  # noqa: ANN401 - of any type
 
     >>> parse("--set widths", "(64, 64)", tuple[int, ...])
     (64, 64)
+    >>> from typing import Literal
+    >>> parse("--set penalty", "prop1", float | Literal["prop1"] | None)
+    'prop1'
     """
     origin = get_origin(hint)
-    if type(None) in get_args(hint):
-        if text.lower() == "none":
+    if origin in (Union, UnionType):
+        first, *others = (one for one in get_args(hint) if one is not NoneType)
+        if text.lower() == "none" and NoneType in get_args(hint):
             return None
-        return parse(name, text, next(one for one in get_args(hint) if one is not type(None)))
+        words = [word for one in others for word in get_args(one)]
+        if text in words:
+            return text
+        try:
+            return parse(name, text, first)
+        except ValueError as error:
+            raise ValueError(f"{error}; or one of {words}" if words else str(error)) from None
     if origin is tuple:
         parts = [part for part in text.strip("()[] ").split(",") if part.strip()]
         item = get_args(hint)[0]

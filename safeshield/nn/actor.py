@@ -109,6 +109,9 @@ class HasDensity(Protocol):
 # -- kinds -----------------------------------------------------------------------------------------
 
 D = TypeVar("D", bound=Described)
+LATER = "later"
+"""Key in the metadata of a field that older files lack, whose default is what they mean. Files have
+the field only where it has another value."""
 KINDS: dict[str, type[Described]] = {}
 """Classes that a shield's file can name: actors, discrete classifiers and action critics."""
 
@@ -144,13 +147,18 @@ def to_header(part: Described | None) -> dict[str, Any] | None:
             f"{type(part).__name__} is not of a kind that a file can name, {sorted(KINDS)}: "
             "decorate the class with register_actor"
         )
-    return {"kind": part.kind, **_without_widths(json_values(part))}
+    return {"kind": part.kind, **_written(part, json_values(part))}
 
 
-def _without_widths(value: Any) -> Any:  # noqa: ANN401
-    if not isinstance(value, dict):
-        return value
-    return {k: _without_widths(v) for k, v in value.items() if k not in Widths._fields}
+def _written(part: Any, data: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
+    """Return the entries of `data`, the JSON values of `part`, that a file's header has."""
+    written = {}
+    for entry in dataclasses.fields(part):
+        own, value = getattr(part, entry.name), data[entry.name]
+        if entry.name in Widths._fields or (LATER in entry.metadata and own == entry.default):
+            continue
+        written[entry.name] = _written(own, value) if dataclasses.is_dataclass(own) else value
+    return written
 
 
 def from_header(what: str, data: dict[str, Any] | None, widths: Widths, needs: str) -> Any:  # noqa: ANN401
@@ -182,7 +190,8 @@ def from_header(what: str, data: dict[str, Any] | None, widths: Widths, needs: s
 def _rebuilt(known: Any, what: str, data: dict[str, Any], widths: dict[str, int]) -> Any:  # noqa: ANN401
     names = [entry.name for entry in dataclasses.fields(known)]
     own = {name for name in names if name not in widths}
-    if set(data) != own:
+    later = {entry.name for entry in dataclasses.fields(known) if LATER in entry.metadata}
+    if not own - later <= set(data) <= own:
         raise ValueError(f"{what} must have the fields {sorted(own)}, got {sorted(data)!r:.80}")
     values: dict[str, Any] = {name: widths[name] for name in names if name in widths}
     for name, value in data.items():

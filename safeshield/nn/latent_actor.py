@@ -25,12 +25,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 
 from safeshield.files.schema import finite_number
-from safeshield.nn.actor import MAX_WIDTH, check_count, check_hidden, register_actor
+from safeshield.nn.actor import LATER, MAX_WIDTH, check_count, check_hidden, register_actor
 from safeshield.nn.arrays import A, Float, NetworksOf, Weights, concat, tanh
 from safeshield.nn.coupling import CouplingFlow, normal_log_prob
 from safeshield.nn.mlp import EnsembleMLP, Networks
@@ -43,6 +43,12 @@ SAFETY_EXPERT, REWARD_EXPERT, SHARED_EXPERT = "safety_expert", "reward_expert", 
 EXPERTS = (SAFETY_EXPERT, REWARD_EXPERT, SHARED_EXPERT)
 _SEED = 20_251_020
 _DRAWS = 16
+
+
+Order = Literal["sequential", "jacobi", "interleaved"]
+ORDERS: tuple[str, ...] = get_args(Order)
+_MINI_STEPS = 4
+"""Number of parts into which the order "interleaved" divides a step of an expert."""
 
 
 def expert_order(steps: int) -> tuple[str, ...]:
@@ -71,6 +77,10 @@ class LatentSpec:
     """Standard deviation of the decoder's Gaussian, in half widths of the action box."""
     refine_steps: int = 3
     """T, the number of refinement steps."""
+    order: Order = dataclasses.field(default="sequential", metadata={LATER: True})
+    """How the safety and the reward expert of a round follow each other; see `refine`."""
+    trust_region: float | None = dataclasses.field(default=None, metadata={LATER: True})
+    """Bound rho on the length of u_T - u_0; None means no bound."""
 
     def check(self) -> None:
         """Raise ValueError if the fields, as read from a file, are not valid."""
@@ -79,8 +89,11 @@ class LatentSpec:
             check_count(name, getattr(self, name), least, MAX_WIDTH)
         if self.prior not in ("flow", "gaussian"):
             raise ValueError(f"prior must be 'flow' or 'gaussian', got {self.prior!r:.20}")
-        if finite_number(self.spread, "spread") <= 0:
-            raise ValueError(f"spread must be above 0, got {self.spread}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, got {self.order!r:.20}")
+        for name, number in (("spread", self.spread), ("trust_region", self.trust_region)):
+            if number is not None and finite_number(number, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {number}")
 
 
 @register_actor
@@ -238,11 +251,46 @@ class LatentPolicy:
     def refine(self, networks: NetworksOf[A], observations: A, base: A) -> A:
         """Return u_T, (batch, latent), from u_0 = base by u <- u + f_k(s, u) for each expert k.
 
+        The T - 1 first steps form rounds of the safety and the reward expert, and the shared expert
+        comes last. The order of a round is one of these (proposition 1 of the paper):
+
+        - "sequential" (Gauss-Seidel): the reward expert continues from the result of the safety
+          expert;
+        - "jacobi": both start from the same u, and their steps are added;
+        - "interleaved": both take a quarter of their step in turn, four times.
+
+        With a trust region, u_T is the point nearest to the result at which ||u_T - u_0|| <= rho.
+
         `networks` are the weights, and `observations` (batch, obs) are s, normalised.
         """
-        for name in expert_order(self.spec.refine_steps):
-            base = base + self.expert(networks[name], concat([observations, base]))[0]
-        return base
+        start, order = base, self.spec.order
+
+        def step(name: str, at: A) -> Any:  # noqa: ANN401 - an array or a tensor
+            return self.expert(networks[name], concat([observations, at]))[0]
+
+        names = expert_order(self.spec.refine_steps)
+        if order == "sequential":
+            for name in names:
+                base = base + step(name, base)
+        elif names:
+            *turns, shared = names
+            for first in range(0, len(turns), 2):
+                pair = turns[first : first + 2]
+                if order == "jacobi":
+                    for way in [step(name, base) for name in pair]:
+                        base = base + way
+                else:
+                    for name in pair * _MINI_STEPS:
+                        base = base + step(name, base) / _MINI_STEPS
+            base = base + step(shared, base)
+        rho = self.spec.trust_region
+        if rho is None:
+            return base
+        moved: Any = base - start
+        # Clipped before the root, whose gradient at 0 is infinite.
+        length = (moved * moved).sum(-1)[..., None].clip(rho * rho, None) ** 0.5
+        bounded: A = start + moved * (rho / length)
+        return bounded
 
     def act(self, networks: NetworksOf[A], observations: A, base: A) -> A:
         """Return the actions (batch, action), in [-1, 1], for noise u_0 = base.

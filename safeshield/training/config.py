@@ -89,6 +89,9 @@ class ValueConfig(SafetyConfig):
     presets: ClassVar[dict[str, dict[str, Any]]] = {"small": {}}
     """Named settings. "small" means the defaults, which are the same for all tasks and train in
     minutes on two cores."""
+    paper_tasks: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Settings that a paper gives for single tasks, over those of the preset "paper", by DSRL's
+    name of the task."""
 
     flow_hidden: Sizes = (256, 256)
     """Widths of the hidden layers of the flow that samples actions. Wider layers fit the log more
@@ -105,14 +108,17 @@ class ValueConfig(SafetyConfig):
     (sigma_h), because a thinner margin has no effect on an actor."""
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401
+    def preset(cls, name: str, task: str | None = None, **changes: Any) -> Self:  # noqa: ANN401
         """Return the settings of the preset with this name, with `changes` applied.
 
-        `name` is the name of the preset, and `changes` are settings that replace those of the
-        preset.
+        Args:
+            name: Name of the preset.
+            task: DSRL's name of a task, for the settings that the paper gives for this task alone.
+                None means those that it gives for all tasks.
+            changes: Settings that replace those of the preset.
 
         Raises:
-            ValueError: There is no preset with this name.
+            ValueError: There is no preset with this name, or it has no settings for the task.
 
         >>> from safeshield import SafeFQLConfig
         >>> SafeFQLConfig.preset("paper", seed=2).student_hidden
@@ -120,7 +126,16 @@ class ValueConfig(SafetyConfig):
         """
         if name not in cls.presets:
             raise ValueError(f"preset must be one of {sorted(cls.presets)}, got {name!r}")
-        return cls(**{**cls.presets[name], **changes})
+        settings = cls.presets[name]
+        if task is not None:
+            known = cls.paper_tasks if name == "paper" else {}
+            if task not in known:
+                raise ValueError(
+                    f"task must be one of {sorted(known)}, for which preset {name!r} has settings "
+                    f"of their own, or None, got {task!r}"
+                )
+            settings = {**settings, **known[task]}
+        return cls(**{**settings, **changes})
 
     def margin_of(self, safety: SafetyCritics) -> float:
         """Return the setting `margin` in units of h; `safety` knows the standard deviation of h."""

@@ -1,7 +1,7 @@
 r"""FLRP: Flow-guided Latent Refiner Policies.
 
-It trains in three phases on one log. docs/flrp.md lists the differences from the paper and their
-reasons.
+It trains in three phases on one log, or with `phases="joint"` in all of them at once. docs/flrp.md
+lists the differences from the paper and their reasons.
 
 1. critics: the safety values V_h, Q_h and the reward values V_r, Q_r, the same as SafeFQL's;
 2. generative model: flows p(z | s) and q(z | s, a) and a decoder pi(a | s, z), fitted with a
@@ -17,7 +17,7 @@ mean of the decoder. The module docstring of `algorithms.flrp.losses` has the lo
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -66,6 +66,11 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     file_format = "safeshield-flrp"
     run_type = FLRPRun
     _dropped = ("flow_steps",)
+    _before: ClassVar[dict[str, Any]] = {
+        "order": "sequential",
+        "trust_region": None,
+        "phases": "sequential",
+    }
     _fewest_steps = 3
 
     def with_refine_steps(self, refine_steps: int) -> Self:
@@ -205,6 +210,8 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
             config.prior,
             config.decoder_spread,
             config.refine_steps,
+            config.order,
+            config.trust_region,
         )
         policy = LatentPolicy(*interface.scaling.widths, spec)
         return LatentArchitecture(*interface, {}, critics, policy)

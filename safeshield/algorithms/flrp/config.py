@@ -14,6 +14,7 @@ from safeshield.files.settings import (
     Sizes,
     ThreePhases,
 )
+from safeshield.nn.latent_actor import Order
 from safeshield.training.config import PAPER_CRITICS, CriticConfig
 
 Latent = Annotated[
@@ -30,8 +31,9 @@ class FLRPConfig(CriticConfig):
     """Settings of FLRP. The defaults, which are the preset "small", are the same for all tasks.
 
     With the defaults training takes minutes on two cores. The preset "paper" has the settings of
-    tables 4 and 5, for 1,000,000 updates on a GPU. Settings that the paper does not give (depth of
-    the flows, KL weight, entropy floor) and the units of the temperatures are as in "small".
+    tables 4 and 5, for 1,000,000 updates on a GPU, in the three phases of section 3.4; algorithm 1
+    is `preset("paper", phases="joint")`. The paper has one configuration for all tasks. Settings
+    that it does not give are as in "small"; docs/flrp.md lists them.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -42,9 +44,28 @@ class FLRPConfig(CriticConfig):
             "batch_size": 512,
             "learning_rate": 3e-4,
             "polyak": 0.001,
+            "safety_discount": 0.99,
+            "shape_weight": 1.0,
             "safety_weight": 1.0,
             **PAPER_CRITICS,
         },
+    }
+    # Eq. 13 has the weight 1 of ||u||^2, which is here divided by the latent width, that of the
+    # task's actions.
+    paper_tasks: ClassVar[dict[str, dict[str, Any]]] = {
+        **{
+            task: {"shape_weight": 2.0}
+            for task in (
+                *("CarButton1", "CarButton2", "CarPush1", "CarPush2", "CarGoal1", "CarGoal2"),
+                *("SwimmerVelocity", "BallRun", "CarRun", "BallCircle", "CarCircle"),
+                *("easysparse", "easymean", "easydense"),
+                *("mediumsparse", "mediummean", "mediumdense"),
+                *("hardsparse", "hardmean", "harddense"),
+            )
+        },
+        **{task: {"shape_weight": 4.0} for task in ("DroneRun", "DroneCircle")},
+        "HalfCheetahVelocity": {"shape_weight": 6.0},
+        **{task: {"shape_weight": 8.0} for task in ("AntVelocity", "AntRun", "AntCircle")},
     }
 
     flow_hidden: Sizes = (128, 128)
@@ -100,6 +121,14 @@ class FLRPConfig(CriticConfig):
     use are trained: the shared one with T = 1, the safety and the shared one with T = 2. With T = 0
     the third phase is omitted and the second gets its updates. `FLRP.with_refine_steps` changes T
     after training."""
+    order: Order = "sequential"
+    """Order of the safety and the reward expert, of which the paper's bounds are independent
+    (proposition 1). "sequential" (Gauss-Seidel) means in turn, each from the result of the other;
+    "jacobi" means both from the same point, with their steps added; "interleaved" means in turn by
+    quarters of a step. The shared expert is the last in all of them."""
+    trust_region: Positive | None = None
+    """Largest length rho of the way from u_0 to u_T in the base space; a longer way is cut. A
+    smaller one keeps the policy closer to the log. None means no bound (proposition 1)."""
     reward_weight: NonNegative = 1.0
     """Weight lambda_r of the reward term in the experts' loss. A larger weight keeps refined
     actions closer to logged actions of high reward."""
@@ -109,6 +138,10 @@ class FLRPConfig(CriticConfig):
     shared_weight: NonNegative = 0.5
     """Weight lambda_sh of the term that keeps the refined noise small and close to the original
     noise. A larger weight makes refinement change less."""
+    phases: Literal["sequential", "joint"] = "sequential"
+    """Order of training. "sequential" trains the critics, then the generative model, then the
+    experts (section 3.4 of the paper); "joint" trains all of them in every update, on the batches
+    of the critics (its algorithm 1)."""
     phase_shares: ThreePhases = (0.5, 0.3, 0.2)
     """Shares of the updates for critics, generative model and experts, which sum to 1. A phase with
-    a larger share trains for longer."""
+    a larger share trains for longer. Not used when `phases` is "joint"."""

@@ -28,7 +28,7 @@ that the reward expert decides among the others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -61,6 +61,8 @@ from safeshield.training.state import (
     Network,
     Phase,
     TrainState,
+    Update,
+    together,
 )
 from safeshield.values.reward import RewardCritics
 
@@ -231,6 +233,9 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             shares = shares[:2]  # The generative model gets the updates of the experts.
         critics, self._flow_steps, *rest = phase_steps(self.steps, shares)
         self._refiner_steps = sum(rest)
+        if config.phases == "joint":
+            critics = self._flow_steps = self.steps
+            self._refiner_steps = self.steps if config.refine_steps else 0
         self._feasibility: Feasibility = FromSafety(model.critics.safety)
         critic_config: CriticConfig = config
         if model.costs is not None:
@@ -255,10 +260,31 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
         judge, costs = self._feasibility, None
         if isinstance(judge, FromCost):
             costs = cost_update(judge.critics, self.log, self.config, self._critics.total)
+        if self.config.phases == "joint":
+            return self._joint(costs, [generative, *refiners])
+        if isinstance(judge, FromCost):
             # The critics do not change from here on, so the percentiles are computed only once.
             level = partial(judge.level, self.log)
             generative = replace(generative, refresh=level, refresh_every=flow_steps)
         return [*self._critics.phases(beside=costs), generative, *refiners]
+
+    def _joint(self, costs: Callable[[int], Update] | None, others: list[Phase]) -> list[Phase]:
+        """Return the critics' phases, whose updates contain those of `others` (algorithm 1).
+
+        `costs` is the update of the cost critics for a length of the reward windows, if any.
+        """
+        judge, last = self._feasibility, others[-1]
+
+        def beside(reward_steps: int) -> Update:
+            more = [] if costs is None else [costs(reward_steps)]
+            return together(*more, *(phase.update for phase in others))
+
+        def refresh(state: TrainState, generator: torch.Generator) -> TrainState:
+            state = self._critics.safety.refresh(state, generator)
+            return judge.level(self.log, state, generator) if isinstance(judge, FromCost) else state
+
+        phases = self._critics.phases("joint", beside)
+        return [replace(phase, refresh=refresh, report=last.report) for phase in phases]
 
     def _good(self, state: TrainState, observations: Tensor, actions: Tensor, q: Tensor) -> Tensor:
         """Return the weights w_s (batch,) of actions whose Q_h is q (batch,)."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,13 @@ import torch
 
 from safeshield.algorithms.r2pac.config import R2PACConfig
 from safeshield.algorithms.r2pac.losses import ACTOR, ChunkArchitecture, R2PACRun, region_of
-from safeshield.algorithms.r2pac.regions import LEVEL, CostRegion, RegionReport, report_region
+from safeshield.algorithms.r2pac.regions import (
+    LEVEL,
+    CostRegion,
+    RegionReport,
+    proposition_1,
+    report_region,
+)
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
 from safeshield.nn.actor import BEHAVIOUR, FALLBACK, FlowActor, of_noise
@@ -72,6 +78,11 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     config_type = R2PACConfig
     file_format = "safeshield-r2pac"
     run_type = R2PACRun
+    _before: ClassVar[dict[str, Any]] = {
+        "trust_labels": True,
+        "ends": "terminals",
+        "fit_unsafe": False,
+    }
     _fewest_steps = 3
 
     def acting_by(
@@ -238,21 +249,31 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         return with_chunks(dataset, self.config.chunk)
 
     def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
-        config, units = self.config, super()._units(dataset, scaling)
+        config = self.config
+        if config.ends == "terminals+timeouts":
+            ends = dataset.terminated | dataset.truncated
+            dataset = dataclasses.replace(
+                dataset, terminated=ends, truncated=np.zeros_like(dataset.truncated)
+            )
+        units = super()._units(dataset, scaling)
         margin = config.margin_of(restored_safety(units, scaling, config))
-        if (dataset.constraints > -margin).all():
+        if config.trust_labels and (dataset.constraints > -margin).all():
             raise ValueError(
                 "the unsafe region holds all of the log's states: each violates, or lies within "
                 f"the margin of a violation ({margin:g} in units of h); lower margin, or log some "
                 "careful episodes"
             )
-        penalty, spread = config.penalty, None
-        if penalty is None:
+        longest, spread = int(dataset.episode_lengths.max()), None
+        penalty: Any = config.penalty
+        if penalty == "prop1":
+            # The level of the region is not known yet.
+            low, high = float(dataset.rewards.min()), float(dataset.rewards.max())
+            penalty = proposition_1(low, high, longest, config.discount, 1.0)
+        elif penalty is None:
             penalty = -float(logged_returns(dataset, config.discount).min())
         if config.region != "safety":
             paid = -(dataset.next_constraints > -margin).astype(np.float64)
             _, spread = scale_of_returns(logged_returns(dataset, config.discount, paid))
-        longest = int(dataset.episode_lengths.max())
         return {**units, "cost_scale": spread, "penalty": penalty, "longest": longest}
 
     def _build(self, interface: Interface, units: dict[str, Any]) -> ChunkArchitecture:
@@ -319,7 +340,13 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         generator = torch.Generator(device).manual_seed(self.config.seed)
         state = region.read_level(state, log, generator)
         margin = self.config.margin_of(model.critics.safety)
-        return dataclasses.replace(model, region=report_region(region, state, log, margin))
+        report = report_region(region, state, log, margin)
+        penalty = model.penalty
+        if self.config.penalty == "prop1" and report.level > 0:
+            low, high = float(log.rewards.min()), float(log.rewards.max())
+            discount = self.config.discount
+            penalty = float(proposition_1(low, high, model.longest, discount, report.level))
+        return dataclasses.replace(model, region=report, penalty=penalty)
 
     def _act(self, model: ChunkArchitecture, observations: Float, deterministic: bool) -> Float:
         """Return the first action of each plan."""

@@ -61,7 +61,8 @@ def log_window(
     values: Tensor,
     discount: float,
     fails: Tensor | None = None,
-    worth: float = 0.0,
+    worth: Tensor | float = 0.0,
+    test_every: int = 1,
 ) -> RewardWindow:
     """Return the sums of up to `steps` discounted values along the log, starting at `rows`.
 
@@ -77,6 +78,8 @@ def log_window(
         fails: (N,) whether a transition ends the window with the value `worth`; None means that no
             transition does.
         worth: Value of a transition that `fails` marks, in place of everything after it.
+        test_every: Number of steps after which `fails` is tested, as in a window that consists of
+            chunks of this length. The last transition of a window is always tested.
     """
     at = rows[:, None] + torch.arange(steps, device=rows.device)
     last = log.episode_last[rows][:, None]
@@ -85,6 +88,9 @@ def log_window(
     added, stops = values[at], log.terminated[at]
     if fails is not None:
         failed = fails[at]
+        if test_every > 1:
+            number = torch.arange(1, steps + 1, device=rows.device)
+            failed &= (number % test_every == 0) | (number == steps) | (at == last)
         added, stops = torch.where(failed, worth, added), stops | failed
     # A step counts if no step before it has ended the window.
     going = torch.ones_like(stops)

@@ -20,8 +20,12 @@ from safeshield.files.settings import (
 from safeshield.training.config import PAPER_VALUES, ValueConfig
 
 Penalty = Annotated[
-    float,
-    Rule("be finite as float32", lambda value: abs(value) <= float(np.finfo(np.float32).max)),
+    float | Literal["prop1"],
+    Rule(
+        "be a number that is finite as float32, 'prop1'",
+        lambda value: value == "prop1" or abs(value) <= float(np.finfo(np.float32).max),
+        tells_kind=True,
+    ),
 ]
 
 
@@ -30,8 +34,9 @@ class R2PACConfig(ValueConfig):
     """Settings of R2PAC. The defaults, which are the preset "small", are the same for all tasks.
 
     With the defaults training takes minutes on two cores. The preset "paper" has the settings of
-    table 4, for 600,000 updates on a GPU, and no cost limit. It has one alpha (over the states that
-    do not violate) and one penalty for all tasks, where table 5 gives them for each task.
+    table 4, for 600,000 updates of the critics and as many of the actor on a GPU. With `task` it
+    has the alpha and the penalty of table 5, and what table 4 gives for single tasks; without it,
+    alpha 0.9 and penalty 1, which most tasks have.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -43,13 +48,47 @@ class R2PACConfig(ValueConfig):
             "batch_size": 1024,
             "learning_rate": 3e-4,
             "cost_expectile": 0.9,
+            "safety_discount": 0.99,
             "cost_limit": None,
+            "trust_labels": False,
             "region_test": "end",
             "penalty": 1.0,
+            "fit_unsafe": True,
             "flow_steps": 32,
             "execute": 1,
             "choose": "cost",
+            "phase_shares": (0.49, 0.49, 0.02),
             **PAPER_VALUES,
+        },
+    }
+    paper_tasks: ClassVar[dict[str, dict[str, Any]]] = {
+        **{
+            task: {"quantile": alpha, "penalty": 1.0}
+            for task, alpha in {
+                "AntRun": 0.7,
+                "BallRun": 0.5,
+                "CarRun": 0.95,
+                "DroneRun": 0.7,
+                "AntCircle": 0.7,
+                "BallCircle": 0.85,
+                "CarCircle": 0.9,
+                "DroneCircle": 0.7,
+                "AntVelocity": 0.95,
+                "SwimmerVelocity": 0.7,
+            }.items()
+        },
+        "HalfCheetahVelocity": {"quantile": 0.99, "penalty": 1.0, "chunk": 1},
+        # A penalty of 10 for rewards that are multiplied by 200.
+        **{
+            task: {"quantile": alpha, "penalty": 10.0 / 200.0}
+            for task, alpha in {
+                "CarPush1": 0.9,
+                "CarPush2": 0.9,
+                "CarGoal1": 0.9,
+                "CarGoal2": 0.9,
+                "CarButton1": 0.8,
+                "CarButton2": 0.5,
+            }.items()
         },
     }
 
@@ -67,24 +106,41 @@ class R2PACConfig(ValueConfig):
     is lower. With "horizon" it is unsafe where V_c exceeds the level of `cost_limit` (eq. 42). With
     "safety" it is unsafe where V_h exceeds -margin (appendix E.6), and no costs are learned."""
     quantile: Fraction = 0.9
-    """Share alpha of the logged states without a violation that V_c does not call unsafe, with
-    region="quantile". A larger share makes the unsafe region smaller."""
+    """Share alpha of the logged states without a violation (with trust_labels=False of all logged
+    states) that V_c does not call unsafe, with region="quantile". A larger share makes the unsafe
+    region smaller."""
     cost_limit: Positive | None = 10.0
     """Number kappa of violating steps, above 0, that an episode as long as the log's longest may
     have. A larger limit makes the unsafe region smaller. None means that the quantile alone
     decides, as in the paper."""
+    trust_labels: bool = True
+    """Whether a logged state that violates, or lies within the margin of a violation, is unsafe
+    whatever its V_c or V_h is, and is left out of the quantile. With False the learned value alone
+    decides, and the quantile is that of all logged states, as in the paper."""
     region_test: Literal["any", "end"] = "any"
     """States of a chunk that must not be unsafe. "any" means all states that it leads through;
-    "end" means the last one only, as in the paper."""
+    "end" means the last one only, as in the paper. A window longer than a chunk is tested like the
+    chunks of which it consists: with "end", after every h steps and at its end."""
+    ends: Literal["terminals", "terminals+timeouts"] = "terminals"
+    """Ends of episodes after which no reward and no cost is counted. "terminals" means terminations
+    alone: a truncated episode has the value of its last state. With "terminals+timeouts" truncated
+    episodes end, too, which makes the values those of a finite horizon, to which the level of
+    region="horizon" belongs (appendix E.5). The safety values never end at a truncation."""
     penalise: bool = True
     """Whether chunks that lead into the unsafe region are penalised. False is the paper's ablation
     without V_r bar."""
     penalty: Penalty | None = None
-    """Penalty for a chunk that leads into the unsafe region, in discounted reward: its value is
-    -penalty (the paper: 1 or 10). A larger penalty keeps the agent further away. None means minus
-    the lowest discounted return from any logged step; a truncated episode is assumed to continue
-    with the log's mean reward. Proposition 1 requires a larger penalty where safe continuations
-    earn less than that return."""
+    """Penalty for a chunk that leads into the unsafe region, in discounted reward of the log: its
+    value is -penalty. This is C_bar of eq. 12 and table 5 (1 or 10), divided by the reward scale of
+    table 4. A larger penalty keeps the agent further away. "prop1" means the bound of proposition 1
+    for the present level l of the region (`regions.proposition_1`), which must be above 0. None
+    means minus the lowest discounted return from any logged step; a truncated episode is assumed to
+    continue with the log's mean reward, unless it ends there (`ends`). Proposition 1 requires a
+    larger penalty where safe continuations earn less than that return."""
+    fit_unsafe: bool = False
+    """Whether V_r is fitted in unsafe states, too, and A_r to the whole penalty of a chunk that
+    enters the region, as in the paper. With False V_r is fitted in safe states only, the unit of
+    A_r is that of the chunks that stay safe, and targets of A_r are at least -4 units."""
     recover: bool = True
     """Whether the actor imitates chunks of low cost instead of high reward in unsafe states. False
     is the paper's ablation without V_c."""
@@ -137,6 +193,11 @@ class R2PACConfig(ValueConfig):
         if self.steps_of_a_plan > self.chunk:
             raise ValueError(
                 f"execute must be at most the actions of a chunk ({self.chunk}), got {self.execute}"
+            )
+        if self.penalty == "prop1" and self.region == "safety":
+            raise ValueError(
+                "penalty must be a number or None where region is 'safety', which has no level l "
+                "of costs, got 'prop1'"
             )
         if self.cost_limit is None and self.region == "horizon":
             raise ValueError("cost_limit must be a number where region is 'horizon', got None")

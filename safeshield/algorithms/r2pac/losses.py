@@ -11,13 +11,15 @@ V_c and V_r are fitted to their Q where `reward_backup_steps` is h or less (the 
 it is more, they are fitted to the same sums over windows of the log. The reason is that a value
 moves back by h steps per backup, behind two slow copies, so that a value a hundred steps ahead
 would need more updates to arrive than a small run has. A window that enters the unsafe region ends
-there with -penalty.
+there with -penalty. With region_test="end" it is tested at the ends of the chunks of which it
+consists.
 
 V_r is fitted in safe states only. Its values in other states are not used: a chunk that enters the
 region is worth -penalty, and inside the region the costs decide. A network that does not have to
 represent the drop at the edge of the region can distinguish the states inside the safe set better.
 The advantage of a chunk is learned in units of the advantages of chunks that stay safe, with
-targets of at least -`_LEAST`, because differences between worse chunks decide nothing.
+targets of at least -`_LEAST`, because differences between worse chunks decide nothing. With
+`fit_unsafe` none of this applies, as in the paper.
 
 V_h and Q_h of single actions are the same as in all algorithms (`values.safety`). For plans,
 
@@ -26,8 +28,9 @@ V_h and Q_h of single actions are the same as in all algorithms (`values.safety`
 covers the states from s_{t+1} on, with V_h(s_{t+h}) at the end.
 
 The value of the next state is left out where the episode terminated inside the chunk, but not where
-it was truncated. All Q are learned as a state value plus an advantage, with the minimum over two
-critics for rewards and the maximum for costs.
+it was truncated. With `ends` it is left out in V_c and V_r at truncations, too. All Q are learned
+as a state value plus an advantage, with the minimum over two critics for rewards and the maximum
+for costs.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ from safeshield.algorithms.r2pac.regions import (
     SafetyRegion,
     horizon_level,
     plan_advantages,
+    proposition_1,
     reached_unsafe,
     report_region,
 )
@@ -146,14 +150,14 @@ def region_of(model: ChunkArchitecture, config: R2PACConfig) -> Region:
 
     `config` are the settings, and `model` describes the critics that the test uses.
     """
-    margin = config.margin_of(model.critics.safety)
+    margin, known = config.margin_of(model.critics.safety), config.trust_labels
     if model.costs is None:
-        return SafetyRegion(margin, model.critics.safety, model.plan)
+        return SafetyRegion(margin, known, model.critics.safety, model.plan)
     most = math.inf
     if config.cost_limit is not None:
         most = horizon_level(config.cost_limit, model.longest, config.discount)
     quantile = config.quantile if config.region == "quantile" else None
-    return CostRegion(margin, model.costs, quantile, most)
+    return CostRegion(margin, known, model.costs, quantile, most)
 
 
 @dataclass(eq=False)
@@ -162,7 +166,14 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
 
     def __post_init__(self) -> None:
         config, model = self.config, self.model
-        self.chunks = Chunks(self.log, model.chunk)
+        # The log of rewards and costs. The safety values always continue after a truncation.
+        self._paid = self.log
+        if config.ends == "terminals+timeouts":
+            last = self.log.episode_last
+            ended = last == torch.arange(len(last), device=last.device)
+            self._paid = replace(self.log, terminated=self.log.terminated | ended)
+        self.chunks = Chunks(self._paid, model.chunk)
+        self._rewards = float(self.log.rewards.min()), float(self.log.rewards.max())
         self.margin = config.margin_of(model.critics.safety)
         self.region = region_of(model, config)
         self._safety = SafetyLog(model.critics.safety, self.log, config)
@@ -215,6 +226,14 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
     def _settle(self, state: TrainState, generator: torch.Generator) -> TrainState:
         state = self._mark(self.region.read_level(state, self.log, generator))
         self.check_region(report_region(self.region, state, self.log, self.margin))
+        level = state.scales.get(LEVEL)
+        checked = self.config.penalise and self.config.penalty == "prop1"
+        if checked and level is not None and level <= 0:
+            raise ValueError(
+                "penalty='prop1' needs a level l of the region above 0, by which proposition 1 "
+                f"divides, got l = {float(level):g}, the {self.config.quantile:g}-quantile of V_c: "
+                "raise quantile, take region='horizon', or give penalty as a number"
+            )
         return state
 
     def check_region(self, report: RegionReport) -> None:
@@ -232,7 +251,8 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         told, setting = f"V_h > {report.level:g}", "margin"
         if isinstance(self.region, CostRegion):
             told, setting = f"V_c > {report.level:g}, from cost_limit", "cost_limit"
-            if report.level < self.region.most:
+            # The level is a float32, in which the upper bound may be rounded down.
+            if self.region.quantile is not None and report.level < self.region.most * (1 - 1e-6):
                 told = f"V_c > {report.level:g}, its {self.config.quantile:g}-quantile"
                 setting = "quantile"
         way = "raise" if report.unsafe_share == 1.0 else "lower"
@@ -266,7 +286,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             rewards = self.reward_batch(state, chunk, reward_steps)
             parts = [
                 self._safety.loss(state, draw.rows, window),
-                self._plan_loss(state, chunk),
+                self._plan_loss(state, self._safety_chunk(draw, chunk)),
                 fit("reward", model.critics.reward, config.reward_expectile, state, rewards),
             ]
             if model.costs is not None:
@@ -298,6 +318,28 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         """Return the chunks of the batch, padded with random actions that differ in each update."""
         return self.chunks.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
 
+    def _safety_chunk(self, draw: Draw, chunk: Chunk) -> Chunk:
+        """Return the chunks of this draw for the safety values, which no truncation ends.
+
+        `chunk` are its chunks for rewards and costs.
+        """
+        if self._paid is self.log:
+            return chunk
+        own = Chunks(self.log, self.model.chunk)
+        return own.batch(draw.rows, draw.noise[:, :-1].clamp(-1.0, 1.0))
+
+    def penalty(self, state: TrainState) -> Tensor | float:
+        """Return the penalty of a chunk that enters the region; see `R2PACConfig.penalty`.
+
+        `state` is the training state, on whose level l the bound of proposition 1 depends. Until
+        V_c gives a level above 0, the bound is that of l = 1, a single violating step.
+        """
+        if self.config.penalty != "prop1":
+            return self.model.penalty
+        level = state.scales[LEVEL]
+        level = torch.where(level > 0, level, 1.0)
+        return proposition_1(*self._rewards, self.model.longest, self.config.discount, level)
+
     def reward_batch(self, state: TrainState, chunk: Chunk, steps: int) -> RewardBatch:
         """Return the batch for Q_r and V_r, with the penalty of the region (eq. 14 to 16).
 
@@ -309,7 +351,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         config, log = self.config, self.log
         if not config.penalise:
             return self._batch(chunk, steps, log.rewards)
-        unsafe, worth = state.scales[UNSAFE].bool(), -self.model.penalty
+        unsafe, worth = state.scales[UNSAFE].bool(), -self.penalty(state)
         batch = self._batch(chunk, steps, log.rewards, unsafe, worth)
         fails = chunk.any(unsafe[chunk.rows])
         if config.region_test == "end":
@@ -318,10 +360,15 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             h = log.constraints[chunk.rows[:, 0]]
             inside = self.region.unsafe(state, chunk.observations, h)
         safe = (~inside).to(batch.rewards.dtype)
-        return replace(
+        batch = replace(
             batch,
             rewards=torch.where(fails, worth, batch.rewards),
             terminated=chunk.terminated | fails,
+        )
+        if config.fit_unsafe:
+            return batch
+        return replace(
+            batch,
             allowed=safe if config.recover else None,
             typical=safe * ~fails,
             least=-_LEAST,
@@ -337,11 +384,12 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
         steps: int,
         values: Tensor,
         fails: Tensor | None = None,
-        worth: float = 0.0,
+        worth: Tensor | float = 0.0,
     ) -> RewardBatch:
         """Return chunks with the sums of `values` (N,); see `log_window` for the last two."""
-        log, start, discount = self.log, chunk.rows[:, 0], self.config.discount
+        log, start, discount = self._paid, chunk.rows[:, 0], self.config.discount
         steps = min(steps, self.model.longest)  # A longer window is the whole episode, too.
+        every = self.model.chunk if self.config.region_test == "end" else 1
         end = window_ends(log.episode_last, start, steps)
         return RewardBatch(
             observations=chunk.observations,
@@ -349,7 +397,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             next_observations=log.next_observations[chunk.end],
             rewards=chunk.discounted(values[chunk.rows], discount),
             terminated=chunk.terminated,
-            window=log_window(log, start, steps, values, discount, fails, worth),
+            window=log_window(log, start, steps, values, discount, fails, worth, every),
             window_observations=log.next_observations[end],
         )
 

@@ -15,7 +15,8 @@ implicit Q-learning with an expectile towards low cost. The level l is one of th
 replaces A_c.
 
 In both, a logged state that violates, or lies within the margin of a violation, is unsafe
-independently of the learned values, because its h is known.
+independently of the learned values, because its h is known. With `trust_labels=False` the learned
+values alone decide, and the quantile is that of all states, as in the paper.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Region(ABC):
 
     margin: float
     """Distance from the constraint at which a state counts as violating, in units of h."""
+    trust_labels: bool
+    """Whether a logged state that violates is unsafe whatever its value is."""
 
     @abstractmethod
     def value(self, networks: NetworksOf[A], observations: A) -> A:
@@ -90,7 +93,7 @@ class Region(ABC):
         """
         level = state.scales.get(LEVEL, -self.margin)
         too_much = self.value(state.targets, observations) > level
-        return too_much | (constraints > -self.margin)
+        return too_much | (constraints > -self.margin) if self.trust_labels else too_much
 
     def read_level(
         self, state: TrainState, log: LogTensors, generator: torch.Generator
@@ -147,11 +150,13 @@ class CostRegion(Region):
     ) -> TrainState:
         """Return `state` with l, the quantile of V_c over states of `log` that do not violate.
 
-        The level is at most `most`. `generator` draws a sample of the states.
+        With trust_labels=False it is the quantile over all states. The level is at most `most`.
+        `generator` draws a sample of the states.
         """
         if self.quantile is None:
             return state
-        rows = some_rows(log.constraints <= -self.margin, generator)
+        counted = log.constraints <= -self.margin
+        rows = some_rows(counted if self.trust_labels else torch.ones_like(counted), generator)
         if not len(rows):  # All states violate, so the level has no effect.
             return state
         with torch.no_grad():
@@ -210,6 +215,33 @@ def horizon_level(cost_limit: float, steps: int, discount: float) -> float:
     4.33
     """
     return cost_limit * (1.0 - discount**steps) / ((1.0 - discount) * steps)
+
+
+def proposition_1(
+    lowest: float, highest: float, steps: int, discount: float, level: A | float
+) -> A | float:
+    r"""Return the bound of proposition 1 on the penalty, C_bar = C / (1 - g) of eq. 9 and 12.
+
+        C = (r_max - r_min) (1 - g^T) / ((1 - g) l)
+
+    With this penalty, a path whose discounted number of unsafe steps reaches l is worth less than
+    any path of T steps that enters no unsafe state. The proof leaves out the rewards after the
+    entry, and so supposes that no reward is negative (eq. 23). Where r_min is negative, the bound
+    holds for the rewards r - r_min, which adds -r_min / (1 - g) to C_bar.
+
+    Args:
+        lowest: Lowest reward r_min of one step.
+        highest: Highest reward r_max of one step.
+        steps: Number T of steps of an episode.
+        discount: Discount factor g.
+        level: Level l of the region, above 0, in discounted violating steps.
+
+    >>> proposition_1(0.0, 1.0, steps=1, discount=0.5, level=2.0)
+    1.0
+    """
+    rest = 1.0 - discount
+    most = (highest - lowest) * (1.0 - discount**steps) / rest
+    return (most / level - min(lowest, 0.0)) / rest
 
 
 def reached_unsafe(region: Region, state: TrainState, log: LogTensors) -> Tensor:
