@@ -6,6 +6,7 @@
     python benchmarks/speed.py tensors      # the shield on tensors beside it, 4,096 envs
     python benchmarks/speed.py train        # updates of SafeFQL, one and two threads
     python benchmarks/speed.py jax          # ... beside FQL in JAX (pip install jax optax)
+    python benchmarks/speed.py many         # fit_many: four seeds in turn, batched, in 2 processes
 
 The figures are medians of several runs. The reference is measured in the same run. For the filter
 it is one NumPy forward pass of a (256, 256) network; for training it is the product
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import gymnasium as gym
@@ -33,7 +35,15 @@ from gymnasium.vector.utils import batch_space
 from torch.utils.flop_counter import FlopCounterMode
 
 import safeshield
-from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, SafetyShield, Shield
+from safeshield import (
+    OfflineDataset,
+    SafeFQL,
+    SafeFQLConfig,
+    SafetyShield,
+    Shield,
+    ShieldConfig,
+    fit_many,
+)
 from safeshield.algorithms.safefql import SafeFQLRun
 from safeshield.envs.boat import BoatVectorEnv
 from safeshield.training.log import LogTensors
@@ -41,6 +51,7 @@ from safeshield.training.loop import Draw, keep_freed_memory
 from safeshield.wrappers import VectorSafetyShield
 
 REPEATS = 15
+MANY_REPEATS = 3
 
 
 def microseconds(
@@ -310,14 +321,15 @@ def train_updates() -> None:
             _train_phases(widths, size)
 
 
-def _train_phases(nets: tuple[int, ...], size: int) -> None:
+def random_log(count: int = 20_000) -> OfflineDataset:
+    """Return a log of `count` random steps: 17 observations, 6 actions, episodes of 500 steps."""
     rng = np.random.default_rng(0)
-    count, length = 20_000, 500
+    length = 500
     observations = rng.standard_normal((count + 1, 17)).astype(np.float32)
     constraints = observations[:, 0]
     ends = np.arange(1, count + 1) % length == 0
     before = constraints[:-1].copy()
-    log = OfflineDataset.from_arrays(
+    return OfflineDataset.from_arrays(
         observations=observations[:-1],
         actions=rng.uniform(-1, 1, (count, 6)),
         rewards=rng.standard_normal(count),
@@ -330,6 +342,10 @@ def _train_phases(nets: tuple[int, ...], size: int) -> None:
         observation_space=gym.spaces.Box(-np.inf, np.inf, (17,)),
         action_space=gym.spaces.Box(-1.0, 1.0, (6,)),
     )
+
+
+def _train_phases(nets: tuple[int, ...], size: int) -> None:
+    log = random_log()
     config = SafeFQLConfig(
         critic_hidden=nets, flow_hidden=nets, student_hidden=nets, batch_size=size
     )
@@ -346,7 +362,7 @@ def _train_phases(nets: tuple[int, ...], size: int) -> None:
     print(f"networks {nets}, batch {size}, {torch.get_num_threads()} threads")
     for name, phase in phases.items():
         draw = Draw(
-            torch.randint(count, (size,), generator=generator),
+            torch.randint(len(log), (size,), generator=generator),
             torch.randn(size, 6, generator=generator),
             torch.rand(size, 1, generator=generator),
         )
@@ -394,11 +410,44 @@ def jax_updates() -> None:
         _train_phases(hidden, size)
 
 
+def many_seeds(updates: int) -> None:
+    """Time `fit_many` for four seeds: in turn, batched and in two processes, alternately.
+
+    The CPU time of all threads and processes tells the work, which other processes on the machine
+    disturb least. The wall time needs a machine without other work.
+    """
+    log, seeds = random_log(), range(4)
+    forms = {"in turn": 0, "batched": None, "2 processes": 2}
+    fit_many([ShieldConfig(seed=seed) for seed in (0, 1)], log, 3)
+    for kind, nets in itertools.product((ShieldConfig, SafeFQLConfig), ((32,) * 2, (256,) * 2)):
+        hidden = {one.name: nets for one in fields(kind) if one.name.endswith("_hidden")}
+        configs = [kind(seed=seed, **hidden) for seed in seeds]
+        ratios: dict[str, list[np.ndarray]] = {form: [] for form in forms}
+        for _ in range(MANY_REPEATS):
+            taken = {}
+            for form, workers in forms.items():
+                start = np.array([sum(os.times()[:4]), time.perf_counter()])
+                fit_many(configs, log, updates, workers=workers)
+                taken[form] = np.array([sum(os.times()[:4]), time.perf_counter()]) - start
+            for form in forms:
+                ratios[form].append(np.append(taken[form] / taken["in turn"], taken[form]))
+        print(f"{kind.__name__}, networks {nets}, {torch.get_num_threads()} threads")
+        for form, rows in ratios.items():
+            cpu, wall, seconds, passed = np.median(rows, axis=0)
+            print(
+                f"    {form:12} CPU {seconds:6.1f} s ({cpu:.2f} of in turn), "
+                f"wall {passed:6.1f} s ({wall:.2f})",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["filter", "latency", "vector", "tensors", "train", "jax"])
+    whats = ["filter", "latency", "vector", "tensors", "train", "jax", "many"]
+    parser.add_argument("what", choices=whats)
     parser.add_argument("--steps", type=int, default=1_000_000, help="of latency")
+    parser.add_argument("--updates", type=int, default=400, help="of each agent of many")
     arguments = parser.parse_args()
     print(machine())
     measured = {
@@ -408,6 +457,7 @@ def main() -> None:
         "tensors": tensor_step,
         "train": train_updates,
         "jax": jax_updates,
+        "many": functools.partial(many_seeds, arguments.updates),
     }
     measured[arguments.what]()
 

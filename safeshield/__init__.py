@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
     from safeshield.shield.tensors import TorchShield
     from safeshield.training.callbacks import TrainingCallback
+    from safeshield.training.many import fit_many
     from safeshield.values.constraint import register_constraint
     from safeshield.wrappers import SafetyShield
 
@@ -63,6 +64,7 @@ _HOMES = {
     "TrainingCallback": "safeshield.training.callbacks",
     "UncalibratedShieldWarning": "safeshield.shield.shield",
     "collect": "safeshield.data.collect",
+    "fit_many": "safeshield.training.many",
     "load_agent": "safeshield.algorithms.registry",
     "register_backup": "safeshield.shield.backup",
     "register_constraint": "safeshield.values.constraint",
@@ -90,6 +92,7 @@ __all__ = [
     "TrainingCallback",
     "UncalibratedShieldWarning",
     "collect",
+    "fit_many",
     "load_agent",
     "register_backup",
     "register_constraint",

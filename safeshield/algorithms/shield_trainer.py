@@ -342,6 +342,11 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         check_boundary(dataset)
         return dataset
 
+    def _batchable(self) -> bool:
+        # With the support in the backups, the held-out episodes, and so the scaling and the labels
+        # of the term, depend on the seed.
+        return self.config.support_weight is None
+
     def _describe(self, dataset: OfflineDataset) -> ShieldArchitecture:
         config, weight = self.config, self.config.support_weight
         if weight is None:

@@ -41,7 +41,7 @@ from safeshield.evaluation.tables import format_table
 from safeshield.exact.boat import boat_value
 from safeshield.files.schema import versions
 from safeshield.rollouts.recorded import Episode
-from safeshield.rollouts.workers import single_threads
+from safeshield.rollouts.workers import threads_each
 from safeshield.shield.shield import Shield
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     stages = _Stages(say)
     env = gym.make(ENVIRONMENT)
-    with single_threads(), _pool(config) as pool:
+    with threads_each(), _pool(config) as pool:
         # Learning uses one core, so work that does not depend on it runs in parallel.
         ppo = pool.submit(_train_ppo, str(folder / _PPO), config.ppo_steps, config.seed)
         exact = pool.submit(boat_value, refine=config.grid_refinement)

@@ -32,8 +32,9 @@ from safeshield.spaces.generic import Env, SyncVectorEnv
 if TYPE_CHECKING:
     from safeshield.rollouts.ray_workers import Cluster
 
-# Modules whose import registers environments. A new process must import those of its parent.
-_REGISTERING = ("safeshield.envs", "safeshield.suites")
+REGISTERING = ("safeshield.envs", "safeshield.suites")
+"""Modules whose import registers environments and constraints. A new process must import those of
+its parent."""
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SECONDS_TO_END = 5.0
 NOTHING_KEPT = (
@@ -41,12 +42,12 @@ NOTHING_KEPT = (
 )
 
 
-def single_threads() -> contextlib.AbstractContextManager[None]:
-    """Make processes that start in this context use one thread each for linear algebra.
+def threads_each(threads: int = 1) -> contextlib.AbstractContextManager[None]:
+    """Make processes that start in this context use `threads` threads each for linear algebra.
 
-    Several processes with several threads each would compete for the cores.
+    Several processes with as many threads each as there are cores would compete for the cores.
     """
-    return environment_variables(dict.fromkeys(_THREADS, "1"))
+    return environment_variables(dict.fromkeys(_THREADS, str(threads)))
 
 
 @contextlib.contextmanager
@@ -138,7 +139,7 @@ class WorkerVectorEnv(SyncVectorEnv):
                 f"hold one only; got {num_envs}"
             )
         packed = cloudpickle.dumps(spec)
-        modules = [name for name in _REGISTERING if name in sys.modules]
+        modules = [name for name in REGISTERING if name in sys.modules]
         start: Callable[..., Worker] = _Process if self._cluster is None else self._cluster.worker
         for share in np.array_split(np.arange(num_envs), min(workers, num_envs)):
             worker = start(packed, len(share), modules)
@@ -257,7 +258,7 @@ class Environments:
                     answers[index] = self._envs[index].reset(seed=seed, options=options)
             return pickle.dumps((answers, None))
         except Exception as error:
-            return pickle.dumps(({}, _sendable(error)))
+            return pickle.dumps(({}, sendable(error)))
 
     def close(self) -> None:
         """Close the environments."""
@@ -338,7 +339,7 @@ class _Process(Worker):
         self._process: BaseProcess = context.Process(
             target=_work, args=(theirs, spec, count, modules), daemon=True
         )
-        with single_threads():
+        with threads_each():
             self._process.start()
         super().__init__()
         theirs.close()
@@ -387,7 +388,7 @@ def _work(connection: Connection, spec: bytes, count: int, modules: Sequence[str
         connection.close()
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """Return an error with its traceback as a note.
 
     An error that cannot be pickled is returned as a RuntimeError.

@@ -423,6 +423,13 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """Return the architecture with measurements of the trained networks, which are in use."""
         return model
 
+    def _batchable(self) -> bool:
+        """Return whether agents that differ in their seeds alone can be trained by one computation.
+
+        Their architectures for a log are then equal, and `torch.vmap` can map the losses.
+        """
+        return True
+
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         """Return the log to learn from, or raise an error where it is not suitable."""
         return dataset

@@ -5,7 +5,7 @@ A resumed run has the same results as a run that was never interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,37 @@ def from_tree(tree: dict[str, Any]) -> TrainState:
         tree["scales"],
         tree["near"],
     )
+
+
+def stacked(states: Sequence[TrainState]) -> TrainState:
+    """Return the states of several members, whose shapes are equal, with a leading member axis.
+
+    The members have made equally many updates, whose numbers have no member axis.
+    """
+    trees = [flatten(to_tree(state)) for state in states]
+    flat = {
+        name: tensor if _shared(name) else torch.stack([tree[name] for tree in trees])
+        for name, tensor in trees[0].items()
+    }
+    return from_tree(unflatten(to_tree(states[0]), flat))
+
+
+def member(state: TrainState, index: int) -> TrainState:
+    """Return a copy of the state of one member of a state that `stacked` returned.
+
+    `index` is the position of the member.
+    """
+    tree = to_tree(state)
+    flat = {
+        name: tensor if _shared(name) else tensor[index].clone()
+        for name, tensor in flatten(tree).items()
+    }
+    return from_tree(unflatten(tree, flat))
+
+
+def _shared(name: str) -> bool:
+    """Return whether all members share the tensor with this path in a state's tree."""
+    return name.startswith("moments/") and name.endswith("/updates")
 
 
 def save_checkpoint(

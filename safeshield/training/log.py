@@ -75,12 +75,20 @@ class LogTensors:
     """(N,) int64 index of the last transition of each transition's episode."""
 
     @classmethod
-    def of(cls, dataset: OfflineDataset, scaling: Scaling, device: torch.device) -> LogTensors:
+    def of(
+        cls,
+        dataset: OfflineDataset,
+        scaling: Scaling,
+        device: torch.device,
+        *,
+        normalised: bool = False,
+    ) -> LogTensors:
         """Return the log `dataset` as tensors on `device`, in the units of `scaling`.
 
-        On the CPU the observations stay in the memory of `dataset`. Another device holds them
-        normalised.
+        On the CPU the observations stay in the memory of `dataset`, unless `normalised` asks for
+        copies of them that are normalised. Another device always holds such copies.
         """
+        in_place = device.type == "cpu" and not normalised
         starts = dataset.episode_starts
         lengths = dataset.episode_lengths
         last = np.repeat(starts + lengths - 1, lengths)
@@ -90,7 +98,7 @@ class LogTensors:
 
         def rows(raw: npt.NDArray[np.float32]) -> Tensor | ScaledRows:
             scale = scaling.observations
-            return ScaledRows(raw, scale) if device.type == "cpu" else move(scale(raw))
+            return ScaledRows(raw, scale) if in_place else move(scale(raw))
 
         return cls(
             rows(dataset.observations),

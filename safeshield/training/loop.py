@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -29,7 +29,7 @@ from safeshield.training.callbacks import (
     checked_callbacks,
     go_on,
 )
-from safeshield.training.checkpoint import load_checkpoint, save_checkpoint
+from safeshield.training.checkpoint import load_checkpoint, member, save_checkpoint, stacked
 from safeshield.training.log import RunIdentity
 from safeshield.training.state import Draw, Metrics, Phase, TrainState
 
@@ -286,3 +286,93 @@ def _diverged(what: str, phase: str, step: int) -> FloatingPointError:
         "or constraints of extreme size in the log (rescale them), a learning_rate that is too "
         "high, or a weight, temperature or discount of the config that makes a loss huge"
     )
+
+
+# -- several members -------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """One of several training runs that are computed together."""
+
+    name: str
+    """Name of the member in messages."""
+    state: TrainState
+    """State before the next update."""
+    generator: torch.Generator
+    """Source of all random numbers of the member, on the device of the state."""
+    identity: RunIdentity
+    """Identity of the run, for its checkpoint."""
+    checkpoint: Path | None
+    """File to which checkpoints are written; None writes none."""
+
+
+def run_together(
+    phases: list[Phase],
+    members: Sequence[Member],
+    options: FitOptions,
+    done: int,
+    transitions: int,
+    noise_features: int,
+) -> list[TrainState]:
+    """Run all phases for several members as one batched computation; return their states.
+
+    The members have the same networks and phases, and each has the random numbers that it has in
+    `run_phases`. Metrics are not written. They are checked as often as there.
+
+    Args:
+        phases: Phases in order. Their updates can be mapped by `torch.vmap`.
+        members: The members.
+        options: Progress bar and number of updates between two checkpoints.
+        done: Number of updates that each member has made.
+        transitions: Number N of rows of the log.
+        noise_features: Width of the noise that an update draws for each transition.
+    """
+    keep_freed_memory()
+    state = stacked([one.state for one in members])
+    generators, width = [one.generator for one in members], noise_features
+    saved = time.perf_counter()
+    total = sum(phase.steps for phase in phases)
+    with tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step") as bar:
+        for phase, local in _remaining(phases, done):
+            if phase.refresh is not None and local % phase.refresh_every == 0:
+                state = stacked(
+                    [phase.refresh(member(state, i), own) for i, own in enumerate(generators)]
+                )
+            # Of the state, a draw depends on the boundary rows alone.
+            draws = [
+                _draw(phase, state._replace(boundary_rows=rows), generator, transitions, width)
+                for rows, generator in zip(state.boundary_rows, generators, strict=True)
+            ]
+            draw = Draw(*map(torch.stack, zip(*draws, strict=True)))
+            state, metrics = phase.update(state, draw)
+            done, last = done + 1, local + 1 == phase.steps
+            bar.set_description(phase.name, refresh=False)
+            bar.update()
+            for i, one in enumerate(members):
+                with named(one.name):
+                    if done % options.log_every == 0 or last:
+                        values = {key: float(each[i]) for key, each in metrics.items()}
+                        _check_finite(values, phase.name, done)
+                    if last:
+                        _check_weights(member(state, i), phase.name, done)
+            if (
+                last
+                or done % options.checkpoint_every == 0
+                or time.perf_counter() - saved > _SECONDS
+            ):
+                for i, one in enumerate(members):
+                    if one.checkpoint is not None:
+                        own = one.generator, one.identity, phase.name
+                        save_checkpoint(one.checkpoint, member(state, i), done, *own)
+                saved = time.perf_counter()
+    return [member(state, i) for i in range(len(members))]
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Add the name of a member of several runs to errors that occur in this context."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {name}")
+        raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ Metrics = dict[str, Tensor]
 
 
 class TrainState(NamedTuple):
-    """All data that an update reads and writes."""
+    """All data that an update reads and writes.
+
+    Where several members are trained together (`training.many`), each tensor has a leading member
+    axis, except `AdamState.updates`, which all members share.
+    """
 
     networks: Networks
     """Weights of the trained networks, by name."""
@@ -78,7 +82,10 @@ def initial_state(
 
 
 class Draw(NamedTuple):
-    """All random numbers of one update, which are drawn outside of it."""
+    """All random numbers of one update, which are drawn outside of it.
+
+    Where several members are trained together, each tensor has a leading member axis.
+    """
 
     rows: Tensor
     """(batch,) int64 indices of the transitions of the batch."""
@@ -94,6 +101,7 @@ Loss = Callable[[Networks], tuple[Tensor, Metrics]]
 """Function from the weights of all networks to a () loss and metrics."""
 CriticLoss = Callable[[Networks], tuple[Tensor, Metrics, dict[str, Tensor]]]
 """A loss function that also returns the newest values () of running statistics, by name."""
+LossT = TypeVar("LossT", Loss, CriticLoss)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,31 @@ def together(*updates: Update) -> Update:
         return state, metrics
 
     return update
+
+
+def of_batch(loss: Callable[[TrainState, Draw], LossT], state: TrainState, draw: Draw) -> LossT:
+    """Return the loss function of the weights on one batch.
+
+    Where `state` and `draw` have a member axis, each member has its own batch. The loss is then the
+    sum over the members, whose gradient in the weights of a member is that of its own loss, and
+    metrics and statistics have a member axis.
+
+    Args:
+        loss: Function from a state and random numbers, both of one member, to the loss function.
+        state: State, whose moments the loss does not read.
+        draw: Random numbers.
+    """
+    if draw.rows.dim() == 1:
+        return loss(state, draw)
+
+    def total(networks: Networks) -> tuple[Any, ...]:
+        def one(state: TrainState, draw: Draw, networks: Networks) -> tuple[Any, ...]:
+            return loss(state, draw)(networks)
+
+        value, *others = torch.vmap(one)(state._replace(moments={}), draw, networks)
+        return value.sum(), *others
+
+    return cast("LossT", total)
 
 
 def descend(
@@ -190,7 +223,8 @@ def falling(
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
         rate = learning_rate(base, state.moments[name].updates, total)
-        return descend(state, name, trained, loss(state, draw), dict.fromkeys(trained, rate))
+        steps = dict.fromkeys(trained, rate)
+        return descend(state, name, trained, of_batch(loss, state, draw), steps)
 
     return update
 
@@ -216,7 +250,7 @@ def critic_update(
     share = config.polyak
 
     def update(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-        critic_loss = loss(state, draw)
+        critic_loss = of_batch(loss, state, draw)
         newest: dict[str, Tensor] = {}
 
         def plain(networks: Networks) -> tuple[Tensor, Metrics]:

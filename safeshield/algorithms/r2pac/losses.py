@@ -472,7 +472,7 @@ class R2PACRun(Run[ChunkArchitecture, R2PACConfig]):
             return loss
 
         def behaviour(state: TrainState, draw: Draw) -> tuple[TrainState, Metrics]:
-            return flow(state, draw._replace(noise=draw.noise[:, :width]))
+            return flow(state, draw._replace(noise=draw.noise[..., :width]))
 
         return together(self.falling(ACTOR, imitate, total), behaviour)
 
