@@ -288,7 +288,7 @@ def test_a_file_of_settings_is_over_the_preset_and_under_the_options(
         ("a.toml", "batch_size = 'none'", "batch_size must be a whole number, got 'none'"),
         ("a.toml", "learning_rate = nan", "learning_rate must be a finite number, got nan"),
         ("a.toml", "batch_size 3", "is not TOML"),
-        ("a.ini", "batch_size = 3", "--config must end in .toml, .yaml or .yml"),
+        ("a.ini", "batch_size = 3", "must end in .toml, .yaml or .yml"),
         ("b.toml", None, "no such file"),
     ],
 )
