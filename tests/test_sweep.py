@@ -310,6 +310,7 @@ def test_more_gpus_than_there_are_is_an_error(folder: Path, tmp_path: Path) -> N
         ('logs = ["a.hdf5"]\n[settings]\ndiscount = 2.0', "discount must lie between 0 and 1"),
         ('logs = ["a.hdf5"]\n[vary]\nbanana = [1]', "vary: no such setting: banana; known: "),
         ('logs = ["a.hdf5"]\n[vary]\ndiscount = []', "vary.discount must be a list of at least"),
+        ('logs = ["a.hdf5"]\n[vary]\nlearning_rate = [1, 1.0]', "must list each value once"),
         ('logs = ["a.hdf5"]\n[vary]\ndiscount = 0.9', "or a range {low = ..., high = ..., log = "),
         ('logs = ["a.hdf5"]\n[vary]\ndiscount = [0.9, 2.0]', "between 0 and 1, got 2.0"),
         (

@@ -132,7 +132,7 @@ class Plan(Settings):
     """Figures of the printed table and of the picture. By default they are the return, cost and
     violation rate of the evaluation, and without one all metrics of the training."""
     gpus: NonNegative = 0.0
-    """GPUs that a training takes, such as 0.25 where four share one."""
+    """GPUs that a training takes, such as 0.25 where four share one. 0 trains on the CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,8 +157,12 @@ class Plan(Settings):
         twice = sorted(set(self.settings) & set(self.vary))
         if twice:
             raise ValueError(f"{twice[0]} is in settings and in vary: leave it in one of them")
-        for point in self._edges() if self.trials is not None else self.grid():
-            self.config(point, self.seeds[0])
+        for name in self.vary:
+            told = [digest(dataclasses.asdict(self.config(one, 0))) for one in self._edges(name)]
+            if not _different(tuple(told)):
+                raise ValueError(f"vary.{name} must list each value once, got {self.vary[name]}")
+        for point in self.grid() if self.trials is None else ():
+            self.config(point, 0)
 
     def _check_values(self, name: str, values: object) -> None:
         if isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
@@ -200,15 +204,14 @@ class Plan(Settings):
         for values in itertools.product(*self.vary.values()):
             yield dict(zip(self.vary, values, strict=True))
 
-    def _edges(self) -> Iterator[dict[str, Any]]:
-        """Yield points with each value of a list and each end of a range, to be checked."""
+    def _edges(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield points with each value of a varied setting, the ends of a range, others alike."""
         tried = {
-            name: [values["low"], values["high"]] if isinstance(values, dict) else values
-            for name, values in self.vary.items()
+            other: [values["low"], values["high"]] if isinstance(values, dict) else values
+            for other, values in self.vary.items()
         }
-        for name, values in tried.items():
-            for value in values:
-                yield {other: tried[other][0] for other in tried} | {name: value}
+        for value in tried[name]:
+            yield {other: values[0] for other, values in tried.items()} | {name: value}
 
     def whole(self, name: str) -> bool:
         """Whether a varied setting is a whole number."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from safeshield.cli.sweep_plan import SCORES, Plan, short
 from safeshield.cli.sweep_runs import Outcome
-from safeshield.evaluation.intervals import mean_interval
 from safeshield.evaluation.tables import aligned
 from safeshield.files.atomic import written_whole
 
@@ -63,7 +62,7 @@ def reported(plan: Plan, figures: Iterable[str]) -> tuple[str, ...]:
 
 
 def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
-    """Return a table of the means over seeds, with Student's 95% intervals where there are several.
+    """Return a table of the means over seeds, with the least and the greatest value of several.
 
     It has one row for each setting and log. Where agents are evaluated, the highest normalised
     return of a log among the settings whose mean normalised cost is at most 1 has a star.
@@ -96,10 +95,10 @@ def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
             for name in names
         ]
         rows.append((*key, f"{seeds} of {len(ones)}", *cells))
-    text = aligned(rows, len(plan.vary) + 1)
+    told = "Means over the seeds; in brackets the least and the greatest."
     if best:
-        text += "\n\n*: the highest mean return of a log with a mean normalised cost of at most 1"
-    return text
+        told += " *: the highest return of those whose normalised cost is at most 1."
+    return f"{aligned(rows, len(plan.vary) + 1)}\n\n{told}"
 
 
 def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:
@@ -115,8 +114,7 @@ def _cell(outcomes: Sequence[Outcome], name: str) -> str:
     values = _values(outcomes, name)
     if not values:
         return "-"
-    interval = mean_interval(values)
-    reach = "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
+    reach = f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else ""
     return f"{np.mean(values):.3g}{reach}"
 
 
@@ -144,6 +142,7 @@ def draw(path: Path, plan: Plan, outcomes: Sequence[Outcome]) -> None:
         ):
             axes = grid[row, column]
             axes.grid(color=GREY, linewidth=0.6)
+            axes.set_axisbelow(True)
             places = _axis(axes, plan, setting)
             for at, log in enumerate(plan.logs):
                 ones = [one for one in done if one.job.log == log]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def train(job: Job, plan: Plan, places: Places) -> dict[str, float]:
     log = OfflineDataset.load(source) if env is None else log_of(str(source), env)
     file, metrics = job.folder / AGENT, job.folder / "tensorboard"
     if not file.exists():
-        learner = plan.kind.kind(config)
+        learner = plan.kind.kind(config, device="cuda" if plan.gpus else "cpu")
         checkpoint = job.folder / "checkpoint.safetensors"
         if not checkpoint.exists():
             shutil.rmtree(metrics, ignore_errors=True)
@@ -158,7 +158,7 @@ def finished(job: Job, plan: Plan) -> dict[str, float] | None:
 
 def sweep(
     plan: Plan, places: Places, folder: Path, address: str, say: Callable[[str], None]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Run all trainings of a sweep on Ray, and yield what became of each as it ends.
 
     Args:
@@ -175,7 +175,6 @@ def sweep(
     """
     search = None if plan.trials is None else _Search(plan, folder / "search.journal")
     points = plan.grid()
-    ask = (lambda: next(points, None)) if search is None else search.ask
     cluster = Cluster(address)
     try:
         pool = _Pool(cluster, plan, places, say)
@@ -183,7 +182,7 @@ def sweep(
         while True:
             # A grid is queued at once. A search chooses its next settings by the results so far.
             while waiting and (search is None or pool.running < cluster.cpus):
-                point = ask()
+                point = next(points, None) if search is None else search.ask()
                 waiting = point is not None
                 for job in plan.jobs(point, folder) if point is not None else ():
                     figures = finished(job, plan)
@@ -212,8 +211,7 @@ class _Pool:
     def __init__(
         self, cluster: Cluster, plan: Plan, places: Places, say: Callable[[str], None]
     ) -> None:
-        import ray
-
+        ray = cluster.ray
         gpus = ray.cluster_resources().get("GPU", 0)
         if gpus < plan.gpus:
             raise ValueError(f"gpus {plan.gpus:g}: the Ray cluster has {gpus:g} GPUs; give fewer")
@@ -293,12 +291,14 @@ class _Search:
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(file))),
             study_name=digest(values),
-            sampler=optuna.samplers.TPESampler(seed=min(plan.seeds), constant_liar=True),
             direction="maximize",
             load_if_exists=True,
         )
         self._open: dict[str, tuple[list[Any], list[Outcome]]] = {}
         trials = self._study.get_trials(deepcopy=False)
+        # Another seed in each call, because the same one would draw the first settings again.
+        seed = min(plan.seeds) + len(trials)
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         self._told = [one.params for one in trials if one.state is self._states.COMPLETE]
         self._left = (plan.trials or 0) - len(self._told)
         # Settings whose trainings were under way, or failed, are tried first.
