@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning
 from safeshield.algorithms.registry import load_agent
-from safeshield.cli import app
+from safeshield.cli import app, sweep_runs
 from safeshield.cli.sweep_plan import Plan
 from safeshield.data import OfflineDataset, collect
 from safeshield.demo.helmsmen import Helmsmen
@@ -126,11 +126,14 @@ vary = {{learning_rate = [0.001, 1e30]}}
     assert "failed: learning_rate=1e+30, seed=0, a.hdf5: FloatingPointError" in output
     assert "4 trainings, 2 failed" in output
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-    # The table gives the metrics of the training, since there is no environment.
+    # Without an environment the table gives the metrics of the training.
     done = next(row for row in rows if row["status"] == "finished" and row["log"] == "a.hdf5")
-    learner = BehaviourCloning(load_agent(tmp_path / done["folder"] / "agent.safetensors").config)
-    learner.fit(OfflineDataset.load(folder / "a.hdf5"), STEPS, log_dir=tmp_path / "tensorboard")
-    assert float(done["actor/squared_error"]) > 0.0
+    config = load_agent(tmp_path / done["folder"] / "agent.safetensors").config
+    learner = BehaviourCloning(config, device="cpu")
+    learner.fit(OfflineDataset.load(folder / "a.hdf5"), STEPS, log_dir=tmp_path / "metrics")
+    metrics = sweep_runs._last_metrics(tmp_path / "metrics")
+    assert metrics
+    assert {name: float(done[name]) for name in metrics} == pytest.approx(metrics)
 
     # Another seed is trained; what finished is not repeated, what failed is tried again.
     stamp = (tmp_path / done["folder"] / "agent.safetensors").stat().st_mtime_ns
@@ -259,7 +262,7 @@ trials: 2
 @pytest.mark.usefixtures("ray")
 def test_another_evaluation_keeps_the_agents(folder: Path, tmp_path: Path) -> None:
     text = f'algorithm = "shield"\nsteps = 30\nlogs = ["a.hdf5"]\nenv = "{BOAT}"\nepisodes = 2\n'
-    text += "settings = {critic_hidden = [8], flow_hidden = [8]}\n"
+    text += "settings = {critic_hidden = [8], behaviour_hidden = [8], fallback_hidden = [8]}\n"
     file = written(folder, "shield.toml", text)
     run(file, "-o", tmp_path, "--ray", "auto")
     (alone,) = table(tmp_path)
@@ -284,6 +287,29 @@ def test_more_gpus_than_there_are_is_an_error(folder: Path, tmp_path: Path) -> N
     file = written(folder, "gpus.toml", 'algorithm = "bc"\nlogs = ["a.hdf5"]\ngpus = 64\n')
     output = run(file, "-o", tmp_path, "--ray", "auto", code=2)
     assert "gpus 64: the Ray cluster has 0 GPUs; give fewer" in output
+
+
+def test_a_search_that_is_stopped_goes_on_with_the_settings_that_it_had(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    vary = {"learning_rate": {"low": 0.001, "high": 0.1}, "hidden": [[8], [16, 16]]}
+    plan = Plan(algorithm="bc", logs=("a",), env=BOAT, vary=vary, trials=5)
+    first = sweep_runs._Search(plan, tmp_path / "journal")
+    points = [first.ask() for _ in range(3)]
+    figures = {"normalised_return": 0.5, "normalised_cost": 2.0}
+
+    def outcome(point: Any, error: str) -> sweep_runs.Outcome:  # noqa: ANN401
+        (job,) = plan.jobs(point, tmp_path)
+        return sweep_runs.Outcome(job, {} if error else figures, error)
+
+    first.tell(outcome(points[0], ""))
+    first.tell(outcome(points[1], "ValueError: no"))
+    # The process ends here. The first setting is known, the others are tried again.
+    second = sweep_runs._Search(plan, tmp_path / "journal")
+    asked = [second.ask() for _ in range(6)]
+    assert asked[0] == points[0]
+    assert sorted(map(str, asked[1:3])) == sorted(map(str, points[1:3]))
+    assert len({str(point) for point in asked[:5]}) == 5
+    assert asked[5] is None
 
 
 # -- the file -----------------------------------------------------------------------------------

@@ -11,11 +11,15 @@ import json
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safeshield.cli.sweep_plan import Job, Plan, digest
 from safeshield.files.atomic import written_whole
 from safeshield.rollouts.ray_workers import Cluster
+
+if TYPE_CHECKING:
+    from safeshield.evaluation import ReferenceReturns
+    from safeshield.spaces.generic import Env
 
 TRIES = 3
 """Number of times that a training is started when its worker ends before it."""
@@ -58,29 +62,31 @@ def train(job: Job, plan: Plan, places: Places) -> dict[str, float]:
     from safeshield.cli.settings import write_settings
     from safeshield.cli.sources import log_of, make_env
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.evaluation import ReferenceReturns
 
     for file in places.plugins:
         load_plugin(file)
     config = plan.config(job.point, job.seed)
     job.folder.mkdir(parents=True, exist_ok=True)
+    source = places.file.parent / job.log
     # The environment and the log are checked before the training, not after it.
     env = None if plan.env is None else make_env(plan.env)
-    source = places.file.parent / job.log
-    log = OfflineDataset.load(source) if env is None else log_of(str(source), env)
+    references = None if env is None else ReferenceReturns.of_log(log_of(str(source), env))
     file, metrics = job.folder / AGENT, job.folder / "tensorboard"
     if not file.exists():
         learner = plan.kind.kind(config, device="cuda" if plan.gpus else "cpu")
         checkpoint = job.folder / "checkpoint.safetensors"
         if not checkpoint.exists():
             shutil.rmtree(metrics, ignore_errors=True)
+        log = OfflineDataset.load(source)
         learner.fit(log, plan.steps, log_dir=metrics, checkpoint=checkpoint)
         write_settings(file.with_suffix(".toml"), config, f"safeshield sweep: {job}")
         learner.save(file)
         checkpoint.unlink(missing_ok=True)
     agent = plan.kind.kind.load(file)
     figures = _last_metrics(metrics)
-    if env is not None:
-        figures |= _scores(plan, job, places, env, log, agent)
+    if env is not None and references is not None:
+        figures |= _scores(plan, job, places, env, references, agent)
     with written_whole(job.folder / FIGURES) as part:
         part.write_text(json.dumps({"evaluation": plan.evaluation, "figures": figures}, indent=1))
     (job.folder / ERROR).unlink(missing_ok=True)
@@ -101,15 +107,15 @@ def _scores(
     plan: Plan,
     job: Job,
     places: Places,
-    env: Any,  # noqa: ANN401 - safeshield.spaces.generic.Env
-    log: Any,  # noqa: ANN401 - OfflineDataset
+    env: Env,
+    references: ReferenceReturns,
     agent: Any,  # noqa: ANN401 - an agent of any algorithm
 ) -> dict[str, float]:
     """Return the figures of an agent by the field's protocol, under the seed of its training."""
     import numpy as np
 
     from safeshield.cli.sources import policy_of
-    from safeshield.evaluation import ReferenceReturns, field_score
+    from safeshield.evaluation import field_score
 
     shield = None if plan.policy is None else agent.shield()
     policy = agent
@@ -118,7 +124,7 @@ def _scores(
     score = field_score(
         env,
         policy,
-        references=ReferenceReturns.of_log(log),
+        references=references,
         cost_limit=plan.cost_limit,
         seeds=(job.seed,),
         episodes=plan.episodes,
