@@ -74,16 +74,17 @@ def sweep(
         ) from error
     total = len(plan.logs) * len(plan.seeds) * (plan.trials or sum(1 for _ in plan.grid()))
     results: dict[Path, Outcome] = {}
-    with lock, contextlib.closing(outcomes_of(plan, places, folder, ray, typer.echo)) as ended:
-        for one in ended:
-            results[one.job.folder] = one
-            told = f"failed: {one.error}"
-            if not one.error:
-                names = report.reported(plan, one.figures)
-                told = ", ".join(f"{name} {one.figures[name]:.3g}" for name in names)
-            typer.echo(f"{len(results)} of {total}: {one.job}: {told}")
-            # A sweep that is stopped leaves the table of what has finished.
-            report.write_csv(folder / "results.csv", plan, list(results.values()))
+    try:
+        with lock, contextlib.closing(outcomes_of(plan, places, folder, ray, typer.echo)) as ended:
+            for one in ended:
+                results[one.job.folder] = one
+                told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)
+                typer.echo(f"{len(results)} of {total}: {one.job}: {told}")
+                # A sweep that is stopped leaves the table of what has finished.
+                report.write_csv(folder / "results.csv", plan, list(results.values()))
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command continues the sweep", err=True)
+        raise
     outcomes = list(results.values())
     failed = [one for one in outcomes if one.error]
     if len(failed) < len(outcomes):

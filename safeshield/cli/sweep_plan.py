@@ -130,7 +130,7 @@ class Plan(Settings):
     """Limit on the summed cost of an episode."""
     report: _Names = ()
     """Figures of the printed table and of the picture. By default they are the return, cost and
-    violation rate of the evaluation, and without one all metrics of the training."""
+    violation rate of the evaluation. Without one the picture shows all metrics of the training."""
     gpus: NonNegative = 0.0
     """GPUs that a training takes, such as 0.25 where four share one. 0 trains on the CPU."""
 

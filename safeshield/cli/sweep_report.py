@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,21 @@ def reported(plan: Plan, figures: Iterable[str]) -> tuple[str, ...]:
     return plan.report or (SCORES if plan.env is not None else tuple(known))
 
 
+def describe(plan: Plan, figures: Mapping[str, float]) -> str:
+    """Return the figures to report of a finished training as a line of text.
+
+    Raises:
+        ValueError: The sweep reports an unknown figure.
+    """
+    names = reported(plan, figures)
+    return ", ".join(f"{name} {figures[name]:.3g}" for name in names if _few(plan)) or "finished"
+
+
+def _few(plan: Plan) -> bool:
+    """Whether the reported figures are so few that they can be printed side by side."""
+    return plan.env is not None or len(plan.report) > 0
+
+
 def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
     """Return a table of the means over seeds, with the least and the greatest value of several.
 
@@ -73,7 +88,7 @@ def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
     done = [one for one in outcomes if not one.error]
     if not done:
         raise ValueError("outcomes must hold at least one finished training, got none")
-    names = reported(plan, done[0].figures)
+    names = reported(plan, done[0].figures) if _few(plan) else ()
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for one in outcomes:
         varied = (short(one.job.point[name]) for name in plan.vary)
@@ -96,6 +111,10 @@ def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
         ]
         rows.append((*key, f"{seeds} of {len(ones)}", *cells))
     told = "Means over the seeds; in brackets the least and the greatest."
+    if not names:
+        told = (
+            "The metrics are in results.csv; name some as report = [...] in the file to print them."
+        )
     if best:
         told += " *: the highest return of those whose normalised cost is at most 1."
     return f"{aligned(rows, len(plan.vary) + 1)}\n\n{told}"
