@@ -24,7 +24,7 @@ from safeshield.cli.settings import read_settings, settings_help, write_settings
 from safeshield.collection import LearnerConfig
 from safeshield.files.settings import fields_of
 
-PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").readtext_of()
+PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
 LINEAR = max(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL), key=len)
 """The algorithm of the documentation, whole."""
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with log.npz and linear.py."""
     folder = tmp_path_factory.mktemp("plugins")
     collect(gym.make("safeshield/Boat-v0"), "random", episodes=6, seed=0).save(folder / "log.npz")
-    (folder / "linear.py").writetext_of(LINEAR)
+    (folder / "linear.py").write_text(LINEAR)
     return folder
 
 
@@ -98,11 +98,11 @@ def test_the_documentation_lists_what_is_registered() -> None:
 def test_an_installed_package_offers_its_algorithms(tmp_path: Path, broken: bool) -> None:
     """By an entry point; one that cannot be imported is a warning, and the others are there."""
     text = "raise OSError('no such plant')" if broken else LINEAR
-    (tmp_path / "their_linear.py").writetext_of(text)
+    (tmp_path / "their_linear.py").write_text(text)
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").writetext_of("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").writetext_of("[safeshield.algorithms]\nlinear = their_linear\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[safeshield.algorithms]\nlinear = their_linear\n")
     code = "from safeshield.algorithms.registry import ALGORITHMS; print(*sorted(ALGORITHMS))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -187,7 +187,7 @@ def test_a_plugin_that_cannot_be_used(tmp_path: Path, content: str | None, messa
     name = "random.py" if content == "x = 1" else f"{tmp_path.name}.py"
     file = tmp_path / name
     if content is not None:
-        file.writetext_of(content)
+        file.write_text(content)
     before = list(sys.path)
     told = run("train", "log.npz", "a.safetensors", "--plugin", file, code=2)
     assert message in " ".join(told.split())
@@ -265,14 +265,14 @@ def test_settings_come_back_from_their_file(one, tmp_path: Path) -> None:  # noq
 def test_a_file_of_settings_is_over_the_preset_and_under_the_options(
     folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.toml").writetext_of("seed = 4\nbatch_size = 32\nhidden = [8, 8]\n")
+    (tmp_path / "mine.toml").write_text("seed = 4\nbatch_size = 32\nhidden = [8, 8]\n")
     out = tmp_path / "agent.safetensors"
     command = ("train", folder / "log.npz", out, "--algorithm", "bc", "--steps", 3, "--device",
                "cpu", "--config", tmp_path / "mine.toml")  # fmt: skip
     run(*command, "--set", "batch_size=16")
     config = load_agent(out).config
     assert (config.seed, config.batch_size, config.hidden) == (4, 16, (8, 8))
-    stored = tomllib.loads((tmp_path / "agent.toml").readtext_of())
+    stored = tomllib.loads((tmp_path / "agent.toml").read_text())
     assert stored["batch_size"] == 16
     assert set(stored) == {field.name for field in fields_of(type(config))}
     run(*command, "--seed", 9)
@@ -298,7 +298,7 @@ def test_a_file_of_settings_that_is_refused(
     folder: Path, tmp_path: Path, name: str, text: str | None, message: str
 ) -> None:
     if text is not None:
-        (tmp_path / name).writetext_of(text)
+        (tmp_path / name).write_text(text)
     told = run(
         "train", folder / "log.npz", tmp_path / "agent.safetensors", "--algorithm", "bc",
         "--steps", 3, "--config", tmp_path / name, code=2,
@@ -310,7 +310,7 @@ def test_a_file_of_settings_that_is_refused(
 def test_yaml_needs_its_package_and_is_read_as_toml_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a.yaml").writetext_of("critic_hidden: [8, 8]\nsafety_discount: null\n")
+    (tmp_path / "a.yaml").write_text("critic_hidden: [8, 8]\nsafety_discount: null\n")
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ModuleNotFoundError, match="pip install pyyaml, or write the settings as"):
         read_settings(tmp_path / "a.yaml", SafeFQLConfig)
@@ -318,6 +318,6 @@ def test_yaml_needs_its_package_and_is_read_as_toml_is(
     pytest.importorskip("yaml")
     values = read_settings(tmp_path / "a.yaml", SafeFQLConfig)
     assert SafeFQLConfig(**values) == SafeFQLConfig(critic_hidden=(8, 8))
-    (tmp_path / "a.yaml").writetext_of("- 1\n")
+    (tmp_path / "a.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="must hold settings as name and value"):
         read_settings(tmp_path / "a.yaml", SafeFQLConfig)

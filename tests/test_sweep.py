@@ -365,6 +365,10 @@ def test_a_search_that_is_stopped_goes_on_with_the_settings_that_it_had(tmp_path
         (f'logs = ["a.hdf5"]\ntrials = 3\nenv = "{BOAT}"', "add the table vary"),
         ('logs = ["a.hdf5"]\npolicy = "random"', "policy random needs an environment"),
         (
+            f'logs = ["a.hdf5"]\npolicy = "random"\nalgorithm = "bc"\nenv = "{BOAT}"',
+            "policy random needs an algorithm that learns a shield, got bc",
+        ),
+        (
             'logs = ["a.hdf5"]\n[settings]\ndiscount = 0.9\n[vary]\ndiscount = [0.9]',
             "discount is in settings and in vary",
         ),
@@ -387,6 +391,18 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "no such file" in run(tmp_path / "none.toml", "-o", tmp_path, code=2)
     file = written(tmp_path, "a.ini", "steps = 3")
     assert "must end in .toml, .yaml or .yml" in run(file, "-o", tmp_path, code=2)
+
+
+def test_an_address_that_nothing_answers_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    file = written(folder, "address.toml", 'algorithm = "bc"\nlogs = ["a.hdf5"]\n')
+    output = run(file, "-o", tmp_path, "--ray", "127.0.0.1:1", code=2)
+    assert "error: no Ray cluster answers at ray='127.0.0.1:1'" in output
 
 
 def test_without_ray_the_extra_is_named(

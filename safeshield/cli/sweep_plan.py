@@ -141,6 +141,11 @@ class Plan(Settings):
             if value is not None and self.env is None:
                 why = "a search compares returns and costs" if name == "trials" else "it acts there"
                 raise ValueError(f"{name} {value} needs an environment ({why}): add env")
+        if self.policy is not None and not hasattr(self.kind.kind, "shield"):
+            raise ValueError(
+                f"policy {self.policy} needs an algorithm that learns a shield, got "
+                f"{self.algorithm}: leave out policy, so that the agent acts itself"
+            )
         ranges = [name for name, values in self.vary.items() if isinstance(values, dict)]
         if ranges and self.trials is None:
             raise ValueError(

@@ -112,9 +112,7 @@ def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
         rows.append((*key, f"{seeds} of {len(ones)}", *cells))
     told = "Means over the seeds; in brackets the least and the greatest."
     if not names:
-        told = (
-            "The metrics are in results.csv; name some as report = [...] in the file to print them."
-        )
+        told = "The metrics are in results.csv. To print some, name them in the file as report."
     if best:
         told += " *: the highest return of those whose normalised cost is at most 1."
     return f"{aligned(rows, len(plan.vary) + 1)}\n\n{told}"
@@ -179,7 +177,7 @@ def draw(path: Path, plan: Plan, outcomes: Sequence[Outcome]) -> None:
                 axes.set_ylabel(name.replace("_", " "))
             if row == len(names) - 1:
                 axes.set_xlabel(setting)
-        if len(plan.logs) > 1 and setting != "log":
+        if len(plan.logs) > 1 and plan.vary:
             grid[0, -1].legend(fontsize="small")
 
 
