@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         collect(env, Helmsmen(), episodes=30, seed=seed).save(folder / name)
     (folder / "fragile.py").write_text(PLUGIN)
     return folder
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """A local Ray, which takes some ten seconds to start."""
-    pytest.importorskip("ray")
-    import ray
-
-    from safeshield.rollouts.ray_workers import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster("local")
-        yield ray
-        cluster.close()
 
 
 def written(folder: Path, name: str, text: str) -> Path:

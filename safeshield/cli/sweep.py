@@ -65,9 +65,8 @@ def sweep(
             policy_of(policy_source(plan.policy, places), env, None, trust)
     folder = out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"--out {out}: another sweep writes there; wait for it, or give another folder"
@@ -75,7 +74,7 @@ def sweep(
     total = len(plan.logs) * len(plan.seeds) * (plan.trials or sum(1 for _ in plan.grid()))
     results: dict[Path, Outcome] = {}
     try:
-        with lock, contextlib.closing(outcomes_of(plan, places, folder, ray, typer.echo)) as ended:
+        with held, contextlib.closing(outcomes_of(plan, places, folder, ray, typer.echo)) as ended:
             for one in ended:
                 results[one.job.folder] = one
                 told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)

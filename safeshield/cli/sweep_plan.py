@@ -1,4 +1,4 @@
-"""The file of ``safeshield sweep``: which settings, seeds and logs are trained, and what is told.
+"""The file of ``safeshield sweep``: what is trained and what is reported.
 
 `Plan` is the file; `Job` is one of the trainings that it asks for.
 """
