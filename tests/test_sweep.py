@@ -173,7 +173,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(
         assert time.monotonic() < until
         time.sleep(0.2)
     # A second driver leaves the folder to the first.
-    assert "another sweep writes there" in run(*command, "auto", code=2)
+    assert "is being used by another run" in run(*command, "auto", code=2)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     first, second = sorted(runs.iterdir(), key=lambda one: "seed=1" in one.name)

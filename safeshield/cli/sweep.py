@@ -49,13 +49,12 @@ def sweep(
 
     Exits with status 1 where a training failed.
     """
-    from filelock import FileLock, Timeout
-
     from safeshield.cli import sweep_report as report
     from safeshield.cli.sources import make_env, policy_of
     from safeshield.cli.sweep_plan import read_plan
     from safeshield.cli.sweep_runs import Outcome, Places, policy_source
     from safeshield.cli.sweep_runs import sweep as outcomes_of
+    from safeshield.collection.lock import locked
 
     plan = read_plan(file)
     places = Places(file.resolve(), tuple(one.resolve() for one in plugins or []), trust)
@@ -64,17 +63,11 @@ def sweep(
         if plan.policy not in (None, "adversary"):
             policy_of(policy_source(plan.policy, places), env, None, trust)
     folder = out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"--out {out}: another sweep writes there; wait for it, or give another folder"
-        ) from error
     total = len(plan.logs) * len(plan.seeds) * (plan.trials or sum(1 for _ in plan.grid()))
     results: dict[Path, Outcome] = {}
     try:
-        with held, contextlib.closing(outcomes_of(plan, places, folder, ray, typer.echo)) as ended:
+        running = outcomes_of(plan, places, folder, ray, typer.echo)
+        with locked(folder), contextlib.closing(running) as ended:
             for one in ended:
                 results[one.job.folder] = one
                 told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)
