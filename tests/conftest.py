@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -100,6 +101,26 @@ def shield() -> Shield:
     q = np.maximum(exact(next_state(states, actions, dt=DT)), constraint(states))
     space = gym.spaces.Box(STATE_LOW.astype("f4"), STATE_HIGH.astype("f4"))
     return fitted_shield(space, states, actions, exact(states), q).with_delta(0.05)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """A local Ray, which takes some ten seconds to start."""
+    pytest.importorskip("ray")
+    import ray
+
+    from safeshield.rollouts.ray_workers import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers import the benchmark that a test of test_ray.py runs.
+        benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+        patch.setenv("PYTHONPATH", os.pathsep.join([benchmarks, os.environ.get("PYTHONPATH", "")]))
+        cluster = Cluster("local")
+        yield ray
+        cluster.close()
+    assert not ray.is_initialized()
 
 
 @pytest.fixture(autouse=True)

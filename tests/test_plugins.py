@@ -237,10 +237,12 @@ def test_help_of_collect_shows_every_setting_of_a_learner() -> None:
 
 
 def test_what_help_says_of_a_default_is_what_set_takes() -> None:
-    from safeshield.cli.settings import _text, settings_of
+    from safeshield.cli.settings import settings_of, text_of
 
     for one in ALGORITHMS.values():
-        defaults = [f"{field.name}={_text(field.default)}" for field in fields_of(one.config_type)]
+        defaults = [
+            f"{field.name}={text_of(field.default)}" for field in fields_of(one.config_type)
+        ]
         assert settings_of(one.config_type, defaults) == one.config_type()
     assert "batch_size=256  (bc, fisor, flrp, r2pac, safefql, shield)" in settings_help(
         ALGORITHMS[name] for name in ("bc", "fisor", "flrp", "r2pac", "safefql", "shield")
@@ -288,7 +290,7 @@ def test_a_file_of_settings_is_over_the_preset_and_under_the_options(
         ("a.toml", "batch_size = 'none'", "batch_size must be a whole number, got 'none'"),
         ("a.toml", "learning_rate = nan", "learning_rate must be a finite number, got nan"),
         ("a.toml", "batch_size 3", "is not TOML"),
-        ("a.ini", "batch_size = 3", "--config must end in .toml, .yaml or .yml"),
+        ("a.ini", "batch_size = 3", "must end in .toml, .yaml or .yml"),
         ("b.toml", None, "no such file"),
     ],
 )

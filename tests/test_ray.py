@@ -7,7 +7,6 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +30,6 @@ REQUEST: dict[str, Any] = {"epsilon": 0.3, "confidence": 0.8, "deltas": [0.3], "
 
 def boat() -> gym.Env[Any, Any]:
     return gym.make(BOAT, dt=DT, max_episode_steps=100)
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """A local Ray, which takes some ten seconds to start."""
-    pytest.importorskip("ray")
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Workers import the benchmark that the last test runs.
-        patch.setenv("PYTHONPATH", os.pathsep.join([BENCHMARKS, os.environ.get("PYTHONPATH", "")]))
-        cluster = Cluster("local")
-        yield ray
-        cluster.close()
-    assert not ray.is_initialized()
 
 
 def third_step(exits: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeshield.cli import collect, train
+from safeshield.cli import collect, sweep, train
 from safeshield.cli.app import app, clear_errors
 from safeshield.cli.calibrate import calibrate
 from safeshield.cli.demo import demo
@@ -15,6 +15,7 @@ from safeshield.cli.settings import command_with
 app.command()(clear_errors(demo))
 app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.collect))
 app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
+app.command(cls=command_with(sweep.file_entries))(clear_errors(sweep.sweep))
 for function in (calibrate, evaluate, diagnose, inspect, doctor):
     app.command()(clear_errors(function))
 

@@ -122,19 +122,50 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
     elif path.suffix.lower() in (".yaml", ".yml"):
         values = _yaml(path, text)
     else:
-        raise ValueError(f"--config must end in .toml, .yaml or .yml, got '{path}'")
+        raise ValueError(f"a file of settings must end in .toml, .yaml or .yml, got '{path}'")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings as name and value, got a {type(values)}")
+    return known_settings(str(path), values, kind)
+
+
+def known_settings(where: str, values: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Return settings from a file, with None in place of the text "none" where it may stand.
+
+    Args:
+        where: Place of the settings in error messages.
+        values: Values by name.
+        kind: Class of the configuration to which the settings belong.
+
+    Raises:
+        ValueError: A setting is unknown to the class.
+    """
     hints = {field.name: field.kind for field in fields_of(kind)}
     unknown = [str(name) for name in values if name not in hints]
     if unknown:
         raise ValueError(
-            f"{path}: no such setting: {', '.join(unknown)}; known: {', '.join(hints)}"
+            f"{where}: no such setting: {', '.join(unknown)}; known: {', '.join(hints)}"
         )
     return {
         name: None if value == "none" and type(None) in get_args(hints[name]) else value
         for name, value in values.items()
     }
+
+
+def preset_settings(where: str, name: str | None, algorithm: Algorithm) -> dict[str, Any]:
+    """Return the settings of an algorithm's preset; none where no preset is named.
+
+    Args:
+        where: The option or the entry of a file that names the preset, in error messages.
+        name: Name of the preset.
+        algorithm: The algorithm.
+
+    Raises:
+        ValueError: The algorithm has no such preset.
+    """
+    if name is not None and name not in algorithm.presets:
+        known = sorted(algorithm.presets) or "none"
+        raise ValueError(f"{where} {name}: {algorithm.name} knows {known}")
+    return dict(algorithm.presets[name]) if name is not None else {}
 
 
 def _yaml(path: Path, text: str) -> object:
@@ -217,13 +248,13 @@ def settings_help(algorithms: Iterable[Algorithm]) -> str:
 
 
 def _told(field: Field) -> tuple[str, str]:
-    return f"{field.name}={_text(field.default)}", f"{field.meaning} [{field.rule}]"
+    return f"{field.name}={text_of(field.default)}", f"{field.meaning} [{field.rule}]"
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
     """Return a value as the text that ``--set`` accepts."""
-    if isinstance(value, tuple):
-        return ",".join(map(_text, value))
+    if isinstance(value, list | tuple):
+        return ",".join(map(text_of, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from safeshield.cli.app import Debug, Device, Out, Plugins, check_output
-from safeshield.cli.settings import read_settings, settings_help, settings_of, write_settings
+from safeshield.cli.settings import (
+    preset_settings,
+    read_settings,
+    settings_help,
+    settings_of,
+    write_settings,
+)
 
 
 def all_settings() -> str:
@@ -74,9 +80,7 @@ def train(
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use cpu or auto")
     chosen = offline_algorithm(algorithm)
-    if preset is not None and preset not in chosen.presets:
-        raise ValueError(f"--preset {preset}: {algorithm} knows {sorted(chosen.presets) or 'none'}")
-    values = dict(chosen.presets[preset]) if preset is not None else {}
+    values = preset_settings("--preset", preset, chosen)
     if config_file is not None:
         values |= read_settings(config_file, chosen.config_type)
     if seed is not None:

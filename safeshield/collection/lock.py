@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
         except Timeout as error:
             raise ValueError(
                 f"{folder} is being used by another run: wait until that run has ended, or use "
-                "another folder (on the command line --parts)"
+                "another folder (on the command line --parts, for a sweep --out)"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:

@@ -32,7 +32,7 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
         "agent", "shield", "episodes", "violating", "rate in %, 95% interval",
         "return, 95% interval", "cost", "replaced",
     )  # fmt: skip
-    return _aligned([header, *map(_cells, evaluations)], 2)
+    return aligned([header, *map(_cells, evaluations)], 2)
 
 
 def _cells(one: Evaluation) -> tuple[str, ...]:
@@ -172,13 +172,15 @@ def _lines(rows: Sequence[Sequence[str]], markup: Markup) -> str:
     if markup == "markdown":
         ruled = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
         return "\n".join("| " + " | ".join(row) + " |" for row in ruled)
-    return _aligned(rows, 1)
+    return aligned(rows, 1)
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return rows as aligned columns of text; the first `left` columns are left-aligned.
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return rows as aligned columns of text, with a line below the first row, the header.
 
-    The first row is the header, and a line is drawn below it.
+    Args:
+        rows: Rows of cells, all of one length.
+        left: Number of columns, counted from the first, that are left-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]

@@ -27,6 +27,9 @@ class Cluster:
         address: Address as `ray.init` takes it: "auto" for the cluster of this machine or of the
             variable RAY_ADDRESS, "local" to start Ray on this machine until `close`, or host:port.
 
+    Attributes:
+        ray: The package ray, connected.
+
     Raises:
         ImportError: Ray is not installed.
         ConnectionError: No Ray cluster answers at the address.
@@ -34,19 +37,19 @@ class Cluster:
     """
 
     def __init__(self, address: str) -> None:
-        self._ray = _package()
-        self._own = not self._ray.is_initialized()
+        self.ray: Any = _package()
+        self._own = not self.ray.is_initialized()
         if not address:
             raise ValueError("ray must be 'auto', 'local' or host:port, got ''")
         if self._own:
             if address != "local":
                 _check_answers(address)
             try:
-                self._ray.init(address=address)
+                self.ray.init(address=address)
             except ConnectionError as error:
                 raise _no_answer(address, str(error)) from error
             return
-        connected = self._ray.get_runtime_context().gcs_address
+        connected = self.ray.get_runtime_context().gcs_address
         if address not in ("auto", connected):
             raise ValueError(
                 f"ray must be 'auto' or '{connected}', to which ray.init has connected this "
@@ -56,16 +59,16 @@ class Cluster:
     @property
     def cpus(self) -> int:
         """Number of CPUs of the cluster, at least 1."""
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        return max(1, int(self.ray.cluster_resources().get("CPU", 1)))
 
     def worker(self, spec: bytes, count: int, modules: Sequence[str]) -> Worker:
         """Start a worker on one CPU of the cluster. The arguments are those of `Environments`."""
-        return _Actor(self._ray, spec, count, modules)
+        return _Actor(self.ray, spec, count, modules)
 
     def close(self) -> None:
         """Close the connection, unless it was there before."""
         if self._own:
-            self._ray.shutdown()
+            self.ray.shutdown()
 
 
 class _Actor(Worker):
