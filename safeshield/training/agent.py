@@ -317,6 +317,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         transitions: int,
         noise_features: int,
         agent: Callable[[TrainState], Learner[Any, Any]],
+        name: str | None = None,
     ) -> TrainState:
         """Run all phases on a log, starting from the checkpoint where there is one.
 
@@ -330,9 +331,10 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             transitions: Number of rows from which batches are drawn.
             noise_features: Width of the noise that an update draws for each transition.
             agent: Function from a state to an agent with its weights, for callbacks.
+            name: Name of the run in that identity, by default the class.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        name = type(self).__name__
+        name = name or type(self).__name__
         identity = run_identity(name, self.config, dataset, options.steps, self._before)
 
         def present(state: TrainState, done: int) -> Learner[Any, Any]:
