@@ -93,7 +93,7 @@ class AgentFile(NamedTuple):
 
 
 @contextlib.contextmanager
-def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
+def describing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Convert errors that occur while a header is read to a ValueError that names the file."""
     try:
         yield
@@ -278,7 +278,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     def _read(cls, path: str | os.PathLike[str]) -> AgentFile:
         """Read the parts that every agent's file has, without the weights."""
         file = read_tensors(path, cls.file_format)
-        with _describing(path):
+        with describing(path):
             header = file.header
             if header["version"] != _VERSION:
                 raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
@@ -293,7 +293,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     def _take(self, read: AgentFile) -> None:
         """Use the architecture and the weights of a file from now on."""
-        with _describing(read.path):
+        with describing(read.path):
             model = self._restore(read.interface, read.header)
             for name, kind in _MARKS.items():
                 mark = read.header.get(name)
