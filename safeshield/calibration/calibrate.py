@@ -272,7 +272,8 @@ def calibrate(
         confidence=confidence,
         policies=results,
         environment=name,
-        start_distribution="its own reset does, kept where V_h <= -delta",
+        start_distribution="its own reset does, kept where V_h <= -delta"
+        + (f" for delta {delta:.4g}" if alone else ""),
         start_share=played[names[0]].start_share,
         walk=tuple(rungs),
         seed=seed,

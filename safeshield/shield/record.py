@@ -212,8 +212,8 @@ class CalibrationRecord:
         return (
             f" This was attempt {len(levels)} on this {self._subject} with {self._tested} here, "
             f"tested at the level {levels[-1]:.3g}; with the earlier ones, the probability of a "
-            f"wrong promise is at most {min(sum(levels), 1.0):.3g}. Attempts made elsewhere are not "
-            "known."
+            f"wrong promise is at most {min(sum(levels), 1.0):.3g}. Attempts made elsewhere are "
+            "not known."
         )
 
     def differences(self, env: Identity) -> list[str]:
@@ -268,7 +268,7 @@ class ActorRecord(CalibrationRecord):
     _tested: ClassVar[str] = "this actor"
 
     def _acting(self) -> str:
-        return f"{self._proposing()} acts alone, without a shield, and delta is {self.delta:.4g},"
+        return f"{self._proposing()} acts alone, without a shield,"
 
 
 def _same_wrappers(one: Wrappers, other: Wrappers) -> bool:
