@@ -292,7 +292,7 @@ def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[
     margin = trained.safefql.config.margin_of(critics)
     rules = Rules(trained, -times * margin, seed)
     arm = Arm(rules, {**PLAIN, **GATED}[name])
-    runs = run_episodes(make(task), arm, EPISODES, 100 + seed)
+    runs = run_episodes(make(task), arm, EPISODES, 100 + seed, num_envs=EPISODES)
     records = arm.records(runs)
     branch, values, score = np.concatenate(records, axis=1)
     branch = branch.astype(int)
