@@ -28,6 +28,7 @@ from safeshield.algorithms.safefql import (
 from safeshield.calibration import ActorRecord, CalibrationRecord
 from safeshield.calibration.calibrate import calibrate
 from safeshield.calibration.proposers import ShieldedProposals
+from safeshield.cli.kinds import describe
 from safeshield.data import OfflineDataset, collect
 from safeshield.evaluation.tables import format_table
 from safeshield.files.tensors import read_tensors, write_tensors
@@ -232,6 +233,8 @@ def test_the_record_is_in_the_file_and_belongs_to_these_weights_and_settings(
     assert read.record == certified.record
     assert read.attempts == certified.attempts
     assert len(read.attempts) == 1
+    assert read.record is not None
+    assert describe(tmp_path / "agent.safetensors")["promise"] == read.record.promise
     for other in (read.with_margin(0.5), read.acting_by("sample"), read._changed(seed=3)):
         assert other.record is None
         assert other.attempts == read.attempts

@@ -257,6 +257,10 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             return None
         return self._certified[1]
 
+    def diagnostics(self) -> dict[str, Any]:
+        """Return the promise of the record; nothing where there is no record."""
+        return {} if self.record is None else {"promise": self.record.promise}
+
     def calibrate(
         self,
         env: Env | VectorEnv,
