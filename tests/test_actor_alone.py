@@ -300,6 +300,14 @@ def test_recalibrating_takes_delta_from_the_record_and_needs_one(
     known = fresh(agent).calibrate(boat(), epsilon=0.5, confidence=0.8, deltas=[0.35])
     stricter = known.recalibrated(log, steps=10)
     assert stricter.config.margin_of(stricter._fitted().critics.safety) == pytest.approx(0.35)
+    # The gate that the record was made with is not loosened, unless that is asked for.
+    wide = fresh(agent).with_margin(0.9)
+    loose = wide.calibrate(boat(), epsilon=0.5, confidence=0.8, deltas=[0.0])
+    safety = agent._fitted().critics.safety
+    again = loose.recalibrated(log, steps=10)
+    assert again.config.margin_of(safety) == pytest.approx(wide.config.margin_of(safety))
+    asked = loose.recalibrated(log, steps=10, delta=0.0)
+    assert asked.config.margin_of(safety) == 0.0
     other = collect(gym.make("safeshield/DoubleIntegrator-v0"), "random", episodes=5, seed=0)
     with pytest.raises(ValueError, match="of the log"):
         agent.recalibrated(other, steps=10, delta=0.1)

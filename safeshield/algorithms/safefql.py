@@ -375,8 +375,12 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
 
             feasible where Q_h(s, mu) < -delta,     imitated where Q_h(s, a) <= -delta
 
-        This is "+CP" of the paper: the safety level that a calibration found, in place of 0. With
-        continuous labels a delta above 0 that is smaller than the change of h in one step acts as
+        The second applies to ``teacher="feasible"``; with "behaviour" the teacher imitates all
+        logged actions.
+
+        This is "+CP" of the paper: the safety level that a calibration found, in place of 0. By
+        default the gate does not get looser: where `record.delta` is below the agent's own margin,
+        it stays at the margin, for which the record holds. With continuous labels a delta above 0 that is smaller than the change of h in one step acts as
         this change (see the setting `margin`). The new agent has no record. Calibrate it on its
         own.
 
@@ -384,7 +388,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             dataset: The log that this agent learned from, or another one of the same environment.
             steps: Number of updates of teacher and student together, in the ratio of their
                 `phase_shares`. They are trained one after the other, whatever `phases` is.
-            delta: Distance of the gate from 0, in units of h; by default `record.delta`.
+            delta: Distance of the gate from 0, in units of h; by default the larger of
+                `record.delta` and the agent's own margin.
             options: The other arguments of `OfflineAgent.fit`, such as `checkpoint`.
 
         Raises:
@@ -412,7 +417,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
                     "delta must be given where the agent has no record, got None: call "
                     "calibrate(env) first, or pass delta"
                 )
-            delta = self.record.delta
+            delta = max(self.record.delta, self.config.margin_of(safety))
         if not 0.0 <= delta < math.inf:
             raise ValueError(
                 f"delta must be finite and at least 0, got {delta}: pass the distance of the gate "
