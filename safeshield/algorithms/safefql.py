@@ -380,9 +380,9 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
 
         This is "+CP" of the paper: the safety level that a calibration found, in place of 0. By
         default the gate does not get looser: where `record.delta` is below the agent's own margin,
-        it stays at the margin, for which the record holds. With continuous labels a delta above 0 that is smaller than the change of h in one step acts as
-        this change (see the setting `margin`). The new agent has no record. Calibrate it on its
-        own.
+        it stays at the margin, for which the record holds. With continuous labels a delta above 0
+        that is smaller than the change of h in one step acts as this change (see the setting
+        `margin`). The new agent has no record. Calibrate it on its own.
 
         Args:
             dataset: The log that this agent learned from, or another one of the same environment.
