@@ -492,6 +492,23 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         model = self._describe(dataset)
         log = LogTensors.of(dataset, model.scaling, self.device)
         run = self._run(model, log, options.steps)
+        return self._learn(model, log, run.phases(), run.initial, dataset, options)
+
+    def _learn(
+        self,
+        model: ModelT,
+        log: LogTensors,
+        phases: list[Phase],
+        initial: Callable[[torch.Generator], TrainState],
+        dataset: OfflineDataset,
+        options: FitOptions,
+        name: str | None = None,
+    ) -> Self:
+        """Run the phases of a training on the log, use the weights, and return self.
+
+        `model` is the architecture, and `log` and `dataset` are the log. `phases`, `initial`,
+        `options` and `name` are those of `_train`.
+        """
 
         def present(state: TrainState) -> OfflineAgent[ConfigT, ModelT]:
             agent = self._changed()
@@ -499,9 +516,8 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             return agent
 
         state = self._train(
-            run.phases(), run.initial, dataset, options, len(log), self._noise_features(model),
-            present,
-        )  # fmt: skip
+            phases, initial, dataset, options, len(log), self._noise_features(model), present, name
+        )
         self._use(model, log, state)
         return self
 

@@ -154,18 +154,8 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         digest = hashlib.sha256()
         for array in flatten(kept).values():
             digest.update(np.ascontiguousarray(array.cpu()).data)
-        state = self._train(
-            phases,
-            initial,
-            dataset,
-            chosen,
-            len(log),
-            self._noise_features(model),
-            f"{type(self).__name__} on the critics {digest.hexdigest()[:12]}",
-        )
-        self._adopt(model, {**state.networks, **state.targets})
-        self._model = self._settle(model, log)
-        return self
+        name = f"{type(self).__name__} on the critics {digest.hexdigest()[:12]}"
+        return self._learn(model, log, phases, initial, dataset, chosen, name)
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         check_boundary(dataset)
