@@ -19,13 +19,19 @@ serve tasks whose official configurations needed weights from 0.1 to 100,000.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from safeshield.calibration.calibrate import calibrate
+from safeshield.data.dataset import OfflineDataset
+from safeshield.evaluation.episodes import Evaluation, evaluate
+from safeshield.files.schema import json_values, record_from_json
 from safeshield.files.settings import NonNegative, Positive, PositiveInt, Sizes, ThreePhases
 from safeshield.nn.actor import BEHAVIOUR, of_noise
 from safeshield.nn.arrays import Float
@@ -33,9 +39,11 @@ from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
+from safeshield.shield.record import ActorRecord, Attempt
 from safeshield.shield.replacement import nearest_acceptable
 from safeshield.shield.shield import Shield
 from safeshield.spaces.scaling import Scaling
+from safeshield.training.agent import AgentFile, describing
 from safeshield.training.config import PAPER_CRITICS, EulerConfig
 from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
 from safeshield.training.imitation import flow_update
@@ -45,6 +53,10 @@ from safeshield.training.schedule import phase_steps
 from safeshield.training.state import Draw, Loss, Metrics, Phase, TrainState, Update, together
 from safeshield.values.expectile import mean_where
 from safeshield.values.units import SAFETY_NETWORKS
+
+if TYPE_CHECKING:
+    from safeshield.calibration.promises import Promise
+    from safeshield.spaces.generic import Env, VectorEnv
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,12 @@ class SafeFQLConfig(EulerConfig):
     all these samples is then executed. If it is not safe by the margin either, the agent executes
     the nearest acceptable action that the search of a shield finds. A larger N is safer and slower.
     With 1 the first sample is always executed, as in the paper."""
+    extraction: Literal["student", "sample"] = "student"
+    """How the agent acts. "student" means the samples of the one-step student, as under
+    `candidates`. "sample" means that the flow of the teacher draws N = `candidates` actions: of
+    those with Q_h < -margin the one of highest A_r is executed, and where there is none, the one of
+    lowest Q_h. This is SafeIFQL of the official code. The student is trained either way, because
+    the agent's shield uses it; `SafeFQL.acting_by` changes the setting after training."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Order of training. "sequential" trains the critics, then the teacher, then the student;
     "joint" trains all three in every update, as the official code does."""
@@ -216,10 +234,307 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     config_type = SafeFQLConfig
     file_format = "safeshield-safefql"
     run_type = SafeFQLRun
-    _before: ClassVar[dict[str, Any]] = {"teacher": "behaviour", "candidates": 1}
+    _before: ClassVar[dict[str, Any]] = {
+        "teacher": "behaviour",
+        "candidates": 1,
+        "extraction": "student",
+    }
     _fewest_steps = 3
     _safety_model: SafetyModel | None = None
     """The critics as a shield's safety model on NumPy arrays, created at first use."""
+    _certified: tuple[SafeFQLConfig, ActorRecord] | None = None
+    """The record of the latest calibration, with the settings for which it holds."""
+    attempts: tuple[Attempt, ...] = ()
+    """Calibrations of these weights, also those that failed."""
+
+    @property
+    def record(self) -> ActorRecord | None:
+        """The record of the calibration of this actor alone; None where there is none.
+
+        An agent with other weights or other settings than the calibrated one has no record.
+        """
+        if self._certified is None or self._certified[0] != self.config:
+            return None
+        return self._certified[1]
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return the promise of the record; nothing where there is no record."""
+        return {} if self.record is None else {"promise": self.record.promise}
+
+    def calibrate(
+        self,
+        env: Env | VectorEnv,
+        *,
+        epsilon: float | None = None,
+        confidence: float = 0.99,
+        promise: Promise | None = None,
+        deterministic: bool = False,
+        deltas: Sequence[float] | None = None,
+        episodes: int | None = None,
+        seed: int = 0,
+        num_envs: int | None = None,
+        workers: int = 0,
+        ray: str | None = None,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Return a copy with the record of a calibration of this actor ALONE, with no filter.
+
+        The record says from which starts the deployed actor may be started: with the confidence,
+        over the draw of the tested episodes,
+
+            P(an episode with V_h(s_0) <= -delta violates) <= epsilon,
+
+        where s_0 comes from the resets of `env`, the actor acts as tested, and the episode has at
+        most the horizon of `env`. `record.delta` is the smallest delta that passed its test, and
+        `record.promise` has the words. Delta selects starts and does not change the actions;
+        `recalibrated` trains a student whose gate is at that delta. With the setting
+        ``candidates=1`` the actor is the paper's, one sample per step.
+
+        The procedure is that of a shield (`calibration.calibrate.calibrate`), which describes the
+        arguments: `promise` in place of `epsilon`, the `deltas` and `episodes` of the tests,
+        `num_envs`, `workers`, `ray` and `progress_bar`. Both this agent and the copy remember the
+        attempt, in `attempts`.
+
+        Args:
+            env: The environment of the deployment. It must report ``info["constraint"]`` or
+                ``info["cost"]``.
+            epsilon: Rate of violating episodes to promise, by default 0.01.
+            confidence: Confidence of the promise.
+            promise: What to promise, where it is not a rate of violations.
+            deterministic: The `deterministic` of `predict` in the tests. Choose what is deployed.
+            deltas: Strictly decreasing thresholds to test, without a pilot.
+            episodes: A fixed number of episodes for each test.
+            seed: Seed of all draws. The actor's own noise starts from the seed of its settings.
+            num_envs: Number of environments that run side by side.
+            workers: Number of processes that step the environments.
+            ray: Address of a Ray cluster that steps them.
+            progress_bar: Whether to show a progress bar.
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+            CalibrationError: No threshold meets the request.
+            ValueError: As in `calibration.calibrate.calibrate`.
+
+        Source: Safe Flow Q-Learning (arXiv 2603.15136), calibration of the safety threshold. The
+        paper uses conformal prediction; the tests here are exact binomial ones (`sequential`).
+
+        >>> import gymnasium, safeshield.envs
+        >>> from safeshield.data import collect
+        >>> env = gymnasium.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
+        >>> log = collect(env, "random", episodes=20, seed=0)
+        >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,)))
+        >>> agent = agent.fit(log, steps=30)
+        >>> agent.record is None
+        True
+        >>> agent = agent.calibrate(env, epsilon=0.9, confidence=0.8, deltas=[0.0])
+        >>> agent.record.delta, agent.record.policies[0].policy
+        (0.0, 'SafeFQL')
+        """
+        shield = replace(self.shield(), attempts=self.attempts)
+        try:
+            record = calibrate(
+                shield,
+                env,
+                epsilon=epsilon,
+                confidence=confidence,
+                promise=promise,
+                policy=self._changed(),
+                deterministic=deterministic,
+                deltas=deltas,
+                episodes=episodes,
+                seed=seed,
+                num_envs=num_envs,
+                workers=workers,
+                ray=ray,
+                progress_bar=progress_bar,
+                alone=True,
+            )
+        except (ValueError, KeyboardInterrupt) as error:
+            attempt = getattr(error, "attempt", None)
+            if attempt is not None:
+                self.attempts = (*self.attempts, attempt)
+            raise
+        assert isinstance(record, ActorRecord)
+        self.attempts = record.attempts
+        other = self._changed()
+        other._certified = other.config, record
+        return other
+
+    def recalibrated(
+        self,
+        dataset: OfflineDataset,
+        steps: int = 50_000,
+        *,
+        delta: float | None = None,
+        **options: Any,  # noqa: ANN401 - the other arguments of fit
+    ) -> Self:
+        """Return an agent whose teacher and student are trained anew, with the gate at delta.
+
+        The critics are kept. In the losses of teacher and student, and where the new agent acts,
+        delta takes the place of the margin:
+
+            feasible where Q_h(s, mu) < -delta,     imitated where Q_h(s, a) <= -delta
+
+        The second applies to ``teacher="feasible"``; with "behaviour" the teacher imitates all
+        logged actions.
+
+        This is "+CP" of the paper: the safety level that a calibration found, in place of 0. By
+        default the gate does not get looser: where `record.delta` is below the agent's own margin,
+        it stays at the margin, for which the record holds. With continuous labels a delta above 0
+        that is smaller than the change of h in one step acts as this change (see the setting
+        `margin`). The new agent has no record. Calibrate it on its own.
+
+        Args:
+            dataset: The log that this agent learned from, or another one of the same environment.
+            steps: Number of updates of teacher and student together, in the ratio of their
+                `phase_shares`. They are trained one after the other, whatever `phases` is.
+            delta: Distance of the gate from 0, in units of h; by default the larger of
+                `record.delta` and the agent's own margin.
+            options: The other arguments of `OfflineAgent.fit`, such as `checkpoint`.
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+            ValueError: There is neither a record nor a delta, delta is below 0 or not finite, or
+                the log has other spaces.
+            TypeError: As in `OfflineAgent.fit`.
+
+        Source: "+CP" of Safe Flow Q-Learning (arXiv 2603.15136) and its official code, whose
+        conformal step moves the threshold of the policy itself.
+
+        >>> import gymnasium, safeshield.envs
+        >>> from safeshield.data import collect
+        >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=20, seed=0)
+        >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,)))
+        >>> agent = agent.fit(log, steps=30)
+        >>> stricter = agent.recalibrated(log, steps=15, delta=0.3)
+        >>> round(stricter.config.margin_of(stricter._fitted().critics.safety), 6)
+        0.3
+        """
+        safety = self._fitted().critics.safety
+        if delta is None:
+            if self.record is None:
+                raise ValueError(
+                    "delta must be given where the agent has no record, got None: call "
+                    "calibrate(env) first, or pass delta"
+                )
+            delta = max(self.record.delta, self.config.margin_of(safety))
+        if not 0.0 <= delta < math.inf:
+            raise ValueError(
+                f"delta must be finite and at least 0, got {delta}: pass the distance of the gate "
+                "from 0, in units of h"
+            )
+        other = self._changed(margin=delta / safety.scale.spread, phases="sequential")
+        return other._fit_actor(dataset, steps, self, self.config.phase_shares[0], **options)
+
+    def with_margin(self, margin: float) -> Self:
+        """Return an agent with the same weights that acts with another margin.
+
+        A sample passes the gate where Q_h < -margin (`SafeFQLConfig.candidates`). With a larger
+        margin fewer first samples pass, and the agent is more cautious. The student was trained
+        for the margin of training; `recalibrated` trains it for another one. The new agent has no
+        record.
+
+        Args:
+            margin: The margin, in standard deviations of h over the log (`SafeFQLConfig.margin`).
+
+        Raises:
+            ValueError: The margin is below 0 or not finite, or the agent executes its first sample
+                whatever the margin is (``candidates=1``).
+
+        >>> SafeFQL().with_margin(0.2).config.margin
+        0.2
+        """
+        if self.config.candidates == 1 and self.config.extraction == "student":
+            raise ValueError(
+                f"margin={margin} has no effect with candidates=1, which executes the first "
+                "sample: use acting_by('student', candidates=16) first, or train with "
+                "recalibrated(log, delta=...)"
+            )
+        return self._changed(margin=margin)
+
+    def acting_by(
+        self, extraction: Literal["student", "sample"], *, candidates: int | None = None
+    ) -> Self:
+        """Return an agent with the same weights that chooses actions in another way, and no record.
+
+        Args:
+            extraction: "student" or "sample" (`SafeFQLConfig.extraction`).
+            candidates: Number N of samples (`SafeFQLConfig.candidates`); None leaves it unchanged.
+
+        Raises:
+            ValueError: The name is unknown, or the number is below 1.
+
+        >>> SafeFQL().acting_by("sample", candidates=32).config.candidates
+        32
+        """
+        given = {} if candidates is None else {"candidates": candidates}
+        return self._changed(extraction=extraction, **given)
+
+    def tradeoff(
+        self,
+        env: Env | VectorEnv,
+        margins: Sequence[float] | None = None,
+        *,
+        episodes: int = 20,
+        seed: int = 0,
+        deterministic: bool = True,
+        num_envs: int | None = None,
+    ) -> dict[float, Evaluation]:
+        """Return return and cost of this agent for several margins, without training it again.
+
+        All margins play the same starts. `evaluation.tables.format_table` makes a table of the
+        values. The figures are measurements and promise nothing. A margin that was chosen by them
+        was chosen with a simulator; `calibrate` tests it on fresh episodes.
+
+        Args:
+            env: The environment, which reports ``info["constraint"]`` or ``info["cost"]``.
+            margins: Margins to play (see `with_margin`); by default 1, 2, 4 and 8 times the agent's
+                own.
+            episodes: Number of episodes for each margin.
+            seed: Seed of the starts.
+            deterministic: The `deterministic` of `predict`; see `evaluation.episodes.evaluate`.
+            num_envs: Number of environments that step together.
+
+        Returns:
+            The evaluation of each margin, in the order of `margins`.
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+            ValueError: As in `with_margin` and `evaluate`; `margins` is empty; or the agent's own
+                margin is 0, and `margins` is None.
+
+        >>> import gymnasium, safeshield.envs
+        >>> from safeshield.data import collect
+        >>> env = gymnasium.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=100)
+        >>> log = collect(env, "random", episodes=20, seed=0)
+        >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,)))
+        >>> agent = agent.fit(log, steps=30)
+        >>> table = agent.tradeoff(env, [0.1, 0.3], episodes=2)
+        >>> [one.policy for one in table.values()]
+        ['margin 0.1', 'margin 0.3']
+        """
+        if margins is None:
+            safety = self._fitted().critics.safety
+            own = self.config.margin_of(safety) / safety.scale.spread
+            margins = [own * times for times in (1, 2, 4, 8)] if own > 0 else []
+        if not len(margins):
+            raise ValueError(
+                f"margins must hold at least one number, got {margins} (the agent's own margin is "
+                f"{self.config.margin:g}): pass numbers in standard deviations of h, as [0.05, 0.1]"
+            )
+        self._fitted()
+        return {
+            margin: evaluate(
+                env,
+                self.with_margin(margin),
+                episodes,
+                seed,
+                num_envs=num_envs,
+                name=f"margin {margin:.4g}",
+                deterministic=deterministic,
+            )
+            for margin in margins
+        }
 
     def shield(self) -> Shield:
         """Return an uncalibrated shield (delta 0) whose fallback is this agent's actor."""
@@ -241,6 +556,32 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     def _adopt(self, model: CriticArchitecture, networks: Networks) -> None:
         super()._adopt(model, networks)
         self._safety_model = None
+        self._certified, self.attempts = None, ()
+
+    def _changed(self, **changes: Any) -> Self:  # noqa: ANN401 - settings of any type
+        other = super()._changed(**changes)
+        other._certified = None
+        return other
+
+    def _header(self, model: CriticArchitecture) -> dict[str, Any]:
+        record = self.record
+        return {
+            **super()._header(model),
+            **({} if record is None else {"record": record.to_json()}),
+            **({"attempts": [json_values(one) for one in self.attempts]} if self.attempts else {}),
+        }
+
+    def _take(self, read: AgentFile) -> None:
+        super()._take(read)
+        with describing(read.path):
+            record = read.header.get("record")
+            if record is not None:
+                self._certified = self.config, ActorRecord.from_json(record)
+            # Files of earlier releases remember no attempts.
+            self.attempts = tuple(
+                record_from_json(Attempt, one, "attempts")
+                for one in read.header.get("attempts", ())
+            )
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         observation, action = scaling.widths
@@ -267,6 +608,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         If Q_h of that one is not below -margin either, `_beyond_the_student` returns the action
         that a shield would choose. A deterministic call uses the same N samples in every state.
         """
+        if self.config.extraction == "sample":
+            return self._best_of_teacher(model, states, deterministic)
         observations = states.inputs
         count, width = len(observations), model.scaling.action_features
         actions = self._student(observations, self._one_noise(count, width, deterministic))
@@ -291,6 +634,28 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             judged = states.take(at)
             actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
         return actions
+
+    def _best_of_teacher(
+        self, model: CriticArchitecture, states: StateValue, deterministic: bool
+    ) -> Float:
+        """Return, of N actions of the teacher, the one of highest A_r with Q_h < -margin.
+
+        Where there is none, return the one of lowest Q_h. A deterministic call uses the same noise
+        in every state.
+        """
+        config, safety = self.config, self._safety(model)
+        count, each, width = len(states.inputs), config.candidates, model.scaling.action_features
+        noise = self._candidate_noise(count, each, width, deterministic)
+        seen = np.repeat(states.inputs, each, axis=0)
+        teacher = model.networks[TEACHER], self._arrays[TEACHER]
+        actions = euler_sample(*teacher, seen, noise, config.flow_steps)
+        gain = model.critics.reward.advantages(self._arrays, seen, actions).min(0)
+        drawn = actions.reshape(count, each, width)
+        values = safety.scaled_values(states, drawn)
+        below = values < -config.margin_of(model.critics.safety)
+        best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
+        chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]
+        return chosen
 
     def _beyond_the_student(
         self,

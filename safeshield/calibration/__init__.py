@@ -4,9 +4,17 @@ from safeshield.calibration.binomial import episodes_needed, upper_bound, violat
 from safeshield.calibration.promises import CostAbove, MeanCost, Violation
 from safeshield.calibration.sequential import BinomialPlan, fixed_plan, sequential_plan
 from safeshield.calibration.walk import CalibrationError, fixed_sequence_walk
-from safeshield.shield.record import Attempt, CalibrationRecord, PilotPoint, PolicyResult, Rung
+from safeshield.shield.record import (
+    ActorRecord,
+    Attempt,
+    CalibrationRecord,
+    PilotPoint,
+    PolicyResult,
+    Rung,
+)
 
 __all__ = [
+    "ActorRecord",
     "Attempt",
     "BinomialPlan",
     "CalibrationError",

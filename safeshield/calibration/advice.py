@@ -30,6 +30,7 @@ def nothing_passes(
     asked: Sequence[float] | None,
     policy: object,
     level: float,
+    alone: bool = False,
 ) -> str:
     """Return the message of an error where the first test failed.
 
@@ -43,6 +44,7 @@ def nothing_passes(
         policy: The user's policy; None for the battery.
         level: Significance level of the failed test. The next attempt on the same shield is tested
             at half this level.
+        alone: Whether the policy acted without the shield.
     """
     wanted = (
         f"the mean cost {promise.limit:g}"
@@ -66,9 +68,15 @@ def nothing_passes(
     else:
         parts.append("Ask for a larger limit")
     yours = ", calibrate with policy= the agent that will be deployed" if policy is None else ""
+    last = "shield.diagnose names the cause of each violation"
+    if alone:
+        last = (
+            "Behind its shield the agent may keep the promise: "
+            "agent.shield().calibrate(env, policy=agent)"
+        )
     parts[-1] += (
         f"{yours}, or improve the critics: more of the log, more updates, or a log that reports "
-        "h where it has binary costs alone. shield.diagnose names the cause of each violation"
+        f"h where it has binary costs alone. {last}"
     )
     return " ".join(parts)
 

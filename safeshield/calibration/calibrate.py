@@ -29,7 +29,13 @@ from safeshield.rollouts.copies import (
 )
 from safeshield.rollouts.episodes import SEEDS
 from safeshield.shield.nested import shielding_layer
-from safeshield.shield.record import Attempt, CalibrationRecord, EnvironmentWrapper, PolicyResult
+from safeshield.shield.record import (
+    ActorRecord,
+    Attempt,
+    CalibrationRecord,
+    EnvironmentWrapper,
+    PolicyResult,
+)
 from safeshield.shield.replacement import describe
 from safeshield.spaces.generic import Env, VectorEnv
 
@@ -118,6 +124,7 @@ def calibrate(
     workers: int = 0,
     ray: str | None = None,
     progress_bar: bool = False,
+    alone: bool = False,
 ) -> CalibrationRecord:
     """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
 
@@ -166,6 +173,9 @@ def calibrate(
             each CPU of the cluster, of which each takes one. The record is that of ``workers=1``.
         progress_bar: Whether to show a progress bar, with the threshold, the policy, the episodes
             counted and the bound so far.
+        alone: Whether `policy` acts without the shield, which then only certifies the starts: an
+            episode counts where V_h <= -delta at its start. The record is an `ActorRecord`. As
+            delta changes no episode, the outcome of a seed is used for every threshold.
 
     Returns:
         The record, with the chosen delta and the counts of every test. `shield` is not changed;
@@ -193,6 +203,8 @@ def calibrate(
         raise ValueError(
             f"policy_name={policy_name!r} names a policy, but policy is None: pass policy as well"
         )
+    if alone and policy is None:
+        raise ValueError("alone=True tests a policy, but policy is None: pass policy as well")
     check_probability("confidence", confidence)
     workers = whole("workers", workers, least=0)
     name, names = environment_name(env), tuple(policy_names(policy, policy_name))
@@ -212,7 +224,7 @@ def calibrate(
     trials = Trials(
         shield, env, promise, policy, policy_name, 1.0 - level, values, seed,
         deterministic=deterministic, num_envs=num_envs, workers=workers, ray=ray,
-        progress_bar=progress_bar,
+        progress_bar=progress_bar, alone=alone,
     )  # fmt: skip
     try:
         if deltas is None:
@@ -235,7 +247,7 @@ def calibrate(
     if delta is None:
         raise CalibrationError(
             nothing_passes(
-                promise, confidence, rungs[-1], trials.points, values, asked, policy, level
+                promise, confidence, rungs[-1], trials.points, values, asked, policy, level, alone
             ),
             trials.points,
             attempt,
@@ -253,13 +265,15 @@ def calibrate(
         for one in names
     )
     tested = Identity.of(env)
-    return CalibrationRecord(
+    kind = ActorRecord if alone else CalibrationRecord
+    return kind(
         delta=delta,
         epsilon=promise.share,
         confidence=confidence,
         policies=results,
         environment=name,
-        start_distribution="its own reset does, kept where V_h <= -delta",
+        start_distribution="its own reset does, kept where V_h <= -delta"
+        + (f" for delta {delta:.4g}" if alone else ""),
         start_share=played[names[0]].start_share,
         walk=tuple(rungs),
         seed=seed,

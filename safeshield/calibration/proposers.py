@@ -96,13 +96,13 @@ class ShieldedProposals:
     them by episode.
 
     Args:
-        shield: The shield.
+        shield: The shield; None where the proposals are executed unchanged.
         proposals: The policy that proposes the actions.
     """
 
     batched = True
 
-    def __init__(self, shield: Shield, proposals: BatchPolicy) -> None:
+    def __init__(self, shield: Shield | None, proposals: BatchPolicy) -> None:
         self._shield = shield
         self._proposals = proposals
         self._batches: list[list[Flags]] = []
@@ -124,14 +124,20 @@ class ShieldedProposals:
         """
         # The policy gets a copy, because it may write into the observations that the shield judges.
         proposed = np.asarray(self._proposals(copied(observations), rng))
+        if self._shield is None:
+            self._record(np.zeros(len(proposed), np.bool_))
+            return proposed
         if not self._shield.model.action_codec.discrete:
             # The shield must judge the same float32 numbers that the environment gets.
             proposed = proposed.astype(np.float32)
         executed, report = self._shield.filter(observations, proposed)
+        self._record(np.asarray(report.intervened))
+        return executed
+
+    def _record(self, intervened: Flags) -> None:
         if not self._batches:
             self._batches.append([])
-        self._batches[-1].append(np.asarray(report.intervened))
-        return executed
+        self._batches[-1].append(intervened)
 
     def interventions(self) -> list[Flags]:
         """Return whether the shield replaced the action of each step, and clear the record.

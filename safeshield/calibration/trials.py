@@ -65,6 +65,18 @@ def start_rows(
     return np.concatenate(rows)[:count]
 
 
+class Outcome(NamedTuple):
+    """What counts of the episode of one seed, whatever was drawn before it."""
+
+    start: np.float32
+    """V_h of its start."""
+    score: float
+    """Score by the promise, in [0, 1]."""
+    steps: int
+    replaced: int
+    """Number of steps in which the shield replaced the action."""
+
+
 class Score(NamedTuple):
     """What counts of one episode."""
 
@@ -102,12 +114,16 @@ class Trials:
     workers: int = 0
     ray: str | None = None
     progress_bar: bool = False
+    alone: bool = False
+    """Whether the policy acts without the shield, which then certifies the starts alone."""
     names: list[str] = field(init=False)
     """Names of the policies that propose actions."""
     points: list[PilotPoint] = field(default_factory=list, init=False)
     """What was played: the pilot's thresholds with each policy, then the tests."""
 
     _values: dict[int, float] = field(default_factory=dict, init=False)
+    _outcomes: dict[int, Outcome] = field(default_factory=dict, init=False)
+    """Seed -> outcome, where the policy acts alone: no threshold then changes an episode."""
     _pooled: dict[tuple[float, str], tuple[int, list[Score]]] = field(
         default_factory=dict, init=False
     )
@@ -231,7 +247,7 @@ class Trials:
             proposing = battery(
                 shield, self.policy, self.policy_name, deterministic=self.deterministic
             )[name]
-            acting = ShieldedProposals(shield, proposing)
+            acting = ShieldedProposals(None if self.alone else shield, proposing)
             self._bar.set_description(f"{stage}: delta {delta:.4g}, {name}")
             counted: list[Score] = []
             seed = last = first_seed
@@ -249,16 +265,28 @@ class Trials:
                             "certified set",
                             self.points,
                         )
-                for own, run in zip(seeds, self._group(acting, seeds), strict=True):
+                for own, one in zip(seeds, self._played(acting, seeds), strict=True):
                     # An environment that does not start alike for the same seed may start outside.
-                    if shield.row_values(run.observations[:1])[0] <= self._near(shield.threshold):
-                        replaced = 0 if run.intervened is None else int(run.intervened.sum())
-                        score = self._score(run)
-                        counted.append(Score(score, len(run), replaced, own + 1 - last))
+                    if one.start <= self._near(shield.threshold):
+                        counted.append(Score(one.score, one.steps, one.replaced, own + 1 - last))
                         last = own + 1
                         self._bar.update()
                 self._show(counted)
         return counted
+
+    def _played(self, acting: ShieldedProposals, seeds: list[int]) -> list[Outcome]:
+        """Return the outcomes of some seeds.
+
+        Where the policy acts alone, a seed that was played at another threshold is not played
+        again.
+        """
+        outcomes = self._outcomes if self.alone else {}
+        fresh = [seed for seed in seeds if seed not in outcomes]
+        for seed, run in zip(fresh, self._group(acting, fresh) if fresh else [], strict=True):
+            replaced = 0 if run.intervened is None else int(run.intervened.sum())
+            start = self.shield.row_values(run.observations[:1])[0]
+            outcomes[seed] = Outcome(start, self._score(run), len(run), replaced)
+        return [outcomes[seed] for seed in seeds]
 
     def _value(self, seed: int) -> float:
         """Return V_h of the start that a seed draws. It is computed once, for many seeds at a time.

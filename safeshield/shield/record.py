@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from safeshield.files.schema import json_values, record_from_json
 from safeshield.rollouts.copies import Identity
@@ -153,17 +153,17 @@ class CalibrationRecord:
     """The attempts on this shield that are known, the present one last. Attempts that were made
     elsewhere, for instance on another copy of the file, are not known."""
 
+    _subject: ClassVar[str] = "shield"
+    _tested: ClassVar[str] = "these policies"
+
     @property
     def promise(self) -> str:
         """The promise in words; it covers only what was tested."""
-        names = ", ".join(f"'{result.policy}'" for result in self.policies)
         seen = "; ".join(
             f"'{result.policy}': {result.violations} of {result.episodes}"
             for result in self.policies
         )
-        replaced = self.replacement and f", which replaces actions by {self.replacement},"
         length = "" if self.horizon is None else f" of at most {self.horizon} steps"
-        acting = "" if self.deterministic is None else f" (deterministic={self.deterministic})"
         claim, counted = {
             VIOLATION: (
                 f"violates the constraint with probability at most {self.epsilon:g}",
@@ -183,11 +183,24 @@ class CalibrationRecord:
         return (
             f"With confidence {self.confidence:g} over the draw of the calibration episodes: an "
             f"episode of {self.environment}{length} that starts as {self.start_distribution}, in "
-            f"which actions are proposed by one of {names}{acting} and executed through this "
-            f"shield at delta {self.delta:.4g}{replaced or ','} {claim}. {counted}: {seen}."
+            f"which {self._acting()} {claim}. {counted}: {seen}."
             f" Of the starts drawn, {self.start_share:.0%} had V_h <= -delta."
             f"{self._about_attempts()} For another policy, start distribution, horizon or "
             "environment nothing is promised."
+        )
+
+    def _proposing(self) -> str:
+        """Return the names of the policies, and how they were called."""
+        names = ", ".join(f"'{result.policy}'" for result in self.policies)
+        acting = "" if self.deterministic is None else f" (deterministic={self.deterministic})"
+        return names + acting
+
+    def _acting(self) -> str:
+        """Return who acts in the promised episodes, in words."""
+        replaced = self.replacement and f", which replaces actions by {self.replacement},"
+        return (
+            f"actions are proposed by one of {self._proposing()} and executed through this "
+            f"shield at delta {self.delta:.4g}{replaced or ','}"
         )
 
     def _about_attempts(self) -> str:
@@ -197,10 +210,10 @@ class CalibrationRecord:
         if len(levels) < 2:
             return ""
         return (
-            f" This was attempt {len(levels)} on this shield with these policies here, tested at "
-            f"the level {levels[-1]:.3g}; with the earlier ones, the probability of a wrong "
-            f"promise is at most {min(sum(levels), 1.0):.3g}. Attempts made elsewhere are not "
-            "known."
+            f" This was attempt {len(levels)} on this {self._subject} with {self._tested} here, "
+            f"tested at the level {levels[-1]:.3g}; with the earlier ones, the probability of a "
+            f"wrong promise is at most {min(sum(levels), 1.0):.3g}. Attempts made elsewhere are "
+            "not known."
         )
 
     def differences(self, env: Identity) -> list[str]:
@@ -240,6 +253,22 @@ class CalibrationRecord:
             ValueError: A field is missing, unknown or of a wrong type.
         """
         return record_from_json(cls, data, "record")
+
+
+@dataclass(frozen=True)
+class ActorRecord(CalibrationRecord):
+    """The calibration of an actor that acts alone, with no shield between it and the environment.
+
+    The fields are those of `CalibrationRecord`. `delta` is the distance from 0 that the value of a
+    certified start keeps, V_h <= -delta, and it plays no part in the choice of actions.
+    `policies` has one entry, the actor, and its share of replaced actions is 0.
+    """
+
+    _subject: ClassVar[str] = "agent"
+    _tested: ClassVar[str] = "this actor"
+
+    def _acting(self) -> str:
+        return f"{self._proposing()} acts alone, without a shield,"
 
 
 def _same_wrappers(one: Wrappers, other: Wrappers) -> bool:

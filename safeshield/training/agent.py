@@ -93,7 +93,7 @@ class AgentFile(NamedTuple):
 
 
 @contextlib.contextmanager
-def _describing(path: str | os.PathLike[str]) -> Iterator[None]:
+def describing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Convert errors that occur while a header is read to a ValueError that names the file."""
     try:
         yield
@@ -278,7 +278,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     def _read(cls, path: str | os.PathLike[str]) -> AgentFile:
         """Read the parts that every agent's file has, without the weights."""
         file = read_tensors(path, cls.file_format)
-        with _describing(path):
+        with describing(path):
             header = file.header
             if header["version"] != _VERSION:
                 raise ValueError(f"version {header['version']!r:.20}, known is {_VERSION}")
@@ -293,7 +293,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
 
     def _take(self, read: AgentFile) -> None:
         """Use the architecture and the weights of a file from now on."""
-        with _describing(read.path):
+        with describing(read.path):
             model = self._restore(read.interface, read.header)
             for name, kind in _MARKS.items():
                 mark = read.header.get(name)
@@ -317,6 +317,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         transitions: int,
         noise_features: int,
         agent: Callable[[TrainState], Learner[Any, Any]],
+        name: str | None = None,
     ) -> TrainState:
         """Run all phases on a log, starting from the checkpoint where there is one.
 
@@ -330,9 +331,10 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             transitions: Number of rows from which batches are drawn.
             noise_features: Width of the noise that an update draws for each transition.
             agent: Function from a state to an agent with its weights, for callbacks.
+            name: Name of the run in that identity, by default the class.
         """
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        name = type(self).__name__
+        name = name or type(self).__name__
         identity = run_identity(name, self.config, dataset, options.steps, self._before)
 
         def present(state: TrainState, done: int) -> Learner[Any, Any]:
@@ -490,6 +492,23 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         model = self._describe(dataset)
         log = LogTensors.of(dataset, model.scaling, self.device)
         run = self._run(model, log, options.steps)
+        return self._learn(model, log, run.phases(), run.initial, dataset, options)
+
+    def _learn(
+        self,
+        model: ModelT,
+        log: LogTensors,
+        phases: list[Phase],
+        initial: Callable[[torch.Generator], TrainState],
+        dataset: OfflineDataset,
+        options: FitOptions,
+        name: str | None = None,
+    ) -> Self:
+        """Run the phases of a training on the log, use the weights, and return self.
+
+        `model` is the architecture, and `log` and `dataset` are the log. `phases`, `initial`,
+        `options` and `name` are those of `_train`.
+        """
 
         def present(state: TrainState) -> OfflineAgent[ConfigT, ModelT]:
             agent = self._changed()
@@ -497,9 +516,8 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             return agent
 
         state = self._train(
-            run.phases(), run.initial, dataset, options, len(log), self._noise_features(model),
-            present,
-        )  # fmt: skip
+            phases, initial, dataset, options, len(log), self._noise_features(model), present, name
+        )
         self._use(model, log, state)
         return self
 

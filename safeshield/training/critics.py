@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,11 +15,14 @@ from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
+from safeshield.spaces.schema import check_same_space
 from safeshield.training.agent import OfflineAgent, check_continuous
 from safeshield.training.architecture import CRITICS, Architecture, Interface
+from safeshield.training.checkpoint import flatten
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
+from safeshield.training.loop import FitOptions
 from safeshield.training.safety import SafetyLog, restored_safety, safety_header, safety_units
 from safeshield.training.state import (
     CriticLoss,
@@ -105,6 +110,52 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         """Return the whole architecture with these critics."""
         model: ModelT = self.model_type(*interface, self._parts(interface.scaling), critics)
         return model
+
+    def _fit_actor(
+        self,
+        dataset: OfflineDataset,
+        steps: int,
+        critics: CriticAgent[Any, Any],
+        share: float,
+        **options: Any,  # noqa: ANN401 - the other arguments of OfflineAgent.fit
+    ) -> Self:
+        """Train all phases but the critics' on a log, with the critics of a trained agent.
+
+        The critics, their units and the scaling are taken from `critics` and do not change. The
+        phases are those of a `fit` with ``steps / (1 - share)`` updates.
+
+        Args:
+            dataset: Log of whole episodes, with the spaces of `critics`.
+            steps: Number of updates of these phases together.
+            critics: The trained agent.
+            share: Share of the updates that `fit` gives to the critics.
+            options: The other arguments of `OfflineAgent.fit`.
+
+        Raises:
+            TypeError, ValueError: As in `fit`, or the log has other spaces than `critics`.
+        """
+        chosen = FitOptions(steps, max(self._fewest_steps - 1, 1), **options)
+        taught, dataset = critics._fitted(), self._check_log(dataset)
+        repair = "use the log that the agent learned from, or one of the same environment"
+        for name in ("observation_space", "action_space"):
+            own, other = getattr(taught, name), getattr(dataset, name)
+            check_same_space(own, other, f"{name} of the log", repair=repair)
+        model = self._architecture(taught.interface, taught.critics)
+        log = LogTensors.of(dataset, model.scaling, self.device)
+        kept = {name: critics._networks[name] for name in model.slow()}
+        total = max(round(chosen.steps / (1.0 - share)), self._fewest_steps)
+        run = self._run(model, log, total)
+        phases = [one for one in run.phases() if not one.name.startswith(CRITICS)]
+
+        def initial(generator: torch.Generator) -> TrainState:
+            state = run.initial(generator)
+            return state._replace(networks={**state.networks, **kept}, targets=kept)
+
+        digest = hashlib.sha256()
+        for array in flatten(kept).values():
+            digest.update(np.ascontiguousarray(array.cpu()).data)
+        name = f"{type(self).__name__} on the critics {digest.hexdigest()[:12]}"
+        return self._learn(model, log, phases, initial, dataset, chosen, name)
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
         check_boundary(dataset)

@@ -1,0 +1,425 @@
+"""Find out why offline agents violate: one training of the critics, many ways to choose an action.
+
+    pip install -e ".[suites]" && pip install --no-deps -r requirements-suites.txt
+    python benchmarks/causes.py --data FOLDER --tasks DroneCircle PointGoal1 --seeds 10
+    python benchmarks/causes.py --data FOLDER --table
+
+For each task, seed and safety expectile, SafeFQL is trained on the log (12,000 updates). A flow as
+in FISOR and an FLRP agent are then trained on the same critics (6,000 updates each). All arms play
+the same 20 starts with the noise of a deployed agent:
+
+    student            the student's first draw
+    student lowest     the lowest Q_h of 17 draws of the student
+    gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
+    default            the same, and the search over the box where none of the 17 passes
+    behaviour          the same, with 64 draws of the log's behaviour in place of the search
+    teacher, fisor     of 16 draws of that flow the highest A_r where Q_h < -margin, else the lowest
+                       Q_h
+    teacher lowest,
+    fisor lowest       the lowest Q_h of 16 draws
+    flrp u = 0, flrp,
+    flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
+
+The arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
+return and cost, the share of the steps in which each branch acted, the mean support score
+-||z||^2 / 2 of the actions (`support.scores`), and a comparison of Q_h with the largest h of the
+rest of the episode. Every arm is stored under its own name, and every agent in its file, so an
+interrupted run continues where it stopped. Each task, seed and expectile runs in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, apart, machine, once
+from field import make
+from suites import read_log
+
+from safeshield.algorithms.fisor import ACTOR, FISOR, FISORConfig
+from safeshield.algorithms.flrp import FLRP, FLRPConfig
+from safeshield.algorithms.safefql import TEACHER, SafeFQL, SafeFQLConfig
+from safeshield.evaluation import EPISODES, ReferenceReturns
+from safeshield.nn.arrays import Float
+from safeshield.nn.flow import euler_sample
+from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.recorded import Episode
+from safeshield.shield.critics import StateValue
+from safeshield.shield.replacement import nearest_acceptable
+from safeshield.spaces.batches import Batch
+from safeshield.suites.tasks import COST_LIMIT
+from safeshield.support.scores import SCORES
+
+UPDATES = 12_000
+EXPECTILES = (".99", ".9")
+MARGINS = (1, 2, 4, 8)
+STUDENT_DRAWS, FLOW_DRAWS, BEHAVIOUR_DRAWS = 16, 16, 64
+BRANCHES = ("first", "candidates", "search", "best", "lowest")
+"""Parts of the rules that choose an action: the first draw, the lowest Q_h of further draws below
+the gate, the search (or the draws of the behaviour), the highest A_r below the gate, and the lowest
+Q_h where nothing is below the gate."""
+FIRST, CANDIDATES, SEARCH, BEST, LOWEST = range(5)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The three agents of a task, seed and expectile, which have the same critics."""
+
+    safefql: SafeFQL
+    fisor: FISOR
+    flrp: FLRP
+
+    @classmethod
+    def of(
+        cls, task: str, seed: int, expectile: str, data: Path, folder: Path, updates: int
+    ) -> Trained:
+        """Return the agents, trained now or read from their files."""
+
+        def kept(kind: Any, train: Callable[[dict[str, Any]], Any]) -> Any:  # noqa: ANN401
+            path = folder / f"{task}_{expectile}_{seed}_{kind.__name__.lower()}.safetensors"
+            if not path.exists():
+                checkpoint = path.with_suffix(".checkpoint")
+                train({"checkpoint": checkpoint}).save(path)
+                checkpoint.unlink()
+            return kind.load(path, device="cpu")
+
+        def after(kind: Any, config: Any, options: dict[str, Any]) -> Any:  # noqa: ANN401
+            share = config.phase_shares[0]
+            steps, agent = round(updates * (1.0 - share)), kind(config, device="cpu")
+            return agent._fit_actor(read_log(data, task), steps, safefql, share, **options)
+
+        common: dict[str, Any] = {"seed": seed, "safety_expectile": float(expectile)}
+        safefql: SafeFQL = kept(
+            SafeFQL,
+            lambda options: SafeFQL(SafeFQLConfig(**common), device="cpu").fit(
+                read_log(data, task), steps=updates, **options
+            ),
+        )
+        fisor = kept(FISOR, lambda options: after(FISOR, FISORConfig(**common), options))
+        flrp = kept(FLRP, lambda options: after(FLRP, FLRPConfig(**common), options))
+        return cls(safefql, fisor, flrp)
+
+
+Choice = tuple[Float, np.ndarray]
+"""Actions (n, act) in [-1, 1], and the index (n,) of the branch that chose each."""
+
+
+class Rules:
+    """The rules that choose actions, in the states of one arm.
+
+    Args:
+        trained: The agents.
+        limit: Q_h below which an action passes the gate, in units of h.
+        seed: Seed of the noise.
+    """
+
+    def __init__(self, trained: Trained, limit: float, seed: int) -> None:
+        agent = trained.safefql
+        self.agent, self.trained, self.limit = agent, trained, limit
+        self.model = agent._fitted()
+        self.safety = agent._safety(self.model)
+        self.rng = np.random.default_rng(seed)
+
+    def draws(self, name: str, states: StateValue, each: int) -> Float:
+        """Return draws (n, each, act) of a network in n states."""
+        inputs = np.repeat(states.inputs, each, axis=0)
+        agents, agent = self.trained, self.agent
+        latent = agents.flrp._fitted().policy.spec.latent
+        width = latent if name == "flrp" else self.model.scaling.action_features
+        noise = self.rng.standard_normal((len(inputs), width)).astype(np.float32)
+        if name == "student":
+            rows = agent._student(inputs, noise)
+        elif name == "behaviour":
+            actor: Any = self.safety.behaviour_actor
+            rows = actor.act(self.safety.networks, inputs, noise)
+        elif name == "flrp":
+            rows = agents.flrp._fitted().policy.act(agents.flrp._arrays, inputs, noise)
+        else:
+            one: Any = {"teacher": agent, "fisor": agents.fisor}[name]
+            network = {"teacher": TEACHER, "fisor": ACTOR}[name]
+            flow, steps = one._fitted().networks[network], one.config.flow_steps
+            rows = euler_sample(flow, one._arrays[network], inputs, noise, steps)
+        return np.asarray(rows.reshape(len(states.inputs), each, -1))
+
+    def first(self, name: str, states: StateValue) -> Choice:
+        """Return the first draw."""
+        return self.draws(name, states, 1)[:, 0], np.full(len(states.inputs), FIRST)
+
+    def lowest(self, name: str, each: int, states: StateValue) -> Choice:
+        """Return the draw of lowest Q_h."""
+        drawn = self.draws(name, states, each)
+        lowest = self.safety.scaled_values(states, drawn).argmin(1)
+        count = np.arange(len(drawn))
+        return drawn[count, lowest], np.full(len(drawn), LOWEST)
+
+    def gate(self, beyond: str, states: StateValue) -> Choice:
+        """Return the first draw of the student, or the action that replaces it.
+
+        Args:
+            beyond: What is taken where no draw passes the gate: "" for the lowest Q_h, "search" for
+                the search of the default, and "behaviour" for draws of the behaviour.
+            states: n states.
+        """
+        actions, branch = self.first("student", states)
+        passes = self.safety.scaled_values(states, actions[:, None])[:, 0] < self.limit
+        at = np.flatnonzero(~passes)
+        if len(at):
+            judged = states.take(at)
+            drawn = self.draws("student", judged, STUDENT_DRAWS)
+            drawn = np.concatenate([drawn, actions[at, None]], 1)
+            values = self.safety.scaled_values(judged, drawn)
+            actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
+            below = values.min(1) < self.limit
+            branch[at] = np.where(below, CANDIDATES, LOWEST)
+            at = at[~below]
+        if len(at) and beyond:
+            judged, before = states.take(at), actions[at]
+            if beyond == "search":
+                found = self.agent._beyond_the_student(self.safety, judged, before, self.limit)
+            else:
+                more = self.draws("behaviour", judged, BEHAVIOUR_DRAWS)
+                drawn = np.concatenate([before[:, None], more], 1)
+                values = self.safety.scaled_values(judged, drawn)
+                best = nearest_acceptable(drawn, values, np.full(len(at), self.limit))
+                found = drawn[np.arange(len(at)), best]
+            actions[at] = found
+            reached = self.safety.scaled_values(judged, found[:, None])[:, 0]
+            branch[at] = np.where(reached <= self.limit, SEARCH, LOWEST)
+        return actions, branch
+
+    def best(self, name: str, states: StateValue) -> Choice:
+        """Return the draw of the highest A_r below the gate; where there is none, of lowest Q_h."""
+        drawn = self.draws(name, states, FLOW_DRAWS)
+        count, each, width = drawn.shape
+        values = self.safety.scaled_values(states, drawn)
+        seen = np.repeat(states.inputs, each, axis=0)
+        reward, rows = self.model.critics.reward, drawn.reshape(-1, width)
+        gain = reward.advantages(self.agent._arrays, seen, rows).min(0).reshape(count, each)
+        below = values < self.limit
+        some = below.any(1)
+        chosen = np.where(some, np.where(below, gain, -np.inf).argmax(1), values.argmin(1))
+        return drawn[np.arange(count), chosen], np.where(some, BEST, LOWEST)
+
+    def centre(self, states: StateValue) -> Choice:
+        """Return FLRP's action for u = 0."""
+        policy = self.trained.flrp._fitted().policy
+        noise = np.zeros((len(states.inputs), policy.spec.latent), np.float32)
+        actions = policy.act(self.trained.flrp._arrays, states.inputs, noise)
+        return actions, np.full(len(noise), FIRST)
+
+
+PLAIN: dict[str, Callable[[Rules, StateValue], Choice]] = {
+    "student": lambda rules, states: rules.first("student", states),
+    "student lowest": lambda rules, states: rules.lowest("student", STUDENT_DRAWS + 1, states),
+    "teacher lowest": lambda rules, states: rules.lowest("teacher", FLOW_DRAWS, states),
+    "fisor lowest": lambda rules, states: rules.lowest("fisor", FLOW_DRAWS, states),
+    "flrp u = 0": lambda rules, states: rules.centre(states),
+    "flrp": lambda rules, states: rules.first("flrp", states),
+    "flrp lowest": lambda rules, states: rules.lowest("flrp", FLOW_DRAWS, states),
+}
+"""Arms without a gate."""
+GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
+    "gate": lambda rules, states: rules.gate("", states),
+    "default": lambda rules, states: rules.gate("search", states),
+    "behaviour": lambda rules, states: rules.gate("behaviour", states),
+    "teacher": lambda rules, states: rules.best("teacher", states),
+    "fisor": lambda rules, states: rules.best("fisor", states),
+}
+"""Arms with a gate, which are played at several margins."""
+ARMS = [
+    *((name, 1) for name in PLAIN),
+    *itertools.product(GATED, MARGINS),
+]
+"""Name and factor of the margin of every arm."""
+
+
+class Arm:
+    """One rule as a batch policy, which records branch, Q_h and support score of each step."""
+
+    batched = True
+
+    def __init__(self, rules: Rules, choose: Callable[[Rules, StateValue], Choice]) -> None:
+        self._rules, self._choose = rules, choose
+        self._waves: list[list[np.ndarray]] = []
+
+    def start_wave(self, num_envs: int) -> None:
+        """Begin a new batch of episodes."""
+        self._waves.append([])
+
+    def __call__(self, observations: Batch, rng: np.random.Generator, /) -> np.ndarray:
+        """Return the actions for n observations, as points of the action space."""
+        safety = self._rules.safety
+        rows = safety.observation_codec.flatten(observations, "observation")[0]
+        states = safety.states(rows.astype(np.float32))
+        actions, branch = self._choose(self._rules, states)
+        values = safety.scaled_values(states, actions[:, None])[:, 0]
+        chosen = safety.scaling.to_box(actions)
+        score = SCORES["noise"](safety, states, chosen)
+        self._waves[-1].append(np.stack([branch, values, score]))
+        return np.asarray(safety.action_codec.unflatten(chosen))
+
+    def records(self, runs: list[Episode]) -> list[np.ndarray]:
+        """Return branch, Q_h and support score (3, L) of every step of each episode, in order."""
+        columns = [
+            column for wave in self._waves for column in np.moveaxis(np.stack(wave, axis=-1), 1, 0)
+        ]
+        # The last batch may have more environments than episodes that were still needed.
+        return [one[:, : len(run)] for one, run in zip(columns, runs, strict=False)]
+
+
+def rest_of_episode(run: Episode) -> np.ndarray:
+    """Return the largest h of s[t+1] to s[L] for each step t, (L,); of costs where h is unknown."""
+    h = run.next_constraints
+    if h is None:
+        assert run.costs is not None
+        h = np.where(run.costs > 0, 1.0, -1.0)
+    return np.asarray(np.maximum.accumulate(h[::-1])[::-1], np.float64)
+
+
+def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[str, Any]:
+    """Return the result of one arm on the 20 starts of a task and seed."""
+    critics = trained.safefql._fitted().critics.safety
+    margin = trained.safefql.config.margin_of(critics)
+    rules = Rules(trained, -times * margin, seed)
+    arm = Arm(rules, {**PLAIN, **GATED}[name])
+    runs = run_episodes(make(task), arm, EPISODES, 100 + seed, num_envs=EPISODES)
+    records = arm.records(runs)
+    branch, values, score = np.concatenate(records, axis=1)
+    branch = branch.astype(int)
+    ahead = np.concatenate([rest_of_episode(run) for run in runs])
+    known = runs[0].next_constraints is not None
+    passed = values < rules.limit
+    entries = [_entries(run) for run in runs]
+    entered = np.concatenate(entries)
+    return {
+        "task": task,
+        "seed": seed,
+        "arm": name,
+        "times": times,
+        "margin": margin,
+        "returns": [run.total_return for run in runs],
+        "costs": [run.cost_or_violations for run in runs],
+        "violating": sum(run.violated for run in runs),
+        "steps": len(branch),
+        "branches": {one: float(np.mean(branch == index)) for index, one in enumerate(BRANCHES)},
+        "support": float(score.mean()),
+        "support_of_branches": {
+            one: float(score[branch == index].mean())
+            for index, one in enumerate(BRANCHES)
+            if (branch == index).any()
+        },
+        "entries": {one: int(entered[branch == index].sum()) for index, one in enumerate(BRANCHES)},
+        "entries_passed": int(entered[passed].sum()),
+        "value": float(values.mean()),
+        "ahead": float(ahead.mean()) if known else None,
+        "ahead_minus_value": [float(x) for x in np.quantile(ahead - values, (0.1, 0.5, 0.9))]
+        if known
+        else None,
+        "passed": float(passed.mean()),
+        "passed_then_violated": float((passed & (ahead > 0)).sum() / max(passed.sum(), 1)),
+    }
+
+
+def _entries(run: Episode) -> np.ndarray:
+    """Return (L,) whether a step led from a state without a violation into one with it."""
+    if run.constraints is not None and run.next_constraints is not None:
+        return np.asarray((run.constraints <= 0) & (run.next_constraints > 0))
+    assert run.costs is not None
+    before = np.append(run.initial_cost or 0.0, run.costs[:-1])
+    return np.asarray((before <= 0) & (run.costs > 0))
+
+
+def stored(task: str, expectile: str, seed: int, name: str, times: int) -> str:
+    """Return the name under which an arm is stored."""
+    return f"{task}_{expectile}_{seed}_{name.replace(' ', '-')}_x{times}"
+
+
+def run_here(task: str, expectile: str, seed: int, data: Path, folder: Path, updates: int) -> None:
+    """Train the agents, and play the arms without a stored result."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    trained = Trained.of(task, seed, expectile, data, folder, updates)
+    references = ReferenceReturns.of_log(data / f"{task}.hdf5")
+
+    def compute(name: str, times: int) -> dict[str, Any]:
+        row = play(trained, task, seed, name, times)
+        row |= {"expectile": expectile, "updates": updates}
+        row["return"] = float(references.normalise(np.mean(row["returns"])))
+        row["cost"] = float(np.mean(row["costs"])) / COST_LIMIT
+        return row
+
+    for name, times in ARMS:
+        key = stored(task, expectile, seed, name, times)
+        row = once(key, partial(compute, name, times), folder=folder)
+        print(line(row), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a result as a row of a Markdown table."""
+    branches = ", ".join(f"{one} {share:.0%}" for one, share in row["branches"].items() if share)
+    residual = row["ahead_minus_value"]
+    spread = "-" if residual is None else " / ".join(f"{x:.2g}" for x in residual)
+    return (
+        f"| {row['task']} | {row['expectile']} | {row['seed']} | {row['arm']} | {row['times']} | "
+        f"{row['return']:.2f} / {row['cost']:.2f} | {row['violating']} | {branches} | "
+        f"{row['support']:.2f} | {spread} | {row['passed']:.0%} | "
+        f"{row['passed_then_violated']:.0%} | {sum(row['entries'].values())} "
+        f"({row['entries_passed']}) |"
+    )
+
+
+HEAD = (
+    "| task | expectile | seed | arm | margins | return / cost | violating of 20 | branches | "
+    "support | h ahead - Q_h, 10 / 50 / 90% | below the gate | ... then violated | entries (below "
+    "the gate) |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    """Run what has no stored result, each training in its own process, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
+    parser.add_argument("--tasks", nargs="+", default=["DroneCircle", "PointGoal1"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10])
+    parser.add_argument("--expectiles", nargs="+", default=list(EXPECTILES))
+    parser.add_argument("--updates", type=int, default=UPDATES, help="of a whole training")
+    parser.add_argument("--folder", type=Path, default=RESULTS / "causes")
+    parser.add_argument("--here", action="store_true", help="run in this process")
+    parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
+    arguments = parser.parse_args()
+    data, folder, updates = arguments.data, arguments.folder, arguments.updates
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = list(itertools.product(arguments.seeds, arguments.tasks, arguments.expectiles))
+    for seed, task, expectile in cells if not arguments.table else ():
+        if arguments.here:
+            run_here(task, expectile, seed, data, folder, updates)
+            continue
+        command = [sys.executable, __file__, "--data", str(data), "--tasks", task, "--here"]
+        command += ["--seeds", str(seed), "--expectiles", expectile]
+        command += ["--updates", str(updates), "--folder", str(folder)]
+        apart(command, f"{task} {expectile} {seed}")
+    if arguments.here:
+        return
+    print(machine())
+    print(HEAD)
+    for seed, task, expectile in cells:
+        for name, times in ARMS:
+            path = folder / f"{stored(task, expectile, seed, name, times)}.json"
+            if path.exists():
+                print(line(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()
