@@ -20,7 +20,7 @@ if os.environ.get("SAFESHIELD_CHECK_SHAPES", "0") == "1":
         [
             f"safeshield.{part}"
             for part in (
-                "calibration", "data", "demo", "envs", "evaluation", "exact", "policies",
+                "calibration", "data", "demo", "envs", "evaluation", "exact", "monitoring", "policies",
                 "proposals", "rollouts", "shield", "spaces", "support", "values", "wrappers",
             )
         ],
