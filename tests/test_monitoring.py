@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from safeshield.envs.vector import autoreset_modes
 from safeshield.evaluation.episodes import draw_episodes
 from safeshield.monitoring import (
     IN_DOUBT,
-    NOT_CONTRADICTED,
     REVOKED,
     PromiseMonitor,
     PromiseWarning,
@@ -58,7 +57,7 @@ KEYS = {"shield/promise", "shield/promise_evidence"}
 @pytest.fixture
 def watched(shield: Shield) -> Shield:
     """The boat's shield with a record: epsilon 0.1, confidence 0.9, no environment named."""
-    return replace(shield, record=replace(record(shield.delta), environment="Scripted"))
+    return replace(shield, record=record(shield.delta))
 
 
 def told(shield: Shield, **changes: object) -> Shield:
@@ -147,8 +146,8 @@ def test_exchangeable_covariates_rarely_raise_doubts_and_shifted_ones_soon_do() 
     # Broken: ranks among the reference alone, which the new values do not join.
     fixed = []
     for _ in range(40):
-        test, peak = ExchangeabilityTest(draw(60)), 0.0
-        for value in draw(600):
+        test, peak = ExchangeabilityTest(draw(20)), 0.0
+        for value in draw(400):
             before = list(test._values)
             test.add(value, rng.uniform(1e-9, 1.0))
             test._values, peak = before, max(peak, test.log_wealth)
@@ -160,18 +159,24 @@ def test_exchangeable_covariates_rarely_raise_doubts_and_shifted_ones_soon_do() 
         assert wealth[:150].max() < math.log(100) < wealth[150:].max()
 
 
+def boat() -> gym.Env[Any, Any]:
+    """A boat without a spec, whose episodes have 40 steps."""
+    return gym.wrappers.TimeLimit(BoatEnv(dt=0.02), 40)
+
+
 def test_reference_and_wrapper_compute_the_same_covariates(watched: Shield) -> None:
-    env = BoatEnv(dt=0.02)
+    env = boat()
     agent = as_batch_policy("random", env.action_space)
     runs, _ = draw_episodes(env, agent, 6, 3, watched, watched, num_envs=1)
     seen: list[dict[str, float]] = []
-    monitor = PromiseMonitor(told(watched, environment="BoatEnv"), reference=runs)
-    close = monitor.close
-    monitor.close = lambda name, status, values: (
-        seen.append(dict(values)),
-        close(name, status, values),
-    )  # type: ignore[method-assign, assignment, func-returns-value] # noqa: E501
-    again = SafetyShield(BoatEnv(dt=0.02), monitor.shield, monitor=monitor)
+
+    class Spy(PromiseMonitor):
+        def close(self, name: str, status: str, covariates: Mapping[str, float]) -> None:
+            seen.append(dict(covariates))
+            super().close(name, status, covariates)
+
+    monitor = Spy(watched, reference=runs)
+    again = SafetyShield(boat(), monitor.shield, monitor=monitor)
     expected = []
     rng = np.random.default_rng(0)
     for k in range(8):
@@ -319,7 +324,7 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
     PromiseMonitor(watched, path)
     with pytest.raises(ValueError, match="of another shield or record"):
         PromiseMonitor(other, path)
-    with pytest.raises(ValueError, match="level must be 0.1"):
+    with pytest.raises(ValueError, match=r"level must be 0\.1 as"):
         PromiseMonitor(watched, path, level=0.2)
     for text in ("", "{}", "[]", path.read_text()[:-5], path.read_text().replace("[]", "[[1]]")):
         path.write_text(text)
@@ -611,7 +616,7 @@ def test_stable_baselines_environments(watched: Shield) -> None:
         DummyVecEnv([lambda s=s: Scripted(s) for s in SCRIPTS]), shield, monitor=monitor
     )
     env.reset()
-    assert KEYS <= set(env.reset_infos[0])
+    assert set(env.reset_infos[0]) >= KEYS
     for _ in range(40):
         _, _, _, infos = env.step(np.zeros((4, 2), np.float32))
         assert infos[0]["shield/promise"] == monitor.state

@@ -183,7 +183,8 @@ class PromiseMonitor:
                 "shield.calibrate(...) first (with_delta, with_support and others drop the record)"
             )
         self.promise: Promise = promised(record)
-        self.level = float(1.0 - record.confidence if level is None else level)
+        # 1 - 0.9 is 0.1 but for rounding.
+        self.level = round(1.0 - record.confidence, 12) if level is None else float(level)
         self.doubt_level = float(doubt_level)
         check_probability("level", self.level)
         check_probability("doubt_level", self.doubt_level)
@@ -200,6 +201,8 @@ class PromiseMonitor:
         self._told_unsaved = False
         self._changed = False
         self._unsaved = False
+        self._highest = 0.0
+        self._settled: Scalars = self._growth([])
         entries: dict[str, Entry] = {}
         if self._path is not None:
             check_writable(self._path)

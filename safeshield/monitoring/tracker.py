@@ -72,7 +72,7 @@ class EpisodeTracker:
             return
         monitor = self._monitor
         opening = active & self._waiting
-        for i in np.flatnonzero(opening):
+        for i in _places(opening):
             self._names[i] = monitor.open()
         self._waiting &= ~opening
         self._running |= opening
@@ -82,11 +82,11 @@ class EpisodeTracker:
         finite = active & np.isfinite(step.residual)
         self._residual = np.where(finite, np.maximum(self._residual, step.residual), self._residual)
         fresh = self._read_labels(active, step)
-        for i in np.flatnonzero(fresh):
+        for i in _places(fresh):
             score = monitor.promise.score_of(bool(self._violated[i]), float(self._cost[i]))
             monitor.reach(self._name(i), score)
         ending = active & step.ended
-        for i in np.flatnonzero(ending):
+        for i in _places(ending):
             monitor.close(self._name(i), ENDED, self._covariates(i))
             self._names[i] = None
         self._running &= ~ending
@@ -127,8 +127,13 @@ class EpisodeTracker:
         cut = where & self._running
         if not cut.any():
             return
-        for i in np.flatnonzero(cut):
+        for i in _places(cut):
             self._monitor.close(self._name(i), CUT, {})
             self._names[i] = None
         self._running &= ~cut
         self._monitor.judge()
+
+
+def _places(flags: Flags) -> list[int]:
+    places: list[int] = np.flatnonzero(flags).tolist()
+    return places
