@@ -21,7 +21,8 @@ if os.environ.get("SAFESHIELD_CHECK_SHAPES", "0") == "1":
             f"safeshield.{part}"
             for part in (
                 "calibration", "data", "demo", "envs", "evaluation", "exact", "monitoring",
-                "policies", "proposals", "rollouts", "shield", "spaces", "support", "values", "wrappers",
+                "policies", "proposals", "rollouts", "shield", "spaces", "support", "values",
+                "wrappers",
             )
         ],
         "shape_checks.shapes_only",

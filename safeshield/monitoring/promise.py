@@ -211,6 +211,8 @@ class PromiseMonitor:
             self._check_settings(self._path, data)
             if self._reference is None:
                 self._reference = data["reference"]
+            for entry in entries.values():
+                entry.status = CUT if entry.status == RUNNING else entry.status
             self._replay(entries)
             self._state, self._reason = data["state"], data["reason"]
             if self._state != NOT_CONTRADICTED:
@@ -344,7 +346,8 @@ class PromiseMonitor:
     ) -> PromiseMonitor:
         """Return a monitor of all episodes in the files of a fleet's monitors.
 
-        An episode that is in several files counts once. The evidence does not depend on the order
+        An episode that is in several files counts once, and one that is under way with the score
+        that it has reached. The evidence does not depend on the order
         of the files. The state is the one that a single monitor would have reached with all
         episodes in the order of their beginnings. So a fleet may be revoked where no member is. A
         member that is revoked by itself does not revoke the fleet, because of many members some
@@ -543,7 +546,6 @@ class PromiseMonitor:
         self._highest = max((one.score or 0.0 for one in entries.values()), default=0.0)
         self._state, self._reason = NOT_CONTRADICTED, ""
         for name, entry in self._entries.items():
-            entry.status = CUT if entry.status == RUNNING else entry.status
             self._compare(name, entry)
             doubt = "" if self._reason else self._doubt()
             if doubt:
