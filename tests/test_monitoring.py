@@ -68,10 +68,12 @@ def told(shield: Shield, **changes: object) -> Shield:
 def over(scores: Array, mean: float = EPSILON, level: float = LEVEL) -> Array:
     """Return for each stream (n,) of scores (n, t) the episode of its revocation, or -1."""
     logs = against(mean, np.array([0.0, 1.0]))
-    hits = np.cumsum(scores, axis=1)[None]
-    clean = np.arange(1, scores.shape[1] + 1) - hits
-    path = log_evidence(logs[:, 0, None, None] * clean + logs[:, 1, None, None] * hits)
-    found = path >= -math.log(level)
+    hits = np.cumsum(scores, axis=1).astype(int)
+    count, each = np.arange(1, scores.shape[1] + 1), np.arange(hits.max() + 1)
+    table = log_evidence(
+        logs[:, 0, None, None] * (count[:, None] - each) + logs[:, 1, None, None] * each
+    )
+    found = table[count - 1, hits] >= -math.log(level)
     return np.where(found.any(axis=1), found.argmax(axis=1) + 1, -1)
 
 
@@ -85,8 +87,9 @@ def test_a_promise_that_holds_is_rarely_revoked_and_peeking_at_intervals_is_wron
     assert most == 73
     assert np.count_nonzero(over(scores) > 0) <= most
     # Broken: Clopper and Pearson's lower limit at 95%, computed anew after each episode.
-    count, hits = np.arange(1, 2001), np.cumsum(scores, axis=1)
-    assert np.count_nonzero((binom.sf(hits - 1, count, EPSILON) < LEVEL).any(axis=1)) > 2 * most
+    fewest = binom.ppf(1 - LEVEL, np.arange(1, 2001), EPSILON) + 1
+    assert (binom.sf(fewest - 1, np.arange(1, 2001), EPSILON) <= LEVEL).all()
+    assert np.count_nonzero((np.cumsum(scores, axis=1) >= fewest).any(axis=1)) > 2 * most
 
 
 @pytest.mark.parametrize("factor", [2, 5, 10])
@@ -157,6 +160,41 @@ def test_exchangeable_covariates_rarely_raise_doubts_and_shifted_ones_soon_do() 
         late = np.concatenate([rng.normal(size=150), sign * 2.0 + rng.normal(size=50)])
         wealth = stream(late, rng.normal(size=200), rng)
         assert wealth[:150].max() < math.log(100) < wealth[150:].max()
+
+
+def test_dependent_covariates_share_the_level(watched: Shield) -> None:
+    rng = np.random.default_rng(6)
+
+    def draw(n: int) -> dict[str, Array]:
+        heat = rng.normal(size=n)
+        return {"heat": heat, "wind": np.abs(heat), "wear": -heat + 0.1 * rng.normal(size=n)}
+
+    doubts = 0
+    for repeat in range(100):
+        monitor = PromiseMonitor(watched, reference=draw(30), doubt_level=0.1)
+        values = draw(60)
+        for k in range(60):
+            each = {name: column[k] for name, column in values.items()}
+            monitor.episode(f"{repeat}-{k}", None, covariates=each)
+        doubts += monitor.state == IN_DOUBT
+    assert doubts <= binom.ppf(0.999, 100, 0.1)
+
+
+def test_covariates_wait_for_episodes_that_began_earlier(watched: Shield) -> None:
+    monitor = PromiseMonitor(watched, reference={"start_value": [-1.0, -2.0]})
+    tracker = monitor.attach(watched, 2)
+    both, none = np.array([True, True]), np.array([False, False])
+    step = WatchedStep(both, none, np.full(2, -1.0), np.full(2, np.nan), none, both, np.zeros(2))
+    tracker.begin(both, both, np.array([-1.5, -1.2]))
+    before = monitor.report().covariates
+    for _ in range(3):
+        tracker.step(step._replace(ended=np.array([False, True])))
+        tracker.begin(np.array([False, True]), both, np.array([np.nan, -1.2]))
+        assert monitor.report().covariates == before
+    tracker.step(step._replace(ended=np.array([True, False])))
+    assert monitor.report().covariates != before
+    # The first four began earlier than the one that is under way.
+    assert len(monitor._tests["start_value"]._values) == 2 + 4
 
 
 def boat() -> gym.Env[Any, Any]:

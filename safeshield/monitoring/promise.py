@@ -17,8 +17,8 @@ one that has violated counts. Their number is reported apart.
 
 A drift of the deployment can be seen before anything violates. `covariates` are compared with those
 of reference episodes by `calibration.exchangeability`; also in the order in which episodes began,
-each once all earlier ones have ended. A change puts the assumptions in doubt, at a level of its own
-(b2 over the mean of all covariates' wealth). It says nothing of the rate of violations.
+each once all earlier ones have ended. A change puts the assumptions in doubt, at a level b2 of its
+own, which the covariates share. It says nothing of the rate of violations.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ class PromiseReport:
     unlabelled: int
     """Number of certified episodes that ended or were cut without any label; they do not count."""
     covariates: dict[str, float]
-    """Wealth of the test of each covariate; empty without a reference."""
+    """Wealth of the test of each of m covariates, of which m / b2 raises doubts; empty without a
+    reference."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -151,7 +152,8 @@ class PromiseMonitor:
             each covariate by its name. None: that of the file, or no comparison.
         level: b, the probability that a promise which holds is revoked; by default 1 minus the
             confidence of the record.
-        doubt_level: b2, the same of "assumptions in doubt".
+        doubt_level: b2, the probability of "assumptions in doubt" where the episodes are
+            exchangeable with those of the reference.
         cut_as_violations: Whether a cut episode counts as one that breaks the promise. By default
             it counts with the score that it had reached.
         on_change: Function of the monitor that is called after each change of the state, for
@@ -514,17 +516,17 @@ class PromiseMonitor:
                 f"an episode had the cost {self._highest * (self.promise.bound or 1.0):g}, above "
                 f"the declared bound {self.promise.bound:g}"
             )
-        if not self._tests:
+        # Each covariate has an equal share of b2, whatever their dependence.
+        limit = len(self._tests) / self.doubt_level
+        over = [name for name, test in self._tests.items() if test.log_wealth >= math.log(limit)]
+        if not over:
             return ""
-        wealth = {name: test.log_wealth for name, test in self._tests.items()}
-        mean = float(np.logaddexp.reduce(list(wealth.values()))) - math.log(len(wealth))
-        if mean < -math.log(self.doubt_level):
-            return ""
-        most = max(wealth, key=lambda name: wealth[name])
+        each = " and ".join(
+            f"the {name.replace('_', ' ')} (wealth {_exp(self._tests[name].log_wealth):.4g})"
+            for name in over
+        )
         return (
-            f"the {most.replace('_', ' ')} of the episodes is not distributed as in the reference "
-            f"(mean wealth of {len(wealth)} covariates {_exp(mean):.4g}, the limit is "
-            f"{1.0 / self.doubt_level:g})"
+            f"{each} of the episodes is not distributed as in the reference; the limit is {limit:g}"
         )
 
     def _contradiction(self, entries: Iterable[Entry]) -> str:
