@@ -7,7 +7,7 @@
 `streams` draws episodes that violate independently, with a promise of 0.01 at b = 0.05. The monitor
 is compared with the lower limit of Clopper and Pearson, computed anew after each episode.
 
-`drift` trains and calibrates a shield of the boat for each seed (epsilon 0.05, an agent that
+`drift` trains and calibrates a shield of the boat for each seed (epsilon 0.02, an agent that
 steers straight to the goal with noise). The reference is 200 episodes at the log's current of 2.0
 m/s. A deployment is 100 more of them, and then episodes at a current at which about 5 epsilon of
 the episodes violate, which is found by bisection with other seeds. Each of eight deployments
@@ -43,7 +43,7 @@ Array = npt.NDArray[Any]
 TASK = "safeshield/Boat-v0"
 EPSILON, LEVEL = 0.01, 0.05
 STREAMS, LENGTH = 1000, 4000
-DRIFT_EPSILON, CONFIDENCE, FACTOR = 0.05, 0.95, 5
+DRIFT_EPSILON, CONFIDENCE, FACTOR = 0.02, 0.95, 5
 REFERENCE, BEFORE, AFTER, DEPLOYMENTS = 200, 100, 200, 8
 
 

@@ -358,6 +358,8 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
     other = told(watched, seed=1)
     with pytest.raises(ValueError, match="watches another shield"):
         SafetyShield(Scripted(), other, monitor=monitor)
+    with pytest.raises(TypeError, match="monitor must be a PromiseMonitor of the shield"):
+        SafetyShield(Scripted(), watched, monitor="promise.json")  # type: ignore[arg-type]
     path = tmp_path / "promise.json"
     PromiseMonitor(watched, path)
     with pytest.raises(ValueError, match="of another shield or record"):
@@ -592,6 +594,25 @@ def test_a_step_that_fails_cuts_the_episode(watched: Shield) -> None:
     with pytest.raises(OSError, match="does not answer"):
         env.step(STILL)
     assert monitor.report().cut == 1
+
+
+@pytest.mark.parametrize("kind", ["cost above", "mean cost"])
+def test_costs_behind_a_wrapper(watched: Shield, kind: str) -> None:
+    class Costs(Scripted):
+        def _info(self, violates: bool) -> dict[str, Any]:
+            return {"cost": float(self.t)}  # 1, 2, 3: a sum of 1, 3 or 6
+
+    shield = told(watched, kind=kind, limit=3.0, cost_bound=30.0)
+    monitor = PromiseMonitor(shield, level=1e-9)
+    env = SafetyShield(Costs(lambda k: (1 + k % 3, False)), shield, monitor=monitor)
+    for k in range(9):
+        env.reset()
+        for _ in range(1 + k % 3):
+            env.step(STILL)
+    above = kind == "cost above"
+    scores = [float(k % 3 == 2) if above else [1, 3, 6][k % 3] / 30 for k in range(9)]
+    assert monitor.report().score == pytest.approx(sum(scores))
+    assert monitor.evidence == pytest.approx(math.exp(evidence_path(0.1, scores)[-1]))
 
 
 SCRIPTS = [lambda k, i=i: (2 + (k + i) % 4, (3 * k + i) % 7 == 0) for i in range(4)]

@@ -281,9 +281,9 @@ class ShieldRuntime:
         last_keys: The keys that it reads of an episode's last infos.
 
     Raises:
-        TypeError: `adaptive` is of a wrong type.
-        ValueError: A setting in `adaptive` is out of range, or the penalty is negative or not
-            finite.
+        TypeError: `adaptive` or `monitor` is of a wrong type.
+        ValueError: A setting in `adaptive` is out of range, the penalty is negative or not finite,
+            or `monitor` watches another shield.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -313,6 +313,11 @@ class ShieldRuntime:
             raise ValueError(
                 "intervention_penalty must be finite and at least 0 (it is subtracted from the "
                 f"reward), got {intervention_penalty}"
+            )
+        if monitor is not None and not hasattr(monitor, "attach"):
+            raise TypeError(
+                "monitor must be a PromiseMonitor of the shield, or None, got "
+                f"{type(monitor).__name__}"
             )
         self.shield = shield
         self.num_envs = num_envs
