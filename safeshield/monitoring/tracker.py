@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from safeshield.calibration.promises import Violation
-from safeshield.monitoring.covariates import REPLACED, RESIDUAL, START, UNSEEN
+from safeshield.monitoring.covariates import (
+    REPLACED,
+    RESIDUAL,
+    START,
+    TYPICAL,
+    UNSEEN,
+    root_mean,
+)
 from safeshield.monitoring.ledger import CUT, ENDED
 from safeshield.shield.guard import WatchedStep
 from safeshield.spaces.shapes import Flags, Scalars
@@ -35,6 +42,8 @@ class EpisodeTracker:
         self._replaced = np.zeros(count)
         self._unseen = np.zeros(count)
         self._residual = np.zeros(count)
+        self._squares = np.zeros(count)
+        self._known = np.zeros(count)
 
     @property
     def state(self) -> str:
@@ -56,7 +65,10 @@ class EpisodeTracker:
         self._cut(starts)
         self._waiting = np.where(starts, certified, self._waiting)
         self._start = np.where(starts, values, self._start)
-        for sums in (self._cost, self._steps, self._replaced, self._unseen, self._residual):
+        for sums in (
+            self._cost, self._steps, self._replaced, self._unseen, self._residual, self._squares,
+            self._known,
+        ):  # fmt: skip
             sums[starts] = 0.0
         self._labelled[starts] = self._violated[starts] = False
 
@@ -79,8 +91,11 @@ class EpisodeTracker:
         self._steps += active
         self._replaced += active & step.intervened
         self._unseen += active & ~step.supported
-        finite = active & np.isfinite(step.residual)
-        self._residual = np.where(finite, np.maximum(self._residual, step.residual), self._residual)
+        known = active & np.isfinite(step.residual)
+        residual = np.where(known, step.residual, 0.0)
+        self._residual = np.maximum(self._residual, residual)
+        self._squares += residual**2
+        self._known += known
         fresh = self._read_labels(active, step)
         for i in _places(fresh):
             score = monitor.promise.score_of(bool(self._violated[i]), float(self._cost[i]))
@@ -113,6 +128,7 @@ class EpisodeTracker:
             START: float(self._start[i]),
             REPLACED: float(self._replaced[i] / self._steps[i]),
             RESIDUAL: float(self._residual[i]),
+            TYPICAL: root_mean(float(self._squares[i]), float(self._known[i])),
         }
         if self._monitor.shield.support is not None:
             found[UNSEEN] = float(self._unseen[i] / self._steps[i])
