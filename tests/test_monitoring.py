@@ -366,7 +366,13 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
         PromiseMonitor(other, path)
     with pytest.raises(ValueError, match=r"level must be 0\.1 as"):
         PromiseMonitor(watched, path, level=0.2)
-    for text in ("", "{}", "[]", path.read_text()[:-5], path.read_text().replace("[]", "[[1]]")):
+    for text in (
+        "",
+        "{}",
+        "[]",
+        path.read_text()[:-5],
+        path.read_text().replace("[\n\n]", "[[1]]"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match="or it is damaged"):
             PromiseMonitor(watched, path)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,20 +56,27 @@ def uniform(name: str) -> float:
     return (int.from_bytes(digest[:6], "big") + 0.5) / 2.0**48
 
 
-def write_ledger(path: Path, settings: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+def row_text(name: str, entry: Entry, covariates: Iterable[str]) -> str:
+    """Return an episode as JSON: name, start, status, score, and its value of each covariate."""
+    values = map(entry.covariates.get, covariates)
+    return json.dumps([name, entry.started, entry.status, entry.score, *values], allow_nan=False)
+
+
+def write_ledger(path: Path, settings: Mapping[str, Any], rows: Iterable[str]) -> None:
     """Write the settings of a monitor and its episodes as JSON, atomically.
+
+    Args:
+        path: The file.
+        settings: JSON values by name.
+        rows: Each episode as `row_text` returns it, so that a monitor converts each once.
 
     Raises:
         OSError: The file cannot be written.
     """
-    names = list(settings["reference"] or ())
-    episodes = [
-        [name, one.started, one.status, one.score, *map(one.covariates.get, names)]
-        for name, one in entries.items()
-    ]
-    data = {"format": _FORMAT, "version": _VERSION, **settings, "episodes": episodes}
+    head = json.dumps({"format": _FORMAT, "version": _VERSION, **settings}, allow_nan=False)
+    body = ",\n".join(rows)
     with written_whole(path) as part:
-        part.write_text(json.dumps(data, allow_nan=False, separators=(",", ":")), "utf-8")
+        part.write_text(f'{head[:-1]}, "episodes": [\n{body}\n]}}\n', "utf-8")
 
 
 def read_ledger(

@@ -57,6 +57,7 @@ from safeshield.monitoring.ledger import (
     Entry,
     finite,
     read_ledger,
+    row_text,
     stamp,
     uniform,
     write_ledger,
@@ -405,6 +406,7 @@ class PromiseMonitor:
         entry = Entry(time.time() if started is None else started)
         self._entries[name] = self._running[name] = entry
         self._queue.append((name, entry))
+        self._rows[name] = ""  # The row keeps the order of the beginnings.
         self._changed = self._unsaved = True
         return name
 
@@ -434,6 +436,7 @@ class PromiseMonitor:
             key: rounded(value) for key, value in covariates.items() if key in self._tests
         }
         self._settled = self._settled + self._growth([entry])
+        self._rows[name] = row_text(name, entry, self._tests)
         while self._queue and self._queue[0][1].status != RUNNING:
             self._compare(*self._queue.popleft())
         self._changed = self._unsaved = True
@@ -545,6 +548,9 @@ class PromiseMonitor:
         self._queue: deque[tuple[str, Entry]] = deque()
         reference = self._reference or {}
         self._tests = {name: ExchangeabilityTest(each) for name, each in reference.items()}
+        self._rows = {
+            name: row_text(name, entry, self._tests) for name, entry in self._entries.items()
+        }
         self._highest = max((one.score or 0.0 for one in entries.values()), default=0.0)
         self._state, self._reason = NOT_CONTRADICTED, ""
         for name, entry in self._entries.items():
@@ -610,7 +616,9 @@ class PromiseMonitor:
             )
 
     def _write(self, path: Path) -> None:
-        write_ledger(path, self._settings(), self._entries)
+        for name, entry in self._running.items():
+            self._rows[name] = row_text(name, entry, self._tests)
+        write_ledger(path, self._settings(), self._rows.values())
         self._stamp = stamp(path)
         self._unsaved = self._told_unsaved = False
 
