@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
     from safeshield.evaluation.curves import Evaluate
+    from safeshield.monitoring import PromiseMonitor
     from safeshield.online import SafeSupportQLearning, SSQLConfig
     from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
     from safeshield.rollouts.policies import HandOver
@@ -50,6 +51,7 @@ _HOMES = {
     "FilterReport": "safeshield.shield.report",
     "HandOver": "safeshield.rollouts.policies",
     "OfflineDataset": "safeshield.data.dataset",
+    "PromiseMonitor": "safeshield.monitoring",
     "SSQLConfig": "safeshield.online",
     "SafeFQL": "safeshield.algorithms.safefql",
     "SafeFQLConfig": "safeshield.algorithms.safefql",
@@ -78,6 +80,7 @@ __all__ = [
     "FilterReport",
     "HandOver",
     "OfflineDataset",
+    "PromiseMonitor",
     "SSQLConfig",
     "SafeFQL",
     "SafeFQLConfig",

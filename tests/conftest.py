@@ -20,8 +20,9 @@ if os.environ.get("SAFESHIELD_CHECK_SHAPES", "0") == "1":
         [
             f"safeshield.{part}"
             for part in (
-                "calibration", "data", "demo", "envs", "evaluation", "exact", "policies",
-                "proposals", "rollouts", "shield", "spaces", "support", "values", "wrappers",
+                "calibration", "data", "demo", "envs", "evaluation", "exact", "monitoring",
+                "policies", "proposals", "rollouts", "shield", "spaces", "support", "values",
+                "wrappers",
             )
         ],
         "shape_checks.shapes_only",

@@ -13,7 +13,7 @@ from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.rollouts.infos import PENALTY
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import ShieldRuntime
+from safeshield.shield.guard import ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield
@@ -107,10 +107,16 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         adaptive: Settings by which the threshold follows its errors, as an `AdaptiveThreshold` or a
             dict of its arguments; None for a fixed threshold. A rebuilt environment begins with the
             calibrated threshold.
+        monitor: A `PromiseMonitor` of the shield, which counts the episodes; None for none. With a
+            monitor there are two more infos, at reset and at every step: ``shield/promise`` says
+            what the episodes say of the promise, and ``shield/promise_evidence`` is the evidence
+            against it. Once the promise is revoked, ``shield/certified`` is False. The monitor is
+            no part of the spec: a rebuilt environment has none.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is below 0, a setting in
-            `adaptive` is out of range, or the environment is shielded already.
+            `adaptive` is out of range, `monitor` watches another shield, or the environment is
+            shielded already.
         TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
     """
 
@@ -121,6 +127,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         *,
         intervention_penalty: float = 0.0,
+        monitor: Watcher | None = None,
     ) -> None:
         if isinstance(shield, os.PathLike):
             # The spec is written as JSON, which can hold a string but no path object.
@@ -142,6 +149,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             env.action_space,
             adaptive=settings,
             intervention_penalty=intervention_penalty,
+            monitor=monitor,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
         self.intervention_penalty = self.runtime.intervention_penalty
@@ -187,9 +195,15 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             if penalty:
                 reward = float(reward) - penalty[PENALTY]
             reached = runtime.observe(observation, (info,))
+            runtime.count(decision, reached, bool(terminated) or bool(truncated))
             runtime.update()
             info = {**info, **penalty, **runtime.step_infos(decision, reached)}
             return observation, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        """Close the environment. A monitor counts an episode that is under way as cut."""
+        self.runtime.cut()
+        super().close()
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which discrete actions may be taken next; sb3-contrib's MaskablePPO calls this.

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 
 from safeshield.rollouts.infos import PENALTY, TERMINAL_OBSERVATION
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Decision, ShieldRuntime
+from safeshield.shield.guard import Decision, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -74,11 +74,13 @@ class VecSafetyShield(VecEnvWrapper):
         adaptive: Settings by which each environment's threshold follows its own errors (see
             `SafetyShield`). An episode's last step does not change the threshold where the `VecEnv`
             does not report ``terminal_observation``.
+        monitor: A `PromiseMonitor` of the shield, which counts the episodes of all environments in
+            the order in which they began, see `SafetyShield`.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is not a number of at least
-            0, a setting in `adaptive` is out of range, `venv` normalises observations or is
-            shielded already.
+            0, a setting in `adaptive` is out of range, `monitor` watches another shield, `venv`
+            normalises observations or is shielded already.
         TypeError: `venv` is not a `VecEnv`, `shield` is none of the three, or `adaptive` is of a
             wrong type.
 
@@ -101,6 +103,7 @@ class VecSafetyShield(VecEnvWrapper):
         shield: Shield | HasShield | str | os.PathLike[str],
         intervention_penalty: float = 0.0,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
+        monitor: Watcher | None = None,
     ) -> None:
         _check_inner(venv)
         super().__init__(venv)
@@ -112,6 +115,7 @@ class VecSafetyShield(VecEnvWrapper):
             venv.num_envs,
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
+            monitor=monitor,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
         self.intervention_penalty = self.runtime.intervention_penalty
@@ -175,7 +179,9 @@ class VecSafetyShield(VecEnvWrapper):
                 reached[ends], last = self._last_values([infos[i] for i in ends])
                 if binding is not None:
                     binding[ends] = last
-            runtime.update(reached, starts=np.asarray(dones, np.bool_))
+            over = np.asarray(dones, np.bool_)
+            runtime.count(decision, reached, over, last_infos=[infos[i] for i in ends])
+            runtime.update(reached, starts=over)
             penalty = runtime.penalties(decision.intervened)
             if penalty:
                 rewards = rewards - penalty[PENALTY].astype(np.result_type(rewards, np.float32))
@@ -185,6 +191,11 @@ class VecSafetyShield(VecEnvWrapper):
                 for i in ends:
                     self.reset_infos[i] = starts[i]
             return observations, rewards, dones, _added(infos, news)
+
+    def close(self) -> None:
+        """Close the environments. A monitor counts episodes that are under way as cut."""
+        self.runtime.cut()
+        super().close()
 
     def _step_inner(self) -> VecEnvStepReturn:
         try:

@@ -19,7 +19,7 @@ from safeshield.rollouts.infos import (
     reported,
 )
 from safeshield.shield.adaptive import AdaptiveThreshold
-from safeshield.shield.guard import ShieldRuntime
+from safeshield.shield.guard import ShieldRuntime, Watcher
 from safeshield.shield.nested import (
     refuse_past_shield,
     refuse_shielded,
@@ -91,11 +91,13 @@ class VectorSafetyShield(VectorWrapper):
             subtracted.
         adaptive: Settings by which each environment's threshold follows its own errors (see
             `SafetyShield`).
+        monitor: A `PromiseMonitor` of the shield, which counts the episodes of all environments in
+            the order in which they began, see `SafetyShield`.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is negative or not finite,
-            a setting in `adaptive` is out of range, or the environment is shielded already or
-            does not say how it resets itself.
+            a setting in `adaptive` is out of range, `monitor` watches another shield, or the
+            environment is shielded already or does not say how it resets itself.
         TypeError: `env` is not a vector environment, `shield` is none of the three, or `adaptive`
             is of a wrong type.
 
@@ -118,6 +120,7 @@ class VectorSafetyShield(VectorWrapper):
         *,
         intervention_penalty: float = 0.0,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
+        monitor: Watcher | None = None,
     ) -> None:
         if not isinstance(env, gym.vector.VectorEnv):
             raise TypeError(
@@ -141,6 +144,7 @@ class VectorSafetyShield(VectorWrapper):
             env.num_envs,
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
+            monitor=monitor,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
         self.intervention_penalty = self.runtime.intervention_penalty
@@ -228,6 +232,7 @@ class VectorSafetyShield(VectorWrapper):
                     f"metadata says {_NEXT_STEP}, but no new episode began", over & ignored
                 )
             last = self._last_observations(infos, over)
+            last_infos: list[dict[str, Any]] = []
             # `starts` tells where the state reached begins an episode: where the episode ended in
             # mode SAME_STEP, and where the action was ignored in mode NEXT_STEP.
             starts = over if self._mode == _SAME_STEP else ignored
@@ -236,11 +241,12 @@ class VectorSafetyShield(VectorWrapper):
             self._over = over & (self._mode != _SAME_STEP)
             reached, binding = runtime.values.copy(), copy(runtime.binding)
             if last is not None:
-                final = info_rows(infos.get(FINAL_INFO, {}), len(over), runtime.keys)
+                final = info_rows(infos.get(FINAL_INFO, {}), len(over), runtime.last_keys)
                 last_infos = [final[i] for i in _places(over)]
                 reached[over], names = runtime.evaluate(last, last_infos)
                 if binding is not None:
                     binding[over] = names
+            runtime.count(decision, reached, over, ~ignored, last_infos)
             runtime.update(reached, ~ignored, starts)
             news = runtime.step_infos(decision, reached, binding)
             penalty = runtime.penalties(intervened)
@@ -256,6 +262,11 @@ class VectorSafetyShield(VectorWrapper):
             infos = _with_columns(infos, penalty, ~starts)
             infos = _with_columns(infos, news, np.ones(len(over), np.bool_))
             return observations, rewards, terminated, truncated, infos
+
+    def close(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Close the environments, with their own arguments. A monitor counts cut episodes."""
+        self.runtime.cut()
+        super().close(**kwargs)
 
     # The vector wrappers of Gymnasium 0.29 call these four methods instead of step and reset.
 

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.calibration.binomial import check_probability, episodes_needed
+from safeshield.calibration.eprocess import log_growth, log_mixture
 from safeshield.calibration.sequential import Decision
 
 _BOLD = 0.9
@@ -51,13 +52,9 @@ def wealth(scores: npt.NDArray[np.float64], mean: float) -> npt.NDArray[np.float
     spread = (1.25 * mean**2 + squares) / (before + 1) - centre**2
     ahead = mean - centre
     bets = np.clip(ahead / np.maximum(spread + ahead**2, 1e-12), 0.0, 1.0)
-    with np.errstate(divide="ignore"):
-        bold = np.cumsum(np.log1p((mean - scores) / (1.0 - mean)))
-    careful = np.cumsum(np.log1p(bets * (mean - scores)))
-    total: npt.NDArray[np.float64] = np.logaddexp(
-        math.log(_BOLD) + bold, math.log1p(-_BOLD) + careful
-    )
-    return total
+    bold = np.cumsum(log_growth(1.0, (mean - scores) / (1.0 - mean)))
+    careful = np.cumsum(log_growth(bets, mean - scores))
+    return log_mixture([bold, careful], [math.log(_BOLD), math.log1p(-_BOLD)])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from safeshield.calibration.betting import betting_test
 from safeshield.calibration.binomial import check_probability
 from safeshield.calibration.sequential import Decision, fixed_plan, sequential_plan
 from safeshield.rollouts.recorded import Episode
-from safeshield.shield.record import COST_ABOVE, MEAN_COST, VIOLATION
+from safeshield.shield.record import COST_ABOVE, MEAN_COST, VIOLATION, CalibrationRecord
 
 
 class SequentialTest(Protocol):
@@ -79,7 +79,11 @@ class Violation(_Rate):
 
     def score(self, episode: Episode) -> float:
         """Return 1 for an episode that violates and 0 for another one."""
-        return float(episode.violated)
+        return self.score_of(episode.violated, 0.0)
+
+    def score_of(self, violated: bool, cost: float) -> float:
+        """Return the score of an episode that violates or not; its cost plays no part."""
+        return float(violated)
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,12 @@ class CostAbove(_Rate):
 
     def score(self, episode: Episode) -> float:
         """Return 1 for an episode whose summed cost exceeds the limit and 0 for another one."""
+        return self.score_of(False, episode.total_cost)
+
+    def score_of(self, violated: bool, cost: float) -> float:
+        """Return the score of an episode with a summed cost; a violation plays no part."""
         # The comparison is negated so that NaN counts as above the limit.
-        return float(not episode.total_cost <= self.limit)
+        return float(not cost <= self.limit)
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,11 @@ class MeanCost:
 
     def score(self, episode: Episode) -> float:
         """Return the episode's cost as a share of the bound; above 1 the calibration is void."""
-        return episode.total_cost / self.bound
+        return self.score_of(False, episode.total_cost)
+
+    def score_of(self, violated: bool, cost: float) -> float:
+        """Return the score of an episode with a summed cost; a violation plays no part."""
+        return cost / self.bound
 
     def test(self, confidence: float, episodes: int | None = None) -> SequentialTest:
         """Return the test at a confidence, with at most `episodes` episodes if they are given."""
@@ -148,3 +160,12 @@ class MeanCost:
 
 Promise = Violation | CostAbove | MeanCost
 """What a calibration may promise."""
+
+
+def promised(record: CalibrationRecord) -> Promise:
+    """Return the promise of a calibration's record."""
+    if record.kind == VIOLATION:
+        return Violation(record.epsilon)
+    if record.kind == COST_ABOVE:
+        return CostAbove(record.limit or 0.0, record.epsilon)
+    return MeanCost(record.limit or 0.0, record.cost_bound or 0.0)

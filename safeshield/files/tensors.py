@@ -102,7 +102,7 @@ class TensorFile:
                     f"{self.path}: tensor '{name}' holds NaN or infinity; the file is damaged or "
                     "the training that wrote it diverged"
                 )
-        if _digest(self.header, arrays) != self.digest:
+        if content_digest(self.header, arrays) != self.digest:
             raise ValueError(
                 f"{self.path} is damaged or was edited: its contents do not have the SHA-256 "
                 "digest that it names; copy it again, or save it again with this release"
@@ -126,7 +126,7 @@ def write_tensors(
     """
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # The metadata has one key, because the order of several keys would vary between runs.
-    text = _dump({"header": header, "sha256": _digest(header, plain)})
+    text = _dump({"header": header, "sha256": content_digest(header, plain)})
     content = format_safetensors(plain, {_KEY: text})
     with written_whole(Path(path)) as part:
         part.write_bytes(content)
@@ -224,7 +224,8 @@ def _dump(value: object) -> str:
     return json.dumps(value, allow_nan=False, sort_keys=True)
 
 
-def _digest(header: object, arrays: Mapping[str, Array]) -> str:
+def content_digest(header: object, arrays: Mapping[str, Array]) -> str:
+    """Return the SHA-256 digest of JSON values and of arrays by name, in hexadecimal."""
     digest = hashlib.sha256(_dump(header).encode())
     for name in sorted(arrays):
         array = arrays[name]

@@ -49,6 +49,10 @@ BINDING = "shield/binding"
 its own steps (`values.constraint.SeveralConstraints`). Where constraints are not finite, it is the
 first of these; where the observation is not readable, it is empty. Only shields of several
 constraints report it."""
+PROMISE = "shield/promise"
+"""State of the promise that a monitor watches (`monitoring`); only monitored shields report it."""
+EVIDENCE = "shield/promise_evidence"
+"""Evidence E_t against this promise (`calibration.eprocess`)."""
 PENALTY = "shield/penalty"
 """Penalty that an intervention subtracted from the reward."""
 

@@ -24,9 +24,11 @@ from safeshield.rollouts.infos import (
     CERTIFIED,
     CONSTRAINT,
     COST,
+    EVIDENCE,
     EXECUTED,
     INTERVENED,
     PENALTY,
+    PROMISE,
     PROPOSED,
     SAFE_SET,
     THRESHOLD,
@@ -80,6 +82,70 @@ class ShieldMemory(Protocol):
 
         `report`, `reached` and `counted` are those of `AdaptiveMargin.learn`.
         """
+        ...
+
+
+class WatchedStep(NamedTuple):
+    """One step of n environments, for an `EpisodeWatch`. All entries are (n,)."""
+
+    counted: Flags
+    """Whether an action was executed at all."""
+    ended: Flags
+    """Whether the step ended the episode, terminated or truncated."""
+    constraint: Scalars
+    """h that the environment reports of the state reached, NaN where it reports none."""
+    cost: Scalars
+    """Cost of the state reached, NaN where none is reported."""
+    intervened: Flags
+    """Whether the shield replaced the action."""
+    supported: Flags
+    """Whether the executed action looks like the log's; True without a support test."""
+    residual: Scalars
+    """V_h(s') - Q_h(s, a), in units of h; not finite where a value is not known."""
+
+
+class EpisodeWatch(Protocol):
+    """Follows the episodes of n environments, and judges the promise of the shield's record."""
+
+    @property
+    def state(self) -> str:
+        """What the episodes say of the promise, in words."""
+        ...
+
+    @property
+    def evidence(self) -> float:
+        """The evidence E_t against the promise."""
+        ...
+
+    @property
+    def revoked(self) -> bool:
+        """Whether no further episode may be certified."""
+        ...
+
+    def begin(self, starts: Flags, certified: Flags, values: Scalars, /) -> None:
+        """Begin new episodes; an episode that was under way there has been cut.
+
+        Args:
+            starts: (n,) whether an episode begins.
+            certified: (n,) whether it begins certified.
+            values: (n,) V_h of the states.
+        """
+        ...
+
+    def step(self, step: WatchedStep, /) -> None:
+        """Count one step, and judge the promise."""
+        ...
+
+    def cut(self) -> None:
+        """Take all episodes that are under way as cut."""
+        ...
+
+
+class Watcher(Protocol):
+    """A monitor of a shield's promise: `monitoring.PromiseMonitor`."""
+
+    def attach(self, shield: Shield, count: int, /) -> EpisodeWatch:
+        """Return what follows the episodes of `count` environments behind `shield`."""
         ...
 
 
@@ -201,6 +267,8 @@ class ShieldRuntime:
         memory: Can make thresholds stricter depending on earlier steps. The runtime resets the
             memory of each environment whose episode begins, and of all environments after a
             failure. None means that each decision depends only on the present state.
+        monitor: Watches the promise of the shield's record. The runtime reports the episodes to it
+            by `count`, and certifies none once the promise is revoked. None: no one watches.
 
     Attributes:
         adaptive: The margins of the environments; None where the threshold is fixed.
@@ -210,11 +278,12 @@ class ShieldRuntime:
         rows: (n, obs) the last observations, as rows of `spaces.rows`.
         infos: The infos that came with the last observations.
         keys: The keys of infos that the runtime reads; None where it may read any key.
+        last_keys: The keys that it reads of an episode's last infos.
 
     Raises:
-        TypeError: `adaptive` is of a wrong type.
-        ValueError: A setting in `adaptive` is out of range, or the penalty is negative or not
-            finite.
+        TypeError: `adaptive` or `monitor` is of a wrong type.
+        ValueError: A setting in `adaptive` is out of range, the penalty is negative or not finite,
+            or `monitor` watches another shield.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -238,11 +307,17 @@ class ShieldRuntime:
         intervention_penalty: float = 0.0,
         certifies: bool = True,
         memory: ShieldMemory | None = None,
+        monitor: Watcher | None = None,
     ) -> None:
         if not 0.0 <= intervention_penalty < np.inf:
             raise ValueError(
                 "intervention_penalty must be finite and at least 0 (it is subtracted from the "
                 f"reward), got {intervention_penalty}"
+            )
+        if monitor is not None and not hasattr(monitor, "attach"):
+            raise TypeError(
+                "monitor must be a PromiseMonitor of the shield, or None, got "
+                f"{type(monitor).__name__}"
             )
         self.shield = shield
         self.num_envs = num_envs
@@ -276,6 +351,8 @@ class ShieldRuntime:
         self._silent: PerEnv = False
         self._told_silent = False
         self._memory = memory
+        self._watch = None if monitor is None else monitor.attach(shield, self._count)
+        self._reports: Reports | None = None
         source = shield.model.constraint
         self._reported = source is not None and not source.available
         self._own = () if source is None else source.names
@@ -287,6 +364,7 @@ class ShieldRuntime:
             *((ACTION_MASK,) if codec.discrete else ()),
             *((CONSTRAINT,) if self._reported else ()),
         )
+        self.last_keys = self.keys if self._watch is None else (*self.keys, CONSTRAINT, COST)
         self.transition = Transition(self)
         self.values: PerEnv = None
         self.binding: PerEnv = None
@@ -309,6 +387,7 @@ class ShieldRuntime:
         *,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         intervention_penalty: float = 0.0,
+        monitor: Watcher | None = None,
     ) -> Self:
         """Return a runtime for an environment of any kind, after a check that the shield fits it.
 
@@ -320,11 +399,12 @@ class ShieldRuntime:
             num_envs: See the class.
             adaptive: See the class.
             intervention_penalty: See the class.
+            monitor: See the class.
 
         Raises:
             TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
-            ValueError: The spaces differ, the file is damaged, or the penalty or a setting in
-                `adaptive` is out of range.
+            ValueError: The spaces differ, the file is damaged, the penalty or a setting in
+                `adaptive` is out of range, or `monitor` watches another shield.
         """
         shield = as_shield(shield)
         certifies = shield.check_fits(observation_space, action_space, Identity.of(env))
@@ -335,6 +415,7 @@ class ShieldRuntime:
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
             certifies=certifies,
+            monitor=monitor,
         )
 
     # -- the present state of the environments --------------------------------------------------
@@ -436,9 +517,11 @@ class ShieldRuntime:
         if self._memory is not None:
             self._memory.reset(np.full(self._count, starts))
         self.rows, self._readable, self._states = rows, readable, states
-        if self._vouched:
+        if self._vouched or self._watch is not None:
             given = infos if reports is None else reports
-            self._compare(states, Reports.of(given, self.num_envs, self._own))
+            self._reports = Reports.of(given, self.num_envs, self._own)
+            if self._vouched:
+                self._compare(states, self._reports)
         return self.values
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> tuple[Scalars, Array | None]:
@@ -506,6 +589,60 @@ class ShieldRuntime:
         value = np.asarray(report.value, np.float64)
         return Decision(proposed, executed, report.intervened, value, self._each(threshold))
 
+    def count(
+        self,
+        decision: Decision,
+        reached: PerEnv,
+        ended: Flags | bool,
+        counted: Flags | bool = True,
+        last_infos: InfoDicts = (),
+    ) -> None:
+        """Report the step of the last decision to the monitor; without one, do nothing.
+
+        The call comes after `observe` and before `update`.
+
+        Args:
+            decision: The decision.
+            reached: V_h of the states reached, see `update`.
+            ended: (n,) whether the step ended the episode, or one value for all.
+            counted: (n,) whether an action was executed at all, or one value for all.
+            last_infos: The infos of the last states of the episodes that ended, where the states
+                observed last already begin the next episodes.
+        """
+        if self._watch is None or self._reports is None:
+            return
+        ended = np.full(self._count, ended)
+        h, cost = self._each(self._reports.constraint), self._each(self._reports.cost)
+        if last_infos:
+            told = Reports.of(last_infos, len(last_infos))
+            h[ended], cost[ended] = told.constraint, told.cost
+        supported = True if self._report is None else self._report.supported
+        with np.errstate(invalid="ignore"):
+            residual = self._each(reached) - self._each(decision.value)
+        self._watch.step(
+            WatchedStep(
+                np.full(self._count, counted),
+                ended,
+                h,
+                cost,
+                np.full(self._count, decision.intervened),
+                np.full(self._count, supported),
+                residual,
+            )
+        )
+        self._withdraw_revoked()
+
+    def cut(self) -> None:
+        """Report to the monitor, if there is one, that the episodes under way will not end."""
+        if self._watch is not None:
+            self._watch.cut()
+
+    def _withdraw_revoked(self) -> None:
+        """Certify nothing any more, once the promise is revoked."""
+        if self._watch is not None and self._watch.revoked:
+            self._vouched = False
+            self._covered[:] = False
+
     def update(
         self,
         reached: Scalars | None = None,
@@ -562,8 +699,11 @@ class ShieldRuntime:
             intervened = np.zeros(self._count, np.bool_)
         nothing = self._nothing
         begins = np.full(self._count, starts)
+        self._withdraw_revoked()
         safe = self._vouched & ~self._contradicted & self.in_safe_set(self._each(self.values))
         self._covered = np.where(begins, safe, self._covered)
+        if self._watch is not None:
+            self._watch.begin(begins, self._covered, self._each(self.values))
         start = Decision(nothing.copy(), nothing.copy(), intervened, self.values, self._told())
         return self.step_infos(start, self.values)
 
@@ -588,6 +728,11 @@ class ShieldRuntime:
         }
         if self._names is not None:
             infos[BINDING] = self.binding if binding is None else binding
+        if self._watch is not None:
+            told = {PROMISE: self._watch.state, EVIDENCE: self._watch.evidence}
+            if self.num_envs is not None:
+                told = {key: np.full(self._count, value) for key, value in told.items()}
+            infos |= told
         if self._discrete:
             masks = self.masks.astype(np.int8)
             infos[ACTION_MASK] = masks[0] if self.num_envs is None else masks
@@ -758,6 +903,7 @@ class ShieldRuntime:
         self._covered[:] = False
         if self._memory is not None:
             self._memory.reset(np.ones(self._count, np.bool_))
+        self.cut()
 
     def _known(self) -> tuple[StateValue, Array]:
         if self._states is None:
