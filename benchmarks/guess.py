@@ -32,7 +32,7 @@ constant. All shields play the same starts. The tasks are
     BallRun, PointCircle1
                   the observation determines h, and its source is withheld from the shield
 
-The boats have 10,000 updates of the shield, 600 trips of the demo's helmsmen as log, and reckless
+The boats have 6,000 updates of the shield, 400 trips of the demo's helmsmen as log, and reckless
 helmsmen as agent. The others use the shields and the PPO of `field.py`.
 """
 
@@ -46,15 +46,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from common import machine, once, run_cells
-from field import make, shield_of
+from field import shield_of
 from suites import read_log, trained
-from values_play import RecklessHelmsmen, margin_of
+from values_play import Agent, RecklessHelmsmen, SuiteWorld, World, margin_of, play
 
-from safeshield import OfflineDataset, Shield, collect
+from safeshield import OfflineDataset, Shield
 from safeshield.algorithms.shield_trainer import ShieldConfig, ShieldTrainer
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import (
@@ -65,16 +64,14 @@ from safeshield.envs.boat import (
     BoatTask,
     constraint,
 )
-from safeshield.envs.single import StateEnv
 from safeshield.envs.task import Array
-from safeshield.evaluation import evaluate
 from safeshield.nn.arrays import Float, Weights
 from safeshield.nn.mlp import EnsembleMLP, hidden_widths
 from safeshield.values.units import CONSTRAINT
 
 BOATS = ("fog", "sandbank")
 TASKS = (*BOATS, "BallRun", "PointCircle1")
-EPISODES = {"fog": 200, "sandbank": 200, "BallRun": 50, "PointCircle1": 20}
+EPISODES = {"fog": 200, "sandbank": 200, "BallRun": 30, "PointCircle1": 20}
 LEVELS = {"package": None, "mean": None, "q90": 0.9, "q97": 0.97}
 """The guesses; None is the mean."""
 MARGINS = {
@@ -84,9 +81,9 @@ MARGINS = {
     "PointCircle1": (0.0, 1.0, 2.0, 4.0, 8.0),
 }
 """Deltas of the grid, in margins. A delta below 0 shifts the guess down."""
-UPDATES, BATCH, RATE = 8_000, 256, 1e-3
+UPDATES, BATCH, RATE = 5_000, 256, 1e-3
 HELD_OUT, MISCOVERAGE = 0.2, 0.1
-BOAT_UPDATES, TRIPS = 10_000, 600
+BOAT_UPDATES, TRIPS = 6_000, 400
 RATES = (0.02, 0.05, 0.1, 0.25)
 """Rates of violating episodes at which the curves are compared."""
 FOG, CLEAR, FOG_BEGINS, SANDBANK = 0.15, 0.01, -0.35, 0.2
@@ -128,31 +125,79 @@ class MurkyTask(BoatTask):
         return np.append(place, generator.uniform(-self.spread, self.spread))
 
 
-class MurkyBoat(StateEnv):
-    """A boat that observes its position (2,), in fog or near a rock of unknown size.
+class Murk:
+    """The world of boats that observe their positions (2,), in fog or near a rock of unknown size.
 
     Args:
         kind: "fog" or "sandbank".
         upstream: Whether every episode starts at x < -2.3, from where both rocks can be avoided.
     """
 
+    horizon = BoatTask.max_episode_steps
+
     def __init__(self, kind: str, upstream: bool) -> None:
         self._foggy = kind == "fog"
         last_x = -2.3 if upstream else float(STATE_HIGH[0])
-        super().__init__(MurkyTask(spread=0.0 if self._foggy else SANDBANK, last_x=last_x))
-        self.observation_space = BoatTask().observation_space()
+        self._task = MurkyTask(spread=0.0 if self._foggy else SANDBANK, last_x=last_x)
 
-    def _arrive(self, state: Array) -> tuple[Float, dict[str, Any]]:
-        seen, info = super()._arrive(state)
-        place = seen[:2]
+    @property
+    def h(self) -> np.ndarray:
+        """(n,) h of the states, in metres."""
+        return self._task.constraint(self._states)
+
+    def start(self, certified: object, episodes: int, seed: int) -> tuple[np.ndarray, float]:
+        """Start episodes, whether or not their starts are certified (see `values_play.World`)."""
+        self._rng = np.random.default_rng(seed)
+        self._states = np.stack([self._task.draw_start(self._rng) for _ in range(episodes)])
+        return self._seen(), 1.0
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """See `values_play.World`."""
+        rewards = self._task.reward(self._states)
+        self._states = self._task.next_state(self._states, np.asarray(actions, np.float64))
+        return self._seen(), rewards, (self.h > 0).astype(float), np.zeros(len(rewards), bool)
+
+    def _seen(self) -> np.ndarray:
+        place = self._states[:, :2]
         if self._foggy:
-            error = self.np_random.normal(0.0, FOG if state[1] > FOG_BEGINS else CLEAR, 2)
-            place = (place + error).astype(np.float32)
-        return np.clip(place, self.observation_space.low, self.observation_space.high), info
+            deviation = np.where(place[:, 1:] > FOG_BEGINS, FOG, CLEAR)
+            place = place + self._rng.normal(0.0, 1.0, place.shape) * deviation
+        return np.clip(place, STATE_LOW, STATE_HIGH).astype(np.float32)
 
 
-MURKY = "benchmark/MurkyBoat-v0"
-gym.register(MURKY, MurkyBoat, max_episode_steps=BoatTask.max_episode_steps)
+class AllStarts(SuiteWorld):
+    """The world of a benchmark task, in which every start counts."""
+
+    def start(self, certified: object, episodes: int, seed: int) -> tuple[np.ndarray, float]:
+        """See `values_play.World`."""
+        return super().start(lambda rows: np.ones(len(rows), bool), episodes, seed)
+
+
+def trips(kind: str, seed: int) -> OfflineDataset:
+    """Return a log of the demo's helmsmen, who see what the shield sees."""
+    world, helmsmen, rng = Murk(kind, upstream=False), Helmsmen(), np.random.default_rng(seed)
+    columns: dict[str, list[np.ndarray]] = {}
+    seen, _ = world.start(None, TRIPS, seed)
+    for t in range(world.horizon):
+        actions, h = helmsmen(seen, rng).astype(np.float32), world.h
+        after, rewards, costs, _ = world.step(actions)
+        row = {
+            "observations": seen,
+            "actions": actions,
+            "rewards": rewards,
+            "costs": costs,
+            "next_observations": after,
+            "constraints": h,
+            "next_constraints": world.h,
+            "terminated": np.zeros(TRIPS, bool),
+            "truncated": np.full(TRIPS, t == world.horizon - 1),
+        }
+        for name, column in row.items():
+            columns.setdefault(name, []).append(column)
+        seen = after
+    rows = {name: np.concatenate(np.stack(each, axis=1)) for name, each in columns.items()}
+    spaces = {"observation_space": BoatTask().observation_space()}
+    return OfflineDataset.from_arrays(action_space=BoatTask().action_space(), **spaces, **rows)
 
 
 def log_of(task: str, seed: int, data: Path, folder: Path) -> OfflineDataset:
@@ -161,8 +206,7 @@ def log_of(task: str, seed: int, data: Path, folder: Path) -> OfflineDataset:
         return read_log(data, task)
     path = folder / f"{task}_{seed}.hdf5"
     if not path.exists():
-        env = gym.make(MURKY, kind=task, upstream=False)
-        collect(env, Helmsmen(), episodes=TRIPS, seed=seed).save(path)
+        trips(task, seed).save(path)
     return OfflineDataset.load(path)
 
 
@@ -276,16 +320,12 @@ def check_constant(shield: Shield, weights: Weights, log: OfflineDataset) -> Non
 
 def played(shield: Shield, task: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
     """Play the reckless agent behind a shield."""
-    env = gym.make(MURKY, kind=task, upstream=True) if task in BOATS else make(task)
-    agent = RecklessHelmsmen() if task in BOATS else trained(task, "ppo", seed, data, folder)
-    result = evaluate(env, agent, EPISODES[task], 3_000_000 + seed, shield=shield)
-    return {
-        "violating": result.violating,
-        "episodes": result.episodes,
-        "cost": result.mean_cost,
-        "return": result.mean_return,
-        "replaced": result.intervention_rate,
-    }
+    world: World = Murk(task, upstream=True) if task in BOATS else AllStarts(task)
+    agent: Agent = RecklessHelmsmen()
+    if task not in BOATS:
+        ppo: Any = trained(task, "ppo", seed, data, folder)
+        agent = lambda observations, rng: ppo.predict(observations)[0]  # noqa: E731
+    return play(shield, "escape", 0.0, world, agent, EPISODES[task], 3_000_000 + seed)
 
 
 def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
