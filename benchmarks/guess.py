@@ -84,7 +84,7 @@ MARGINS = {
 UPDATES, BATCH, RATE = 5_000, 256, 1e-3
 HELD_OUT, MISCOVERAGE = 0.2, 0.1
 BOAT_UPDATES, TRIPS = 6_000, 400
-RATES = (0.02, 0.05, 0.1, 0.25)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.3)
 """Rates of violating episodes at which the curves are compared."""
 FOG, CLEAR, FOG_BEGINS, SANDBANK = 0.15, 0.01, -0.35, 0.2
 
@@ -436,6 +436,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if math.isfinite(value) else "-"
 
 
 _MEANS = ("cost", "replaced", "return")
