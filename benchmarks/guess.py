@@ -11,10 +11,9 @@ copies of it get other networks in its place:
 
     package   the network that `ShieldTrainer` has trained on the whole log
     mean      the same regression, on 80% of the log's episodes
-    q90, q97  the 0.9 or 0.97 quantile of h given the observation, by the pinball loss, on the same
-              episodes
+    q90       the 0.9 quantile of h given the observation, by the pinball loss, on the same episodes
 
-The other 20% of the episodes conformalise the last three by episodes: the score of an episode is
+The other 20% of the episodes conformalise the last two by episodes: the score of an episode is
 the greatest h - guess over its steps, and the constant is the ceil(0.9 (m + 1))-th smallest of m
 scores. In a new episode of the log's own behaviour, h exceeds guess + constant in any step with
 probability at most 0.1. Nothing follows for the shielded agent, whose episodes are not exchangeable
@@ -72,7 +71,7 @@ from safeshield.values.units import CONSTRAINT
 BOATS = ("fog", "sandbank")
 TASKS = (*BOATS, "BallRun", "PointCircle1")
 EPISODES = {"fog": 200, "sandbank": 200, "BallRun": 30, "PointCircle1": 20}
-LEVELS = {"package": None, "mean": None, "q90": 0.9, "q97": 0.97}
+LEVELS = {"package": None, "mean": None, "q90": 0.9}
 """The guesses; None is the mean."""
 MARGINS = {
     "fog": (0.0, 1.0, 2.0, 4.0, 8.0),
@@ -424,7 +423,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         ]
         for name in names:
             cells = [row for row in mine if row["guess"] == name]
-            shares = (", ".join(f"{replaced_at(row, rate):.1%}" for row in cells) for rate in RATES)
+            shares = (", ".join(_share(replaced_at(row, rate)) for row in cells) for rate in RATES)
             added, spread, covered, constant = (
                 np.mean([row[key] / (1.0 if key == "held_out_covered" else row["margin"])
                          for row in cells])
