@@ -119,8 +119,8 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is below 0, a setting in
-            `adaptive` is out of range, `monitor` watches another shield, the environment is shielded
-            already, or the mode is unknown or does not go with the other arguments.
+            `adaptive` is out of range, `monitor` watches another shield, the environment is
+            shielded already, or the mode is unknown or does not go with the other arguments.
         TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
     """
 
