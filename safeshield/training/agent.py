@@ -315,7 +315,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         parts = model.parts()
         shapes = {name: parts[name].shapes for name in self._kept(model)}
         expected = flatten(shapes)
-        with _describing(read.path):
+        with describing(read.path):
             hashes = hash_shapes(read.header)
         arrays = read.file.load({**expected, **hashes}, dict.fromkeys(hashes, np.int64))
         self._episodes = arrays.pop(TRAINING_HASHES).view(np.uint64) if hashes else None
