@@ -370,7 +370,7 @@ def test_shadow_in_stable_baselines3_and_a_spec_that_rebuilds_it(
 
 
 def test_a_shadow_adapts_nothing_and_an_unknown_mode_is_refused(fresh: Shield) -> None:
-    for more in ({"adaptive": {"target": 0.1}}, {"intervention_penalty": 1.0}):
+    for more in ({"adaptive": {"target": 0.1}}, {"intervention_penalty": 1.0}, {"monitor": 1}):
         with pytest.raises(ValueError, match="mode='shadow' changes and promises nothing"):
             SafetyShield(boat(), fresh, mode="shadow", **more)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mode must be one of \['shield', 'shadow'\], got 'off'"):
