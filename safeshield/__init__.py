@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from safeshield.rollouts.policies import HandOver
     from safeshield.shield.adaptive import AdaptiveThreshold
     from safeshield.shield.backup import register_backup
+    from safeshield.shield.log_record import LogRecord
     from safeshield.shield.record import CalibrationRecord
     from safeshield.shield.report import FilterReport
     from safeshield.shield.shield import Shield, UncalibratedShieldWarning
@@ -50,6 +51,7 @@ _HOMES = {
     "Evaluate": "safeshield.evaluation.curves",
     "FilterReport": "safeshield.shield.report",
     "HandOver": "safeshield.rollouts.policies",
+    "LogRecord": "safeshield.shield.log_record",
     "OfflineDataset": "safeshield.data.dataset",
     "PromiseMonitor": "safeshield.monitoring",
     "SSQLConfig": "safeshield.online",
@@ -79,6 +81,7 @@ __all__ = [
     "Evaluate",
     "FilterReport",
     "HandOver",
+    "LogRecord",
     "OfflineDataset",
     "PromiseMonitor",
     "SSQLConfig",

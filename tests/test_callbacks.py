@@ -248,7 +248,7 @@ def test_a_damaged_mark_is_refused(
 ) -> None:
     clone().fit(log, 3).save(tmp_path / "agent.safetensors")
     file = read_tensors(tmp_path / "agent.safetensors")
-    write_tensors(tmp_path / "other", file.load(file.shapes), {**file.header, **mark})
+    write_tensors(tmp_path / "other", file.load(file.shapes, file.dtypes), {**file.header, **mark})
     with pytest.raises(ValueError, match=f"{next(iter(mark))} must be a"):
         load_agent(tmp_path / "other")
 

@@ -434,7 +434,7 @@ HEADERS: dict[str, Callable[[Json], object]] = {
 @pytest.mark.parametrize("damage", HEADERS.values(), ids=HEADERS.keys())
 def test_a_hostile_header_is_refused(damage: Callable[[Json], object], path: Path) -> None:
     file = read_tensors(path, "safeshield-shield")
-    arrays, header = file.load(file.shapes), file.header
+    arrays, header = file.load(file.shapes, file.dtypes), file.header
     damage(header)
     # Written with a digest that fits: only the checks of the fields stand in the way.
     _write_raw(path, arrays, header)
@@ -462,14 +462,14 @@ def _write_raw(path: Path, arrays: dict[str, np.ndarray], header: Json) -> None:
 
 def test_the_hostile_headers_would_load_without_their_damage(path: Path, shield: Shield) -> None:
     file = read_tensors(path, "safeshield-shield")
-    _write_raw(path, file.load(file.shapes), file.header)
+    _write_raw(path, file.load(file.shapes, file.dtypes), file.header)
     assert_equal(Shield.load(path), shield)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_weights_must_be_finite(number: float, path: Path) -> None:
     file = read_tensors(path, "safeshield-shield")
-    arrays = file.load(file.shapes)
+    arrays = file.load(file.shapes, file.dtypes)
     arrays["excess/0.weight"][0, 1, 2] = number
     _write_raw(path, arrays, file.header)
     refused(path, "NaN or infinity")
@@ -478,7 +478,7 @@ def test_weights_must_be_finite(number: float, path: Path) -> None:
 @pytest.mark.parametrize("kind", [np.int64, np.uint8])
 def test_weights_must_be_float32(kind: type, path: Path) -> None:
     file = read_tensors(path, "safeshield-shield")
-    arrays = file.load(file.shapes)
+    arrays = file.load(file.shapes, file.dtypes)
     arrays["excess/0.weight"] = arrays["excess/0.weight"].astype(kind)
     _write_raw(path, arrays, file.header)
     refused(path, "must be float32")

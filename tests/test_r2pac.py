@@ -708,7 +708,9 @@ def test_a_file_whose_region_contradicts_its_costs(agent: R2PAC, tmp_path: Path)
     agent.save(tmp_path / "agent")
     file = read_tensors(tmp_path / "agent")
     for change in ({"cost_scale": None}, {"region": None}, {"penalty": "much"}, {"longest": 0}):
-        write_tensors(tmp_path / "bad", file.load(file.shapes), {**file.header, **change})
+        write_tensors(
+            tmp_path / "bad", file.load(file.shapes, file.dtypes), {**file.header, **change}
+        )
         with pytest.raises(ValueError, match="does not describe an agent"):
             R2PAC.load(tmp_path / "bad")
 

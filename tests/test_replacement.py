@@ -855,7 +855,7 @@ def test_a_hostile_strategy_is_refused(
     path = tmp_path / "shield.safetensors"
     shield.with_replacement(ProjectedGradient()).save(path)
     file = read_tensors(path, "safeshield-shield")
-    arrays, header = file.load(file.shapes), file.header
+    arrays, header = file.load(file.shapes, file.dtypes), file.header
     _write_raw(path, arrays, header)
     assert Shield.load(path).replacement == ProjectedGradient()
     damage(header["replacement"])
@@ -873,7 +873,7 @@ def test_a_strategy_that_is_no_object_is_refused(shield: Shield, tmp_path: Path)
     path = tmp_path / "shield.safetensors"
     shield.save(path)
     file = read_tensors(path, "safeshield-shield")
-    arrays = file.load(file.shapes)
+    arrays = file.load(file.shapes, file.dtypes)
     for wrong in ("fallback_policy", None, [], 3):
         _write_raw(path, arrays, file.header | {"replacement": wrong})
         with pytest.raises(ValueError, match="the header does not describe a shield"):
@@ -885,7 +885,7 @@ def test_a_gradient_over_discrete_actions_in_a_file_is_refused(tmp_path: Path) -
     untrained(gym.spaces.Discrete(3)).save(path)
     file = read_tensors(path, "safeshield-shield")
     gradient = {"kind": "projected_gradient", **dataclasses.asdict(ProjectedGradient())}
-    _write_raw(path, file.load(file.shapes), file.header | {"replacement": gradient})
+    _write_raw(path, file.load(file.shapes, file.dtypes), file.header | {"replacement": gradient})
     with pytest.raises(ValueError, match="no gradient between discrete actions"):
         Shield.load(path)
 
@@ -894,7 +894,7 @@ def test_a_file_of_before_replaces_by_the_nearest(shield: Shield, tmp_path: Path
     path = tmp_path / "shield.safetensors"
     shield.save(path)
     file = read_tensors(path, "safeshield-shield")
-    arrays, header = file.load(file.shapes), file.header
+    arrays, header = file.load(file.shapes, file.dtypes), file.header
     header["candidates"] = header.pop("replacement")["candidates"] | {"box": 7}
     _write_raw(path, arrays, header)
     assert Shield.load(path).replacement == NearestAcceptable(CandidateSet(box=7))

@@ -503,7 +503,7 @@ def test_a_broken_agent_header_is_a_clear_error(
     path = tmp_path / "agent"
     fitted.save(path)
     file = read_tensors(path, "safeshield-safefql")
-    arrays = file.load(file.shapes)
+    arrays = file.load(file.shapes, file.dtypes)
     write_tensors(path, arrays, {**file.header, field: value})
     with pytest.raises(ValueError, match="does not describe an agent"):
         SafeFQL.load(path)

@@ -92,7 +92,7 @@ def test_flrp_has_no_euler_steps(log: OfflineDataset, tmp_path: Path) -> None:
     FLRP(config, device="cpu").fit(log, 3).save(tmp_path / "agent")
     file = read_tensors(tmp_path / "agent")
     old = {**file.header, "config": {**file.header["config"], "flow_steps": 10}}
-    write_tensors(tmp_path / "old", file.load(file.shapes), old)
+    write_tensors(tmp_path / "old", file.load(file.shapes, file.dtypes), old)
     assert FLRP.load(tmp_path / "old").config == config
 
 

@@ -598,7 +598,7 @@ def test_a_file_from_before_there_were_support_tests_loads(plain: Shield, tmp_pa
 def write_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the header and give the file a digest that fits."""
     file = read_tensors(path, "safeshield-shield")
-    arrays, header = file.load(file.shapes), file.header
+    arrays, header = file.load(file.shapes, file.dtypes), file.header
     change(header)
     digest = sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):

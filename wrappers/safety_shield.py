@@ -13,7 +13,7 @@ from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.rollouts.infos import PENALTY
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import ShieldRuntime, Watcher
+from safeshield.shield.guard import Mode, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield
@@ -112,11 +112,15 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             what the episodes say of the promise, and ``shield/promise_evidence`` is the evidence
             against it. Once the promise is revoked, ``shield/certified`` is False. The monitor is
             no part of the spec: a rebuilt environment has none.
+        mode: "shield", or "shadow": the environment then executes what the agent sends, and the
+            infos ``shield/would_intervene`` (bool) and ``action_shielded`` (array) tell what the
+            shield would have done. ``shield/intervened`` and ``shield/certified`` are False,
+            ``shield/value`` is Q_h of the agent's action, and no mask forbids an action.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is below 0, a setting in
-            `adaptive` is out of range, `monitor` watches another shield, or the environment is
-            shielded already.
+            `adaptive` is out of range, `monitor` watches another shield, the environment is
+            shielded already, or the mode is unknown or does not go with the other arguments.
         TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
     """
 
@@ -128,6 +132,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         *,
         intervention_penalty: float = 0.0,
         monitor: Watcher | None = None,
+        mode: Mode = "shield",
     ) -> None:
         if isinstance(shield, os.PathLike):
             # The spec is written as JSON, which can hold a string but no path object.
@@ -140,6 +145,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             intervention_penalty=intervention_penalty,
             adaptive=None if settings is None else settings.to_json(),
             _disable_deepcopy=True,
+            **({} if mode == "shield" else {"mode": mode}),
         )
         gym.Wrapper.__init__(self, env)
         self.runtime = ShieldRuntime.around(
@@ -150,6 +156,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             adaptive=settings,
             intervention_penalty=intervention_penalty,
             monitor=monitor,
+            mode=mode,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
         self.intervention_penalty = self.runtime.intervention_penalty

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 
 from safeshield.rollouts.infos import PENALTY, TERMINAL_OBSERVATION
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Decision, ShieldRuntime, Watcher
+from safeshield.shield.guard import Decision, Mode, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -76,11 +76,13 @@ class VecSafetyShield(VecEnvWrapper):
             does not report ``terminal_observation``.
         monitor: A `PromiseMonitor` of the shield, which counts the episodes of all environments in
             the order in which they began, see `SafetyShield`.
+        mode: "shield" or "shadow", see `SafetyShield`.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is not a number of at least
             0, a setting in `adaptive` is out of range, `monitor` watches another shield, `venv`
-            normalises observations or is shielded already.
+            normalises observations or is shielded already, or the mode is unknown or does not go
+            with the other arguments.
         TypeError: `venv` is not a `VecEnv`, `shield` is none of the three, or `adaptive` is of a
             wrong type.
 
@@ -104,6 +106,8 @@ class VecSafetyShield(VecEnvWrapper):
         intervention_penalty: float = 0.0,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         monitor: Watcher | None = None,
+        *,
+        mode: Mode = "shield",
     ) -> None:
         _check_inner(venv)
         super().__init__(venv)
@@ -116,6 +120,7 @@ class VecSafetyShield(VecEnvWrapper):
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
             monitor=monitor,
+            mode=mode,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
         self.intervention_penalty = self.runtime.intervention_penalty

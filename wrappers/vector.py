@@ -19,7 +19,7 @@ from safeshield.rollouts.infos import (
     reported,
 )
 from safeshield.shield.adaptive import AdaptiveThreshold
-from safeshield.shield.guard import ShieldRuntime, Watcher
+from safeshield.shield.guard import Mode, ShieldRuntime, Watcher
 from safeshield.shield.nested import (
     refuse_past_shield,
     refuse_shielded,
@@ -93,11 +93,13 @@ class VectorSafetyShield(VectorWrapper):
             `SafetyShield`).
         monitor: A `PromiseMonitor` of the shield, which counts the episodes of all environments in
             the order in which they began, see `SafetyShield`.
+        mode: "shield" or "shadow", see `SafetyShield`.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is negative or not finite,
-            a setting in `adaptive` is out of range, `monitor` watches another shield, or the
-            environment is shielded already or does not say how it resets itself.
+            a setting in `adaptive` is out of range, `monitor` watches another shield, the
+            environment is shielded already or does not say how it resets itself, or the mode is
+            unknown or does not go with the other arguments.
         TypeError: `env` is not a vector environment, `shield` is none of the three, or `adaptive`
             is of a wrong type.
 
@@ -121,6 +123,7 @@ class VectorSafetyShield(VectorWrapper):
         intervention_penalty: float = 0.0,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         monitor: Watcher | None = None,
+        mode: Mode = "shield",
     ) -> None:
         if not isinstance(env, gym.vector.VectorEnv):
             raise TypeError(
@@ -145,6 +148,7 @@ class VectorSafetyShield(VectorWrapper):
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
             monitor=monitor,
+            mode=mode,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
         self.intervention_penalty = self.runtime.intervention_penalty

@@ -538,7 +538,11 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
 
     def shield(self) -> Shield:
         """Return an uncalibrated shield (delta 0) whose fallback is this agent's actor."""
-        return Shield(self._safety(self._fitted()), trained_by=f"SafeFQL, seed {self.config.seed}")
+        return Shield(
+            self._safety(self._fitted()),
+            trained_by=f"SafeFQL, seed {self.config.seed}",
+            training_episodes=self._episodes,
+        )
 
     def _safety(self, model: CriticArchitecture) -> SafetyModel:
         if self._safety_model is None:

@@ -326,6 +326,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
                 trained_by=f"ShieldTrainer, seed {self.config.seed}",
                 replacement=replacement,
                 support=test,
+                training_episodes=self._episodes,
             )
         return self._shield
 

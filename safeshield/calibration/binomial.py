@@ -58,10 +58,14 @@ def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
     (-1, 0)
     """
     check_probability("epsilon", epsilon)
-    k = -1
-    while k < episodes and upper_bound(episodes, k + 1, confidence) <= epsilon:
-        k += 1
-    return k
+    low, high = -1, episodes
+    while high - low > 1:
+        middle = (low + high) // 2
+        if upper_bound(episodes, middle, confidence) <= epsilon:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> int:

@@ -129,6 +129,21 @@ def calibrate_support(
         ValueError: The spaces differ, the score is unknown or this model does not provide it, alpha
             or share is out of range, or there are too few episodes (the message says how many).
     """
+    check_held_out(model, held_out)
+    chosen = support_score(score, model)
+    scores = chosen(model, model.unjudged(held_out.observations), held_out.actions)
+    return SupportTest(
+        chosen, record_of(scores, held_out.episode_starts, chosen.name, alpha, share)
+    )
+
+
+def check_held_out(model: SafetyModel, held_out: object) -> None:
+    """Raise unless `held_out` is a log with the spaces of a shield's `model`.
+
+    Raises:
+        TypeError: It is no `OfflineDataset`.
+        ValueError: The spaces differ.
+    """
     if not isinstance(held_out, OfflineDataset):
         raise TypeError(
             f"held_out must be an OfflineDataset of whole episodes, got {type(held_out).__name__}; "
@@ -141,8 +156,3 @@ def calibrate_support(
             f"held_out's {what}",
             unbounded_matches_any=what == "observation_space",
         )
-    chosen = support_score(score, model)
-    scores = chosen(model, model.unjudged(held_out.observations), held_out.actions)
-    return SupportTest(
-        chosen, record_of(scores, held_out.episode_starts, chosen.name, alpha, share)
-    )

@@ -44,8 +44,9 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return
-    # The promise states the record in words, so the text leaves the record out.
-    description.pop("record", None)
+    # The promise and the statements say in words what the records hold.
+    for stated in ("record", "log_records"):
+        description.pop(stated, None)
     width = max(map(len, description))
     for name, value in description.items():
         typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")

@@ -161,6 +161,8 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "calibrated": record is not None,
         "promise": "none: not calibrated" if record is None else record.promise,
         "record": None if record is None else record.to_json(),
+        "from_logs": [one.statement for one in shield.log_records] or "none",
+        "log_records": [one.to_json() for one in shield.log_records],
         "support": None if shield.support is None else shield.support.record.promise,
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
-from safeshield.rollouts.copies import check_env, constraint_source, spaces_of
+from safeshield.rollouts.copies import behind_shield, check_env, constraint_source, spaces_of
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.recorded import STEP_ARRAYS, Episode
 from safeshield.spaces.generic import Env, VectorEnv
@@ -40,7 +40,8 @@ def collect(
     function of the observation that gives its constraint (`values.constraint`), the log stores that
     name. Several constraints that are reported by name become one label, each in units of its own
     steps in this log (`OfflineDataset.with_constraint`). The log stores their names and units where
-    a function is registered for each name.
+    a function is registered for each name. The provenance of a log of a shielded environment names
+    the shield, its delta and its mode, under "behind_shield".
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
@@ -75,7 +76,9 @@ def collect(
         source = constraint_source(env)
     if observation_keys is not None:
         source = None  # The function takes whole observations.
-    return dataclasses.replace(log, constraint_source=source)
+    behind = behind_shield(env)
+    provenance = None if behind is None else {"behind_shield": behind}
+    return dataclasses.replace(log, constraint_source=source, provenance=provenance)
 
 
 def log_of(

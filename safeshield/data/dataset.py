@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -553,6 +554,27 @@ class OfflineDataset:
         """(E,) whether h > 0 in any state of the episode, the first and the last included."""
         unsafe = (self.constraints > 0) | (self.next_constraints > 0)
         return _frozen(np.logical_or.reduceat(unsafe, self.episode_starts))
+
+    @cached_property
+    def episode_hashes(self) -> npt.NDArray[np.uint64]:
+        """(E,) 64-bit hash of the observations and actions of each episode.
+
+        Labels, rewards, costs and flags do not enter the hash, so an episode that is labelled anew
+        keeps it. A part of an episode, or an episode of which other entries were logged, has
+        another hash.
+        """
+        found = np.empty(self.num_episodes, np.uint64)
+        for i, start in enumerate(self.episode_starts):
+            rows = slice(start, start + self.episode_lengths[i])
+            digest = hashlib.blake2b(digest_size=8)
+            for array in (
+                self.observations[rows],
+                self.actions[rows],
+                self.next_observations[rows][-1],
+            ):
+                digest.update(np.ascontiguousarray(array).data)
+            found[i] = int.from_bytes(digest.digest(), "little")
+        return _frozen(found)
 
     def select(self, episode_indices: npt.ArrayLike) -> OfflineDataset:
         """Return a log of the episodes with these indices, in this order.

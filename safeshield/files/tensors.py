@@ -27,6 +27,10 @@ from safeshield.files.atomic import written_whole
 Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
 _KEY = "safeshield"
+TRAINING_HASHES = "episodes/training"
+"""Tensor of agents and shields that holds the hashes of the episodes of the training log."""
+TRAINING_EPISODES = "training_episodes"
+"""Field of the header with the number of these hashes; missing or null where they are not known."""
 AGENT, SHIELD, CHECKPOINT = "agent", "shield", "checkpoint"
 FORMATS: dict[str, tuple[str, str]] = {}
 """The file formats that this process can read. The key is the format named in the header; the value
@@ -172,6 +176,22 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
         wanted = "a safeshield file" if kind is None else f"a '{kind}' file"
         raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{read_by(found)}")
     return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
+
+
+def hash_shapes(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the tensor of training hashes by its name, ``{}`` where there is none.
+
+    `header` is the header of an agent or a shield.
+
+    Raises:
+        ValueError: The number of episodes is not a whole number of at least 0.
+    """
+    count = header.get(TRAINING_EPISODES)
+    if count is None:
+        return {}
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{TRAINING_EPISODES} must be a whole number, got {count!r:.40}")
+    return {TRAINING_HASHES: (count,)}
 
 
 def register_format(name: str, holds: str, reader: str) -> None:

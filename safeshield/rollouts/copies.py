@@ -101,6 +101,23 @@ def constraint_source(env: object) -> str | None:
     return None
 
 
+def behind_shield(env: object) -> dict[str, Any] | None:
+    """Return which shield `env` executes its actions through, and in which mode, as JSON values.
+
+    The result is None where no layer has a shield's runtime. Of several members of a vector
+    environment the first one tells.
+    """
+    layer: Any = env
+    while layer is not None:
+        fields = getattr(layer, "__dict__", {})
+        identity = getattr(fields.get("runtime"), "identity", None)
+        if isinstance(identity, dict):
+            return identity
+        members = fields.get("envs")
+        layer = members[0] if members else fields.get("env", fields.get("venv"))
+    return None
+
+
 def environment_kwargs(env: object) -> dict[str, Any] | None:
     """Return the keyword arguments with which the environment `env` was made, as JSON values.
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 import safeshield.nn.latent_actor  # noqa: F401 - registers its kind of actor
 from safeshield.files.schema import finite_number, json_values, record_from_json
-from safeshield.files.tensors import SHIELD, read_tensors, register_format, write_tensors
+from safeshield.files.tensors import (
+    SHIELD,
+    TRAINING_EPISODES,
+    TRAINING_HASHES,
+    hash_shapes,
+    read_tensors,
+    register_format,
+    write_tensors,
+)
 from safeshield.nn.actor import (
     MAX_STEPS,
     Actor,
@@ -26,6 +39,13 @@ from safeshield.nn.plan_actor import ActionCritic
 from safeshield.shield.backup import BackupController
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, widths_of
+from safeshield.shield.log_record import (
+    Ledger,
+    LogRecord,
+    ledger_tensor,
+    read_attempts,
+    remembered,
+)
 from safeshield.shield.record import Attempt, CalibrationRecord
 from safeshield.shield.replacement import (
     CommittedFallback,
@@ -34,6 +54,7 @@ from safeshield.shield.replacement import (
     ProjectedGradient,
     Replacement,
     check_replacement,
+    describe,
     settings_of,
 )
 from safeshield.spaces.rows import flat_actions, flat_observations
@@ -89,10 +110,31 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         ValueError: The shield replaces actions in a way that a file cannot hold, or an actor's
             class is not registered.
     """
-    model = shield.model
+    described, weights = _identity(shield)
     header = {
         "format": FORMAT,
         "version": VERSION,
+        **described,
+        "delta": shield.delta,
+        "record": None if shield.record is None else shield.record.to_json(),
+        "attempts": [json_values(one) for one in shield.attempts],
+        "trained_by": shield.trained_by,
+        "replacement": _replacement_to_json(shield.replacement),
+        "support": _support_to_json(shield),
+        **remembered(shield),
+    }
+    hashes = {ledger_tensor(i): one for i, one in enumerate(shield.ledger.hashes)}
+    if shield.training_episodes is not None:
+        header[TRAINING_EPISODES] = len(shield.training_episodes)
+        hashes[TRAINING_HASHES] = shield.training_episodes
+    seen = {name: one.view(np.int64) for name, one in hashes.items()}
+    write_tensors(path, {**weights, **seen}, header)
+
+
+def _identity(shield: Shield) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Return the fields of a header that describe the critics and actors, and their weights."""
+    model = shield.model
+    header = {
         "observation_space": space_to_json(model.observation_space),
         "action_space": space_to_json(model.action_space),
         "scaling": model.scaling.to_json(),
@@ -103,22 +145,27 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         "behaviour": to_header(model.behaviour_actor),
         "judge": to_header(model.judge),
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
-        "delta": shield.delta,
-        "record": None if shield.record is None else shield.record.to_json(),
-        "attempts": [json_values(one) for one in shield.attempts],
-        "trained_by": shield.trained_by,
-        "replacement": _replacement_to_json(shield.replacement),
-        "support": _support_to_json(shield),
     }
     parts = [part for part in (model.fallback_actor, model.behaviour_actor, model.judge) if part]
     names = {*SAFETY_NETWORKS, *(name for part in parts for name in part.parts())}
-    flat = {
+    weights = {
         f"{name}/{key}": array
         for name, weights in model.networks.items()
         if name in names
         for key, array in weights.items()
     }
-    write_tensors(path, flat, header)
+    return header, weights
+
+
+def digest_of(shield: Shield) -> str:
+    """Return `Shield.digest` of a shield."""
+    described, weights = _identity(shield)
+    level = None if shield.support is None else shield.support.record.to_json()
+    text = [described, describe(shield.replacement), level]
+    digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
+    for name in sorted(weights):
+        digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
@@ -163,10 +210,16 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         trained_by = header["trained_by"]
         if not isinstance(trained_by, str):
             raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")
+        # Files of earlier releases know neither training episodes nor logs.
+        log_records = tuple(LogRecord.from_json(one) for one in header.get("log_records", ()))
+        log_attempts, counts = read_attempts(header)
+        hashed = {**hash_shapes(header), **{name: (count,) for name, count in counts.items()}}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the header does not describe a shield: {error}") from error
     networks: dict[str, dict[str, Any]] = {}
-    for name, array in file.load(expected).items():
+    tensors = file.load({**expected, **hashed}, dict.fromkeys(hashed, np.int64))
+    hashes = {name: tensors.pop(name).view(np.uint64) for name in hashed}
+    for name, array in tensors.items():
         network, key = name.split("/")
         networks.setdefault(network, {})[key] = array
     model = SafetyModel(
@@ -192,6 +245,9 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         replacement=replacement,
         support=test,
         attempts=attempts,
+        log_records=log_records,
+        ledger=Ledger(log_attempts, tuple(hashes[name] for name in counts)),
+        training_episodes=hashes.get(TRAINING_HASHES),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from os import PathLike
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -31,14 +31,16 @@ from safeshield.rollouts.infos import (
     PROMISE,
     PROPOSED,
     SAFE_SET,
+    SHIELDED,
     THRESHOLD,
     VALUE,
+    WOULD_INTERVENE,
     Infos,
     column_of,
 )
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.critics import StateValue
-from safeshield.shield.masks import Mask, with_own_mask
+from safeshield.shield.masks import Mask, check_discrete, with_own_mask
 from safeshield.shield.report import FilterReport
 from safeshield.shield.shield import (
     HasShield,
@@ -53,6 +55,8 @@ from safeshield.spaces.shapes import Flags, Scalars
 from safeshield.values.constraint import SeveralConstraints
 
 Array = npt.NDArray[Any]
+Mode = Literal["shield", "shadow"]
+"""Whether the shield's decisions are executed, or only reported."""
 PerEnv = Any
 """One value for each environment: an array (n, ...), or a plain Python value for a single one."""
 InfoDicts = Sequence[Mapping[str, Any]]
@@ -162,6 +166,9 @@ class Decision(NamedTuple):
     """Q_h of the executed action."""
     threshold: PerEnv
     """The number that Q_h must not exceed."""
+    shadowed: tuple[PerEnv, PerEnv] | None = None
+    """In shadow mode, whether the shield would have intervened, and the action that it would have
+    executed; None in the mode that executes it."""
 
 
 class Reports(NamedTuple):
@@ -264,6 +271,9 @@ class ShieldRuntime:
         intervention_penalty: Number that is subtracted from the reward at an intervention.
         certifies: Whether the shield's record may apply to these environments, as returned by
             `Shield.check_fits`. Where it is False, no state is certified.
+        mode: "shield" executes what the shield decides. "shadow" executes the proposed actions
+            unchanged, and reports what the shield would have done; nothing is certified, and
+            nothing adapts.
         memory: Can make thresholds stricter depending on earlier steps. The runtime resets the
             memory of each environment whose episode begins, and of all environments after a
             failure. None means that each decision depends only on the present state.
@@ -308,7 +318,19 @@ class ShieldRuntime:
         certifies: bool = True,
         memory: ShieldMemory | None = None,
         monitor: Watcher | None = None,
+        mode: Mode = "shield",
     ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {list(get_args(Mode))}, got {mode!r:.40}")
+        self.shadow = mode == "shadow"
+        extras = adaptive, memory, monitor
+        if self.shadow and (intervention_penalty or any(one is not None for one in extras)):
+            raise ValueError(
+                "mode='shadow' changes and promises nothing, so it has no adaptive threshold, no "
+                f"penalty, no memory and no monitor, got adaptive={adaptive}, "
+                f"intervention_penalty={intervention_penalty}, monitor={monitor}: leave them out, "
+                "or use mode='shield'"
+            )
         if not 0.0 <= intervention_penalty < np.inf:
             raise ValueError(
                 "intervention_penalty must be finite and at least 0 (it is subtracted from the "
@@ -338,7 +360,7 @@ class ShieldRuntime:
             self._nothing = np.broadcast_to(codec.nothing, (num_envs, *codec.nothing.shape))
         self._shape = self._nothing.shape
         self._calibrated = shield.threshold
-        self._vouched = certifies and shield.record is not None
+        self._vouched = certifies and shield.record is not None and not self.shadow
         self._near = shield.model.scale.agreement
         # Whether the present episodes began in certified states that nothing has contradicted.
         self._covered = np.zeros(self._count, np.bool_)
@@ -388,6 +410,7 @@ class ShieldRuntime:
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         intervention_penalty: float = 0.0,
         monitor: Watcher | None = None,
+        mode: Mode = "shield",
     ) -> Self:
         """Return a runtime for an environment of any kind, after a check that the shield fits it.
 
@@ -400,6 +423,7 @@ class ShieldRuntime:
             adaptive: See the class.
             intervention_penalty: See the class.
             monitor: See the class.
+            mode: See the class.
 
         Raises:
             TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
@@ -416,9 +440,16 @@ class ShieldRuntime:
             intervention_penalty=intervention_penalty,
             certifies=certifies,
             monitor=monitor,
+            mode=mode,
         )
 
     # -- the present state of the environments --------------------------------------------------
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The shield and the mode behind which episodes are recorded, as JSON values."""
+        mode: Mode = "shadow" if self.shadow else "shield"
+        return {"digest": self.shield.digest, "delta": self.shield.delta, "mode": mode}
 
     @property
     def ready(self) -> bool:
@@ -458,7 +489,10 @@ class ShieldRuntime:
         """
         if self._masks is None:
             states, rows = self._known()
-            masks = self.shield.mask_rows(states, rows, self.threshold)
+            if self.shadow:
+                masks = self._every_action(self._count)
+            else:
+                masks = self.shield.mask_rows(states, rows, self.threshold)
             self._masks = self._joined(masks, self.infos)
         return self._masks.copy()
 
@@ -576,7 +610,9 @@ class ShieldRuntime:
             self.shield.warn_if_uncalibrated()
             accepted = self.shield.accepts(states, judged.reshape(-1), threshold)
             if accepted is not None:
-                return Decision(proposed, judged.copy(), False, accepted, threshold)
+                executed = judged.copy()
+                decision = Decision(proposed, executed, False, accepted, threshold)
+                return self._shadowed(decision, accepted) if self.shadow else decision
         flat = judged.reshape(self._count, -1)
         executed, report = self.shield.filter_rows(states, rows, flat, threshold)
         self._report = report
@@ -585,9 +621,27 @@ class ShieldRuntime:
         executed = judged.copy()
         if self.num_envs is None:
             one = report.row(0)
-            return Decision(proposed, executed, bool(one.intervened), float(one.value), threshold)
-        value = np.asarray(report.value, np.float64)
-        return Decision(proposed, executed, report.intervened, value, self._each(threshold))
+            value: PerEnv = float(one.value)
+            decision = Decision(proposed, executed, bool(one.intervened), value, threshold)
+            own: PerEnv = float(one.proposed_value)
+        else:
+            value, own = (np.asarray(x, np.float64) for x in (report.value, report.proposed_value))
+            decision = Decision(proposed, executed, report.intervened, value, self._each(threshold))
+        return self._shadowed(decision, own) if self.shadow else decision
+
+    def _shadowed(self, decision: Decision, value: PerEnv) -> Decision:
+        """Return the decision of shadow mode, which executes what was proposed.
+
+        Args:
+            decision: What the shield decides.
+            value: Q_h of the proposed actions.
+        """
+        return decision._replace(
+            executed=decision.proposed.copy(),
+            intervened=np.zeros_like(decision.intervened) if self.num_envs is not None else False,
+            value=value,
+            shadowed=(decision.intervened, decision.executed),
+        )
 
     def count(
         self,
@@ -704,7 +758,10 @@ class ShieldRuntime:
         self._covered = np.where(begins, safe, self._covered)
         if self._watch is not None:
             self._watch.begin(begins, self._covered, self._each(self.values))
-        start = Decision(nothing.copy(), nothing.copy(), intervened, self.values, self._told())
+        shadowed = (intervened, nothing.copy()) if self.shadow else None
+        start = Decision(
+            nothing.copy(), nothing.copy(), intervened, self.values, self._told(), shadowed
+        )
         return self.step_infos(start, self.values)
 
     def step_infos(
@@ -726,6 +783,8 @@ class ShieldRuntime:
             PROPOSED: decision.proposed,
             EXECUTED: decision.executed,
         }
+        if decision.shadowed is not None:
+            infos[WOULD_INTERVENE], infos[SHIELDED] = decision.shadowed
         if self._names is not None:
             infos[BINDING] = self.binding if binding is None else binding
         if self._watch is not None:
@@ -759,7 +818,10 @@ class ShieldRuntime:
         """
         if not self._discrete:
             return {}
-        masks = self.shield.action_mask(observations, self._each(self.threshold)[ended])
+        if self.shadow:
+            masks = self._every_action(int(ended.sum()))
+        else:
+            masks = self.shield.action_mask(observations, self._each(self.threshold)[ended])
         told = np.zeros((self._count, masks.shape[1]), np.int8)
         told[ended] = self._joined(masks, infos)
         return {ACTION_MASK: told}
@@ -915,6 +977,11 @@ class ShieldRuntime:
 
     def _told(self) -> PerEnv:
         return self.threshold if self.num_envs is None else self._each(self.threshold)
+
+    def _every_action(self, count: int) -> Mask:
+        """Return the masks (count, k) of shadow mode, in which a shield forbids no action."""
+        check_discrete(self._codec)
+        return np.ones((count, sum(self._codec.categories)), np.bool_)
 
     def _joined(self, masks: Mask, infos: InfoDicts) -> Mask:
         """Return the masks without the actions that the environments' own masks forbid."""

@@ -29,7 +29,15 @@ import numpy.typing as npt
 
 from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel, StateValue
-from safeshield.shield.file import load_shield, save_shield
+from safeshield.shield.file import digest_of, load_shield, save_shield
+from safeshield.shield.log_record import (
+    DETECTION,
+    VALUES_ALONE,
+    Hashes,
+    Ledger,
+    LogRecord,
+    about_delta,
+)
 from safeshield.shield.masks import Mask, agent_masks, check_discrete
 from safeshield.shield.readable import ReadableRange
 from safeshield.shield.record import Attempt, CalibrationRecord
@@ -95,6 +103,12 @@ class Shield:
             value; None for no such test. See `with_support`.
         attempts: Earlier calibrations of this shield. `calibrate` adds each one, also where it
             fails, and every changed copy keeps them.
+        log_records: What logs show of this shield (`calibrate_from_log`). A changed copy keeps only
+            those that still hold for it.
+        ledger: The statements about logs that were made with this shield. Every changed copy keeps
+            them.
+        training_episodes: (E,) hashes of the episodes from which the shield was made
+            (`OfflineDataset.episode_hashes`); None where they are not known.
     """
 
     model: SafetyModel
@@ -104,6 +118,9 @@ class Shield:
     replacement: Replacement = field(default_factory=NearestAcceptable)
     support: SupportTest | None = None
     attempts: tuple[Attempt, ...] = ()
+    log_records: tuple[LogRecord, ...] = ()
+    ledger: Ledger = field(default_factory=Ledger)
+    training_episodes: Hashes | None = None
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.delta) and self.delta >= 0):
@@ -112,6 +129,11 @@ class Shield:
             raise ValueError(
                 f"record was made for delta {self.record.delta}, the shield has {self.delta}; "
                 "drop the record or calibrate again"
+            )
+        if about_delta(self.log_records, self.delta) != self.log_records:
+            raise ValueError(
+                f"log_records were made for deltas {[one.delta for one in self.log_records]}, the "
+                f"shield has {self.delta}; use with_delta(), which drops them"
             )
         self.delta = float(self.delta)
         if self.record is not None and len(self.record.attempts) > len(self.attempts):
@@ -174,9 +196,18 @@ class Shield:
         """The number that Q_h must not exceed: -delta."""
         return 0.0 - self.delta
 
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the critics, the replacement and the support test.
+
+        They do not depend on delta, nor on what was found out about the shield.
+        """
+        return digest_of(self)
+
     def with_delta(self, delta: float) -> Self:
         """Return a copy whose threshold is -delta, in units of h, without the record."""
-        return replace(self, delta=float(delta), record=None)
+        kept = about_delta(self.log_records, float(delta))
+        return replace(self, delta=float(delta), record=None, log_records=kept)
 
     def with_constraint(
         self, source: Source | Mapping[str, Source] | Sequence[Source] | None
@@ -220,7 +251,9 @@ class Shield:
         else:
             known = as_constraint(source, "" if own is None or own.available else own.name)  # type: ignore[arg-type]
         model = replace(self.model, constraint=known)
-        return replace(self, model=model, record=self.record if known == own else None)
+        if known == own:
+            return replace(self, model=model)
+        return replace(self, model=model, record=None, log_records=())
 
     @property
     def constraint(self) -> str | None:
@@ -236,7 +269,12 @@ class Shield:
         Raises:
             TypeError: `replacement` is no strategy, or does not work in this action space.
         """
-        return replace(self, replacement=replacement, record=None)
+        return replace(
+            self,
+            replacement=replacement,
+            record=None,
+            log_records=tuple(one for one in self.log_records if one.method in VALUES_ALONE),
+        )
 
     def with_backup(self, controller: object) -> Self:
         """Return a copy that executes a backup controller where it rejects an action.
@@ -260,7 +298,7 @@ class Shield:
                 "controller must be a function, a name or a BackupController, got None; "
                 "with_replacement(CommittedFallback()) makes a shield without a controller"
             )
-        return replace(self, replacement=known, record=self.record if known == own else None)
+        return self.with_replacement(known) if known != own else replace(self, replacement=known)
 
     def with_support(
         self,
@@ -291,7 +329,12 @@ class Shield:
         from safeshield.calibration.support import calibrate_support
 
         test = calibrate_support(self.model, held_out, alpha, share, score)
-        return replace(self, support=test, record=None)
+        seen = self.training_episodes
+        if seen is not None:
+            # These episodes set the level of the test, so they cannot show what it does.
+            seen = np.union1d(seen, held_out.episode_hashes)
+        kept = tuple(one for one in self.log_records if one.method in VALUES_ALONE)
+        return replace(self, support=test, record=None, log_records=kept, training_episodes=seen)
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -842,7 +885,57 @@ class Shield:
                 self.attempts = (*self.attempts, attempt)
             raise
         self.attempts = record.attempts
-        return replace(self, delta=record.delta, record=record)
+        kept = about_delta(self.log_records, record.delta)
+        return replace(self, delta=record.delta, record=record, log_records=kept)
+
+    def calibrate_from_log(
+        self,
+        held_out: OfflineDataset,
+        method: str = DETECTION,
+        *,
+        confidence: float = 0.95,
+        alpha: float | None = None,
+        lead: int | None = None,
+        epsilon: float | None = None,
+        policy: object = None,
+        policy_name: str | None = None,
+        deterministic: bool | None = None,
+        horizon: int | None = None,
+    ) -> Self:
+        """Return a copy with a record of what whole episodes of a log show of the shield.
+
+        No environment is needed. Nothing of the shield may have been learned from `held_out`, and
+        `method` is "detection", "shadow", "trial" or "residuals". With "detection" the copy has the
+        delta that the log chooses, otherwise this shield's. The record is the last of the copy's
+        `log_records`, and its `statement` says in words what it covers. It never makes
+        ``info["shield/certified"]`` True. Both this shield and the copy remember the statement, in
+        `ledger`.
+
+        `calibration.from_log.calibrate_from_log` describes the methods and the arguments:
+        `confidence`, `alpha`, `lead`, `epsilon`, `policy`, `policy_name`, `deterministic` and
+        `horizon`.
+
+        Raises:
+            TypeError, ValueError, CalibrationError: See that function.
+        """
+        from safeshield.calibration.from_log import calibrate_from_log
+
+        found = calibrate_from_log(
+            self,
+            held_out,
+            method,
+            confidence=confidence,
+            alpha=alpha,
+            lead=lead,
+            epsilon=epsilon,
+            policy=policy,
+            policy_name=policy_name,
+            deterministic=deterministic,
+            horizon=horizon,
+        )
+        delta = self.delta if found.delta is None else found.delta
+        base = self if delta == self.delta else self.with_delta(delta)
+        return replace(base, log_records=(*base.log_records, found))
 
     def diagnose(
         self,

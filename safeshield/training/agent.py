@@ -29,7 +29,14 @@ import numpy.typing as npt
 import torch
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.tensors import TensorFile, read_tensors, write_tensors
+from safeshield.files.tensors import (
+    TRAINING_EPISODES,
+    TRAINING_HASHES,
+    TensorFile,
+    hash_shapes,
+    read_tensors,
+    write_tensors,
+)
 from safeshield.nn.arrays import Deployed, Float, deployed
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.batches import Batch
@@ -151,6 +158,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         self._networks: Networks = {}
         self._arrays: dict[str, Deployed] = {}
         self._noise = np.random.default_rng(self.config.seed)
+        self._episodes: npt.NDArray[np.uint64] | None = None
 
     # -- methods that an algorithm implements -------------------------------------------------
 
@@ -256,7 +264,11 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
             **self._header(model),
         }
         kept = {name: self._arrays[name] for name in self._kept(model)}
-        write_tensors(path, flatten(kept), header)
+        hashes = {}
+        if self._episodes is not None:
+            header[TRAINING_EPISODES] = len(self._episodes)
+            hashes = {TRAINING_HASHES: self._episodes.view(np.int64)}
+        write_tensors(path, {**flatten(kept), **hashes}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "auto") -> Self:
@@ -302,7 +314,11 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
                 setattr(self, name, mark)
         parts = model.parts()
         shapes = {name: parts[name].shapes for name in self._kept(model)}
-        arrays = read.file.load(flatten(shapes))
+        expected = flatten(shapes)
+        with describing(read.path):
+            hashes = hash_shapes(read.header)
+        arrays = read.file.load({**expected, **hashes}, dict.fromkeys(hashes, np.int64))
+        self._episodes = arrays.pop(TRAINING_HASHES).view(np.uint64) if hashes else None
         tensors = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
         self._adopt(model, unflatten(shapes, tensors))
 
@@ -524,6 +540,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     def _use(self, model: ModelT, log: LogTensors, state: TrainState) -> None:
         """Use the weights of a training's state from now on."""
         # The agent uses the slow copies of the critics, because the advantages were fitted to them.
+        self._episodes = log.episodes
         self._adopt(model, {**state.networks, **state.targets})
         self._model = self._settle(model, log)
 

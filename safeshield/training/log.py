@@ -73,6 +73,9 @@ class LogTensors:
     """(N,) bool."""
     episode_last: Tensor
     """(N,) int64 index of the last transition of each transition's episode."""
+    episodes: npt.NDArray[np.uint64] | None = None
+    """(E,) hashes of the episodes, `OfflineDataset.episode_hashes`; None where they are not known.
+    """
 
     @classmethod
     def of(
@@ -109,6 +112,7 @@ class LogTensors:
             move(dataset.next_constraints),
             move(dataset.terminated),
             move(last.astype(np.int64)),
+            dataset.episode_hashes,
         )
 
     def __len__(self) -> int:

@@ -118,6 +118,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
                 behaviour_actor=model.policy.unrefined,
             ),
             trained_by=f"FLRP, seed {self.config.seed}",
+            training_episodes=self._episodes,
         )
 
     def base_shift(self, observations: Batch, draws: int = 256) -> BaseShift:

@@ -142,6 +142,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
                 judge=judge if plans else None,
             ),
             trained_by=f"R2PAC, seed {self.config.seed}",
+            training_episodes=self._episodes,
         )
 
     def plan(self, observation: Batch, deterministic: bool = False) -> Float:
