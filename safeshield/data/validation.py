@@ -158,8 +158,7 @@ def check_successors(
         return
     starts = starts_of(terminated, truncated)
     at = int(differs.argmax())
-    rows = np.flatnonzero(differs)
-    most = float(np.abs(next_observations[rows] - observations[rows + 1]).max())
+    most = _largest_difference(next_observations[:-1], observations[1:], differs)
     clause = (
         f"next_observations[t] differs from observations[t+1] in {count} of {inside} rows inside "
         f"episodes, by up to {most:.3g}; the first is row {at} (episode {_episode(at, starts)})"
@@ -317,6 +316,17 @@ def _rows_agree(one: Array, other: Array) -> Array:
             same[rows] = np.isclose(here[rows], there[rows], 1e-5, 1e-5).all(axis=1)
         agree[start : start + size] = same
     return agree
+
+
+def _largest_difference(one: Array, other: Array, rows: Array) -> float:
+    """Return the largest difference between two arrays (n, width) in the marked rows (n,)."""
+    size = max(1, _SMALL_BLOCK // max(1, one.shape[1]))
+    starts = range(0, len(one), size)
+    blocks = (slice(start, start + size) for start in starts)
+    return max(
+        float(np.abs(one[block][rows[block]] - other[block][rows[block]]).max(initial=0.0))
+        for block in blocks
+    )
 
 
 def _episode(index: int, starts: Array) -> int:
