@@ -368,7 +368,7 @@ def test_concatenation_needs_the_same_task() -> None:
     )
     for parts, message in (
         ([], "at least one"),
-        ([log(), wide], "action_space mismatch"),
+        ([log(), wide], r"action_space of datasets\[1\] mismatch.* join logs of one environment"),
         ([log(), binary], "constraint_kind"),
         ([binary, binary.with_label_magnitude(3.0)], r"label of unsafe states, got \[3.0, 25.0\]"),
         ([log(), dataclasses.replace(log(), constraint_source="x@1")], "constraint_source"),
@@ -377,6 +377,8 @@ def test_concatenation_needs_the_same_task() -> None:
             OfflineDataset.concat(parts)
     with pytest.raises(TypeError, match=r"must be an OfflineDataset, got str; read a file by"):
         OfflineDataset.concat([log(), "log.hdf5"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"must be a list of datasets, got one; write \[a, b\]"):
+        OfflineDataset.concat(log())  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.integers(1, 8))

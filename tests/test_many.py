@@ -359,6 +359,7 @@ def test_equal_members_are_an_error_that_names_both_positions(log: OfflineDatase
         ([ShieldConfig()], {"steps": 2}, ValueError, "steps must be at least 3, got 2"),
         ([ShieldConfig()], {"checkpoint_every": 0}, ValueError, "checkpoint_every must be at"),
         ([ShieldConfig()], {"checkpoints": "nowhere"}, FileNotFoundError, "got nowhere: make it"),
+        ([ShieldConfig()], {"checkpoints": 3}, TypeError, "must be the path of a folder, got 3"),
     ],
 )
 def test_bad_arguments(

@@ -24,8 +24,8 @@ from safeshield.algorithms.safefql import SafeFQLConfig
 from safeshield.algorithms.shield_trainer import ShieldConfig
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.nn.device import device_of
 from safeshield.training.log import LogTensors, run_identity
-from safeshield.training.loop import device_of
 from safeshield.values.backup import reward_windows, safety_windows, window_ends
 
 CONFIGS = (
@@ -226,7 +226,7 @@ def test_a_file_of_another_kind_says_what_reads_it(log: OfflineDataset, tmp_path
             load(file)
     held = read_tensors(tmp_path / "agent")
     less = {name: value for name, value in held.header.items() if name != "scaling"}
-    write_tensors(tmp_path / "agent", held.load(held.shapes), less)
+    write_tensors(tmp_path / "agent", held.load(held.shapes, held.dtypes), less)
     with pytest.raises(ValueError, match="does not describe an agent: it lacks 'scaling'"):
         BehaviourCloning.load(tmp_path / "agent")
 

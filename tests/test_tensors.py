@@ -597,6 +597,12 @@ def test_arguments_are_checked(shield: Shield) -> None:
         there.filter(state, state[:2])
     with pytest.raises(ValueError, match=r"action must be float32 or float64 .* action.float\(\)"):
         there.filter(state, state.half())
+    with pytest.raises(ValueError, match="device must be 'auto', 'cpu', 'cuda'"):
+        shield.to_torch("gpu")
+    with pytest.raises(TypeError, match="constraint_fn must be a function of tensors, got 3"):
+        shield.with_constraint("Boat@1").to_torch(constraint_fn=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threshold must be a tensor, got str"):
+        there.filter(state, state, threshold="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"threshold must be one number, .* got shape \(2,\)"):
         there.filter(state, state, threshold=torch.zeros(2))
     with pytest.raises(ValueError, match="must be on the shield's device cpu, got meta"):

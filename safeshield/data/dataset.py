@@ -650,6 +650,8 @@ class OfflineDataset:
         >>> OfflineDataset.concat([data, data])
         OfflineDataset(2 transitions, 2 episodes, obs 1, act 1, binary constraints)
         """
+        if isinstance(datasets, OfflineDataset):
+            raise TypeError("datasets must be a list of datasets, got one; write [a, b]")
         parts = list(datasets)
         if not parts:
             raise ValueError("datasets must hold at least one dataset, got none")
@@ -660,19 +662,22 @@ class OfflineDataset:
                     "read a file by OfflineDataset.load(path)"
                 )
         first = parts[0]
-        for part in parts[1:]:
-            check_same_space(first.observation_space, part.observation_space, "observation_space")
-            check_same_space(first.action_space, part.action_space, "action_space")
+        for i, part in enumerate(parts[1:], 1):
+            for name in ("observation_space", "action_space"):
+                one, other = getattr(first, name), getattr(part, name)
+                repair = "join logs of one environment, made with the same wrappers"
+                check_same_space(one, other, f"{name} of datasets[{i}]", repair=repair)
             if part.constraint_kind != first.constraint_kind:
                 raise ValueError(
-                    f"datasets must have the same constraint_kind, got "
-                    f"{first.constraint_kind!r} and {part.constraint_kind!r}"
+                    f"datasets must have the same constraint_kind, got {first.constraint_kind!r} "
+                    f"and in datasets[{i}] {part.constraint_kind!r}; label them alike, by "
+                    "with_constraint() or from their costs"
                 )
             if part.constraint_source != first.constraint_source:
                 raise ValueError(
                     f"datasets must have the same constraint_source, got "
-                    f"{first.constraint_source!r} and {part.constraint_source!r}; label them "
-                    "alike by with_constraint()"
+                    f"{first.constraint_source!r} and in datasets[{i}] {part.constraint_source!r}; "
+                    "label them alike by with_constraint()"
                 )
         if first.constraint_kind == "binary":
             labels = {size for part in parts for size in part._unsafe_labels()}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from safeshield.nn.arrays import nan_to_zero
+from safeshield.nn.device import device_of
 from safeshield.nn.mlp import largest_and_gradient, layers, run
 from safeshield.nn.plan_actor import BestPlan
 from safeshield.shield.readable import ReadableRange
@@ -128,7 +129,7 @@ class TorchShield:
 
     Args:
         shield: The shield. Its weights are copied to the device.
-        device: A PyTorch device, such as "cuda".
+        device: A PyTorch device, such as "cuda"; "auto" is CUDA where there is one, else the CPU.
         constraint_fn: Function of n observations on the device to h (n,), for a shield whose h
             comes from a named source. It stands for the same quantity.
         budget: Largest number K of rows in a call that are replaced by the shield's strategy; None
@@ -154,7 +155,7 @@ class TorchShield:
         budget: int | None = None,
     ) -> None:
         _check(shield, constraint_fn, budget)
-        place = torch.device(device)
+        place = device_of(device)
         if place.type == "mps":
             raise ValueError(
                 "device must have float64 numbers, in which thresholds are compared, got "
@@ -254,6 +255,7 @@ class TorchShield:
             constraint: (n,) h of the states, for a shield whose h comes from a named source. It
                 takes the place of `constraint_fn`. NaN means that h is not known.
             threshold: () or (n,) the number that Q_h must not exceed; by default the shield's own.
+                The record holds for that one alone, and a looser one accepts more.
 
         Raises:
             LookupError: The shield's h comes from a named source, and neither `constraint` nor a
@@ -616,8 +618,8 @@ class TorchShield:
         """Return the thresholds (count,) as float64."""
         if threshold is None:
             return self._limit.expand(count)
-        if not isinstance(threshold, Tensor):
-            return torch.full((count,), threshold, dtype=torch.float64, device=self.device)
+        if isinstance(threshold, float | int | np.number):
+            return torch.full((count,), float(threshold), dtype=torch.float64, device=self.device)
         check_tensor(threshold, "threshold", self.device)
         if threshold.shape not in ((), (count,)):
             raise ValueError(
@@ -652,6 +654,8 @@ def _check(shield: Shield, constraint_fn: TensorConstraint | None, budget: int |
             f"a shield whose h comes from a {type(source).__name__} does not run on tensors: "
             "filter arrays with it"
         )
+    if constraint_fn is not None and not callable(constraint_fn):
+        raise TypeError(f"constraint_fn must be a function of tensors, got {constraint_fn!r:.60}")
     if constraint_fn is not None and source is None:
         raise ValueError(
             "constraint_fn must be left out, because in this shield a network estimates h; "

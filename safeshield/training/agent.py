@@ -38,6 +38,7 @@ from safeshield.files.tensors import (
     write_tensors,
 )
 from safeshield.nn.arrays import Deployed, Float, deployed
+from safeshield.nn.device import device_of
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
@@ -47,7 +48,7 @@ from safeshield.training.architecture import Architecture, Interface, interface_
 from safeshield.training.callbacks import TrainingCallback
 from safeshield.training.checkpoint import flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
-from safeshield.training.loop import FitOptions, device_of, run_phases
+from safeshield.training.loop import FitOptions, run_phases
 from safeshield.training.run import Config, Run
 from safeshield.training.state import Phase, TrainState
 from safeshield.values.constraint import stored_source

@@ -92,6 +92,8 @@ def fit_many(
     agents = _agents(members)
     if workers is not None:
         workers = whole("workers", workers, least=0)
+    if not (checkpoints is None or isinstance(checkpoints, str | os.PathLike)):
+        raise TypeError(f"checkpoints must be the path of a folder, got {checkpoints!r:.60}")
     folder = None if checkpoints is None else Path(checkpoints)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"checkpoints must be an existing folder, got {folder}: make it")
