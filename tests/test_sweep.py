@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,12 @@ from typer.testing import CliRunner
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning
 from safeshield.algorithms.registry import load_agent
 from safeshield.cli import app, sweep_runs
-from safeshield.cli.sweep_plan import Plan
+from safeshield.cli.sweep_plan import EVALUATED, Job, Plan
+from safeshield.cli.sweep_report import format_outcomes
 from safeshield.data import OfflineDataset, collect
 from safeshield.demo.helmsmen import Helmsmen
 
-BOAT = "safeshield/Boat-v0"
+BOAT, OTHER = "safeshield/Boat-v0", "OtherBoat-v0"
 STEPS = 8
 # `fragile` is behaviour cloning that leaves its process, or waits, in the middle of a training.
 PLUGIN = f"""
@@ -54,14 +58,17 @@ class Fragile(BehaviourCloning):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with two logs of the boat and a plugin."""
+    gym.register(OTHER, entry_point="safeshield.envs.boat:BoatEnv")
     folder = tmp_path_factory.mktemp("sweep")
     for seed, name in enumerate(("a.hdf5", "b.hdf5")):
         env = gym.make(BOAT, dt=DT, max_episode_steps=100)
-        collect(env, Helmsmen(), episodes=30, seed=seed).save(folder / name)
+        log = collect(env, Helmsmen(), episodes=30, seed=seed)
+        dataclasses.replace(log, provenance={"environment": BOAT}).save(folder / name)
     (folder / "fragile.py").write_text(PLUGIN)
-    return folder
+    yield folder
+    del gym.registry[OTHER]
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -124,6 +131,68 @@ vary = {{learning_rate = [0.001, 1e30]}}
     assert "4 trainings, 0 failed" in run(file, "-o", tmp_path, "--ray", "auto")
     assert (tmp_path / done["folder"] / "agent.safetensors").stat().st_mtime_ns == stamp
     assert [row["status"] for row in table(tmp_path)] == ["finished"] * 4
+
+
+@pytest.mark.usefixtures("ray")
+def test_another_log_of_the_same_name_is_trained_on(folder: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log.hdf5", tmp_path / "out"
+    shutil.copy(folder / "a.hdf5", log)
+    file = written(
+        tmp_path, "sweep.toml",
+        f'algorithm = "bc"\nsteps = {STEPS}\nlogs = ["log.hdf5"]\nsettings = {{hidden = [8]}}\n',
+    )  # fmt: skip
+    run(file, "-o", out, "--ray", "auto")
+    (first,) = table(out)
+    shutil.copy(folder / "b.hdf5", log)
+    run(file, "-o", out, "--ray", "auto")
+    (second,) = table(out)
+    agent = load_agent(out / second["folder"] / "agent.safetensors")
+    learner = BehaviourCloning(agent.config, device="cpu")
+    learner.fit(OfflineDataset.load(folder / "b.hdf5"), STEPS)
+    for name, weights in learner._arrays["actor"].items():
+        np.testing.assert_array_equal(weights, agent._arrays["actor"][name])
+    # With the first log in its place again, its results are met again.
+    shutil.copy(folder / "a.hdf5", log)
+    run(file, "-o", out, "--ray", "auto")
+    assert table(out) == [first]
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_metric_that_there_is_not_is_told_after_the_first_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    text = f'algorithm = "bc"\nsteps = {STEPS}\nlogs = ["a.hdf5"]\nsettings = {{hidden = [8]}}\n'
+    file = written(folder, "metric.toml", text + 'report = ["nope"]\n')
+    output = run(file, "-o", tmp_path, "--ray", "auto", code=2)
+    assert "report must name figures of a training, actor/" in output
+    (row,) = table(tmp_path)
+    assert row["status"] == "finished"
+    metrics = [name for name in row if "/" in name]
+    assert metrics
+    agent = tmp_path / row["folder"] / "agent.safetensors"
+    stamp = agent.stat().st_mtime_ns
+    file.write_text(text + f'report = ["{metrics[0]}"]\n')
+    assert metrics[0] in run(file, "-o", tmp_path, "--ray", "auto")
+    assert agent.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.usefixtures("ray")
+def test_a_damaged_file_of_figures_is_named_with_its_repair(folder: Path, tmp_path: Path) -> None:
+    file = written(
+        folder, "damaged.toml",
+        f'algorithm = "bc"\nsteps = {STEPS}\nlogs = ["a.hdf5"]\nsettings = {{hidden = [8]}}\n',
+    )  # fmt: skip
+    run(file, "-o", tmp_path, "--ray", "auto")
+    whole = table(tmp_path)
+    figures = tmp_path / whole[0]["folder"] / "figures.json"
+    for text in ('{"evalu', "[]", "{}"):
+        figures.write_text(text)
+        output = run(file, "-o", tmp_path, "--ray", "auto", code=2)
+        assert f"{figures} is damaged" in output
+        assert "remove it and start the sweep again" in output
+    figures.unlink()
+    run(file, "-o", tmp_path, "--ray", "auto")
+    assert table(tmp_path) == whole
 
 
 @pytest.mark.usefixtures("ray")
@@ -258,11 +327,10 @@ def test_another_evaluation_keeps_the_agents(folder: Path, tmp_path: Path) -> No
     (behind,) = table(tmp_path)
     assert 0.0 <= float(behind["intervention_rate"]) <= 1.0
     assert agent.stat().st_mtime_ns == stamp
-    # A figure that there is not is an error before anything is trained in vain.
-    file.write_text(text.replace("steps = 30", 'steps = 30\nreport = ["banana"]'))
-    assert "report must name figures of a training, " in run(
-        file, "-o", tmp_path, "--ray", "auto", code=2
-    )
+    # These are the figures whose names are checked before a training.
+    assert {name for name in EVALUATED if name in behind} == set(EVALUATED)
+    known = {"seed", "log", "status", "error", "folder", *EVALUATED}
+    assert all("/" in name for name in behind if name not in known)
 
 
 @pytest.mark.usefixtures("ray")
@@ -276,23 +344,72 @@ def test_a_search_that_is_stopped_goes_on_with_the_settings_that_it_had(tmp_path
     pytest.importorskip("optuna")
     vary = {"learning_rate": {"low": 0.001, "high": 0.1}, "hidden": [[8], [16, 16]]}
     plan = Plan(algorithm="bc", logs=("a",), env=BOAT, vary=vary, trials=5)
-    first = sweep_runs._Search(plan, tmp_path / "journal")
+    first = sweep_runs._Search(plan, {"a": "1"}, tmp_path / "journal")
     points = [first.ask() for _ in range(3)]
     figures = {"normalised_return": 0.5, "normalised_cost": 2.0}
 
     def outcome(point: Any, error: str) -> sweep_runs.Outcome:  # noqa: ANN401
-        (job,) = plan.jobs(point, tmp_path)
+        (job,) = plan.jobs(point, tmp_path, {"a": "1"})
         return sweep_runs.Outcome(job, {} if error else figures, error)
 
     first.tell(outcome(points[0], ""))
     first.tell(outcome(points[1], "ValueError: no"))
     # The process ends here. The first setting is known, the others are tried again.
-    second = sweep_runs._Search(plan, tmp_path / "journal")
+    second = sweep_runs._Search(plan, {"a": "1"}, tmp_path / "journal")
     asked = [second.ask() for _ in range(6)]
     assert asked[0] == points[0]
     assert sorted(map(str, asked[1:3])) == sorted(map(str, points[1:3]))
     assert len({str(point) for point in asked[:5]}) == 5
     assert asked[5] is None
+    # Results on another log of the same name are not taken for results on this one.
+    assert not sweep_runs._Search(plan, {"a": "2"}, tmp_path / "journal")._told
+
+
+def test_fewer_trials_than_before_are_the_first_ones(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    vary = {"learning_rate": {"low": 0.001, "high": 0.1}}
+    contents, figures = {"a": "1"}, {"normalised_return": 0.5, "normalised_cost": 2.0}
+    plan = Plan(algorithm="bc", logs=("a",), env=BOAT, vary=vary, trials=3)
+    search = sweep_runs._Search(plan, contents, tmp_path / "journal")
+    points = []
+    while (point := search.ask()) is not None:
+        points.append(point)
+        (job,) = plan.jobs(point, tmp_path, contents)
+        search.tell(sweep_runs.Outcome(job, figures, ""))
+    fewer = sweep_runs._Search(dataclasses.replace(plan, trials=2), contents, tmp_path / "journal")
+    assert [fewer.ask() for _ in range(3)] == [*points[:2], None]
+
+
+# -- the table ----------------------------------------------------------------------------------
+
+
+def outcomes(plan: Plan, scores: dict[str, list[tuple[float, float]]]) -> list[sweep_runs.Outcome]:
+    """Return outcomes with a return and a cost for each log and each point of a grid."""
+    return [
+        sweep_runs.Outcome(
+            Job(point, 0, log, None, Path()),
+            {"normalised_return": one[0], "normalised_cost": one[1], "violation_rate": 1.0},
+            "",
+        )
+        for log, ones in scores.items()
+        for point, one in zip(plan.grid(), ones, strict=True)
+    ]
+
+
+def test_the_best_setting_of_each_log_is_told_or_that_there_is_none() -> None:
+    vary = {"learning_rate": [0.12345678, 0.2, 0.3]}
+    plan = Plan(algorithm="bc", logs=("a", "b"), env=BOAT, vary=vary, cost_limit=7.0)
+    scores = {"a": [(0.4, 1.0), (0.3, 0.0), (0.9, 1.5)], "b": [(0.4, 4.0), (0.5, 1.25), (0.1, 2.0)]}
+    told = format_outcomes(plan, outcomes(plan, scores))
+    (best,) = [line for line in told.splitlines() if line.startswith("The best setting")]
+    assert best == "The best setting on a: learning_rate = 0.12345678"
+    (none,) = [line for line in told.splitlines() if line.startswith("No setting")]
+    assert none == (
+        "No setting met the cost limit 7 on b: the least normalised cost is 1.25, and it must be "
+        "at most 1."
+    )
+    (starred,) = [line for line in told.splitlines() if "*" in line and "*:" not in line]
+    assert starred.split()[:2] == ["0.1235", "a"]
 
 
 # -- the file -----------------------------------------------------------------------------------
@@ -307,12 +424,16 @@ def test_a_search_that_is_stopped_goes_on_with_the_settings_that_it_had(tmp_path
             "logs must be a list of at least one log file, each once, got 'a.hdf5'",
         ),
         ('logs = ["a.hdf5", "a.hdf5"]', "each once, got ('a.hdf5', 'a.hdf5')"),
+        (
+            'logs = ["a.hdf5", "./a.hdf5"]',
+            "each once, but a.hdf5 and ./a.hdf5 hold the same: leave one of them out",
+        ),
         ('logs = ["none.hdf5"]', "logs: no such file: none.hdf5; a relative path starts at"),
         ('logs = ["a.hdf5"]\nseeds = []', "seeds must be a list of at least one whole number"),
         ('logs = ["a.hdf5"]\nseeds = [1, 1]', "each once, got (1, 1)"),
         ('logs = ["a.hdf5"]\nseeds = [-1]', "of at least 0, each once, got (-1,)"),
         ('logs = ["a.hdf5"]\nbanana = 1', "no such setting: banana; known: algorithm, preset"),
-        ('logs = ["a.hdf5"]\nalgorithm = "x"', "must be one of ['bc', 'fisor'"),
+        ('logs = ["a.hdf5"]\nalgorithm = "x"', "bad.toml: algorithm must be one of ['bc', "),
         ('logs = ["a.hdf5"]\npreset = "x"', "preset x: safefql knows ['paper', 'small']"),
         ('logs = ["a.hdf5"]\n[settings]\nbanana = 1', "settings: no such setting: banana; known: "),
         ('logs = ["a.hdf5"]\n[settings]\nseed = 1', "settings.seed: list the seeds as seeds"),
@@ -355,8 +476,30 @@ def test_a_search_that_is_stopped_goes_on_with_the_settings_that_it_had(tmp_path
             'logs = ["a.hdf5"]\n[settings]\ndiscount = 0.9\n[vary]\ndiscount = [0.9]',
             "discount is in settings and in vary",
         ),
-        ('logs = ["a.hdf5"]\nenv = "NoSuch-v7"', "NoSuch"),
-        (f'logs = ["a.hdf5"]\nenv = "{BOAT}"\npolicy = "drunk"', "--policy must be one of"),
+        (
+            'logs = ["a.hdf5"]\nenv = "NoSuch-v7"',
+            "bad.toml: env must be the id of an environment, or module:id, got 'NoSuch-v7': ",
+        ),
+        ('logs = ["a.hdf5"]\nenv = "no_such_module:A-v0"', "got 'no_such_module:A-v0': No module"),
+        (
+            f'logs = ["a.hdf5"]\nenv = "{OTHER}"',
+            f"bad.toml: logs must be of {OTHER}, but ",
+        ),
+        ('logs = ["a.hdf5"]\nepisodes = 3', "bad.toml: episodes 3 needs an environment"),
+        ('logs = ["a.hdf5"]\ncost_limit = 0.0\nenv = "none"', "cost_limit 0.0 needs an environ"),
+        (
+            f'logs = ["a.hdf5"]\nenv = "{BOAT}"\nreport = ["nope"]',
+            "report must name figures of the evaluation, normalised_return, normalised_cost, ",
+        ),
+        (
+            f'logs = ["a.hdf5"]\nenv = "{BOAT}"\nreport = ["intervention_rate"]',
+            "report intervention_rate needs a shielded policy: add policy",
+        ),
+        (
+            'logs = ["a.hdf5"]\nreport = ["mean_cost"]',
+            "report mean_cost needs an environment, where it is found: add env",
+        ),
+        (f'logs = ["a.hdf5"]\nenv = "{BOAT}"\npolicy = "drunk"', "policy must be one of"),
         ('logs = ["a.hdf5"]\ngpus = -1.0', "gpus must be at least 0, got -1.0"),
     ],
 )
@@ -368,6 +511,43 @@ def test_a_mistake_in_the_file_is_told_before_ray_starts(
     assert message in output
     assert output.count("error: ") == 1
     assert "Started a local Ray" not in output
+
+
+@pytest.mark.parametrize(
+    ("entries", "option"),
+    [
+        (f'env = "{OTHER}"', "--references"),
+        (f'env = "{OTHER}"', "--log"),
+        ('algorithm = "sac"', "--algorithm"),
+        (f'env = "{BOAT}"\npolicy = "drunk"', "--policy"),
+        ("settings = {banana = 1}", " seed,"),
+    ],
+)
+def test_no_error_names_what_a_sweep_does_not_have(
+    folder: Path, tmp_path: Path, entries: str, option: str
+) -> None:
+    file = written(folder, "option.toml", f'logs = ["a.hdf5"]\n{entries}\n')
+    output = run(file, "-o", tmp_path / "out", code=2)
+    assert "option.toml: " in output
+    assert option not in output
+
+
+def test_a_folder_that_cannot_be_made_is_told(folder: Path, tmp_path: Path) -> None:
+    file = written(folder, "out.toml", 'algorithm = "bc"\nlogs = ["a.hdf5"]\n')
+    (tmp_path / "taken").touch()
+    out = tmp_path / "taken" / "out"
+    output = run(file, "-o", out, code=2)
+    assert (
+        f"--out must be a folder in which you may write, or one that can be made, got '{out}'"
+        in (output)
+    )
+
+
+def test_a_log_that_is_replaced_during_a_sweep_is_told(folder: Path, tmp_path: Path) -> None:
+    plan, contents = Plan(algorithm="bc", logs=("a.hdf5",)), {"a.hdf5": "of another file"}
+    (job,) = plan.jobs({}, tmp_path, contents)
+    with pytest.raises(ValueError, match="has been replaced since the sweep was started"):
+        sweep_runs.train(job, plan, sweep_runs.Places(folder / "sweep.toml", contents))
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -416,11 +596,12 @@ def test_a_training_keeps_its_folder_when_the_sweep_grows(tmp_path: Path) -> Non
         vary={"hidden": [[256, 256], [8]], "learning_rate": [0.1, 0.2]},
         settings={"batch_size": BehaviourCloning().config.batch_size},
     )  # fmt: skip
+    contents = {"a": "1", "b": "2"}
     folders = [
         {
             job.config: job.folder.name[-8:]
             for point in plan.grid()
-            for job in plan.jobs(point, tmp_path)
+            for job in plan.jobs(point, tmp_path, contents)
             if job.log == "a"
         }
         for plan in (small, grown)
@@ -430,4 +611,7 @@ def test_a_training_keeps_its_folder_when_the_sweep_grows(tmp_path: Path) -> Non
     # Another number of updates is another training.
     other = Plan(algorithm="bc", logs=("a",), steps=7, vary=vary)
     (point, *_) = small.grid()
-    assert small.jobs(point, tmp_path)[0].folder != other.jobs(point, tmp_path)[0].folder
+    kept = small.jobs(point, tmp_path, contents)[0].folder
+    assert other.jobs(point, tmp_path, contents)[0].folder != kept
+    # So is another log of the same name.
+    assert small.jobs(point, tmp_path, {"a": "3"})[0].folder != kept

@@ -128,18 +128,21 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
     return known_settings(str(path), values, kind)
 
 
-def known_settings(where: str, values: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
+def known_settings(
+    where: str, values: dict[str, Any], kind: type[Any], *, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return settings from a file, with None in place of the text "none" where it may stand.
 
     Args:
         where: Place of the settings in error messages.
         values: Values by name.
         kind: Class of the configuration to which the settings belong.
+        without: Settings of the class that the file may not set there.
 
     Raises:
-        ValueError: A setting is unknown to the class.
+        ValueError: A setting is unknown to the class, or may not be set there.
     """
-    hints = {field.name: field.kind for field in fields_of(kind)}
+    hints = {field.name: field.kind for field in fields_of(kind) if field.name not in without}
     unknown = [str(name) for name in values if name not in hints]
     if unknown:
         raise ValueError(

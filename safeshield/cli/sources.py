@@ -57,7 +57,9 @@ def shield_of(path: Path) -> Shield:
     raise ValueError(f"{path} must be an agent or a shield, but is {with_article(kind)}")
 
 
-def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object:
+def policy_of(
+    name: str, env: Env, shield: Shield | None, trust: bool, *, option: str = "--policy"
+) -> object:
     """Return the policy that a name or a file stands for, in a form that `as_batch_policy` takes.
 
     Args:
@@ -66,6 +68,7 @@ def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object
         env: Environment in which the policy will act.
         shield: Shield whose critics the adversary uses. None where no adversary can be named.
         trust: Whether a .zip file may be read, which can run code from it.
+        option: Option, or entry of a file, that names the policy in error messages.
 
     Raises:
         ValueError: The name is none of these, or does not suit the environment.
@@ -82,7 +85,7 @@ def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object
 
         if not isinstance(env.unwrapped, BoatEnv):
             raise ValueError(
-                f"--policy helmsmen needs the environment safeshield/Boat-v0, got {env}"
+                f"{option} helmsmen needs the environment safeshield/Boat-v0, got {env}"
             )
         return Helmsmen()
     path = Path(name)
@@ -95,7 +98,7 @@ def policy_of(name: str, env: Env, shield: Shield | None, trust: bool) -> object
 
         return load_sb3(path, trust=trust)
     known = ["random", "helmsmen", *(["adversary"] if shield is not None else [])]
-    raise ValueError(f"--policy must be one of {known}, or an agent's .safetensors or .zip file, "
+    raise ValueError(f"{option} must be one of {known}, or an agent's .safetensors or .zip file, "
                      f"got '{name}'")  # fmt: skip
 
 
@@ -114,7 +117,13 @@ def name_of(name: str, policy: object) -> str:
     return Path(name).name
 
 
-def log_of(path: str, env: Env) -> OfflineDataset:
+def log_of(
+    path: str,
+    env: Env,
+    *,
+    option: str = "--log",
+    otherwise: str = "its least and greatest return as --references LEAST,GREATEST",
+) -> OfflineDataset:
     """Return the log in a file, after a check that it is of this environment.
 
     Returns are normalised by the least and the greatest return of the log, so the log of another
@@ -124,6 +133,8 @@ def log_of(path: str, env: Env) -> OfflineDataset:
     Args:
         path: File of the log.
         env: Environment that is evaluated.
+        option: Option, or entry of a file, that names the log in error messages.
+        otherwise: What else the user may give, in error messages.
 
     Raises:
         ValueError: The log is of another environment.
@@ -138,8 +149,8 @@ def log_of(path: str, env: Env) -> OfflineDataset:
     shapes = [space.shape for space in (log.observation_space, env.observation_space)]
     if named is None and None not in shapes and shapes[0] != shapes[1]:
         raise ValueError(
-            f"--log must be of {wanted}, whose observations have shape {shapes[1]}, but those of "
-            f"{path} have {shapes[0]}: give that task's log, or --references LEAST,GREATEST"
+            f"{option} must be of {wanted}, whose observations have shape {shapes[1]}, but those "
+            f"of {path} have {shapes[0]}: give that task's log, or {otherwise}"
         )
     if named is None:
         typer.echo(
@@ -149,7 +160,7 @@ def log_of(path: str, env: Env) -> OfflineDataset:
         )
     elif not same_task(named, wanted):
         raise ValueError(
-            f"--log must be of {wanted}, but {path} is of {named}: give that task's log, or its "
-            "least and greatest return as --references LEAST,GREATEST"
+            f"{option} must be of {wanted}, but {path} is of {named}: give that task's log, or "
+            f"{otherwise}"
         )
     return log

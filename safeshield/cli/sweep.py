@@ -19,6 +19,24 @@ def file_entries() -> str:
     return "\n".join(["Entries of FILE, TOML or YAML:\n", *fields_help(Plan)]) + "\n"
 
 
+def check_folder(folder: Path) -> None:
+    """Make the folder of the results, before anything is trained.
+
+    Raises:
+        OSError: It cannot be made, or nothing can be written there.
+    """
+    from safeshield.files.atomic import check_writable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / "results.csv")
+    except OSError as error:
+        raise OSError(
+            f"--out must be a folder in which you may write, or one that can be made, got "
+            f"'{folder}': {error.strerror or error}; choose another folder"
+        ) from error
+
+
 def sweep(
     file: Annotated[
         Path, typer.Argument(help="File of the sweep, .toml or .yaml; see below.", dir_okay=False)
@@ -50,19 +68,17 @@ def sweep(
     Exits with status 1 where a training failed.
     """
     from safeshield.cli import sweep_report as report
-    from safeshield.cli.sources import make_env, policy_of
-    from safeshield.cli.sweep_plan import read_plan
-    from safeshield.cli.sweep_runs import Outcome, Places, policy_source
+    from safeshield.cli.sweep_plan import log_contents, read_plan
+    from safeshield.cli.sweep_runs import Outcome, Places, check_evaluation
     from safeshield.cli.sweep_runs import sweep as outcomes_of
     from safeshield.collection.lock import locked
 
     plan = read_plan(file)
-    places = Places(file.resolve(), tuple(one.resolve() for one in plugins or []), trust)
-    if plan.env is not None:
-        env = make_env(plan.env)
-        if plan.policy not in (None, "adversary"):
-            policy_of(policy_source(plan.policy, places), env, None, trust)
     folder = out.resolve()
+    plugin_files = tuple(one.resolve() for one in plugins or [])
+    places = Places(file.resolve(), log_contents(file, plan), plugin_files, trust)
+    check_evaluation(plan, places)
+    check_folder(folder)
     total = len(plan.logs) * len(plan.seeds) * (plan.trials or sum(1 for _ in plan.grid()))
     results: dict[Path, Outcome] = {}
     try:
@@ -70,10 +86,10 @@ def sweep(
         with locked(folder), contextlib.closing(running) as ended:
             for one in ended:
                 results[one.job.folder] = one
-                told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)
-                typer.echo(f"{len(results)} of {total}: {one.job}: {told}")
                 # A sweep that is stopped leaves the table of what has finished.
                 report.write_csv(folder / "results.csv", plan, list(results.values()))
+                told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)
+                typer.echo(f"{len(results)} of {total}: {one.job}: {told}")
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues the sweep", err=True)
         raise

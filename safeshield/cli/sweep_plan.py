@@ -10,12 +10,13 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 from safeshield.cli.settings import known_settings, preset_settings, read_settings, text_of
+from safeshield.data.card import file_digest
 from safeshield.files.settings import (
     NonNegative,
     PositiveInt,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SCORES = ("normalised_return", "normalised_cost", "violation_rate")
 """Figures of the evaluation that are reported where the file names no others."""
+EVALUATED = (*SCORES, "mean_return", "mean_cost", "intervention_rate")
+"""All figures of an evaluation. The last one needs a shield, and so an entry `policy`."""
 
 
 def _different(items: tuple[Any, ...]) -> bool:
@@ -129,8 +132,10 @@ class Plan(Settings):
     cost_limit: NonNegative = 10.0
     """Limit on the summed cost of an episode."""
     report: _Names = ()
-    """Figures of the printed table and of the picture. By default they are the return, cost and
-    violation rate of the evaluation. Without one the picture shows all metrics of the training."""
+    """Figures of the printed table and of the picture: figures of the evaluation, or metrics of the
+    training, by their names in TensorBoard, which must have a slash where env is given. By default
+    they are the return, cost and violation rate of the evaluation. Without one the picture shows
+    all metrics of the training."""
     gpus: NonNegative = 0.0
     """GPUs that a training takes, such as 0.25 where four share one. 0 trains on the CPU."""
 
@@ -141,6 +146,7 @@ class Plan(Settings):
             if value is not None and self.env is None:
                 why = "a search compares returns and costs" if name == "trials" else "it acts there"
                 raise ValueError(f"{name} {value} needs an environment ({why}): add env")
+        self._check_report()
         if self.policy is not None and not hasattr(self.kind.kind, "shield"):
             raise ValueError(
                 f"policy {self.policy} needs an algorithm that learns a shield, got "
@@ -169,6 +175,21 @@ class Plan(Settings):
         for point in self.grid() if self.trials is None else ():
             self.config(point, 0)
 
+    def _check_report(self) -> None:
+        """Check the reported figures as far as they are known before a training."""
+        known = EVALUATED if self.policy is not None else EVALUATED[:-1]
+        for name in self.report:
+            if self.env is None and name in EVALUATED:
+                raise ValueError(f"report {name} needs an environment, where it is found: add env")
+            if self.env is not None and name == "intervention_rate" and self.policy is None:
+                raise ValueError(f"report {name} needs a shielded policy: add policy")
+            # The names of metrics have a slash. Which there are is known after a training.
+            if self.env is not None and "/" not in name and name not in known:
+                raise ValueError(
+                    f"report must name figures of the evaluation, {', '.join(known)}, or metrics "
+                    f"of the training, whose names have a slash, got '{name}'"
+                )
+
     def _check_values(self, name: str, values: object) -> None:
         if isinstance(values, dict) and {"low", "high"} <= set(values) <= {"low", "high", "log"}:
             try:
@@ -186,7 +207,7 @@ class Plan(Settings):
         """The algorithm."""
         from safeshield.algorithms.registry import offline_algorithm
 
-        return offline_algorithm(self.algorithm)
+        return offline_algorithm(self.algorithm, "algorithm")
 
     def config(self, point: dict[str, Any], seed: int) -> Any:  # noqa: ANN401
         """Return the configuration of the algorithm at a point of the sweep.
@@ -199,8 +220,8 @@ class Plan(Settings):
             ValueError: A setting is unknown or breaks its rule.
         """
         kind = self.kind.config_type
-        fixed = known_settings("settings", self.settings, kind)
-        varied = known_settings("vary", point, kind)
+        fixed = known_settings("settings", self.settings, kind, without=("seed",))
+        varied = known_settings("vary", point, kind, without=("seed",))
         preset = preset_settings("preset", self.preset, self.kind)
         return kind(**{**preset, **fixed, **varied, "seed": seed})
 
@@ -223,21 +244,22 @@ class Plan(Settings):
         kinds = {field.name: field.kind for field in fields_of(self.kind.config_type)}
         return int in (kinds[name], *get_args(kinds[name]))
 
-    def jobs(self, point: dict[str, Any], folder: Path) -> list[Job]:
+    def jobs(self, point: dict[str, Any], folder: Path, contents: Mapping[str, str]) -> list[Job]:
         """Return the trainings at a point of the sweep, one for each log and seed.
 
-        A training keeps its folder as long as the algorithm, the steps, the log and all settings
-        are the same, so that it is not repeated when the sweep grows.
+        A training keeps its folder as long as the algorithm, the steps, the content of the log and
+        all settings are the same, so that it is not repeated when the sweep grows.
 
         Args:
             point: The varied settings, by name.
             folder: Folder of the sweep.
+            contents: Digest of each log, as `log_contents` returns them.
         """
         jobs = []
         for log, seed in itertools.product(self.logs, self.seeds):
             config = self.config(point, seed)
             place = Job(point, seed, log, config, folder)
-            identity = [self.algorithm, self.steps, log, dataclasses.asdict(config)]
+            identity = [self.algorithm, self.steps, contents[log], dataclasses.asdict(config)]
             label = re.sub(r"[^\w.=,-]", "", str(place))[:100]
             jobs.append(place._replace(folder=folder / "runs" / f"{label}-{digest(identity)}"))
         return jobs
@@ -259,10 +281,18 @@ def read_plan(path: Path) -> Plan:
 
     Raises:
         FileNotFoundError: The file or a log does not exist.
-        ValueError: An entry is unknown or breaks its rule; the message names the file.
+        ValueError: An entry is unknown, breaks its rule or would have no effect; the message names
+            the file.
     """
     try:
-        plan = Plan(**read_settings(path, Plan))
+        entries = read_settings(path, Plan)
+        for name in ("episodes", "cost_limit"):
+            if name in entries and entries.get("env") is None:
+                raise ValueError(
+                    f"{name} {entries[name]} needs an environment (agents are evaluated there): "
+                    f"add env, or leave out {name}"
+                )
+        plan = Plan(**entries)
     except ValueError as error:
         raise ValueError(f"{path}: {error}".replace(f"{path}: {path}", str(path))) from error
     missing = [log for log in plan.logs if not (path.parent / log).is_file()]
@@ -271,3 +301,25 @@ def read_plan(path: Path) -> Plan:
             f"{path}: logs: no such file: {missing[0]}; a relative path starts at {path.parent}"
         )
     return plan
+
+
+def log_contents(path: Path, plan: Plan) -> dict[str, str]:
+    """Return the SHA-256 digest of each log's file, by the name that the sweep's file gives it.
+
+    Args:
+        path: File of the sweep.
+        plan: The sweep.
+
+    Raises:
+        ValueError: Two of the logs hold the same; the message names the file.
+    """
+    names: dict[str, str] = {}
+    for log in plan.logs:
+        content = file_digest(path.parent / log)
+        if content in names:
+            raise ValueError(
+                f"{path}: logs must be a list of at least one log file, each once, but "
+                f"{names[content]} and {log} hold the same: leave one of them out"
+            )
+        names[content] = log
+    return {log: content for content, log in names.items()}

@@ -93,18 +93,11 @@ def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
     for one in outcomes:
         varied = (short(one.job.point[name]) for name in plan.vary)
         groups.setdefault((*varied, one.job.log), []).append(one)
-    best: dict[str, float] = {}
-    for (*_, log), ones in groups.items():
-        if plan.env is not None and _mean(ones, "normalised_cost") <= 1.0:
-            best[log] = max(best.get(log, -np.inf), _mean(ones, "normalised_return"))
+    best = _best(plan, groups)
     rows = [(*plan.vary, "log", "seeds", *names)]
     for key, ones in groups.items():
         seeds = sum(not one.error for one in ones)
-        starred = (
-            plan.env is not None
-            and _mean(ones, "normalised_cost") <= 1.0
-            and _mean(ones, "normalised_return") == best[key[-1]]
-        )
+        starred = key == best.get(key[-1])
         cells = [
             _cell(ones, name) + ("*" if starred and name == "normalised_return" else "")
             for name in names
@@ -113,9 +106,39 @@ def format_outcomes(plan: Plan, outcomes: Sequence[Outcome]) -> str:
     told = "Means over the seeds; in brackets the least and the greatest."
     if not names:
         told = "The metrics are in results.csv. To print some, name them in the file as report."
-    if best:
+    if best and "normalised_return" in names:
         told += " *: the highest return of those whose normalised cost is at most 1."
-    return f"{aligned(rows, len(plan.vary) + 1)}\n\n{told}"
+    lines = [told]
+    for log in plan.logs if plan.env is not None else ():
+        ours = {key: ones for key, ones in groups.items() if key[-1] == log}
+        costs = [cost for ones in ours.values() if (cost := _mean(ones, "normalised_cost")) >= 0]
+        if log not in best and costs:
+            lines.append(
+                f"No setting met the cost limit {plan.cost_limit:g} on {log}: the least normalised "
+                f"cost is {min(costs):.3g}, and it must be at most 1."
+            )
+        elif log in best and plan.vary:
+            point = groups[best[log]][0].job.point
+            values = ", ".join(f"{name} = {_exact(point[name])}" for name in plan.vary)
+            lines.append(f"The best setting on {log}: {values}")
+    return "\n".join([aligned(rows, len(plan.vary) + 1), "", *lines])
+
+
+def _best(
+    plan: Plan, groups: Mapping[tuple[str, ...], Sequence[Outcome]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the best setting on each log, by log: its key in `groups`, which ends in the log.
+
+    A log on which no setting has a mean normalised cost of at most 1 has no entry.
+    """
+    best: dict[str, tuple[str, ...]] = {}
+    for key, ones in groups.items() if plan.env is not None else ():
+        score, known = _mean(ones, "normalised_return"), best.get(key[-1])
+        if _mean(ones, "normalised_cost") <= 1.0 and (
+            known is None or score > _mean(groups[known], "normalised_return")
+        ):
+            best[key[-1]] = key
+    return best
 
 
 def _values(outcomes: Sequence[Outcome], name: str) -> list[float]:

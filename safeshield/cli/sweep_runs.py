@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from safeshield.rollouts.ray_workers import Cluster
 
 if TYPE_CHECKING:
     from safeshield.evaluation import ReferenceReturns
+    from safeshield.shield.shield import Shield
     from safeshield.spaces.generic import Env
 
 TRIES = 3
@@ -41,6 +42,8 @@ class Places(NamedTuple):
 
     file: Path
     """File of the sweep, in whose folder relative paths start."""
+    contents: Mapping[str, str]
+    """Digest of each log, as `log_contents` returns them."""
     plugins: tuple[Path, ...] = ()
     """Files that register algorithms."""
     trust: bool = False
@@ -60,18 +63,23 @@ def train(job: Job, plan: Plan, places: Places) -> dict[str, float]:
     """
     from safeshield.cli.plugins import load_plugin
     from safeshield.cli.settings import write_settings
-    from safeshield.cli.sources import log_of, make_env
+    from safeshield.cli.sources import make_env
+    from safeshield.data.card import file_digest
     from safeshield.data.dataset import OfflineDataset
-    from safeshield.evaluation import ReferenceReturns
 
     for file in places.plugins:
         load_plugin(file)
     config = plan.config(job.point, job.seed)
     job.folder.mkdir(parents=True, exist_ok=True)
     source = places.file.parent / job.log
+    if file_digest(source) != places.contents[job.log]:
+        raise ValueError(
+            f"{source} has been replaced since the sweep was started: start the sweep again, which "
+            "trains on the log that is there now"
+        )
     # The environment and the log are checked before the training, not after it.
     env = None if plan.env is None else make_env(plan.env)
-    references = None if env is None else ReferenceReturns.of_log(log_of(str(source), env))
+    references = None if env is None else _references(source, env)
     file, metrics = job.folder / AGENT, job.folder / "tensorboard"
     if not file.exists():
         learner = plan.kind.kind(config, device="cuda" if plan.gpus else "cpu")
@@ -114,13 +122,12 @@ def _scores(
     """Return the figures of an agent by the field's protocol, under the seed of its training."""
     import numpy as np
 
-    from safeshield.cli.sources import policy_of
     from safeshield.evaluation import field_score
 
     shield = None if plan.policy is None else agent.shield()
     policy = agent
     if plan.policy is not None:
-        policy = policy_of(policy_source(plan.policy, places), env, shield, places.trust)
+        policy = _policy(plan.policy, places, env, shield)
     score = field_score(
         env,
         policy,
@@ -143,23 +150,77 @@ def _scores(
     return figures
 
 
-def policy_source(name: str, places: Places) -> str:
-    """Return the name of a policy; a file's path starts at the folder of the sweep's file."""
-    return str(places.file.parent / name) if Path(name).suffix else name
+def _policy(name: str, places: Places, env: Env, shield: Shield | None) -> object:
+    """Return the policy that the sweep's file names; a relative path starts at its folder."""
+    from safeshield.cli.sources import policy_of
+
+    source = str(places.file.parent / name) if Path(name).suffix else name
+    return policy_of(source, env, shield, places.trust, option="policy")
+
+
+def _references(log: Path, env: Env) -> ReferenceReturns:
+    """Return the returns of a log, after a check that it is of the environment."""
+    from safeshield.cli.sources import log_of
+    from safeshield.evaluation import ReferenceReturns
+
+    otherwise = "the log's environment as env"
+    return ReferenceReturns.of_log(log_of(str(log), env, option="logs", otherwise=otherwise))
 
 
 # -- in the driver ------------------------------------------------------------------------------
 
 
-def finished(job: Job, plan: Plan) -> dict[str, float] | None:
-    """Return the figures that an earlier call wrote; None where the training is not finished."""
+def check_evaluation(plan: Plan, places: Places) -> None:
+    """Check that agents can be evaluated as the file says, before anything is trained.
+
+    Raises:
+        ValueError: The environment or the policy cannot be made, or a log is of another
+            environment. The message names the file and its entry.
+    """
+    import gymnasium as gym
+
+    from safeshield.cli.sources import make_env
+    from safeshield.requirements import explained
+
+    if plan.env is None:
+        return
     try:
-        stored = json.loads((job.folder / FIGURES).read_text())
+        env = make_env(plan.env)
+    except (gym.error.Error, ValueError, TypeError, OSError, ImportError) as error:
+        told = explained(error) if isinstance(error, ModuleNotFoundError) else error
+        raise ValueError(
+            f"{places.file}: env must be the id of an environment, or module:id, got "
+            f"'{plan.env}': {told}"
+        ) from error
+    try:
+        if plan.policy not in (None, "adversary"):
+            _policy(plan.policy, places, env, None)
+        for log in plan.logs:
+            _references(places.file.parent / log, env)
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{places.file}: {error}") from error
+
+
+def finished(job: Job, plan: Plan) -> dict[str, float] | None:
+    """Return the figures that an earlier call wrote; None where the training is not finished.
+
+    Raises:
+        ValueError: The file that holds them is damaged.
+    """
+    path = job.folder / FIGURES
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        figures: dict[str, float] = stored["figures"]
+        same = stored["evaluation"] == plan.evaluation
     except FileNotFoundError:
         return None
-    figures: dict[str, float] = stored["figures"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it and start the sweep "
+            "again, which makes it anew from the agent beside it"
+        ) from error
     # With another evaluation the agent is kept, and evaluated again.
-    return figures if stored["evaluation"] == plan.evaluation else None
+    return figures if same else None
 
 
 def sweep(
@@ -179,7 +240,9 @@ def sweep(
         ConnectionError: No Ray cluster answers.
         ValueError: The cluster has not enough GPUs for one training.
     """
-    search = None if plan.trials is None else _Search(plan, folder / "search.journal")
+    search = (
+        None if plan.trials is None else _Search(plan, places.contents, folder / "search.journal")
+    )
     points = plan.grid()
     cluster = Cluster(address)
     try:
@@ -190,7 +253,7 @@ def sweep(
             while waiting and (search is None or pool.running < cluster.cpus):
                 point = next(points, None) if search is None else search.ask()
                 waiting = point is not None
-                for job in plan.jobs(point, folder) if point is not None else ():
+                for job in plan.jobs(point, folder, places.contents) if point is not None else ():
                     figures = finished(job, plan)
                     if figures is None:
                         pool.start(job)
@@ -267,10 +330,11 @@ class _Search:
 
     Args:
         plan: The sweep.
+        contents: Digest of each log, as `log_contents` returns them.
         file: Journal of the search, from which it resumes.
     """
 
-    def __init__(self, plan: Plan, file: Path) -> None:
+    def __init__(self, plan: Plan, contents: Mapping[str, str], file: Path) -> None:
         try:
             import optuna
         except ImportError as error:
@@ -294,6 +358,8 @@ class _Search:
         values = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
         for name in ("trials", "report", "gpus"):
             del values[name]
+        # Results on another log are those of another search.
+        values["logs"] = [(log, contents[log]) for log in plan.logs]
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(file))),
             study_name=digest(values),
@@ -305,11 +371,13 @@ class _Search:
         # Another seed in each call, because the same one would draw the first settings again.
         seed = min(plan.seeds) + len(trials)
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-        self._told = [one.params for one in trials if one.state is self._states.COMPLETE]
+        told_before = [one.params for one in trials if one.state is self._states.COMPLETE]
+        # An earlier call may have tried more settings than the file asks for now.
+        self._told = told_before[: plan.trials]
         self._left = (plan.trials or 0) - len(self._told)
         # Settings whose trainings were under way, or failed, are tried first.
         left = [one for one in trials if one.state in (self._states.RUNNING, self._states.FAIL)]
-        told = [digest(params) for params in self._told]
+        told = [digest(params) for params in told_before]
         again = {digest(one.params): one.params for one in left}
         self._again = [params for name, params in again.items() if name not in told]
         for one in left:

@@ -86,8 +86,12 @@ def _place(kind: type[Any]) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
-def offline_algorithm(name: str) -> Algorithm:
+def offline_algorithm(name: str, option: str = "--algorithm") -> Algorithm:
     """Return the registered algorithm `name`, which is trained from a log.
+
+    Args:
+        name: Name of the algorithm.
+        option: Option, or entry of a file, that names it in error messages.
 
     Raises:
         ValueError: No such algorithm has this name.
@@ -95,7 +99,7 @@ def offline_algorithm(name: str) -> Algorithm:
     known = sorted(one.name for one in ALGORITHMS.values() if one.offline)
     if name not in known:
         raise ValueError(
-            f"--algorithm must be one of {known}, got '{name}'; for an algorithm of your own, pass "
+            f"{option} must be one of {known}, got '{name}'; for an algorithm of your own, pass "
             "the file that registers it as --plugin FILE.py"
         )
     return ALGORITHMS[name]
