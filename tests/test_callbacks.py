@@ -276,6 +276,8 @@ def test_a_curve_is_the_evaluation_of_the_agents_of_its_updates(
             mean_return=float(np.mean([one.mean_return for one in played])),
             mean_cost=float(np.mean([one.mean_cost for one in played])),
             violating=sum(one.violating for one in played),
+            seeds=(1, 20),
+            deterministic=False,
         )
 
 
@@ -324,11 +326,14 @@ def test_the_best_agent_is_marked_as_chosen_with_a_simulator(
 
 def test_the_better_point_is_within_the_limit_or_costs_less() -> None:
     def point(mean_return: float, mean_cost: float) -> CurvePoint:
-        return CurvePoint(1, "p", 4, mean_return, mean_cost, 0)
+        return CurvePoint(1, "p", 4, mean_return, mean_cost, 0, (0,), False)
 
-    order = [point(9, 20), point(0, 12), point(-5, 10), point(3, 0), point(4, 10)]
+    order = [
+        point(9, 20), point(0, 12), point(1, 12), point(-5, 10), point(3, 0), point(4, 10),
+        point(4, 9),
+    ]  # fmt: skip
     assert sorted(reversed(order), key=lambda one: one.rank(10.0)) == order
-    assert CurvePoint(1, "p", 4, 0.0, 0.0, 1).violation_rate == 0.25
+    assert CurvePoint(1, "p", 4, 0.0, 0.0, 1, (0,), False).violation_rate == 0.25
 
 
 def test_a_curve_is_written_to_tensorboard(
@@ -354,7 +359,12 @@ def test_wrong_arguments_of_a_curve_are_refused(env: gym.Env, tmp_path: Path) ->
         ({"seeds": (1, 1)}, "seeds must be different numbers"),
         ({"path": tmp_path / "a.txt"}, r"path must end in .csv or .jsonl, got"),
         ({"best": tmp_path / "a.csv"}, r"best must end in .safetensors, got"),
-        ({"cost_limit": -1.0}, "cost_limit"),
+        ({"cost_limit": -1.0, "best": tmp_path / "b.safetensors"}, "cost_limit must"),
+        ({"cost_limit": 5.0}, "cost_limit=5.0 needs best"),
+        ({"deterministic": "no"}, "deterministic must be True or False, got 'no'"),
+        ({"seeds": 0}, "seeds must be a tuple of whole numbers, got 0"),
+        ({"seeds": "01"}, "seeds must be a tuple of whole numbers, got '01'"),
+        ({"seeds": (-1,)}, "each of seeds must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Evaluate(env, **arguments)  # type: ignore[arg-type]
@@ -385,12 +395,163 @@ def test_the_page_on_callbacks_runs_as_it_stands(
     names: dict[str, Any] = {"agent": clone(), "log": log}
     exec(curve.replace("0_000", "").replace("episodes=20", "episodes=1"), names)
     assert [point.step for point in read_curve("curve.csv")] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    exec(stop.replace("500", "2"), names)
+    for agent in (clone(), make.OFFLINE["shield_trainer"](), make.OFFLINE["safefql"]()):
+        names = {"agent": agent, "log": make.golden_log()}
+        exec(stop.replace("20_000", "40").replace("every = 500", "every = 1"), names)
+        flat = names["flat"][type(agent).__name__]
+        assert np.isfinite(flat.lowest)
+        flat.lowest = 0.0
+        agent.fit(make.golden_log(), 40, callbacks=[flat])
+        # No update improves on 0, so the first one of the phase that is watched is the last one.
+        assert agent.updates < 40
 
-    class StopWhenFlat(names["StopWhenFlat"]):  # type: ignore[misc]
-        def on_step(self, step: TrainingStep) -> bool:
-            value = dataclasses.replace(step)
-            value.__dict__["metrics"] = {"actor/error": 1.0}
-            return bool(super().on_step(value))
 
-    assert clone().fit(log, 10, callbacks=[StopWhenFlat()]).updates == 4
+# -- answers, files and spaces --------------------------------------------------------------------
+
+
+class Does(TrainingCallback):
+    """Calls a function in one of its methods."""
+
+    every = 2
+
+    def __init__(self, method: str, act: Any) -> None:  # noqa: ANN401
+        setattr(self, method, act)
+
+
+@pytest.mark.parametrize("answer", [1, 0, "no", torch.tensor(False)])
+@pytest.mark.parametrize("method", ["on_step", "on_phase"])
+def test_an_answer_is_false_true_or_none(method: str, answer: object, log: OfflineDataset) -> None:
+    with pytest.raises(TypeError, match=rf"Does\.{method} must return False to stop .* got"):
+        clone().fit(log, 4, callbacks=[Does(method, lambda _: answer)])
+
+
+def test_the_start_of_a_training_cannot_stop_it(log: OfflineDataset) -> None:
+    for answer in (False, np.bool_(False), "no", 1):
+        with pytest.raises(ValueError, match=r"Does\.on_start must return None or True"):
+            clone().fit(log, 4, callbacks=[Does("on_start", lambda _, a=answer: a)])
+    for answer in (None, True, np.bool_(True)):
+        agent = clone().fit(log, 4, callbacks=[Does("on_start", lambda _, a=answer: a)])
+        assert agent.updates == 4
+
+
+def test_an_unknown_metric_is_named_with_the_phase_and_the_known_ones(log: OfflineDataset) -> None:
+    found = r"the phase 'cloning' has no metric 'loss', its metrics are \['actor/squared_error'\]"
+    with pytest.raises(KeyError, match=found):
+        clone().fit(log, 4, callbacks=[Does("on_step", lambda step: step.metrics["loss"] > 0)])
+    with pytest.raises(KeyError, match=r"'cloning' has no metric 'loss'.*before an update"):
+        clone().fit(log, 4, callbacks=[Does("on_start", lambda step: step.metrics["loss"])])
+
+
+@pytest.mark.parametrize("values", [3.0, {"a": "x"}, {"a": float("nan")}, {1: 2.0}, {"a": None}])
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_cannot_be_logged_is_refused_also_without_a_folder(
+    values: Any,  # noqa: ANN401
+    folder: bool,
+    log: OfflineDataset,
+    tmp_path: Path,
+) -> None:
+    place = tmp_path if folder else None
+    with pytest.raises(TypeError, match=r"step\.log"):
+        clone().fit(log, 4, log_dir=place, callbacks=[Does("on_step", lambda s: s.log(values))])
+    logs = Does("on_step", lambda step: step.log({"a": np.float32(1), "b": 2}))
+    clone().fit(log, 4, log_dir=place, callbacks=[logs])
+
+
+def test_no_two_writers_share_a_file(env: gym.Env, log: OfflineDataset, tmp_path: Path) -> None:
+    curve, best = tmp_path / "curve.csv", tmp_path / "best.safetensors"
+    (tmp_path / "link.safetensors").symlink_to(best)
+    one = Evaluate(env, 2, 1, path=curve, best=best)
+    for checkpoint, callbacks, message in (
+        (best, [one], r"checkpoint and best of callbacks\[0\] \(Evaluate\) must be different"),
+        (tmp_path / "x" / ".." / "curve.csv", [one], "checkpoint and path of"),
+        (None, [one, Evaluate(env, 2, 1, path=curve)], r"path of .* and path of callbacks\[1\]"),
+        (None, [one, Evaluate(env, 3, 1, best=tmp_path / "link.safetensors")], "and best of"),
+        (None, [one, one], "got the same Evaluate twice"),
+    ):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=message):
+            clone().fit(log, 4, checkpoint=checkpoint, callbacks=callbacks)
+    assert not curve.exists()
+    clone().fit(log, 4, checkpoint=tmp_path / "c", callbacks=[one, Evaluate(env, 2, 1)])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_curve_replaces_nothing_but_a_curve(
+    suffix: str, env: gym.Env, log: OfflineDataset, tmp_path: Path
+) -> None:
+    path = tmp_path / f"mine{suffix}"
+    for text in ("name,age\n", "name,age\nAda,36\n", '{"a": 1}\n', "\xff"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{path.name} is not a training curve"):
+            clone().fit(log, 4, callbacks=[Evaluate(env, 2, 1, path=path)])
+        assert path.read_text() == text
+    path.unlink()
+    for seed in (1, 2):
+        curve = Evaluate(env, 2, 1, seeds=[seed], path=path)
+        clone().fit(log, 4, callbacks=[curve])
+        assert read_curve(path) == curve.points
+        assert curve.points[0].seeds == (seed,)
+
+
+def test_the_best_agent_replaces_nothing_but_an_agent_of_its_algorithm(
+    env: gym.Env, log: OfflineDataset, tmp_path: Path
+) -> None:
+    best, watch = tmp_path / "best.safetensors", Watch()
+    make.OFFLINE["shield_trainer"]().fit(make.golden_log(), STEPS).save(best)
+    for content in (b"words", best.read_bytes()):
+        best.write_bytes(content)
+        with pytest.raises(ValueError, match=r"best of Evaluate .* no agent of this"):
+            clone().fit(log, 4, callbacks=[Evaluate(env, 2, 1, best=best), watch])
+        assert best.read_bytes() == content
+    assert not watch.calls
+    clone().fit(log, 4).save(best)
+    clone().fit(log, 4, callbacks=[Evaluate(env, 2, 1, best=best)])
+    assert load_agent(best).chosen == "with a simulator"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seeds": (4, 5)}, r"seeds of Evaluate must be \(3, 4\).* got \(4, 5\)"),
+        ({"episodes": 2}, r"episodes of all seeds together of Evaluate must be 2, .* got 4"),
+        ({"deterministic": True}, "deterministic of Evaluate must be False, .* got True"),
+    ],
+)
+def test_a_resumed_curve_keeps_its_settings(
+    suffix: str,
+    changed: dict[str, Any],
+    message: str,
+    env: gym.Env,
+    log: OfflineDataset,
+    tmp_path: Path,
+) -> None:
+    own: dict[str, Any] = {"seeds": (3, 4), "episodes": 1, "path": tmp_path / f"curve{suffix}"}
+    first = Evaluate(env, 2, **own)
+    clone().fit(log, 8, checkpoint=tmp_path / "c", stop_after=4, callbacks=[first])
+    before = own["path"].read_bytes()
+    with pytest.raises(ValueError, match=message):
+        clone().fit(
+            log, 8, checkpoint=tmp_path / "c", callbacks=[Evaluate(env, 2, **{**own, **changed})]
+        )
+    assert own["path"].read_bytes() == before
+    clone().fit(log, 8, checkpoint=tmp_path / "c", callbacks=[Evaluate(env, 2, **own)])
+    assert [point.step for point in read_curve(own["path"])] == [2, 4, 6, 8]
+
+
+def test_an_environment_with_other_spaces_is_refused_before_the_training(
+    log: OfflineDataset,
+) -> None:
+    class Narrow(gym.ActionWrapper):  # type: ignore[type-arg]
+        def action(self, action: Any) -> Any:  # noqa: ANN401
+            return action
+
+    watch, narrow = Watch(), Narrow(gym.make("safeshield/Boat-v0"))
+    narrow.action_space = gym.spaces.Box(-0.1, 0.1, (2,))
+    for other, name in (
+        (gym.make("safeshield/DoubleIntegrator-v0"), "observation_space"),
+        (narrow, "action_space"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} of the env of Evaluate mismatch"):
+            clone().fit(log, 4, callbacks=[Evaluate(other, 2, 1), watch])
+    assert not watch.calls

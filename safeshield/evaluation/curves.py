@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,11 @@ from safeshield.evaluation.episodes import evaluate
 from safeshield.evaluation.scores import COST_LIMIT, normalised_cost
 from safeshield.files.atomic import check_writable, written_whole
 from safeshield.files.schema import json_values, record_from_json, whole
-from safeshield.rollouts.copies import check_env
+from safeshield.files.settings import check
+from safeshield.files.tensors import read_tensors
+from safeshield.rollouts.copies import check_env, spaces_of
 from safeshield.spaces.generic import Env, VectorEnv
+from safeshield.spaces.schema import check_same_space
 from safeshield.training.callbacks import TrainingCallback, TrainingStep
 
 CHOSEN = "with a simulator"
@@ -40,20 +43,26 @@ class CurvePoint:
     """Mean over the episodes of the summed costs, as in `Evaluation`."""
     violating: int
     """Number of episodes with h > 0 (or cost > 0) in any state."""
+    seeds: tuple[int, ...]
+    """Seeds of starts and noise. Each has the same number of episodes."""
+    deterministic: bool
+    """The `deterministic` with which the agent's ``predict`` was called."""
 
     @property
     def violation_rate(self) -> float:
         """Share of the episodes that violate."""
         return self.violating / self.episodes
 
-    def rank(self, cost_limit: float) -> tuple[bool, float]:
+    def rank(self, cost_limit: float) -> tuple[bool, float, float]:
         """Return a key by which points are compared: the greater one is the better agent.
 
         Of the agents whose mean cost is at most `cost_limit`, that of the highest return is best;
-        where there is none, that of the lowest cost.
+        where there is none, that of the lowest cost. Of equal returns the lower cost is better, and
+        of equal costs the higher return.
         """
         within = bool(normalised_cost(self.mean_cost, cost_limit) <= 1.0)
-        return within, self.mean_return if within else -self.mean_cost
+        first, second = self.mean_return, -self.mean_cost
+        return (True, first, second) if within else (False, second, first)
 
 
 class Evaluate(TrainingCallback):
@@ -66,23 +75,26 @@ class Evaluate(TrainingCallback):
 
     Args:
         env: A Gymnasium environment or a VectorEnv that reports ``info["cost"]`` or
-            ``info["constraint"]``; see `evaluate`.
+            ``info["constraint"]``; see `evaluate`. It is played as it is: inside a wrapper that
+            corrects actions, the results are those of agent and wrapper together.
         every: Number of updates between two evaluations.
         episodes: Number of episodes for each seed.
         seeds: Seeds of starts and noise. They are the same in every evaluation.
         path: File of the results, .csv or .jsonl (one JSON object a line), written anew after every
-            evaluation. A training that resumes from a checkpoint reads it; None writes no file.
+            evaluation. A training that resumes from a checkpoint reads it, and any other training
+            replaces the curve that it holds; None writes no file.
         best: File of the best agent so far, .safetensors: the agent of the highest mean return
             among those whose mean cost is at most `cost_limit`, or of the lowest cost where there
             is none. The header of the file says that it was chosen with a simulator (`chosen`).
-            None writes no file.
-        cost_limit: Limit on the mean cost of an episode, for `best`.
+            An agent of the same algorithm that the file holds is replaced. None writes no file.
+        cost_limit: Limit on the mean cost of an episode, for `best` alone; None means 10.
         deterministic: The `deterministic` with which the agent's ``predict`` is called.
         num_envs: Number of environments that step together.
 
     Raises:
-        TypeError: A number is not a whole number.
-        ValueError: A number is out of range, a seed occurs twice, or a suffix is unknown.
+        TypeError: A number is not a whole number, or `deterministic` is not True or False.
+        ValueError: A number is out of range, a seed occurs twice, a suffix is unknown, or
+            `cost_limit` is given without `best`.
         OSError: A file cannot be written; see `files.atomic.check_writable`.
 
     Attributes:
@@ -106,33 +118,64 @@ class Evaluate(TrainingCallback):
         *,
         path: str | os.PathLike[str] | None = None,
         best: str | os.PathLike[str] | None = None,
-        cost_limit: float = COST_LIMIT,
+        cost_limit: float | None = None,
         deterministic: bool = False,
         num_envs: int | None = None,
     ) -> None:
         check_env(env)
-        normalised_cost(0.0, cost_limit)
+        if cost_limit is not None and best is None:
+            raise ValueError(
+                f"cost_limit={cost_limit!r} needs best, because only the choice of the best agent "
+                "uses it; pass best, or leave out cost_limit"
+            )
+        self._limit = COST_LIMIT if cost_limit is None else cost_limit
+        normalised_cost(0.0, self._limit)
         self.every = whole("every", every, least=1)
         self.points: list[CurvePoint] = []
         self._env, self._episodes = env, whole("episodes", episodes, least=1)
-        self._seeds = [whole("each of seeds", seed, least=0) for seed in seeds]
+        given = list(seeds) if isinstance(seeds, range) else seeds
+        self._seeds: tuple[int, ...] = check("seeds", tuple[int, ...], given)
+        for seed in self._seeds:
+            whole("each of seeds", seed, least=0)
         if not self._seeds or len(set(self._seeds)) != len(self._seeds):
             raise ValueError(f"seeds must be different numbers, at least one, got {list(seeds)}")
         self._path = _checked(path, "path", (".csv", ".jsonl"))
         self._best = _checked(best, "best", (".safetensors",))
-        self._limit, self._deterministic = cost_limit, deterministic
+        self._deterministic: bool = check("deterministic", bool, deterministic)
         self._num_envs = num_envs
 
+    def writes(self) -> Mapping[str, Path]:
+        """Return the files of the results and of the best agent, where they are written."""
+        files = {"path": self._path, "best": self._best}
+        return {name: path for name, path in files.items() if path is not None}
+
     def on_start(self, step: TrainingStep) -> None:
-        """Forget the results of another training, and those after the checkpoint.
+        """Check environment and files; forget other trainings and what follows the checkpoint.
 
         Raises:
-            ValueError: The training resumes, `best` is given, and the earlier results are lost; or
-                the file of the results is damaged.
+            ValueError: The spaces of the environment are not those of the agent; a file holds
+                something else than results or an agent of this algorithm; or the training resumes
+                and the earlier results are lost, although `best` is given, or were found with
+                other seeds, episodes or `deterministic`.
         """
-        if not self.points and self._path is not None and step.step and self._path.exists():
-            self.points = read_curve(self._path)
+        for name, known, own in zip(
+            ("observation_space", "action_space"),
+            (step.agent.observation_space, step.agent.action_space),
+            spaces_of(self._env),
+            strict=True,
+        ):
+            check_same_space(
+                known, own, f"{name} of the env of Evaluate",
+                unbounded_matches_any=name == "observation_space",
+            )  # fmt: skip
+        if self._best is not None and self._best.exists():
+            _check_agent(self._best, step.agent.file_format)
+        stored = read_curve(self._path) if self._path is not None and self._path.exists() else []
+        if not self.points and step.step:
+            self.points = stored
         self.points = [point for point in self.points if point.step <= step.step]
+        for point in self.points:
+            self._check_settings(point)
         if self._best is not None and not self.points and step.step >= self.every:
             raise ValueError(
                 f"the training resumes at update {step.step} and the results of its earlier "
@@ -140,13 +183,29 @@ class Evaluate(TrainingCallback):
                 "their file, or leave out best"
             )
 
+    def _check_settings(self, point: CurvePoint) -> None:
+        own = {
+            "seeds": self._seeds,
+            "episodes": self._episodes * len(self._seeds),
+            "deterministic": self._deterministic,
+        }
+        for name, value in own.items():
+            stored = getattr(point, name)
+            if stored != value:
+                of = f"{name} of all seeds together" if name == "episodes" else name
+                raise ValueError(
+                    f"{of} of Evaluate must be {stored!r}, as in the earlier results in "
+                    f"{self._path}, because the training resumes and one file holds results of "
+                    f"one kind, got {value!r}; use the same {name}, or another path"
+                )
+
     def on_step(self, step: TrainingStep) -> None:
         """Play the present agent, and store and write the results."""
         agent, point = step.agent, self._play(step)
         ranks = [one.rank(self._limit) for one in self.points]
         self.points.append(point)
         if self._best is not None and point.rank(self._limit) > max(
-            ranks, default=(False, -np.inf)
+            ranks, default=(False, -np.inf, -np.inf)
         ):
             agent.chosen = CHOSEN
             agent.save(self._best)
@@ -183,6 +242,8 @@ class Evaluate(TrainingCallback):
             mean_return=float(np.mean([one.mean_return for one in results])),
             mean_cost=float(np.mean([one.mean_cost for one in results])),
             violating=sum(one.violating for one in results),
+            seeds=self._seeds,
+            deterministic=self._deterministic,
         )
 
 
@@ -202,7 +263,11 @@ def write_curve(path: str | os.PathLike[str], points: Iterable[CurvePoint]) -> N
         names = [field.name for field in dataclasses.fields(CurvePoint)]
         table = csv.DictWriter(stream, names, lineterminator="\n")
         table.writeheader()
-        table.writerows(rows)
+        # All columns but the phase are JSON.
+        table.writerows(
+            {key: value if key == "phase" else json.dumps(value) for key, value in row.items()}
+            for row in rows
+        )
 
 
 def read_curve(path: str | os.PathLike[str]) -> list[CurvePoint]:
@@ -218,14 +283,30 @@ def read_curve(path: str | os.PathLike[str]) -> list[CurvePoint]:
             if path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in stream]
             else:
-                # All columns but the phase are JSON numbers.
+                table = csv.DictReader(stream, strict=True)
+                names = [field.name for field in dataclasses.fields(CurvePoint)]
+                if table.fieldnames is not None and set(table.fieldnames) != set(names):
+                    raise ValueError(f"the columns must be {names}, got {list(table.fieldnames)}")
                 rows = [
                     {key: text if key == "phase" else json.loads(text) for key, text in row.items()}
-                    for row in csv.DictReader(stream, strict=True)
+                    for row in table
                 ]
         return [record_from_json(CurvePoint, row, "point of a training curve") for row in rows]
     except (TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is not a training curve: {error}") from error
+        raise ValueError(
+            f"{path} is not a training curve: {error}; remove the file, or give another path"
+        ) from error
+
+
+def _check_agent(path: Path, file_format: str) -> None:
+    """Check that the file `path` holds an agent of this format, which may then be replaced."""
+    try:
+        read_tensors(path, file_format)
+    except ValueError as error:
+        raise ValueError(
+            f"best of Evaluate would replace {path}, which holds no agent of this algorithm: "
+            f"{error}; remove the file, or give another name"
+        ) from error
 
 
 def _checked(

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
 
 from safeshield.files.schema import whole
+from safeshield.files.settings import KindError, check
 
 if TYPE_CHECKING:
     from safeshield.training.agent import Learner
+
+
+class StepMetrics(dict[str, float]):
+    """Metrics of one update by name. The error for an unknown name lists the known ones.
+
+    Args:
+        phase: Name of the phase, for the error.
+        values: The metrics.
+
+    >>> StepMetrics("student", {"student/loss": 0.5})["actor/loss"]
+    Traceback (most recent call last):
+    ...
+    KeyError: "the phase 'student' has no metric 'actor/loss', its metrics are ['student/loss']"
+    """
+
+    def __init__(self, phase: str, values: Mapping[str, float]) -> None:
+        super().__init__(values)
+        self._phase = phase
+
+    def __missing__(self, name: object) -> float:
+        known = f"its metrics are {sorted(self)}" if self else "and no metrics before an update"
+        raise KeyError(f"the phase '{self._phase}' has no metric {name!r:.60}, {known}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +62,10 @@ class TrainingStep:
     def metrics(self) -> Mapping[str, float]:
         """Metrics of this update by name; empty before the first update.
 
-        Reading them waits for the device on which the agent is trained.
+        Each phase has metrics of its own. The KeyError for another name lists them. Reading them
+        waits for the device on which the agent is trained.
         """
-        return self._measure()
+        return StepMetrics(self.phase, self._measure())
 
     @cached_property
     def agent(self) -> Learner[Any, Any]:
@@ -51,27 +79,51 @@ class TrainingStep:
         """Write numbers by name to the TensorBoard files of `fit`; without them this does nothing.
 
         Args:
-            values: Numbers by name, such as ``{"play/return": 31.5}``.
+            values: Finite numbers by name, such as ``{"play/return": 31.5}``.
+
+        Raises:
+            KindError: The values are not such a mapping, also where no files are written. A
+                KindError is a TypeError and a ValueError.
         """
-        self._write(values, self.step)
+        given = cast(object, values)
+        if not isinstance(given, Mapping):
+            raise KindError(
+                "step.log needs numbers by name, such as {'play/return': 31.5}, got "
+                f"{type(given).__name__}"
+            )
+        checked = {
+            check("each name of step.log", str, name): check(
+                f"the value '{name}' of step.log", float, value
+            )
+            for name, value in given.items()
+        }
+        self._write(checked, self.step)
 
 
 class TrainingCallback:
     """Base class of callbacks: ``agent.fit(log, callbacks=[...])``.
 
     Derive from it and override the methods that you need. Where `on_step` or `on_phase` returns
-    False, as in Stable-Baselines3, training stops after this update; True and None continue it.
+    False, as in Stable-Baselines3, training stops after this update; True and None continue it, and
+    any other value is an error. `on_start` cannot stop the training: False is an error there.
     Callbacks are not part of what a checkpoint stores or compares, and they do not change the
     weights: a training that no callback stops ends with the same weights as one without callbacks.
 
     >>> class Stop(TrainingCallback):
     ...     every = 500
     ...     def on_step(self, step):
-    ...         return step.metrics["actor/error"] > 0.01
+    ...         return step.phase != "student" or step.metrics["student/distance_to_teacher"] > 0.01
     """
 
     every: int = 1000
     """Number of updates between two calls of `on_step`."""
+
+    def writes(self) -> Mapping[str, Path]:
+        """Return the files that the callback writes, by the names of its arguments.
+
+        `fit` refuses two equal files, also the checkpoint, before training begins.
+        """
+        return {}
 
     def on_start(self, step: TrainingStep) -> None:
         """Begin a training, or continue one from a checkpoint.
@@ -113,7 +165,7 @@ def checked_callbacks(callbacks: Sequence[TrainingCallback]) -> tuple[TrainingCa
     Raises:
         TypeError: `callbacks` is not a sequence of `TrainingCallback`s, or an interval is not a
             whole number.
-        ValueError: An interval is below 1.
+        ValueError: An interval is below 1, or an object occurs twice.
     """
     given = cast(object, callbacks)
     if not isinstance(given, list | tuple):
@@ -128,13 +180,59 @@ def checked_callbacks(callbacks: Sequence[TrainingCallback]) -> tuple[TrainingCa
                 "its class from safeshield.TrainingCallback"
             )
         whole(f"every of the callback {type(one).__name__}", one.every, least=1)
+        if sum(one is other for other in given) > 1:
+            raise ValueError(
+                f"callbacks must be different objects, got the same {type(one).__name__} twice; "
+                "make a second one, or pass it once"
+            )
     return tuple(given)
 
 
-def go_on(answers: Sequence[bool | None]) -> bool:
-    """Return whether no callback has returned False.
+def check_different_files(
+    callbacks: Sequence[TrainingCallback], checkpoint: Path | None = None
+) -> None:
+    """Check that no two of the checkpoint and the files of callbacks are the same file.
 
-    >>> go_on([None, True]), go_on([None, False])
-    (True, False)
+    Raises:
+        ValueError: Two are the same, also where one is a symbolic link to the other.
     """
-    return all(answer is None or bool(answer) for answer in answers)
+    files = [] if checkpoint is None else [("checkpoint", checkpoint)]
+    for at, one in enumerate(callbacks):
+        owner = f"of callbacks[{at}] ({type(one).__name__})"
+        files += [(f"{name} {owner}", path) for name, path in one.writes().items()]
+    users: dict[Path, str] = {}
+    for user, path in files:
+        other = users.setdefault(Path(os.path.realpath(path)), user)
+        if other != user:
+            raise ValueError(
+                f"{other} and {user} must be different files, got {path} for both, so that one "
+                "would replace the other; give them different names"
+            )
+
+
+def goes_on(
+    callback: TrainingCallback,
+    method: Literal["on_start", "on_step", "on_phase"],
+    step: TrainingStep,
+) -> bool:
+    """Call a method of a callback and return whether the training goes on.
+
+    Raises:
+        KindError: The method returned something other than None, True and False, or `on_start`
+            returned False. A KindError is a TypeError and a ValueError.
+    """
+    answer: object = getattr(callback, method)(step)
+    if answer is None or (isinstance(answer, bool | np.bool_) and answer):
+        return True
+    name = f"{type(callback).__name__}.{method}"
+    if method == "on_start":
+        raise KindError(
+            f"{name} must return None or True, because it cannot stop the training, got "
+            f"{answer!r:.60}; return False from on_step or on_phase"
+        )
+    if not isinstance(answer, bool | np.bool_):
+        raise KindError(
+            f"{name} must return False to stop the training, or None or True to continue it, got "
+            f"{answer!r:.60}; return a bool, such as bool(value)"
+        )
+    return False

@@ -26,8 +26,9 @@ from safeshield.files.schema import whole
 from safeshield.training.callbacks import (
     TrainingCallback,
     TrainingStep,
+    check_different_files,
     checked_callbacks,
-    go_on,
+    goes_on,
 )
 from safeshield.training.checkpoint import load_checkpoint, member, save_checkpoint, stacked
 from safeshield.training.log import RunIdentity
@@ -48,8 +49,9 @@ class FitOptions:
 
     Raises:
         TypeError: A number is not a whole number, or a callback is not a `TrainingCallback`.
-        ValueError: `steps` is below one for each phase, another number is out of range, or
-            `stop_after` is given without a checkpoint.
+        ValueError: `steps` is below one for each phase, another number is out of range,
+            `stop_after` is given without a checkpoint, a callback occurs twice, or two of the
+            checkpoint and the files of callbacks are the same file.
         OSError: The checkpoint cannot be written; see `files.atomic.check_writable`.
     """
 
@@ -84,6 +86,9 @@ class FitOptions:
             raise ValueError("stop_after needs a checkpoint file to resume from; pass checkpoint")
         if self.checkpoint is not None:
             check_writable(Path(self.checkpoint))
+        check_different_files(
+            self.callbacks, None if self.checkpoint is None else Path(self.checkpoint)
+        )
 
 
 def run_phases(
@@ -120,7 +125,7 @@ def run_phases(
     with contextlib.closing(_Progress(phases, options, done)) as progress:
         step = progress.step(phases[0], state, None, {}, done, agent)
         for callback in options.callbacks:
-            callback.on_start(step)
+            goes_on(callback, "on_start", step)
         for phase, local in _remaining(phases, done):
             if options.stop_after is not None and done >= options.stop_after:
                 if path is not None:
@@ -144,9 +149,9 @@ def run_phases(
                 save_checkpoint(path, state, done, generator, identity, phase.name)
                 saved, saved_at = time.perf_counter(), done
             due = [one for one in options.callbacks if done % one.every == 0]
-            answers = [one.on_step(step) for one in due]
-            answers += [one.on_phase(step) for one in options.callbacks if last]
-            if not go_on(answers):
+            answers = [goes_on(one, "on_step", step) for one in due]
+            answers += [goes_on(one, "on_phase", step) for one in options.callbacks if last]
+            if not all(answers):
                 if path is not None and saved_at < done:
                     save_checkpoint(path, state, done, generator, identity, phase.name)
                 break
