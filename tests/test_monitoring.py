@@ -708,7 +708,7 @@ def test_costs_behind_a_wrapper(watched: Shield, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["violation", "cost above", "mean cost"])
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, -1.0, math.nan])
 def test_costs_that_cannot_be_used_count_as_1(
     watched: Shield, tmp_path: Path, kind: str, bad: float
 ) -> None:
@@ -728,6 +728,12 @@ def test_costs_that_cannot_be_used_count_as_1(
         assert (one.report().episodes, one.report().score) == (1, 1.0)
         assert (one.state == IN_DOUBT) == (kind == "mean cost")
         assert kind != "mean cost" or "negative, infinite or not a number" in one.reason
+    many = PromiseMonitor(shield, level=1e-9)
+    vector = VectorSafetyShield(gym.vector.SyncVectorEnv([Costs] * 2), shield, monitor=many)
+    vector.reset()
+    for _ in range(3):
+        vector.step(np.zeros((2, 2), np.float32))
+    assert (many.report().episodes, many.report().score) == (2, 2.0)
     # So do those of a recorded episode, NaN as well.
     none = np.zeros(2, np.bool_)
     rows = np.stack([SAFE, SAFE])

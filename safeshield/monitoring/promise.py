@@ -152,7 +152,8 @@ class PromiseMonitor:
         shield: A calibrated shield, a path to its file, or an agent.
         path: JSON file that keeps the state. Where it exists, the monitor continues from it, and
             episodes that were under way are cut. It is written at the beginning and at the end of
-            each episode and at each violation, atomically. One process at a time may use it.
+            each episode and at each violation, atomically; to make a monitor only reads it. One
+            process at a time should write it. What another one has written is merged.
         reference: Episodes of the calibrated deployment, against which covariates are compared:
             episodes behind the shield by the same agent from certified starts, or the values of
             each covariate by its name. None: that of the file, or no comparison.
