@@ -360,8 +360,10 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
         SafetyShield(Scripted(), other, monitor=monitor)
     with pytest.raises(TypeError, match="monitor must be a PromiseMonitor of the shield"):
         SafetyShield(Scripted(), watched, monitor="promise.json")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"on_change must be a function.*got 'print'"):
+        PromiseMonitor(watched, on_change="print")  # type: ignore[arg-type]
     path = tmp_path / "promise.json"
-    PromiseMonitor(watched, path)
+    feed(PromiseMonitor(watched, path), [False])
     with pytest.raises(ValueError, match="of another shield or record"):
         PromiseMonitor(other, path)
     with pytest.raises(ValueError, match=r"level must be 0\.1 as"):
@@ -371,7 +373,7 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
         "{}",
         "[]",
         path.read_text()[:-5],
-        path.read_text().replace("[\n\n]", "[[1]]"),
+        path.read_text().replace('"e00000", 0.0', '"e00000"'),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match="or it is damaged"):
@@ -406,11 +408,11 @@ def test_a_restart_changes_nothing(watched: Shield, tmp_path: Path) -> None:
     whole = PromiseMonitor(watched, reference=HEAT)
     lived(whole, 1)
     path = tmp_path / "promise.json"
-    PromiseMonitor(watched, path, reference=HEAT)
+    monitor = PromiseMonitor(watched, path, reference=HEAT)
     rng = np.random.default_rng(1)
     for k in range(60):
         heat, violated = rng.normal(), bool(rng.random() < 0.12)
-        monitor = PromiseMonitor(watched, path) if k % 7 == 0 else monitor
+        monitor = PromiseMonitor(watched, path) if k % 7 == 6 else monitor
         monitor.episode(f"1-{k:03d}", violated, covariates={"heat": heat}, started=10.0 * k + 1)
     assert same(whole, monitor)
     assert same(whole, PromiseMonitor(watched, path))
@@ -471,10 +473,94 @@ def test_a_write_that_fails_leaves_the_old_file_and_the_plant_goes_on(
         assert [one.name for one in tmp_path.iterdir()] == [path.name]
     feed(monitor, [False], "after")
     assert PromiseMonitor(watched, path).report().episodes == 6
-    # The second process has written the file, so the first leaves it alone.
-    with pytest.warns(PromiseWarning, match="another process has written"):
-        feed(monitor, [False], "first process")
-    assert PromiseMonitor(watched, path).report().episodes == 6
+
+
+def test_a_file_that_is_only_read_is_not_written(watched: Shield, tmp_path: Path) -> None:
+    path = tmp_path / "promise.json"
+    live = PromiseMonitor(watched, path)
+    assert not path.exists()
+    tracker = live.attach(watched, 1)
+    yes, no = np.array([True]), np.array([False])
+    step = WatchedStep(yes, no, np.full(1, -1.0), np.full(1, np.nan), no, yes, np.zeros(1))
+    tracker.begin(yes, yes, np.full(1, -1.0))
+    tracker.step(step)
+    before = path.read_bytes()
+    report = PromiseMonitor(watched, path).report()
+    assert (report.episodes, report.cut, report.running) == (1, 1, 0)
+    assert path.read_bytes() == before
+    tracker.step(step._replace(ended=yes))
+    assert PromiseMonitor(watched, path).report().cut == 0
+
+
+def test_two_processes_with_one_file_lose_no_episode_and_no_revocation(
+    watched: Shield, tmp_path: Path
+) -> None:
+    path, called = tmp_path / "promise.json", []
+    live = PromiseMonitor(watched, path, on_change=lambda one: called.append(one.state))
+    tracker = live.attach(watched, 1)
+    yes, no = np.array([True]), np.array([False])
+    step = WatchedStep(yes, no, np.full(1, -1.0), np.full(1, np.nan), no, yes, np.zeros(1))
+    tracker.begin(yes, yes, np.full(1, -1.0))
+    tracker.step(step)
+    other = PromiseMonitor(watched, path)
+    feed(other, [False] * 3, "other")
+    # The episode that the other process took as cut goes on here.
+    tracker.step(step._replace(ended=yes, constraint=np.full(1, 1.0)))
+    report = PromiseMonitor(watched, path).report()
+    assert (report.episodes, report.score, report.cut) == (4, 1.0, 0)
+    assert same(live, PromiseMonitor(watched, path))
+    feed(other, [True] * 30, "bad")
+    assert other.revoked
+    assert not live.revoked
+    feed(live, [False], "one")
+    assert live.revoked
+    assert called == [REVOKED]
+    assert PromiseMonitor(watched, path).revoked
+    assert PromiseMonitor(watched, path).report().episodes == 35
+    # A file of something else is left alone.
+    path.write_text("{}")
+    with pytest.warns(PromiseWarning, match="could not be saved.*damaged"):
+        feed(live, [False], "two")
+    assert path.read_text() == "{}"
+
+
+def test_a_removed_file_is_written_anew(watched: Shield, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "promise.json"
+    path.parent.mkdir()
+    monitor = PromiseMonitor(watched, path)
+    feed(monitor, [False], "a")
+    path.unlink()
+    feed(monitor, [False], "b")
+    assert PromiseMonitor(watched, path).report().episodes == 2
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.warns(PromiseWarning, match="could not be saved.*make the folder"):
+        feed(monitor, [False], "c")
+    path.parent.mkdir()
+    feed(monitor, [True] * 30, "d")
+    assert PromiseMonitor(watched, path).revoked
+    assert PromiseMonitor(watched, path).report().episodes == 33
+
+
+def test_a_file_says_no_less_than_its_episodes(watched: Shield, tmp_path: Path) -> None:
+    path = tmp_path / "promise.json"
+    feed(PromiseMonitor(watched, path), [True] * 30)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "state": "not contradicted", "reason": ""}))
+    monitor = PromiseMonitor(watched, path)
+    assert monitor.revoked
+    assert "the evidence against it" in monitor.reason
+
+
+def test_a_fleet_takes_no_revocation_back(watched: Shield, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    feed(PromiseMonitor(watched, one), [False] * 600, "a")
+    feed(PromiseMonitor(watched, other), [True] * 12, "b", at=1000.0)
+    assert PromiseMonitor(watched, other).revoked
+    merged = PromiseMonitor.merged(watched, [one, other])
+    assert merged.evidence < 10
+    assert merged.revoked
+    assert "other.json says so" in merged.reason
 
 
 def test_a_killed_process_leaves_a_whole_file(watched: Shield, tmp_path: Path) -> None:
@@ -619,6 +705,45 @@ def test_costs_behind_a_wrapper(watched: Shield, kind: str) -> None:
     scores = [float(k % 3 == 2) if above else [1, 3, 6][k % 3] / 30 for k in range(9)]
     assert monitor.report().score == pytest.approx(sum(scores))
     assert monitor.evidence == pytest.approx(math.exp(evidence_path(0.1, scores)[-1]))
+
+
+@pytest.mark.parametrize("kind", ["violation", "cost above", "mean cost"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, -1.0, math.nan])
+def test_costs_that_cannot_be_used_count_as_1(
+    watched: Shield, tmp_path: Path, kind: str, bad: float
+) -> None:
+    class Costs(Scripted):
+        def _info(self, violates: bool) -> dict[str, Any]:
+            return {"cost": bad if self.t == 2 else 0.0}
+
+    costs = {"limit": 3.0} if kind == "cost above" else {"limit": 3.0, "cost_bound": 30.0}
+    shield = watched if kind == "violation" else told(watched, kind=kind, **costs)
+    path = tmp_path / "promise.json"
+    monitor = PromiseMonitor(shield, path, level=1e-9)
+    env = SafetyShield(Costs(), shield, monitor=monitor)
+    env.reset()
+    for _ in range(3):
+        env.step(STILL)
+    for one in (monitor, PromiseMonitor(shield, path, level=1e-9)):
+        assert (one.report().episodes, one.report().score) == (1, 1.0)
+        assert (one.state == IN_DOUBT) == (kind == "mean cost")
+        assert kind != "mean cost" or "negative, infinite or not a number" in one.reason
+    many = PromiseMonitor(shield, level=1e-9)
+    vector = VectorSafetyShield(gym.vector.SyncVectorEnv([Costs] * 2), shield, monitor=many)
+    vector.reset()
+    for _ in range(3):
+        vector.step(np.zeros((2, 2), np.float32))
+    assert (many.report().episodes, many.report().score) == (2, 2.0)
+    # So do those of a recorded episode, NaN as well.
+    none = np.zeros(2, np.bool_)
+    rows = np.stack([SAFE, SAFE])
+    for k, wrong in enumerate([bad, math.nan]):
+        told_costs = np.array([1.0, wrong], np.float32)
+        run = Episode(
+            rows, rows, none.astype("f4"), rows, none, ~none, told_costs, None, None, None
+        )
+        assert monitor.episode(f"recorded {k}", run, certified=True)
+    assert PromiseMonitor(shield, path, level=1e-9).report().score == 3.0
 
 
 SCRIPTS = [lambda k, i=i: (2 + (k + i) % 4, (3 * k + i) % 7 == 0) for i in range(4)]

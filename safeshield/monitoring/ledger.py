@@ -7,9 +7,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from safeshield.files.atomic import written_whole
 
@@ -35,6 +38,13 @@ class Entry:
         return (RUNNING, CUT, ENDED).index(self.status), self.score or 0.0
 
 
+def joined(known: Entry, other: Entry) -> Entry:
+    """Return the later one of two copies of an episode. A score that was reached is kept."""
+    scores = [one.score for one in (known, other) if one.score is not None]
+    later = max(known, other, key=lambda one: one.progress)
+    return replace(later, score=max(scores, default=None))
+
+
 def finite(name: str, value: object) -> float:
     """Return `value` as a float, checked to be a finite number; `name` is for the error."""
     try:
@@ -44,6 +54,15 @@ def finite(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
     return number
+
+
+def checked_costs(costs: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Return costs (n,), with infinity for those that are negative or NaN.
+
+    >>> checked_costs(np.array([0.5, -1.0, np.nan]))
+    array([0.5, inf, inf])
+    """
+    return np.where(costs >= 0.0, costs, np.inf)
 
 
 def uniform(name: str) -> float:

@@ -26,12 +26,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,7 +56,9 @@ from safeshield.monitoring.ledger import (
     ENDED,
     RUNNING,
     Entry,
+    checked_costs,
     finite,
+    joined,
     read_ledger,
     row_text,
     stamp,
@@ -75,6 +78,8 @@ _STATES = (NOT_CONTRADICTED, IN_DOUBT, REVOKED)
 
 _ShieldLike = Shield | HasShield | str | os.PathLike[str]
 _Outcome = Episode | bool | float | None
+_UNBOUNDED = sys.float_info.max
+"""Score in the file of an episode whose cost cannot be used (`ledger.checked_costs`)."""
 _MOST = 700.0
 """Logs above it are cut off, so that their exponential is finite."""
 
@@ -147,7 +152,8 @@ class PromiseMonitor:
         shield: A calibrated shield, a path to its file, or an agent.
         path: JSON file that keeps the state. Where it exists, the monitor continues from it, and
             episodes that were under way are cut. It is written at the beginning and at the end of
-            each episode and at each violation, atomically. One process at a time may use it.
+            each episode and at each violation, atomically; to make a monitor only reads it. One
+            process at a time should write it. What another one has written is merged.
         reference: Episodes of the calibrated deployment, against which covariates are compared:
             episodes behind the shield by the same agent from certified starts, or the values of
             each covariate by its name. None: that of the file, or no comparison.
@@ -161,7 +167,7 @@ class PromiseMonitor:
             example to stop the plant or to switch to a backup. Its errors are not caught.
 
     Raises:
-        TypeError: `shield` is none of the three.
+        TypeError: `shield` is none of the three, or `on_change` cannot be called.
         ValueError: The shield is not calibrated, an argument is out of range, or the file is
             damaged, of another shield, or was made with other settings.
         OSError: The file cannot be written.
@@ -178,6 +184,11 @@ class PromiseMonitor:
         cut_as_violations: bool = False,
         on_change: Callable[[PromiseMonitor], object] | None = None,
     ) -> None:
+        if on_change is not None and not callable(on_change):
+            raise TypeError(
+                "on_change must be a function that takes the monitor, such as "
+                f"lambda monitor: print(monitor.state), or None, got {on_change!r:.60}"
+            )
         self.shield = as_shield(shield)
         record = self.shield.record
         if record is None:
@@ -210,6 +221,7 @@ class PromiseMonitor:
         if self._path is not None:
             check_writable(self._path)
         if self._path is not None and self._path.exists():
+            self._stamp = stamp(self._path)
             data, entries = read_ledger(self._path, _SETTINGS)
             self._check_settings(self._path, data)
             if self._reference is None:
@@ -217,13 +229,12 @@ class PromiseMonitor:
             for entry in entries.values():
                 entry.status = CUT if entry.status == RUNNING else entry.status
             self._replay(entries)
-            self._state, self._reason = data["state"], data["reason"]
+            # The file may say less than its episodes show, never less than it said.
+            self._keep(data["state"], data["reason"])
             if self._state != NOT_CONTRADICTED:
                 self._warn(f"as {self._path} says", 3)
         else:
             self._replay(entries)
-        if self._path is not None:
-            self._write(self._path)
 
     # -- what it says -----------------------------------------------------------------------------
 
@@ -352,9 +363,10 @@ class PromiseMonitor:
         An episode that is in several files counts once, and one that is under way with the score
         that it has reached. The evidence does not depend on the order
         of the files. The state is the one that a single monitor would have reached with all
-        episodes in the order of their beginnings. So a fleet may be revoked where no member is. A
-        member that is revoked by itself does not revoke the fleet, because of many members some
-        are revoked by chance.
+        episodes in the order of their beginnings, or that of a file where it is worse, because a
+        state is never taken back. So a fleet may be revoked where no member is. A promise that
+        holds is revoked with probability at most b by the episodes of all files together, and
+        with probability at most b more by each file.
 
         Args:
             shield: The shield of all of them.
@@ -387,8 +399,11 @@ class PromiseMonitor:
                         f"{path}: episode {name!r:.80} has the score {entry.score}, but in another "
                         f"file {known.score}; names of episodes must be unique within a fleet"
                     )
-                found[name] = max(known, entry, key=lambda one: one.progress)
+                found[name] = joined(known, entry)
         monitor._replay(found)
+        for path, data, _ in files:
+            if _STATES.index(data["state"]) > _STATES.index(monitor._state):
+                monitor._keep(data["state"], f"{path} says so: {data['reason']}")
         if monitor._state != NOT_CONTRADICTED:
             monitor._warn("as the files show", 3)
         return monitor
@@ -415,8 +430,9 @@ class PromiseMonitor:
 
         Args:
             name: Its name.
-            score: Its score by the promise so far, which never decreases.
+            score: Its score by the promise so far, which never decreases. It may be infinite.
         """
+        score = min(score, _UNBOUNDED)
         self._running[name].score = score
         self._highest = max(self._highest, score)
         self._changed = True
@@ -437,7 +453,7 @@ class PromiseMonitor:
         }
         self._settled = self._settled + self._growth([entry])
         self._rows[name] = row_text(name, entry, self._tests)
-        while self._queue and self._queue[0][1].status != RUNNING:
+        while self._queue and self._queue[0][0] not in self._running:
             self._compare(*self._queue.popleft())
         self._changed = self._unsaved = True
 
@@ -448,20 +464,16 @@ class PromiseMonitor:
         self._changed = False
         logs = self._settled + self._growth(self._running.values())
         self._log_evidence = float(log_evidence(logs))
-        state: str = NOT_CONTRADICTED
-        reason = self._doubt()
+        before, reason = self._state, self._doubt()
         if self._log_evidence >= -math.log(self.level):
-            state = REVOKED
             # Only a change needs the reason, whose numbers take time.
-            reason = "" if self.revoked else self._contradiction(self._entries.values())
-        elif reason:
-            state = IN_DOUBT
-        changed = _STATES.index(state) > _STATES.index(self._state)
-        if changed:
-            self._state, self._reason = state, reason
-        if self._path is not None and (self._unsaved or changed):
+            if not self.revoked:
+                self._state, self._reason = REVOKED, self._contradiction(self._entries.values())
+        elif reason and before == NOT_CONTRADICTED:
+            self._state, self._reason = IN_DOUBT, reason
+        if self._path is not None and (self._unsaved or self._state != before):
             self._save(self._path)
-        if changed:
+        if self._state != before:
             try:
                 self._warn("after an episode", 5)
             finally:
@@ -478,6 +490,8 @@ class PromiseMonitor:
         if isinstance(outcome, Episode):
             labelled = outcome.costs is not None
             labelled |= violation and outcome.constraints is not None
+            if outcome.costs is not None:
+                outcome = replace(outcome, costs=checked_costs(outcome.costs))
             return promise.score(outcome) if labelled else None
         if isinstance(outcome, bool | np.bool_) != violation:
             needed = "whether the episode violated, a bool" if violation else "its cost, a number"
@@ -514,6 +528,8 @@ class PromiseMonitor:
 
     def _doubt(self) -> str:
         """Return why the assumptions are in doubt, "" where they are not."""
+        if self._highest == _UNBOUNDED:
+            return "an episode reported a cost that is negative, infinite or not a number"
         if self._highest > 1.0:
             return (
                 f"an episode had the cost {self._highest * (self.promise.bound or 1.0):g}, above "
@@ -541,10 +557,22 @@ class PromiseMonitor:
             f"{self.promise.share:g} an episode was promised"
         )
 
-    def _replay(self, entries: Mapping[str, Entry]) -> None:
-        """Take over episodes, and the state that they show in the order of their beginnings."""
+    def _keep(self, state: str, reason: str) -> None:
+        """Take a state over that was reached before, unless the present one is worse."""
+        if _STATES.index(state) >= _STATES.index(self._state):
+            self._state, self._reason = state, reason
+
+    def _replay(self, entries: Mapping[str, Entry], running: Collection[str] = ()) -> None:
+        """Take over episodes, and the state that they show in the order of their beginnings.
+
+        Args:
+            entries: The episodes by name.
+            running: Names of those that are under way in this process.
+        """
         self._entries = dict(sorted(entries.items(), key=lambda one: (one[1].started, one[0])))
-        self._running: dict[str, Entry] = {}
+        self._running: dict[str, Entry] = {
+            name: entry for name, entry in self._entries.items() if name in running
+        }
         self._queue: deque[tuple[str, Entry]] = deque()
         reference = self._reference or {}
         self._tests = {name: ExchangeabilityTest(each) for name, each in reference.items()}
@@ -554,13 +582,18 @@ class PromiseMonitor:
         self._highest = max((one.score or 0.0 for one in entries.values()), default=0.0)
         self._state, self._reason = NOT_CONTRADICTED, ""
         for name, entry in self._entries.items():
+            if self._queue or name in self._running:
+                self._queue.append((name, entry))
+                continue
             self._compare(name, entry)
             doubt = "" if self._reason else self._doubt()
             if doubt:
                 self._state, self._reason = IN_DOUBT, doubt
         everything = list(self._entries.values())
-        self._settled = self._growth(everything)
-        self._log_evidence = float(log_evidence(self._settled))
+        self._settled = self._growth(
+            entry for name, entry in self._entries.items() if name not in self._running
+        )
+        self._log_evidence = float(log_evidence(self._growth(everything)))
         path = evidence_path(self.promise.share, self._scores(everything))
         over = path >= -math.log(self.level)
         if over.any():
@@ -622,16 +655,36 @@ class PromiseMonitor:
         self._stamp = stamp(path)
         self._unsaved = self._told_unsaved = False
 
+    def _take_over(self, path: Path) -> None:
+        """Merge the episodes and the state of a file that another process has written.
+
+        Raises:
+            ValueError: It is damaged, of another shield, or was made with other settings.
+        """
+        data, theirs = read_ledger(path, _SETTINGS)
+        self._check_settings(path, data)
+        if self._reference is None:
+            self._reference = data["reference"]
+        found = dict(self._entries)
+        for name, entry in theirs.items():
+            # This process alone knows about the episodes that are under way in it.
+            if name not in self._running:
+                found[name] = joined(found[name], entry) if name in found else entry
+        state, reason = self._state, self._reason
+        self._replay(found, self._running.keys())
+        self._keep(data["state"], data["reason"])
+        self._keep(state, reason)
+
     def _save(self, path: Path) -> None:
-        """Write the file. Where this fails, say so once: the deployment goes on."""
+        """Write the file, anew where it is missing. Where this fails, say so once.
+
+        Where another process has written it, its episodes and its state are taken over first.
+        """
         try:
-            if stamp(path) != self._stamp:
-                raise OSError(
-                    f"another process has written or removed {path}; give each process a file of "
-                    "its own and use PromiseMonitor.merged"
-                )
+            if stamp(path) not in (None, self._stamp):
+                self._take_over(path)
             self._write(path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if self._told_unsaved:
                 return
             self._told_unsaved = True

@@ -15,7 +15,7 @@ from safeshield.monitoring.covariates import (
     UNSEEN,
     root_mean,
 )
-from safeshield.monitoring.ledger import CUT, ENDED
+from safeshield.monitoring.ledger import CUT, ENDED, checked_costs
 from safeshield.shield.guard import WatchedStep
 from safeshield.spaces.shapes import Flags, Scalars
 
@@ -111,14 +111,16 @@ class EpisodeTracker:
         """Add the labels of a step and return where the score may have changed, (n,)."""
         no_h, no_cost = np.isnan(step.constraint), np.isnan(step.cost)
         told = active & ~no_cost
-        self._cost += np.where(told, step.cost, 0.0)
+        cost = checked_costs(step.cost)
+        with np.errstate(over="ignore"):
+            self._cost += np.where(told, cost, 0.0)
         if isinstance(self._monitor.promise, Violation):
             told = active & ~(no_h & no_cost)
             # As in `Episode.violated`: the cost counts where no constraint is reported.
-            bad = active & np.where(no_h, step.cost > 0.0, step.constraint > 0.0)
+            bad = active & np.where(no_h, cost > 0.0, step.constraint > 0.0)
             self._violated |= bad
         else:
-            bad = told & (step.cost > 0.0)
+            bad = told & (cost > 0.0)
         fresh = told & (bad | ~self._labelled)
         self._labelled |= told
         return np.asarray(fresh)

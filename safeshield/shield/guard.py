@@ -236,6 +236,21 @@ def listed(h: float, each: Scalars, names: Sequence[str]) -> str:
     return f"{h:.4g} ({parts})" if parts else f"{h:.4g}"
 
 
+def _watched_costs(infos: InfoDicts | Infos, costs: PerEnv) -> PerEnv:
+    """Return costs with infinity where NaN or no number was reported; NaN means no report."""
+    missing = np.isnan(costs)
+    if not missing.any():
+        return costs
+    n = np.size(costs)
+    each = (
+        column_of(infos, COST, n)
+        if isinstance(infos, Mapping)
+        else [info.get(COST) for info in infos]
+    )
+    told = np.array([value is not None for value in each])
+    return np.where(np.ravel(missing) & told, np.inf, np.ravel(costs))
+
+
 def _number(value: object) -> float:
     if isinstance(value, float | int | np.number | np.bool_):
         return float(value)
@@ -375,6 +390,7 @@ class ShieldRuntime:
         self._memory = memory
         self._watch = None if monitor is None else monitor.attach(shield, self._count)
         self._reports: Reports | None = None
+        self._costs: PerEnv = np.nan
         source = shield.model.constraint
         self._reported = source is not None and not source.available
         self._own = () if source is None else source.names
@@ -556,6 +572,8 @@ class ShieldRuntime:
             self._reports = Reports.of(given, self.num_envs, self._own)
             if self._vouched:
                 self._compare(states, self._reports)
+            if self._watch is not None:
+                self._costs = _watched_costs(given, self._reports.cost)
         return self.values
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> tuple[Scalars, Array | None]:
@@ -666,10 +684,10 @@ class ShieldRuntime:
         if self._watch is None or self._reports is None:
             return
         ended = np.full(self._count, ended)
-        h, cost = self._each(self._reports.constraint), self._each(self._reports.cost)
+        h, cost = self._each(self._reports.constraint), self._each(self._costs)
         if last_infos:
             told = Reports.of(last_infos, len(last_infos))
-            h[ended], cost[ended] = told.constraint, told.cost
+            h[ended], cost[ended] = told.constraint, _watched_costs(last_infos, told.cost)
         supported = True if self._report is None else self._report.supported
         with np.errstate(invalid="ignore"):
             residual = self._each(reached) - self._each(decision.value)
