@@ -20,7 +20,15 @@ from test_masks import Walk
 from test_masks import table as masks_table
 from test_support import write_header
 
-from safeshield import CalibrationError, OfflineDataset, SafeFQL, SafetyShield, Shield, collect
+from safeshield import (
+    AdaptiveThreshold,
+    CalibrationError,
+    OfflineDataset,
+    SafeFQL,
+    SafetyShield,
+    Shield,
+    collect,
+)
 from safeshield.calibration.binomial import episodes_needed, upper_bound
 from safeshield.calibration.from_log import lowest_allowed, rank_of
 from safeshield.calibration.support import conformal_level
@@ -653,6 +661,49 @@ def test_a_trial_without_the_shield_is_refused(fresh: Shield, pool: OfflineDatas
     bare = last(fresh.calibrate_from_log(replace(log, provenance=None), "trial"))
     assert "shield on" in bare.statement.rpartition(":")[2]
     assert bare.events == record.events
+
+
+def test_the_parts_of_a_joined_log_are_looked_at(fresh: Shield) -> None:
+    plain = collect(boat(), Helmsmen(), episodes=3, seed=31)
+    shadow = collect(SafetyShield(boat(), fresh, mode="shadow"), Helmsmen(), episodes=3, seed=32)
+    trial = collect(SafetyShield(boat(), fresh), Helmsmen(), episodes=3, seed=33)
+    join = OfflineDataset.concatenate
+    more = replace(collect(boat(), Helmsmen(), episodes=1, seed=34), provenance={"parts": []})
+    nested = join([join([plain, trial]), more])
+    for log in (join([shadow, trial]), join([plain, trial]), nested):
+        with pytest.raises(ValueError, match="recorded with a shield on, so it does not show"):
+            fresh.calibrate_from_log(log, "shadow")
+    for log in (join([shadow, trial]), join([plain, shadow])):
+        with pytest.raises(ValueError, match="but the log says mode 'shadow'"):
+            fresh.calibrate_from_log(log, "trial")
+    with pytest.raises(ValueError, match="1 of the 2 logs that it was joined from do not say so"):
+        fresh.calibrate_from_log(join([plain, trial]), "trial")
+    for log, told in ((join([shadow, plain]), False), (shadow, True)):
+        checked = last(fresh.calibrate_from_log(log, "shadow")).assumptions
+        assert {one.name: one.checked for one in checked}["proposals logged"] is told
+
+    def by(log: OfflineDataset, **provenance: object) -> OfflineDataset:
+        return replace(log, provenance=provenance)
+
+    two = join([by(plain, collected_by="a"), by(shadow, collected_by="b")])
+    with pytest.raises(ValueError, match=r"joined from logs of \['a', 'b'\]"):
+        fresh.calibrate_from_log(two, "shadow")
+    with pytest.raises(ValueError, match="got 'a', but the log was collected by 'b'"):
+        fresh.calibrate_from_log(two, "shadow", policy="a")
+    with pytest.raises(ValueError, match="its agents learned while it was made"):
+        fresh.calibrate_from_log(join([plain, by(shadow, learners=[{"steps": 1}])]), "shadow")
+    # Parts that have the same parts keep them.
+    both = [by(log, parts=[{"learners": [1]}], at=at) for at, log in enumerate((plain, shadow))]
+    with pytest.raises(ValueError, match="its agents learned while it was made"):
+        fresh.calibrate_from_log(join(both), "shadow")
+
+
+def test_a_trial_whose_threshold_adapted_is_refused(fresh: Shield) -> None:
+    env = SafetyShield(boat(), fresh, adaptive=AdaptiveThreshold(target=0.1))
+    log = collect(env, Helmsmen(), episodes=3, seed=5)
+    assert (log.provenance or {})["behind_shield"]["adaptive"] is True
+    with pytest.raises(ValueError, match="the log says that the threshold adapted"):
+        fresh.calibrate_from_log(log, "trial")
 
 
 def straight(observation: Array) -> Array:

@@ -30,7 +30,7 @@ import platform
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -561,16 +561,32 @@ def _agent_name(held_out: OfflineDataset, policy: object, policy_name: str | Non
     """Return the name of the log's agent, after a comparison with what the log says of it."""
     if policy_name is not None and (policy is None or isinstance(policy, str)):
         raise ValueError(f"policy_name={policy_name!r} needs policy, the agent itself")
-    told = (held_out.provenance or {}).get("collected_by")
+    told = {one.get("collected_by") for one in _sources(held_out)}
+    named = sorted(one for one in told if isinstance(one, str))
     if policy is None:
-        return told if isinstance(told, str) else _LOGGER
+        return named[0] if len(named) == len(told) == 1 else _LOGGER
     name = policy_name or default_name(policy)
-    if isinstance(told, str) and isinstance(policy, str) and told != name:
+    others = [one for one in named if one != name]
+    if others and isinstance(policy, str):
         raise ValueError(
             f"policy must be the agent that made the log, got {name!r}, but the log was collected "
-            f"by {told!r}: pass a log of that agent"
+            f"by {others[0]!r}: pass a log of that agent"
         )
     return name
+
+
+def _sources(held_out: OfflineDataset) -> list[dict[str, Any]]:
+    """Return the provenance of each log that `held_out` was joined from."""
+
+    def inside(told: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = told.get("parts")
+        if not isinstance(parts, list | tuple):
+            return [told]
+        shared = {name: value for name, value in told.items() if name != "parts"}
+        found = [inside({**shared, **part}) for part in parts if isinstance(part, dict)]
+        return [one for part in found for one in part] or [shared]
+
+    return inside(dict(held_out.provenance or {}))
 
 
 def _about_agent(
@@ -582,8 +598,8 @@ def _about_agent(
     deterministic: bool | None,
 ) -> list[Assumption]:
     """Return the assumptions about the agent, after the checks that the log allows."""
-    told = held_out.provenance or {}
-    learners = bool(told.get("learners"))
+    sources = _sources(held_out)
+    learners = any(one.get("learners") for one in sources)
     if method in (DETECTION, RESIDUALS):
         changing = "The log says that its agents learned while it was made. " if learners else ""
         return [
@@ -601,13 +617,26 @@ def _about_agent(
             "it was made: record episodes of the agent that is deployed, or use 'detection' on a "
             "random split"
         )
-    behind = told.get("behind_shield")
-    _check_behind(shield, behind, method)
+    agents = sorted({str(one["collected_by"]) for one in sources if one.get("collected_by")})
+    if len(agents) > 1:
+        raise ValueError(
+            f"method={method!r} is about one agent, but the log was joined from logs of {agents}: "
+            "pass the log of one of them"
+        )
+    marks = [one.get("behind_shield") for one in sources]
+    for behind in marks:
+        _check_behind(shield, behind, method)
+    marked = sum(isinstance(one, dict) for one in marks)
+    if method == TRIAL and 0 < marked < len(marks):
+        raise ValueError(
+            f"held_out must be recorded with this shield on throughout, but {len(marks) - marked} "
+            f"of the {len(marks)} logs that it was joined from do not say so: pass the others alone"
+        )
     checked = False
     if method == SHADOW and deterministic and policy is not None and not isinstance(policy, str):
         checked = _compare_actions(held_out, policy, agent)
     return [
-        _recorded(method, isinstance(behind, dict)),
+        _recorded(method, marked == len(marks)),
         _FIXED,
         Assumption(
             "same agent",
@@ -635,6 +664,12 @@ def _check_behind(shield: Shield, behind: object, method: Method) -> None:
                 f"held_out must be recorded with this shield on at delta {shield.delta:.4g}, but "
                 f"the log says mode {mode!r}, delta {behind.get('delta')!r:.20}, shield "
                 f"{behind.get('digest')!r:.20}; this one is {shield.digest!r}"
+            )
+        if behind.get("adaptive"):
+            raise ValueError(
+                f"held_out must be recorded with this shield on at delta {shield.delta:.4g}, but "
+                "the log says that the threshold adapted while it was recorded: record the trial "
+                "without adaptive thresholds and without a memory"
             )
 
 
