@@ -410,11 +410,14 @@ def test_the_words_are_those_of_the_method(fresh: Shield, pool: OfflineDataset) 
     assert found.record is None
     told = last(found).statement
     assert told.startswith(
-        "With confidence 0.95 over the held-out episodes, of violating episodes drawn like this "
-        "log's (its policies, starts, horizon) at least 0.9 raise the alarm 2 or more steps before "
-        "entry. Whether the alarm comes in time to be saved, and how other agents fail, is not "
-        "covered."
+        "With confidence 0.95 over the held-out episodes, of violating episodes that start in a "
+        "safe state, drawn like this log's (its policies, starts, horizon), at least 0.9 raise the "
+        "alarm 2 or more steps before entry. Whether the alarm comes in time to be saved, and how "
+        "other agents fail, is not covered."
     )
+    unsafe = int((log.constraints[log.episode_starts] > 0).sum())
+    assert unsafe > 0
+    assert f"{unsafe} violating episodes of the log started in the violation" in told
     shadow = last(fresh.calibrate_from_log(pool.select(np.arange(400, 700)), "shadow"))
     assert (
         "This bound cannot be below the agent's own rate without the shield: it shows that agent "
@@ -526,6 +529,33 @@ def test_episodes_that_chose_delta_cannot_test_it(fresh: Shield, pool: OfflineDa
     assert last(chosen.calibrate_from_log(pool.select(np.arange(300, 400)), "shadow")).tries == 1
 
 
+def test_a_trial_that_is_repeated_until_it_passes_says_so(
+    fresh: Shield, pool: OfflineDataset
+) -> None:
+    parts = [pool.select(np.arange(at, at + 60)) for at in range(0, 300, 60)]
+    for part in parts[:2]:
+        with pytest.raises(CalibrationError, match="the rate is not shown"):
+            fresh.calibrate_from_log(part, "trial", epsilon=0.1, policy="a")
+    found = last(fresh.calibrate_from_log(parts[2], "trial", policy="a", epsilon=0.999))
+    assert (found.repeats, found.failed, found.tries) == (2, 2, 3)
+    assert found.spent == pytest.approx(0.15)
+    assert (
+        "2 earlier attempts by trial were made for this shield at this delta with this agent, of "
+        "which 2 did not pass. The probability that one of all 3 statements promises too much is "
+        "at most 0.15."
+    ) in found.statement
+    # The same question is free; another agent, delta or method is another question.
+    again = last(fresh.calibrate_from_log(parts[2], "trial", policy="a"))
+    assert (again.repeats, again.tries) == (2, 3)
+    for shield, method, agent in (
+        (fresh, "trial", "b"), (fresh.with_delta(0.2), "trial", "a"), (fresh, "shadow", "a"),
+    ):  # fmt: skip
+        twin = replace(shield, ledger=fresh.ledger)
+        assert last(twin.calibrate_from_log(parts[3], method, policy=agent)).tries == 1
+    with pytest.raises(ValueError, match="3 statements about this shield and agent, at levels"):
+        fresh.calibrate_from_log(parts[4], "trial", policy="a", confidence=0.1)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -594,6 +624,7 @@ def test_too_few_episodes_are_told_with_the_number_needed(
         fresh.calibrate_from_log(pool.select(np.arange(500)), "shadow", epsilon=0.01)
     assert "the bound is" in str(caught.value)
     assert len(fresh.ledger.attempts) == 1, "an attempt that failed counts as well"
+    assert not fresh.ledger.attempts[0].passed
     with pytest.raises(CalibrationError, match="less than 90 steps after their start"):
         fresh.calibrate_from_log(pool.select(np.arange(500)), "detection", lead=90)
     assert len(fresh.ledger.attempts) == 2
@@ -631,6 +662,12 @@ def test_cut_episodes_count_against_the_shield(fresh: Shield, pool: OfflineDatas
     found = [last(fresh.calibrate_from_log(log, "shadow", horizon=100)) for log in (whole, cut)]
     assert found[0].events == found[1].events > 0
     assert found[0].cut == 0 < found[1].cut
+    last_rows = cut.episode_starts + cut.episode_lengths - 1
+    kept = np.asarray(fresh.value(cut.observations[cut.episode_starts])) <= fresh.threshold
+    early = cut.truncated[last_rows] & (cut.episode_lengths < 100)
+    assert found[1].cut == (early & kept).sum() < early.sum()
+    counted = f"{found[1].cut} of the {kept.sum()} episodes were cut, and count as a violation."
+    assert counted in found[1].statement
     # Without the cut ones the bound would be far below the agent's own rate.
     ends = cut.episode_starts + cut.episode_lengths - 1
     whole_ones = np.flatnonzero(~(cut.truncated[ends] & (cut.episode_lengths < 100)))

@@ -220,13 +220,23 @@ def calibrate_from_log(
     earlier = shield.ledger.about(hashes)
     if not ranked:
         _refuse_own_choice(earlier, shield.delta)
-    asked = LogAttempt(chosen, fixed, alpha, lead, 1.0 - confidence, None, digest)
-    others = [one for one in earlier if not asked.same_question(one)]
+    by = "" if ranked else agent
+    asked = LogAttempt(chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by)
+    # A shield that is tried until it passes was tried each time, whatever the episodes.
+    known = [*earlier, *(one for one in shield.ledger.attempts if asked.repeats(one))]
+    others = [one for one in dict.fromkeys(known) if not asked.same_question(one)]
+    repeats = [one for one in others if asked.repeats(one)]
     spent = sum(one.level for one in others) + asked.level
     if spent >= 1.0:
+        about = "about this shield and agent" if repeats else "about some of these episodes"
         raise ValueError(
-            f"{len(others)} statements about some of these episodes, at levels that sum to "
-            f"{spent - asked.level:.3g}, leave no confidence for another: use fresh episodes"
+            f"{len(others)} statements {about}, at levels that sum to {spent - asked.level:.3g}, "
+            "leave no confidence for another: "
+            + (
+                "ask for a higher confidence, such as 0.99, from the first attempt on"
+                if repeats
+                else "use fresh episodes"
+            )
         )
     judge = _Judge(shield, held_out, horizon)
     record = LogRecord(
@@ -255,6 +265,8 @@ def calibrate_from_log(
         alpha=alpha,
         lead=lead,
         epsilon=epsilon,
+        repeats=len(repeats),
+        failed=sum(not one.passed for one in repeats),
     )
     try:
         if chosen == DETECTION:
@@ -268,9 +280,10 @@ def calibrate_from_log(
         shield.ledger = shield.ledger.with_attempt(asked, hashes)
         raise
     picked = found.threshold if chosen == RESIDUALS else found.delta
-    asked = replace(asked, chosen=picked if ranked else None)
+    passed = epsilon is None or found.bound <= epsilon
+    asked = replace(asked, chosen=picked if ranked else None, passed=passed)
     shield.ledger = shield.ledger.with_attempt(asked, hashes)
-    if epsilon is not None and found.bound > epsilon:
+    if epsilon is not None and not passed:
         raise CalibrationError(
             f"the rate is not shown to be at most {epsilon:g}: {found.events} of {found.episodes} "
             f"episodes count against it, and the bound is {found.bound:.4g} with confidence "
@@ -329,6 +342,7 @@ class _Judge:
             delta=delta,
             episodes=total,
             events=int((scores[counts] < threshold).sum()),
+            cut=int((self.cut & counts).sum()),
             bound=alpha,
             threshold=threshold,
             curve=_curve(scores[counts], quiet, threshold),
@@ -386,6 +400,7 @@ class _Judge:
             episodes=total,
             events=count,
             bound=upper_bound(total, count, record.confidence),
+            cut=int((self.cut & kept_starts).sum()),
         )
 
     # -- values of the log's rows ------------------------------------------------------------------
