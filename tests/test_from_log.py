@@ -690,6 +690,9 @@ def test_a_trial_without_the_shield_is_refused(fresh: Shield, pool: OfflineDatas
     assert record.bound == upper_bound(record.episodes, record.events, 0.95)
     assert "Violating episodes seen with the shield on" in record.statement
     assert {one.name: one.checked for one in record.assumptions}["shield on"]
+    told = last(fresh.calibrate_from_log(log, "trial", policy=Helmsmen(), deterministic=True))
+    assert "(deterministic=True)" in told.statement
+    assert "deterministic=True" in told.statement.rpartition("not checked:")[2]
     with pytest.raises(ValueError, match="recorded with a shield on, so it does not show"):
         fresh.calibrate_from_log(log, "shadow")
     with pytest.raises(ValueError, match=r"with this shield on at delta 0\.2, but the log says"):
@@ -752,6 +755,9 @@ def test_a_log_of_another_agent_is_refused(fresh: Shield) -> None:
     record = last(fresh.calibrate_from_log(log, "shadow", policy=straight, deterministic=True))
     assert record.agent == "straight"
     assert {one.name: one.checked for one in record.assumptions}["same agent"]
+    assert {one.name: one.checked for one in record.assumptions}["deterministic=True"]
+    said = last(fresh.calibrate_from_log(log, "shadow", policy="straight", deterministic=False))
+    assert "deterministic=False" in said.statement.rpartition("not checked:")[2]
 
     def other(observation: Array) -> Array:
         return straight(observation) + np.float32(0.1)
@@ -781,11 +787,24 @@ def test_arguments_of_other_methods_are_refused(fresh: Shield, pool: OfflineData
         ("detection", {"alpha": 1.0}, "alpha must lie between 0 and 1"),
         ("shadow", {"confidence": 1.0}, "confidence must lie between 0 and 1"),
         ("shadow", {"policy_name": "a"}, "policy_name='a' needs policy"),
+        ("shadow", {"policy": ""}, "policy must name the agent that made the log, got ''"),
+        ("trial", {"policy": straight, "policy_name": ""}, "policy_name must name the agent"),
+        ("detection", {"policy": "a"}, "policy=a goes with shadow and trial"),
+        ("residuals", {"deterministic": False}, "deterministic=False goes with shadow and trial"),
+        ("detection", {"horizon": 100}, "horizon=100 goes with shadow, trial and residuals"),
         ("spliced", {}, "spliced episodes need a simulator that restores its state"),
         ("rollouts", {}, r"method must be one of \['detection', 'shadow', 'trial', 'residuals'\]"),
     ):
         with pytest.raises(ValueError, match=match):
             fresh.calibrate_from_log(log, method, **arguments)  # type: ignore[arg-type]
+    for method, wrong, match in (
+        ("shadow", {"policy": 5}, "policy must be 'random', have act_batch .* got int"),
+        ("trial", {"policy": 5}, "policy must be 'random', have act_batch .* got int"),
+        ("trial", {"policy": straight, "policy_name": 5}, "policy_name must be a text, got 5"),
+        ("trial", {"deterministic": "yes"}, r"deterministic must be True, False or None .*'yes'"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            fresh.calibrate_from_log(log, method, **wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="held_out must be an OfflineDataset"):
         fresh.calibrate_from_log(log.observations, "shadow")  # type: ignore[arg-type]
 

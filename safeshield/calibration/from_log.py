@@ -170,15 +170,17 @@ def calibrate_from_log(
         lead: Number k >= 1 of steps before the entry at which the alarm must have been raised, 1 by
             default; for detection.
         epsilon: Rate that the bound must not exceed; for shadow and trial. None accepts any bound.
-        policy: The agent that made the log, or its name. For shadow with ``deterministic=True`` its
-            actions are compared with the logged ones.
+        policy: The agent that made the log, or its name; for shadow and trial. For shadow with
+            ``deterministic=True`` its actions are compared with the logged ones.
         policy_name: Name of the agent in the record, where `policy` is not a name.
-        deterministic: The `deterministic` with which the agent acted, for the record.
+        deterministic: The `deterministic` with which the agent acted; for shadow and trial.
         horizon: Number of steps of a whole episode that does not terminate; by default that of the
-            longest episode. A truncated episode that is shorter was cut in the middle.
+            longest episode. A truncated episode that is shorter was cut in the middle. Not for
+            detection.
 
     Raises:
-        TypeError: `held_out` is no `OfflineDataset`, or a number is of another type.
+        TypeError: `held_out` is no `OfflineDataset`, `policy` is neither an agent nor a name, or
+            another argument is of a wrong type.
         ValueError: An argument is out of range or belongs to another method; an episode is in the
             training log, or twice in the log; there are too few episodes (the message has the
             number needed); the log is of another agent, or was recorded with the shield on where it
@@ -199,7 +201,16 @@ def calibrate_from_log(
     ranked = chosen in (DETECTION, RESIDUALS)
     _refuse(alpha is not None and not ranked, "alpha", alpha, "detection and residuals", chosen)
     _refuse(lead is not None and chosen != DETECTION, "lead", lead, "detection", chosen)
-    _refuse(epsilon is not None and ranked, "epsilon", epsilon, "shadow and trial", chosen)
+    rates = "shadow and trial"
+    _refuse(epsilon is not None and ranked, "epsilon", epsilon, rates, chosen)
+    _refuse(policy is not None and ranked, "policy", policy, rates, chosen)
+    _refuse(deterministic is not None and ranked, "deterministic", deterministic, rates, chosen)
+    cuts = "shadow, trial and residuals"
+    _refuse(horizon is not None and chosen == DETECTION, "horizon", horizon, cuts, chosen)
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(
+            f"deterministic must be True, False or None (not known), got {deterministic!r:.60}"
+        )
     alpha = (0.1 if alpha is None else alpha) if ranked else None
     lead = whole("lead", 1 if lead is None else lead, least=1) if chosen == DETECTION else None
     for name, share in (("alpha", alpha), ("epsilon", epsilon)):
@@ -514,7 +525,9 @@ def _curve(scores: Scores, quiet: Scores, threshold: float) -> tuple[CurvePoint,
 
 def _refuse(wrong: bool, name: str, value: object, methods: str, method: str) -> None:
     if wrong:
-        raise ValueError(f"{name}={value} goes with {methods}, got method={method!r}: leave it out")
+        raise ValueError(
+            f"{name}={value!s:.60} goes with {methods}, got method={method!r}: leave it out"
+        )
 
 
 def _refuse_common(shield: Shield, held_out: OfflineDataset) -> None:
@@ -576,6 +589,13 @@ def _agent_name(held_out: OfflineDataset, policy: object, policy_name: str | Non
     """Return the name of the log's agent, after a comparison with what the log says of it."""
     if policy_name is not None and (policy is None or isinstance(policy, str)):
         raise ValueError(f"policy_name={policy_name!r} needs policy, the agent itself")
+    for what, given in (("policy", policy), ("policy_name", policy_name)):
+        if given == "":
+            raise ValueError(f"{what} must name the agent that made the log, got ''")
+    if policy_name is not None and not isinstance(policy_name, str):
+        raise TypeError(f"policy_name must be a text, got {policy_name!r:.60}")
+    if policy is not None and not isinstance(policy, str):
+        as_batch_policy(policy, held_out.action_space)  # Raises where it is none.
     told = {one.get("collected_by") for one in _sources(held_out)}
     named = sorted(one for one in told if isinstance(one, str))
     if policy is None:
@@ -650,6 +670,7 @@ def _about_agent(
     checked = False
     if method == SHADOW and deterministic and policy is not None and not isinstance(policy, str):
         checked = _compare_actions(held_out, policy, agent)
+    drawn = [] if deterministic is None else [_acted(deterministic, checked)]
     return [
         _recorded(method, marked == len(marks)),
         _FIXED,
@@ -659,7 +680,17 @@ def _about_agent(
             "processing of observations. It does not learn, and it does not read infos.",
             checked,
         ),
+        *drawn,
     ]
+
+
+def _acted(deterministic: bool, checked: bool) -> Assumption:
+    told = "" if checked else " The user says so, and the log does not show it."
+    return Assumption(
+        f"deterministic={deterministic}",
+        f"The agent acted with deterministic={deterministic} while the log was made.{told}",
+        checked,
+    )
 
 
 def _check_behind(shield: Shield, behind: object, method: Method) -> None:
