@@ -20,7 +20,15 @@ from test_masks import Walk
 from test_masks import table as masks_table
 from test_support import write_header
 
-from safeshield import CalibrationError, OfflineDataset, SafeFQL, SafetyShield, Shield, collect
+from safeshield import (
+    AdaptiveThreshold,
+    CalibrationError,
+    OfflineDataset,
+    SafeFQL,
+    SafetyShield,
+    Shield,
+    collect,
+)
 from safeshield.calibration.binomial import episodes_needed, upper_bound
 from safeshield.calibration.from_log import lowest_allowed, rank_of
 from safeshield.calibration.support import conformal_level
@@ -402,11 +410,14 @@ def test_the_words_are_those_of_the_method(fresh: Shield, pool: OfflineDataset) 
     assert found.record is None
     told = last(found).statement
     assert told.startswith(
-        "With confidence 0.95 over the held-out episodes, of violating episodes drawn like this "
-        "log's (its policies, starts, horizon) at least 0.9 raise the alarm 2 or more steps before "
-        "entry. Whether the alarm comes in time to be saved, and how other agents fail, is not "
-        "covered."
+        "With confidence 0.95 over the held-out episodes, of violating episodes that start in a "
+        "safe state, drawn like this log's (its policies, starts, horizon), at least 0.9 raise the "
+        "alarm 2 or more steps before entry. Whether the alarm comes in time to be saved, and how "
+        "other agents fail, is not covered."
     )
+    unsafe = int((log.constraints[log.episode_starts] > 0).sum())
+    assert unsafe > 0
+    assert f"{unsafe} violating episodes of the log started in the violation" in told
     shadow = last(fresh.calibrate_from_log(pool.select(np.arange(400, 700)), "shadow"))
     assert (
         "This bound cannot be below the agent's own rate without the shield: it shows that agent "
@@ -518,6 +529,33 @@ def test_episodes_that_chose_delta_cannot_test_it(fresh: Shield, pool: OfflineDa
     assert last(chosen.calibrate_from_log(pool.select(np.arange(300, 400)), "shadow")).tries == 1
 
 
+def test_a_trial_that_is_repeated_until_it_passes_says_so(
+    fresh: Shield, pool: OfflineDataset
+) -> None:
+    parts = [pool.select(np.arange(at, at + 60)) for at in range(0, 300, 60)]
+    for part in parts[:2]:
+        with pytest.raises(CalibrationError, match="the rate is not shown"):
+            fresh.calibrate_from_log(part, "trial", epsilon=0.1, policy="a")
+    found = last(fresh.calibrate_from_log(parts[2], "trial", policy="a", epsilon=0.999))
+    assert (found.repeats, found.failed, found.tries) == (2, 2, 3)
+    assert found.spent == pytest.approx(0.15)
+    assert (
+        "2 earlier attempts by trial were made for this shield at this delta with this agent, of "
+        "which 2 did not pass. The probability that one of all 3 statements promises too much is "
+        "at most 0.15."
+    ) in found.statement
+    # The same question is free; another agent, delta or method is another question.
+    again = last(fresh.calibrate_from_log(parts[2], "trial", policy="a"))
+    assert (again.repeats, again.tries) == (2, 3)
+    for shield, method, agent in (
+        (fresh, "trial", "b"), (fresh.with_delta(0.2), "trial", "a"), (fresh, "shadow", "a"),
+    ):  # fmt: skip
+        twin = replace(shield, ledger=fresh.ledger)
+        assert last(twin.calibrate_from_log(parts[3], method, policy=agent)).tries == 1
+    with pytest.raises(ValueError, match="3 statements about this shield and agent, at levels"):
+        fresh.calibrate_from_log(parts[4], "trial", policy="a", confidence=0.1)
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
@@ -586,6 +624,7 @@ def test_too_few_episodes_are_told_with_the_number_needed(
         fresh.calibrate_from_log(pool.select(np.arange(500)), "shadow", epsilon=0.01)
     assert "the bound is" in str(caught.value)
     assert len(fresh.ledger.attempts) == 1, "an attempt that failed counts as well"
+    assert not fresh.ledger.attempts[0].passed
     with pytest.raises(CalibrationError, match="less than 90 steps after their start"):
         fresh.calibrate_from_log(pool.select(np.arange(500)), "detection", lead=90)
     assert len(fresh.ledger.attempts) == 2
@@ -623,6 +662,12 @@ def test_cut_episodes_count_against_the_shield(fresh: Shield, pool: OfflineDatas
     found = [last(fresh.calibrate_from_log(log, "shadow", horizon=100)) for log in (whole, cut)]
     assert found[0].events == found[1].events > 0
     assert found[0].cut == 0 < found[1].cut
+    last_rows = cut.episode_starts + cut.episode_lengths - 1
+    kept = np.asarray(fresh.value(cut.observations[cut.episode_starts])) <= fresh.threshold
+    early = cut.truncated[last_rows] & (cut.episode_lengths < 100)
+    assert found[1].cut == (early & kept).sum() < early.sum()
+    counted = f"{found[1].cut} of the {kept.sum()} episodes were cut, and count as a violation."
+    assert counted in found[1].statement
     # Without the cut ones the bound would be far below the agent's own rate.
     ends = cut.episode_starts + cut.episode_lengths - 1
     whole_ones = np.flatnonzero(~(cut.truncated[ends] & (cut.episode_lengths < 100)))
@@ -645,6 +690,9 @@ def test_a_trial_without_the_shield_is_refused(fresh: Shield, pool: OfflineDatas
     assert record.bound == upper_bound(record.episodes, record.events, 0.95)
     assert "Violating episodes seen with the shield on" in record.statement
     assert {one.name: one.checked for one in record.assumptions}["shield on"]
+    told = last(fresh.calibrate_from_log(log, "trial", policy=Helmsmen(), deterministic=True))
+    assert "(deterministic=True)" in told.statement
+    assert "deterministic=True" in told.statement.rpartition("not checked:")[2]
     with pytest.raises(ValueError, match="recorded with a shield on, so it does not show"):
         fresh.calibrate_from_log(log, "shadow")
     with pytest.raises(ValueError, match=r"with this shield on at delta 0\.2, but the log says"):
@@ -653,6 +701,49 @@ def test_a_trial_without_the_shield_is_refused(fresh: Shield, pool: OfflineDatas
     bare = last(fresh.calibrate_from_log(replace(log, provenance=None), "trial"))
     assert "shield on" in bare.statement.rpartition(":")[2]
     assert bare.events == record.events
+
+
+def test_the_parts_of_a_joined_log_are_looked_at(fresh: Shield) -> None:
+    plain = collect(boat(), Helmsmen(), episodes=3, seed=31)
+    shadow = collect(SafetyShield(boat(), fresh, mode="shadow"), Helmsmen(), episodes=3, seed=32)
+    trial = collect(SafetyShield(boat(), fresh), Helmsmen(), episodes=3, seed=33)
+    join = OfflineDataset.concatenate
+    more = replace(collect(boat(), Helmsmen(), episodes=1, seed=34), provenance={"parts": []})
+    nested = join([join([plain, trial]), more])
+    for log in (join([shadow, trial]), join([plain, trial]), nested):
+        with pytest.raises(ValueError, match="recorded with a shield on, so it does not show"):
+            fresh.calibrate_from_log(log, "shadow")
+    for log in (join([shadow, trial]), join([plain, shadow])):
+        with pytest.raises(ValueError, match="but the log says mode 'shadow'"):
+            fresh.calibrate_from_log(log, "trial")
+    with pytest.raises(ValueError, match="1 of the 2 logs that it was joined from do not say so"):
+        fresh.calibrate_from_log(join([plain, trial]), "trial")
+    for log, told in ((join([shadow, plain]), False), (shadow, True)):
+        checked = last(fresh.calibrate_from_log(log, "shadow")).assumptions
+        assert {one.name: one.checked for one in checked}["proposals logged"] is told
+
+    def by(log: OfflineDataset, **provenance: object) -> OfflineDataset:
+        return replace(log, provenance=provenance)
+
+    two = join([by(plain, collected_by="a"), by(shadow, collected_by="b")])
+    with pytest.raises(ValueError, match=r"joined from logs of \['a', 'b'\]"):
+        fresh.calibrate_from_log(two, "shadow")
+    with pytest.raises(ValueError, match="got 'a', but the log was collected by 'b'"):
+        fresh.calibrate_from_log(two, "shadow", policy="a")
+    with pytest.raises(ValueError, match="its agents learned while it was made"):
+        fresh.calibrate_from_log(join([plain, by(shadow, learners=[{"steps": 1}])]), "shadow")
+    # Parts that have the same parts keep them.
+    both = [by(log, parts=[{"learners": [1]}], at=at) for at, log in enumerate((plain, shadow))]
+    with pytest.raises(ValueError, match="its agents learned while it was made"):
+        fresh.calibrate_from_log(join(both), "shadow")
+
+
+def test_a_trial_whose_threshold_adapted_is_refused(fresh: Shield) -> None:
+    env = SafetyShield(boat(), fresh, adaptive=AdaptiveThreshold(target=0.1))
+    log = collect(env, Helmsmen(), episodes=3, seed=5)
+    assert (log.provenance or {})["behind_shield"]["adaptive"] is True
+    with pytest.raises(ValueError, match="the log says that the threshold adapted"):
+        fresh.calibrate_from_log(log, "trial")
 
 
 def straight(observation: Array) -> Array:
@@ -664,6 +755,9 @@ def test_a_log_of_another_agent_is_refused(fresh: Shield) -> None:
     record = last(fresh.calibrate_from_log(log, "shadow", policy=straight, deterministic=True))
     assert record.agent == "straight"
     assert {one.name: one.checked for one in record.assumptions}["same agent"]
+    assert {one.name: one.checked for one in record.assumptions}["deterministic=True"]
+    said = last(fresh.calibrate_from_log(log, "shadow", policy="straight", deterministic=False))
+    assert "deterministic=False" in said.statement.rpartition("not checked:")[2]
 
     def other(observation: Array) -> Array:
         return straight(observation) + np.float32(0.1)
@@ -693,11 +787,24 @@ def test_arguments_of_other_methods_are_refused(fresh: Shield, pool: OfflineData
         ("detection", {"alpha": 1.0}, "alpha must lie between 0 and 1"),
         ("shadow", {"confidence": 1.0}, "confidence must lie between 0 and 1"),
         ("shadow", {"policy_name": "a"}, "policy_name='a' needs policy"),
+        ("shadow", {"policy": ""}, "policy must name the agent that made the log, got ''"),
+        ("trial", {"policy": straight, "policy_name": ""}, "policy_name must name the agent"),
+        ("detection", {"policy": "a"}, "policy=a goes with shadow and trial"),
+        ("residuals", {"deterministic": False}, "deterministic=False goes with shadow and trial"),
+        ("detection", {"horizon": 100}, "horizon=100 goes with shadow, trial and residuals"),
         ("spliced", {}, "spliced episodes need a simulator that restores its state"),
         ("rollouts", {}, r"method must be one of \['detection', 'shadow', 'trial', 'residuals'\]"),
     ):
         with pytest.raises(ValueError, match=match):
             fresh.calibrate_from_log(log, method, **arguments)  # type: ignore[arg-type]
+    for method, wrong, match in (
+        ("shadow", {"policy": 5}, "policy must be 'random', have act_batch .* got int"),
+        ("trial", {"policy": 5}, "policy must be 'random', have act_batch .* got int"),
+        ("trial", {"policy": straight, "policy_name": 5}, "policy_name must be a text, got 5"),
+        ("trial", {"deterministic": "yes"}, r"deterministic must be True, False or None .*'yes'"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            fresh.calibrate_from_log(log, method, **wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="held_out must be an OfflineDataset"):
         fresh.calibrate_from_log(log.observations, "shadow")  # type: ignore[arg-type]
 

@@ -30,7 +30,7 @@ import platform
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -170,15 +170,17 @@ def calibrate_from_log(
         lead: Number k >= 1 of steps before the entry at which the alarm must have been raised, 1 by
             default; for detection.
         epsilon: Rate that the bound must not exceed; for shadow and trial. None accepts any bound.
-        policy: The agent that made the log, or its name. For shadow with ``deterministic=True`` its
-            actions are compared with the logged ones.
+        policy: The agent that made the log, or its name; for shadow and trial. For shadow with
+            ``deterministic=True`` its actions are compared with the logged ones.
         policy_name: Name of the agent in the record, where `policy` is not a name.
-        deterministic: The `deterministic` with which the agent acted, for the record.
+        deterministic: The `deterministic` with which the agent acted; for shadow and trial.
         horizon: Number of steps of a whole episode that does not terminate; by default that of the
-            longest episode. A truncated episode that is shorter was cut in the middle.
+            longest episode. A truncated episode that is shorter was cut in the middle. Not for
+            detection.
 
     Raises:
-        TypeError: `held_out` is no `OfflineDataset`, or a number is of another type.
+        TypeError: `held_out` is no `OfflineDataset`, `policy` is neither an agent nor a name, or
+            another argument is of a wrong type.
         ValueError: An argument is out of range or belongs to another method; an episode is in the
             training log, or twice in the log; there are too few episodes (the message has the
             number needed); the log is of another agent, or was recorded with the shield on where it
@@ -199,7 +201,16 @@ def calibrate_from_log(
     ranked = chosen in (DETECTION, RESIDUALS)
     _refuse(alpha is not None and not ranked, "alpha", alpha, "detection and residuals", chosen)
     _refuse(lead is not None and chosen != DETECTION, "lead", lead, "detection", chosen)
-    _refuse(epsilon is not None and ranked, "epsilon", epsilon, "shadow and trial", chosen)
+    rates = "shadow and trial"
+    _refuse(epsilon is not None and ranked, "epsilon", epsilon, rates, chosen)
+    _refuse(policy is not None and ranked, "policy", policy, rates, chosen)
+    _refuse(deterministic is not None and ranked, "deterministic", deterministic, rates, chosen)
+    cuts = "shadow, trial and residuals"
+    _refuse(horizon is not None and chosen == DETECTION, "horizon", horizon, cuts, chosen)
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(
+            f"deterministic must be True, False or None (not known), got {deterministic!r:.60}"
+        )
     alpha = (0.1 if alpha is None else alpha) if ranked else None
     lead = whole("lead", 1 if lead is None else lead, least=1) if chosen == DETECTION else None
     for name, share in (("alpha", alpha), ("epsilon", epsilon)):
@@ -220,13 +231,23 @@ def calibrate_from_log(
     earlier = shield.ledger.about(hashes)
     if not ranked:
         _refuse_own_choice(earlier, shield.delta)
-    asked = LogAttempt(chosen, fixed, alpha, lead, 1.0 - confidence, None, digest)
-    others = [one for one in earlier if not asked.same_question(one)]
+    by = "" if ranked else agent
+    asked = LogAttempt(chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by)
+    # A shield that is tried until it passes was tried each time, whatever the episodes.
+    known = [*earlier, *(one for one in shield.ledger.attempts if asked.repeats(one))]
+    others = [one for one in dict.fromkeys(known) if not asked.same_question(one)]
+    repeats = [one for one in others if asked.repeats(one)]
     spent = sum(one.level for one in others) + asked.level
     if spent >= 1.0:
+        about = "about this shield and agent" if repeats else "about some of these episodes"
         raise ValueError(
-            f"{len(others)} statements about some of these episodes, at levels that sum to "
-            f"{spent - asked.level:.3g}, leave no confidence for another: use fresh episodes"
+            f"{len(others)} statements {about}, at levels that sum to {spent - asked.level:.3g}, "
+            "leave no confidence for another: "
+            + (
+                "ask for a higher confidence, such as 0.99, from the first attempt on"
+                if repeats
+                else "use fresh episodes"
+            )
         )
     judge = _Judge(shield, held_out, horizon)
     record = LogRecord(
@@ -255,6 +276,8 @@ def calibrate_from_log(
         alpha=alpha,
         lead=lead,
         epsilon=epsilon,
+        repeats=len(repeats),
+        failed=sum(not one.passed for one in repeats),
     )
     try:
         if chosen == DETECTION:
@@ -268,9 +291,10 @@ def calibrate_from_log(
         shield.ledger = shield.ledger.with_attempt(asked, hashes)
         raise
     picked = found.threshold if chosen == RESIDUALS else found.delta
-    asked = replace(asked, chosen=picked if ranked else None)
+    passed = epsilon is None or found.bound <= epsilon
+    asked = replace(asked, chosen=picked if ranked else None, passed=passed)
     shield.ledger = shield.ledger.with_attempt(asked, hashes)
-    if epsilon is not None and found.bound > epsilon:
+    if epsilon is not None and not passed:
         raise CalibrationError(
             f"the rate is not shown to be at most {epsilon:g}: {found.events} of {found.episodes} "
             f"episodes count against it, and the bound is {found.bound:.4g} with confidence "
@@ -329,6 +353,7 @@ class _Judge:
             delta=delta,
             episodes=total,
             events=int((scores[counts] < threshold).sum()),
+            cut=int((self.cut & counts).sum()),
             bound=alpha,
             threshold=threshold,
             curve=_curve(scores[counts], quiet, threshold),
@@ -386,6 +411,7 @@ class _Judge:
             episodes=total,
             events=count,
             bound=upper_bound(total, count, record.confidence),
+            cut=int((self.cut & kept_starts).sum()),
         )
 
     # -- values of the log's rows ------------------------------------------------------------------
@@ -499,7 +525,9 @@ def _curve(scores: Scores, quiet: Scores, threshold: float) -> tuple[CurvePoint,
 
 def _refuse(wrong: bool, name: str, value: object, methods: str, method: str) -> None:
     if wrong:
-        raise ValueError(f"{name}={value} goes with {methods}, got method={method!r}: leave it out")
+        raise ValueError(
+            f"{name}={value!s:.60} goes with {methods}, got method={method!r}: leave it out"
+        )
 
 
 def _refuse_common(shield: Shield, held_out: OfflineDataset) -> None:
@@ -561,16 +589,39 @@ def _agent_name(held_out: OfflineDataset, policy: object, policy_name: str | Non
     """Return the name of the log's agent, after a comparison with what the log says of it."""
     if policy_name is not None and (policy is None or isinstance(policy, str)):
         raise ValueError(f"policy_name={policy_name!r} needs policy, the agent itself")
-    told = (held_out.provenance or {}).get("collected_by")
+    for what, given in (("policy", policy), ("policy_name", policy_name)):
+        if given == "":
+            raise ValueError(f"{what} must name the agent that made the log, got ''")
+    if policy_name is not None and not isinstance(policy_name, str):
+        raise TypeError(f"policy_name must be a text, got {policy_name!r:.60}")
+    if policy is not None and not isinstance(policy, str):
+        as_batch_policy(policy, held_out.action_space)  # Raises where it is none.
+    told = {one.get("collected_by") for one in _sources(held_out)}
+    named = sorted(one for one in told if isinstance(one, str))
     if policy is None:
-        return told if isinstance(told, str) else _LOGGER
+        return named[0] if len(named) == len(told) == 1 else _LOGGER
     name = policy_name or default_name(policy)
-    if isinstance(told, str) and isinstance(policy, str) and told != name:
+    others = [one for one in named if one != name]
+    if others and isinstance(policy, str):
         raise ValueError(
             f"policy must be the agent that made the log, got {name!r}, but the log was collected "
-            f"by {told!r}: pass a log of that agent"
+            f"by {others[0]!r}: pass a log of that agent"
         )
     return name
+
+
+def _sources(held_out: OfflineDataset) -> list[dict[str, Any]]:
+    """Return the provenance of each log that `held_out` was joined from."""
+
+    def inside(told: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = told.get("parts")
+        if not isinstance(parts, list | tuple):
+            return [told]
+        shared = {name: value for name, value in told.items() if name != "parts"}
+        found = [inside({**shared, **part}) for part in parts if isinstance(part, dict)]
+        return [one for part in found for one in part] or [shared]
+
+    return inside(dict(held_out.provenance or {}))
 
 
 def _about_agent(
@@ -582,8 +633,8 @@ def _about_agent(
     deterministic: bool | None,
 ) -> list[Assumption]:
     """Return the assumptions about the agent, after the checks that the log allows."""
-    told = held_out.provenance or {}
-    learners = bool(told.get("learners"))
+    sources = _sources(held_out)
+    learners = any(one.get("learners") for one in sources)
     if method in (DETECTION, RESIDUALS):
         changing = "The log says that its agents learned while it was made. " if learners else ""
         return [
@@ -601,13 +652,27 @@ def _about_agent(
             "it was made: record episodes of the agent that is deployed, or use 'detection' on a "
             "random split"
         )
-    behind = told.get("behind_shield")
-    _check_behind(shield, behind, method)
+    agents = sorted({str(one["collected_by"]) for one in sources if one.get("collected_by")})
+    if len(agents) > 1:
+        raise ValueError(
+            f"method={method!r} is about one agent, but the log was joined from logs of {agents}: "
+            "pass the log of one of them"
+        )
+    marks = [one.get("behind_shield") for one in sources]
+    for behind in marks:
+        _check_behind(shield, behind, method)
+    marked = sum(isinstance(one, dict) for one in marks)
+    if method == TRIAL and 0 < marked < len(marks):
+        raise ValueError(
+            f"held_out must be recorded with this shield on throughout, but {len(marks) - marked} "
+            f"of the {len(marks)} logs that it was joined from do not say so: pass the others alone"
+        )
     checked = False
     if method == SHADOW and deterministic and policy is not None and not isinstance(policy, str):
         checked = _compare_actions(held_out, policy, agent)
+    drawn = [] if deterministic is None else [_acted(deterministic, checked)]
     return [
-        _recorded(method, isinstance(behind, dict)),
+        _recorded(method, marked == len(marks)),
         _FIXED,
         Assumption(
             "same agent",
@@ -615,7 +680,17 @@ def _about_agent(
             "processing of observations. It does not learn, and it does not read infos.",
             checked,
         ),
+        *drawn,
     ]
+
+
+def _acted(deterministic: bool, checked: bool) -> Assumption:
+    told = "" if checked else " The user says so, and the log does not show it."
+    return Assumption(
+        f"deterministic={deterministic}",
+        f"The agent acted with deterministic={deterministic} while the log was made.{told}",
+        checked,
+    )
 
 
 def _check_behind(shield: Shield, behind: object, method: Method) -> None:
@@ -635,6 +710,12 @@ def _check_behind(shield: Shield, behind: object, method: Method) -> None:
                 f"held_out must be recorded with this shield on at delta {shield.delta:.4g}, but "
                 f"the log says mode {mode!r}, delta {behind.get('delta')!r:.20}, shield "
                 f"{behind.get('digest')!r:.20}; this one is {shield.digest!r}"
+            )
+        if behind.get("adaptive"):
+            raise ValueError(
+                f"held_out must be recorded with this shield on at delta {shield.delta:.4g}, but "
+                "the log says that the threshold adapted while it was recorded: record the trial "
+                "without adaptive thresholds and without a memory"
             )
 
 

@@ -41,7 +41,7 @@ def collect(
     name. Several constraints that are reported by name become one label, each in units of its own
     steps in this log (`OfflineDataset.with_constraint`). The log stores their names and units where
     a function is registered for each name. The provenance of a log of a shielded environment names
-    the shield, its delta and its mode, under "behind_shield".
+    the shield, its delta and its mode, under "behind_shield", and says where its threshold adapts.
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.

@@ -742,7 +742,7 @@ def _joint_provenance(parts: Sequence[OfflineDataset]) -> Mapping[str, Any] | No
     shared = {
         name: value
         for name, value in known[0].items()
-        if all(name in one and one[name] == value for one in known)
+        if name != "parts" and all(name in one and one[name] == value for one in known)
     }
     apart = [
         {"transitions": len(part), **{name: one[name] for name in one if name not in shared}}

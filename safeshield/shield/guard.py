@@ -463,9 +463,14 @@ class ShieldRuntime:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The shield and the mode behind which episodes are recorded, as JSON values."""
+        """The shield and the mode behind which episodes are recorded, as JSON values.
+
+        "adaptive" is there, and true, where the threshold depends on earlier steps.
+        """
         mode: Mode = "shadow" if self.shadow else "shield"
-        return {"digest": self.shield.digest, "delta": self.shield.delta, "mode": mode}
+        told = {"digest": self.shield.digest, "delta": self.shield.delta, "mode": mode}
+        adapts = self.adaptive is not None or self._memory is not None
+        return {**told, "adaptive": True} if adapts else told
 
     @property
     def ready(self) -> bool:

@@ -66,10 +66,10 @@ class LogRecord:
     confidence: float
     """1 - b, the confidence that was asked for."""
     spent: float
-    """Sum of the levels b of all known statements about some of these episodes, this one included.
-    All of them hold with confidence 1 - `spent`."""
+    """Sum of the levels b of all known statements about some of these episodes, of the `repeats`
+    and of this one. All of them hold with confidence 1 - `spent`."""
     tries: int
-    """Number of these statements."""
+    """Number of these statements, and of the `repeats`."""
     episodes: int
     """Number n of episodes that count: for detection, those that violate after a safe start; for
     shadow and trial, those that start with V_h <= -delta."""
@@ -84,7 +84,7 @@ class LogRecord:
     violating: int
     """Number of the log's episodes with a violation."""
     cut: int
-    """Number of the log's episodes that end early without termination. In shadow and trial they
+    """Number of the n episodes that end early without termination. In shadow and trial they
     count as events; a cut episode's residual counts as infinite."""
     horizon: int
     """Number of steps of a whole episode that does not terminate."""
@@ -115,6 +115,11 @@ class LogRecord:
     curve: tuple[CurvePoint, ...] = ()
     """Missed violations and false alarms at other thresholds, the lowest first; for detection
     only. The curve describes this log and promises nothing."""
+    repeats: int = 0
+    """Shadow and trial: number of earlier attempts by this method at this delta, with an agent of
+    this name, on these or other episodes."""
+    failed: int = 0
+    """Number of the `repeats` that did not show the rate that was asked for."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -135,12 +140,14 @@ class LogRecord:
         given = f"With confidence {self.confidence:g} over the held-out episodes, "
         if self.method == DETECTION:
             return (
-                f"{given}of violating episodes drawn like this log's (its policies, starts, "
-                f"horizon) at least {1.0 - (self.alpha or 0.0):g} raise the alarm {self.lead} or "
-                "more steps before entry. Whether the alarm comes in time to be saved, and how "
-                "other agents fail, is not covered. The alarm is raised where Q_h is at least "
-                f"{self.threshold:.4g}; {self.episodes - self.events} of {self.episodes} violating "
-                "episodes raised it in time."
+                f"{given}of violating episodes that start in a safe state, drawn like this log's "
+                f"(its policies, starts, horizon), at least {1.0 - (self.alpha or 0.0):g} raise "
+                f"the alarm {self.lead} or more steps before entry. Whether the alarm comes in "
+                "time to be saved, and how other agents fail, is not covered. The alarm is raised "
+                f"where Q_h is at least {self.threshold:.4g}; {self.episodes - self.events} of "
+                f"{self.episodes} such episodes raised it in time. "
+                f"{self.violating - self.episodes} violating episodes of the log started in the "
+                "violation (h > 0), and are not counted."
             )
         if self.method == RESIDUALS:
             return (
@@ -179,11 +186,18 @@ class LogRecord:
         if not self.cut or self.method == DETECTION:
             return []
         counted = "an infinite rise" if self.method == RESIDUALS else "a violation"
-        return [f"{self.cut} episodes of the log were cut, and count as {counted}."]
+        return [f"{self.cut} of the {self.episodes} episodes were cut, and count as {counted}."]
 
     def _about_tries(self) -> list[str]:
         if self.tries < 2:
             return []
+        if self.repeats:
+            return [
+                f"{self.repeats} earlier attempts by {self.method} were made for this shield at "
+                f"this delta with this agent, of which {self.failed} did not pass. The probability "
+                f"that one of all {self.tries} statements promises too much is at most "
+                f"{min(self.spent, 1.0):.3g}. Those made elsewhere are not known."
+            ]
         return [
             f"{self.tries} statements were made about some of these episodes; all of them hold "
             f"with confidence {self.joint_confidence:.3g}. Those made elsewhere are not known."
@@ -233,10 +247,20 @@ class LogAttempt:
     none."""
     digest: str
     """SHA-256 digest of the hashes of the episodes."""
+    agent: str = ""
+    """Name of the agent; "" for detection and residuals."""
+    passed: bool = True
+    """Whether the rate that was asked for was shown, or none was asked for."""
+
+    def repeats(self, other: LogAttempt) -> bool:
+        """Whether both are about the rate of one agent at one delta, on any episodes."""
+        asked = (self.method, self.delta, self.agent)
+        return self.method not in VALUES_ALONE and asked == (other.method, other.delta, other.agent)
 
     def same_question(self, other: LogAttempt) -> bool:
         """Whether both ask the same of the same episodes, so that the second one costs nothing."""
-        return replace(self, chosen=None) == replace(other, chosen=None)
+        bare = [replace(one, chosen=None, passed=True) for one in (self, other)]
+        return bare[0] == bare[1]
 
 
 @dataclass(frozen=True, eq=False)
