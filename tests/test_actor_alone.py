@@ -250,7 +250,7 @@ def test_a_damaged_record_is_refused(certified: SafeFQL, tmp_path: Path) -> None
     certified.save(path)
     file = read_tensors(path, SafeFQL.file_format)
     record = {**file.header["record"], "epsilon": "none"}
-    write_tensors(path, file.load(file.shapes), {**file.header, "record": record})
+    write_tensors(path, file.load(file.shapes, file.dtypes), {**file.header, "record": record})
     with pytest.raises(ValueError, match=r"agent\.safetensors.*record"):
         SafeFQL.load(path)
 
@@ -485,5 +485,5 @@ def test_an_agent_of_before_acts_by_its_student(agent: SafeFQL, tmp_path: Path) 
     header = {**file.header, "config": dict(file.header["config"])}
     assert header["config"].pop("extraction") == "student"
     assert "record" not in header
-    write_tensors(path, file.load(file.shapes), header)
+    write_tensors(path, file.load(file.shapes, file.dtypes), header)
     assert SafeFQL.load(path).config == agent.config

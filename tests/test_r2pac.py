@@ -605,7 +605,7 @@ def test_a_file_with_another_plan_is_refused(agent: R2PAC, tmp_path: Path, plan:
         (file, {"fallback": fallback, "judge": judge}),
         (old, {"plan": plan}),
     ):
-        write_tensors(path, stored.load(stored.shapes), {**stored.header, **changes})
+        write_tensors(path, stored.load(stored.shapes, stored.dtypes), {**stored.header, **changes})
         with pytest.raises(ValueError, match="does not describe a shield"):
             Shield.load(path)
 
