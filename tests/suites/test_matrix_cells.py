@@ -35,7 +35,7 @@ def test_cells_are_trained_and_played(tmp_path: Path, monkeypatch: pytest.Monkey
     for row in rows.values():
         assert (row["task"], row["seed"], row["episodes"]) == ("BallRun", "3", "2")
         assert row["peak_memory_mb"] == ""
-        assert float(row["training_seconds"]) > 0
+        assert float(row["training_seconds"]) >= 0  # rounded to tenths; empty where interrupted
     # PPO draws its actions, unless it plays deterministically.
     assert rows["ppo"]["return_deployed"] != rows["ppo"]["return_deterministic"]
     assert rows["ppo"]["replaced_deployed"] == "" != rows["ppo-shield"]["replaced_deployed"]
