@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from collections.abc import Callable
@@ -300,6 +301,18 @@ def test_the_shielded_episode_violates_only_where_the_shadow_counts_it(fresh: Sh
 
 
 # -- shadow mode changes nothing -------------------------------------------------------------------
+
+
+def test_a_log_behind_a_shield_that_no_file_can_hold_names_it(fresh: Shield) -> None:
+    known = fresh.model.fallback_actor
+    own = type("Own", (type(known),), {})
+    fields = {f.name: getattr(known, f.name) for f in dataclasses.fields(known) if f.init}  # type: ignore[arg-type]
+    other = replace(fresh, model=replace(fresh.model, fallback_actor=own(**fields)))
+    log = collect(SafetyShield(boat(), other), Helmsmen(), episodes=1, seed=4)
+    assert log.provenance is not None
+    assert log.provenance["behind_shield"]["digest"] == other.digest != fresh.digest
+    with pytest.raises(ValueError, match="is not of a kind that a file can name"):
+        other.save("never.safetensors")
 
 
 def test_a_log_behind_a_shadow_is_the_plain_log_and_says_so(fresh: Shield) -> None:

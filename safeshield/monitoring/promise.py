@@ -69,7 +69,6 @@ from safeshield.monitoring.tracker import EpisodeTracker
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.shapes import Scalars
-from safeshield.values.units import SAFETY_NETWORKS
 
 NOT_CONTRADICTED: Final = "not contradicted"
 IN_DOUBT: Final = "assumptions in doubt"
@@ -701,19 +700,6 @@ def _exp(log: float) -> float:
 
 
 def _digest_of(shield: Shield) -> str:
-    """Return a digest of what the promise is about: values, threshold and record of a shield."""
-    model = shield.model
+    """Return a digest of what the promise is about: a shield, its threshold and its record."""
     record = None if shield.record is None else shield.record.to_json()
-    header = {
-        "delta": shield.delta,
-        "record": record,
-        "scaling": model.scaling.to_json(),
-        "safety_scale": model.scale.to_json(),
-        "constraint_source": model.constraint and model.constraint.name,
-    }
-    arrays = {
-        f"{name}/{key}": array
-        for name in SAFETY_NETWORKS
-        for key, array in model.networks[name].items()
-    }
-    return content_digest(header, arrays)
+    return content_digest([shield.digest, shield.delta, record], {})

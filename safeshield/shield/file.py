@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,15 +17,18 @@ from safeshield.files.tensors import (
     SHIELD,
     TRAINING_EPISODES,
     TRAINING_HASHES,
+    content_digest,
     hash_shapes,
     read_tensors,
     register_format,
     write_tensors,
 )
 from safeshield.nn.actor import (
+    KINDS,
     MAX_STEPS,
     Actor,
     Classifier,
+    Described,
     Network,
     Widths,
     check_count,
@@ -110,7 +112,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         ValueError: The shield replaces actions in a way that a file cannot hold, or an actor's
             class is not registered.
     """
-    described, weights = _identity(shield)
+    described, weights = _identity(shield, to_header)
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -131,8 +133,15 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
     write_tensors(path, {**weights, **seen}, header)
 
 
-def _identity(shield: Shield) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Return the fields of a header that describe the critics and actors, and their weights."""
+def _identity(
+    shield: Shield, entry: Callable[[Described | None], object]
+) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Return the fields of a header that describe the critics and actors, and their weights.
+
+    Args:
+        shield: The shield.
+        entry: Function from an actor or an action critic to its field, such as `to_header`.
+    """
     model = shield.model
     header = {
         "observation_space": space_to_json(model.observation_space),
@@ -141,9 +150,9 @@ def _identity(shield: Shield) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any
         "safety_scale": model.scale.to_json(),
         "constraint_source": model.constraint and model.constraint.name,
         "hidden": {name: list(hidden_widths(model.networks[name])) for name in SAFETY_NETWORKS},
-        "fallback": to_header(model.fallback_actor),
-        "behaviour": to_header(model.behaviour_actor),
-        "judge": to_header(model.judge),
+        "fallback": entry(model.fallback_actor),
+        "behaviour": entry(model.behaviour_actor),
+        "judge": entry(model.judge),
         "members": int(model.networks[ADVANTAGE]["0.weight"].shape[0]),
     }
     parts = [part for part in (model.fallback_actor, model.behaviour_actor, model.judge) if part]
@@ -159,13 +168,16 @@ def _identity(shield: Shield) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any
 
 def digest_of(shield: Shield) -> str:
     """Return `Shield.digest` of a shield."""
-    described, weights = _identity(shield)
+    described, weights = _identity(shield, _kind)
     level = None if shield.support is None else shield.support.record.to_json()
-    text = [described, describe(shield.replacement), level]
-    digest = hashlib.sha256(json.dumps(text, sort_keys=True).encode())
-    for name in sorted(weights):
-        digest.update(name.encode() + np.ascontiguousarray(weights[name]).tobytes())
-    return digest.hexdigest()[:16]
+    return content_digest([described, describe(shield.replacement), level], weights)[:16]
+
+
+def _kind(part: Described | None) -> object:
+    """Return the header's entry of an actor; of a class that no file can name, the class's name."""
+    if part is None or KINDS.get(part.kind) is type(part):
+        return to_header(part)
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
