@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safeshield.calibration.calibrate import calibrate
+from safeshield.calibration.calibrate import calibrate, remembering
 from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation.episodes import Evaluation, evaluate
 from safeshield.files.schema import json_values, record_from_json
@@ -331,7 +331,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         (0.0, 'SafeFQL')
         """
         shield = replace(self.shield(), attempts=self.attempts)
-        try:
+        with remembering(self):
             record = calibrate(
                 shield,
                 env,
@@ -349,11 +349,6 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
                 progress_bar=progress_bar,
                 alone=True,
             )
-        except (ValueError, KeyboardInterrupt) as error:
-            attempt = getattr(error, "attempt", None)
-            if attempt is not None:
-                self.attempts = (*self.attempts, attempt)
-            raise
         assert isinstance(record, ActorRecord)
         self.attempts = record.attempts
         other = self._changed()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,27 @@ def _quantiles(
     # state could miss its own threshold.
     quantiles = np.quantile(inside, [1.0 - share for share in shares]) - shield.model.scale.rounding
     return [*sorted({float(q) for q in quantiles if q > 0}, reverse=True), 0.0]
+
+
+class Remembers(Protocol):
+    """What remembers its calibrations: a shield, or an agent that is calibrated itself."""
+
+    attempts: tuple[Attempt, ...]
+
+
+@contextlib.contextmanager
+def remembering(owner: Remembers) -> Iterator[None]:
+    """Add the attempt of a calibration that fails in this context to the attempts of `owner`.
+
+    A calibration that is interrupted counts too. One that ended before its tests does not.
+    """
+    try:
+        yield
+    except (ValueError, KeyboardInterrupt) as error:
+        attempt = getattr(error, "attempt", None)
+        if attempt is not None:
+            owner.attempts = (*owner.attempts, attempt)
+        raise
 
 
 def calibrate(

@@ -18,6 +18,7 @@ from safeshield.files.atomic import written_whole
 from safeshield.rollouts.ray_workers import Cluster
 
 if TYPE_CHECKING:
+    from safeshield.data.dataset import OfflineDataset
     from safeshield.evaluation import ReferenceReturns
     from safeshield.shield.shield import Shield
     from safeshield.spaces.generic import Env
@@ -66,6 +67,7 @@ def train(job: Job, plan: Plan, places: Places) -> dict[str, float]:
     from safeshield.cli.sources import make_env
     from safeshield.data.card import file_digest
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.evaluation import ReferenceReturns
 
     for file in places.plugins:
         load_plugin(file)
@@ -79,22 +81,22 @@ def train(job: Job, plan: Plan, places: Places) -> dict[str, float]:
         )
     # The environment and the log are checked before the training, not after it.
     env = None if plan.env is None else make_env(plan.env)
-    references = None if env is None else _references(source, env)
+    log = None if env is None else _log(source, env)
     file, metrics = job.folder / AGENT, job.folder / "tensorboard"
     if not file.exists():
         learner = plan.kind.kind(config, device="cuda" if plan.gpus else "cpu")
         checkpoint = job.folder / "checkpoint.safetensors"
         if not checkpoint.exists():
             shutil.rmtree(metrics, ignore_errors=True)
-        log = OfflineDataset.load(source)
+        log = OfflineDataset.load(source) if log is None else log
         learner.fit(log, plan.steps, log_dir=metrics, checkpoint=checkpoint)
         write_settings(file.with_suffix(".toml"), config, f"safeshield sweep: {job}")
         learner.save(file)
         checkpoint.unlink(missing_ok=True)
     agent = plan.kind.kind.load(file)
     figures = _last_metrics(metrics)
-    if env is not None and references is not None:
-        figures |= _scores(plan, job, places, env, references, agent)
+    if env is not None and log is not None:
+        figures |= _scores(plan, job, places, env, ReferenceReturns.of_log(log), agent)
     with written_whole(job.folder / FIGURES) as part:
         part.write_text(json.dumps({"evaluation": plan.evaluation, "figures": figures}, indent=1))
     (job.folder / ERROR).unlink(missing_ok=True)
@@ -158,13 +160,11 @@ def _policy(name: str, places: Places, env: Env, shield: Shield | None) -> objec
     return policy_of(source, env, shield, places.trust, option="policy")
 
 
-def _references(log: Path, env: Env) -> ReferenceReturns:
-    """Return the returns of a log, after a check that it is of the environment."""
+def _log(path: Path, env: Env) -> OfflineDataset:
+    """Return a log, after a check that it is of the environment."""
     from safeshield.cli.sources import log_of
-    from safeshield.evaluation import ReferenceReturns
 
-    otherwise = "the log's environment as env"
-    return ReferenceReturns.of_log(log_of(str(log), env, option="logs", otherwise=otherwise))
+    return log_of(str(path), env, option="logs", otherwise="the log's environment as env")
 
 
 # -- in the driver ------------------------------------------------------------------------------
@@ -180,6 +180,7 @@ def check_evaluation(plan: Plan, places: Places) -> None:
     import gymnasium as gym
 
     from safeshield.cli.sources import make_env
+    from safeshield.evaluation import ReferenceReturns
     from safeshield.requirements import explained
 
     if plan.env is None:
@@ -196,7 +197,7 @@ def check_evaluation(plan: Plan, places: Places) -> None:
         if plan.policy not in (None, "adversary"):
             _policy(plan.policy, places, env, None)
         for log in plan.logs:
-            _references(places.file.parent / log, env)
+            ReferenceReturns.of_log(_log(places.file.parent / log, env))
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{places.file}: {error}") from error
 

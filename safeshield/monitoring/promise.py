@@ -172,6 +172,9 @@ class PromiseMonitor:
         OSError: The file cannot be written.
     """
 
+    _highest: float
+    _settled: Scalars
+
     def __init__(
         self,
         shield: _ShieldLike,
@@ -214,26 +217,24 @@ class PromiseMonitor:
         self._told_unsaved = False
         self._changed = False
         self._unsaved = False
-        self._highest = 0.0
-        self._settled: Scalars = self._growth([])
-        entries: dict[str, Entry] = {}
         if self._path is not None:
             check_writable(self._path)
-        if self._path is not None and self._path.exists():
-            self._stamp = stamp(self._path)
-            data, entries = read_ledger(self._path, _SETTINGS)
-            self._check_settings(self._path, data)
-            if self._reference is None:
-                self._reference = data["reference"]
-            for entry in entries.values():
-                entry.status = CUT if entry.status == RUNNING else entry.status
-            self._replay(entries)
-            # The file may say less than its episodes show, never less than it said.
-            self._keep(data["state"], data["reason"])
-            if self._state != NOT_CONTRADICTED:
-                self._warn(f"as {self._path} says", 3)
-        else:
-            self._replay(entries)
+        if self._path is None or not self._path.exists():
+            self._replay({})
+            return
+        self._stamp = stamp(self._path)
+        data, entries = read_ledger(self._path, _SETTINGS)
+        self._check_settings(self._path, data)
+        if self._reference is None:
+            self._reference = data["reference"]
+        for entry in entries.values():
+            if entry.status == RUNNING:
+                entry.status = CUT
+        self._replay(entries)
+        # The file may say less than its episodes show, never less than it said.
+        self._keep(data["state"], data["reason"])
+        if self._state != NOT_CONTRADICTED:
+            self._warn(f"as {self._path} says", 3)
 
     # -- what it says -----------------------------------------------------------------------------
 

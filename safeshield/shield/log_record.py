@@ -298,6 +298,11 @@ def about_delta(records: Sequence[LogRecord], delta: float) -> tuple[LogRecord, 
     return tuple(one for one in records if one.delta in (None, delta))
 
 
+def about_values(records: Sequence[LogRecord]) -> tuple[LogRecord, ...]:
+    """Return the `records` that still hold where actions are replaced or tested in another way."""
+    return tuple(one for one in records if one.method in VALUES_ALONE)
+
+
 def remembered(shield: Shield) -> dict[str, Any]:
     """Return the fields of a shield's header that hold its records and its ledger."""
     return {

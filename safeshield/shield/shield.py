@@ -32,11 +32,11 @@ from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.file import digest_of, load_shield, save_shield
 from safeshield.shield.log_record import (
     DETECTION,
-    VALUES_ALONE,
     Hashes,
     Ledger,
     LogRecord,
     about_delta,
+    about_values,
 )
 from safeshield.shield.masks import Mask, agent_masks, check_discrete
 from safeshield.shield.readable import ReadableRange
@@ -273,7 +273,7 @@ class Shield:
             self,
             replacement=replacement,
             record=None,
-            log_records=tuple(one for one in self.log_records if one.method in VALUES_ALONE),
+            log_records=about_values(self.log_records),
         )
 
     def with_backup(self, controller: object) -> Self:
@@ -333,7 +333,7 @@ class Shield:
         if seen is not None:
             # These episodes set the level of the test, so they cannot show what it does.
             seen = np.union1d(seen, held_out.episode_hashes)
-        kept = tuple(one for one in self.log_records if one.method in VALUES_ALONE)
+        kept = about_values(self.log_records)
         return replace(self, support=test, record=None, log_records=kept, training_episodes=seen)
 
     # -- values ---------------------------------------------------------------------------------
@@ -858,9 +858,9 @@ class Shield:
         `calibration.calibrate.calibrate` describes them, the procedure and the promise. Both this
         shield and the copy remember the attempt, in `attempts`.
         """
-        from safeshield.calibration.calibrate import calibrate
+        from safeshield.calibration.calibrate import calibrate, remembering
 
-        try:
+        with remembering(self):
             record = calibrate(
                 self,
                 env,
@@ -878,12 +878,6 @@ class Shield:
                 ray=ray,
                 progress_bar=progress_bar,
             )
-        except (ValueError, KeyboardInterrupt) as error:
-            # The error tells the attempt, if it came to a test.
-            attempt = getattr(error, "attempt", None)
-            if attempt is not None:
-                self.attempts = (*self.attempts, attempt)
-            raise
         self.attempts = record.attempts
         kept = about_delta(self.log_records, record.delta)
         return replace(self, delta=record.delta, record=record, log_records=kept)

@@ -313,12 +313,10 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
                 if mark is not None and type(mark) is not kind:
                     raise ValueError(f"{name} must be a {kind.__name__}, got {mark!r:.80}")
                 setattr(self, name, mark)
+            hashes = hash_shapes(read.header)
         parts = model.parts()
         shapes = {name: parts[name].shapes for name in self._kept(model)}
-        expected = flatten(shapes)
-        with describing(read.path):
-            hashes = hash_shapes(read.header)
-        arrays = read.file.load({**expected, **hashes}, dict.fromkeys(hashes, np.int64))
+        arrays = read.file.load({**flatten(shapes), **hashes}, dict.fromkeys(hashes, np.int64))
         self._episodes = arrays.pop(TRAINING_HASHES).view(np.uint64) if hashes else None
         tensors = {name: torch.tensor(array, device=self.device) for name, array in arrays.items()}
         self._adopt(model, unflatten(shapes, tensors))

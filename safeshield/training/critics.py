@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number
+from safeshield.files.tensors import content_digest
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import check_same_space
@@ -151,10 +150,8 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
             state = run.initial(generator)
             return state._replace(networks={**state.networks, **kept}, targets=kept)
 
-        digest = hashlib.sha256()
-        for array in flatten(kept).values():
-            digest.update(np.ascontiguousarray(array.cpu()).data)
-        name = f"{type(self).__name__} on the critics {digest.hexdigest()[:12]}"
+        weights = {name: array.cpu().numpy() for name, array in flatten(kept).items()}
+        name = f"{type(self).__name__} on the critics {content_digest({}, weights)[:12]}"
         return self._learn(model, log, phases, initial, dataset, chosen, name)
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:

@@ -141,11 +141,7 @@ def run_phases(
                 progress.tell(step)
             if last:
                 _check_weights(state, phase.name, done)
-            if path is not None and (
-                last
-                or done % options.checkpoint_every == 0
-                or time.perf_counter() - saved > _SECONDS
-            ):
+            if path is not None and (last or _checkpoint_due(options, done, saved)):
                 save_checkpoint(path, state, done, generator, identity, phase.name)
                 saved, saved_at = time.perf_counter(), done
             due = [one for one in options.callbacks if done % one.every == 0]
@@ -158,6 +154,11 @@ def run_phases(
         for callback in options.callbacks:
             callback.on_end(step)
     return state, done
+
+
+def _checkpoint_due(options: FitOptions, done: int, saved: float) -> bool:
+    """Return whether a checkpoint is due after `done` updates; `saved` is the time of the last."""
+    return done % options.checkpoint_every == 0 or time.perf_counter() - saved > _SECONDS
 
 
 def keep_freed_memory() -> None:
@@ -339,11 +340,7 @@ def run_together(
                         _check_finite(values, phase.name, done)
                     if last:
                         _check_weights(member(state, i), phase.name, done)
-            if (
-                last
-                or done % options.checkpoint_every == 0
-                or time.perf_counter() - saved > _SECONDS
-            ):
+            if last or _checkpoint_due(options, done, saved):
                 for i, one in enumerate(members):
                     if one.checkpoint is not None:
                         own = one.generator, one.identity, phase.name
