@@ -74,16 +74,18 @@ def _loss(params: Params, slow: Params, batch: Batch, key: jax.Array) -> jax.Arr
     flow_loss = jnp.square(velocity - (actions - begin)).mean()
 
     noise = jax.random.normal(keys[3], actions.shape)
-    lesson = noise
+    flow_actions = noise
     for i in range(EULER_STEPS):
         now = jnp.full((len(actions), 1), i / EULER_STEPS)
-        lesson = lesson + _run(params["flow"], observations, lesson, now) / EULER_STEPS
-    lesson = jax.lax.stop_gradient(jnp.clip(lesson, -1, 1))
+        flow_actions = (
+            flow_actions + _run(params["flow"], observations, flow_actions, now) / EULER_STEPS
+        )
+    flow_actions = jax.lax.stop_gradient(jnp.clip(flow_actions, -1, 1))
     drawn = _run(params["actor"], observations, noise)
     critics = jax.lax.stop_gradient(params["critics"])
     worth = _values(critics, observations, jnp.clip(drawn, -1, 1)).mean(0)
     unit = jax.lax.stop_gradient(1 / jnp.abs(worth).mean())
-    actor_loss = DISTILLATION * jnp.square(drawn - lesson).mean() - unit * worth.mean()
+    actor_loss = DISTILLATION * jnp.square(drawn - flow_actions).mean() - unit * worth.mean()
     return critic_loss + flow_loss + actor_loss
 
 

@@ -158,7 +158,7 @@ def preset_settings(where: str, name: str | None, algorithm: Algorithm) -> dict[
     """Return the settings of an algorithm's preset; none where no preset is named.
 
     Args:
-        where: The option or the entry of a file that names the preset, in error messages.
+        where: Name of the option, or of the file's entry, for error messages.
         name: Name of the preset.
         algorithm: The algorithm.
 

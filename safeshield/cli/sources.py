@@ -68,7 +68,7 @@ def policy_of(
         env: Environment in which the policy will act.
         shield: Shield whose critics the adversary uses. None where no adversary can be named.
         trust: Whether a .zip file may be read, which can run code from it.
-        option: Option, or entry of a file, that names the policy in error messages.
+        option: Name of the option, or of the file's entry, for error messages.
 
     Raises:
         ValueError: The name is none of these, or does not suit the environment.
@@ -133,8 +133,8 @@ def log_of(
     Args:
         path: File of the log.
         env: Environment that is evaluated.
-        option: Option, or entry of a file, that names the log in error messages.
-        otherwise: What else the user may give, in error messages.
+        option: Name of the option, or of the file's entry, for error messages.
+        otherwise: What the user may give in place of the log, for error messages.
 
     Raises:
         ValueError: The log is of another environment.

@@ -174,8 +174,8 @@ def check_evaluation(plan: Plan, places: Places) -> None:
     """Check that agents can be evaluated as the file says, before anything is trained.
 
     Raises:
-        ValueError: The environment or the policy cannot be made, or a log is of another
-            environment. The message names the file and its entry.
+        ValueError: The environment or the policy cannot be created, or a log was recorded in
+            another environment. The message names the file and its entry.
     """
     import gymnasium as gym
 
@@ -369,7 +369,8 @@ class _Search:
         )
         self._open: dict[str, tuple[list[Any], list[Outcome]]] = {}
         trials = self._study.get_trials(deepcopy=False)
-        # Another seed in each call, because the same one would draw the first settings again.
+        # The sampler has another seed in each call of the sweep. With the same seed it would
+        # propose the settings of the first call again.
         seed = min(plan.seeds) + len(trials)
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         told_before = [one.params for one in trials if one.state is self._states.COMPLETE]

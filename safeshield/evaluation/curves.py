@@ -46,7 +46,7 @@ class CurvePoint:
     seeds: tuple[int, ...]
     """Seeds of starts and noise. Each has the same number of episodes."""
     deterministic: bool
-    """The `deterministic` with which the agent's ``predict`` was called."""
+    """Value of the argument `deterministic` of the agent's ``predict``."""
 
     @property
     def violation_rate(self) -> float:
@@ -88,7 +88,7 @@ class Evaluate(TrainingCallback):
             is none. The header of the file says that it was chosen with a simulator (`chosen`).
             An agent of the same algorithm that the file holds is replaced. None writes no file.
         cost_limit: Limit on the mean cost of an episode, for `best` alone; None means 10.
-        deterministic: The `deterministic` with which the agent's ``predict`` is called.
+        deterministic: Value of the argument `deterministic` of the agent's ``predict``.
         num_envs: Number of environments that step together.
 
     Raises:
@@ -98,7 +98,7 @@ class Evaluate(TrainingCallback):
         OSError: A file cannot be written; see `files.atomic.check_writable`.
 
     Attributes:
-        points: Results in the order of the updates, each a `CurvePoint`.
+        points: A `CurvePoint` for each evaluation so far, in the order in which they were made.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield import ShieldTrainer, collect

@@ -91,7 +91,7 @@ def offline_algorithm(name: str, option: str = "--algorithm") -> Algorithm:
 
     Args:
         name: Name of the algorithm.
-        option: Option, or entry of a file, that names it in error messages.
+        option: Name of the option, or of the file's entry, for error messages.
 
     Raises:
         ValueError: No such algorithm has this name.
