@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from safeshield import SafeFQL, Shield
 from safeshield.cli import app
 
 BOAT = "safeshield/Boat-v0"
@@ -130,6 +131,52 @@ def test_inspect_says_what_a_file_is(files: Path, file: str, shows: list[str]) -
 def test_an_env_id_may_name_its_module(tmp_path: Path) -> None:
     run("collect", "safeshield.envs:safeshield/Boat-v0", tmp_path / "log.npz", "--episodes", 2)
     assert (tmp_path / "log.npz").exists()
+
+
+SILENT = """
+import gymnasium as gym
+import safeshield.envs
+
+class Silent(gym.Wrapper):
+    def reset(self, **options):
+        return self.env.reset(**options)[0], {}
+
+    def step(self, action):
+        return (*self.env.step(action)[:4], {})
+
+def make():
+    return Silent(gym.make("safeshield/Boat-v0").unwrapped)
+
+gym.register("Silent-v0", make, max_episode_steps=40)
+"""
+
+
+def test_an_environment_that_reports_nothing_is_judged_by_the_constraint_of_the_shield(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "silent_boat.py").write_text(SILENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Shield.load(files / "shield.safetensors").model.constraint is not None
+    arguments = (files / "shield.safetensors", "silent_boat:Silent-v0", "--episodes", 4)
+    assert "violate" in run("diagnose", *arguments)
+    assert "random" in run("evaluate", *arguments)
+
+
+def test_an_interrupted_training_says_what_was_kept(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, checkpoint: Path | None, **__: object) -> None:
+        if checkpoint is not None and "late" in checkpoint.name:
+            checkpoint.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafeFQL, "fit", interrupted)
+    arguments = ("train", files / "log.hdf5", tmp_path / "agent.safetensors")
+    assert "--checkpoint was not given" in run(*arguments, code=130)
+    early, late = tmp_path / "early", tmp_path / "late"
+    assert "was not due yet" in run(*arguments, "--checkpoint", early, code=130)
+    output = run(*arguments, "--checkpoint", late, code=130)
+    assert f"the same command continues from {late}" in " ".join(output.split())
 
 
 def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:

@@ -573,6 +573,12 @@ def test_logs_without_a_boundary_are_refused(log: OfflineDataset) -> None:
     lost = dataclasses.replace(log, constraints=zero + 1, next_constraints=zero + 1, costs=zero + 1)
     with pytest.raises(ValueError, match="nothing but violations"):
         tiny().fit(lost, steps=STEPS)
+    with pytest.warns(UserWarning, match="sign of the constraint turned"):
+        check_boundary(
+            dataclasses.replace(
+                log, constraints=-log.constraints, next_constraints=-log.next_constraints
+            )
+        )
     # A violation in the very last state alone is one.
     last = zero - 1
     last[-1] = 1

@@ -19,6 +19,7 @@ from test_shield import record
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
 from safeshield.data import collect
+from safeshield.envs.boat import CURRENT
 from safeshield.evaluation.episodes import evaluate
 from safeshield.rollouts.copies import environment_kwargs
 from safeshield.shield import OtherEnvironmentWarning, Shield, UncalibratedShieldWarning
@@ -530,6 +531,16 @@ def test_nothing_is_certified_where_the_arguments_are_others(shield: Shield, kin
         assert not any(first_certified(kind, calibrated, dt=DT, current=0.5))
     with pytest.warns(OtherEnvironmentWarning, match="its arguments are {}"):
         assert not any(first_certified(kind, calibrated))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_argument_that_is_given_its_default_is_no_difference(shield: Shield, kind: str) -> None:
+    default = CURRENT
+    for tested, made in (({}, {"current": default}), ({"current": default}, {})):
+        told = replace(record(shield.delta), environment_kwargs={"dt": DT, **tested})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", OtherEnvironmentWarning)
+            assert all(first_certified(kind, replace(shield, record=told), dt=DT, **made))
 
 
 @pytest.mark.parametrize("kind", KINDS)

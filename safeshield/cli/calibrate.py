@@ -9,7 +9,7 @@ import typer
 
 from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_output
 from safeshield.cli.settings import parse
-from safeshield.cli.sources import make_env, name_of, policy_of, shield_of
+from safeshield.cli.sources import env_for, name_of, policy_of, shield_of
 
 if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
@@ -88,9 +88,10 @@ def calibrate(
     if policy == "adversary":
         raise ValueError("--policy adversary: leave out --policy; the adversary is then included")
     promise = _promise(epsilon, cost_limit, cost_bound)
-    env = make_env(env_id)
+    shield = shield_of(source)
+    env = env_for(env_id, shield)
     proposing = None if policy is None else policy_of(policy, env, None, trust)
-    shield = shield_of(source).calibrate(
+    shield = shield.calibrate(
         env,
         promise=promise,
         confidence=confidence,

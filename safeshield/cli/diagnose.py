@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from safeshield.cli.app import Debug, EnvId, Episodes, Plugins, Seed, Trust, check_output
-from safeshield.cli.sources import log_of, make_env, policy_of, shield_of
+from safeshield.cli.sources import env_for, log_of, policy_of, shield_of
 
 
 def diagnose(
@@ -54,7 +54,7 @@ def diagnose(
     if picture is not None:
         check_output(picture, (".png", ".svg", ".pdf"), "--picture")
     shield = shield_of(source)
-    env = make_env(env_id)
+    env = env_for(env_id, shield)
     found = shield.diagnose(
         env,
         policy_of(policy, env, shield, trust),

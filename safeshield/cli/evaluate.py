@@ -11,7 +11,7 @@ import typer
 
 from safeshield.cli.app import Debug, EnvId, Plugins, Trust
 from safeshield.cli.settings import parse
-from safeshield.cli.sources import log_of, make_env, policy_of, shield_of
+from safeshield.cli.sources import env_for, log_of, make_env, policy_of, shield_of
 
 R = TypeVar("R")
 
@@ -84,7 +84,7 @@ def evaluate(
 
     policy = policy or "random"
     shield = shield_of(source)
-    env = make_env(env_id)
+    env = env_for(env_id, shield)
     results = []
     for shielded in (False, True) if without else (True,):
         acting = policy_of(policy, env, shield, trust)

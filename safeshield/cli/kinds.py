@@ -122,10 +122,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
     for signature, what in _OTHERS.items():
         if begins.startswith(signature):
             raise ValueError(f"{path} is not a safeshield file but {what}")
-    try:
-        file = read_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a safeshield file, or is damaged: {error}") from error
+    file = read_tensors(path)
     known = _known_format(file.header["format"])
     if known is None:
         raise ValueError(

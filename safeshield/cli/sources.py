@@ -30,6 +30,30 @@ def make_env(env_id: str) -> Env:
     return env
 
 
+def env_for(env_id: str, shield: Shield) -> Env:
+    """Return the environment of `env_id`, which reports h by the shield's constraint if by nothing.
+
+    An environment that reports neither a constraint nor a cost is wrapped in
+    `ConstraintFromFunction` with the constraint that the shield names, if its function is
+    registered. The import of the module in ``module:id`` may register it. One step is taken to see
+    what the environment reports.
+    """
+    from safeshield.rollouts.infos import CONSTRAINT, COST
+    from safeshield.wrappers import ConstraintFromFunction
+
+    env = make_env(env_id)
+    source = shield.model.constraint
+    if source is None or not source.available:
+        return env
+    _, reported = env.reset(seed=0)
+    if CONSTRAINT not in reported:
+        *_, reported = env.step(env.action_space.sample())
+    if CONSTRAINT in reported or COST in reported:
+        return env
+    names = list(source.names)
+    return ConstraintFromFunction(env, names if len(names) > 1 else names[0])
+
+
 def shield_of(path: Path) -> Shield:
     """Return the shield in the file `path`, or the shield of the agent in that file.
 

@@ -87,13 +87,21 @@ def train(
         values["seed"] = seed
     config = settings_of(chosen.config_type, settings or [], **values)
     learner = chosen.kind(config, device=device.value)
-    learner.fit(
-        OfflineDataset.load(log),
-        steps,
-        progress_bar=True,
-        log_dir=log_dir,
-        checkpoint=checkpoint,
-    )
+    dataset = OfflineDataset.load(log)
+    try:
+        learner.fit(dataset, steps, progress_bar=True, log_dir=log_dir, checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {_kept(checkpoint)}", err=True)
+        raise typer.Exit(130) from None
     learner.save(out)
     write_settings(record, config, f"safeshield train --algorithm {algorithm} --steps {steps}")
     typer.echo(f"{out}: {algorithm}, {steps} updates, seed {config.seed}")
+
+
+def _kept(checkpoint: Path | None) -> str:
+    """Return in words what an interrupted training has left."""
+    if checkpoint is None:
+        return "nothing was kept, because --checkpoint was not given"
+    if not checkpoint.exists():
+        return f"nothing was kept, because the first checkpoint {checkpoint} was not due yet"
+    return f"the same command continues from {checkpoint}"

@@ -107,7 +107,8 @@ class Diagnosis:
     """Greatest sums of the residuals over several numbers of steps."""
     needed_delta: float | None
     """Smallest delta that would have rejected the last accepted action of every entry with the
-    cause "thin delta", and that covers the error of Q_h there; None without such entries."""
+    cause "thin delta", and that covers the error of Q_h there; None without such entries. It is a
+    lower bound on the delta that is needed, because a rejected action changes what follows."""
     turned: bool
     """Whether the environment reports h with the opposite sign of the h in use."""
     estimated: bool
@@ -250,9 +251,10 @@ class Diagnosis:
             return f"{_ADVICE[LATE]} {_COMPARE}"
         if cause == THIN and self.needed_delta is not None:
             return (
-                f"shield.with_delta({self.needed_delta:.3g}) would have rejected the last accepted "
-                "action of all these entries. Let shield.calibrate(env, policy=...) choose and "
-                "test delta; pass deltas= if its thresholds are too far apart."
+                "Let shield.calibrate(env, policy=...) choose and test delta; pass deltas= if its "
+                f"thresholds are too far apart. At delta {self.needed_delta:.3g} the last accepted "
+                "action of all these entries would have been rejected. This is a lower bound: an "
+                "agent that is turned back there may violate elsewhere."
                 f"{'' if self.compared else ' ' + _COMPARE}"
             )
         if cause == CONTRADICTION and self.turned:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 from safeshield.files.schema import json_arguments
 from safeshield.rollouts.infos import LABELS
@@ -142,6 +144,26 @@ def environment_kwargs(env: object) -> dict[str, Any] | None:
     return {name: _distinct(one.get(name) for one in known) for name in names}
 
 
+def _default_arguments(env: object) -> dict[str, Any]:
+    """Return the defaults of the arguments with which an environment is made, as JSON values.
+
+    They are those of its registered entry point, or of its class where it has no spec.
+    """
+    inner = getattr(env, "unwrapped", env)
+    members = getattr(inner, "envs", None)
+    if members:
+        return _default_arguments(members[0])
+    entry = getattr(getattr(inner, "spec", None), "entry_point", None) or type(inner)
+    try:
+        made_by = load_env_creator(entry) if isinstance(entry, str) else entry
+        parameters = inspect.signature(made_by).parameters.values()
+    except (TypeError, ValueError, ImportError, AttributeError):
+        return {}  # Nothing is known of a function in C, or of one that cannot be imported here.
+    return json_arguments(
+        {one.name: one.default for one in parameters if one.default is not one.empty}
+    )
+
+
 def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]:
     """Return the wrappers of an environment, the innermost first: (name of the class, arguments).
 
@@ -211,12 +233,24 @@ class Identity(NamedTuple):
     """Result of `environment_wrappers`."""
     horizon: int | None
     """Greatest number of steps of an episode; None where there is no limit or it is not known."""
+    defaults: dict[str, Any]
+    """Values, as JSON values, that the environment's class gives to arguments that are left out."""
 
     @classmethod
     def of(cls, env: object) -> Self:
         """Return what is known of an environment or a vector environment."""
         told = environment_id(env), environment_kwargs(env), environment_wrappers(env)
-        return cls(*told, environment_horizon(env))
+        return cls(*told, environment_horizon(env), _default_arguments(env))
+
+    def made_with(self, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether the environment was made with the arguments `kwargs`, JSON values.
+
+        An argument that is left out has its default value. The result is True where the arguments
+        of the environment are not known.
+        """
+        if self.kwargs is None:
+            return True
+        return {**self.defaults, **self.kwargs} == {**self.defaults, **kwargs}
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

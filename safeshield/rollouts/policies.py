@@ -94,7 +94,10 @@ def as_batch_policy(
     """
     if isinstance(policy, str):
         if policy != "random":
-            raise ValueError(f"the only policy with a name is 'random', got {policy!r}")
+            raise ValueError(
+                f"the only policy with a name is 'random', got {policy!r:.80}; load an agent's "
+                "file first (safeshield.load_agent, or load of the Stable-Baselines3 class)"
+            )
         return _random_policy(action_space)
     act_batch = getattr(policy, "act_batch", None)
     if callable(act_batch):

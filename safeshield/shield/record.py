@@ -220,7 +220,8 @@ class CalibrationRecord:
         """Return in words how an environment differs from the one that was tested.
 
         An environment without an id is not compared, nor is what the record or the environment
-        does not say. A shorter horizon is no difference.
+        does not say. A shorter horizon is no difference, nor is an argument that is given its
+        default value.
         """
         if not env.name:
             return []
@@ -228,7 +229,7 @@ class CalibrationRecord:
         if env.name != self.environment:
             told.append(f"its id is {env.name}, not {self.environment}")
         kwargs = self.environment_kwargs
-        if None not in (env.kwargs, kwargs) and env.kwargs != kwargs:
+        if kwargs is not None and not env.made_with(kwargs):
             told.append(f"its arguments are {env.kwargs}, not {kwargs}")
         if self.wrappers is not None:
             tested = [(one.name, one.arguments) for one in self.wrappers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,6 +209,9 @@ def check_boundary(dataset: OfflineDataset) -> None:
     Raises:
         TypeError: `dataset` is not a log.
         ValueError: No logged state violates the constraint, or all of them do.
+
+    Warns:
+        UserWarning: More than half of the transitions violate.
     """
     if not isinstance(dataset, OfflineDataset):
         raise TypeError(
@@ -226,6 +230,12 @@ def check_boundary(dataset: OfflineDataset) -> None:
             f"dataset has nothing but violations (h > 0 in all {len(dataset)} transitions): "
             "nothing can be learned about where safety begins. Check the constraint's sign "
             "(h <= 0 is safe), or log some careful episodes"
+        )
+    if unsafe.mean() > 0.5:
+        warnings.warn(
+            f"h > 0, a violation, in {unsafe.mean():.0%} of the {len(dataset)} transitions: is the "
+            "sign of the constraint turned? h <= 0 is safe",
+            stacklevel=2,
         )
 
 
