@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safeshield.calibration import upper_bound
 from safeshield.files.atomic import check_writable, written_whole
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.mlp import EnsembleMLP
@@ -44,18 +45,26 @@ def weights(shape: EnsembleMLP, seed: int) -> dict[str, np.ndarray]:
 def shield() -> Shield:
     """Small, calibrated, with something unusual in every field."""
     delta = 0.1 + 1e-17
+    # A walk of tests of 2,000 episodes each, whose third threshold fails.
+    walk = tuple(
+        Rung(at, name, 2000, count, upper_bound(2000, count, 0.999), count < 8)
+        for at, name, count in [
+            (1.5, "random", 0), (1.5, "é\n", 1), (delta, "random", 2), (delta, "é\n", 7),
+            (1e-9, "random", 11),
+        ]
+    )  # fmt: skip
     record = CalibrationRecord(
         delta=delta,
         epsilon=0.01,
         confidence=0.999,
         policies=(
-            PolicyResult("random", 900, 2, 0.0099, 1 / 3),
-            PolicyResult("é\n", 1, 0, 1.0, 0.0),
+            PolicyResult("random", 2000, 2, walk[2].bound, 1 / 3),
+            PolicyResult("é\n", 2000, 7, walk[3].bound, 0.0),
         ),
         environment="nowhere/Boat-v0",
         start_distribution='its own "reset" does',
         start_share=0.1234567890123456789,
-        walk=(Rung(1.5, "random", 900, 0, 0.007, True), Rung(delta, "random", 900, 2, 0.01, True)),
+        walk=walk,
         seed=2**40,
         date="2026-01-01T00:00:00+00:00",
         versions={"python": "3.11"},

@@ -17,6 +17,7 @@ from hostile import Changes, hostile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safeshield.calibration import upper_bound
 from safeshield.shield import (
     CandidateSet,
     FilterReport,
@@ -40,11 +41,11 @@ def record(delta: float) -> CalibrationRecord:
         delta=delta,
         epsilon=0.1,
         confidence=0.9,
-        policies=(PolicyResult("random", 30, 1, 0.09, 0.25),),
+        policies=(PolicyResult("random", 40, 1, upper_bound(40, 1, 0.9), 0.25),),
         environment="safeshield/Boat-v0",
         start_distribution="its own reset does",
         start_share=0.9,
-        walk=(Rung(delta, "random", 30, 1, 0.09, True),),
+        walk=(Rung(delta, "random", 40, 1, upper_bound(40, 1, 0.9), True),),
         seed=0,
         date="2026-01-01T00:00:00+00:00",
         versions={"python": "3.11"},

@@ -108,10 +108,11 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             dict of its arguments; None for a fixed threshold. A rebuilt environment begins with the
             calibrated threshold.
         monitor: A `PromiseMonitor` of the shield, which counts the episodes; None for none. With a
-            monitor there are two more infos, at reset and at every step: ``shield/promise`` says
-            what the episodes say of the promise, and ``shield/promise_evidence`` is the evidence
-            against it. Once the promise is revoked, ``shield/certified`` is False. The monitor is
-            no part of the spec: a rebuilt environment has none.
+            monitor there are three more infos, at reset and at every step: ``shield/promise`` says
+            what the episodes say of the promise, ``shield/promise_evidence`` is the evidence
+            against it, and ``shield/promise_signature`` says whether the shield's file is signed
+            (`Shield.signature`). Once the promise is revoked, ``shield/certified`` is False. The
+            monitor is no part of the spec: a rebuilt environment has none.
         mode: "shield", or "shadow": the environment then executes what the agent sends, and the
             infos ``shield/would_intervene`` (bool) and ``action_shielded`` (array) tell what the
             shield would have done. ``shield/intervened`` and ``shield/certified`` are False,

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from safeshield.calibration.calibrate import calibrate, remembering
+from safeshield.calibration.consistency import check_calibrations
 from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation.episodes import Evaluation, evaluate
 from safeshield.files.schema import json_values, record_from_json
@@ -573,14 +574,16 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     def _take(self, read: AgentFile) -> None:
         super()._take(read)
         with describing(read.path):
-            record = read.header.get("record")
-            if record is not None:
-                self._certified = self.config, ActorRecord.from_json(record)
+            stored = read.header.get("record")
+            record = None if stored is None else ActorRecord.from_json(stored)
             # Files of earlier releases remember no attempts.
             self.attempts = tuple(
                 record_from_json(Attempt, one, "attempts")
                 for one in read.header.get("attempts", ())
             )
+            check_calibrations(record, self.attempts)
+            if record is not None:
+                self._certified = self.config, record
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         observation, action = scaling.widths

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import numpy.typing as npt
+
 
 def upper_bound(episodes: int, violations: int, confidence: float) -> float:
     """Return the upper bound eps of the violation rate for k violations in N episodes.
@@ -42,6 +45,58 @@ def upper_bound(episodes: int, violations: int, confidence: float) -> float:
     from scipy.stats import beta
 
     return float(1.0 - beta.ppf(1.0 - confidence, episodes - violations, violations + 1))
+
+
+def masses(episodes: int, most: int, rate: float) -> npt.NDArray[np.float64]:
+    """Return the probabilities (most + 1,) of i = 0, ..., `most` violations in N episodes.
+
+    They are p_0 = (1 - rate)^N and p_i = p_(i-1) rate / (1 - rate) (N - i + 1) / i, by logarithms.
+
+    Args:
+        episodes: N.
+        most: The largest i.
+        rate: Violation rate of an episode, in [0, 1].
+
+    >>> masses(2, 3, 0.5).round(12).tolist()
+    [0.25, 0.5, 0.25, 0.0]
+    """
+    if rate >= 1.0:
+        return np.equal(np.arange(most + 1), episodes).astype(np.float64)
+    i = np.arange(1.0, most + 1.0)
+    with np.errstate(divide="ignore"):
+        odds = np.log(rate) - np.log1p(-rate)
+        factors = odds + np.log(np.maximum(episodes - i + 1.0, 0.0) / i)
+    first = episodes * math.log1p(-rate)
+    return np.asarray(np.exp(np.cumsum(np.concatenate([[first], factors]))), np.float64)
+
+
+def at_most(violations: int, episodes: int, rate: float) -> float:
+    """Return the probability of at most k violations in N episodes. It decreases in the rate.
+
+    The bound of k violations is the rate at which it is b, so that the bound is at most a rate
+    where the probability at this rate is at most b. Unlike `upper_bound` it needs no SciPy.
+
+    Args:
+        violations: k.
+        episodes: N.
+        rate: Violation rate of an episode, in [0, 1].
+
+    >>> round(at_most(0, 459, 0.01), 5), round(at_most(0, 458, 0.01), 5)
+    (0.00992, 0.01002)
+    """
+    return min(float(masses(episodes, violations, rate).sum()), 1.0)
+
+
+def clean_run(epsilon: float, confidence: float) -> int:
+    """Return ln b / ln(1 - epsilon), rounded up: the episodes that show epsilon without violations.
+
+    Where this is a whole number but for rounding, the result may be wrong by 1.
+
+    Args:
+        epsilon: Violation rate to show.
+        confidence: Confidence of the test.
+    """
+    return max(math.ceil(math.log1p(-confidence) / math.log1p(-epsilon)), 1)
 
 
 def violations_allowed(episodes: int, epsilon: float, confidence: float) -> int:
@@ -82,7 +137,7 @@ def episodes_needed(epsilon: float, confidence: float, violations: int = 0) -> i
     check_probability("epsilon", epsilon)
     check_probability("confidence", confidence)
     low = max(violations, 1)
-    high = max(low, math.ceil(math.log1p(-confidence) / math.log1p(-epsilon)))
+    high = max(low, clean_run(epsilon, confidence))
     while upper_bound(high, violations, confidence) > epsilon:
         low, high = high, 2 * high
     while low < high:

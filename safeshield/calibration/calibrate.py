@@ -31,6 +31,7 @@ from safeshield.rollouts.copies import (
 from safeshield.rollouts.episodes import SEEDS
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.record import (
+    RESERVED_SEEDS,
     ActorRecord,
     Attempt,
     CalibrationRecord,
@@ -51,7 +52,6 @@ _STARTS_OF_SLOW = 400  # A reset without a vectorised form may take a second.
 # The environment's seeds of an attempt: first those of the starts, then the pilot's and the tests'.
 _PILOT = 2**14
 _TESTS = 2**19
-_RESERVED = 2**21
 
 
 def start_observations(
@@ -332,7 +332,8 @@ def _fresh_seeds(seed: int, earlier: Sequence[Attempt]) -> int:
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     while True:
         first = int(rng.integers(SEEDS))
-        if all(abs(first - one.first_seed) >= _RESERVED for one in earlier if one.first_seed >= 0):
+        known = (one.first_seed for one in earlier if one.first_seed >= 0)
+        if all(abs(first - other) >= RESERVED_SEEDS for other in known):
             return first
 
 

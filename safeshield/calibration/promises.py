@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,10 @@ import numpy.typing as npt
 from safeshield.calibration.betting import betting_test
 from safeshield.calibration.binomial import check_probability
 from safeshield.calibration.sequential import Decision, fixed_plan, sequential_plan
-from safeshield.rollouts.recorded import Episode
 from safeshield.shield.record import COST_ABOVE, MEAN_COST, VIOLATION, CalibrationRecord
+
+if TYPE_CHECKING:
+    from safeshield.rollouts.recorded import Episode
 
 
 class SequentialTest(Protocol):

@@ -29,11 +29,15 @@ import numpy.typing as npt
 
 from safeshield.calibration.binomial import (
     check_probability,
+    clean_run,
     episodes_needed,
+    masses,
     violations_allowed,
 )
 
 _BISECTIONS = 60
+TOLERANCE = 1e-6
+"""Relative difference of two bounds, or of two levels, that counts as rounding."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,37 @@ class BinomialPlan:
 
     def bound(self, scores: npt.NDArray[np.float64]) -> float:
         """Return the upper bound of the rate that the scores (n,) up to the decision show."""
-        episodes, violations = len(scores), int(np.count_nonzero(scores))
+        return self.bound_of(len(scores), int(np.count_nonzero(scores)))
+
+    def ended(self, episodes: int, violations: int) -> bool | None:
+        """Return whether a test that ended after `episodes` with `violations` of them has passed.
+
+        The result is None where `decide` ends with these counts in no order of the scores.
+        """
+        if violations == self.looks[-1][1] + 1 and violations <= episodes <= self.most:
+            return False
+        # It would have passed at an earlier look if it had seen no more than that one forgives.
+        before = max((most for count, most in self.looks if count < episodes), default=-1)
+        forgiven = dict(self.looks).get(episodes, -1)
+        return True if before < violations <= min(forgiven, episodes) else None
+
+    def shows(self, episodes: int, violations: int, bound: float) -> bool:
+        """Return whether `bound` is `bound_of` these counts, but for rounding."""
+        if not 0.0 < bound <= 1.0 or violations == episodes:
+            return violations == episodes and abs(bound - 1.0) <= TOLERANCE
+        below, above = bound * (1.0 - TOLERANCE), min(bound * (1.0 + TOLERANCE), 1.0)
+        at_below, at_above = (
+            self._at_least_as_good(episodes, violations, rate) for rate in (below, above)
+        )
+        return at_below > 1.0 - self.confidence >= at_above
+
+    def bound_of(self, episodes: int, violations: int) -> float:
+        """Return the upper bound of the rate that the counts of a test's end show.
+
+        Args:
+            episodes: Number of episodes up to the decision.
+            violations: Number of them that violate.
+        """
         if violations == episodes:
             return 1.0
         low, high = 0.0, 1.0
@@ -120,15 +154,13 @@ class BinomialPlan:
         Both are after a number of episodes, at which a look counts only with `look_there`. The last
         entry of the probabilities is that of one violation more than the plan ever forgives.
         """
-        from scipy.stats import binom
-
         size = self.looks[-1][1] + 2
         open_ = np.zeros(size)
         open_[0] = 1.0
         passed, before = 0.0, 0
         stops = [look for look in self.looks if look[0] < episodes + look_there]
         for count, most in [*stops, (episodes, -1)]:
-            step = binom.pmf(np.arange(size), count - before, rate)
+            step = masses(count - before, size - 1, rate)
             # One violation too many ends the test. The mass beyond it does not come back.
             alive = np.convolve(open_[:-1], step)[: size - 1]
             open_ = np.append(alive, open_.sum() - alive.sum())
@@ -164,8 +196,8 @@ def sequential_plan(epsilon: float, confidence: float) -> BinomialPlan:
     def plan(first: int) -> BinomialPlan:
         return BinomialPlan(tuple((first + j * gap, j) for j in range(count)), confidence)
 
-    low = episodes_needed(epsilon, confidence)
-    high = low
+    # The first look alone forgives nothing. Rounding may make `clean_run` too large by 1.
+    low = high = max(clean_run(epsilon, confidence) - 1, 1)
     while plan(high).power(epsilon) > level:
         low, high = high + 1, 2 * high
     while low < high:

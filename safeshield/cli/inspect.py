@@ -26,6 +26,12 @@ def inspect(
         Path | None,
         typer.Option(help="File for the cost-return scatter of a log, .png, .svg or .pdf."),
     ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            help="PEM file of a public key: refuse a file that is not signed with its private key."
+        ),
+    ] = None,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:
@@ -33,14 +39,14 @@ def inspect(
     from safeshield.cli.kinds import LOG, describe, file_kind, with_article
 
     kind = file_kind(file)
-    if kind == LOG:
+    if kind == LOG and verify is None:
         _inspect_log(file, as_json, cost_limit, picture)
         return
     if cost_limit is not None or picture is not None:
         raise ValueError(
             f"--cost-limit and --picture are for logs, but {file} is {with_article(kind)}"
         )
-    description = describe(file)
+    description = describe(file, verify)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeshield.files.signing import VERIFIED
 from safeshield.files.tensors import AGENT, FORMATS, SHIELD, TensorFile, read_tensors
 
 if TYPE_CHECKING:
@@ -55,27 +56,39 @@ def with_article(kind: str) -> str:
     return f"an {kind}" if kind == AGENT else f"a {kind}"
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+def describe(path: str | os.PathLike[str], verify: Path | None = None) -> dict[str, Any]:
     """Return what the file `path` holds as JSON values, in a readable order.
+
+    Args:
+        path: The file.
+        verify: PEM file of a public key, with whose private key the file must be signed; None does
+            not ask.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or neither an agent, shield, checkpoint nor log.
+        ValueError: The file is damaged, or neither an agent, shield, checkpoint nor log; or its
+            signature is missing or not valid.
     """
     path = Path(path)
     if path.suffix.lower() in _LOG_SUFFIXES:
+        if verify is not None:
+            raise ValueError(f"--verify is for files that can be signed, but {path} is a log")
         from safeshield.data.card import card_of
         from safeshield.data.dataset import OfflineDataset
 
         log = OfflineDataset.load(path)
         return describe_log(log, card_of(log, file=path))
     kind, file = _open(path)
+    if verify is not None:
+        file.verify(verify)
+        file.load(file.shapes, file.dtypes)  # Compares the digest that is signed.
+    rest = {"signature": file.signed if verify is None else VERIFIED, **_size(file)}
     if kind == SHIELD:
-        return {"kind": kind, **_describe_shield(path), **_size(file)}
+        return {"kind": kind, **_describe_shield(path), **rest}
     if kind == AGENT:
         source = {"constraint_source": file.header.get("constraint_source") or _ESTIMATED}
-        return {"kind": kind, **_describe_agent(path), **source, **_size(file)}
-    return {"kind": kind, **_describe_checkpoint(file.header), **_size(file)}
+        return {"kind": kind, **_describe_agent(path), **source, **rest}
+    return {"kind": kind, **_describe_checkpoint(file.header), **rest}
 
 
 def describe_log(log: OfflineDataset, card: DatasetCard) -> dict[str, Any]:

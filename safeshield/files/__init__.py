@@ -6,7 +6,16 @@ from safeshield.files.tensors import (
     read_by,
     read_tensors,
     register_format,
+    sign_file,
     write_tensors,
 )
 
-__all__ = ["FORMATS", "TensorFile", "read_by", "read_tensors", "register_format", "write_tensors"]
+__all__ = [
+    "FORMATS",
+    "TensorFile",
+    "read_by",
+    "read_tensors",
+    "register_format",
+    "sign_file",
+    "write_tensors",
+]

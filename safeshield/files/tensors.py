@@ -3,7 +3,8 @@
 Reading a file runs no code from it: there is no pickle, no YAML, no eval and no import by name. The
 reader checks the header before it allocates any memory: its length, its JSON, and the dtype, shape
 and offsets of every tensor against the expected ones and against the size of the file. A SHA-256
-digest of the header and of every tensor detects damage. It is not a signature.
+digest of the header and of every tensor detects damage, and edits by whoever does not renew it. A
+file may also hold a signature of this digest (`signing`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,15 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
 from safeshield.files.atomic import written_whole
+from safeshield.files.signing import NOT_VERIFIED, UNSIGNED, check_signature, signature_of
+
+if TYPE_CHECKING:
+    from safeshield.files.signing import PrivateKey, PublicKey
 
 Array = npt.NDArray[Any]
 _MAX_HEADER = 4 << 20
 _KEY = "safeshield"
+_CONTENTS = ("header", "sha256", "signature")
 TRAINING_HASHES = "episodes/training"
 """Tensor of agents and shields that holds the hashes of the episodes of the training log."""
 TRAINING_EPISODES = "training_episodes"
@@ -55,7 +61,24 @@ class TensorFile:
     dtypes: dict[str, np.dtype[Any]]
     """Dtypes of the tensors, by name."""
     digest: object
-    """SHA-256 digest that the header states."""
+    """SHA-256 digest that the file states."""
+    signature: str | None = None
+    """Ed25519 signature of this digest, in hexadecimal; None where the file is not signed."""
+
+    @property
+    def signed(self) -> str:
+        """Whether the file is signed: "unsigned", or "signed, not verified"."""
+        return UNSIGNED if self.signature is None else NOT_VERIFIED
+
+    def verify(self, key: PublicKey) -> None:
+        """Check that the stated digest is signed with the private key that belongs to `key`.
+
+        `load` compares the digest with the contents.
+
+        Raises:
+            ImportError, OSError, TypeError, ValueError: See `signing.check_signature`.
+        """
+        check_signature(self.path, self.digest, self.signature, key)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the tensor `name` according to the header."""
@@ -106,7 +129,11 @@ class TensorFile:
                     f"{self.path}: tensor '{name}' holds NaN or infinity; the file is damaged or "
                     "the training that wrote it diverged"
                 )
-        if content_digest(self.header, arrays) != self.digest:
+        try:
+            digest = content_digest(self.header, arrays)
+        except ValueError:  # A number in the header is too large for a float.
+            digest = ""
+        if digest != self.digest:
             raise ValueError(
                 f"{self.path} is damaged or was edited: its contents do not have the SHA-256 "
                 "digest that it names; copy it again, or save it again with this release"
@@ -115,7 +142,10 @@ class TensorFile:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], arrays: Mapping[str, Array], header: object
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, Array],
+    header: object,
+    sign: PrivateKey | None = None,
 ) -> None:
     """Write tensors and a JSON header atomically, so that a reader never sees a partial file.
 
@@ -123,14 +153,18 @@ def write_tensors(
         path: The file.
         arrays: Tensors by name.
         header: JSON values that describe the tensors.
+        sign: Private Ed25519 key, or the path of its PEM file, that signs the file; None for none.
 
     Raises:
-        ValueError: The header is not strict JSON.
+        ValueError: The header is not strict JSON, or there is no such key in the key's file.
+        ImportError: `sign` is given, and the extra `sign` is not installed.
         OSError: The file cannot be written; see `files.atomic.check_writable`.
     """
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # The metadata has one key, because the order of several keys would vary between runs.
-    text = _dump({"header": header, "sha256": content_digest(header, plain)})
+    digest = content_digest(header, plain)
+    signature = {} if sign is None else {"signature": signature_of(digest, sign)}
+    text = _dump({"header": header, "sha256": digest, **signature})
     content = format_safetensors(plain, {_KEY: text})
     with written_whole(Path(path)) as part:
         part.write_bytes(content)
@@ -175,7 +209,33 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
     if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
         wanted = "a safeshield file" if kind is None else f"a '{kind}' file"
         raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{read_by(found)}")
-    return TensorFile(path, header, shapes, dtypes, contents.get("sha256"))
+    signature = contents.get("signature")
+    if not set(contents) <= set(_CONTENTS) or not isinstance(signature, str | None):
+        raise ValueError(
+            f"{path}: the contents must be {list(_CONTENTS)}, where signature is a text or "
+            f"missing, got {sorted(contents)!r:.80}"
+        )
+    return TensorFile(path, header, shapes, dtypes, contents.get("sha256"), signature)
+
+
+def sign_file(
+    path: str | os.PathLike[str], key: PrivateKey, out: str | os.PathLike[str] | None = None
+) -> None:
+    """Sign a file of any format, after a check of its digest.
+
+    Args:
+        path: The file. A signature that it has is replaced.
+        key: Private Ed25519 key, or the path of its PEM file.
+        out: File to write; by default `path` itself.
+
+    Raises:
+        ImportError: The extra `sign` is not installed.
+        OSError: There is no such file, or `out` cannot be written.
+        ValueError: The file is damaged, or there is no such key in the key's file.
+    """
+    file = read_tensors(path)
+    arrays = file.load(file.shapes, file.dtypes)
+    write_tensors(path if out is None else out, arrays, file.header, key)
 
 
 def hash_shapes(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

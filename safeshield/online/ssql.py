@@ -18,7 +18,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import gymnasium as gym
 import numpy.typing as npt
@@ -56,6 +56,9 @@ from safeshield.training.log import returns_to_go, scale_of_returns
 from safeshield.training.loop import FitOptions
 from safeshield.training.registry import register
 from safeshield.training.state import Metrics, Phase, TrainState
+
+if TYPE_CHECKING:
+    from safeshield.files.signing import PublicKey
 
 Array = npt.NDArray[Any]
 _CHECK_EVERY = 500
@@ -385,6 +388,7 @@ class SafeSupportQLearning(SoftAgent):
         *,
         safe: SafeRules | Shield | HasShield | str | os.PathLike[str] | None = None,
         device: str | torch.device = "auto",
+        verify: PublicKey | None = None,
     ) -> Self:
         """Return the agent in a file that `save` wrote.
 
@@ -395,13 +399,15 @@ class SafeSupportQLearning(SoftAgent):
                 log without a behaviour; otherwise the parametric policy acts.
             safe: The actions that may be executed, as in the class.
             device: Device, as in the class.
+            verify: Public key with whose private key the file must be signed, as in
+                `training.agent.Learner.load`. None does not ask.
 
         Raises:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or of another kind; the behaviour or the safe set is for
                 other spaces.
         """
-        read = cls._read(path)
+        read = cls._read(path, verify)
         agent = cls(None, behaviour, read.config, safe=safe, device=device)
         agent._take(read)
         model, networks = agent._fitted(), agent._networks

@@ -57,6 +57,9 @@ PROMISE = "shield/promise"
 """State of the promise that a monitor watches (`monitoring`); only monitored shields report it."""
 EVIDENCE = "shield/promise_evidence"
 """Evidence E_t against this promise (`calibration.eprocess`)."""
+SIGNATURE = "shield/promise_signature"
+"""What is known of who made this promise: "unsigned", "signed, not verified" or "signature
+verified" (`files.signing`). It is reported with the state of the promise."""
 PENALTY = "shield/penalty"
 """Penalty that an intervention subtracted from the reward."""
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 import safeshield.nn.latent_actor  # noqa: F401 - registers its kind of actor
 from safeshield.files.schema import finite_number, json_values, record_from_json
+from safeshield.files.signing import VERIFIED
 from safeshield.files.tensors import (
     SHIELD,
     TRAINING_EPISODES,
@@ -74,6 +75,7 @@ from safeshield.values.units import (
 )
 
 if TYPE_CHECKING:
+    from safeshield.files.signing import PrivateKey, PublicKey
     from safeshield.shield.shield import Shield
 
     S = TypeVar("S", bound=Shield)
@@ -102,15 +104,19 @@ _REPLACEMENTS: dict[
 """The ways to replace actions that a file can name."""
 
 
-def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
+def save_shield(
+    shield: Shield, path: str | os.PathLike[str], sign: PrivateKey | None = None
+) -> None:
     """Write a shield to the file `path`, atomically.
 
     The header holds spaces, units, threshold, record, replacement, support test and the
-    descriptions of the actors. The tensors are the weights of the networks.
+    descriptions of the actors. The tensors are the weights of the networks. The private key `sign`,
+    or that in the PEM file of this name, signs the file; None leaves it unsigned.
 
     Raises:
         ValueError: The shield replaces actions in a way that a file cannot hold, or an actor's
-            class is not registered.
+            class is not registered; or there is no such key in the key's file.
+        ImportError: `sign` is given, and the extra `sign` is not installed.
     """
     described, weights = _identity(shield, to_header)
     header = {
@@ -130,7 +136,7 @@ def save_shield(shield: Shield, path: str | os.PathLike[str]) -> None:
         header[TRAINING_EPISODES] = len(shield.training_episodes)
         hashes[TRAINING_HASHES] = shield.training_episodes
     seen = {name: one.view(np.int64) for name, one in hashes.items()}
-    write_tensors(path, {**weights, **seen}, header)
+    write_tensors(path, {**weights, **seen}, header, sign)
 
 
 def _identity(
@@ -180,12 +186,16 @@ def _kind(part: Described | None) -> object:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
-def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
+def load_shield(kind: type[S], path: str | os.PathLike[str], verify: PublicKey | None = None) -> S:
     """Return the shield in the file `path`, after a check of every field of the header.
 
-    `kind` is the class of the result, `Shield` or a subclass.
+    `kind` is the class of the result, `Shield` or a subclass. The file must be signed with the
+    private key that belongs to the public key `verify`, unless this is None. Whether the records
+    follow from their own counts is checked by `calibration.consistency`.
     """
     file = read_tensors(path, FORMAT)
+    if verify is not None:
+        file.verify(verify)
     header = file.header
     if header.get("version") not in (1, VERSION):
         raise ValueError(
@@ -218,6 +228,11 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
             # Files from before there were several strategies hold the candidates alone.
             replacement = NearestAcceptable(_candidates(header["candidates"]))
         check_replacement(replacement, action)
+        if record is not None and "attempts" in header and len(attempts) < len(record.attempts):
+            raise ValueError(
+                f"attempts must hold those of the record, {len(record.attempts)}, got "
+                f"{len(attempts)}"
+            )
         source = stored_source(header)
         trained_by = header["trained_by"]
         if not isinstance(trained_by, str):
@@ -249,7 +264,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         test = None if support is None else _support_from_json(support, model)
     except ValueError as error:
         raise ValueError(f"{path}: the header does not describe a shield: {error}") from error
-    return kind(
+    shield = kind(
         model,
         delta=delta,
         record=record,
@@ -261,6 +276,8 @@ def load_shield(kind: type[S], path: str | os.PathLike[str]) -> S:
         ledger=Ledger(log_attempts, tuple(hashes[name] for name in counts)),
         training_episodes=hashes.get(TRAINING_HASHES),
     )
+    shield.signature = file.signed if verify is None else VERIFIED
+    return shield
 
 
 def _replacement_to_json(replacement: Replacement) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from safeshield.rollouts.infos import (
     PROPOSED,
     SAFE_SET,
     SHIELDED,
+    SIGNATURE,
     THRESHOLD,
     VALUE,
     WOULD_INTERVENE,
@@ -811,7 +812,11 @@ class ShieldRuntime:
         if self._names is not None:
             infos[BINDING] = self.binding if binding is None else binding
         if self._watch is not None:
-            told = {PROMISE: self._watch.state, EVIDENCE: self._watch.evidence}
+            told = {
+                PROMISE: self._watch.state,
+                EVIDENCE: self._watch.evidence,
+                SIGNATURE: self.shield.signature,
+            }
             if self.num_envs is not None:
                 told = {key: np.full(self._count, value) for key, value in told.items()}
             infos |= told

@@ -83,6 +83,10 @@ class PilotPoint:
     """Share of the steps in which the shield replaced the action."""
 
 
+RESERVED_SEEDS = 2**21
+"""Number of the environment's seeds that an attempt reserves, from its `first_seed` on."""
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One calibration that a shield remembers, whether it passed or not."""

@@ -27,6 +27,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.files.signing import UNSIGNED
 from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.file import digest_of, load_shield, save_shield
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
     from safeshield.data.dataset import OfflineDataset
     from safeshield.evaluation.diagnosis import Diagnosis
+    from safeshield.files.signing import PrivateKey, PublicKey
     from safeshield.rollouts.copies import Identity
     from safeshield.shield.tensors import TensorConstraint, TorchShield
     from safeshield.spaces.generic import Env, VectorEnv
@@ -121,6 +123,9 @@ class Shield:
     log_records: tuple[LogRecord, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
     training_episodes: Hashes | None = None
+    signature: str = field(default=UNSIGNED, init=False)
+    """What is known of the file that the shield was loaded from: "unsigned", "signed, not verified"
+    or "signature verified". A changed copy is "unsigned"."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.delta) and self.delta >= 0):
@@ -166,6 +171,8 @@ class Shield:
 
     def __repr__(self) -> str:
         promise = "uncalibrated" if self.record is None else f"epsilon {self.record.epsilon:g}"
+        if self.record is not None or self.log_records:
+            promise += f", {self.signature}"
         replaced = describe(self.replacement)
         return (
             f"{type(self).__name__}(delta={self.delta:.4g}, {promise}, "
@@ -963,24 +970,49 @@ class Shield:
             log=log,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, sign: PrivateKey | None = None) -> None:
         """Write the shield to the safetensors file `path`, whose header is strict JSON.
+
+        Args:
+            path: The file.
+            sign: Private Ed25519 key of `cryptography`, or the path of its PEM file, that signs
+                the file; None leaves it unsigned.
 
         Raises:
             OSError: `path` is a folder, its folder does not exist, or nothing can be written there.
-            ValueError: The shield replaces actions in a way that a file cannot hold.
+            ValueError: The shield replaces actions in a way that a file cannot hold, or there is
+                no such key in the key's file.
+            ImportError: `sign` is given, and the extra `sign` is not installed.
         """
-        save_shield(self, path)
+        save_shield(self, path, sign)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str], *, verify: PublicKey | None = None) -> Self:
         """Return the shield in the file `path`. No code from the file is executed.
+
+        The file's digest must be that of its contents, and its records must follow from their own
+        counts. This finds accidents and mistakes, but not a record that was forged consistently:
+        for that the file must be signed.
+
+        Args:
+            path: The file.
+            verify: Public Ed25519 key of `cryptography`, or the path of its PEM file. A file that
+                is not signed with its private key is refused. With None, `signature` says whether
+                the file is signed.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, has been tampered with, or does not hold a shield.
+            ValueError: The file is damaged, has been tampered with, or does not hold a shield; a
+                record does not follow from its counts; or the signature is missing or not valid.
+            ImportError: `verify` is given, and the extra `sign` is not installed.
         """
-        return load_shield(cls, path)
+        shield = load_shield(cls, path, verify)
+        # Files without records, attempts and statements have nothing to check.
+        if shield.record or shield.attempts or shield.log_records or shield.ledger.attempts:
+            from safeshield.calibration.consistency import check_records
+
+            check_records(shield, path)
+        return shield
 
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:

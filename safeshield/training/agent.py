@@ -21,7 +21,7 @@ import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -52,6 +52,9 @@ from safeshield.training.loop import FitOptions, run_phases
 from safeshield.training.run import Config, Run
 from safeshield.training.state import Phase, TrainState
 from safeshield.values.constraint import stored_source
+
+if TYPE_CHECKING:
+    from safeshield.files.signing import PublicKey
 
 _VERSION = 1
 _MARKS = {"updates": int, "chosen": str}
@@ -272,25 +275,40 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         write_tensors(path, {**flatten(kept), **hashes}, header)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str | torch.device = "auto") -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        verify: PublicKey | None = None,
+    ) -> Self:
         """Return the agent in a file that `save` wrote.
 
         Args:
             path: The file.
             device: Device of the weights, as in the class.
+            verify: Public Ed25519 key, or the path of its PEM file. A file that is not signed with
+                its private key (`safeshield sign`) is refused. None does not ask.
 
         Raises:
-            ValueError: The file is damaged or of another kind.
+            ValueError: The file is damaged or of another kind, its record does not follow from its
+                counts, or its signature is missing or not valid.
+            ImportError: `verify` is given, and the extra `sign` is not installed.
         """
-        read = cls._read(path)
+        read = cls._read(path, verify)
         agent = cls(read.config, device=device)
         agent._take(read)
         return agent
 
     @classmethod
-    def _read(cls, path: str | os.PathLike[str]) -> AgentFile:
-        """Read the parts that every agent's file has, without the weights."""
+    def _read(cls, path: str | os.PathLike[str], verify: PublicKey | None = None) -> AgentFile:
+        """Read the parts that every agent's file has, without the weights.
+
+        The file must be signed with the private key of `verify`, unless this is None.
+        """
         file = read_tensors(path, cls.file_format)
+        if verify is not None:
+            file.verify(verify)
         with describing(path):
             header = file.header
             if header["version"] != _VERSION:
