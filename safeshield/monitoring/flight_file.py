@@ -32,6 +32,8 @@ SUFFIX = ".flight"
 FORMAT, VERSION = "safeshield-flight", 1
 _MAGIC = b"\xf5SFL"
 _HEAD = struct.Struct("<4sIQII")
+HEAD = _HEAD.size
+"""Bytes of the head of a frame."""
 
 SCALARS = (
     ("time", "<f8"), ("seed", "<i8"), ("episode", "<i8"), ("step", "<i4"), ("env", "<i4"),
@@ -57,8 +59,8 @@ def row_dtype(observation: int, action: int, exact: bool) -> np.dtype[Any]:
     return np.dtype([*SCALARS, *wide, ("observation", "<f8" if exact else "<f4", (observation,))])
 
 
-def _frame(rows: int, first: int, payload: bytes | memoryview) -> bytes:
-    """Return the head of a frame."""
+def _head(rows: int, first: int, payload: bytes | memoryview) -> bytes:
+    """Return the head of the frame of a payload."""
     start = _HEAD.pack(_MAGIC, rows, first, len(payload), 0)[:-4]
     return start + struct.pack("<I", zlib.crc32(payload, zlib.crc32(start)))
 
@@ -93,15 +95,20 @@ class FlightFiles:
         self._stream: io.FileIO | None = None
         self._size = 0
 
-    def append(self, rows: int, first: int, payload: memoryview) -> None:
+    def append(self, rows: int, first: int, frame: memoryview) -> None:
         """Write one frame.
+
+        Args:
+            rows: Number of rows.
+            first: Index of the first one.
+            frame: Room for the head, and behind it the rows.
 
         Raises:
             OSError: It could not be written; the file then ends before it.
         """
-        if self._stream is None or self._size + _HEAD.size + len(payload) > self._max_bytes:
+        if self._stream is None or self._size + len(frame) > self._max_bytes:
             self._next(first)
-        self._write(rows, first, payload)
+        self._write(rows, first, frame)
 
     def close(self, first: int) -> None:
         """Write the frame that says that the recorder was closed after `first` rows, and close.
@@ -112,7 +119,7 @@ class FlightFiles:
         if self._stream is None:
             return
         try:
-            self._write(0, first, b"")
+            self._write(0, first, memoryview(bytearray(HEAD)))
             os.fsync(self._stream.fileno())
         finally:
             self._stream.close()
@@ -136,26 +143,26 @@ class FlightFiles:
         self._size = 0
         text = json.dumps({**self._header(), "first": first}, allow_nan=False)
         try:
-            self._write(0, first, text.encode())
+            self._write(0, first, memoryview(bytearray(HEAD) + text.encode()))
         except OSError:
             # A file without a header cannot be read.
             self._stream.close()
             self._stream = None
             raise
 
-    def _write(self, rows: int, first: int, payload: bytes | memoryview) -> None:
+    def _write(self, rows: int, first: int, frame: memoryview) -> None:
         assert self._stream is not None
+        frame[:HEAD] = _head(rows, first, frame[HEAD:])
+        left = frame
         try:
-            for part in (_frame(rows, first, payload), payload):
-                left = memoryview(part)
-                while left:
-                    left = left[self._stream.write(left) or 0 :]
+            while left:
+                left = left[self._stream.write(left) or 0 :]
         except OSError:
             # A full disk may have taken a part of the frame.
             self._stream.truncate(self._size)
             self._stream.seek(self._size)
             raise
-        self._size += _HEAD.size + len(payload)
+        self._size += len(frame)
 
 
 class Frame(NamedTuple):
@@ -177,7 +184,7 @@ def read_frames(raw: bytes) -> tuple[list[Frame], int]:
         found = _frame_at(view, at)
         if found is not None:
             frames.append(found)
-            at += _HEAD.size + len(found.payload)
+            at += HEAD + len(found.payload)
             inside = False
             continue
         damaged += not inside
@@ -189,13 +196,13 @@ def read_frames(raw: bytes) -> tuple[list[Frame], int]:
 
 def _frame_at(view: memoryview, at: int) -> Frame | None:
     """Return the frame that begins at a byte; None where none does, or where it is damaged."""
-    if len(view) - at < _HEAD.size:
+    if len(view) - at < HEAD:
         return None
     magic, rows, first, size, _ = _HEAD.unpack_from(view, at)
-    payload = view[at + _HEAD.size : at + _HEAD.size + size]
+    payload = view[at + HEAD : at + HEAD + size]
     if magic != _MAGIC or len(payload) != size:
         return None
-    right = _frame(rows, first, payload) == view[at : at + _HEAD.size]
+    right = _head(rows, first, payload) == view[at : at + HEAD]
     return Frame(rows, first, payload) if right else None
 
 

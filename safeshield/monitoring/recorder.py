@@ -28,6 +28,7 @@ from safeshield.files.lock import locked
 from safeshield.files.schema import whole
 from safeshield.monitoring.flight_file import (
     FORMAT,
+    HEAD,
     PACKED,
     VERSION,
     Contents,
@@ -50,6 +51,8 @@ or of one that was cut by a reset or by `close`."""
 
 _BLOCKS = 8
 """Blocks that are full or being filled; the disk may be late by seven of them."""
+_BLOCK_BYTES = 1 << 22
+"""Bound on the size of a block, unless so few rows are fewer than two of each environment."""
 _PATIENCE = 1.0
 """Time that a recorder waits for a folder in which another one is just closed, seconds."""
 _CLOSING = 60.0
@@ -62,12 +65,12 @@ class FlightWarning(UserWarning):
 
 
 class _Block:
-    """Memory for rows, with views of its parts."""
+    """Memory for the frame of some rows, with views of its parts."""
 
     def __init__(self, capacity: int, dtype: np.dtype[Any]) -> None:
-        rows = np.zeros(capacity, dtype)
+        self.memory = memoryview(bytearray(HEAD + capacity * dtype.itemsize))
+        rows = np.frombuffer(self.memory, dtype, offset=HEAD)
         self.capacity, self.size = capacity, dtype.itemsize
-        self.memory = memoryview(rows.view(np.uint8))
         self.observation = rows["observation"]
         self.proposed, self.executed = rows["proposed"], rows["executed"]
         self.count = 0
@@ -104,7 +107,8 @@ class ShieldLog:
         max_bytes: Size at which a file ends and the next one begins, in bytes.
         total_bytes: Bound on the size of all files, in bytes, at least twice `max_bytes`. The
             oldest files are removed, and a `FlightWarning` says so once.
-        block_steps: Number of rows of a block, at least twice the number of environments.
+        block_steps: Number of steps of a block, each of all environments. A block has 4 MiB at
+            most, unless two steps need more, and there are eight.
         flush_seconds: Age at which a block is written that is not full, in seconds.
 
     Attributes:
@@ -217,7 +221,8 @@ class ShieldLog:
         files = flight_files(self.path)
         if files:
             self._continue(read_files(files[-1:]))
-        capacity = max(self._block_steps, 2 * count)
+        capacity = min(self._block_steps * count, _BLOCK_BYTES // dtype.itemsize)
+        capacity = max(capacity, 2 * count)
         for _ in range(_BLOCKS):
             self._free.put(_Block(capacity, dtype))
         writer = FlightFiles(
@@ -236,7 +241,7 @@ class ShieldLog:
             return
         written = threading.Event()
         with self._guard:
-            self._hand_over()
+            self.hand_over()
             self._full.put(written)
         written.wait(_CLOSING)
         self.tell()
@@ -249,7 +254,7 @@ class ShieldLog:
             self._track.cut()
         with self._guard:
             self._closed = True
-            self._hand_over()
+            self.hand_over()
             self._full.put(None)
         atexit.unregister(self.close)
         late = False
@@ -284,7 +289,7 @@ class ShieldLog:
         if block is not None and (
             block.count + count > block.capacity or now - block.since > self._flush_seconds
         ):
-            self._hand_over()
+            self.hand_over()
             block = None
         self._rows += count
         if block is None:
@@ -300,6 +305,13 @@ class ShieldLog:
         block.count += count
         self._first += count
         return block, at
+
+    def hand_over(self) -> None:
+        """Have the rows so far written, without waiting."""
+        with self._guard:
+            if self._block is not None and self._block.count:
+                self._full.put(self._block)
+                self._block = None
 
     @property
     def guard(self) -> threading.RLock:
@@ -343,11 +355,6 @@ class ShieldLog:
         if kind not in self._told:
             self._notes.append((kind, why))
 
-    def _hand_over(self) -> None:
-        if self._block is not None and self._block.count:
-            self._full.put(self._block)
-            self._block = None
-
     def _continue(self, found: Contents) -> None:
         """Go on behind the rows of a folder, after a check that it is of the same shield."""
         for name in ("shield", "steps", "dtype", "observation_space", "action_space"):
@@ -376,7 +383,7 @@ class ShieldLog:
                 continue
             rows = block.count
             try:
-                files.append(rows, block.first, block.memory[: rows * block.size])
+                files.append(rows, block.first, block.memory[: HEAD + rows * block.size])
             except OSError as error:
                 self.lost += rows
                 self._note("lost", f"{error.strerror or error}")
@@ -459,8 +466,9 @@ class FlightTrack:
             log.tell()
 
     def cut(self) -> None:
-        """Take all episodes that are under way as cut."""
+        """Take all episodes that are under way as cut, and have all rows written."""
         self._cut(self._all)
+        self._log.hand_over()
 
     def _cut(self, which: list[int]) -> None:
         cut = [i for i in which if self._running[i] and self._steps[i]]
@@ -516,7 +524,7 @@ class FlightTrack:
         if found is None:
             return None
         block, first = found
-        offset = first * block.size
+        offset = HEAD + first * block.size
         for i in which:
             PACKED.pack_into(
                 block.memory, offset, now, self._seeds[i], self._episodes[i], self._steps[i], i,
