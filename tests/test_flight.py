@@ -49,7 +49,7 @@ STEPS = 30
 @pytest.fixture(scope="module")
 def strict(shield: Shield) -> Shield:
     """The boat's shield at a delta at which it replaces many actions."""
-    return shield.with_delta(0.6)
+    return shield.with_delta(0.2)
 
 
 def boat() -> gym.Env[Any, Any]:
@@ -102,7 +102,7 @@ def fly_and_flush(env: gym.Env[Any, Any], log: ShieldLog, episodes: int) -> None
 def test_rows_are_what_the_wrapper_reports(strict: Shield, tmp_path: Path) -> None:
     with ShieldLog(tmp_path / "flight") as log:
         before = time.time()
-        told = fly(SafetyShield(boat(), strict, log=log), 6)
+        told = fly(SafetyShield(boat(), strict, log=log), 8)
     flight = FlightLog.load(tmp_path / "flight")
     assert len(flight) == len(told) > 0
     for name in told[0].keys() - {"info"}:
@@ -110,17 +110,18 @@ def test_rows_are_what_the_wrapper_reports(strict: Shield, tmp_path: Path) -> No
         np.testing.assert_array_equal(flight.columns[name], expected, err_msg=name)
     replaced = np.array([one["info"]["shield/intervened"] for one in told])
     assert 0 < replaced.sum() < len(told)
-    np.testing.assert_array_equal(flight.columns["verdict"] != "accepted", replaced)
+    verdicts = flight.columns["verdict"]
+    np.testing.assert_array_equal(verdicts, np.where(replaced, "replaced", "accepted"))
     assert (flight.columns["time"] >= before).all()
     assert (np.diff(flight.columns["time"]) >= 0).all()
     assert set(flight.ends["verdict"]) == {"end"}
     assert flight.ends["step"].sum() == len(told)
     assert np.isnan(flight.ends["proposed"]).all()
     card = flight.card()
-    assert (card["steps"], card["episodes"], card["unfinished"]) == (len(told), 6, 0)
+    assert (card["steps"], card["episodes"], card["unfinished"]) == (len(told), 8, 0)
     assert card["replaced_share"] == replaced.mean()
     assert (card["lost"], card["removed"], card["torn"]) == (0, 0, 0)
-    assert (card["shield"], card["delta"]) == (strict.digest, 0.6)
+    assert (card["shield"], card["delta"]) == (strict.digest, 0.2)
     assert json.loads(json.dumps(card, allow_nan=False)) == card
 
 
@@ -194,16 +195,16 @@ def test_every_wrapper_records_the_same_episodes(strict: Shield, tmp_path: Path)
                 )
 
 
-def test_shadow_mode_and_a_monitor(strict: Shield, tmp_path: Path) -> None:
+def test_shadow_mode_and_a_monitor(shield: Shield, strict: Shield, tmp_path: Path) -> None:
     with ShieldLog(tmp_path / "shadow") as log:
-        told = fly(SafetyShield(boat(), strict, mode="shadow", log=log), 3)
+        told = fly(SafetyShield(boat(), strict, mode="shadow", log=log), 8)
     flight = FlightLog.load(tmp_path / "shadow")
     would = np.array([one["info"]["shield/would_intervene"] for one in told])
     assert would.any()
     np.testing.assert_array_equal(flight.columns["verdict"] == "shadow", would)
     np.testing.assert_array_equal(flight.columns["executed"], flight.columns["proposed"])
     assert flight.shield["mode"] == "shadow"
-    watched = replace(strict, record=record(strict.delta))
+    watched = replace(shield.with_delta(0.6), record=record(0.6))
     monitor = PromiseMonitor(watched)
     with ShieldLog(tmp_path / "watched") as log:
         told = fly(SafetyShield(boat(), watched, monitor=monitor, log=log), 8)
@@ -237,7 +238,7 @@ def test_unreadable_states_and_no_acceptable_action(shield: Shield, tmp_path: Pa
 def test_interventions_alone(strict: Shield, tmp_path: Path) -> None:
     for steps in ("all", "interventions"):
         with ShieldLog(tmp_path / steps, steps) as log:  # type: ignore[arg-type]
-            fly(SafetyShield(boat(), strict, log=log), 6)
+            fly(SafetyShield(boat(), strict, log=log), 8)
     every, few = (FlightLog.load(tmp_path / steps) for steps in ("all", "interventions"))
     kept = (every.columns["verdict"] != "accepted") | (every.columns["h"] > 0)
     assert 0 < len(few) == kept.sum() < len(every)
@@ -310,7 +311,7 @@ def test_damage_is_skipped_and_counted(strict: Shield, tmp_path: Path) -> None:
         flight = FlightLog.load(path)
         lost = frames[int(np.searchsorted(places, at, side="right"))].rows
         assert (flight.torn, flight.lost, len(flight.rows)) == (1, lost, len(whole.rows) - lost)
-    assert size * 10 == len(frames[1].payload)
+    assert size * 5 == len(frames[1].payload)  # half of block_steps
     file.write_bytes(b"something else")
     with pytest.raises(ValueError, match="no header is whole"):
         FlightLog.load(path)

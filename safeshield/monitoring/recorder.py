@@ -22,6 +22,7 @@ from typing import Any, Literal, Self, get_args
 
 import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 
 from safeshield.files.atomic import check_writable
 from safeshield.files.lock import locked
@@ -29,15 +30,15 @@ from safeshield.files.schema import whole
 from safeshield.monitoring.flight_file import (
     FORMAT,
     HEAD,
-    PACKED,
     VERSION,
     Contents,
     FlightFiles,
     flight_files,
     read_files,
     row_dtype,
+    row_struct,
 )
-from safeshield.shield.guard import States, TakenStep
+from safeshield.shield.guard import Decision, States
 from safeshield.shield.report import ACCEPTED, VERDICTS
 from safeshield.shield.shield import Shield
 from safeshield.spaces.schema import space_to_json
@@ -49,8 +50,8 @@ ROWS = (*VERDICTS, "end", "cut")
 """What a row may be: a step with one of these verdicts, or the last state of an episode that ended,
 or of one that was cut by a reset or by `close`."""
 
-_BLOCKS = 8
-"""Blocks that are full or being filled; the disk may be late by seven of them."""
+_BLOCKS = 16
+"""Blocks that are full or being filled; the disk may be late by 15 of them."""
 _BLOCK_BYTES = 1 << 22
 """Bound on the size of a block, unless so few rows are fewer than two of each environment."""
 _PATIENCE = 1.0
@@ -69,15 +70,21 @@ class _Block:
 
     def __init__(self, capacity: int, dtype: np.dtype[Any]) -> None:
         self.memory = memoryview(bytearray(HEAD + capacity * dtype.itemsize))
-        rows = np.frombuffer(self.memory, dtype, offset=HEAD)
         self.capacity, self.size = capacity, dtype.itemsize
-        self.observation = rows["observation"]
-        self.proposed, self.executed = rows["proposed"], rows["executed"]
+        self.observation = np.frombuffer(self.memory, dtype, offset=HEAD)["observation"]
         self.count = 0
         self.first = 0
         """Index of the first row among all rows."""
         self.since = 0.0
         """Time of the first row."""
+
+    def put(self, place: int | slice, observations: npt.NDArray[Any]) -> None:
+        """Write observations (k, obs) into k rows; `place` is an index where k is 1."""
+        if observations.dtype == self.observation.dtype:
+            self.observation[place] = observations
+        else:
+            with np.errstate(over="ignore"):
+                self.observation[place] = observations
 
 
 class ShieldLog:
@@ -93,8 +100,8 @@ class ShieldLog:
     one mode; a recorder that finds a folder of the same continues it.
 
     A block of rows is written when it is full, or when its first row is older than `flush_seconds`
-    at the next step. After a kill at most this block is missing, and at most those that a late disk
-    has not taken. A power failure can also lose what the operating system has not yet written.
+    at the next step. After a kill the last `block_steps` steps at most are missing, unless the disk
+    is late. A power failure can also lose what the operating system has not yet written.
 
     The environment goes on where the disk is full or too slow. A `FlightWarning` says so once, and
     `close` says how many rows were lost.
@@ -107,8 +114,9 @@ class ShieldLog:
         max_bytes: Size at which a file ends and the next one begins, in bytes.
         total_bytes: Bound on the size of all files, in bytes, at least twice `max_bytes`. The
             oldest files are removed, and a `FlightWarning` says so once.
-        block_steps: Number of steps of a block, each of all environments. A block has 4 MiB at
-            most, unless two steps need more, and there are eight.
+        block_steps: Number of steps, each of all environments, that a kill may lose: those of one
+            block that is written and of one that is filled, and at least four. A block has 4 MiB at
+            most, unless two steps need more, and there are 16.
         flush_seconds: Age at which a block is written that is not full, in seconds.
 
     Attributes:
@@ -128,7 +136,7 @@ class ShieldLog:
         *,
         max_bytes: int = 1 << 26,
         total_bytes: int = 1 << 32,
-        block_steps: int = 256,
+        block_steps: int = 1024,
         flush_seconds: float = 1.0,
     ) -> None:
         if steps not in get_args(Kept):
@@ -153,7 +161,8 @@ class ShieldLog:
         self._notes: deque[tuple[str, str]] = deque()
         self._guard = threading.RLock()
         self._block: _Block | None = None
-        self._free: queue.SimpleQueue[_Block] = queue.SimpleQueue()
+        # The block that was written last is filled next, because its memory is in the caches.
+        self._free: deque[_Block] = deque()
         self._full: queue.SimpleQueue[_Block | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._track: FlightTrack | None = None
@@ -221,10 +230,11 @@ class ShieldLog:
         files = flight_files(self.path)
         if files:
             self._continue(read_files(files[-1:]))
-        capacity = min(self._block_steps * count, _BLOCK_BYTES // dtype.itemsize)
+        # While one block is written, the next one is filled.
+        capacity = min(self._block_steps * count // 2, _BLOCK_BYTES // dtype.itemsize)
         capacity = max(capacity, 2 * count)
         for _ in range(_BLOCKS):
-            self._free.put(_Block(capacity, dtype))
+            self._free.append(_Block(capacity, dtype))
         writer = FlightFiles(
             self.path, self._head, self._max_bytes, self._total_bytes, self._removed
         )
@@ -232,7 +242,7 @@ class ShieldLog:
             target=self._write, args=(writer,), name=f"ShieldLog {self.path}", daemon=True
         )
         self._thread.start()
-        self._track = FlightTrack(self, count)
+        self._track = FlightTrack(self, count, model.action_codec.width)
         return self._track
 
     def flush(self) -> None:
@@ -294,8 +304,8 @@ class ShieldLog:
         self._rows += count
         if block is None:
             try:
-                block = self._block = self._free.get_nowait()
-            except queue.Empty:
+                block = self._block = self._free.pop()
+            except IndexError:
                 self.lost += count
                 self._first += count
                 self._note("lost", "the disk is too slow")
@@ -312,16 +322,6 @@ class ShieldLog:
             if self._block is not None and self._block.count:
                 self._full.put(self._block)
                 self._block = None
-
-    @property
-    def guard(self) -> threading.RLock:
-        """The lock that the methods of this class hold while a block changes hands."""
-        return self._guard
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing more is recorded."""
-        return self._closed
 
     def tell(self) -> None:
         """Issue the warnings that are due."""
@@ -340,11 +340,6 @@ class ShieldLog:
                 "not recorded",
             }[kind]
             warnings.warn(text, FlightWarning, stacklevel=2)
-
-    @property
-    def due(self) -> bool:
-        """Whether `tell` has something to say."""
-        return bool(self._notes)
 
     def missed(self) -> None:
         """Note that a step came after `close`."""
@@ -388,7 +383,7 @@ class ShieldLog:
                 self.lost += rows
                 self._note("lost", f"{error.strerror or error}")
             block.count = 0
-            self._free.put(block)
+            self._free.append(block)
         try:
             files.close(self._first)
         except OSError as error:
@@ -398,9 +393,11 @@ class ShieldLog:
 class FlightTrack:
     """Follows the episodes of `count` environments for a recorder (`guard.StepRecorder`)."""
 
-    def __init__(self, log: ShieldLog, count: int) -> None:
+    def __init__(self, log: ShieldLog, count: int, action: int) -> None:
         self._log = log
+        self._pack = row_struct(action).pack_into
         self._every = log.steps == "all"
+        self._alone = self._every and count == 1
         self._all = list(range(count))
         self._states: States | None = None
         self._episodes = [-1] * count
@@ -410,6 +407,7 @@ class FlightTrack:
         self._certified = [False] * count
         self._nan, self._no = [float("nan")] * count, [False] * count
         self._ends, self._cuts = [END] * count, [CUT] * count
+        self._no_action = [[float("nan")] * action] * count
 
     def begin(
         self, starts: Flags, certified: Flags, states: States, seeds: Sequence[int | None], /
@@ -424,45 +422,70 @@ class FlightTrack:
             self._certified[i], self._running[i] = bool(certified[i]), True
         self._states = states
 
-    def step(self, step: TakenStep, /) -> None:
+    def step(
+        self,
+        decision: Decision,
+        verdicts: list[int],
+        counted: list[bool],
+        reward: list[float],
+        terminated: list[bool],
+        truncated: list[bool],
+        reached: States,
+        present: States,
+        /,
+    ) -> None:
         """Record one step, as `guard.StepRecorder.step`."""
         log, states, now = self._log, self._states, time.time()
-        self._states = step.present
-        if log.closed:
+        self._states = present
+        if log._closed:
             log.missed()
             return
         if states is None:
             return
-        taken = [i for i in self._all if step.counted[i] and self._running[i]]
+        if self._alone and counted[0] and self._running[0]:
+            # Most steps of a single environment are written here, in half of the time.
+            with log._guard:
+                found = log.room(1, now)
+                if found is not None:
+                    block, at = found
+                    rows, _, (h,), (cost,) = states
+                    proposed, executed, _, value, limit, _ = decision
+                    self._pack(
+                        block.memory, HEAD + at * block.size, now, self._seeds[0],
+                        self._episodes[0], self._steps[0], 0, verdicts[0], self._certified[0],
+                        terminated[0], truncated[0], value, limit, h, cost, reward[0],
+                        *proposed.ravel().tolist(), *executed.ravel().tolist(),
+                    )  # fmt: skip
+                    block.put(at, rows)
+                self._steps[0] += 1
+                if terminated[0] or truncated[0]:
+                    limits = [decision.threshold]
+                    self._last([0], reached, now, self._ends, limits, terminated, truncated)
+            if log._notes:
+                log.tell()
+            return
+        running, steps = self._running, self._steps
+        taken = [i for i in self._all if counted[i] and running[i]]
         rows = taken
         if not self._every:
             h, cost = states.constraint, states.cost
-            rows = [i for i in taken if step.verdicts[i] != ACCEPTED or h[i] > 0 or cost[i] > 0]
-        decision, flags = step.decision, (step.terminated, step.truncated)
-        count = len(self._all)
-        with log.guard:
+            rows = [i for i in taken if verdicts[i] != ACCEPTED or h[i] > 0 or cost[i] > 0]
+        flags = terminated, truncated
+        with log._guard:
             if rows:
-                values, limits = _listed(decision.value), _listed(decision.threshold)
-                at = self._put(
-                    rows, states, now, step.verdicts, values, limits, step.reward, *flags
-                )
-                if at is not None:
-                    block, place = at
-                    for column, actions in (
-                        (block.proposed, decision.proposed),
-                        (block.executed, decision.executed),
-                    ):
-                        each = actions.reshape(count, -1)
-                        column[place] = each if len(rows) == count else each[rows]
+                proposed, executed, _, value, limit, _ = decision
+                count = len(self._all)
+                actions = [one.reshape(count, -1).tolist() for one in (proposed, executed)]
+                numbers = _listed(value), _listed(limit), reward
+                self._put(rows, states, now, verdicts, *numbers, *flags, *actions)
             ended = []
             for i in taken:
-                self._steps[i] += 1
-                if step.terminated[i] or step.truncated[i]:
+                steps[i] += 1
+                if terminated[i] or truncated[i]:
                     ended.append(i)
             if ended:
-                limits = _listed(decision.threshold)
-                self._last(ended, step.reached, now, self._ends, limits, *flags)
-        if log.due:
+                self._last(ended, reached, now, self._ends, _listed(decision.threshold), *flags)
+        if log._notes:
             log.tell()
 
     def cut(self) -> None:
@@ -472,8 +495,8 @@ class FlightTrack:
 
     def _cut(self, which: list[int]) -> None:
         cut = [i for i in which if self._running[i] and self._steps[i]]
-        if cut and self._states is not None and not self._log.closed:
-            with self._log.guard:
+        if cut and self._states is not None and not self._log._closed:
+            with self._log._guard:
                 self._last(
                     cut, self._states, time.time(), self._cuts, self._nan, self._no, self._no
                 )
@@ -491,12 +514,8 @@ class FlightTrack:
         truncated: list[bool],
     ) -> None:
         """Write the last states of episodes, in which no action was taken."""
-        at = self._put(
-            which, states, now, kinds, states.values, limits, self._nan, terminated, truncated
-        )
-        if at is not None:
-            block, place = at
-            block.proposed[place] = block.executed[place] = np.nan
+        numbers, nothing = (states.values, limits, self._nan), self._no_action
+        self._put(which, states, now, kinds, *numbers, terminated, truncated, nothing, nothing)
         for i in which:
             self._running[i] = False
 
@@ -511,35 +530,33 @@ class FlightTrack:
         rewards: list[float],
         terminated: list[bool],
         truncated: list[bool],
-    ) -> tuple[_Block, slice] | None:
-        """Write one row for each environment in `which`, without its actions.
+        proposed: list[list[float]],
+        executed: list[list[float]],
+    ) -> None:
+        """Write one row for each environment in `which`.
 
         The lists hold an item for each environment, named as in `flight_file.SCALARS`; `kinds` are
         indices into `ROWS`.
-
-        Returns:
-            The block and the place of the rows in it; None where they are lost.
         """
-        found = self._log.room(len(which), now)
+        count = len(which)
+        found = self._log.room(count, now)
         if found is None:
-            return None
+            return
         block, first = found
-        offset = HEAD + first * block.size
+        offset, size, memory, pack = HEAD + first * block.size, block.size, block.memory, self._pack
+        seeds, episodes, steps, certified = (
+            self._seeds, self._episodes, self._steps, self._certified,
+        )  # fmt: skip
+        rows, _, h, cost = states
         for i in which:
-            PACKED.pack_into(
-                block.memory, offset, now, self._seeds[i], self._episodes[i], self._steps[i], i,
-                kinds[i], self._certified[i], terminated[i], truncated[i], values[i], limits[i],
-                states.constraint[i], states.cost[i], rewards[i],
+            pack(
+                memory, offset, now, seeds[i], episodes[i], steps[i], i, kinds[i], certified[i],
+                terminated[i], truncated[i], values[i], limits[i], h[i], cost[i], rewards[i],
+                *proposed[i], *executed[i],
             )  # fmt: skip
-            offset += block.size
-        place = slice(first, first + len(which))
-        rows = states.rows if len(which) == len(self._all) else states.rows[which]
-        if rows.dtype == block.observation.dtype:
-            block.observation[place] = rows
-        else:
-            with np.errstate(over="ignore"):
-                block.observation[place] = rows
-        return block, place
+            offset += size
+        place = first if count == 1 else slice(first, first + count)
+        block.put(place, rows if count == len(self._all) else rows[which])
 
 
 def _listed(value: Any) -> list[float]:  # noqa: ANN401 - a number or an array

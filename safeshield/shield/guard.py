@@ -167,27 +167,6 @@ class States(NamedTuple):
     """Costs of the states, NaN where none are reported."""
 
 
-class TakenStep(NamedTuple):
-    """One step of n environments, for a `StepRecorder`. Each entry holds one item for each."""
-
-    decision: Decision
-    """The decision, whose entries are those of `num_envs`."""
-    verdicts: list[int]
-    """What the shield did, as indices into `report.VERDICTS`."""
-    counted: list[bool]
-    """Whether an action was executed at all."""
-    reward: list[float]
-    """Reward as the environment returned it, NaN where it is no number."""
-    terminated: list[bool]
-    """Whether the episode terminated."""
-    truncated: list[bool]
-    """Whether it was truncated."""
-    reached: States
-    """The states that the step reached; of an episode that ended, its last state."""
-    present: States
-    """The states in which the next actions are taken."""
-
-
 class StepRecorder(Protocol):
     """Records the steps of n environments."""
 
@@ -204,8 +183,30 @@ class StepRecorder(Protocol):
         """
         ...
 
-    def step(self, step: TakenStep, /) -> None:
-        """Record one step."""
+    def step(
+        self,
+        decision: Decision,
+        verdicts: list[int],
+        counted: list[bool],
+        reward: list[float],
+        terminated: list[bool],
+        truncated: list[bool],
+        reached: States,
+        present: States,
+        /,
+    ) -> None:
+        """Record one step; each list holds an item for each of n environments.
+
+        Args:
+            decision: The decision, as `ShieldRuntime.filter` returned it.
+            verdicts: What the shield did, as indices into `report.VERDICTS`.
+            counted: Whether an action was executed at all.
+            reward: Reward as the environment returned it, NaN where it is no number.
+            terminated: Whether the episode terminated.
+            truncated: Whether it was truncated.
+            reached: The states reached; of an episode that ended, its last state.
+            present: The states in which the next actions are taken.
+        """
         ...
 
     def cut(self) -> None:
@@ -269,6 +270,12 @@ class Reports(NamedTuple):
             names: Names of the shield's constraints.
         """
         n = count or 1
+        if count is None and type(infos) is tuple and len(names) <= 1:
+            # Most steps of a single environment end here.
+            h, cost = infos[0].get(CONSTRAINT), infos[0].get(COST)
+            if h is None or isinstance(h, _NUMBERS):
+                number = _number(h)
+                return cls(number, _number(cost), number)
         given: Sequence[Any] | Array
         told: list[PerEnv]
         if isinstance(infos, Mapping):
@@ -328,8 +335,13 @@ def _watched_costs(infos: InfoDicts | Infos, costs: PerEnv) -> PerEnv:
     return np.where(np.ravel(missing) & told, np.inf, np.ravel(costs))
 
 
+_NUMBERS = (float, int, np.number, np.bool_)
+
+
 def _number(value: object) -> float:
-    if isinstance(value, float | int | np.number | np.bool_):
+    if value is None:
+        return np.nan
+    if isinstance(value, _NUMBERS):
         return float(value)
     if isinstance(value, Mapping) and value:
         return float(np.max([_number(one) for one in value.values()]))
@@ -829,6 +841,13 @@ class ShieldRuntime:
         assert self._recorder is not None
         present = self._present()
         arrived = present
+        found = [ACCEPTED] * self._count
+        if self._report is not None:
+            found = verdicts(self._report, self.shadow)
+        if self.num_envs is None:
+            numbers = [counted], [_number(reward)], [terminated], [truncated]
+            self._recorder.step(decision, found, *numbers, arrived, present)
+            return
         if last_infos:
             ended = np.full(self._count, np.logical_or(terminated, truncated))
             rows = self.rows.astype(np.result_type(self.rows, np.float32))
@@ -837,33 +856,19 @@ class ShieldRuntime:
             h, cost = np.array(present.constraint), np.array(present.cost)
             h[ended], cost[ended] = told.constraint, told.cost
             arrived = States(rows, self._listed(reached), h.tolist(), cost.tolist())
-        if self._report is None:
-            found = [ACCEPTED] * self._count
-        else:
-            found = verdicts(self._report, self.shadow)
-        self._recorder.step(
-            TakenStep(
-                decision,
-                found,
-                self._listed(counted),
-                self._listed(reward if self.num_envs is not None else _number(reward)),
-                self._listed(terminated),
-                self._listed(truncated),
-                arrived,
-                present,
-            )
-        )
+        each = [self._listed(one) for one in (counted, reward, terminated, truncated)]
+        self._recorder.step(decision, found, *each, arrived, present)
 
     def _present(self) -> States:
         """Return the states last observed, for the log."""
         assert self._reports is not None
         h, cost = self._reports.constraint, self._reports.cost
+        if self.num_envs is None:
+            return States(self.rows, [self.values], [h], [cost])
         return States(self.rows, self._listed(self.values), self._listed(h), self._listed(cost))
 
     def _listed(self, value: PerEnv) -> list[Any]:
-        """Return the value of each environment, as plain Python."""
-        if self.num_envs is None:
-            return [value]
+        """Return the value of each environment of several, as plain Python."""
         listed: list[Any] = np.full(self._count, value).tolist()
         return listed
 
