@@ -287,7 +287,7 @@ class FlightLog:
         codec = flat_actions(self.action_space)
         now, after = rows[kept], rows[kept + 1]
         last = np.append(now["episode"][1:] != now["episode"][:-1], True)
-        fields = {
+        fields: dict[str, Any] = {
             "observations": now["observation"],
             "actions": np.clip(now["executed"], codec.low, codec.high),
             "rewards": now["reward"],
@@ -295,7 +295,7 @@ class FlightLog:
             "terminated": now["terminated"],
             "truncated": last & ~now["terminated"],
         }
-        spaces = {
+        fields |= {
             "observation_space": self.observation_space,
             "action_space": self.action_space,
         }
@@ -304,7 +304,7 @@ class FlightLog:
             "behind_shield": dict(self.shield),
             "flight": {"lost": self.lost, "removed": self.removed},
         }
-        return _labelled(fields, spaces, now, after, self.constraint_source, like, provenance)
+        return _labelled(fields, now, after, self.constraint_source, like, provenance)
 
 
 def _columns(rows: Array) -> dict[str, Array]:
@@ -316,8 +316,10 @@ def _json_list(column: Array) -> list[Any]:
     if column.dtype.kind != "f" or np.isfinite(column).all():
         whole: list[Any] = column.tolist()
         return whole
-    some: list[Any] = np.where(np.isfinite(column), column.astype(object), None).tolist()
-    return some
+    some = column.astype(object)
+    some[~np.isfinite(column)] = None
+    listed: list[Any] = some.tolist()
+    return listed
 
 
 def _usable(rows: Array, growing: int | None) -> npt.NDArray[np.int64]:
@@ -333,14 +335,14 @@ def _usable(rows: Array, growing: int | None) -> npt.NDArray[np.int64]:
     follows = np.zeros(len(rows), np.bool_)
     follows[:-1] = (episode[1:] == episode[:-1]) & (rows["step"][1:] == rows["step"][:-1] + 1)
     with np.errstate(over="ignore"):
-        finite = np.isfinite(rows["observation"].astype(np.float32)).all(axis=1)
+        finite = np.asarray(np.isfinite(rows["observation"].astype(np.float32)).all(axis=1))
         told = np.isfinite(rows["reward"].astype(np.float32))
     good = (rows["verdict"] < END) & follows & finite & np.append(finite[1:], False) & told
     good &= np.isfinite(rows["executed"]).all(axis=1)
     starts = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
     lengths = np.diff(starts, append=len(rows))
     broken = np.cumsum(~good)
-    before = np.repeat(broken[starts] - ~good[starts], lengths)
+    before: npt.NDArray[np.int64] = np.repeat(broken[starts] - ~good[starts], lengths)
     good &= broken == before
     whole = rows["step"][starts] == 0
     if growing is not None:
@@ -350,8 +352,7 @@ def _usable(rows: Array, growing: int | None) -> npt.NDArray[np.int64]:
 
 
 def _labelled(
-    fields: dict[str, Array],
-    spaces: dict[str, gym.Space[Any]],
+    fields: dict[str, Any],
     now: Array,
     after: Array,
     own: str | None,
@@ -397,7 +398,5 @@ def _labelled(
         start = now[first]
         unsafe_start = (start["cost"] > 0) | (start["h"] > 0)
         labels = {"initial_costs": unsafe_start.astype(np.float32), **magnitude}
-    log = OfflineDataset.from_arrays(
-        **fields, **spaces, **labels, costs=costs, provenance=provenance
-    )
+    log = OfflineDataset.from_arrays(**fields, **labels, costs=costs, provenance=provenance)
     return log if source is None else log.with_constraint(source)

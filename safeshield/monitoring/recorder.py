@@ -448,7 +448,7 @@ class FlightTrack:
                 found = log.room(1, now)
                 if found is not None:
                     block, at = found
-                    rows, _, (h,), (cost,) = states
+                    seen, _, (h,), (cost,) = states
                     proposed, executed, _, value, limit, _ = decision
                     self._pack(
                         block.memory, HEAD + at * block.size, now, self._seeds[0],
@@ -456,7 +456,7 @@ class FlightTrack:
                         terminated[0], truncated[0], value, limit, h, cost, reward[0],
                         *proposed.ravel().tolist(), *executed.ravel().tolist(),
                     )  # fmt: skip
-                    block.put(at, rows)
+                    block.put(at, seen)
                 self._steps[0] += 1
                 if terminated[0] or truncated[0]:
                     limits = [decision.threshold]
@@ -468,8 +468,8 @@ class FlightTrack:
         taken = [i for i in self._all if counted[i] and running[i]]
         rows = taken
         if not self._every:
-            h, cost = states.constraint, states.cost
-            rows = [i for i in taken if verdicts[i] != ACCEPTED or h[i] > 0 or cost[i] > 0]
+            unsafe = [h > 0 or cost > 0 for h, cost in zip(*states[2:], strict=True)]
+            rows = [i for i in taken if verdicts[i] != ACCEPTED or unsafe[i]]
         flags = terminated, truncated
         with log._guard:
             if rows:

@@ -845,8 +845,10 @@ class ShieldRuntime:
         if self._report is not None:
             found = verdicts(self._report, self.shadow)
         if self.num_envs is None:
-            numbers = [counted], [_number(reward)], [terminated], [truncated]
-            self._recorder.step(decision, found, *numbers, arrived, present)
+            self._recorder.step(
+                decision, found, [bool(counted)], [_number(reward)], [terminated], [truncated],
+                arrived, present,
+            )  # fmt: skip
             return
         if last_infos:
             ended = np.full(self._count, np.logical_or(terminated, truncated))
@@ -856,8 +858,9 @@ class ShieldRuntime:
             h, cost = np.array(present.constraint), np.array(present.cost)
             h[ended], cost[ended] = told.constraint, told.cost
             arrived = States(rows, self._listed(reached), h.tolist(), cost.tolist())
-        each = [self._listed(one) for one in (counted, reward, terminated, truncated)]
-        self._recorder.step(decision, found, *each, arrived, present)
+        acted, rewards = self._listed(counted), self._listed(reward)
+        ended_by = self._listed(terminated), self._listed(truncated)
+        self._recorder.step(decision, found, acted, rewards, *ended_by, arrived, present)
 
     def _present(self) -> States:
         """Return the states last observed, for the log."""
@@ -950,11 +953,12 @@ class ShieldRuntime:
         if self._watch is not None:
             self._watch.begin(begins, self._covered, self._each(self.values))
         if self._recorder is not None:
-            if seeds is None:
-                seeds = [None] * self._count
-            elif np.ndim(seeds) == 0:
-                seeds = [int(seeds) + i for i in range(self._count)]  # type: ignore[arg-type]
-            self._recorder.begin(begins, self._covered, self._present(), list(seeds))  # type: ignore[arg-type]
+            drawn: Sequence[int | None] = [None] * self._count
+            if isinstance(seeds, int | np.integer):
+                drawn = [int(seeds) + i for i in range(self._count)]
+            elif seeds is not None:
+                drawn = list(seeds)
+            self._recorder.begin(begins, self._covered, self._present(), drawn)
         shadowed = (intervened, nothing.copy()) if self.shadow else None
         start = Decision(
             nothing.copy(), nothing.copy(), intervened, self.values, self._told(), shadowed
