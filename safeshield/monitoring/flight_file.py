@@ -36,7 +36,7 @@ HEAD = _HEAD.size
 """Bytes of the head of a frame."""
 
 SCALARS = (
-    ("time", "<f8"), ("seed", "<i8"), ("episode", "<i8"), ("step", "<i4"), ("env", "<i4"),
+    ("time", "<f8"), ("seed", "<i8"), ("episode", "<i8"), ("step", "<i8"), ("env", "<i4"),
     ("verdict", "u1"), ("certified", "?"), ("terminated", "?"), ("truncated", "?"),
     ("value", "<f8"), ("threshold", "<f8"), ("h", "<f8"), ("cost", "<f8"), ("reward", "<f8"),
 )  # fmt: skip
@@ -53,7 +53,7 @@ def row_struct(action: int) -> struct.Struct:
     Args:
         action: Number of entries of an action's row.
     """
-    return struct.Struct(f"<dqqiiB???ddddd{2 * action}d")
+    return struct.Struct(f"<dqqqiB???ddddd{2 * action}d")
 
 
 def row_dtype(observation: int, action: int, exact: bool) -> np.dtype[Any]:
@@ -235,6 +235,18 @@ class Contents:
     """Index of the next row."""
 
 
+def read_newest(paths: list[Path]) -> Contents | None:
+    """Return what the newest file with a header holds; None where no file has one.
+
+    A recorder that is killed can leave a file without.
+    """
+    for path in reversed(paths):
+        frames, _ = read_frames(path.read_bytes())
+        if frames and _is_header(frames[0]):
+            return read_files([path])
+    return None
+
+
 def read_files(paths: list[Path]) -> Contents:
     """Return what the files of one folder hold, the oldest first.
 
@@ -245,7 +257,7 @@ def read_files(paths: list[Path]) -> Contents:
     read = [read_frames(path.read_bytes()) for path in paths]
     headers: list[dict[str, Any]] = []
     for path, (frames, _) in zip(paths, read, strict=True):
-        if frames and not frames[0].rows and frames[0].payload:
+        if frames and _is_header(frames[0]):
             headers.append(_header(path, frames[0]))
     if not headers:
         where = ", ".join(str(path) for path in paths) or "the folder"
@@ -270,6 +282,10 @@ def read_files(paths: list[Path]) -> Contents:
     rows = np.concatenate(parts) if parts else np.empty(0, dtype)
     torn = sum(damaged for _, damaged in read)
     return Contents(header, rows, lost, removed, torn, closed, following)
+
+
+def _is_header(frame: Frame) -> bool:
+    return not frame.rows and len(frame.payload) > 0
 
 
 def _header(path: Path, frame: Frame) -> dict[str, Any]:

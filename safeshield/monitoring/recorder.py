@@ -34,7 +34,7 @@ from safeshield.monitoring.flight_file import (
     Contents,
     FlightFiles,
     flight_files,
-    read_files,
+    read_newest,
     row_dtype,
     row_struct,
 )
@@ -58,7 +58,6 @@ _PATIENCE = 1.0
 """Time that a recorder waits for a folder in which another one is just closed, seconds."""
 _CLOSING = 60.0
 """Time that `close` waits for the disk, seconds."""
-_SEEDS = range(2**63)
 
 
 class FlightWarning(UserWarning):
@@ -227,9 +226,9 @@ class ShieldLog:
                 [name, dtype[name].base.str, list(dtype[name].shape)] for name in dtype.names or ()
             ],
         }
-        files = flight_files(self.path)
-        if files:
-            self._continue(read_files(files[-1:]))
+        found = read_newest(flight_files(self.path))
+        if found is not None:
+            self._continue(found)
         # While one block is written, the next one is filled.
         capacity = min(self._block_steps * count // 2, _BLOCK_BYTES // dtype.itemsize)
         capacity = max(capacity, 2 * count)
@@ -416,9 +415,9 @@ class FlightTrack:
         begun = np.flatnonzero(starts).tolist()
         self._cut(begun)
         for i in begun:
-            seed = seeds[i]
+            seed = -1 if seeds[i] is None else int(seeds[i])  # type: ignore[arg-type]
             self._episodes[i], self._steps[i] = self._log.open_episode(), 0
-            self._seeds[i] = int(seed) if seed is not None and seed in _SEEDS else -1
+            self._seeds[i] = seed if 0 <= seed < 2**63 else -1
             self._certified[i], self._running[i] = bool(certified[i]), True
         self._states = states
 
