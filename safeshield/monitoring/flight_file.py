@@ -115,7 +115,8 @@ class FlightFiles:
         Raises:
             OSError: It could not be written; the file then ends before it.
         """
-        if self._stream is None or self._size + len(frame) > self._max_bytes:
+        # There is room for the frame that closes the file.
+        if self._stream is None or self._size + len(frame) + HEAD > self._max_bytes:
             self._next(first)
         self._write(rows, first, frame)
 

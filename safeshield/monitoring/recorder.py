@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import queue
 import threading
@@ -113,9 +114,9 @@ class ShieldLog:
         max_bytes: Size at which a file ends and the next one begins, in bytes.
         total_bytes: Bound on the size of all files, in bytes, at least twice `max_bytes`. The
             oldest files are removed, and a `FlightWarning` says so once.
-        block_steps: Number of steps, each of all environments, that a kill may lose: those of one
-            block that is written and of one that is filled, and at least four. A block has 4 MiB at
-            most, unless two steps need more, and there are 16.
+        block_steps: Number of steps, each of all environments, that a kill may lose, at least
+            eight: four blocks, of which one is filled while others are written. A block has 4 MiB
+            at most, unless two steps need more, and there are 16.
         flush_seconds: Age at which a block is written that is not full, in seconds.
 
     Attributes:
@@ -229,9 +230,7 @@ class ShieldLog:
         found = read_newest(flight_files(self.path))
         if found is not None:
             self._continue(found)
-        # While one block is written, the next one is filled.
-        capacity = min(self._block_steps * count // 2, _BLOCK_BYTES // dtype.itemsize)
-        capacity = max(capacity, 2 * count)
+        capacity = self._capacity(count, dtype.itemsize)
         for _ in range(_BLOCKS):
             self._free.append(_Block(capacity, dtype))
         writer = FlightFiles(
@@ -243,6 +242,23 @@ class ShieldLog:
         self._thread.start()
         self._track = FlightTrack(self, count, model.action_codec.width)
         return self._track
+
+    def _capacity(self, count: int, size: int) -> int:
+        """Return the number of rows of a block, of `size` bytes each, for `count` environments.
+
+        Raises:
+            ValueError: A file cannot hold two rows of each environment.
+        """
+        around = len(json.dumps(self._head())) + 4 * HEAD + 64
+        fits = (self._max_bytes - around) // size
+        if fits < 2 * count:
+            raise ValueError(
+                f"max_bytes must be at least {around + 2 * count * size}, for two steps of "
+                f"{count} environments, got {self._max_bytes}"
+            )
+        # One block is filled while another is written, and the thread that writes may be late.
+        capacity = min(self._block_steps * count // 4, _BLOCK_BYTES // size, fits)
+        return max(capacity, 2 * count)
 
     def flush(self) -> None:
         """Write all rows so far, and wait until they are written."""
