@@ -32,7 +32,7 @@ from safeshield import (
 )
 from safeshield.cli import app
 from safeshield.envs.vector import autoreset_modes
-from safeshield.monitoring import FlightWarning, flight_file
+from safeshield.monitoring import FlightWarning, flight_file, recorder
 from safeshield.monitoring.flight_file import flight_files
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield
@@ -449,6 +449,7 @@ def test_a_slow_disk_does_not_stop_the_plant(
             return super().write(data)
 
     monkeypatch.setattr(flight_file.io, "FileIO", Disk)
+    monkeypatch.setattr(recorder, "_READY", 0)
     log = ShieldLog(tmp_path / "flight", block_steps=10)
     env = SafetyShield(boat(), strict, log=log)
     with pytest.warns(FlightWarning, match="losing steps: the disk is too slow"):

@@ -52,7 +52,9 @@ ROWS = (*VERDICTS, "end", "cut")
 or of one that was cut by a reset or by `close`."""
 
 _BLOCKS = 16
-"""Blocks that are full or being filled; the disk may be late by 15 of them."""
+"""Least number of blocks that are full or being filled; the disk may be late by all but one."""
+_READY = 4096
+"""Least number of rows in all of them."""
 _BLOCK_BYTES = 1 << 22
 """Bound on the size of a block, unless so few rows are fewer than two of each environment."""
 _PATIENCE = 1.0
@@ -116,7 +118,7 @@ class ShieldLog:
             oldest files are removed, and a `FlightWarning` says so once.
         block_steps: Number of steps, each of all environments, that a kill may lose, at least
             eight: four blocks, of which one is filled while others are written. A block has 4 MiB
-            at most, unless two steps need more, and there are 16.
+            at most, unless two steps need more. There are 16, or more where they are small.
         flush_seconds: Age at which a block is written that is not full, in seconds.
 
     Attributes:
@@ -231,7 +233,7 @@ class ShieldLog:
         if found is not None:
             self._continue(found)
         capacity = self._capacity(count, dtype.itemsize)
-        for _ in range(_BLOCKS):
+        for _ in range(max(_BLOCKS, _READY // capacity)):
             self._free.append(_Block(capacity, dtype))
         writer = FlightFiles(
             self.path, self._head, self._max_bytes, self._total_bytes, self._removed
