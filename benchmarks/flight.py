@@ -41,7 +41,7 @@ from safeshield import (
 Array = npt.NDArray[Any]
 OBSERVATIONS, ACTIONS = 60, 6
 ROUNDS, STEPS = 10, 4000
-KILLS, BLOCK = 50, 256
+KILLS, BLOCK = 50, 1024
 
 
 class Plant(gym.Env[Array, Array]):
