@@ -103,7 +103,8 @@ class ShieldLog:
 
     A block of rows is written when it is full, or when its first row is older than `flush_seconds`
     at the next step. After a kill the last `block_steps` steps at most are missing, unless the disk
-    is late. A power failure can also lose what the operating system has not yet written.
+    is late, or on a busy machine the thread that writes. A power failure can also lose what the
+    operating system has not yet written.
 
     The environment goes on where the disk is full or too slow. A `FlightWarning` says so once, and
     `close` says how many rows were lost.
@@ -460,7 +461,7 @@ class FlightTrack:
         if states is None:
             return
         if self._alone and counted[0] and self._running[0]:
-            # Most steps of a single environment are written here, in half of the time.
+            # Steps of a single environment take this shorter way.
             with log._guard:
                 found = log.room(1, now)
                 if found is not None:
