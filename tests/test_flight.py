@@ -646,6 +646,8 @@ def test_the_command_line(strict: Shield, tmp_path: Path) -> None:
         assert part in result.output, result.output
     result = CliRunner().invoke(app, ["inspect", str(path), "--json"])
     assert json.loads(result.output) == {"kind": "flight", **FlightLog.load(path).card()}
+    result = CliRunner().invoke(app, ["inspect", str(path), "--verify", "key.pem"])
+    assert "for files that can be signed" in " ".join(result.output.split())
     (tmp_path / "empty").mkdir()
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "empty")])
     assert result.exit_code == 2
