@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from safeshield.data.collect import collect
     from safeshield.data.dataset import OfflineDataset
     from safeshield.evaluation.curves import Evaluate
-    from safeshield.monitoring import PromiseMonitor
+    from safeshield.monitoring import FlightLog, PromiseMonitor, ShieldLog
     from safeshield.online import SafeSupportQLearning, SSQLConfig
     from safeshield.policies import SafeSupportPolicy, ShieldedPolicy
     from safeshield.rollouts.policies import HandOver
@@ -50,6 +50,7 @@ _HOMES = {
     "CalibrationRecord": "safeshield.shield.record",
     "Evaluate": "safeshield.evaluation.curves",
     "FilterReport": "safeshield.shield.report",
+    "FlightLog": "safeshield.monitoring",
     "HandOver": "safeshield.rollouts.policies",
     "LogRecord": "safeshield.shield.log_record",
     "OfflineDataset": "safeshield.data.dataset",
@@ -64,6 +65,7 @@ _HOMES = {
     "ShieldTrainer": "safeshield.algorithms.shield_trainer",
     "ShieldedPolicy": "safeshield.policies",
     "Shield": "safeshield.shield.shield",
+    "ShieldLog": "safeshield.monitoring",
     "TorchShield": "safeshield.shield.tensors",
     "TrainingCallback": "safeshield.training.callbacks",
     "UncalibratedShieldWarning": "safeshield.shield.shield",
@@ -80,6 +82,7 @@ __all__ = [
     "CalibrationRecord",
     "Evaluate",
     "FilterReport",
+    "FlightLog",
     "HandOver",
     "LogRecord",
     "OfflineDataset",
@@ -92,6 +95,7 @@ __all__ = [
     "SafetyShield",
     "Shield",
     "ShieldConfig",
+    "ShieldLog",
     "ShieldTrainer",
     "ShieldedPolicy",
     "TorchShield",

@@ -32,7 +32,6 @@ from safeshield.collection import (
     config_for,
 )
 from safeshield.collection import learner as learner_module
-from safeshield.collection.lock import locked
 from safeshield.collection.recorder import EpisodeRecorder, PricedReward
 from safeshield.collection.state import (
     STATE,
@@ -44,6 +43,7 @@ from safeshield.collection.state import (
 )
 from safeshield.data.collect import collect, log_of
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.lock import locked
 from safeshield.spaces.rows import flat_actions, flat_observations
 
 Array = npt.NDArray[Any]
@@ -451,7 +451,7 @@ def test_two_runs_at_once_are_told_of_each_other(tmp_path: Path) -> None:
     run_learners(folder, limits=(None,), steps=64)
     code = (
         "import sys, time, pathlib\n"
-        "from safeshield.collection.lock import locked\n"
+        "from safeshield.files.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"

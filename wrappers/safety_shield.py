@@ -13,7 +13,7 @@ from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.rollouts.infos import PENALTY
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Mode, ShieldRuntime, Watcher
+from safeshield.shield.guard import Mode, Recorder, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
 from safeshield.shield.shield import HasShield, Shield
@@ -113,6 +113,8 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             against it, and ``shield/promise_signature`` says whether the shield's file is signed
             (`Shield.signature`). Once the promise is revoked, ``shield/certified`` is False. The
             monitor is no part of the spec: a rebuilt environment has none.
+        log: A `ShieldLog`, which records the steps; None for none. It is no part of the spec
+            either.
         mode: "shield", or "shadow": the environment then executes what the agent sends, and the
             infos ``shield/would_intervene`` (bool) and ``action_shielded`` (array) tell what the
             shield would have done. ``shield/intervened`` and ``shield/certified`` are False,
@@ -120,8 +122,9 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is below 0, a setting in
-            `adaptive` is out of range, `monitor` watches another shield, the environment is
-            shielded already, or the mode is unknown or does not go with the other arguments.
+            `adaptive` is out of range, `monitor` watches another shield, `log` records another one,
+            the environment is shielded already, or the mode is unknown or does not go with the
+            other arguments.
         TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
     """
 
@@ -133,6 +136,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         *,
         intervention_penalty: float = 0.0,
         monitor: Watcher | None = None,
+        log: Recorder | None = None,
         mode: Mode = "shield",
     ) -> None:
         if isinstance(shield, os.PathLike):
@@ -157,6 +161,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             adaptive=settings,
             intervention_penalty=intervention_penalty,
             monitor=monitor,
+            log=log,
             mode=mode,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
@@ -179,7 +184,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
                 raise _no_info("reset", info)
             refuse_shielded_infos(info, _ONE_SHIELD)
             self.runtime.observe(observation, (info,), starts=True)
-            return observation, {**info, **self.runtime.start_infos()}
+            return observation, {**info, **self.runtime.start_infos(seeds=seed)}
 
     def step(self, action: npt.ArrayLike) -> tuple[Any, SupportsFloat, bool, bool, Info]:
         """Execute `action`, or its replacement.
@@ -199,17 +204,17 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             sent = sent[()] if decision.intervened or type(action) is not int else int(sent)
         with runtime.transition:
             observation, reward, terminated, truncated, info = self._step_env(sent)
+            reached = runtime.observe(observation, (info,))
+            runtime.count(decision, reached, reward, bool(terminated), bool(truncated))
+            runtime.update()
             penalty = runtime.penalties(decision.intervened)
             if penalty:
                 reward = float(reward) - penalty[PENALTY]
-            reached = runtime.observe(observation, (info,))
-            runtime.count(decision, reached, bool(terminated) or bool(truncated))
-            runtime.update()
             info = {**info, **penalty, **runtime.step_infos(decision, reached)}
             return observation, reward, terminated, truncated, info
 
     def close(self) -> None:
-        """Close the environment. A monitor counts an episode that is under way as cut."""
+        """Close the environment. A monitor and a log take an episode under way as cut."""
         self.runtime.cut()
         super().close()
 

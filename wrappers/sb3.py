@@ -22,9 +22,9 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from safeshield.rollouts.infos import PENALTY, TERMINAL_OBSERVATION
+from safeshield.rollouts.infos import PENALTY, TERMINAL_OBSERVATION, TIME_LIMIT
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Decision, Mode, ShieldRuntime, Watcher
+from safeshield.shield.guard import Decision, Mode, Recorder, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -76,13 +76,14 @@ class VecSafetyShield(VecEnvWrapper):
             does not report ``terminal_observation``.
         monitor: A `PromiseMonitor` of the shield, which counts the episodes of all environments in
             the order in which they began, see `SafetyShield`.
+        log: A `ShieldLog`, which records the steps of all environments, see `SafetyShield`.
         mode: "shield" or "shadow", see `SafetyShield`.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is not a number of at least
-            0, a setting in `adaptive` is out of range, `monitor` watches another shield, `venv`
-            normalises observations or is shielded already, or the mode is unknown or does not go
-            with the other arguments.
+            0, a setting in `adaptive` is out of range, `monitor` watches another shield, `log`
+            records another one, `venv` normalises observations or is shielded already, or the mode
+            is unknown or does not go with the other arguments.
         TypeError: `venv` is not a `VecEnv`, `shield` is none of the three, or `adaptive` is of a
             wrong type.
 
@@ -107,6 +108,7 @@ class VecSafetyShield(VecEnvWrapper):
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         monitor: Watcher | None = None,
         *,
+        log: Recorder | None = None,
         mode: Mode = "shield",
     ) -> None:
         _check_inner(venv)
@@ -120,6 +122,7 @@ class VecSafetyShield(VecEnvWrapper):
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
             monitor=monitor,
+            log=log,
             mode=mode,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
@@ -134,11 +137,12 @@ class VecSafetyShield(VecEnvWrapper):
         The result is the batch of observations. `reset_infos` holds the infos.
         """
         self._decision = None
+        seeds = list(getattr(self.venv.unwrapped, "_seeds", ())) or None
         with self.runtime.transition:
             observations = self.venv.reset()
             inner = self._inner_reset_infos()
             self.runtime.observe(observations, inner, starts=True)
-            self.reset_infos = _added(inner, self.runtime.start_infos(), start=True)
+            self.reset_infos = _added(inner, self.runtime.start_infos(seeds=seeds), start=True)
         return observations
 
     def step_async(self, actions: npt.ArrayLike) -> None:
@@ -185,7 +189,14 @@ class VecSafetyShield(VecEnvWrapper):
                 if binding is not None:
                     binding[ends] = last
             over = np.asarray(dones, np.bool_)
-            runtime.count(decision, reached, over, last_infos=[infos[i] for i in ends])
+            last_infos = [infos[i] for i in ends]
+            cut = np.zeros_like(over)
+            cut[ends] = [bool(info.get(TIME_LIMIT)) for info in last_infos]
+            final = [info.get(TERMINAL_OBSERVATION) for info in last_infos]
+            known = stacked(final) if final and all(one is not None for one in final) else None
+            runtime.count(
+                decision, reached, rewards, over & ~cut, cut, last=known, last_infos=last_infos
+            )
             runtime.update(reached, starts=over)
             penalty = runtime.penalties(decision.intervened)
             if penalty:
@@ -198,7 +209,7 @@ class VecSafetyShield(VecEnvWrapper):
             return observations, rewards, dones, _added(infos, news)
 
     def close(self) -> None:
-        """Close the environments. A monitor counts episodes that are under way as cut."""
+        """Close the environments. A monitor and a log take episodes under way as cut."""
         self.runtime.cut()
         super().close()
 

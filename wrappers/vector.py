@@ -19,7 +19,7 @@ from safeshield.rollouts.infos import (
     reported,
 )
 from safeshield.shield.adaptive import AdaptiveThreshold
-from safeshield.shield.guard import Mode, ShieldRuntime, Watcher
+from safeshield.shield.guard import Mode, Recorder, ShieldRuntime, Watcher
 from safeshield.shield.nested import (
     refuse_past_shield,
     refuse_shielded,
@@ -93,13 +93,14 @@ class VectorSafetyShield(VectorWrapper):
             `SafetyShield`).
         monitor: A `PromiseMonitor` of the shield, which counts the episodes of all environments in
             the order in which they began, see `SafetyShield`.
+        log: A `ShieldLog`, which records the steps of all environments, see `SafetyShield`.
         mode: "shield" or "shadow", see `SafetyShield`.
 
     Raises:
         ValueError: The spaces differ, the file is damaged, the penalty is negative or not finite,
-            a setting in `adaptive` is out of range, `monitor` watches another shield, the
-            environment is shielded already or does not say how it resets itself, or the mode is
-            unknown or does not go with the other arguments.
+            a setting in `adaptive` is out of range, `monitor` watches another shield, `log` records
+            another one, the environment is shielded already or does not say how it resets itself,
+            or the mode is unknown or does not go with the other arguments.
         TypeError: `env` is not a vector environment, `shield` is none of the three, or `adaptive`
             is of a wrong type.
 
@@ -123,6 +124,7 @@ class VectorSafetyShield(VectorWrapper):
         intervention_penalty: float = 0.0,
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         monitor: Watcher | None = None,
+        log: Recorder | None = None,
         mode: Mode = "shield",
     ) -> None:
         if not isinstance(env, gym.vector.VectorEnv):
@@ -148,6 +150,7 @@ class VectorSafetyShield(VectorWrapper):
             adaptive=adaptive,
             intervention_penalty=intervention_penalty,
             monitor=monitor,
+            log=log,
             mode=mode,
         )
         self.shield, self.adaptive = self.runtime.shield, self.runtime.adaptive
@@ -206,7 +209,7 @@ class VectorSafetyShield(VectorWrapper):
                         "reset() changed what options['reset_mask'] leaves out", changed
                     )
             self._over = self._over & ~mask
-            return observations, _with_columns(infos, runtime.start_infos(mask), mask)
+            return observations, _with_columns(infos, runtime.start_infos(mask, seed), mask)
 
     def step(self, actions: npt.ArrayLike) -> tuple[Batch, npt.NDArray[Any], Flags, Flags, _Infos]:
         """Execute `actions` (n, ...), or their replacements, one in each environment.
@@ -250,7 +253,9 @@ class VectorSafetyShield(VectorWrapper):
                 reached[over], names = runtime.evaluate(last, last_infos)
                 if binding is not None:
                     binding[over] = names
-            runtime.count(decision, reached, over, ~ignored, last_infos)
+            runtime.count(
+                decision, reached, rewards, terminated, truncated, ~ignored, last, last_infos
+            )
             runtime.update(reached, ~ignored, starts)
             news = runtime.step_infos(decision, reached, binding)
             penalty = runtime.penalties(intervened)
@@ -268,7 +273,10 @@ class VectorSafetyShield(VectorWrapper):
             return observations, rewards, terminated, truncated, infos
 
     def close(self, **kwargs: Any) -> None:  # noqa: ANN401
-        """Close the environments, with their own arguments. A monitor counts cut episodes."""
+        """Close the environments. A monitor and a log take episodes under way as cut.
+
+        `kwargs` are arguments of the environments' own `close`.
+        """
         self.runtime.cut()
         super().close(**kwargs)
 

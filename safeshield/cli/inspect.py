@@ -13,7 +13,12 @@ from safeshield.cli.app import Debug, Plugins, check_output
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="File of an agent, shield, checkpoint or log.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="File of an agent, shield, checkpoint or log, or folder of a ShieldLog."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cost_limit: Annotated[
         float | None,

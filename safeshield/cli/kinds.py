@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from safeshield.data.card import DatasetCard
     from safeshield.data.dataset import OfflineDataset
 
-LOG = "log"
+LOG, FLIGHT = "log", "flight"
 _ESTIMATED = "none: a network estimates h"
 _LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
 # First bytes of other common files, for a clearer error.
@@ -38,21 +38,25 @@ _SB3_MARKS = {
 
 
 def file_kind(path: str | os.PathLike[str]) -> str:
-    """Return "agent", "shield", "checkpoint" or "log".
+    """Return "agent", "shield", "checkpoint", "log" or "flight".
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The path is a folder, or a file of another kind.
+        ValueError: The path is a folder that holds no flight, or a file of another kind.
     """
     if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder; give a file in it")
+        from safeshield.monitoring.flight_file import flight_files
+
+        if flight_files(Path(path)):
+            return FLIGHT
+        raise ValueError(f"{path} is a folder; give a file in it, or the folder of a ShieldLog")
     if Path(path).suffix.lower() in _LOG_SUFFIXES:
         return LOG
     return _open(path)[0]
 
 
 def with_article(kind: str) -> str:
-    """Return "an agent", "a shield", "a checkpoint" or "a log" for the `kind` of a file."""
+    """Return the `kind` of a file with its article, such as "an agent" or "a shield"."""
     return f"an {kind}" if kind == AGENT else f"a {kind}"
 
 
@@ -66,10 +70,16 @@ def describe(path: str | os.PathLike[str], verify: Path | None = None) -> dict[s
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or neither an agent, shield, checkpoint nor log; or its
-            signature is missing or not valid.
+        ValueError: The file is damaged, or neither an agent, shield, checkpoint, log nor flight; or
+            its signature is missing or not valid.
     """
     path = Path(path)
+    if path.is_dir() and file_kind(path) == FLIGHT:
+        if verify is not None:
+            raise ValueError(f"--verify is for files that can be signed, but {path} is a flight")
+        from safeshield.monitoring import FlightLog
+
+        return {"kind": FLIGHT, **FlightLog.load(path).card()}
     if path.suffix.lower() in _LOG_SUFFIXES:
         if verify is not None:
             raise ValueError(f"--verify is for files that can be signed, but {path} is a log")

@@ -71,7 +71,7 @@ def sweep(
     from safeshield.cli.sweep_plan import log_contents, read_plan
     from safeshield.cli.sweep_runs import Outcome, Places, check_evaluation
     from safeshield.cli.sweep_runs import sweep as outcomes_of
-    from safeshield.collection.lock import locked
+    from safeshield.files.lock import locked
 
     plan = read_plan(file)
     folder = out.resolve()

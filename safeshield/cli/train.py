@@ -49,6 +49,13 @@ def train(
         list[str] | None,
         typer.Option("--set", help="A setting, name=value; lists such as 256,256. Repeatable."),
     ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a ShieldLog whose episodes are joined to the log. Repeatable.",
+            file_okay=False,
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -88,6 +95,11 @@ def train(
     config = settings_of(chosen.config_type, settings or [], **values)
     learner = chosen.kind(config, device=device.value)
     dataset = OfflineDataset.load(log)
+    if add:
+        from safeshield.monitoring import FlightLog
+
+        flights = [FlightLog.load(folder).to_dataset(like=dataset) for folder in add]
+        dataset = OfflineDataset.concat([dataset, *flights])
     try:
         learner.fit(dataset, steps, progress_bar=True, log_dir=log_dir, checkpoint=checkpoint)
     except KeyboardInterrupt:

@@ -12,10 +12,10 @@ import gymnasium as gym
 import numpy as np
 
 from safeshield.collection.learner import LearnerConfig
-from safeshield.collection.lock import LOCK
 from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.state import STATE
 from safeshield.files.atomic import written_whole
+from safeshield.files.lock import LOCK
 from safeshield.files.schema import json_values, versions, whole
 from safeshield.rollouts.copies import environment_name
 from safeshield.spaces.generic import Env

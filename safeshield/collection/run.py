@@ -16,12 +16,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
 from safeshield.collection.learner import Learner, LearnerConfig
-from safeshield.collection.lock import locked
 from safeshield.collection.plan import Plan, learner_folder, refuse_foreign, versions_used
 from safeshield.collection.state import Progress, load_segment, read_progress
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
+from safeshield.files.lock import locked
 from safeshield.files.schema import json_values, whole
 from safeshield.rollouts.copies import (
     Member,

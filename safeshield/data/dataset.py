@@ -680,7 +680,7 @@ class OfflineDataset:
                     "label them alike by with_constraint()"
                 )
         if first.constraint_kind == "binary":
-            labels = {size for part in parts for size in part._unsafe_labels()}
+            labels = {size for part in parts for size in part.unsafe_labels}
             if len(labels) > 1:
                 raise ValueError(
                     f"datasets must have the same label of unsafe states, got {sorted(labels)}; "
@@ -694,8 +694,9 @@ class OfflineDataset:
     concatenate = concat
     """The earlier name of `concat`."""
 
-    def _unsafe_labels(self) -> list[float]:
-        """Return the labels above 0 that occur; a log with binary labels has at most one."""
+    @property
+    def unsafe_labels(self) -> list[float]:
+        """The labels above 0 that occur; a log with binary labels has at most one."""
         present = np.unique(np.append(self.constraints, self.next_constraints))
         return [float(label) for label in present if label > 0]
 

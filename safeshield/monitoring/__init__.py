@@ -1,6 +1,7 @@
-"""Monitoring of deployed shields: does the promise of the record still hold?"""
+"""Monitoring of deployed shields: a flight recorder, and whether a promise still holds."""
 
 from safeshield.monitoring.covariates import covariates_of
+from safeshield.monitoring.flight import FlightLog
 from safeshield.monitoring.promise import (
     IN_DOUBT,
     NOT_CONTRADICTED,
@@ -9,13 +10,17 @@ from safeshield.monitoring.promise import (
     PromiseReport,
     PromiseWarning,
 )
+from safeshield.monitoring.recorder import FlightWarning, ShieldLog
 
 __all__ = [
     "IN_DOUBT",
     "NOT_CONTRADICTED",
     "REVOKED",
+    "FlightLog",
+    "FlightWarning",
     "PromiseMonitor",
     "PromiseReport",
     "PromiseWarning",
+    "ShieldLog",
     "covariates_of",
 ]

@@ -42,7 +42,7 @@ from safeshield.rollouts.infos import (
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import Mask, check_discrete, with_own_mask
-from safeshield.shield.report import FilterReport
+from safeshield.shield.report import ACCEPTED, FilterReport, verdicts
 from safeshield.shield.shield import (
     HasShield,
     NoReportWarning,
@@ -154,6 +154,83 @@ class Watcher(Protocol):
         ...
 
 
+class States(NamedTuple):
+    """States of n environments, for a `StepRecorder`."""
+
+    rows: Array
+    """(n, obs) the observations, as rows; NaN where an observation is not known."""
+    values: list[float]
+    """V_h of the states, infinity where they are not readable."""
+    constraint: list[float]
+    """h that the environments report of the states, NaN where they report none."""
+    cost: list[float]
+    """Costs of the states, NaN where none are reported."""
+
+
+class StepRecorder(Protocol):
+    """Records the steps of n environments."""
+
+    def begin(
+        self, starts: Flags, certified: Flags, states: States, seeds: Sequence[int | None], /
+    ) -> None:
+        """Begin new episodes; an episode that was under way there has been cut.
+
+        Args:
+            starts: (n,) whether an episode begins.
+            certified: (n,) whether it begins certified.
+            states: The states of all environments.
+            seeds: The seeds of the resets, None where no seed was passed.
+        """
+        ...
+
+    def step(
+        self,
+        decision: Decision,
+        verdicts: list[int],
+        counted: list[bool],
+        reward: list[float],
+        terminated: list[bool],
+        truncated: list[bool],
+        reached: States,
+        present: States,
+        /,
+    ) -> None:
+        """Record one step; each list holds an item for each of n environments.
+
+        Args:
+            decision: The decision, as `ShieldRuntime.filter` returned it.
+            verdicts: What the shield did, as indices into `report.VERDICTS`.
+            counted: Whether an action was executed at all.
+            reward: Reward as the environment returned it, NaN where it is no number.
+            terminated: Whether the episode terminated.
+            truncated: Whether it was truncated.
+            reached: The states reached; of an episode that ended, its last state.
+            present: The states in which the next actions are taken.
+        """
+        ...
+
+    def cut(self) -> None:
+        """Take all episodes that are under way as cut."""
+        ...
+
+
+class Recorder(Protocol):
+    """A flight recorder: `monitoring.ShieldLog`."""
+
+    def attach(
+        self, shield: Shield, count: int, identity: Mapping[str, Any], environment: str, /
+    ) -> StepRecorder:
+        """Return what records the steps of `count` environments behind `shield`.
+
+        Args:
+            shield: The shield.
+            count: The number n of environments.
+            identity: `ShieldRuntime.identity`.
+            environment: Id of the environment, "" where it is not known.
+        """
+        ...
+
+
 class Decision(NamedTuple):
     """The decision on the actions of all environments in one step."""
 
@@ -193,6 +270,12 @@ class Reports(NamedTuple):
             names: Names of the shield's constraints.
         """
         n = count or 1
+        if count is None and type(infos) is tuple and len(names) <= 1:
+            # Most steps of a single environment end here.
+            h, cost = infos[0].get(CONSTRAINT), infos[0].get(COST)
+            if h is None or isinstance(h, _NUMBERS):
+                number = _number(h)
+                return cls(number, _number(cost), number)
         given: Sequence[Any] | Array
         told: list[PerEnv]
         if isinstance(infos, Mapping):
@@ -252,8 +335,13 @@ def _watched_costs(infos: InfoDicts | Infos, costs: PerEnv) -> PerEnv:
     return np.where(np.ravel(missing) & told, np.inf, np.ravel(costs))
 
 
+_NUMBERS = (float, int, np.number, np.bool_)
+
+
 def _number(value: object) -> float:
-    if isinstance(value, float | int | np.number | np.bool_):
+    if value is None:
+        return np.nan
+    if isinstance(value, _NUMBERS):
         return float(value)
     if isinstance(value, Mapping) and value:
         return float(np.max([_number(one) for one in value.values()]))
@@ -295,6 +383,8 @@ class ShieldRuntime:
             failure. None means that each decision depends only on the present state.
         monitor: Watches the promise of the shield's record. The runtime reports the episodes to it
             by `count`, and certifies none once the promise is revoked. None: no one watches.
+        log: Records every step that `count` reports. None: nothing is recorded.
+        environment: Id of the environment, for `log`.
 
     Attributes:
         adaptive: The margins of the environments; None where the threshold is fixed.
@@ -307,9 +397,9 @@ class ShieldRuntime:
         last_keys: The keys that it reads of an episode's last infos.
 
     Raises:
-        TypeError: `adaptive` or `monitor` is of a wrong type.
+        TypeError: `adaptive`, `monitor` or `log` is of a wrong type.
         ValueError: A setting in `adaptive` is out of range, the penalty is negative or not finite,
-            or `monitor` watches another shield.
+            `monitor` watches another shield, or `log` records another one.
 
     >>> import gymnasium, safeshield.envs
     >>> from safeshield import SafeFQL, SafeFQLConfig, collect
@@ -334,6 +424,8 @@ class ShieldRuntime:
         certifies: bool = True,
         memory: ShieldMemory | None = None,
         monitor: Watcher | None = None,
+        log: Recorder | None = None,
+        environment: str = "",
         mode: Mode = "shield",
     ) -> None:
         if mode not in get_args(Mode):
@@ -357,6 +449,8 @@ class ShieldRuntime:
                 "monitor must be a PromiseMonitor of the shield, or None, got "
                 f"{type(monitor).__name__}"
             )
+        if log is not None and not hasattr(log, "attach"):
+            raise TypeError(f"log must be a ShieldLog('folder'), or None, got {type(log).__name__}")
         self.shield = shield
         self.num_envs = num_envs
         self.intervention_penalty = float(intervention_penalty)
@@ -390,6 +484,9 @@ class ShieldRuntime:
         self._told_silent = False
         self._memory = memory
         self._watch = None if monitor is None else monitor.attach(shield, self._count)
+        self._recorder = (
+            None if log is None else log.attach(shield, self._count, self.identity, environment)
+        )
         self._reports: Reports | None = None
         self._costs: PerEnv = np.nan
         source = shield.model.constraint
@@ -403,7 +500,8 @@ class ShieldRuntime:
             *((ACTION_MASK,) if codec.discrete else ()),
             *((CONSTRAINT,) if self._reported else ()),
         )
-        self.last_keys = self.keys if self._watch is None else (*self.keys, CONSTRAINT, COST)
+        self._reporting = self._watch is not None or self._recorder is not None
+        self.last_keys = (*self.keys, CONSTRAINT, COST) if self._reporting else self.keys
         self.transition = Transition(self)
         self.values: PerEnv = None
         self.binding: PerEnv = None
@@ -427,6 +525,7 @@ class ShieldRuntime:
         adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
         intervention_penalty: float = 0.0,
         monitor: Watcher | None = None,
+        log: Recorder | None = None,
         mode: Mode = "shield",
     ) -> Self:
         """Return a runtime for an environment of any kind, after a check that the shield fits it.
@@ -440,15 +539,18 @@ class ShieldRuntime:
             adaptive: See the class.
             intervention_penalty: See the class.
             monitor: See the class.
+            log: See the class.
             mode: See the class.
 
         Raises:
             TypeError: `shield` is none of the three, or `adaptive` is of a wrong type.
             ValueError: The spaces differ, the file is damaged, the penalty or a setting in
-                `adaptive` is out of range, or `monitor` watches another shield.
+                `adaptive` is out of range, `monitor` watches another shield, or `log` records
+                another one.
         """
         shield = as_shield(shield)
-        certifies = shield.check_fits(observation_space, action_space, Identity.of(env))
+        identity = Identity.of(env)
+        certifies = shield.check_fits(observation_space, action_space, identity)
         return cls(
             shield,
             num_envs,
@@ -457,6 +559,8 @@ class ShieldRuntime:
             intervention_penalty=intervention_penalty,
             certifies=certifies,
             monitor=monitor,
+            log=log,
+            environment=identity.name,
             mode=mode,
         )
 
@@ -573,7 +677,7 @@ class ShieldRuntime:
         if self._memory is not None:
             self._memory.reset(np.full(self._count, starts))
         self.rows, self._readable, self._states = rows, readable, states
-        if self._vouched or self._watch is not None:
+        if self._vouched or self._reporting:
             given = infos if reports is None else reports
             self._reports = Reports.of(given, self.num_envs, self._own)
             if self._vouched:
@@ -671,25 +775,37 @@ class ShieldRuntime:
         self,
         decision: Decision,
         reached: PerEnv,
-        ended: Flags | bool,
+        reward: PerEnv,
+        terminated: PerEnv,
+        truncated: PerEnv,
         counted: Flags | bool = True,
+        last: Batch | None = None,
         last_infos: InfoDicts = (),
     ) -> None:
-        """Report the step of the last decision to the monitor; without one, do nothing.
+        """Report the step of the last decision to the monitor and the log, where there are any.
 
         The call comes after `observe` and before `update`.
 
         Args:
             decision: The decision.
             reached: V_h of the states reached, see `update`.
-            ended: (n,) whether the step ended the episode, or one value for all.
+            reward: (n,) rewards as the environments return them, or that of a single one.
+            terminated: (n,) whether the step terminated the episode, or one value for all.
+            truncated: (n,) whether the step truncated the episode, or one value for all.
             counted: (n,) whether an action was executed at all, or one value for all.
-            last_infos: The infos of the last states of the episodes that ended, where the states
-                observed last already begin the next episodes.
+            last: The last observations of the k episodes that ended, where the states observed last
+                already begin the next episodes; None also where these are not known.
+            last_infos: The infos of these k states; empty where `last` does not apply.
         """
-        if self._watch is None or self._reports is None:
+        if self._reports is None or not self._reporting:
             return
-        ended = np.full(self._count, ended)
+        if self._recorder is not None:
+            self._record(
+                decision, reached, reward, terminated, truncated, counted, last, last_infos
+            )
+        if self._watch is None:
+            return
+        ended = np.full(self._count, np.logical_or(terminated, truncated))
         h, cost = self._each(self._reports.constraint), self._each(self._costs)
         if last_infos:
             told = Reports.of(last_infos, len(last_infos))
@@ -710,10 +826,60 @@ class ShieldRuntime:
         )
         self._withdraw_revoked()
 
+    def _record(
+        self,
+        decision: Decision,
+        reached: PerEnv,
+        reward: PerEnv,
+        terminated: PerEnv,
+        truncated: PerEnv,
+        counted: Flags | bool,
+        last: Batch | None,
+        last_infos: InfoDicts,
+    ) -> None:
+        """Report a step to the log; the arguments are those of `count`."""
+        assert self._recorder is not None
+        present = self._present()
+        arrived = present
+        found = [ACCEPTED] * self._count
+        if self._report is not None:
+            found = verdicts(self._report, self.shadow)
+        if self.num_envs is None:
+            self._recorder.step(
+                decision, found, [bool(counted)], [_number(reward)], [terminated], [truncated],
+                arrived, present,
+            )  # fmt: skip
+            return
+        if last_infos:
+            ended = np.full(self._count, np.logical_or(terminated, truncated))
+            rows = self.rows.astype(np.result_type(self.rows, np.float32))
+            rows[ended] = np.nan if last is None else self.shield.observation_rows(last)[0]
+            told = Reports.of(last_infos, len(last_infos))
+            h, cost = np.array(present.constraint), np.array(present.cost)
+            h[ended], cost[ended] = told.constraint, told.cost
+            arrived = States(rows, self._listed(reached), h.tolist(), cost.tolist())
+        acted, rewards = self._listed(counted), self._listed(reward)
+        ended_by = self._listed(terminated), self._listed(truncated)
+        self._recorder.step(decision, found, acted, rewards, *ended_by, arrived, present)
+
+    def _present(self) -> States:
+        """Return the states last observed, for the log."""
+        assert self._reports is not None
+        h, cost = self._reports.constraint, self._reports.cost
+        if self.num_envs is None:
+            return States(self.rows, [self.values], [h], [cost])
+        return States(self.rows, self._listed(self.values), self._listed(h), self._listed(cost))
+
+    def _listed(self, value: PerEnv) -> list[Any]:
+        """Return the value of each environment of several, as plain Python."""
+        listed: list[Any] = np.full(self._count, value).tolist()
+        return listed
+
     def cut(self) -> None:
-        """Report to the monitor, if there is one, that the episodes under way will not end."""
-        if self._watch is not None:
-            self._watch.cut()
+        """Report to the monitor and the log, if there are any, that episodes will not end."""
+        for follows in (self._watch, self._recorder):
+            if follows is not None:
+                follows.cut()
 
     def _withdraw_revoked(self) -> None:
         """Certify nothing any more, once the promise is revoked."""
@@ -761,7 +927,9 @@ class ShieldRuntime:
 
     # -- infos ----------------------------------------------------------------------------------
 
-    def start_infos(self, starts: Flags | bool = True) -> dict[str, PerEnv]:
+    def start_infos(
+        self, starts: Flags | bool = True, seeds: int | Sequence[int | None] | None = None
+    ) -> dict[str, PerEnv]:
         """Return the entries of infos for a reset, whose states are those last observed.
 
         No action was proposed or executed, so both are NaN; where actions are whole numbers, both
@@ -770,6 +938,8 @@ class ShieldRuntime:
 
         Args:
             starts: (n,) whether the state last observed begins an episode, or one value for all.
+            seeds: Seed of the reset, for the log: one for each environment, or that of the first,
+                whose successors the others have.
         """
         if self.num_envs is None:
             intervened: PerEnv = False
@@ -782,6 +952,13 @@ class ShieldRuntime:
         self._covered = np.where(begins, safe, self._covered)
         if self._watch is not None:
             self._watch.begin(begins, self._covered, self._each(self.values))
+        if self._recorder is not None:
+            drawn: Sequence[int | None] = [None] * self._count
+            if isinstance(seeds, int | np.integer):
+                drawn = [int(seeds) + i for i in range(self._count)]
+            elif seeds is not None:
+                drawn = list(seeds)
+            self._recorder.begin(begins, self._covered, self._present(), drawn)
         shadowed = (intervened, nothing.copy()) if self.shadow else None
         start = Decision(
             nothing.copy(), nothing.copy(), intervened, self.values, self._told(), shadowed

@@ -40,3 +40,30 @@ class FilterReport(NamedTuple):
         """Return the report on action number `index` of a batch, with single values for arrays."""
         fields: list[npt.NDArray[np.generic]] = [np.asarray(field) for field in self]
         return FilterReport(*(field[index] for field in fields))
+
+
+ACCEPTED, REPLACED, FALLBACK, UNREADABLE, SHADOW = range(5)
+"""Verdicts on one step, as numbers: indices into `VERDICTS`."""
+VERDICTS = ("accepted", "replaced", "fallback", "unreadable", "shadow")
+"""What a shield did in one step: it accepted the action; replaced it by an acceptable one; found no
+acceptable one and executed what `FilterReport.acceptable` describes; could not read the
+observation; or, in shadow mode, would have replaced the action."""
+
+
+def verdicts(report: FilterReport, shadow: bool) -> list[int]:
+    """Return the verdicts on n actions, as indices into `VERDICTS`.
+
+    Args:
+        report: The report on the n actions, with fields (n,).
+        shadow: Whether the shield is in shadow mode.
+    """
+    if not np.any(report.intervened):
+        return [ACCEPTED] * len(np.atleast_1d(report.intervened))
+    replaced = (
+        np.full(np.shape(report.acceptable), SHADOW)
+        if shadow
+        else (np.where(report.acceptable, REPLACED, FALLBACK))
+    )
+    found = np.where(report.intervened, replaced, ACCEPTED)
+    codes: list[int] = np.where(np.isfinite(report.state_value), found, UNREADABLE).tolist()
+    return codes
