@@ -276,6 +276,15 @@ class PromiseMonitor:
             covariates={name: _exp(test.log_wealth) for name, test in self._tests.items()},
         )
 
+    def counted(self) -> list[tuple[float, float]]:
+        """Return the start time and the score of each episode that counts, the earliest first.
+
+        Times are in seconds since 1970. A score is in [0, 1].
+        """
+        entries = [one for one in self._entries.values() if one.score is not None]
+        times = [one.started for one in entries]
+        return list(zip(times, self._scores(entries), strict=True))
+
     # -- episodes ---------------------------------------------------------------------------------
 
     def episode(
