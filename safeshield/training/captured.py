@@ -1,13 +1,13 @@
 """Updates that are captured as CUDA graphs. This module has never run on a GPU.
 
 Each update of a training on a GPU starts some hundreds of short operations, and starting one from
-Python takes longer than the GPU needs for it. A CUDA graph is a recording of these operations,
-which the GPU repeats with one call. The recording has three conditions:
+Python is expected to take longer than the GPU needs for it. A CUDA graph is a recording of these
+operations, which the GPU repeats after one call. The recording has three conditions:
 
 - The operations and the memory that they use are the same in each repetition. `CapturedUpdate`
   therefore keeps one copy of the training state, which the graph reads and overwrites.
 - The update does not read numbers from the device, because nothing is computed while operations
-  are recorded. `Phase.capturable` is False for an update that does.
+  are recorded, and uses no arrays that are not on it. Otherwise `Phase.capturable` is False.
 - The update has no random numbers of its own. They are drawn outside of it (`state.Draw`).
 
 tests/test_captured.py checks on the CPU that the updates of the offline algorithms fulfil these
@@ -58,6 +58,8 @@ class CapturedUpdate:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._replaced: set[str] = set()
         """Tensors that the update does not change, but the caller has replaced at least once."""
+        self._shared: set[str] = set()
+        """Networks and tensors that are not copies of the caller's, by their names."""
         self._state: TrainState
         self._draw: Draw
         self._metrics: Metrics
@@ -74,8 +76,7 @@ class CapturedUpdate:
             RuntimeError: The update cannot be captured, or the GPU failed.
         """
         if self._graph is None or not self._load(state):
-            self._record(state, draw)
-        assert self._graph is not None
+            self._graph = self._record(state, draw)
         for kept, given in zip(self._draw, draw, strict=True):
             kept.copy_(given)
         self._graph.replay()
@@ -95,19 +96,20 @@ class CapturedUpdate:
         _overwrite([mine[name] for name in changed], [given[name] for name in changed])
         return True
 
-    def _record(self, state: TrainState, draw: Draw) -> None:
-        """Record the update, beginning with a copy of this state."""
-        with torch.cuda.device(self._device):
-            # cuBLAS has a workspace for each stream, which the warm-up makes.
-            side = torch.cuda.Stream(self._device)
-            side.wait_stream(torch.cuda.current_stream(self._device))
+    def _record(self, state: TrainState, draw: Draw) -> torch.cuda.CUDAGraph:
+        """Return a graph of the update, which begins with a copy of this state."""
+        device, graph = self._device, torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream(device)
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # The stream is set although it is the current one, so that it is again after an error.
+        with torch.cuda.device(device), torch.cuda.stream(main):
+            side.wait_stream(main)
             with torch.cuda.stream(side):
+                # The first call also computes what the update keeps, such as windows of targets.
                 for _ in range(_WARM_UP):
-                    # The first call also computes what an update keeps, such as windows of targets.
                     after, _ = self._update(state, draw)
-            torch.cuda.current_stream(self._device).wait_stream(side)
+            main.wait_stream(side)
             self._keep(state, after, draw)
-            graph = torch.cuda.CUDAGraph()
             try:
                 # "thread_local", because a thread may be writing a checkpoint.
                 with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -122,7 +124,7 @@ class CapturedUpdate:
                     "own that reads numbers from the device needs Phase(..., capturable=False)"
                 )
                 raise
-        self._graph = graph
+        return graph
 
     def _keep(self, state: TrainState, after: TrainState, draw: Draw) -> None:
         """Make the memory that the graph reads and overwrites.
@@ -136,7 +138,7 @@ class CapturedUpdate:
             after: State after it.
             draw: Random numbers of an update.
         """
-        self._shared: set[str] = set()
+        self._shared = set()
 
         def own(before: Any, after: Any, name: str) -> Any:  # noqa: ANN401 - a tree or a tensor
             names = [name, *(key for key in flatten({name: before}) if isinstance(before, Mapping))]

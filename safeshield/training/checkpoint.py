@@ -286,7 +286,8 @@ def _on_host(state: TrainState) -> Callable[[], TrainState]:
     device = state.boundary_rows.device
     if device.type != "cuda":
         return lambda: state
-    tree, side = to_tree(state), torch.cuda.Stream(device)
+    tree = to_tree(state)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         host = {}
