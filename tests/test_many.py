@@ -21,7 +21,7 @@ from safeshield import OfflineDataset, SafeFQL, SafeFQLConfig, ShieldConfig, Shi
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.registry import ALGORITHMS
 from safeshield.shield.backup import register_backup
-from safeshield.training import loop, many, registry
+from safeshield.training import checkpoint, loop, many, registry
 from safeshield.training.agent import OfflineAgent
 from safeshield.training.checkpoint import flatten
 from safeshield.training.log import LogTensors
@@ -256,7 +256,7 @@ def test_an_interrupted_batch_resumes_without_a_difference(
 ) -> None:
     """Also where the checkpoints were written after different numbers of updates."""
     whole = fit_many(agents("shield", range(3)), log, STEPS)
-    save, written = loop.save_checkpoint, []
+    save, written = checkpoint.save_checkpoint, []
 
     def stops(path: Path, *rest: object) -> None:
         if len(written) == 7:
@@ -264,12 +264,12 @@ def test_an_interrupted_batch_resumes_without_a_difference(
         written.append((path.name, rest[1]))
         save(path, *rest)
 
-    monkeypatch.setattr(loop, "save_checkpoint", stops)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", stops)
     with pytest.raises(KeyboardInterrupt):
         fit_many(agents("shield", range(3)), log, STEPS, checkpoints=tmp_path, checkpoint_every=5)
     assert written[-1][0] == "0.safetensors"
     assert written[-1][1] > written[-2][1]
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     resumed = fit_many(agents("shield", range(3)), log, STEPS, checkpoints=tmp_path)
     for mine, theirs in zip(resumed, whole, strict=True):
         assert distance(mine, theirs) < 1e-5

@@ -25,6 +25,7 @@ from safeshield.algorithms.shield_trainer import ShieldConfig
 from safeshield.cli.kinds import describe
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.device import device_of
+from safeshield.training import checkpoint
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.values.backup import reward_windows, safety_windows, window_ends
 
@@ -198,7 +199,7 @@ def test_checkpoints_are_written_at_phases_ends_and_by_time(
 ) -> None:
     saved: list[int] = []
     monkeypatch.setattr(
-        training, "save_checkpoint", lambda path, state, done, *_: saved.append(done)
+        checkpoint, "save_checkpoint", lambda path, state, done, *_: saved.append(done)
     )
     config = SafeFQLConfig(
         critic_hidden=(8,), flow_hidden=(8,), student_hidden=(8,), batch_size=16,

@@ -52,7 +52,7 @@ from safeshield.online.safe_proposals import SafeBehaviour
 from safeshield.policies import ShieldCallback, ShieldedPolicy
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield.record import CalibrationRecord, PolicyResult
-from safeshield.training import loop as training
+from safeshield.training import checkpoint as training
 from safeshield.training.state import TrainState, descend
 from safeshield.values.soft import induced_log_policy, soft_value, soft_value_iteration
 

@@ -926,7 +926,7 @@ def test_with_the_term_a_run_in_instalments_ends_with_the_same_weights(
     )  # fmt: skip
     whole = ShieldTrainer(config, device="cpu").fit(log, steps=60).shield()
     path = tmp_path / "checkpoint.safetensors"
-    from safeshield.training import loop as training
+    from safeshield.training import checkpoint as training
 
     # Stop in the middle of the critics, after the behaviour: the labels are made again.
     kept, stop = training.save_checkpoint, 35

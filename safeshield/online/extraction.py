@@ -127,7 +127,9 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
     )
     if not reverse or model.actor.choices:
         distance = reverse_loss_choices if reverse else forward_loss
-        return [Phase("actor", total, updates.towards_induced(distance, total), size)]
+        return [
+            Phase("actor", total, updates.towards_induced(distance, total), size, capturable=False)
+        ]
     first = 0 if cloned else max(1, total // 3)
     rest = max(1, total - first)
 
@@ -143,9 +145,16 @@ def second_stage(updates: SSQLUpdates, mu: SafeBehaviour, *, cloned: bool) -> li
 
     # The actor is set once, in the first step, because a resumed run must not set it again.
     actor = Phase(
-        "actor", rest, updates.reverse_box(rest, log_mu), size, refresh=begin, refresh_every=rest
+        "actor",
+        rest,
+        updates.reverse_box(rest, log_mu),
+        size,
+        refresh=begin,
+        refresh_every=rest,
+        capturable=False,
     )
-    return [Phase("clone", first, updates.clone(first), size), actor] if first else [actor]
+    clone = Phase("clone", first, updates.clone(first), size, capturable=False)
+    return [clone, actor] if first else [actor]
 
 
 def _has_density(updates: SSQLUpdates, mu: SafeBehaviour) -> bool:

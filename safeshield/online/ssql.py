@@ -314,7 +314,8 @@ class SafeSupportQLearning(SoftAgent):
             return agent
 
         phases = [
-            Phase("critics", options.steps, critics, self.config.batch_size),
+            # The replay holds arrays, which are not on the device.
+            Phase("critics", options.steps, critics, self.config.batch_size, capturable=False),
             *second_stage(updates, mu, cloned=self._cloned),
         ]
         self._state = self._train(

@@ -46,7 +46,7 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
 from safeshield.training.architecture import Architecture, Interface, interface_of
 from safeshield.training.callbacks import TrainingCallback
-from safeshield.training.checkpoint import flatten, unflatten
+from safeshield.training.checkpoint import copied, flatten, unflatten
 from safeshield.training.log import LogTensors, run_identity
 from safeshield.training.loop import FitOptions, run_phases
 from safeshield.training.run import Config, Run
@@ -371,7 +371,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         identity = run_identity(name, self.config, dataset, options.steps, self._before)
 
         def present(state: TrainState, done: int) -> Learner[Any, Any]:
-            made = agent(state)
+            # A captured update overwrites its state.
+            made = agent(copied(state) if self.device.type == "cuda" else state)
             made.updates, made.chosen = done, None
             return made
 
@@ -482,6 +483,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         checkpoint_every: int = 2000,
         stop_after: int | None = None,
         callbacks: Sequence[TrainingCallback] = (),
+        capture: bool = True,
     ) -> Self:
         """Train on a log and return self.
 
@@ -501,6 +503,8 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
                 One that returns False stops training. The agent then has the weights of that
                 update, its `updates` is the number of updates made, and a later call with the same
                 checkpoint goes on from there.
+            capture: Whether a training on a GPU captures the updates of each phase as a CUDA graph.
+                False starts each operation by itself. On the CPU it makes no difference.
 
         Raises:
             TypeError: A number is not a whole number; a callback is not a `TrainingCallback`; or
@@ -520,6 +524,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
             checkpoint_every=checkpoint_every,
             stop_after=stop_after,
             callbacks=callbacks,
+            capture=capture,
         )
         dataset = self._check_log(dataset)
         model = self._describe(dataset)

@@ -1,13 +1,16 @@
 """Checkpoints: one file with the whole state of a run, from which it resumes without a difference.
 
-A resumed run has the same results as a run that was never interrupted.
+A resumed run has the same results as a run that was never interrupted. `CheckpointWriter` writes
+the file in a thread, from a copy of the state, while the training goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -71,6 +74,13 @@ def from_tree(tree: dict[str, Any]) -> TrainState:
     )
 
 
+def copied(state: TrainState) -> TrainState:
+    """Return a copy of a training state, which no later update overwrites."""
+    tree = to_tree(state)
+    flat = {name: tensor.clone() for name, tensor in flatten(tree).items()}
+    return from_tree(unflatten(tree, flat))
+
+
 def stacked(states: Sequence[TrainState]) -> TrainState:
     """Return the states of several members, whose shapes are equal, with a leading member axis.
 
@@ -106,7 +116,7 @@ def save_checkpoint(
     path: Path,
     state: TrainState,
     done: int,
-    generator: torch.Generator,
+    generator: torch.Tensor,
     identity: RunIdentity,
     phase: str,
 ) -> None:
@@ -116,11 +126,11 @@ def save_checkpoint(
         path: The file.
         state: State after the updates that have been made.
         done: Number of updates that have been made.
-        generator: Random generator, whose state is stored.
+        generator: State of the random generator, from `torch.Generator.get_state`.
         identity: Identity of the run.
         phase: Name of the current phase.
     """
-    flat = flatten({**to_tree(state), "generator": generator.get_state()})
+    flat = flatten({**to_tree(state), "generator": generator})
     header = {
         "format": _FORMAT,
         "done": done,
@@ -178,3 +188,117 @@ def load_checkpoint(
     generator.set_state(flat.pop("generator"))
     moved = {name: tensor.to(generator.device) for name, tensor in flat.items()}
     return from_tree(unflatten(tree, moved)), done
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, so that the training goes on meanwhile.
+
+    It is a context manager, whose end waits for the files that are being written. If the training
+    ends because the device failed, a note of the error says from which checkpoints it can go on.
+
+    Attributes:
+        written: Number of updates made in the last checkpoint of each file that is complete.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[Path, int] = {}
+        self._thread = ThreadPoolExecutor(1, "safeshield-checkpoint")
+        self._pending: dict[Path, Future[None]] = {}
+
+    def save(
+        self,
+        path: Path,
+        state: TrainState,
+        done: int,
+        generator: torch.Generator,
+        identity: RunIdentity,
+        phase: str,
+    ) -> None:
+        """Copy the state of a run and begin to write it to a file; see `save_checkpoint`.
+
+        The method waits until the previous checkpoint of this file has been written.
+
+        Raises:
+            OSError: The previous checkpoint could not be written.
+        """
+        self._wait(path)
+        taken, random = _on_host(state), generator.get_state()
+
+        def write() -> None:
+            save_checkpoint(path, taken(), done, random, identity, phase)
+            self.written[path] = done
+
+        self._pending[path] = self._thread.submit(write)
+
+    def _wait(self, path: Path) -> None:
+        pending = self._pending.pop(path, None)
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait until all files have been written.
+
+        Raises:
+            OSError: A checkpoint could not be written, and no other error has ended the training.
+        """
+        try:
+            for path in list(self._pending):
+                self._wait(path)
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"a checkpoint could not be written either: {failed}")
+        finally:
+            self._thread.shutdown()
+            if isinstance(error, torch.AcceleratorError):
+                error.add_note(self._way_on())
+
+    def _way_on(self) -> str:
+        """Return how a training goes on whose device has failed."""
+        files = ", ".join(f"{path} after {done} updates" for path, done in self.written.items())
+        if not files:
+            return (
+                "the device failed, and no checkpoint has been written. Pass checkpoint=FILE to "
+                "fit (--checkpoint FILE on the command line), from which it can then go on"
+            )
+        return (
+            f"the device failed. The last checkpoint is {files}: start a new process and repeat "
+            "the call or the command with the same arguments, which goes on from there"
+        )
+
+
+def _on_host(state: TrainState) -> Callable[[], TrainState]:
+    """Begin to copy a state to the memory of the host; return a function that waits for the copy.
+
+    Later updates do not change the copy. On a GPU the copying is a part of neither the updates nor
+    the thread that starts them. (This has never run on a GPU.)
+    """
+    state = copied(state)
+    device = state.boundary_rows.device
+    if device.type != "cuda":
+        return lambda: state
+    tree = to_tree(state)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        host = {}
+        for name, tensor in flatten(tree).items():
+            pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host[name] = pinned.copy_(tensor, non_blocking=True)
+            tensor.record_stream(side)
+        finished = side.record_event()
+
+    def taken() -> TrainState:
+        finished.synchronize()
+        return from_tree(unflatten(tree, host))
+
+    return taken

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from safeshield.files.atomic import check_writable
 from safeshield.files.schema import whole
+from safeshield.files.settings import check
 from safeshield.training.callbacks import (
     TrainingCallback,
     TrainingStep,
@@ -30,9 +31,10 @@ from safeshield.training.callbacks import (
     checked_callbacks,
     goes_on,
 )
-from safeshield.training.checkpoint import load_checkpoint, member, save_checkpoint, stacked
+from safeshield.training.captured import executed
+from safeshield.training.checkpoint import CheckpointWriter, load_checkpoint, member, stacked
 from safeshield.training.log import RunIdentity
-from safeshield.training.state import Draw, Metrics, Phase, TrainState
+from safeshield.training.state import Draw, Metrics, Phase, TrainState, Update
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -48,7 +50,8 @@ class FitOptions:
     """Options of `fit` for the progress bar, the logging, the checkpoints and the callbacks.
 
     Raises:
-        TypeError: A number is not a whole number, or a callback is not a `TrainingCallback`.
+        TypeError: A number is not a whole number, `capture` is not a bool, or a callback is not a
+            `TrainingCallback`.
         ValueError: `steps` is below one for each phase, another number is out of range,
             `stop_after` is given without a checkpoint, a callback occurs twice, or two of the
             checkpoint and the files of callbacks are the same file.
@@ -73,9 +76,12 @@ class FitOptions:
     """Number of updates after which metrics are written to TensorBoard and shown."""
     callbacks: Sequence[TrainingCallback] = ()
     """Callbacks, which are called in this order."""
+    capture: bool = True
+    """Whether the updates of a training on a GPU are captured as CUDA graphs."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "callbacks", checked_callbacks(self.callbacks))
+        check("capture", bool, self.capture)
         settled = {"checkpoint_every": whole("checkpoint_every", self.checkpoint_every, least=1)}
         if self.stop_after is not None:
             settled["stop_after"] = whole("stop_after", self.stop_after, least=0)
@@ -119,22 +125,24 @@ def run_phases(
     """
     keep_freed_memory()
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
+    writer = CheckpointWriter()
     if path is not None and path.exists():
         state, done = load_checkpoint(path, state, generator, identity, transitions)
+        writer.written[path] = done
     saved, saved_at = time.perf_counter(), done
-    with contextlib.closing(_Progress(phases, options, done)) as progress:
+    with writer, contextlib.closing(_Progress(phases, options, done)) as progress:
         step = progress.step(phases[0], state, None, {}, done, agent)
         for callback in options.callbacks:
             goes_on(callback, "on_start", step)
-        for phase, local in _remaining(phases, done):
+        for phase, update, local in _remaining(phases, done, generator.device, options.capture):
             if options.stop_after is not None and done >= options.stop_after:
                 if path is not None:
-                    save_checkpoint(path, state, done, generator, identity, phase.name)
+                    writer.save(path, state, done, generator, identity, phase.name)
                 return state, done
             if phase.refresh is not None and local % phase.refresh_every == 0:
                 state = phase.refresh(state, generator)
             draw = _draw(phase, state, generator, transitions, noise_features)
-            state, metrics = phase.update(state, draw)
+            state, metrics = update(state, draw)
             done, last = done + 1, local + 1 == phase.steps
             step = progress.step(phase, state, draw, metrics, done, agent)
             if done % options.log_every == 0 or last:
@@ -142,14 +150,14 @@ def run_phases(
             if last:
                 _check_weights(state, phase.name, done)
             if path is not None and (last or _checkpoint_due(options, done, saved)):
-                save_checkpoint(path, state, done, generator, identity, phase.name)
+                writer.save(path, state, done, generator, identity, phase.name)
                 saved, saved_at = time.perf_counter(), done
             due = [one for one in options.callbacks if done % one.every == 0]
             answers = [goes_on(one, "on_step", step) for one in due]
             answers += [goes_on(one, "on_phase", step) for one in options.callbacks if last]
             if not all(answers):
                 if path is not None and saved_at < done:
-                    save_checkpoint(path, state, done, generator, identity, phase.name)
+                    writer.save(path, state, done, generator, identity, phase.name)
                 break
         for callback in options.callbacks:
             callback.on_end(step)
@@ -172,10 +180,14 @@ def keep_freed_memory() -> None:
     torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
 
 
-def _remaining(phases: list[Phase], done: int) -> Iterator[tuple[Phase, int]]:
-    """Yield the remaining updates, each as its phase and its index within the phase."""
+def _remaining(
+    phases: list[Phase], done: int, device: torch.device, capture: bool
+) -> Iterator[tuple[Phase, Update, int]]:
+    """Yield the remaining updates, each as its phase, function and index within the phase."""
     for phase in phases:
-        yield from ((phase, local) for local in range(min(done, phase.steps), phase.steps))
+        update = executed(phase, device, capture)
+        for local in range(min(done, phase.steps), phase.steps):
+            yield phase, update, local
         done = max(done - phase.steps, 0)
 
 
@@ -317,8 +329,13 @@ def run_together(
     generators, width = [one.generator for one in members], noise_features
     saved = time.perf_counter()
     total = sum(phase.steps for phase in phases)
-    with tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step") as bar:
-        for phase, local in _remaining(phases, done):
+    device, writer = generators[0].device, CheckpointWriter()
+    writer.written = {one.checkpoint: done for one in members if one.checkpoint and done}
+    with (
+        writer,
+        tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step") as bar,
+    ):
+        for phase, update, local in _remaining(phases, done, device, options.capture):
             if phase.refresh is not None and local % phase.refresh_every == 0:
                 state = stacked(
                     [phase.refresh(member(state, i), own) for i, own in enumerate(generators)]
@@ -329,7 +346,7 @@ def run_together(
                 for rows, generator in zip(state.boundary_rows, generators, strict=True)
             ]
             draw = Draw(*map(torch.stack, zip(*draws, strict=True)))
-            state, metrics = phase.update(state, draw)
+            state, metrics = update(state, draw)
             done, last = done + 1, local + 1 == phase.steps
             bar.set_description(phase.name, refresh=False)
             bar.update()
@@ -344,7 +361,7 @@ def run_together(
                 for i, one in enumerate(members):
                     if one.checkpoint is not None:
                         own = one.generator, one.identity, phase.name
-                        save_checkpoint(one.checkpoint, member(state, i), done, *own)
+                        writer.save(one.checkpoint, member(state, i), done, *own)
                 saved = time.perf_counter()
     return [member(state, i) for i in range(len(members))]
 

@@ -51,6 +51,7 @@ def fit_many(
     progress_bar: bool = False,
     checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 2000,
+    capture: bool = True,
 ) -> list[Agent]:
     """Train several agents on one log and return them in the order in which they were given.
 
@@ -69,9 +70,11 @@ def fit_many(
             on; None writes none. They are those of `fit`, and training resumes from those that
             exist.
         checkpoint_every: Number of updates between two checkpoints of a member.
+        capture: Whether updates on a GPU are captured as CUDA graphs, as in `fit`.
 
     Raises:
-        TypeError: A member is neither an agent nor settings, or a number is not a whole number.
+        TypeError: A member is neither an agent nor settings, a number is not a whole number, or
+            `capture` is not a bool.
         ValueError: There is no member, two members are equal, or a reason that `fit` has.
         FileNotFoundError: The folder `checkpoints` does not exist.
         FloatingPointError: A loss or a weight of a member is NaN or infinite. A note of the error
@@ -104,6 +107,7 @@ def fit_many(
             progress_bar=progress_bar,
             checkpoint=None if folder is None else folder / f"{i}.safetensors",
             checkpoint_every=checkpoint_every,
+            capture=capture,
         )
         for i, agent in enumerate(agents)
     ]
@@ -184,6 +188,7 @@ def _fit(agent: Agent, dataset: OfflineDataset, options: FitOptions) -> None:
         progress_bar=options.progress_bar,
         checkpoint=options.checkpoint,
         checkpoint_every=options.checkpoint_every,
+        capture=options.capture,
     )
 
 

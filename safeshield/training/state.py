@@ -125,6 +125,10 @@ class Phase:
     """Number of updates between two calls of `refresh`."""
     report: Callable[[TrainState, Draw], Metrics] | None = None
     """Function that returns further metrics. It is called only when metrics are written."""
+    capturable: bool = True
+    """Whether the update always makes the same operations on tensors of the device, so that on a
+    GPU a graph can repeat them (`training.captured`). False for an update that reads numbers from
+    the device, or arrays that are not on it."""
 
 
 def together(*updates: Update) -> Update:
