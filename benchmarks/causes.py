@@ -5,8 +5,8 @@
     python benchmarks/causes.py --data FOLDER --table
 
 For each task, seed and safety expectile, SafeFQL is trained on the log (12,000 updates). A flow as
-in FISOR and an FLRP agent are then trained on the same critics (6,000 updates each). All arms play
-the same 20 starts with the noise of a deployed agent:
+in FISOR and an FLRP agent are then trained on the same critics (6,000 updates each), where an arm
+needs them. All arms play the same 20 starts with the noise of a deployed agent:
 
     student            the student's first draw
     student lowest     the lowest Q_h of 17 draws of the student
@@ -19,8 +19,11 @@ the same 20 starts with the noise of a deployed agent:
     fisor lowest       the lowest Q_h of 16 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
+    auto student, auto gate, auto default, auto behaviour, auto teacher
+                       the same with margin="auto": teacher and student are trained anew on the same
+                       critics (6,000 updates), with the margin that is measured on the log
 
-The arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
+The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
 return and cost, the share of the steps in which each branch acted, the mean support score
 -||z||^2 / 2 of the actions (`support.scores`), and a comparison of Q_h with the largest h of the
 rest of the episode. Every arm is stored under its own name, and every agent in its file, so an
@@ -36,7 +39,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from suites import read_log
 from safeshield.algorithms.fisor import ACTOR, FISOR, FISORConfig
 from safeshield.algorithms.flrp import FLRP, FLRPConfig
 from safeshield.algorithms.safefql import TEACHER, SafeFQL, SafeFQLConfig
+from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation import EPISODES, ReferenceReturns
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample
@@ -71,43 +75,71 @@ Q_h where nothing is below the gate."""
 FIRST, CANDIDATES, SEARCH, BEST, LOWEST = range(5)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trained:
-    """The three agents of a task, seed and expectile, which have the same critics."""
+    """The agents of a task, seed and expectile, which have the same critics.
 
-    safefql: SafeFQL
-    fisor: FISOR
-    flrp: FLRP
+    An agent is trained, or read from its file, when it is used for the first time.
+    """
 
-    @classmethod
-    def of(
-        cls, task: str, seed: int, expectile: str, data: Path, folder: Path, updates: int
-    ) -> Trained:
-        """Return the agents, trained now or read from their files."""
+    task: str
+    seed: int
+    expectile: str
+    data: Path
+    folder: Path
+    updates: int
 
-        def kept(kind: Any, train: Callable[[dict[str, Any]], Any]) -> Any:  # noqa: ANN401
-            path = folder / f"{task}_{expectile}_{seed}_{kind.__name__.lower()}.safetensors"
-            if not path.exists():
-                checkpoint = path.with_suffix(".checkpoint")
-                train({"checkpoint": checkpoint}).save(path)
-                checkpoint.unlink()
-            return kind.load(path, device="cpu")
-
-        def after(kind: Any, config: Any, options: dict[str, Any]) -> Any:  # noqa: ANN401
-            share = config.phase_shares[0]
-            steps, agent = round(updates * (1.0 - share)), kind(config, device="cpu")
-            return agent._fit_actor(read_log(data, task), steps, safefql, share, **options)
-
-        common: dict[str, Any] = {"seed": seed, "safety_expectile": float(expectile)}
-        safefql: SafeFQL = kept(
+    @cached_property
+    def safefql(self) -> SafeFQL:
+        """SafeFQL with its default settings."""
+        return self._kept(
             SafeFQL,
-            lambda options: SafeFQL(SafeFQLConfig(**common), device="cpu").fit(
-                read_log(data, task), steps=updates, **options
+            lambda options: SafeFQL(SafeFQLConfig(**self._common), device="cpu").fit(
+                self._log, steps=self.updates, **options
             ),
         )
-        fisor = kept(FISOR, lambda options: after(FISOR, FISORConfig(**common), options))
-        flrp = kept(FLRP, lambda options: after(FLRP, FLRPConfig(**common), options))
-        return cls(safefql, fisor, flrp)
+
+    @cached_property
+    def auto(self) -> SafeFQL:
+        """SafeFQL with margin="auto"."""
+        return self._after(SafeFQL, SafeFQLConfig(**self._common, margin="auto"), "-auto")
+
+    @cached_property
+    def fisor(self) -> FISOR:
+        """A flow as in FISOR."""
+        return self._after(FISOR, FISORConfig(**self._common))
+
+    @cached_property
+    def flrp(self) -> FLRP:
+        """FLRP."""
+        return self._after(FLRP, FLRPConfig(**self._common))
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {"seed": self.seed, "safety_expectile": float(self.expectile)}
+
+    @cached_property
+    def _log(self) -> OfflineDataset:
+        return read_log(self.data, self.task)
+
+    def _kept(self, kind: Any, train: Callable[[dict[str, Any]], Any], more: str = "") -> Any:  # noqa: ANN401
+        name = f"{self.task}_{self.expectile}_{self.seed}_{kind.__name__.lower()}{more}"
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            checkpoint = path.with_suffix(".checkpoint")
+            train({"checkpoint": checkpoint}).save(path)
+            checkpoint.unlink()
+        return kind.load(path, device="cpu")
+
+    def _after(self, kind: Any, config: Any, more: str = "") -> Any:  # noqa: ANN401
+        """Return an agent whose phases after the critics are trained on those of SafeFQL."""
+        share, agent = config.phase_shares[0], kind(config, device="cpu")
+        steps = round(self.updates * (1.0 - share))
+        return self._kept(
+            kind,
+            lambda options: agent._fit_actor(self._log, steps, self.safefql, share, **options),
+            more,
+        )
 
 
 Choice = tuple[Float, np.ndarray]
@@ -119,12 +151,12 @@ class Rules:
 
     Args:
         trained: The agents.
+        agent: The one of SafeFQL that chooses: `trained.safefql` or `trained.auto`.
         limit: Q_h below which an action passes the gate, in units of h.
         seed: Seed of the noise.
     """
 
-    def __init__(self, trained: Trained, limit: float, seed: int) -> None:
-        agent = trained.safefql
+    def __init__(self, trained: Trained, agent: SafeFQL, limit: float, seed: int) -> None:
         self.agent, self.trained, self.limit = agent, trained, limit
         self.model = agent._fitted()
         self.safety = agent._safety(self.model)
@@ -134,8 +166,9 @@ class Rules:
         """Return draws (n, each, act) of a network in n states."""
         inputs = np.repeat(states.inputs, each, axis=0)
         agents, agent = self.trained, self.agent
-        latent = agents.flrp._fitted().policy.spec.latent
-        width = latent if name == "flrp" else self.model.scaling.action_features
+        width = self.model.scaling.action_features
+        if name == "flrp":
+            width = agents.flrp._fitted().policy.spec.latent
         noise = self.rng.standard_normal((len(inputs), width)).astype(np.float32)
         if name == "student":
             rows = agent._student(inputs, noise)
@@ -236,9 +269,11 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "fisor": lambda rules, states: rules.best("fisor", states),
 }
 """Arms with a gate, which are played at several margins."""
+AUTO = ("student", "gate", "default", "behaviour", "teacher")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),
+    *((f"auto {name}", 1) for name in AUTO),
 ]
 """Name and factor of the margin of every arm."""
 
@@ -288,10 +323,10 @@ def rest_of_episode(run: Episode) -> np.ndarray:
 
 def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[str, Any]:
     """Return the result of one arm on the 20 starts of a task and seed."""
-    critics = trained.safefql._fitted().critics.safety
-    margin = trained.safefql.config.margin_of(critics)
-    rules = Rules(trained, -times * margin, seed)
-    arm = Arm(rules, {**PLAIN, **GATED}[name])
+    agent = trained.auto if name.startswith("auto ") else trained.safefql
+    margin = agent.config.margin_of(agent._fitted().critics.safety)
+    rules = Rules(trained, agent, -times * margin, seed)
+    arm = Arm(rules, {**PLAIN, **GATED}[name.removeprefix("auto ")])
     runs = run_episodes(make(task), arm, EPISODES, 100 + seed, num_envs=EPISODES)
     records = arm.records(runs)
     branch, values, score = np.concatenate(records, axis=1)
@@ -344,23 +379,25 @@ def stored(task: str, expectile: str, seed: int, name: str, times: int) -> str:
     return f"{task}_{expectile}_{seed}_{name.replace(' ', '-')}_x{times}"
 
 
-def run_here(task: str, expectile: str, seed: int, data: Path, folder: Path, updates: int) -> None:
-    """Train the agents, and play the arms without a stored result."""
+def run_here(trained: Trained, arms: list[str]) -> None:
+    """Play the arms without a stored result, and train the agents that they need."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    trained = Trained.of(task, seed, expectile, data, folder, updates)
-    references = ReferenceReturns.of_log(data / f"{task}.hdf5")
+    task, expectile, seed = trained.task, trained.expectile, trained.seed
+    references = ReferenceReturns.of_log(trained.data / f"{task}.hdf5")
 
     def compute(name: str, times: int) -> dict[str, Any]:
         row = play(trained, task, seed, name, times)
-        row |= {"expectile": expectile, "updates": updates}
+        row |= {"expectile": expectile, "updates": trained.updates}
         row["return"] = float(references.normalise(np.mean(row["returns"])))
         row["cost"] = float(np.mean(row["costs"])) / COST_LIMIT
         return row
 
     for name, times in ARMS:
+        if name not in arms:
+            continue
         key = stored(task, expectile, seed, name, times)
-        row = once(key, partial(compute, name, times), folder=folder)
+        row = once(key, partial(compute, name, times), folder=trained.folder)
         print(line(row), flush=True)
 
 
@@ -395,6 +432,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[10])
     parser.add_argument("--expectiles", nargs="+", default=list(EXPECTILES))
     parser.add_argument("--updates", type=int, default=UPDATES, help="of a whole training")
+    names = list(dict.fromkeys(name for name, _ in ARMS))
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")
     parser.add_argument("--folder", type=Path, default=RESULTS / "causes")
     parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
@@ -404,11 +443,11 @@ def main() -> None:
     cells = list(itertools.product(arguments.seeds, arguments.tasks, arguments.expectiles))
     for seed, task, expectile in cells if not arguments.table else ():
         if arguments.here:
-            run_here(task, expectile, seed, data, folder, updates)
+            run_here(Trained(task, seed, expectile, data, folder, updates), arguments.arms)
             continue
         command = [sys.executable, __file__, "--data", str(data), "--tasks", task, "--here"]
         command += ["--seeds", str(seed), "--expectiles", expectile]
-        command += ["--updates", str(updates), "--folder", str(folder)]
+        command += ["--updates", str(updates), "--folder", str(folder), "--arms", *arguments.arms]
         apart(command, f"{task} {expectile} {seed}")
     if arguments.here:
         return

@@ -134,6 +134,14 @@ class SafeFQLConfig(EulerConfig):
     """Shares of the updates for critics, teacher and student, which sum to 1. A phase with a larger
     share trains for longer. Not used when `phases` is "joint"."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margin == "auto" and self.phases == "joint":
+            raise ValueError(
+                "margin='auto' is measured between the critics' and the teacher's phase, which "
+                "phases='joint' does not have: use phases='sequential', or give a number"
+            )
+
 
 TEACHER, STUDENT = "teacher", "student"
 
@@ -152,6 +160,10 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         self._phase_steps = (self.steps,) * 3 if joint else shared
         self._critics = CriticsRun(self.model.critics, self.log, self.config, self._phase_steps[0])
 
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Return the state before the first update."""
+        return self._critics.prepared(super().initial(generator))
+
     def phases(self) -> list[Phase]:
         """Return the phases of training in order. The targets' windows get shorter in stages."""
         critics, (_, teacher, student) = self._critics, self._phase_steps
@@ -160,7 +172,14 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
             return critics.phases("joint", lambda _: together(imitate, improve))
         return [
             *critics.phases(),
-            Phase(TEACHER, teacher, imitate, self.config.batch_size),
+            Phase(
+                TEACHER,
+                teacher,
+                imitate,
+                self.config.batch_size,
+                refresh=critics.measure,
+                refresh_every=teacher,
+            ),
             # The critics do not change in this phase, so the boundary rows are found only once.
             critics.safety.phase(STUDENT, student, improve, refresh_every=student),
         ]
@@ -181,7 +200,7 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
     def _student(self, state: TrainState, draw: Draw) -> Loss:
         """Return the student's loss. The module docstring has the formula."""
         config, model = self.config, self.model
-        margin, safety = self._critics.margin, model.critics.safety
+        margin, safety = self._critics.gate(state), model.critics.safety
         critics, observations, noise = state.targets, self.log.observations[draw.rows], draw.noise
         with torch.no_grad():
             taught = euler_sample(
@@ -515,7 +534,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if not len(margins):
             raise ValueError(
                 f"margins must hold at least one number, got {margins} (the agent's own margin is "
-                f"{self.config.margin:g}): pass numbers in standard deviations of h, as [0.05, 0.1]"
+                f"{self.config.margin}): pass numbers in standard deviations of h, as [0.05, 0.1]"
             )
         self._fitted()
         return {
