@@ -324,7 +324,7 @@ def rest_of_episode(run: Episode) -> np.ndarray:
 def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[str, Any]:
     """Return the result of one arm on the 20 starts of a task and seed."""
     agent = trained.auto if name.startswith("auto ") else trained.safefql
-    margin = agent.config.margin_of(agent._fitted().critics.safety)
+    margin = agent.gate
     rules = Rules(trained, agent, -times * margin, seed)
     arm = Arm(rules, {**PLAIN, **GATED}[name.removeprefix("auto ")])
     runs = run_episodes(make(task), arm, EPISODES, 100 + seed, num_envs=EPISODES)

@@ -117,10 +117,6 @@ def agent(log: OfflineDataset) -> SafeFQL:
     return tiny(margin="auto").fit(log, steps=STEPS)
 
 
-def margin_of(agent: Any) -> float:  # noqa: ANN401
-    return float(agent.config.margin_of(agent._fitted().critics.safety))
-
-
 def test_an_agent_measures_its_margin_once_its_critics_are_trained(
     agent: SafeFQL, log: OfflineDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +124,7 @@ def test_an_agent_measures_its_margin_once_its_critics_are_trained(
     tensors = LogTensors.of(log, model.scaling, agent.device)
     measured = measured_margin(model.critics.safety, agent._networks, tensors)
     least = dataclasses.replace(TINY, margin=LEAST_MARGIN).margin_of(model.critics.safety)
-    assert margin_of(agent) == measured > least
+    assert agent.gate == measured > least
     # The losses of teacher and student have it, those of the critics the default margin.
     seen: dict[str, set[float]] = {}
     real = SafeFQLRun._student
@@ -143,8 +139,8 @@ def test_an_agent_measures_its_margin_once_its_critics_are_trained(
 
 
 def test_the_measured_margin_is_the_gate_of_the_actor(agent: SafeFQL, log: OfflineDataset) -> None:
-    number = agent.with_margin(margin_of(agent) / agent._fitted().critics.safety.scale.spread)
-    assert margin_of(number) == pytest.approx(margin_of(agent))
+    number = agent.with_margin(agent.gate / agent._fitted().critics.safety.scale.spread)
+    assert number.gate == pytest.approx(agent.gate)
     rows = log.observations[:50]
     acted = [one.predict(rows, deterministic=True)[0] for one in (agent._changed(), number)]
     np.testing.assert_array_equal(acted[0], acted[1])
@@ -172,14 +168,14 @@ def test_a_run_in_instalments_keeps_its_margin(
         tiny(margin="auto").fit(log, steps=STEPS, checkpoint=file, stop_after=stop)
     resumed = tiny(margin="auto").fit(log, steps=STEPS, checkpoint=file)
     assert_same(agent, resumed)
-    assert margin_of(resumed) == margin_of(agent)
+    assert resumed.gate == agent.gate
 
 
 def test_the_margin_is_in_the_file(agent: SafeFQL, tmp_path: Path) -> None:
     agent.save(tmp_path / "agent.safetensors")
     back = SafeFQL.load(tmp_path / "agent.safetensors", device="cpu")
     assert back.config.margin == "auto"
-    assert margin_of(back) == margin_of(agent)
+    assert back.gate == agent.gate
 
 
 def test_fisor_imitates_by_the_measured_margin(log: OfflineDataset) -> None:
@@ -188,7 +184,8 @@ def test_fisor_imitates_by_the_measured_margin(log: OfflineDataset) -> None:
         FISOR(FISORConfig(**settings, margin=margin), device="cpu").fit(log, steps=STEPS)
         for margin in ("auto", LEAST_MARGIN)
     )
-    assert margin_of(auto) > margin_of(plain)
+    margins = [one.config.margin_of(one._fitted().critics.safety) for one in (auto, plain)]
+    assert margins[0] > margins[1]
     assert any(
         not np.array_equal(array, plain._arrays["actor"][key])
         for key, array in auto._arrays["actor"].items()

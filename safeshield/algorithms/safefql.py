@@ -276,6 +276,15 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             return None
         return self._certified[1]
 
+    @property
+    def gate(self) -> float:
+        """Margin m of the gate Q_h(s, a) < -m, in units of h; with margin="auto" the measured one.
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+        """
+        return self.config.margin_of(self._fitted().critics.safety)
+
     def diagnostics(self) -> dict[str, Any]:
         """Return the promise of the record; nothing where there is no record."""
         return {} if self.record is None else {"promise": self.record.promise}
@@ -421,7 +430,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,)))
         >>> agent = agent.fit(log, steps=30)
         >>> stricter = agent.recalibrated(log, steps=15, delta=0.3)
-        >>> round(stricter.config.margin_of(stricter._fitted().critics.safety), 6)
+        >>> round(stricter.gate, 6)
         0.3
         """
         safety = self._fitted().critics.safety
@@ -431,7 +440,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
                     "delta must be given where the agent has no record, got None: call "
                     "calibrate(env) first, or pass delta"
                 )
-            delta = max(self.record.delta, self.config.margin_of(safety))
+            delta = max(self.record.delta, self.gate)
         if not 0.0 <= delta < math.inf:
             raise ValueError(
                 f"delta must be finite and at least 0, got {delta}: pass the distance of the gate "
@@ -528,8 +537,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         ['margin 0.1', 'margin 0.3']
         """
         if margins is None:
-            safety = self._fitted().critics.safety
-            own = self.config.margin_of(safety) / safety.scale.spread
+            own = self.gate / self._fitted().critics.safety.scale.spread
             margins = [own * times for times in (1, 2, 4, 8)] if own > 0 else []
         if not len(margins):
             raise ValueError(
@@ -635,7 +643,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if each == 1:
             return actions
         safety = self._safety(model)
-        limit = -self.config.margin_of(model.critics.safety)
+        limit = -self.gate
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)
         if len(at):
@@ -670,7 +678,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         gain = model.critics.reward.advantages(self._arrays, seen, actions).min(0)
         drawn = actions.reshape(count, each, width)
         values = safety.scaled_values(states, drawn)
-        below = values < -config.margin_of(model.critics.safety)
+        below = values < -self.gate
         best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
         chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]
         return chosen
