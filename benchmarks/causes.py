@@ -321,13 +321,15 @@ def rest_of_episode(run: Episode) -> np.ndarray:
     return np.asarray(np.maximum.accumulate(h[::-1])[::-1], np.float64)
 
 
-def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[str, Any]:
-    """Return the result of one arm on the 20 starts of a task and seed."""
+def play(
+    trained: Trained, task: str, seed: int, name: str, times: int, episodes: int
+) -> dict[str, Any]:
+    """Return the result of one arm on the first starts of a task and seed."""
     agent = trained.auto if name.startswith("auto ") else trained.safefql
     margin = agent.gate
     rules = Rules(trained, agent, -times * margin, seed)
     arm = Arm(rules, {**PLAIN, **GATED}[name.removeprefix("auto ")])
-    runs = run_episodes(make(task), arm, EPISODES, 100 + seed, num_envs=EPISODES)
+    runs = run_episodes(make(task), arm, episodes, 100 + seed, num_envs=EPISODES)
     records = arm.records(runs)
     branch, values, score = np.concatenate(records, axis=1)
     branch = branch.astype(int)
@@ -374,12 +376,13 @@ def _entries(run: Episode) -> np.ndarray:
     return np.asarray((before <= 0) & (run.costs > 0))
 
 
-def stored(task: str, expectile: str, seed: int, name: str, times: int) -> str:
+def stored(task: str, expectile: str, seed: int, name: str, times: int, episodes: int) -> str:
     """Return the name under which an arm is stored."""
-    return f"{task}_{expectile}_{seed}_{name.replace(' ', '-')}_x{times}"
+    more = "" if episodes == EPISODES else f"_{episodes}"
+    return f"{task}_{expectile}_{seed}_{name.replace(' ', '-')}_x{times}{more}"
 
 
-def run_here(trained: Trained, arms: list[str]) -> None:
+def run_here(trained: Trained, arms: list[tuple[str, int]], episodes: int) -> None:
     """Play the arms without a stored result, and train the agents that they need."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -387,16 +390,14 @@ def run_here(trained: Trained, arms: list[str]) -> None:
     references = ReferenceReturns.of_log(trained.data / f"{task}.hdf5")
 
     def compute(name: str, times: int) -> dict[str, Any]:
-        row = play(trained, task, seed, name, times)
+        row = play(trained, task, seed, name, times, episodes)
         row |= {"expectile": expectile, "updates": trained.updates}
         row["return"] = float(references.normalise(np.mean(row["returns"])))
         row["cost"] = float(np.mean(row["costs"])) / COST_LIMIT
         return row
 
-    for name, times in ARMS:
-        if name not in arms:
-            continue
-        key = stored(task, expectile, seed, name, times)
+    for name, times in arms:
+        key = stored(task, expectile, seed, name, times, episodes)
         row = once(key, partial(compute, name, times), folder=trained.folder)
         print(line(row), flush=True)
 
@@ -408,7 +409,8 @@ def line(row: dict[str, Any]) -> str:
     spread = "-" if residual is None else " / ".join(f"{x:.2g}" for x in residual)
     return (
         f"| {row['task']} | {row['expectile']} | {row['seed']} | {row['arm']} | {row['times']} | "
-        f"{row['return']:.2f} / {row['cost']:.2f} | {row['violating']} | {branches} | "
+        f"{row['return']:.2f} / {row['cost']:.2f} | {row['violating']} of {len(row['costs'])} | "
+        f"{branches} | "
         f"{row['support']:.2f} | {spread} | {row['passed']:.0%} | "
         f"{row['passed_then_violated']:.0%} | {sum(row['entries'].values())} "
         f"({row['entries_passed']}) |"
@@ -416,7 +418,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| task | expectile | seed | arm | margins | return / cost | violating of 20 | branches | "
+    "| task | expectile | seed | arm | margins | return / cost | violating | branches | "
     "support | h ahead - Q_h, 10 / 50 / 90% | below the gate | ... then violated | entries (below "
     "the gate) |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
@@ -434,28 +436,33 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=UPDATES, help="of a whole training")
     names = list(dict.fromkeys(name for name, _ in ARMS))
     parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")
+    parser.add_argument("--margins", nargs="+", type=int, choices=MARGINS, default=list(MARGINS))
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="starts of each arm")
     parser.add_argument("--folder", type=Path, default=RESULTS / "causes")
     parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()
     data, folder, updates = arguments.data, arguments.folder, arguments.updates
     folder.mkdir(parents=True, exist_ok=True)
+    arms = [(one, times) for one, times in ARMS if one in arguments.arms]
+    arms, episodes = [one for one in arms if one[1] in arguments.margins], arguments.episodes
     cells = list(itertools.product(arguments.seeds, arguments.tasks, arguments.expectiles))
     for seed, task, expectile in cells if not arguments.table else ():
         if arguments.here:
-            run_here(Trained(task, seed, expectile, data, folder, updates), arguments.arms)
+            run_here(Trained(task, seed, expectile, data, folder, updates), arms, episodes)
             continue
         command = [sys.executable, __file__, "--data", str(data), "--tasks", task, "--here"]
         command += ["--seeds", str(seed), "--expectiles", expectile]
         command += ["--updates", str(updates), "--folder", str(folder), "--arms", *arguments.arms]
+        command += ["--episodes", str(episodes), "--margins", *map(str, arguments.margins)]
         apart(command, f"{task} {expectile} {seed}")
     if arguments.here:
         return
     print(machine())
     print(HEAD)
     for seed, task, expectile in cells:
-        for name, times in ARMS:
-            path = folder / f"{stored(task, expectile, seed, name, times)}.json"
+        for name, times in arms:
+            path = folder / f"{stored(task, expectile, seed, name, times, episodes)}.json"
             if path.exists():
                 print(line(json.loads(path.read_text())))
 
