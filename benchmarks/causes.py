@@ -25,9 +25,10 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
 
 The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
 return and cost, the share of the steps in which each branch acted, the mean support score
--||z||^2 / 2 of the actions (`support.scores`), and a comparison of Q_h with the largest h of the
-rest of the episode. Every arm is stored under its own name, and every agent in its file, so an
-interrupted run continues where it stopped. Each task, seed and expectile runs in its own process.
+-||z||^2 / 2 of the actions (`support.scores`), a comparison of Q_h with the largest h of the rest
+of the episode, and the share of episodes that miss the margin of the gate (`calibration.margin`).
+Every arm is stored under its own name, and every agent in its file, so an interrupted run continues
+where it stopped. Each task, seed and expectile runs in its own process.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from suites import read_log
 from safeshield.algorithms.fisor import ACTOR, FISOR, FISORConfig
 from safeshield.algorithms.flrp import FLRP, FLRPConfig
 from safeshield.algorithms.safefql import TEACHER, SafeFQL, SafeFQLConfig
+from safeshield.calibration.margin import missed_levels
 from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation import EPISODES, ReferenceReturns
 from safeshield.nn.arrays import Float
@@ -178,8 +180,8 @@ class Rules:
         elif name == "flrp":
             rows = agents.flrp._fitted().policy.act(agents.flrp._arrays, inputs, noise)
         else:
-            one: Any = {"teacher": agent, "fisor": agents.fisor}[name]
-            network = {"teacher": TEACHER, "fisor": ACTOR}[name]
+            one: Any = agents.fisor if name == "fisor" else agent
+            network = ACTOR if name == "fisor" else TEACHER
             flow, steps = one._fitted().networks[network], one.config.flow_steps
             rows = euler_sample(flow, one._arrays[network], inputs, noise, steps)
         return np.asarray(rows.reshape(len(states.inputs), each, -1))
@@ -362,9 +364,30 @@ def play(
         "ahead_minus_value": [float(x) for x in np.quantile(ahead - values, (0.1, 0.5, 0.9))]
         if known
         else None,
+        "missing": missing(rules, runs, values),
         "passed": float(passed.mean()),
         "passed_then_violated": float((passed & (ahead > 0)).sum() / max(passed.sum(), 1)),
     }
+
+
+def missing(rules: Rules, runs: list[Episode], values: np.ndarray) -> float:
+    """Return the share of episodes that miss the level of the gate (`calibration.margin`).
+
+    Args:
+        rules: The rules, with their limit -m.
+        runs: The episodes.
+        values: Q_h of all their steps, one episode after the other.
+    """
+    starts = np.cumsum([0, *(len(run) for run in runs)])[:-1]
+    here, after = (
+        rules.safety.states(np.concatenate(rows)).value.astype(np.float64)
+        for rows in (
+            [run.observations for run in runs],
+            [run.next_observations for run in runs],
+        )
+    )
+    scores = missed_levels(here, after, values.astype(np.float64), starts)
+    return float(np.mean(scores > -rules.limit))
 
 
 def _entries(run: Episode) -> np.ndarray:
@@ -406,21 +429,23 @@ def line(row: dict[str, Any]) -> str:
     """Return a result as a row of a Markdown table."""
     branches = ", ".join(f"{one} {share:.0%}" for one, share in row["branches"].items() if share)
     residual = row["ahead_minus_value"]
+    missed = f"{row['missing']:.0%}" if "missing" in row else "-"
     spread = "-" if residual is None else " / ".join(f"{x:.2g}" for x in residual)
     return (
         f"| {row['task']} | {row['expectile']} | {row['seed']} | {row['arm']} | {row['times']} | "
         f"{row['return']:.2f} / {row['cost']:.2f} | {row['violating']} of {len(row['costs'])} | "
         f"{branches} | "
         f"{row['support']:.2f} | {spread} | {row['passed']:.0%} | "
-        f"{row['passed_then_violated']:.0%} | {sum(row['entries'].values())} "
+        f"{row['passed_then_violated']:.0%} | {missed} | {sum(row['entries'].values())} "
         f"({row['entries_passed']}) |"
     )
 
 
 HEAD = (
     "| task | expectile | seed | arm | margins | return / cost | violating | branches | "
-    "support | h ahead - Q_h, 10 / 50 / 90% | below the gate | ... then violated | entries (below "
-    "the gate) |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "support | h ahead - Q_h, 10 / 50 / 90% | below the gate | ... then violated | "
+    "miss the gate | entries (below the gate) |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
