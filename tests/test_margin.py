@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from test_safefql import STEPS, TINY, assert_same, tiny
 
-from safeshield import SafeFQL
+from safeshield import SafeFQL, fit_many
 from safeshield.algorithms.fisor import FISOR, FISORConfig
 from safeshield.algorithms.flrp import FLRPConfig
 from safeshield.algorithms.safefql import SafeFQLRun
@@ -169,6 +169,14 @@ def test_a_run_in_instalments_keeps_its_margin(
     resumed = tiny(margin="auto").fit(log, steps=STEPS, checkpoint=file)
     assert_same(agent, resumed)
     assert resumed.gate == agent.gate
+
+
+def test_agents_that_are_trained_together_have_margins_of_their_own(
+    agent: SafeFQL, log: OfflineDataset
+) -> None:
+    members = fit_many([tiny(margin="auto"), tiny(margin="auto", seed=1)], log, STEPS)
+    assert members[0].gate == pytest.approx(agent.gate, rel=1e-3)
+    assert members[1].gate != pytest.approx(agent.gate, rel=1e-3)
 
 
 def test_the_margin_is_in_the_file(agent: SafeFQL, tmp_path: Path) -> None:
