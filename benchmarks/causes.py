@@ -27,6 +27,7 @@ The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A resul
 return and cost, the share of the steps in which each branch acted, the mean support score
 -||z||^2 / 2 of the actions (`support.scores`), a comparison of Q_h with the largest h of the rest
 of the episode, and the share of episodes that miss the margin of the gate (`calibration.margin`).
+The default margin and the one that is measured on the log are printed for each cell.
 Every arm is stored under its own name, and every agent in its file, so an interrupted run continues
 where it stopped. Each task, seed and expectile runs in its own process.
 """
@@ -65,6 +66,8 @@ from safeshield.shield.replacement import nearest_acceptable
 from safeshield.spaces.batches import Batch
 from safeshield.suites.tasks import COST_LIMIT
 from safeshield.support.scores import SCORES
+from safeshield.training.critics import measured_margin
+from safeshield.training.log import LogTensors
 
 UPDATES = 12_000
 EXPECTILES = (".99", ".9")
@@ -115,6 +118,14 @@ class Trained:
     def flrp(self) -> FLRP:
         """FLRP."""
         return self._after(FLRP, FLRPConfig(**self._common))
+
+    def margins(self) -> dict[str, Any]:
+        """Return the default margin and the one that is measured on the log, in units of h."""
+        model, arrays = self.safefql._fitted(), self.safefql._networks
+        log = LogTensors.of(self._log, model.scaling, torch.device("cpu"))
+        measured = measured_margin(model.critics.safety, arrays, log)
+        cell = {"task": self.task, "expectile": self.expectile, "seed": self.seed}
+        return {**cell, "margin": self.safefql.gate, "measured": measured}
 
     @property
     def _common(self) -> dict[str, Any]:
@@ -419,10 +430,24 @@ def run_here(trained: Trained, arms: list[tuple[str, int]], episodes: int) -> No
         row["cost"] = float(np.mean(row["costs"])) / COST_LIMIT
         return row
 
+    found = once(margins(task, expectile, seed), trained.margins, folder=trained.folder)
+    print(margin_line(found), flush=True)
     for name, times in arms:
         key = stored(task, expectile, seed, name, times, episodes)
         row = once(key, partial(compute, name, times), folder=trained.folder)
         print(line(row), flush=True)
+
+
+def margins(task: str, expectile: str, seed: int) -> str:
+    """Return the name under which the margins of a cell are stored."""
+    return f"{task}_{expectile}_{seed}_margins"
+
+
+def margin_line(found: dict[str, Any]) -> str:
+    """Return the margins of a cell as a line of text."""
+    cell = f"{found['task']} {found['expectile']} {found['seed']}"
+    times = found["measured"] / found["margin"]
+    return f"{cell}: margin {found['margin']:.3g}, measured {found['measured']:.3g} (x {times:.2f})"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -484,6 +509,10 @@ def main() -> None:
     if arguments.here:
         return
     print(machine())
+    for seed, task, expectile in cells:
+        path = folder / f"{margins(task, expectile, seed)}.json"
+        if path.exists():
+            print(margin_line(json.loads(path.read_text())))
     print(HEAD)
     for seed, task, expectile in cells:
         for name, times in arms:
