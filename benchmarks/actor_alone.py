@@ -93,7 +93,7 @@ def run(seed: int, steps: int, folder: Path) -> dict[str, Any]:
         """Add the promise and the play of an actor, and return it with its record."""
         told = promised(one, seed)
         certified: SafeFQL = told.pop("agent")
-        row[f"{name}_gate"] = one.config.margin_of(safety)
+        row[f"{name}_gate"] = one.gate
         row.update({f"{name}_{key}": value for key, value in told.items()})
         row.update(played(name, one))
         return certified

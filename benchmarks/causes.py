@@ -5,8 +5,8 @@
     python benchmarks/causes.py --data FOLDER --table
 
 For each task, seed and safety expectile, SafeFQL is trained on the log (12,000 updates). A flow as
-in FISOR and an FLRP agent are then trained on the same critics (6,000 updates each). All arms play
-the same 20 starts with the noise of a deployed agent:
+in FISOR and an FLRP agent are then trained on the same critics (6,000 updates each), where an arm
+needs them. All arms play the same 20 starts with the noise of a deployed agent:
 
     student            the student's first draw
     student lowest     the lowest Q_h of 17 draws of the student
@@ -19,12 +19,17 @@ the same 20 starts with the noise of a deployed agent:
     fisor lowest       the lowest Q_h of 16 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
+    auto student, auto gate, auto default, auto behaviour, auto teacher
+                       the same with margin="auto": teacher and student are trained anew on the same
+                       critics (6,000 updates), with the margin that is measured on the log
 
-The arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
+The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
 return and cost, the share of the steps in which each branch acted, the mean support score
--||z||^2 / 2 of the actions (`support.scores`), and a comparison of Q_h with the largest h of the
-rest of the episode. Every arm is stored under its own name, and every agent in its file, so an
-interrupted run continues where it stopped. Each task, seed and expectile runs in its own process.
+-||z||^2 / 2 of the actions (`support.scores`), a comparison of Q_h with the largest h of the rest
+of the episode, and the share of episodes that miss the margin of the gate (`calibration.margin`).
+The default margin and the one that is measured on the log are printed for each cell.
+Every arm is stored under its own name, and every agent in its file, so an interrupted run continues
+where it stopped. Each task, seed and expectile runs in its own process.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +54,8 @@ from suites import read_log
 from safeshield.algorithms.fisor import ACTOR, FISOR, FISORConfig
 from safeshield.algorithms.flrp import FLRP, FLRPConfig
 from safeshield.algorithms.safefql import TEACHER, SafeFQL, SafeFQLConfig
+from safeshield.calibration.margin import missed_levels
+from safeshield.data.dataset import OfflineDataset
 from safeshield.evaluation import EPISODES, ReferenceReturns
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample
@@ -59,6 +66,8 @@ from safeshield.shield.replacement import nearest_acceptable
 from safeshield.spaces.batches import Batch
 from safeshield.suites.tasks import COST_LIMIT
 from safeshield.support.scores import SCORES
+from safeshield.training.critics import measured_margin
+from safeshield.training.log import LogTensors
 
 UPDATES = 12_000
 EXPECTILES = (".99", ".9")
@@ -71,43 +80,79 @@ Q_h where nothing is below the gate."""
 FIRST, CANDIDATES, SEARCH, BEST, LOWEST = range(5)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Trained:
-    """The three agents of a task, seed and expectile, which have the same critics."""
+    """The agents of a task, seed and expectile, which have the same critics.
 
-    safefql: SafeFQL
-    fisor: FISOR
-    flrp: FLRP
+    An agent is trained, or read from its file, when it is used for the first time.
+    """
 
-    @classmethod
-    def of(
-        cls, task: str, seed: int, expectile: str, data: Path, folder: Path, updates: int
-    ) -> Trained:
-        """Return the agents, trained now or read from their files."""
+    task: str
+    seed: int
+    expectile: str
+    data: Path
+    folder: Path
+    updates: int
 
-        def kept(kind: Any, train: Callable[[dict[str, Any]], Any]) -> Any:  # noqa: ANN401
-            path = folder / f"{task}_{expectile}_{seed}_{kind.__name__.lower()}.safetensors"
-            if not path.exists():
-                checkpoint = path.with_suffix(".checkpoint")
-                train({"checkpoint": checkpoint}).save(path)
-                checkpoint.unlink()
-            return kind.load(path, device="cpu")
-
-        def after(kind: Any, config: Any, options: dict[str, Any]) -> Any:  # noqa: ANN401
-            share = config.phase_shares[0]
-            steps, agent = round(updates * (1.0 - share)), kind(config, device="cpu")
-            return agent._fit_actor(read_log(data, task), steps, safefql, share, **options)
-
-        common: dict[str, Any] = {"seed": seed, "safety_expectile": float(expectile)}
-        safefql: SafeFQL = kept(
+    @cached_property
+    def safefql(self) -> SafeFQL:
+        """SafeFQL with its default settings."""
+        return self._kept(
             SafeFQL,
-            lambda options: SafeFQL(SafeFQLConfig(**common), device="cpu").fit(
-                read_log(data, task), steps=updates, **options
+            lambda options: SafeFQL(SafeFQLConfig(**self._common), device="cpu").fit(
+                self._log, steps=self.updates, **options
             ),
         )
-        fisor = kept(FISOR, lambda options: after(FISOR, FISORConfig(**common), options))
-        flrp = kept(FLRP, lambda options: after(FLRP, FLRPConfig(**common), options))
-        return cls(safefql, fisor, flrp)
+
+    @cached_property
+    def auto(self) -> SafeFQL:
+        """SafeFQL with margin="auto"."""
+        return self._after(SafeFQL, SafeFQLConfig(**self._common, margin="auto"), "-auto")
+
+    @cached_property
+    def fisor(self) -> FISOR:
+        """A flow as in FISOR."""
+        return self._after(FISOR, FISORConfig(**self._common))
+
+    @cached_property
+    def flrp(self) -> FLRP:
+        """FLRP."""
+        return self._after(FLRP, FLRPConfig(**self._common))
+
+    def margins(self) -> dict[str, Any]:
+        """Return the default margin and the one that is measured on the log, in units of h."""
+        model, arrays = self.safefql._fitted(), self.safefql._networks
+        log = LogTensors.of(self._log, model.scaling, torch.device("cpu"))
+        measured = measured_margin(model.critics.safety, arrays, log)
+        cell = {"task": self.task, "expectile": self.expectile, "seed": self.seed}
+        return {**cell, "margin": self.safefql.gate, "measured": measured}
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {"seed": self.seed, "safety_expectile": float(self.expectile)}
+
+    @cached_property
+    def _log(self) -> OfflineDataset:
+        return read_log(self.data, self.task)
+
+    def _kept(self, kind: Any, train: Callable[[dict[str, Any]], Any], more: str = "") -> Any:  # noqa: ANN401
+        name = f"{self.task}_{self.expectile}_{self.seed}_{kind.__name__.lower()}{more}"
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            checkpoint = path.with_suffix(".checkpoint")
+            train({"checkpoint": checkpoint}).save(path)
+            checkpoint.unlink()
+        return kind.load(path, device="cpu")
+
+    def _after(self, kind: Any, config: Any, more: str = "") -> Any:  # noqa: ANN401
+        """Return an agent whose phases after the critics are trained on those of SafeFQL."""
+        share, agent = config.phase_shares[0], kind(config, device="cpu")
+        steps = round(self.updates * (1.0 - share))
+        return self._kept(
+            kind,
+            lambda options: agent._fit_actor(self._log, steps, self.safefql, share, **options),
+            more,
+        )
 
 
 Choice = tuple[Float, np.ndarray]
@@ -119,12 +164,12 @@ class Rules:
 
     Args:
         trained: The agents.
+        agent: The one of SafeFQL that chooses: `trained.safefql` or `trained.auto`.
         limit: Q_h below which an action passes the gate, in units of h.
         seed: Seed of the noise.
     """
 
-    def __init__(self, trained: Trained, limit: float, seed: int) -> None:
-        agent = trained.safefql
+    def __init__(self, trained: Trained, agent: SafeFQL, limit: float, seed: int) -> None:
         self.agent, self.trained, self.limit = agent, trained, limit
         self.model = agent._fitted()
         self.safety = agent._safety(self.model)
@@ -134,8 +179,9 @@ class Rules:
         """Return draws (n, each, act) of a network in n states."""
         inputs = np.repeat(states.inputs, each, axis=0)
         agents, agent = self.trained, self.agent
-        latent = agents.flrp._fitted().policy.spec.latent
-        width = latent if name == "flrp" else self.model.scaling.action_features
+        width = self.model.scaling.action_features
+        if name == "flrp":
+            width = agents.flrp._fitted().policy.spec.latent
         noise = self.rng.standard_normal((len(inputs), width)).astype(np.float32)
         if name == "student":
             rows = agent._student(inputs, noise)
@@ -145,8 +191,8 @@ class Rules:
         elif name == "flrp":
             rows = agents.flrp._fitted().policy.act(agents.flrp._arrays, inputs, noise)
         else:
-            one: Any = {"teacher": agent, "fisor": agents.fisor}[name]
-            network = {"teacher": TEACHER, "fisor": ACTOR}[name]
+            one: Any = agents.fisor if name == "fisor" else agent
+            network = ACTOR if name == "fisor" else TEACHER
             flow, steps = one._fitted().networks[network], one.config.flow_steps
             rows = euler_sample(flow, one._arrays[network], inputs, noise, steps)
         return np.asarray(rows.reshape(len(states.inputs), each, -1))
@@ -236,9 +282,11 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "fisor": lambda rules, states: rules.best("fisor", states),
 }
 """Arms with a gate, which are played at several margins."""
+AUTO = ("student", "gate", "default", "behaviour", "teacher")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),
+    *((f"auto {name}", 1) for name in AUTO),
 ]
 """Name and factor of the margin of every arm."""
 
@@ -286,13 +334,15 @@ def rest_of_episode(run: Episode) -> np.ndarray:
     return np.asarray(np.maximum.accumulate(h[::-1])[::-1], np.float64)
 
 
-def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[str, Any]:
-    """Return the result of one arm on the 20 starts of a task and seed."""
-    critics = trained.safefql._fitted().critics.safety
-    margin = trained.safefql.config.margin_of(critics)
-    rules = Rules(trained, -times * margin, seed)
-    arm = Arm(rules, {**PLAIN, **GATED}[name])
-    runs = run_episodes(make(task), arm, EPISODES, 100 + seed, num_envs=EPISODES)
+def play(
+    trained: Trained, task: str, seed: int, name: str, times: int, episodes: int
+) -> dict[str, Any]:
+    """Return the result of one arm on the first starts of a task and seed."""
+    agent = trained.auto if name.startswith("auto ") else trained.safefql
+    margin = agent.gate
+    rules = Rules(trained, agent, -times * margin, seed)
+    arm = Arm(rules, {**PLAIN, **GATED}[name.removeprefix("auto ")])
+    runs = run_episodes(make(task), arm, episodes, 100 + seed, num_envs=EPISODES)
     records = arm.records(runs)
     branch, values, score = np.concatenate(records, axis=1)
     branch = branch.astype(int)
@@ -325,9 +375,30 @@ def play(trained: Trained, task: str, seed: int, name: str, times: int) -> dict[
         "ahead_minus_value": [float(x) for x in np.quantile(ahead - values, (0.1, 0.5, 0.9))]
         if known
         else None,
+        "missing": missing(rules, runs, values),
         "passed": float(passed.mean()),
         "passed_then_violated": float((passed & (ahead > 0)).sum() / max(passed.sum(), 1)),
     }
+
+
+def missing(rules: Rules, runs: list[Episode], values: np.ndarray) -> float:
+    """Return the share of episodes that miss the level of the gate (`calibration.margin`).
+
+    Args:
+        rules: The rules, with their limit -m.
+        runs: The episodes.
+        values: Q_h of all their steps, one episode after the other.
+    """
+    starts = np.cumsum([0, *(len(run) for run in runs)])[:-1]
+    here, after = (
+        rules.safety.states(np.concatenate(rows)).value.astype(np.float64)
+        for rows in (
+            [run.observations for run in runs],
+            [run.next_observations for run in runs],
+        )
+    )
+    scores = missed_levels(here, after, values.astype(np.float64), starts)
+    return float(np.mean(scores > -rules.limit))
 
 
 def _entries(run: Episode) -> np.ndarray:
@@ -339,49 +410,67 @@ def _entries(run: Episode) -> np.ndarray:
     return np.asarray((before <= 0) & (run.costs > 0))
 
 
-def stored(task: str, expectile: str, seed: int, name: str, times: int) -> str:
+def stored(task: str, expectile: str, seed: int, name: str, times: int, episodes: int) -> str:
     """Return the name under which an arm is stored."""
-    return f"{task}_{expectile}_{seed}_{name.replace(' ', '-')}_x{times}"
+    more = "" if episodes == EPISODES else f"_{episodes}"
+    return f"{task}_{expectile}_{seed}_{name.replace(' ', '-')}_x{times}{more}"
 
 
-def run_here(task: str, expectile: str, seed: int, data: Path, folder: Path, updates: int) -> None:
-    """Train the agents, and play the arms without a stored result."""
+def run_here(trained: Trained, arms: list[tuple[str, int]], episodes: int) -> None:
+    """Play the arms without a stored result, and train the agents that they need."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    trained = Trained.of(task, seed, expectile, data, folder, updates)
-    references = ReferenceReturns.of_log(data / f"{task}.hdf5")
+    task, expectile, seed = trained.task, trained.expectile, trained.seed
+    references = ReferenceReturns.of_log(trained.data / f"{task}.hdf5")
 
     def compute(name: str, times: int) -> dict[str, Any]:
-        row = play(trained, task, seed, name, times)
-        row |= {"expectile": expectile, "updates": updates}
+        row = play(trained, task, seed, name, times, episodes)
+        row |= {"expectile": expectile, "updates": trained.updates}
         row["return"] = float(references.normalise(np.mean(row["returns"])))
         row["cost"] = float(np.mean(row["costs"])) / COST_LIMIT
         return row
 
-    for name, times in ARMS:
-        key = stored(task, expectile, seed, name, times)
-        row = once(key, partial(compute, name, times), folder=folder)
+    found = once(margins(task, expectile, seed), trained.margins, folder=trained.folder)
+    print(margin_line(found), flush=True)
+    for name, times in arms:
+        key = stored(task, expectile, seed, name, times, episodes)
+        row = once(key, partial(compute, name, times), folder=trained.folder)
         print(line(row), flush=True)
+
+
+def margins(task: str, expectile: str, seed: int) -> str:
+    """Return the name under which the margins of a cell are stored."""
+    return f"{task}_{expectile}_{seed}_margins"
+
+
+def margin_line(found: dict[str, Any]) -> str:
+    """Return the margins of a cell as a line of text."""
+    cell = f"{found['task']} {found['expectile']} {found['seed']}"
+    times = found["measured"] / found["margin"]
+    return f"{cell}: margin {found['margin']:.3g}, measured {found['measured']:.3g} (x {times:.2f})"
 
 
 def line(row: dict[str, Any]) -> str:
     """Return a result as a row of a Markdown table."""
     branches = ", ".join(f"{one} {share:.0%}" for one, share in row["branches"].items() if share)
     residual = row["ahead_minus_value"]
+    missed = f"{row['missing']:.0%}" if "missing" in row else "-"
     spread = "-" if residual is None else " / ".join(f"{x:.2g}" for x in residual)
     return (
         f"| {row['task']} | {row['expectile']} | {row['seed']} | {row['arm']} | {row['times']} | "
-        f"{row['return']:.2f} / {row['cost']:.2f} | {row['violating']} | {branches} | "
+        f"{row['return']:.2f} / {row['cost']:.2f} | {row['violating']} of {len(row['costs'])} | "
+        f"{branches} | "
         f"{row['support']:.2f} | {spread} | {row['passed']:.0%} | "
-        f"{row['passed_then_violated']:.0%} | {sum(row['entries'].values())} "
+        f"{row['passed_then_violated']:.0%} | {missed} | {sum(row['entries'].values())} "
         f"({row['entries_passed']}) |"
     )
 
 
 HEAD = (
-    "| task | expectile | seed | arm | margins | return / cost | violating of 20 | branches | "
-    "support | h ahead - Q_h, 10 / 50 / 90% | below the gate | ... then violated | entries (below "
-    "the gate) |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| task | expectile | seed | arm | margins | return / cost | violating | branches | "
+    "support | h ahead - Q_h, 10 / 50 / 90% | below the gate | ... then violated | "
+    "miss the gate | entries (below the gate) |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -395,28 +484,39 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[10])
     parser.add_argument("--expectiles", nargs="+", default=list(EXPECTILES))
     parser.add_argument("--updates", type=int, default=UPDATES, help="of a whole training")
+    names = list(dict.fromkeys(name for name, _ in ARMS))
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, metavar="ARM")
+    parser.add_argument("--margins", nargs="+", type=int, choices=MARGINS, default=list(MARGINS))
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="starts of each arm")
     parser.add_argument("--folder", type=Path, default=RESULTS / "causes")
     parser.add_argument("--here", action="store_true", help="run in this process")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
     arguments = parser.parse_args()
     data, folder, updates = arguments.data, arguments.folder, arguments.updates
     folder.mkdir(parents=True, exist_ok=True)
+    arms = [(one, times) for one, times in ARMS if one in arguments.arms]
+    arms, episodes = [one for one in arms if one[1] in arguments.margins], arguments.episodes
     cells = list(itertools.product(arguments.seeds, arguments.tasks, arguments.expectiles))
     for seed, task, expectile in cells if not arguments.table else ():
         if arguments.here:
-            run_here(task, expectile, seed, data, folder, updates)
+            run_here(Trained(task, seed, expectile, data, folder, updates), arms, episodes)
             continue
         command = [sys.executable, __file__, "--data", str(data), "--tasks", task, "--here"]
         command += ["--seeds", str(seed), "--expectiles", expectile]
-        command += ["--updates", str(updates), "--folder", str(folder)]
+        command += ["--updates", str(updates), "--folder", str(folder), "--arms", *arguments.arms]
+        command += ["--episodes", str(episodes), "--margins", *map(str, arguments.margins)]
         apart(command, f"{task} {expectile} {seed}")
     if arguments.here:
         return
     print(machine())
+    for seed, task, expectile in cells:
+        path = folder / f"{margins(task, expectile, seed)}.json"
+        if path.exists():
+            print(margin_line(json.loads(path.read_text())))
     print(HEAD)
     for seed, task, expectile in cells:
-        for name, times in ARMS:
-            path = folder / f"{stored(task, expectile, seed, name, times)}.json"
+        for name, times in arms:
+            path = folder / f"{stored(task, expectile, seed, name, times, episodes)}.json"
             if path.exists():
                 print(line(json.loads(path.read_text())))
 

@@ -17,19 +17,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from safeshield.files.settings import NonNegative, PositiveInt, TwoPhases
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.spaces.scaling import Scaling
-from safeshield.training.config import EulerConfig
+from safeshield.training.config import EulerConfig, Margin
 from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
 from safeshield.training.imitation import flow_update
 from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.schedule import phase_steps
-from safeshield.training.state import Phase
+from safeshield.training.state import Phase, TrainState
 
 ACTOR = "actor"
 
@@ -38,10 +39,10 @@ ACTOR = "actor"
 class FISORConfig(EulerConfig):
     """Settings of the FISOR-style baseline."""
 
-    margin: NonNegative = 0.0
+    margin: Margin = 0.0
     """Distance from the boundary at which an action already counts as unsafe, in standard
     deviations of h over the log. A larger margin makes the actor more cautious. The paper has no
-    margin."""
+    margin. "auto" measures it when the critics are trained, as in `ValueConfig.margin`."""
     reward_temperature: NonNegative = 3.0
     """Temperature b_r: the factor of the reward advantage, in units of one step's advantage, in the
     exponent of the weights in feasible states. A larger value imitates mainly the actions of high
@@ -62,17 +63,25 @@ class FISORConfig(EulerConfig):
 class _Run(Run[CriticArchitecture, FISORConfig]):
     """The two phases: the critics, then the weighted actor."""
 
+    def __post_init__(self) -> None:
+        critic_steps, self._actor_steps = phase_steps(self.steps, self.config.phase_shares)
+        self._critics = CriticsRun(self.model.critics, self.log, self.config, critic_steps)
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        return self._critics.prepared(super().initial(generator))
+
     def phases(self) -> list[Phase]:
-        config = self.config
-        critic_steps, actor_steps = phase_steps(self.steps, config.phase_shares)
-        critics = CriticsRun(self.model.critics, self.log, config, critic_steps)
+        config, critics, steps = self.config, self._critics, self._actor_steps
         weigh = critics.imitation(
             reward_temperature=config.reward_temperature,
             safety_temperature=config.safety_temperature,
         )
         network, rate = self.model.networks[ACTOR], config.learning_rate
-        update = flow_update(ACTOR, network, self.log, rate, actor_steps, weigh)
-        return [*critics.phases(), Phase(ACTOR, actor_steps, update, config.batch_size)]
+        update = flow_update(ACTOR, network, self.log, rate, steps, weigh)
+        actor = Phase(
+            ACTOR, steps, update, config.batch_size, refresh=critics.measure, refresh_every=steps
+        )
+        return [*critics.phases(), actor]
 
 
 @register("fisor")

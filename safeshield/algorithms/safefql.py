@@ -135,6 +135,14 @@ class SafeFQLConfig(EulerConfig):
     """Shares of the updates for critics, teacher and student, which sum to 1. A phase with a larger
     share trains for longer. Not used when `phases` is "joint"."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margin == "auto" and self.phases == "joint":
+            raise ValueError(
+                "margin='auto' is measured between the critics' and the teacher's phase, which "
+                "phases='joint' does not have: use phases='sequential', or give a number"
+            )
+
 
 TEACHER, STUDENT = "teacher", "student"
 
@@ -153,6 +161,10 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
         self._phase_steps = (self.steps,) * 3 if joint else shared
         self._critics = CriticsRun(self.model.critics, self.log, self.config, self._phase_steps[0])
 
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Return the state before the first update."""
+        return self._critics.prepared(super().initial(generator))
+
     def phases(self) -> list[Phase]:
         """Return the phases of training in order. The targets' windows get shorter in stages."""
         critics, (_, teacher, student) = self._critics, self._phase_steps
@@ -161,7 +173,14 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
             return critics.phases("joint", lambda _: together(imitate, improve))
         return [
             *critics.phases(),
-            Phase(TEACHER, teacher, imitate, self.config.batch_size),
+            Phase(
+                TEACHER,
+                teacher,
+                imitate,
+                self.config.batch_size,
+                refresh=critics.measure,
+                refresh_every=teacher,
+            ),
             # The critics do not change in this phase, so the boundary rows are found only once.
             critics.safety.phase(STUDENT, student, improve, refresh_every=student),
         ]
@@ -182,7 +201,7 @@ class SafeFQLRun(Run[CriticArchitecture, SafeFQLConfig]):
     def _student(self, state: TrainState, draw: Draw) -> Loss:
         """Return the student's loss. The module docstring has the formula."""
         config, model = self.config, self.model
-        margin, safety = self._critics.margin, model.critics.safety
+        margin, safety = self._critics.gate(state), model.critics.safety
         critics, observations, noise = state.targets, self.log.observations[draw.rows], draw.noise
         with torch.no_grad():
             taught = euler_sample(
@@ -257,6 +276,15 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if self._certified is None or self._certified[0] != self.config:
             return None
         return self._certified[1]
+
+    @property
+    def gate(self) -> float:
+        """Margin m of the gate Q_h(s, a) < -m, in units of h; with margin="auto" the measured one.
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+        """
+        return self.config.margin_of(self._fitted().critics.safety)
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the promise of the record; nothing where there is no record."""
@@ -403,7 +431,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         >>> agent = SafeFQL(SafeFQLConfig(critic_hidden=(16,), flow_hidden=(16,)))
         >>> agent = agent.fit(log, steps=30)
         >>> stricter = agent.recalibrated(log, steps=15, delta=0.3)
-        >>> round(stricter.config.margin_of(stricter._fitted().critics.safety), 6)
+        >>> round(stricter.gate, 6)
         0.3
         """
         safety = self._fitted().critics.safety
@@ -413,7 +441,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
                     "delta must be given where the agent has no record, got None: call "
                     "calibrate(env) first, or pass delta"
                 )
-            delta = max(self.record.delta, self.config.margin_of(safety))
+            delta = max(self.record.delta, self.gate)
         if not 0.0 <= delta < math.inf:
             raise ValueError(
                 f"delta must be finite and at least 0, got {delta}: pass the distance of the gate "
@@ -510,13 +538,12 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         ['margin 0.1', 'margin 0.3']
         """
         if margins is None:
-            safety = self._fitted().critics.safety
-            own = self.config.margin_of(safety) / safety.scale.spread
+            own = self.gate / self._fitted().critics.safety.scale.spread
             margins = [own * times for times in (1, 2, 4, 8)] if own > 0 else []
         if not len(margins):
             raise ValueError(
                 f"margins must hold at least one number, got {margins} (the agent's own margin is "
-                f"{self.config.margin:g}): pass numbers in standard deviations of h, as [0.05, 0.1]"
+                f"{self.config.margin}): pass numbers in standard deviations of h, as [0.05, 0.1]"
             )
         self._fitted()
         return {
@@ -619,7 +646,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if each == 1:
             return actions
         safety = self._safety(model)
-        limit = -self.config.margin_of(model.critics.safety)
+        limit = -self.gate
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)
         if len(at):
@@ -654,7 +681,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         gain = model.critics.reward.advantages(self._arrays, seen, actions).min(0)
         drawn = actions.reshape(count, each, width)
         values = safety.scaled_values(states, drawn)
-        below = values < -config.margin_of(model.critics.safety)
+        below = values < -self.gate
         best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
         chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]
         return chosen

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from safeshield.files.settings import (
     Fraction,
-    NonNegative,
     Positive,
     PositiveInt,
     Rate,
+    Rule,
     Seed,
     Settings,
     Share,
@@ -20,6 +20,16 @@ from safeshield.files.settings import (
 if TYPE_CHECKING:
     from safeshield.values.safety import SafetyCritics
 
+Margin = Annotated[
+    float | Literal["auto"],
+    Rule(
+        "be at least 0, or 'auto'",
+        lambda value: value == "auto" or value >= 0,
+        tells_kind=True,
+    ),
+]
+LEAST_MARGIN = 0.058
+"""The default of the setting `margin`, which is also the least value of a measured margin."""
 PAPER_VALUES: dict[str, Any] = {
     "reward_expectile": 0.9,
     "safety_expectile": 0.9,
@@ -101,11 +111,14 @@ class ValueConfig(SafetyConfig):
     reward_expectile: Fraction = 0.95
     """Expectile of V_r over the logged actions, between 0 and 1. At 0.5 V_r is their mean; nearer 1
     it approaches the value of the best ones."""
-    margin: NonNegative = 0.058
+    margin: Margin = LEAST_MARGIN
     """Distance from the boundary at which an action already counts as unsafe, in standard
     deviations of h over the log. A larger margin makes the actor more cautious; 0 means no margin.
     For continuous labels a margin above 0 is at least the typical change of h in one step
-    (sigma_h), because a thinner margin has no effect on an actor."""
+    (sigma_h), because a thinner margin has no effect on an actor. "auto" measures the margin on the
+    episodes of the log when the critics are trained: it is the level that a new episode misses with
+    a probability of at most 10% (`calibration.margin`), and at least the default margin, with which
+    the critics are trained."""
 
     @classmethod
     def preset(cls, name: str, task: str | None = None, **changes: Any) -> Self:  # noqa: ANN401
@@ -138,11 +151,16 @@ class ValueConfig(SafetyConfig):
         return cls(**{**settings, **changes})
 
     def margin_of(self, safety: SafetyCritics) -> float:
-        """Return the setting `margin` in units of h; `safety` knows the standard deviation of h."""
-        share = self.margin * safety.scale.spread
+        """Return the setting `margin` in units of h.
+
+        `safety` knows the standard deviation of h and, for "auto", the measured margin.
+        """
+        number = LEAST_MARGIN if isinstance(self.margin, str) else self.margin
+        share = number * safety.scale.spread
         # The minimum of one step's change is for continuous labels only. A binary label changes in
         # one step by more than the whole distance between safe and unsafe.
-        return max(share, safety.scale.step_rms) if safety.continuous and self.margin else share
+        least = max(share, safety.scale.step_rms) if safety.continuous and number else share
+        return max(least, safety.margin or 0.0) if isinstance(self.margin, str) else least
 
 
 @dataclass(frozen=True)

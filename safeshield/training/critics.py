@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from safeshield.calibration.margin import conformal_margin, missed_levels
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number
 from safeshield.files.tensors import content_digest
@@ -20,7 +22,13 @@ from safeshield.training.architecture import CRITICS, Architecture, Interface
 from safeshield.training.checkpoint import flatten
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
-from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
+from safeshield.training.log import (
+    POOL,
+    LogTensors,
+    check_boundary,
+    logged_returns,
+    scale_of_returns,
+)
 from safeshield.training.loop import FitOptions
 from safeshield.training.safety import SafetyLog, restored_safety, safety_header, safety_units
 from safeshield.training.state import (
@@ -38,7 +46,10 @@ from safeshield.values.backup import RewardWindow, reward_windows, rows_of, wind
 from safeshield.values.reward import VALUE as REWARD_VALUE
 from safeshield.values.reward import RewardBatch, RewardCritics
 from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
+from safeshield.values.units import action_value
 
+MARGIN = "margin"
+"""Name of the measured margin among the statistics of a training state."""
 _VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
 ConfigT = TypeVar("ConfigT", bound=ValueConfig)
 ModelT = TypeVar("ModelT", bound="CriticArchitecture")
@@ -166,10 +177,50 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         check_continuous(interface.action_space, type(self).__name__)
         return self._architecture(interface, Critics.restore(units, interface.scaling, self.config))
 
+    def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
+        if self.config.margin != "auto":
+            return model
+        critics, safety = model.critics, model.critics.safety
+        safety = replace(safety, margin=measured_margin(safety, self._networks, log))
+        return replace(model, critics=replace(critics, safety=safety))
+
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
         for number in header["reward_scale"]:
             finite_number(number, "reward_scale")
         return super()._restore(interface, header)
+
+
+def measured_margin(safety: SafetyCritics, networks: Networks, log: LogTensors) -> float:
+    """Return the margin of `calibration.margin` for safety critics and the episodes of a log.
+
+    The states of the log have their labels as h.
+
+    Args:
+        safety: Description of the safety critics.
+        networks: Their weights.
+        log: The log.
+
+    Raises:
+        ValueError: The log has too few episodes.
+    """
+    values, after, action_values = [], [], []
+    with torch.no_grad():
+        for first in range(0, len(log), POOL):
+            part = slice(first, first + POOL)
+            seen, actions = log.observations[part], log.actions[part]
+            here = safety.log_value(networks, seen, log.constraints[part])
+            worst = safety.advantages(networks, seen, actions).amax(0)
+            there = log.next_observations[part]
+            after.append(safety.log_value(networks, there, log.next_constraints[part]))
+            values.append(here)
+            action_values.append(action_value(safety.scale, here, worst))
+    columns = [
+        torch.cat(parts).cpu().numpy().astype(np.float64)
+        for parts in (values, after, action_values)
+    ]
+    last = np.unique(log.episode_last.cpu().numpy())
+    starts = np.append(0, last[:-1] + 1)
+    return conformal_margin(missed_levels(columns[0], columns[1], columns[2], starts))
 
 
 @dataclass(eq=False)
@@ -316,8 +367,35 @@ class CriticsRun:
 
     @property
     def margin(self) -> float:
-        """Distance from the boundary at which an action counts as unsafe, in units of h."""
+        """Distance from the boundary at which an action counts as unsafe, in units of h.
+
+        Where it is measured, this is the margin of the critics' own phase; see `gate`.
+        """
         return self.config.margin_of(self.critics.safety)
+
+    def gate(self, state: TrainState) -> float | Tensor:
+        """Return the margin of the actor's losses, in units of h: the measured one of `state`."""
+        return state.scales.get(MARGIN, self.margin)
+
+    def prepared(self, state: TrainState) -> TrainState:
+        """Return the initial `state` of a run, with a place for the margin if it is measured."""
+        if self.config.margin != "auto":
+            return state
+        margin = torch.tensor(self.margin, device=state.boundary_rows.device)
+        return state._replace(scales={**state.scales, MARGIN: margin})
+
+    @property
+    def measure(self) -> Callable[[TrainState, torch.Generator], TrainState] | None:
+        """Function that measures the margin with the critics of a state, and adds it to the state.
+
+        It is the `refresh` of the first phase after the critics; None where the margin is a number.
+        """
+        return self._measured if self.config.margin == "auto" else None
+
+    def _measured(self, state: TrainState, generator: torch.Generator) -> TrainState:
+        measured = measured_margin(self.critics.safety, state.targets, self.log)
+        margin = torch.full_like(state.scales[MARGIN], max(self.margin, measured))
+        return state._replace(scales={**state.scales, MARGIN: margin})
 
     def imitation(
         self, *, reward_temperature: float, safety_temperature: float
@@ -337,7 +415,7 @@ class CriticsRun:
                     state.targets,
                     self.log.observations[rows],
                     self.log.actions[rows],
-                    self.margin,
+                    self.gate(state),
                     reward_temperature=reward_temperature,
                     safety_temperature=safety_temperature,
                 )

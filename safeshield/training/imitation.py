@@ -35,7 +35,7 @@ def imitation_weights(
     networks: Networks,
     observations: Tensor,
     actions: Tensor,
-    margin: float,
+    margin: float | Tensor,
     *,
     reward_temperature: float,
     safety_temperature: float,

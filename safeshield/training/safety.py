@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import finite_number
 from safeshield.nn.mlp import Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import SafetyConfig
@@ -164,6 +165,7 @@ def safety_units(dataset: OfflineDataset) -> dict[str, Any]:
 def safety_header(critics: SafetyCritics) -> dict[str, Any]:
     """Return the units of safety critics as JSON, for a file's header."""
     return {
+        **({} if critics.margin is None else {"margin": critics.margin}),
         "safety_scale": critics.scale.to_json(),
         "constraint_kind": "continuous" if critics.continuous else "binary",
     }
@@ -196,4 +198,5 @@ def restored_safety(
         scale,
         continuous=kind == "continuous",
         discount=discount,
+        margin=finite_number(header["margin"], "margin") if "margin" in header else None,
     )

@@ -85,6 +85,9 @@ class SafetyCritics:
     """g of the safety backup."""
     members: int = 2
     """Number of members of the advantage."""
+    margin: float | None = None
+    """Margin that was measured on the log, in units of h (`calibration.margin`); None where it was
+    not measured."""
 
     def parts(self) -> dict[str, EnsembleMLP]:
         """Return the descriptions of the three networks by name."""

@@ -15,7 +15,7 @@ from safeshield.files.settings import (
     ThreePhases,
 )
 from safeshield.nn.latent_actor import Order
-from safeshield.training.config import PAPER_CRITICS, CriticConfig
+from safeshield.training.config import LEAST_MARGIN, PAPER_CRITICS, CriticConfig
 
 Latent = Annotated[
     int,
@@ -68,6 +68,9 @@ class FLRPConfig(CriticConfig):
         **{task: {"shape_weight": 8.0} for task in ("AntVelocity", "AntRun", "AntCircle")},
     }
 
+    margin: NonNegative = LEAST_MARGIN
+    """Distance from the boundary at which an action already counts as unsafe, in standard
+    deviations of h over the log, as in SafeFQL. It is not measured by this algorithm."""
     flow_hidden: Sizes = (128, 128)
     """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts.
     Wider layers fit the log more closely and train more slowly."""

@@ -17,7 +17,7 @@ from safeshield.files.settings import (
     Sizes,
     ThreePhases,
 )
-from safeshield.training.config import PAPER_VALUES, ValueConfig
+from safeshield.training.config import LEAST_MARGIN, PAPER_VALUES, ValueConfig
 
 Penalty = Annotated[
     float | Literal["prop1"],
@@ -92,6 +92,9 @@ class R2PACConfig(ValueConfig):
         },
     }
 
+    margin: NonNegative = LEAST_MARGIN
+    """Distance from the boundary at which an action already counts as unsafe, in standard
+    deviations of h over the log, as in SafeFQL. It is not measured by this algorithm."""
     chunk: PositiveInt = 5
     """Number h of actions in a chunk. Longer chunks look further ahead and are harder to imitate
     (the paper: 5, and 1 for HalfCheetah)."""
