@@ -6,18 +6,32 @@ r"""Measure FLRP: the effect of refinement, the density as a support test, and t
     python benchmarks/flrp.py refine --data FOLDER  # T in 0, 1, 3, 5, 10; draws a picture
     python benchmarks/suites.py --data FOLDER --tasks BallRun CarCircle SwimmerVelocity \
         --methods flrp-gaussian flrp-cost           # ablations: tables 2 and 3 of the paper
+    python benchmarks/flrp.py bounds --data FOLDER --agents TASK=FILE ...   # eq. 18 to 20, B.5
 
 boat uses 600 logged trips and 20,000 updates. It runs the policy alone from 500 uniform starts in
 the exact safe set (margin 0.02 m), and measures the microseconds of an action and the updates per
 second of each phase. density trains FLRP on the log of `benchmarks/support.py`, whose helmsmen
 never steer down. It compares the density with the flow's noise as scores that distinguish logged
 actions from others. refine evaluates the agents of the field's tasks on states that they were not
-trained on (those of ten new episodes of the cloned agent), and in 20 episodes.
+trained on (those of ten new episodes of the cloned agent), and in 20 episodes. bounds compares the
+bounds of eq. 19 and 20 with what can be measured of the distances that they bound, for trained
+experts in each order of proposition 1 and with several trust regions rho, in 100 states of a log:
+
+    bound TV      the bound on TV(pi, pi_0) by the estimated D, mean over the states
+    measured TV   the largest difference of the probabilities of {a : a_i > c} over entries i and
+                  numbers c, from 2,048 draws: a lower bound of TV(pi, pi_0), up to its noise
+    broken        states in which the measured one exceeds the bound by more than 0.05, the noise
+    L, L product  largest norm of the Jacobian of the map from u to the action over the draws, and
+                  the product of the spectral norms of the decoder's layers (remark of B.5)
+    bound W2      L sqrt(2 D), with the sampled L, in half widths of the box; mean over the states
+    measured W2   root mean square of |a_T - a_0| where both have the same u_0, which is at least
+                  W_2(pi, pi_0)
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 import warnings
 from pathlib import Path
@@ -31,7 +45,9 @@ from boat import agent_policy, alone
 from common import RESULTS, machine, once
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import ks_2samp
 from support import area, logs, never_shown, scores_of, trained
+from torch.func import jacrev, vmap
 
 import safeshield
 from safeshield import OfflineDataset, Shield
@@ -39,6 +55,7 @@ from safeshield.algorithms.behaviour_cloning import BehaviourCloning
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.exact import boat_value
+from safeshield.nn.latent_actor import DECODER, ORDERS
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.training.loop import Phase
 
@@ -46,6 +63,7 @@ BOAT = "safeshield/Boat-v0"
 STEPS = 20_000
 DENSITY_STEPS = 6_000
 REFINE_STEPS = (0, 1, 3, 5, 10)
+RHO = (2.0, 1.0, 0.5)
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 LABELS = {
     "return": "return",
@@ -283,6 +301,101 @@ def draw_refinement(found: dict[str, list[dict[str, Any]]]) -> None:
         figure.savefig(PICTURES / "flrp-refinement.png", dpi=130)
 
 
+# -- the bounds -----------------------------------------------------------------------------------
+
+SHIFT_STATES, SHIFT_DRAWS, NOISE = 100, 2048, 0.05
+
+
+def with_rule(agent: FLRP, order: str, rho: float | None) -> FLRP:
+    """Return an agent with the same weights, another order of the experts and trust region."""
+    other = agent._changed(order=order, trust_region=rho)
+    assert other._model is not None
+    policy = other._model.policy
+    spec = dataclasses.replace(policy.spec, order=order, trust_region=rho)
+    other._model = dataclasses.replace(
+        other._model, policy=dataclasses.replace(policy, spec=spec), shift=None
+    )
+    return other
+
+
+def lipschitz(agent: FLRP, seen: np.ndarray, noise: np.ndarray) -> tuple[float, float]:
+    """Return the largest norm of da/du over samples, and the product of the decoder's norms."""
+    policy, networks = agent._fitted().policy, agent._networks
+
+    def action(state: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        latent = policy.to_latent(networks, state[None], base[None])
+        return policy.decode(networks, state[None], latent)[0]
+
+    states = torch.tensor(seen).repeat_interleave(len(noise), 0)
+    draws = torch.tensor(noise).repeat(len(seen), 1)
+    with torch.no_grad():
+        slopes = vmap(jacrev(action, argnums=1))(states, draws)
+        largest = float(torch.linalg.matrix_norm(slopes, ord=2).max())
+        product = 1.0
+        for name, weight in networks[DECODER].items():
+            if name.endswith("weight"):
+                matrix = weight[0] if weight.ndim == 3 else weight
+                product *= float(torch.linalg.matrix_norm(matrix, ord=2))
+    return largest, product
+
+
+def bounds(agent: FLRP, log: OfflineDataset) -> dict[str, Any]:
+    """Compare the bounds with measured distances, for each order and each trust region."""
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(len(log))[:SHIFT_STATES]
+    observations = np.asarray(log.observations)[rows]
+    model = agent._fitted()
+    seen = np.asarray(model.scaling.observations(observations), np.float32)
+    width = model.policy.spec.latent
+    noise = rng.standard_normal((SHIFT_DRAWS, width)).astype(np.float32)
+    largest, product = lipschitz(agent, seen, noise[:64])
+    table: dict[str, Any] = {"L": largest, "L product": product}
+    for order, rho in [*((order, None) for order in ORDERS), *(("sequential", r) for r in RHO)]:
+        one = with_rule(agent, order, rho)
+        shift = one.base_shift(observations)
+        policy = one._fitted().policy
+        measured, cost = [], []
+        for state in seen:
+            at = np.repeat(state[None], SHIFT_DRAWS, axis=0)
+            refined = policy.act(one._arrays, at, noise)
+            plain = policy.unrefined.act(one._arrays, at, noise)
+            measured.append(
+                max(ks_2samp(refined[:, i], plain[:, i]).statistic for i in range(plain.shape[1]))
+            )
+            cost.append(float(np.sqrt(np.square(refined - plain).sum(-1).mean())))
+        total, found = shift.total_variation, np.array(measured)
+        far = largest * np.sqrt(2.0 * shift.divergence)
+        table[f"{order}, rho {rho}"] = {
+            "D median": float(np.median(shift.divergence)),
+            "folds": float(shift.folds.mean()),
+            "bound TV": float(total.mean()),
+            "measured TV": float(found.mean()),
+            "broken": int((found > total + NOISE).sum()),
+            "bound W2": float(far.mean()),
+            "measured W2": float(np.mean(cost)),
+            "W2 above its bound": int((np.array(cost) > far).sum()),
+        }
+    return table
+
+
+def show_bounds(arguments: argparse.Namespace) -> None:
+    """Print the table of the bounds for each agent that --agents names."""
+    import safeshield.suites  # noqa: F401 - registers the tasks
+
+    for given in arguments.agents:
+        task, _, path = given.partition("=")
+        table = once(
+            f"flrp_bounds_{task}",
+            lambda t=task, p=path: bounds(
+                FLRP.load(p, device="cpu"), OfflineDataset.load(arguments.data / f"{t}.hdf5")
+            ),
+        )
+        print(f"{task}: L {table['L']:.2f}, product {table['L product']:.3g}")
+        for rule, row in table.items():
+            if isinstance(row, dict):
+                print(f"  {rule:24}", "  ".join(f"{k} {v:.3g}" for k, v in row.items()))
+
+
 def show(columns: list[dict[str, Any]]) -> None:
     """Print one line for each figure, with a column for each seed."""
     for key, first in columns[0].items():
@@ -293,9 +406,10 @@ def show(columns: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["boat", "density", "refine"])
+    parser.add_argument("what", choices=["boat", "density", "refine", "bounds"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--data", type=Path, help="refine: folder of TASK.hdf5")
+    parser.add_argument("--data", type=Path, help="refine, bounds: folder of TASK.hdf5")
+    parser.add_argument("--agents", nargs="+", default=[], metavar="TASK=FILE", help="of bounds")
     parser.add_argument("--tasks", nargs="+", default=["CarCircle", "BallCircle", "CarRun"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -308,9 +422,11 @@ def main() -> None:
     elif arguments.what == "density":
         show([once(f"flrp_density_{seed}", lambda s=seed: density(s)) for seed in seeds])
         draw_density(seeds[0])
+    elif arguments.data is None:
+        parser.error(f"{arguments.what} needs --data FOLDER")
+    elif arguments.what == "bounds":
+        show_bounds(arguments)
     else:
-        if arguments.data is None:
-            parser.error("refine needs --data FOLDER")
         found = {
             task: [
                 once(
