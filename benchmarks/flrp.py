@@ -504,7 +504,7 @@ def draw_path(task: str, state: np.ndarray, judged: Any, ways: Any) -> None:  # 
             for index, colour in enumerate(colours[: len(steps) - 1]):
                 way = steps[index + 1] - steps[index]
                 panel.quiver(*steps[index].T, *way.T, color=colour, angles="xy", scale_units="xy",
-                             scale=1, width=0.006, label=EXPERTS[index])  # fmt: skip
+                             scale=1, width=0.006, label=EXPERTS[index].replace("_", " "))  # fmt: skip
             panel.set(title=f"{task}: {title} over u", xlabel="u_1", xlim=(-3, 3), ylim=(-3, 3))
             panel.set_box_aspect(1)
         figure.axes[0].set_ylabel("u_2")
