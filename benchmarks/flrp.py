@@ -503,8 +503,9 @@ def draw_path(task: str, state: np.ndarray, judged: Any, ways: Any) -> None:  # 
             colours = (VERMILION, BLUE, "#009e73")
             for index, colour in enumerate(colours[: len(steps) - 1]):
                 way = steps[index + 1] - steps[index]
+                name = EXPERTS[index].replace("_", " ")
                 panel.quiver(*steps[index].T, *way.T, color=colour, angles="xy", scale_units="xy",
-                             scale=1, width=0.006, label=EXPERTS[index].replace("_", " "))  # fmt: skip
+                             scale=1, width=0.006, label=name)  # fmt: skip
             panel.set(title=f"{task}: {title} over u", xlabel="u_1", xlim=(-3, 3), ylim=(-3, 3))
             panel.set_box_aspect(1)
         figure.axes[0].set_ylabel("u_2")
