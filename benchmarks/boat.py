@@ -28,6 +28,7 @@ from safeshield.envs.boat import GOAL, STATE_HIGH, STATE_LOW
 from safeshield.exact import GridValue, boat_value
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, batch_policy
+from safeshield.rollouts.recorded import Episode
 
 BOAT = "safeshield/Boat-v0"
 STARTS, MARGIN = 500, 0.02
@@ -66,15 +67,28 @@ def sets(shield: Shield, exact: GridValue) -> dict[str, float]:
     }
 
 
-def alone(name: str, policy: BatchPolicy, exact: GridValue, seed: int) -> dict[str, float]:
-    """Run a policy alone, from uniform starts in the exact safe set."""
+def from_safe_starts(
+    policy: BatchPolicy, exact: GridValue, seed: int, count: int = STARTS, **river: float
+) -> list[Episode]:
+    """Run a policy alone, from uniform starts in the exact safe set.
+
+    Args:
+        policy: The policy.
+        exact: Exact values of the boat.
+        seed: Seed of the starts and of the noise.
+        count: Number of starts.
+        river: Arguments of the environment, such as `current`.
+    """
     rng = np.random.default_rng(10_000 + seed)
     starts = rng.uniform(STATE_LOW, STATE_HIGH, (4 * STARTS, 2))
-    starts = starts[exact(starts) < -MARGIN][:STARTS]
-    options = {"state": starts}
-    runs = run_episodes(
-        gym.make(BOAT), policy, STARTS, seed, reset_options=options, num_envs=STARTS
-    )
+    options = {"state": starts[exact(starts) < -MARGIN][:count]}
+    env = gym.make(BOAT, **river)
+    return run_episodes(env, policy, count, seed, reset_options=options, num_envs=count)
+
+
+def alone(name: str, policy: BatchPolicy, exact: GridValue, seed: int) -> dict[str, float]:
+    """Count the violating episodes of a policy alone, from uniform starts in the exact safe set."""
+    runs = from_safe_starts(policy, exact, seed)
     return {
         f"{name}_violating": sum(run.violated for run in runs),
         f"{name}_return": float(np.mean([run.total_return for run in runs])),

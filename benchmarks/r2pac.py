@@ -7,6 +7,7 @@ r"""Measure R2PAC: chunk lengths, ways of acting, the shield that evaluates plan
     python benchmarks/suites.py --data FOLDER --tasks BallRun CarCircle SwimmerVelocity \
         --methods r2pac-plain r2pac-reward r2pac-awr  # ablations: table 2 of the paper
     python benchmarks/r2pac.py arms --data FOLDER --folder FOLDER --tasks BallRun --seeds 10 11 12
+    python benchmarks/r2pac.py umap --data FOLDER --tasks BallRun --seeds 10   # figures 3 and 8
     python benchmarks/r2pac.py arms --data FOLDER --folder FOLDER --table   # prints, runs nothing
 
 chunks draws figure 2 of the paper: the means of Q_r and Q_c over 2,000 fixed chunks of the log,
@@ -24,6 +25,11 @@ unless --sizes is "paper". An arm "default, X" is the default with the paper's s
 episodes from the same starts, so that differences to "default" or to "paper" are paired. A cell is
 a task, an arm and a seed. It is stored as one JSON file in --folder and runs in its own process;
 its training resumes from a checkpoint. Arms that differ in acting only share the training.
+
+umap compares V_r of the arm "paper, no penalty" with V_c and the penalised V_r of the arm "paper"
+in 5,000 random states of the log: the rank correlation of each V_r with V_c, and the mean rank (0
+to 1) of each V_r in the states of the unsafe region and in the others. With the package umap-learn
+it draws figure 3 of the paper, a map of these states coloured by the three values.
 """
 
 from __future__ import annotations
@@ -47,6 +53,7 @@ from boat import BOAT, straight
 from common import RESULTS, apart, machine, once
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import rankdata, spearmanr
 
 import safeshield
 from safeshield.algorithms.r2pac.agent import R2PAC, R2PACConfig
@@ -106,15 +113,18 @@ ARMS = (
     *(f"default, {factor}" for factor in FACTORS),
     "default, whole plans",
     "default, prop1",
+    "default, no penalty",
     "default, finite horizon",
     *(f"paper, {factor}" for factor in FACTORS),
     "paper, whole plans",
     "paper, prop1",
+    "paper, no penalty",
     "paper, finite horizon",
 )
 EXTRA: dict[str, dict[str, Any]] = {
     "whole plans": {"execute": 5},
     "prop1": {"penalty": "prop1"},
+    "no penalty": {"penalise": False},
     "finite horizon": {"ends": "terminals+timeouts", "region": "horizon", "cost_limit": 10.0},
 }
 """Arms whose settings neither the default nor the preset has; table 8 of the paper is the last."""
@@ -405,13 +415,59 @@ def stored_arm(arm: str, task: str, place: argparse.Namespace) -> dict[int, dict
     return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
 
+# -- values of states -----------------------------------------------------------------------------
+
+
+def value_maps(task: str, seed: int, place: argparse.Namespace) -> dict[str, Any]:
+    """Compare V_r, V_c and the penalised V_r in states of the log, and draw them."""
+    from suites import read_log
+
+    log = read_log(place.data, task)
+    rows = np.random.default_rng(seed).permutation(len(log))[:5000]
+    found: dict[str, np.ndarray] = {}
+    for arm, name in (("paper, no penalty", "V_r"), ("paper", "penalised V_r")):
+        agent = trained_arm(arm, task, seed, place)
+        model = agent._fitted()
+        seen = torch.tensor(model.scaling.observations(np.asarray(log.observations)[rows]))
+        with torch.no_grad():
+            value = model.critics.reward.possible(agent._networks, seen)
+            found[name] = np.asarray(value)
+            assert model.costs is not None
+            found["V_c"] = -np.asarray(model.costs.possible(agent._networks, seen))
+    unsafe = found["V_c"] > agent.region.level
+    out: dict[str, Any] = {"unsafe share": float(unsafe.mean())}
+    for name in ("V_r", "penalised V_r"):
+        rank = rankdata(found[name]) / len(rows)
+        out[f"{name}, rank correlation with V_c"] = float(
+            spearmanr(found[name], found["V_c"]).statistic
+        )
+        out[f"{name}, mean rank in unsafe states"] = float(rank[unsafe].mean())
+        out[f"{name}, mean rank in safe states"] = float(rank[~unsafe].mean())
+    try:
+        from umap import UMAP
+    except ImportError:
+        print("no picture: install umap-learn for it")
+        return out
+    points = UMAP(random_state=seed).fit_transform(np.asarray(seen))
+    with mpl.rc_context({"font.size": 11, "axes.titlesize": 12}):
+        figure = Figure(figsize=(12.0, 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        for panel, name in zip(figure.subplots(1, 3), ("V_r", "V_c", "penalised V_r"), strict=True):
+            dots = panel.scatter(*points.T, c=rankdata(found[name]) / len(rows), s=3)
+            panel.set(title=f"{task}: rank of {name}", xticks=[], yticks=[])
+            panel.set_box_aspect(1)
+        figure.colorbar(dots, ax=figure.axes[-1])
+        figure.savefig(place.folder / f"r2pac-umap-{task}.png", dpi=110)
+    return out
+
+
 def main() -> None:
     """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["chunks", "acting", "ahead", "arms"])
+    parser.add_argument("what", choices=["chunks", "acting", "ahead", "arms", "umap"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
-    parser.add_argument("--updates", type=int, default=10_000, help="arms: of all phases together")
+    parser.add_argument("--updates", type=int, default=10_000, help="arms, umap: of all phases")
     parser.add_argument("--sizes", choices=["ours", "paper"], default="ours", help="arms: networks")
     parser.add_argument("--folder", type=Path, default=RESULTS / "r2pac", help="arms: results")
     parser.add_argument("--here", action="store_true", help="arms: run in this process")
@@ -432,6 +488,17 @@ def main() -> None:
             run_arms(arguments)
         if not arguments.here:
             print_arms(arguments)
+    elif arguments.what == "umap":
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        for task, seed in itertools.product(arguments.tasks, seeds):
+            row = once(
+                f"r2pac_umap_{task}_{arguments.sizes}_{arguments.updates}_{seed}",
+                lambda t=task, s=seed: value_maps(t, s, arguments),
+                folder=arguments.folder,
+            )
+            for key, value in row.items():
+                if isinstance(value, float):
+                    print(f"{task} seed {seed}  {key:40} {value:.3f}", flush=True)
     elif arguments.what == "chunks":
         found = {
             h: [once(f"r2pac_chunks_{h}_{s}", lambda h=h, s=s: chunks(h, s, data)) for s in seeds]

@@ -3,7 +3,9 @@
     python benchmarks/ssql.py tabular            # CliffWalking, slippery FrozenLake; minutes
     python benchmarks/ssql.py pendulum           # beside SAC and DQN; 5 seeds; resumes
     python benchmarks/ssql.py boat
+    python benchmarks/ssql.py pendulum --learners SSQL SSQL-fixed SAC-shielded   # stage two; SAC
     python benchmarks/ssql.py values             # predicted and realised returns of these agents
+    python benchmarks/ssql.py lake               # values against exact ones, stage two; FrozenLake
     python benchmarks/ssql.py picture            # learning curves of both tasks
     python benchmarks/ssql.py bullet --data FOLDER    # BallRun; needs the suites
 
@@ -13,6 +15,14 @@ learned and calibrated from a separate log. Safe-Support Q-learning collects fro
 with uniform actions restricted to those that the shield accepts. SAC and DQN have the settings of
 Stable-Baselines3, except for networks of 64 x 64 and, for DQN, a grid of actions and
 learning_starts of 1,000.
+
+"SSQL-fixed" does not refresh its collector, and "SAC-shielded" is SAC in the same shield, from the
+same starts. After the training of SSQL and SSQL-fixed, stage two runs in both directions on the
+collected steps, and each network plays 100 episodes in the same shield.
+
+lake learns the table of FrozenLake with and without refreshed collectors. Its values are compared
+with the exact values of the induced policy in all live states, and both extractions with the exact
+return of the induced policy.
 """
 
 from __future__ import annotations
@@ -48,6 +58,7 @@ from safeshield.online import SafeRules
 from safeshield.policies import ShieldCallback
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.recorded import Episode
+from safeshield.values.soft import induced_log_policy
 from safeshield.wrappers import CertifiedStarts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -58,6 +69,12 @@ from pendulum_speed_limit import make as pendulum
 
 Array = np.ndarray
 LEARNERS = ("SSQL", "SAC", "DQN")
+MORE_LEARNERS = ("SSQL-fixed", "SAC-shielded")
+DIRECTIONS = ("reverse", "forward")
+WARM_UP = 3000
+"""Steps of warm-up of "lake", in which every seed must reach the goal. The unit of the values is
+the spread of the warm-up's returns; without any reward it is 1e-6, and the values stay near 0,
+although their order becomes right."""
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -131,10 +148,12 @@ TABLES: dict[str, tuple[Callable[[], gym.Env], Callable[[], tuple[Array, Array]]
 }
 
 
-def table(task: str, seed: int, steps: int) -> dict[str, Any]:
+def table_agent(
+    task: str, seed: int, steps: int, refresh: int | None, warm_up: int = 1000
+) -> SafeSupportQLearning:
     """Learn one of the two tabular tasks from rules alone."""
-    make, rules, starts, horizon = TABLES[task]
-    safe, final = rules()
+    make, rules, *_ = TABLES[task]
+    safe, _ = rules()
     env = make()
     given = SafeRules(lambda cell, move: safe[cell, int(move)], env.action_space)
     config = SSQLConfig(
@@ -142,10 +161,18 @@ def table(task: str, seed: int, steps: int) -> dict[str, Any]:
         temperature=0.01 if task == "FrozenLake" else 0.05,
         discount=0.995 if task == "FrozenLake" else 0.98,
         learning_rate=0.03,
-        refresh_every=1000,
+        refresh_every=refresh,
+        learning_starts=warm_up,
         extraction_steps=0,
     )
-    agent = SafeSupportQLearning(env, given, config, device="cpu").learn(steps)
+    return SafeSupportQLearning(env, given, config, device="cpu").learn(steps)
+
+
+def table(task: str, seed: int, steps: int) -> dict[str, Any]:
+    """Learn a tabular task, and compare the greedy policy with the best one."""
+    make, rules, starts, horizon = TABLES[task]
+    safe, final = rules()
+    agent = table_agent(task, seed, steps, 1000)
     live = np.flatnonzero(safe.any(axis=1) & ~final)
     chosen = np.zeros(len(safe), np.int64)
     chosen[live] = agent.predict(live, deterministic=True)[0]
@@ -161,6 +188,108 @@ def table(task: str, seed: int, steps: int) -> dict[str, Any]:
         "optimum": float(best[starts].mean()),
         "falls_after": sum(run.violated for run in played),
     }
+
+
+def exact_values(agent: SafeSupportQLearning, safe: Array, final: Array, live: Array) -> Array:
+    """Return the exact regularised value (S,) of the agent's induced policy on the lake.
+
+    It solves V = E_pi [ r - a log(pi / mu) + g V' ].
+    """
+    g, a = agent.config.discount, agent.config.temperature
+    transitions, rewards = model_of(lake())
+    induced = agent._induced()
+    support, q = induced._values(live, induced.mu.propose(live, 1, np.random.default_rng(0)))
+    log_mu = support.log_mu.double()
+    log_pi = induced_log_policy(q.double(), a, log_mu)
+    pi, nats = np.zeros(safe.shape), np.zeros(len(safe))
+    pi[live] = log_pi.exp().numpy()
+    nats[live] = (
+        torch.where(log_pi.isfinite(), log_pi.exp() * (log_pi - log_mu), 0.0).sum(1).numpy()
+    )
+    moving = np.einsum("sa,sat->st", pi, transitions)
+    moving[:, final] = 0.0
+    gain = (pi * rewards).sum(axis=1) - a * nats
+    moving[final], gain[final] = 0.0, 0.0
+    return np.asarray(np.linalg.solve(np.eye(len(safe)) - g * moving, gain))
+
+
+def agreement(predicted: Array, realised: Array, seed: int) -> dict[str, float]:
+    """Return slope and errors of realised on predicted values, with a 95% interval of the slope.
+
+    The interval is that of 2,000 bootstrap samples of the pairs. "mean_error" is the mean of
+    predicted minus realised, and "mean_absolute_error" that of its size, both as shares of the
+    range of the predicted values.
+    """
+    rng = np.random.default_rng(seed)
+    slopes = []
+    for _ in range(2000):
+        at = rng.integers(len(predicted), size=len(predicted))
+        if np.ptp(predicted[at]) > 0:
+            slopes.append(np.polyfit(predicted[at], realised[at], 1)[0])
+    low, high = np.quantile(slopes, [0.025, 0.975])
+    error, extent = predicted - realised, float(np.ptp(predicted))
+    return {
+        "slope": float(np.polyfit(predicted, realised, 1)[0]),
+        "slope_low": float(low),
+        "slope_high": float(high),
+        "mean_error": float(error.mean()) / extent,
+        "mean_absolute_error": float(np.abs(error).mean()) / extent,
+    }
+
+
+def extracted(agent: SafeSupportQLearning, direction: str, steps: int) -> SafeSupportQLearning:
+    """Run stage two in a direction on the collected steps, and act by its network."""
+    kept = agent.config
+    agent.config = dataclasses.replace(kept, extraction=direction, extraction_steps=steps)
+    agent._extract()
+    agent.config = dataclasses.replace(agent.config, policy="parametric")
+    return agent
+
+
+def lake_values(seed: int, steps: int, refresh: int | None) -> dict[str, Any]:
+    """Compare the values of the lake's table, and both extractions, with exact numbers."""
+    _, rules, starts, horizon = TABLES["FrozenLake"]
+    safe, final = rules()
+    agent = table_agent("FrozenLake", seed, steps, refresh, WARM_UP)
+    live = np.flatnonzero(safe.any(axis=1) & ~final)
+    exact = exact_values(agent, safe, final, live)[live]
+    row: dict[str, Any] = {
+        "falls": agent.tally.unsafe_episodes,
+        "episodes": agent.tally.episodes,
+        "optimum": float(expected(lake(), safe, final, horizon, None)[starts].mean()),
+        **agreement(np.asarray(agent.value(live)), exact, seed),
+    }
+
+    def greedy() -> float:
+        chosen = np.zeros(len(safe), np.int64)
+        chosen[live] = agent.predict(live, deterministic=True)[0]
+        return float(expected(lake(), safe, final, horizon, chosen)[starts].mean())
+
+    row["induced"] = greedy()
+    for direction in DIRECTIONS:
+        extracted(agent, direction, 2000)
+        row[direction] = greedy()
+    return row
+
+
+def show_lake(arguments: argparse.Namespace) -> None:
+    """Print slope, errors and returns for each seed, refreshed and fixed."""
+    steps = arguments.table_steps
+    for refresh in (1000, None):
+        for seed in arguments.seeds:
+            name = "fixed" if refresh is None else "refreshed"
+            row = once(
+                f"ssql_lake_{name}_{seed}_{steps}",
+                lambda s=seed, r=refresh: lake_values(s, steps, r),
+            )
+            print(
+                f"lake {name:9} seed {seed}: {row['falls']} falls in {row['episodes']}; slope "
+                f"{row['slope']:.3f} [{row['slope_low']:.3f}, {row['slope_high']:.3f}], mean error "
+                f"{row['mean_error']:+.1%}, absolute {row['mean_absolute_error']:.1%}; return: "
+                f"induced {row['induced']:.4f}, reverse {row['reverse']:.4f}, forward "
+                f"{row['forward']:.4f}, best {row['optimum']:.4f}",
+                flush=True,
+            )
 
 
 def tabular(arguments: argparse.Namespace) -> None:
@@ -256,17 +385,19 @@ def learner(name: str, task: str, seed: int, shield: Shield) -> tuple[Any, gym.E
     """Return an untrained learner, and the environment in which it is evaluated."""
     make = TASKS[task][0]
     nets = {"net_arch": [64, 64]}
-    if name == "SSQL":
+    if name.startswith("SSQL"):
         config = SSQLConfig(
             seed=seed, critic_hidden=(64, 64), actor_hidden=(64, 64), batch_size=128,
-            refresh_every=1000, extraction_steps=0, **SETTINGS[task],
+            refresh_every=1000 if name == "SSQL" else None, extraction_steps=0, **SETTINGS[task],
         )  # fmt: skip
         behaviour = SafeSupportPolicy(shield, "uniform", seed=seed)
         env = CertifiedStarts(SafetyShield(make(), shield))
         judged = CertifiedStarts(SafetyShield(make(), shield))
         return SafeSupportQLearning(env, behaviour, config, device="cpu"), judged
-    if name == "SAC":
+    if name.startswith("SAC"):
         env = start_at(make(), shield)
+        if name == "SAC-shielded":
+            env = CertifiedStarts(SafetyShield(make(), shield))
         return SAC("MlpPolicy", env, policy_kwargs=nets, seed=seed, device="cpu"), env
     env = Grid(start_at(make(), shield))
     model = DQN("MlpPolicy", env, policy_kwargs=nets, seed=seed, device="cpu", learning_starts=1000)
@@ -277,7 +408,7 @@ def run(name: str, task: str, seed: int, steps: int, stretches: int = 5) -> dict
     """Train one learner in stretches; evaluate 20 episodes after each, and 100 at the end."""
     shield = shield_of(task, seed)
     model, env = learner(name, task, seed, shield)
-    counts = ShieldCallback(require_shield=name == "SSQL")
+    counts = ShieldCallback(require_shield=name not in ("SAC", "DQN"))
     curve = []
     for stretch in range(stretches):
         first = stretch == 0
@@ -285,8 +416,9 @@ def run(name: str, task: str, seed: int, steps: int, stretches: int = 5) -> dict
         last = stretch == stretches - 1
         runs = run_episodes(env, model, 100 if last else 20, 50_000 + seed, num_envs=1)
         curve.append([(stretch + 1) * steps // stretches, mean_return(runs)])
-    if name == "SSQL":
-        model.save(RESULTS / f"ssql_{task}_{seed}_agent_{steps}.safetensors")
+    if name.startswith("SSQL"):
+        which = "agent" if name == "SSQL" else "fixed"
+        model.save(RESULTS / f"ssql_{task}_{seed}_{which}_{steps}.safetensors")
     row = {
         "episodes": counts.episodes,
         "violating": counts.violating_episodes,
@@ -295,11 +427,16 @@ def run(name: str, task: str, seed: int, steps: int, stretches: int = 5) -> dict
         "curve": curve,
         "delta": shield.delta,
     }
-    if name == "SSQL":
+    if name.startswith("SSQL"):
         acting = SafeSupportPolicy(shield, "uniform", seed=seed)
         row["behaviour"] = mean_return(run_episodes(env, acting, 50, 60_000 + seed, num_envs=1))
         row["proposed_outside"] = model.tally.proposed_outside
         row["nothing_admitted"] = model.tally.nothing_admitted
+        for direction in DIRECTIONS:
+            runs = run_episodes(env, extracted(model, direction, 2000), 100, 50_000 + seed,
+                                num_envs=1)  # fmt: skip
+            row[direction] = mean_return(runs)
+            row[f"{direction}_violating"] = sum(run.violated for run in runs)
     return row
 
 
@@ -317,8 +454,12 @@ def beside(task: str, arguments: argparse.Namespace) -> None:
                 lambda n=name, s=seed: run(n, task, s, arguments.steps),
             )
             more = f"; behaviour {row['behaviour']:.1f}" if "behaviour" in row else ""
+            for direction in DIRECTIONS:
+                if direction in row:
+                    more += f"; {direction} {row[direction]:.1f}, "
+                    more += f"{row[f'{direction}_violating']} of 100"
             print(
-                f"{task} {name:4} seed {seed}: {row['violating']:3} of {row['episodes']} episodes "
+                f"{task} {name:12} seed {seed}: {row['violating']:3} of {row['episodes']} episodes "
                 f"violate; final {row['final']:.1f}, {row['final_violating']} of 100 violate{more}",
                 flush=True,
             )
@@ -366,9 +507,9 @@ def judge_values(task: str, seed: int, steps: int, episodes: int) -> dict[str, A
         agent.config = dataclasses.replace(agent.config, predict_samples=draws)
         rows = realised(agent, env, episodes, seed)
         for name, column in (("regularised", 1), ("plain", 2)):
-            slope, _ = np.polyfit(rows[:, 0], rows[:, column], 1)
+            for key, value in agreement(rows[:, 0], rows[:, column], seed).items():
+                facts[f"{draws}_{name}_{key}"] = value
             facts |= {
-                f"{draws}_{name}_slope": float(slope),
                 f"{draws}_{name}_bias": float((rows[:, 0] - rows[:, column]).mean()),
                 f"{draws}_{name}_correlation": float(
                     np.corrcoef(rows[:, 0], rows[:, column])[0, 1]
@@ -391,7 +532,9 @@ def values(arguments: argparse.Namespace) -> None:
             )
             for draws in (key.split("_")[0] for key in row if key.endswith("_predicted")):
                 told = {name: row[f"{draws}_{name}"] for name in (
-                    "predicted", "regularised_slope", "regularised_bias",
+                    "predicted", "regularised_slope", "regularised_slope_low",
+                    "regularised_slope_high", "regularised_mean_error",
+                    "regularised_mean_absolute_error", "regularised_bias",
                     "regularised_correlation", "plain_slope", "plain_bias",
                 )}  # fmt: skip
                 print(
@@ -489,11 +632,13 @@ def bullet(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the parts without a stored result, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["tabular", *TASKS, "values", "picture", "bullet"])
+    parser.add_argument("what", choices=["tabular", "lake", *TASKS, "values", "picture", "bullet"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--table-steps", type=int, default=20_000)
-    parser.add_argument("--learners", nargs="+", default=list(LEARNERS))
+    parser.add_argument(
+        "--learners", nargs="+", default=list(LEARNERS), choices=[*LEARNERS, *MORE_LEARNERS]
+    )
     parser.add_argument("--data", default="data")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -502,7 +647,8 @@ def main() -> None:
     if arguments.what in TASKS:
         beside(arguments.what, arguments)
     else:
-        does = {"tabular": tabular, "values": values, "picture": picture, "bullet": bullet}
+        does = {"tabular": tabular, "lake": show_lake, "values": values, "picture": picture}
+        does["bullet"] = bullet
         does[arguments.what](arguments)
 
 
