@@ -37,11 +37,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train", folder / "log.hdf5", folder / "agent.safetensors", "--steps", 60, "--device",
         "cpu", "--seed", 3, "--checkpoint", folder / "checkpoint.safetensors", *SMALL,
     )  # fmt: skip
-    run(
+    told = run(
         "calibrate", folder / "agent.safetensors", BOAT, folder / "shield.safetensors",
         "--epsilon", 0.95, "--confidence", 0.6, "--episodes", 8,
         "--deltas", "0.3",
     )  # fmt: skip
+    assert "adversary: the shield replaced" in told
     return folder
 
 

@@ -109,6 +109,11 @@ def calibrate(
     typer.echo(f"{out}: delta {shield.delta:.6g}")
     if shield.record is not None:
         typer.echo(shield.record.promise)
+        for result in shield.record.policies:
+            typer.echo(
+                f"{result.policy}: the shield replaced {result.intervention_rate:.1%} of the "
+                "actions in the test"
+            )
 
 
 def _promise(epsilon: float | None, limit: float | None, bound: float | None) -> Promise:
