@@ -257,7 +257,7 @@ def test_the_default_battery_is_no_deployed_agent(bare: Shield) -> None:
     both = tuple(PolicyResult(one, 30, 0, 0.09, 0.1) for one in ("random", "adversary"))
     text = Page(safety_report(replace(bare, record=replace(record(0.05), policies=both)))).text
     assert "Anything about the agent that will be deployed" in text
-    assert "random proposals or the adversary. No other agent is covered." in text
+    assert "not covered until the shield is calibrated with it." in text
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ DATA, SEARCH, TESTS, ATTEMPTS, LOGS = "E1", "E2", "E3", "E4", "E5"
 SINCE, WORST, REPLACED, COVERAGE = "E6", "E7", "E8", "E9"
 """Ids of the pieces of evidence on the page."""
 EVIDENCE = {
-    DATA: "The data on which it rests",
+    DATA: "The logs given to this report",
     SEARCH: "The search for a threshold",
     TESTS: "The tests",
     ATTEMPTS: "All attempts",
@@ -207,8 +207,8 @@ def _scope(
     record: CalibrationRecord, constraint: str | None, *, alone: bool, listed: str, through: str
 ) -> tuple[tuple[str, str], ...]:
     counted = {
-        VIOLATION: "Episodes with a violation: h > 0 in any state, or a cost above 0 where the "
-        "environment reports no h",
+        VIOLATION: "Episodes with a violation: h > 0 in any state. In an environment that reports "
+        "a cost and no h, a cost above 0 counts as a violation",
         COST_ABOVE: f"Episodes whose summed cost is above {number(record.limit)}",
         MEAN_COST: "The summed cost of an episode, as a share of its declared bound "
         f"{number(record.cost_bound)}",
@@ -315,17 +315,24 @@ def _steps(record: CalibrationRecord, *, alone: bool) -> tuple[Step, ...]:
         Step(first, (DATA,)),
         Step(chosen, (SEARCH,)),
         Step(
-            "The thresholds were then tested one after the other on fresh episodes, up to the "
-            "first that failed; the last one that passed was chosen. Each test would pass a "
-            f"threshold that breaks the bound with probability at most {level:.3g}. The order was "
-            "fixed before, so the choice needs no further correction.",
+            "The thresholds were then tested one after the other on fresh episodes. The tests end "
+            "with the first threshold that fails, or with the last of the list; the last threshold "
+            "that passed was chosen. If the true rate or mean at a threshold is above the bound, "
+            f"its test passes by chance with probability at most {level:.3g}. The order was fixed "
+            "before, so the choice needs no further correction.",
             (TESTS,),
         ),
-        Step("Repeated calibrations are counted, and later ones are tested more strictly.",
-             (ATTEMPTS,)),
         Step(
-            "The claim passes from the calibration to a deployment only where the assumptions "
-            "hold. What has been seen since then can contradict the claim. It cannot prove it.",
+            "This was the first attempt to calibrate this file."
+            if len(record.attempts) <= 1
+            else f"{len(record.attempts)} attempts to calibrate this file are counted, and later "
+            "ones are tested more strictly.",
+            (ATTEMPTS,),
+        ),
+        Step(
+            "The claim holds for a deployment only where the assumptions below hold. What has been "
+            "seen since the calibration can contradict the claim. It cannot prove it. Evidence of "
+            "which nothing was given to this report is marked so.",
             (SINCE, WORST, REPLACED, COVERAGE),
         ),
     )  # fmt: skip
@@ -348,8 +355,8 @@ def _checks(
             "environment tells them, and certifies no episode where they differ."
         )
     agent = (
-        "The deployed agent is one that was tested, random proposals or the adversary. No other "
-        "agent is covered."
+        "Only random proposals and the adversary were tested, which stand for an unknown agent. "
+        "The agent that is deployed is not covered until the shield is calibrated with it."
         if battery
         else f"The deployed agent is {listed}{called(record.deterministic)}, unchanged."
     )
@@ -369,7 +376,8 @@ def _checks(
               f"{person} " + (
                   "" if constraint is None else
                   "Functions are compared by name, not by what they compute. ")
-              + ("" if alone else "The wrapper contradicts a report that differs from its own h.")),
+              + ("" if alone else "Where a report differs from the h in use, the wrapper "
+                 "warns and certifies no episode any more.")),
     ]  # fmt: skip
     if not alone:
         checks += [

@@ -85,7 +85,7 @@ def data(
 
 def _use(log: OfflineDataset, trained_on: npt.NDArray[np.uint64] | None) -> str:
     if trained_on is None:
-        return "Not known whether the shield was made from these episodes."
+        return "The file does not say whether the shield was made from these episodes."
     common = int(np.isin(log.episode_hashes, trained_on).sum())
     told = {0: "None", log.num_episodes: "All"}.get(common, f"{common} of the {log.num_episodes}")
     return f"{told} of its episodes are among those from which the shield was made."
@@ -305,7 +305,13 @@ def _passed(passed: bool) -> str:
 def statements(records: Sequence[LogRecord]) -> Html:
     """Return what logs alone show, with the curve and the assumptions of each statement."""
     if not records:
-        return piece(LOGS, paragraph("The file holds no statement from a log."))
+        return piece(
+            LOGS,
+            paragraph(
+                "No statement was derived for this file from a log alone, that is without "
+                "running the shield."
+            ),
+        )
     parts: list[Html] = []
     for i, one in enumerate(records, 1):
         rows: list[tuple[str, object]] = [

@@ -189,7 +189,8 @@ def checklist(rows: Iterable[tuple[str, str, object, object, object]]) -> Html:
         for i, mark, name, statement, who in rows
     ]  # fmt: skip
     key = (
-        '<p class="note">\u2611 The software looks at it. \u2610 A person has to confirm it. '
+        '<p class="note">\u2611 The software compares it, as far as the text says. '
+        "\u2610 A person has to confirm it. "
         "\u2612 A monitor doubts it.</p>"
     )
     return fill(key + '<ul class="checks">{inner}</ul>', inner=inner)

@@ -267,7 +267,16 @@ def _watched(claim: Claim, monitor: PromiseMonitor | None, flight: FlightLog | N
                 replace(one, mark="doubt", who=doubt) if one.name in _DOUBTED else one
                 for one in checks
             ]
-    basis = " ".join([claim.basis, *(["Since then:", *since] if since else ["None since then."])])
+    basis = " ".join(
+        [
+            claim.basis,
+            *(
+                ["Since then:", *since]
+                if since
+                else ["No evidence from after the calibration was given to this report."]
+            ),
+        ]
+    )
     return replace(claim, promised=told, basis=basis, checks=tuple(checks))
 
 
@@ -401,8 +410,9 @@ _WORDS = (
      "is at least this number. It says nothing about a single episode."),
     ("Upper bound", "The largest rate that agrees with the test episodes at the level of the "
      "test."),
-    ("E_t, revoked", "The evidence against the promise after t watched episodes. Where it reaches "
-     "1/b, the promise is revoked for good."),
+    ("E_t, revoked", "A monitor's evidence against the promise after t watched episodes. Where it "
+     "reaches 1/b, the promise is revoked for good; b is the probability with which a promise that "
+     "holds is revoked by mistake."),
 )  # fmt: skip
 
 
