@@ -191,7 +191,7 @@ def test_the_named_delta_would_have_rejected_what_was_accepted(thin: Diagnosis) 
     larger = sound(CART).with_delta(thin.needed_delta)
     again = larger.diagnose(TASKS[CART].env(), TASKS[CART].agent, episodes=20, seed=1)
     assert THIN not in again.counts
-    assert f"with_delta({thin.needed_delta:.3g})" in thin.summary()
+    assert f"At delta {thin.needed_delta:.3g} the last accepted" in thin.summary()
 
 
 def test_uncertified_starts_are_named_last() -> None:

@@ -340,7 +340,7 @@ class NamedShield(Shield):
 
 
 def test_dicts_of_observations(calibrated: Shield) -> None:
-    fields = {f.name: getattr(calibrated, f.name) for f in dataclasses.fields(calibrated)}
+    fields = {f.name: getattr(calibrated, f.name) for f in dataclasses.fields(calibrated) if f.init}
     named = VecSafetyShield(
         DummyVecEnv([lambda: Named(river(5))] * 3),
         NamedShield(**fields),
