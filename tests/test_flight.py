@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -667,3 +668,110 @@ def test_json_lines(strict: Shield, tmp_path: Path) -> None:
         told = [[np.nan if v is None else v] if v is None else v for v in (s[name] for s in steps)]
         np.testing.assert_array_equal(np.array(told).reshape(column.shape), column)
     assert [line["executed"] for line in lines if line["verdict"] == "end"] == [[None, None]] * 2
+
+
+# -- who holds the folder -------------------------------------------------------------------------
+
+
+def test_a_log_that_is_refused_or_whose_wrapper_is_closed_leaves_its_folder(
+    strict: Shield, tmp_path: Path
+) -> None:
+    path = tmp_path / "flight"
+    with SafetyShield(boat(), strict, log=ShieldLog(path)) as env:
+        fly(env, 1)
+    with pytest.raises(ValueError, match="whose shield is"):
+        SafetyShield(boat(), strict.with_delta(0.3), log=ShieldLog(path))
+    ShieldLog(path)
+    with SafetyShield(boat(), strict, log=ShieldLog(path)) as env:
+        fly(env, 1)
+    assert FlightLog.load(path).num_episodes == 2
+
+
+@pytest.mark.parametrize("made", [{"current": 3.5}, {"dt": 0.1}])
+def test_a_flight_is_of_one_environment(
+    made: dict[str, Any], strict: Shield, tmp_path: Path
+) -> None:
+    path = tmp_path / "flight"
+    with SafetyShield(boat(), strict, log=ShieldLog(path)) as env:
+        fly(env, 1)
+    other = gym.make("safeshield/Boat-v0", max_episode_steps=STEPS, **made)
+    with pytest.raises(ValueError, match="environment kwargs"):
+        SafetyShield(other, strict, log=ShieldLog(path))
+    with SafetyShield(other, strict, log=ShieldLog(tmp_path / "other")) as env:
+        fly(env, 1)
+    assert FlightLog.load(tmp_path / "other").environment_kwargs == made
+
+
+FORKED = """
+import multiprocessing, sys
+import gymnasium as gym
+from safeshield import Shield, ShieldLog
+from safeshield.wrappers import SafetyShield
+import safeshield.envs, warnings
+warnings.simplefilter("ignore")
+file, path, closes = sys.argv[1:]
+
+def work():
+    env = gym.make("safeshield/Boat-v0", max_episode_steps=30)
+    env = SafetyShield(env, Shield.load(file), log=ShieldLog(path, flush_seconds=60.0))
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(env.action_space.sample())
+    if closes == "closes":
+        env.close()
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+worker.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.parametrize("closes", ["closes", "leaves"])
+def test_a_forked_worker_that_ends_writes_everything(
+    closes: str, strict: Shield, tmp_path: Path
+) -> None:
+    strict.save(tmp_path / "strict.safetensors")
+    arguments = [str(tmp_path / "strict.safetensors"), str(tmp_path / "flight"), closes]
+    subprocess.run([sys.executable, "-c", FORKED, *arguments], check=True, timeout=120)
+    flight = FlightLog.load(tmp_path / "flight")
+    assert len(flight) == 20
+    assert flight.ends["verdict"].tolist() == ["cut"]
+
+
+def test_the_plant_goes_on_where_warnings_are_errors(
+    strict: Shield, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = ShieldLog(tmp_path / "flight")
+    env = SafetyShield(boat(), strict, log=log)
+    fly(env, 1, steps=3)
+    log.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FlightWarning)
+        assert len(fly(env, 1, steps=3)) == 3
+    assert "is closed" in caplog.text
+
+
+def test_a_folder_stays_the_same_where_the_process_changes_its_own(
+    strict: Shield, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with SafetyShield(boat(), strict, log=ShieldLog("flight")) as env:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        fly(env, 1)
+    assert FlightLog.load(tmp_path / "flight").num_episodes == 1
+
+
+def test_a_flight_of_another_plant_is_not_joined(strict: Shield, tmp_path: Path) -> None:
+    with SafetyShield(boat(), strict, log=ShieldLog(tmp_path / "flight")) as env:
+        fly(env, 2)
+    other = FlightLog.load(tmp_path / "flight").to_dataset()
+    space = gym.spaces.Box(-1.0, 1.0, (5,))
+    foreign = OfflineDataset.from_arrays(
+        observations=np.zeros((2, 5)), actions=other.actions[:2], rewards=[0, 0],
+        next_observations=np.zeros((2, 5)), terminated=[False, True], truncated=[False, False],
+        costs=[0, 1], observation_space=space, action_space=other.action_space,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="not of the same plant"):
+        FlightLog.load(tmp_path / "flight").to_dataset(like=foreign)

@@ -27,6 +27,7 @@ from safeshield.monitoring.flight_file import row_dtype
 from safeshield.reporting import safety_report, write_report
 from safeshield.reporting.flight import _Episodes, replaced, worst
 from safeshield.reporting.page import Html, escaped, fill
+from safeshield.reporting.report import _elsewhere
 from safeshield.shield import Shield
 from safeshield.shield.log_record import Assumption, CurvePoint, Ledger, LogAttempt, LogRecord
 from safeshield.shield.record import (
@@ -381,10 +382,20 @@ def synthetic(steps: str, episodes: int = 3, length: int = 5) -> FlightLog:
         rows = rows[rows["verdict"] > 0]
     return FlightLog(
         rows=rows, steps=steps, shield={"digest": "0" * 16, "delta": 0.1, "mode": "shield"},
-        environment="", observation_space=gym.spaces.Box(0, 1, (1,)),
+        environment="", environment_kwargs=None, observation_space=gym.spaces.Box(0, 1, (1,)),
         action_space=gym.spaces.Discrete(3), constraint_source=None, lost=0, removed=0, torn=0,
         growing=None, files=1, bytes=1,
     )  # fmt: skip
+
+
+def test_a_flight_of_another_environment_is_told() -> None:
+    tested = record(0.05)
+    assert _elsewhere(synthetic("all"), tested) == ""
+    for change in ({"environment": "Other-v0"}, {"environment_kwargs": {"dt": 7.0}}):
+        flight = replace(synthetic("all"), **{"environment": tested.environment, **change})
+        told = _elsewhere(flight, replace(tested, environment_kwargs={}))
+        assert "not of the environment that was tested" in told
+        assert str(*change.values()) in told
 
 
 @pytest.mark.parametrize("steps", ["all", "interventions"])

@@ -214,8 +214,11 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
             return observation, reward, terminated, truncated, info
 
     def close(self) -> None:
-        """Close the environment. A monitor and a log take an episode under way as cut."""
-        self.runtime.cut()
+        """Close the environment and the log.
+
+        A monitor and a log take an episode under way as cut.
+        """
+        self.runtime.close()
         super().close()
 
     def action_masks(self) -> npt.NDArray[np.bool_]:

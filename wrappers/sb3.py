@@ -209,8 +209,11 @@ class VecSafetyShield(VecEnvWrapper):
             return observations, rewards, dones, _added(infos, news)
 
     def close(self) -> None:
-        """Close the environments. A monitor and a log take episodes under way as cut."""
-        self.runtime.cut()
+        """Close the environments and the log.
+
+        A monitor and a log take episodes under way as cut.
+        """
+        self.runtime.close()
         super().close()
 
     def _step_inner(self) -> VecEnvStepReturn:

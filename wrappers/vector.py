@@ -273,11 +273,13 @@ class VectorSafetyShield(VectorWrapper):
             return observations, rewards, terminated, truncated, infos
 
     def close(self, **kwargs: Any) -> None:  # noqa: ANN401
-        """Close the environments. A monitor and a log take episodes under way as cut.
+        """Close the environments and the log.
+
+        A monitor and a log take episodes under way as cut.
 
         `kwargs` are arguments of the environments' own `close`.
         """
-        self.runtime.cut()
+        self.runtime.close()
         super().close(**kwargs)
 
     # The vector wrappers of Gymnasium 0.29 call these four methods instead of step and reset.

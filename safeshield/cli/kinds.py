@@ -27,6 +27,7 @@ _OTHERS = {
     b"\x89HDF": "an HDF5 file; a log must be named .hdf5 or .h5",
     b"%PDF": "a PDF file",
     b"\x1f\x8b": "a gzip file",
+    b"\xf5SFL": "a file of a flight recorder; give its folder",
 }
 # For each algorithm of Stable-Baselines3 a setting that only its zip file contains.
 _SB3_MARKS = {

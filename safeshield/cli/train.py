@@ -98,6 +98,8 @@ def train(
     if add:
         from safeshield.monitoring import FlightLog
 
+        if len({folder.resolve() for folder in add}) < len(add):
+            raise ValueError(f"--add must name each folder once, got {', '.join(map(str, add))}")
         flights = [FlightLog.load(folder).to_dataset(like=dataset) for folder in add]
         dataset = OfflineDataset.concat([dataset, *flights])
     try:

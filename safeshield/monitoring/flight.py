@@ -28,7 +28,7 @@ from safeshield.values.constraint import as_constraint
 
 Array = npt.NDArray[Any]
 _BLOCK = 4096
-_ATTEMPTS = 3
+_ATTEMPTS = 20
 """Attempts to read the files while a recorder removes the oldest ones."""
 
 
@@ -68,6 +68,8 @@ class FlightLog:
         shield: The shield and the mode, as in the provenance of `collect`: "digest", "delta",
             "mode", and "adaptive" where the threshold adapted.
         environment: Id of the environment, "" where it is not known.
+        environment_kwargs: Keyword arguments with which it was made, as JSON values; None where
+            they are not known.
         observation_space: Space of the observations.
         action_space: Space of the actions.
         constraint_source: Name of the function that gives the shield's h; None where there is none.
@@ -86,6 +88,7 @@ class FlightLog:
     steps: str
     shield: Mapping[str, Any]
     environment: str
+    environment_kwargs: Mapping[str, Any] | None
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     constraint_source: str | None
@@ -132,6 +135,7 @@ class FlightLog:
             steps=header["steps"],
             shield=header["shield"],
             environment=header["environment"],
+            environment_kwargs=header["environment_kwargs"],
             observation_space=space_from_json(header["observation_space"]),
             action_space=space_from_json(header["action_space"]),
             constraint_source=header["constraint_source"],
@@ -199,6 +203,7 @@ class FlightLog:
             "shield": self.shield["digest"],
             **{name: value for name, value in self.shield.items() if name != "digest"},
             "environment": self.environment or None,
+            "environment_kwargs": self.environment_kwargs,
             "recorded": self.steps,
             "times": [
                 datetime.datetime.fromtimestamp(one, datetime.UTC).isoformat(timespec="seconds")
@@ -268,6 +273,14 @@ class FlightLog:
                 f"the flight must hold all steps, but only its {self.steps} were recorded, which "
                 "are no whole episodes: record with ShieldLog(path, steps='all')"
             )
+        if like is not None:
+            for name in ("observation_space", "action_space"):
+                own, other = getattr(self, name), getattr(like, name)
+                if own.shape != other.shape:
+                    raise ValueError(
+                        f"the {name.replace('_', ' ')} of the flight is {own!s:.120}, and that of "
+                        f"the log to join {other!s:.120}: they are not of the same plant"
+                    )
         rows = np.sort(self.rows, order=["episode", "step"])
         kept = _usable(rows, self.growing)
         count = len(self)

@@ -149,7 +149,8 @@ class FlightFiles:
         if old:
             self._on_removal(sum(sizes[:old]))
         number = int(files[-1].stem) + 1 if files else 1
-        self._stream = io.FileIO(self._folder / f"{number:06d}{SUFFIX}", "xb")
+        path = self._folder / f"{number:06d}{SUFFIX}"
+        self._stream = io.FileIO(path, "xb")
         self._size = 0
         text = json.dumps({**self._header(), "first": first}, allow_nan=False)
         try:
@@ -158,6 +159,7 @@ class FlightFiles:
             # A file without a header cannot be read.
             self._stream.close()
             self._stream = None
+            path.unlink(missing_ok=True)
             raise
 
     def _write(self, rows: int, first: int, frame: memoryview) -> None:

@@ -7,9 +7,10 @@ waits for the disk: where all blocks are full, or the disk is, rows are lost, an
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
+import logging
+import multiprocessing.util
 import os
 import queue
 import threading
@@ -39,12 +40,14 @@ from safeshield.monitoring.flight_file import (
     row_dtype,
     row_struct,
 )
+from safeshield.rollouts.copies import Identity
 from safeshield.shield.guard import Decision, States
 from safeshield.shield.report import ACCEPTED, VERDICTS
 from safeshield.shield.shield import Shield
 from safeshield.spaces.schema import space_to_json
 from safeshield.spaces.shapes import Flags
 
+_LOGGER = logging.getLogger(__name__)
 Kept = Literal["all", "interventions"]
 END, CUT = len(VERDICTS), len(VERDICTS) + 1
 ROWS = (*VERDICTS, "end", "cut")
@@ -106,6 +109,9 @@ class ShieldLog:
     is late, or on a busy machine the thread that writes. A power failure can also lose what the
     operating system has not yet written.
 
+    The wrapper closes the log when it is closed itself, and the log closes itself when the process
+    ends.
+
     The environment goes on where the disk is full or too slow. A `FlightWarning` says so once, and
     `close` says how many rows were lost.
 
@@ -144,7 +150,8 @@ class ShieldLog:
     ) -> None:
         if steps not in get_args(Kept):
             raise ValueError(f"steps must be one of {list(get_args(Kept))}, got {steps!r:.40}")
-        self.path, self.steps = Path(path), steps
+        # Absolute, because the process may change its working directory.
+        self.path, self.steps = Path(path).absolute(), steps
         self._max_bytes = whole("max_bytes", max_bytes, least=1 << 12)
         self._total_bytes = whole("total_bytes", total_bytes, least=2 * self._max_bytes)
         self._block_steps = whole("block_steps", block_steps, least=1)
@@ -169,14 +176,13 @@ class ShieldLog:
         self._full: queue.SimpleQueue[_Block | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._track: FlightTrack | None = None
+        self._at_exit: multiprocessing.util.Finalize | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"path must be a folder, got the file {self.path}: name a folder")
-        with contextlib.ExitStack() as held:
-            busy = "is being recorded to by another ShieldLog: give each recorder its own folder"
-            held.enter_context(locked(self.path, busy, timeout=_PATIENCE))
+        # The folder is held from `attach` on, so a log that records nothing holds none.
+        self._held = contextlib.ExitStack()
+        with self._locked():
             check_writable(self.path / "000000.flight")
-            self._held = held.pop_all()
-        atexit.register(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -193,15 +199,21 @@ class ShieldLog:
         return f"ShieldLog({str(self.path)!r}, steps={self.steps!r})"
 
     def attach(
-        self, shield: Shield, count: int, identity: Mapping[str, Any], environment: str, /
+        self,
+        shield: Shield,
+        count: int,
+        identity: Mapping[str, Any],
+        environment: Identity | None,
+        /,
     ) -> FlightTrack:
         """Return what records the steps of `count` environments; the wrappers call this.
 
         The arguments are those of `guard.Recorder.attach`.
 
         Raises:
-            ValueError: The log is closed or records other environments already, or the folder
-                holds the flight of another shield, delta or mode, or with other `steps`.
+            ValueError: The log is closed or records other environments already, another recorder
+                is writing to the folder, or the folder holds the flight of another shield, delta,
+                mode or environment, or with other `steps`.
         """
         if self._closed:
             raise ValueError(f"log is closed: make another ShieldLog({str(self.path)!r})")
@@ -210,6 +222,25 @@ class ShieldLog:
                 f"log records other environments already: give each wrapper its own ShieldLog, in "
                 f"a folder of its own, got {self.path}"
             )
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._locked())
+            track = self._attached(shield, count, identity, environment)
+            self._held = held.pop_all()
+        # Unlike those of `atexit`, this also runs at the end of a forked worker process.
+        self._at_exit = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
+        return track
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that holds the folder."""
+        busy = (
+            "is being recorded to by another ShieldLog, of this process or of another: close it, "
+            "or give each recorder its own folder"
+        )
+        return locked(self.path, busy, timeout=_PATIENCE)
+
+    def _attached(
+        self, shield: Shield, count: int, identity: Mapping[str, Any], environment: Identity | None
+    ) -> FlightTrack:
         model = shield.model
         dtype = row_dtype(
             model.observation_codec.width,
@@ -221,7 +252,8 @@ class ShieldLog:
             "version": VERSION,
             "steps": self.steps,
             "shield": dict(identity),
-            "environment": environment,
+            "environment": environment.name if environment is not None else "",
+            "environment_kwargs": environment.kwargs if environment is not None else None,
             "observation_space": space_to_json(shield.observation_space),
             "action_space": space_to_json(shield.action_space),
             "constraint_source": shield.constraint,
@@ -284,7 +316,8 @@ class ShieldLog:
             self._closed = True
             self.hand_over()
             self._full.put(None)
-        atexit.unregister(self.close)
+        if self._at_exit is not None:
+            self._at_exit.cancel()
         late = False
         if self._thread is not None:
             self._thread.join(_CLOSING)
@@ -357,7 +390,11 @@ class ShieldLog:
                 "closed": f"the flight recorder in {self.path} is closed; the steps since then are "
                 "not recorded",
             }[kind]
-            warnings.warn(text, FlightWarning, stacklevel=2)
+            # Not even a filter that makes warnings errors may stop a step.
+            try:
+                warnings.warn(text, FlightWarning, stacklevel=2)
+            except FlightWarning:
+                _LOGGER.warning(text)
 
     def missed(self) -> None:
         """Note that a step came after `close`."""
@@ -370,7 +407,10 @@ class ShieldLog:
 
     def _continue(self, found: Contents) -> None:
         """Go on behind the rows of a folder, after a check that it is of the same shield."""
-        for name in ("shield", "steps", "dtype", "observation_space", "action_space"):
+        for name in (
+            "shield", "steps", "dtype", "observation_space", "action_space", "environment",
+            "environment_kwargs",
+        ):  # fmt: skip
             if found.header[name] != self._header[name]:
                 raise ValueError(
                     f"{self.path} holds a flight whose {name.replace('_', ' ')} is "
@@ -510,6 +550,10 @@ class FlightTrack:
         """Take all episodes that are under way as cut, and have all rows written."""
         self._cut(self._all)
         self._log.hand_over()
+
+    def close(self) -> None:
+        """Close the log, because the environments are closed."""
+        self._log.close()
 
     def _cut(self, which: list[int]) -> None:
         cut = [i for i in which if self._running[i] and self._steps[i]]

@@ -48,6 +48,7 @@ from safeshield.reporting.page import (
     quote,
     section,
 )
+from safeshield.rollouts.copies import Identity
 from safeshield.shield.log_record import LogAttempt, LogRecord
 from safeshield.shield.record import ActorRecord, Attempt, CalibrationRecord
 from safeshield.shield.replacement import describe
@@ -140,7 +141,7 @@ def safety_report(
     monitor = _monitor(subject, [Path(one) for one in monitors])
     flown = _flight(subject, flight)
     read = [(Path(one), OfflineDataset.load(one)) for one in logs]
-    claim = _watched(subject.claim, monitor, flown)
+    claim = _watched(subject.claim, subject.record, monitor, flown)
     seen: npt.NDArray[np.uint64] | None = subject.shield.training_episodes
     own = subject.shield if subject.noun == "shield" else None
     assumed = _assumed(claim, signed)
@@ -246,7 +247,12 @@ def _flight(subject: _Subject, folder: _Path | None) -> FlightLog | None:
     return flight
 
 
-def _watched(claim: Claim, monitor: PromiseMonitor | None, flight: FlightLog | None) -> Claim:
+def _watched(
+    claim: Claim,
+    record: CalibrationRecord | None,
+    monitor: PromiseMonitor | None,
+    flight: FlightLog | None,
+) -> Claim:
     """Return a claim with what a monitor and a flight recorder have seen of it."""
     told, checks = claim.promised, list(claim.checks)
     since = []
@@ -254,8 +260,11 @@ def _watched(claim: Claim, monitor: PromiseMonitor | None, flight: FlightLog | N
         card = flight.card()
         since.append(
             f"A flight recorder saw {card['certified']} episodes that began certified, "
-            f"{card['certified_violating']} of them with a violation in a recorded state."
+            f"{card['certified_violating']} of them with a violation in a recorded state. Of all "
+            f"{card['episodes']} episodes, {card['violating']} have one."
         )
+        if record is not None and (other := _elsewhere(flight, record)):
+            since.append(other)
     if monitor is not None:
         since.append(f"A monitor counted {monitor.report().episodes} episodes: {monitor.state}.")
         if monitor.state == REVOKED:
@@ -278,6 +287,18 @@ def _watched(claim: Claim, monitor: PromiseMonitor | None, flight: FlightLog | N
         ]
     )
     return replace(claim, promised=told, basis=basis, checks=tuple(checks))
+
+
+def _elsewhere(flight: FlightLog, record: CalibrationRecord) -> str:
+    """Return a sentence on how the environment of a flight differs from the tested one, or ""."""
+    known = flight.environment_kwargs
+    same = Identity(
+        flight.environment, None if known is None else dict(known), [], record.horizon, {}
+    )
+    told = replace(record, wrappers=None).differences(same)
+    if not told:
+        return ""
+    return f"The flight is not of the environment that was tested: {'; '.join(told)}."
 
 
 _DOUBTED = ("Same dynamics", "Same agent", "Same starts")

@@ -213,12 +213,21 @@ class StepRecorder(Protocol):
         """Take all episodes that are under way as cut."""
         ...
 
+    def close(self) -> None:
+        """End the recording, because the environments are closed."""
+        ...
+
 
 class Recorder(Protocol):
     """A flight recorder: `monitoring.ShieldLog`."""
 
     def attach(
-        self, shield: Shield, count: int, identity: Mapping[str, Any], environment: str, /
+        self,
+        shield: Shield,
+        count: int,
+        identity: Mapping[str, Any],
+        environment: Identity | None,
+        /,
     ) -> StepRecorder:
         """Return what records the steps of `count` environments behind `shield`.
 
@@ -226,7 +235,7 @@ class Recorder(Protocol):
             shield: The shield.
             count: The number n of environments.
             identity: `ShieldRuntime.identity`.
-            environment: Id of the environment, "" where it is not known.
+            environment: What is known of the environment; None: nothing.
         """
         ...
 
@@ -384,7 +393,7 @@ class ShieldRuntime:
         monitor: Watches the promise of the shield's record. The runtime reports the episodes to it
             by `count`, and certifies none once the promise is revoked. None: no one watches.
         log: Records every step that `count` reports. None: nothing is recorded.
-        environment: Id of the environment, for `log`.
+        environment: What is known of the environment, for `log`.
 
     Attributes:
         adaptive: The margins of the environments; None where the threshold is fixed.
@@ -425,7 +434,7 @@ class ShieldRuntime:
         memory: ShieldMemory | None = None,
         monitor: Watcher | None = None,
         log: Recorder | None = None,
-        environment: str = "",
+        environment: Identity | None = None,
         mode: Mode = "shield",
     ) -> None:
         if mode not in get_args(Mode):
@@ -560,7 +569,7 @@ class ShieldRuntime:
             certifies=certifies,
             monitor=monitor,
             log=log,
-            environment=identity.name,
+            environment=identity,
             mode=mode,
         )
 
@@ -880,6 +889,12 @@ class ShieldRuntime:
         for follows in (self._watch, self._recorder):
             if follows is not None:
                 follows.cut()
+
+    def close(self) -> None:
+        """Report that the environments are closed; a log is then closed as well."""
+        self.cut()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _withdraw_revoked(self) -> None:
         """Certify nothing any more, once the promise is revoked."""
