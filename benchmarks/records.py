@@ -160,10 +160,14 @@ def edited(header: Header) -> Iterator[tuple[str, Header]]:
 
 def write_undigested(path: Path, original: bytes, header: Header) -> None:
     """Write a file with another header and the digest of the original one."""
+    write_with(path, original, header=header)
+
+
+def write_with(path: Path, original: bytes, **entries: object) -> None:
+    """Write a file like the original one, with other entries beside the digest, which stays."""
     length = struct.unpack("<Q", original[:8])[0]
     outer = json.loads(original[8 : 8 + length])
-    contents = json.loads(outer["__metadata__"]["safeshield"])
-    contents["header"] = header
+    contents = json.loads(outer["__metadata__"]["safeshield"]) | entries
     outer["__metadata__"]["safeshield"] = json.dumps(contents, sort_keys=True)
     text = json.dumps(outer).encode()
     text += b" " * (-len(text) % 8)
@@ -634,15 +638,7 @@ def read_signature(path: Path, key: Any = None) -> str:  # noqa: ANN401
 
 def keep_signature(path: Path, signature: str) -> None:
     """Put the signature of other contents into a file."""
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    outer = json.loads(raw[8 : 8 + length])
-    contents = json.loads(outer["__metadata__"]["safeshield"])
-    contents["signature"] = signature
-    outer["__metadata__"]["safeshield"] = json.dumps(contents, sort_keys=True)
-    text = json.dumps(outer).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    write_with(path, path.read_bytes(), signature=signature)
 
 
 if __name__ == "__main__":

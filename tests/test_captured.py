@@ -135,7 +135,8 @@ def test_an_update_reads_no_number_from_its_device(
     meta: Callable[[Any], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It runs where there are none, and none of its tensors is made by the host."""
+    """The update runs on the device "meta", whose tensors hold no numbers, and makes no tensor
+    on the host."""
     agent, run, state, generator = begun(case, log)
     elsewhere = meta(run)
     if case == "shield, discrete":

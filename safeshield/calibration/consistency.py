@@ -10,7 +10,7 @@ b between rates that differ from the bound by the rounding `TOLERANCE`. That tak
 of the test's own probability and no SciPy.
 
 Records of earlier releases come from a fixed number of episodes, and hold the Clopper-Pearson bound
-also where a test failed early. They remember no attempts, by which they are recognised.
+also where a test failed early. They hold no attempts, by which they are recognised.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check_records(shield: Shield, path: str | os.PathLike[str]) -> None:
     except ValueError as error:
         raise ValueError(
             f"{path} holds a record that no calibration can have written: {error}; get the file "
-            "again from who calibrated it, or calibrate the shield again"
+            "again from whoever calibrated it, or calibrate the shield again"
         ) from error
 
 

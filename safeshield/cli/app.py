@@ -52,6 +52,10 @@ def load_plugins(files: list[Path] | None) -> list[Path] | None:
 
 
 EnvId = Annotated[str, typer.Argument(help="Gymnasium environment id, or module:id.")]
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SOURCE", help="File of a shield or an agent, .safetensors."),
+]
 Out = Annotated[Path, typer.Argument(help="File to write.", dir_okay=False)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
 Episodes = Annotated[int, typer.Option(help="Number of whole episodes.", min=1)]
@@ -64,6 +68,12 @@ Plugins = Annotated[
         is_eager=True,
         callback=load_plugins,
         dir_okay=False,
+    ),
+]
+Verify = Annotated[
+    Path | None,
+    typer.Option(
+        help="PEM file of a public key: refuse a file that is not signed with its private key."
     ),
 ]
 Trust = Annotated[

@@ -8,15 +8,12 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, EnvId, Episodes, Plugins, Seed, Trust, check_output
+from safeshield.cli.app import Debug, EnvId, Episodes, Plugins, Seed, Source, Trust, check_output
 from safeshield.cli.sources import env_for, log_of, policy_of, shield_of
 
 
 def diagnose(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", help="File of a shield or an agent, .safetensors."),
-    ],
+    source: Source,
     env_id: EnvId,
     policy: Annotated[
         str,

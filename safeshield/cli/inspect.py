@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safeshield.cli.app import Debug, Plugins, check_output
+from safeshield.cli.app import Debug, Plugins, Verify, check_output
 
 
 def inspect(
@@ -31,12 +31,7 @@ def inspect(
         Path | None,
         typer.Option(help="File for the cost-return scatter of a log, .png, .svg or .pdf."),
     ] = None,
-    verify: Annotated[
-        Path | None,
-        typer.Option(
-            help="PEM file of a public key: refuse a file that is not signed with its private key."
-        ),
-    ] = None,
+    verify: Verify = None,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:

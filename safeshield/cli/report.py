@@ -7,14 +7,11 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, Plugins, check_output
+from safeshield.cli.app import Debug, Plugins, Source, Verify, check_output
 
 
 def report(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SOURCE", help="File of a shield or an agent, .safetensors."),
-    ],
+    source: Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Page to write, .html.", dir_okay=False)],
     log: Annotated[
         list[Path] | None,
@@ -36,12 +33,7 @@ def report(
         Path | None,
         typer.Option(help="Folder of a ShieldLog behind this shield.", file_okay=False),
     ] = None,
-    verify: Annotated[
-        Path | None,
-        typer.Option(
-            help="PEM file of a public key: refuse a file that is not signed with its private key."
-        ),
-    ] = None,
+    verify: Verify = None,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:
@@ -51,16 +43,15 @@ def report(
     from safeshield.cli.sources import shield_of
     from safeshield.files.tensors import AGENT
     from safeshield.reporting import write_report
-    from safeshield.shield.record import ActorRecord
-    from safeshield.shield.shield import HasShield, Shield
+    from safeshield.shield.shield import HasShield
 
-    given: Shield | HasShield = shield_of(source)
+    agent: object = None
     if file_kind(source) == AGENT:
         from safeshield.algorithms.registry import load_agent
 
         agent = load_agent(source)
-        if isinstance(agent, HasShield) and isinstance(getattr(agent, "record", None), ActorRecord):
-            given = agent
+    # `shield_of` raises the error of an agent that learns no shield.
+    given = agent if isinstance(agent, HasShield) else shield_of(source)
     write_report(
         out,
         given,

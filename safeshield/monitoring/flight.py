@@ -44,9 +44,9 @@ class FlightLog:
     env          index of the environment
     episode      number of the episode, counted over all environments and restarts
     step         number of the step in its episode, from 0
-    observation  (n, obs) the state in which the action was taken, as a row of numbers
+    observation  (n, obs) the flattened observation in which the action was taken
     proposed     (n, act) the action that the agent sent
-    executed     (n, act) the action that the dynamics saw
+    executed     (n, act) the action that the environment executed
     value        Q_h of the executed action, as ``info["shield/value"]``
     threshold    the number that it must not exceed, as ``info["shield/threshold"]``
     verdict      "accepted", "replaced" (by an acceptable action), "fallback" (no acceptable
@@ -124,7 +124,7 @@ class FlightLog:
                 size = sum(one.stat().st_size for one in files)
                 break
             except FileNotFoundError:
-                # The recorder has removed its oldest file meanwhile.
+                # A recorder that is still writing has removed its oldest file since the listing.
                 if attempt == _ATTEMPTS - 1:
                     raise
         header = found.header

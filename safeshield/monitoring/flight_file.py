@@ -5,8 +5,8 @@ A file is a sequence of frames, each of which has a head and a payload:
     head = magic (4 bytes), number of rows, index of the first row, bytes of the payload, CRC-32
 
 Numbers are little-endian. The first frame has no rows, and its payload is the header as JSON, with
-the NumPy dtype of a row. Every other frame holds rows as they lie in memory. A frame without rows
-and without payload says that the recorder was closed.
+the NumPy dtype of a row. The payload of every other frame is the bytes of its rows. A frame without
+rows and without payload says that the recorder was closed.
 
 Rows are counted over all files of a folder, and rows that could not be written are counted as well.
 So a gap between two frames is the number of rows that were lost between them. A process that is

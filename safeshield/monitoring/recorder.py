@@ -630,7 +630,7 @@ def _listed(value: Any) -> list[float]:  # noqa: ANN401 - a number or an array
 
 
 def _needs_float64(space: gym.Space[Any]) -> bool:
-    """Return whether float32 cannot hold every entry of the points of a space exactly."""
+    """Return whether observations of a space can lose precision when stored as float32."""
     if isinstance(space, gym.spaces.Dict):
         return any(map(_needs_float64, space.spaces.values()))
     return isinstance(space, gym.spaces.Box) and not np.can_cast(space.dtype, np.float32)

@@ -265,8 +265,8 @@ def _limits(
         "critics and is no worst case. For a promise about another agent, the shield must be "
         "calibrated with that agent."
         if battery
-        else f"Another agent than {listed}, and the same agent after further training or called in "
-        "another way."
+        else f"Any agent other than {listed}, and the same agent after further training or with "
+        "another value of `deterministic`."
     )
     uncovered = 1.0 - record.start_share
     share = (

@@ -1,7 +1,7 @@
 """The page of a report: its templates, its style, and the escaping of all inserted text.
 
-All HTML of a report comes from the templates of this module, and all drawings from `drawings`.
-`fill` inserts values into a template and escapes every value that is not `Html` already.
+The HTML of a report is built from the templates in this module. The module `drawings` makes the SVG
+drawings. `fill` inserts values into a template and escapes every value that is not `Html` already.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def link(name: str, text: object = None) -> Html:
 
 
 def links(names: Iterable[str]) -> Html:
-    """Return links to several parts of the page, with commas between them."""
+    """Return links to several parts of the page, separated by commas."""
     return joined(map(link, names), ", ")
 
 

@@ -808,16 +808,14 @@ class ShieldRuntime:
         """
         if self._reports is None or not self._reporting:
             return
+        told = Reports.of(last_infos, len(last_infos)) if last_infos else None
         if self._recorder is not None:
-            self._record(
-                decision, reached, reward, terminated, truncated, counted, last, last_infos
-            )
+            self._record(decision, reached, reward, terminated, truncated, counted, last, told)
         if self._watch is None:
             return
         ended = np.full(self._count, np.logical_or(terminated, truncated))
         h, cost = self._each(self._reports.constraint), self._each(self._costs)
-        if last_infos:
-            told = Reports.of(last_infos, len(last_infos))
+        if told is not None:
             h[ended], cost[ended] = told.constraint, _watched_costs(last_infos, told.cost)
         supported = True if self._report is None else self._report.supported
         with np.errstate(invalid="ignore"):
@@ -844,9 +842,13 @@ class ShieldRuntime:
         truncated: PerEnv,
         counted: Flags | bool,
         last: Batch | None,
-        last_infos: InfoDicts,
+        told: Reports | None,
     ) -> None:
-        """Report a step to the log; the arguments are those of `count`."""
+        """Report a step to the log.
+
+        The arguments are those of `count`; `told` are the reports in `last_infos`, None where it is
+        empty.
+        """
         assert self._recorder is not None
         present = self._present()
         arrived = present
@@ -859,11 +861,10 @@ class ShieldRuntime:
                 arrived, present,
             )  # fmt: skip
             return
-        if last_infos:
+        if told is not None:
             ended = np.full(self._count, np.logical_or(terminated, truncated))
             rows = self.rows.astype(np.result_type(self.rows, np.float32))
             rows[ended] = np.nan if last is None else self.shield.observation_rows(last)[0]
-            told = Reports.of(last_infos, len(last_infos))
             h, cost = np.array(present.constraint), np.array(present.cost)
             h[ended], cost[ended] = told.constraint, told.cost
             arrived = States(rows, self._listed(reached), h.tolist(), cost.tolist())
