@@ -373,6 +373,7 @@ def test_shadow_in_stable_baselines3_and_a_spec_that_rebuilds_it(
 
     fresh = fresh.with_delta(1.2)
     envs = VecSafetyShield(DummyVecEnv([boat] * 2), fresh, mode="shadow")
+    envs.seed(0)
     envs.reset()
     actions = np.tile(np.array([-1.0, 0.3], np.float32), (2, 1))
     would = 0
