@@ -72,9 +72,8 @@ LEARNERS = ("SSQL", "SAC", "DQN")
 MORE_LEARNERS = ("SSQL-fixed", "SAC-shielded")
 DIRECTIONS = ("reverse", "forward")
 WARM_UP = 3000
-"""Steps of warm-up of "lake", in which every seed must reach the goal. The unit of the values is
-the spread of the warm-up's returns; without any reward it is 1e-6, and the values stay near 0,
-although their order becomes right."""
+"""Steps of warm-up of "lake", in which every seed reaches the goal, so that the unit of the values is
+the spread of the warm-up's returns with every seed."""
 
 
 # -- tables ---------------------------------------------------------------------------------------

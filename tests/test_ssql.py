@@ -368,6 +368,15 @@ def test_it_learns_from_every_kind_of_behaviour_and_never_falls(given: str) -> N
     assert (falls.costs > 0).sum() > 5
 
 
+def test_values_have_the_scale_of_rewards_that_the_warm_up_did_not_see() -> None:
+    env = lake()
+    config = replace(FAST, learning_starts=20)
+    agent = SafeSupportQLearning(env, rules(env), config).learn(3000)
+    assert agent._fitted().critics.spread == 1.0
+    # Six moves lead to the goal, which is worth 0.95, and each costs at most 0.01 ln 4 nats.
+    assert 0.86 < float(agent.value(0)) < 0.951
+
+
 def test_a_refreshed_collector_stays_inside_and_collects_better() -> None:
     returns = []
     for every in (None, 200):

@@ -44,7 +44,7 @@ from safeshield.online.refreshing import Refresher
 from safeshield.online.replay import Replay
 from safeshield.online.safe_proposals import SafeBehaviour, as_behaviour
 from safeshield.online.safe_sets import SafeRules, as_safe_set, check_spaces, spaces_of
-from safeshield.online.updates import SSQLModel, SSQLUpdates
+from safeshield.online.updates import SSQLModel, SSQLUpdates, units_of_returns
 from safeshield.proposals.sources import Behaviour
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.shield import HasShield, Shield
@@ -52,7 +52,7 @@ from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.architecture import Interface
 from safeshield.training.callbacks import TrainingCallback
-from safeshield.training.log import returns_to_go, scale_of_returns
+from safeshield.training.log import returns_to_go
 from safeshield.training.loop import FitOptions
 from safeshield.training.registry import register
 from safeshield.training.state import Metrics, Phase, TrainState
@@ -232,7 +232,7 @@ class SafeSupportQLearning(SoftAgent):
         venv, rows = collector.venv, collector.replay.column("observations")
         seen, played = flat_observations(venv.observation_space), flat_actions(venv.action_space)
         scaling = Scaling.of_rows(rows, seen, played)
-        units = scale_of_returns(collector.returns_to_go(self.config.discount))
+        units = units_of_returns(collector.returns_to_go(self.config.discount), self.config)
         self._model = SSQLModel.of(self.config, Interface(*spaces_of(venv), scaling), units)
         self._state = self._model.initial(self._generator)
 
@@ -293,7 +293,7 @@ class SafeSupportQLearning(SoftAgent):
         check_playable(dataset.action_space)
         ends = dataset.terminated | dataset.truncated
         returns = returns_to_go(dataset.rewards, ends, dataset.terminated, self.config.discount)
-        scaling, units = Scaling.of(dataset), scale_of_returns(returns)
+        scaling, units = Scaling.of(dataset), units_of_returns(returns, self.config)
         model = SSQLModel.of(self.config, Interface(*spaces_of(dataset), scaling), units)
         if behaviour is not None:
             self.safe_set = as_safe_set(None, behaviour) or self.safe_set

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import gymnasium as gym
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from safeshield.online.replay import Replay
 from safeshield.proposals.cloned import ClonedBehaviour
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.training.architecture import Architecture, Interface
+from safeshield.training.log import scale_of_returns
 from safeshield.training.schedule import learning_rate
 from safeshield.training.state import (
     Draw,
@@ -51,6 +53,20 @@ ActorLoss = Callable[..., tuple[Tensor, Metrics]]
 """`forward_loss` or `reverse_loss_choices`, which take the same arguments."""
 LogMu = Callable[[TrainState, Array, Array], Array]
 """Function of a state, observations (n, obs) and actions (n, c, act) that returns log mu (n, c)."""
+
+
+def units_of_returns(returns: Array, config: SSQLConfig) -> tuple[float, float]:
+    """Return the offset and the spread of returns (N,), which are the units of the critics.
+
+    Returns that differ by less than the temperature do not show the scale of the task: a warm-up
+    may have seen no reward at all. The spread is then 100 temperatures, because a useful
+    temperature is about a hundredth of the difference between good and bad returns.
+
+    >>> units_of_returns(np.zeros(4), SSQLConfig(temperature=0.01))
+    (0.0, 1.0)
+    """
+    offset, spread = scale_of_returns(returns)
+    return offset, spread if spread >= config.temperature else 100.0 * config.temperature
 
 
 @dataclass(frozen=True)
