@@ -72,8 +72,8 @@ LEARNERS = ("SSQL", "SAC", "DQN")
 MORE_LEARNERS = ("SSQL-fixed", "SAC-shielded")
 DIRECTIONS = ("reverse", "forward")
 WARM_UP = 3000
-"""Steps of warm-up of "lake", in which every seed reaches the goal, so that the unit of the values is
-the spread of the warm-up's returns with every seed."""
+"""Steps of warm-up of "lake". Every seed reaches the goal in them, so that the unit of the values
+is the spread of the warm-up's returns."""
 
 
 # -- tables ---------------------------------------------------------------------------------------

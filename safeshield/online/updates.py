@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, Self
 
 import gymnasium as gym
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -62,6 +61,7 @@ def units_of_returns(returns: Array, config: SSQLConfig) -> tuple[float, float]:
     may have seen no reward at all. The spread is then 100 temperatures, because a useful
     temperature is about a hundredth of the difference between good and bad returns.
 
+    >>> import numpy as np
     >>> units_of_returns(np.zeros(4), SSQLConfig(temperature=0.01))
     (0.0, 1.0)
     """
