@@ -970,7 +970,7 @@ def test_a_second_walk_has_its_own_seeds_and_half_of_the_level(
         return played
 
     monkeypatch.setattr(trials.Trials, "play", play)
-    monkeypatch.setattr(Pilot, "permissive", lambda self: 0.0)
+    monkeypatch.setattr(Pilot, "permissive", lambda self: 0.0 * self.good(0.0))
     monkeypatch.setattr(Pilot, "stricter", lambda self, least: [0.6, 0.4])
     scale = replace(shield.model.scale, offset=shield.model.scale.offset - 0.2)
     careless = replace(shield, model=replace(shield.model, scale=scale), attempts=())

@@ -1,10 +1,11 @@
 r"""The pilot: it proposes the few thresholds that a calibration tests.
 
 The pilot may look at its episodes as often as it likes, because no test uses their seeds. Let
-n = max(2.5 / epsilon, 50). It plays m = n / 4 episodes of each policy at a time, and calls a
-threshold bad as soon as more than 0.4 epsilon max(m, n) episodes of one policy violate. A glance
-calls it good after n / 4 episodes of each policy of which at most 0.2 epsilon m violate, else after
-n / 2. A thorough look does so after n and 2 n.
+n = max(2.5 / epsilon, 50). It plays n / 4 episodes of each policy at a time, and calls a threshold
+bad as soon as more than 0.4 epsilon n episodes of one policy violate. A glance ends after n / 4
+episodes of each policy if at most a share 0.2 epsilon of them violates, else after n / 2. A
+thorough look ends after n or 2 n in the same way. A threshold that is good by it has a rate of at
+most about 0.2 epsilon, at which the test passes with probability 0.93.
 
 First, a bisection by glances over a grid of thresholds finds the most permissive good threshold. A
 few thresholds between it and the next more permissive one of the grid are looked at as well, if the
@@ -36,10 +37,8 @@ from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials
 
 _EPISODES = 2.5
 _LEAST_EPISODES = 50
-_GOOD = 0.4
+_GOOD = 0.2
 """Largest rate that looks good, as a share of the promised one."""
-_CLEARLY_GOOD = 0.2
-"""Largest rate at which a look ends early, as a share of the promised one."""
 _STEPS = 16
 _PARTS = 4
 """Number of parts in which n episodes are played."""
@@ -124,14 +123,14 @@ class Pilot:
         n = max(_EPISODES / share, _LEAST_EPISODES)
         part = math.ceil(n / _PARTS)
         first, last = (_PARTS, 2 * _PARTS) if thorough else (_PARTS // 4, _PARTS // 2)
+        limit = _GOOD * share * part * 2 * _PARTS
         seen = self._seen.setdefault(delta, _Seen())
         while not (seen.bad or seen.parts >= last):
             m = seen.parts * part
-            if seen.parts >= first and max(seen.sums.values()) <= _CLEARLY_GOOD * share * m:
+            if seen.parts >= first and max(seen.sums.values()) <= _GOOD * share * m:
                 break
             seed = self.first_seed + seen.parts * _PART
             seen.parts += 1
-            limit = _GOOD * share * max(m + part, n)
             for name in self.trials.names:
                 most = limit - seen.sums.get(name, 0.0)
                 total, count = self.trials.pilot(delta, name, part, most, seed)
