@@ -1,27 +1,26 @@
 r"""The pilot: it proposes the few thresholds that a calibration tests.
 
 The pilot may look at its episodes as often as it likes, because no test uses their seeds. Let
-n = max(2.5 / epsilon, 50). It plays n / 4 episodes of each policy at a time, and calls a threshold
-bad as soon as more than 0.4 epsilon n episodes of one policy violate. A glance ends after n / 4
-episodes of each policy if at most a share 0.2 epsilon of them violates, else after n / 2. A
-thorough look ends after n or 2 n in the same way. A threshold that is good by it has a rate of at
-most about 0.2 epsilon, at which the test passes with probability 0.93.
+n = max(2.5 / epsilon, 50). To look at a threshold, it plays n / 4 episodes of each policy at a
+time. The threshold is bad as soon as more than 0.4 epsilon n episodes of one policy violate. It is
+good after n episodes of each policy of which at most a share 0.2 epsilon violates, else after 2 n.
+The rate of a good threshold is about 0.2 epsilon or lower, at which the test passes with
+probability 0.93.
 
-First, a bisection by glances over a grid of thresholds finds the most permissive good threshold. A
-few thresholds between it and the next more permissive one of the grid are looked at as well, if the
-two replace clearly different shares of the steps or certify clearly different shares of the starts.
-The result and stricter thresholds are then looked at thoroughly, the most permissive first, until
-one is good. This is L, the first one to be tested. If no threshold is found good, the pilot looks
-at the whole grid thoroughly, because a stricter threshold can be worse.
+A bisection over a grid of thresholds finds L, the most permissive good threshold, which is the
+first one to be tested. A few thresholds between it and the next more permissive one of the grid are
+looked at as well, if the two replace clearly different shares of the steps or certify clearly
+different shares of the starts. If the bisection finds no good threshold, the pilot looks at the
+whole grid, because a stricter threshold can be worse.
 
 The grid falls geometrically, by a factor of sqrt(2), from the largest -V_h over the starts. It also
 holds quantiles of -V_h, which matter where all starts have nearly the same value, and 0.
 
-If the test of L fails, the pilot looks thoroughly at the strictest threshold of the grid, and at
-one in the middle of those that are stricter than L. Of all thresholds above L that are good, S has
-the lowest rate of violations. Thresholds stricter than S are not proposed,
-because a stricter shield can violate more often. The walk (see `walk`) then tests S, the geometric
-mean of S and 1.2 L, and 1.2 L, with fresh seeds.
+If the test of L fails, the pilot looks at the strictest threshold of the grid, and at one in the
+middle of those that are stricter than L. Of all thresholds above L that are good, S has the lowest
+rate of violations. Thresholds stricter than S are not proposed, because a stricter shield can
+violate more often. The walk (see `walk`) then tests S, the geometric mean of S and 2 L, and 2 L,
+with fresh seeds.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _STEPS = 16
 _PARTS = 4
 """Number of parts in which n episodes are played."""
 _REFINEMENTS = 2
-_NEXT = 1.2
+_NEXT = 2.0
 _PREFERRED_SHARE = 0.5
 _SHARE_MATTERS = 1.05
 _REPLACED_MATTERS = 1.15
@@ -85,11 +84,9 @@ class Pilot:
 
         Where none looks good, it is the threshold with the lowest rate of violations.
         """
-        wide = self._wide()
-        found = self._bisect(wide)
-        if not (found and self._most_permissive(found)):
-            found = self.grid
-        least = self._most_permissive(found)
+        least = self._bisect(self._wide())
+        if least is None:
+            least = next((delta for delta in reversed(self.grid) if self.good(delta)), None)
         return self._lowest(self._seen) if least is None else least
 
     def stricter(self, least: float) -> list[float]:
@@ -101,10 +98,9 @@ class Pilot:
             least: A threshold that failed its test, although it was the most permissive good one.
         """
         above = [delta for delta in self._wide() if delta > least]
-        if above:
-            self.good(above[0])
-            self.good(above[len(above) // 2])
-        good = [d for d, seen in self._seen.items() if d > least and seen.thorough]
+        for delta in above[:1] + above[len(above) // 2 :][:1]:
+            self.good(delta)
+        good = [delta for delta, seen in self._seen.items() if delta > least and not seen.bad]
         if not good:
             return []
         safest = self._lowest(good)
@@ -112,34 +108,30 @@ class Pilot:
         between = [near, math.sqrt(safest * near)] if near < safest else []
         return sorted({safest, *between}, reverse=True)
 
-    def good(self, delta: float, *, thorough: bool = True) -> bool:
+    def good(self, delta: float) -> bool:
         """Return whether a threshold looks good; its episodes are played at the first call.
 
         Args:
             delta: The threshold's distance from 0.
-            thorough: Whether to play four times as many episodes as at a glance.
         """
+        if delta in self._seen:
+            return not self._seen[delta].bad
         share = self.trials.promise.share
-        n = max(_EPISODES / share, _LEAST_EPISODES)
-        part = math.ceil(n / _PARTS)
-        first, last = (_PARTS, 2 * _PARTS) if thorough else (_PARTS // 4, _PARTS // 2)
+        part = math.ceil(max(_EPISODES / share, _LEAST_EPISODES) / _PARTS)
         limit = _GOOD * share * part * 2 * _PARTS
-        seen = self._seen.setdefault(delta, _Seen())
-        while not (seen.bad or seen.parts >= last):
-            m = seen.parts * part
-            if seen.parts >= first and max(seen.sums.values()) <= _GOOD * share * m:
-                break
-            seed = self.first_seed + seen.parts * _PART
-            seen.parts += 1
+        seen = self._seen[delta] = _Seen()
+        for number in range(2 * _PARTS):
+            seed = self.first_seed + number * _PART
             for name in self.trials.names:
                 most = limit - seen.sums.get(name, 0.0)
                 total, count = self.trials.pilot(delta, name, part, most, seed)
-                seen.add(name, total, count)
+                seen.add(name, total, count, self._replaced(delta, name))
                 seen.bad = total > most
                 if seen.bad:
-                    break
-        seen.thorough = (seen.thorough or thorough) and not seen.bad
-        return not seen.bad
+                    return False
+            if number + 1 == _PARTS and max(seen.sums.values()) <= limit / 2:
+                break
+        return True
 
     def _wide(self) -> list[float]:
         """Return the thresholds that do not certify much fewer starts than the threshold 0."""
@@ -160,67 +152,60 @@ class Pilot:
         equal = [delta for delta, rate in rates.items() if rate == least]
         return min(equal) if least > 0 else max(equal)
 
-    def _most_permissive(self, deltas: list[float]) -> float | None:
-        """Return the last of some falling thresholds that looks good; None if none does."""
-        return next((delta for delta in reversed(deltas) if self.good(delta)), None)
+    def _replaced(self, delta: float, name: str) -> float:
+        """Return the share of steps that a threshold has replaced so far for one policy."""
+        found = (one for one in self.trials.points if (one.delta, one.policy) == (delta, name))
+        return next(found).intervention_rate
 
-    def _bisect(self, deltas: list[float]) -> list[float]:
-        """Return falling thresholds up to the last good one, if the good ones come first.
+    def _bisect(self, deltas: list[float]) -> float | None:
+        """Return the last good one of falling thresholds, if the good ones come first.
 
-        Their last ones may lie between two of `deltas`.
+        It may lie between two of them. The result is None where none was found.
         """
         low, high = -1, len(deltas)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.good(deltas[middle], thorough=False):
+            if self.good(deltas[middle]):
                 low = middle
             else:
                 high = middle
-        found = deltas[: low + 1]
-        if found and high < len(deltas) and self._differ(found[-1], deltas[high]):
-            found += self._refine(found[-1], deltas[high])
-        return found
+        if low < 0 or high == len(deltas) or not self._differ(deltas[low], deltas[high]):
+            return deltas[low] if low >= 0 else None
+        return self._refine(deltas[low], deltas[high])
 
     def _differ(self, strict: float, soft: float) -> bool:
         """Return whether a threshold between these two, both played, could matter to a user."""
         if self._share(soft) > _SHARE_MATTERS * self._share(strict):
             return True
-        replaced: list[dict[str, float]] = [{}, {}]
-        for point in self.trials.points:
-            if point.delta in (strict, soft):
-                replaced[point.delta == soft].setdefault(point.policy, point.intervention_rate)
-        more, less = replaced
+        more, less = self._seen[strict].replaced, self._seen[soft].replaced
         return any(more[name] > _REPLACED_MATTERS * less[name] for name in less)
 
-    def _refine(self, good: float, bad: float) -> list[float]:
-        """Return the thresholds between two that look good at a glance, in decreasing order."""
-        found = []
+    def _refine(self, good: float, bad: float) -> float:
         for _ in range(_REFINEMENTS):
             middle = math.sqrt(good * bad) if bad > 0 else good / 2
-            if self.good(middle, thorough=False):
-                found.append(middle)
+            if self.good(middle):
                 good = middle
             else:
                 bad = middle
-        return found
+        return good
 
 
 @dataclass
 class _Seen:
     """What the pilot has seen of a threshold."""
 
-    parts: int = 0
     bad: bool = False
-    thorough: bool = False
-    """Whether a thorough look found it good."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums of the scores by policy."""
     counts: dict[str, int] = field(default_factory=dict)
     """Numbers of episodes by policy."""
+    replaced: dict[str, float] = field(default_factory=dict)
+    """Shares of steps that were replaced in the first part of the episodes, by policy."""
 
-    def add(self, name: str, total: float, count: int) -> None:
+    def add(self, name: str, total: float, count: int, replaced: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0) + count
+        self.replaced.setdefault(name, replaced)
 
     @property
     def worst(self) -> float:

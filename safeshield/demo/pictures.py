@@ -117,7 +117,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
     if record is None:
         raise ValueError("the shield must be calibrated: call calibrate()")
     values = np.asarray(shield.value(starts))
-    deltas = sorted({one.delta for one in (*record.walk, *record.pilot)})
+    deltas = sorted({rung.delta for rung in record.walk} | {one.delta for one in record.pilot})
     with saved_figure(path, 7.6, 6.0) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         names = list(dict.fromkeys(rung.policy for rung in record.walk))
