@@ -147,7 +147,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
             axes.axvline(record.delta, color=ORANGE, linewidth=6, alpha=0.35, zorder=0)
             axes.grid(axis="y", color=GREY, linewidth=0.6)
         top = max(3 * epsilon, *(100 * rung.bound for rung in record.walk))
-        above.set_ylim(min(0.0, -0.02 * top), max(1.15 * top, 1.6 * epsilon))
+        above.set_ylim(min(0.0, -0.02 * top), min(1.15 * top, 105.0))
         above.set_ylabel("violating episodes, %")
         above.set_title("Calibration: rates in the pilot (small, pale) and in the tests")
         shares = [100 * float(np.mean(values <= -delta)) for delta in deltas]
@@ -155,7 +155,8 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         below.set_ylim(0, 105)
         below.set_ylabel("starts kept, %")
         below.set_xlabel(r"threshold $\delta$, metres: an action passes where $Q_h \leq -\delta$")
-        percent = f"{100 * record.confidence:g}%"
+        level = record.attempts[-1].level if record.attempts else 1.0 - record.confidence
+        percent = f"{100 * (1.0 - level / record.walks_planned):g}%"
         handles: list[Any] = [
             mark(marker, colour, f"{name}: observed, bar up to its {percent} bound", 6)
             for name, colour, marker in zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
