@@ -2,6 +2,8 @@
 
     python benchmarks/compare_checkouts.py BEFORE AFTER --out FOLDER
     python benchmarks/compare_checkouts.py BEFORE AFTER --out FOLDER --only equality --quick
+    python benchmarks/compare_checkouts.py BEFORE AFTER --out FOLDER --only calibration \
+        --shield FILE
 
 Each checkout is copied into its own folder in the layout of an installation (from the table
 `package-dir` of its pyproject.toml), and it runs in its own processes with one thread. The
@@ -22,6 +24,12 @@ each pair. A row whose interval lies entirely above the limit (1.03, or `--limit
 
 **import** times `from safeshield import Shield, SafetyShield`, reading a shield's file and one
 filtered step in a fresh process, without the time to import numpy and gymnasium.
+
+**calibration**, which runs only where it is asked for, calibrates the boat's shield in FILE for the
+default proposers at epsilon 0.01 and confidence 0.99 (`--quick`: 0.05 and 0.95) with the seeds 0, 1
+and 2, in fresh processes, A B A B (`--rounds`, by default 2). Both checkouts must read FILE.
+Thresholds may differ. The table shows them, and the share of replaced random actions in the tests,
+beside the CPU time and the wall time.
 
 The results are written to results.json and results.md in FOLDER. The exit status is 0 where
 everything is equal and no row is flagged.
@@ -73,6 +81,24 @@ env.step(numpy.zeros(2, numpy.float32))
 cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
 import json
 print(json.dumps([cpu, wall, sorted(set(sys.modules) - before)]))
+"""
+
+
+CALIBRATE = """
+import json, sys, time, warnings
+import gymnasium
+from safeshield import Shield
+import safeshield.envs
+warnings.simplefilter("ignore")
+path, seed, epsilon, confidence = sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:])
+shield, env = Shield.load(path), gymnasium.make("safeshield/Boat-v0")
+cpu, wall = time.process_time(), time.perf_counter()
+try:
+    record = shield.calibrate(env, epsilon=epsilon, confidence=confidence, seed=seed).record
+    told = [record.delta, record.policies[0].intervention_rate]
+except ValueError as error:
+    told = [str(error)[:60], None]
+print(json.dumps([time.process_time() - cpu, time.perf_counter() - wall, *told]))
 """
 
 
@@ -275,6 +301,48 @@ def fresh_import(
     return [row_of(f"{what}, own time", *cpu), row_of(f"{what}, wall", *wall)], loaded
 
 
+def calibrations(
+    installed: Sequence[Path], shield: Path, rounds: int, quick: bool
+) -> list[dict[str, Any]]:
+    """Calibrate a shield with both checkouts alternately; return what each seed took and gave."""
+    request = ("0.05", "0.95") if quick else ("0.01", "0.99")
+    found: list[dict[str, Any]] = []
+    for seed in (0, 1, 2):
+        runs: tuple[list[Any], list[Any]] = ([], [])
+        for i in (0, 1) * rounds:
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", CALIBRATE, str(shield), str(seed), *request],
+                env=environment(installed[i]), capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            runs[i].append(json.loads(done.stdout.splitlines()[-1]))
+        row: dict[str, Any] = {"seed": seed}
+        for name, own in zip(("before", "after"), runs, strict=True):
+            cpu, wall = np.mean([run[:2] for run in own], axis=0)
+            delta, replaced = own[0][2:]
+            row[name] = {"cpu": cpu, "wall": wall, "delta": delta, "replaced": replaced}
+        row |= {key: row["before"][key] / row["after"][key] for key in ("cpu", "wall")}
+        found.append(row)
+    return found
+
+
+def calibration_table(found: Sequence[dict[str, Any]]) -> str:
+    """Return the results of `calibrations` as a Markdown table."""
+    lines = ["| seed | before: CPU s, wall s, delta, replaced | after | CPU | wall |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for row in found:
+        cells = []
+        for one in (row["before"], row["after"]):
+            told = one["delta"]
+            if one["replaced"] is not None:
+                told = f"{told:.4g}, {one['replaced']:.1%}"
+            cells.append(f"{one['cpu']:.1f}, {one['wall']:.1f}, {told}")
+        cells += [f"{row[key]:.1f} x" for key in ("cpu", "wall")]
+        lines.append(f"| {row['seed']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # -- the report --------------------------------------------------------------------------------
 
 
@@ -306,11 +374,13 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=["equality", "speed", "import"])
+    parser.add_argument("--only", choices=["equality", "speed", "import", "calibration"])
+    parser.add_argument("--shield", type=Path, help="of calibration: file of the boat's shield")
     parser.add_argument(
         "--rounds",
         type=int,
-        help="of speed (up to a multiple of 5) and import; by default 30, quick 5",
+        help="of speed (up to a multiple of 5) and import; by default 30, quick 5; of calibration "
+        "by default 2",
     )
     parser.add_argument("--states", type=int, help="of equality; by default 10,000, quick 400")
     parser.add_argument(
@@ -321,6 +391,8 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="less of all, to see that it runs")
     args = parser.parse_args()
+    if args.only == "calibration" and args.shield is None:
+        parser.error("--only calibration needs --shield FILE")
     rounds = args.rounds or (5 if args.quick else 30)
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [args.only] if args.only else ["equality", "speed", "import"]
@@ -336,9 +408,10 @@ def main() -> None:
             lay_out(checkout.resolve(), place)
         shared = folder / "shared"
         shared.mkdir()
-        writer = Worker(installed[0], shared)
-        writer.ask("write")
-        writer.close()
+        if wanted != ["calibration"]:
+            writer = Worker(installed[0], shared)
+            writer.ask("write")
+            writer.close()
         rows: list[Row] = []
         if "equality" in wanted:
             count, unequal = equality(installed, shared, args.quick, args.states)
@@ -353,6 +426,10 @@ def main() -> None:
             rows += timed
             results["loaded"] = dict(zip(("before", "after"), loaded, strict=True))
             report += [f"Loaded {k}: {', '.join(v)}" for k, v in results["loaded"].items()]
+        if "calibration" in wanted:
+            found = calibrations(installed, args.shield.resolve(), args.rounds or 2, args.quick)
+            results["calibration"] = found
+            report.append(calibration_table(found))
         if rows:
             rows = [replace(row, limit=args.limit) for row in rows]
             flagged = [row.name for row in rows if row.slower]

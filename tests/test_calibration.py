@@ -8,7 +8,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from safeshield.calibration.sequential import (
     fixed_plan,
     sequential_plan,
 )
-from safeshield.calibration.walk import walk_rungs
+from safeshield.calibration.walk import walk_rungs, walks_in_turn
 from safeshield.envs.double_integrator import TIME_STEP, next_state
 from safeshield.exact import double_integrator as cart
 from safeshield.files.schema import json_arguments
@@ -406,6 +406,58 @@ def test_a_sequential_walk_that_forgives_one_more_is_caught() -> None:
     rng = np.random.default_rng(5)
     chosen = [sequential_walk(broken, rng) for _ in range(300)]
     assert sum(one is not None and RATES[one] > EPSILON for one in chosen) > 47
+
+
+def walks_chosen(confidence: float, rng: np.random.Generator) -> float | None:
+    """Two walks that begin just above epsilon, each with tests at a confidence."""
+    plan = sequential_plan(EPSILON, confidence)
+
+    def test(number: int, delta: float, policy: str) -> Rung:
+        scores = (rng.random(plan.most) < RATES[delta]) * 1.0
+        decision = plan.decide(scores)
+        assert decision is not None
+        bad = int(scores[: decision.episodes].sum())
+        return Rung(delta, policy, decision.episodes, bad, 1.0, decision.passed)
+
+    return walks_in_turn(test, [DELTAS[2:3], DELTAS[2:4]], ["policy"])[0]
+
+
+def test_two_walks_that_share_the_level_break_their_promise_no_more_often_than_it_says() -> None:
+    rng = np.random.default_rng(8)
+    broken = sum(walks_chosen(0.95, rng) is not None for _ in range(300))
+    assert 10 < broken <= 47
+
+
+def test_two_walks_that_each_have_the_whole_level_are_caught() -> None:
+    rng = np.random.default_rng(8)
+    assert sum(walks_chosen(0.9, rng) is not None for _ in range(1000)) > binom.ppf(
+        0.999, 1000, 0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("passing", "reached", "tests"),
+    [
+        ({(0, 0.1)}, 0.1, [(0, 0.1)]),
+        ({(1, 0.5)}, 0.5, [(0, 0.1), (1, 0.5), (1, 0.2)]),
+        (set(), None, [(0, 0.1), (1, 0.5)]),
+    ],
+)
+def test_the_next_walk_is_asked_for_only_where_the_one_before_reached_nothing(
+    passing: set[tuple[int, float]], reached: float | None, tests: list[tuple[int, float]]
+) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def test(number: int, delta: float, policy: str) -> Rung:
+        asked.append((number, delta))
+        return Rung(delta, policy, 10, 0, 0.1, (number, delta) in passing)
+
+    def walks() -> Iterator[list[float]]:
+        yield [0.1]
+        yield [0.5, 0.2]
+
+    assert walks_in_turn(test, walks(), ["policy"])[0] == reached
+    assert asked == tests
 
 
 def test_looks_in_the_order_of_the_ends_are_caught() -> None:
@@ -888,8 +940,10 @@ def test_a_pilot_fixes_few_thresholds_on_seeds_of_its_own(
     monkeypatch.setattr(trials.Trials, "play", play)
     record = calibrate(shield, boat(), **LOOSE)
     tested = list(dict.fromkeys(rung.delta for rung in record.walk))
-    assert 1 <= len(tested) <= 5
-    assert tested == sorted(tested, reverse=True)
+    assert record.walks_planned == 2
+    assert 1 <= len(tested) <= 4
+    assert tested[1:] == sorted(tested[1:], reverse=True)
+    assert all(delta > tested[0] for delta in tested[1:])
     assert seeds["pilot"]
     assert not seeds["pilot"] & seeds["test"]
     assert {point.policy for point in record.pilot} == {"random", "adversary"}
@@ -900,43 +954,100 @@ def test_a_pilot_fixes_few_thresholds_on_seeds_of_its_own(
     assert record.delta < default_deltas(shield, start_observations(shield, boat(), 500, 0))[0]
 
 
+def test_a_second_walk_has_its_own_seeds_and_half_of_the_level(
+    shield: Shield, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The pilot is made to propose a threshold that fails, although stricter ones look good."""
+    from safeshield.calibration import trials
+
+    seeds: list[tuple[float, set[int]]] = []
+    real = trials.Trials.play
+
+    def play(self: Any, delta: float, name: str, missing: Any, first: int, stage: str) -> Any:  # noqa: ANN401
+        played = real(self, delta, name, missing, first, stage)
+        if stage == "test":
+            seeds.append((delta, set(range(first, first + sum(one.drawn for one in played)))))
+        return played
+
+    monkeypatch.setattr(trials.Trials, "play", play)
+    monkeypatch.setattr(Pilot, "permissive", lambda self: 0.0 * self.good(0.0))
+    monkeypatch.setattr(Pilot, "stricter", lambda self, least: [0.6, 0.4])
+    scale = replace(shield.model.scale, offset=shield.model.scale.offset - 0.2)
+    careless = replace(shield, model=replace(shield.model, scale=scale), attempts=())
+    careless = careless.with_constraint(None)
+    done = careless.calibrate(boat(), policy=into_the_rocks, **REQUEST)
+    record, plan = done.record, sequential_plan(0.15, 0.95)
+    assert record is not None
+    assert [(rung.delta, rung.passed) for rung in record.walk][:2] == [(0.0, False), (0.6, True)]
+    assert record.delta in (0.6, 0.4)
+    for rung in record.walk:
+        assert plan.ended(rung.episodes, rung.violations) is rung.passed
+        assert plan.shows(rung.episodes, rung.violations, rung.bound)
+    first = next(used for delta, used in seeds if delta == 0.0)
+    assert all(not first & used for delta, used in seeds if delta > 0.0)
+    # The whole level is that of the attempt, and the promise has the confidence asked for.
+    assert record.attempts[-1].level == pytest.approx(0.1)
+    assert "With confidence 0.9 over" in record.promise
+    done.save(tmp_path / "shield")
+    assert Shield.load(tmp_path / "shield").record == record
+
+
 class _Counted:
-    """Stands for `Trials`: thresholds above 0.5 violate twice in 100 episodes, others never."""
+    """Stands for `Trials`: thresholds above 0.5 violate once in 104 episodes, others never."""
 
     promise, names = Violation(0.05), ("agent",)
     values = -np.ones(100)
 
     def __init__(self) -> None:
-        self.points: list[Any] = []
+        self.points: list[PilotPoint] = []
+        self.episodes = 0
         self._parts: dict[float, int] = {}
 
     def pilot(
         self, delta: float, name: str, episodes: int, most: float, seed: int
     ) -> tuple[float, int]:
         part = self._parts[delta] = self._parts.get(delta, 0) + 1
-        return (1.0 if delta > 0.5 and part in (1, 4) else 0.0), episodes
+        total = float(delta > 0.5 and part == 1)
+        self.points.append(PilotPoint(delta, name, episodes, int(total), 1.0, 0.1))
+        self.episodes += episodes
+        return total, episodes
 
 
-def test_a_pilot_puts_the_safest_threshold_first_although_a_stricter_one_looks_good() -> None:
+def test_where_the_first_test_fails_the_pilot_proposes_the_safest_stricter_threshold() -> None:
     trials: Any = _Counted()
-    pilot = Pilot(trials, 0)
-    strict = 1.0
-    chosen = pilot.thresholds([strict, 0.4, 0.2, 0.0])
-    assert pilot.good(strict)
-    assert chosen[0] == 0.4
-    assert chosen[-1] == 0.0
+    pilot = Pilot(trials, [1.0, 0.4, 0.2, 0.0], 0)
+    assert pilot.permissive() == 0.0
+    stricter = pilot.stricter(0.0)
+    assert pilot.good(1.0)  # ... but it violates more often than 0.4
+    assert stricter == [0.4, pytest.approx(np.sqrt(0.08)), 0.2]
+    assert pilot.stricter(0.4) == [1.0, pytest.approx(np.sqrt(0.8)), 0.8]
+    assert pilot.stricter(1.0) == []
 
 
 def test_of_equally_safe_thresholds_the_pilot_prefers_the_strict_one_until_one_violates() -> None:
     trials: Any = _Counted()
-    pilot = Pilot(trials, 0)
-    assert pilot.good(0.4)
-    assert pilot.good(0.2)
-    assert pilot._safest() == 0.4
-    pilot = Pilot(trials, 0)
-    assert pilot.good(1.0)
-    assert pilot.good(0.6)
-    assert pilot._safest() == 0.6
+    pilot = Pilot(trials, [1.0, 0.6, 0.4, 0.2, 0.0], 0)
+    assert all(pilot.good(delta) for delta in pilot.grid)
+    assert pilot._lowest([0.4, 0.2]) == 0.4
+    assert pilot._lowest([1.0, 0.6]) == 0.6
+
+
+def test_a_pilot_plays_few_episodes_of_thresholds_that_are_clearly_good_or_bad() -> None:
+    trials: Any = _Counted()
+    grid = [0.4 * 0.9**i for i in range(31)]
+    assert Pilot(trials, grid, 0).permissive() == grid[-1]
+    # Five looks at n = 50 episodes, in parts of 13; twice as many after a violation.
+    assert trials.episodes == 5 * 4 * 13
+    assert Pilot(trials, grid, 0).good(1.0)
+    assert trials.episodes == 5 * 4 * 13 + 8 * 13
+
+    class Bad(_Counted):
+        def pilot(self, delta: float, name: str, episodes: int, most: float, seed: int) -> Any:  # noqa: ANN401
+            super().pilot(delta, name, episodes, most, seed)
+            return (2.0 if delta < 0.3 else 0.0), 2 if delta < 0.3 else episodes
+
+    bad: Any = Bad()
+    assert Pilot(bad, grid, 0).permissive() == min(d for d in grid if d > 0.3)
 
 
 def test_a_grid_reaches_from_the_largest_value_to_zero() -> None:

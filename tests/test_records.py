@@ -22,7 +22,13 @@ from safeshield.calibration.consistency import check_calibrations
 from safeshield.cli.app import app
 from safeshield.cli.main import main
 from safeshield.files.tensors import read_tensors, write_tensors
-from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
+from safeshield.shield.record import (
+    Attempt,
+    CalibrationRecord,
+    PilotPoint,
+    PolicyResult,
+    Rung,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 CALIBRATED = GOLDEN / "shield_calibrated.safetensors"
@@ -123,6 +129,44 @@ def test_an_error_names_the_statement_that_does_not_follow() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             check_calibrations(wrong, ())
+
+
+def test_two_walks_share_the_level_of_the_attempt() -> None:
+    plan = sequential_plan(0.05, 0.975)
+
+    def rung(delta: float, n: int, k: int) -> tuple[float, int, int, float, bool]:
+        return delta, n, k, plan.bound_of(n, k), bool(plan.ended(n, k))
+
+    failed, (first, last) = (81, 6), plan.looks[:2]
+    attempt = Attempt("Plant-v0", ("agent",), 1.0 - 0.95, True, 0)
+
+    def two(*rungs: tuple[float, int, int, float, bool]) -> CalibrationRecord:
+        one = record_of(*rungs, epsilon=0.05, confidence=0.95)
+        seen = (PilotPoint(0.1, "agent", 104, 0, 1.0, 0.0),)
+        return replace(one, walks_planned=2, pilot=seen, attempts=(attempt,))
+
+    for good in (
+        two(rung(0.1, *first)),
+        two(rung(0.1, *failed), rung(0.4, *first), rung(0.2, *last)),
+        two(rung(0.1, *failed), rung(0.4, *first), rung(0.2, *failed)),
+    ):
+        check_calibrations(good, (attempt,))
+        assert CalibrationRecord.from_json(good.to_json()) == good
+    whole = sequential_plan(0.05, 0.95)
+    (least, most), *_ = whole.looks
+    after = (two(rung(0.1, *failed), rung(0.4, *failed), rung(0.2, *first)),
+             two(rung(0.1, *first), rung(0.05, *failed), rung(0.4, *first)))  # fmt: skip
+    for wrong, words in (
+        (two((0.1, least, most, whole.bound_of(least, most), True)), "cannot show a rate|no test"),
+        (replace(good, walks_planned=1), "deltas must be strictly decreasing"),
+        (replace(good, walks_planned=3), "walks_planned must be 1, or 2"),
+        (replace(good, pilot=()), "walks_planned must be 1, or 2"),
+        (replace(good, attempts=()), "walks_planned must be 1, or 2"),
+        (after[0], "walk must end with its first failed test"),
+        (after[1], "walk must end with its first failed test|which the walk reached"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_calibrations(wrong, wrong.attempts)
 
 
 # -- files ----------------------------------------------------------------------------------------

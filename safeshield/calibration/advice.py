@@ -54,7 +54,7 @@ def nothing_passes(
     did = _DID[promise.kind]
     point, rate, low, high = _best(curve)
     parts = [
-        f"no threshold meets {wanted} with confidence {confidence:g}: at the first one tested, "
+        f"no threshold meets {wanted} with confidence {confidence:g}: in the last test, at "
         f"delta {failed.delta:.4g}, policy '{failed.policy}' {did} in {failed.violations} of "
         f"{failed.episodes} episodes.",
         _about_deltas(values, max(one.delta for one in curve), asked),

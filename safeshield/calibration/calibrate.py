@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +19,7 @@ from safeshield.calibration.pilot import Pilot, threshold_grid
 from safeshield.calibration.promises import Promise, Violation
 from safeshield.calibration.proposers import policy_names
 from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, Trials, start_rows
-from safeshield.calibration.walk import CalibrationError, check_deltas, walk_rungs
+from safeshield.calibration.walk import CalibrationError, check_deltas, walks_in_turn
 from safeshield.files.schema import whole
 from safeshield.rollouts.copies import (
     Identity,
@@ -52,6 +52,9 @@ _STARTS_OF_SLOW = 400  # A reset without a vectorised form may take a second.
 # The environment's seeds of an attempt: first those of the starts, then the pilot's and the tests'.
 _PILOT = 2**14
 _TESTS = 2**19
+_NEXT_WALK = 2**20
+_WALKS = 2
+"""Number of walks that share the level where a pilot proposes the thresholds."""
 
 
 def start_observations(
@@ -150,9 +153,11 @@ def calibrate(
 ) -> CalibrationRecord:
     """Choose the most permissive delta that passes the tests, by rollouts with the shield on.
 
-    A pilot proposes at most four thresholds (see `pilot`). They are then tested on fresh seeds,
-    the strictest first: for each threshold and each policy, episodes that start with V_h <= -delta
-    are played until a sequential test decides. The walk stops at the first failure (see `walk`).
+    A pilot proposes the most permissive threshold that looks good (see `pilot`). It is then tested
+    on fresh seeds at half of the level 1 - confidence: for each policy, episodes that start with
+    V_h <= -delta are played until a sequential test decides. If it fails, the pilot proposes
+    stricter thresholds. These are tested on further fresh seeds at the other half of the level, the
+    strictest first, up to the first failure (see `walk`).
 
     The promise is: with the given confidence, over the draw of these episodes, an episode
     from the same start distribution, in which one of these policies proposes and the shield
@@ -181,7 +186,8 @@ def calibrate(
             is a string, the qualified name of a function, and the class of any other object.
         deterministic: The `deterministic` with which a policy's ``predict`` is called. It should be
             what is deployed; the default is Stable-Baselines3's.
-        deltas: Strictly decreasing thresholds to test, without a pilot.
+        deltas: Strictly decreasing thresholds to test in this order, without a pilot and at the
+            whole level. The tests stop at the first failure.
         episodes: A fixed number of episodes for each test in place of the sequential test; for a
             `MeanCost` the greatest number.
         seed: Seed of all draws.
@@ -233,7 +239,9 @@ def calibrate(
     earlier = _known_attempts(shield)
     tried = sum(one.counts_for(name, names) for one in earlier)
     level = (1.0 - confidence) * 2.0**-tried
-    test = promise.test(confidence if tried == 0 else 1.0 - level, episodes)
+    planned = _WALKS if deltas is None else 1
+    tested_confidence = confidence if tried == 0 and planned == 1 else 1.0 - level / planned
+    test = promise.test(tested_confidence, episodes)
     if deltas is not None:
         deltas = [float(delta) for delta in deltas]
         check_deltas(deltas)
@@ -244,20 +252,22 @@ def calibrate(
         _refuse_few_starts(values, asked)
     quantiles = _quantiles(shield, values) if asked is None else []
     trials = Trials(
-        shield, env, promise, policy, policy_name, 1.0 - level, values, seed,
+        shield, env, promise, policy, policy_name, tested_confidence, values, seed,
         deterministic=deterministic, num_envs=num_envs, workers=workers, ray=ray,
         progress_bar=progress_bar, alone=alone,
     )  # fmt: skip
     try:
-        if deltas is None:
-            pilot = Pilot(trials, first_seed + _PILOT)
-            deltas = pilot.thresholds(threshold_grid(values, quantiles)) or [pilot.best()]
-        before = tuple(trials.points)
+        walks: Iterable[Sequence[float]] = [asked or []]
+        if asked is None:
+            pilot = Pilot(trials, threshold_grid(values, quantiles), first_seed + _PILOT)
+            walks = _walks(pilot, pilot.permissive())
         attempt = Attempt(name, names, level, False, first_seed)
         try:
-            delta, rungs = walk_rungs(
-                lambda delta, policy: trials.test(delta, policy, test, first_seed + _TESTS),
-                deltas,
+            delta, rungs = walks_in_turn(
+                lambda number, delta, policy: trials.test(
+                    delta, policy, test, first_seed + _TESTS + number * _NEXT_WALK
+                ),
+                walks,
                 names,
             )
         except (CalibrationError, KeyboardInterrupt) as error:
@@ -275,7 +285,7 @@ def calibrate(
             attempt,
         )
     chosen = {rung.policy: rung for rung in rungs if rung.delta == delta}
-    played = {one.policy: one for one in trials.points[len(before) :] if one.delta == delta}
+    played = {one.policy: one for one in trials.tests if one.delta == delta}
     results = tuple(
         PolicyResult(
             one,
@@ -312,7 +322,8 @@ def calibrate(
         deterministic=deterministic,
         horizon=tested.horizon,
         wrappers=tuple(EnvironmentWrapper(*one) for one in tested.wrappers),
-        pilot=before,
+        pilot=trials.piloted,
+        walks_planned=planned,
         attempts=(*earlier, replace(attempt, passed=True)),
     )
 
@@ -345,6 +356,12 @@ def _start_values(
     fast = is_vector_env(env) or getattr(spec, "vector_entry_point", None) is not None
     starts = start_observations(shield, env, _STARTS if fast else _STARTS_OF_SLOW, seed, first_seed)
     return shield.row_values(starts).astype(np.float64)
+
+
+def _walks(pilot: Pilot, least: float) -> Iterator[list[float]]:
+    """Yield the thresholds of two walks: `least`, and stricter ones if it fails its test."""
+    yield [least]
+    yield pilot.stricter(least)
 
 
 def _refuse_few_starts(values: npt.NDArray[np.float64], deltas: Sequence[float]) -> None:

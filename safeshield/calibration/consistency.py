@@ -33,7 +33,7 @@ from safeshield.calibration.sequential import (
     Decision,
     sequential_plan,
 )
-from safeshield.calibration.walk import check_deltas, walk_rungs
+from safeshield.calibration.walk import check_deltas, walks_in_turn
 from safeshield.shield.log_record import DETECTION, RESIDUALS, TRIAL, VALUES_ALONE
 from safeshield.shield.record import RESERVED_SEEDS, ActorRecord
 
@@ -214,6 +214,12 @@ def _check_attempts(attempts: Sequence[Attempt]) -> None:
 
 def _tested_confidence(record: CalibrationRecord) -> float:
     """Return the confidence of the record's tests, after a check of the attempt that made them."""
+    planned = record.walks_planned
+    _require(
+        planned == 1 or (planned == 2 and bool(record.pilot) and bool(record.attempts)),
+        "walks_planned must be 1, or 2 where a pilot proposed the thresholds and attempts are "
+        f"known, got {planned}",
+    )
     if not record.attempts:
         return record.confidence
     names = tuple(result.policy for result in record.policies)
@@ -231,13 +237,17 @@ def _tested_confidence(record: CalibrationRecord) -> float:
         f"attempt {tried + 1} at confidence {record.confidence:g} must be tested at the level "
         f"{level:.6g}, got {own.level:.6g}",
     )
-    confidence = record.confidence if tried == 0 else 1.0 - own.level
+    untouched = tried == 0 and planned == 1
+    confidence = record.confidence if untouched else 1.0 - own.level / planned
     check_probability("the confidence of the tests", confidence)
     return confidence
 
 
 def _check_walk(record: CalibrationRecord) -> None:
-    """Check that the walk tests in order, stops at the first failure, and reached delta."""
+    """Check that each walk tests in order and stops at its first failure, and that delta follows.
+
+    A second walk follows only where it was planned and the first one reached no threshold.
+    """
     rungs = iter(record.walk)
 
     def next_rung(delta: float, policy: str) -> Rung:
@@ -249,10 +259,18 @@ def _check_walk(record: CalibrationRecord) -> None:
             )
         return rung
 
-    deltas = list(dict.fromkeys(rung.delta for rung in record.walk))
-    check_deltas(deltas)
+    end = len(record.walk)
+    if record.walks_planned > 1:
+        failed = (number for number, rung in enumerate(record.walk, 1) if not rung.passed)
+        end = next(failed, end)
+    walks = [
+        list(dict.fromkeys(rung.delta for rung in part))
+        for part in (record.walk[:end], *filter(None, [record.walk[end:]]))
+    ]
+    for deltas in walks:
+        check_deltas(deltas)
     names = [result.policy for result in record.policies]
-    reached, tested = walk_rungs(next_rung, deltas, names)
+    reached, tested = walks_in_turn(lambda _, *test: next_rung(*test), walks, names)
     _require(
         len(tested) == len(record.walk),
         f"walk must end with its first failed test, number {len(tested)}, got {len(record.walk)} "

@@ -79,6 +79,7 @@ def episodes_plan(
         for share in (alpha, epsilon)
     )
     plan = sequential_plan(epsilon, confidence)
+    shared = sequential_plan(epsilon, 1.0 - (1.0 - confidence) / 2.0)
     needs = [
         Need(
             "detection",
@@ -109,7 +110,8 @@ def episodes_plan(
             plan.looks,
             f"Passes with probability {plan.power(epsilon / 5):.2g} where the true rate is "
             f"{epsilon / 5:g}, and {plan.power(epsilon / 10):.2g} where it is {epsilon / 10:g}. "
-            "The pilot before the tests plays others.",
+            f"A threshold that the pilot proposes is tested at half of the level, which takes "
+            f"{shared.looks[0][0]} to {shared.most} episodes; the pilot plays others.",
         ),
     ]
     if limit is not None and bound is not None:

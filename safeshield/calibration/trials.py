@@ -119,7 +119,9 @@ class Trials:
     names: list[str] = field(init=False)
     """Names of the policies that propose actions."""
     points: list[PilotPoint] = field(default_factory=list, init=False)
-    """What was played: the pilot's thresholds with each policy, then the tests."""
+    """What was played: the pilot's thresholds with each policy, and the tests."""
+    tests: list[PilotPoint] = field(default_factory=list, init=False)
+    """Those of `points` that are tests, in their order."""
 
     _values: dict[int, float] = field(default_factory=dict, init=False)
     _outcomes: dict[int, Outcome] = field(default_factory=dict, init=False)
@@ -191,8 +193,14 @@ class Trials:
         counted = played[: decision.episodes]
         point = self._point(delta, name, counted)
         self.points.append(point)
+        self.tests.append(point)
         bound = test.bound(scores[: decision.episodes]) * (self.promise.bound or 1.0)
         return Rung(delta, name, point.episodes, point.violations, bound, decision.passed)
+
+    @property
+    def piloted(self) -> tuple[PilotPoint, ...]:
+        """Those of `points` that are the pilot's, in their order."""
+        return tuple(self.points[at] for at, _ in self._pooled.values())
 
     def pilot(
         self, delta: float, name: str, episodes: int, most: float, seed: int

@@ -6,6 +6,11 @@ all before it passed. If a bad threshold is chosen, the FIRST bad one in the seq
 own test, which happens with probability at most b. The sequence must not depend on the episodes
 that test it.
 
+Several walks in turn share the level: each of m walks is tested at the level b / m, on episodes of
+its own, and the first one that reaches a threshold ends them. Each walk chooses a bad threshold
+with probability at most b / m, so the probability that any does is at most b. The thresholds of a
+walk may therefore depend on all that was seen in earlier ones.
+
 Where the promise covers several policies, a threshold passes only if it passes for each of them,
 again at the full level. A threshold that is bad for any of the policies passes all of its tests
 with probability at most b.
@@ -14,7 +19,8 @@ with probability at most b.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Self
 
 from safeshield.calibration.binomial import episodes_needed, upper_bound, violations_allowed
@@ -73,6 +79,33 @@ def walk_rungs(
                 return reached, rungs
         reached = delta
     return reached, rungs
+
+
+def walks_in_turn(
+    test: Callable[[int, float, str], Rung],
+    walks: Iterable[Sequence[float]],
+    policies: Sequence[str],
+) -> tuple[float | None, list[Rung]]:
+    """Walk lists of thresholds in turn, until one of the walks reaches a threshold.
+
+    Args:
+        test: Function that tests one threshold with one policy, at the walk's share of the level
+            and on episodes that no other walk uses. It gets the number of the walk, from 0.
+        walks: The thresholds of each walk, in the order of the tests. The next ones are asked for
+            when a walk has reached none, and may depend on its results.
+        policies: Names of the policies. At each threshold they are tested in this order.
+
+    Returns:
+        The delta that was reached, None if there is none, and the results of all tests that were
+        run, in order.
+    """
+    rungs: list[Rung] = []
+    for number, deltas in enumerate(walks):
+        reached, tested = walk_rungs(partial(test, number), deltas, policies)
+        rungs += tested
+        if reached is not None:
+            return reached, rungs
+    return None, rungs
 
 
 def check_deltas(deltas: Sequence[float]) -> None:

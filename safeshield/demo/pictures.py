@@ -106,8 +106,9 @@ def trips(
 def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> None:
     """Draw the tests of the calibration of `shield` to the file `path`.
 
-    The upper part shows the violation rate of each threshold with its confidence bound. The lower
-    part shows the share of `starts` (n, obs) that each threshold keeps.
+    The upper part shows the violation rate of each tested threshold with its confidence bound, and
+    the rates that the pilot saw. The lower part shows the share of `starts` (n, obs) that each
+    threshold keeps.
 
     Raises:
         ValueError: The shield is not calibrated.
@@ -116,7 +117,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
     if record is None:
         raise ValueError("the shield must be calibrated: call calibrate()")
     values = np.asarray(shield.value(starts))
-    deltas = sorted({rung.delta for rung in record.walk})
+    deltas = sorted({rung.delta for rung in record.walk} | {one.delta for one in record.pilot})
     with saved_figure(path, 7.6, 6.0) as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
         names = list(dict.fromkeys(rung.policy for rung in record.walk))
@@ -127,6 +128,12 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         ):
             rungs = [rung for rung in record.walk if rung.policy == name]
             offset = shift * (i - 0.5 * (len(names) - 1))
+            seen = [point for point in record.pilot if point.policy == name]
+            above.plot(
+                [point.delta + offset for point in seen],
+                [100 * point.violations / point.episodes for point in seen],
+                color=colour, marker=marker, markersize=3, alpha=0.4, linestyle="",
+            )  # fmt: skip
             for rung in rungs:
                 x, rate = rung.delta + offset, 100 * rung.violations / rung.episodes
                 axes_style = {"color": colour, "markersize": 6}
@@ -139,16 +146,17 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         for axes in (above, below):
             axes.axvline(record.delta, color=ORANGE, linewidth=6, alpha=0.35, zorder=0)
             axes.grid(axis="y", color=GREY, linewidth=0.6)
-        top = max(100 * rung.bound for rung in record.walk)
-        above.set_ylim(min(0.0, -0.02 * top), max(1.15 * top, 1.6 * epsilon))
+        top = max(3 * epsilon, *(100 * rung.bound for rung in record.walk))
+        above.set_ylim(min(0.0, -0.02 * top), min(1.15 * top, 105.0))
         above.set_ylabel("violating episodes, %")
-        above.set_title("Calibration: thresholds tested from strict (right) to permissive (left)")
+        above.set_title("Calibration: rates in the pilot (small, pale) and in the tests")
         shares = [100 * float(np.mean(values <= -delta)) for delta in deltas]
         below.plot(deltas, shares, color=GREEN, marker="o", markersize=5)
         below.set_ylim(0, 105)
         below.set_ylabel("starts kept, %")
         below.set_xlabel(r"threshold $\delta$, metres: an action passes where $Q_h \leq -\delta$")
-        percent = f"{100 * record.confidence:g}%"
+        level = record.attempts[-1].level if record.attempts else 1.0 - record.confidence
+        percent = f"{100 * (1.0 - level / record.walks_planned):g}%"
         handles: list[Any] = [
             mark(marker, colour, f"{name}: observed, bar up to its {percent} bound", 6)
             for name, colour, marker in zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
@@ -166,7 +174,7 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
             )
         )  # fmt: skip
         if not all(rung.passed for rung in record.walk):
-            handles.append(mark("o", BLACK, "failed: the walk stops (test cut short)", 6, "white"))
+            handles.append(mark("o", BLACK, "failed (test cut short)", 6, "white"))
         _legend(figure, handles, columns=2)
 
 

@@ -294,6 +294,7 @@ def _limits(
 
 def _steps(record: CalibrationRecord, *, alone: bool) -> tuple[Step, ...]:
     level = record.attempts[-1].level if record.attempts else 1.0 - record.confidence
+    level /= record.walks_planned
     if alone:
         first = (
             "The agent was trained on a log, and its actions may be wrong. The claim does not rest "
@@ -311,6 +312,12 @@ def _steps(record: CalibrationRecord, *, alone: bool) -> tuple[Step, ...]:
         else "A search (the pilot) proposed the thresholds. Its episodes are not used as evidence, "
         "because they chose what was tested."
     )
+    corrected = (
+        "The order was fixed before, so the choice needs no further correction."
+        if record.walks_planned == 1
+        else "This is half of the level. If the first threshold fails, a second list is tested in "
+        "this way on other episodes, at the other half."
+    )
     return (
         Step(first, (DATA,)),
         Step(chosen, (SEARCH,)),
@@ -318,8 +325,7 @@ def _steps(record: CalibrationRecord, *, alone: bool) -> tuple[Step, ...]:
             "The thresholds were then tested one after the other on fresh episodes. The tests end "
             "with the first threshold that fails, or with the last of the list; the last threshold "
             "that passed was chosen. If the true rate or mean at a threshold is above the bound, "
-            f"its test passes by chance with probability at most {level:.3g}. The order was fixed "
-            "before, so the choice needs no further correction.",
+            f"its test passes by chance with probability at most {level:.3g}. {corrected}",
             (TESTS,),
         ),
         Step(

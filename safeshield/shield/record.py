@@ -153,6 +153,10 @@ class CalibrationRecord:
     """Wrappers of the environment, the innermost first; None where they are not known."""
     pilot: tuple[PilotPoint, ...] = ()
     """The pilot that proposed the thresholds; empty where they were given."""
+    walks_planned: int = 1
+    """Number m of walks that share the level: each test has the level of the attempt divided by m,
+    and where a walk reaches no threshold, the next one begins. It is 2 where a pilot proposed the
+    thresholds, and 1 where they were given and in older records."""
     attempts: tuple[Attempt, ...] = ()
     """The attempts on this shield that are known, the present one last. Attempts that were made
     elsewhere, for instance on another copy of the file, are not known."""
