@@ -113,7 +113,7 @@ class Probe:
             ) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(
-                f"{path} must have the entry 'format': '{FORMAT}', as `safeshield falsify` writes it"
+                f"{path} must have the entry 'format': '{FORMAT}': write it by `safeshield falsify`"
             )
         return record_from_json(cls, data.get("probe"), str(path))
 
