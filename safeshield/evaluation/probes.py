@@ -10,8 +10,9 @@ r"""Agents that try to break a shield, each described by a few numbers that a fi
 x are the normalised observations (a fixed random projection to 16 numbers where there are more), v
 is near 0 far from the threshold and 1 at the threshold, and sigma is the typical change of h in one
 step. Of some actions spread over the box, u_high is the accepted one of highest Q_h, u_low the one
-of lowest Q_h, and u_other the one of lowest Q_h on the other side (u . u_low <= 0). A ridge of V_h
-lies between two such escapes: who takes the second best one is led onto the ridge. z is a standard
+of lowest Q_h, and u_other the one of lowest Q_h on the other side, at least 120 degrees from u_low
+where there is such an action. A ridge of V_h lies between two such escapes: who takes the second
+best one is led onto the ridge. z is a standard
 normal vector that is drawn anew every `hold` steps.
 
 The agent proposes d, clipped to the box; of discrete actions it proposes the one nearest to d. Near
@@ -50,6 +51,8 @@ _SPREAD = 16
 _REACH = 8.0
 """Distance from the threshold at which v is about 0.24, in typical changes of h in one step."""
 _NEAR = 0.5
+_OTHER_SIDE = -0.5
+"""Largest cosine of the angle between two escapes on different sides."""
 _TURNS = 6
 """Number of the coefficients c: two for each of three directions."""
 _FROM = "CMA-ES from "
@@ -166,6 +169,10 @@ class ProbingAgent:
             self._projection = rng.standard_normal((features, kept)) / np.sqrt(features)
         self._points = spread_actions(shield, _SPREAD)
         self._scaled = model.scaling.actions(self._points).astype(np.float64)
+        unit = self._scaled / np.maximum(np.linalg.norm(self._scaled, axis=1, keepdims=True), 1e-9)
+        cosine = unit @ unit.T
+        limit = np.maximum(cosine.min(axis=1, keepdims=True), _OTHER_SIDE)
+        self._aside = cosine <= limit + 1e-6
         rows = np.array([probe.weights for probe in probes], np.float64)
         shape = (len(probes), model.scaling.action_features, kept + 2)
         self._matrices = rows[:, :-_TURNS].reshape(shape)
@@ -237,8 +244,7 @@ class ProbingAgent:
         high = np.where(good, values, -np.inf).argmax(axis=1)
         high = np.where(good.any(axis=1), high, values.argmax(axis=1))
         low = values.argmin(axis=1)
-        aside = self._scaled @ self._scaled.T <= 1e-6
-        other = np.where(aside[low], values, np.inf).argmin(axis=1)
+        other = np.where(self._aside[low], values, np.inf).argmin(axis=1)
         return np.asarray(self._scaled[np.stack([high, low, other], axis=1)])
 
 
