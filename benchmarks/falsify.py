@@ -92,9 +92,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(machine())
-    print("| shield | seed | delta | family of the worst | violating | 99% bounds | in the search | "
-          "minutes of processor time | decisions that differ |\n|---|---|---|---|---|---|---|---|---|"
-          )  # fmt: skip
+    columns = (
+        "shield", "seed", "delta", "family of the worst", "violating", "99% bounds",
+        "in the search", "minutes of processor time", "decisions that differ",
+    )  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for seed in arguments.seeds:
         path = Path(arguments.shield.replace("{seed}", str(seed)))
         own = f"{path.stem}_{seed}_{arguments.rollouts}{'_battery' * arguments.no_cma}"

@@ -304,7 +304,8 @@ def starting_probes(shield: Shield, rng: np.random.Generator, each: int) -> list
     found += [probe("target", matrix=target()) for _ in range(2 * each)]
     greedy = [(1.0,), (1.0, -2.0), (1.0, -1.0, 0.0, 1.0), (1.0, -1.0, 0.0, 0.0, 0.0, 1.0)]
     found += [probe("greedy", one) for one in greedy]
-    found += [probe("ridge", one) for one in [(0.0, 0.0, 0.0, 0.0, 1.0), (0.5, -1.0, 0, 0, 1.0)]]
+    ridge = [(0.0, 0.0, 0.0, 0.0, 1.0), (0.5, -1.0, 0.0, 0.0, 1.0), (1.0, -1.0, 0.0, 0.0, 0.5, 0.5)]
+    found += [probe("ridge", one) for one in ridge]
     return found
 
 
