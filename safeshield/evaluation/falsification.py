@@ -74,6 +74,8 @@ _ISLANDS = 3
 _POPULATION = 16
 _FINALISTS = 8
 _SIGMA = 0.4
+_BATTERY_SHARE = 0.2
+"""Share of the budget after which the battery gets no second pass, where episodes are slow."""
 _PART = 2**22
 """Seeds of a part: the search has the first part after a base, the verification the second."""
 _LOOK = 64
@@ -534,7 +536,8 @@ class _Search:
             cost = self.budget.spent / (_FIRST * len(battery))
             most = _GENERATION_SHARE / (_POPULATION * cost)
             self.each = int(np.clip(most, _FIRST, _EACH))
-            self._compare(battery, self.each)
+            if self.budget.spent < _BATTERY_SHARE:
+                self._compare(battery, self.each)
             islands = self._islands(seed) if self.cma else []
             while self.budget.spent < _SEARCH_SHARE:
                 if not self.cma:

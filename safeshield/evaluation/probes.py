@@ -310,7 +310,7 @@ def starting_probes(shield: Shield, rng: np.random.Generator, each: int) -> list
 
 
 def _unit(vector: Array) -> Array:
-    return np.asarray(vector / max(np.linalg.norm(vector), 1e-9))
+    return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-9))
 
 
 def moved(probe: Probe, weights: npt.NDArray[np.float64]) -> Probe:
