@@ -74,6 +74,8 @@ _ISLANDS = 3
 _POPULATION = 16
 _FINALISTS = 8
 _SIGMA = 0.4
+_NEW = 0.3
+"""Weight of a generation in the moving average by which searches are compared."""
 _BATTERY_SHARE = 0.2
 """Share of the budget after which the battery gets no second pass, where episodes are slow."""
 _PART = 2**22
@@ -509,8 +511,8 @@ class _Island:
     start: Probe
     strategy: Any
     generations: int = 0
-    score: float = -math.inf
-    """Mean objective of the latest generation."""
+    score: float | None = None
+    """Moving average of the generations' mean objectives."""
 
 
 @dataclass
@@ -544,7 +546,7 @@ class _Search:
                     self._compare(starting_probes(shield, rng, _BATTERY), self.each)
                     continue
                 if self.budget.spent > 0.5 * _SEARCH_SHARE and len(islands) > 1:
-                    islands = [max(islands, key=lambda one: one.score)]
+                    islands = [max(islands, key=lambda one: one.score or 0.0)]
                 for island in islands:
                     self._generation(island)
             # The mean of a search is often better than the agents drawn around it.
@@ -601,7 +603,9 @@ class _Search:
         drawn = island.strategy.ask()
         played = self._compare([moved(island.start, one) for one in drawn], self.each)
         island.strategy.tell(drawn, [-one.score for one in played])
-        island.score = float(np.mean([one.score for one in played]))
+        mean = float(np.mean([one.score for one in played]))
+        old = mean if island.score is None else island.score
+        island.score = (1.0 - _NEW) * old + _NEW * mean
         self.generations += 1
 
 
