@@ -510,7 +510,6 @@ class _Island:
 
     start: Probe
     strategy: Any
-    generations: int = 0
     score: float | None = None
     """Moving average of the generations' mean objectives."""
 
