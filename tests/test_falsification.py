@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -43,15 +44,20 @@ CART = TASKS["double integrator"]
 RNG = np.random.default_rng
 
 
+def cart() -> gym.Env[Any, Any]:
+    """A short episode: a cart that cannot brake any more reaches the wall within 2.5 seconds."""
+    return gym.make(CART.id, max_episode_steps=50)
+
+
 @pytest.fixture(scope="module")
 def thin() -> Shield:
     """A shield whose delta does not cover the errors of its values, with a record."""
-    return with_record(sound("double integrator"), CART.env())
+    return with_record(sound("double integrator"), cart())
 
 
 @pytest.fixture(scope="module")
 def found(thin: Shield) -> Falsification:
-    return falsify(thin, CART.env(), minutes=None, rollouts=400, episodes=100, seed=3)
+    return falsify(thin, cart(), minutes=None, rollouts=200, episodes=100, seed=3)
 
 
 def observations(count: int = 40) -> Array:
@@ -67,14 +73,14 @@ def test_a_planted_flaw_is_found_and_a_sound_shield_is_not_accused(
     assert found.breaks
     assert found.rate > 0.2
     assert found.generations > 0
-    good = with_record(sound("double integrator").with_delta(0.15), CART.env())
-    quiet = falsify(good, CART.env(), minutes=None, rollouts=100, episodes=50, cma=False, seed=3)
+    good = with_record(sound("double integrator").with_delta(0.15), cart())
+    quiet = falsify(good, cart(), minutes=None, rollouts=100, episodes=50, cma=False, seed=3)
     assert (quiet.violating, quiet.breaks, quiet.generations) == (0, False, 0)
     assert all(one.violating == 0 for one in quiet.families)
 
 
 def test_a_search_in_episodes_depends_on_its_seed_alone(thin: Shield, found: Falsification) -> None:
-    again = falsify(thin, CART.env(), minutes=None, rollouts=400, episodes=100, seed=3)
+    again = falsify(thin, cart(), minutes=None, rollouts=200, episodes=100, seed=3)
     assert replace(again, minutes=0, cpu_minutes=0) == replace(found, minutes=0, cpu_minutes=0)
 
 
@@ -83,13 +89,13 @@ def test_the_rate_is_that_of_the_saved_agent_in_other_episodes(
 ) -> None:
     found.save(tmp_path / "worst.json")
     agent = load_probe(tmp_path / "worst.json", thin)
-    played = evaluate(CART.env(), agent, 100, seed=77, shield=thin, starts="certified")
+    played = evaluate(cart(), agent, 100, seed=77, shield=thin, starts="certified")
     # The difference of two rates of 100 episodes has a standard deviation of at most 0.071.
     assert abs(played.violation_rate - found.rate) < 0.3
 
 
 def test_search_and_verification_share_no_seed_and_start_certified(thin: Shield) -> None:
-    player = _Player(thin, CART.env(), 5, None)
+    player = _Player(thin, cart(), 5, None)
     search = list(itertools.islice(player._search, 300))
     verify = list(itertools.islice(player._verify, 300))
     assert not set(search) & set(verify)
@@ -99,12 +105,11 @@ def test_search_and_verification_share_no_seed_and_start_certified(thin: Shield)
 
 
 def _short(shield: Shield, seeds: list[int]) -> list:  # type: ignore[type-arg]
-    env = gym.make(CART.id, max_episode_steps=2)
-    return run_episodes(env, "random", len(seeds), 0, seeds=seeds)
+    return run_episodes(cart(), "random", len(seeds), 0, seeds=seeds)
 
 
 def test_a_budget_that_ends_during_the_battery_still_verifies_an_agent(thin: Shield) -> None:
-    short = falsify(thin, CART.env(), minutes=1e-6, episodes=10, cma=False)
+    short = falsify(thin, cart(), minutes=1e-6, episodes=10, cma=False)
     assert (short.searched, short.episodes, short.probe.family) == (0, 10, "adversary")
 
 
@@ -113,7 +118,7 @@ def test_an_environment_without_labels_or_with_few_certified_starts_is_refused(
 ) -> None:
     strict = thin.with_delta(50.0)
     with pytest.raises(ValueError, match="starts almost everywhere outside the certified set"):
-        falsify(strict, CART.env(), minutes=None, rollouts=10, episodes=5, cma=False)
+        falsify(strict, cart(), minutes=None, rollouts=10, episodes=5, cma=False)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_an_environment_without_labels_or_with_few_certified_starts_is_refused(
 )
 def test_arguments_are_checked(thin: Shield, wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        falsify(thin, CART.env(), **wrong)  # type: ignore[arg-type]
+        falsify(thin, cart(), **wrong)  # type: ignore[arg-type]
 
 
 def test_without_the_library_the_message_says_what_to_install(
@@ -136,7 +141,7 @@ def test_without_the_library_the_message_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cma", None)
     with pytest.raises(ImportError, match=r'pip install "safeshield\[falsify\]"'):
-        falsify(thin, CART.env())
+        falsify(thin, cart())
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 50), (1, 50), (30, 2000), (50, 50)])
@@ -173,9 +178,9 @@ def test_the_statement_says_what_is_contradicted_and_that_it_is_no_proof(
 
 
 def test_probes_in_one_batch_act_as_each_does_alone() -> None:
-    shield = sound("boat")
+    shield = sound("double integrator")
     probes = [p for p in starting_probes(shield, RNG(1), 2) if p.noise == 0]
-    rows = RNG(2).uniform(TASKS["boat"].low, TASKS["boat"].high, (len(probes), 2)).astype("f4")
+    rows = observations(len(probes))
     agent = ProbingAgent(shield, probes, np.arange(len(probes)))
     agent.start_wave(len(probes))
     together = agent(rows, RNG(0))
@@ -185,9 +190,8 @@ def test_probes_in_one_batch_act_as_each_does_alone() -> None:
 
 
 def test_the_greedy_probe_is_the_adversary_of_the_calibration_where_something_is_accepted() -> None:
-    shield = sound("boat").with_delta(0.1)
-    task = TASKS["boat"]
-    rows = RNG(2).uniform(task.low, task.high, (200, 2)).astype("f4")
+    shield = sound("double integrator").with_delta(0.1)
+    rows = observations(200)
     rows = rows[shield.row_values(rows) < -0.3]
     turns = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     greedy = Probe("greedy", 0.1, (*[0.0] * (weight_count(shield) - 6), *turns))
@@ -245,8 +249,9 @@ def test_a_file_that_holds_no_probe_is_refused(tmp_path: Path, content: bytes) -
 
 
 def test_a_probe_of_other_spaces_is_refused(found: Falsification) -> None:
+    longer = replace(found.probe, weights=(*found.probe.weights, 0.0))
     with pytest.raises(ValueError, match="it was found for another one"):
-        as_agent(sound("boat"), found.probe)
+        as_agent(sound("double integrator"), longer)
 
 
 def test_the_command_writes_an_agent_that_the_other_commands_play(
