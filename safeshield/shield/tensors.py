@@ -154,7 +154,8 @@ class TorchShield:
         constraint_fn: TensorConstraint | None = None,
         budget: int | None = None,
     ) -> None:
-        _check(shield, constraint_fn, budget)
+        self._check_shield(shield)
+        _check_arguments(shield, constraint_fn, budget)
         place = device_of(device)
         if place.type == "mps":
             raise ValueError(
@@ -200,6 +201,32 @@ class TorchShield:
     def __repr__(self) -> str:
         budget = "" if self.budget is None else f", budget={self.budget}"
         return f"{type(self).__name__}({self._shield!r}, device={str(self.device)!r}{budget})"
+
+    def _check_shield(self, shield: Shield) -> None:
+        """Raise TypeError where the shield does not run on tensors."""
+        if shield.support is not None:
+            raise TypeError(
+                "a shield with a support test does not run on tensors: filter arrays with it, or make "
+                "a shield without the test, dataclasses.replace(shield, support=None, record=None)"
+            )
+        strategy, judge = shield.replacement, shield.model.judge
+        if type(strategy) not in _STRATEGIES:
+            names = ", ".join(kind.__name__ for kind in _STRATEGIES)
+            raise TypeError(
+                f"replacement must be one of {names} on tensors, got {type(strategy).__name__}; use "
+                "with_replacement(...), which drops the record, and calibrate again"
+            )
+        if judge is not None and not isinstance(judge, BestPlan):
+            raise TypeError(
+                f"a shield whose critic of actions is {type(judge).__name__} does not run on tensors: "
+                "filter arrays with it"
+            )
+        source = shield.model.constraint
+        if source is not None and type(source) is not ConstraintSource:
+            raise TypeError(
+                f"a shield whose h comes from a {type(source).__name__} does not run on tensors: "
+                "filter arrays with it"
+            )
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -266,7 +293,21 @@ class TorchShield:
         rows = self._observations.rows(observation)
         actions = self._action_rows(action, len(rows))
         limit = self._limits(threshold, len(rows))
-        states = self._states(rows, constraint)
+        executed, report = self._filter_rows(self._states(rows, constraint), actions, limit)
+        given = action.reshape(executed.shape)
+        executed = torch.where(report.intervened[:, None], executed.to(action.dtype), given)
+        return executed.reshape(action.shape), report
+
+    def _filter_rows(
+        self, states: _States, actions: Tensor, limit: Tensor
+    ) -> tuple[Tensor, TensorReport]:
+        """Return the actions (n, act) to execute in place of rejected ones, and the report.
+
+        Args:
+            states: Result of `_states` for the n observations.
+            actions: (n, act) the proposed actions, as rows.
+            limit: (n,) float64, the number that Q_h must not exceed.
+        """
         finite = torch.isfinite(actions).all(-1)
         inside = self._actions.range.entries(actions).all(-1)
         clipped = actions.clip(self._low, self._high)
@@ -282,9 +323,7 @@ class TorchShield:
         replaced = self._replace_all if self.budget is None else self._replace_most
         executed, executed_value, overflow = replaced(states, proposals)
         executed_value = executed_value.masked_fill(~states.readable, torch.inf)
-        given = action.reshape(executed.shape)
-        executed = torch.where(accepted[:, None], given, executed.to(action.dtype))
-        report = TensorReport(
+        return executed, TensorReport(
             intervened=~accepted,
             value=executed_value,
             proposed_value=proposed_value,
@@ -294,7 +333,6 @@ class TorchShield:
             supported=torch.ones_like(accepted),
             overflow=overflow,
         )
-        return executed.reshape(action.shape), report
 
     # -- replacement -----------------------------------------------------------------------------
 
@@ -353,10 +391,11 @@ class TorchShield:
         The fallback's actions (n, act) for noise 0 and their Q_h (n,) are returned as well.
         """
         if self._discrete:
-            every = self._choices.expand(len(states.value), *self._choices.shape)
+            every = self._in_each(states, self._choices)
             choice_values = _number(self._values(states, every))
             lowest = choice_values.argmin(1)
-            own, values = self._choices[lowest], choice_values.gather(1, lowest[:, None])[:, 0]
+            own = self._choices.index_select(0, lowest)
+            values = choice_values.gather(1, lowest[:, None])[:, 0]
         else:
             own = self._acted(states, self._zero_noise)[:, 0].clip(self._low, self._high)
             values = _number(self._values(states, own))
@@ -407,13 +446,13 @@ class TorchShield:
     def _candidates(self, states: _States, wanted: Tensor) -> Tensor:
         """Return the candidates (k, c, act) that `CandidateSet.actions` returns for arrays."""
         if self._discrete:
-            return self._choices.expand(len(wanted), *self._choices.shape)
+            return self._in_each(states, self._choices)
         near = self._unit(wanted)[:, None] + self._around
         return torch.cat(
             [
                 self._acted(states, self._noise),
                 self._to_box(near.clip(-1.0, 1.0)),
-                self._points.expand(len(wanted), *self._points.shape),
+                self._in_each(states, self._points),
             ],
             1,
         )
@@ -466,10 +505,15 @@ class TorchShield:
         actor = self._model.fallback_actor
         if actor is None:
             raise TypeError("a shield for a Box of actions needs a fallback actor, got none")
-        count, each = len(states.inputs), len(noise)
+        each = len(noise)
         inputs = states.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
-        scaled = actor.act(self._networks, inputs, noise.repeat(count, 1))
-        return self._to_box(nan_to_zero(scaled)).reshape(count, each, scaled.shape[-1])
+        draws = self._in_each(states, noise).flatten(0, 1)
+        scaled = actor.act(self._networks, inputs, draws)
+        return self._to_box(nan_to_zero(scaled)).reshape(-1, each, scaled.shape[-1])
+
+    def _in_each(self, states: _States, table: Tensor) -> Tensor:
+        """Return a table (c, width) once for each of n states, (n, c, width)."""
+        return table.expand(len(states.inputs), *table.shape)
 
     # -- critics ---------------------------------------------------------------------------------
 
@@ -629,31 +673,11 @@ class TorchShield:
         return threshold.to(torch.float64).expand(count)
 
 
-def _check(shield: Shield, constraint_fn: TensorConstraint | None, budget: int | None) -> None:
-    """Raise where the shield does not run on tensors or an argument has no meaning."""
-    if shield.support is not None:
-        raise TypeError(
-            "a shield with a support test does not run on tensors: filter arrays with it, or make "
-            "a shield without the test, dataclasses.replace(shield, support=None, record=None)"
-        )
-    strategy, judge = shield.replacement, shield.model.judge
-    if type(strategy) not in _STRATEGIES:
-        names = ", ".join(kind.__name__ for kind in _STRATEGIES)
-        raise TypeError(
-            f"replacement must be one of {names} on tensors, got {type(strategy).__name__}; use "
-            "with_replacement(...), which drops the record, and calibrate again"
-        )
-    if judge is not None and not isinstance(judge, BestPlan):
-        raise TypeError(
-            f"a shield whose critic of actions is {type(judge).__name__} does not run on tensors: "
-            "filter arrays with it"
-        )
-    source = shield.model.constraint
-    if source is not None and type(source) is not ConstraintSource:
-        raise TypeError(
-            f"a shield whose h comes from a {type(source).__name__} does not run on tensors: "
-            "filter arrays with it"
-        )
+def _check_arguments(
+    shield: Shield, constraint_fn: TensorConstraint | None, budget: int | None
+) -> None:
+    """Raise where an argument has no meaning for the shield."""
+    source, judge = shield.model.constraint, shield.model.judge
     if constraint_fn is not None and not callable(constraint_fn):
         raise TypeError(f"constraint_fn must be a function of tensors, got {constraint_fn!r:.60}")
     if constraint_fn is not None and source is None:
