@@ -163,7 +163,7 @@ class Recorder:
         """
         from onnx import helper
 
-        asked = rows.to(torch.int32).amax_all().to(torch.bool)
+        asked = rows.any_row()
 
         def branch(what: Callable[[], Sequence[Traced]], name: str) -> GraphProto:
             with self._nodes_apart() as nodes:
@@ -245,7 +245,7 @@ class Traced:
         if args and not isinstance(args[0], Traced | list | tuple) and own is not _where:
             of = next((one for one in _flat((args, kwargs or {})) if isinstance(one, Traced)), None)
             assert of is not None
-            args = (_lifted(of.recorder, args[0]), *args[1:])
+            args = (lifted(of.recorder, args[0]), *args[1:])
         return own(*args, **(kwargs or {}))
 
     # -- writing nodes ---------------------------------------------------------------------------
@@ -313,11 +313,14 @@ class Traced:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __abs__(self) -> Traced:
+        return self._node("Abs", [])
+
     def __neg__(self) -> Traced:
         return self._node("Neg", [])
 
     def __matmul__(self, other: Any) -> Traced:  # noqa: ANN401
-        other = _lifted(self.recorder, other)
+        other = lifted(self.recorder, other)
         outer = _broadcast(self.shape[:-2], other.shape[:-2])
         return self._node("MatMul", [other], None, (*outer, self.shape[-2], other.shape[-1]))
 
@@ -335,6 +338,9 @@ class Traced:
 
     def __eq__(self, other: Any) -> Traced:  # type: ignore[override]  # noqa: ANN401
         return self._binary("Equal", other, torch.bool)
+
+    def __ne__(self, other: Any) -> Traced:  # type: ignore[override]  # noqa: ANN401
+        return ~(self == other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -385,11 +391,11 @@ class Traced:
 
     def lerp(self, end: Any, weight: Any) -> Traced:  # noqa: ANN401
         """Return self + weight (end - self)."""
-        return self + weight * (_lifted(self.recorder, end) - self)
+        return self + weight * (lifted(self.recorder, end) - self)
 
     def baddbmm(self, one: Traced, two: Any) -> Traced:  # noqa: ANN401
         """Return one @ two + self."""
-        return _lifted(self.recorder, one) @ two + self
+        return lifted(self.recorder, one) @ two + self
 
     def square(self) -> Traced:
         """Return the square of each entry."""
@@ -429,15 +435,9 @@ class Traced:
         """Return the smallest entry along axes."""
         return self._reduce("ReduceMin", dim, keepdim)
 
-    def amax_all(self) -> Traced:
-        """Return the largest entry (); 0 of no entries."""
-        flat = self.recorder.node(
-            "Concat",
-            [self._node("Reshape", [torch.tensor([-1])], None, (BATCH,)),
-             torch.zeros(1, dtype=self.dtype)],
-            self.dtype, (BATCH,), axis=0,
-        )  # fmt: skip
-        return flat._reduce("ReduceMax", 0, False)
+    def any_row(self) -> Traced:
+        """Return whether one of the flags (n,) is True, (); False where there are no rows."""
+        return self.to(torch.int32).sum(0).to(torch.bool)
 
     def all(self, dim: int) -> Traced:
         """Return whether all entries along an axis are True."""
@@ -534,24 +534,28 @@ class Traced:
         shape = [n if n == BATCH else n * k for n, k in zip(self.shape, times, strict=True)]
         return self._node("Tile", [torch.tensor(times)], None, shape)
 
-    def for_each_row(self, of: Traced) -> Traced:
-        """Return this table once for each of the n rows of another value: (n, *shape)."""
-        count = of.recorder.node("Shape", [of], torch.int64, (1,), start=0, end=1)
-        sizes = torch.tensor(self.shape, dtype=torch.int64)
-        shape = of.recorder.node(
-            "Concat", [count, sizes], torch.int64, (1 + len(self.shape),), axis=0
-        )
-        return self.unsqueeze(0)._node("Expand", [shape], None, (BATCH, *self.shape))
+    def in_each(self, table: Any) -> Traced:  # noqa: ANN401 - a value or a tensor
+        """Return a table once for each of the n rows of this value: (n, *shape)."""
+        own = lifted(self.recorder, table)
+        count = self._node("Shape", [], torch.int64, (1,), start=0, end=1)
+        sizes = torch.tensor(own.shape, dtype=torch.int64)
+        rank = 1 + len(own.shape)
+        shape = self.recorder.node("Concat", [count, sizes], torch.int64, (rank,), axis=0)
+        return own.unsqueeze(0)._node("Expand", [shape], None, (BATCH, *own.shape))
+
+    def new_tensor(self, table: Any) -> Tensor:  # noqa: ANN401 - as Tensor.new_tensor
+        """Return an array as a tensor of this dtype."""
+        return torch.tensor(table, dtype=self.dtype)
 
     def new_zeros(self, rows: int, columns: int) -> Traced:
         """Return zeros (rows, columns); n rows, as this value has, for `BATCH`."""
-        zeros = torch.zeros(columns if rows == BATCH else (rows, columns), dtype=self.dtype)
-        made = _lifted(self.recorder, zeros)
-        return made.for_each_row(self) if rows == BATCH else made
+        if rows == BATCH:
+            return self.in_each(torch.zeros(columns, dtype=self.dtype))
+        return lifted(self.recorder, torch.zeros(rows, columns, dtype=self.dtype))
 
     def index_select(self, dim: int, index: Any) -> Traced:  # noqa: ANN401 - a value or a tensor
         """Return the entries with given indices along an axis."""
-        at, index = dim % len(self.shape), _lifted(self.recorder, index)
+        at, index = dim % len(self.shape), lifted(self.recorder, index)
         shape = (*self.shape[:at], *index.shape, *self.shape[at + 1 :])
         return self._node("Gather", [index], None, shape, axis=at)
 
@@ -640,7 +644,7 @@ _OTHER_NAMES = {
 def _where(mask: Any, one: Any, other: Any) -> Traced:  # noqa: ANN401 - values, tensors, numbers
     recorder = next(v.recorder for v in (mask, one, other) if isinstance(v, Traced))
     dtype = _common([one, other])
-    parts = [_lifted(recorder, mask), _lifted(recorder, one, dtype), _lifted(recorder, other, dtype)]
+    parts = [lifted(recorder, mask), lifted(recorder, one, dtype), lifted(recorder, other, dtype)]
     shape = _broadcast(parts[0].shape, _broadcast(parts[1].shape, parts[2].shape))
     return recorder.node("Where", parts, dtype, shape)
 
@@ -648,7 +652,7 @@ def _where(mask: Any, one: Any, other: Any) -> Traced:  # noqa: ANN401 - values,
 def _cat(parts: Sequence[Any], dim: int = 0) -> Traced:
     recorder = next(v.recorder for v in parts if isinstance(v, Traced))
     dtype = _common(parts)
-    made = [_lifted(recorder, one, dtype) for one in parts]
+    made = [lifted(recorder, one, dtype) for one in parts]
     shape = list(made[0].shape)
     sizes = [one.shape[dim] for one in made]
     shape[dim] = BATCH if BATCH in sizes else sum(sizes)
@@ -689,7 +693,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _lifted(recorder: Recorder, given: Any, dtype: torch.dtype | None = None) -> Traced:  # noqa: ANN401
+def lifted(recorder: Recorder, given: Any, dtype: torch.dtype | None = None) -> Traced:  # noqa: ANN401
     """Return a value, a tensor or a number as a value of the graph."""
     if isinstance(given, Traced):
         return given if dtype is None else given.to(dtype)
@@ -712,7 +716,7 @@ def _common(parts: Sequence[Any]) -> torch.dtype:
 
 def _promoted(one: Traced, other: Any) -> tuple[Traced, Traced]:  # noqa: ANN401
     dtype = _common([one, other])
-    return one.to(dtype), _lifted(one.recorder, other, dtype)
+    return one.to(dtype), lifted(one.recorder, other, dtype)
 
 
 def _broadcast(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from safeshield.evaluation.diagnosis import Diagnosis
     from safeshield.files.signing import PrivateKey, PublicKey
     from safeshield.rollouts.copies import Identity
+    from safeshield.shield.export import OnnxContents
     from safeshield.shield.tensors import TensorConstraint, TorchShield
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
@@ -774,6 +775,18 @@ class Shield:
         from safeshield.shield.tensors import TorchShield
 
         return TorchShield(self, device, constraint_fn, budget)
+
+    def export_onnx(self, path: str | os.PathLike[str]) -> OnnxContents:
+        """Write the shield as one ONNX graph, which needs no Python to run.
+
+        docs/export.md describes the graph's inputs and outputs.
+
+        Args:
+            path: File to write.
+        """
+        from safeshield.shield.export import export_onnx
+
+        return export_onnx(self, path)
 
     # -- environments ---------------------------------------------------------------------------
 

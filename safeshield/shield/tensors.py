@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.nn.arrays import nan_to_zero
+from safeshield.nn.arrays import in_each, nan_to_zero
 from safeshield.nn.device import device_of
 from safeshield.nn.mlp import largest_and_gradient, layers, run
 from safeshield.nn.plan_actor import BestPlan
@@ -122,6 +122,8 @@ class _Proposals(NamedTuple):
     """(n,) whether the proposal and the observation can be used."""
     limit: Tensor
     """(n,) float64, the number that Q_h must not exceed."""
+    supported: Tensor
+    """(n,) whether they pass the support test."""
 
 
 class TorchShield:
@@ -318,8 +320,9 @@ class TorchShield:
         clipped = torch.where(usable[:, None], clipped, self._low)
         values = _where_known(usable, self._values(states, clipped))
         proposed_value = values.masked_fill(~inside, torch.inf)
-        accepted = proposed_value <= limit
-        proposals = _Proposals(clipped, values, usable, limit)
+        supported = self._supported(states, clipped)
+        accepted = (proposed_value <= limit) & supported
+        proposals = _Proposals(clipped, values, usable, limit, supported)
         replaced = self._replace_all if self.budget is None else self._replace_most
         executed, executed_value, overflow = replaced(states, proposals)
         executed_value = executed_value.masked_fill(~states.readable, torch.inf)
@@ -330,9 +333,13 @@ class TorchShield:
             state_value=_where_known(states.readable, states.value),
             acceptable=executed_value <= limit,
             valid=states.readable & finite,
-            supported=torch.ones_like(accepted),
+            supported=supported,
             overflow=overflow,
         )
+
+    def _supported(self, states: _States, actions: Tensor) -> Tensor:
+        """Return whether actions (n, act) pass the support test, (n,): there is none on tensors."""
+        return torch.ones_like(states.readable)
 
     # -- replacement -----------------------------------------------------------------------------
 
@@ -391,7 +398,7 @@ class TorchShield:
         The fallback's actions (n, act) for noise 0 and their Q_h (n,) are returned as well.
         """
         if self._discrete:
-            every = self._in_each(states, self._choices)
+            every = in_each(states.inputs, self._choices)
             choice_values = _number(self._values(states, every))
             lowest = choice_values.argmin(1)
             own = self._choices.index_select(0, lowest)
@@ -429,30 +436,35 @@ class TorchShield:
 
     def _nearest(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor]:
         """Return what `NearestAcceptable` executes, (k, act), and its Q_h (k,)."""
-        wanted = of.actions.to(torch.float32)
-        found = torch.cat([wanted[:, None], self._candidates(states, wanted)], 1)
-        found = found.clip(self._low, self._high)
-        values = _number(self._values(states, found))
-        features = self._action_features(found)
-        distance = (features - features[:, :1]).square().sum(-1)
+        found, values, distance = self._weighed(states, of)
         good = values <= of.limit[:, None]
         distance = distance.masked_fill(~good, torch.inf)
         near = distance <= distance.amin(1, keepdim=True)
         nearest = values.masked_fill(~near, torch.inf).argmin(1)
-        best = torch.where(good.any(1), nearest, values.argmin(1))[:, None]
-        picked = found.gather(1, best[..., None].expand(-1, -1, found.shape[-1]))
-        return picked[:, 0], values.gather(1, best)[:, 0]
+        return _picked(found, values, torch.where(good.any(1), nearest, values.argmin(1)))
+
+    def _weighed(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the candidates (k, c, act), their Q_h (k, c) and squared distances (k, c).
+
+        The first candidate is the proposal, from which the distances are measured.
+        """
+        wanted = of.actions.to(torch.float32)
+        found = torch.cat([wanted[:, None], self._candidates(states, wanted)], 1)
+        found = found.clip(self._low, self._high)
+        features = self._action_features(found)
+        distance = (features - features[:, :1]).square().sum(-1)
+        return found, _number(self._values(states, found)), distance
 
     def _candidates(self, states: _States, wanted: Tensor) -> Tensor:
         """Return the candidates (k, c, act) that `CandidateSet.actions` returns for arrays."""
         if self._discrete:
-            return self._in_each(states, self._choices)
+            return in_each(states.inputs, self._choices)
         near = self._unit(wanted)[:, None] + self._around
         return torch.cat(
             [
                 self._acted(states, self._noise),
                 self._to_box(near.clip(-1.0, 1.0)),
-                self._in_each(states, self._points),
+                in_each(states.inputs, self._points),
             ],
             1,
         )
@@ -507,13 +519,9 @@ class TorchShield:
             raise TypeError("a shield for a Box of actions needs a fallback actor, got none")
         each = len(noise)
         inputs = states.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
-        draws = self._in_each(states, noise).flatten(0, 1)
+        draws = in_each(states.inputs, noise).flatten(0, 1)
         scaled = actor.act(self._networks, inputs, draws)
         return self._to_box(nan_to_zero(scaled)).reshape(-1, each, scaled.shape[-1])
-
-    def _in_each(self, states: _States, table: Tensor) -> Tensor:
-        """Return a table (c, width) once for each of n states, (n, c, width)."""
-        return table.expand(len(states.inputs), *table.shape)
 
     # -- critics ---------------------------------------------------------------------------------
 
@@ -700,6 +708,13 @@ def _check_arguments(
             "budget must be None for a shield that judges actions by plans (R2PAC): its critic "
             "copies numbers to the device in each call, which cannot be captured"
         )
+
+
+def _picked(found: Tensor, values: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Return candidate number `best` (k,) of each state, (k, act), and its Q_h (k,)."""
+    at = best[:, None]
+    picked = found.gather(1, at[..., None].expand(-1, -1, found.shape[-1]))
+    return picked[:, 0], values.gather(1, at)[:, 0]
 
 
 def _number(values: Tensor) -> Tensor:

@@ -1,0 +1,428 @@
+"""A shield as one ONNX graph, which runs without Python: `Shield.export_onnx` writes it.
+
+    observation, action (, constraint) (, delta)  ->  action_executed, value, accepted, ...
+
+The graph is written by running the shield on tensors (`shield.tensors`) with values of a graph in
+place of tensors (`nn.graph`), so both have the same formulas. The search for a replacement is a
+branch of the graph (an `If`), which runs only where an action is rejected. The numbers behind the
+candidates are those of the shield (`candidates.Tables`), so both choose among the same candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safeshield.files.atomic import written_whole
+from safeshield.nn.graph import (
+    BATCH,
+    IR_VERSION,
+    OPSET,
+    CannotExportError,
+    Recorder,
+)
+from safeshield.nn.plan_actor import BestPlan
+from safeshield.shield.replacement import (
+    BUILT_IN,
+    NearestSupported,
+    ProjectedGradient,
+    describe,
+)
+from safeshield.shield.tensor_rows import _leaves
+from safeshield.shield.tensors import (
+    _STRATEGIES,
+    TorchShield,
+    _picked,
+    _Proposals,
+    _States,
+)
+from safeshield.support.decide import _noise as behaviour_noise
+from safeshield.support.scores import EnsembleSpread, LogProbability, NoiseDistance
+from safeshield.values.constraint import SeveralConstraints
+
+if TYPE_CHECKING:
+    from safeshield.shield.shield import Shield
+
+FORMAT = "safeshield-onnx"
+VERSION = 1
+_SCORES = (NoiseDistance, LogProbability, EnsembleSpread)
+
+
+@dataclass(frozen=True)
+class OnnxContents:
+    """What the metadata of a graph say of it, after a check of its digest."""
+
+    header: Mapping[str, Any]
+    """The JSON object under the key "safeshield"; docs/export.md lists its entries."""
+
+    @property
+    def promise(self) -> str:
+        """The promise of the record that is embedded; why there is none otherwise."""
+        return str(self.header["promise"])
+
+
+def read_onnx(path: str | os.PathLike[str]) -> OnnxContents:
+    """Return what the graph in the file `path` says of itself.
+
+    Raises:
+        ImportError: The extra `onnx` is not installed.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no graph of `Shield.export_onnx`, or its digest is not that of its
+            contents.
+    """
+    onnx = required("reading an ONNX graph")
+    try:
+        model = onnx.load_from_string(Path(path).read_bytes())
+        header = json.loads({one.key: one.value for one in model.metadata_props}["safeshield"])
+    except (onnx.onnx_cpp2py_export.checker.ValidationError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no ONNX graph of a shield: {error}") from error
+    except Exception as error:  # the parser's own kind, which has no public name
+        if type(error).__name__ != "DecodeError":
+            raise
+        raise ValueError(f"{path} is no ONNX graph of a shield: {error}") from error
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise ValueError(
+            f"{path} must be a '{FORMAT}' of version {VERSION}, got {header.get('format')!r:.40} "
+            f"of version {header.get('version')!r:.20}"
+        )
+    if header.pop("sha256", None) != _digest(model.graph, header):
+        raise ValueError(
+            f"{path} is damaged or was edited: its contents do not have the SHA-256 digest that it "
+            "names; export the shield again"
+        )
+    return OnnxContents(header)
+
+
+def required(what: str) -> Any:  # noqa: ANN401 - a module
+    """Return the module onnx, or raise an ImportError that says how to install it for `what`."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError(
+            f'{what} needs the package onnx: pip install "safeshield[onnx]"', name="onnx"
+        ) from error
+    return onnx
+
+
+def export_onnx(shield: Shield, path: str | os.PathLike[str]) -> OnnxContents:
+    """Write a shield as an ONNX graph; `Shield.export_onnx` describes arguments and errors."""
+    onnx = required("export_onnx")
+    recorder = Recorder()
+    graph_shield = GraphShield(shield, recorder)
+    graph_shield.write()
+    graph = recorder.graph("shield")
+    header = _header(shield, graph_shield)
+    model = onnx.helper.make_model(
+        graph,
+        ir_version=IR_VERSION,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        producer_name="safeshield",
+    )
+    text = json.dumps({**header, "sha256": _digest(graph, header)}, allow_nan=False, sort_keys=True)
+    onnx.helper.set_model_props(model, {"safeshield": text})
+    with written_whole(Path(path)) as part:
+        part.write_bytes(model.SerializeToString())
+    return OnnxContents(header)
+
+
+def _header(shield: Shield, graph: GraphShield) -> dict[str, Any]:
+    import safeshield
+
+    record = shield.record
+    source = shield.model.constraint
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "safeshield": safeshield.__version__,
+        "trained_by": shield.trained_by,
+        "shield": shield.digest,
+        "delta": shield.delta,
+        "replacement": describe(shield.replacement) or "NearestAcceptable()",
+        "constraints": [] if source is None else list(source.names),
+        "support": None if shield.support is None else shield.support.record.to_json(),
+        "candidates": graph.tables,
+        "promise": "none: not calibrated" if record is None else record.promise,
+        "record": None if record is None else record.to_json(),
+    }
+
+
+def _digest(graph: Any, header: Mapping[str, Any]) -> str:  # noqa: ANN401 - a GraphProto
+    told = sha256(json.dumps(header, allow_nan=False, sort_keys=True).encode())
+    told.update(graph.SerializeToString(deterministic=True))
+    return told.hexdigest()
+
+
+class GraphShield(TorchShield):
+    """A shield whose results are written to an ONNX graph.
+
+    Args:
+        shield: The shield.
+        recorder: The graph.
+
+    Raises:
+        CannotExportError: The shield has a replacement, a critic, a score or a source of h that no
+            graph can be written for.
+    """
+
+    def __init__(self, shield: Shield, recorder: Recorder) -> None:
+        self._recorder, self._test = recorder, shield.support
+        # The constraint is an input of the graph.
+        given = None if shield.model.constraint is None else lambda _: torch.zeros(0)
+        super().__init__(shield, constraint_fn=given)
+        self._strategy = shield._strategy
+
+    def _check_shield(self, shield: Shield) -> None:
+        strategy, judge, test = shield.replacement, shield.model.judge, shield.support
+        if type(strategy) not in _STRATEGIES:
+            names = ", ".join(kind.__name__ for kind in _STRATEGIES)
+            known = type(strategy) in BUILT_IN
+            why = "which calls a function of Python" if known else "which is not of this package"
+            raise CannotExportError(
+                f"replacement must be one of {names} in an ONNX graph, got "
+                f"{type(strategy).__name__}, {why}; use with_replacement(...), which drops the "
+                "record, and calibrate again"
+            )
+        if judge is not None and not isinstance(judge, BestPlan):
+            raise CannotExportError(
+                f"the critic of actions must be that of the package or of R2PAC (BestPlan) in an "
+                f"ONNX graph, got {type(judge).__name__}; train a shield without it"
+            )
+        if isinstance(judge, BestPlan) and isinstance(strategy, ProjectedGradient):
+            raise CannotExportError(
+                "replacement must not be ProjectedGradient in the ONNX graph of a shield that "
+                "judges plans (R2PAC): the gradient of the best plan is not written; use "
+                "with_replacement(NearestAcceptable()), and calibrate again"
+            )
+        if test is not None and type(test.score) not in _SCORES:
+            raise CannotExportError(
+                f"the score of the support test must be one of {[s.name for s in _SCORES]} in an "
+                f"ONNX graph, got {test.record.score!r}: FLRP's density is an estimate on arrays; "
+                "use with_support(held_out, score='noise') or 'ensemble', and calibrate again"
+            )
+
+    # -- the graph -------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> dict[str, Any] | None:
+        """The numbers behind the candidates, as JSON values; None where there are no candidates."""
+        if self._discrete:
+            return {"choices": self._choices.tolist()}
+        names = ("noise", "around", "points")
+        return (
+            {name: getattr(self, f"_{name}").tolist() for name in names}
+            if hasattr(self, "_noise")
+            else None
+        )
+
+    def write(self) -> None:
+        """Write the whole graph."""
+        rows = self._read_observation()
+        action, proposed = self._read_action()
+        h = self._read_constraint()
+        own = torch.tensor(self._shield.delta, dtype=torch.float64)
+        given = self._recorder.input("delta", own.dtype, (BATCH,), own[None], "deltas")
+        # NaN and a smaller delta than the shield's own are not used.
+        delta = torch.where(given > own, given, own)
+        limit = self._for_each(rows, -delta)
+        states = self._states(rows, h)
+        executed, report = self._filter_rows(states, proposed, limit)
+        shape = (BATCH, *(self._shield.action_space.shape or ()))
+        out = torch.where(
+            report.intervened[:, None], executed.to(action.dtype), action.reshape(*proposed.shape)
+        )
+        certified = self._certified(report.state_value)
+        for name, value in {
+            "action_executed": out.reshape(*shape),
+            "value": report.value,
+            "accepted": ~report.intervened,
+            "certified": certified,
+            "valid": report.valid,
+            "acceptable": report.acceptable,
+            "supported": report.supported,
+            "proposed_value": report.proposed_value,
+            "state_value": report.state_value,
+        }.items():
+            self._recorder.output(name, value)
+
+    def _certified(self, values: Any) -> Any:  # noqa: ANN401 - values of the graph
+        if self._shield.record is None:
+            return torch.zeros_like(values).to(torch.bool)
+        return values.to(torch.float64) <= self.threshold
+
+    def _read_observation(self) -> Any:  # noqa: ANN401
+        space, parts = self._shield.observation_space, []
+        for path, leaf in _leaves(space):
+            name = "/".join(("observation", *path))
+            dtype = _dtype(leaf.dtype, name)
+            part = self._recorder.input(name, dtype, (BATCH, *(leaf.shape or ())))
+            exact = torch.float64 if dtype == torch.float64 else torch.float32
+            width = int(np.prod(leaf.shape or (1,)))
+            parts.append(part.to(exact).reshape(BATCH, width))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # type: ignore[call-overload]
+
+    def _read_action(self) -> tuple[Any, Any]:
+        space = self._shield.action_space
+        dtype = _dtype(space.dtype, "action")
+        action = self._recorder.input("action", dtype, (BATCH, *(space.shape or ())))
+        rows = action if dtype.is_floating_point else action.to(torch.float32)
+        return action, rows.reshape(BATCH, self._model.action_codec.width)
+
+    def _read_constraint(self) -> Any:  # noqa: ANN401
+        source = self._model.constraint
+        if source is None:
+            return None
+        if not isinstance(source, SeveralConstraints):
+            return self._recorder.input("constraint", torch.float64, (BATCH,)).to(torch.float32)
+        each: list[Any] = [
+            self._recorder.input(f"constraint/{name}", torch.float64, (BATCH,))
+            for name in source.names
+        ]
+        known, largest = None, None
+        for h, unit in zip(each, source.units, strict=True):
+            finite, scaled = torch.isfinite(h), h / unit
+            known = finite if known is None else known & finite
+            largest = scaled if largest is None else largest.maximum(scaled)
+        return torch.where(known, largest, torch.nan).to(torch.float32)  # type: ignore[arg-type]
+
+    def _h(self, rows: Tensor, constraint: Any) -> Any:  # noqa: ANN401
+        return constraint
+
+    def _for_each(self, rows: Any, values: Any) -> Any:  # noqa: ANN401
+        """Return values (n,) or (1,) as (n,), for n rows."""
+        count = rows._node("Shape", [], torch.int64, (1,), start=0, end=1)
+        return values._node("Expand", [count], None, (BATCH,))
+
+    def _run(self, members: Any, x: Any) -> Any:  # noqa: ANN401
+        out = []
+        for stack in members:
+            hidden = x
+            for i, (weight, bias) in enumerate(stack):
+                shape = (BATCH, weight.shape[-1])
+                hidden = hidden._node("Gemm", [weight[0], bias[0]], None, shape)
+                hidden = hidden.relu() if i < len(stack) - 1 else hidden
+            out.append(hidden.unsqueeze(0))
+        return out[0] if len(out) == 1 else torch.cat(out, 0)
+
+    # -- replacement -----------------------------------------------------------------------------
+
+    def _filter_rows(self, states: _States, actions: Any, limit: Any) -> Any:  # noqa: ANN401
+        executed, report = super()._filter_rows(states, actions, limit)
+        # Where the shield on tensors has the overflow of its budget, `_replace_all` here returns
+        # the result of the support test.
+        acceptable = report.acceptable & report.overflow
+        return executed, report._replace(supported=report.overflow, acceptable=acceptable)
+
+    def _replace_all(self, states: _States, of: _Proposals) -> Any:  # noqa: ANN401
+        """Replace, in a branch of the graph, every proposal that is not acceptable once clipped.
+
+        Returns:
+            The executed actions (n, act), their Q_h (n,), and whether they pass the support test,
+            (n,); True without a test.
+        """
+        actions: Any = of.actions
+        values: Any = of.values
+        missing = ~(values <= of.limit)
+        if isinstance(self._strategy, NearestSupported):
+            missing = missing | ~of.supported
+        passed: Any = of.supported if self._test is None else of.supported & states.readable
+
+        def replaced() -> list[Any]:
+            index: Any = missing.rows_where()
+            some = self._estimated(states.take(index))
+            rejected = _Proposals(*(each[index] for each in of))
+            found, value = self._search(some, *self._with_fallback(some, rejected))
+            flags = passed
+            if self._test is not None:
+                flags = passed.with_rows(index, self._supported(some, found) & some.readable)
+            executed: Any = found
+            return [
+                actions.with_rows(index, executed.to(actions.dtype)),
+                values.with_rows(index, value),
+                flags,
+            ]
+
+        return self._recorder.where_any(missing, replaced, [actions, values, passed])  # type: ignore[arg-type]
+
+    # -- the support test ------------------------------------------------------------------------
+
+    def _supported(self, states: _States, actions: Any) -> Any:  # noqa: ANN401
+        if self._test is None:
+            return super()._supported(states, actions)
+        return self._scores(states, actions[:, None])[:, 0] >= self._test.record.level
+
+    def _scores(self, states: _States, actions: Any) -> Any:  # noqa: ANN401
+        """Return the scores (n, c) of actions (n, c, act) in n states, as `support.scores` does."""
+        assert self._test is not None
+        score, model = self._test.score, self._model
+        count = actions.shape[1]
+        if isinstance(score, LogProbability):
+            classifier: Any = model.behaviour_actor
+            log_probs = classifier.log_prob(self._networks, states.inputs)
+            sizes = model.action_codec.categories
+            strides = torch.tensor([math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
+            digits = (actions - self._action_low).round().to(torch.int64)
+            return log_probs.gather(1, (digits * strides).sum(-1))
+        features = self._action_features(actions)
+        inputs: Any = states.inputs[:, None].expand(-1, count, -1).flatten(0, 1)
+        flat = features.flatten(0, 1)
+        if isinstance(score, NoiseDistance):
+            flow: Any = model.behaviour_actor
+            noise = flow.to_noise(self._networks, inputs, flat)
+            return (-0.5 * noise.square().sum(-1)).reshape(-1, count)
+        members = self._run(self._advantage, torch.cat([inputs, flat], -1))[..., 0]
+        spread = (members - members.mean(0, keepdim=True)).square().mean(0).sqrt()
+        return (-spread * self._scale.step_rms).reshape(-1, count)
+
+    def _candidates(self, states: Any, wanted: Any) -> Any:  # noqa: ANN401
+        near = super()._candidates(states, wanted)
+        behaviour: Any = self._model.behaviour_actor
+        if self._test is None or self._discrete or behaviour is None:
+            return near
+        if not isinstance(self._strategy, NearestSupported):
+            return near
+        table = self._tensor(behaviour_noise(behaviour.noise_features))
+        each = len(table)
+        inputs = states.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
+        draws: Any = states.inputs.in_each(table).flatten(0, 1)
+        scaled = behaviour.act(self._networks, inputs, draws)
+        drawn = self._to_box(scaled).reshape(-1, each, scaled.shape[-1])
+        return torch.cat([near, drawn], 1)
+
+    def _nearest(self, states: _States, of: _Proposals) -> Any:  # noqa: ANN401
+        """Return what `NearestAcceptable` or `NearestSupported` executes, and its Q_h (k,)."""
+        if not isinstance(self._strategy, NearestSupported):
+            return super()._nearest(states, of)
+        found, values, distance = self._weighed(states, of)
+        assert self._test is not None
+        scores = self._scores(states, found)
+        scores = scores.masked_fill(scores.isnan(), -torch.inf)
+        supported = scores >= self._test.record.level
+        good = (values <= of.limit[:, None]) & supported
+        distance = distance.masked_fill(~good, torch.inf)
+        near = distance <= distance.amin(1, keepdim=True)
+        nearest = values.masked_fill(~(near & good), torch.inf).argmin(1)
+        safest = values.masked_fill(~supported, torch.inf).argmin(1)
+        other = torch.where(supported.any(1), safest, scores.argmax(1))
+        return _picked(found, values, torch.where(good.any(1), nearest, other))
+
+
+def _dtype(dtype: Any, what: str) -> torch.dtype:  # noqa: ANN401 - a NumPy dtype
+    known = {np.dtype(name): getattr(torch, name) for name in (
+        "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool",
+    )}  # fmt: skip
+    if np.dtype(dtype) not in known:
+        raise CannotExportError(
+            f"{what} must have one of the dtypes {[one.name for one in known]} in an ONNX graph, "
+            f"got {np.dtype(dtype)}; train the shield on a space of float32"
+        )
+    return known[np.dtype(dtype)]
