@@ -94,9 +94,7 @@ class Recorder:
         """Return the graph, under the name `name`."""
         from onnx import helper
 
-        return helper.make_graph(
-            self._nodes, name, self._inputs, self._outputs, self._initializers
-        )
+        return helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._initializers)
 
     def include(self, graph: GraphProto, prefix: str, inputs: dict[str, Traced]) -> dict[str, str]:
         """Add the nodes of another graph, and return the new names of its outputs by the old ones.
@@ -363,7 +361,7 @@ class Traced:
         """Return the larger of two values, entry by entry."""
         return self._binary("Max", other)
 
-    def clip(self, min: Any = None, max: Any = None) -> Traced:  # noqa: ANN401, A002 - as Tensor.clip
+    def clip(self, min: Any = None, max: Any = None) -> Traced:  # noqa: ANN401 - as Tensor.clip
         """Return the value, limited to a range."""
         out = self if min is None else self.maximum(min)
         return out if max is None else out.minimum(max)
@@ -413,9 +411,7 @@ class Traced:
 
     def _reduce(self, kind: str, dim: Any, keepdim: bool) -> Traced:  # noqa: ANN401 - dim or dims
         at = {d % len(self.shape) for d in (dim if isinstance(dim, tuple | list) else (dim,))}
-        shape = [
-            1 if i in at else n for i, n in enumerate(self.shape) if keepdim or i not in at
-        ]
+        shape = [1 if i in at else n for i, n in enumerate(self.shape) if keepdim or i not in at]
         axes = torch.tensor(sorted(at))
         return self._node(kind, [axes], None, shape, keepdims=int(keepdim))
 
@@ -479,7 +475,7 @@ class Traced:
         return self.shape if dim is None else self.shape[dim]
 
     @property
-    def mT(self) -> Traced:  # noqa: N802 - as Tensor.mT
+    def mT(self) -> Traced:
         """The matrices transposed."""
         return self.swapaxes(-1, -2)
 
@@ -680,7 +676,29 @@ def _stack(parts: Sequence[Traced], dim: int = 0) -> Traced:
     return _cat([one.unsqueeze(dim) for one in parts], dim)
 
 
+def _gelu(x: Traced, approximate: str = "none") -> Traced:
+    if approximate != "none":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return 0.5 * x * (1.0 + torch.tanh(inner))  # type: ignore[call-overload, no-any-return]
+    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))  # type: ignore[call-overload, no-any-return]
+
+
+def _layer_norm(
+    x: Traced, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Traced:
+    axes = tuple(range(-len(shape), 0))
+    away = x - x.mean(axes, keepdim=True)
+    out = away / (away.square().mean(axes, keepdim=True) + eps) ** 0.5
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "gelu": _gelu,
+    "layer_norm": _layer_norm,
+    "silu": lambda x, **_: x * x.sigmoid(),
+    "hardtanh": lambda x, low=-1.0, high=1.0, *_, **__: x.clip(low, high),
+    "leaky_relu": lambda x, slope=0.01, *_, **__: x._node("LeakyRelu", [], alpha=slope),
     "where": _where,
     "cat": _cat,
     "concat": _cat,
@@ -739,9 +757,7 @@ def _flat(given: Any) -> Iterator[Any]:  # noqa: ANN401
         yield given
 
 
-def _described(
-    name: str, dtype: torch.dtype, shape: tuple[int, ...], batch: str
-) -> ValueInfoProto:
+def _described(name: str, dtype: torch.dtype, shape: tuple[int, ...], batch: str) -> ValueInfoProto:
     from onnx import helper
 
     sizes = [batch if size == BATCH else size for size in shape]

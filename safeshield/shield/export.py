@@ -30,27 +30,32 @@ from safeshield.nn.graph import (
     OPSET,
     CannotExportError,
     Recorder,
+    Traced,
 )
 from safeshield.nn.plan_actor import BestPlan
+from safeshield.rollouts.policies import default_name
+from safeshield.shield.export_policy import GraphNoise, graph_policy
 from safeshield.shield.replacement import (
     BUILT_IN,
     NearestSupported,
     ProjectedGradient,
     describe,
 )
-from safeshield.shield.tensor_rows import _leaves
+from safeshield.shield.tensor_rows import tensor_leaves
 from safeshield.shield.tensors import (
     _STRATEGIES,
     TorchShield,
-    _picked,
     _Proposals,
     _States,
+    nearest_of,
+    picked,
 )
 from safeshield.support.decide import _noise as behaviour_noise
 from safeshield.support.scores import EnsembleSpread, LogProbability, NoiseDistance
 from safeshield.values.constraint import SeveralConstraints
 
 if TYPE_CHECKING:
+    from safeshield.shield.record import CalibrationRecord
     from safeshield.shield.shield import Shield
 
 FORMAT = "safeshield-onnx"
@@ -114,14 +119,36 @@ def required(what: str) -> Any:  # noqa: ANN401 - a module
     return onnx
 
 
-def export_onnx(shield: Shield, path: str | os.PathLike[str]) -> OnnxContents:
+def export_onnx(
+    shield: Shield,
+    path: str | os.PathLike[str],
+    policy: object = None,
+    *,
+    deterministic: bool = True,
+    policy_name: str | None = None,
+) -> OnnxContents:
     """Write a shield as an ONNX graph; `Shield.export_onnx` describes arguments and errors."""
     onnx = required("export_onnx")
     recorder = Recorder()
     graph_shield = GraphShield(shield, recorder)
-    graph_shield.write()
+    name = None
+    if policy is not None:
+        name = policy_name or _name_of(policy)
+    elif policy_name is not None:
+        raise ValueError(
+            f"policy_name must be left out without a policy, got {policy_name!r}: the graph then "
+            "has the input `action`"
+        )
+    why_not = _not_promised(shield.record, name, deterministic)
+    graph_shield.write(policy, deterministic, promised=not why_not)
     graph = recorder.graph("shield")
-    header = _header(shield, graph_shield)
+    header = {
+        **_header(shield, graph_shield),
+        "promise": why_not or (shield.record and shield.record.promise),
+        "record": None if shield.record is None or why_not else shield.record.to_json(),
+        "policy": name,
+        "deterministic": None if policy is None else deterministic,
+    }
     model = onnx.helper.make_model(
         graph,
         ir_version=IR_VERSION,
@@ -138,7 +165,6 @@ def export_onnx(shield: Shield, path: str | os.PathLike[str]) -> OnnxContents:
 def _header(shield: Shield, graph: GraphShield) -> dict[str, Any]:
     import safeshield
 
-    record = shield.record
     source = shield.model.constraint
     return {
         "format": FORMAT,
@@ -151,9 +177,28 @@ def _header(shield: Shield, graph: GraphShield) -> dict[str, Any]:
         "constraints": [] if source is None else list(source.names),
         "support": None if shield.support is None else shield.support.record.to_json(),
         "candidates": graph.tables,
-        "promise": "none: not calibrated" if record is None else record.promise,
-        "record": None if record is None else record.to_json(),
     }
+
+
+def _name_of(policy: object) -> str:
+    return Path(policy).name if isinstance(policy, str | os.PathLike) else default_name(policy)
+
+
+def _not_promised(record: CalibrationRecord | None, name: str | None, deterministic: bool) -> str:
+    """Return why the graph has no promise, "" where the record holds for it."""
+    if record is None:
+        return "none: the shield is not calibrated"
+    if name is None:
+        return ""
+    tested = [one.policy for one in record.policies]
+    if name not in tested:
+        return f"none: the shield was calibrated with {tested}, and the graph acts by '{name}'"
+    if record.deterministic not in (None, deterministic):
+        return (
+            f"none: the shield was calibrated with deterministic={record.deterministic}, and the "
+            f"graph has deterministic={deterministic}"
+        )
+    return ""
 
 
 def _digest(graph: Any, header: Mapping[str, Any]) -> str:  # noqa: ANN401 - a GraphProto
@@ -224,11 +269,19 @@ class GraphShield(TorchShield):
             else None
         )
 
-    def write(self) -> None:
-        """Write the whole graph."""
-        rows = self._read_observation()
-        action, proposed = self._read_action()
+    def write(self, policy: object, deterministic: bool, promised: bool) -> None:
+        """Write the whole graph.
+
+        Args:
+            policy: The policy that proposes actions; None where they are an input.
+            deterministic: Whether the policy is used in its deterministic mode.
+            promised: Whether the shield's record holds for this graph.
+        """
+        inputs, rows = self._read_observation()
         h = self._read_constraint()
+        action = self._proposed(policy, deterministic, inputs, rows, h)
+        exact = action if action.dtype.is_floating_point else action.to(torch.float32)
+        proposed = exact.reshape(BATCH, self._model.action_codec.width)
         own = torch.tensor(self._shield.delta, dtype=torch.float64)
         given = self._recorder.input("delta", own.dtype, (BATCH,), own[None], "deltas")
         # NaN and a smaller delta than the shield's own are not used.
@@ -240,12 +293,13 @@ class GraphShield(TorchShield):
         out = torch.where(
             report.intervened[:, None], executed.to(action.dtype), action.reshape(*proposed.shape)
         )
-        certified = self._certified(report.state_value)
+        if policy is not None:
+            self._recorder.output("action_proposed", action)
         for name, value in {
             "action_executed": out.reshape(*shape),
             "value": report.value,
             "accepted": ~report.intervened,
-            "certified": certified,
+            "certified": self._certified(report.state_value, promised),
             "valid": report.valid,
             "acceptable": report.acceptable,
             "supported": report.supported,
@@ -254,28 +308,42 @@ class GraphShield(TorchShield):
         }.items():
             self._recorder.output(name, value)
 
-    def _certified(self, values: Any) -> Any:  # noqa: ANN401 - values of the graph
-        if self._shield.record is None:
+    def _certified(self, values: Any, promised: bool) -> Any:  # noqa: ANN401
+        if not promised:
             return torch.zeros_like(values).to(torch.bool)
         return values.to(torch.float64) <= self.threshold
 
-    def _read_observation(self) -> Any:  # noqa: ANN401
-        space, parts = self._shield.observation_space, []
-        for path, leaf in _leaves(space):
+    def _read_observation(self) -> tuple[dict[str, Traced], Any]:
+        """Return the inputs of the observation by name, and the rows (n, obs) they make."""
+        space, parts, inputs = self._shield.observation_space, [], {}
+        for path, leaf in tensor_leaves(space):
             name = "/".join(("observation", *path))
             dtype = _dtype(leaf.dtype, name)
-            part = self._recorder.input(name, dtype, (BATCH, *(leaf.shape or ())))
+            part = inputs[name] = self._recorder.input(name, dtype, (BATCH, *(leaf.shape or ())))
             exact = torch.float64 if dtype == torch.float64 else torch.float32
             width = int(np.prod(leaf.shape or (1,)))
             parts.append(part.to(exact).reshape(BATCH, width))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # type: ignore[call-overload]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # type: ignore[call-overload]
+        return inputs, rows
 
-    def _read_action(self) -> tuple[Any, Any]:
-        space = self._shield.action_space
-        dtype = _dtype(space.dtype, "action")
-        action = self._recorder.input("action", dtype, (BATCH, *(space.shape or ())))
-        rows = action if dtype.is_floating_point else action.to(torch.float32)
-        return action, rows.reshape(BATCH, self._model.action_codec.width)
+    def _proposed(
+        self,
+        policy: object,
+        deterministic: bool,
+        inputs: dict[str, Traced],
+        rows: Any,  # noqa: ANN401
+        h: Any,  # noqa: ANN401
+    ) -> Traced:
+        """Return the proposed actions (n, *shape): an input, or those of the policy."""
+        spaces = self._shield.observation_space, self._shield.action_space
+        dtype = _dtype(spaces[1].dtype, "action")
+        if policy is None:
+            return self._recorder.input("action", dtype, (BATCH, *(spaces[1].shape or ())))
+        # An agent may fail on numbers that are not readable; the shield ignores its action there.
+        seen = torch.where(torch.isfinite(rows), rows, 0.0)
+        noise = GraphNoise(self._recorder, deterministic)
+        made = graph_policy(policy, inputs, seen, h, spaces, noise)  # type: ignore[arg-type]
+        return made.to(dtype)
 
     def _read_constraint(self) -> Any:  # noqa: ANN401
         source = self._model.constraint
@@ -295,6 +363,14 @@ class GraphShield(TorchShield):
         return torch.where(known, largest, torch.nan).to(torch.float32)  # type: ignore[arg-type]
 
     def _h(self, rows: Tensor, constraint: Any) -> Any:  # noqa: ANN401
+        if self._model.constraint is None:
+            return None
+        if constraint is None:
+            raise CannotExportError(
+                f"the policy takes h from '{self._model.constraint.name}', which the shield does "
+                "not, so the graph has no input for it; use an agent and a shield with the same "
+                "source, shield.with_constraint(...)"
+            )
         return constraint
 
     def _for_each(self, rows: Any, values: Any) -> Any:  # noqa: ANN401
@@ -353,6 +429,33 @@ class GraphShield(TorchShield):
 
         return self._recorder.where_any(missing, replaced, [actions, values, passed])  # type: ignore[arg-type]
 
+    # -- for an agent that consults its own critics ----------------------------------------------
+
+    def states(self, rows: Any, h: Any) -> _States:  # noqa: ANN401
+        """Return V_h of observations, rows (n, obs), whose h (n,) is None where a network tells."""
+        return self._states(rows, h)
+
+    def estimated(self, states: _States) -> _States:
+        """Return states with the network's estimate of V_h where the source does not tell h."""
+        return self._estimated(states)
+
+    def judged(self, states: _States, features: Any) -> Any:  # noqa: ANN401
+        """Return Q_h (n, c) of actions (n, c, features) that are inputs of the networks."""
+        return self._judged(states, features)
+
+    def to_box(self, scaled: Any) -> Any:  # noqa: ANN401
+        """Return actions in [-1, 1] in the units of the box."""
+        return self._units.to_box(scaled)
+
+    def nearest_features(self, states: _States, features: Any, limit: float) -> Any:  # noqa: ANN401
+        """Return the candidate nearest to each of actions (n, features) with Q_h <= limit."""
+        found = self._units.action_features(self._candidates(states, self.to_box(features)))
+        options: Any = torch.cat([features[:, None], found], 1)
+        values = self._judged(states, options)
+        distance = (options - options[:, :1]).square().sum(-1)
+        best = nearest_of(values <= limit, distance, values, values.argmin(1))
+        return picked(options, values, best)[0]
+
     # -- the support test ------------------------------------------------------------------------
 
     def _supported(self, states: _States, actions: Any) -> Any:  # noqa: ANN401
@@ -370,9 +473,9 @@ class GraphShield(TorchShield):
             log_probs = classifier.log_prob(self._networks, states.inputs)
             sizes = model.action_codec.categories
             strides = torch.tensor([math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
-            digits = (actions - self._action_low).round().to(torch.int64)
+            digits = (actions - self._units.low).round().to(torch.int64)
             return log_probs.gather(1, (digits * strides).sum(-1))
-        features = self._action_features(actions)
+        features = self._units.action_features(actions)
         inputs: Any = states.inputs[:, None].expand(-1, count, -1).flatten(0, 1)
         flat = features.flatten(0, 1)
         if isinstance(score, NoiseDistance):
@@ -395,7 +498,7 @@ class GraphShield(TorchShield):
         inputs = states.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
         draws: Any = states.inputs.in_each(table).flatten(0, 1)
         scaled = behaviour.act(self._networks, inputs, draws)
-        drawn = self._to_box(scaled).reshape(-1, each, scaled.shape[-1])
+        drawn = self._units.to_box(scaled).reshape(-1, each, scaled.shape[-1])
         return torch.cat([near, drawn], 1)
 
     def _nearest(self, states: _States, of: _Proposals) -> Any:  # noqa: ANN401
@@ -408,12 +511,9 @@ class GraphShield(TorchShield):
         scores = scores.masked_fill(scores.isnan(), -torch.inf)
         supported = scores >= self._test.record.level
         good = (values <= of.limit[:, None]) & supported
-        distance = distance.masked_fill(~good, torch.inf)
-        near = distance <= distance.amin(1, keepdim=True)
-        nearest = values.masked_fill(~(near & good), torch.inf).argmin(1)
         safest = values.masked_fill(~supported, torch.inf).argmin(1)
         other = torch.where(supported.any(1), safest, scores.argmax(1))
-        return _picked(found, values, torch.where(good.any(1), nearest, other))
+        return picked(found, values, nearest_of(good, distance, values, other))
 
 
 def _dtype(dtype: Any, what: str) -> torch.dtype:  # noqa: ANN401 - a NumPy dtype

@@ -36,7 +36,7 @@ from safeshield.shield.replacement import (
     ProjectedGradient,
     float32_box,
 )
-from safeshield.shield.tensor_rows import TensorBatch, TensorColumns, TensorRange, check_tensor
+from safeshield.shield.tensor_rows import TensorBatch, TensorRange, TensorScaling, check_tensor
 from safeshield.values.constraint import (
     ConstraintSource,
     UnknownConstraintError,
@@ -171,16 +171,12 @@ class TorchShield:
         self.overflowed = torch.zeros((), dtype=torch.int64, device=place)
         self.device = self._limit.device
         self._scale, self._discrete = model.scale, model.action_codec.discrete
-        self._observations = TensorColumns(model.observation_codec, "observation", self.device)
-        self._actions = TensorColumns(model.action_codec, "action", self.device)
+        codecs = model.observation_codec, model.action_codec
+        self._units = TensorScaling(model.scaling, *codecs, self.device)
+        self._observations, self._actions = self._units.observations, self._units.actions
         readable = ReadableRange(model.observation_codec, model.scaling)
         self._readable = TensorRange(*readable.ranges, self.device)
         self._low, self._high = (self._tensor(end) for end in float32_box(model.action_codec))
-        self._mean = self._tensor(model.scaling.observation_mean)
-        self._spread = self._tensor(model.scaling.observation_spread)
-        self._action_low = self._tensor(model.scaling.action_low)
-        self._action_high = self._tensor(model.scaling.action_high)
-        self._action_width = self._action_high - self._action_low
         self._networks = {
             name: {key: self._tensor(weight) for key, weight in weights.items()}
             for name, weights in model.networks.items()
@@ -194,7 +190,7 @@ class TorchShield:
         elif not isinstance(self._strategy, CommittedFallback):
             tables = self._strategy.candidates.tables(model)  # type: ignore[attr-defined]
             self._noise, self._around = self._tensor(tables.noise), self._tensor(tables.around)
-            self._points = self._to_box(self._tensor(tables.box))
+            self._points = self._units.to_box(self._tensor(tables.box))
         self._constraint_fn, self._unusable = constraint_fn, ""
         if model.constraint is not None and constraint_fn is None:
             self._constraint_fn = self._registered(model.constraint.name)
@@ -208,20 +204,21 @@ class TorchShield:
         """Raise TypeError where the shield does not run on tensors."""
         if shield.support is not None:
             raise TypeError(
-                "a shield with a support test does not run on tensors: filter arrays with it, or make "
-                "a shield without the test, dataclasses.replace(shield, support=None, record=None)"
+                "a shield with a support test does not run on tensors: filter arrays with it, or "
+                "make a shield without the test, dataclasses.replace(shield, support=None, "
+                "record=None)"
             )
         strategy, judge = shield.replacement, shield.model.judge
         if type(strategy) not in _STRATEGIES:
             names = ", ".join(kind.__name__ for kind in _STRATEGIES)
             raise TypeError(
-                f"replacement must be one of {names} on tensors, got {type(strategy).__name__}; use "
-                "with_replacement(...), which drops the record, and calibrate again"
+                f"replacement must be one of {names} on tensors, got {type(strategy).__name__}; "
+                "use with_replacement(...), which drops the record, and calibrate again"
             )
         if judge is not None and not isinstance(judge, BestPlan):
             raise TypeError(
-                f"a shield whose critic of actions is {type(judge).__name__} does not run on tensors: "
-                "filter arrays with it"
+                f"a shield whose critic of actions is {type(judge).__name__} does not run on "
+                "tensors: filter arrays with it"
             )
         source = shield.model.constraint
         if source is not None and type(source) is not ConstraintSource:
@@ -438,10 +435,7 @@ class TorchShield:
         """Return what `NearestAcceptable` executes, (k, act), and its Q_h (k,)."""
         found, values, distance = self._weighed(states, of)
         good = values <= of.limit[:, None]
-        distance = distance.masked_fill(~good, torch.inf)
-        near = distance <= distance.amin(1, keepdim=True)
-        nearest = values.masked_fill(~near, torch.inf).argmin(1)
-        return _picked(found, values, torch.where(good.any(1), nearest, values.argmin(1)))
+        return picked(found, values, nearest_of(good, distance, values, values.argmin(1)))
 
     def _weighed(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor, Tensor]:
         """Return the candidates (k, c, act), their Q_h (k, c) and squared distances (k, c).
@@ -451,7 +445,7 @@ class TorchShield:
         wanted = of.actions.to(torch.float32)
         found = torch.cat([wanted[:, None], self._candidates(states, wanted)], 1)
         found = found.clip(self._low, self._high)
-        features = self._action_features(found)
+        features = self._units.action_features(found)
         distance = (features - features[:, :1]).square().sum(-1)
         return found, _number(self._values(states, found)), distance
 
@@ -459,11 +453,11 @@ class TorchShield:
         """Return the candidates (k, c, act) that `CandidateSet.actions` returns for arrays."""
         if self._discrete:
             return in_each(states.inputs, self._choices)
-        near = self._unit(wanted)[:, None] + self._around
+        near = self._units.unit(wanted)[:, None] + self._around
         return torch.cat(
             [
                 self._acted(states, self._noise),
-                self._to_box(near.clip(-1.0, 1.0)),
+                self._units.to_box(near.clip(-1.0, 1.0)),
                 in_each(states.inputs, self._points),
             ],
             1,
@@ -478,7 +472,7 @@ class TorchShield:
         reach = torch.full_like(values, how.step_size)
         for _ in range(how.steps):
             going = (values > of.limit) & (reach >= SHORTEST)
-            scaled = self._unit(actions)
+            scaled = self._units.unit(actions)
             edge = 1.0 - 1e-6
             outward = (scaled <= -edge) & (slopes > 0) | (scaled >= edge) & (slopes < 0)
             slope = slopes.masked_fill(outward, 0.0)
@@ -488,7 +482,7 @@ class TorchShield:
             gap = ((values - of.limit) / steep).to(torch.float32)
             length = (BEYOND * gap).clamp(min=SHORTEST).minimum(reach)
             target = (scaled - (length / steep)[:, None] * slope).clip(-1.0, 1.0)
-            tried = self._to_box(target).clip(self._low, self._high)
+            tried = self._units.to_box(target).clip(self._low, self._high)
             tried_values, tried_slopes = self._slopes(states, tried)
             lower = moving & (tried_values < values)
             actions = torch.where(lower[:, None], tried, actions)
@@ -500,7 +494,7 @@ class TorchShield:
 
     def _slopes(self, states: _States, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return Q_h (k,) and its gradient (k, act), as `SafetyModel.action_gradients` does."""
-        features = self._action_features(actions)
+        features = self._units.action_features(actions)
         if isinstance(self._model.judge, BestPlan):
             worst, slope = self._model.judge.worst_and_gradient(
                 self._networks, states.inputs, features
@@ -521,7 +515,7 @@ class TorchShield:
         inputs = states.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
         draws = in_each(states.inputs, noise).flatten(0, 1)
         scaled = actor.act(self._networks, inputs, draws)
-        return self._to_box(nan_to_zero(scaled)).reshape(-1, each, scaled.shape[-1])
+        return self._units.to_box(nan_to_zero(scaled)).reshape(-1, each, scaled.shape[-1])
 
     # -- critics ---------------------------------------------------------------------------------
 
@@ -531,10 +525,9 @@ class TorchShield:
         The log's mean takes the place of entries that are not readable.
         """
         near = self._readable.entries(rows)
-        rows = torch.where(near, rows, self._mean)
+        rows = torch.where(near, rows, self._units.mean)
         readable = near.all(-1)
-        scaled = (rows - self._mean) / self._spread
-        inputs = self._observations.features(scaled, scaled)
+        inputs = self._units.inputs(rows)
         excess = self._run(self._excess, inputs)[0, :, 0]
         h = self._h(rows, constraint)
         if h is None:
@@ -554,10 +547,13 @@ class TorchShield:
 
     def _values(self, states: _States, actions: Tensor) -> Tensor:
         """Return Q_h of actions (n, act), or of candidates (n, c, act), in n states."""
-        shape = actions.shape[:-1]
-        features = self._action_features(actions)
+        features = self._units.action_features(actions)
         if features.dim() == 2:
-            features = features[:, None]
+            return self._judged(states, features[:, None])[:, 0]
+        return self._judged(states, features)
+
+    def _judged(self, states: _States, features: Tensor) -> Tensor:
+        """Return Q_h (n, c) of actions that are features (n, c, features) already."""
         judge = self._model.judge
         if isinstance(judge, BestPlan):
             worst = judge.worst(self._networks, states.inputs, features)
@@ -566,7 +562,7 @@ class TorchShield:
             inputs = torch.cat([seen, features], -1)
             out = self._run(self._advantage, inputs.flatten(0, 1))
             worst = out[..., 0].amax(0).reshape(features.shape[:-1])
-        return action_value(self._scale, states.value[:, None], worst).reshape(shape)
+        return action_value(self._scale, states.value[:, None], worst)
 
     def _run(self, members: _Members, x: Tensor) -> Tensor:
         """Return the outputs (members, n, outputs) of an ensemble for inputs (n, inputs)."""
@@ -627,7 +623,7 @@ class TorchShield:
             self._unusable = " in this process"
             return None
         try:
-            h = function(self._observations.batch(self._mean.expand(2, -1)))
+            h = function(self._observations.batch(self._units.mean.expand(2, -1)))
         except Exception as error:  # the function was made for arrays
             self._unusable = f" (the function for arrays raises {type(error).__name__}: {error})"
             return None
@@ -640,20 +636,6 @@ class TorchShield:
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.tensor(np.asarray(array, np.float32), device=self.device)
-
-    def _to_box(self, scaled: Tensor) -> Tensor:
-        """Return actions in [-1, 1] as rows of the box, as `Scaling.to_box` does."""
-        raw = self._action_low + 0.5 * (scaled + 1.0) * self._action_width
-        return raw.clip(self._action_low, self._action_high)
-
-    def _unit(self, actions: Tensor) -> Tensor:
-        """Return actions in half widths of the box, from its centre."""
-        return 2.0 * ((actions - self._action_low) / self._action_width) - 1.0
-
-    def _action_features(self, actions: Tensor) -> Tensor:
-        """Return the inputs of the networks for actions, as `Scaling.actions` does."""
-        scaled = self._unit(actions)
-        return self._actions.features(scaled, actions - self._action_low)
 
     def _action_rows(self, action: Tensor, count: int) -> Tensor:
         rows = self._actions.rows(action)
@@ -710,7 +692,22 @@ def _check_arguments(
         )
 
 
-def _picked(found: Tensor, values: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_of(good: Tensor, distance: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """Return the index (k,) of the nearest good candidate; of several, that of the lowest Q_h.
+
+    Args:
+        good: (k, c) which candidates may be chosen.
+        distance: (k, c) their distances from the proposal.
+        values: (k, c) their Q_h.
+        otherwise: (k,) the index where no candidate is good.
+    """
+    distance = distance.masked_fill(~good, torch.inf)
+    near = distance <= distance.amin(1, keepdim=True)
+    nearest = values.masked_fill(~(near & good), torch.inf).argmin(1)
+    return torch.where(good.any(1), nearest, otherwise)
+
+
+def picked(found: Tensor, values: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
     """Return candidate number `best` (k,) of each state, (k, act), and its Q_h (k,)."""
     at = best[:, None]
     picked = found.gather(1, at[..., None].expand(-1, -1, found.shape[-1]))
