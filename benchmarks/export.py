@@ -16,8 +16,10 @@ same, not whether a shield is good. It counts
   near to the threshold. Rounding decides in all of these.
 
 Anything else is an error. Where V_h itself is larger than 10 spreads of h, because a number of the
-observation is far from the log, 1e-6 of V_h takes the place of 1e-5 of the spread. `latency` runs both in turn (A B A B), on one thread. Set
-OMP_NUM_THREADS=1.
+observation is far from the log, 1e-6 of V_h takes the place of 1e-5 of the spread.
+
+`episodes` steps the boat with both, and compares every step. `latency` runs both in turn (A B A B),
+on one thread, with critics 2 x (256, 256). Set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def random_shield(
     score: str = "",
     accept: float = 0.4,
     seed: int = 0,
-    **settings: Any,
+    **settings: Any,  # noqa: ANN401
 ) -> Shield:
     """Return a shield with random weights, whose delta accepts a share of uniform actions."""
     rng = np.random.default_rng(seed)
@@ -149,7 +151,7 @@ KINDS: dict[str, Callable[[], Shield]] = {
 # -- cases -----------------------------------------------------------------------------------------
 
 
-def points(space: gym.Space[Any], count: int, rng: np.random.Generator, reach: float = 1.2) -> Any:
+def points(space: gym.Space[Any], count: int, rng: np.random.Generator, reach: float = 1.2) -> Any:  # noqa: ANN401
     """Return points of a space; in a Box, and in integers for `reach` above 1, also around it."""
     if isinstance(space, gym.spaces.Dict):
         return {key: points(part, count, rng, reach) for key, part in space.spaces.items()}
@@ -167,7 +169,7 @@ def points(space: gym.Space[Any], count: int, rng: np.random.Generator, reach: f
     return drawn
 
 
-def spoiled(points: Any, space: gym.Space[Any], rng: np.random.Generator, share: float) -> Any:
+def spoiled(points: Any, space: gym.Space[Any], rng: np.random.Generator, share: float) -> Any:  # noqa: ANN401
     """Put numbers that programs get wrong into a share of the rows: NaN, infinity, bounds."""
     if isinstance(space, gym.spaces.Dict):
         return {
@@ -181,7 +183,8 @@ def spoiled(points: Any, space: gym.Space[Any], rng: np.random.Generator, share:
     high = np.broadcast_to(np.minimum(space.high, 5), points[rows].shape)
     kinds = [
         np.nan, np.inf, -np.inf, 1e30, -3e38, 0.0, 1e-42, 1e6, 5.19e6, low, high,
-        np.nextafter(low, -np.inf, dtype=space.dtype), np.nextafter(high, np.inf, dtype=space.dtype),
+        np.nextafter(low, -np.inf, dtype=space.dtype),
+        np.nextafter(high, np.inf, dtype=space.dtype),
         np.nextafter(high, -np.inf, dtype=space.dtype),
     ]  # fmt: skip
     which = rng.integers(len(kinds), size=points[rows].shape)
@@ -191,7 +194,7 @@ def spoiled(points: Any, space: gym.Space[Any], rng: np.random.Generator, share:
     return points
 
 
-def h_of(shield: Shield, count: int, rng: np.random.Generator, broken: float = 0.0) -> Any:
+def h_of(shield: Shield, count: int, rng: np.random.Generator, broken: float = 0.0) -> Any:  # noqa: ANN401
     """Return h of n states for a shield whose caller tells it, else None."""
     source = shield.model.constraint
     if source is None:
@@ -225,7 +228,11 @@ def cases(shield: Shield, count: int, rng: np.random.Generator) -> Cases:
 
 
 def at_the_threshold(
-    shield: Shield, states: Any, actions: Array, h: Any, rng: np.random.Generator
+    shield: Shield,
+    states: Any,
+    actions: Array,
+    h: Any,
+    rng: np.random.Generator,  # noqa: ANN401
 ) -> Array:
     """Return actions between an accepted and a rejected one, found by bisection."""
     other = points(shield.action_space, len(actions), rng, 1.0)
@@ -250,11 +257,11 @@ def at_the_threshold(
 class Exported:
     """An exported shield in ONNX Runtime, on one thread."""
 
-    def __init__(self, shield: Shield, path: Path, **options: Any) -> None:
+    def __init__(self, shield: Shield, path: Path, **options: Any) -> None:  # noqa: ANN401
         self.contents = shield.export_onnx(path, **options)
         self.session = session(path)
 
-    def __call__(self, given: Cases, **more: Any) -> dict[str, Array]:
+    def __call__(self, given: Cases, **more: Any) -> dict[str, Array]:  # noqa: ANN401
         """Return the outputs by name."""
         feed = {**flattened("observation", given.states), **more}
         if given.actions is not None:
@@ -265,7 +272,7 @@ class Exported:
         return dict(zip(names, self.session.run(names, feed), strict=True))
 
 
-def session(path: Path) -> Any:
+def session(path: Path) -> Any:  # noqa: ANN401
     """Return an ONNX Runtime session of one thread."""
     import onnxruntime
 
@@ -275,7 +282,7 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def flattened(name: str, given: Any) -> dict[str, Array]:
+def flattened(name: str, given: Any) -> dict[str, Array]:  # noqa: ANN401
     """Return the entries of a dict as named inputs."""
     if not isinstance(given, dict):
         return {name: np.asarray(given)}
@@ -362,14 +369,102 @@ def equal(count: int, kinds: list[str], seed: int = 0) -> dict[str, dict[str, in
     return out
 
 
+def episodes(count: int, seed: int = 0) -> dict[str, Any]:
+    """Step the boat behind both shields, resets included, and compare them in every step.
+
+    Python's action is executed, so that both see the same states. The verdicts that differ are
+    counted as in `equal`.
+    """
+    envs = gym.make_vec("safeshield/Boat-v0", 50, vectorization_mode="vector_entry_point")
+    spaces = envs.single_observation_space, envs.single_action_space
+    out: dict[str, Any] = {}
+    for name, settings in (("fallback", CommittedFallback()), ("nearest", NearestAcceptable())):
+        shield = random_shield(*spaces, replacement=settings, accept=0.6)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Exported(shield, Path(folder) / "shield.onnx")
+        rng = np.random.default_rng(seed)
+        states, _ = envs.reset(seed=seed)
+        sums: dict[str, int] = {"episodes": 0}
+        while sums["episodes"] < count:
+            actions = rng.uniform(-1.0, 1.0, envs.action_space.shape).astype(np.float32)
+            given = Cases(states, actions, None)
+            for key, number in compare(shield, exported(given), given).items():
+                sums[key] = sums.get(key, 0) + number
+            executed, _ = shield.filter(states, actions)
+            states, _, ended, cut, _ = envs.step(executed)
+            sums["episodes"] += int((ended | cut).sum())
+        out[name] = sums
+    envs.close()
+    return out
+
+
+def latency(rounds: int = 7, calls: int = 400) -> dict[str, dict[str, float]]:
+    """Return median microseconds of a decision by both, accepted and rejected, and their ratio.
+
+    The rounds alternate (A B A B), and the ratio is the median of the rounds' ratios.
+    """
+    out: dict[str, dict[str, float]] = {}
+    for name, strategy, spaces in (
+        ("box of 2, fallback", CommittedFallback(), SPACES),
+        ("box of 2, nearest", NearestAcceptable(), SPACES),
+        ("box of 6, nearest", NearestAcceptable(), WIDE),
+    ):
+        shield = random_shield(*spaces, hidden=(256, 256), replacement=strategy)
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Exported(shield, Path(folder) / "shield.onnx")
+        rng = np.random.default_rng(1)
+        states, actions = points(spaces[0], 400, rng, 1.0), points(spaces[1], 400, rng, 1.0)
+        report = shield.filter(states, actions)[1]
+        names = ["action_executed", "value", "accepted", "certified", "valid"]
+        for what, rows in (
+            ("accepted", np.flatnonzero(~report.intervened)),
+            ("rejected", np.flatnonzero(report.intervened)),
+        ):
+            rows = rows[np.arange(calls) % len(rows)]
+
+            def python(rows: Array = rows) -> float:
+                started = time.perf_counter()
+                for i in rows:
+                    shield.filter(states[i], actions[i])
+                return (time.perf_counter() - started) / len(rows) * 1e6
+
+            def graph(rows: Array = rows) -> float:
+                run = exported.session.run
+                feeds = [
+                    {"observation": states[i : i + 1], "action": actions[i : i + 1]} for i in rows
+                ]
+                started = time.perf_counter()
+                for feed in feeds:
+                    run(names, feed)
+                return (time.perf_counter() - started) / len(rows) * 1e6
+
+            python(rows[:20]), graph(rows[:20])
+            pairs = [(python(), graph()) for _ in range(rounds)]
+            out[f"{name}, {what}"] = {
+                "python": float(np.median([a for a, _ in pairs])),
+                "onnx": float(np.median([b for _, b in pairs])),
+                "onnx / python": float(np.median([b / a for a, b in pairs])),
+            }
+    return out
+
+
 def main() -> None:
     """Run the comparison that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["equal"])
+    parser.add_argument("what", choices=["equal", "episodes", "latency"])
     parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--episodes", type=int, default=10_000)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.what == "episodes":
+        for name, counts in episodes(arguments.episodes).items():
+            print(f"{name}: {counts}")
+        return
+    if arguments.what == "latency":
+        for name, times in latency().items():
+            print(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in times.items()))
+        return
     for kind in arguments.kinds:
         started = time.process_time()
         found = equal(arguments.cases, [kind])[kind]

@@ -85,6 +85,11 @@ class Recorder:
             self._initializers.append(_stored(name, default))
         return Traced(self, name, dtype, shape)
 
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [one.name for one in self._inputs]
+
     def output(self, name: str, value: Traced) -> None:
         """Make a value an output of the graph, under the name `name`."""
         self.node("Identity", [value], value.dtype, value.shape, name)
@@ -684,7 +689,11 @@ def _gelu(x: Traced, approximate: str = "none") -> Traced:
 
 
 def _layer_norm(
-    x: Traced, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    x: Traced,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Traced:
     axes = tuple(range(-len(shape), 0))
     away = x - x.mean(axes, keepdim=True)

@@ -146,6 +146,7 @@ def export_onnx(
         **_header(shield, graph_shield),
         "promise": why_not or (shield.record and shield.record.promise),
         "record": None if shield.record is None or why_not else shield.record.to_json(),
+        "inputs": recorder.inputs,
         "policy": name,
         "deterministic": None if policy is None else deterministic,
     }
