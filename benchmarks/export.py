@@ -15,8 +15,8 @@ same, not whether a shield is good. It counts
   a level that differs by 1e-5); or have the same Q_h (a tie); or one of the two actions lies that
   near to the threshold. Rounding decides in all of these.
 
-Anything else is an error. Where V_h itself is larger than 10 spreads of h, because a number of the
-observation is far from the log, 1e-6 of V_h takes the place of 1e-5 of the spread.
+Anything else is an error. Where V_h or Q_h is larger than 10 spreads of h, because a number of the
+observation is far from the log, 1e-6 of it takes the place of 1e-5 of the spread.
 
 `episodes` steps the boat with both, and compares every step. `latency` runs both in turn (A B A B),
 on one thread, with critics 2 x (128, 128, 128), those of `ShieldConfig`. It counts the time of the
@@ -298,8 +298,10 @@ def compare(shield: Shield, told: dict[str, Array], given: Cases) -> dict[str, i
     proposed, _ = shield.action_rows(given.actions)
     judged = shield.states(rows, shield._given(given.h, len(rows)))
     spread = shield.model.scale.spread
-    # Where an observation is a million standard deviations away, so is V_h, and rounding with it.
-    near = 1e-5 * np.maximum(spread, 0.1 * np.abs(np.nan_to_num(judged.value).astype(np.float64)))
+    # Where an observation is a million standard deviations away, so are the values, and rounding.
+    corner = np.broadcast_to(shield.model.action_codec.low.astype(np.float32), proposed.shape)
+    size = np.maximum(np.abs(judged.value), np.abs(shield.model.action_values(judged, corner)))
+    near = 1e-5 * np.maximum(spread, 0.1 * size.astype(np.float64))
     answers = [
         one.filter_rows(judged, rows, proposed, shield.threshold + shift * near)
         for one in shifted(shield)

@@ -45,7 +45,8 @@ _ONNX_TYPES = {
     torch.bool: 9,
     torch.float64: 11,
 }
-Numeric = "Traced | Tensor | float | int | bool"
+_FEW = 64
+"""Size of an axis up to which the largest and the smallest number are found one by one."""
 
 
 class CannotExportError(NotImplementedError):
@@ -348,6 +349,8 @@ class Traced:
     __hash__ = None  # type: ignore[assignment]
 
     def __and__(self, other: Any) -> Traced:  # noqa: ANN401
+        if isinstance(other, Tensor) and other.numel() == 1 and bool(other):
+            return self
         return self._binary("And", other)
 
     def __or__(self, other: Any) -> Traced:  # noqa: ANN401
@@ -400,6 +403,27 @@ class Traced:
         """Return one @ two + self."""
         return lifted(self.recorder, one) @ two + self
 
+    def through(self, stack: Sequence[tuple[Tensor, Tensor]]) -> Traced:
+        """Return the outputs (members, n, outputs) of a ReLU network for inputs (n, inputs).
+
+        `stack` are the network's layers, as `nn.mlp.run` takes them.
+        """
+        members = self.members_through(stack)
+        made = [one.unsqueeze(0) for one in members]
+        return made[0] if len(made) == 1 else _cat(made, 0)
+
+    def members_through(self, stack: Sequence[tuple[Tensor, Tensor]]) -> list[Traced]:
+        """Return the outputs (n, outputs) of each member of a ReLU network."""
+        out = []
+        for member in range(len(stack[0][0])):
+            hidden = self
+            for i, (weight, bias) in enumerate(stack):
+                table = [weight[member], bias[member]]
+                hidden = hidden._node("Gemm", table, None, (BATCH, weight.shape[-1]))
+                hidden = hidden._node("Relu", []) if i < len(stack) - 1 else hidden
+            out.append(hidden)
+        return out
+
     def square(self) -> Traced:
         """Return the square of each entry."""
         return self * self
@@ -430,11 +454,21 @@ class Traced:
 
     def amax(self, dim: Any, keepdim: bool = False) -> Traced:  # noqa: ANN401
         """Return the largest entry along axes."""
-        return self._reduce("ReduceMax", dim, keepdim)
+        return self._extreme("Max", dim, keepdim)
 
     def amin(self, dim: Any, keepdim: bool = False) -> Traced:  # noqa: ANN401
         """Return the smallest entry along axes."""
-        return self._reduce("ReduceMin", dim, keepdim)
+        return self._extreme("Min", dim, keepdim)
+
+    def _extreme(self, kind: str, dim: int, keepdim: bool) -> Traced:
+        size = self.shape[dim]
+        if keepdim or not self.dtype.is_floating_point or not 0 < size <= _FEW:
+            return self._reduce(f"Reduce{kind}", dim, keepdim)
+        # Unlike ReduceMax and ReduceMin of ONNX Runtime, these nodes never lose a NaN.
+        first, *others = self.unbind(dim)
+        for other in others:
+            first = first._binary(kind, other)
+        return first
 
     def any_row(self) -> Traced:
         """Return whether one of the flags (n,) is True, (); False where there are no rows."""

@@ -287,9 +287,8 @@ class GraphShield(TorchShield):
         given = self._recorder.input("delta", own.dtype, (BATCH,), own[None], "deltas")
         # NaN and a smaller delta than the shield's own are not used.
         delta = torch.where(given > own, given, own)
-        limit = self._for_each(rows, -delta)
         states = self._states(rows, h)
-        executed, report = self._filter_rows(states, proposed, limit)
+        executed, report = self._filter_rows(states, proposed, -delta)
         shape = (BATCH, *(self._shield.action_space.shape or ()))
         out = torch.where(
             report.intervened[:, None], executed.to(action.dtype), action.reshape(*proposed.shape)
@@ -303,11 +302,12 @@ class GraphShield(TorchShield):
             "certified": self._certified(report.state_value, promised),
             "valid": report.valid,
             "acceptable": report.acceptable,
-            "supported": report.supported,
             "proposed_value": report.proposed_value,
             "state_value": report.state_value,
         }.items():
             self._recorder.output(name, value)
+        if self._test is not None:
+            self._recorder.output("supported", report.supported)
 
     def _certified(self, values: Any, promised: bool) -> Any:  # noqa: ANN401
         if not promised:
@@ -379,21 +379,18 @@ class GraphShield(TorchShield):
         count = rows._node("Shape", [], torch.int64, (1,), start=0, end=1)
         return values._node("Expand", [count], None, (BATCH,))
 
-    def _run(self, members: Any, x: Any) -> Any:  # noqa: ANN401
-        out = []
-        for stack in members:
-            hidden = x
-            for i, (weight, bias) in enumerate(stack):
-                shape = (BATCH, weight.shape[-1])
-                hidden = hidden._node("Gemm", [weight[0], bias[0]], None, shape)
-                hidden = hidden.relu() if i < len(stack) - 1 else hidden
-            out.append(hidden.unsqueeze(0))
-        return out[0] if len(out) == 1 else torch.cat(out, 0)
+    def _worst(self, members: Any, x: Any) -> Any:  # noqa: ANN401
+        first, *others = [one for stack in members for one in x.members_through(stack)]
+        for other in others:
+            first = first.maximum(other)
+        return first._squeeze(1)
 
     # -- replacement -----------------------------------------------------------------------------
 
     def _filter_rows(self, states: _States, actions: Any, limit: Any) -> Any:  # noqa: ANN401
         executed, report = super()._filter_rows(states, actions, limit)
+        if self._test is None:
+            return executed, report
         # Where the shield on tensors has the overflow of its budget, `_replace_all` here returns
         # the result of the support test.
         acceptable = report.acceptable & report.overflow
@@ -404,31 +401,36 @@ class GraphShield(TorchShield):
 
         Returns:
             The executed actions (n, act), their Q_h (n,), and whether they pass the support test,
-            (n,); True without a test.
+            (n,).
         """
         actions: Any = of.actions
         values: Any = of.values
         missing = ~(values <= of.limit)
+        kept = [actions, values]
+        if self._test is not None:
+            kept.append(of.supported & states.readable)
         if isinstance(self._strategy, NearestSupported):
             missing = missing | ~of.supported
-        passed: Any = of.supported if self._test is None else of.supported & states.readable
 
         def replaced() -> list[Any]:
             index: Any = missing.rows_where()
             some = self._estimated(states.take(index))
-            rejected = _Proposals(*(each[index] for each in of))
+            whole = of._replace(limit=self._for_each(actions, of.limit))
+            if self._test is None:
+                whole = whole._replace(supported=of.usable)
+            rejected = _Proposals(*(each[index] for each in whole))
             found, value = self._search(some, *self._with_fallback(some, rejected))
-            flags = passed
-            if self._test is not None:
-                flags = passed.with_rows(index, self._supported(some, found) & some.readable)
             executed: Any = found
-            return [
-                actions.with_rows(index, executed.to(actions.dtype)),
-                values.with_rows(index, value),
-                flags,
+            parts: list[Any] = [
+                executed.to(actions.dtype),
+                value.masked_fill(~some.readable, torch.inf),
             ]
+            if self._test is not None:
+                parts.append(self._supported(some, found) & some.readable)
+            return [own.with_rows(index, part) for own, part in zip(kept, parts, strict=True)]
 
-        return self._recorder.where_any(missing, replaced, [actions, values, passed])  # type: ignore[arg-type]
+        made = self._recorder.where_any(missing, replaced, kept)  # type: ignore[arg-type]
+        return made[0], made[1], made[2] if self._test is not None else missing
 
     # -- for an agent that consults its own critics ----------------------------------------------
 
@@ -461,7 +463,7 @@ class GraphShield(TorchShield):
 
     def _supported(self, states: _States, actions: Any) -> Any:  # noqa: ANN401
         if self._test is None:
-            return super()._supported(states, actions)
+            return torch.ones(1, dtype=torch.bool)
         return self._scores(states, actions[:, None])[:, 0] >= self._test.record.level
 
     def _scores(self, states: _States, actions: Any) -> Any:  # noqa: ANN401
@@ -483,7 +485,9 @@ class GraphShield(TorchShield):
             flow: Any = model.behaviour_actor
             noise = flow.to_noise(self._networks, inputs, flat)
             return (-0.5 * noise.square().sum(-1)).reshape(-1, count)
-        members = self._run(self._advantage, torch.cat([inputs, flat], -1))[..., 0]
+        joined: Any = torch.cat([inputs, flat], -1)
+        stacks = [joined.through(stack) for stack in self._advantage]
+        members: Any = torch.cat(stacks, 0)[..., 0]
         spread = (members - members.mean(0, keepdim=True)).square().mean(0).sqrt()
         return (-spread * self._scale.step_rms).reshape(-1, count)
 

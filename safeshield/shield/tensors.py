@@ -318,11 +318,10 @@ class TorchShield:
         values = _where_known(usable, self._values(states, clipped))
         proposed_value = values.masked_fill(~inside, torch.inf)
         supported = self._supported(states, clipped)
-        accepted = (proposed_value <= limit) & supported
+        accepted = (values <= limit) & inside & supported
         proposals = _Proposals(clipped, values, usable, limit, supported)
         replaced = self._replace_all if self.budget is None else self._replace_most
         executed, executed_value, overflow = replaced(states, proposals)
-        executed_value = executed_value.masked_fill(~states.readable, torch.inf)
         return executed, TensorReport(
             intervened=~accepted,
             value=executed_value,
@@ -357,7 +356,7 @@ class TorchShield:
             part = self._with_fallback(some, _Proposals(*(each[index] for each in of)))
             found, value = self._search(some, *part)
             executed = executed.index_copy(0, index, found.to(executed.dtype))
-            values = values.index_copy(0, index, value)
+            values = values.index_copy(0, index, value.masked_fill(~some.readable, torch.inf))
         return executed, values, torch.zeros_like(missing)
 
     def _replace_most(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,6 +386,7 @@ class TorchShield:
             overflow = missing.index_fill(0, index, 0)
             self.overflowed.add_(overflow.sum())
         executed = torch.where(missing[:, None], found.to(of.actions.dtype), of.actions)
+        values = values.masked_fill(~states.readable, torch.inf)
         return executed, torch.where(missing, values, of.values), overflow
 
     def _with_fallback(self, states: _States, of: _Proposals) -> tuple[_Proposals, Tensor, Tensor]:
@@ -528,10 +528,10 @@ class TorchShield:
         rows = torch.where(near, rows, self._units.mean)
         readable = near.all(-1)
         inputs = self._units.inputs(rows)
-        excess = self._run(self._excess, inputs)[0, :, 0]
+        excess = self._worst(self._excess, inputs)
         h = self._h(rows, constraint)
         if h is None:
-            estimate = self._run(self._estimate, inputs)[0, :, 0]
+            estimate = self._worst(self._estimate, inputs)
             return _States(inputs, state_value(self._scale, estimate, excess), readable, excess)
         known = torch.isfinite(h)
         value = known_value(self._scale, h, excess).masked_fill(~known, torch.nan)
@@ -541,7 +541,7 @@ class TorchShield:
         """Return states with the network's estimate of V_h where the source does not tell h."""
         if self._model.constraint is None:
             return states
-        estimate = self._run(self._estimate, states.inputs)[0, :, 0]
+        estimate = self._worst(self._estimate, states.inputs)
         guess = state_value(self._scale, estimate, states.excess)
         return states._replace(value=torch.where(states.value.isnan(), guess, states.value))
 
@@ -560,17 +560,17 @@ class TorchShield:
         else:
             seen = states.inputs[:, None].expand(-1, features.shape[1], -1)
             inputs = torch.cat([seen, features], -1)
-            out = self._run(self._advantage, inputs.flatten(0, 1))
-            worst = out[..., 0].amax(0).reshape(features.shape[:-1])
+            worst = self._worst(self._advantage, inputs.flatten(0, 1))
+            worst = worst.reshape(features.shape[:-1])
         return action_value(self._scale, states.value[:, None], worst)
 
-    def _run(self, members: _Members, x: Tensor) -> Tensor:
-        """Return the outputs (members, n, outputs) of an ensemble for inputs (n, inputs)."""
+    def _worst(self, members: _Members, x: Tensor) -> Tensor:
+        """Return the largest output (n,) of an ensemble of one output for inputs (n, inputs)."""
         size = _CPU_BLOCK if self.device.type == "cpu" else _BLOCK
         parts = [
             torch.cat([run(stack, part) for stack in members]) for part in torch.split(x, size)
         ]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1)[..., 0].amax(0)
 
     def _members(self, name: str) -> _Members:
         stack = layers(self._networks[name])
