@@ -12,8 +12,8 @@ same, not whether a shield is good. It counts
 - verdicts that differ: each must have Q_h within 1e-5 of the spread of h from the threshold;
 - replacements that differ by more than 1e-5 although the verdicts agree: each must be what Python
   executes for a threshold that is 1e-5 of the spread of h higher or lower (with a support test, for
-  a level that differs by 1e-5); or have the same Q_h (a tie); or one of the two actions lies that
-  near to the threshold. Rounding decides in all of these.
+  a level that differs by 1e-5); or have the same Q_h or the same distance from the proposal (a
+  tie); or one of the two actions lies that near to the threshold. Rounding decides in all of these.
 
 Anything else is an error. Where V_h or Q_h is larger than 10 spreads of h, because a number of the
 observation is far from the log, 1e-6 of it takes the place of 1e-5 of the spread.
@@ -44,7 +44,7 @@ from safeshield.nn.actor import BEHAVIOUR
 from safeshield.nn.flow import velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.shield import CommittedFallback, NearestAcceptable, ProjectedGradient, Shield
-from safeshield.shield.critics import SafetyModel
+from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.support import SCORES, SupportRecord, SupportTest
@@ -329,7 +329,10 @@ def compare(shield: Shield, told: dict[str, Array], given: Cases) -> dict[str, i
     best = np.asarray(shield.model.action_values(judged, executed.astype(proposed.dtype)))
     tie = np.abs(values - best) <= near
     edge = np.minimum(np.abs(values - shield.threshold), np.abs(best - shield.threshold)) <= near
-    alike = np.any(verdict, axis=0) & (np.any(same, axis=0) | tie | edge)
+    # Two acceptable candidates that are equally near to the proposal, but for rounding.
+    apart = [distances(shield, judged, proposed, report.valid, one) for one in (found, executed)]
+    even = np.isclose(*apart, rtol=1e-5, atol=1e-5) & np.any(settled, axis=0)
+    alike = np.any(verdict, axis=0) & (np.any(same, axis=0) | tie | edge | even)
     bad = ~alike | ~np.any(settled, axis=0)
     assert not bad.any(), (np.flatnonzero(bad), found[bad], executed[bad], values[bad], best[bad])
     return {
@@ -338,8 +341,20 @@ def compare(shield: Shield, told: dict[str, Array], given: Cases) -> dict[str, i
         "invalid": int((~report.valid).sum()),
         "verdicts that differ": int((~verdict[0]).sum()),
         "replacements that differ": int((verdict[0] & ~same[0]).sum()),
-        "of these ties": int((verdict[0] & ~np.any(same, axis=0) & tie).sum()),
+        "of these ties": int((verdict[0] & ~np.any(same, axis=0) & (tie | even)).sum()),
     }
+
+
+def distances(
+    shield: Shield, states: StateValue, proposed: Array, valid: Array, actions: Array
+) -> Array:
+    """Return the distances of executed actions from the proposed ones, in half widths."""
+    model = shield.model
+    box = model.action_codec
+    own = model.fallback_alone(states)
+    wanted = np.where(valid[:, None], np.clip(proposed, box.low, box.high), own)
+    features = [model.scaling.actions(one.astype(np.float32)) for one in (wanted, actions)]
+    return np.asarray(np.square(features[0] - features[1]).sum(-1))
 
 
 def shifted(shield: Shield) -> list[Shield]:
