@@ -318,6 +318,12 @@ def test_what_cannot_be_exported_is_named(small: Shield, tmp_path: Path) -> None
     box = benchmark.random_shield(r2pac.observation_space, r2pac.action_space, **TINY)
     with pytest.raises(CannotExportError, match="R2PAC cannot be written to an ONNX graph"):
         box.export_onnx(path, r2pac)
+    safefql: Any = load_agent(GOLDEN / "agent_safefql.safetensors")
+    model = replace(safefql._fitted(), constraint=ConstraintSource("test-other@1"))
+    safefql._model, safefql._safety_model = model, None
+    shield = benchmark.random_shield(model.observation_space, model.action_space, **TINY)
+    with pytest.raises(CannotExportError, match=r"takes h from 'test-other@1', but the shield"):
+        shield.export_onnx(path, safefql)
     with pytest.raises(CannotExportError, match="a function of Python has no graph"):
         small.export_onnx(path, lambda seen: seen)
     with pytest.raises(CannotExportError, match=r"must be an \.onnx file"):

@@ -59,7 +59,7 @@ from safeshield.values.units import SAFETY_NETWORKS
 
 if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
-    from safeshield.shield.export_policy import GraphNoise
+    from safeshield.shield.export_policy import GraphConstraint, GraphNoise
     from safeshield.spaces.generic import Env, VectorEnv
 
 
@@ -667,7 +667,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
         return actions
 
-    def graph_actions(self, rows: Any, h: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+    def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
         """Return the actions (n, act) of `predict` as values of an ONNX graph, see `_gated`."""
         from safeshield.shield.export import GraphShield
 

@@ -34,7 +34,7 @@ from safeshield.nn.graph import (
 )
 from safeshield.nn.plan_actor import BestPlan
 from safeshield.rollouts.policies import default_name
-from safeshield.shield.export_policy import GraphNoise, graph_policy
+from safeshield.shield.export_policy import GraphConstraint, GraphNoise, graph_policy
 from safeshield.shield.replacement import (
     BUILT_IN,
     NearestSupported,
@@ -86,14 +86,13 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxContents:
             contents.
     """
     onnx = required("reading an ONNX graph")
+    from google.protobuf.message import DecodeError  # onnx needs protobuf
+
+    content = Path(path).read_bytes()
     try:
-        model = onnx.load_from_string(Path(path).read_bytes())
+        model = onnx.load_from_string(content)
         header = json.loads({one.key: one.value for one in model.metadata_props}["safeshield"])
-    except (onnx.onnx_cpp2py_export.checker.ValidationError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no ONNX graph of a shield: {error}") from error
-    except Exception as error:  # the parser's own kind, which has no public name
-        if type(error).__name__ != "DecodeError":
-            raise
+    except (DecodeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no ONNX graph of a shield: {error}") from error
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise ValueError(
@@ -343,7 +342,9 @@ class GraphShield(TorchShield):
         # An agent may fail on numbers that are not readable; the shield ignores its action there.
         seen = torch.where(torch.isfinite(rows), rows, 0.0)
         noise = GraphNoise(self._recorder, deterministic)
-        made = graph_policy(policy, inputs, seen, h, spaces, noise)  # type: ignore[arg-type]
+        source = self._model.constraint
+        known = None if source is None else GraphConstraint(source.name, h)
+        made = graph_policy(policy, inputs, seen, known, spaces, noise)  # type: ignore[arg-type]
         return made.to(dtype)
 
     def _read_constraint(self) -> Any:  # noqa: ANN401
@@ -364,14 +365,6 @@ class GraphShield(TorchShield):
         return torch.where(known, largest, torch.nan).to(torch.float32)  # type: ignore[arg-type]
 
     def _h(self, rows: Tensor, constraint: Any) -> Any:  # noqa: ANN401
-        if self._model.constraint is None:
-            return None
-        if constraint is None:
-            raise CannotExportError(
-                f"the policy takes h from '{self._model.constraint.name}', which the shield does "
-                "not, so the graph has no input for it; use an agent and a shield with the same "
-                "source, shield.with_constraint(...)"
-            )
         return constraint
 
     def _for_each(self, rows: Any, values: Any) -> Any:  # noqa: ANN401
@@ -434,9 +427,22 @@ class GraphShield(TorchShield):
 
     # -- for an agent that consults its own critics ----------------------------------------------
 
-    def states(self, rows: Any, h: Any) -> _States:  # noqa: ANN401
-        """Return V_h of observations, rows (n, obs), whose h (n,) is None where a network tells."""
-        return self._states(rows, h)
+    def states(self, rows: Any, h: GraphConstraint | None) -> _States:  # noqa: ANN401
+        """Return V_h of observations, rows (n, obs), with h by another shield's source.
+
+        Raises:
+            CannotExportError: This shield takes h from another source.
+        """
+        source = self._model.constraint
+        if source is None:
+            return self._states(rows, None)
+        if h is None or h.source != source.name:
+            raise CannotExportError(
+                f"the policy takes h from '{source.name}', but the shield from "
+                f"{'a network' if h is None else repr(h.source)}, so the graph has no input for "
+                "it; use an agent and a shield with the same source, shield.with_constraint(...)"
+            )
+        return self._states(rows, h.h)
 
     def estimated(self, states: _States) -> _States:
         """Return states with the network's estimate of V_h where the source does not tell h."""

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -50,16 +50,30 @@ class GraphNoise:
         return like.in_each(torch.tensor(drawn.astype(np.float32)))
 
 
+class GraphConstraint(NamedTuple):
+    """h of the states as an input of the graph."""
+
+    source: str
+    """Name of the source."""
+    h: Any
+    """(n,) float32 h; NaN where it is not known."""
+
+
 @runtime_checkable
 class OnGraph(Protocol):
     """An agent that can write its actions to a graph, such as `SafeFQL`."""
 
-    def graph_actions(self, rows: Any, h: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+    def graph_actions(
+        self,
+        rows: Any,  # noqa: ANN401
+        h: GraphConstraint | None,
+        noise: GraphNoise,
+    ) -> Any:  # noqa: ANN401
         """Return the actions (n, act) of n observations as values of an ONNX graph.
 
         Args:
             rows: (n, obs) float32 observations, as rows of `spaces.rows`.
-            h: (n,) h of the states; None where a network estimates it.
+            h: h of the states by the shield's source; None where a network estimates it.
             noise: The noise of the policy.
         """
         ...
@@ -69,7 +83,7 @@ def graph_policy(
     policy: object,
     observations: Mapping[str, Traced],
     rows: Traced,
-    h: Traced | None,
+    h: GraphConstraint | None,
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
     noise: GraphNoise,
 ) -> Traced:
@@ -79,7 +93,7 @@ def graph_policy(
         policy: See `Shield.export_onnx`.
         observations: The graph's inputs of the observation, by name.
         rows: (n, obs) the same observations as rows.
-        h: (n,) h of the states; None where the shield's network estimates it.
+        h: h of the states by the shield's source; None where its network estimates it.
         spaces: Spaces of an observation and of an action.
         noise: The noise of the policy.
 

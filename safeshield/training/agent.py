@@ -57,7 +57,7 @@ from safeshield.values.constraint import stored_source
 
 if TYPE_CHECKING:
     from safeshield.files.signing import PublicKey
-    from safeshield.shield.export_policy import GraphNoise
+    from safeshield.shield.export_policy import GraphConstraint, GraphNoise
 
 _VERSION = 1
 _MARKS = {"updates": int, "chosen": str}
@@ -424,10 +424,10 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         seen = model.scaling.observations(rows)
         return model.scaling.to_box(self._act(model, seen, deterministic))
 
-    def graph_actions(self, rows: Any, h: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+    def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
         """Return the actions (n, act) of `predict` as values of an ONNX graph (`nn.graph`).
 
-        `rows` (n, obs), `h` (n,) and `noise` are those of `shield.export_policy.OnGraph`.
+        `rows` (n, obs), `h` and `noise` are those of `shield.export_policy.OnGraph`.
 
         Raises:
             CannotExportError: The algorithm has no graph.
