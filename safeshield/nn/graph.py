@@ -344,7 +344,7 @@ class Traced:
         return self._binary("Equal", other, torch.bool)
 
     def __ne__(self, other: Any) -> Traced:  # type: ignore[override]  # noqa: ANN401
-        return ~(self == other)
+        return ~self._binary("Equal", other, torch.bool)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -397,11 +397,13 @@ class Traced:
 
     def lerp(self, end: Any, weight: Any) -> Traced:  # noqa: ANN401
         """Return self + weight (end - self)."""
-        return self + weight * (lifted(self.recorder, end) - self)
+        way: Traced = lifted(self.recorder, end) - self
+        return self + way * weight
 
     def baddbmm(self, one: Traced, two: Any) -> Traced:  # noqa: ANN401
         """Return one @ two + self."""
-        return lifted(self.recorder, one) @ two + self
+        product: Traced = lifted(self.recorder, one) @ two
+        return product + self
 
     def through(self, stack: Sequence[tuple[Tensor, Tensor]]) -> Traced:
         """Return the outputs (members, n, outputs) of a ReLU network for inputs (n, inputs).
@@ -718,8 +720,8 @@ def _stack(parts: Sequence[Traced], dim: int = 0) -> Traced:
 def _gelu(x: Traced, approximate: str = "none") -> Traced:
     if approximate != "none":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return 0.5 * x * (1.0 + torch.tanh(inner))  # type: ignore[call-overload, no-any-return]
-    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))  # type: ignore[call-overload, no-any-return]
+        return 0.5 * x * (1.0 + inner._node("Tanh", []))
+    return 0.5 * x * (1.0 + (x / math.sqrt(2.0))._node("Erf", []))
 
 
 def _layer_norm(
