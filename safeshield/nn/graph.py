@@ -114,10 +114,9 @@ class Recorder:
 
         own = compose.add_prefix_graph(graph, prefix)
         self._initializers.extend(own.initializer)
-        given = {prefix + name: value.name for name, value in inputs.items()}
-        for node in own.node:
-            node.input[:] = [given.get(name, name) for name in node.input]
-            self._nodes.append(node)
+        for name, value in inputs.items():
+            self.node("Identity", [value], value.dtype, value.shape, prefix + name)
+        self._nodes.extend(own.node)
         return {one.name: prefix + one.name for one in graph.output}
 
     def constant(self, array: Tensor) -> str:

@@ -192,6 +192,12 @@ def _from_file(path: Path, recorder: Recorder, observations: Mapping[str, Traced
             "(safeshield.load_agent, or load of the Stable-Baselines3 class)"
         )
     model = onnx.version_converter.convert_version(onnx.load(str(path)), OPSET)
+    domains = {one.domain for one in model.opset_import} - {"", "ai.onnx"}
+    if domains or model.functions:
+        raise CannotExportError(
+            f"the policy {path} must consist of the standard operators of ONNX alone, got those of "
+            f"{sorted(domains) or 'functions of its own'}; export it without them"
+        )
     stored = {one.name for one in model.graph.initializer}
     asked = [one for one in model.graph.input if one.name not in stored]
     if len(asked) == 1 == len(observations):
