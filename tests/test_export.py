@@ -26,7 +26,7 @@ from safeshield.shield.backup import BackupController
 from safeshield.values.constraint import ConstraintSource
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 import export as benchmark  # noqa: E402
 
 onnx = pytest.importorskip("onnx")
