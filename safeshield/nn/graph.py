@@ -396,8 +396,8 @@ class Traced:
 
     def lerp(self, end: Any, weight: Any) -> Traced:  # noqa: ANN401
         """Return self + weight (end - self)."""
-        way: Traced = lifted(self.recorder, end) - self
-        return self + way * weight
+        way: Traced = (lifted(self.recorder, end) - self) * weight
+        return self + way
 
     def baddbmm(self, one: Traced, two: Any) -> Traced:  # noqa: ANN401
         """Return one @ two + self."""

@@ -240,9 +240,10 @@ def _sb3(
     rows: Traced,
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
     noise: GraphNoise,
-) -> Traced:
+) -> Any:  # noqa: ANN401
     """Return what ``predict`` of a model with MlpPolicy returns."""
     from stable_baselines3.common.policies import ActorCriticPolicy
+    from stable_baselines3.common.preprocessing import is_image_space
     from stable_baselines3.common.torch_layers import FlattenExtractor
     from stable_baselines3.dqn.policies import DQNPolicy
     from stable_baselines3.sac.policies import SACPolicy
@@ -255,14 +256,15 @@ def _sb3(
                 f"policy must be an MlpPolicy with the FlattenExtractor, got {type(of).__name__} "
                 f"with {type(extractor).__name__}; {_REPAIR}"
             )
-        space, seen = spaces[0], rows.to(torch.float32)
-        if isinstance(space, gym.spaces.Box):
+        space = spaces[0]
+        seen: Any = rows.to(torch.float32)
+        if isinstance(space, gym.spaces.Box) and not is_image_space(space):
             return extractor(seen)
         if isinstance(space, gym.spaces.Discrete) and space.start == 0:
             return (seen.round() == torch.arange(int(space.n))).float()
         raise CannotExportError(
-            f"the observation of a policy of Stable-Baselines3 must be a Box or a Discrete from 0 "
-            f"in an ONNX graph, got {space}; {_REPAIR}"
+            "the observation of a policy of Stable-Baselines3 must be a Box that is no image, or a "
+            f"Discrete from 0, in an ONNX graph, got {space}; {_REPAIR}"
         )
 
     space = spaces[1]
@@ -280,11 +282,11 @@ def _sb3(
         if not noise.deterministic:
             raise _random(policy)
         if isinstance(space, gym.spaces.Discrete):
-            return out.argmax(-1) + int(space.start)
+            return out.argmax(-1)
         if isinstance(space, gym.spaces.MultiDiscrete):
             ends = np.cumsum(space.nvec)
             parts = [out[:, int(e - n) : int(e)] for n, e in zip(space.nvec, ends, strict=True)]
-            return torch.stack([part.argmax(-1) for part in parts], 1)  # type: ignore[misc,return-value]
+            return torch.stack([part.argmax(-1) for part in parts], 1)
         return (out > 0).to(torch.int64)
     if isinstance(policy, SACPolicy):
         actor: Any = policy.actor
@@ -301,10 +303,11 @@ def _sb3(
     if not noise.deterministic:
         raise _random(policy)
     if isinstance(policy, TD3Policy):
-        return _unscaled(policy.actor.mu(features(policy.actor)), space)  # type: ignore[operator]
+        moved: Any = policy.actor.mu
+        return _unscaled(moved(features(policy.actor)), space)
     if isinstance(policy, DQNPolicy):
         out = policy.q_net.q_net(features(policy.q_net))
-        return out.argmax(-1) + int(space.start)  # type: ignore[attr-defined]
+        return out.argmax(-1)
     raise CannotExportError(
         "a policy of Stable-Baselines3 must be that of PPO, A2C, SAC, TD3 or DQN in an ONNX graph, "
         f"got {type(policy).__name__}; {_REPAIR}"
