@@ -279,11 +279,11 @@ class GraphShield(TorchShield):
         """
         inputs, rows = self._read_observation()
         h = self._read_constraint()
-        action = self._proposed(policy, deterministic, inputs, rows, h)
+        action: Any = self._proposed(policy, deterministic, inputs, rows, h)
         exact = action if action.dtype.is_floating_point else action.to(torch.float32)
         proposed = exact.reshape(BATCH, self._model.action_codec.width)
         own = torch.tensor(self._shield.delta, dtype=torch.float64)
-        given = self._recorder.input("delta", own.dtype, (BATCH,), own[None], "deltas")
+        given: Any = self._recorder.input("delta", own.dtype, (BATCH,), own[None], "deltas")
         # NaN and a smaller delta than the shield's own are not used.
         delta = torch.where(given > own, given, own)
         states = self._states(rows, h)
@@ -315,7 +315,9 @@ class GraphShield(TorchShield):
 
     def _read_observation(self) -> tuple[dict[str, Traced], Any]:
         """Return the inputs of the observation by name, and the rows (n, obs) they make."""
-        space, parts, inputs = self._shield.observation_space, [], {}
+        space = self._shield.observation_space
+        parts: list[Any] = []
+        inputs: dict[str, Traced] = {}
         for path, leaf in tensor_leaves(space):
             name = "/".join(("observation", *path))
             dtype = _dtype(leaf.dtype, name)
@@ -323,7 +325,7 @@ class GraphShield(TorchShield):
             exact = torch.float64 if dtype == torch.float64 else torch.float32
             width = int(np.prod(leaf.shape or (1,)))
             parts.append(part.to(exact).reshape(BATCH, width))
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)  # type: ignore[call-overload]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return inputs, rows
 
     def _proposed(
@@ -422,7 +424,7 @@ class GraphShield(TorchShield):
                 parts.append(self._supported(some, found) & some.readable)
             return [own.with_rows(index, part) for own, part in zip(kept, parts, strict=True)]
 
-        made = self._recorder.where_any(missing, replaced, kept)  # type: ignore[arg-type]
+        made = self._recorder.where_any(missing, replaced, kept)
         return made[0], made[1], made[2] if self._test is not None else missing
 
     # -- for an agent that consults its own critics ----------------------------------------------
@@ -528,9 +530,8 @@ class GraphShield(TorchShield):
 
 
 def _dtype(dtype: Any, what: str) -> torch.dtype:  # noqa: ANN401 - a NumPy dtype
-    known = {np.dtype(name): getattr(torch, name) for name in (
-        "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool",
-    )}  # fmt: skip
+    names = "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"
+    known: dict[Any, torch.dtype] = {np.dtype(name): getattr(torch, name) for name in names}
     if np.dtype(dtype) not in known:
         raise CannotExportError(
             f"{what} must have one of the dtypes {[one.name for one in known]} in an ONNX graph, "
