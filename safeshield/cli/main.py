@@ -9,6 +9,7 @@ from safeshield.cli.demo import demo
 from safeshield.cli.diagnose import diagnose
 from safeshield.cli.doctor import doctor
 from safeshield.cli.evaluate import evaluate
+from safeshield.cli.export import export
 from safeshield.cli.falsify import falsify
 from safeshield.cli.inspect import inspect
 from safeshield.cli.plan import plan
@@ -20,7 +21,9 @@ app.command()(clear_errors(demo))
 app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.collect))
 app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
 app.command(cls=command_with(sweep.file_entries))(clear_errors(sweep.sweep))
-for function in (plan, calibrate, evaluate, diagnose, falsify, report, inspect, sign, doctor):
+for function in (
+    plan, calibrate, evaluate, diagnose, falsify, report, export, inspect, sign, doctor,
+):  # fmt: skip
     app.command()(clear_errors(function))
 
 
