@@ -198,21 +198,28 @@ class Playing:
         self.share = share
         return log_of(runs, self.env.observation_space, self.env.action_space)
 
-    def without(self) -> dict[str, Any]:
-        """Return what the agent's episodes without the shield say."""
-        log = self.episodes(None, EVIDENCE, 3_000_000)
+    def about(self) -> dict[str, Any]:
+        """Return what shadow is told of the agent."""
         about: dict[str, Any] = {"policy": self.cell.agent, "horizon": self.steps}
         if self.known:
             about.update(policy=self.policy, policy_name=self.cell.agent, deterministic=True)
+        return about
+
+    def without(self) -> dict[str, Any]:
+        """Return what the agent's episodes without the shield say."""
+        log = self.episodes(None, EVIDENCE, 3_000_000)
         found = {
             "detection": said(self.shield, log, "detection", lead=self.cell.lead),
             "residuals": said(self.shield, log, "residuals", horizon=self.steps),
-            "shadow": said(self.shield, log, "shadow", **about),
+            "shadow": said(self.shield, log, "shadow", **self.about()),
         }
-        if "spliced" in METHODS and self.cell.task in TASKS:
-            about.update(policy=self.policy, policy_name=self.cell.agent, simulator=self.env)
-            found["spliced"] = said(self.shield, log, "spliced", **about)
         return {**found, "share": self.share}
+
+    def spliced(self) -> dict[str, Any]:
+        """Return what the same episodes say, continued behind the shield in the environment."""
+        log = self.episodes(None, EVIDENCE, 3_000_000)
+        about = {**self.about(), "policy": self.acting, "policy_name": self.cell.agent}
+        return said(self.shield, log, "spliced", simulator=self.env, **about)
 
     def trial(self) -> dict[str, Any]:
         """Return what the agent's episodes with the shield say."""
@@ -253,9 +260,13 @@ def violating(log: OfflineDataset) -> Array:
 
 
 def play_cell(cell: Field, episodes: int) -> None:
-    """Compute what a cell lacks, up to a number of fresh episodes."""
+    """Compute what a cell lacks, up to a number of fresh episodes.
+
+    Only the environments of this package take a state as spliced needs it.
+    """
     playing = Playing(cell)
-    for what in ("without", "trial", "rollouts"):
+    spliced = ["spliced"] if "spliced" in METHODS and cell.task in TASKS else []
+    for what in ("without", *spliced, "trial", "rollouts"):
         cell.kept(what, getattr(playing, what))
     for part in range(episodes // PART):
         for what in ("behind", "alone"):
@@ -315,7 +326,7 @@ def judged_rates(cell: Field) -> dict[str, Judged]:
     without = cell.stored("without") or {}
     said_of = {
         "shadow": without.get("shadow"),
-        "spliced": without.get("spliced"),
+        "spliced": cell.stored("spliced"),
         "trial": cell.stored("trial"),
         "rollouts": cell.stored("rollouts"),
     }
@@ -371,7 +382,7 @@ def field_tables(cells: list[Field]) -> None:
     wrong = [name for name, one in made if one.contradicted]
     print(f"\n{len(made)} statements with fresh episodes, contradicted: {wrong or 'none'}")
     for cell in (*logs, *cells):
-        for what in ("evidence", "without", "trial", "rollouts"):
+        for what in ("evidence", "without", "spliced", "trial", "rollouts"):
             about = cell.stored(what) or {}
             for name, one in {what: about, **about}.items():
                 if isinstance(one, dict) and "refused" in one:
