@@ -39,6 +39,7 @@ import safeshield
 from safeshield import CalibrationError, OfflineDataset, Shield, ShieldConfig, ShieldTrainer
 from safeshield.calibration import upper_bound
 from safeshield.calibration.from_log import METHODS
+from safeshield.calibration.proposers import Adversary
 from safeshield.data.collect import log_of
 from safeshield.evaluation.episodes import draw_episodes
 from safeshield.rollouts.policies import as_batch_policy
@@ -48,8 +49,10 @@ FIELD = ("BallRun", "PointCircle1", "HopperVelocity")
 """Tasks of the suites that `field` takes by default, after those of `from_log.py`."""
 AGENTS = ("bc-safe", "safefql", "fisor", "ppo")
 """Agents on the tasks of the suites, by the names of `suites.trained`."""
-LOGGER, RANDOM = "logger", "random"
-"""Agents on the tasks of `from_log.py`: the agent that makes the log, and random actions."""
+LOGGER, RANDOM, ADVERSARY = "logger", "random", "adversary"
+"""Agents on the tasks of `from_log.py`: the agent that makes the log, random actions, and the most
+dangerous action that the shield accepts."""
+OWN = (LOGGER, RANDOM, ADVERSARY)
 CONFIDENCE, ALPHA, LEAD = 0.95, 0.1, 5
 EVIDENCE, FRESH, PART = 100, 1_000, 100
 """Episodes of each statement, of the truth, and of one stored part of the truth."""
@@ -95,12 +98,14 @@ def field_env(task: str) -> Any:  # noqa: ANN401
     return make(task)
 
 
-def field_policy(cell: Field) -> object:
-    """Return the agent of a cell."""
+def field_policy(cell: Field, shield: Shield) -> object:
+    """Return the agent of a cell, which may look at its `shield`."""
     if cell.agent == LOGGER:
         return TASKS[cell.task].policy()
     if cell.agent == RANDOM:
         return RANDOM
+    if cell.agent == ADVERSARY:
+        return Adversary(shield)
     from suites import trained
 
     return trained(cell.task, cell.agent, cell.seed, cell.data, cell.folder)
@@ -185,9 +190,10 @@ class Playing:
         only = cell._replace(agent="log")
         self.log = only.kept("evidence", partial(chosen_delta, only))
         self.shield = field_shield(cell).with_delta(self.log["delta"])
-        self.env, self.cell, self.policy = field_env(cell.task), cell, field_policy(cell)
+        self.env, self.cell = field_env(cell.task), cell
+        self.policy = field_policy(cell, self.shield)
         self.steps = self.env.spec.max_episode_steps
-        self.known = not isinstance(self.policy, str) and cell.agent != LOGGER
+        self.known = cell.agent not in OWN
         self.acting = as_batch_policy(self.policy, self.env.action_space, deterministic=True)
 
     def episodes(self, shield: Shield | None, count: int, seed: int) -> OfflineDataset:
@@ -401,7 +407,7 @@ def field(words: list[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of TASK.hdf5")
     parser.add_argument("--folder", type=Path, default=RESULTS / "from_log", help="for results")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS, *FIELD])
-    parser.add_argument("--agents", nargs="+", default=[LOGGER, RANDOM, *AGENTS])
+    parser.add_argument("--agents", nargs="+", default=[*OWN, *AGENTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--fresh", type=int, default=FRESH, help="fresh episodes of each kind")
     parser.add_argument("--table", action="store_true", help="print what is there; run nothing")
@@ -410,7 +416,7 @@ def field(words: list[str]) -> None:
     cells = [
         Field(task, agent, seed, asked.data, asked.folder)
         for seed, task, agent in itertools.product(asked.seeds, asked.tasks, asked.agents)
-        if (task in TASKS) == (agent in (LOGGER, RANDOM))
+        if (task in TASKS) == (agent in OWN)
     ]
     if not asked.table:
         asked.folder.mkdir(parents=True, exist_ok=True)
