@@ -1,6 +1,7 @@
 """Test whether statements from a log alone hold, by 300 calibrations of each method and the truth.
 
     python benchmarks/from_log.py              # about 20 minutes; resumes; prints the table
+    python benchmarks/from_log.py field --data FOLDER      # other tasks; see from_log_field.py
 
 A shield for the boat and one for the double integrator are trained briefly. 100,000 fresh episodes
 without the shield, and as many with it, give the truth: the share of violating episodes below each
@@ -14,6 +15,7 @@ judge the same episodes, and must break it more often.
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,6 +71,7 @@ TASKS = {
         Helmsmen,
         0.05,
         5,
+        100,
         6000,
     ),
     "double integrator": Task(
@@ -286,6 +289,10 @@ def detect(
 
 def main() -> None:
     """Run the parts without a stored result, and print the table."""
+    if sys.argv[1:2] == ["field"]:
+        from from_log_field import field
+
+        return field(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=list(TASKS))
     arguments = parser.parse_args()
