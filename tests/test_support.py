@@ -41,7 +41,7 @@ from safeshield.data import OfflineDataset
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.files.tensors import read_tensors
 from safeshield.nn.actor import FlowActor
-from safeshield.shield import NearestAcceptable, ProjectedGradient
+from safeshield.shield import CommittedFallback, NearestAcceptable, ProjectedGradient
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import PolicyResult, Rung
@@ -331,6 +331,20 @@ def test_only_the_tested_shield_refuses_what_the_log_never_showed(
     assert np.mean(plain.filter(observations, unseen)[1].intervened) < 0.02
     assert np.mean(tested.filter(observations, unseen)[1].intervened) > 0.9
     assert np.mean(tested.filter(observations, held_out.actions[rows])[1].intervened) < 0.05
+
+
+def test_the_fallback_runs_where_only_the_support_test_refuses(
+    tested: Shield, held_out: OfflineDataset
+) -> None:
+    shield = replace(tested, replacement=CommittedFallback(), record=None)
+    rows = safe_rows(tested, held_out)
+    observations, unseen = held_out.observations[rows], never_shown(len(rows))
+    executed, report = shield.filter(observations, unseen)
+    good = np.asarray(report.proposed_value) <= shield.threshold
+    refused = good & np.asarray(report.intervened)
+    assert refused.mean() > 0.5
+    own = shield.model.fallback_alone(shield.states(observations))
+    np.testing.assert_allclose(executed[refused], own[refused], atol=1e-5)
 
 
 def test_the_promise_holds_for_episodes_of_another_log(tested: Shield) -> None:

@@ -404,7 +404,6 @@ class GraphShield(TorchShield):
         kept = [actions, values]
         if self._test is not None:
             kept.append(of.supported & states.readable)
-        if isinstance(self._strategy, NearestSupported):
             missing = missing | ~of.supported
 
         def replaced() -> list[Any]:

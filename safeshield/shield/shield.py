@@ -555,6 +555,11 @@ class Shield:
             # A replacement need not be made of integers where the proposed action is.
             executed = actions.astype(np.result_type(actions, np.float32))
             values, acceptable = values.copy(), accepted.copy()
+            bar = limit[reject]
+            if self.support is not None and self._strategy is self.replacement:
+                # This strategy knows values alone. To it, no value of a proposal outside the
+                # support is acceptable.
+                bar = np.where(proposed_values[reject] <= bar, -np.inf, bar)
             rejected = Rejected.of(
                 self.model,
                 states.take(reject),
@@ -562,7 +567,7 @@ class Shield:
                 actions[reject],
                 known[reject],
                 readable[reject],
-                limit[reject],
+                bar,
                 self._box,
             )
             picked, picked_values = replace_actions(self._strategy, rejected)
@@ -570,7 +575,7 @@ class Shield:
             values[reject] = _where_known(rejected.seen, picked_values)
             if self.support is not None:
                 supported[reject] = self._supported(rejected.states, picked, rejected.seen)
-            acceptable[reject] = (values[reject] <= rejected.limit) & supported[reject]
+            acceptable[reject] = (values[reject] <= limit[reject]) & supported[reject]
         return executed, FilterReport(
             intervened=~accepted,
             value=values,
