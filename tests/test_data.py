@@ -603,7 +603,7 @@ def test_headers_are_checked(tmp_path: Path) -> None:
         (json.dumps(header | {"version": 99}), "newer safeshield"),
         (json.dumps(header | {"more": 1}), "must have the fields"),
         (json.dumps(header | {"constraint_kind": 3}), "constraint_kind"),
-        (json.dumps(header | {"action_space": big}), "shape must be an integer"),
+        (json.dumps(header | {"action_space": big}), "1000000000 numbers, more than the limit"),
         (
             json.dumps(header | {"action_space": {"type": "Discrete", "n": 2, "start": 0}}),
             "Discrete",
@@ -754,3 +754,31 @@ def test_same_space_compares_points() -> None:
             check_same_space(expected, actual, "what")
     with pytest.raises(ValueError, match="bounds"):
         check_same_space(box, free, "what", unbounded_matches_any=True)
+
+
+WIDE = {"type": "Box", "shape": [300_000], "dtype": "float32", "low": -1.0, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("members", "variable"),
+    [
+        ([WIDE] * 4, "SAFESHIELD_MAX_SPACE_NUMBERS"),
+        ([{"type": "MultiBinary", "n": 300_000}] * 4, "SAFESHIELD_MAX_SPACE_NUMBERS"),
+        ([{"type": "Discrete", "n": 2, "start": 0}] * 5000, "SAFESHIELD_MAX_SPACE_MEMBERS"),
+    ],
+    ids=["boxes", "binary", "members"],
+)
+def test_limits_hold_for_a_whole_space_and_can_be_raised(
+    members: list[Any], variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each member alone is within the limits. The second level counts as well as the first.
+    half = [[f"a{i}", member] for i, member in enumerate(members[::2])]
+    rest = [[f"a{i}", member] for i, member in enumerate(members[1::2])]
+    space = {"type": "Dict", "spaces": [*half, ["rest", {"type": "Dict", "spaces": rest}]]}
+    with pytest.raises(ValueError, match=f"more than the limit of .*{variable} to a larger"):
+        space_from_json(space)
+    monkeypatch.setenv(variable, "10000000")
+    assert len(space_from_json(space)["rest"]) == len(rest)  # type: ignore[index]
+    monkeypatch.setenv(variable, "many")
+    with pytest.raises(ValueError, match=f"{variable} must be a whole number, got 'many'"):
+        space_from_json(space)
