@@ -198,6 +198,7 @@ def _describe_checkpoint(header: dict[str, Any]) -> dict[str, Any]:
         "updates_in_all": run.get("steps"),
         "phase": header.get("phase"),
         "log": run.get("log"),
+        "log_contents": run.get("contents", "not known"),
         "config": run.get("config"),
     }
 

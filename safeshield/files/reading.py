@@ -21,8 +21,8 @@ class Limit:
     >>> Limit("SAFESHIELD_MAX_PARTS", 3, "parts").check(4, "a file")
     Traceback (most recent call last):
     ...
-    ValueError: a file has 4 parts, more than the limit of 3; if you trust where it comes from, set \
-the environment variable SAFESHIELD_MAX_PARTS to a larger number
+    ValueError: a file has 4 parts, more than the limit of 3; if you trust where it comes from, \
+set the environment variable SAFESHIELD_MAX_PARTS to a larger number
     """
 
     variable: str
@@ -62,8 +62,12 @@ the environment variable SAFESHIELD_MAX_PARTS to a larger number
         )
 
 
-LOG_BYTES = Limit("SAFESHIELD_MAX_LOG_BYTES", 0, "bytes of arrays in memory")
-"""Bytes that the arrays of a log take in memory; the default depends on the size of the file."""
+LOG_BYTES = Limit("SAFESHIELD_MAX_LOG_BYTES", 128 * MIB, "bytes of arrays in memory")
+"""Bytes that the arrays of a log may take in memory, whatever the size of its file."""
+LOG_EXPANSION = 64
+"""A log's arrays may always take this many times the size of its file."""
+LOG_MEMBERS = Limit("SAFESHIELD_MAX_LOG_MEMBERS", 1000, "members")
+"""Arrays and groups in a log's file."""
 LOG_HEADER = Limit("SAFESHIELD_MAX_LOG_HEADER", 32 * MIB, "bytes of header")
 """Bytes of the header of a log, unpacked."""
 MODEL_HEADER = Limit("SAFESHIELD_MAX_MODEL_HEADER", 4 * MIB, "bytes of header")

@@ -230,7 +230,11 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
 
 
 def _checked(
-    path: Path, kind: str | None, stream: BinaryIO, metadata: Any, entries: dict[str, _Entry]  # noqa: ANN401
+    path: Path,
+    kind: str | None,
+    stream: BinaryIO,
+    metadata: dict[str, Any],
+    entries: dict[str, _Entry],
 ) -> TensorFile:
     """Return the file of a table of tensors, after a check of our part of the header."""
     if _KEY not in metadata:
