@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_output
+from safeshield.cli.app import (
+    Debug,
+    EnvId,
+    Out,
+    Plugins,
+    Seed,
+    Trust,
+    check_output,
+    stop,
+    this_command,
+)
 from safeshield.cli.settings import fields_help, parse, settings_of
 from safeshield.cli.sources import make_env, policy_of
 
@@ -117,9 +127,8 @@ def collect(
                 config=config,
                 progress_bar=True,
             )
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; the same command resumes from {folder}", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            stop(error, f"the same command resumes from {folder}: {this_command()}")
         for note in _other_than_asked(
             log, steps=config.updates(steps) * config.rollout, episodes=episodes, cap=cap
         ):

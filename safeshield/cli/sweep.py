@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, Plugins, Trust
+from safeshield.cli.app import Debug, Plugins, Trust, stop, this_command
 from safeshield.cli.settings import fields_help
 
 
@@ -90,9 +90,8 @@ def sweep(
                 report.write_csv(folder / "results.csv", plan, list(results.values()))
                 told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)
                 typer.echo(f"{len(results)} of {total}: {one.job}: {told}")
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues the sweep", err=True)
-        raise
+    except KeyboardInterrupt as error:
+        stop(error, f"the same command continues the sweep: {this_command()}")
     outcomes = list(results.values())
     failed = [one for one in outcomes if one.error]
     if len(failed) < len(outcomes):

@@ -202,11 +202,45 @@ def _is_hdf5(path: Path) -> bool:
 
 def _write_hdf5(path: Path, arrays: Mapping[str, Array], header: str) -> None:
     # The header of a wide space may exceed 64 KiB, and attributes of that size need HDF5 1.8.
-    with h5py.File(path, "w", libver=("v108", "v108"), locking=False) as file:
+    with _Sink(path, "wb+") as sink, h5py.File(sink, "w", libver=("v108", "v108")) as file:
         for key, array in arrays.items():
             file.create_dataset(key, data=array, compression="gzip", shuffle=True)
         file.attrs[HEADER_KEY] = np.frombuffer(header.encode(), dtype=np.uint8)
         file.attrs[_MARK] = np.uint8(1)
+    if sink.failed is not None:
+        raise sink.failed
+
+
+class _Sink(io.FileIO):
+    """A file that keeps the first error of writing, in place of passing it to the HDF5 library.
+
+    The library would print an error for each of its objects, and again at the end of the process.
+
+    Attributes:
+        failed: The error; None before. What is written after it is dropped.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int:  # noqa: ANN401 - any buffer
+        """Write all bytes, unless a write has failed before; return their number."""
+        view = memoryview(data).cast("B")
+        left = view
+        try:
+            while self.failed is None and len(left):
+                left = left[super().write(left) or 0 :]
+        except OSError as error:
+            self.failed = error
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Change the size of the file, unless a write has failed before; return the size."""
+        try:
+            if self.failed is None:
+                return super().truncate(size)
+        except OSError as error:
+            self.failed = error
+        return size or 0
 
 
 def _write_npz(path: Path, arrays: Mapping[str, Array], header: str) -> None:
