@@ -10,11 +10,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-from safeshield import OfflineDataset
+from safeshield import OfflineDataset, collect
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.files.atomic import LEAST_FREE, check_writable, written_whole
 from safeshield.files.lock import claimed
@@ -196,10 +198,6 @@ def test_a_reader_gets_one_file_though_it_is_replaced_meanwhile(tmp_path: Path) 
 @pytest.fixture(scope="module")
 def boats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small log of the boat."""
-    import gymnasium as gym
-
-    from safeshield import collect
-
     path = tmp_path_factory.mktemp("logs") / "boat.npz"
     collect(gym.make("safeshield/Boat-v0"), "random", episodes=10, seed=0).save(path)
     return path
@@ -211,17 +209,19 @@ TRAIN = """
     from safeshield.training.callbacks import TrainingCallback
     from safeshield.cli.main import main
 
+    number = int(sys.argv.pop(1))
+
     class Asked(TrainingCallback):
         every = 1
 
         def on_step(self, step):
             if step.step == 3:
-                os.kill(os.getpid(), int(sys.argv[1]))
+                os.kill(os.getpid(), number)
             return True
 
     fit = BehaviourCloning.fit
     BehaviourCloning.fit = lambda self, *a, **k: fit(self, *a, **k, callbacks=[Asked()])
-    sys.argv = ["safeshield", "train", *sys.argv[2:]]
+    sys.argv = ["safeshield", "train", *sys.argv[1:]]
     main()
 """
 
@@ -290,3 +290,67 @@ def test_room_for_the_checkpoint_is_checked_before_the_first_update(
     with pytest.raises(OSError, match=r"needs about \d+\.\d MB and the disk has 16.8 MB free"):
         agent.fit(log, 3, checkpoint=tmp_path / "run")
     assert not os.listdir(tmp_path)
+
+
+class Silent(gym.Env[Any, Any]):
+    """An environment without ends, which may report nothing."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def __init__(self, reports: bool) -> None:
+        self.reports, self.steps = reports, 0
+
+    def reset(self, **_: object) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: object) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        cost = {"cost": 0.0} if self.reports else {}
+        return np.zeros(1, np.float32), 0.0, False, False, cost
+
+
+def test_an_environment_that_reports_nothing_is_refused_at_its_first_step() -> None:
+    env = Silent(reports=False)
+    with pytest.raises(ValueError, match=r"must report info\['constraint'\]"):
+        collect(env, "random", episodes=1, seed=0, num_envs=1)
+    assert env.steps == 1
+
+
+def test_an_environment_without_ends_has_a_limit_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("safeshield.rollouts.episodes._LONG", 5)
+    env = Silent(reports=True)
+    with (
+        pytest.warns(
+            UserWarning, match="not ended after 5 steps; the run ends with an error after"
+        ),
+        pytest.raises(ValueError, match="not ended after step_limit = 20 steps; wrap the env"),
+    ):
+        collect(env, "random", episodes=1, seed=0, num_envs=1, step_limit=20)
+    assert env.steps == 20
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of POSIX")
+def test_no_reader_waits_for_a_pipe(tmp_path: Path) -> None:
+    from safeshield.cli.kinds import file_kind
+    from safeshield.cli.settings import read_settings
+    from safeshield.data.card import file_digest
+    from safeshield.files.signing import check_signature
+    from safeshield.monitoring.flight_file import read_files
+    from safeshield.monitoring.ledger import read_ledger
+
+    for name in ("x", "x.toml", "1.flight"):
+        os.mkfifo(tmp_path / name)
+    readers: list[Callable[[], object]] = [
+        lambda: file_kind(tmp_path / "x"),
+        lambda: file_digest(tmp_path / "x"),
+        lambda: read_ledger(tmp_path / "x", {}),
+        lambda: read_files([tmp_path / "1.flight"]),
+        lambda: read_settings(tmp_path / "x.toml", BehaviourCloningConfig),
+        lambda: check_signature(tmp_path, "", "00", tmp_path / "x"),
+    ]
+    for reader in readers:
+        with pytest.raises(OSError, match="is a pipe, a socket or a device"):
+            reader()

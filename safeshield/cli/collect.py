@@ -49,6 +49,14 @@ def collect(
         int, typer.Option(help="Number of whole episodes; with --limits: of those kept.", min=1)
     ] = 500,
     seed: Seed = 0,
+    step_limit: Annotated[
+        int,
+        typer.Option(
+            help="Greatest length of an episode in steps. Where one is longer, as in an "
+            "environment without ends, nothing is written.",
+            min=1,
+        ),
+    ] = 100_000,
     limits: Annotated[
         str | None,
         typer.Option(
@@ -137,7 +145,9 @@ def collect(
         from safeshield.data.collect import collect as collect_log
 
         name = policy or "random"
-        log = collect_log(env, policy_of(name, env, None, trust), episodes, seed)
+        log = collect_log(
+            env, policy_of(name, env, None, trust), episodes, seed, step_limit=step_limit
+        )
         log = dataclasses.replace(
             log,
             provenance={

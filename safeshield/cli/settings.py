@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 from typer.core import TyperCommand
 
+from safeshield.files.reading import read_whole
 from safeshield.files.settings import Field, fields_of
 
 if TYPE_CHECKING:
@@ -111,9 +112,7 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
         ValueError: The file is neither TOML nor YAML, or names a setting unknown to the class.
         ModuleNotFoundError: The file is YAML and PyYAML is not installed.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    text = path.read_text(encoding="utf-8")
+    text = read_whole(path).decode()
     if path.suffix.lower() == ".toml":
         try:
             values: object = tomllib.loads(text)

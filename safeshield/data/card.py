@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import ConstraintKind, OfflineDataset, contents_of
+from safeshield.files.reading import opened
 from safeshield.files.schema import json_values
 
 CONTENTS_TEXTS = {
@@ -251,8 +252,8 @@ def logged_environment(
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 digest of the file `path` in hexadecimal. The file is read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with opened(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _safe_episodes(log: OfflineDataset, limit: float) -> SafeEpisodes:

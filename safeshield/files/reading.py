@@ -83,7 +83,7 @@ SPACE_MEMBERS = Limit("SAFESHIELD_MAX_SPACE_MEMBERS", 4096, "members")
 SPACE_DEPTH = Limit("SAFESHIELD_MAX_SPACE_DEPTH", 8, "levels of Dict spaces in each other")
 """Levels of Dict spaces in each other."""
 FLIGHT_BYTES = Limit("SAFESHIELD_MAX_FLIGHT_BYTES", 4 << 30, "bytes")
-"""Bytes of the files of a flight recorder's folder."""
+"""Bytes of one file of a flight recorder."""
 TEXT_BYTES = Limit("SAFESHIELD_MAX_TEXT_BYTES", 64 * MIB, "bytes")
 """Bytes of a file of settings or of a small record, which is read as a whole."""
 

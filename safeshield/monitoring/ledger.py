@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import read_whole
 
 RUNNING, ENDED, CUT = STATUSES = ("running", "ended", "cut")
 _FORMAT, _VERSION = "safeshield-promise", 1
@@ -108,10 +109,10 @@ def read_ledger(
         kinds: For each setting whether a value is one of it; "reference" is checked here.
 
     Raises:
-        ValueError: The file is damaged, or no such file.
+        ValueError: The file is damaged, larger than the limit of `files.reading`, or no such file.
         OSError: It cannot be read.
     """
-    raw = path.read_bytes()
+    raw = read_whole(path)
     try:
         data = json.loads(raw)
         if data["format"] != _FORMAT or data["version"] != _VERSION:
