@@ -198,3 +198,25 @@ def check_output(
     held = _HELD.get()
     if claim and held is not None:
         held.enter_context(claimed(path))
+
+
+def check_folder(folder: Path, file: str) -> None:
+    """Make the folder of the results, before the work begins.
+
+    Args:
+        folder: The folder.
+        file: Name of a file that will be written there.
+
+    Raises:
+        OSError: It cannot be made, nothing can be written there, or the disk is full.
+    """
+    from safeshield.files.atomic import check_writable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / file)
+    except OSError as error:
+        raise OSError(
+            f"--out must be a folder in which you may write, or one that can be made, got "
+            f"'{folder}': {error.strerror or error}; choose another folder"
+        ) from error

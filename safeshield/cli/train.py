@@ -71,6 +71,8 @@ def train(
     """Train an agent, or a shield alone, from a log."""
     check_output(out, (".safetensors",))
     if checkpoint is not None:
+        if checkpoint.resolve() == out.resolve():
+            raise ValueError(f"--checkpoint must be another file than OUT, got {checkpoint} twice")
         check_output(checkpoint, None, "--checkpoint", claim=False)
     record = out.with_suffix(".toml")
     if config_file is not None and config_file.resolve() == record.resolve():

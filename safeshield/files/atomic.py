@@ -69,7 +69,7 @@ def _check_place(path: Path) -> None:
     part = _beside(path)
     try:
         part.touch()
-        part.unlink()
+        part.unlink(missing_ok=True)  # Another writer may have taken it for left over.
     except OSError as error:
         raise type(error)(
             f"cannot write {path}: {error.strerror}; choose another name, or a folder in which you "
@@ -123,7 +123,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         kept = f"; the old {path.name} is unchanged" if os.path.exists(path) else ""
         raise OSError(
             errno.ENOSPC,
-            f"cannot write {path}: the disk is full ({_size(_free(path))} free){kept}; free some "
+            f"cannot write {path}: the disk is full, or a quota or limit is reached "
+            f"({_size(_free(path))} free){kept}; free some "
             "space, or choose a folder on another disk",
         ) from error
     finally:
