@@ -354,3 +354,22 @@ def test_no_reader_waits_for_a_pipe(tmp_path: Path) -> None:
     for reader in readers:
         with pytest.raises(OSError, match="is a pipe, a socket or a device"):
             reader()
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"a = " + b"[" * 100_000, b"a = 1\na = 2"])
+def test_settings_that_are_none_are_refused(tmp_path: Path, text: bytes) -> None:
+    from safeshield.cli.settings import read_settings
+
+    path = tmp_path / "settings.toml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"settings\.toml is not "):
+        read_settings(path, BehaviourCloningConfig)
+
+
+def test_a_ledger_of_brackets_is_refused(tmp_path: Path) -> None:
+    from safeshield.monitoring.ledger import read_ledger
+
+    path = tmp_path / "ledger"
+    path.write_bytes(b"[" * 1_000_000)
+    with pytest.raises(ValueError, match="is not a file that a PromiseMonitor wrote"):
+        read_ledger(path, {})

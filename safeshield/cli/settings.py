@@ -112,7 +112,15 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
         ValueError: The file is neither TOML nor YAML, or names a setting unknown to the class.
         ModuleNotFoundError: The file is YAML and PyYAML is not installed.
     """
-    text = read_whole(path).decode()
+    try:
+        text = read_whole(path).decode()
+        return _settings_in(path, text, kind)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a text of settings: {error}") from error
+
+
+def _settings_in(path: Path, text: str, kind: type[Any]) -> dict[str, Any]:
+    """Return the settings in the text of a file; see `read_settings`."""
     if path.suffix.lower() == ".toml":
         try:
             values: object = tomllib.loads(text)

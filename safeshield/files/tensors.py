@@ -168,7 +168,7 @@ class TensorFile:
     def _read(self, name: str) -> Array:
         """Return a tensor, which is read into an array of its own."""
         array = np.empty(self.shapes[name], self.dtypes[name])
-        view = memoryview(array).cast("B") if array.size else memoryview(b"")
+        view = array.data.cast("B") if array.size else memoryview(b"")
         self._stream.seek(self._offsets[name])
         while len(view):
             count = self._stream.readinto(view)  # type: ignore[attr-defined]

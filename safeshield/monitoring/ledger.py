@@ -132,7 +132,9 @@ def read_ledger(
         entries = {row[0]: _entry(row, list(reference or ())) for row in rows}
         if len(entries) != len(rows) or not all(isinstance(name, str) for name in entries):
             raise ValueError("its episodes do not have names of their own")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"{path} is not a file that a PromiseMonitor wrote, or it is damaged: {error}; restore "
             "it, or remove it to begin anew without the episodes that it held"
