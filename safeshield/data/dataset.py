@@ -260,7 +260,8 @@ class OfflineDataset:
             constraint_kind=kind,
             provenance=provenance,
             constraint_source=constraint_source,
-            **flags,
+            terminated=flags["terminated"],
+            truncated=flags["truncated"],
         )
         check_successors(log.observations, log.next_observations, log.terminated, log.truncated)
         if compared:
