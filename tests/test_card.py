@@ -97,7 +97,9 @@ def test_a_card_of_a_file_tells_which_file_it_is(tmp_path: Path) -> None:
     assert card.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (card.file, card.bytes) == (path.name, path.stat().st_size)
     assert card.env_id == "SafetyCarRun-v0"
-    assert card == card_of(log, file=path)
+    assert card == card_of(OfflineDataset.load(path), file=path)
+    assert card.contents == "verified"
+    assert dataclasses.replace(card, contents="in memory") == card_of(log, file=path)
     assert card_of(path, env_id="Mine-v1").env_id == "Mine-v1"
     path.rename(tmp_path / "SafetyCarRun.hdf5")
     assert card_of(tmp_path / "SafetyCarRun.hdf5").env_id is None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import re
+import tracemalloc
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -589,6 +592,7 @@ def test_headers_are_checked(tmp_path: Path) -> None:
     log().save(path)
     stored = dict(np.load(path))
     header = json.loads(stored["safeshield"].tobytes())
+    del header["sha256"]  # as in files of earlier releases
 
     def load_with(text: str) -> None:
         np.savez(path, **stored | {"safeshield": np.frombuffer(text.encode(), np.uint8)})
@@ -603,7 +607,7 @@ def test_headers_are_checked(tmp_path: Path) -> None:
         (json.dumps(header | {"version": 99}), "newer safeshield"),
         (json.dumps(header | {"more": 1}), "must have the fields"),
         (json.dumps(header | {"constraint_kind": 3}), "constraint_kind"),
-        (json.dumps(header | {"action_space": big}), "shape must be an integer"),
+        (json.dumps(header | {"action_space": big}), "1000000000 numbers, more than the limit"),
         (
             json.dumps(header | {"action_space": {"type": "Discrete", "n": 2, "start": 0}}),
             "Discrete",
@@ -615,6 +619,141 @@ def test_headers_are_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_with(text)
+
+
+def _edited_log(path: Path, change: str) -> None:
+    """Write a log to `path` and change one thing in it, with the tools of its format."""
+    log().save(path)
+    if path.suffix == ".npz":
+        stored = dict(np.load(path))
+        comment = zipfile.ZipFile(path).comment
+        header = json.loads(stored["safeshield"].tobytes())
+    else:
+        with h5py.File(path) as file:
+            stored = {key: file[key][()] for key in file}
+            marks = dict(file.attrs)
+        header = json.loads(marks.pop("safeshield").tobytes())
+    if change == "data":
+        stored["rewards"][3] += 1.0
+    elif change == "dtype":
+        stored["rewards"] = stored["rewards"].astype(np.float64)
+    elif change == "another member":
+        stored["more"] = np.zeros(3)
+    elif change == "names":
+        stored["rewards"], stored["costs"] = stored["costs"], stored["rewards"]
+    elif change == "provenance":
+        header["provenance"] = {"environment": "Other-v0"}
+    elif change == "space":
+        header["observation_space"]["low"] = -7.0
+    elif change == "digest":
+        del header["sha256"]
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    name = "safeshielf" if change == "hidden header" else "safeshield"
+    if path.suffix == ".npz":
+        stored.pop("safeshield")
+        np.savez(path, **stored, **{name: text})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = comment
+    else:
+        with h5py.File(path, "w") as file:
+            for key, array in stored.items():
+                file[key] = array
+            file.attrs.update(marks)
+            file.attrs[name] = text
+
+
+CHANGES = [
+    "data",
+    "dtype",
+    "another member",
+    "names",
+    "provenance",
+    "space",
+    "digest",
+    "hidden header",
+]
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_log_in_which_anything_changed_is_refused(
+    tmp_path: Path, suffix: str, change: str
+) -> None:
+    path = tmp_path / f"log{suffix}"
+    _edited_log(path, "nothing")
+    assert OfflineDataset.load(path).verified is True
+    _edited_log(path, change)
+    with pytest.raises(ValueError, match="damaged"):
+        OfflineDataset.load(path)
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_what_is_known_of_the_contents_of_a_log(tmp_path: Path, suffix: str) -> None:
+    made, path = log(), tmp_path / f"log{suffix}"
+    foreign = OfflineDataset.load(write(tmp_path / f"other{suffix}", plain()))
+    made.save(path)
+    own = OfflineDataset.load(path)
+    assert (made.verified, foreign.verified, own.verified) == (None, False, True)
+    assert own.select([0]).verified is True
+    assert OfflineDataset.concat([own, own]).verified is True
+    assert OfflineDataset.concat([made, own]).verified is None
+    assert "unverified: the file names no digest" in str(card_of(tmp_path / f"other{suffix}"))
+    old = OfflineDataset.load(Path(__file__).parent / "golden" / "log.npz")
+    assert old.verified is False  # a file of a release that wrote no digest
+
+
+def test_a_log_takes_no_more_memory_than_its_size_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, path = 20_000, tmp_path / "log.hdf5"
+    with h5py.File(path, "w") as file:
+        for key in DSRL_KEYS:
+            rows = np.zeros((n, 16) if key.endswith("observations") else (n, 1), np.int8)
+            rows[-1] = key == "timeouts"
+            file.create_dataset(key, data=rows, compression="gzip")
+    monkeypatch.setenv("SAFESHIELD_MAX_LOG_BYTES", "1000")
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=r"claims 2850000 .*the limit of .*SAFESHIELD_MAX_LOG_BYTE"
+    ):
+        OfflineDataset.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    monkeypatch.setenv("SAFESHIELD_MAX_LOG_BYTES", "10000000")
+    assert len(OfflineDataset.load(path)) == n
+
+
+@pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
+def test_a_header_of_many_lists_is_refused_unparsed(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"log{suffix}"
+    fields = plain()
+    text = np.frombuffer(b'{"a": [' + b"[]," * 2_000_000 + b"[]]}", np.uint8)
+    if suffix == ".npz":
+        write(path, {**fields, "safeshield": text})
+    else:
+        with h5py.File(path, "w", libver="v108") as file:
+            for key, value in fields.items():
+                file[key] = value
+            file.attrs["safeshield"] = text
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="2000003 lists and objects in its header, more than"):
+        OfflineDataset.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["log.hdf5", "log.npz", "shield.safetensors"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    from safeshield import Shield
+
+    read = Shield.load if name.endswith("safetensors") else OfflineDataset.load
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=r"a pipe, a socket or a device.*give a regular file"):
+        read(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder; give a file in it"):
+        read(tmp_path / name)
 
 
 def test_a_failed_write_leaves_the_old_file(
@@ -689,7 +828,9 @@ def test_other_spaces_round_trip() -> None:
     deep: dict[str, Any] = {"type": "Discrete", "n": 2, "start": 0}
     for _ in range(20):
         deep = {"type": "Dict", "spaces": [["a", deep]]}
-    with pytest.raises(ValueError, match="nested at most"):
+    with pytest.raises(
+        ValueError, match="9 levels of Dict spaces in each other, more than the limit of 8"
+    ):
         space_from_json(deep)
 
 
@@ -754,3 +895,31 @@ def test_same_space_compares_points() -> None:
             check_same_space(expected, actual, "what")
     with pytest.raises(ValueError, match="bounds"):
         check_same_space(box, free, "what", unbounded_matches_any=True)
+
+
+WIDE = {"type": "Box", "shape": [300_000], "dtype": "float32", "low": -1.0, "high": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("members", "variable"),
+    [
+        ([WIDE] * 4, "SAFESHIELD_MAX_SPACE_NUMBERS"),
+        ([{"type": "MultiBinary", "n": 300_000}] * 4, "SAFESHIELD_MAX_SPACE_NUMBERS"),
+        ([{"type": "Discrete", "n": 2, "start": 0}] * 5000, "SAFESHIELD_MAX_SPACE_MEMBERS"),
+    ],
+    ids=["boxes", "binary", "members"],
+)
+def test_limits_hold_for_a_whole_space_and_can_be_raised(
+    members: list[Any], variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each member alone is within the limits. The second level counts as well as the first.
+    half = [[f"a{i}", member] for i, member in enumerate(members[::2])]
+    rest = [[f"a{i}", member] for i, member in enumerate(members[1::2])]
+    space = {"type": "Dict", "spaces": [*half, ["rest", {"type": "Dict", "spaces": rest}]]}
+    with pytest.raises(ValueError, match=f"more than the limit of .*{variable} to a larger"):
+        space_from_json(space)
+    monkeypatch.setenv(variable, "10000000")
+    assert len(space_from_json(space)["rest"]) == len(rest)  # type: ignore[index]
+    monkeypatch.setenv(variable, "many")
+    with pytest.raises(ValueError, match=f"{variable} must be a whole number, got 'many'"):
+        space_from_json(space)

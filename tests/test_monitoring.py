@@ -466,7 +466,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_the_plant_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.warns(PromiseWarning, match="could not be saved.*No space") as caught:
+        with pytest.warns(PromiseWarning, match="could not be saved.*the disk is full") as caught:
             feed(monitor, [True] * 2, "while full")
         assert len(caught) == 1
         assert path.read_text() == before

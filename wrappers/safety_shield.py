@@ -60,8 +60,8 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     Gymnasium's own environments do. The converted array is judged. Where it is accepted, the
     dynamics see a copy of it, bit for bit. So where a float64 action for a Box of float32 is
     accepted, ``action_executed`` is the nearest float32 action and ``shield/intervened`` is False.
-    An action that does not fit the dtype, such as 1.5 or NaN where actions are integers, is judged
-    without conversion. The environment gets an array. For a Discrete it gets a NumPy scalar, or an
+    An action that does not fit the dtype, such as 1.5 or NaN where actions are integers, is never
+    accepted. The environment gets an array. For a Discrete it gets a NumPy scalar, or an
     int where the agent sent one.
 
     Actions that the environment itself forbids, by its ``info["action_mask"]`` or its

@@ -62,7 +62,7 @@ class VectorSafetyShield(VectorWrapper):
     ======================  ==========================================================
 
     Actions are read once and converted to the dtype of the action space before they are judged, see
-    `SafetyShield`. A batch with a number that does not fit that dtype is judged without conversion.
+    `SafetyShield`.
 
     Where no action was taken, as at a reset, both actions are NaN. Where actions are whole numbers,
     both are less than every action, usually -1. Around the end of an episode, infos depend on

@@ -6,8 +6,14 @@ quickly.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import shlex
+import signal
+import sys
+import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec, TypeVar
@@ -29,6 +35,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_HELD: ContextVar[contextlib.ExitStack | None] = ContextVar("held outputs", default=None)
+"""What the present command holds until it ends."""
 
 
 class Device(StrEnum):
@@ -87,16 +97,25 @@ Trust = Annotated[
 def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Decorate a command so that an error that the user can repair is printed as one line.
 
-    The process then exits with status 2. `command` is the function of the command; the decorated
+    The process then exits with status 2. SIGTERM ends a command as Ctrl-C does, with one line and
+    the status 128 + the signal's number. `command` is the function of the command; the decorated
     function is returned.
     """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        _end_on_sigterm()
         try:
-            return command(*args, **kwargs)
+            with contextlib.ExitStack() as held:
+                _HELD.set(held)
+                return command(*args, **kwargs)
         except typer.Exit:
             raise
+        except KeyboardInterrupt as error:
+            stop(
+                error,
+                "what was not finished is not written; files that were there before are unchanged",
+            )
         except ModuleNotFoundError as error:
             if kwargs.get("debug"):
                 raise
@@ -107,6 +126,31 @@ def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
             _fail(str(error) or type(error).__name__)
 
     return wrapped
+
+
+def stop(error: KeyboardInterrupt, left: str) -> NoReturn:
+    """End the process because of a signal, and say what the command has left.
+
+    Args:
+        error: The error that the signal raised.
+        left: What the command has left, in words.
+    """
+    number = getattr(error, "number", signal.SIGINT)
+    typer.echo(f"stopped by {signal.Signals(number).name}: {left}", err=True)
+    raise typer.Exit(128 + number) from None
+
+
+def this_command() -> str:
+    """Return the present command as it can be typed again, for messages."""
+    return shlex.join(["safeshield", *sys.argv[1:]])
+
+
+def _end_on_sigterm() -> None:
+    from safeshield.training.stopping import terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def _fail(text: str) -> NoReturn:
@@ -121,17 +165,58 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, kinds)
 
 
-def check_output(path: Path, suffixes: tuple[str, ...] | None, name: str = "OUT") -> None:
+def check_output(
+    path: Path,
+    suffixes: tuple[str, ...] | None,
+    name: str = "OUT",
+    *,
+    claim: bool = True,
+    expected: int = 0,
+) -> None:
     """Check that the output file `path` can be written, before the command starts its work.
 
-    `name` is the name of the argument in messages.
+    The path is then held until the command ends, so that no other command writes it.
+
+    Args:
+        path: The file.
+        suffixes: Endings that its name may have; None for any.
+        name: Name of the argument in messages.
+        claim: Whether to hold the path. False for a file that the work itself holds.
+        expected: Size of what will be written, in bytes, as far as it is known.
 
     Raises:
-        ValueError: The name does not end in one of `suffixes`.
-        OSError: It is a folder, its folder does not exist, or nothing can be written there.
+        ValueError: The name does not end in one of `suffixes`, or another run has the file.
+        OSError: It is a folder, its folder does not exist, nothing can be written there, or the
+            disk has too little free space.
     """
     from safeshield.files.atomic import check_writable
+    from safeshield.files.lock import claimed
 
     if suffixes is not None and path.suffix.lower() not in suffixes:
         raise ValueError(f"{name} must end in {' or '.join(suffixes)}, got '{path}'")
-    check_writable(path)
+    check_writable(path, expected)
+    held = _HELD.get()
+    if claim and held is not None:
+        held.enter_context(claimed(path))
+
+
+def check_folder(folder: Path, file: str) -> None:
+    """Make the folder of the results, before the work begins.
+
+    Args:
+        folder: The folder.
+        file: Name of a file that will be written there.
+
+    Raises:
+        OSError: It cannot be made, nothing can be written there, or the disk is full.
+    """
+    from safeshield.files.atomic import check_writable
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / file)
+    except OSError as error:
+        raise OSError(
+            f"--out must be a folder in which you may write, or one that can be made, got "
+            f"'{folder}': {error.strerror or error}; choose another folder"
+        ) from error

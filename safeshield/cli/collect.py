@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_output
+from safeshield.cli.app import (
+    Debug,
+    EnvId,
+    Out,
+    Plugins,
+    Seed,
+    Trust,
+    check_output,
+    stop,
+    this_command,
+)
 from safeshield.cli.settings import fields_help, parse, settings_of
 from safeshield.cli.sources import make_env, policy_of
 
@@ -39,6 +49,14 @@ def collect(
         int, typer.Option(help="Number of whole episodes; with --limits: of those kept.", min=1)
     ] = 500,
     seed: Seed = 0,
+    step_limit: Annotated[
+        int,
+        typer.Option(
+            help="Greatest length of an episode in steps. Where one is longer, as in an "
+            "environment without ends, nothing is written.",
+            min=1,
+        ),
+    ] = 100_000,
     limits: Annotated[
         str | None,
         typer.Option(
@@ -117,9 +135,8 @@ def collect(
                 config=config,
                 progress_bar=True,
             )
-        except KeyboardInterrupt:
-            typer.echo(f"stopped; the same command resumes from {folder}", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            stop(error, f"the same command resumes from {folder}: {this_command()}")
         for note in _other_than_asked(
             log, steps=config.updates(steps) * config.rollout, episodes=episodes, cap=cap
         ):
@@ -128,7 +145,9 @@ def collect(
         from safeshield.data.collect import collect as collect_log
 
         name = policy or "random"
-        log = collect_log(env, policy_of(name, env, None, trust), episodes, seed)
+        log = collect_log(
+            env, policy_of(name, env, None, trust), episodes, seed, step_limit=step_limit
+        )
         log = dataclasses.replace(
             log,
             provenance={

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, Seed
+from safeshield.cli.app import Debug, Seed, check_folder
 
 
 def demo(
@@ -28,6 +28,7 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
+    check_folder(out, "boat.hdf5")
     typer.echo(f"seed {seed}; {hardware()}")
     typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()))
     config = DemoConfig.quick(seed) if quick else DemoConfig(seed=seed)

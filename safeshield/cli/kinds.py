@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeshield.files.reading import opened, read_exactly
 from safeshield.files.signing import VERIFIED
 from safeshield.files.tensors import AGENT, FORMATS, SHIELD, TensorFile, read_tensors
 
@@ -140,10 +141,8 @@ def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN4
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[str, TensorFile]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    with Path(path).open("rb") as stream:
-        begins = stream.read(8)
+    with opened(path) as stream:
+        begins = read_exactly(stream, 8)
     for signature, what in _OTHERS.items():
         if begins.startswith(signature):
             raise ValueError(f"{path} is not a safeshield file but {what}")
@@ -200,6 +199,7 @@ def _describe_checkpoint(header: dict[str, Any]) -> dict[str, Any]:
         "updates_in_all": run.get("steps"),
         "phase": header.get("phase"),
         "log": run.get("log"),
+        "log_contents": run.get("contents", "not known"),
         "config": run.get("config"),
     }
 
@@ -226,5 +226,5 @@ def _size(file: TensorFile) -> dict[str, Any]:
     return {
         "tensors": len(file.shapes),
         "numbers": numbers,
-        "bytes": file.path.stat().st_size,
+        "bytes": file.size,
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 from typer.core import TyperCommand
 
+from safeshield.files.reading import read_whole
 from safeshield.files.settings import Field, fields_of
 
 if TYPE_CHECKING:
@@ -111,9 +112,15 @@ def read_settings(path: Path, kind: type[Any]) -> dict[str, Any]:
         ValueError: The file is neither TOML nor YAML, or names a setting unknown to the class.
         ModuleNotFoundError: The file is YAML and PyYAML is not installed.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = read_whole(path).decode()
+        return _settings_in(path, text, kind)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a text of settings: {error}") from error
+
+
+def _settings_in(path: Path, text: str, kind: type[Any]) -> dict[str, Any]:
+    """Return the settings in the text of a file; see `read_settings`."""
     if path.suffix.lower() == ".toml":
         try:
             values: object = tomllib.loads(text)

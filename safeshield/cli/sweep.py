@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, Plugins, Trust
+from safeshield.cli.app import Debug, Plugins, Trust, check_folder, stop, this_command
 from safeshield.cli.settings import fields_help
 
 
@@ -17,24 +17,6 @@ def file_entries() -> str:
     from safeshield.cli.sweep_plan import Plan
 
     return "\n".join(["Entries of FILE, TOML or YAML:\n", *fields_help(Plan)]) + "\n"
-
-
-def check_folder(folder: Path) -> None:
-    """Make the folder of the results, before anything is trained.
-
-    Raises:
-        OSError: It cannot be made, or nothing can be written there.
-    """
-    from safeshield.files.atomic import check_writable
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder / "results.csv")
-    except OSError as error:
-        raise OSError(
-            f"--out must be a folder in which you may write, or one that can be made, got "
-            f"'{folder}': {error.strerror or error}; choose another folder"
-        ) from error
 
 
 def sweep(
@@ -78,7 +60,7 @@ def sweep(
     plugin_files = tuple(one.resolve() for one in plugins or [])
     places = Places(file.resolve(), log_contents(file, plan), plugin_files, trust)
     check_evaluation(plan, places)
-    check_folder(folder)
+    check_folder(folder, "results.csv")
     total = len(plan.logs) * len(plan.seeds) * (plan.trials or sum(1 for _ in plan.grid()))
     results: dict[Path, Outcome] = {}
     try:
@@ -90,9 +72,8 @@ def sweep(
                 report.write_csv(folder / "results.csv", plan, list(results.values()))
                 told = f"failed: {one.error}" if one.error else report.describe(plan, one.figures)
                 typer.echo(f"{len(results)} of {total}: {one.job}: {told}")
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues the sweep", err=True)
-        raise
+    except KeyboardInterrupt as error:
+        stop(error, f"the same command continues the sweep: {this_command()}")
     outcomes = list(results.values())
     failed = [one for one in outcomes if one.error]
     if len(failed) < len(outcomes):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, Device, Out, Plugins, check_output
+from safeshield.cli.app import Debug, Device, Out, Plugins, check_output, stop, this_command
 from safeshield.cli.settings import (
     preset_settings,
     read_settings,
@@ -71,7 +71,9 @@ def train(
     """Train an agent, or a shield alone, from a log."""
     check_output(out, (".safetensors",))
     if checkpoint is not None:
-        check_output(checkpoint, None)
+        if checkpoint.resolve() == out.resolve():
+            raise ValueError(f"--checkpoint must be another file than OUT, got {checkpoint} twice")
+        check_output(checkpoint, None, "--checkpoint", claim=False)
     record = out.with_suffix(".toml")
     if config_file is not None and config_file.resolve() == record.resolve():
         raise ValueError(
@@ -104,9 +106,8 @@ def train(
         dataset = OfflineDataset.concat([dataset, *flights])
     try:
         learner.fit(dataset, steps, progress_bar=True, log_dir=log_dir, checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; {_kept(checkpoint)}", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        stop(error, _kept(checkpoint))
     learner.save(out)
     write_settings(record, config, f"safeshield train --algorithm {algorithm} --steps {steps}")
     typer.echo(f"{out}: {algorithm}, {steps} updates, seed {config.seed}")
@@ -118,4 +119,4 @@ def _kept(checkpoint: Path | None) -> str:
         return "nothing was kept, because --checkpoint was not given"
     if not checkpoint.exists():
         return f"nothing was kept, because the first checkpoint {checkpoint} was not due yet"
-    return f"the same command continues from {checkpoint}"
+    return f"the same command continues from {checkpoint}: {this_command()}"

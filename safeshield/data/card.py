@@ -13,9 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.data.dataset import ConstraintKind, OfflineDataset
+from safeshield.data.dataset import ConstraintKind, OfflineDataset, contents_of
+from safeshield.files.reading import opened
 from safeshield.files.schema import json_values
 
+CONTENTS_TEXTS = {
+    "verified": "verified: they have the SHA-256 digest that the file names",
+    "unverified": "unverified: the file names no digest of its contents",
+    "in memory": "in memory",
+}
 DEFAULT_LIMITS = (0.0, 5.0, 10.0)
 """Cost limits of an episode: 0, and the limits that papers on DSRL's tasks use."""
 # An id ends in a version. Where an environment has no id, provenance holds the name of its class.
@@ -85,6 +91,9 @@ class DatasetCard:
     """Size of the file in bytes; None for a log in memory."""
     sha256: str | None
     """SHA-256 digest of the file in hexadecimal; None for a log in memory."""
+    contents: str
+    """"verified" where the file names the digest of its contents, "unverified" where it names none,
+    as files of others; "in memory" for a log that no file held."""
     env_id: str | None
     """Gymnasium id of the logged environment, from the argument, the provenance or DSRL's file
     name; None where it is unknown."""
@@ -147,6 +156,7 @@ class DatasetCard:
         if self.file is not None:
             rows.insert(0, ("log", f"{self.file}, {self.bytes} bytes"))
             rows.append(("sha256", str(self.sha256)))
+            rows.append(("contents", CONTENTS_TEXTS[self.contents]))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -201,6 +211,7 @@ def card_of(
         file=None if path is None else path.name,
         bytes=None if path is None else path.stat().st_size,
         sha256=None if path is None else file_digest(path),
+        contents=contents_of(log),
         env_id=env_id,
         episodes=log.num_episodes,
         transitions=len(log),
@@ -241,8 +252,8 @@ def logged_environment(
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 digest of the file `path` in hexadecimal. The file is read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with opened(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _safe_episodes(log: OfflineDataset, limit: float) -> SafeEpisodes:

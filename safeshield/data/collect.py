@@ -13,7 +13,8 @@ import numpy as np
 from safeshield.data.dataset import OfflineDataset
 from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.rollouts.copies import behind_shield, check_env, constraint_source, spaces_of
-from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.episodes import VectorStep, run_episodes
+from safeshield.rollouts.infos import CONSTRAINT, COST
 from safeshield.rollouts.recorded import STEP_ARRAYS, Episode
 from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.schema import part_of
@@ -29,6 +30,7 @@ def collect(
     num_envs: int | None = None,
     label_magnitude: float = DEFAULT_MAGNITUDE,
     observation_keys: Sequence[str] | None = None,
+    step_limit: int = 100_000,
 ) -> OfflineDataset:
     """Run whole episodes of a policy and return them as a log.
 
@@ -54,9 +56,11 @@ def collect(
         label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
         observation_keys: Entries of a Dict observation to log; all by default. A shield that is
             trained on the log sees only these entries, whereas the policy sees all of them.
+        step_limit: Greatest length of an episode in steps. A longer episode is an error.
 
     Raises:
-        ValueError: The environment reports neither key, or one of them at some steps only.
+        ValueError: The environment reports neither key, which is found at its first step, or one of
+            them at some steps only; or an episode does not end.
         TypeError: `spaces.rows` does not support a space.
 
     >>> import gymnasium, safeshield.envs
@@ -68,8 +72,9 @@ def collect(
     observation_space, action_space = spaces_of(env)
     space = part_of(observation_space, observation_keys)
     runs = run_episodes(
-        env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys
-    )
+        env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys,
+        step_limit=step_limit, on_step=_check_reports,
+    )  # fmt: skip
     log = log_of(runs, space, action_space, label_magnitude=label_magnitude)
     source = log.constraint_source
     if source is None and log.constraint_kind != "binary":
@@ -152,9 +157,22 @@ def _costs(run: Episode) -> np.ndarray:
     if run.costs is not None:
         return run.costs
     if run.next_constraints is None:
-        raise ValueError(
-            "the environment must report info['constraint'] (h, positive is a violation) at reset "
-            "and every step, or info['cost'] at every step; add safeshield.wrappers."
-            "ConstraintFromFunction or CostFromFunction"
-        )
+        raise _no_reports()
     return (run.next_constraints > 0).astype(np.float32)
+
+
+def _check_reports(step: VectorStep) -> None:
+    """Raise an error at the very first step where the environment reports nothing to label by."""
+    # The infos of an episode that ends there may be elsewhere.
+    ended = step.terminated.any() or step.truncated.any()
+    reported = CONSTRAINT in step.infos or COST in step.infos
+    if step.wave == 0 and step.index == 0 and not ended and not reported:
+        raise _no_reports()
+
+
+def _no_reports() -> ValueError:
+    return ValueError(
+        "the environment must report info['constraint'] (h, positive is a violation) at reset and "
+        "every step, or info['cost'] at every step; add safeshield.wrappers.ConstraintFromFunction "
+        "or CostFromFunction"
+    )

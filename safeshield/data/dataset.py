@@ -81,6 +81,8 @@ class OfflineDataset:
             Minari's datasets do not hold it.
         constraint_source: Name of the function of the observation that gives the labels exactly
             (`values.constraint`). None where no such function is known.
+        verified: Whether the contents of the file that was loaded had the SHA-256 digest that it
+            names. False for files that name none, such as DSRL's; None for a log that no file held.
 
     Raises:
         ValueError: A rule is broken. The message names the key, the index, the episode and a
@@ -114,6 +116,7 @@ class OfflineDataset:
     constraint_kind: ConstraintKind
     provenance: Mapping[str, Any] | None = None
     constraint_source: str | None = None
+    verified: bool | None = None
 
     def __post_init__(self) -> None:
         for name in _FIELDS:
@@ -257,7 +260,8 @@ class OfflineDataset:
             constraint_kind=kind,
             provenance=provenance,
             constraint_source=constraint_source,
-            **flags,
+            terminated=flags["terminated"],
+            truncated=flags["truncated"],
         )
         check_successors(log.observations, log.next_observations, log.terminated, log.truncated)
         if compared:
@@ -279,7 +283,7 @@ class OfflineDataset:
         costs. Its observation space is Box(-inf, inf) and its action space Box(-1, 1) unless they
         are given. A file that `save` wrote holds labels and spaces; a given space must agree with
         the stored one. The arrays are allocated once and filled in blocks, so that loading takes
-        little more memory than the log itself.
+        little more memory than the log itself. `verified` says whether the file names a digest.
 
         Args:
             path: The file. Reading it runs no code from it.
@@ -291,15 +295,21 @@ class OfflineDataset:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, keys are missing, or the log breaks a rule.
+            ValueError: The file is damaged or was edited, keys are missing, the log breaks a rule,
+                or its file claims more than a limit of `files.reading`.
         """
         source = Path(path)
-        arrays, header = storage.read_log(source)
+        arrays, header, stated, found = storage.read_log(source)
         fields = {name: arrays.pop(_DSRL_NAMES.get(name, name), None) for name in _FIELDS}
         try:
             kind: ConstraintKind | None = None
             if header is not None:
                 kind, stored_observations, stored_actions = _read_header(header)
+                if stated != found:
+                    raise ValueError(
+                        "it is damaged or was edited: its contents do not have the SHA-256 digest "
+                        "that its header names; copy it again, or save it again with this release"
+                    )
                 for what, given, stored in (
                     ("observation_space", observation_space, stored_observations),
                     ("action_space", action_space, stored_actions),
@@ -322,6 +332,7 @@ class OfflineDataset:
                 provenance=None if header is None else header.get("provenance"),
                 constraint_source=named((header or {}).get("constraint_source")),
             )
+            object.__setattr__(dataset, "verified", stated is not None)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
         if label_magnitude is None or kind != "binary":
@@ -332,7 +343,8 @@ class OfflineDataset:
         """Write the log to a .hdf5, .h5 or .npz file with DSRL's keys; `load` reads it exactly.
 
         Besides DSRL's keys the file holds `constraints`, `next_constraints` and, as strict JSON,
-        the spaces, the kind of labels and the provenance. The file is written atomically: an error
+        the spaces, the kind of labels, the provenance and a SHA-256 digest of all contents. `load`
+        refuses a file of which anything has changed. The file is written atomically: an error
         leaves no partial file.
 
         Args:
@@ -689,7 +701,13 @@ class OfflineDataset:
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS
         }
-        return dataclasses.replace(first, **joined, provenance=_joint_provenance(parts))
+        known = {part.verified for part in parts}
+        return dataclasses.replace(
+            first,
+            **joined,
+            provenance=_joint_provenance(parts),
+            verified=False if False in known else None if None in known else True,
+        )
 
     concatenate = concat
     """The earlier name of `concat`."""
@@ -732,6 +750,13 @@ class OfflineDataset:
                 part, field.name, _frozen(value[rows]) if field.name in _FIELDS else value
             )
         return part
+
+
+def contents_of(log: OfflineDataset) -> str:
+    """Return "verified", "unverified" or "in memory", as `OfflineDataset.verified` says."""
+    if log.verified is None:
+        return "in memory"
+    return "verified" if log.verified else "unverified"
 
 
 def _joint_provenance(parts: Sequence[OfflineDataset]) -> Mapping[str, Any] | None:

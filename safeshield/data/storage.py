@@ -4,29 +4,48 @@ A file has DSRL's arrays (`DSRL_KEYS`). A file that this package wrote also has 
 (`LABEL_KEYS`) and a header in strict JSON, which is an attribute of the HDF5 root or an array of
 bytes in NPZ. Arrays are read in blocks into float32 arrays (bool for flags) that are allocated
 once, whatever the file's dtypes are. Reading therefore takes the memory of the arrays and of one
-block.
+block, which `files.reading` limits.
+
+The header of our own files holds one SHA-256 digest over the names, dtypes and shapes of the
+arrays, their data and the rest of the header. A mark outside the header (the comment of the
+archive, an attribute in HDF5) says that there is one, so that a header that damage hides is missed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import (
+    LOG_BYTES,
+    LOG_EXPANSION,
+    LOG_HEADER,
+    LOG_MEMBERS,
+    MIB,
+    opened,
+    read_exactly,
+    size_of,
+    strict_json,
+)
 
 DSRL_KEYS = (
     "observations",
@@ -41,12 +60,16 @@ LABEL_KEYS = ("constraints", "next_constraints")
 FLAG_KEYS = ("terminals", "timeouts")
 VECTOR_KEYS = ("observations", "next_observations", "actions")
 HEADER_KEY = "safeshield"
+DIGEST_KEY = "sha256"
+_MARK = "safeshield-log"
+"""Comment of an NPZ archive, and name of an HDF5 attribute: the file has a header with a digest."""
 
 _HDF5_SUFFIXES = (".hdf5", ".h5")
 _NPZ_SUFFIX = ".npz"
-_MAX_HEADER_BYTES = 1 << 29
-# Deflate shrinks data at most 1032 times. A file whose arrays claim a larger ratio is damaged.
-_MAX_EXPANSION = 1100
+_MOST_NPY_HEADER = 10_000
+"""Bytes of the header of an array in NPZ; NumPy has the same limit."""
+_MOST_DIRECTORY = MIB
+"""Bytes of the table of contents of an NPZ archive."""
 
 _Put = Callable[[Any, Any], None]
 """A function (index, block) that stores a block, in the file's dtype, at an index of the array."""
@@ -63,32 +86,89 @@ Array = npt.NDArray[Any]
 Header = dict[str, Any]
 
 
-def read_log(path: Path) -> tuple[dict[str, Array], Header | None]:
+class StoredLog(NamedTuple):
+    """The contents of a log's file."""
+
+    arrays: dict[str, Array]
+    """Arrays by key, float32 or bool."""
+    header: Header | None
+    """The header without its digest; None where the file has none."""
+    stated: str | None
+    """The digest that the header states; None where it states none, as in files of others."""
+    found: str | None
+    """The digest of the contents; None where none is stated."""
+
+
+class _Raw(NamedTuple):
+    """What a reader of one format returns."""
+
+    arrays: dict[str, Array]
+    header: bytes | None
+    marked: bool
+    """Whether the file has the mark of a header with a digest."""
+    names: list[str]
+    """Names of all members, also of unknown ones."""
+    dtypes: dict[str, np.dtype[Any]]
+    """Dtypes of the arrays in the file."""
+
+
+def read_log(path: Path) -> StoredLog:
     """Read the arrays and the header of a log.
 
-    Sizes and dtypes are checked before memory is allocated. Links, external storage and pickled
-    objects are refused. Unknown arrays are ignored. An array with one number for each step may have
-    the shape (N, 1) in the file.
+    The file is opened once. Sizes and dtypes are checked before memory is allocated. Links,
+    external storage and pickled objects are refused. Unknown arrays are ignored. An array with one
+    number for each step may have the shape (N, 1) in the file.
 
     Args:
         path: The file, .hdf5, .h5 or .npz.
 
-    Returns:
-        The arrays by key, float32 or bool, and the header, which is None where the file has none.
-
     Raises:
         FileNotFoundError: There is no such file.
+        OSError: It is a folder, a pipe or a device.
         ValueError: The suffix is unknown, the file is damaged or has another format than its suffix
             says, keys are missing (the message lists missing and present ones), parts of an array
-            were never written, lengths differ, or an array does not hold numbers.
+            were never written, lengths differ, an array does not hold numbers, or the file claims
+            more than a limit of `files.reading`.
     """
     reader = _read_hdf5 if _is_hdf5(path) else _read_npz
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    with _damage_as_value_error(path):
-        arrays, header_text = reader(path)
-        header = None if header_text is None else _parse_header(path, header_text)
-    return arrays, header
+    with opened(path) as stream, _damage_as_value_error(path):
+        raw = reader(path, stream)
+        header = None if raw.header is None else strict_json(raw.header, f"{path}: its header")
+        stated = None if header is None else header.pop(DIGEST_KEY, None)
+        if stated is None and raw.marked:
+            _damaged(path, "its header, or the digest in it, is missing")
+        if stated is None:
+            return StoredLog(raw.arrays, header, None, None)
+        found = log_digest(header or {}, raw.arrays, raw.names, raw.dtypes)
+        return StoredLog(raw.arrays, header, str(stated), found)
+
+
+def log_digest(
+    header: Header,
+    arrays: Mapping[str, Array],
+    names: list[str],
+    dtypes: Mapping[str, np.dtype[Any]],
+) -> str:
+    """Return the SHA-256 digest of the contents of a log, in hexadecimal.
+
+    Args:
+        header: The header without the digest.
+        arrays: The arrays by key, float32 or bool.
+        names: Names of all members of the file but the header.
+        dtypes: Dtypes of the arrays in the file.
+    """
+    with ThreadPoolExecutor(max(1, min(_cores(), _MAX_THREADS))) as pool:
+        datas = list(pool.map(_data_digest, arrays.values()))
+    told = {
+        name: [dtypes[name].str, list(array.shape), data]
+        for (name, array), data in zip(arrays.items(), datas, strict=True)
+    }
+    text = json.dumps([header, sorted(names), told], allow_nan=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _data_digest(array: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def write_log(path: Path, arrays: Mapping[str, Array], header: Header) -> None:
@@ -103,7 +183,11 @@ def write_log(path: Path, arrays: Mapping[str, Array], header: Header) -> None:
         ValueError: The suffix of `path` is unknown.
         OSError: The file cannot be written; see `files.atomic.check_writable`.
     """
-    text = json.dumps(header, allow_nan=False)
+    # The header is hashed as it will be read: JSON turns tuples into lists and keys into texts.
+    plain = json.loads(json.dumps(header, allow_nan=False))
+    dtypes = {key: array.dtype for key, array in arrays.items()}
+    digest = log_digest(plain, arrays, list(arrays), dtypes)
+    text = json.dumps({**plain, DIGEST_KEY: digest})
     write = _write_hdf5 if _is_hdf5(path) else _write_npz
     with written_whole(path) as part:
         write(part, arrays, text)
@@ -118,38 +202,84 @@ def _is_hdf5(path: Path) -> bool:
 
 def _write_hdf5(path: Path, arrays: Mapping[str, Array], header: str) -> None:
     # The header of a wide space may exceed 64 KiB, and attributes of that size need HDF5 1.8.
-    with h5py.File(path, "w", libver=("v108", "v108")) as file:
+    with _Sink(path, "wb+") as sink, h5py.File(sink, "w", libver=("v108", "v108")) as file:
         for key, array in arrays.items():
             file.create_dataset(key, data=array, compression="gzip", shuffle=True)
         file.attrs[HEADER_KEY] = np.frombuffer(header.encode(), dtype=np.uint8)
+        file.attrs[_MARK] = np.uint8(1)
+    if sink.failed is not None:
+        raise sink.failed
+
+
+class _Sink(io.FileIO):
+    """A file that keeps the first error of writing, in place of passing it to the HDF5 library.
+
+    The library would print an error for each of its objects, and again at the end of the process.
+
+    Attributes:
+        failed: The error; None before. What is written after it is dropped.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int:  # noqa: ANN401 - any buffer
+        """Write all bytes, unless a write has failed before; return their number."""
+        view = memoryview(data).cast("B")
+        left = view
+        try:
+            while self.failed is None and len(left):
+                left = left[super().write(left) or 0 :]
+        except OSError as error:
+            self.failed = error
+        return len(view)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Change the size of the file, unless a write has failed before; return the size."""
+        try:
+            if self.failed is None:
+                return super().truncate(size)
+        except OSError as error:
+            self.failed = error
+        return size or 0
 
 
 def _write_npz(path: Path, arrays: Mapping[str, Array], header: str) -> None:
     contents = {**arrays, HEADER_KEY: np.frombuffer(header.encode(), dtype=np.uint8)}
     with path.open("wb") as handle:
         np.savez_compressed(handle, allow_pickle=False, **contents)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = _MARK.encode()
 
 
-def _read_hdf5(path: Path) -> tuple[dict[str, Array], bytes | None]:
-    if not h5py.is_hdf5(path):
+def _read_hdf5(path: Path, stream: BinaryIO) -> _Raw:
+    signature = read_exactly(stream, 8)
+    stream.seek(0)
+    if signature != b"\x89HDF\r\n\x1a\n":
         _damaged(path, "it is no HDF5 file")
     # No chunk cache is needed, because blocks end where chunks end and each is unpacked once.
-    with h5py.File(path, "r", rdcc_nbytes=0) as file:
+    with h5py.File(stream, "r", rdcc_nbytes=0) as file:
+        LOG_MEMBERS.check(len(file), str(path))
         present = list(file)
         keys = _keys_to_read(path, present)
         entries = {key: _plain_dataset(path, file, key) for key in keys}
-        _check_claims(path, {key: (entry.shape, entry.dtype) for key, entry in entries.items()})
+        claims = {key: (entry.shape, entry.dtype) for key, entry in entries.items()}
+        chunks = [math.prod(one.chunks or ()) * one.dtype.itemsize for one in entries.values()]
+        _check_claims(path, size_of(stream), claims, max(chunks))
         for key, entry in entries.items():
             missing, total = missing_parts(entry)
             if missing:
                 _damaged(path, f"{missing} of {total} parts of {key!r} were never written")
+        header = None
+        if HEADER_KEY in file.attrs:
+            stored = file.attrs.get_id(HEADER_KEY)
+            if stored.dtype != np.uint8:
+                _damaged(path, "its header is not a JSON text")
+            LOG_HEADER.check(math.prod(stored.shape), str(path))
+            header = np.asarray(file.attrs[HEADER_KEY]).tobytes()
+        marked = _MARK in file.attrs
         arrays = {key: _hdf5_array(key, entry) for key, entry in entries.items()}
-        if HEADER_KEY not in file.attrs:
-            return arrays, None
-        stored = file.attrs.get_id(HEADER_KEY)
-        if stored.dtype != np.uint8 or math.prod(stored.shape) > _MAX_HEADER_BYTES:
-            _damaged(path, "its header is not a JSON text")
-        return arrays, np.asarray(file.attrs[HEADER_KEY]).tobytes()
+        dtypes = {key: dtype for key, (_, dtype) in claims.items()}
+        return _Raw(arrays, header, marked, present, dtypes)
 
 
 def _plain_dataset(path: Path, file: Any, key: str) -> Any:  # noqa: ANN401 - h5py has no types
@@ -296,24 +426,44 @@ def _cores() -> int:
 # -- NPZ ----------------------------------------------------------------------------------------
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Array], bytes | None]:
-    with zipfile.ZipFile(path) as archive:
+def _read_npz(path: Path, stream: BinaryIO) -> _Raw:
+    buffered = io.BufferedReader(stream)  # type: ignore[type-var]
+    _check_directory(path, buffered, size_of(stream))
+    with zipfile.ZipFile(buffered) as archive:
+        LOG_MEMBERS.check(len(archive.namelist()), str(path))
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        if len(members) < len(archive.namelist()):
+            _damaged(path, "a member occurs twice")
         keys = _keys_to_read(path, list(members))
         claims = {}
         for key in keys:
-            with archive.open(members[key]) as stream:
-                shape, _, dtype = _npy_header(stream)
+            with archive.open(members[key]) as member:
+                shape, _, dtype = _npy_header(member)
             claims[key] = (shape, dtype)
-        _check_claims(path, claims)
+        _check_claims(path, size_of(stream), claims)
+        header = None
+        if HEADER_KEY in members:
+            with archive.open(members[HEADER_KEY]) as member:
+                shape, _, dtype = _npy_header(member)
+                if dtype != np.uint8:
+                    _damaged(path, "its header is not a JSON text")
+                LOG_HEADER.check(math.prod(shape), str(path))
+                # Reading up to the end makes zipfile compare the checksum.
+                header = member.read(math.prod(shape) + 1)
         arrays = {key: _npz_array(archive, members[key], key) for key in keys}
-        if HEADER_KEY not in members:
-            return arrays, None
-        with archive.open(members[HEADER_KEY]) as stream:
-            shape, _, dtype = _npy_header(stream)
-            if dtype != np.uint8 or math.prod(shape) > _MAX_HEADER_BYTES:
-                _damaged(path, "its header is not a JSON text")
-            return arrays, stream.read(_MAX_HEADER_BYTES)
+        dtypes = {key: dtype for key, (_, dtype) in claims.items()}
+        names = [name for name in members if name != HEADER_KEY]
+        return _Raw(arrays, header, archive.comment == _MARK.encode(), names, dtypes)
+
+
+def _check_directory(path: Path, stream: BinaryIO, size: int) -> None:
+    """Refuse an archive whose table of contents is large, before `zipfile` reads it."""
+    stream.seek(max(0, size - 2**16 - 22))
+    tail = read_exactly(stream, 2**16 + 22)
+    at = tail.rfind(b"PK\5\6")
+    if 0 <= at <= len(tail) - 22 and struct.unpack_from("<I", tail, at + 12)[0] > _MOST_DIRECTORY:
+        _damaged(path, f"its table of contents has more than {_MOST_DIRECTORY} bytes")
+    stream.seek(0)
 
 
 def _npz_array(archive: zipfile.ZipFile, member: str, key: str) -> Array:
@@ -336,14 +486,20 @@ def _npz_array(archive: zipfile.ZipFile, member: str, key: str) -> Array:
 
 
 def _npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:  # noqa: ANN401
-    version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
+    magic = stream.read(8)
+    version = np.lib.format.read_magic(io.BytesIO(magic))
+    read, size = {
+        (1, 0): (np.lib.format.read_array_header_1_0, 2),
+        (2, 0): (np.lib.format.read_array_header_2_0, 4),
+    }.get(version, (None, 0))
     if read is None:
         raise ValueError(f"unknown .npy version {version}")
-    return read(stream)
+    # The length is checked here, because NumPy reads the header before it looks at its length.
+    packed = stream.read(size)
+    length = int.from_bytes(packed, "little")
+    if len(packed) < size or length > _MOST_NPY_HEADER:
+        raise ValueError(f"the header of an array has {length} bytes")
+    return read(io.BytesIO(packed + stream.read(length)))
 
 
 def _empty(key: str, shape: tuple[int, ...]) -> Array:
@@ -365,15 +521,28 @@ def _squeezed(key: str, array: Array) -> Array:
     return array.reshape(-1) if column else array
 
 
-def _check_claims(path: Path, claims: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
-    total = 0
+def _check_claims(
+    path: Path,
+    size: int,
+    claims: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    block: int = 0,
+) -> None:
+    """Check the dtypes, lengths and sizes of arrays before any is allocated.
+
+    Args:
+        path: The file.
+        size: Its size in bytes.
+        claims: Shape and dtype of each array in the file.
+        block: Bytes of the largest block that is unpacked at once.
+    """
+    total = block
     for key, (shape, dtype) in claims.items():
         if dtype.kind not in "fiub":
             raise ValueError(f"{path}: {key!r} must hold numbers, got dtype {dtype}")
-        total += math.prod(shape) * dtype.itemsize
-    most = _MAX_EXPANSION * path.stat().st_size
+        total += math.prod(shape) * (1 if key in FLAG_KEYS else 4)
+    most = max(LOG_BYTES.value, LOG_EXPANSION * size)
     if total > most:
-        _damaged(path, f"it claims {total} bytes of arrays, more than its size can hold ({most})")
+        raise ValueError(f"{path}: it claims {LOG_BYTES.text(total, most)}")
     lengths = {key: shape[0] if shape else None for key, (shape, _) in claims.items()}
     if len(set(lengths.values())) > 1 or None in lengths.values():
         raise ValueError(
@@ -393,20 +562,6 @@ def _keys_to_read(path: Path, present: list[str]) -> list[str]:
             f"keys {list(DSRL_KEYS)}, and both or neither of {list(LABEL_KEYS)}"
         )
     return [*DSRL_KEYS, *labels]
-
-
-def _parse_header(path: Path, text: bytes) -> Header:
-    try:
-        header = json.loads(text.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        _damaged(path, f"its header is not a JSON text ({error})")
-    if not isinstance(header, dict):
-        _damaged(path, "its header is not a JSON object")
-    return header
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not strict JSON")
 
 
 def _damaged(path: Path, reason: str) -> NoReturn:
@@ -431,6 +586,9 @@ def _damage_as_value_error(path: Path) -> Iterator[None]:
         OverflowError,
         NotImplementedError,
         SyntaxError,
+        AttributeError,
+        struct.error,
+        tokenize.TokenError,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:

@@ -1,13 +1,20 @@
-"""A lock on a folder that the operating system releases when the process ends."""
+"""Locks on a folder or a file, which the operating system releases when the process ends."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+if sys.platform != "win32":
+    import fcntl
 
 LOCK = "lock"
 """Name of the lock file. The file stays in the folder; its presence does not mean a lock."""
@@ -62,3 +69,67 @@ def is_locked(folder: Path) -> bool:
         return True
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold the file `path` for a run that will write it, while this context is open.
+
+    The lock is a file ``.NAME.lock`` beside it, which says who has it. Whoever holds the lock
+    removes this file in the end; one that a killed process has left means no lock. Without
+    file-system locking this has no effect.
+
+    Raises:
+        ValueError: Another run has the file; the message names its process, machine and start.
+        OSError: The lock cannot be made in that folder.
+    """
+    path = Path(os.path.realpath(path))
+    mark = path.with_name(f".{path.name}.lock")
+    if sys.platform == "win32":
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(FileLock(mark, timeout=0, thread_local=False))
+            except Timeout as error:
+                raise _taken(path, "") from error
+            yield
+        return
+    while True:
+        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            who = os.read(descriptor, 200).decode(errors="replace")
+            os.close(descriptor)
+            raise _taken(path, who) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+        if _is_at(descriptor, mark):
+            break
+        os.close(descriptor)  # The run that had it removed this file just before.
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        who = f"process {os.getpid()} on {socket.gethostname()}, since {started}"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, who.encode())
+        yield
+    finally:
+        if _is_at(descriptor, mark):
+            mark.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, mark: Path) -> bool:
+    """Return whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(mark))
+    except FileNotFoundError:
+        return False
+
+
+def _taken(path: Path, who: str) -> ValueError:
+    return ValueError(
+        f"{path} is being written by another run ({who or 'which does not say who it is'}): wait "
+        "until that run has ended, or give another file"
+    )

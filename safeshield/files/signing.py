@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from safeshield.files.reading import read_whole
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
         Ed25519PrivateKey,
@@ -115,7 +117,7 @@ def _read(argument: str, key: object, *, private: bool) -> Any:  # noqa: ANN401
             f"{type(key).__name__}"
         )
     path = Path(key)
-    content = path.read_bytes()
+    content = read_whole(path)
     try:
         if private:
             found: object = serialization.load_pem_private_key(content, password=None)

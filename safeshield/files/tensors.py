@@ -1,8 +1,9 @@
 """Model files: safetensors files with the configuration as strict JSON in the header.
 
 Reading a file runs no code from it: there is no pickle, no YAML, no eval and no import by name. The
-reader checks the header before it allocates any memory: its length, its JSON, and the dtype, shape
-and offsets of every tensor against the expected ones and against the size of the file. A SHA-256
+file is opened once, and all is read from that descriptor. The reader checks the header before it
+allocates any memory: its length, its JSON, and the dtype, shape and offsets of every tensor against
+the expected ones, against the size of the file and against the limits of `reading`. A SHA-256
 digest of the header and of every tensor detects damage, and edits by whoever does not renew it. A
 file may also hold a signature of this digest (`signing`).
 """
@@ -11,26 +12,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import (
+    MODEL_HEADER,
+    MODEL_NUMBERS,
+    opened,
+    read_exactly,
+    size_of,
+    strict_json,
+)
 from safeshield.files.signing import NOT_VERIFIED, UNSIGNED, check_signature, signature_of
 
 if TYPE_CHECKING:
     from safeshield.files.signing import PrivateKey, PublicKey
 
 Array = npt.NDArray[Any]
-_MAX_HEADER = 4 << 20
 _KEY = "safeshield"
 _CONTENTS = ("header", "sha256", "signature")
 TRAINING_HASHES = "episodes/training"
@@ -42,10 +50,19 @@ FORMATS: dict[str, tuple[str, str]] = {}
 """The file formats that this process can read. The key is the format named in the header; the value
 says what such a file holds and which function reads it."""
 _DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("f4"),
-    "I64": np.dtype("i8"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),
 }
+
+
+class _Entry(NamedTuple):
+    """The place of one tensor in a file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    """Its first byte, counted from the beginning of the file."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,19 @@ class TensorFile:
     """Dtypes of the tensors, by name."""
     digest: object
     """SHA-256 digest that the file states."""
-    signature: str | None = None
+    signature: str | None
     """Ed25519 signature of this digest, in hexadecimal; None where the file is not signed."""
+    _stream: BinaryIO = field(repr=False, compare=False)
+    """The open file, from which the tensors are read even if another one has its name by then."""
+    _offsets: dict[str, int] = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self._stream.close)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of the file."""
+        return size_of(self._stream)
 
     @property
     def signed(self) -> str:
@@ -119,10 +147,7 @@ class TensorFile:
                 raise ValueError(
                     f"{self.path}: tensor '{name}' must be {dtype}, got {self.dtypes[name]}"
                 )
-        try:
-            arrays = parse_safetensors(self.path.read_bytes())
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is damaged: {error}") from error
+        arrays = {name: self._read(name) for name in self.shapes}
         for name, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(
@@ -138,7 +163,19 @@ class TensorFile:
                 f"{self.path} is damaged or was edited: its contents do not have the SHA-256 "
                 "digest that it names; copy it again, or save it again with this release"
             )
-        return dict(arrays)
+        return arrays
+
+    def _read(self, name: str) -> Array:
+        """Return a tensor, which is read into an array of its own."""
+        array = np.empty(self.shapes[name], self.dtypes[name])
+        view = array.data.cast("B") if array.size else memoryview(b"")
+        self._stream.seek(self._offsets[name])
+        while len(view):
+            count = self._stream.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise ValueError(f"{self.path} is damaged: it ends inside the tensor '{name}'")
+            view = view[count:]
+        return array
 
 
 def write_tensors(
@@ -183,27 +220,26 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
             consistent.
     """
     path = Path(path)
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+    stream = opened(path)
     try:
-        if length > _MAX_HEADER:
-            raise SafetensorError(f"a header of {length} bytes")
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
-            kinds = {name: one.get_dtype() for name, one in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safeshield file, or is truncated or has extra bytes: {error}"
-        ) from error
+        metadata, entries = _table(path, stream)
+        return _checked(path, kind, stream, metadata, entries)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _checked(
+    path: Path,
+    kind: str | None,
+    stream: BinaryIO,
+    metadata: dict[str, Any],
+    entries: dict[str, _Entry],
+) -> TensorFile:
+    """Return the file of a table of tensors, after a check of our part of the header."""
     if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not a safeshield file")
-    unknown = sorted(set(kinds.values()) - set(_DTYPES))
-    if unknown:
-        raise ValueError(f"{path}: tensors must be of {list(_DTYPES)}, got {unknown}")
-    dtypes = {name: _DTYPES[kind] for name, kind in kinds.items()}
-    contents = _parse_json(metadata[_KEY].encode(), path)
+    contents = strict_json(_encoded(metadata[_KEY]), f"{path}: the header")
     header = contents.get("header")
     found = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
@@ -215,7 +251,73 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
             f"{path}: the contents must be {list(_CONTENTS)}, where signature is a text or "
             f"missing, got {sorted(contents)!r:.80}"
         )
-    return TensorFile(path, header, shapes, dtypes, contents.get("sha256"), signature)
+    return TensorFile(
+        path,
+        header,
+        {name: entry.shape for name, entry in entries.items()},
+        {name: entry.dtype for name, entry in entries.items()},
+        contents.get("sha256"),
+        signature,
+        stream,
+        {name: entry.offset for name, entry in entries.items()},
+    )
+
+
+def _encoded(text: object) -> bytes:
+    # A lone surrogate, which JSON can write as an escape, has no bytes and is refused later.
+    return text.encode(errors="replace") if isinstance(text, str) else b""
+
+
+def _table(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """Return the metadata and the places of the tensors of a safetensors file.
+
+    The places are checked against each other and against the size of the file.
+
+    Raises:
+        ValueError: The file has another format, or a limit is exceeded.
+    """
+    try:
+        length = int.from_bytes(read_exactly(stream, 8), "little")
+        size = size_of(stream)
+        if 8 + length > size:
+            raise ValueError(f"its header has {length} bytes, and the file {size}")
+        MODEL_HEADER.check(length, "it")
+        table = strict_json(read_exactly(stream, length), "its table of tensors")
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata must be an object")
+        entries = {name: _entry(name, entry) for name, entry in table.items()}
+        MODEL_NUMBERS.check(sum(math.prod(one.shape) for one in entries.values()), "it")
+        place = 0
+        ends = {name: one["data_offsets"][1] for name, one in table.items()}
+        for name, entry in sorted(entries.items(), key=lambda one: (one[1].offset, ends[one[0]])):
+            count = math.prod(entry.shape) * entry.dtype.itemsize
+            if entry.offset != place or ends[name] != place + count:
+                raise ValueError(f"the tensor {name!r:.60} does not follow the one before it")
+            place += count
+        if place != size - 8 - length:
+            raise ValueError(f"it has {size - 8 - length} bytes of tensors, and needs {place}")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a safeshield file, or is truncated or has extra bytes: {error}"
+        ) from error
+    moved = {name: one._replace(offset=8 + length + one.offset) for name, one in entries.items()}
+    return metadata, moved
+
+
+def _entry(name: str, data: object) -> _Entry:
+    if not isinstance(data, dict) or set(data) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of the tensor {name!r:.60} is not one")
+    shape, offsets = data["shape"], data["data_offsets"]
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, *offsets)):
+        raise ValueError(f"the place of the tensor {name!r:.60} is not one")
+    if len(shape) > 32 or not isinstance(data["dtype"], str) or data["dtype"] not in _DTYPES:
+        raise ValueError(
+            f"tensors must be of {list(_DTYPES)} with at most 32 axes, got {data['dtype']!r:.40} "
+            f"with {len(shape)}"
+        )
+    return _Entry(_DTYPES[data["dtype"]], tuple(shape), offsets[0])
 
 
 def sign_file(
@@ -280,24 +382,6 @@ def read_by(kind: object) -> str:
         "; no imported module reads it: import the module that defines it (those of this package "
         "are in safeshield.algorithms), or pass it as --plugin FILE.py"
     )
-
-
-def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> object:
-        raise ValueError(f"{constant} is not JSON")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(raw, parse_constant=refuse, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the header is not strict JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: the header must be a JSON object")
-    return value
 
 
 def _dump(value: object) -> str:

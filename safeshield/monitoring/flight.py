@@ -28,6 +28,11 @@ from safeshield.values.constraint import as_constraint
 
 Array = npt.NDArray[Any]
 _BLOCK = 4096
+_FIELDS = {
+    "steps", "shield", "environment", "environment_kwargs", "observation_space", "action_space",
+    "constraint_source", "since_episode",
+}  # fmt: skip
+"""Fields of a header that are read here."""
 _ATTEMPTS = 20
 """Attempts to read the files while a recorder removes the oldest ones."""
 
@@ -80,6 +85,8 @@ class FlightLog:
             when the recorder was killed.
         growing: Number of the first episode of the recorder that is writing to the folder; None
             where none is. Only such episodes can become longer.
+        closed: Whether the recorder was closed after the last row. False where it still writes or
+            was killed, and where the end of its files is missing.
         files: Number of files.
         bytes: Size of all files.
     """
@@ -96,6 +103,7 @@ class FlightLog:
     removed: int
     torn: int
     growing: int | None
+    closed: bool
     files: int
     bytes: int
 
@@ -128,6 +136,9 @@ class FlightLog:
                 if attempt == _ATTEMPTS - 1:
                     raise
         header = found.header
+        missing = sorted(_FIELDS - set(header))
+        if missing:
+            raise ValueError(f"{folder} holds a flight whose header lacks {missing}")
         if len(found.rows) and found.rows["verdict"].max() >= len(ROWS):
             raise ValueError(f"{folder} holds rows of a kind that this release does not know")
         return cls(
@@ -143,6 +154,7 @@ class FlightLog:
             removed=found.removed,
             torn=found.torn,
             growing=header["since_episode"] if writing and not found.closed else None,
+            closed=found.closed,
             files=len(files),
             bytes=size,
         )
@@ -225,6 +237,7 @@ class FlightLog:
             "lost": self.lost,
             "removed": self.removed,
             "torn": self.torn,
+            "closed": self.closed,
             "files": self.files,
             "bytes": self.bytes,
         }

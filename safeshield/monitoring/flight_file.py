@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.files.reading import FLIGHT_BYTES, read_whole, strict_json
+
 SUFFIX = ".flight"
 FORMAT, VERSION = "safeshield-flight", 1
 _MAGIC = b"\xf5SFL"
@@ -244,7 +246,7 @@ def read_newest(paths: list[Path]) -> Contents | None:
     A recorder that is killed can leave a file without.
     """
     for path in reversed(paths):
-        frames, _ = read_frames(path.read_bytes())
+        frames, _ = read_frames(read_whole(path, FLIGHT_BYTES))
         if frames and _is_header(frames[0]):
             return read_files([path])
     return None
@@ -257,7 +259,7 @@ def read_files(paths: list[Path]) -> Contents:
         ValueError: No file is readable, or one is of another format or release.
         OSError: A file cannot be read.
     """
-    read = [read_frames(path.read_bytes()) for path in paths]
+    read = [read_frames(read_whole(path, FLIGHT_BYTES)) for path in paths]
     headers: list[dict[str, Any]] = []
     for path, (frames, _) in zip(paths, read, strict=True):
         if frames and _is_header(frames[0]):
@@ -266,7 +268,14 @@ def read_files(paths: list[Path]) -> Contents:
         where = ", ".join(str(path) for path in paths) or "the folder"
         raise ValueError(f"{where} holds no flight that can be read: no header is whole")
     header = headers[-1]
-    dtype = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in header["dtype"]])
+    try:
+        dtype = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in header["dtype"]])
+        if dtype.hasobject or not dtype.itemsize:
+            raise ValueError(f"a row cannot be {dtype!s:.80}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{paths[0].parent} holds a flight whose header has no readable dtype: {error}"
+        ) from error
     parts: list[Array] = []
     lost, closed, following, removed = 0, False, -1, 0
     for frame in (one for frames, _ in read for one in frames):
@@ -293,7 +302,7 @@ def _is_header(frame: Frame) -> bool:
 
 def _header(path: Path, frame: Frame) -> dict[str, Any]:
     try:
-        header = json.loads(bytes(frame.payload))
+        header = strict_json(bytes(frame.payload), "its header")
         known = (header["format"], header["version"]) == (FORMAT, VERSION)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of a flight recorder: {error}") from error

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import read_whole
 
 RUNNING, ENDED, CUT = STATUSES = ("running", "ended", "cut")
 _FORMAT, _VERSION = "safeshield-promise", 1
@@ -108,10 +109,10 @@ def read_ledger(
         kinds: For each setting whether a value is one of it; "reference" is checked here.
 
     Raises:
-        ValueError: The file is damaged, or no such file.
+        ValueError: The file is damaged, larger than the limit of `files.reading`, or no such file.
         OSError: It cannot be read.
     """
-    raw = path.read_bytes()
+    raw = read_whole(path)
     try:
         data = json.loads(raw)
         if data["format"] != _FORMAT or data["version"] != _VERSION:
@@ -131,7 +132,9 @@ def read_ledger(
         entries = {row[0]: _entry(row, list(reference or ())) for row in rows}
         if len(entries) != len(rows) or not all(isinstance(name, str) for name in entries):
             raise ValueError("its episodes do not have names of their own")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise ValueError(
             f"{path} is not a file that a PromiseMonitor wrote, or it is damaged: {error}; restore "
             "it, or remove it to begin anew without the episodes that it held"

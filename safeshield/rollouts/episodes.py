@@ -8,6 +8,7 @@ autoreset modes of Gymnasium are supported, including those of 0.29.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,8 @@ from safeshield.spaces.generic import Env, VectorEnv
 from safeshield.spaces.rows import SpaceCodec, flat_actions, flat_observations
 from safeshield.spaces.schema import part_of
 
+_LONG = 10_000
+"""Steps after which an episode that has not ended is told."""
 SEEDS = 2**31 - 2**24
 """Number of seeds from which the first one of a run is drawn; some are left for its episodes."""
 
@@ -106,7 +109,8 @@ def run_episodes(
         num_envs: Number of environments that step together; by default up to 256 or 8 (see
             `vectorise`).
         info_keys: Infos to record at every step, such as ``("shield/intervened",)``.
-        step_limit: Greatest length of an episode in steps. A longer episode is an error.
+        step_limit: Greatest length of an episode in steps. A longer episode is an error, and one of
+            more than 10,000 steps is told by a warning.
         observation_keys: Entries of a Dict observation to record; all by default.
         seeds: Seeds of the resets, one for each episode; by default they follow from `seed`.
 
@@ -191,6 +195,13 @@ class _Runner:
         active = np.arange(count) < wanted
         index = 0
         while active.any():
+            if index == _LONG < self.step_limit:
+                warnings.warn(
+                    f"an episode has not ended after {index} steps; the run ends with an error "
+                    f"after step_limit = {self.step_limit} steps. If the environment has no ends, "
+                    "wrap it in gymnasium.wrappers.TimeLimit",
+                    stacklevel=4,
+                )
             if index == self.step_limit:
                 raise ValueError(
                     f"an episode has not ended after step_limit = {index} steps; wrap the "

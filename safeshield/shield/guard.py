@@ -715,9 +715,9 @@ class ShieldRuntime:
     def filter(self, actions: npt.ArrayLike) -> Decision:
         """Decide which actions the environments execute in the states observed.
 
-        The actions are read once and converted to the dtype of the action space. A batch with a
-        number that does not fit that dtype is judged without conversion. An accepted action is
-        executed exactly as it was judged. A rejected one is replaced by the shield.
+        The actions are read once and converted to the dtype of the action space before they are
+        judged. An accepted action is executed exactly as it was judged. A rejected one is replaced
+        by the shield. What is executed always has the dtype of the action space.
 
         Args:
             actions: (n, *shape) the proposed actions, or one action (*shape) for a single
@@ -755,7 +755,8 @@ class ShieldRuntime:
         self._report = report
         if report.intervened.any():
             judged = self.shield.points(executed).reshape(judged.shape)
-        executed = judged.copy()
+        # Whole numbers that were judged beside others keep their values in the space's dtype.
+        executed = judged.astype(self._dtype)
         if self.num_envs is None:
             one = report.row(0)
             value: PerEnv = float(one.value)

@@ -55,7 +55,7 @@ from safeshield.shield.replacement import (
 )
 from safeshield.shield.report import FilterReport
 from safeshield.spaces.batches import Batch
-from safeshield.spaces.rows import plain
+from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Actions, Candidates, Flags, Observations, Scalars
 from safeshield.values.constraint import (
@@ -466,8 +466,9 @@ class Shield:
     ) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the report on it.
 
-        An accepted action is returned unchanged, bit for bit and in its own dtype. The argument is
-        read once: the array that was judged is returned, and it shares no memory with the argument.
+        The argument is read once and converted to the dtype of the action space. An accepted action
+        is returned exactly as it was judged, and shares no memory with the argument. So an array of
+        that dtype comes back unchanged, bit for bit.
         An action outside the box is first clipped into it, which counts as an intervention. NaN is
         never accepted. Where an entry of the observation is not finite, or not a whole number where
         its space has whole numbers, the log's mean takes its place, the fallback acts, and the
@@ -485,7 +486,7 @@ class Shield:
         Raises:
             ValueError: An argument has a wrong shape.
         """
-        proposed = plain(action)
+        proposed = fitted(plain(action), np.dtype(self.action_space.dtype))
         actions, single = self.action_rows(proposed)
         rows, _ = self.observation_rows(observation)
         if len(actions) != len(rows):
@@ -494,8 +495,10 @@ class Shield:
         executed, report = self.filter_rows(states, rows, actions)
         if single:
             one = report.row(0)
-            return (self.points(executed)[0] if one.intervened else proposed), one
-        return (self.points(executed) if report.intervened.any() else proposed), report
+            sent = self.points(executed)[0] if one.intervened else proposed
+            return _in_dtype(sent, self.action_space), one
+        sent = self.points(executed) if report.intervened.any() else proposed
+        return _in_dtype(sent, self.action_space), report
 
     def accepts(
         self, states: StateValue, action: Actions, threshold: float | None = None
@@ -1102,3 +1105,11 @@ def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
         "shield must be a Shield, a path to a shield's file, or an agent with a shield() method, "
         f"got {type(shield).__name__}"
     )
+
+
+def _in_dtype(points: npt.NDArray[Any], space: gym.Space[Any]) -> npt.NDArray[Any]:
+    """Return points of a space in its dtype; whole numbers judged beside others keep their values.
+
+    A float is already in the dtype.
+    """
+    return points if points.dtype == space.dtype else points.astype(space.dtype)

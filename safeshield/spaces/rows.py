@@ -224,11 +224,11 @@ def plain(points: Any) -> Array:  # noqa: ANN401
 
 
 def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
-    """Return numbers converted to a space's dtype, or unchanged where one of them does not fit.
+    """Return numbers converted to a space's dtype, or unchanged where they do not fit in integers.
 
-    In a float dtype a number is rounded to the nearest representable one; it does not fit if the
-    result would be infinite. In an integer dtype only whole numbers in the dtype's range fit, so
-    that no number wraps around.
+    In a float dtype a number is rounded to the nearest finite one. In an integer dtype only whole
+    numbers in the dtype's range fit, so that no number wraps around; where one does not fit, all
+    are returned unchanged, and the one is no action.
 
     Args:
         points: Array of any shape; an array that does not hold numbers is returned unchanged.
@@ -236,6 +236,8 @@ def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
 
     >>> fitted(np.array([0.1, 2.0]), np.dtype(np.float32))
     array([0.1, 2. ], dtype=float32)
+    >>> fitted(np.array([1e300, -np.inf]), np.dtype(np.float32))
+    array([3.4028235e+38,          -inf], dtype=float32)
     >>> fitted(np.array([1.0, 255.0]), np.dtype(np.uint8))
     array([  1, 255], dtype=uint8)
     >>> fitted(np.array([1.0, 300.0]), np.dtype(np.uint8))
@@ -246,9 +248,12 @@ def fitted(points: Array, dtype: np.dtype[Any]) -> Array:
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             converted = points.astype(dtype)
-        kept = np.isfinite(converted)
-        fits = kept.all() or bool((kept | ~np.isfinite(points)).all())
-        return converted if fits else points
+        beyond = np.isinf(converted)
+        if beyond.any():
+            beyond &= np.isfinite(points)
+            most = np.finfo(dtype).max
+            converted = np.where(beyond, np.copysign(most, points), converted).astype(dtype)
+        return converted
     if not (np.isfinite(points).all() and (np.floor(points) == points).all()):
         return points
     # Compare as Python integers: as floats, 2.0**63 would equal the largest int64.

@@ -1,7 +1,8 @@
 """Conversion of Gymnasium spaces to strict JSON and back, and the check that two spaces agree.
 
 File headers are read with `space_from_json`, which checks every field. A header therefore cannot
-cause an import of code or an allocation of more than `MAX_ELEMENTS` elements.
+cause an import of code, or an allocation of more elements than the limits on a whole space
+(`files.reading`) allow.
 """
 
 from __future__ import annotations
@@ -15,12 +16,9 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-MAX_ELEMENTS = 10_000_000
-"""Largest number of elements of a Box that is read from a file."""
+from safeshield.files.reading import SPACE_DEPTH, SPACE_MEMBERS, SPACE_NUMBERS
 
 _MAX_DIMENSIONS = 32
-_MAX_ENTRIES = 4096
-_MAX_DEPTH = 8
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 _DTYPES = {
     np.dtype(kind).name: np.dtype(kind)
@@ -76,8 +74,8 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
     """Return the space that `space_to_json` described as `data`, after a check of every field.
 
     Raises:
-        ValueError: A field is missing, unknown, of a wrong type or out of range, or the space has
-            more than `MAX_ELEMENTS` elements.
+        ValueError: A field is missing, unknown, of a wrong type or out of range, or the whole space
+            has more numbers, members or levels than the limits of `files.reading`.
 
     >>> space_from_json({"type": "Discrete", "n": 4, "start": 0})
     Discrete(4)
@@ -87,24 +85,44 @@ def space_from_json(data: JsonSpace) -> gym.Space[Any]:
     ValueError: space type must be one of Box, Dict, Discrete, MultiBinary, MultiDiscrete, got \
 'os.system'
     """
-    return _from_json(data, depth=0)
+    return _from_json(data, _Room())
 
 
-def _from_json(data: object, depth: int) -> gym.Space[Any]:
+class _Room:
+    """What is left of the limits on a whole space, before any of its members is made."""
+
+    def __init__(self) -> None:
+        self.numbers = self.members = self.depth = 0
+
+    def take(self, numbers: int) -> None:
+        """Count the numbers of one member."""
+        self.numbers += numbers
+        SPACE_NUMBERS.check(self.numbers, "a space")
+
+    def enter(self, members: int) -> None:
+        """Count the members of a Dict, and its level."""
+        self.members += members
+        self.depth += 1
+        SPACE_MEMBERS.check(self.members, "a space")
+        SPACE_DEPTH.check(self.depth, "a space")
+
+
+def _from_json(data: object, room: _Room) -> gym.Space[Any]:
     if not isinstance(data, dict):
         raise ValueError(f"a space must be a JSON object, got {type(data).__name__}")
     kind = data.get("type")
     if kind == "Box":
         _check_fields(data, {"type", "shape", "dtype", "low", "high"})
-        return _box_from_json(data)
+        return _box_from_json(data, room)
     if kind == "Discrete":
         _check_fields(data, {"type", "n", "start"})
+        room.take(1)
         size = _integer(data["n"], "n", 1, 2**31 - 1)
         return gym.spaces.Discrete(size, start=_integer(data["start"], "start", -(2**31), 2**31))
     if kind == "MultiDiscrete":
         _check_fields(data, {"type", "nvec", "start"})
-        counts = _integers(data["nvec"], "nvec", 1, 2**31 - 1)
-        starts = _integers(data["start"], "start", -(2**31), 2**31)
+        counts = _integers(data["nvec"], "nvec", 1, 2**31 - 1, room)
+        starts = _integers(data["start"], "start", -(2**31), 2**31, room)
         if len(counts) != len(starts):
             raise ValueError("MultiDiscrete needs as many starts as counts")
         if any(starts):
@@ -112,26 +130,28 @@ def _from_json(data: object, depth: int) -> gym.Space[Any]:
         return gym.spaces.MultiDiscrete(counts)
     if kind == "MultiBinary":
         _check_fields(data, {"type", "n"})
-        return gym.spaces.MultiBinary(_integer(data["n"], "n", 1, MAX_ELEMENTS))
+        size = _integer(data["n"], "n", 1, 2**31 - 1)
+        room.take(size)
+        return gym.spaces.MultiBinary(size)
     if kind == "Dict":
         _check_fields(data, {"type", "spaces"})
-        return _dict_from_json(data["spaces"], depth)
+        return _dict_from_json(data["spaces"], room)
     raise ValueError(
         "space type must be one of Box, Dict, Discrete, MultiBinary, MultiDiscrete, got "
         f"{_short(kind)}"
     )
 
 
-def _dict_from_json(pairs: object, depth: int) -> gym.spaces.Dict:
-    if depth >= _MAX_DEPTH:
-        raise ValueError(f"a Dict space must be nested at most {_MAX_DEPTH} deep")
-    if not isinstance(pairs, list) or not 1 <= len(pairs) <= _MAX_ENTRIES:
-        raise ValueError(f"a Dict space must have 1 to {_MAX_ENTRIES} entries, got {_short(pairs)}")
+def _dict_from_json(pairs: object, room: _Room) -> gym.spaces.Dict:
+    if not isinstance(pairs, list) or not pairs:
+        raise ValueError(f"a Dict space must have a list of entries, got {_short(pairs)}")
+    room.enter(len(pairs))
     spaces: list[tuple[str, gym.Space[Any]]] = []
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
             raise ValueError(f"an entry of a Dict space must be [name, space], got {_short(pair)}")
-        spaces.append((pair[0], _from_json(pair[1], depth + 1)))
+        spaces.append((pair[0], _from_json(pair[1], room)))
+    room.depth -= 1
     if len({name for name, _ in spaces}) != len(spaces):
         raise ValueError("a Dict space must not have two entries of one name")
     # An OrderedDict, because Gymnasium sorts the entries of a plain dict.
@@ -239,7 +259,7 @@ def _number_to_json(value: float) -> float | str:
     return value
 
 
-def _box_from_json(data: JsonSpace) -> gym.spaces.Box:
+def _box_from_json(data: JsonSpace, room: _Room) -> gym.spaces.Box:
     dtype = _DTYPES.get(data["dtype"]) if isinstance(data["dtype"], str) else None
     if dtype is None:
         raise ValueError(f"Box dtype must be one of {sorted(_DTYPES)}, got {_short(data['dtype'])}")
@@ -248,11 +268,8 @@ def _box_from_json(data: JsonSpace) -> gym.spaces.Box:
         raise ValueError(
             f"Box shape must be a list of at most {_MAX_DIMENSIONS} integers, got {_short(sizes)}"
         )
-    shape = tuple(_integer(size, "shape", 1, MAX_ELEMENTS) for size in sizes)
-    if math.prod(shape) > MAX_ELEMENTS:
-        raise ValueError(
-            f"Box shape must have at most {MAX_ELEMENTS} elements, got {math.prod(shape)}"
-        )
+    shape = tuple(_integer(size, "shape", 1, 2**62) for size in sizes)
+    room.take(math.prod(shape))
     low = _bounds_from_json(data["low"], "low", shape, dtype)
     high = _bounds_from_json(data["high"], "high", shape, dtype)
     if (low > high).any() or (low == np.inf).any() or (high == -np.inf).any():
@@ -291,9 +308,10 @@ def _integer(value: object, name: str, low: int, high: int) -> int:
     return value
 
 
-def _integers(values: object, name: str, low: int, high: int) -> list[int]:
-    if not isinstance(values, list) or not 1 <= len(values) <= _MAX_ENTRIES:
-        raise ValueError(f"{name} must be a list of 1 to {_MAX_ENTRIES} integers")
+def _integers(values: object, name: str, low: int, high: int, room: _Room) -> list[int]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name} must be a list of at least 1 integer")
+    room.take(len(values))
     return [_integer(value, name, low, high) for value in values]
 
 

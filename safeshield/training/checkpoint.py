@@ -74,6 +74,12 @@ def from_tree(tree: dict[str, Any]) -> TrainState:
     )
 
 
+def checkpoint_bytes(state: TrainState) -> int:
+    """Return about how many bytes a checkpoint of a state takes."""
+    tensors = flatten(to_tree(state)).values()
+    return int(sum(tensor.nelement() * tensor.element_size() for tensor in tensors))
+
+
 def copied(state: TrainState) -> TrainState:
     """Return a copy of a training state, which no later update overwrites."""
     tree = to_tree(state)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.data.dataset import OfflineDataset
+from safeshield.data.dataset import OfflineDataset, contents_of
 from safeshield.files.schema import json_values
 from safeshield.spaces.scaling import Scaling
 from safeshield.values.units import SafetyScale, step_rms
@@ -144,6 +144,9 @@ class RunIdentity:
     """Number of rows of the log, and the beginning of its digest."""
     steps: int
     """Total number of updates."""
+    contents: str = "in memory"
+    """Whether the log was read from a file with a digest of its contents, as in its card. It does
+    not tell runs apart."""
     later: Mapping[str, Any] = field(default_factory=dict)
     """Settings that older checkpoints lack, with the values with which those runs were made."""
 
@@ -163,6 +166,7 @@ class RunIdentity:
         does not matter. Older checkpoints also hold a digest of all parts, which is not read.
         """
         mine = self.to_json()
+        del mine["contents"]
         if not isinstance(data, dict) or not set(mine) <= set(data):
             return ""
         theirs = data["config"]
@@ -200,7 +204,9 @@ def run_identity(
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
     log = f"of {len(dataset)} rows, {digest.hexdigest()[:12]}"
-    return RunIdentity(algorithm, json_values(config), log, steps, later or {})
+    return RunIdentity(
+        algorithm, json_values(config), log, steps, contents_of(dataset), later or {}
+    )
 
 
 def check_boundary(dataset: OfflineDataset) -> None:

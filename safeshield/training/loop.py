@@ -22,6 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from safeshield.files.atomic import check_writable
+from safeshield.files.lock import claimed
 from safeshield.files.schema import whole
 from safeshield.files.settings import check
 from safeshield.training.callbacks import (
@@ -32,9 +33,16 @@ from safeshield.training.callbacks import (
     goes_on,
 )
 from safeshield.training.captured import executed
-from safeshield.training.checkpoint import CheckpointWriter, load_checkpoint, member, stacked
+from safeshield.training.checkpoint import (
+    CheckpointWriter,
+    checkpoint_bytes,
+    load_checkpoint,
+    member,
+    stacked,
+)
 from safeshield.training.log import RunIdentity
 from safeshield.training.state import Draw, Metrics, Phase, TrainState, Update
+from safeshield.training.stopping import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -110,7 +118,8 @@ def run_phases(
     """Run all phases from the checkpoint on; return the state and the number of updates made.
 
     The number is that of all updates, unless `stop_after` or a callback ends the run earlier. The
-    checkpoint then holds the returned state.
+    checkpoint then holds the returned state. The run holds the checkpoint's path, so that no other
+    run writes it. After Ctrl-C or SIGTERM it writes a checkpoint after the update under way.
 
     Args:
         phases: Phases in order.
@@ -122,15 +131,27 @@ def run_phases(
         noise_features: Width of the noise that an update draws for each transition.
         agent: Function from a state and the number of updates made to an agent with its weights,
             for callbacks.
+
+    Raises:
+        Stopped: A signal has ended the run, and the checkpoint holds all updates made. Without a
+            checkpoint, Ctrl-C raises KeyboardInterrupt at once.
+        OSError: The disk has no room for the checkpoint.
+        ValueError: Another run has the checkpoint, or it is of another run.
     """
     keep_freed_memory()
     done, path = 0, None if options.checkpoint is None else Path(options.checkpoint)
     writer = CheckpointWriter()
-    if path is not None and path.exists():
-        state, done = load_checkpoint(path, state, generator, identity, transitions)
-        writer.written[path] = done
-    saved, saved_at = time.perf_counter(), done
-    with writer, contextlib.closing(_Progress(phases, options, done)) as progress:
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            stack.enter_context(claimed(path))
+            check_writable(path, checkpoint_bytes(state))
+            if path.exists():
+                state, done = load_checkpoint(path, state, generator, identity, transitions)
+                writer.written[path] = done
+        saved, saved_at = time.perf_counter(), done
+        asked = stack.enter_context(StopRequest(path is not None))
+        stack.enter_context(writer)
+        progress = stack.enter_context(contextlib.closing(_Progress(phases, options, done)))
         step = progress.step(phases[0], state, None, {}, done, agent)
         for callback in options.callbacks:
             goes_on(callback, "on_start", step)
@@ -152,6 +173,10 @@ def run_phases(
             if path is not None and (last or _checkpoint_due(options, done, saved)):
                 writer.save(path, state, done, generator, identity, phase.name)
                 saved, saved_at = time.perf_counter(), done
+            if path is not None and asked.number is not None:
+                if saved_at < done:
+                    writer.save(path, state, done, generator, identity, phase.name)
+                raise _stopped(done, [path], asked.number)
             due = [one for one in options.callbacks if done % one.every == 0]
             answers = [goes_on(one, "on_step", step) for one in due]
             answers += [goes_on(one, "on_phase", step) for one in options.callbacks if last]
@@ -162,6 +187,15 @@ def run_phases(
         for callback in options.callbacks:
             callback.on_end(step)
     return state, done
+
+
+def _stopped(done: int, paths: Sequence[Path], number: int) -> Stopped:
+    """Return the error of a run that a signal ends, whose checkpoints have been begun."""
+    files = ", ".join(map(str, paths))
+    return Stopped(
+        f"stopped after {done} updates; a call with the same arguments continues from {files}",
+        number,
+    )
 
 
 def _checkpoint_due(options: FitOptions, done: int, saved: float) -> bool:
@@ -330,8 +364,10 @@ def run_together(
     saved = time.perf_counter()
     total = sum(phase.steps for phase in phases)
     device, writer = generators[0].device, CheckpointWriter()
-    writer.written = {one.checkpoint: done for one in members if one.checkpoint and done}
+    paths = [one.checkpoint for one in members if one.checkpoint is not None]
+    writer.written = {path: done for path in paths if done}
     with (
+        StopRequest(len(paths) == len(members)) as asked,
         writer,
         tqdm(total=total, initial=done, disable=not options.progress_bar, unit="step") as bar,
     ):
@@ -357,12 +393,14 @@ def run_together(
                         _check_finite(values, phase.name, done)
                     if last:
                         _check_weights(member(state, i), phase.name, done)
-            if last or _checkpoint_due(options, done, saved):
+            if last or asked.number is not None or _checkpoint_due(options, done, saved):
                 for i, one in enumerate(members):
                     if one.checkpoint is not None:
                         own = one.generator, one.identity, phase.name
                         writer.save(one.checkpoint, member(state, i), done, *own)
                 saved = time.perf_counter()
+                if asked.number is not None:
+                    raise _stopped(done, paths, asked.number)
     return [member(state, i) for i in range(len(members))]
 
 

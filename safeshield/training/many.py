@@ -28,6 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.lock import claimed
 from safeshield.files.schema import json_values, whole
 from safeshield.rollouts.workers import REGISTERING, sendable, threads_each
 from safeshield.training.agent import OfflineAgent
@@ -211,26 +212,29 @@ def _fit_together(
     kind, steps = type(first).__name__, options[0].steps
     identity = run_identity(kind, first.config, learned_from, steps, first._before)
     begun: dict[int, dict[int, Member]] = {}
-    for (i, agent), own in zip(agents.items(), options, strict=True):
-        generator = torch.Generator(agent.device).manual_seed(agent.config.seed)
-        state, done = run.initial(generator), 0
-        identity = dataclasses.replace(identity, config=json_values(agent.config))
-        path = None if own.checkpoint is None else Path(own.checkpoint)
-        if path is not None and path.exists():
-            with named(_name(i, agent)):
-                state, done = load_checkpoint(path, state, generator, identity, len(log))
-        member = Member(_name(i, agent), state, generator, identity, path)
-        begun.setdefault(done, {})[i] = member
-    width = first._noise_features(model)
-    # Checkpoints of an interrupted run may differ in their numbers of updates.
-    for done, group in begun.items():
-        with _vmap_explained(kind):
-            states = run_together(
-                run.phases(), list(group.values()), options[0], done, len(log), width
-            )
-        for i, state in zip(group, states, strict=True):
-            agents[i]._use(model, log, state)
-            agents[i].updates, agents[i].chosen = steps, None
+    with contextlib.ExitStack() as held:
+        for (i, agent), own in zip(agents.items(), options, strict=True):
+            generator = torch.Generator(agent.device).manual_seed(agent.config.seed)
+            state, done = run.initial(generator), 0
+            identity = dataclasses.replace(identity, config=json_values(agent.config))
+            path = None if own.checkpoint is None else Path(own.checkpoint)
+            if path is not None:
+                held.enter_context(claimed(path))
+                if path.exists():
+                    with named(_name(i, agent)):
+                        state, done = load_checkpoint(path, state, generator, identity, len(log))
+            member = Member(_name(i, agent), state, generator, identity, path)
+            begun.setdefault(done, {})[i] = member
+        width = first._noise_features(model)
+        # Checkpoints of an interrupted run may differ in their numbers of updates.
+        for done, group in begun.items():
+            with _vmap_explained(kind):
+                states = run_together(
+                    run.phases(), list(group.values()), options[0], done, len(log), width
+                )
+            for i, state in zip(group, states, strict=True):
+                agents[i]._use(model, log, state)
+                agents[i].updates, agents[i].chosen = steps, None
 
 
 @contextlib.contextmanager
