@@ -558,11 +558,6 @@ class Shield:
             # A replacement need not be made of integers where the proposed action is.
             executed = actions.astype(np.result_type(actions, np.float32))
             values, acceptable = values.copy(), accepted.copy()
-            bar = limit[reject]
-            if self.support is not None and self._strategy is self.replacement:
-                # This strategy knows values alone. To it, no value of a proposal outside the
-                # support is acceptable.
-                bar = np.where(proposed_values[reject] <= bar, -np.inf, bar)
             rejected = Rejected.of(
                 self.model,
                 states.take(reject),
@@ -570,14 +565,22 @@ class Shield:
                 actions[reject],
                 known[reject],
                 readable[reject],
-                bar,
+                limit[reject],
                 self._box,
             )
             picked, picked_values = replace_actions(self._strategy, rejected)
+            if self.support is not None:
+                passes = self._supported(rejected.states, picked, rejected.seen)
+                again = np.flatnonzero(~passes)
+                if self._strategy is self.replacement and len(again):
+                    # This strategy keeps a clipped proposal with an acceptable value, in the
+                    # support or not. With the limit -inf it keeps none.
+                    none = replace(rejected.take(again), limit=np.full(len(again), -np.inf))
+                    picked[again], picked_values[again] = replace_actions(self._strategy, none)
+                    passes[again] = self._supported(none.states, picked[again], none.seen)
+                supported[reject] = passes
             executed[reject] = picked
             values[reject] = _where_known(rejected.seen, picked_values)
-            if self.support is not None:
-                supported[reject] = self._supported(rejected.states, picked, rejected.seen)
             acceptable[reject] = (values[reject] <= limit[reject]) & supported[reject]
         return executed, FilterReport(
             intervened=~accepted,
