@@ -82,14 +82,14 @@ def shield_of(path: Path) -> Shield:
 
 
 def policy_of(
-    name: str, env: Env, shield: Shield | None, trust: bool, *, option: str = "--policy"
+    name: str, env: Env | None, shield: Shield | None, trust: bool, *, option: str = "--policy"
 ) -> object:
     """Return the policy that a name or a file stands for, in a form that `as_batch_policy` takes.
 
     Args:
         name: "random", "helmsmen" (boat only), "adversary" (with a shield), or the path of an
             agent's .safetensors file or of a Stable-Baselines3 model (.zip).
-        env: Environment in which the policy will act.
+        env: Environment in which the policy will act; None where only files are asked for.
         shield: Shield whose critics the adversary uses. None where no adversary can be named.
         trust: Whether a .zip file may be read, which can run code from it.
         option: Name of the option, or of the file's entry, for error messages.
@@ -107,7 +107,7 @@ def policy_of(
         from safeshield.demo.helmsmen import Helmsmen
         from safeshield.envs.boat import BoatEnv
 
-        if not isinstance(env.unwrapped, BoatEnv):
+        if env is None or not isinstance(env.unwrapped, BoatEnv):
             raise ValueError(
                 f"{option} helmsmen needs the environment safeshield/Boat-v0, got {env}"
             )
