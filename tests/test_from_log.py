@@ -804,7 +804,7 @@ def test_arguments_of_other_methods_are_refused(fresh: Shield, pool: OfflineData
         ("shadow", {"policy": ""}, "policy must name the agent that made the log, got ''"),
         ("trial", {"policy": straight, "policy_name": ""}, "policy_name must name the agent"),
         ("detection", {"policy": "a"}, "policy=a goes with shadow, spliced and trial"),
-        ("residuals", {"deterministic": False}, "deterministic=False goes with shadow, spliced and"),
+        ("residuals", {"deterministic": False}, "deterministic=False goes with shadow, spl"),
         ("detection", {"horizon": 100}, "horizon=100 goes with shadow, spliced, trial"),
         ("rollouts", {}, r"method must be one of \['detection', 'shadow', 'spliced', 't"),
     ):

@@ -70,7 +70,8 @@ class Ledge(gym.Env[Any, Any]):
         chances = moves()[int(action), self._at]
         self._at = int(self.np_random.choice(3, p=chances))
         self._steps += 1
-        return self._at, self.np_random.random() * 1e6, False, self._steps >= self._limit, self._info()
+        reward = self.np_random.random() * 1e6
+        return self._at, reward, False, self._steps >= self._limit, self._info()
 
 
 @batch_policy

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -115,7 +115,7 @@ class Splicer:
                 "method='spliced' needs deterministic=True or False, as the agent acted while the "
                 "log was made, because it acts in the continuations, got None"
             )
-        env = cast("Env", simulator)
+        env: Env = simulator
         shield.check_fits(part_of(env.observation_space, shield.observation_keys), env.action_space)
         self.name = environment_name(simulator)
         self._shield, self._log, self._env, self._restore = shield, log, env, restore
@@ -155,7 +155,7 @@ class Splicer:
             for left in range(steps, 0, -1):
                 executed, _ = self._shield.filter(copied(seen), action, constraint=self._given(h))
                 observation, _, terminated, truncated, info = env.step(
-                    fitted(np.asarray(executed)[0], space.dtype)
+                    fitted(np.asarray(executed)[0], np.dtype(space.dtype))
                 )
                 if _violates(info):
                     return Continuation(True, False)

@@ -115,6 +115,12 @@ def _read(argument: str, key: object, *, private: bool) -> Any:  # noqa: ANN401
             f"{type(key).__name__}"
         )
     path = Path(key)
+    if not path.is_file():
+        how = f"`{_NEW_KEY}` makes one" if private else f"`{_PUBLIC}` writes one"
+        raise FileNotFoundError(
+            f"{argument} must name a PEM file with a {name} Ed25519 key, but there is no file "
+            f"'{path}': check the name; {how}"
+        )
     content = path.read_bytes()
     try:
         if private:

@@ -179,10 +179,17 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not of this kind or is truncated, or its header is not
-            consistent.
+        IsADirectoryError: The path is a folder.
+        ValueError: The file is not of this kind or is truncated, its header is not consistent, or
+            it has metadata that its digest does not cover.
     """
     path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise (IsADirectoryError if path.is_dir() else FileNotFoundError)(
+            f"path must name a file that save() has written, got '{path}', which is {what}: check "
+            "the name and the working directory"
+        )
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     try:
@@ -199,6 +206,12 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
         ) from error
     if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not a safeshield file")
+    if len(metadata) > 1:
+        # The digest covers this entry alone, and so does a signature.
+        raise ValueError(
+            f"{path}: the metadata must hold '{_KEY}' alone, which digest and signature cover, got "
+            f"{sorted(metadata)!r:.120}; save the file again with this release"
+        )
     unknown = sorted(set(kinds.values()) - set(_DTYPES))
     if unknown:
         raise ValueError(f"{path}: tensors must be of {list(_DTYPES)}, got {unknown}")
