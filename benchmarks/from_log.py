@@ -2,6 +2,7 @@
 
     python benchmarks/from_log.py              # about 20 minutes; resumes; prints the table
     python benchmarks/from_log.py --spliced    # the spliced episodes alone; about 10 minutes
+    python benchmarks/from_log.py field --data FOLDER      # other tasks; see from_log_field.py
 
 A shield for the boat and one for the double integrator are trained briefly. 100,000 fresh episodes
 without the shield, and as many with it, give the truth: the share of violating episodes below each
@@ -18,6 +19,7 @@ episode may have no memory of it.
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -387,6 +389,10 @@ def detect(
 
 def main() -> None:
     """Run the parts without a stored result, and print the table."""
+    if sys.argv[1:2] == ["field"]:
+        from from_log_field import field
+
+        return field(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=list(TASKS))
     parser.add_argument("--spliced", action="store_true", help="the spliced episodes alone")

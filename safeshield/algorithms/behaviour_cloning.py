@@ -10,7 +10,7 @@ therefore uses the limit by which its results are judged.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +26,9 @@ from safeshield.training.config import TrainingConfig
 from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.state import Draw, Loss, Metrics, Phase, TrainState
+
+if TYPE_CHECKING:
+    from safeshield.shield.export_policy import GraphNoise
 
 ACTOR = "actor"
 
@@ -104,3 +107,6 @@ class BehaviourCloning(OfflineAgent[BehaviourCloningConfig, Architecture]):
     def _act(self, model: Architecture, observations: Float, deterministic: bool) -> Float:
         raw = model.networks[ACTOR](self._arrays[ACTOR], observations)[0]
         return np.asarray(np.clip(raw, -1.0, 1.0))
+
+    def _act_on_graph(self, model: Architecture, observations: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+        return model.networks[ACTOR](self._networks[ACTOR], observations)[0].clip(-1.0, 1.0)

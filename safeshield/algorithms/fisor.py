@@ -15,6 +15,7 @@ comparisons. It differs from the paper in the units, the critics (docs/safefql.m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from safeshield.files.settings import NonNegative, PositiveInt, TwoPhases
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
+from safeshield.shield.tensors import picked
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import EulerConfig, Margin
 from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
@@ -31,6 +33,9 @@ from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.schedule import phase_steps
 from safeshield.training.state import Phase, TrainState
+
+if TYPE_CHECKING:
+    from safeshield.shield.export_policy import GraphNoise
 
 ACTOR = "actor"
 
@@ -122,3 +127,14 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
         lowest = worst.reshape(count, each).argmin(1)
         chosen: Float = actions.reshape(count, each, width)[np.arange(count), lowest]
         return chosen
+
+    def _act_on_graph(self, model: CriticArchitecture, observations: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+        config, width = self.config, model.scaling.action_features
+        each = config.candidates
+        drawn = noise.several(observations, each, width, config.seed).flatten(0, 1)
+        seen = observations[:, None].expand(-1, each, -1).flatten(0, 1)
+        field, params = model.networks[ACTOR], self._networks[ACTOR]
+        actions = euler_sample(field, params, seen, drawn, config.flow_steps)
+        worst = model.critics.safety.advantages(self._networks, seen, actions).amax(0)
+        options = actions.reshape(-1, each, width)
+        return picked(options, worst.reshape(-1, each), worst.reshape(-1, each).argmin(1))[0]

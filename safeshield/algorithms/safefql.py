@@ -37,12 +37,14 @@ from safeshield.files.settings import NonNegative, Positive, PositiveInt, Sizes,
 from safeshield.nn.actor import BEHAVIOUR, of_noise
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
+from safeshield.nn.graph import CannotExportError
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.record import ActorRecord, Attempt
 from safeshield.shield.replacement import nearest_acceptable
 from safeshield.shield.shield import Shield
+from safeshield.shield.tensors import picked
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import AgentFile, describing
 from safeshield.training.config import PAPER_CRITICS, EulerConfig
@@ -57,6 +59,7 @@ from safeshield.values.units import SAFETY_NETWORKS
 
 if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
+    from safeshield.shield.export_policy import GraphConstraint, GraphNoise
     from safeshield.spaces.generic import Env, VectorEnv
 
 
@@ -663,6 +666,41 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             judged = states.take(at)
             actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
         return actions
+
+    def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
+        """Return the actions (n, act) of `predict` as values of an ONNX graph, see `_gated`."""
+        from safeshield.shield.export import GraphShield
+
+        model, each = self._fitted(), self.config.candidates
+        if self.config.extraction == "sample":
+            raise CannotExportError(
+                "SafeFQL must have extraction='student' in an ONNX graph, got 'sample': "
+                "agent.acting_by('student') acts by the student of the same weights"
+            )
+        judge = GraphShield(self.shield(), rows.recorder)
+        limit, width = -self.gate, model.scaling.action_features
+        network, params = model.networks[STUDENT], self._networks[STUDENT]
+        states: Any = judge.estimated(judge.states(rows, h))
+        drawn = noise.one(states.inputs, width)
+        first = of_noise(network, params, states.inputs, drawn).clip(-1.0, 1.0)
+        if each == 1:
+            return judge.to_box(first)
+        table = noise.several(states.inputs, each, width, self.config.seed)
+        missing = ~(judge.judged(states, first[:, None])[:, 0] < limit)
+
+        def further() -> list[Any]:
+            index = missing.rows_where()
+            some, own = states.take(index), first[index]
+            seen = some.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
+            more = of_noise(network, params, seen, table[index].flatten(0, 1)).clip(-1.0, 1.0)
+            options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
+            values = judge.judged(some, options)
+            safest, value = picked(options, values, values.argmin(1))
+            beyond = judge.nearest_features(some, safest, limit)
+            chosen = torch.where((value >= limit)[:, None], beyond, safest)
+            return [first.with_rows(index, chosen)]
+
+        return judge.to_box(rows.recorder.where_any(missing, further, [first])[0])
 
     def _best_of_teacher(
         self, model: CriticArchitecture, states: StateValue, deterministic: bool

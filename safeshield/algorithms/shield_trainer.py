@@ -77,6 +77,7 @@ from safeshield.training.support_term import SupportTerm, held_out_episodes
 from safeshield.values.safety import VALUE_NETWORKS, SafetyCritics
 
 if TYPE_CHECKING:
+    from safeshield.shield.export_policy import GraphNoise
     from safeshield.spaces.generic import Env, VectorEnv
 
 
@@ -422,3 +423,10 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         network = model.networks[FALLBACK]
         raw = of_noise(network, self._arrays[FALLBACK], observations, noise)
         return np.asarray(np.clip(raw, -1.0, 1.0))
+
+    def _act_on_graph(self, model: ShieldArchitecture, observations: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+        if FALLBACK not in model.networks:
+            return super()._act_on_graph(model, observations, noise)
+        network = model.networks[FALLBACK]
+        drawn = noise.one(observations, model.scaling.action_features)
+        return of_noise(network, self._networks[FALLBACK], observations, drawn).clip(-1.0, 1.0)

@@ -52,8 +52,8 @@ def calibrate(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Policy that proposes actions: random, or an agent's .safetensors or .zip file. "
-            "Default: random proposals and an adversary."
+            help="Policy that proposes actions: random, an agent's .safetensors or .zip file, or "
+            "the .json file of falsify. Default: random proposals and an adversary."
         ),
     ] = None,
     deterministic: Annotated[
@@ -90,7 +90,7 @@ def calibrate(
     promise = _promise(epsilon, cost_limit, cost_bound)
     shield = shield_of(source)
     env = env_for(env_id, shield)
-    proposing = None if policy is None else policy_of(policy, env, None, trust)
+    proposing = None if policy is None else policy_of(policy, env, shield, trust)
     shield = shield.calibrate(
         env,
         promise=promise,

@@ -18,8 +18,8 @@ def diagnose(
     policy: Annotated[
         str,
         typer.Option(
-            help="Policy that proposes actions: random, adversary, helmsmen, or an agent's "
-            ".safetensors or .zip file."
+            help="Policy that proposes actions: random, adversary, helmsmen, an agent's "
+            ".safetensors or .zip file, or the .json file of falsify."
         ),
     ] = "random",
     episodes: Episodes = 100,

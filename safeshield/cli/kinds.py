@@ -35,6 +35,7 @@ _SB3_MARKS = {
     "SAC": "target_entropy",
     "TD3": "target_policy_noise",
     "A2C": "normalize_advantage",
+    "DQN": "exploration_fraction",
 }
 
 
@@ -115,7 +116,7 @@ def load_sb3(path: str | os.PathLike[str], *, trust: bool) -> Any:  # noqa: ANN4
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: `trust` is False, or the algorithm is not one of PPO, A2C, SAC and TD3.
+        ValueError: `trust` is False, or the algorithm is not one of PPO, A2C, SAC, TD3 and DQN.
     """
     path = Path(path)
     if not path.is_file():

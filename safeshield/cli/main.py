@@ -10,6 +10,8 @@ from safeshield.cli.demo import demo
 from safeshield.cli.diagnose import diagnose
 from safeshield.cli.doctor import doctor
 from safeshield.cli.evaluate import evaluate
+from safeshield.cli.export import export
+from safeshield.cli.falsify import falsify
 from safeshield.cli.inspect import inspect
 from safeshield.cli.plan import plan
 from safeshield.cli.report import report
@@ -22,7 +24,8 @@ app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.col
 app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
 app.command(cls=command_with(sweep.file_entries))(clear_errors(sweep.sweep))
 commands = (
-    split, plan, calibrate, calibrate_from_log, evaluate, diagnose, report, inspect, sign, doctor,
+    split, plan, calibrate, calibrate_from_log, evaluate, diagnose, falsify, report, export,
+    inspect, sign, doctor,
 )  # fmt: skip
 for function in commands:
     app.command()(clear_errors(function))

@@ -88,9 +88,12 @@ def policy_of(
 
     Args:
         name: "random", "helmsmen" (boat only), "adversary" (with a shield), or the path of an
-            agent's .safetensors file or of a Stable-Baselines3 model (.zip).
-        env: Environment in which the policy will act; None where only files are asked for.
-        shield: Shield whose critics the adversary uses. None where no adversary can be named.
+            agent's .safetensors file, of a Stable-Baselines3 model (.zip), or of what
+            ``safeshield falsify`` found (.json, with a shield).
+        env: Environment in which the policy will act; None where only agents' files are asked
+            for.
+        shield: Shield whose critics the adversary uses, and that an agent of ``safeshield falsify``
+            asks. None where neither can be named.
         trust: Whether a .zip file may be read, which can run code from it.
         option: Name of the option, or of the file's entry, for error messages.
 
@@ -121,6 +124,10 @@ def policy_of(
         from safeshield.cli.kinds import load_sb3
 
         return load_sb3(path, trust=trust)
+    if path.suffix == ".json" and shield is not None:
+        from safeshield.evaluation.falsification import load_probe
+
+        return load_probe(path, shield)
     known = ["random", "helmsmen", *(["adversary"] if shield is not None else [])]
     raise ValueError(f"{option} must be one of {known}, or an agent's .safetensors or .zip file, "
                      f"got '{name}'")  # fmt: skip

@@ -184,6 +184,16 @@ def tiled(x: A, times: int) -> A:
     return np.concatenate([x] * times) if isinstance(x, np.ndarray) else x.repeat(times, 1)
 
 
+def in_each(like: A, table: A) -> A:
+    """Return the matrix `table` (c, width) once for each of n rows of `like`: (n, c, width)."""
+    if isinstance(like, np.ndarray):
+        return np.broadcast_to(table, (len(like), *table.shape))
+    # A value of a graph (`nn.graph`) does not know its number of rows.
+    of_graph = getattr(like, "in_each", None)
+    out: A = table.expand(len(like), *table.shape) if of_graph is None else of_graph(table)
+    return out
+
+
 def interleaved(even: A, odd: A) -> A:
     """Return a matrix whose columns 0, 2, ... are `even` and 1, 3, ... are `odd`."""
     width = even.shape[1] + odd.shape[1]

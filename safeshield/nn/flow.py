@@ -119,7 +119,7 @@ class Path(Generic[A]):
 
     def __init__(self, inputs: A, start: A, *tail: A) -> None:
         self.x: A = start
-        self._columns: Any = [inputs, start, zeros(start, len(start), 1), *tail]
+        self._columns: Any = [inputs, start, zeros(start, start.shape[0], 1), *tail]
         self._table: A | None = None
         if isinstance(start, np.ndarray):
             at, end = inputs.shape[1], inputs.shape[1] + start.shape[1]

@@ -134,6 +134,9 @@ def run(stack: Sequence[tuple[A, A]], x: A) -> A:
             pieces = [run(stack, part) for part in _pieces(x)]
             return np.concatenate(pieces, axis=1)
     elif x.dim() == 2:
+        of_graph = getattr(x, "through", None)
+        if of_graph is not None:  # a value of a graph (`nn.graph`), where a layer is one node
+            return of_graph(stack)  # type: ignore[no-any-return]
         x = x.expand(len(stack[0][0]), *x.shape)
     for weight, bias in stack[:-1]:
         x = affine_relu(x, weight, bias)

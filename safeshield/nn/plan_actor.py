@@ -29,6 +29,7 @@ from safeshield.nn.arrays import (
     NetworksOf,
     Weights,
     concat,
+    in_each,
     largest,
     nan_to_zero,
     places,
@@ -179,10 +180,10 @@ class BestPlan:
         if not isinstance(inputs, np.ndarray):
             table = inputs.new_tensor(noise)
             seen = inputs[:, None].expand(-1, self.plans, -1)
-            plans = self.planner.draw(
-                networks, seen.reshape(-1, width), table.repeat(count, 1)
-            ).reshape(count, 1, *noise.shape)
-            shape = count, actions.shape[1], self.plans
+            draws = in_each(inputs, table).flatten(0, 1)
+            plans = self.planner.draw(networks, seen.reshape(-1, width), draws)
+            plans = plans.reshape(-1, 1, *noise.shape)
+            shape = -1, actions.shape[1], self.plans
             parts = seen[:, None], actions[:, :, None], plans[..., self.planner.action :]
             joined: A = concat([part.expand(*shape, part.shape[-1]) for part in parts])
             return joined
@@ -197,7 +198,7 @@ class BestPlan:
     def _judged(self, networks: NetworksOf[A], rows: A) -> A:
         shape = rows.shape[:-1]
         out = run(layers(networks[PLAN]), rows.reshape(-1, rows.shape[-1]))[..., 0]
-        return out.reshape(-1, *shape)
+        return out.reshape(len(out), *shape)
 
 
 @cache

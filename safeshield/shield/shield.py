@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from safeshield.evaluation.diagnosis import Diagnosis
     from safeshield.files.signing import PrivateKey, PublicKey
     from safeshield.rollouts.copies import Identity
+    from safeshield.shield.export import OnnxContents
     from safeshield.shield.tensors import TensorConstraint, TorchShield
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
@@ -775,6 +776,46 @@ class Shield:
         from safeshield.shield.tensors import TorchShield
 
         return TorchShield(self, device, constraint_fn, budget)
+
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        policy: object = None,
+        *,
+        deterministic: bool = True,
+        policy_name: str | None = None,
+    ) -> OnnxContents:
+        """Write the shield, alone or with a policy, as one ONNX graph, which needs no Python.
+
+        The graph takes observations, the proposed actions where it has no policy, and h where a
+        named source tells it. It returns the executed actions and the verdicts. docs/export.md
+        lists inputs, outputs and metadata. The graph decides as this shield does, except that
+        numbers differ by rounding.
+
+        Args:
+            path: File to write, .onnx.
+            policy: The policy that proposes actions: an agent of this package, a model of
+                Stable-Baselines3 with MlpPolicy (PPO, A2C, SAC, TD3, DQN), a `torch.nn.Module` from
+                n observations to n actions, or the path of an .onnx file. None makes the proposed
+                action an input of the graph.
+            deterministic: Whether the policy acts in its deterministic mode. Otherwise its noise
+                is an input of the graph.
+            policy_name: Name of the policy in the record; by default as in `calibrate`.
+
+        Returns:
+            The metadata of the graph. Its `promise` is that of the record where the record holds
+            for this policy and this mode, and says why there is none otherwise.
+
+        Raises:
+            ImportError: The extra `onnx` is not installed.
+            NotImplementedError: No graph can be written for this shield or policy; the message
+                says for which part, and what to do.
+            ValueError: The policy is of other spaces.
+            OSError: The file cannot be written.
+        """
+        from safeshield.shield.export import export_onnx
+
+        return export_onnx(self, path, policy, deterministic=deterministic, policy_name=policy_name)
 
     # -- environments ---------------------------------------------------------------------------
 

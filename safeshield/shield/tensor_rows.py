@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safeshield.shield.replacement import float32_range
 from safeshield.spaces.rows import SpaceCodec
+from safeshield.spaces.scaling import Scaling
 
 TensorBatch = Tensor | Mapping[str, Any]
 """n points: a tensor (n, *shape), or a dict of such tensors for a Dict space."""
@@ -46,7 +47,7 @@ class TensorColumns:
         self._what, self._device, self._space = what, device, codec.space
         self._leaves = [
             (path, space, tuple(space.shape or ()), SpaceCodec(space).width)
-            for path, space in _leaves(codec.space)
+            for path, space in tensor_leaves(codec.space)
         ]
         counts = np.array(codec.categories, dtype=bool)
         self.range = TensorRange(codec.low, codec.high, counts if counts.any() else None, device)
@@ -118,12 +119,52 @@ class TensorColumns:
         return torch.cat(parts, -1)
 
 
-def _leaves(
+class TensorScaling:
+    """The units of observations and actions on tensors, as `spaces.scaling.Scaling` on arrays."""
+
+    def __init__(
+        self, scaling: Scaling, observations: SpaceCodec, actions: SpaceCodec, device: torch.device
+    ) -> None:
+        numbers = [
+            torch.tensor(np.asarray(one, np.float32), device=device)
+            for one in (
+                scaling.observation_mean,
+                scaling.observation_spread,
+                scaling.action_low,
+                scaling.action_high,
+            )
+        ]
+        self.mean, self._spread, self.low, self._high = numbers
+        self._width = self._high - self.low
+        self.observations = TensorColumns(observations, "observation", device)
+        self.actions = TensorColumns(actions, "action", device)
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """Return the inputs (n, features) of the networks for observations, rows (n, obs)."""
+        scaled = (rows - self.mean) / self._spread
+        return self.observations.features(scaled, scaled)
+
+    def to_box(self, scaled: Tensor) -> Tensor:
+        """Return actions (..., act) in [-1, 1] as rows of the box."""
+        raw = self.low + 0.5 * (scaled + 1.0) * self._width
+        return raw.clip(self.low, self._high)
+
+    def unit(self, actions: Tensor) -> Tensor:
+        """Return actions (..., act) in half widths of the box, from its centre."""
+        return 2.0 * ((actions - self.low) / self._width) - 1.0
+
+    def action_features(self, actions: Tensor) -> Tensor:
+        """Return the inputs (..., features) of the networks for actions, rows (..., act)."""
+        return self.actions.features(self.unit(actions), actions - self.low)
+
+
+def tensor_leaves(
     space: gym.Space[Any], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], gym.Space[Any]]]:
+    """Yield the parts of a space that are no Dicts, with the keys that lead to each."""
     if isinstance(space, gym.spaces.Dict):
         for key, part in space.spaces.items():
-            yield from _leaves(part, (*path, key))
+            yield from tensor_leaves(part, (*path, key))
     else:
         yield path, space
 

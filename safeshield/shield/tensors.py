@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from safeshield.nn.arrays import nan_to_zero
+from safeshield.nn.arrays import in_each, nan_to_zero
 from safeshield.nn.device import device_of
 from safeshield.nn.mlp import largest_and_gradient, layers, run
 from safeshield.nn.plan_actor import BestPlan
@@ -36,7 +36,7 @@ from safeshield.shield.replacement import (
     ProjectedGradient,
     float32_box,
 )
-from safeshield.shield.tensor_rows import TensorBatch, TensorColumns, TensorRange, check_tensor
+from safeshield.shield.tensor_rows import TensorBatch, TensorRange, TensorScaling, check_tensor
 from safeshield.values.constraint import (
     ConstraintSource,
     UnknownConstraintError,
@@ -122,6 +122,8 @@ class _Proposals(NamedTuple):
     """(n,) whether the proposal and the observation can be used."""
     limit: Tensor
     """(n,) float64, the number that Q_h must not exceed."""
+    supported: Tensor
+    """(n,) whether they pass the support test."""
 
 
 class TorchShield:
@@ -154,7 +156,8 @@ class TorchShield:
         constraint_fn: TensorConstraint | None = None,
         budget: int | None = None,
     ) -> None:
-        _check(shield, constraint_fn, budget)
+        self._check_shield(shield)
+        _check_arguments(shield, constraint_fn, budget)
         place = device_of(device)
         if place.type == "mps":
             raise ValueError(
@@ -168,16 +171,12 @@ class TorchShield:
         self.overflowed = torch.zeros((), dtype=torch.int64, device=place)
         self.device = self._limit.device
         self._scale, self._discrete = model.scale, model.action_codec.discrete
-        self._observations = TensorColumns(model.observation_codec, "observation", self.device)
-        self._actions = TensorColumns(model.action_codec, "action", self.device)
+        codecs = model.observation_codec, model.action_codec
+        self._units = TensorScaling(model.scaling, *codecs, self.device)
+        self._observations, self._actions = self._units.observations, self._units.actions
         readable = ReadableRange(model.observation_codec, model.scaling)
         self._readable = TensorRange(*readable.ranges, self.device)
         self._low, self._high = (self._tensor(end) for end in float32_box(model.action_codec))
-        self._mean = self._tensor(model.scaling.observation_mean)
-        self._spread = self._tensor(model.scaling.observation_spread)
-        self._action_low = self._tensor(model.scaling.action_low)
-        self._action_high = self._tensor(model.scaling.action_high)
-        self._action_width = self._action_high - self._action_low
         self._networks = {
             name: {key: self._tensor(weight) for key, weight in weights.items()}
             for name, weights in model.networks.items()
@@ -191,7 +190,7 @@ class TorchShield:
         elif not isinstance(self._strategy, CommittedFallback):
             tables = self._strategy.candidates.tables(model)  # type: ignore[attr-defined]
             self._noise, self._around = self._tensor(tables.noise), self._tensor(tables.around)
-            self._points = self._to_box(self._tensor(tables.box))
+            self._points = self._units.to_box(self._tensor(tables.box))
         self._constraint_fn, self._unusable = constraint_fn, ""
         if model.constraint is not None and constraint_fn is None:
             self._constraint_fn = self._registered(model.constraint.name)
@@ -200,6 +199,33 @@ class TorchShield:
     def __repr__(self) -> str:
         budget = "" if self.budget is None else f", budget={self.budget}"
         return f"{type(self).__name__}({self._shield!r}, device={str(self.device)!r}{budget})"
+
+    def _check_shield(self, shield: Shield) -> None:
+        """Raise TypeError where the shield does not run on tensors."""
+        if shield.support is not None:
+            raise TypeError(
+                "a shield with a support test does not run on tensors: filter arrays with it, or "
+                "make a shield without the test, dataclasses.replace(shield, support=None, "
+                "record=None)"
+            )
+        strategy, judge = shield.replacement, shield.model.judge
+        if type(strategy) not in _STRATEGIES:
+            names = ", ".join(kind.__name__ for kind in _STRATEGIES)
+            raise TypeError(
+                f"replacement must be one of {names} on tensors, got {type(strategy).__name__}; "
+                "use with_replacement(...), which drops the record, and calibrate again"
+            )
+        if judge is not None and not isinstance(judge, BestPlan):
+            raise TypeError(
+                f"a shield whose critic of actions is {type(judge).__name__} does not run on "
+                "tensors: filter arrays with it"
+            )
+        source = shield.model.constraint
+        if source is not None and type(source) is not ConstraintSource:
+            raise TypeError(
+                f"a shield whose h comes from a {type(source).__name__} does not run on tensors: "
+                "filter arrays with it"
+            )
 
     # -- results ---------------------------------------------------------------------------------
 
@@ -266,7 +292,21 @@ class TorchShield:
         rows = self._observations.rows(observation)
         actions = self._action_rows(action, len(rows))
         limit = self._limits(threshold, len(rows))
-        states = self._states(rows, constraint)
+        executed, report = self._filter_rows(self._states(rows, constraint), actions, limit)
+        given = action.reshape(executed.shape)
+        executed = torch.where(report.intervened[:, None], executed.to(action.dtype), given)
+        return executed.reshape(action.shape), report
+
+    def _filter_rows(
+        self, states: _States, actions: Tensor, limit: Tensor
+    ) -> tuple[Tensor, TensorReport]:
+        """Return the actions (n, act) to execute in place of rejected ones, and the report.
+
+        Args:
+            states: Result of `_states` for the n observations.
+            actions: (n, act) the proposed actions, as rows.
+            limit: (n,) float64, the number that Q_h must not exceed.
+        """
         finite = torch.isfinite(actions).all(-1)
         inside = self._actions.range.entries(actions).all(-1)
         clipped = actions.clip(self._low, self._high)
@@ -277,24 +317,25 @@ class TorchShield:
         clipped = torch.where(usable[:, None], clipped, self._low)
         values = _where_known(usable, self._values(states, clipped))
         proposed_value = values.masked_fill(~inside, torch.inf)
-        accepted = proposed_value <= limit
-        proposals = _Proposals(clipped, values, usable, limit)
+        supported = self._supported(states, clipped)
+        accepted = (values <= limit) & inside & supported
+        proposals = _Proposals(clipped, values, usable, limit, supported)
         replaced = self._replace_all if self.budget is None else self._replace_most
         executed, executed_value, overflow = replaced(states, proposals)
-        executed_value = executed_value.masked_fill(~states.readable, torch.inf)
-        given = action.reshape(executed.shape)
-        executed = torch.where(accepted[:, None], given, executed.to(action.dtype))
-        report = TensorReport(
+        return executed, TensorReport(
             intervened=~accepted,
             value=executed_value,
             proposed_value=proposed_value,
             state_value=_where_known(states.readable, states.value),
             acceptable=executed_value <= limit,
             valid=states.readable & finite,
-            supported=torch.ones_like(accepted),
+            supported=supported,
             overflow=overflow,
         )
-        return executed.reshape(action.shape), report
+
+    def _supported(self, states: _States, actions: Tensor) -> Tensor:
+        """Return whether actions (n, act) pass the support test, (n,): there is none on tensors."""
+        return torch.ones_like(states.readable)
 
     # -- replacement -----------------------------------------------------------------------------
 
@@ -315,7 +356,7 @@ class TorchShield:
             part = self._with_fallback(some, _Proposals(*(each[index] for each in of)))
             found, value = self._search(some, *part)
             executed = executed.index_copy(0, index, found.to(executed.dtype))
-            values = values.index_copy(0, index, value)
+            values = values.index_copy(0, index, value.masked_fill(~some.readable, torch.inf))
         return executed, values, torch.zeros_like(missing)
 
     def _replace_most(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,6 +386,7 @@ class TorchShield:
             overflow = missing.index_fill(0, index, 0)
             self.overflowed.add_(overflow.sum())
         executed = torch.where(missing[:, None], found.to(of.actions.dtype), of.actions)
+        values = values.masked_fill(~states.readable, torch.inf)
         return executed, torch.where(missing, values, of.values), overflow
 
     def _with_fallback(self, states: _States, of: _Proposals) -> tuple[_Proposals, Tensor, Tensor]:
@@ -353,10 +395,11 @@ class TorchShield:
         The fallback's actions (n, act) for noise 0 and their Q_h (n,) are returned as well.
         """
         if self._discrete:
-            every = self._choices.expand(len(states.value), *self._choices.shape)
+            every = in_each(states.inputs, self._choices)
             choice_values = _number(self._values(states, every))
             lowest = choice_values.argmin(1)
-            own, values = self._choices[lowest], choice_values.gather(1, lowest[:, None])[:, 0]
+            own = self._choices.index_select(0, lowest)
+            values = choice_values.gather(1, lowest[:, None])[:, 0]
         else:
             own = self._acted(states, self._zero_noise)[:, 0].clip(self._low, self._high)
             values = _number(self._values(states, own))
@@ -390,30 +433,32 @@ class TorchShield:
 
     def _nearest(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor]:
         """Return what `NearestAcceptable` executes, (k, act), and its Q_h (k,)."""
+        found, values, distance = self._weighed(states, of)
+        good = values <= of.limit[:, None]
+        return picked(found, values, nearest_of(good, distance, values, values.argmin(1)))
+
+    def _weighed(self, states: _States, of: _Proposals) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the candidates (k, c, act), their Q_h (k, c) and squared distances (k, c).
+
+        The first candidate is the proposal, from which the distances are measured.
+        """
         wanted = of.actions.to(torch.float32)
         found = torch.cat([wanted[:, None], self._candidates(states, wanted)], 1)
         found = found.clip(self._low, self._high)
-        values = _number(self._values(states, found))
-        features = self._action_features(found)
+        features = self._units.action_features(found)
         distance = (features - features[:, :1]).square().sum(-1)
-        good = values <= of.limit[:, None]
-        distance = distance.masked_fill(~good, torch.inf)
-        near = distance <= distance.amin(1, keepdim=True)
-        nearest = values.masked_fill(~near, torch.inf).argmin(1)
-        best = torch.where(good.any(1), nearest, values.argmin(1))[:, None]
-        picked = found.gather(1, best[..., None].expand(-1, -1, found.shape[-1]))
-        return picked[:, 0], values.gather(1, best)[:, 0]
+        return found, _number(self._values(states, found)), distance
 
     def _candidates(self, states: _States, wanted: Tensor) -> Tensor:
         """Return the candidates (k, c, act) that `CandidateSet.actions` returns for arrays."""
         if self._discrete:
-            return self._choices.expand(len(wanted), *self._choices.shape)
-        near = self._unit(wanted)[:, None] + self._around
+            return in_each(states.inputs, self._choices)
+        near = self._units.unit(wanted)[:, None] + self._around
         return torch.cat(
             [
                 self._acted(states, self._noise),
-                self._to_box(near.clip(-1.0, 1.0)),
-                self._points.expand(len(wanted), *self._points.shape),
+                self._units.to_box(near.clip(-1.0, 1.0)),
+                in_each(states.inputs, self._points),
             ],
             1,
         )
@@ -427,7 +472,7 @@ class TorchShield:
         reach = torch.full_like(values, how.step_size)
         for _ in range(how.steps):
             going = (values > of.limit) & (reach >= SHORTEST)
-            scaled = self._unit(actions)
+            scaled = self._units.unit(actions)
             edge = 1.0 - 1e-6
             outward = (scaled <= -edge) & (slopes > 0) | (scaled >= edge) & (slopes < 0)
             slope = slopes.masked_fill(outward, 0.0)
@@ -437,7 +482,7 @@ class TorchShield:
             gap = ((values - of.limit) / steep).to(torch.float32)
             length = (BEYOND * gap).clamp(min=SHORTEST).minimum(reach)
             target = (scaled - (length / steep)[:, None] * slope).clip(-1.0, 1.0)
-            tried = self._to_box(target).clip(self._low, self._high)
+            tried = self._units.to_box(target).clip(self._low, self._high)
             tried_values, tried_slopes = self._slopes(states, tried)
             lower = moving & (tried_values < values)
             actions = torch.where(lower[:, None], tried, actions)
@@ -449,7 +494,7 @@ class TorchShield:
 
     def _slopes(self, states: _States, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return Q_h (k,) and its gradient (k, act), as `SafetyModel.action_gradients` does."""
-        features = self._action_features(actions)
+        features = self._units.action_features(actions)
         if isinstance(self._model.judge, BestPlan):
             worst, slope = self._model.judge.worst_and_gradient(
                 self._networks, states.inputs, features
@@ -466,10 +511,11 @@ class TorchShield:
         actor = self._model.fallback_actor
         if actor is None:
             raise TypeError("a shield for a Box of actions needs a fallback actor, got none")
-        count, each = len(states.inputs), len(noise)
+        each = len(noise)
         inputs = states.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
-        scaled = actor.act(self._networks, inputs, noise.repeat(count, 1))
-        return self._to_box(nan_to_zero(scaled)).reshape(count, each, scaled.shape[-1])
+        draws = in_each(states.inputs, noise).flatten(0, 1)
+        scaled = actor.act(self._networks, inputs, draws)
+        return self._units.to_box(nan_to_zero(scaled)).reshape(-1, each, scaled.shape[-1])
 
     # -- critics ---------------------------------------------------------------------------------
 
@@ -479,14 +525,13 @@ class TorchShield:
         The log's mean takes the place of entries that are not readable.
         """
         near = self._readable.entries(rows)
-        rows = torch.where(near, rows, self._mean)
+        rows = torch.where(near, rows, self._units.mean)
         readable = near.all(-1)
-        scaled = (rows - self._mean) / self._spread
-        inputs = self._observations.features(scaled, scaled)
-        excess = self._run(self._excess, inputs)[0, :, 0]
+        inputs = self._units.inputs(rows)
+        excess = self._worst(self._excess, inputs)
         h = self._h(rows, constraint)
         if h is None:
-            estimate = self._run(self._estimate, inputs)[0, :, 0]
+            estimate = self._worst(self._estimate, inputs)
             return _States(inputs, state_value(self._scale, estimate, excess), readable, excess)
         known = torch.isfinite(h)
         value = known_value(self._scale, h, excess).masked_fill(~known, torch.nan)
@@ -496,33 +541,36 @@ class TorchShield:
         """Return states with the network's estimate of V_h where the source does not tell h."""
         if self._model.constraint is None:
             return states
-        estimate = self._run(self._estimate, states.inputs)[0, :, 0]
+        estimate = self._worst(self._estimate, states.inputs)
         guess = state_value(self._scale, estimate, states.excess)
         return states._replace(value=torch.where(states.value.isnan(), guess, states.value))
 
     def _values(self, states: _States, actions: Tensor) -> Tensor:
         """Return Q_h of actions (n, act), or of candidates (n, c, act), in n states."""
-        shape = actions.shape[:-1]
-        features = self._action_features(actions)
+        features = self._units.action_features(actions)
         if features.dim() == 2:
-            features = features[:, None]
+            return self._judged(states, features[:, None])[:, 0]
+        return self._judged(states, features)
+
+    def _judged(self, states: _States, features: Tensor) -> Tensor:
+        """Return Q_h (n, c) of actions that are features (n, c, features) already."""
         judge = self._model.judge
         if isinstance(judge, BestPlan):
             worst = judge.worst(self._networks, states.inputs, features)
         else:
             seen = states.inputs[:, None].expand(-1, features.shape[1], -1)
             inputs = torch.cat([seen, features], -1)
-            out = self._run(self._advantage, inputs.flatten(0, 1))
-            worst = out[..., 0].amax(0).reshape(features.shape[:-1])
-        return action_value(self._scale, states.value[:, None], worst).reshape(shape)
+            worst = self._worst(self._advantage, inputs.flatten(0, 1))
+            worst = worst.reshape(features.shape[:-1])
+        return action_value(self._scale, states.value[:, None], worst)
 
-    def _run(self, members: _Members, x: Tensor) -> Tensor:
-        """Return the outputs (members, n, outputs) of an ensemble for inputs (n, inputs)."""
+    def _worst(self, members: _Members, x: Tensor) -> Tensor:
+        """Return the largest output (n,) of an ensemble of one output for inputs (n, inputs)."""
         size = _CPU_BLOCK if self.device.type == "cpu" else _BLOCK
         parts = [
             torch.cat([run(stack, part) for stack in members]) for part in torch.split(x, size)
         ]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1)[..., 0].amax(0)
 
     def _members(self, name: str) -> _Members:
         stack = layers(self._networks[name])
@@ -575,7 +623,7 @@ class TorchShield:
             self._unusable = " in this process"
             return None
         try:
-            h = function(self._observations.batch(self._mean.expand(2, -1)))
+            h = function(self._observations.batch(self._units.mean.expand(2, -1)))
         except Exception as error:  # the function was made for arrays
             self._unusable = f" (the function for arrays raises {type(error).__name__}: {error})"
             return None
@@ -588,20 +636,6 @@ class TorchShield:
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.tensor(np.asarray(array, np.float32), device=self.device)
-
-    def _to_box(self, scaled: Tensor) -> Tensor:
-        """Return actions in [-1, 1] as rows of the box, as `Scaling.to_box` does."""
-        raw = self._action_low + 0.5 * (scaled + 1.0) * self._action_width
-        return raw.clip(self._action_low, self._action_high)
-
-    def _unit(self, actions: Tensor) -> Tensor:
-        """Return actions in half widths of the box, from its centre."""
-        return 2.0 * ((actions - self._action_low) / self._action_width) - 1.0
-
-    def _action_features(self, actions: Tensor) -> Tensor:
-        """Return the inputs of the networks for actions, as `Scaling.actions` does."""
-        scaled = self._unit(actions)
-        return self._actions.features(scaled, actions - self._action_low)
 
     def _action_rows(self, action: Tensor, count: int) -> Tensor:
         rows = self._actions.rows(action)
@@ -629,31 +663,11 @@ class TorchShield:
         return threshold.to(torch.float64).expand(count)
 
 
-def _check(shield: Shield, constraint_fn: TensorConstraint | None, budget: int | None) -> None:
-    """Raise where the shield does not run on tensors or an argument has no meaning."""
-    if shield.support is not None:
-        raise TypeError(
-            "a shield with a support test does not run on tensors: filter arrays with it, or make "
-            "a shield without the test, dataclasses.replace(shield, support=None, record=None)"
-        )
-    strategy, judge = shield.replacement, shield.model.judge
-    if type(strategy) not in _STRATEGIES:
-        names = ", ".join(kind.__name__ for kind in _STRATEGIES)
-        raise TypeError(
-            f"replacement must be one of {names} on tensors, got {type(strategy).__name__}; use "
-            "with_replacement(...), which drops the record, and calibrate again"
-        )
-    if judge is not None and not isinstance(judge, BestPlan):
-        raise TypeError(
-            f"a shield whose critic of actions is {type(judge).__name__} does not run on tensors: "
-            "filter arrays with it"
-        )
-    source = shield.model.constraint
-    if source is not None and type(source) is not ConstraintSource:
-        raise TypeError(
-            f"a shield whose h comes from a {type(source).__name__} does not run on tensors: "
-            "filter arrays with it"
-        )
+def _check_arguments(
+    shield: Shield, constraint_fn: TensorConstraint | None, budget: int | None
+) -> None:
+    """Raise where an argument has no meaning for the shield."""
+    source, judge = shield.model.constraint, shield.model.judge
     if constraint_fn is not None and not callable(constraint_fn):
         raise TypeError(f"constraint_fn must be a function of tensors, got {constraint_fn!r:.60}")
     if constraint_fn is not None and source is None:
@@ -676,6 +690,28 @@ def _check(shield: Shield, constraint_fn: TensorConstraint | None, budget: int |
             "budget must be None for a shield that judges actions by plans (R2PAC): its critic "
             "copies numbers to the device in each call, which cannot be captured"
         )
+
+
+def nearest_of(good: Tensor, distance: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """Return the index (k,) of the nearest good candidate; of several, that of the lowest Q_h.
+
+    Args:
+        good: (k, c) which candidates may be chosen.
+        distance: (k, c) their distances from the proposal.
+        values: (k, c) their Q_h.
+        otherwise: (k,) the index where no candidate is good.
+    """
+    distance = distance.masked_fill(~good, torch.inf)
+    near = distance <= distance.amin(1, keepdim=True)
+    nearest = values.masked_fill(~(near & good), torch.inf).argmin(1)
+    return torch.where(good.any(1), nearest, otherwise)
+
+
+def picked(found: Tensor, values: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """Return candidate number `best` (k,) of each state, (k, act), and its Q_h (k,)."""
+    at = best[:, None]
+    picked = found.gather(1, at[..., None].expand(-1, -1, found.shape[-1]))
+    return picked[:, 0], values.gather(1, at)[:, 0]
 
 
 def _number(values: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ from safeshield.files.tensors import (
 )
 from safeshield.nn.arrays import Deployed, Float, deployed
 from safeshield.nn.device import device_of
+from safeshield.nn.graph import CannotExportError
 from safeshield.nn.mlp import EnsembleMLP, Networks
+from safeshield.shield.tensor_rows import TensorScaling
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
@@ -55,6 +57,7 @@ from safeshield.values.constraint import stored_source
 
 if TYPE_CHECKING:
     from safeshield.files.signing import PublicKey
+    from safeshield.shield.export_policy import GraphConstraint, GraphNoise
 
 _VERSION = 1
 _MARKS = {"updates": int, "chosen": str, "added": str}
@@ -422,6 +425,26 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """
         seen = model.scaling.observations(rows)
         return model.scaling.to_box(self._act(model, seen, deterministic))
+
+    def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
+        """Return the actions (n, act) of `predict` as values of an ONNX graph (`nn.graph`).
+
+        `rows` (n, obs), `h` and `noise` are those of `shield.export_policy.OnGraph`.
+
+        Raises:
+            CannotExportError: The algorithm has no graph.
+        """
+        model = self._fitted()
+        codecs = flat_observations(model.observation_space), flat_actions(model.action_space)
+        units = TensorScaling(model.scaling, *codecs, torch.device("cpu"))
+        return units.to_box(self._act_on_graph(model, units.inputs(rows), noise))
+
+    def _act_on_graph(self, model: ModelT, observations: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+        """Return what `_act` returns, as values of an ONNX graph."""
+        raise CannotExportError(
+            f"{type(self).__name__} cannot be written to an ONNX graph: export its shield alone, "
+            "without a policy, and compute the proposed action in Python"
+        )
 
     def _parts(self, scaling: Scaling) -> dict[str, EnsembleMLP]:
         """Return the algorithm's own networks by name, for the widths that a scaling gives."""

@@ -17,7 +17,7 @@ mean of the decoder. The module docstring of `algorithms.flrp.losses` has the lo
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -39,6 +39,9 @@ from safeshield.training.log import LogTensors
 from safeshield.training.registry import register
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.units import SAFETY_NETWORKS
+
+if TYPE_CHECKING:
+    from safeshield.shield.export_policy import GraphNoise
 
 _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
 
@@ -230,3 +233,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         """Return the actions for one sample of u (deterministic: u = 0), after refinement."""
         noise = self._one_noise(len(observations), model.policy.spec.latent, deterministic)
         return model.policy.act(self._arrays, observations, noise)
+
+    def _act_on_graph(self, model: LatentArchitecture, observations: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
+        drawn = noise.one(observations, model.policy.spec.latent)
+        return model.policy.act(self._networks, observations, drawn)

@@ -1,0 +1,506 @@
+"""A shield as an ONNX graph decides as in Python, case by case, and says what it promises."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from safeshield import Shield, load_agent
+from safeshield.nn.graph import BATCH, CannotExportError, Recorder, Traced
+from safeshield.shield import CandidateSet, CommittedFallback, OwnSamples, ProjectedGradient
+from safeshield.shield.backup import BackupController
+from safeshield.values.constraint import ConstraintSource
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import export as benchmark  # noqa: E402
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+GOLDEN = ROOT / "tests" / "golden"
+STORED = sorted(path.name for path in GOLDEN.glob("shield_*.safetensors"))
+REFUSED = {
+    "shield_latent_density.safetensors": "score of the support test must be one of",
+    "shield_plan_gradient.safetensors": "must not be ProjectedGradient",
+}
+"""Stored shields that no graph is written for, and why."""
+CASES, STORED_CASES = 2_000, 300
+TINY = {"hidden": (16, 16)}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def small() -> Shield:
+    return benchmark.random_shield(*benchmark.SPACES, **TINY, replacement=CommittedFallback())
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Shield:
+    shield = Shield.load(GOLDEN / "shield_calibrated.safetensors")
+    assert shield.record is not None
+    return shield
+
+
+class Still(gym.Env[Any, Any]):
+    """Spaces, for a model of Stable-Baselines3 that does not learn."""
+
+    def __init__(self, observations: gym.Space[Any], actions: gym.Space[Any]) -> None:
+        self.observation_space, self.action_space = observations, actions
+
+
+# -- the same decisions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", benchmark.KINDS)
+def test_a_graph_decides_as_python(kind: str) -> None:
+    """Random and adversarial cases; the verdicts that differ lie within 1e-5 of the threshold."""
+    found = benchmark.equal(CASES, [kind])[kind]
+    assert found["cases"] == CASES
+    assert 50 < found["accepted"] < CASES - 50
+    assert found["invalid"] > 20
+    # Only the actions that were put at the threshold, a fifth of the cases, may differ.
+    assert found["verdicts that differ"] < CASES / 40
+    assert found["replacements that differ"] < CASES / 100
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_shields_decide_as_python_or_are_refused(name: str, tmp_path: Path) -> None:
+    shield = Shield.load(GOLDEN / name)
+    if name in REFUSED:
+        with pytest.raises(CannotExportError, match=REFUSED[name]):
+            shield.export_onnx(tmp_path / "shield.onnx")
+        return
+    exported = benchmark.Exported(shield, tmp_path / "shield.onnx")
+    onnx.checker.check_model(onnx.load(str(tmp_path / "shield.onnx")), full_check=True)
+    given = benchmark.cases(shield, STORED_CASES, np.random.default_rng(len(name)))
+    found = benchmark.compare(shield, exported(given), given)
+    assert found["verdicts that differ"] <= STORED_CASES / 20
+
+
+def test_whole_episodes_decide_as_python() -> None:
+    for counts in benchmark.episodes(20).values():
+        assert counts["episodes"] >= 20
+        assert counts["cases"] > 2_000
+        assert counts["verdicts that differ"] <= 2
+
+
+def test_the_comparison_sees_another_shield(small: Shield, tmp_path: Path) -> None:
+    exported = benchmark.Exported(small.with_delta(small.delta + 0.02), tmp_path / "shield.onnx")
+    given = benchmark.cases(small, 500, np.random.default_rng(0))
+    with pytest.raises(AssertionError):
+        benchmark.compare(small, exported(given), given)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_batch_may_be_of_any_size(small: Shield, count: int, tmp_path: Path) -> None:
+    exported = benchmark.Exported(small, tmp_path / "shield.onnx")
+    given = benchmark.cases(small, count, np.random.default_rng(0))
+    told = exported(given)
+    assert {len(one) for one in told.values()} == {count}
+    if count:
+        assert benchmark.compare(small, told, given)["cases"] == count
+
+
+def test_delta_is_never_looser_than_the_shields(small: Shield, tmp_path: Path) -> None:
+    exported = benchmark.Exported(small, tmp_path / "shield.onnx")
+    given = benchmark.cases(small, 400, np.random.default_rng(0))
+    usual = exported(given)
+    for loose in (0.0, -1.0, small.delta, np.nan, -np.inf):
+        again = exported(given, delta=np.array([loose]))
+        for name, values in usual.items():
+            np.testing.assert_array_equal(again[name], values, err_msg=name)
+    stricter = small.with_delta(small.delta + 0.3)
+    told = exported(given, delta=np.array([stricter.delta]))
+    benchmark.compare(stricter, told, given)
+    assert told["accepted"].sum() < usual["accepted"].sum()
+    each = exported(given, delta=np.where(np.arange(400) % 2, 0.0, stricter.delta))
+    np.testing.assert_array_equal(each["accepted"][1::2], usual["accepted"][1::2])
+    np.testing.assert_array_equal(each["accepted"][::2], told["accepted"][::2])
+
+
+def test_broken_numbers_are_never_accepted(small: Shield, tmp_path: Path) -> None:
+    exported = benchmark.Exported(small, tmp_path / "shield.onnx")
+    broken = np.array([np.nan, np.inf, -np.inf, 3e38], np.float32)
+    rows = np.zeros((4, 2), np.float32)
+    for states, actions in ((rows + broken[:, None], rows), (rows, rows + broken[:, None])):
+        told = exported(benchmark.Cases(states, actions, None))
+        assert not told["accepted"].any()
+        assert np.isfinite(told["action_executed"]).all()
+        assert small.action_space.contains(told["action_executed"][0])
+
+
+# -- metadata --------------------------------------------------------------------------------------
+
+
+def test_the_candidates_are_those_of_python(tmp_path: Path) -> None:
+    shield = benchmark.random_shield(*benchmark.SPACES, **TINY)
+    found = shield.export_onnx(tmp_path / "shield.onnx").header["candidates"]
+    tables = CandidateSet().tables(shield.model)
+    np.testing.assert_array_equal(np.array(found["noise"], np.float32), tables.noise)
+    np.testing.assert_array_equal(np.array(found["around"], np.float32), tables.around)
+    np.testing.assert_allclose(found["points"], shield.model.scaling.to_box(tables.box), atol=1e-6)
+
+
+def test_the_record_is_embedded(calibrated: Shield, tmp_path: Path) -> None:
+    from safeshield.shield.export import read_onnx
+
+    path = tmp_path / "shield.onnx"
+    exported = benchmark.Exported(calibrated, path)
+    contents = read_onnx(path)
+    assert calibrated.record is not None
+    assert contents.promise == calibrated.record.promise
+    assert contents.header["record"] == json.loads(json.dumps(calibrated.record.to_json()))
+    assert contents.header["shield"] == calibrated.digest
+    assert contents.header["delta"] == calibrated.delta
+    rng = np.random.default_rng(0)
+    states = benchmark.points(calibrated.observation_space, 500, rng)
+    actions = benchmark.points(calibrated.action_space, 500, rng)
+    told = exported(benchmark.Cases(states, actions, None))["certified"]
+    assert (told != calibrated.certified(states)).sum() <= 1
+    uncalibrated = benchmark.Exported(replace(calibrated, record=None), path)
+    assert not uncalibrated(benchmark.Cases(states, actions, None))["certified"].any()
+
+
+def test_a_policy_that_was_not_calibrated_has_no_promise(
+    calibrated: Shield, tmp_path: Path
+) -> None:
+    path = tmp_path / "shield.onnx"
+    widths = calibrated.model.observation_codec.width, calibrated.model.action_codec.width
+    module = torch.nn.Linear(*widths)
+    other = calibrated.export_onnx(path, module)
+    assert "the graph acts by 'Linear'" in other.promise
+    assert other.header["record"] is None
+    record = calibrated.record
+    assert record is not None
+    (name, *_) = [one.policy for one in record.policies]
+    mode = record.deterministic is not False
+    assert calibrated.export_onnx(
+        path, module, policy_name=name, deterministic=mode
+    ).promise == record.promise  # fmt: skip
+    tested = replace(record, deterministic=True)
+    sampled = replace(calibrated, record=tested).export_onnx(
+        path, module, policy_name=name, deterministic=False
+    )
+    assert "deterministic=False" in sampled.promise
+
+
+def test_a_file_that_was_edited_is_refused(small: Shield, tmp_path: Path) -> None:
+    from safeshield.shield.export import read_onnx
+
+    path = tmp_path / "shield.onnx"
+    written = small.export_onnx(path)
+    assert read_onnx(path) == written
+    model = onnx.load(str(path))
+    text = json.loads(model.metadata_props[0].value)
+    model.metadata_props[0].value = json.dumps({**text, "promise": "everything"})
+    onnx.save(model, str(path))
+    with pytest.raises(ValueError, match="damaged or was edited"):
+        read_onnx(path)
+    path.write_bytes(b"not a graph")
+    with pytest.raises(ValueError, match="no ONNX graph of a shield"):
+        read_onnx(path)
+    small.export_onnx(path)
+    model = onnx.load(str(path))
+    model.graph.initializer[-1].raw_data = bytes(len(model.graph.initializer[-1].raw_data))
+    onnx.save(model, str(path))
+    with pytest.raises(ValueError, match="damaged or was edited"):
+        read_onnx(path)
+
+
+# -- policies --------------------------------------------------------------------------------------
+
+
+def proposed(shield: Shield, policy: object, folder: Path, **more: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    """Return observations, and the outputs of a graph with the policy inside."""
+    exported = benchmark.Exported(shield, folder / "shield.onnx", policy=policy)
+    states = benchmark.points(shield.observation_space, 200, np.random.default_rng(0))
+    told = exported(benchmark.Cases(states, None, None), **more)
+    given = benchmark.Cases(states, told["action_proposed"], None)
+    benchmark.compare(shield, told, given)
+    return states, told["action_proposed"]
+
+
+@pytest.mark.parametrize("name", ["PPO", "SAC", "TD3", "DQN", "A2C"])
+def test_policies_of_sb3(name: str, tmp_path: Path) -> None:
+    import stable_baselines3
+
+    discrete = name in ("DQN", "A2C")
+    actions = gym.spaces.Discrete(4) if discrete else benchmark.SPACES[1]
+    shield = benchmark.random_shield(benchmark.SPACES[0], actions, **TINY)
+    options = {"n_steps": 8} if name in ("PPO", "A2C") else {"buffer_size": 10}
+    env = Still(benchmark.SPACES[0], actions)
+    model = getattr(stable_baselines3, name)("MlpPolicy", env, device="cpu", **options)
+    states, actions_of_graph = proposed(shield, model, tmp_path)
+    told, _ = model.predict(states, deterministic=True)
+    np.testing.assert_allclose(actions_of_graph, told, atol=1e-5)
+    assert len(np.unique(actions_of_graph.round(3))) > 1
+
+
+def test_the_noise_of_a_gaussian_policy_is_an_input(small: Shield, tmp_path: Path) -> None:
+    from stable_baselines3 import PPO
+
+    model = PPO("MlpPolicy", Still(*benchmark.SPACES), n_steps=8, device="cpu")
+    exported = benchmark.Exported(
+        small, tmp_path / "shield.onnx", policy=model, deterministic=False
+    )
+    states = benchmark.points(small.observation_space, 5, np.random.default_rng(0))
+    given, still = benchmark.Cases(states, None, None), np.zeros((5, 2), np.float32)
+    mean = exported(given, noise=still)["action_proposed"]
+    moved = exported(given, noise=still + 0.25)["action_proposed"]
+    np.testing.assert_allclose(moved - mean, 0.25, atol=1e-5)  # the standard deviation is 1
+
+
+@pytest.mark.parametrize("name", ["bc", "fisor", "flrp", "safefql", "safefql_joint"])
+def test_agents_of_the_package(name: str, tmp_path: Path) -> None:
+    agent: Any = load_agent(GOLDEN / f"agent_{name}.safetensors")
+    box = agent.observation_space, agent.action_space
+    shield = benchmark.random_shield(*box, **TINY)
+    states, actions = proposed(shield, agent, tmp_path)
+    told, _ = agent.predict(states, deterministic=True)
+    apart = np.abs(actions - told).max(axis=1) > 1e-5
+    assert apart.sum() <= 2  # its own gate decides by rounding, too
+    assert np.ptp(actions) > 0.01
+
+
+def test_modules_and_files_of_onnx(small: Shield, tmp_path: Path) -> None:
+    from torch import nn
+
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(2, 8), nn.GELU(), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 2), nn.Tanh()
+    )
+    states, actions = proposed(small, module, tmp_path)
+    with torch.no_grad():
+        told = module(torch.tensor(states)).numpy()
+    np.testing.assert_allclose(actions, told, atol=1e-5)
+    recorder = Recorder()
+    x = recorder.input("x", torch.float32, (BATCH, 2))
+    recorder.output("y", module(x))
+    graph = onnx.helper.make_model(
+        recorder.graph("policy"), opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
+    )
+    onnx.save(graph, str(tmp_path / "policy.onnx"))
+    _, again = proposed(small, tmp_path / "policy.onnx", tmp_path)
+    np.testing.assert_array_equal(again, actions)
+
+
+def test_what_cannot_be_exported_is_named(small: Shield, tmp_path: Path) -> None:
+    path = tmp_path / "shield.onnx"
+    nearest = benchmark.random_shield(*benchmark.SPACES, **TINY)
+    brake = BackupController("test-brake@1", lambda seen: np.zeros((len(seen), 2)))
+    for shield, words in (
+        (nearest.with_replacement(OwnSamples("random")), "got OwnSamples, which calls a function"),
+        (nearest.with_replacement(brake), "got BackupController"),
+    ):
+        with pytest.raises(CannotExportError, match=words):
+            shield.export_onnx(path)
+    r2pac = load_agent(GOLDEN / "agent_r2pac.safetensors")
+    box = benchmark.random_shield(r2pac.observation_space, r2pac.action_space, **TINY)
+    with pytest.raises(CannotExportError, match="R2PAC cannot be written to an ONNX graph"):
+        box.export_onnx(path, r2pac)
+    safefql: Any = load_agent(GOLDEN / "agent_safefql.safetensors")
+    model = replace(safefql._fitted(), constraint=ConstraintSource("test-other@1"))
+    safefql._model, safefql._safety_model = model, None
+    shield = benchmark.random_shield(model.observation_space, model.action_space, **TINY)
+    with pytest.raises(CannotExportError, match=r"takes h from 'test-other@1', but the shield"):
+        shield.export_onnx(path, safefql)
+    with pytest.raises(CannotExportError, match="a function of Python has no graph"):
+        small.export_onnx(path, lambda seen: seen)
+    with pytest.raises(CannotExportError, match=r"must be an \.onnx file"):
+        small.export_onnx(path, "agent.zip")
+    with pytest.raises(ValueError, match="must return actions of shape"):
+        small.export_onnx(path, torch.nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="policy_name must be left out"):
+        small.export_onnx(path, policy_name="agent")
+    with pytest.raises(ValueError, match="observation_space"):
+        small.export_onnx(path, load_agent(GOLDEN / "agent_bc.safetensors"))
+    assert not path.exists()
+
+
+def test_an_operation_without_a_node_is_named() -> None:
+    x = Recorder().input("x", torch.float32, (BATCH, 3))
+    with pytest.raises(CannotExportError, match=r"torch\.cumsum cannot be written"):
+        torch.cumsum(x, -1)  # type: ignore[call-overload]
+    with pytest.raises(CannotExportError, match="`if` needs it now"):
+        bool(x > 0)
+    with pytest.raises(CannotExportError, match=r"len\(\) needs it now"):
+        len(x)
+
+
+def test_a_missing_package_is_named(small: Shield, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r'pip install "safeshield\[onnx\]"'):
+        small.export_onnx("shield.onnx")
+
+
+def test_a_shield_in_python_loads_nothing_of_it() -> None:
+    code = (
+        "import sys; from safeshield import Shield, SafetyShield; "
+        f"Shield.load({str(GOLDEN / 'shield_nearest.safetensors')!r}); "
+        "assert not {'onnx', 'onnxruntime', 'torch', 'safeshield.shield.export'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_values_of_a_graph_are_those_of_tensors(tmp_path: Path) -> None:
+    """Operations whose axes and dtypes are easy to get wrong."""
+    table = torch.arange(6.0).reshape(2, 3) - 2.0
+
+    def some(x: Any) -> list[Any]:  # noqa: ANN401 - a tensor or a value of a graph
+        return [
+            1.0 - x, 2.0 / (x + 9.0), x[:, 1], x[..., None, 0], x[:, ::2], (x > 0) & (x < 3),
+            torch.where(x > 0, x, 0.0), torch.cat([x, x * 2], -1), x.argmin(1), x.amax(0),
+            x.sum(-1, keepdim=True), x.to(torch.float64) / 3, x.clip(-1.0, 1.0), table @ x.mT,
+            x.nan_to_num(), x.lerp(x * 2, 0.5), x.log_softmax(-1), torch.isfinite(x),
+            x.reshape(-1), x[:, None].expand(-1, 4, -1).flatten(0, 1), (x > 0).any(1),
+        ]  # fmt: skip
+
+    recorder = Recorder()
+    made = some(recorder.input("x", torch.float32, (BATCH, 3)))
+    for i, one in enumerate(made):
+        assert isinstance(one, Traced)
+        recorder.output(f"y{i}", one)
+    model = onnx.helper.make_model(
+        recorder.graph("some"), opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
+    )
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(tmp_path / "some.onnx"))
+    session = benchmark.session(tmp_path / "some.onnx")
+    x = torch.tensor([[-1.0, 0.5, 4.0], [2.0, -3.0, 1.0]])
+    for told, want in zip(session.run(None, {"x": x.numpy()}), some(x), strict=True):
+        assert told.dtype == want.numpy().dtype
+        np.testing.assert_allclose(told, want.numpy(), rtol=1e-6)
+
+
+# -- the command and the programs ------------------------------------------------------------------
+
+
+def test_the_command_line(small: Shield, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from safeshield.cli.main import app
+
+    small.save(tmp_path / "shield.safetensors")
+    run = CliRunner().invoke
+    source, out = str(tmp_path / "shield.safetensors"), str(tmp_path / "shield.onnx")
+    done = run(app, ["export", source, "-o", out])
+    assert done.exit_code == 0, done.output
+    assert "inputs observation, action, delta" in done.output
+    assert "promise: none: the shield is not calibrated" in done.output
+    assert run(app, ["export", source, "-o", "shield.pt"]).exit_code == 2
+    assert run(app, ["export", source, "-o", out, "--stochastic"]).exit_code == 2
+    assert run(app, ["export", source, "-o", out, "--policy", "agent.pt"]).exit_code == 2
+
+
+def test_the_program_for_onnx_runtime(small: Shield, tmp_path: Path) -> None:
+    small.export_onnx(tmp_path / "shield.onnx")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/deploy/onnx_runtime.py"), "shield.onnx",
+         "--seconds", "0.3", "--rate", "200"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "60 decisions" in done.stdout
+    assert "promise: none" in done.stdout
+
+
+def test_the_node_for_ros_2_is_a_program_of_python() -> None:
+    """It is parsed only: ROS is not on PyPI."""
+    tree = ast.parse((ROOT / "examples/deploy/ros2_node.py").read_text())
+    names = {one.name for one in tree.body if isinstance(one, ast.ClassDef | ast.FunctionDef)}
+    assert {"ShieldNode", "main"} <= names
+
+
+@pytest.mark.skipif(
+    "ONNXRUNTIME_HOME" not in os.environ or shutil.which("g++") is None,
+    reason="needs g++ and a release of ONNX Runtime for C++ in ONNXRUNTIME_HOME",
+)
+def test_the_program_in_cpp_runs(small: Shield, tmp_path: Path) -> None:
+    small.export_onnx(tmp_path / "shield.onnx")
+    home = Path(os.environ["ONNXRUNTIME_HOME"])
+    program, lib = ROOT / "examples/deploy/shield.cpp", home / "lib"
+    subprocess.run(
+        ["g++", "-O2", "-std=c++17", str(program), f"-I{home / 'include'}", f"-L{lib}",
+         "-lonnxruntime", f"-Wl,-rpath,{lib}", "-o", "shield"],
+        cwd=tmp_path, check=True,
+    )  # fmt: skip
+    done = subprocess.run(
+        ["./shield", "shield.onnx", "50"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "50 decisions" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_program_in_cpp_is_well_formed(tmp_path: Path) -> None:
+    """Against declarations of the functions that it calls, where the real headers are missing."""
+    (tmp_path / "onnxruntime_cxx_api.h").write_text(
+        """#pragma once
+        #include <cstddef>
+        #include <cstdint>
+        #include <memory>
+        #include <vector>
+        enum OrtLoggingLevel { ORT_LOGGING_LEVEL_ERROR };
+        enum OrtAllocatorType { OrtArenaAllocator };
+        enum OrtMemType { OrtMemTypeDefault };
+        namespace Ort {
+        struct Env { Env(OrtLoggingLevel, const char*); };
+        struct SessionOptions { void SetIntraOpNumThreads(int); void SetInterOpNumThreads(int); };
+        struct AllocatorWithDefaultOptions {};
+        struct ModelMetadata {
+          std::unique_ptr<char[]> LookupCustomMetadataMapAllocated(
+              const char*, AllocatorWithDefaultOptions&);
+        };
+        struct MemoryInfo { static MemoryInfo CreateCpu(OrtAllocatorType, OrtMemType); };
+        struct Value {
+          template <class T> static Value CreateTensor(
+              MemoryInfo&, T*, std::size_t, const std::int64_t*, std::size_t);
+          template <class T> const T* GetTensorData() const;
+        };
+        struct Shape { std::vector<std::int64_t> GetShape(); };
+        struct TypeInfo { Shape GetTensorTypeAndShapeInfo(); };
+        struct RunOptions { RunOptions(std::nullptr_t); };
+        struct Session {
+          Session(std::nullptr_t); Session(Env&, const char*, const SessionOptions&);
+          ModelMetadata GetModelMetadata(); TypeInfo GetInputTypeInfo(std::size_t);
+          std::vector<Value> Run(const RunOptions&, const char* const*, const Value*, std::size_t,
+                                 const char* const*, std::size_t);
+        };
+        }  // namespace Ort
+        """
+    )
+    program = ROOT / "examples/deploy/shield.cpp"
+    subprocess.run(
+        ["g++", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", f"-I{tmp_path}", str(program)],
+        check=True,
+    )
+
+
+def test_a_gradient_needs_no_branch_of_its_own(tmp_path: Path) -> None:
+    shield = benchmark.random_shield(
+        *benchmark.SPACES, **TINY, replacement=ProjectedGradient(steps=2),
+        source=ConstraintSource("test-caller@1"),
+    )  # fmt: skip
+    exported = benchmark.Exported(shield, tmp_path / "shield.onnx")
+    given = benchmark.cases(shield, 300, np.random.default_rng(0))
+    assert benchmark.compare(shield, exported(given), given)["cases"] == 300
