@@ -1,6 +1,7 @@
 """Test whether statements from a log alone hold, by 300 calibrations of each method and the truth.
 
     python benchmarks/from_log.py              # about 20 minutes; resumes; prints the table
+    python benchmarks/from_log.py --spliced    # the spliced episodes alone; about 10 minutes
     python benchmarks/from_log.py field --data FOLDER      # other tasks; see from_log_field.py
 
 A shield for the boat and one for the double integrator are trained briefly. 100,000 fresh episodes
@@ -10,6 +11,9 @@ violates with the shield on, and the share with a larger residual. Then `calibra
 called 300 times for each method, each time on other episodes, at confidence 0.9. It may break its
 level at most 47 times (the 99.9% quantile of the binomial distribution). Incorrect calibrators
 judge the same episodes, and must break it more often.
+
+Spliced episodes have agents of their own, because an agent that is continued in the middle of an
+episode may have no memory of it.
 """
 
 from __future__ import annotations
@@ -34,11 +38,13 @@ from safeshield import CalibrationError, OfflineDataset, Shield, ShieldConfig, S
 from safeshield.calibration import upper_bound
 from safeshield.calibration.from_log import lowest_allowed, rank_of
 from safeshield.calibration.proposers import ShieldedProposals
+from safeshield.calibration.splicing import Splicer
 from safeshield.calibration.support import conformal_level
 from safeshield.data.collect import log_of
 from safeshield.demo.helmsmen import Helmsmen
+from safeshield.envs.boat import GOAL
 from safeshield.rollouts.episodes import run_episodes
-from safeshield.rollouts.policies import as_batch_policy
+from safeshield.rollouts.policies import as_batch_policy, batch_policy
 from safeshield.shield.log_record import Ledger, LogRecord
 
 Array = npt.NDArray[Any]
@@ -51,6 +57,22 @@ MANY, WIDE = 63, 0.2
 """Episodes and share with which entries before the lead may be forgiven."""
 
 
+@batch_policy
+def unsteady(observations: Array, rng: np.random.Generator) -> Array:
+    """Steer for the goal, with a new error at every step."""
+    ahead = GOAL - observations
+    angle = np.arctan2(ahead[:, 1], ahead[:, 0]) + rng.normal(0.0, 1.0, len(ahead))
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+
+
+@batch_policy
+def hasty(observations: Array, rng: np.random.Generator) -> Array:
+    """Accelerate in the direction of travel, with noise."""
+    return np.clip(
+        np.sign(observations[:, 1:]) + rng.normal(0.0, 1.0, (len(observations), 1)), -1, 1
+    )
+
+
 class Task(NamedTuple):
     """One environment, the agent that makes its logs, and the shield's delta."""
 
@@ -61,6 +83,8 @@ class Task(NamedTuple):
     """A lead that some entries come before."""
     counted: int
     """Episodes of a shadow and of a trial, so many that one violation less changes the verdict."""
+    memoryless: Any
+    """The agent of the spliced episodes."""
     updates: int
     """Few updates for the double integrator, so that it violates behind its shield now and then."""
 
@@ -72,6 +96,7 @@ TASKS = {
         0.05,
         5,
         100,
+        unsteady,
         6000,
     ),
     "double integrator": Task(
@@ -80,6 +105,7 @@ TASKS = {
         0.0,
         2,
         60,
+        hasty,
         1300,
     ),
 }
@@ -137,11 +163,11 @@ def make_shield(name: str) -> Shield:
     return Shield.load(path).with_delta(TASKS[name].delta)
 
 
-def episodes(name: str, shield: Shield | None, seed: int) -> OfflineDataset:
+def episodes(name: str, shield: Shield | None, seed: int, policy: object = None) -> OfflineDataset:
     """Return CHUNK fresh episodes of the agent, with the shield on where one is given."""
     task = TASKS[name]
     env = task.make()
-    acting = as_batch_policy(task.policy(), env.action_space)
+    acting = as_batch_policy(policy or task.policy(), env.action_space)
     if shield is not None:
         acting = ShieldedProposals(shield, acting)
     runs = run_episodes(env, acting, CHUNK, seed, num_envs=CHUNK)
@@ -252,6 +278,80 @@ def repeats(name: str, shield: Shield) -> dict[str, int]:
     return tally.broken
 
 
+def spliced_truth(name: str, shield: Shield, chunk: int) -> dict[str, Any]:
+    """Return the violating and the certified of one chunk, without the shield and with it."""
+    policy, found = TASKS[name].memoryless, {}
+    for what, behind, seed in (("agent", None, 50_000), ("violating", shield, 60_000)):
+        scores = Scores.of(shield, episodes(name, behind, seed + chunk, policy), ())
+        kept = scores.certified
+        found[what] = [int(scores.violating[kept].sum()), int(kept.sum())]
+    return found
+
+
+def spliced_repeats(name: str, shield: Shield, truth: float) -> dict[str, int]:
+    """Splice 300 logs, and count the bounds below the truth."""
+    task, tally, seed = TASKS[name], Tally(), 0
+    left: list[int] = []
+    continued = 0
+    for number in range(REPEATS):
+        if len(left) < task.counted:
+            seed += 1
+            free = episodes(name, None, 70_000 + seed, task.memoryless)
+            left = np.flatnonzero(Scores.of(shield, free, ()).certified).tolist()
+        log = free.select([left.pop() for _ in range(task.counted)])
+        simulator = task.make()
+        options = {"policy": task.memoryless, "simulator": simulator, "seed": number}
+        record = ask(shield, log, "spliced", **options)
+        continued += record.continued
+        tally.count("spliced", record.bound < truth)
+        short = upper_bound(task.counted, max(record.events - 1, 0), CONFIDENCE)
+        tally.count("- spliced, tail to k - 1", short < truth)
+        # What both continuations of an episode do, and what happens before them.
+        rejected = ~(shield.row_values(log.observations, log.actions) <= shield.threshold)
+        both = before = 0
+        again = Splicer(shield, log, task.make(), None, task.memoryless, None, 10**6 + number)
+        first_one = Splicer(shield, log, simulator, None, task.memoryless, None, number)
+        for episode, (at, length) in enumerate(
+            zip(log.episode_starts, log.episode_lengths, strict=True)
+        ):
+            part = slice(at, at + length)
+            bad = log.next_constraints[part] > 0
+            step = int(rejected[part].argmax()) if rejected[part].any() else int(length)
+            if bad[:step].any():
+                before, both = before + 1, both + 1
+            elif step < length and first_one.play(episode, step, int(length) - step).violated:
+                both += again.play(episode, step, int(length) - step).violated
+        tally.count(
+            "- spliced, the better of two", upper_bound(task.counted, both, CONFIDENCE) < truth
+        )
+        tally.count(
+            "- spliced, without the continuations",
+            upper_bound(task.counted, before, CONFIDENCE) < truth,
+        )
+    return {**tally.broken, "(episodes continued)": continued}
+
+
+def spliced(name: str, shield: Shield) -> dict[str, int]:
+    """Return the broken levels of spliced episodes, and print the truth."""
+    tag = name.replace(" ", "_")
+    parts = [
+        once(f"from_log_spliced_{tag}_{i}", lambda i=i: spliced_truth(name, shield, i))
+        for i in range(TRUTH_CHUNKS)
+    ]
+    rates = {
+        key: sum(part[key][0] for part in parts) / sum(part[key][1] for part in parts)
+        for key in ("agent", "violating")
+    }
+    print(
+        f"the memoryless agent violates in {rates['agent']:.2%} without the shield, in "
+        f"{rates['violating']:.2%} with it"
+    )
+    return once(
+        f"from_log_spliced_repeats_{tag}",
+        lambda: spliced_repeats(name, shield, rates["violating"]),
+    )
+
+
 def ask(shield: Shield, log: OfflineDataset, method: str, **arguments: Any) -> LogRecord:  # noqa: ANN401
     """Return the record of a shield that remembers nothing."""
     fresh = replace(shield, ledger=Ledger())
@@ -295,6 +395,7 @@ def main() -> None:
         return field(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=list(TASKS))
+    parser.add_argument("--spliced", action="store_true", help="the spliced episodes alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -302,14 +403,18 @@ def main() -> None:
     limit = int(binom.ppf(0.999, REPEATS, 1 - CONFIDENCE))
     for name in [arguments.task] if arguments.task else TASKS:
         shield = make_shield(name)
-        known = pooled(name, shield)
-        print(
-            f"\n{name}, delta {shield.delta}: of certified starts the agent violates in "
-            f"{known['agent']:.2%}, it violates or the shield would step in in "
-            f"{known['event']:.2%}, it violates behind the shield in {known['violating']:.2%}"
-        )
-        tag = name.replace(" ", "_")
-        broken = once(f"from_log_repeats_{tag}", lambda n=name, s=shield: repeats(n, s))
+        print(f"\n{name}, delta {shield.delta}")
+        broken: dict[str, Any] = {}
+        if not arguments.spliced:
+            known = pooled(name, shield)
+            print(
+                f"of certified starts the agent violates in {known['agent']:.2%}, it violates or "
+                f"the shield would step in in {known['event']:.2%}, it violates behind the shield "
+                f"in {known['violating']:.2%}"
+            )
+            tag = name.replace(" ", "_")
+            broken = once(f"from_log_repeats_{tag}", lambda n=name, s=shield: repeats(n, s))
+        broken = {**broken, **spliced(name, shield)}
         print(f"broken in {REPEATS} (at most {limit} for a correct calibrator):")
         for what, times in sorted(broken.items()):
             if isinstance(times, int) and what not in ("cores",):

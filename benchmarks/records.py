@@ -1,16 +1,18 @@
 """Edit the records of files in many ways, and count which files load.
 
-    python benchmarks/records.py    # a minute
+    python benchmarks/records.py            # two minutes on an idle machine
+    python benchmarks/records.py --every 4  # a quarter of the edits of single entries
 
 Six files are made by real calibrations on the double integrator and the boat, with the networks of
-`tests/golden`: a shield with two attempts and with what logs show of it (residuals, shadow, trial),
-one with a single attempt, one with a detection, one with a promise about the mean cost, one with a
-promise about costs above a limit, and an agent with the record of its actor alone. All are signed.
-Then
+`tests/golden`: a shield with two attempts and with what logs show of it (residuals, shadow, trial,
+spliced), one with a single attempt, one with a detection, one with a promise about the mean cost,
+one with a promise about costs above a limit, and an agent with the record of its actor alone. All
+are signed. Then
 
 - every entry of their records is edited in several ways, and the digest stays as it was;
 - records are made impossible: one statement does not follow from the others, the digest is new;
-- records are forged consistently: the counts are possible and the bounds follow, the digest is new.
+- records are forged consistently: the counts are possible and the bounds follow, the digest is new;
+- metadata are added that the digest does not cover.
 
 A file that loads is counted as shown rightly where it is called unsigned.
 """
@@ -36,6 +38,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safeshield import SafeFQL, SafetyShield, Shield, collect
 from safeshield.calibration import CostAbove, MeanCost, upper_bound
 from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.rollouts.policies import batch_policy
 
 Header = dict[str, Any]
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -53,6 +56,12 @@ class Genuine(NamedTuple):
     signature: str
 
 
+@batch_policy
+def uniform(observations: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Return uniform accelerations, for the spliced episodes."""
+    return rng.uniform(-1.0, 1.0, (len(observations), 1))
+
+
 def genuine(folder: Path, key: Ed25519PrivateKey) -> dict[str, Genuine]:
     """Return the contents of the six files, by name. They are written to `folder`, and signed."""
     env = gym.make("safeshield/DoubleIntegrator-v0", max_episode_steps=40)
@@ -67,6 +76,10 @@ def genuine(folder: Path, key: Ed25519PrivateKey) -> dict[str, Genuine]:
     second = second.calibrate_from_log(alone, "shadow", confidence=0.8, policy="random")
     behind = collect(SafetyShield(env, second), "random", episodes=30, seed=2)
     second = second.calibrate_from_log(behind, "trial", confidence=0.8, policy="random")
+    other = collect(env, uniform, episodes=30, seed=3)
+    second = second.calibrate_from_log(
+        other, "spliced", confidence=0.8, policy=uniform, simulator=env
+    )
     agent = SafeFQL.load(GOLDEN / "agent_safefql.safetensors", device="cpu")
     boat = gym.make("safeshield/Boat-v0", max_episode_steps=40)
     mean = MeanCost(30.0, bound=41.0)
@@ -165,10 +178,29 @@ def write_undigested(path: Path, original: bytes, header: Header) -> None:
 
 def write_with(path: Path, original: bytes, **entries: object) -> None:
     """Write a file like the original one, with other entries beside the digest, which stays."""
-    length = struct.unpack("<Q", original[:8])[0]
-    outer = json.loads(original[8 : 8 + length])
+    outer = outer_header(original)
     contents = json.loads(outer["__metadata__"]["safeshield"]) | entries
     outer["__metadata__"]["safeshield"] = json.dumps(contents, sort_keys=True)
+    write_outer(path, original, outer)
+
+
+def write_metadata(path: Path, original: bytes, name: str, value: str) -> None:
+    """Write a file like the original one, with one more entry of the metadata."""
+    outer = outer_header(original)
+    outer["__metadata__"][name] = value
+    write_outer(path, original, outer)
+
+
+def outer_header(original: bytes) -> Header:
+    """Return the header of safetensors of a file."""
+    length = struct.unpack("<Q", original[:8])[0]
+    found: Header = json.loads(original[8 : 8 + length])
+    return found
+
+
+def write_outer(path: Path, original: bytes, outer: Header) -> None:
+    """Write a file like the original one, with another header of safetensors."""
+    length = struct.unpack("<Q", original[:8])[0]
     text = json.dumps(outer).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + original[8 + length :])
@@ -370,7 +402,7 @@ def impossible() -> list[Edit]:
             for count in (500, 2)
         ),
     )
-    for number, method in enumerate(("residuals", "shadow", "trial")):
+    for number, method in enumerate(("residuals", "shadow", "trial", "spliced")):
 
         def log(entry: str, *values: Any, at: int = number) -> list[dict[str, Any]]:  # noqa: ANN401
             return [{f"log_records.{at}.{entry}": one} for one in values]
@@ -411,7 +443,8 @@ def impossible() -> list[Edit]:
             *log("lead", 3),
             *log("curve", [{"threshold": 0.0, "missed": 0, "false_alarms": 0}]),
         )
-        add(f"{method}: another method", "rate", *log("method", "detection", "spliced"))
+        another = "trial" if method == "spliced" else "spliced"
+        add(f"{method}: another method", "rate", *log("method", "detection", another))
         add(
             f"{method}: an assumption that nobody can check",
             "rate",
@@ -419,11 +452,31 @@ def impossible() -> list[Edit]:
         )
         add(f"{method}: attempts forgotten", "rate", {"log_attempts": []})
         add(f"{method}: a horizon of no steps", "rate", *log("horizon", 0))
-    for number in (1, 2):
+    for number in (1, 2, 3):
         add("a rate that was not shown", "rate", {f"log_records.{number}.epsilon": 0.001})
         add("a statement about another delta", "rate", {f"log_records.{number}.delta": 0.7})
         add("a statement about another agent", "rate", {f"log_records.{number}.agent": "x"})
-    for number in range(3):
+    add(
+        "spliced: no simulator, or another one",
+        "rate",
+        {"log_records.3.simulator": ""},
+        {"log_records.3.simulator": "another"},
+        {"log_attempts.3.simulator": ""},
+    )
+    add(
+        "spliced: another seed than that of the attempt",
+        "rate",
+        *({"log_records.3.seed": one} for one in (None, 7, -1)),
+        {"log_attempts.3.seed": None},
+    )
+    add(
+        "spliced: continuations that cannot be",
+        "rate",
+        *({"log_records.3.continued": one} for one in (-1, 10_000)),
+        {"log_records.1.continued": 3},
+        {"log_records.2.continued": 3},
+    )
+    for number in range(4):
         add(
             "a log attempt with another digest", "rate", {f"log_attempts.{number}.digest": "0" * 64}
         )
@@ -559,11 +612,13 @@ def forged(files: dict[str, Genuine]) -> Iterator[tuple[str, str, Genuine]]:
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="make one in so many edits of entries")
+    every = parser.parse_args().every
     key, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for row in table(Path(name), key, other):
+        for row in table(Path(name), key, other, every):
             print("| " + " | ".join(map(str, row)) + " |")
 
 
@@ -613,6 +668,13 @@ def table(
                 loads += 1
                 shown.add(read_signature(path))
         rows.append((what, len(cases), loads, *shown))
+    for what, verify in (("more metadata, without a key", None), ("... with the key", public)):
+        loads = count = 0
+        for name in files:
+            for entry in ("promise", "Safeshield", "safeshield2", ""):
+                write_metadata(path, (folder / name).read_bytes(), entry, "no episode violates")
+                count, loads = count + 1, loads + (not refused(path, verify))
+        rows.append((what, count, loads, ""))
     return rows
 
 

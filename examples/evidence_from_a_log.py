@@ -25,7 +25,7 @@ def main() -> None:
     # A statement from a log does not calibrate the shield, which says so when it is used.
     warnings.simplefilter("ignore")
     plant = gym.make("safeshield/Boat-v0")
-    for need in episodes_plan(epsilon=0.1, confidence=0.95)[:4]:
+    for need in episodes_plan(epsilon=0.1, confidence=0.95)[:5]:
         print(f"{need.kind} needs at least {need.least} {need.counted}")
 
     log = collect(plant, Helmsmen(), episodes=400, seed=1)

@@ -350,3 +350,123 @@ def test_pictured_trips_start_where_the_shield_certifies(files: Path) -> None:
     runs, _ = demo._episodes(files, "random", True, 4, 0)
     for one in runs:
         assert np.asarray(shield.value(one.observations[0])) <= shield.threshold
+
+
+# -- statements from logs ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halves(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.hdf5, held_out.npz and a shield that was trained on the first."""
+    folder = tmp_path_factory.mktemp("halves")
+    told = run(
+        "split", files / "log.hdf5", folder / "train.hdf5", folder / "held_out.npz",
+        "--share", 0.3, "--seed", 1,
+    )  # fmt: skip
+    assert "28 episodes" in told
+    run(
+        "train", folder / "train.hdf5", folder / "shield.safetensors", "--algorithm", "shield",
+        "--steps", 30, "--device", "cpu", "--set", "critic_hidden=16,16",
+    )  # fmt: skip
+    return folder
+
+
+def stated(halves: Path, *arguments: object, code: int = 0) -> str:
+    return run(
+        "calibrate-from-log", halves / "shield.safetensors", halves / "held_out.npz", *arguments,
+        code=code,
+    )  # fmt: skip
+
+
+def test_a_held_out_log_gives_statements_a_table_and_a_picture(halves: Path) -> None:
+    out, curve = halves / "stated.safetensors", halves / "curve.svg"
+    told = stated(
+        halves, out, "--confidence", 0.6, "--alpha", 0.4, "--lead", "0.02s",
+        "--step-seconds", 0.005, "--picture", curve,
+    )  # fmt: skip
+    assert "raise the alarm 4 or more steps before entry" in told
+    assert "<- chosen" in told
+    assert "violating episodes; false alarms, of" in told
+    assert curve.stat().st_size > 5000
+    shield = Shield.load(out)
+    assert [one.method for one in shield.log_records] == ["detection"]
+    assert shield.delta == shield.log_records[0].delta
+    # The file remembers: episodes that chose delta cannot test it.
+    again = run(
+        "calibrate-from-log", out, halves / "held_out.npz", out, "--method", "shadow", code=2
+    )
+    assert "was chosen by some of these episodes" in again
+    told = stated(halves, out, "--method", "shadow", "--policy", "helmsmen", "--stochastic")
+    assert "in which helmsmen (deterministic=False) proposes the actions" in told
+    assert "residuals from 28 episodes" in stated(
+        halves, out, "--method", "residuals", "--alpha", 0.4, "--confidence", 0.6
+    )
+
+
+def test_an_attempt_that_did_not_pass_is_remembered_and_exits_with_1(halves: Path) -> None:
+    out = halves / "failed.safetensors"
+    told = stated(halves, out, "--method", "shadow", "--epsilon", 0.25, code=1)
+    assert "not shown: the rate is not shown to be at most 0.25" in told
+    assert "with the memory of this attempt" in told
+    shield = Shield.load(out)
+    assert not shield.log_records
+    assert [one.passed for one in shield.ledger.attempts] == [False]
+
+
+def test_spliced_episodes_go_on_in_an_environment(halves: Path) -> None:
+    folder = halves / "agents"
+    folder.mkdir()
+    run(
+        "train", halves / "train.hdf5", folder / "bc.safetensors", "--algorithm", "bc", "--steps",
+        30, "--device", "cpu",
+    )  # fmt: skip
+    run("collect", BOAT, folder / "bc.hdf5", "--policy", folder / "bc.safetensors",
+        "--episodes", 12, "--seed", 5)  # fmt: skip
+    told = run(
+        "calibrate-from-log", halves / "shield.safetensors", folder / "bc.hdf5",
+        folder / "out.safetensors", "--method", "spliced", "--simulator", BOAT,
+        "--policy", folder / "bc.safetensors", "--deterministic", "--confidence", 0.6,
+    )  # fmt: skip
+    assert "if the simulator safeshield/Boat-v0 behaves as the plant does" in told
+    assert "BehaviourCloning, seed 0 (bc.safetensors)" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shows"),
+    [
+        (["--method", "shadow", "--picture", "c.svg"], "--picture goes with --method detection"),
+        (["--picture", "c.txt"], "--picture must end in .png or .svg or .pdf"),
+        (["--picture", "none/c.svg"], "none"),
+        (["--method", "spliced"], "--method spliced needs --simulator ENV_ID"),
+        (["--simulator", BOAT], "--simulator goes with --method spliced, got detection"),
+        (["--step-seconds", 0.1], "--step-seconds goes with a --lead in seconds"),
+        (["--lead", "two"], "--lead must be a whole number of steps"),
+        (["--method", "shadow", "--alpha", 0.1], "alpha=0.1 goes with detection and residuals"),
+        (["--alpha", 0.01], "at least 299 are needed"),
+        (["--method", "trial", "--policy", "no.safetensors"], "no.safetensors"),
+        (["--method", "shadow", "--policy", "no.zip"], "no.zip"),
+    ],
+)
+def test_mistakes_about_logs_end_in_one_line(
+    halves: Path, tmp_path: Path, arguments: list[object], shows: str
+) -> None:
+    told = stated(halves, tmp_path / "out.safetensors", *arguments, code=2)
+    assert len(told.strip().splitlines()) == 1
+    assert told.startswith("error: ")
+    assert shows in told
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_training_log_and_one_file_for_both_parts_are_refused(
+    halves: Path, files: Path, tmp_path: Path
+) -> None:
+    told = run(
+        "calibrate-from-log", halves / "shield.safetensors", files / "log.hdf5",
+        tmp_path / "out.safetensors", code=2,
+    )  # fmt: skip
+    assert "12 of 40 episodes are in both" in told
+    one = tmp_path / "one.hdf5"
+    told = run("split", files / "log.hdf5", one, one, code=2)
+    assert "must be three files" in told
+    assert "fraction" in run("split", files / "log.hdf5", one, tmp_path / "b.hdf5", "--share", 1.5,
+                             code=2)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -616,6 +617,12 @@ def test_training_on_a_flight_refuses_it_as_held_out(
          "--add", str(tmp_path / "flight")],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    named = f"{tmp_path / 'flight'}, 30 episodes behind shield {strict.digest} at delta 0.2"
+    assert ShieldTrainer.load(out, device="cpu").added == named
+    assert named in " ".join(CliRunner().invoke(app, ["inspect", str(out)]).output.split())
+    settings = out.with_suffix(".toml").read_text()
+    assert settings.startswith(f"# safeshield train {tmp_path / 'log.hdf5'} --algorithm shield")
+    assert f"--add {tmp_path / 'flight'}\n" in settings
     trained = ShieldTrainer.load(out, device="cpu").shield()
     assert trained.record is None
     assert trained.training_episodes is not None
@@ -737,6 +744,167 @@ def test_a_forked_worker_that_ends_writes_everything(
     flight = FlightLog.load(tmp_path / "flight")
     assert len(flight) == 20
     assert flight.ends["verdict"].tolist() == ["cut"]
+
+
+COPIED = """
+import os, sys, warnings
+import gymnasium as gym
+from safeshield import Shield, ShieldLog
+from safeshield.wrappers import SafetyShield
+import safeshield.envs
+file, path = sys.argv[1:]
+env = gym.make("safeshield/Boat-v0", max_episode_steps=30)
+env = SafetyShield(env, Shield.load(file), log=ShieldLog(path))
+env.reset(seed=0)
+for _ in range(5):
+    env.step(env.action_space.sample())
+child = os.fork()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(7 if child else 50):
+        *_, over, cut, _ = env.step(env.action_space.sample())
+        if over or cut:
+            env.reset()
+    env.close()
+told = [str(one.message) for one in caught if "forked" in str(one.message)]
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+sys.exit(0 if len(told) == (0 if child else 1) else 3)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_copy_of_the_process_records_nothing_and_says_so(strict: Shield, tmp_path: Path) -> None:
+    strict.save(tmp_path / "strict.safetensors")
+    arguments = [str(tmp_path / "strict.safetensors"), str(tmp_path / "flight")]
+    subprocess.run([sys.executable, "-c", COPIED, *arguments], check=True, timeout=300)
+    flight = FlightLog.load(tmp_path / "flight")
+    assert len(flight) == 12
+    assert (flight.lost, flight.torn) == (0, 0)
+
+
+class Breaks(gym.Wrapper[Any, Any, Any, Any]):
+    """A boat whose step fails once, at the step with this number."""
+
+    fails_at = 4
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.fails_at -= 1
+        if self.fails_at == 0:
+            raise ConnectionError("the plant does not answer")
+        return super().step(action)
+
+
+@pytest.mark.parametrize("kind", ["single", "vector", "sb3", "interventions"])
+def test_the_action_in_which_the_plant_fails_is_recorded(
+    kind: str, strict: Shield, tmp_path: Path
+) -> None:
+    kept: Any = "interventions" if kind == "interventions" else "all"
+    log = ShieldLog(tmp_path / "flight", kept)
+    sent: list[Array] = []
+    env: Any
+    if kind in ("single", "interventions"):
+        env = SafetyShield(Breaks(boat()), strict, log=log)
+        action = act(env.reset(seed=3)[0])
+    elif kind == "vector":
+        boats = gym.vector.SyncVectorEnv([boat, lambda: Breaks(boat())])
+        env = VectorSafetyShield(boats, strict, log=log)
+        action = act(env.reset(seed=3)[0])
+    else:
+        env = VecSafetyShield(DummyVecEnv([boat, lambda: Breaks(boat())]), strict, log=log)
+        env.seed(3)
+        action = act(env.reset())
+    for _ in range(3):
+        sent.append(action)
+        action = act(env.step(action)[0])
+    sent.append(action)
+    with pytest.raises(ConnectionError):
+        env.step(action)
+    # A reset that comes after it records no action again.
+    env.reset()
+    env.close()
+    flight = FlightLog.load(tmp_path / "flight")
+    count = 2 if kind in ("vector", "sb3") else 1
+    failed = np.isnan(flight.columns["reward"])
+    assert failed.sum() == count
+    assert flight.columns["step"][failed].tolist() == [3] * count
+    np.testing.assert_array_equal(
+        flight.columns["proposed"][failed], np.asarray(sent[-1], np.float64).reshape(count, -1)
+    )
+    assert np.isfinite(flight.columns["executed"][failed]).all()
+    assert np.isfinite(flight.columns["observation"][failed]).all()
+    assert np.isfinite(flight.columns["h"][failed]).all()
+    # Nothing is known of the state that it reached.
+    assert flight.ends["verdict"].tolist() == ["cut"] * count
+    assert flight.ends["step"].tolist() == [4] * count
+    assert np.isnan(flight.ends["observation"]).all()
+    assert np.isnan(flight.ends["h"]).all()
+    assert flight.card()["episodes"] == count
+    if kept == "all":
+        with pytest.warns(FlightWarning, match=f"{count} of {4 * count} recorded steps are not in"):
+            log_of_it = flight.to_dataset()
+        assert log_of_it.episode_lengths.tolist() == [3] * count
+        flight.to_jsonl(tmp_path / "flight.jsonl")
+
+
+def test_a_removed_file_and_a_removed_folder_are_noticed(strict: Shield, tmp_path: Path) -> None:
+    log = ShieldLog(tmp_path / "flight", block_steps=8)
+    env = SafetyShield(boat(), strict, log=log)
+    fly_and_flush(env, log, 1)
+    flight_files(tmp_path / "flight")[0].unlink()
+    with pytest.warns(FlightWarning, match="was removed while it was being written"):
+        fly_and_flush(env, log, 2)
+    assert log.lost == 0
+    assert len(FlightLog.load(tmp_path / "flight")) == 2 * STEPS
+    shutil.rmtree(tmp_path / "flight")
+    with pytest.warns(FlightWarning, match="losing steps: No such file or directory"):
+        fly_and_flush(env, log, 1)
+    assert log.lost == STEPS + 1
+    with pytest.warns(FlightWarning, match="rows of the flight"):
+        log.close()
+
+
+def test_a_disk_that_was_full_from_the_beginning_has_lost_rows_and_removed_none(
+    strict: Shield, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True]
+
+    class Disk(io.FileIO):
+        def write(self, data: Any, /) -> int:  # noqa: ANN401
+            if full[0]:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(flight_file.io, "FileIO", Disk)
+    log = ShieldLog(tmp_path / "flight", block_steps=8)
+    env = SafetyShield(boat(), strict, log=log)
+    with pytest.warns(FlightWarning, match="losing steps"):
+        fly_and_flush(env, log, 2)
+    full[0] = False
+    fly(env, 1)
+    with pytest.warns(FlightWarning, match="rows of the flight"):
+        log.close()
+    flight = FlightLog.load(tmp_path / "flight")
+    assert (flight.lost, flight.removed) == (2 * (STEPS + 1), 0)
+    assert flight.card()["lost"] == 2 * (STEPS + 1)
+
+
+def test_a_flight_that_is_told_its_agent_names_it(strict: Shield, tmp_path: Path) -> None:
+    path = tmp_path / "flight"
+    with SafetyShield(boat(), strict, log=ShieldLog(path, agent="a.zip")) as env:
+        fly(env, 3)
+    flight = FlightLog.load(path)
+    assert flight.agent == flight.card()["agent"] == "a.zip"
+    log = flight.to_dataset()
+    assert (log.provenance or {})["collected_by"] == "a.zip"
+    record = strict.calibrate_from_log(log, "trial", confidence=0.1).log_records[-1]
+    assert record.agent == "a.zip"
+    with pytest.raises(ValueError, match=r"got 'b\.zip', but the log was collected by 'a\.zip'"):
+        strict.calibrate_from_log(log, "trial", policy="b.zip")
+    with pytest.raises(ValueError, match=r"whose agent is a\.zip, and this one is b\.zip"):
+        SafetyShield(boat(), strict, log=ShieldLog(path, agent="b.zip"))
+    with pytest.raises(ValueError, match="agent must be the name of the agent, or None"):
+        ShieldLog(tmp_path / "other", agent="")
 
 
 def test_the_plant_goes_on_where_warnings_are_errors(

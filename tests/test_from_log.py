@@ -796,18 +796,17 @@ def test_arguments_of_other_methods_are_refused(fresh: Shield, pool: OfflineData
     for method, arguments, match in (
         ("shadow", {"alpha": 0.1}, "alpha=0.1 goes with detection and residuals"),
         ("residuals", {"lead": 2}, "lead=2 goes with detection"),
-        ("detection", {"epsilon": 0.1}, "epsilon=0.1 goes with shadow and trial"),
+        ("detection", {"epsilon": 0.1}, "epsilon=0.1 goes with shadow, spliced and trial"),
         ("detection", {"lead": 0}, "lead must be at least 1, got 0"),
         ("detection", {"alpha": 1.0}, "alpha must lie between 0 and 1"),
         ("shadow", {"confidence": 1.0}, "confidence must lie between 0 and 1"),
         ("shadow", {"policy_name": "a"}, "policy_name='a' needs policy"),
         ("shadow", {"policy": ""}, "policy must name the agent that made the log, got ''"),
         ("trial", {"policy": straight, "policy_name": ""}, "policy_name must name the agent"),
-        ("detection", {"policy": "a"}, "policy=a goes with shadow and trial"),
-        ("residuals", {"deterministic": False}, "deterministic=False goes with shadow and trial"),
-        ("detection", {"horizon": 100}, "horizon=100 goes with shadow, trial and residuals"),
-        ("spliced", {}, "spliced episodes need a simulator that restores its state"),
-        ("rollouts", {}, r"method must be one of \['detection', 'shadow', 'trial', 'residuals'\]"),
+        ("detection", {"policy": "a"}, "policy=a goes with shadow, spliced and trial"),
+        ("residuals", {"deterministic": False}, "deterministic=False goes with shadow, spl"),
+        ("detection", {"horizon": 100}, "horizon=100 goes with shadow, spliced, trial"),
+        ("rollouts", {}, r"method must be one of \['detection', 'shadow', 'spliced', 't"),
     ):
         with pytest.raises(ValueError, match=match):
             fresh.calibrate_from_log(log, method, **arguments)  # type: ignore[arg-type]
@@ -924,8 +923,8 @@ def test_the_plan_says_what_the_methods_ask_for(
     assert shown.exit_code == 0
     told = {one["kind"]: one["looks"][0] for one in json.loads(shown.output)}
     assert told == {
-        "detection": [29, 0], "residuals": [29, 0], "shadow": [59, 0], "trial": [59, 0],
-        "rollouts": [65, 0],
+        "detection": [29, 0], "residuals": [29, 0], "shadow": [59, 0], "spliced": [59, 0],
+        "trial": [59, 0], "rollouts": [65, 0],
     }  # fmt: skip
     text = run.invoke(app, ["plan", "--lead", "0.5s", "--step-seconds", "0.1"]).output
     assert "lead 5 steps" in text

@@ -346,7 +346,10 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
     for reference in ([], {"heat": []}, {"heat": [math.nan]}):
         with pytest.raises(ValueError, match="reference"):
             PromiseMonitor(watched, reference=reference)  # type: ignore[arg-type]
-    monitor = PromiseMonitor(watched)
+    with pytest.raises(ValueError, match=r"agent must be one of \[.*\], for which .* got 'x'"):
+        PromiseMonitor(watched, agent="x")
+    assert watched.record is not None
+    monitor = PromiseMonitor(watched, agent=watched.record.policies[0].policy)
     monitor.episode("a", False)
     with pytest.raises(ValueError, match="'a' was counted already"):
         monitor.episode("a", False)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import struct
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,13 @@ import pytest
 from scipy.stats import binom
 from typer.testing import CliRunner
 
-from safeshield import PromiseMonitor, SafetyShield, Shield
+from safeshield import PromiseMonitor, SafetyShield, Shield, load_agent
 from safeshield.calibration import BinomialPlan, fixed_plan, sequential_plan, upper_bound
 from safeshield.calibration.binomial import at_most, masses
 from safeshield.calibration.consistency import check_calibrations
 from safeshield.cli.app import app
 from safeshield.cli.main import main
-from safeshield.files.tensors import read_tensors, write_tensors
+from safeshield.files.tensors import read_tensors, sign_file, write_tensors
 from safeshield.shield.record import (
     Attempt,
     CalibrationRecord,
@@ -258,6 +261,42 @@ def test_a_signature_covers_everything_and_only_its_key_verifies_it(
         Shield.load(path, verify=keys.public)
 
 
+def test_metadata_that_no_digest_covers_are_refused(keys: Keys, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    Shield.load(CALIBRATED).save(path, sign=keys.private)
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    table = json.loads(raw[8 : 8 + length])
+    table["__metadata__"]["promise"] = "no episode violates"
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    for verify in (None, keys.public):
+        with pytest.raises(ValueError, match="must hold 'safeshield' alone, which digest and sig"):
+            Shield.load(path, verify=verify)
+
+
+def test_load_agent_demands_a_signature(keys: Keys, tmp_path: Path) -> None:
+    path = tmp_path / "agent.safetensors"
+    path.write_bytes((CALIBRATED.parent / "agent_safefql.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="but it is unsigned"):
+        load_agent(path, verify=keys.public)
+    sign_file(path, keys.private)
+    assert type(load_agent(path, verify=keys.public)).__name__ == "SafeFQL"
+    with pytest.raises(ValueError, match="signature is not valid for the key"):
+        load_agent(path, verify=another_key().public_key())
+
+
+@pytest.mark.parametrize("load", [Shield.load, load_agent])
+def test_a_file_that_is_missing_is_named_with_a_repair(
+    load: Callable[[Path], object], tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"path must name a file .*x', which is no such f"):
+        load(tmp_path / "x")
+    with pytest.raises(IsADirectoryError, match="which is a folder: check the name"):
+        load(tmp_path)
+
+
 def test_keys_that_are_none_are_refused(keys: Keys, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -286,8 +325,9 @@ def test_keys_that_are_none_are_refused(keys: Keys, tmp_path: Path) -> None:
         shield.save(tmp_path / "s", sign=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a public Ed25519 key or the path"):
         Shield.load(tmp_path / "s", verify=keys.private)
-    with pytest.raises(FileNotFoundError):
-        Shield.load(tmp_path / "s", verify=tmp_path / "none.pem")
+    for act, name in ((Shield.load, "verify"), (shield.save, "sign")):
+        with pytest.raises(FileNotFoundError, match=rf"{name} must name .*none\.pem': check"):
+            act(tmp_path / "s", **{name: tmp_path / "none.pem"})  # type: ignore[operator]
     assert Shield.load(tmp_path / "s", verify=keys.public).delta == shield.delta
 
 
@@ -352,7 +392,7 @@ def test_no_edited_record_loads_and_no_forged_one_with_the_key(
     assert impossible[2:] == (0, "")
     assert unsigned[1] == unsigned[2] > 30
     assert unsigned[3:] == ("unsigned",)
-    assert [row[2] for row in with_key] == [0, 0, 0]
+    assert [row[2] for row in with_key] == [0] * 5
 
 
 def test_upper_bound_and_the_plan_of_one_look_agree() -> None:

@@ -382,7 +382,8 @@ def synthetic(steps: str, episodes: int = 3, length: int = 5) -> FlightLog:
         rows = rows[rows["verdict"] > 0]
     return FlightLog(
         rows=rows, steps=steps, shield={"digest": "0" * 16, "delta": 0.1, "mode": "shield"},
-        environment="", environment_kwargs=None, observation_space=gym.spaces.Box(0, 1, (1,)),
+        agent="", environment="", environment_kwargs=None,
+        observation_space=gym.spaces.Box(0, 1, (1,)),
         action_space=gym.spaces.Discrete(3), constraint_source=None, lost=0, removed=0, torn=0,
         growing=None, files=1, bytes=1,
     )  # fmt: skip
@@ -396,6 +397,10 @@ def test_a_flight_of_another_environment_is_told() -> None:
         told = _elsewhere(flight, replace(tested, environment_kwargs={}))
         assert "not of the environment that was tested" in told
         assert str(*change.values()) in told
+    names = [one.policy for one in tested.policies]
+    assert _elsewhere(replace(synthetic("all"), agent=names[0]), tested) == ""
+    told = _elsewhere(replace(synthetic("all"), agent="x.zip"), tested)
+    assert f"of the agent x.zip, and the promise is made for {', '.join(names)} only" in told
 
 
 @pytest.mark.parametrize("steps", ["all", "interventions"])

@@ -34,7 +34,13 @@ from safeshield.calibration.sequential import (
     sequential_plan,
 )
 from safeshield.calibration.walk import check_deltas, walks_in_turn
-from safeshield.shield.log_record import DETECTION, RESIDUALS, TRIAL, VALUES_ALONE
+from safeshield.shield.log_record import (
+    DETECTION,
+    RESIDUALS,
+    SPLICED,
+    TRIAL,
+    VALUES_ALONE,
+)
 from safeshield.shield.record import RESERVED_SEEDS, ActorRecord
 
 if TYPE_CHECKING:
@@ -394,14 +400,22 @@ def _check_log_attempt(attempt: LogAttempt, seen: Hashes) -> None:
     _require(
         _filled(attempt.alpha, attempt.delta, attempt.lead, attempt.agent or None)
         == (ranked, not ranked, attempt.method == DETECTION, not ranked)
-        and (ranked or attempt.chosen is None),
+        and (ranked or attempt.chosen is None)
+        and _simulated(attempt),
         f"log_attempts: the fields of an attempt by '{attempt.method}' are alpha, chosen and lead "
-        f"(detection), alpha and chosen (residuals), or delta and agent, got {attempt}",
+        "(detection), alpha and chosen (residuals), or delta and agent, with simulator and seed "
+        f"(spliced), got {attempt}",
     )
     _require(
         attempt.digest == _digest_of(seen),
         f"log_attempts: digest must be that of the {len(seen)} hashes, got {attempt.digest:.20}",
     )
+
+
+def _simulated(one: LogAttempt | LogRecord) -> bool:
+    """Return whether simulator and seed are there where they belong, and only there."""
+    spliced = one.method == SPLICED
+    return bool(one.simulator) == spliced == (one.seed is not None) and (one.seed or 0) >= 0
 
 
 def _filled(*values: object) -> tuple[bool, ...]:
@@ -424,9 +438,10 @@ def _check_log_record(record: LogRecord, shield: Shield) -> None:
         _filled(record.alpha, record.threshold, record.lead, record.delta)
         == (ranked, ranked, record.method == DETECTION, record.method != RESIDUALS)
         and not (ranked and (record.epsilon, record.deterministic) != (None, None))
-        and bool(record.curve) == (record.method == DETECTION),
-        f"{name}: alpha, threshold, lead, curve, epsilon, deterministic and delta are those of "
-        "another method",
+        and bool(record.curve) == (record.method == DETECTION)
+        and _simulated(record),
+        f"{name}: alpha, threshold, lead, curve, epsilon, deterministic, delta, simulator and seed "
+        "are those of another method",
     )
     _check_date(record.date)
     _check_log_counts(name, record)
@@ -448,14 +463,17 @@ def _check_log_record(record: LogRecord, shield: Shield) -> None:
 def _check_log_counts(name: str, record: LogRecord) -> None:
     every = {
         what: getattr(record, what)
-        for what in ("held_out", "episodes", "events", "violating", "cut", "repeats", "failed")
-    }
+        for what in (
+            "held_out", "episodes", "events", "violating", "cut", "repeats", "failed", "continued",
+        )
+    }  # fmt: skip
     most, counted, events = record.held_out, record.episodes, record.events
     held = (
         min(every.values()) >= 0
         and 1 <= counted <= most <= _MOST_EPISODES
         and max(record.violating, record.cut) <= most
-        and max(events, record.cut) <= counted
+        and max(events, record.cut, record.continued) <= counted
+        and (record.method == SPLICED or record.continued == 0)
     )
     _require(held, f"{name}: the counts {every} are negative, or a part is larger than the whole")
     _require(record.horizon >= 1, f"{name}: horizon must be at least 1, got {record.horizon}")
@@ -474,11 +492,11 @@ def _check_log_counts(name: str, record: LogRecord) -> None:
             events >= record.cut,
             f"{name}: {record.cut} cut episodes count as events, of which there are {events}",
         )
-    if record.method == TRIAL:
+    if record.method in (SPLICED, TRIAL):
         _require(
-            events <= record.violating + record.cut,
-            f"{name}: {events} events are more than {record.violating} violating and {record.cut} "
-            "cut episodes",
+            events <= record.violating + record.cut + record.continued,
+            f"{name}: {events} events are more than {record.violating} violating, {record.cut} "
+            f"cut and {record.continued} continued episodes",
         )
 
 
@@ -551,12 +569,20 @@ def _check_tries(name: str, record: LogRecord, ledger: Ledger) -> None:
     ranked = record.alpha is not None
 
     def same(one: LogAttempt) -> bool:
-        what = (one.method, one.alpha, one.lead, one.digest)
+        what = (one.method, one.alpha, one.lead, one.digest, one.simulator, one.seed)
         about = (
             one.delta is None if ranked else (one.delta, one.agent) == (record.delta, record.agent)
         )
         return bool(
-            what == (record.method, record.alpha, record.lead, record.digest)
+            what
+            == (
+                record.method,
+                record.alpha,
+                record.lead,
+                record.digest,
+                record.simulator,
+                record.seed,
+            )
             and about
             and _near(one.level, level)
         )

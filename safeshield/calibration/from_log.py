@@ -12,6 +12,9 @@ episodes that are drawn like them. Let n episodes count, and let b = 1 - confide
   same start and with the same randomness, the episode with the shield is the same up to the first
   intervention. So it violates with probability at most P(A or B), which has the bound of Clopper
   and Pearson.
+- *Spliced.* Each logged episode goes on in a simulator from the first step in which the shield
+  would have stepped in, once (`splicing`). It is then an episode with the shield, if the simulator
+  behaves as the plant does, and its violations have the same bound.
 - *Trial.* The episodes were recorded with the shield on; their violations have the same bound.
 - *Residuals.* R = max over the steps of (max(h(s'), V_h(s')) - Q_h(s, a))+, the j-th highest of n
   episodes, with the rank of detection.
@@ -41,6 +44,7 @@ from safeshield.calibration.binomial import (
     upper_bound,
     violations_allowed,
 )
+from safeshield.calibration.splicing import Restore, Splicer
 from safeshield.calibration.support import check_held_out
 from safeshield.calibration.walk import CalibrationError
 from safeshield.data.dataset import OfflineDataset
@@ -52,7 +56,9 @@ from safeshield.shield.log_record import (
     METHODS,
     RESIDUALS,
     SHADOW,
+    SPLICED,
     TRIAL,
+    VALUES_ALONE,
     Assumption,
     CurvePoint,
     LogAttempt,
@@ -141,6 +147,9 @@ def calibrate_from_log(
     policy_name: str | None = None,
     deterministic: bool | None = None,
     horizon: int | None = None,
+    simulator: object = None,
+    restore: Restore | None = None,
+    seed: int | None = None,
 ) -> LogRecord:
     """Return a record of what held-out episodes show of a shield.
 
@@ -152,6 +161,8 @@ def calibrate_from_log(
                                                                    of in time
     ``"shadow"``          episodes of the agent, WITHOUT the       a bound on the rate of agent and
                           shield or in shadow mode                 shield together
+    ``"spliced"``         as for shadow, and a simulator that      a bound on the same rate, if the
+                          restores the full state                  simulator is right
     ``"trial"``           episodes of the agent, recorded with     a bound on the same rate, the
                           the shield ON at its delta               tight one
     ``"residuals"``       episodes of any policies                 a bound on how far values rise in
@@ -159,54 +170,63 @@ def calibrate_from_log(
     ====================  =======================================  ================================
 
     Args:
-        shield: The shield. For shadow and trial its delta, replacement and support test must have
-            been fixed without a look at these episodes.
+        shield: The shield. For shadow, spliced and trial its delta, replacement and support test
+            must have been fixed without a look at these episodes.
         held_out: Whole episodes that are independent of each other, none of which is in the
             training log. The labels say where h > 0; a cost above 0 is a violation as well.
-        method: One of the four.
+        method: One of the five.
         confidence: 1 - b, over the draw of the episodes.
         alpha: Share of new episodes for which the threshold may fail, 0.1 by default; for detection
             and residuals.
         lead: Number k >= 1 of steps before the entry at which the alarm must have been raised, 1 by
             default; for detection.
-        epsilon: Rate that the bound must not exceed; for shadow and trial. None accepts any bound.
-        policy: The agent that made the log, or its name; for shadow and trial. For shadow with
+        epsilon: Rate that the bound must not exceed; for shadow, spliced and trial. None accepts
+            any bound.
+        policy: The agent that made the log, or its name; for shadow, spliced and trial. Spliced
+            needs the agent itself, without a memory of the episode. For shadow and spliced with
             ``deterministic=True`` its actions are compared with the logged ones.
         policy_name: Name of the agent in the record, where `policy` is not a name.
-        deterministic: The `deterministic` with which the agent acted; for shadow and trial.
+        deterministic: The `deterministic` with which the agent acted; for shadow, spliced and
+            trial. Spliced needs it of an agent with a method ``predict``.
         horizon: Number of steps of a whole episode that does not terminate; by default that of the
             longest episode. A truncated episode that is shorter was cut in the middle. Not for
             detection.
+        simulator: Environment whose full state can be restored; for spliced.
+        restore: Function ``(simulator, observation, episode, step)`` that sets a simulator that was
+            just reset to the full state of a step of an episode of `held_out`, and returns the
+            observation there. By default ``simulator.reset(options={"state": observation})``, as
+            the environments of this package take it. For spliced.
+        seed: Seed of the continuations, 0 by default; for spliced.
 
     Raises:
-        TypeError: `held_out` is no `OfflineDataset`, `policy` is neither an agent nor a name, or
-            another argument is of a wrong type.
+        TypeError: `held_out` is no `OfflineDataset`, `policy` is neither an agent nor a name (or,
+            for spliced, no agent), `simulator` is no environment, or another argument is of a wrong
+            type.
         ValueError: An argument is out of range or belongs to another method; an episode is in the
             training log, or twice in the log; there are too few episodes (the message has the
             number needed); the log is of another agent, or was recorded with the shield on where it
-            must be off; or these episodes have chosen the delta that they would test.
+            must be off; these episodes have chosen the delta that they would test; the agent has a
+            memory, or the simulator is not where the log was (spliced).
         CalibrationError: The bound exceeds `epsilon`, or too many episodes enter the violation
             before the lead.
         LookupError: The shield needs several constraints whose functions are not registered.
     """
     if method not in METHODS:
-        more = ""
-        if method == "spliced":
-            more = "; spliced episodes need a simulator that restores its state, which this "
-            more += "release does not use: calibrate(env) there, or use 'shadow'"
-        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r:.60}{more}")
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r:.60}")
     chosen: Method = method
     check_held_out(shield.model, held_out)
     check_probability("confidence", confidence)
-    ranked = chosen in (DETECTION, RESIDUALS)
+    ranked = chosen in VALUES_ALONE
     _refuse(alpha is not None and not ranked, "alpha", alpha, "detection and residuals", chosen)
     _refuse(lead is not None and chosen != DETECTION, "lead", lead, "detection", chosen)
-    rates = "shadow and trial"
+    rates = "shadow, spliced and trial"
     _refuse(epsilon is not None and ranked, "epsilon", epsilon, rates, chosen)
     _refuse(policy is not None and ranked, "policy", policy, rates, chosen)
     _refuse(deterministic is not None and ranked, "deterministic", deterministic, rates, chosen)
-    cuts = "shadow, trial and residuals"
+    cuts = "shadow, spliced, trial and residuals"
     _refuse(horizon is not None and chosen == DETECTION, "horizon", horizon, cuts, chosen)
+    for name, value in (("simulator", simulator), ("restore", restore), ("seed", seed)):
+        _refuse(value is not None and chosen != SPLICED, name, value, "spliced", chosen)
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(
             f"deterministic must be True, False or None (not known), got {deterministic!r:.60}"
@@ -221,18 +241,26 @@ def calibrate_from_log(
     hashes = held_out.episode_hashes
     _refuse_common(shield, held_out)
     digest = hashlib.sha256(np.sort(hashes).tobytes()).hexdigest()
+    splicer = None
+    if chosen == SPLICED:
+        seed = whole("seed", 0 if seed is None else seed, least=0)
+        splicer = Splicer(shield, held_out, simulator, restore, policy, deterministic, seed)
     agent = _agent_name(held_out, policy, policy_name)
     assumptions = [
         _held_out_assumption(shield),
         _INDEPENDENT,
         *_about_agent(shield, held_out, chosen, policy, agent, deterministic),
+        *([] if splicer is None else _about_simulator(splicer)),
     ]
+    name = "" if splicer is None else splicer.name
     fixed = None if ranked else shield.delta
     earlier = shield.ledger.about(hashes)
     if not ranked:
         _refuse_own_choice(earlier, shield.delta)
     by = "" if ranked else agent
-    asked = LogAttempt(chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by)
+    asked = LogAttempt(
+        chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by, simulator=name, seed=seed
+    )
     # A shield that is tried until it passes was tried each time, whatever the episodes.
     known = [*earlier, *(one for one in shield.ledger.attempts if asked.repeats(one))]
     others = [one for one in dict.fromkeys(known) if not asked.same_question(one)]
@@ -278,6 +306,8 @@ def calibrate_from_log(
         epsilon=epsilon,
         repeats=len(repeats),
         failed=sum(not one.passed for one in repeats),
+        simulator=name,
+        seed=seed,
     )
     try:
         if chosen == DETECTION:
@@ -285,7 +315,7 @@ def calibrate_from_log(
         elif chosen == RESIDUALS:
             found = judge.residuals(record)
         else:
-            found = judge.rate(record)
+            found = judge.rate(record, splicer)
     except CalibrationError:
         # The error says what these episodes show, so they have been looked at.
         shield.ledger = shield.ledger.with_attempt(asked, hashes)
@@ -384,8 +414,8 @@ class _Judge:
             threshold=0.0 - ranked.threshold,
         )
 
-    def rate(self, record: LogRecord) -> LogRecord:
-        """Return the record of a shadow or a trial."""
+    def rate(self, record: LogRecord, splicer: Splicer | None = None) -> LogRecord:
+        """Return the record of a shadow, a trial, or of episodes that a `splicer` continues."""
         starts = self.log.episode_starts
         kept = self._state_values(self.log.observations, self.log.constraints, starts)
         kept_starts: Flags = kept <= self.shield.threshold
@@ -400,19 +430,39 @@ class _Judge:
                 f"{self.shield.threshold:.4g}, which cannot {goal}: at least {needed} are needed, "
                 "without one that counts against it"
             )
-        events = self.violating | self.cut
+        violating, cut = self.violating, self.cut
+        continued = 0
         if record.method == SHADOW:
-            events = events | self._highest(~self._judged()[0])
+            violating = violating | self._highest(~self._judged()[0])
+        elif splicer is not None:
+            violating, cut, continued = self._spliced(splicer, kept_starts, record.horizon)
         else:
             self._refuse_unshielded()
-        count = int(events[kept_starts].sum())
+        count = int((violating | cut)[kept_starts].sum())
         return replace(
             record,
             episodes=total,
             events=count,
             bound=upper_bound(total, count, record.confidence),
-            cut=int((self.cut & kept_starts).sum()),
+            cut=int((cut & kept_starts).sum()),
+            continued=continued,
         )
+
+    def _spliced(self, splicer: Splicer, kept: Flags, horizon: int) -> tuple[Flags, Flags, int]:
+        """Return which episodes (E,) violate and which are cut, and the number of continuations.
+
+        Those that are `kept` go on in the simulator from the first rejected action, unless they
+        violated before.
+        """
+        rejected = np.where(self._judged()[0], len(self.log), self._steps)
+        first = np.minimum.reduceat(rejected, self.log.episode_starts)
+        # The state in which the action of step t is taken is the t-th after the start.
+        goes_on = kept & (first < len(self.log)) & (first < self.entry) & ~self.unsafe_start
+        violating, cut = self.violating.copy(), self.cut.copy()
+        for episode in np.flatnonzero(goes_on):
+            step = int(first[episode])
+            violating[episode], cut[episode] = splicer.play(int(episode), step, horizon - step)
+        return violating, cut, int(goes_on.sum())
 
     # -- values of the log's rows ------------------------------------------------------------------
 
@@ -668,7 +718,12 @@ def _about_agent(
             f"of the {len(marks)} logs that it was joined from do not say so: pass the others alone"
         )
     checked = False
-    if method == SHADOW and deterministic and policy is not None and not isinstance(policy, str):
+    if (
+        method in (SHADOW, SPLICED)
+        and deterministic
+        and policy is not None
+        and not isinstance(policy, str)
+    ):
         checked = _compare_actions(held_out, policy, agent)
     drawn = [] if deterministic is None else [_acted(deterministic, checked)]
     return [
@@ -681,6 +736,26 @@ def _about_agent(
             checked,
         ),
         *drawn,
+    ]
+
+
+def _about_simulator(splicer: Splicer) -> list[Assumption]:
+    """Return the assumptions about the continuations."""
+    return [
+        Assumption(
+            "simulator",
+            f"The simulator {splicer.name} restores the full state of a step, and behaves from "
+            "there as the plant does: the same dynamics, noise and ends of episodes. After each "
+            "restoration its observation was the logged one; what no observation shows was not "
+            "compared.",
+            False,
+        ),
+        Assumption(
+            "no memory",
+            "The agent chooses its actions by the present observation alone, so that it can go on "
+            "in the middle of an episode.",
+            splicer.memoryless,
+        ),
     ]
 
 
@@ -698,7 +773,7 @@ def _check_behind(shield: Shield, behind: object, method: Method) -> None:
     if not isinstance(behind, dict):
         return
     mode = behind.get("mode")
-    if method == SHADOW and mode != "shadow":
+    if method in (SHADOW, SPLICED) and mode != "shadow":
         raise ValueError(
             "held_out was recorded with a shield on, so it does not show the agent without one: "
             "use method='trial'"
@@ -758,7 +833,7 @@ def _recorded(method: Method, told: bool) -> Assumption:
 
     `told` is whether the log's provenance has it.
     """
-    if method == SHADOW:
+    if method in (SHADOW, SPLICED):
         return Assumption(
             "proposals logged",
             "The logged actions are those that the agent proposed, and no shield changed them.",

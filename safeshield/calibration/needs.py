@@ -19,8 +19,7 @@ class Need:
     """The episodes that one kind of promise needs."""
 
     kind: str
-    """Name of the method: "detection", "residuals", "shadow", "trial", "rollouts" or "mean cost".
-    """
+    """Name of the method, such as "detection", "shadow", "rollouts" or "mean cost"."""
     counted: str
     """Which episodes count."""
     against: str
@@ -64,7 +63,7 @@ def episodes_plan(
         ValueError: A number is out of range, or only one of `limit` and `bound` is given.
 
     >>> {need.kind: need.least for need in episodes_plan(0.05, 0.95)}
-    {'detection': 29, 'residuals': 29, 'shadow': 59, 'trial': 59, 'rollouts': 65}
+    {'detection': 29, 'residuals': 29, 'shadow': 59, 'spliced': 59, 'trial': 59, 'rollouts': 65}
     """
     for name, value in (("epsilon", epsilon), ("confidence", confidence), ("alpha", alpha)):
         check_probability(name, value)
@@ -95,6 +94,13 @@ def episodes_plan(
             "a violation, or a step in which the shield would have stepped in",
             rates,
             "The bound cannot be below the agent's own rate.",
+        ),
+        Need(
+            "spliced",
+            "whole episodes of the agent WITHOUT the shield, that start with V_h <= -delta",
+            "a violation, before the first intervention or in its continuation by the simulator",
+            rates,
+            "Needs a simulator that restores the full state, and holds as far as it is right.",
         ),
         Need(
             "trial",

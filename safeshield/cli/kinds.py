@@ -214,6 +214,7 @@ def _describe_agent(path: Path) -> dict[str, Any]:
         "action_space": str(agent.action_space),
         **({} if agent.updates is None else {"updates": agent.updates}),
         **({} if agent.chosen is None else {"chosen": agent.chosen}),
+        **({} if agent.added is None else {"added_to_the_log": agent.added}),
         "config": dataclasses.asdict(agent.config),
         **agent.diagnostics(),
     }

@@ -10,6 +10,10 @@ import typer
 
 from safeshield.cli.app import Debug
 
+StepSeconds = Annotated[
+    float | None, typer.Option(help="Duration of a step, for a --lead in seconds.")
+]
+
 
 def plan(
     epsilon: Annotated[
@@ -26,9 +30,7 @@ def plan(
             "such as 0.5s with --step-seconds."
         ),
     ] = "1",
-    step_seconds: Annotated[
-        float | None, typer.Option(help="Duration of a step, for a --lead in seconds.")
-    ] = None,
+    step_seconds: StepSeconds = None,
     cost_limit: Annotated[
         float | None, typer.Option(help="Limit of the mean cost of an episode.")
     ] = None,
@@ -41,7 +43,7 @@ def plan(
     """Say how many episodes each kind of promise needs, before any are collected."""
     from safeshield.calibration.needs import episodes_plan
 
-    steps = _steps(lead, step_seconds)
+    steps = steps_of(lead, step_seconds)
     needs = episodes_plan(
         epsilon, confidence, alpha=alpha, lead=steps, limit=cost_limit, bound=cost_bound
     )
@@ -61,7 +63,7 @@ def plan(
             typer.echo(f"  {need.note}")
 
 
-def _steps(lead: str, step_seconds: float | None) -> int:
+def steps_of(lead: str, step_seconds: float | None) -> int:
     """Return a lead in steps, from steps or from seconds.
 
     Raises:

@@ -82,7 +82,7 @@ def shield_of(path: Path) -> Shield:
 
 
 def policy_of(
-    name: str, env: Env, shield: Shield | None, trust: bool, *, option: str = "--policy"
+    name: str, env: Env | None, shield: Shield | None, trust: bool, *, option: str = "--policy"
 ) -> object:
     """Return the policy that a name or a file stands for, in a form that `as_batch_policy` takes.
 
@@ -90,7 +90,8 @@ def policy_of(
         name: "random", "helmsmen" (boat only), "adversary" (with a shield), or the path of an
             agent's .safetensors file, of a Stable-Baselines3 model (.zip), or of what
             ``safeshield falsify`` found (.json, with a shield).
-        env: Environment in which the policy will act.
+        env: Environment in which the policy will act; None where only agents' files are asked
+            for.
         shield: Shield whose critics the adversary uses, and that an agent of ``safeshield falsify``
             asks. None where neither can be named.
         trust: Whether a .zip file may be read, which can run code from it.
@@ -109,7 +110,7 @@ def policy_of(
         from safeshield.demo.helmsmen import Helmsmen
         from safeshield.envs.boat import BoatEnv
 
-        if not isinstance(env.unwrapped, BoatEnv):
+        if env is None or not isinstance(env.unwrapped, BoatEnv):
             raise ValueError(
                 f"{option} helmsmen needs the environment safeshield/Boat-v0, got {env}"
             )

@@ -102,14 +102,21 @@ def train(
 
         if len({folder.resolve() for folder in add}) < len(add):
             raise ValueError(f"--add must name each folder once, got {', '.join(map(str, add))}")
-        flights = [FlightLog.load(folder).to_dataset(like=dataset) for folder in add]
-        dataset = OfflineDataset.concat([dataset, *flights])
+        flights = [FlightLog.load(folder) for folder in add]
+        logs = [flight.to_dataset(like=dataset) for flight in flights]
+        dataset = OfflineDataset.concat([dataset, *logs])
+        learner.added = "; ".join(
+            f"{folder}, {part.num_episodes} episodes behind shield {flight.shield['digest']} at "
+            f"delta {flight.shield['delta']:g}"
+            for folder, flight, part in zip(add, flights, logs, strict=True)
+        )
     try:
         learner.fit(dataset, steps, progress_bar=True, log_dir=log_dir, checkpoint=checkpoint)
     except KeyboardInterrupt as error:
         stop(error, _kept(checkpoint))
     learner.save(out)
-    write_settings(record, config, f"safeshield train --algorithm {algorithm} --steps {steps}")
+    heading = f"safeshield train {log} --algorithm {algorithm} --steps {steps}"
+    write_settings(record, config, " ".join([heading, *(f"--add {one}" for one in add or ())]))
     typer.echo(f"{out}: {algorithm}, {steps} updates, seed {config.seed}")
 
 

@@ -117,7 +117,14 @@ def _read(argument: str, key: object, *, private: bool) -> Any:  # noqa: ANN401
             f"{type(key).__name__}"
         )
     path = Path(key)
-    content = read_whole(path)
+    try:
+        content = read_whole(path)
+    except FileNotFoundError as error:
+        how = f"`{_NEW_KEY}` makes one" if private else f"`{_PUBLIC}` writes one"
+        raise FileNotFoundError(
+            f"{argument} must name a PEM file with a {name} Ed25519 key, but there is no file "
+            f"'{path}': check the name; {how}"
+        ) from error
     try:
         if private:
             found: object = serialization.load_pem_private_key(content, password=None)

@@ -216,11 +216,19 @@ def read_tensors(path: str | os.PathLike[str], kind: str | None = None) -> Tenso
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not of this kind or is truncated, or its header is not
-            consistent.
+        IsADirectoryError: The path is a folder.
+        ValueError: The file is not of this kind or is truncated, its header is not consistent, or
+            it has metadata that its digest does not cover.
     """
     path = Path(path)
-    stream = opened(path)
+    try:
+        stream = opened(path)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise type(error)(
+            f"path must name a file that save() has written, got '{path}', which is {what}: check "
+            "the name and the working directory"
+        ) from error
     try:
         metadata, entries = _table(path, stream)
         return _checked(path, kind, stream, metadata, entries)
@@ -239,6 +247,12 @@ def _checked(
     """Return the file of a table of tensors, after a check of our part of the header."""
     if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not a safeshield file")
+    if len(metadata) > 1:
+        # The digest covers this entry alone, and so does a signature.
+        raise ValueError(
+            f"{path}: the metadata must hold '{_KEY}' alone, which digest and signature cover, got "
+            f"{sorted(metadata)!r:.120}; save the file again with this release"
+        )
     contents = strict_json(_encoded(metadata[_KEY]), f"{path}: the header")
     header = contents.get("header")
     found = header.get("format") if isinstance(header, dict) else None

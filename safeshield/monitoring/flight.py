@@ -72,14 +72,16 @@ class FlightLog:
         steps: "all" or "interventions", as in `ShieldLog`.
         shield: The shield and the mode, as in the provenance of `collect`: "digest", "delta",
             "mode", and "adaptive" where the threshold adapted.
+        agent: Name of the agent, "" where the recorder was told none.
         environment: Id of the environment, "" where it is not known.
         environment_kwargs: Keyword arguments with which it was made, as JSON values; None where
             they are not known.
         observation_space: Space of the observations.
         action_space: Space of the actions.
         constraint_source: Name of the function that gives the shield's h; None where there is none.
-        lost: Number of rows between others that are missing: the disk was full or too slow, or
-            their block is damaged. What a killed recorder had not yet written is not counted.
+        lost: Number of rows between others, or before all others, that are missing: the disk was
+            full or too slow, or their block is damaged. What a killed recorder had not yet written
+            is not counted.
         removed: Number of rows in the oldest files, which were removed.
         torn: Number of damaged stretches that were skipped, such as a block that was being written
             when the recorder was killed.
@@ -94,6 +96,7 @@ class FlightLog:
     rows: Array
     steps: str
     shield: Mapping[str, Any]
+    agent: str
     environment: str
     environment_kwargs: Mapping[str, Any] | None
     observation_space: gym.Space[Any]
@@ -145,6 +148,7 @@ class FlightLog:
             rows=found.rows,
             steps=header["steps"],
             shield=header["shield"],
+            agent=header.get("agent", ""),
             environment=header["environment"],
             environment_kwargs=header["environment_kwargs"],
             observation_space=space_from_json(header["observation_space"]),
@@ -214,6 +218,7 @@ class FlightLog:
         return {
             "shield": self.shield["digest"],
             **{name: value for name, value in self.shield.items() if name != "digest"},
+            "agent": self.agent or None,
             "environment": self.environment or None,
             "environment_kwargs": self.environment_kwargs,
             "recorded": self.steps,
@@ -326,6 +331,7 @@ class FlightLog:
             "action_space": self.action_space,
         }
         provenance = {
+            **({"collected_by": self.agent} if self.agent else {}),
             **({"environment": self.environment} if self.environment else {}),
             "behind_shield": dict(self.shield),
             "flight": {"lost": self.lost, "removed": self.removed},

@@ -91,6 +91,7 @@ class FlightFiles:
         max_bytes: Size at which a file ends, in bytes.
         total_bytes: Bound on the size of all files, in bytes.
         on_removal: Called with the number of bytes that were removed.
+        on_loss: Called where the file that is being written was removed by somebody else.
     """
 
     def __init__(
@@ -100,9 +101,11 @@ class FlightFiles:
         max_bytes: int,
         total_bytes: int,
         on_removal: Callable[[int], None],
+        on_loss: Callable[[], None],
     ) -> None:
         self._folder, self._header = folder, header
         self._max_bytes, self._total_bytes, self._on_removal = max_bytes, total_bytes, on_removal
+        self._on_loss = on_loss
         self._stream: io.FileIO | None = None
         self._size = 0
 
@@ -117,6 +120,10 @@ class FlightFiles:
         Raises:
             OSError: It could not be written; the file then ends before it.
         """
+        if self._stream is not None and not os.fstat(self._stream.fileno()).st_nlink:
+            self._stream.close()
+            self._stream = None
+            self._on_loss()
         # There is room for the frame that closes the file.
         if self._stream is None or self._size + len(frame) + HEAD > self._max_bytes:
             self._next(first)
@@ -229,9 +236,9 @@ class Contents:
     rows: Array
     """All rows, in the order in which they were written; a structured array."""
     lost: int
-    """Number of rows between others that were lost."""
+    """Number of rows between others, or before all others, that were lost."""
     removed: int
-    """Number of rows in files that were removed, or of which none is left at the beginning."""
+    """Number of rows in the oldest files, which were removed."""
     torn: int
     """Number of damaged stretches that were skipped."""
     closed: bool
@@ -277,7 +284,9 @@ def read_files(paths: list[Path]) -> Contents:
             f"{paths[0].parent} holds a flight whose header has no readable dtype: {error}"
         ) from error
     parts: list[Array] = []
-    lost, closed, following, removed = 0, False, -1, 0
+    # The first file is there where none was removed; what is missing before it was never written.
+    lost, closed, removed = 0, False, 0
+    following = 0 if paths[0].stem.isdecimal() and int(paths[0].stem) == 1 else -1
     for frame in (one for frames, _ in read for one in frames):
         if following < 0:
             removed = following = frame.first

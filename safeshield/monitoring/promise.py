@@ -164,11 +164,14 @@ class PromiseMonitor:
             it counts with the score that it had reached.
         on_change: Function of the monitor that is called after each change of the state, for
             example to stop the plant or to switch to a backup. Its errors are not caught.
+        agent: Name of the agent that is deployed, which must be one of the policies of the record.
+            None: the user sees to it, because a monitor does not see who proposes the actions.
 
     Raises:
         TypeError: `shield` is none of the three, or `on_change` cannot be called.
-        ValueError: The shield is not calibrated, an argument is out of range, or the file is
-            damaged, of another shield, or was made with other settings.
+        ValueError: The shield is not calibrated, the record promises nothing for `agent`, an
+            argument is out of range, or the file is damaged, of another shield, or was made with
+            other settings.
         OSError: The file cannot be written.
     """
 
@@ -185,6 +188,7 @@ class PromiseMonitor:
         doubt_level: float = 0.01,
         cut_as_violations: bool = False,
         on_change: Callable[[PromiseMonitor], object] | None = None,
+        agent: str | None = None,
     ) -> None:
         if on_change is not None and not callable(on_change):
             raise TypeError(
@@ -197,6 +201,12 @@ class PromiseMonitor:
             raise ValueError(
                 "the shield has no record, so there is no promise to watch: use "
                 "shield.calibrate(...) first (with_delta, with_support and others drop the record)"
+            )
+        named = [one.policy for one in record.policies]
+        if agent is not None and agent not in named:
+            raise ValueError(
+                f"agent must be one of {named}, for which the record of the shield was made, got "
+                f"{agent!r:.80}: calibrate the shield with this agent, policy_name={agent!r:.80}"
             )
         self.promise: Promise = promised(record)
         # 1 - 0.9 is 0.1 but for rounding.

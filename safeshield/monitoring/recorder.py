@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,8 +110,12 @@ class ShieldLog:
     is late, or on a busy machine the thread that writes. A power failure can also lose what the
     operating system has not yet written.
 
+    A step in which the environment raised an error has a row with the executed action and no
+    outcome, and the last state of the episode then holds NaN.
+
     The wrapper closes the log when it is closed itself, and the log closes itself when the process
-    ends.
+    ends. In a process that was forked while the log records, it is closed: the steps of the copy
+    are not recorded there, and a `FlightWarning` says so.
 
     The environment goes on where the disk is full or too slow. A `FlightWarning` says so once, and
     `close` says how many rows were lost.
@@ -127,6 +132,8 @@ class ShieldLog:
             eight: four blocks, of which one is filled while others are written. A block has 4 MiB
             at most, unless two steps need more. There are 16, or more where they are small.
         flush_seconds: Age at which a block is written that is not full, in seconds.
+        agent: Name of the agent that proposes the actions, where it is known. A log that is made of
+            the flight then names it, and a folder of another agent is refused.
 
     Attributes:
         path: The folder.
@@ -147,6 +154,7 @@ class ShieldLog:
         total_bytes: int = 1 << 32,
         block_steps: int = 1024,
         flush_seconds: float = 1.0,
+        agent: str | None = None,
     ) -> None:
         if steps not in get_args(Kept):
             raise ValueError(f"steps must be one of {list(get_args(Kept))}, got {steps!r:.40}")
@@ -159,7 +167,12 @@ class ShieldLog:
             raise ValueError(
                 f"flush_seconds must be finite and at least 0, got {flush_seconds!r:.40}"
             )
-        self._flush_seconds = float(flush_seconds)
+        if not isinstance(agent, str | None) or agent == "":
+            raise ValueError(
+                f"agent must be the name of the agent, or None where it is not known, got "
+                f"{agent!r:.60}"
+            )
+        self._flush_seconds, self._agent = float(flush_seconds), agent or ""
         self.lost = 0
         self._rows = 0
         self._first = 0
@@ -224,10 +237,12 @@ class ShieldLog:
             )
         with contextlib.ExitStack() as held:
             held.enter_context(self._locked())
+            self._process = os.getpid()
             track = self._attached(shield, count, identity, environment)
             self._held = held.pop_all()
         # Unlike those of `atexit`, this also runs at the end of a forked worker process.
         self._at_exit = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
+        _RECORDING.add(self)
         return track
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
@@ -252,6 +267,7 @@ class ShieldLog:
             "version": VERSION,
             "steps": self.steps,
             "shield": dict(identity),
+            "agent": self._agent,
             "environment": environment.name if environment is not None else "",
             "environment_kwargs": environment.kwargs if environment is not None else None,
             "observation_space": space_to_json(shield.observation_space),
@@ -269,7 +285,7 @@ class ShieldLog:
         for _ in range(max(_BLOCKS, _READY // capacity)):
             self._free.append(_Block(capacity, dtype))
         writer = FlightFiles(
-            self.path, self._head, self._max_bytes, self._total_bytes, self._removed
+            self.path, self._head, self._max_bytes, self._total_bytes, self._removed, self._gone
         )
         self._thread = threading.Thread(
             target=self._write, args=(writer,), name=f"ShieldLog {self.path}", daemon=True
@@ -389,6 +405,10 @@ class ShieldLog:
                 "it goes on to do so",
                 "closed": f"the flight recorder in {self.path} is closed; the steps since then are "
                 "not recorded",
+                "forked": f"the flight recorder in {self.path} belongs to the process that was "
+                "forked; the steps of this copy are not recorded: make a ShieldLog of its own here",
+                "gone": f"a file of the flight recorder in {self.path} was removed while it was "
+                "being written; the steps in it are lost, and a new file begins",
             }[kind]
             # Not even a filter that makes warnings errors may stop a step.
             try:
@@ -397,8 +417,8 @@ class ShieldLog:
                 _LOGGER.warning(text)
 
     def missed(self) -> None:
-        """Note that a step came after `close`."""
-        self._note("closed", "")
+        """Note that a step came after `close`, or in a copy of the process."""
+        self._note("closed" if os.getpid() == self._process else "forked", "")
         self.tell()
 
     def _note(self, kind: str, why: str) -> None:
@@ -409,12 +429,14 @@ class ShieldLog:
         """Go on behind the rows of a folder, after a check that it is of the same shield."""
         for name in (
             "shield", "steps", "dtype", "observation_space", "action_space", "environment",
-            "environment_kwargs",
+            "environment_kwargs", "agent",
         ):  # fmt: skip
-            if found.header[name] != self._header[name]:
+            # Files of earlier releases name no agent.
+            there = found.header.get(name, "")
+            if there != self._header[name]:
                 raise ValueError(
                     f"{self.path} holds a flight whose {name.replace('_', ' ')} is "
-                    f"{found.header[name]!s:.120}, and this one is {self._header[name]!s:.120}: "
+                    f"{there!s:.120}, and this one is {self._header[name]!s:.120}: "
                     "record to another folder"
                 )
         self._first = found.following
@@ -428,6 +450,9 @@ class ShieldLog:
 
     def _removed(self, size: int) -> None:
         self._note("removed", f"{size} bytes")
+
+    def _gone(self) -> None:
+        self._note("gone", "")
 
     def _write(self, files: FlightFiles) -> None:
         while (block := self._full.get()) is not None:
@@ -546,6 +571,28 @@ class FlightTrack:
         if log._notes:
             log.tell()
 
+    def fail(self, decision: Decision, verdicts: list[int], /) -> None:
+        """Record a step that raised an error, as `guard.StepRecorder.fail`."""
+        log, states = self._log, self._states
+        if log._closed or states is None:
+            return
+        under_way = [i for i in self._all if self._running[i]]
+        if not under_way:
+            return
+        proposed, executed, _, value, limit, _ = decision
+        count = len(self._all)
+        actions = [one.reshape(count, -1).tolist() for one in (proposed, executed)]
+        with log._guard:
+            self._put(
+                under_way, states, time.time(), verdicts, _listed(value), _listed(limit), self._nan,
+                self._no, self._no, *actions,
+            )  # fmt: skip
+            for i in under_way:
+                self._steps[i] += 1
+        # Nothing is known of the states that the environments are in now.
+        unknown = np.full(states.rows.shape, np.nan)
+        self._states = States(unknown, self._nan, self._nan, self._nan)
+
     def cut(self) -> None:
         """Take all episodes that are under way as cut, and have all rows written."""
         self._cut(self._all)
@@ -619,6 +666,20 @@ class FlightTrack:
             offset += size
         place = first if count == 1 else slice(first, first + count)
         block.put(place, rows if count == len(self._all) else rows[which])
+
+
+_RECORDING: weakref.WeakSet[ShieldLog] = weakref.WeakSet()
+"""The logs that record in this process."""
+
+
+def _close_copies() -> None:
+    """Close the logs in a process that was just forked, where no thread writes them."""
+    for log in _RECORDING:
+        log._closed = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies)
 
 
 def _listed(value: Any) -> list[float]:  # noqa: ANN401 - a number or an array

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from safeshield.calibration.proposers import ADVERSARY, RANDOM
-from safeshield.shield.log_record import DETECTION, RESIDUALS, SHADOW, TRIAL, LogRecord
+from safeshield.shield.log_record import (
+    DETECTION,
+    RESIDUALS,
+    SHADOW,
+    SPLICED,
+    TRIAL,
+    LogRecord,
+)
 from safeshield.shield.record import (
     COST_ABOVE,
     MEAN_COST,
@@ -470,6 +477,7 @@ def claim_of_logs(records: Sequence[LogRecord], attempts: Sequence[Attempt]) -> 
 _METHODS = {
     DETECTION: "Alarm in time (detection)",
     SHADOW: "Shadow mode",
+    SPLICED: "Logged episodes, continued in a simulator (spliced)",
     TRIAL: "Trial with the shield on",
     RESIDUALS: "Rise of the value (residuals)",
 }
@@ -494,9 +502,10 @@ def _stated(record: LogRecord) -> str:
             f"In at least {percent(1.0 - (record.alpha or 0.0))} of episodes no step raises the "
             f"value by more than {number(record.threshold)} beyond what it was said to be, {at}."
         )
+    given = f", if the simulator {record.simulator} is right" if record.method == SPLICED else ""
     return (
         f"An episode behind this shield violates with probability at most {percent(record.bound)}, "
-        f"{at}."
+        f"{at}{given}."
     )
 
 
@@ -506,6 +515,7 @@ def _not_said(method: str) -> str:
         RESIDUALS: "Whether an acceptable action exists in each state.",
         SHADOW: "That the shield makes the agent safer: the statement holds for agent and shield "
         "together, and its bound cannot be below the agent's own rate.",
+        SPLICED: "How the plant behaves while the shield acts: this was seen in a simulator alone.",
         TRIAL: "Another delta than that of the trial.",
     }[method]
 

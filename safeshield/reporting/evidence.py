@@ -325,6 +325,8 @@ def statements(records: Sequence[LogRecord]) -> Html:
             ("Made", one.date),
             ("Digest of the episodes", fill("<code>{digest}</code>", digest=one.digest)),
         ]  # fmt: skip
+        if one.simulator:
+            rows[2:2] = [("Continued in the simulator", f"{one.continued}, in {one.simulator}")]
         parts += [fill("<h4>Statement {i}</h4>", i=i), quote(one.statement), facts(rows)]
         if one.curve:
             parts.append(figures([_missed(f"log-{i}", one)]))

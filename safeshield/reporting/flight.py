@@ -215,6 +215,7 @@ def replaced(flight: FlightLog | None, shield: Shield | None) -> Html:
     card = flight.card()
     pairs: list[tuple[str, object]] = [
         ("Mode", flight.shield["mode"]),
+        ("Agent", flight.agent or "not told to the recorder"),
         ("Recorded", f"{'all steps' if flight.steps == 'all' else 'interventions only'}, "
          + " to ".join(card["times"])),
         ("Steps", f"{card['steps']} in {card['episodes']} episodes"),

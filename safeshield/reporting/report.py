@@ -290,15 +290,25 @@ def _watched(
 
 
 def _elsewhere(flight: FlightLog, record: CalibrationRecord) -> str:
-    """Return a sentence on how the environment of a flight differs from the tested one, or ""."""
+    """Return sentences on how environment and agent of a flight differ from the tested ones.
+
+    The result is "" where they do not, or where the flight does not name them.
+    """
     known = flight.environment_kwargs
     same = Identity(
         flight.environment, None if known is None else dict(known), [], record.horizon, {}
     )
     told = replace(record, wrappers=None).differences(same)
-    if not told:
-        return ""
-    return f"The flight is not of the environment that was tested: {'; '.join(told)}."
+    parts = []
+    if told:
+        parts.append(f"The flight is not of the environment that was tested: {'; '.join(told)}.")
+    tested = [one.policy for one in record.policies]
+    if flight.agent and flight.agent not in tested:
+        parts.append(
+            f"The flight is of the agent {flight.agent}, and the promise is made for "
+            f"{', '.join(tested)} only."
+        )
+    return " ".join(parts)
 
 
 _DOUBTED = ("Same dynamics", "Same agent", "Same starts")

@@ -209,6 +209,14 @@ class StepRecorder(Protocol):
         """
         ...
 
+    def fail(self, decision: Decision, verdicts: list[int], /) -> None:
+        """Record a step that raised an error, of which no outcome is known.
+
+        `decision` and `verdicts` are those of `step`. The environments may have executed the
+        actions, or some of them.
+        """
+        ...
+
     def cut(self) -> None:
         """Take all episodes that are under way as cut."""
         ...
@@ -521,6 +529,8 @@ class ShieldRuntime:
         self._masks: Mask | None = None
         self._report: FilterReport | None = None
         self._decided = False
+        # The decision whose outcome is not known yet.
+        self._pending: Decision | None = None
 
     @classmethod
     def around(
@@ -749,7 +759,10 @@ class ShieldRuntime:
             if accepted is not None:
                 executed = judged.copy()
                 decision = Decision(proposed, executed, False, accepted, threshold)
-                return self._shadowed(decision, accepted) if self.shadow else decision
+                if self.shadow:
+                    decision = self._shadowed(decision, accepted)
+                self._pending = decision
+                return decision
         flat = judged.reshape(self._count, -1)
         executed, report = self.shield.filter_rows(states, rows, flat, threshold)
         self._report = report
@@ -765,7 +778,10 @@ class ShieldRuntime:
         else:
             value, own = (np.asarray(x, np.float64) for x in (report.value, report.proposed_value))
             decision = Decision(proposed, executed, report.intervened, value, self._each(threshold))
-        return self._shadowed(decision, own) if self.shadow else decision
+        if self.shadow:
+            decision = self._shadowed(decision, own)
+        self._pending = decision
+        return decision
 
     def _shadowed(self, decision: Decision, value: PerEnv) -> Decision:
         """Return the decision of shadow mode, which executes what was proposed.
@@ -807,6 +823,7 @@ class ShieldRuntime:
                 already begin the next episodes; None also where these are not known.
             last_infos: The infos of these k states; empty where `last` does not apply.
         """
+        self._pending = None
         if self._reports is None or not self._reporting:
             return
         told = Reports.of(last_infos, len(last_infos)) if last_infos else None
@@ -853,9 +870,7 @@ class ShieldRuntime:
         assert self._recorder is not None
         present = self._present()
         arrived = present
-        found = [ACCEPTED] * self._count
-        if self._report is not None:
-            found = verdicts(self._report, self.shadow)
+        found = self._verdicts()
         if self.num_envs is None:
             self._recorder.step(
                 decision, found, [bool(counted)], [_number(reward)], [terminated], [truncated],
@@ -872,6 +887,11 @@ class ShieldRuntime:
         acted, rewards = self._listed(counted), self._listed(reward)
         ended_by = self._listed(terminated), self._listed(truncated)
         self._recorder.step(decision, found, acted, rewards, *ended_by, arrived, present)
+
+    def _verdicts(self) -> list[int]:
+        """Return what the shield did in the last decision, as indices into `report.VERDICTS`."""
+        report = self._report
+        return [ACCEPTED] * self._count if report is None else verdicts(report, self.shadow)
 
     def _present(self) -> States:
         """Return the states last observed, for the log."""
@@ -962,7 +982,7 @@ class ShieldRuntime:
             intervened: PerEnv = False
         else:
             intervened = np.zeros(self._count, np.bool_)
-        nothing = self._nothing
+        nothing, self._pending = self._nothing, None
         begins = np.full(self._count, starts)
         self._withdraw_revoked()
         safe = self._vouched & ~self._contradicted & self.in_safe_set(self._each(self.values))
@@ -1187,6 +1207,9 @@ class ShieldRuntime:
         self._covered[:] = False
         if self._memory is not None:
             self._memory.reset(np.ones(self._count, np.bool_))
+        if self._pending is not None and self._recorder is not None:
+            self._recorder.fail(self._pending, self._verdicts())
+        self._pending = None
         self.cut()
 
     def _known(self) -> tuple[StateValue, Array]:

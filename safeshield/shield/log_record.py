@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 DETECTION: Final = "detection"
 SHADOW: Final = "shadow"
+SPLICED: Final = "spliced"
 TRIAL: Final = "trial"
 RESIDUALS: Final = "residuals"
-Method = Literal["detection", "shadow", "trial", "residuals"]
-METHODS: tuple[Method, ...] = (DETECTION, SHADOW, TRIAL, RESIDUALS)
+Method = Literal["detection", "shadow", "spliced", "trial", "residuals"]
+METHODS: tuple[Method, ...] = (DETECTION, SHADOW, SPLICED, TRIAL, RESIDUALS)
 """The methods of `Shield.calibrate_from_log`."""
 VALUES_ALONE = (DETECTION, RESIDUALS)
 """Methods whose statements are about Q_h, and not about how actions are replaced."""
@@ -59,7 +60,7 @@ class LogRecord:
     """What the episodes of a held-out log show of a shield, in words that claim no more."""
 
     method: Method
-    """How the episodes were judged: "detection", "shadow", "trial" or "residuals"."""
+    """How the episodes were judged, one of `METHODS`."""
     delta: float | None
     """The delta that the statement is about, in units of h; None for residuals, which are about
     values alone."""
@@ -72,10 +73,11 @@ class LogRecord:
     """Number of these statements, and of the `repeats`."""
     episodes: int
     """Number n of episodes that count: for detection, those that violate after a safe start; for
-    shadow and trial, those that start with V_h <= -delta."""
+    shadow, spliced and trial, those that start with V_h <= -delta."""
     events: int
-    """Number of them that count against the statement: without an alarm in time at the threshold;
-    with a violation or a would-be intervention; with a violation; with a larger residual."""
+    """Number of them that count against the statement: without an alarm in time at the threshold
+    (detection); with a violation or a would-be intervention (shadow); with a violation (spliced and
+    trial); with a larger residual (residuals)."""
     bound: float
     """Upper confidence bound on the probability of such an event in a new episode. For detection
     and residuals it is `alpha`."""
@@ -84,8 +86,8 @@ class LogRecord:
     violating: int
     """Number of the log's episodes with a violation."""
     cut: int
-    """Number of the n episodes that end early without termination. In shadow and trial they
-    count as events; a cut episode's residual counts as infinite."""
+    """Number of the n episodes that end early without termination. In shadow, spliced and trial
+    they count as events; a cut episode's residual counts as infinite."""
     horizon: int
     """Number of steps of a whole episode that does not terminate."""
     agent: str
@@ -103,7 +105,7 @@ class LogRecord:
     assumptions: tuple[Assumption, ...]
     """What must be true besides, and whether the log was found to agree."""
     alpha: float | None = None
-    """Share of new episodes for which the threshold may fail; None for shadow and trial."""
+    """Share of new episodes for which the threshold may fail; for detection and residuals only."""
     lead: int | None = None
     """Number k of steps before the entry at which the alarm must have been raised; for detection
     only."""
@@ -116,10 +118,16 @@ class LogRecord:
     """Missed violations and false alarms at other thresholds, the lowest first; for detection
     only. The curve describes this log and promises nothing."""
     repeats: int = 0
-    """Shadow and trial: number of earlier attempts by this method at this delta, with an agent of
-    this name, on these or other episodes."""
+    """Shadow, spliced and trial: number of earlier attempts by this method at this delta, with an
+    agent of this name, on these or other episodes."""
     failed: int = 0
     """Number of the `repeats` that did not show the rate that was asked for."""
+    continued: int = 0
+    """Spliced: number of the n episodes that were continued in the simulator, once each."""
+    simulator: str = ""
+    """Spliced: id of the simulator, or the name of its class where it has no id."""
+    seed: int | None = None
+    """Spliced: seed of the continuations."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -158,15 +166,19 @@ class LogRecord:
             )
         acting = "" if self.deterministic is None else f" (deterministic={self.deterministic})"
         how = self.replacement and f", which replaces actions by {self.replacement},"
+        where = ""
+        if self.method == SPLICED:
+            given = f"{given.removesuffix(', ')} and their continuations, "
+            where = f", if the simulator {self.simulator} behaves as the plant does"
         return (
             f"{given}an episode of at most {self.horizon} steps that starts like this log's, kept "
             f"where V_h <= -delta, in which {self.agent}{acting} proposes the actions and this "
             f"shield at delta {self.delta:.4g}{how} executes them, violates the constraint with "
-            f"probability at most {self.bound:.4g}."
+            f"probability at most {self.bound:.4g}{where}."
         )
 
     def _limits(self) -> list[str]:
-        if self.method not in (SHADOW, TRIAL):
+        if self.method in VALUES_ALONE:
             return []
         kept = f"Of the log's starts, {self.episodes / self.held_out:.0%} had V_h <= -delta."
         if self.method == SHADOW:
@@ -176,6 +188,14 @@ class LogRecord:
                 "violated or the shield would have stepped in. This bound cannot be below the "
                 "agent's own rate without the shield: it shows that agent and shield together are "
                 "safe, not that the shield made it so.",
+            ]
+        if self.method == SPLICED:
+            return [
+                kept,
+                f"{self.continued} of {self.episodes} episodes were continued in the simulator "
+                "with the shield on, once each, from the first step in which it steps in. "
+                f"{self.events} violated before that step or after it. How the plant behaves while "
+                "the shield acts was not seen.",
             ]
         return [
             kept,
@@ -251,6 +271,10 @@ class LogAttempt:
     """Name of the agent; "" for detection and residuals."""
     passed: bool = True
     """Whether the rate that was asked for was shown, or none was asked for."""
+    simulator: str = ""
+    """Spliced: name of the simulator."""
+    seed: int | None = None
+    """Spliced: seed of the continuations. Another seed asks anew, and costs its level."""
 
     def repeats(self, other: LogAttempt) -> bool:
         """Whether both are about the rate of one agent at one delta, on any episodes."""

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     import torch
 
     from safeshield.calibration.promises import Promise
+    from safeshield.calibration.splicing import Restore
     from safeshield.data.dataset import OfflineDataset
     from safeshield.evaluation.diagnosis import Diagnosis
     from safeshield.files.signing import PrivateKey, PublicKey
@@ -954,19 +955,22 @@ class Shield:
         policy_name: str | None = None,
         deterministic: bool | None = None,
         horizon: int | None = None,
+        simulator: object = None,
+        restore: Restore | None = None,
+        seed: int | None = None,
     ) -> Self:
         """Return a copy with a record of what whole episodes of a log show of the shield.
 
-        No environment is needed. Nothing of the shield may have been learned from `held_out`, and
-        `method` is "detection", "shadow", "trial" or "residuals". With "detection" the copy has the
-        delta that the log chooses, otherwise this shield's. The record is the last of the copy's
-        `log_records`, and its `statement` says in words what it covers. It never makes
-        ``info["shield/certified"]`` True. Both this shield and the copy remember the statement, in
-        `ledger`.
+        No environment is needed, except for "spliced". Nothing of the shield may have been learned
+        from `held_out`, and `method` is "detection", "shadow", "spliced", "trial" or "residuals".
+        With "detection" the copy has the delta that the log chooses, otherwise this shield's. The
+        record is the last of the copy's `log_records`, and its `statement` says in words what it
+        covers. It never makes ``info["shield/certified"]`` True. Both this shield and the copy
+        remember the statement, in `ledger`.
 
         `calibration.from_log.calibrate_from_log` describes the methods and the arguments:
-        `confidence`, `alpha`, `lead`, `epsilon`, `policy`, `policy_name`, `deterministic` and
-        `horizon`.
+        `confidence`, `alpha`, `lead`, `epsilon`, `policy`, `policy_name`, `deterministic`,
+        `horizon`, `simulator`, `restore` and `seed`.
 
         Raises:
             TypeError, ValueError, CalibrationError: See that function.
@@ -985,6 +989,9 @@ class Shield:
             policy_name=policy_name,
             deterministic=deterministic,
             horizon=horizon,
+            simulator=simulator,
+            restore=restore,
+            seed=seed,
         )
         delta = self.delta if found.delta is None else found.delta
         base = self if delta == self.delta else self.with_delta(delta)

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from safeshield.shield.export_policy import GraphConstraint, GraphNoise
 
 _VERSION = 1
-_MARKS = {"updates": int, "chosen": str}
+_MARKS = {"updates": int, "chosen": str, "added": str}
 """Entries of a file's header about the training, with their types. Older files lack them."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModelT = TypeVar("ModelT", bound=Architecture)
@@ -151,6 +151,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
     """How the agent was chosen among the states of its training, such as "with a simulator". None
     for the last state. An agent that was chosen by play does not belong into a table of agents that
     were trained from a log alone."""
+    added: str | None = None
+    """Flights that `safeshield train --add` joined to the training log, in words; None for none."""
 
     def __init__(
         self, config: ConfigT | None = None, *, device: str | torch.device = "auto"

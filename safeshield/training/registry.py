@@ -17,6 +17,7 @@ from safeshield.files.tensors import AGENT, read_by, read_tensors, register_form
 if TYPE_CHECKING:
     import torch
 
+    from safeshield.files.signing import PublicKey
     from safeshield.training.agent import Learner
 
 K = TypeVar("K", bound=type[Any])
@@ -106,15 +107,24 @@ def offline_algorithm(name: str, option: str = "--algorithm") -> Algorithm:
 
 
 def load_agent(
-    path: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    verify: PublicKey | None = None,
 ) -> Learner[Any, Any]:
-    """Return the agent of any registered algorithm in the file `path`.
+    """Return the agent of any registered algorithm in the file `path`. Nothing in it is executed.
 
-    Nothing in the file is executed. `device` is the device of the weights.
+    Args:
+        path: The file.
+        device: Device of the weights.
+        verify: Public Ed25519 key, or the path of its PEM file. A file that is not signed with its
+            private key (`safeshield sign`) is refused. None does not ask.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged, does not hold an agent, or its algorithm is not registered.
+        ValueError: The file is damaged, does not hold an agent, its algorithm is not registered, or
+            its signature is missing or not valid.
+        ImportError: `verify` is given, and the extra `sign` is not installed.
     """
     form = read_tensors(path).header["format"]
     known = {one.kind.file_format: one.kind for one in ALGORITHMS.values()}
@@ -123,5 +133,7 @@ def load_agent(
             f"{path} must be an agent's file (one of {list(known)}), but is a {form!r}"
             f"{read_by(form)}"
         )
-    agent: Learner[Any, Any] = known[form].load(path, device=device)
+    # An algorithm of a user's own need not know signatures while none is asked for.
+    asked: dict[str, Any] = {} if verify is None else {"verify": verify}
+    agent: Learner[Any, Any] = known[form].load(path, device=device, **asked)
     return agent

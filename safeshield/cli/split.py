@@ -1,0 +1,40 @@
+"""``safeshield split``: split the episodes of a log, before the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeshield.cli.app import Debug, Seed, check_output
+
+_SUFFIXES = (".hdf5", ".h5", ".npz")
+
+
+def split(
+    log: Annotated[Path, typer.Argument(help="Log file, HDF5 or NPZ.", dir_okay=False)],
+    train: Annotated[
+        Path, typer.Argument(help="File to write, for `safeshield train`.", dir_okay=False)
+    ],
+    held_out: Annotated[
+        Path,
+        typer.Argument(help="File to write, for `safeshield calibrate-from-log`.", dir_okay=False),
+    ],
+    share: Annotated[float, typer.Option(help="Share of the episodes that TRAIN gets.")] = 0.8,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Split the episodes of a log at random, into one log to train on and one to hold out."""
+    check_output(train, _SUFFIXES, "TRAIN")
+    check_output(held_out, _SUFFIXES, "HELD_OUT")
+    if len({path.resolve() for path in (log, train, held_out)}) < 3:
+        raise ValueError(f"LOG, TRAIN and HELD_OUT must be three files, got {log}, {train} and "
+                         f"{held_out}")  # fmt: skip
+    from safeshield.data.dataset import OfflineDataset
+
+    for path, part in zip(
+        (train, held_out), OfflineDataset.load(log).split(share, seed), strict=True
+    ):
+        part.save(path)
+        typer.echo(f"{path}: {part}, {int(part.violating_episodes.sum())} episodes violate")
