@@ -395,8 +395,8 @@ def _refuse_faulty_labels(env: object) -> None:
     if not any(info.get(label) is not None for label in LABELS):
         name = type(fault).__name__
         raise ValueError(
-            f"the environment inside {name} must report info['constraint'] or info['cost'], got the "
-            f"infos {sorted(info)}: a violation is that of the plant, not that of a faulty "
+            f"the environment inside {name} must report info['constraint'] or info['cost'], got "
+            f"the infos {sorted(info)}: a violation is that of the plant, not that of a faulty "
             f"observation. Report one inside, as {name}(ConstraintFromFunction(env, function), ...)"
         )
 

@@ -1164,9 +1164,9 @@ class ShieldRuntime:
             bad = source.contradicts(each, reports.named, reports.constraint, self._near)
             bad = bad | ((reports.cost > 0) & (h <= -self._near))
         doubted = bad | violated
-        if self._sees:
+        unknown = self._sees and self.values == np.inf
+        if unknown is not False:
             # What stands in for an unreadable observation cannot be compared.
-            unknown = values == np.inf
             bad, doubted = bad & np.logical_not(unknown), doubted | unknown
         if not (self._doubted or np.any(doubted)):
             return
