@@ -15,12 +15,24 @@ from safeshield.cli.plan import plan
 from safeshield.cli.report import report
 from safeshield.cli.settings import command_with
 from safeshield.cli.sign import sign
+from safeshield.cli.stress import stress
 
 app.command()(clear_errors(demo))
 app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.collect))
 app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
 app.command(cls=command_with(sweep.file_entries))(clear_errors(sweep.sweep))
-for function in (plan, calibrate, evaluate, diagnose, falsify, report, inspect, sign, doctor):
+for function in (
+    plan,
+    calibrate,
+    evaluate,
+    diagnose,
+    falsify,
+    stress,
+    report,
+    inspect,
+    sign,
+    doctor,
+):
     app.command()(clear_errors(function))
 
 
