@@ -18,6 +18,7 @@ h = |speed| - 5 rad/s. Then:
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from safeshield.calibration.binomial import upper_bound
 from safeshield.calibration.walk import CalibrationError
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import GOAL
-from safeshield.evaluation import StressCell, StressTest, evaluate, stress
+from safeshield.evaluation import FAULT_KINDS, StressCell, StressTest, evaluate, stress
 from safeshield.evaluation.episodes import Evaluation
 from safeshield.rollouts.policies import BatchPolicy, batch_policy
 from safeshield.shield.sensors import SensorCheck, SensorState
@@ -152,15 +153,20 @@ def calibrated(task: str, seed: int) -> Shield:
     return Shield.load(path)
 
 
+def _together(episodes: int) -> int:
+    """Return how many environments play so many episodes in one wave, with those left out."""
+    return math.ceil(1.1 * episodes)
+
+
 def _wide(task: str) -> dict[str, Any]:
     return {} if task == "boat" else {"num_envs": 50}
 
 
-def matrix(task: str, seed: int, episodes: int) -> dict[str, Any]:
-    """Play the matrix of `stress`."""
+def matrix(task: str, seed: int, kind: str, episodes: int) -> dict[str, Any]:
+    """Play one kind of fault of `stress`."""
     found = stress(
-        calibrated(task, seed), environment(task), reckless(task), episodes=episodes, seed=seed,
-        num_envs=50, policy_name="reckless",
+        calibrated(task, seed), environment(task), reckless(task), kinds=[kind], episodes=episodes,
+        seed=seed, num_envs=_together(episodes), policy_name="reckless",
     )  # fmt: skip
     return found.to_json()
 
@@ -171,7 +177,7 @@ def promised(task: str, seed: int, name: str, episodes: int) -> dict[str, Any]:
     env, agent = faults(task, raw)[name](environment(task)), reckless(task)
     before = evaluate(
         env, agent, episodes, seed + 100, shield=calibrated(task, seed), starts="certified",
-        num_envs=50, name="reckless",
+        num_envs=_together(episodes), name="reckless",
     )  # fmt: skip
     result: dict[str, Any] = {"before": before.to_json()}
     try:
@@ -182,8 +188,8 @@ def promised(task: str, seed: int, name: str, episodes: int) -> dict[str, Any]:
         return {**result, "refused": str(error)}
     assert under.record is not None
     fresh = evaluate(
-        env, agent, episodes, seed + 100, shield=under, starts="certified", num_envs=50,
-        name="reckless",
+        env, agent, episodes, seed + 100, shield=under, starts="certified",
+        num_envs=_together(episodes), name="reckless",
     )  # fmt: skip
     return {**result, "delta": under.delta, "fresh": fresh.to_json()}
 
@@ -227,13 +233,19 @@ def _alarms(check: SensorCheck, log: OfflineDataset) -> np.ndarray:
     return found
 
 
-def pooled(results: list[dict[str, Any]]) -> StressTest:
-    """Return the matrix of several seeds as one, with their episodes together."""
+def pooled(results: list[list[dict[str, Any]]]) -> StressTest:
+    """Return the matrices of several seeds (a list of kinds for each) as one.
+
+    The episodes of all seeds are put together.
+    """
     cells = []
-    for same in zip(*(one["cells"] for one in results), strict=True):
-        runs = [_joined([one[key] for one in same]) for key in ("shielded", "alone")]
-        cells.append(StressCell(same[0]["fault"], same[0]["strength"], same[0]["unit"], *runs))
-    return StressTest(tuple(cells), tuple(results[0]["left_out"]))
+    for kind in zip(*results, strict=True):
+        for same in zip(*(one["cells"] for one in kind), strict=True):
+            if same[0]["fault"] == "none" and cells:
+                continue
+            runs = [_joined([one[key] for one in same]) for key in ("shielded", "alone")]
+            cells.append(StressCell(same[0]["fault"], same[0]["strength"], same[0]["unit"], *runs))
+    return StressTest(tuple(cells), ())
 
 
 def _joined(parts: list[dict[str, Any]]) -> Evaluation:
@@ -268,8 +280,8 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="make logs and shields; then stop")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--episodes", type=int, default=50, help="of each cell and seed")
-    parser.add_argument("--fresh", type=int, default=200, help="episodes under a promise, a seed")
+    parser.add_argument("--episodes", type=int, default=25, help="of each cell and seed")
+    parser.add_argument("--fresh", type=int, default=100, help="episodes under a promise, a seed")
     parser.add_argument("--only", choices=("matrix", "promise", "alarms"), help="one part alone")
     parser.add_argument("--picture", type=Path, help="folder for the pictures of the matrices")
     given = parser.parse_args()
@@ -287,8 +299,16 @@ def main() -> None:
 
 
 def _matrix(task: str, given: argparse.Namespace) -> None:
+    kinds = [one.name for one in FAULT_KINDS]
     results = [
-        once(f"{task}-{seed}-matrix", partial(matrix, task, seed, given.episodes), folder=FOLDER)
+        [
+            once(
+                f"{task}-{seed}-{kind.replace(' ', '-')}",
+                partial(matrix, task, seed, kind, given.episodes),
+                folder=FOLDER,
+            )
+            for kind in kinds
+        ]
         for seed in given.seeds
     ]
     found = pooled(results)
