@@ -7,7 +7,7 @@
 Each of 3 seeds has a log and a small shield of its own (critics of 2 x 48; 3,000 updates), which is
 calibrated without faults for a reckless agent at epsilon 0.05 and confidence 0.95. On the boat the
 agent steers straight for the goal, on the pendulum it pushes in the direction of the motion, where
-h = |speed| - 5 rad/s. Then:
+h = |speed| - 7 rad/s. Then:
 
 - `stress` plays its matrix with this agent, with and without the shield;
 - the shield is calibrated again under each of some faults, and plays fresh episodes under it;
@@ -59,8 +59,8 @@ LEVEL = 0.05
 
 @register_constraint("pendulum speed@1")
 def speed(observations: np.ndarray) -> np.ndarray:
-    """Return how much faster than 5 rad/s the pendulum turns."""
-    return np.asarray(np.abs(observations[:, 2]) - 5.0)
+    """Return how much faster than 7 rad/s the pendulum turns."""
+    return np.asarray(np.abs(observations[:, 2]) - 7.0)
 
 
 def environment(task: str) -> gym.Env[Any, Any]:
