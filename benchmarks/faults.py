@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="make logs and shields; then stop")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--episodes", type=int, default=25, help="of each cell and seed")
+    parser.add_argument("--episodes", type=int, default=12, help="of each cell and seed")
     parser.add_argument("--fresh", type=int, default=100, help="episodes under a promise, a seed")
     parser.add_argument("--only", choices=("matrix", "promise", "alarms"), help="one part alone")
     parser.add_argument("--picture", type=Path, help="folder for the pictures of the matrices")

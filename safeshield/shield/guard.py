@@ -719,11 +719,13 @@ class ShieldRuntime:
 
         The arguments `infos`, `starts` and `begun` are those of `observe`.
         """
-        fresh = np.full(self._count, np.logical_or(starts, begun))
-        if fresh.any():
+        still = None
+        if starts is not False or begun is not False:
+            fresh = np.full(self._count, np.logical_or(starts, begun))
             sensors.begin(fresh)
-        # A reset of some environments leaves the others in the states observed before.
-        still = ~fresh if np.any(starts) and not fresh.all() else None
+            if np.any(starts) and not fresh.all():
+                # A reset of some environments leaves the others in the states observed before.
+                still = ~fresh
         stamps = None
         if self._aged:
             told = [info.get(STAMP) for info in infos]
@@ -1045,8 +1047,8 @@ class ShieldRuntime:
         if self._names is not None:
             infos[BINDING] = self.binding if binding is None else binding
         if self._sensors is not None:
-            found = self._sensors.found
-            infos[SENSOR] = str(found[0]) if self.num_envs is None else found
+            sensors = self._sensors
+            infos[SENSOR] = sensors.first if self.num_envs is None else sensors.found
         if self._watch is not None:
             told = {
                 PROMISE: self._watch.state,

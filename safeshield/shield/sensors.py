@@ -191,8 +191,8 @@ class _Motion:
         # A copy of float64, in which NaN marks that there is no action before.
         self._actions = np.array(actions, np.float64)
         if last is not None:
-            changed = (self._actions != last) & (last == last)
-            self._changed = changed.any(axis=1, keepdims=True)
+            different = (self._actions < last) | (self._actions > last)
+            self._changed = np.logical_or.reduce(different, axis=1, keepdims=True)
 
     def move(self, rows: Observations) -> npt.NDArray[np.float32]:
         """Take the observations (n, obs) and return the changes; NaN where there is none before."""
@@ -232,15 +232,21 @@ class SensorState:
         moves = sensors.frozen is not None or sensors.jump is not None
         self._motion = _Motion(count, width) if moves else None
         self._back = np.array([False, *sensors.falls_back])
-        self._codes = np.zeros(count, np.int64)
+        self._nothing, self._trusted = np.zeros(count, np.int64), np.zeros(count, np.bool_)
+        self._codes = self._nothing
         self._warned: set[str] = set()
-        self.fallen = np.zeros(count, np.bool_)
+        self.fallen = self._trusted
         """(n,) whether the shield falls back on the observation read last."""
 
     @property
     def found(self) -> npt.NDArray[np.str_]:
         """(n,) what was found of the observations read last, as in `KINDS`."""
         return np.array(KINDS)[self._codes]
+
+    @property
+    def first(self) -> str:
+        """What was found of the first environment's observation."""
+        return KINDS[self._codes[0]]
 
     def begin(self, where: Flags | bool = True) -> None:
         """Forget the environments in `where` (n,), whose next observation begins an episode."""
@@ -262,17 +268,17 @@ class SensorState:
             still: (n,) which environments have not moved since the last call; None for none. What
                 was found of their observations stays.
         """
-        codes = np.zeros(len(rows), np.int64)
+        codes = self._nothing.copy()
         motion = self._motion
         if motion is not None:
             runs = motion.runs
             moved = motion.move(rows)
             if still is not None:
                 motion.runs = np.where(still[:, None], runs, motion.runs)
-            if self._jump is not None:
-                codes[(moved > self._jump).any(axis=1)] = 2
-            if self._frozen is not None:
-                codes[(motion.runs > self._frozen).any(axis=1)] = 1
+            if self._jump is not None and np.count_nonzero(far := moved > self._jump):
+                codes[far.any(axis=1)] = 2
+            if self._frozen is not None and np.count_nonzero(held := motion.runs > self._frozen):
+                codes[held.any(axis=1)] = 1
         if still is not None:
             codes = np.where(still, self._codes, codes)
         if self._age is not None:
@@ -281,9 +287,9 @@ class SensorState:
             else:
                 ages = time.monotonic() - np.asarray(stamps, np.float64)
                 codes[~((ages >= 0) & (ages <= self._age)) & np.ones(len(rows), np.bool_)] = 3
-        self._codes = codes
-        self.fallen = self._back[codes]
-        if codes.any():
+        self._codes, self.fallen = codes, self._trusted
+        if np.count_nonzero(codes):
+            self.fallen = self._back[codes]
             for kind in {KINDS[code] for code in codes.tolist()} - {""}:
                 self._warn(kind, f"an observation is {kind}; see info['shield/sensor']")
             if self.fallen.any():
