@@ -37,8 +37,8 @@ from safeshield.wrappers import (
     SafetyShield,
     VectorSafetyShield,
 )
+from safeshield.wrappers import faults as wrappers
 from safeshield.wrappers.faults import (
-    FAULTS,
     ControlPeriod,
     DelayedActuator,
     DelayedSensor,
@@ -107,7 +107,7 @@ EVERY: dict[str, Callable[[Env], Env]] = {
 
 
 def test_every_fault_is_known_to_records() -> None:
-    assert set(FAULTS) == {*SENSOR_FAULTS, *ACTUATOR_FAULTS} == set(EVERY)
+    assert set(wrappers.__all__) == {*SENSOR_FAULTS, *ACTUATOR_FAULTS} == set(EVERY)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -174,7 +174,7 @@ def calibrate(
         env: The environment that the shield will protect. Copies of it run in parallel where it can
             be copied (see `copies.vectorise`). It must report ``info["constraint"]`` or
             ``info["cost"]``, and the cost for a promise about costs. With faults of sensors and
-            actuators around it (`wrappers.faults`) the promise holds under these faults, which the
+            actuators around it (`rollouts.faults`) the promise holds under these faults, which the
             record lists. The environment inside them must then report these infos.
         epsilon: Violation rate per episode to promise, by default 0.01; short for
             ``promise=Violation(epsilon)``.

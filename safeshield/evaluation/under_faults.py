@@ -1,7 +1,7 @@
 """A shield under faults of sensors and actuators: a matrix of kinds and strengths.
 
 Each cell plays whole episodes of one agent, with the shield and without it, in an environment with
-one fault (`wrappers.faults`) of one strength. All cells have the same seeds. Both runs of a cell
+one fault (`rollouts.faults`) of one strength. All cells have the same seeds. Both runs of a cell
 have the same starts: those with V_h <= -delta, by the observation that the faulty sensor shows.
 What is found is a measurement. A promise under a fault comes from `Shield.calibrate` in the
 environment with the fault.
@@ -23,10 +23,7 @@ from safeshield.evaluation.episodes import Evaluation, ShieldLike, evaluate
 from safeshield.evaluation.tables import Markup, aligned
 from safeshield.files.schema import whole
 from safeshield.rollouts.copies import check_env, is_vector_env
-from safeshield.rollouts.policies import default_name
-from safeshield.shield.shield import Shield, as_shield
-from safeshield.spaces.generic import Env
-from safeshield.wrappers.faults import (
+from safeshield.rollouts.faults import (
     ControlPeriod,
     DelayedActuator,
     DelayedSensor,
@@ -36,6 +33,9 @@ from safeshield.wrappers.faults import (
     QuantisedSensor,
     StuckSensor,
 )
+from safeshield.rollouts.policies import default_name
+from safeshield.shield.shield import Shield, as_shield
+from safeshield.spaces.generic import Env
 
 
 @dataclass(frozen=True)

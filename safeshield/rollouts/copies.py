@@ -23,10 +23,10 @@ SENSOR_FAULTS = (
     "NoisySensor", "QuantisedSensor", "DroppingSensor", "StuckSensor", "DelayedSensor",
     "ControlPeriod",
 )  # fmt: skip
-"""Wrappers of `wrappers.faults` after which an observation does not show the state, or not every
+"""Wrappers of `faults` after which an observation does not show the state, or not every
 state, that the labels describe."""
 ACTUATOR_FAULTS = ("DelayedActuator", "LimitedActuator")
-"""Wrappers of `wrappers.faults` that execute another action."""
+"""Wrappers of `faults` that execute another action."""
 # Arguments that do not change the dynamics.
 _NO_DYNAMICS = ("render_mode", "max_episode_steps")
 # Wrappers that gymnasium.make adds by itself, and those that do not change what an agent meets.

@@ -166,7 +166,7 @@ class CalibrationRecord:
 
     @property
     def faults(self) -> tuple[EnvironmentWrapper, ...]:
-        """The wrappers that are faults of sensors and actuators (`wrappers.faults`)."""
+        """The wrappers that are faults of sensors and actuators (`rollouts.faults`)."""
         known = (*SENSOR_FAULTS, *ACTUATOR_FAULTS)
         return tuple(one for one in self.wrappers or () if one.name in known)
 
