@@ -280,6 +280,8 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="make logs and shields; then stop")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    names = [one.name for one in FAULT_KINDS]
+    parser.add_argument("--kinds", nargs="+", default=names, choices=names, help="of the matrix")
     parser.add_argument("--episodes", type=int, default=12, help="of each cell and seed")
     parser.add_argument("--fresh", type=int, default=100, help="episodes under a promise, a seed")
     parser.add_argument("--only", choices=("matrix", "promise", "alarms"), help="one part alone")
@@ -299,7 +301,6 @@ def main() -> None:
 
 
 def _matrix(task: str, given: argparse.Namespace) -> None:
-    kinds = [one.name for one in FAULT_KINDS]
     results = [
         [
             once(
@@ -307,7 +308,7 @@ def _matrix(task: str, given: argparse.Namespace) -> None:
                 partial(matrix, task, seed, kind, given.episodes),
                 folder=FOLDER,
             )
-            for kind in kinds
+            for kind in given.kinds
         ]
         for seed in given.seeds
     ]
