@@ -173,7 +173,10 @@ class StressTest:
                 strict=True,
             ):
                 axes.set_title(title, fontsize=9)
-            grid[0][0].legend(fontsize=7, frameon=False, loc="upper left")
+            marks, labels = grid[0][0].get_legend_handles_labels()
+            figure.legend(
+                marks, labels, fontsize=8, frameon=False, ncols=2, loc="outside upper right"
+            )
 
 
 def stress(
@@ -306,9 +309,10 @@ def _draw(name: str, cells: Sequence[StressCell], panels: Sequence[Any]) -> None
             ]
             for i in (0, 1)
         )
+        beside = -0.04 if label == "shield" else 0.04
         panels[0].errorbar(
-            at, rates, yerr=(low, high), color=colour, marker="o", markersize=3, linewidth=1.2,
-            elinewidth=0.8, label=label,
+            [one + beside for one in at], rates, yerr=(low, high), color=colour, marker="o",
+            markersize=3, linewidth=1.2, elinewidth=0.8, label=label,
         )  # fmt: skip
         panels[2].plot(
             at, [one.mean_return for one in runs], color=colour, marker="o", markersize=3,
@@ -321,5 +325,5 @@ def _draw(name: str, cells: Sequence[StressCell], panels: Sequence[Any]) -> None
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.5)
     panels[0].set_ylim(bottom=-2)
-    panels[1].set_ylim(bottom=-2)
+    panels[1].set_ylim(0.0, 1.15 * max(*replaced, 1.0))
     panels[0].set_ylabel(f"{name}\n({cells[-1].unit})", fontsize=7)
