@@ -39,13 +39,13 @@ from safeshield.calibration import upper_bound
 from safeshield.calibration.from_log import lowest_allowed, rank_of
 from safeshield.calibration.proposers import ShieldedProposals
 from safeshield.calibration.splicing import Splicer
-from safeshield.calibration.support import conformal_level
 from safeshield.data.collect import log_of
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import GOAL
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import as_batch_policy, batch_policy
 from safeshield.shield.log_record import Ledger, LogRecord
+from safeshield.support.record import conformal_level
 
 Array = npt.NDArray[Any]
 CONFIDENCE = 0.9

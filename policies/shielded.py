@@ -44,6 +44,9 @@ class ShieldedPolicy:
 
     The agent gets a copy of each observation, so that it cannot change what the shield judges.
 
+    Where the shield checks its sensors (`Shield.with_sensors`), pass ``episode_start`` to
+    `predict`: a new episode otherwise looks like a jump.
+
     Args:
         model: An agent of Stable-Baselines3, a `SafeFQL`, or anything with the same ``predict``;
             or another policy that `rollouts.policies.as_batch_policy` takes, such as a
@@ -89,7 +92,8 @@ class ShieldedPolicy:
             self._acting = as_batch_policy(model, self.shield.action_space)
         self._check_spaces()
         self._rng = np.random.default_rng(seed)
-        self._count = 0
+        self._count = self._watched = 0
+        self._sensors = self.shield.sensor_state()
         self.report: Any = None
         """The `FilterReport` of the last prediction; None where the prediction failed."""
 
@@ -120,8 +124,19 @@ class ShieldedPolicy:
             proposed, state = self._predict(  # type: ignore[misc]
                 seen, state=state, episode_start=episode_start, deterministic=deterministic
             )
-        executed, self.report = self.shield.filter(observation, proposed)
+        self._watch(seen, episode_start)
+        executed, self.report = self.shield.filter(observation, proposed, sensors=self._sensors)
         return executed, state
+
+    def _watch(self, seen: Batch, starts: npt.NDArray[np.bool_] | None) -> None:
+        """Begin the checks of the shield's `sensors` where episodes begin."""
+        if self._sensors is None:
+            return
+        count = len(self.shield.observation_rows(seen)[0])
+        if count != self._watched:
+            self._watched, self._sensors = count, self.shield.sensor_state(count)
+        elif starts is not None:
+            self._sensors.begin(np.asarray(starts, np.bool_))
 
     def _proposed(
         self, acting: BatchPolicy, seen: Batch, starts: npt.NDArray[np.bool_] | None

@@ -32,11 +32,11 @@ from safeshield import (
 )
 from safeshield.calibration.binomial import episodes_needed, upper_bound
 from safeshield.calibration.from_log import lowest_allowed, rank_of
-from safeshield.calibration.support import conformal_level
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.shield import CommittedFallback, NearestAcceptable
 from safeshield.shield.log_record import Ledger, LogRecord
+from safeshield.support.record import conformal_level
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning"

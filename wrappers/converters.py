@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.rollouts.copies import sensor_fault
 from safeshield.rollouts.infos import CONSTRAINT, COST, violates
 from safeshield.spaces.batches import batch_of_one
 from safeshield.spaces.generic import Env, Wrapper
@@ -143,7 +144,8 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
 
     Raises:
         TypeError: `constraint_fn` is not a function of one observation.
-        ValueError: A name is not registered, or there is no constraint; (in `reset` and `step`)
+        ValueError: A name is not registered, or there is no constraint; `env` has a fault of a
+            sensor (`wrappers.faults`), which belongs around this wrapper; (in `reset` and `step`)
             `constraint_fn` does not return one finite number, or the environment already reports
             ``info["constraint"]``.
 
@@ -173,7 +175,7 @@ class ConstraintFromFunction(Wrapper, RecordConstructorArgs):
             terminate_on_violation=terminate_on_violation,
             _disable_deepcopy=True,
         )
-        gym.Wrapper.__init__(self, env)
+        gym.Wrapper.__init__(self, _true(env, "ConstraintFromFunction"))
         self.constraint_source: str | None = None
         given: Mapping[str, ConstraintFunction | str] | None = None
         if isinstance(constraint_fn, Mapping):
@@ -278,8 +280,9 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
 
     Raises:
         TypeError: `cost_fn` is not a function of these four arguments.
-        ValueError: (in `step`) `cost_fn` does not return one finite number of at least 0; (also in
-            `reset`) the environment already reports ``info["cost"]``.
+        ValueError: `env` has a fault of a sensor, see `ConstraintFromFunction`; (in `step`)
+            `cost_fn` does not return one finite number of at least 0; (also in `reset`) the
+            environment already reports ``info["cost"]``.
         gymnasium.error.ResetNeeded: `step` is called before the first reset.
 
     >>> too_strong = lambda obs, action, next_obs, info: float(abs(action[0]) > 1.5)
@@ -291,7 +294,7 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
 
     def __init__(self, env: Env, cost_fn: CostFunction) -> None:
         RecordConstructorArgs.__init__(self, cost_fn=cost_fn, _disable_deepcopy=True)
-        gym.Wrapper.__init__(self, env)
+        gym.Wrapper.__init__(self, _true(env, "CostFromFunction"))
         _check_callable(cost_fn, "cost_fn(observation, action, next_observation, info)")
         self.cost_fn = cost_fn
         self._observation: Any = None
@@ -329,6 +332,18 @@ class CostFromFunction(Wrapper, RecordConstructorArgs):
     def _check_free(self, info: Info) -> None:
         if COST in info:
             raise _reported_already(COST, "CostFromFunction")
+
+
+def _true(env: Env, wrapper: str) -> Env:
+    """Return `env`, whose observations are true: no sensor's fault lies inside."""
+    fault = sensor_fault(env)
+    if fault is not None:
+        name = type(fault).__name__
+        raise ValueError(
+            f"{wrapper} would compute the label from the faulty observations of {name}: put the "
+            f"fault outside, {name}({wrapper}(env, ...), ...)"
+        )
+    return env
 
 
 def _check_callable(function: object, call: str) -> None:

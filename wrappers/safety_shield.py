@@ -49,6 +49,9 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     shield/binding          str, where the shield has several constraints: the name of the largest
                             in the state just reached, each in units of its own steps; empty where
                             the observation is not readable
+    shield/sensor           str, where the shield checks its sensors (`Shield.with_sensors`): what
+                            it found of the observation just reached: "frozen", "jump", "stale",
+                            or "" for nothing
     action_proposed         array: the action that the agent sent (at reset: NaN; where actions
                             are discrete, an integer that is not an action)
     action_executed         array: the action that the dynamics saw (at reset: likewise)
@@ -91,6 +94,12 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
     reports them by name. A plain number, whose units are not known, contradicts them only where
     its sign does. Where a network
     estimates h, a violation in a state with V_h <= -delta ends the promise for that episode.
+
+    An observation that is not readable, or on which the shield falls back by a check of its
+    sensors, ends the promise for its episode. Where the shield was calibrated under faults of
+    sensors (`wrappers.faults`), only a violation does, and the h of a faulty observation is not
+    compared with the environment's report. For a shield that limits the age of observations, the
+    environment reports in ``info["stamp"]`` the `time.monotonic()` of the measurement.
 
     Where the source of h is not registered in this process, the environment must report h in
     ``info["constraint"]`` at reset and at every step; of several constraints, a mapping from each

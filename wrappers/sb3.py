@@ -182,7 +182,7 @@ class VecSafetyShield(VecEnvWrapper):
             ends = np.flatnonzero(dones)
             inner = self._inner_reset_infos() if len(ends) else infos
             present = [inner[i] if done else infos[i] for i, done in enumerate(dones)]
-            runtime.observe(observations, present)
+            runtime.observe(observations, present, begun=np.asarray(dones, np.bool_))
             reached, binding = runtime.values.copy(), copy(runtime.binding)
             if len(ends):
                 reached[ends], last = self._last_values([infos[i] for i in ends])

@@ -244,7 +244,7 @@ class VectorSafetyShield(VectorWrapper):
             # mode SAME_STEP, and where the action was ignored in mode NEXT_STEP.
             starts = over if self._mode == _SAME_STEP else ignored
             present = info_rows(infos, len(over), runtime.keys)
-            runtime.observe(observations, present, reports=infos)
+            runtime.observe(observations, present, reports=infos, begun=starts)
             self._over = over & (self._mode != _SAME_STEP)
             reached, binding = runtime.values.copy(), copy(runtime.binding)
             if last is not None:

@@ -26,9 +26,11 @@ from safeshield.rollouts.copies import (
     check_env,
     environment_name,
     is_vector_env,
+    sensor_fault,
     spaces_of,
 )
 from safeshield.rollouts.episodes import SEEDS
+from safeshield.rollouts.infos import LABELS
 from safeshield.shield.nested import shielding_layer
 from safeshield.shield.record import (
     RESERVED_SEEDS,
@@ -171,7 +173,9 @@ def calibrate(
         shield: The shield to calibrate. Its own delta and record are ignored.
         env: The environment that the shield will protect. Copies of it run in parallel where it can
             be copied (see `copies.vectorise`). It must report ``info["constraint"]`` or
-            ``info["cost"]``, and the cost for a promise about costs.
+            ``info["cost"]``, and the cost for a promise about costs. With faults of sensors and
+            actuators around it (`rollouts.faults`) the promise holds under these faults, which the
+            record lists. The environment inside them must then report these infos.
         epsilon: Violation rate per episode to promise, by default 0.01; short for
             ``promise=Violation(epsilon)``.
         confidence: Confidence of the promise.
@@ -224,6 +228,7 @@ def calibrate(
     check_env(env)
     shield.check_fits(*spaces_of(env))
     _refuse_shielded(env)
+    _refuse_faulty_labels(env)
     if epsilon is not None and promise is not None:
         raise ValueError(f"pass epsilon={epsilon} or promise={promise}, not both")
     promise = promise or Violation(0.01 if epsilon is None else epsilon)
@@ -371,6 +376,28 @@ def _refuse_few_starts(values: npt.NDArray[np.float64], deltas: Sequence[float])
             f"only {share:.1%} of the environment's starts have V_h <= -{max(deltas):.4g}, the "
             "strictest threshold: pass smaller deltas, or check the labels (for binary labels, "
             "data.label_reach says how many steps before a violation V_h becomes positive)"
+        )
+
+
+def _refuse_faulty_labels(env: object) -> None:
+    """Raise ValueError unless the environment inside a sensor's fault reports what is counted.
+
+    A label that is added outside would be that of the faulty observation. The environment takes one
+    step.
+    """
+    fault = sensor_fault(env)
+    if fault is None:
+        return
+    while (inside := sensor_fault(fault.env)) is not None:
+        fault = inside
+    fault.env.reset(seed=0)
+    *_, info = fault.env.step(fault.env.action_space.sample())
+    if not any(info.get(label) is not None for label in LABELS):
+        name = type(fault).__name__
+        raise ValueError(
+            f"the environment inside {name} must report info['constraint'] or info['cost'], got "
+            f"the infos {sorted(info)}: a violation is that of the plant, not that of a faulty "
+            f"observation. Report one inside, as {name}(ConstraintFromFunction(env, function), ...)"
         )
 
 

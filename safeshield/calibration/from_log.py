@@ -214,6 +214,12 @@ def calibrate_from_log(
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r:.60}")
     chosen: Method = method
+    if method in (SHADOW, TRIAL) and shield.sensors is not None and any(shield.sensors.falls_back):
+        raise ValueError(
+            f"method={method!r} judges each step of a log by itself, but this shield also falls "
+            "back on what it remembers of earlier observations: leave the checks out by "
+            "with_sensors(None), or let them warn"
+        )
     check_held_out(shield.model, held_out)
     check_probability("confidence", confidence)
     ranked = chosen in VALUES_ALONE

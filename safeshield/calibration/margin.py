@@ -29,7 +29,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from safeshield.calibration.support import conformal_level
+from safeshield.support.record import conformal_level
 
 Scores = npt.NDArray[np.float64]
 

@@ -16,7 +16,8 @@ from safeshield.spaces.batches import Batch, copied
 from safeshield.spaces.shapes import Flags
 
 if TYPE_CHECKING:
-    from safeshield.shield.shield import Shield
+    from safeshield.shield.sensors import SensorState
+from safeshield.shield.shield import Shield
 
 RANDOM, ADVERSARY = "random", "adversary"
 
@@ -106,6 +107,7 @@ class ShieldedProposals:
         self._shield = shield
         self._proposals = proposals
         self._batches: list[list[Flags]] = []
+        self._sensors: SensorState | None = None
 
     def start_wave(self, num_envs: int) -> None:
         """Begin a new batch of episodes in `num_envs` environments.
@@ -113,6 +115,9 @@ class ShieldedProposals:
         The recurrent state of the proposing policy is reset.
         """
         self._batches.append([])
+        self._sensors = (
+            None if self._shield is None else self._shield.sensor_state(num_envs, quiet=True)
+        )
         start_wave(self._proposals, num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> npt.NDArray[Any]:
@@ -130,7 +135,7 @@ class ShieldedProposals:
         if not self._shield.model.action_codec.discrete:
             # The shield must judge the same float32 numbers that the environment gets.
             proposed = proposed.astype(np.float32)
-        executed, report = self._shield.filter(observations, proposed)
+        executed, report = self._shield.filter(observations, proposed, sensors=self._sensors)
         self._record(np.asarray(report.intervened))
         return executed
 

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.files.settings import Below1, Inside, check
+from safeshield.files.settings import Below1, check
 from safeshield.spaces.schema import check_same_space
 from safeshield.spaces.shapes import Scalars
 from safeshield.support.decide import SupportTest
-from safeshield.support.record import SupportRecord, episodes_needed
+from safeshield.support.record import SupportRecord, conformal_level
 from safeshield.support.scores import SupportScore, support_score
 
 if TYPE_CHECKING:
@@ -52,25 +52,6 @@ def episode_scores(
     parts = np.split(known, starts[1:])
     ranks = [math.floor(round(share * len(part), 9)) for part in parts]
     return np.array([np.partition(p, k)[k] for p, k in zip(parts, ranks, strict=True)])
-
-
-def conformal_level(episodes: npt.NDArray[np.float64], alpha: float = 0.1) -> float:
-    """Return the level: the floor(alpha (n + 1))-th lowest of the scores (n,) of episodes.
-
-    Raises:
-        ValueError: alpha is not inside (0, 1), or there are too few episodes for this alpha.
-
-    >>> conformal_level(np.arange(9.0), alpha=0.2)
-    1.0
-    """
-    check("alpha", Inside, alpha)
-    rank = math.floor(round(alpha * (len(episodes) + 1), 9))
-    if rank < 1:
-        raise ValueError(
-            f"{len(episodes)} held-out episodes cannot set a level for alpha {alpha:g}: at least "
-            f"{episodes_needed(alpha)} are needed; hold out more, or ask for a larger alpha"
-        )
-    return float(np.sort(episodes)[rank - 1])
 
 
 def record_of(

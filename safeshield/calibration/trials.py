@@ -21,6 +21,7 @@ from safeshield.rollouts.copies import (
     difference,
     refuse_vector_env,
     runs_natively,
+    sensor_fault,
     spec_to_copy,
     vectorise,
 )
@@ -355,9 +356,12 @@ class Trials:
         self._compare(step)
 
     def _compare(self, step: VectorStep) -> None:
-        """Refuse an environment whose first states contradict the shield's source of h."""
+        """Refuse an environment whose first states contradict the shield's source of h.
+
+        Observations that a sensor's fault has changed are not compared.
+        """
         source, model = self.shield.model.constraint, self.shield.model
-        if source is None:
+        if source is None or sensor_fault(self.env) is not None:
             return
         reports = Reports.of(step.infos, len(step.active), source.names)
         each = source.each(model.observation_codec.batch(step.next_observations))

@@ -30,10 +30,12 @@ from safeshield.evaluation.scores import (
     normalised_cost,
 )
 from safeshield.evaluation.tables import describe_score, format_scores, format_table
+from safeshield.evaluation.under_faults import FAULT_KINDS, StressCell, StressTest, stress
 
 __all__ = [
     "COST_LIMIT",
     "EPISODES",
+    "FAULT_KINDS",
     "SEEDS",
     "Aggregate",
     "CurvePoint",
@@ -42,6 +44,8 @@ __all__ = [
     "FieldScore",
     "ReferenceReturns",
     "Run",
+    "StressCell",
+    "StressTest",
     "UnshieldedAdversary",
     "aggregate",
     "describe_score",
@@ -54,5 +58,6 @@ __all__ = [
     "play",
     "read_curve",
     "stratified_interval",
+    "stress",
     "write_curve",
 ]

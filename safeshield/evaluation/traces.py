@@ -15,6 +15,7 @@ from safeshield.rollouts.policies import BatchPolicy, start_wave
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield.critics import StateValue
 from safeshield.shield.report import FilterReport
+from safeshield.shield.sensors import SensorState
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch, copied
 from safeshield.spaces.generic import Env, VectorEnv
@@ -95,9 +96,11 @@ class _Recorder:
         self._shield = shield
         self._proposals = proposals
         self.waves: list[list[tuple[Column, Column, FilterReport]]] = []
+        self._sensors: SensorState | None = None
 
     def start_wave(self, num_envs: int) -> None:
         self.waves.append([])
+        self._sensors = self._shield.sensor_state(num_envs, quiet=True)
         start_wave(self._proposals, num_envs)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Column:
@@ -106,7 +109,7 @@ class _Recorder:
         if not shield.model.action_codec.discrete:
             # The shield must judge the same float32 numbers that the environment gets.
             proposed = proposed.astype(np.float32)
-        executed, report = shield.filter(observations, proposed)
+        executed, report = shield.filter(observations, proposed, sensors=self._sensors)
         rows = [np.array(shield.action_rows(each)[0]) for each in (proposed, executed)]
         self.waves[-1].append((rows[0], rows[1], report))
         return executed

@@ -19,6 +19,14 @@ _MAX_NATIVE_ENVS = 256
 _MAX_COPIED_ENVS = 8
 # A wrapper of these kinds that is rebuilt from its arguments has lost its statistics.
 _STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
+SENSOR_FAULTS = (
+    "NoisySensor", "QuantisedSensor", "DroppingSensor", "StuckSensor", "DelayedSensor",
+    "ControlPeriod",
+)  # fmt: skip
+"""Wrappers of `faults` after which an observation does not show the state, or not every
+state, that the labels describe."""
+ACTUATOR_FAULTS = ("DelayedActuator", "LimitedActuator")
+"""Wrappers of `faults` that execute another action."""
 # Arguments that do not change the dynamics.
 _NO_DYNAMICS = ("render_mode", "max_episode_steps")
 # Wrappers that gymnasium.make adds by itself, and those that do not change what an agent meets.
@@ -188,6 +196,19 @@ def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]
             return [*inside, *reversed(found)]
         layer = inner
     return found[::-1]
+
+
+def sensor_fault(env: object) -> Any:  # noqa: ANN401
+    """Return the outermost layer of `env` that is one of `SENSOR_FAULTS`, or None.
+
+    Of several members of a vector environment the first one tells.
+    """
+    layer: Any = env
+    while layer is not None and type(layer).__name__ not in SENSOR_FAULTS:
+        fields = getattr(layer, "__dict__", {})
+        members = fields.get("envs")
+        layer = members[0] if members else fields.get("env", fields.get("venv"))
+    return layer
 
 
 def _passes_through(wrapper: object) -> bool:

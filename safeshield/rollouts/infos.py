@@ -53,6 +53,12 @@ BINDING = "shield/binding"
 its own steps (`values.constraint.SeveralConstraints`). Where constraints are not finite, it is the
 first of these; where the observation is not readable, it is empty. Only shields of several
 constraints report it."""
+SENSOR = "shield/sensor"
+"""What the checks of the sensors found of the observation that the step reached: "frozen", "jump",
+"stale", or "" for nothing. Only shields with such checks report it (`Shield.with_sensors`)."""
+STAMP = "stamp"
+"""`time.monotonic()` at which the observation was measured, in seconds, which an environment may
+report for a shield that limits the age of observations."""
 PROMISE = "shield/promise"
 """State of the promise that a monitor watches (`monitoring`); only monitored shields report it."""
 EVIDENCE = "shield/promise_evidence"

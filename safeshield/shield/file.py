@@ -60,6 +60,7 @@ from safeshield.shield.replacement import (
     describe,
     settings_of,
 )
+from safeshield.shield.sensors import SensorCheck
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import space_from_json, space_to_json
@@ -131,6 +132,8 @@ def save_shield(
         "support": _support_to_json(shield),
         **remembered(shield),
     }
+    if shield.sensors is not None:
+        header["sensors"] = shield.sensors.to_json()
     hashes = {ledger_tensor(i): one for i, one in enumerate(shield.ledger.hashes)}
     if shield.training_episodes is not None:
         header[TRAINING_EPISODES] = len(shield.training_episodes)
@@ -176,7 +179,10 @@ def digest_of(shield: Shield) -> str:
     """Return `Shield.digest` of a shield."""
     described, weights = _identity(shield, _kind)
     level = None if shield.support is None else shield.support.record.to_json()
-    return content_digest([described, describe(shield.replacement), level], weights)[:16]
+    told: list[Any] = [described, describe(shield.replacement), level]
+    if shield.sensors is not None and any(shield.sensors.falls_back):
+        told.append(shield.sensors.to_json())
+    return content_digest(told, weights)[:16]
 
 
 def _kind(part: Described | None) -> object:
@@ -238,6 +244,8 @@ def load_shield(kind: type[S], path: str | os.PathLike[str], verify: PublicKey |
         if not isinstance(trained_by, str):
             raise ValueError(f"trained_by must be text, got {type(trained_by).__name__}")
         # Files of earlier releases know neither training episodes nor logs.
+        sensors = header.get("sensors")
+        sensors = None if sensors is None else SensorCheck.from_json(sensors)
         log_records = tuple(LogRecord.from_json(one) for one in header.get("log_records", ()))
         log_attempts, counts = read_attempts(header)
         hashed = {**hash_shapes(header), **{name: (count,) for name, count in counts.items()}}
@@ -275,6 +283,7 @@ def load_shield(kind: type[S], path: str | os.PathLike[str], verify: PublicKey |
         log_records=log_records,
         ledger=Ledger(log_attempts, tuple(hashes[name] for name in counts)),
         training_episodes=hashes.get(TRAINING_HASHES),
+        sensors=sensors,
     )
     shield.signature = file.signed if verify is None else VERIFIED
     return shield

@@ -31,8 +31,10 @@ from safeshield.rollouts.infos import (
     PROMISE,
     PROPOSED,
     SAFE_SET,
+    SENSOR,
     SHIELDED,
     SIGNATURE,
+    STAMP,
     THRESHOLD,
     VALUE,
     WOULD_INTERVENE,
@@ -43,6 +45,7 @@ from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_ada
 from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import Mask, check_discrete, with_own_mask
 from safeshield.shield.report import ACCEPTED, FilterReport, verdicts
+from safeshield.shield.sensors import SensorState
 from safeshield.shield.shield import (
     HasShield,
     NoReportWarning,
@@ -489,6 +492,10 @@ class ShieldRuntime:
         self._calibrated = shield.threshold
         self._vouched = certifies and shield.record is not None and not self.shadow
         self._near = shield.model.scale.agreement
+        # Observations of a record with faults of sensors say nothing about the true h.
+        self._sees = shield.record is None or shield.record.sees_the_state
+        self._sensors = shield.sensor_state(self._count)
+        self._aged = self._sensors is not None and shield.sensors.age is not None  # type: ignore[union-attr]
         # Whether the present episodes began in certified states that nothing has contradicted.
         self._covered = np.zeros(self._count, np.bool_)
         self._contradicted = np.zeros(self._count, np.bool_)
@@ -516,6 +523,7 @@ class ShieldRuntime:
         self.keys = (
             *((ACTION_MASK,) if codec.discrete else ()),
             *((CONSTRAINT,) if self._reported else ()),
+            *((STAMP,) if self._aged else ()),
         )
         self._reporting = self._watch is not None or self._recorder is not None
         self.last_keys = (*self.keys, CONSTRAINT, COST) if self._reporting else self.keys
@@ -649,6 +657,7 @@ class ShieldRuntime:
         infos: InfoDicts,
         starts: Flags | bool = False,
         reports: Infos | None = None,
+        begun: Flags | bool = False,
     ) -> PerEnv:
         """Evaluate the present states of the environments.
 
@@ -658,6 +667,7 @@ class ShieldRuntime:
             starts: (n,) whether a reset has begun an episode, or one value for all. Episodes that a
                 step has begun are passed to `update` instead.
             reports: The infos as columns, where `infos` holds only the keys in `keys`.
+            begun: (n,) whether a step has begun an episode, or one value for all.
 
         Returns:
             V_h of the states, infinity where they are not readable.
@@ -679,6 +689,8 @@ class ShieldRuntime:
             )
         # A copy: environments may write into what they returned.
         rows = np.array(rows)
+        if self._sensors is not None:
+            rows = self._checked(self._sensors, rows, infos, starts, begun)
         readable = self.shield.readable(rows)
         known = readable[0] if self.num_envs is None else readable.all()
         h = self._reported_h(infos)
@@ -704,6 +716,32 @@ class ShieldRuntime:
             if self._watch is not None:
                 self._costs = _watched_costs(given, self._reports.cost)
         return self.values
+
+    def _checked(
+        self,
+        sensors: SensorState,
+        rows: Array,
+        infos: InfoDicts,
+        starts: Flags | bool,
+        begun: Flags | bool,
+    ) -> Array:
+        """Return observations (n, obs), with NaN where the shield falls back on a sensor's fault.
+
+        The arguments `infos`, `starts` and `begun` are those of `observe`.
+        """
+        still = None
+        if starts is not False or begun is not False:
+            fresh = np.full(self._count, np.logical_or(starts, begun))
+            sensors.begin(fresh)
+            if np.any(starts) and not fresh.all():
+                # A reset of some environments leaves the others in the states observed before.
+                still = ~fresh
+        stamps = None
+        if self._aged:
+            told = [info.get(STAMP) for info in infos]
+            if any(one is not None for one in told):
+                stamps = np.array([_number(one) for one in told])
+        return sensors.read(rows, stamps, still)
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> tuple[Scalars, Array | None]:
         """Return V_h (k,) of the last states of k episodes, which the environments have left.
@@ -759,6 +797,8 @@ class ShieldRuntime:
             if accepted is not None:
                 executed = judged.copy()
                 decision = Decision(proposed, executed, False, accepted, threshold)
+                if self._sensors is not None:
+                    self._sensors.acted((proposed if self.shadow else executed).reshape(1, -1))
                 if self.shadow:
                     decision = self._shadowed(decision, accepted)
                 self._pending = decision
@@ -766,6 +806,8 @@ class ShieldRuntime:
         flat = judged.reshape(self._count, -1)
         executed, report = self.shield.filter_rows(states, rows, flat, threshold)
         self._report = report
+        if self._sensors is not None:
+            self._sensors.acted(flat if self.shadow else executed)
         if report.intervened.any():
             judged = self.shield.points(executed).reshape(judged.shape)
         # Whole numbers that were judged beside others keep their values in the space's dtype.
@@ -1025,6 +1067,9 @@ class ShieldRuntime:
             infos[WOULD_INTERVENE], infos[SHIELDED] = decision.shadowed
         if self._names is not None:
             infos[BINDING] = self.binding if binding is None else binding
+        if self._sensors is not None:
+            sensors = self._sensors
+            infos[SENSOR] = sensors.first if self.num_envs is None else sensors.found
         if self._watch is not None:
             told = {
                 PROMISE: self._watch.state,
@@ -1119,7 +1164,9 @@ class ShieldRuntime:
 
         A source of h that the report or the cost contradicts shows that the environment is
         not the one of the record. The promise is then withdrawn for good. A state that violates
-        although V_h <= -delta by the network's estimate of h withdraws it for the episode.
+        although V_h <= -delta by the network's estimate of h withdraws it for the episode, and so
+        does an observation that is not readable. Where the record was made under faults of sensors,
+        these count for nothing, and only a violation withdraws the promise.
         """
         if not self._told_silent:
             told, cost = reports.constraint, reports.cost
@@ -1132,12 +1179,18 @@ class ShieldRuntime:
             h, values = None if h is None else float(h[0]), float(values[0])
             each = h if states.each is None else each[0]
         violated = (reports.constraint > 0) | (reports.cost > 0)
-        if source is None or h is None or each is None:
+        if not self._sees:
+            bad = np.zeros(self._count, np.bool_)
+        elif source is None or h is None or each is None:
             bad = self.in_safe_set(values) & violated
         else:
             bad = source.contradicts(each, reports.named, reports.constraint, self._near)
             bad = bad | ((reports.cost > 0) & (h <= -self._near))
         doubted = bad | violated
+        unknown = self._sees and self.values == np.inf
+        if unknown is not False:
+            # What stands in for an unreadable observation cannot be compared.
+            bad, doubted = bad & np.logical_not(unknown), doubted | unknown
         if not (self._doubted or np.any(doubted)):
             return
         self._contradicted[:] = bad

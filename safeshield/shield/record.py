@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, Self
 
 from safeshield.files.schema import json_values, record_from_json
-from safeshield.rollouts.copies import Identity
+from safeshield.rollouts.copies import ACTUATOR_FAULTS, SENSOR_FAULTS, Identity
 
 VIOLATION: Final = "violation"
 COST_ABOVE: Final = "cost above"
@@ -165,6 +165,17 @@ class CalibrationRecord:
     _tested: ClassVar[str] = "these policies"
 
     @property
+    def faults(self) -> tuple[EnvironmentWrapper, ...]:
+        """The wrappers that are faults of sensors and actuators (`rollouts.faults`)."""
+        known = (*SENSOR_FAULTS, *ACTUATOR_FAULTS)
+        return tuple(one for one in self.wrappers or () if one.name in known)
+
+    @property
+    def sees_the_state(self) -> bool:
+        """Whether the observations were those of the states, without a fault of a sensor."""
+        return not any(one.name in SENSOR_FAULTS for one in self.faults)
+
+    @property
     def promise(self) -> str:
         """The promise in words; it covers only what was tested."""
         seen = "; ".join(
@@ -190,8 +201,8 @@ class CalibrationRecord:
         }[self.kind]
         return (
             f"With confidence {self.confidence:g} over the draw of the calibration episodes: an "
-            f"episode of {self.environment}{length} that starts as {self.start_distribution}, in "
-            f"which {self._acting()} {claim}. {counted}: {seen}."
+            f"episode of {self.environment}{self._under()}{length} that starts as "
+            f"{self.start_distribution}, in which {self._acting()} {claim}. {counted}: {seen}."
             f" Of the starts drawn, {self.start_share:.0%} had V_h <= -delta."
             f"{self._about_attempts()} For another policy, start distribution, horizon or "
             "environment nothing is promised."
@@ -202,6 +213,16 @@ class CalibrationRecord:
         names = ", ".join(f"'{result.policy}'" for result in self.policies)
         acting = "" if self.deterministic is None else f" (deterministic={self.deterministic})"
         return names + acting
+
+    def _under(self) -> str:
+        """Return the faults in words, "" where there are none."""
+        if not self.faults:
+            return ""
+        told = []
+        for one in self.faults:
+            given = ", ".join(f"{name}={value}" for name, value in (one.arguments or {}).items())
+            told.append(f"{one.name}({given})")
+        return f" with the faults {', '.join(told)},"
 
     def _acting(self) -> str:
         """Return who acts in the promised episodes, in words."""

@@ -54,6 +54,7 @@ from safeshield.shield.replacement import (
     replace_actions,
 )
 from safeshield.shield.report import FilterReport
+from safeshield.shield.sensors import SensorCheck, SensorState
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.schema import check_same_space
@@ -113,6 +114,8 @@ class Shield:
             them.
         training_episodes: (E,) hashes of the episodes from which the shield was made
             (`OfflineDataset.episode_hashes`); None where they are not known.
+        sensors: Checks for frozen observations, jumps and observations that are too old; None for
+            none. See `with_sensors`.
     """
 
     model: SafetyModel
@@ -125,6 +128,7 @@ class Shield:
     log_records: tuple[LogRecord, ...] = ()
     ledger: Ledger = field(default_factory=Ledger)
     training_episodes: Hashes | None = None
+    sensors: SensorCheck | None = None
     signature: str = field(default=UNSIGNED, init=False)
     """What is known of the file that the shield was loaded from: "unsigned", "signed, not verified"
     or "signature verified". A changed copy is "unsigned"."""
@@ -165,6 +169,8 @@ class Shield:
                 f"shield has {replaced or 'the default'}; use with_replacement(), which drops the "
                 "record, or calibrate again"
             )
+        if self.sensors is not None:
+            self.sensors.check_fits(self.model.observation_codec)
         self._low, self._high, self._discrete = codec.low, codec.high, codec.discrete
         self._bounds = tuple(zip(codec.low.tolist(), codec.high.tolist(), strict=True))
         self._box = float32_box(codec)
@@ -345,6 +351,38 @@ class Shield:
         kept = about_values(self.log_records)
         return replace(self, support=test, record=None, log_records=kept, training_episodes=seen)
 
+    def with_sensors(self, sensors: SensorCheck | None) -> Self:
+        """Return a copy that checks observations for faults of the sensors.
+
+        The wrappers, `ShieldedPolicy`, `calibrate`, `evaluate` and `diagnose` then check every
+        observation, and a loop of your own does with `sensor_state`. Where the checks only warn,
+        the copy keeps the record. Where the shield falls back on a check, the record is dropped,
+        because other actions are executed. Calibrate the copy again.
+
+        Args:
+            sensors: The check, such as ``SensorCheck.from_log(log)``; None for none.
+
+        Raises:
+            ValueError: The limits are not those of the shield's observations.
+        """
+        before, after = (
+            (False,) * 3 if one is None else one.falls_back for one in (self.sensors, sensors)
+        )
+        if before == after and (not any(after) or sensors == self.sensors):
+            return replace(self, sensors=sensors)
+        kept = about_values(self.log_records)
+        return replace(self, sensors=sensors, record=None, log_records=kept)
+
+    def sensor_state(self, count: int = 1, *, quiet: bool = False) -> SensorState | None:
+        """Return what the checks of `sensors` remember of `count` environments; None without any.
+
+        Pass it to each call of `filter` for these environments, and call its ``begin`` where an
+        episode begins. With `quiet` it does not warn.
+        """
+        if self.sensors is None or not self.sensors.active:
+            return None
+        return SensorState(self.sensors, count, self.model.observation_codec.width, quiet=quiet)
+
     # -- values ---------------------------------------------------------------------------------
 
     def value(
@@ -464,6 +502,8 @@ class Shield:
         action: Batch,
         *,
         constraint: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
+        stamp: npt.ArrayLike | None = None,
+        sensors: SensorState | None = None,
     ) -> tuple[npt.NDArray[Any], FilterReport]:
         """Return the action to execute, and the report on it.
 
@@ -479,27 +519,50 @@ class Shield:
             observation: One observation, or a batch (see `value`).
             action: One action, or a batch.
             constraint: h of the states, see `value`.
+            stamp: () or (n,) `time.monotonic()` at which the observations were measured, for a
+                shield whose `sensors` limit the age. An older observation is not readable.
+            sensors: What `sensor_state` returned, for the checks that compare an observation with
+                earlier ones. Without it only the age is checked.
 
         Returns:
             The action to execute in the form of `action`, and the report: for a batch of n actions,
             arrays (n,) of verdicts.
 
         Raises:
-            ValueError: An argument has a wrong shape.
+            ValueError: An argument has a wrong shape, or `stamp` is given to a shield that does not
+                limit the age.
         """
         proposed = fitted(plain(action), np.dtype(self.action_space.dtype))
         actions, single = self.action_rows(proposed)
         rows, _ = self.observation_rows(observation)
         if len(actions) != len(rows):
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
+        if stamp is not None or sensors is not None:
+            rows = self._checked(rows, stamp, sensors)
         states = self.states(rows, self._given(constraint, len(rows)))
         executed, report = self.filter_rows(states, rows, actions)
+        if sensors is not None:
+            sensors.acted(executed)
         if single:
             one = report.row(0)
             sent = self.points(executed)[0] if one.intervened else proposed
             return _in_dtype(sent, self.action_space), one
         sent = self.points(executed) if report.intervened.any() else proposed
         return _in_dtype(sent, self.action_space), report
+
+    def _checked(
+        self, rows: Observations, stamp: npt.ArrayLike | None, sensors: SensorState | None
+    ) -> Observations:
+        """Return the observations (n, obs), with NaN where the shield falls back on a check."""
+        limit = None if self.sensors is None else self.sensors.age
+        if stamp is not None and limit is None:
+            raise ValueError(
+                f"stamp needs a limit of the age, got stamp={stamp} for a shield without one: "
+                "with_sensors(SensorCheck(age=seconds)) sets it"
+            )
+        if sensors is None:
+            sensors = SensorState(SensorCheck(age=limit), len(rows), rows.shape[1])
+        return sensors.read(rows, stamp)
 
     def accepts(
         self, states: StateValue, action: Actions, threshold: float | None = None
@@ -773,7 +836,7 @@ class Shield:
                 replaces any number of actions, and waits for the device once.
 
         Raises:
-            TypeError, ValueError: See `shield.tensors.TorchShield`.
+            TypeError, ValueError: See `shield.tensors.TorchShield`; or the shield has `sensors`.
 
         >>> import gymnasium, torch, safeshield.envs
         >>> from safeshield import ShieldConfig, ShieldTrainer, collect
@@ -786,6 +849,12 @@ class Shield:
         """
         from safeshield.shield.tensors import TorchShield
 
+        if self.sensors is not None:
+            raise ValueError(
+                "to_torch() makes a shield that remembers nothing of earlier observations, so it "
+                f"cannot check them, got sensors={self.sensors!r:.60}: leave the checks out by "
+                "with_sensors(None)"
+            )
         return TorchShield(self, device, constraint_fn, budget)
 
     def export_onnx(

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from safeshield.files.schema import json_values, record_from_json
 from safeshield.files.settings import Below1, Inside, Settings, check
 
@@ -18,6 +21,25 @@ def episodes_needed(alpha: float) -> int:
     """
     check("alpha", Inside, alpha)
     return math.ceil(round(1.0 / alpha, 9)) - 1
+
+
+def conformal_level(episodes: npt.NDArray[np.float64], alpha: float = 0.1) -> float:
+    """Return the level: the floor(alpha (n + 1))-th lowest of the scores (n,) of episodes.
+
+    Raises:
+        ValueError: alpha is not inside (0, 1), or there are too few episodes for this alpha.
+
+    >>> conformal_level(np.arange(9.0), alpha=0.2)
+    1.0
+    """
+    check("alpha", Inside, alpha)
+    rank = math.floor(round(alpha * (len(episodes) + 1), 9))
+    if rank < 1:
+        raise ValueError(
+            f"{len(episodes)} held-out episodes cannot set a level for alpha {alpha:g}: at least "
+            f"{episodes_needed(alpha)} are needed; hold out more, or ask for a larger alpha"
+        )
+    return float(np.sort(episodes)[rank - 1])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,354 @@
+"""Play faults of sensors and actuators behind shields of the boat and the pendulum.
+
+    python benchmarks/faults.py --train         # the logs and the shields; minutes
+    python benchmarks/faults.py                 # the rest; resumes; prints tables
+    python benchmarks/faults.py --picture .     # draws them to stress-boat.png, stress-pendulum.png
+
+Each of 3 seeds has a log and a small shield of its own (critics of 2 x 48; 3,000 updates), which is
+calibrated without faults for a reckless agent at epsilon 0.05 and confidence 0.95. On the boat the
+agent steers straight for the goal, on the pendulum it pushes in the direction of the motion, where
+h = |speed| - 7 rad/s. Then:
+
+- `stress` plays its matrix with this agent, with and without the shield;
+- the shield is calibrated again under each of some faults, and plays fresh episodes under it;
+- false alarms of the checks for frozen observations and jumps, whose limits come from the log, are
+  counted in fresh episodes of the log's policy, and of the agent behind the shield.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from common import RESULTS, once
+
+import safeshield.envs  # noqa: F401 - registers the boat
+from safeshield import OfflineDataset, Shield, ShieldConfig, ShieldTrainer, collect
+from safeshield.calibration.binomial import upper_bound
+from safeshield.calibration.walk import CalibrationError
+from safeshield.demo.helmsmen import Helmsmen
+from safeshield.envs.boat import GOAL
+from safeshield.evaluation import FAULT_KINDS, StressCell, StressTest, evaluate, stress
+from safeshield.evaluation.episodes import Evaluation
+from safeshield.rollouts.policies import BatchPolicy, batch_policy
+from safeshield.shield.sensors import SensorCheck, SensorState
+from safeshield.values.constraint import register_constraint
+from safeshield.wrappers import ConstraintFromFunction
+from safeshield.wrappers.faults import (
+    ControlPeriod,
+    DelayedActuator,
+    DelayedSensor,
+    DroppingSensor,
+    LimitedActuator,
+    NoisySensor,
+)
+
+FOLDER = RESULTS / "faults"
+SEEDS = (0, 1, 2)
+TASKS = ("boat", "pendulum")
+SMALL: dict[str, Any] = {"critic_hidden": (48, 48), "behaviour_hidden": (48, 48)}
+PROMISE: dict[str, Any] = {"epsilon": 0.05, "confidence": 0.95}
+LEVEL = 0.05
+
+
+@register_constraint("pendulum speed@1")
+def speed(observations: np.ndarray) -> np.ndarray:
+    """Return how much faster than 7 rad/s the pendulum turns."""
+    return np.asarray(np.abs(observations[:, 2]) - 7.0)
+
+
+def environment(task: str) -> gym.Env[Any, Any]:
+    """Return the environment of a task."""
+    if task == "boat":
+        return gym.make("safeshield/Boat-v0")
+    return ConstraintFromFunction(gym.make("Pendulum-v1"), "pendulum speed@1")
+
+
+class Held:
+    """Random torques, held for 8 steps on average; 4 of 10 episodes push with the motion."""
+
+    batched = True
+    held: np.ndarray | None = None
+
+    def start_wave(self, num_envs: int) -> None:
+        """Begin new episodes."""
+        self.held = None
+
+    def __call__(self, seen: Any, rng: np.random.Generator) -> np.ndarray:  # noqa: ANN401
+        """Return the torques (n, 1)."""
+        count = len(seen)
+        if self.held is None or len(self.held) != count:
+            self.held = rng.uniform(-2, 2, (count, 1))
+            self.pushing = rng.random((count, 1)) < 0.4
+        fresh = rng.uniform(-2, 2, (count, 1))
+        self.held = np.where(rng.random((count, 1)) < 1 / 8, fresh, self.held)
+        pushed = 2 * np.sign(seen[:, 2:3]) * (rng.random((count, 1)) < 0.8)
+        return np.where(self.pushing, pushed, self.held).astype(np.float32)
+
+
+def logging(task: str) -> BatchPolicy:
+    """Return the policy that makes the log."""
+    return Helmsmen() if task == "boat" else Held()
+
+
+def reckless(task: str) -> BatchPolicy:
+    """Return the agent that the shield is to keep safe."""
+    if task == "boat":
+
+        @batch_policy
+        def straight(seen: Any, rng: np.random.Generator) -> np.ndarray:  # noqa: ANN401
+            course = GOAL - np.nan_to_num(np.asarray(seen))
+            return course / np.maximum(np.linalg.norm(course, axis=-1, keepdims=True), 1e-9)
+
+        return straight
+
+    @batch_policy
+    def push(seen: Any, rng: np.random.Generator) -> np.ndarray:  # noqa: ANN401
+        return (2 * np.sign(np.nan_to_num(np.asarray(seen))[:, 2:3])).astype(np.float32)
+
+    return push
+
+
+def train(task: str, seed: int) -> None:
+    """Make a log and a shield, where there are none."""
+    path = FOLDER / f"{task}-{seed}.safetensors"
+    if path.exists():
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    count = {"boat": 420, "pendulum": 200}[task]
+    many = {} if task == "boat" else {"num_envs": 50}
+    log = collect(environment(task), logging(task), episodes=count, seed=seed, **many)
+    log.save(FOLDER / f"{task}-{seed}.hdf5")
+    config = ShieldConfig(seed=seed, **SMALL)
+    ShieldTrainer(config).fit(log, steps=3000).shield().save(path)
+
+
+def faults(task: str, shield: Shield) -> dict[str, Any]:
+    """Return the faults under which the shield is calibrated, as functions of an environment."""
+    spread = shield.model.scaling.observation_spread.astype(np.float64)
+    noise = (0.1 * spread).tolist()
+    return {
+        "noise 0.1 sd": lambda env: NoisySensor(env, noise),
+        "NaN in 0.1 of the steps": lambda env: DroppingSensor(env, 0.1, "nan"),
+        "observation 2 steps late": lambda env: DelayedSensor(env, 2),
+        "action 2 steps late": lambda env: DelayedActuator(env, 2),
+        "actuator at half": lambda env: LimitedActuator(env, 0.5),
+        "half the control rate": lambda env: ControlPeriod(env, 2),
+    }
+
+
+def calibrated(task: str, seed: int) -> Shield:
+    """Return the shield after its calibration without faults, which is stored."""
+    path = FOLDER / f"{task}-{seed}-calibrated.safetensors"
+    if not path.exists():
+        raw = Shield.load(FOLDER / f"{task}-{seed}.safetensors")
+        raw.calibrate(environment(task), policy=reckless(task), policy_name="reckless", seed=seed,
+                      **_wide(task), **PROMISE).save(path)  # fmt: skip
+    return Shield.load(path)
+
+
+def _together(episodes: int) -> int:
+    """Return how many environments play so many episodes in one wave, with those left out."""
+    return math.ceil(1.1 * episodes)
+
+
+def _wide(task: str) -> dict[str, Any]:
+    return {} if task == "boat" else {"num_envs": 50}
+
+
+def matrix(task: str, seed: int, kind: str, episodes: int) -> dict[str, Any]:
+    """Play one kind of fault of `stress`."""
+    found = stress(
+        calibrated(task, seed), environment(task), reckless(task), kinds=[kind], episodes=episodes,
+        seed=seed, num_envs=_together(episodes), policy_name="reckless",
+    )  # fmt: skip
+    return found.to_json()
+
+
+def promised(task: str, seed: int, name: str, episodes: int) -> dict[str, Any]:
+    """Calibrate under one fault, and play fresh episodes under it."""
+    raw = Shield.load(FOLDER / f"{task}-{seed}.safetensors")
+    env, agent = faults(task, raw)[name](environment(task)), reckless(task)
+    before = evaluate(
+        env, agent, episodes, seed + 100, shield=calibrated(task, seed), starts="certified",
+        num_envs=_together(episodes), name="reckless",
+    )  # fmt: skip
+    result: dict[str, Any] = {"before": before.to_json()}
+    try:
+        under = raw.calibrate(
+            env, policy=agent, policy_name="reckless", seed=seed, num_envs=50, **PROMISE
+        )
+    except CalibrationError as error:
+        return {**result, "refused": str(error)}
+    assert under.record is not None
+    fresh = evaluate(
+        env, agent, episodes, seed + 100, shield=under, starts="certified",
+        num_envs=_together(episodes), name="reckless",
+    )  # fmt: skip
+    return {**result, "delta": under.delta, "fresh": fresh.to_json()}
+
+
+def alarms(task: str, seed: int, episodes: int) -> dict[str, Any]:
+    """Count healthy episodes with an alarm, of the log's policy and of the shielded agent."""
+    log = OfflineDataset.load(FOLDER / f"{task}-{seed}.hdf5")
+    check = SensorCheck.from_log(log, LEVEL)
+    told: dict[str, Any] = {"level": LEVEL, "episodes": episodes, "measured": check.episodes}
+    env = environment(task)
+    shielded = _Shielded(calibrated(task, seed), reckless(task))
+    for name, policy in (("log's policy", logging(task)), ("shielded agent", shielded)):
+        fresh = collect(env, policy, episodes=episodes, seed=seed + 500, **_wide(task))
+        told[name] = int(_alarms(check, fresh).sum())
+    return told
+
+
+class _Shielded:
+    """An agent behind a shield, as a policy for `collect`."""
+
+    batched = True
+
+    def __init__(self, shield: Shield, agent: BatchPolicy) -> None:
+        self._shield, self._agent = shield, agent
+
+    def __call__(self, seen: Any, rng: np.random.Generator) -> np.ndarray:  # noqa: ANN401
+        return self._shield.filter(seen, self._agent(seen, rng).astype(np.float32))[0]
+
+
+def _alarms(check: SensorCheck, log: OfflineDataset) -> np.ndarray:
+    """Return whether each episode of a log has an alarm."""
+    starts, lengths = log.episode_starts, log.episode_lengths
+    state = SensorState(check, len(starts), log.observations.shape[1], quiet=True)
+    state.read(log.observations[starts])
+    found = np.zeros(len(starts), np.bool_)
+    for step in range(int(lengths.max())):
+        at = starts + np.minimum(step, lengths - 1)
+        state.acted(log.actions[at])
+        state.read(log.next_observations[at])
+        found |= (state.found != "") & (step < lengths)
+    return found
+
+
+def pooled(results: list[list[dict[str, Any]]]) -> StressTest:
+    """Return the matrices of several seeds (a list of kinds for each) as one.
+
+    The episodes of all seeds are put together.
+    """
+    cells = []
+    for kind in zip(*results, strict=True):
+        for same in zip(*(one["cells"] for one in kind), strict=True):
+            if same[0]["fault"] == "none" and cells:
+                continue
+            runs = [_joined([one[key] for one in same]) for key in ("shielded", "alone")]
+            cells.append(StressCell(same[0]["fault"], same[0]["strength"], same[0]["unit"], *runs))
+    return StressTest(tuple(cells), ())
+
+
+def _joined(parts: list[dict[str, Any]]) -> Evaluation:
+    from safeshield.evaluation.intervals import binomial_interval
+
+    total, bad = (sum(one[key] for one in parts) for key in ("episodes", "violating"))
+    first = {key: value for key, value in parts[0].items() if key != "violation_rate"}
+    means = {
+        key: None if first[key] is None else float(np.mean([one[key] for one in parts]))
+        for key in ("mean_return", "intervention_rate", "start_share")
+    }
+    joined = {
+        "episodes": total,
+        "violating": bad,
+        "violation_interval": binomial_interval(bad, total),
+    }
+    return Evaluation(**{**first, **joined, **means})
+
+
+def _rate(one: dict[str, Any]) -> str:
+    return f"{one['violating']} of {one['episodes']}"
+
+
+def _upper(one: dict[str, Any]) -> str:
+    """Return the 95% upper limit of a rate of violation, in percent."""
+    return f"{upper_bound(one['episodes'], one['violating'], 0.95):.1%}"
+
+
+def main() -> None:
+    """Run what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", action="store_true", help="make logs and shields; then stop")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    names = [one.name for one in FAULT_KINDS]
+    parser.add_argument("--kinds", nargs="+", default=names, choices=names, help="of the matrix")
+    parser.add_argument("--episodes", type=int, default=12, help="of each cell and seed")
+    parser.add_argument("--fresh", type=int, default=100, help="episodes under a promise, a seed")
+    parser.add_argument("--only", choices=("matrix", "promise", "alarms"), help="one part alone")
+    parser.add_argument("--picture", type=Path, help="folder for the pictures of the matrices")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for task in given.tasks:
+        for seed in given.seeds:
+            train(task, seed)
+    if given.train:
+        return
+    for task in given.tasks:
+        parts = {"matrix": _matrix, "promise": _promise, "alarms": _false_alarms}
+        for name, tell in parts.items():
+            if given.only in (None, name):
+                tell(task, given)
+
+
+def _matrix(task: str, given: argparse.Namespace) -> None:
+    results = [
+        [
+            once(
+                f"{task}-{seed}-{kind.replace(' ', '-')}",
+                partial(matrix, task, seed, kind, given.episodes),
+                folder=FOLDER,
+            )
+            for kind in given.kinds
+        ]
+        for seed in given.seeds
+    ]
+    found = pooled(results)
+    print(f"\n{task}\n\n{found.table('markdown')}", flush=True)
+    if given.picture is not None:
+        found.picture(given.picture / f"stress-{task}.png")
+
+
+def _promise(task: str, given: argparse.Namespace) -> None:
+    print("\n| fault | before | delta | after | upper limits | replaced |\n" + 6 * "|---" + "|")
+    for at, name in enumerate(faults(task, Shield.load(FOLDER / f"{task}-0.safetensors"))):
+        rows = [
+            once(
+                f"{task}-{seed}-promise-{at}",
+                partial(promised, task, seed, name, given.fresh),
+                folder=FOLDER,
+            )
+            for seed in given.seeds
+        ]
+        fresh = [one.get("fresh") for one in rows]
+        cells = (
+            name,
+            ", ".join(_rate(one["before"]) for one in rows),
+            ", ".join(f"{one['delta']:.3g}" if "delta" in one else "refused" for one in rows),
+            ", ".join("-" if one is None else _rate(one) for one in fresh),
+            ", ".join("-" if one is None else _upper(one) for one in fresh),
+            ", ".join("-" if one is None else f"{one['intervention_rate']:.1%}" for one in fresh),
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _false_alarms(task: str, given: argparse.Namespace) -> None:
+    for seed in given.seeds:
+        told = once(
+            f"{task}-{seed}-alarms", partial(alarms, task, seed, given.fresh), folder=FOLDER
+        )
+        counts = {name: told[name] for name in ("log's policy", "shielded agent")}
+        print(f"{task} {seed}: alarms at level {LEVEL} in {told['episodes']} episodes: {counts}")
+
+
+if __name__ == "__main__":
+    main()

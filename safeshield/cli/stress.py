@@ -1,0 +1,74 @@
+"""``safeshield stress``: play a shield under faults of sensors and actuators."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeshield.cli.app import Debug, EnvId, Episodes, Plugins, Seed, Source, Trust, check_output
+from safeshield.cli.sources import env_for, policy_of, shield_of
+
+
+def stress(
+    source: Source,
+    env_id: EnvId,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Policy that proposes actions: random, adversary, helmsmen, or an agent's "
+            ".safetensors or .zip file."
+        ),
+    ] = "random",
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kind of fault to play, such as 'noise' or 'late action'. Repeatable; by default "
+            "all that fit the environment.",
+        ),
+    ] = None,
+    episodes: Episodes = 100,
+    seed: Seed = 0,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="Call the policy's predict with deterministic=True."),
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write, .png, .svg or .pdf.", dir_okay=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust: Trust = False,
+    plugins: Plugins = None,
+    debug: Debug = False,
+) -> None:
+    """Play a matrix of faults, with the shield and without it, from certified starts."""
+    if picture is not None:
+        check_output(picture, (".png", ".svg", ".pdf"), "--picture")
+    from safeshield.evaluation import UnshieldedAdversary
+    from safeshield.evaluation.under_faults import stress as play
+
+    shield = shield_of(source)
+    env = env_for(env_id, shield)
+    found = play(
+        shield,
+        env,
+        policy_of(policy, env, shield, trust),
+        alone=UnshieldedAdversary(shield) if policy == "adversary" else None,
+        kinds=fault,
+        episodes=episodes,
+        seed=seed,
+        deterministic=deterministic,
+        policy_name=Path(policy).name,
+        progress_bar=not as_json,
+    )
+    if picture is not None:
+        found.picture(picture)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+        return
+    typer.echo(found.table())
+    if found.left_out:
+        typer.echo(f"left out, because they do not fit the spaces: {', '.join(found.left_out)}")
