@@ -17,6 +17,7 @@ import ast
 import re
 import sys
 import tempfile
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -27,7 +28,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
-from docstrings import as_markdown  # noqa: E402
+from docstrings import as_markdown
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -88,8 +89,8 @@ def home(module: str, name: str) -> str:
     """Return the module that defines what `module` calls `name`."""
     tree = _tree(module)
     for node in ast.walk(tree) if tree else []:
-        if isinstance(node, ast.ImportFrom) and node.module and name in {n.name for n in node.names}:
-            return home(node.module, name)
+        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+            return home(str(node.module), name)
     return module
 
 
@@ -140,13 +141,15 @@ def reference_pages() -> Iterator[tuple[str, str]]:
         "# Reference",
         "Each public name, with the room of the package that it comes from. "
         "[Architecture](../architecture.md) describes the rooms.",
-        "Names that `import safeshield` has itself are listed first.",
-        "| name | room |\n|---|---|",
+        "The names of `safeshield` itself are listed first. Arguments, fields and methods are on "
+        "the page of the room.",
+        "| name | room | what it is |\n|---|---|---|",
     ]
     rows = [(path, room) for room, paths in names.items() for path in paths]
     rows.sort(key=lambda row: (row[0].count(".") > 1, _last(row[0])))
     lines[-1] += "".join(
-        f"\n| [`{path}`]({room}.md#{path}) | [{room}]({room}.md) |" for path, room in rows
+        f"\n| [`{path}`]({room}.md#{path}) | [{room}]({room}.md) | {_summary(path)} |"
+        for path, room in rows
     )
     yield "index", "\n\n".join(lines)
     for room, paths in names.items():
@@ -158,6 +161,17 @@ def reference_pages() -> Iterator[tuple[str, str]]:
         yield room, "\n\n".join(text)
 
 
+def _summary(path: str) -> str:
+    """Return the first line of the docstring of a public name, for a cell of a table."""
+    module, name = path.rsplit(".", 1)
+    tree = _tree(home(module, name))
+    documentable = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in tree.body if tree else []:
+        if isinstance(node, documentable) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0].replace("|", "\\|")
+    return ""
+
+
 def example_page() -> str:
     """Return the page of examples: of each program its docstring and its source."""
     text = ["# Examples", "Complete programs. Each of them runs as it stands."]
@@ -165,8 +179,8 @@ def example_page() -> str:
         source = path.read_text(encoding="utf-8")
         told = ast.get_docstring(ast.parse(source)) or ""
         title, _, rest = told.partition("\n")
-        text += [f"## {path.name}", title, rest.strip("\n"), f'??? example "Source"']
-        text.append("    ```python\n" + re.sub("^", "    ", source, flags=re.M).rstrip() + "\n    ```")
+        text += [f"## {path.name}", title, rest.strip("\n"), '??? example "Source"']
+        text.append(textwrap.indent(f"```python\n{source}```", "    "))
     return "\n\n".join(text)
 
 
@@ -220,9 +234,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files at the top of the repository lead to their pages."""
+    """Have links to files at the top lead to their pages, and bars in tables shown as bars."""
     up = "../" * page.file.src_uri.count("/")
     for name, target in TOP.items():
         markdown = re.sub(rf"\]\((?:\.\./)*{re.escape(name)}(#[^)]*)?\)",
                           rf"]({up}{target}\1)", markdown)  # fmt: skip
-    return markdown
+    # Code hosts need "\|" for a bar in code in a table, where Python-Markdown shows the backslash.
+    return re.sub(r"^\|.*", lambda row: re.sub(r"`[^`]*`", _bars, row[0]), markdown, flags=re.M)
+
+
+def _bars(code: re.Match[str]) -> str:
+    return code[0].replace(r"\|", "|")
