@@ -41,6 +41,7 @@ TOP = {
     "CONTRIBUTING.md": "contributing.md",
     "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     "SECURITY.md": "security.md",
+    "LICENSE": "licence.md",
 }
 """Files at the top of the repository, and the pages that they become."""
 
@@ -226,6 +227,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in TOP.items()
              if (ROOT / name).exists()}  # fmt: skip
     pages = {page: re.sub(r"\]\(docs/", "](", text) for page, text in pages.items()}
+    pages["licence.md"] = "# Licence\n\n" + pages["licence.md"]
     pages |= {"examples.md": example_page(), "reference/command-line.md": command_line_page()}
     pages |= {f"reference/{name}.md": text for name, text in reference_pages()}
     for name, text in pages.items():
