@@ -142,14 +142,15 @@ def reference_pages() -> Iterator[tuple[str, str]]:
         "# Reference",
         "Each public name, with the room of the package that it comes from. "
         "[Architecture](../architecture.md) describes the rooms.",
-        "The names of `safeshield` itself are listed first. Arguments, fields and methods are on "
-        "the page of the room.",
+        "Each name is preceded by `safeshield.`; those of `safeshield` itself come first. "
+        "Arguments, fields and methods are on the page of the room.",
         "| name | room | what it is |\n|---|---|---|",
     ]
     rows = [(path, room) for room, paths in names.items() for path in paths]
     rows.sort(key=lambda row: (row[0].count(".") > 1, _last(row[0])))
     lines[-1] += "".join(
-        f"\n| [`{path}`]({room}.md#{path}) | [{room}]({room}.md) | {_summary(path)} |"
+        f"\n| [`{path.removeprefix('safeshield.')}`]({room}.md#{path}) | [{room}]({room}.md) "
+        f"| {_summary(path)} |"
         for path, room in rows
     )
     yield "index", "\n\n".join(lines)
