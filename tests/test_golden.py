@@ -152,8 +152,30 @@ def test_documented_imports_keep_working(module: str) -> None:
             importlib.import_module(f"{module}.{name}")
 
 
+def test_files_of_every_other_format_hold_what_they_held() -> None:
+    """Logs in HDF5, flights, a monitor's file, and kinds of shields that are newer."""
+    make.close(make.format_answers(), make.read("formats/answers.json"), "formats")
+
+
+@pytest.mark.parametrize("name", make.VERSION_2)
+def test_a_shield_in_version_2_acts_as_in_version_1(name: str) -> None:
+    stored = make.read("shields.json")[f"shield_{name}.safetensors"]
+    states, actions = (make.points_from(stored[key]) for key in ("states", "actions"))
+    old, new = (
+        make.plain(make.shield_answers(Shield.load(folder / f"shield_{name}.safetensors"),
+                                       states, actions))
+        for folder in (make.GOLDEN, make.FORMATS)
+    )  # fmt: skip
+    assert old == new
+
+
 def test_all_files_are_compared_and_small() -> None:
     files = {path.name: path.stat().st_size for path in make.GOLDEN.glob("*.*")}
     held = {name for name in files if name.endswith(".safetensors")}
     assert held == {*AGENTS, *SHIELDS, *CHECKPOINTS}
     assert sum(files.values()) < 1.5e6
+    formats = {path.name: path.stat().st_size for path in make.FORMATS.rglob("*.*")}
+    shields = {f"shield_{name}.safetensors" for name in (*make.VERSION_2, "backup", "committed")}
+    others = {"answers.json", "log.hdf5", "000001.flight", "promise.json"}
+    assert set(formats) == shields | others
+    assert sum(formats.values()) < 3e5

@@ -110,6 +110,7 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         shield: A path to a shield's file, a `Shield`, or an agent. With a path the environment's
             spec can rebuild the shielded environment, also after a round trip through JSON. A
             relative path stays relative to the working directory of the process that rebuilds it.
+            The text ``"builtin:NAME"`` stands for a ready-made shield (`Shield.builtin`).
         intervention_penalty: Number that is subtracted from the reward of a step in which the
             shield intervened. If it is above 0, the info ``shield/penalty`` of a step tells the
             number that was subtracted.

@@ -50,6 +50,11 @@ def _double_integrator(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.
     return constraint(observations)
 
 
+@register_constraint("PendulumSpeed@1")
+def _pendulum_speed(observations: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return abs(observations[:, 2]) - 6.0  # rad/s, of Gymnasium's Pendulum-v1
+
+
 def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

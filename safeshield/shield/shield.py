@@ -21,6 +21,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
@@ -80,6 +81,9 @@ if TYPE_CHECKING:
     from safeshield.shield.tensors import TensorConstraint, TorchShield
     from safeshield.spaces.generic import Env, VectorEnv
     from safeshield.support import SupportScore, SupportTest
+
+BUILTIN = "builtin:"
+"""How a text begins that names a ready-made shield, in place of a path."""
 
 
 class UncalibratedShieldWarning(UserWarning):
@@ -1115,6 +1119,34 @@ class Shield:
         save_shield(self, path, sign)
 
     @classmethod
+    def builtin(cls, name: str) -> Self:
+        """Return a ready-made shield from the package, which needs no training and no network.
+
+        Its networks are small. `benchmarks/builtin.py` made it, and its record says what it
+        promises.
+
+        Args:
+            name: "boat" for ``safeshield/Boat-v0``, or "pendulum" for Gymnasium's ``Pendulum-v1``,
+                which must not turn faster than 6 rad/s.
+
+        Raises:
+            ValueError: There is no such shield.
+
+        >>> import gymnasium
+        >>> from safeshield import SafetyShield, Shield
+        >>> Shield.builtin("boat").record.environment
+        'safeshield/Boat-v0'
+        >>> env = SafetyShield(gymnasium.make("safeshield/Boat-v0"), "builtin:boat")
+        """
+        files = {path.stem: path for path in Path(__file__).with_name("builtin").iterdir()}
+        if name not in files:
+            raise ValueError(
+                f"name must be one of {sorted(files)}, the ready-made shields of the package, got "
+                f"{name!r:.80}; for a shield's own file pass its path"
+            )
+        return cls.load(files[name])
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: PublicKey | None = None) -> Self:
         """Return the shield in the file `path`. No code from the file is executed.
 
@@ -1170,12 +1202,16 @@ class HasShield(Protocol):
 def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
     """Return a shield as it is, or get one from a path to its file or from an agent.
 
+    The text ``"builtin:NAME"`` stands for `Shield.builtin(NAME)`; every other text is a path.
+
     Raises:
         TypeError: The argument is none of these.
-        ValueError: The file is damaged or of another kind.
+        ValueError: The file is damaged or of another kind, or no ready-made shield has this name.
     """
     if isinstance(shield, Shield):
         return shield
+    if isinstance(shield, str) and shield.startswith(BUILTIN):
+        return Shield.builtin(shield.removeprefix(BUILTIN))
     if isinstance(shield, str | os.PathLike):
         return Shield.load(shield)
     if isinstance(shield, HasShield):

@@ -2,7 +2,7 @@
 
     python tests/golden/make.py            # all of them
     python tests/golden/make.py imports    # one part: log, weights, agents, shields, checkpoints,
-                                           # specs, record, ten_lines, imports
+                                           # specs, record, ten_lines, imports, formats
 
 The files freeze behavior: a later version must load them and act the same. Run this script again
 only where a change of behavior is intended, and say why in the commit that holds the new files.
@@ -22,6 +22,7 @@ specs.json          environments in their wrappers as JSON, and their first step
 record.json         a calibration's record
 ten_lines.json      the promise and the first infos of the README's ten lines, at a tiny size
 imports.json        every name that the documentation, the examples and the benchmarks import
+formats/            a file of each other format and kind, and in answers.json what they hold
 ==================  ==============================================================================
 
 States in which a change of the observation by 1e-5 changes what is executed are left out:
@@ -53,16 +54,20 @@ from safetensors.numpy import load_file
 
 from safeshield import (
     CalibrationRecord,
+    FlightLog,
     OfflineDataset,
+    PromiseMonitor,
     SafeFQL,
     SafeFQLConfig,
     SafeSupportQLearning,
     SafetyShield,
     Shield,
     ShieldConfig,
+    ShieldLog,
     ShieldTrainer,
     SSQLConfig,
     collect,
+    register_backup,
 )
 from safeshield.algorithms.behaviour_cloning import BehaviourCloning, BehaviourCloningConfig
 from safeshield.algorithms.fisor import FISOR, FISORConfig
@@ -71,7 +76,12 @@ from safeshield.algorithms.r2pac import R2PAC, R2PACConfig
 from safeshield.algorithms.registry import load_agent
 from safeshield.demo.helmsmen import Helmsmen
 from safeshield.online import SafeRules, Tabular
-from safeshield.shield import FallbackPolicy, ProjectedGradient
+from safeshield.shield import (
+    BackupController,
+    CommittedFallback,
+    FallbackPolicy,
+    ProjectedGradient,
+)
 from safeshield.wrappers import CertifiedStarts, CostFromStep, ShieldOverlay
 
 GOLDEN = Path(__file__).parent
@@ -638,6 +648,43 @@ def imported_names() -> list[list[str]]:
     return sorted(list(pair) for pair in found if pair[0].split(".")[0] == "safeshield")
 
 
+# -- formats -----------------------------------------------------------------------------------
+
+FORMATS = GOLDEN / "formats"
+VERSION_2 = ("calibrated", "dict", "discrete", "nearest", "plan", "support_inside")
+"""Shields that are stored in version 2 of their format as well."""
+BACKUP = "golden-steer@1"
+
+
+@register_backup(BACKUP)
+def steer(observations: Array) -> Array:
+    """Return a boat's actions: away from the middle of the river."""
+    return np.clip(observations, -1.0, 1.0)
+
+
+def format_answers() -> Json:
+    """Return what the files in `formats` hold, and what the shields among them do."""
+    log, flight = OfflineDataset.load(FORMATS / "log.hdf5"), FlightLog.load(FORMATS / "flight")
+    shield = Shield.load(GOLDEN / "shield_calibrated.safetensors")
+    monitor = PromiseMonitor(shield, FORMATS / "promise.json")
+    states, actions = boat_points(8)
+    columns = ("executed", "value", "threshold", "verdict", "certified", "h", "reward")
+    return plain(
+        {
+            "log": {
+                "returns": [float(log.rewards.sum())], "observations": log.observations[:3],
+                "source": log.constraint_source, "episodes": log.num_episodes,
+            },
+            "flight": {name: flight.columns[name][:12] for name in columns},
+            "promise": monitor.report().to_json(),
+            **{
+                name: shield_answers(Shield.load(FORMATS / f"{name}.safetensors"), states, actions)
+                for name in ("shield_backup", "shield_committed")
+            },
+        }
+    )  # fmt: skip
+
+
 # -- writing -----------------------------------------------------------------------------------
 
 
@@ -820,6 +867,33 @@ def write_imports() -> None:
     _write("imports.json", names)
 
 
+def write_formats() -> None:
+    """Write the files in `formats`, and answers.json. Files that are there are never replaced."""
+    FORMATS.mkdir(exist_ok=True)
+    plant = gym.make("safeshield/DoubleIntegrator-v0", max_episode_steps=200)
+    calibrated = Shield.load(GOLDEN / "shield_calibrated.safetensors")
+    nearest = Shield.load(GOLDEN / "shield_nearest.safetensors")
+    if not (FORMATS / "log.hdf5").exists():
+        collect(plant, "random", episodes=2, seed=0).save(FORMATS / "log.hdf5")
+    if not (FORMATS / "flight").exists():
+        monitor = PromiseMonitor(calibrated, FORMATS / "promise.json")
+        with ShieldLog(FORMATS / "flight") as recorder:
+            env = SafetyShield(plant, calibrated, monitor=monitor, log=recorder)
+            env.action_space.seed(0)
+            for seed in range(4):
+                env.reset(seed=seed)
+                while not any(env.step(env.action_space.sample())[2:4]):
+                    pass
+    shields = {f"shield_{name}": Shield.load(GOLDEN / f"shield_{name}.safetensors")
+               for name in VERSION_2}  # fmt: skip
+    shields["shield_committed"] = nearest.with_replacement(CommittedFallback())
+    shields["shield_backup"] = nearest.with_replacement(BackupController(BACKUP))
+    for name, shield in shields.items():
+        if not (FORMATS / f"{name}.safetensors").exists():
+            shield.save(FORMATS / f"{name}.safetensors")
+    _write("formats/answers.json", format_answers())
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "log": write_log,
     "weights": write_weights,
@@ -830,6 +904,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "record": write_record,
     "ten_lines": write_ten_lines,
     "imports": write_imports,
+    "formats": write_formats,
 }
 
 
