@@ -340,7 +340,7 @@ def rate_bounds(violating: int, episodes: int, confidence: float) -> tuple[float
         confidence: Confidence of each bound.
 
     >>> [round(bound, 4) for bound in rate_bounds(30, 2000, 0.99)]
-    [0.0095, 0.0226]
+    [0.0094, 0.0226]
     """
     lower = 1.0 - upper_bound(episodes, episodes - violating, confidence)
     return max(lower, 0.0), upper_bound(episodes, violating, confidence)
