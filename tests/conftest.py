@@ -47,6 +47,8 @@ from safeshield.shield import Shield
 
 torch.set_num_threads(1)
 
+collect_ignore = ["user_script.py"]  # A type checker reads it (test_packaging); it does not run.
+
 # A busy machine is slow, which says nothing of the code. Modules set no deadlines (test_deadlines).
 settings.register_profile("no-clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no-clock")

@@ -752,7 +752,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -
         read(tmp_path / name)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    with pytest.raises(IsADirectoryError, match="is a folder; give a file in it"):
+    with pytest.raises(IsADirectoryError, match=r"is a folder[;:] "):
         read(tmp_path / name)
 
 

@@ -385,7 +385,7 @@ def synthetic(steps: str, episodes: int = 3, length: int = 5) -> FlightLog:
         agent="", environment="", environment_kwargs=None,
         observation_space=gym.spaces.Box(0, 1, (1,)),
         action_space=gym.spaces.Discrete(3), constraint_source=None, lost=0, removed=0, torn=0,
-        growing=None, files=1, bytes=1,
+        growing=None, closed=True, files=1, bytes=1,
     )  # fmt: skip
 
 

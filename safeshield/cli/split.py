@@ -26,11 +26,11 @@ def split(
     debug: Debug = False,
 ) -> None:
     """Split the episodes of a log at random, into one log to train on and one to hold out."""
-    check_output(train, _SUFFIXES, "TRAIN")
-    check_output(held_out, _SUFFIXES, "HELD_OUT")
     if len({path.resolve() for path in (log, train, held_out)}) < 3:
         raise ValueError(f"LOG, TRAIN and HELD_OUT must be three files, got {log}, {train} and "
                          f"{held_out}")  # fmt: skip
+    check_output(train, _SUFFIXES, "TRAIN")
+    check_output(held_out, _SUFFIXES, "HELD_OUT")
     from safeshield.data.dataset import OfflineDataset
 
     for path, part in zip(

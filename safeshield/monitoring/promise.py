@@ -32,7 +32,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -720,6 +720,14 @@ def _exp(log: float) -> float:
 
 
 def _digest_of(shield: Shield) -> str:
-    """Return a digest of what the promise is about: a shield, its threshold and its record."""
-    record = None if shield.record is None else shield.record.to_json()
-    return content_digest([shield.digest, shield.delta, record], {})
+    """Return a digest of what the promise is about: a shield, its threshold and its record.
+
+    A field of the record that has its default is left out, so that the digest stays the same when a
+    later release adds fields.
+    """
+    record = shield.record
+    if record is None:
+        return content_digest([shield.digest, shield.delta, None], {})
+    default = {one.name for one in fields(record) if getattr(record, one.name) == one.default}
+    kept = {name: value for name, value in record.to_json().items() if name not in default}
+    return content_digest([shield.digest, shield.delta, kept], {})

@@ -386,8 +386,8 @@ class TorchShield:
             overflow = missing.index_fill(0, index, 0)
             self.overflowed.add_(overflow.sum())
         executed = torch.where(missing[:, None], found.to(of.actions.dtype), of.actions)
-        values = values.masked_fill(~states.readable, torch.inf)
-        return executed, torch.where(missing, values, of.values), overflow
+        values = torch.where(missing, values, of.values)
+        return executed, values.masked_fill(~states.readable, torch.inf), overflow
 
     def _with_fallback(self, states: _States, of: _Proposals) -> tuple[_Proposals, Tensor, Tensor]:
         """Return the proposals with the fallback's action in place of each that is not usable.
