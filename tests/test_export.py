@@ -23,6 +23,7 @@ from safeshield import Shield, load_agent
 from safeshield.nn.graph import BATCH, CannotExportError, Recorder, Traced
 from safeshield.shield import CandidateSet, CommittedFallback, OwnSamples, ProjectedGradient
 from safeshield.shield.backup import BackupController
+from safeshield.shield.sensors import SensorCheck
 from safeshield.values.constraint import ConstraintSource
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,12 @@ def test_stored_shields_decide_as_python_or_are_refused(name: str, tmp_path: Pat
     given = benchmark.cases(shield, STORED_CASES, np.random.default_rng(len(name)))
     found = benchmark.compare(shield, exported(given), given)
     assert found["verdicts that differ"] <= STORED_CASES / 20
+
+
+def test_a_shield_that_checks_its_sensors_is_refused(small: Shield, tmp_path: Path) -> None:
+    checked = small.with_sensors(SensorCheck(age=0.1))
+    with pytest.raises(CannotExportError, match="cannot check the sensors"):
+        checked.export_onnx(tmp_path / "shield.onnx")
 
 
 def test_whole_episodes_decide_as_python() -> None:

@@ -781,6 +781,10 @@ def test_a_log_of_another_agent_is_refused(fresh: Shield) -> None:
     named = replace(log, provenance={"collected_by": "agent_a.zip"})
     with pytest.raises(ValueError, match=r"got 'agent_b\.zip', but the log was collected by"):
         fresh.calibrate_from_log(named, "shadow", policy="agent_b.zip")
+    with pytest.raises(ValueError, match=r"agent_b\.zip.*, but the log was collected by"):
+        fresh.calibrate_from_log(named, "shadow", policy=straight, policy_name="PPO (agent_b.zip)")
+    same = "PPO (agent_a.zip)"
+    fresh.calibrate_from_log(named, "shadow", policy=straight, policy_name=same)
     assert last(fresh.calibrate_from_log(named, "shadow")).agent == "agent_a.zip"
     learned = replace(log, provenance={"learners": [{"steps": 1}]})
     with pytest.raises(ValueError, match="its agents learned while it was made"):

@@ -456,13 +456,22 @@ def test_a_jump_is_treated_as_an_observation_that_is_not_readable(known: Shield)
             told.append(
                 (info["shield/sensor"], info["shield/certified"], info["shield/intervened"])
             )
-    assert [str(one.message)[:22] for one in caught] == ["an observation is jump"]
+    assert [str(one.message)[:16] for one in caught] == ["the check 'jump'"]
     assert caught[0].category is SensorWarning
     # The jump away, and the jump back. The action that follows each is the fallback's.
     assert [one[0] for one in told] == ["", "", "jump", "jump", "", ""]
     assert [one[1] for one in told] == [True, True, False, False, False, False]
     assert [one[2] for one in told] == [False, False, False, True, True, False]
     assert env.reset(seed=0, options=CLEAR)[1]["shield/certified"]
+
+
+def test_checks_that_do_not_run_are_told(known: Shield) -> None:
+    state = known.sensor_state()
+    with pytest.warns(SensorWarning, match="do not run: pass stamp=, or sensors=state"):
+        known.filter(np.array(CLEAR["state"], np.float32), np.zeros(2, np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SensorWarning)
+        known.filter(np.array(CLEAR["state"], np.float32), np.zeros(2, np.float32), sensors=state)
 
 
 def test_a_stuck_sensor_is_noticed_and_a_warning_alone_changes_nothing(known: Shield) -> None:

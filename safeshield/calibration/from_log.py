@@ -30,6 +30,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
+import re
 import warnings
 from dataclasses import replace
 from importlib.metadata import version
@@ -78,6 +79,8 @@ N = TypeVar("N", np.bool_, np.float64)
 _BLOCK = 8192
 _MOST_POINTS = 64
 _LOGGER = "the agent that made the log"
+_FILE = re.compile(r"\(([^()]+\.(?:safetensors|zip|json))\)")
+"""An agent's file in the name that the command line gives the agent."""
 _TOLERANCE = 1e-3
 """Share of an action's range by which an answer may differ from the logged action."""
 
@@ -658,7 +661,11 @@ def _agent_name(held_out: OfflineDataset, policy: object, policy_name: str | Non
         return named[0] if len(named) == len(told) == 1 else _LOGGER
     name = policy_name or default_name(policy)
     others = [one for one in named if one != name]
-    if others and isinstance(policy, str):
+    # A name such as "SafeFQL, seed 0 (agent.safetensors)" is of a file, as `collect` writes it.
+    file = _FILE.search(name)
+    if file is not None:
+        others = [one for one in others if one != file[1] and _FILE.search(f"({one})")]
+    if others and (isinstance(policy, str) or file is not None):
         raise ValueError(
             f"policy must be the agent that made the log, got {name!r}, but the log was collected "
             f"by {others[0]!r}: pass a log of that agent"

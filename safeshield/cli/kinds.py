@@ -16,6 +16,7 @@ from safeshield.files.tensors import AGENT, FORMATS, SHIELD, TensorFile, read_te
 if TYPE_CHECKING:
     from safeshield.data.card import DatasetCard
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.shield.sensors import SensorCheck
 
 LOG, FLIGHT = "log", "flight"
 _ESTIMATED = "none: a network estimates h"
@@ -166,6 +167,18 @@ def _known_format(form: str) -> tuple[str, str] | None:
     return FORMATS.get(form)
 
 
+def _checks(sensors: SensorCheck | None) -> str:
+    """Return which faults of sensors a shield looks for, and how it reacts."""
+    if sensors is None or not sensors.active:
+        return "not checked"
+    checks = {
+        "frozen": (sensors.frozen, sensors.on_frozen),
+        "jump": (sensors.jump, sensors.on_jump),
+        f"older than {sensors.age} s": (sensors.age, sensors.on_age),
+    }
+    return ", ".join(f"{name}: {on}" for name, (limit, on) in checks.items() if limit is not None)
+
+
 def _describe_shield(path: Path) -> dict[str, Any]:
     from safeshield.shield.replacement import describe as describe_replacement
     from safeshield.shield.shield import Shield
@@ -179,6 +192,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "constraint_source": shield.constraint or _ESTIMATED,
         "delta": shield.delta,
         "replacement": describe_replacement(shield.replacement) or "NearestAcceptable()",
+        "sensors": _checks(shield.sensors),
         "calibrated": record is not None,
         "promise": "none: not calibrated" if record is None else record.promise,
         "record": None if record is None else record.to_json(),

@@ -63,6 +63,10 @@ def shield_of(path: Path) -> Shield:
     from safeshield.cli.kinds import file_kind, with_article
     from safeshield.files.tensors import AGENT, SHIELD
 
+    if str(path).startswith("builtin:"):
+        from safeshield.shield.shield import as_shield
+
+        return as_shield(str(path))
     kind = file_kind(path)
     if kind == SHIELD:
         from safeshield.shield.shield import Shield
@@ -76,7 +80,8 @@ def shield_of(path: Path) -> Shield:
         if isinstance(agent, HasShield):
             return agent.shield()
         raise ValueError(
-            f"{path} is an agent of {type(agent).__name__}, which learns no shield; train safefql"
+            f"{path} is an agent of {type(agent).__name__}, which learns no "
+            "shield; train with --algorithm shield"
         )
     raise ValueError(f"{path} must be an agent or a shield, but is {with_article(kind)}")
 

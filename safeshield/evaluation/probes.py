@@ -161,6 +161,7 @@ class ProbingAgent:
             if probe.delta != probes[0].delta:
                 raise ValueError("the probes of one agent must have the same delta")
         self._asked = shield.with_delta(probes[0].delta)
+        self._asked._warned = True  # It is asked for values; another shield filters.
         self._shield, model = shield, shield.model
         features, kept = model.scaling.observation_features, _features(shield)
         self._projection = np.eye(features)

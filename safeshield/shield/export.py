@@ -194,9 +194,11 @@ def _not_promised(record: CalibrationRecord | None, name: str | None, determinis
     if name not in tested:
         return f"none: the shield was calibrated with {tested}, and the graph acts by '{name}'"
     if record.deterministic not in (None, deterministic):
+        how = "deterministic=True" if record.deterministic else "deterministic=False (--stochastic)"
         return (
             f"none: the shield was calibrated with deterministic={record.deterministic}, and the "
-            f"graph has deterministic={deterministic}"
+            f"graph has deterministic={deterministic}: export with {how}, or calibrate as the "
+            "graph acts"
         )
     return ""
 
@@ -228,6 +230,12 @@ class GraphShield(TorchShield):
 
     def _check_shield(self, shield: Shield) -> None:
         strategy, judge, test = shield.replacement, shield.model.judge, shield.support
+        if shield.sensors is not None:
+            raise CannotExportError(
+                "a graph remembers no observations, so it cannot check the sensors, got a shield "
+                f"with sensors={shield.sensors!r:.60}: leave the checks out by with_sensors(None), "
+                "and calibrate again where one of them falls back"
+            )
         if type(strategy) not in _STRATEGIES:
             names = ", ".join(kind.__name__ for kind in _STRATEGIES)
             known = type(strategy) in BUILT_IN

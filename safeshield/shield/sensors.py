@@ -291,7 +291,11 @@ class SensorState:
         if np.count_nonzero(codes):
             self.fallen = self._back[codes]
             for kind in {KINDS[code] for code in codes.tolist()} - {""}:
-                self._warn(kind, f"an observation is {kind}; see info['shield/sensor']")
+                self._warn(
+                    kind,
+                    f"the check {kind!r} found a faulty observation; behind a wrapper, "
+                    "info['shield/sensor'] says so at each step",
+                )
             if self.fallen.any():
                 rows = rows.astype(np.result_type(rows, np.float32))
                 rows[self.fallen] = np.nan

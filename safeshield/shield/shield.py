@@ -55,7 +55,7 @@ from safeshield.shield.replacement import (
     replace_actions,
 )
 from safeshield.shield.report import FilterReport
-from safeshield.shield.sensors import SensorCheck, SensorState
+from safeshield.shield.sensors import SensorCheck, SensorState, SensorWarning
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import fitted, plain
 from safeshield.spaces.schema import check_same_space
@@ -543,6 +543,13 @@ class Shield:
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
         if stamp is not None or sensors is not None:
             rows = self._checked(rows, stamp, sensors)
+        elif self.sensors is not None and self.sensors.active:
+            warnings.warn(
+                "the shield's checks of sensors do not run: pass stamp=, or sensors=state where "
+                "state = shield.sensor_state() is kept from step to step",
+                SensorWarning,
+                stacklevel=2,
+            )
         states = self.states(rows, self._given(constraint, len(rows)))
         executed, report = self.filter_rows(states, rows, actions)
         if sensors is not None:
