@@ -123,17 +123,25 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
         names = list(dict.fromkeys(rung.policy for rung in record.walk))
         # Shift the marks of the policies sideways, so that they do not cover each other.
         shift = 0.012 * (max(deltas) - min(deltas) or 1.0)
+        epsilon = 100 * record.epsilon
+        top = max(3 * epsilon, *(100 * rung.bound for rung in record.walk))
         for i, (name, colour, marker) in enumerate(
             zip(names, (BLUE, VERMILION, GREEN), "os^", strict=False)
         ):
             rungs = [rung for rung in record.walk if rung.policy == name]
             offset = shift * (i - 0.5 * (len(names) - 1))
             seen = [point for point in record.pilot if point.policy == name]
+            rates = [100 * point.violations / point.episodes for point in seen]
             above.plot(
-                [point.delta + offset for point in seen],
-                [100 * point.violations / point.episodes for point in seen],
+                [point.delta + offset for point in seen], [min(rate, top) for rate in rates],
                 color=colour, marker=marker, markersize=3, alpha=0.4, linestyle="",
             )  # fmt: skip
+            for point, rate in zip(seen, rates, strict=True):
+                if rate > top:  # Beyond the picture: an arrow with the number.
+                    place = (point.delta + offset, top)
+                    above.annotate(
+                        f"\N{UPWARDS ARROW} {rate:.0f}%", place, color=colour, va="bottom"
+                    )
             for rung in rungs:
                 x, rate = rung.delta + offset, 100 * rung.violations / rung.episodes
                 axes_style = {"color": colour, "markersize": 6}
@@ -141,12 +149,10 @@ def calibration(path: Path, shield: Shield, starts: npt.NDArray[np.float32]) -> 
                 above.plot(x, 100 * rung.bound, marker="_", mew=2, **axes_style)
                 face = colour if rung.passed else "white"
                 above.plot(x, rate, marker=marker, mfc=face, **axes_style)
-        epsilon = 100 * record.epsilon
         above.axhline(epsilon, color=BLACK, linewidth=1.2, linestyle=(0, (5, 3)))
         for axes in (above, below):
             axes.axvline(record.delta, color=ORANGE, linewidth=6, alpha=0.35, zorder=0)
             axes.grid(axis="y", color=GREY, linewidth=0.6)
-        top = max(3 * epsilon, *(100 * rung.bound for rung in record.walk))
         above.set_ylim(min(0.0, -0.02 * top), min(1.15 * top, 105.0))
         above.set_ylabel("violating episodes, %")
         above.set_title("Calibration: rates in the pilot (small, pale) and in the tests")
