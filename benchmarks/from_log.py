@@ -192,17 +192,29 @@ def truth(name: str, shield: Shield, chunk: int) -> dict[str, Any]:
     }
 
 
-def pooled(name: str, shield: Shield) -> dict[str, Any]:
-    """Return the truth of all chunks together."""
+def in_chunks(
+    what: str,
+    measure: Callable[[str, Shield, int], dict[str, Any]],
+    name: str,
+    shield: Shield,
+    keys: Sequence[str],
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return the stored chunks of a measurement, and the rates of `keys` over all of them."""
     tag = name.replace(" ", "_")
     parts = [
-        once(f"from_log_truth_{tag}_{i}", lambda i=i: truth(name, shield, i))
+        once(f"from_log_{what}_{tag}_{i}", lambda i=i: measure(name, shield, i))
         for i in range(TRUTH_CHUNKS)
     ]
     rates = {
         key: sum(part[key][0] for part in parts) / sum(part[key][1] for part in parts)
-        for key in ("event", "agent", "violating")
+        for key in keys
     }
+    return parts, rates
+
+
+def pooled(name: str, shield: Shield) -> dict[str, Any]:
+    """Return the truth of all chunks together."""
+    parts, rates = in_chunks("truth", truth, name, shield, ("event", "agent", "violating"))
     lists = {
         key: np.sort(np.concatenate([part[key] for part in parts]))
         for key in ("lead 1", f"lead {TASKS[name].lead}", "residual")
@@ -333,15 +345,7 @@ def spliced_repeats(name: str, shield: Shield, truth: float) -> dict[str, int]:
 
 def spliced(name: str, shield: Shield) -> dict[str, int]:
     """Return the broken levels of spliced episodes, and print the truth."""
-    tag = name.replace(" ", "_")
-    parts = [
-        once(f"from_log_spliced_{tag}_{i}", lambda i=i: spliced_truth(name, shield, i))
-        for i in range(TRUTH_CHUNKS)
-    ]
-    rates = {
-        key: sum(part[key][0] for part in parts) / sum(part[key][1] for part in parts)
-        for key in ("agent", "violating")
-    }
+    _, rates = in_chunks("spliced", spliced_truth, name, shield, ("agent", "violating"))
     print(
         f"the memoryless agent violates in {rates['agent']:.2%} without the shield, in "
         f"{rates['violating']:.2%} with it"

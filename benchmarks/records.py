@@ -12,7 +12,7 @@ are signed. Then
 - every entry of their records is edited in several ways, and the digest stays as it was;
 - records are made impossible: one statement does not follow from the others, the digest is new;
 - records are forged consistently: the counts are possible and the bounds follow, the digest is new;
-- metadata are added that the digest does not cover.
+- entries that the digest does not cover are added to the metadata of the file.
 
 A file that loads is counted as shown rightly where it is called unsigned.
 """

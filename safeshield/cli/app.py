@@ -69,6 +69,11 @@ Source = Annotated[
 Out = Annotated[Path, typer.Argument(help="File to write.", dir_okay=False)]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.", min=0)]
 Episodes = Annotated[int, typer.Option(help="Number of whole episodes.", min=1)]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Call the policy's predict with deterministic=True."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Plugins = Annotated[
     list[Path] | None,

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, EnvId, Episodes, Plugins, Seed, Source, Trust, check_output
+from safeshield.cli.app import (
+    AsJson,
+    Debug,
+    Deterministic,
+    EnvId,
+    Episodes,
+    Plugins,
+    Seed,
+    Source,
+    Trust,
+    check_output,
+)
 from safeshield.cli.sources import env_for, log_of, policy_of, shield_of
 
 
@@ -24,10 +35,7 @@ def diagnose(
     ] = "random",
     episodes: Episodes = 100,
     seed: Seed = 0,
-    deterministic: Annotated[
-        bool,
-        typer.Option("--deterministic", help="Call the policy's predict with deterministic=True."),
-    ] = False,
+    deterministic: Deterministic = False,
     log: Annotated[
         Path | None,
         typer.Option(
@@ -42,7 +50,7 @@ def diagnose(
             help="Picture of the worst episode to write, .png, .svg or .pdf.", dir_okay=False
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     trust: Trust = False,
     plugins: Plugins = None,
     debug: Debug = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug
+from safeshield.cli.app import AsJson, Debug
 
 
 def doctor(
@@ -15,7 +15,7 @@ def doctor(
         list[str] | None,
         typer.Argument(help="core, navigation, velocity, bullet, dsrl, metadrive; default: all."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Report what is installed and works, and which commands install what is missing.

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from safeshield.cli.app import Debug, EnvId, Plugins, Trust
+from safeshield.cli.app import AsJson, Debug, EnvId, Plugins, Trust
 from safeshield.cli.settings import parse
 from safeshield.cli.sources import env_for, log_of, make_env, policy_of, shield_of
 
@@ -59,7 +59,7 @@ def evaluate(
     workers: Annotated[
         int, typer.Option(help="Processes that step the protocol's environments; 0: none.", min=0)
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     trust: Trust = False,
     plugins: Plugins = None,
     debug: Debug = False,

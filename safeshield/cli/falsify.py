@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug, EnvId, Plugins, Seed, Source, check_output
+from safeshield.cli.app import AsJson, Debug, EnvId, Plugins, Seed, Source, check_output
 from safeshield.cli.sources import env_for, shield_of
 
 
@@ -48,7 +48,7 @@ def falsify(
         ),
     ] = True,
     seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:

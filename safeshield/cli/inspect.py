@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from safeshield.cli.app import Debug, Plugins, Verify, check_output
+from safeshield.cli.app import AsJson, Debug, Plugins, Verify, check_output
 
 
 def inspect(
@@ -19,7 +19,7 @@ def inspect(
             help="File of an agent, shield, checkpoint or log, or folder of a ShieldLog."
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     cost_limit: Annotated[
         float | None,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from safeshield.cli.app import Debug
+from safeshield.cli.app import AsJson, Debug
 
 StepSeconds = Annotated[
     float | None, typer.Option(help="Duration of a step, for a --lead in seconds.")
@@ -37,7 +37,7 @@ def plan(
     cost_bound: Annotated[
         float | None, typer.Option(help="Largest cost that an episode can have.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Say how many episodes each kind of promise needs, before any are collected."""

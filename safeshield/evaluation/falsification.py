@@ -511,7 +511,8 @@ class _Island:
     start: Probe
     strategy: Any
     score: float | None = None
-    """Moving average of the generations' mean objectives."""
+    """Moving average, over the generations of CMA-ES, of the mean objective of a generation; None
+    before the first one."""
 
 
 @dataclass

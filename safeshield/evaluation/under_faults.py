@@ -128,7 +128,7 @@ class StressTest:
     cells: tuple[StressCell, ...]
     """The first cell is that without a fault."""
     left_out: tuple[str, ...]
-    """Kinds that do not fit the environment's spaces."""
+    """Kinds of faults that were not played, because they do not fit the environment's spaces."""
 
     def table(self, markup: Markup = "text") -> str:
         """Return a row for each cell; brackets are 95% intervals, in percent."""

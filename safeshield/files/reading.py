@@ -65,9 +65,10 @@ set the environment variable SAFESHIELD_MAX_PARTS to a larger number
 LOG_BYTES = Limit("SAFESHIELD_MAX_LOG_BYTES", 128 * MIB, "bytes of arrays in memory")
 """Bytes that the arrays of a log may take in memory, whatever the size of its file."""
 LOG_EXPANSION = 64
-"""A log's arrays may always take this many times the size of its file."""
+"""A log whose arrays take at most this many times the size of its file is read, even if they take
+more than `LOG_BYTES`."""
 LOG_MEMBERS = Limit("SAFESHIELD_MAX_LOG_MEMBERS", 1000, "members")
-"""Arrays and groups in a log's file."""
+"""Largest number of arrays and groups in the file of a log."""
 LOG_HEADER = Limit("SAFESHIELD_MAX_LOG_HEADER", 32 * MIB, "bytes of header")
 """Bytes of the header of a log, unpacked."""
 MODEL_HEADER = Limit("SAFESHIELD_MAX_MODEL_HEADER", 4 * MIB, "bytes of header")

@@ -46,7 +46,8 @@ _ONNX_TYPES = {
     torch.float64: 11,
 }
 _FEW = 64
-"""Size of an axis up to which the largest and the smallest number are found one by one."""
+"""Length of an axis up to which its maximum and minimum are chains of the nodes Max and Min, which
+keep NaN. Longer axes use the nodes ReduceMax and ReduceMin."""
 
 
 class CannotExportError(NotImplementedError):

@@ -189,7 +189,7 @@ class DroppingSensor(_SensorFault):
 
 
 class StuckSensor(_SensorFault):
-    """Show the same reading from a random step to the end of the episode.
+    """Freeze entries of the observation from a random step to the end of the episode.
 
     Args:
         env: An environment with observations in a Box.

@@ -223,7 +223,7 @@ class GraphShield(TorchShield):
 
     def __init__(self, shield: Shield, recorder: Recorder) -> None:
         self._recorder, self._test = recorder, shield.support
-        # The constraint is an input of the graph.
+        # h is an input of the graph, so this function is never called with a state.
         given = None if shield.model.constraint is None else lambda _: torch.zeros(0)
         super().__init__(shield, constraint_fn=given)
         self._strategy = shield._strategy

@@ -889,8 +889,8 @@ class Shield:
                 Stable-Baselines3 with MlpPolicy (PPO, A2C, SAC, TD3, DQN), a `torch.nn.Module` from
                 n observations to n actions, or the path of an .onnx file. None makes the proposed
                 action an input of the graph.
-            deterministic: Whether the policy acts in its deterministic mode. Otherwise its noise
-                is an input of the graph.
+            deterministic: Whether the policy acts in its deterministic mode. Otherwise the
+                graph has a further input, the noise that the policy samples with.
             policy_name: Name of the policy in the record; by default as in `calibrate`.
 
         Returns:
