@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,10 @@ def test_a_package_of_the_core_that_is_missing_is_named_with_its_command(tmp_pat
         assert f"{wanted} ; then see `safeshield doctor`" in last
         if module == "h5py":
             assert result.stderr.startswith("error: h5py is not installed, and safeshield needs it")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version") == f"safeshield {version('safeshield')}\n"
 
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:

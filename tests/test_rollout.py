@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 import safeshield.envs
 from safeshield.data import OfflineDataset, collect
@@ -360,6 +361,24 @@ def test_random_fills_the_box_from_its_generator() -> None:
     np.testing.assert_allclose(drawn.min(axis=0), space.low, atol=0.01)
     np.testing.assert_allclose(drawn.max(axis=0), space.high, atol=0.01)
     np.testing.assert_array_equal(drawn, policy(np.zeros((4000, 3)), np.random.default_rng(0)))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor:
+        rows = x if isinstance(x, torch.Tensor) else torch.cat([x["a"], x["b"]], dim=-1)
+        assert rows.dtype == torch.float32
+        return 2.0 * rows.sum(dim=-1, keepdim=True)
+
+
+def test_a_torch_module_acts_on_a_whole_batch() -> None:
+    policy = as_batch_policy(Doubled(), BOX)
+    rows = np.array([[0.25], [-0.5]])
+    assert policy(rows, np.random.default_rng(0)).tolist() == [[0.5], [-1.0]]
+    parts = {"a": rows, "b": np.array([[0.25], [0.25]], np.float64)}
+    assert policy(parts, np.random.default_rng(0)).tolist() == [[1.0], [-0.5]]
+    named = as_batch_policy(torch.nn.LSTM(1, 1), BOX)  # it returns a tensor and a state
+    with pytest.raises(TypeError, match="policy LSTM must return one tensor of actions, got tuple"):
+        named(rows, np.random.default_rng(0))
 
 
 def test_bad_policies() -> None:

@@ -675,6 +675,21 @@ def test_stress_plays_the_matrix_beside_no_shield(stored_agent: SafeFQL, tmp_pat
         stress(shield, gym.vector.SyncVectorEnv([boat]))  # type: ignore[arg-type]
 
 
+def test_a_fault_that_the_agent_refuses_is_left_out_with_its_message(
+    stored_agent: SafeFQL,
+) -> None:
+    def refuses(observation: Array) -> Array:
+        if np.isnan(observation).any():
+            raise ValueError("this agent reads no NaN")
+        return np.zeros(2, np.float32)
+
+    kinds = ["lost, NaN", "late action"]
+    found = stress(stored_agent.shield(), boat(12), refuses, kinds=kinds, episodes=3, num_envs=3)
+    assert [cell.fault for cell in found.cells] == ["none", *["late action"] * 3]
+    assert len(found.left_out) == 3
+    assert found.left_out["lost, NaN 0.6"] == "this agent reads no NaN"
+
+
 def test_the_command_stresses_a_shield(stored_agent: SafeFQL, tmp_path: Path) -> None:
     path = tmp_path / "shield.safetensors"
     stored_agent.shield().with_delta(0.05).save(path)

@@ -30,7 +30,6 @@ R = TypeVar("R")
 
 app = typer.Typer(
     name="safeshield",
-    help="Safety shields for reinforcement learning agents, learned from logged data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +46,24 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"safeshield {version('safeshield')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """Safety shields for reinforcement learning agents, learned from logged data."""
 
 
 def load_plugins(files: list[Path] | None) -> list[Path] | None:

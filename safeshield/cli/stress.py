@@ -78,5 +78,5 @@ def stress(
         typer.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
         return
     typer.echo(found.table())
-    if found.left_out:
-        typer.echo(f"left out, because they do not fit the spaces: {', '.join(found.left_out)}")
+    for name, why in found.left_out.items():
+        typer.echo(f"left out: {name}: {why}")

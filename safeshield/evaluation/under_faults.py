@@ -127,8 +127,9 @@ class StressTest:
 
     cells: tuple[StressCell, ...]
     """The first cell is that without a fault."""
-    left_out: tuple[str, ...]
-    """Kinds of faults that were not played, because they do not fit the environment's spaces."""
+    left_out: dict[str, str]
+    """Faults without a cell, and why: kinds that do not fit the environment's spaces, and "kind
+    strength" where the policy raised a ValueError, as an agent may that refuses NaN."""
 
     def table(self, markup: Markup = "text") -> str:
         """Return a row for each cell; brackets are 95% intervals, in percent."""
@@ -153,7 +154,7 @@ class StressTest:
             }
             for one in self.cells
         ]
-        return {"cells": cells, "left_out": list(self.left_out)}
+        return {"cells": cells, "left_out": self.left_out}
 
     def picture(self, path: str | os.PathLike[str]) -> None:
         """Draw violations, replaced steps and return against the strength of each fault.
@@ -210,7 +211,7 @@ def stress(
 
     Raises:
         ValueError: An argument is out of range, a kind is not known or does not fit the
-            environment, or the spaces differ.
+            environment, the spaces differ, or the policy raises it without a fault.
         TypeError: `env` is a vector environment, which cannot be wrapped.
     """
     shield = as_shield(shield)
@@ -223,10 +224,7 @@ def stress(
     whole("episodes", episodes, least=1)
     chosen, left_out = _kinds(env, kinds)
     spread = shield.model.scaling.observation_spread.astype(np.float64).tolist()
-    plays = [("none", 0.0, "", env)]
-    plays += [
-        (one.name, x, one.unit, one.put(env, x, spread)) for one in chosen for x in one.strengths
-    ]
+    plays = [(one, x) for one in chosen for x in one.strengths]
 
     def play(where: Env, behind: Shield | None) -> Evaluation:
         acting = policy if behind is not None or alone is None else alone
@@ -243,17 +241,23 @@ def stress(
             deterministic=deterministic,
         )
 
-    return StressTest(
-        tuple(
-            StressCell(name, float(strength), unit, play(faulty, shield), play(faulty, None))
-            for name, strength, unit, faulty in tqdm(plays, disable=not progress_bar, unit="fault")
-        ),
-        left_out,
-    )
+    with tqdm(total=1 + len(plays), disable=not progress_bar, unit="fault") as bar:
+        cells = [StressCell("none", 0.0, "", play(env, shield), play(env, None))]
+        bar.update()
+        for kind, x in plays:
+            faulty = kind.put(env, x, spread)
+            try:
+                pair = play(faulty, shield), play(faulty, None)
+            except ValueError as error:
+                left_out[f"{kind.name} {x:g}"] = str(error)
+            else:
+                cells.append(StressCell(kind.name, float(x), kind.unit, *pair))
+            bar.update()
+    return StressTest(tuple(cells), left_out)
 
 
-def _kinds(env: Env, names: Sequence[str] | None) -> tuple[list[FaultKind], tuple[str, ...]]:
-    """Return the kinds to play, and the names of those that do not fit the environment."""
+def _kinds(env: Env, names: Sequence[str] | None) -> tuple[list[FaultKind], dict[str, str]]:
+    """Return the kinds to play, and those that do not fit the environment, with the reason."""
     known = {one.name: one for one in FAULT_KINDS}
     unknown = [name for name in names or () if name not in known]
     if unknown:
@@ -264,7 +268,11 @@ def _kinds(env: Env, names: Sequence[str] | None) -> tuple[list[FaultKind], tupl
         "actions": _floats(env.action_space),
     }
     asked = list(known.values()) if names is None else [known[name] for name in names]
-    left_out = tuple(one.name for one in asked if not fits[one.needs])
+    left_out = {
+        one.name: f"the environment's {one.needs} are no Box of floats"
+        for one in asked
+        if not fits[one.needs]
+    }
     if names is not None and left_out:
         raise ValueError(
             f"kinds={list(left_out)} need observations and actions in a Box of floats, got "

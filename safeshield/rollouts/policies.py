@@ -81,6 +81,8 @@ def as_batch_policy(
     - a callable with ``batched = True`` (see `batch_policy`), which is used unchanged;
     - an object with Stable-Baselines3's ``predict``, which is called with the whole batch, its
       recurrent state and `deterministic`. Its noise comes from torch's own generator, not `rng`;
+    - a ``torch.nn.Module``, which gets a batch of observations as one float32 tensor, or as a dict
+      of them for a Dict, and returns a tensor of actions, as in `Shield.export_onnx`;
     - any other callable ``policy(observation) -> action``, which gets one observation at a time.
 
     Raises:
@@ -106,6 +108,9 @@ def as_batch_policy(
         return cast(BatchPolicy, policy)
     if callable(getattr(policy, "predict", None)):
         return PredictPolicy(policy, deterministic)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(policy, torch.nn.Module):
+        return _module_policy(policy)
     if callable(policy):
         return batch_policy(
             lambda observations, _: np.stack(
@@ -116,8 +121,8 @@ def as_batch_policy(
             )
         )
     raise TypeError(
-        "policy must be 'random', have act_batch or predict, or be a function of one observation; "
-        f"got {type(policy).__name__}"
+        "policy must be 'random', have act_batch or predict, be a torch.nn.Module, or be a "
+        f"function of one observation; got {type(policy).__name__}"
     )
 
 
@@ -237,6 +242,33 @@ def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
         return flat.unflatten(rng.uniform(low, high, shape))
 
     return uniform
+
+
+def _module_policy(module: Any) -> BatchPolicy:  # noqa: ANN401 - torch is not imported here
+    import torch
+
+    @batch_policy
+    def act(observations: Batch, rng: np.random.Generator) -> Array:
+        like = next(module.parameters(), torch.empty(0))
+
+        def tensor(array: Array) -> torch.Tensor:
+            return torch.as_tensor(np.asarray(array, np.float32), device=like.device)
+
+        given = (
+            {name: tensor(entry) for name, entry in observations.items()}
+            if isinstance(observations, dict)
+            else tensor(observations)
+        )
+        with torch.no_grad():
+            actions = module(given)
+        if not isinstance(actions, torch.Tensor):
+            raise TypeError(
+                f"the policy {type(module).__name__} must return one tensor of actions, got "
+                f"{type(actions).__name__}"
+            )
+        return np.asarray(actions.cpu().numpy())
+
+    return act
 
 
 class PredictPolicy:
