@@ -15,8 +15,8 @@ These agents play behind the shield from certified starts that are uniform in th
 
 The promise covers the policies that were calibrated (random and adversary). The other figures are
 measurements. Further columns compare the certified set with the exact safe set, and the share
-of replaced actions of "straight" with that at the most permissive threshold of a finer grid (40
-steps from the chosen delta down to 0) behind which at most 1% of 1,000 episodes of each of the
+of replaced actions of "straight" with that at the most permissive threshold of a finer grid (8
+steps from 0 to the chosen delta) behind which at most 1% of 1,000 episodes of each of the
 first three agents violate.
 """
 
@@ -46,7 +46,7 @@ BOAT = "safeshield/Boat-v0"
 UPDATES, TRIPS = 20_000, 600
 EPSILON, CONFIDENCE = 0.01, 0.99
 EPISODES, LONG = 1_000, 2_000
-FINE = 40
+FINE = 8
 
 
 def calibrated(seed: int, folder: Path) -> Shield:
@@ -109,13 +109,11 @@ def permissive(shield: Shield, seed: int, share: float) -> tuple[float, float]:
 
     `share` is that of `straight` at the shield's own threshold.
     """
-    best = shield.delta, share
-    for delta in np.linspace(shield.delta, 0.0, FINE + 1)[1:]:
+    for delta in np.linspace(0.0, shield.delta, FINE, endpoint=False):
         played = play(shield.with_delta(float(delta)), seed)
-        if max(one.violating for one in played.values()) > EPSILON * EPISODES:
-            break
-        best = float(delta), replaced(played["straight"])
-    return best
+        if max(one.violating for one in played.values()) <= EPSILON * EPISODES:
+            return float(delta), replaced(played["straight"])
+    return shield.delta, share
 
 
 def cell(seed: int, folder: Path, fine: bool) -> dict[str, Any]:

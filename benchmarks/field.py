@@ -7,10 +7,10 @@
 A cell is one agent on one task with one seed. Its shield is `ShieldTrainer` with its defaults,
 trained on the log for 20,000 updates, and with the constraint that the observation tells, where
 there is one. The agents are PPO for reward alone (100,000 steps in the environment), behaviour
-cloning of the whole log, and random actions. The shield is calibrated for the agent as it is
-deployed (mean actions) at epsilon 0.05 and confidence 0.95; where this finds no threshold, once
-more at epsilon 0.1. Then two sets of fresh episodes are
-played with seeds that no calibration uses:
+cloning of the whole log, and random actions. "bc-costs" is the cloning agent behind a shield that
+knows costs alone, in the log and in the environment. The shield is calibrated for the agent as it
+is deployed (mean actions) at epsilon 0.05 and confidence 0.95; where this finds no threshold, once
+more at epsilon 0.1. Then two sets of fresh episodes are played with seeds that no calibration uses:
 
     certified     300 episodes from certified starts; their violating episodes are compared with
                   epsilon
@@ -38,7 +38,7 @@ from common import machine, run_cells
 from suites import read_log, trained
 
 import safeshield.suites  # noqa: F401 - registers the tasks
-from safeshield import CalibrationError, Shield
+from safeshield import CalibrationError, OfflineDataset, Shield
 from safeshield.algorithms.shield_trainer import ShieldConfig, ShieldTrainer
 from safeshield.evaluation import EPISODES, ReferenceReturns, evaluate
 from safeshield.suites.labels import with_constraint
@@ -50,28 +50,41 @@ UPDATES = 20_000
 MOST_THAT_AGREE = {0.05: 21, 0.1: 39}
 """Largest number of 300 episodes that may violate before the one-sided 95% lower limit of the rate
 exceeds epsilon."""
-AGENTS = ("ppo", "bc", "random")
+AGENTS = ("ppo", "bc", "random", "bc-costs")
+COSTS = "-costs"
 
 
-def make(task: str) -> gym.Env:
-    """Return a task's environment, which reports the constraint where the suite knows one."""
-    return with_constraint(gym.make(find_task(task).env_id))
+def make(task: str, costs: bool = False) -> gym.Env:
+    """Return a task's environment, which reports the constraint where the suite knows one.
+
+    With `costs` it reports costs alone.
+    """
+    env = gym.make(find_task(task).env_id)
+    return env if costs else with_constraint(env)
 
 
-def shield_of(task: str, seed: int, data: Path, folder: Path) -> Shield:
-    """Return the shield of a task, trained now or read from its file."""
-    path = folder / f"{task}_shield_{seed}.safetensors"
+def shield_of(task: str, seed: int, data: Path, folder: Path, costs: bool = False) -> Shield:
+    """Return the shield of a task, trained now or read from its file.
+
+    With `costs` it is trained on the costs of the log alone.
+    """
+    path = folder / f"{task}_shield{COSTS if costs else ''}_{seed}.safetensors"
     if not path.exists():
         trainer = ShieldTrainer(ShieldConfig(seed=seed), device="cpu")
         checkpoint = path.with_suffix(".checkpoint")
-        trainer.fit(read_log(data, task), steps=UPDATES, checkpoint=checkpoint)
+        log = OfflineDataset.load(data / f"{task}.hdf5") if costs else read_log(data, task)
+        trainer.fit(log, steps=UPDATES, checkpoint=checkpoint)
         trainer.shield().save(path)
         checkpoint.unlink()
     return Shield.load(path)
 
 
 def calibrated(
-    shield: Shield, task: str, seed: int, agent: object = None, name: str | None = None
+    shield: Shield,
+    env: gym.Env,
+    seed: int,
+    agent: object = None,
+    name: str | None = None,
 ) -> tuple[Shield, dict[str, Any]]:
     """Return the shield that is to be played, and what its calibration says.
 
@@ -81,7 +94,7 @@ def calibrated(
     for epsilon in EPSILONS:
         try:
             shield = shield.calibrate(
-                make(task),
+                env,
                 epsilon=epsilon,
                 confidence=CONFIDENCE,
                 policy=agent,
@@ -103,13 +116,14 @@ def calibrated(
 
 def cell(task: str, name: str, seed: int, data: Path, folder: Path) -> dict[str, Any]:
     """Train, calibrate and play one cell."""
-    shield = shield_of(task, seed, data, folder)
-    agent = name if name == "random" else trained(task, name, seed, data, folder)
+    costs, kind = name.endswith(COSTS), name.removesuffix(COSTS)
+    shield = shield_of(task, seed, data, folder, costs)
+    agent = kind if kind == "random" else trained(task, kind, seed, data, folder)
     started = time.process_time()
-    shield, told = calibrated(shield, task, seed, agent, name)
+    shield, told = calibrated(shield, make(task, costs), seed, agent, name)
     seconds = time.process_time() - started
     references = ReferenceReturns.of_log(data / f"{task}.hdf5")
-    env, fresh = make(task), 1_000_000 + seed
+    env, fresh = make(task, costs), 1_000_000 + seed
     row = {"task": task, "agent": name, "seed": seed, **told, "calibration_seconds": seconds}
     row["constraint"] = shield.constraint
     if told["promise"] is not None:

@@ -43,7 +43,7 @@ def calibrated_shield(task: str, seed: int, data: Path, folder: Path) -> Shield:
     """
     path = folder / f"{task}_battery_{seed}.safetensors"
     if not path.exists():
-        shield, _ = calibrated(shield_of(task, seed, data, folder), task, seed)
+        shield, _ = calibrated(shield_of(task, seed, data, folder), make(task), seed)
         shield.save(path)
     return Shield.load(path)
 
