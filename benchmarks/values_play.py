@@ -22,7 +22,7 @@ from safeshield.envs.double_integrator import DoubleIntegratorTask
 from safeshield.envs.task import StateTask
 from safeshield.exact.double_integrator import value as cart_value
 from safeshield.shield.candidates import CandidateSet
-from safeshield.shield.guard import ShieldMemory, ShieldRuntime
+from safeshield.shield.protocols import ShieldMemory
 from safeshield.shield.replacement import (
     FallbackPolicy,
     NearestAcceptable,
@@ -30,6 +30,7 @@ from safeshield.shield.replacement import (
     nearest_acceptable,
 )
 from safeshield.shield.report import FilterReport
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.suites.logged import SOURCES
 from safeshield.suites.tasks import COST_LIMIT, find_task
 

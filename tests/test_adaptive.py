@@ -33,7 +33,7 @@ from safeshield.shield import (
     Shield,
 )
 from safeshield.shield.adaptive import as_adaptive, promised
-from safeshield.shield.guard import ShieldRuntime
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
 from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 

@@ -17,9 +17,9 @@ from gymnasium import spaces
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.shield import replacement
 from safeshield.shield.critics import SafetyModel, StateValue
-from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.readable import ReadableRange
 from safeshield.shield.replacement import CommittedFallback, NearestAcceptable, nearest_acceptable
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.shield.shield import Shield
 from safeshield.spaces.rows import flat_actions, flat_observations
 from safeshield.spaces.scaling import Scaling

@@ -22,8 +22,8 @@ from tables import table_shield
 
 from safeshield.algorithms.safefql import SafeFQL
 from safeshield.shield import Shield
-from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.masks import product_mask
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
 from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 

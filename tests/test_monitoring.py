@@ -37,7 +37,7 @@ from safeshield.monitoring import (
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield import Shield
-from safeshield.shield.guard import WatchedStep
+from safeshield.shield.protocols import WatchedStep
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
 from safeshield.wrappers.sb3 import VecSafetyShield
 

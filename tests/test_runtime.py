@@ -17,7 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from safeshield import CalibrationRecord, SafetyShield, Shield
 from safeshield.envs.vector import autoreset_modes
 from safeshield.shield import FilterReport
-from safeshield.shield.guard import ShieldMemory, ShieldRuntime
+from safeshield.shield.protocols import ShieldMemory
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.shield.shield import NoReportWarning, OtherEnvironmentWarning
 from safeshield.values.constraint import ConstraintSource
 from safeshield.wrappers import VecSafetyShield, VectorSafetyShield

@@ -26,8 +26,8 @@ from safeshield.shield import (
     UncalibratedShieldWarning,
 )
 from safeshield.shield.critics import SafetyModel
-from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import CalibrationRecord, PolicyResult, Rung
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.spaces.scaling import Scaling
 
 pytestmark = pytest.mark.filterwarnings(

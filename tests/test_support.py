@@ -43,8 +43,8 @@ from safeshield.files.tensors import read_tensors
 from safeshield.nn.actor import FlowActor
 from safeshield.shield import CommittedFallback, NearestAcceptable, ProjectedGradient
 from safeshield.shield.critics import SafetyModel, StateValue
-from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.record import PolicyResult, Rung
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.spaces.scaling import Scaling
 from safeshield.support import SCORES, SupportRecord, SupportTest, episodes_needed, support_score
 from safeshield.training.config import SafetyConfig

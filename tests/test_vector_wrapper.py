@@ -23,7 +23,7 @@ from safeshield.envs.vector import BEFORE_1_0, autoreset_modes
 from safeshield.rollouts.episodes import run_episodes
 from safeshield.rollouts.policies import batch_policy
 from safeshield.shield import Shield, UncalibratedShieldWarning
-from safeshield.shield.guard import ShieldRuntime
+from safeshield.shield.runtime import ShieldRuntime
 from safeshield.spaces.rows import SpaceCodec
 from safeshield.wrappers import SafetyShield, vector
 from safeshield.wrappers.vector import VectorSafetyShield

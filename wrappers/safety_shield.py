@@ -13,9 +13,10 @@ from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.rollouts.infos import PENALTY
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Mode, Recorder, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_shielded, refuse_shielded_infos
+from safeshield.shield.protocols import Recorder, Watcher
+from safeshield.shield.runtime import Mode, ShieldRuntime
 from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.generic import Env, Wrapper
 

@@ -24,9 +24,10 @@ from stable_baselines3.common.vec_env.base_vec_env import (
 
 from safeshield.rollouts.infos import PENALTY, TERMINAL_OBSERVATION, TIME_LIMIT
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
-from safeshield.shield.guard import Decision, Mode, Recorder, ShieldRuntime, Watcher
 from safeshield.shield.masks import with_own_mask
 from safeshield.shield.nested import refuse_past_shield
+from safeshield.shield.protocols import Decision, Recorder, Watcher
+from safeshield.shield.runtime import Mode, ShieldRuntime
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import stacked
 from safeshield.spaces.rows import plain

@@ -19,12 +19,13 @@ from safeshield.rollouts.infos import (
     reported,
 )
 from safeshield.shield.adaptive import AdaptiveThreshold
-from safeshield.shield.guard import Mode, Recorder, ShieldRuntime, Watcher
 from safeshield.shield.nested import (
     refuse_past_shield,
     refuse_shielded,
     refuse_shielded_infos,
 )
+from safeshield.shield.protocols import Recorder, Watcher
+from safeshield.shield.runtime import Mode, ShieldRuntime
 from safeshield.shield.shield import HasShield, Shield
 from safeshield.spaces.batches import Batch, stacked
 from safeshield.spaces.generic import BEFORE_1_0, VectorEnv, VectorWrapper

@@ -29,8 +29,8 @@ from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST, FINAL_INFO
 from safeshield.rollouts.policies import torch_seeded
 from safeshield.rollouts.recorded import Episode
-from safeshield.shield.guard import Reports, listed
 from safeshield.shield.record import VIOLATION, PilotPoint, Rung
+from safeshield.shield.reported import Reports, listed
 from safeshield.spaces.generic import Env, VectorEnv
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from safeshield.monitoring.flight_file import (
     row_struct,
 )
 from safeshield.rollouts.copies import Identity
-from safeshield.shield.guard import Decision, States
+from safeshield.shield.protocols import Decision, States
 from safeshield.shield.report import ACCEPTED, VERDICTS
 from safeshield.shield.shield import Shield
 from safeshield.spaces.schema import space_to_json
@@ -221,7 +221,7 @@ class ShieldLog:
     ) -> FlightTrack:
         """Return what records the steps of `count` environments; the wrappers call this.
 
-        The arguments are those of `guard.Recorder.attach`.
+        The arguments are those of `protocols.Recorder.attach`.
 
         Raises:
             ValueError: The log is closed or records other environments already, another recorder
@@ -474,7 +474,7 @@ class ShieldLog:
 
 
 class FlightTrack:
-    """Follows the episodes of `count` environments for a recorder (`guard.StepRecorder`)."""
+    """Follows the episodes of `count` environments for a recorder (`protocols.StepRecorder`)."""
 
     def __init__(self, log: ShieldLog, count: int, action: int) -> None:
         self._log = log
@@ -495,7 +495,7 @@ class FlightTrack:
     def begin(
         self, starts: Flags, certified: Flags, states: States, seeds: Sequence[int | None], /
     ) -> None:
-        """Begin new episodes, as `guard.StepRecorder.begin`."""
+        """Begin new episodes, as `protocols.StepRecorder.begin`."""
         begun = np.flatnonzero(starts).tolist()
         self._cut(begun)
         for i in begun:
@@ -517,7 +517,7 @@ class FlightTrack:
         present: States,
         /,
     ) -> None:
-        """Record one step, as `guard.StepRecorder.step`."""
+        """Record one step, as `protocols.StepRecorder.step`."""
         log, states, now = self._log, self._states, time.time()
         self._states = present
         if log._closed:
@@ -572,7 +572,7 @@ class FlightTrack:
             log.tell()
 
     def fail(self, decision: Decision, verdicts: list[int], /) -> None:
-        """Record a step that raised an error, as `guard.StepRecorder.fail`."""
+        """Record a step that raised an error, as `protocols.StepRecorder.fail`."""
         log, states = self._log, self._states
         if log._closed or states is None:
             return

@@ -16,7 +16,7 @@ from safeshield.monitoring.covariates import (
     root_mean,
 )
 from safeshield.monitoring.ledger import CUT, ENDED, checked_costs
-from safeshield.shield.guard import WatchedStep
+from safeshield.shield.protocols import WatchedStep
 from safeshield.spaces.shapes import Flags, Scalars
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class EpisodeTracker:
-    """Reports the certified episodes of `count` environments to a monitor (`guard.EpisodeWatch`).
+    """Reports certified episodes of `count` environments to a monitor (`protocols.EpisodeWatch`).
 
     An episode is entered at its first step. A reset that is followed by another reset is none.
     """
@@ -61,7 +61,7 @@ class EpisodeTracker:
         return self._monitor.revoked
 
     def begin(self, starts: Flags, certified: Flags, values: Scalars, /) -> None:
-        """Begin new episodes, as `guard.EpisodeWatch.begin`."""
+        """Begin new episodes, as `protocols.EpisodeWatch.begin`."""
         self._cut(starts)
         self._waiting = np.where(starts, certified, self._waiting)
         self._start = np.where(starts, values, self._start)
@@ -78,7 +78,7 @@ class EpisodeTracker:
         self._waiting[:] = False
 
     def step(self, step: WatchedStep, /) -> None:
-        """Count one step, as `guard.EpisodeWatch.step`."""
+        """Count one step, as `protocols.EpisodeWatch.step`."""
         active = step.counted & (self._waiting | self._running)
         if not active.any():
             return

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -39,12 +39,28 @@ from safeshield.rollouts.infos import (
     VALUE,
     WOULD_INTERVENE,
     Infos,
-    column_of,
 )
 from safeshield.shield.adaptive import AdaptiveMargin, AdaptiveThreshold, as_adaptive
 from safeshield.shield.critics import StateValue
 from safeshield.shield.masks import Mask, check_discrete, with_own_mask
+from safeshield.shield.protocols import (
+    Decision,
+    PerEnv,
+    Recorder,
+    ShieldMemory,
+    States,
+    WatchedStep,
+    Watcher,
+)
 from safeshield.shield.report import ACCEPTED, FilterReport, verdicts
+from safeshield.shield.reported import (
+    InfoDicts,
+    Reports,
+    as_number,
+    listed,
+    under_names,
+    watched_costs,
+)
 from safeshield.shield.sensors import SensorState
 from safeshield.shield.shield import (
     HasShield,
@@ -61,318 +77,6 @@ from safeshield.values.constraint import SeveralConstraints
 Array = npt.NDArray[Any]
 Mode = Literal["shield", "shadow"]
 """Whether the shield's decisions are executed, or only reported."""
-PerEnv = Any
-"""One value for each environment: an array (n, ...), or a plain Python value for a single one."""
-InfoDicts = Sequence[Mapping[str, Any]]
-"""The infos of n environments, one mapping for each."""
-
-
-class ShieldMemory(Protocol):
-    """The state that a shield keeps for each of n environments from one step to the next."""
-
-    def reset(self, mask: Flags, /) -> None:
-        """Forget the environments in `mask` (n,), whose episodes begin or whose step has failed."""
-        ...
-
-    def limit(self, values: Scalars, threshold: Scalars, /) -> Scalars:
-        """Return the numbers (n,) that Q_h must not exceed in the next step.
-
-        The call must not change the memory.
-
-        Args:
-            values: (n,) V_h of the states, infinity where they are not readable.
-            threshold: (n,) the present threshold. A returned limit above it has no effect.
-        """
-        ...
-
-    def learn(self, report: FilterReport, reached: Scalars, counted: Flags, /) -> None:
-        """Update the memory with one step.
-
-        `report`, `reached` and `counted` are those of `AdaptiveMargin.learn`.
-        """
-        ...
-
-
-class WatchedStep(NamedTuple):
-    """One step of n environments, for an `EpisodeWatch`. All entries are (n,)."""
-
-    counted: Flags
-    """Whether an action was executed at all."""
-    ended: Flags
-    """Whether the step ended the episode, terminated or truncated."""
-    constraint: Scalars
-    """h that the environment reports of the state reached, NaN where it reports none."""
-    cost: Scalars
-    """Cost of the state reached, NaN where none is reported."""
-    intervened: Flags
-    """Whether the shield replaced the action."""
-    supported: Flags
-    """Whether the executed action looks like the log's; True without a support test."""
-    residual: Scalars
-    """V_h(s') - Q_h(s, a), in units of h; not finite where a value is not known."""
-
-
-class EpisodeWatch(Protocol):
-    """Follows the episodes of n environments, and judges the promise of the shield's record."""
-
-    @property
-    def state(self) -> str:
-        """What the episodes say of the promise, in words."""
-        ...
-
-    @property
-    def evidence(self) -> float:
-        """The evidence E_t against the promise."""
-        ...
-
-    @property
-    def revoked(self) -> bool:
-        """Whether no further episode may be certified."""
-        ...
-
-    def begin(self, starts: Flags, certified: Flags, values: Scalars, /) -> None:
-        """Begin new episodes; an episode that was under way there has been cut.
-
-        Args:
-            starts: (n,) whether an episode begins.
-            certified: (n,) whether it begins certified.
-            values: (n,) V_h of the states.
-        """
-        ...
-
-    def step(self, step: WatchedStep, /) -> None:
-        """Count one step, and judge the promise."""
-        ...
-
-    def cut(self) -> None:
-        """Take all episodes that are under way as cut."""
-        ...
-
-
-class Watcher(Protocol):
-    """A monitor of a shield's promise: `monitoring.PromiseMonitor`."""
-
-    def attach(self, shield: Shield, count: int, /) -> EpisodeWatch:
-        """Return what follows the episodes of `count` environments behind `shield`."""
-        ...
-
-
-class States(NamedTuple):
-    """States of n environments, for a `StepRecorder`."""
-
-    rows: Array
-    """(n, obs) the observations, as rows; NaN where an observation is not known."""
-    values: list[float]
-    """V_h of the states, infinity where they are not readable."""
-    constraint: list[float]
-    """h that the environments report of the states, NaN where they report none."""
-    cost: list[float]
-    """Costs of the states, NaN where none are reported."""
-
-
-class StepRecorder(Protocol):
-    """Records the steps of n environments."""
-
-    def begin(
-        self, starts: Flags, certified: Flags, states: States, seeds: Sequence[int | None], /
-    ) -> None:
-        """Begin new episodes; an episode that was under way there has been cut.
-
-        Args:
-            starts: (n,) whether an episode begins.
-            certified: (n,) whether it begins certified.
-            states: The states of all environments.
-            seeds: The seeds of the resets, None where no seed was passed.
-        """
-        ...
-
-    def step(
-        self,
-        decision: Decision,
-        verdicts: list[int],
-        counted: list[bool],
-        reward: list[float],
-        terminated: list[bool],
-        truncated: list[bool],
-        reached: States,
-        present: States,
-        /,
-    ) -> None:
-        """Record one step; each list holds an item for each of n environments.
-
-        Args:
-            decision: The decision, as `ShieldRuntime.filter` returned it.
-            verdicts: What the shield did, as indices into `report.VERDICTS`.
-            counted: Whether an action was executed at all.
-            reward: Reward as the environment returned it, NaN where it is no number.
-            terminated: Whether the episode terminated.
-            truncated: Whether it was truncated.
-            reached: The states reached; of an episode that ended, its last state.
-            present: The states in which the next actions are taken.
-        """
-        ...
-
-    def fail(self, decision: Decision, verdicts: list[int], /) -> None:
-        """Record a step that raised an error, of which no outcome is known.
-
-        `decision` and `verdicts` are those of `step`. The environments may have executed the
-        actions, or some of them.
-        """
-        ...
-
-    def cut(self) -> None:
-        """Take all episodes that are under way as cut."""
-        ...
-
-    def close(self) -> None:
-        """End the recording, because the environments are closed."""
-        ...
-
-
-class Recorder(Protocol):
-    """A flight recorder: `monitoring.ShieldLog`."""
-
-    def attach(
-        self,
-        shield: Shield,
-        count: int,
-        identity: Mapping[str, Any],
-        environment: Identity | None,
-        /,
-    ) -> StepRecorder:
-        """Return what records the steps of `count` environments behind `shield`.
-
-        Args:
-            shield: The shield.
-            count: The number n of environments.
-            identity: `ShieldRuntime.identity`.
-            environment: What is known of the environment; None: nothing.
-        """
-        ...
-
-
-class Decision(NamedTuple):
-    """The decision on the actions of all environments in one step."""
-
-    proposed: Array
-    """(n, *shape) the proposed actions; (*shape) for a single environment."""
-    executed: Array
-    """The actions to execute, of the same shape; the array shares no memory with `proposed`."""
-    intervened: PerEnv
-    """Whether the executed action replaces the proposed one."""
-    value: PerEnv
-    """Q_h of the executed action."""
-    threshold: PerEnv
-    """The number that Q_h must not exceed."""
-    shadowed: tuple[PerEnv, PerEnv] | None = None
-    """In shadow mode, whether the shield would have intervened, and the action that it would have
-    executed; None in the mode that executes it."""
-
-
-class Reports(NamedTuple):
-    """What environments report of their present states, NaN where they report nothing."""
-
-    constraint: PerEnv
-    """h of the states, in units of h; of several constraints by name, the largest."""
-    cost: PerEnv
-    """Costs of the states."""
-    named: PerEnv
-    """The reports of the shield's own constraints: h of the states, in units of h; or, of a shield
-    of k constraints, (n, k) h_k, NaN where a plain number is reported."""
-
-    @classmethod
-    def of(cls, infos: InfoDicts | Infos, count: int | None, names: Sequence[str] = ()) -> Self:
-        """Read the reports of n environments.
-
-        Args:
-            infos: A mapping for each environment, or columns as a vector environment returns them.
-            count: n; None for a single environment, whose reports are plain numbers.
-            names: Names of the shield's constraints.
-        """
-        n = count or 1
-        if count is None and type(infos) is tuple and len(names) <= 1:
-            # Most steps of a single environment end here.
-            h, cost = infos[0].get(CONSTRAINT), infos[0].get(COST)
-            if h is None or isinstance(h, _NUMBERS):
-                number = _number(h)
-                return cls(number, _number(cost), number)
-        given: Sequence[Any] | Array
-        told: list[PerEnv]
-        if isinstance(infos, Mapping):
-            given = column_of(infos, CONSTRAINT, n)
-            told = [_numbers(given, n), _numbers(column_of(infos, COST, n), n)]
-        else:
-            given = [info.get(CONSTRAINT) for info in infos]
-            read = [[_number(one) for one in given], [_number(info.get(COST)) for info in infos]]
-            told = [column[0] if count is None else np.array(column) for column in read]
-        plain = isinstance(given, np.ndarray) or not any(isinstance(h, Mapping) for h in given)
-        if not names or (plain and len(names) == 1):
-            return cls(told[0], told[1], told[0])
-        named = np.array([[_number(h) for h in _parts(one, names)] for one in given])
-        named = named if len(names) > 1 else named[:, 0]
-        return cls(told[0], told[1], named[0] if count is None else named)
-
-    def text(self, at: int, names: Sequence[str]) -> str:
-        """Return the report of the constraint of environment `at` as text; `names` as in `of`."""
-        each = np.reshape(self.named, (-1, max(len(names), 1)))[at]  # one without a source
-        return listed(float(np.ravel(self.constraint)[at]), each, names)
-
-
-def _parts(report: object, names: Sequence[str]) -> list[Any]:
-    """Return what a report holds under these names, None where it holds nothing."""
-    if isinstance(report, Mapping):
-        return [report.get(name) for name in names]
-    return [report] if len(names) == 1 else [None] * len(names)
-
-
-def listed(h: float, each: Scalars, names: Sequence[str]) -> str:
-    """Return h as text, and after it the constraints of which it is the largest, where known.
-
-    Args:
-        h: h of a state, or a report of it.
-        each: (k,) the constraints, or the reports of them; NaN where not reported.
-        names: Their names.
-    """
-    if each.shape == (1,) and each[0] == h:
-        return f"{h:.4g}"
-    pairs = zip(names, each, strict=True)
-    parts = ", ".join(f"{name} {x:.4g}" for name, x in pairs if not np.isnan(x))
-    return f"{h:.4g} ({parts})" if parts else f"{h:.4g}"
-
-
-def _watched_costs(infos: InfoDicts | Infos, costs: PerEnv) -> PerEnv:
-    """Return costs with infinity where NaN or no number was reported; NaN means no report."""
-    missing = np.isnan(costs)
-    if not missing.any():
-        return costs
-    n = np.size(costs)
-    each = (
-        column_of(infos, COST, n)
-        if isinstance(infos, Mapping)
-        else [info.get(COST) for info in infos]
-    )
-    told = np.array([value is not None for value in each])
-    return np.where(np.ravel(missing) & told, np.inf, np.ravel(costs))
-
-
-_NUMBERS = (float, int, np.number, np.bool_)
-
-
-def _number(value: object) -> float:
-    if value is None:
-        return np.nan
-    if isinstance(value, _NUMBERS):
-        return float(value)
-    if isinstance(value, Mapping) and value:
-        return float(np.max([_number(one) for one in value.values()]))
-    return float(value.item()) if isinstance(value, np.ndarray) and value.size == 1 else np.nan
-
-
-def _numbers(column: Sequence[Any] | Array, count: int) -> Scalars:
-    if isinstance(column, np.ndarray):
-        numbers = column.shape == (count,) and column.dtype.kind in "fiub"
-        return column.astype(np.float64) if numbers else np.full(count, np.nan)
-    return np.array([_number(value) for value in column])
 
 
 class ShieldRuntime:
@@ -714,7 +418,7 @@ class ShieldRuntime:
             if self._vouched:
                 self._compare(states, self._reports)
             if self._watch is not None:
-                self._costs = _watched_costs(given, self._reports.cost)
+                self._costs = watched_costs(given, self._reports.cost)
         return self.values
 
     def _checked(
@@ -740,7 +444,7 @@ class ShieldRuntime:
         if self._aged:
             told = [info.get(STAMP) for info in infos]
             if any(one is not None for one in told):
-                stamps = np.array([_number(one) for one in told])
+                stamps = np.array([as_number(one) for one in told])
         return sensors.read(rows, stamps, still)
 
     def evaluate(self, observations: Batch, infos: InfoDicts) -> tuple[Scalars, Array | None]:
@@ -876,7 +580,7 @@ class ShieldRuntime:
         ended = np.full(self._count, np.logical_or(terminated, truncated))
         h, cost = self._each(self._reports.constraint), self._each(self._costs)
         if told is not None:
-            h[ended], cost[ended] = told.constraint, _watched_costs(last_infos, told.cost)
+            h[ended], cost[ended] = told.constraint, watched_costs(last_infos, told.cost)
         supported = True if self._report is None else self._report.supported
         with np.errstate(invalid="ignore"):
             residual = self._each(reached) - self._each(decision.value)
@@ -915,7 +619,7 @@ class ShieldRuntime:
         found = self._verdicts()
         if self.num_envs is None:
             self._recorder.step(
-                decision, found, [bool(counted)], [_number(reward)], [terminated], [truncated],
+                decision, found, [bool(counted)], [as_number(reward)], [terminated], [truncated],
                 arrived, present,
             )  # fmt: skip
             return
@@ -1127,7 +831,7 @@ class ShieldRuntime:
         source = self.shield.model.constraint
         assert source is not None
         names = source.names
-        read = [_parts(info.get(CONSTRAINT), names) for info in infos]
+        read = [under_names(info.get(CONSTRAINT), names) for info in infos]
         missing = sorted(
             {n for told in read for n, h in zip(names, told, strict=True) if h is None}
         )
@@ -1148,7 +852,7 @@ class ShieldRuntime:
                 "numbers, into which the vector environment has rounded the reports: return "
                 "float(h)"
             )
-        each = np.array([[_number(h) for h in told] for told in read])
+        each = np.array([[as_number(h) for h in told] for told in read])
         return each if len(names) > 1 else each[:, 0]
 
     def _binding(self, states: StateValue, readable: Flags) -> Array:

@@ -1,0 +1,127 @@
+"""What environments report of their states: the constraint and the cost in their infos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from safeshield.rollouts.infos import CONSTRAINT, COST, Infos, column_of
+from safeshield.shield.protocols import PerEnv
+from safeshield.spaces.shapes import Scalars
+
+Array = npt.NDArray[Any]
+InfoDicts = Sequence[Mapping[str, Any]]
+"""The infos of n environments, one mapping for each."""
+
+
+class Reports(NamedTuple):
+    """What environments report of their present states, NaN where they report nothing."""
+
+    constraint: PerEnv
+    """h of the states, in units of h; of several constraints by name, the largest."""
+    cost: PerEnv
+    """Costs of the states."""
+    named: PerEnv
+    """The reports of the shield's own constraints: h of the states, in units of h; or, of a shield
+    of k constraints, (n, k) h_k, NaN where a plain number is reported."""
+
+    @classmethod
+    def of(cls, infos: InfoDicts | Infos, count: int | None, names: Sequence[str] = ()) -> Self:
+        """Read the reports of n environments.
+
+        Args:
+            infos: A mapping for each environment, or columns as a vector environment returns them.
+            count: n; None for a single environment, whose reports are plain numbers.
+            names: Names of the shield's constraints.
+        """
+        n = count or 1
+        if count is None and type(infos) is tuple and len(names) <= 1:
+            # Most steps of a single environment end here.
+            h, cost = infos[0].get(CONSTRAINT), infos[0].get(COST)
+            if h is None or isinstance(h, _NUMBERS):
+                number = as_number(h)
+                return cls(number, as_number(cost), number)
+        given: Sequence[Any] | Array
+        told: list[PerEnv]
+        if isinstance(infos, Mapping):
+            given = column_of(infos, CONSTRAINT, n)
+            told = [_numbers(given, n), _numbers(column_of(infos, COST, n), n)]
+        else:
+            given = [info.get(CONSTRAINT) for info in infos]
+            read = [
+                [as_number(one) for one in given],
+                [as_number(info.get(COST)) for info in infos],
+            ]
+            told = [column[0] if count is None else np.array(column) for column in read]
+        plain = isinstance(given, np.ndarray) or not any(isinstance(h, Mapping) for h in given)
+        if not names or (plain and len(names) == 1):
+            return cls(told[0], told[1], told[0])
+        named = np.array([[as_number(h) for h in under_names(one, names)] for one in given])
+        named = named if len(names) > 1 else named[:, 0]
+        return cls(told[0], told[1], named[0] if count is None else named)
+
+    def text(self, at: int, names: Sequence[str]) -> str:
+        """Return the report of the constraint of environment `at` as text; `names` as in `of`."""
+        each = np.reshape(self.named, (-1, max(len(names), 1)))[at]  # one without a source
+        return listed(float(np.ravel(self.constraint)[at]), each, names)
+
+
+def under_names(report: object, names: Sequence[str]) -> list[Any]:
+    """Return what a report holds under these names, None where it holds nothing."""
+    if isinstance(report, Mapping):
+        return [report.get(name) for name in names]
+    return [report] if len(names) == 1 else [None] * len(names)
+
+
+def listed(h: float, each: Scalars, names: Sequence[str]) -> str:
+    """Return h as text, and after it the constraints of which it is the largest, where known.
+
+    Args:
+        h: h of a state, or a report of it.
+        each: (k,) the constraints, or the reports of them; NaN where not reported.
+        names: Their names.
+    """
+    if each.shape == (1,) and each[0] == h:
+        return f"{h:.4g}"
+    pairs = zip(names, each, strict=True)
+    parts = ", ".join(f"{name} {x:.4g}" for name, x in pairs if not np.isnan(x))
+    return f"{h:.4g} ({parts})" if parts else f"{h:.4g}"
+
+
+def watched_costs(infos: InfoDicts | Infos, costs: PerEnv) -> PerEnv:
+    """Return costs with infinity where NaN or no number was reported; NaN means no report."""
+    missing = np.isnan(costs)
+    if not missing.any():
+        return costs
+    n = np.size(costs)
+    each = (
+        column_of(infos, COST, n)
+        if isinstance(infos, Mapping)
+        else [info.get(COST) for info in infos]
+    )
+    told = np.array([value is not None for value in each])
+    return np.where(np.ravel(missing) & told, np.inf, np.ravel(costs))
+
+
+_NUMBERS = (float, int, np.number, np.bool_)
+
+
+def as_number(value: object) -> float:
+    """Return a report as a number: the largest of several, and NaN for what is no number."""
+    if value is None:
+        return np.nan
+    if isinstance(value, _NUMBERS):
+        return float(value)
+    if isinstance(value, Mapping) and value:
+        return float(np.max([as_number(one) for one in value.values()]))
+    return float(value.item()) if isinstance(value, np.ndarray) and value.size == 1 else np.nan
+
+
+def _numbers(column: Sequence[Any] | Array, count: int) -> Scalars:
+    if isinstance(column, np.ndarray):
+        numbers = column.shape == (count,) and column.dtype.kind in "fiub"
+        return column.astype(np.float64) if numbers else np.full(count, np.nan)
+    return np.array([as_number(value) for value in column])
