@@ -251,8 +251,9 @@ def falsify(
             ``info["cost"]``. Copies of it step side by side (see `copies.vectorise`).
         minutes: Budget of the search, minutes by the clock. The verification is not part of it.
             None for no such budget.
-        rollouts: Budget of the search in episodes. A search without `minutes` depends on its seed
-            alone.
+        rollouts: Budget of the search in episodes. A round that has begun is played to its end, so
+            that the first round of the battery, two episodes of each agent, is always played. A
+            search without `minutes` depends on its seed alone.
         episodes: N, the number of fresh episodes that verify the worst agent.
         confidence: Confidence of the lower and of the upper bound of its rate.
         cma: Whether CMA-ES searches from the best probes of the battery. It needs
