@@ -51,8 +51,8 @@ def main() -> None:
     config = SafeFQLConfig(
         seed=0, critic_hidden=(64, 64, 64), safety_discount=0.9975, phase_shares=(0.9, 0.05, 0.05)
     )
-    shield = SafeFQL(config, device="cpu").fit(log, steps=3000, progress_bar=True).shield()
-    shield = shield.calibrate(env, policy=full_throttle, epsilon=0.02, confidence=0.95)
+    shield = SafeFQL(config, device="cpu").fit(log, steps=2000, progress_bar=True).shield()
+    shield = shield.calibrate(env, policy=full_throttle, epsilon=0.05, confidence=0.95)
     assert shield.record is not None
     print(shield.record.promise)
 

@@ -50,11 +50,11 @@ class DemoConfig(Settings):
             training=ShieldConfig(
                 critic_hidden=(32, 32), behaviour_hidden=(16,), fallback_hidden=(16,)
             ),
-            steps=600,
+            steps=200,
             epsilon=0.6,
             confidence=0.9,
-            evaluation_episodes=16,
-            ppo_steps=3_200,
+            evaluation_episodes=8,
+            ppo_steps=1_600,
             pictured_trips=12,
             grid_refinement=1,
             workers=2,
