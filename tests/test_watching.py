@@ -13,8 +13,8 @@ from PIL import Image
 from safeshield import SafetyShield, Shield
 from safeshield.calibration.proposers import Adversary
 from safeshield.evaluation import WatchedEpisode, watch
+from safeshield.evaluation.watching import EDGE
 from safeshield.rollouts.policies import batch_policy
-from safeshield.wrappers.overlay import EDGE
 
 STEPS, SEED = 60, 3
 

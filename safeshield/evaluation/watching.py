@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from safeshield.evaluation.episodes import ShieldLike
 from safeshield.files.atomic import written_whole
-from safeshield.rollouts.copies import check_env, environment_name, is_vector_env
+from safeshield.rollouts.copies import check_env, check_step, environment_name, is_vector_env
 from safeshield.rollouts.infos import (
     CERTIFIED,
     EXECUTED,
@@ -36,13 +36,12 @@ from safeshield.rollouts.policies import (
     start_wave,
     torch_seeded,
 )
+from safeshield.shield.guard import ShieldRuntime
 from safeshield.shield.nested import refuse_shielded
-from safeshield.shield.shield import as_shield
+from safeshield.shield.shield import Shield, as_shield
 from safeshield.spaces.batches import batch_of_one, copied
 from safeshield.spaces.generic import Env
 from safeshield.spaces.shapes import Actions, Flags, Scalars
-from safeshield.wrappers.overlay import EDGE, layout
-from safeshield.wrappers.safety_shield import SafetyShield
 
 Frame = npt.NDArray[np.uint8]
 
@@ -54,6 +53,8 @@ _MOST_ACTIONS = 3
 _LEAST_DELAY = 20
 """Shortest time in ms that viewers show one frame of a GIF; they slow shorter ones down."""
 _WIDTH, _TOP = 1.3, 360
+EDGE = (230, 25, 35)
+"""Colour of the edge around a frame whose action was replaced."""
 """Width of the curves as a share of the height, and the height for which fonts are chosen."""
 
 
@@ -118,7 +119,7 @@ class WatchedEpisode:
         for t, frame in enumerate(self.frames):
             shown = np.array(frame)
             if t < len(self) and self.intervened[t]:
-                edge = layout(*shown.shape[:2]).edge
+                edge = max(1, round(min(shown.shape[:2]) / 100))
                 shown[:edge] = shown[-edge:] = shown[:, :edge] = shown[:, -edge:] = EDGE
             joined = np.concatenate([shown, curves.until(t)], axis=1)
             # The codec of MP4 files halves the colours' resolution, so it needs even numbers.
@@ -220,7 +221,7 @@ def watch(
     refuse_shielded(env, "pass the plain environment")
     judge = as_shield(shield)
     acting = as_batch_policy(policy, env.action_space, deterministic=deterministic)
-    shielded = SafetyShield(env, judge)
+    shielded = _Shielded(env, judge)
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     with torch_seeded(seed):
         observation, info = _certified_start(shielded, seed)
@@ -231,11 +232,10 @@ def watch(
         while not over and (steps is None or len(infos) <= steps):
             proposed = acting(copied(batch_of_one(observation)), rng)
             action = executable_actions(proposed, env.action_space, 1)[0]
-            observation, _, terminated, truncated, info = shielded.step(action)
+            observation, over, info = shielded.step(action)
             infos.append(info)
             values.append(shielded.runtime.values)
             frames.append(_frame(env, height))
-            over = bool(terminated or truncated)
     taken = infos[1:]
     rate = env.metadata.get("render_fps")
     return WatchedEpisode(
@@ -255,13 +255,47 @@ def watch(
     )
 
 
-def _certified_start(env: SafetyShield, seed: int) -> tuple[Any, dict[str, Any]]:
+class _Shielded:
+    """The steps of an environment behind a shield.
+
+    `wrappers.SafetyShield` takes the same steps, but stands on a higher floor of the package.
+    """
+
+    def __init__(self, env: Env, shield: Shield) -> None:
+        self._env = env
+        self._discrete = isinstance(env.action_space, gym.spaces.Discrete)
+        self.runtime = ShieldRuntime.around(env, shield, env.observation_space, env.action_space)
+
+    def reset(self, seed: int | None) -> tuple[Any, dict[str, Any]]:
+        runtime = self.runtime
+        with runtime.transition:
+            observation, info = self._env.reset(seed=seed)
+            runtime.observe(observation, (info,), starts=True)
+        return observation, {**info, **runtime.start_infos()}
+
+    def step(self, action: npt.ArrayLike) -> tuple[Any, bool, dict[str, Any]]:
+        """Return the observation, whether the episode is over, and the info."""
+        runtime = self.runtime
+        decision = runtime.filter(action)
+        sent: Any = decision.executed.copy()
+        with runtime.transition:
+            result = self._env.step(sent[()] if self._discrete else sent)
+            check_step(result)
+            observation, _, terminated, truncated, info = result
+            reached = runtime.observe(observation, (info,))
+            runtime.update()
+        infos = {**info, **runtime.step_infos(decision, reached)}
+        return observation, bool(terminated or truncated), infos
+
+
+def _certified_start(env: _Shielded, seed: int) -> tuple[Any, dict[str, Any]]:
     for number in range(_MOST_RESETS):
-        observation, info = env.reset(seed=seed if number == 0 else None)
+        observation, info = env.reset(seed if number == 0 else None)
         if info[SAFE_SET]:
             return observation, info
+    threshold = env.runtime.shield.threshold
     raise ValueError(
-        f"none of {_MOST_RESETS} starts has V_h <= -delta = {env.shield.threshold:.4g}: this "
+        f"none of {_MOST_RESETS} starts has V_h <= -delta = {threshold:.4g}: this "
         "environment starts outside the set in which the shield acts; is it that of the training?"
     )
 
