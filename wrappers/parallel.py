@@ -167,8 +167,8 @@ def _check_agents(agents: set[Any], shielded: set[Any], unshielded: set[Any]) ->
     unknown = sorted(map(repr, (shielded | unshielded) - agents))
     if unknown:
         raise ValueError(
-            f"shields and unshielded must name agents of the environment, {sorted(agents, key=repr)}, got "
-            f"{', '.join(unknown)}"
+            "shields and unshielded must name agents of the environment, "
+            f"{sorted(agents, key=repr)}, got {', '.join(unknown)}"
         )
     both = sorted(map(repr, shielded & unshielded))
     if both:

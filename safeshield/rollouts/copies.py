@@ -32,10 +32,9 @@ _NO_DYNAMICS = ("render_mode", "max_episode_steps")
 # RL Zoo puts a class of its own in the place of Gymnasium's.
 _TIME_LIMITS = ("TimeLimit", "PatchedTimeLimit")
 # Wrappers that gymnasium.make adds by itself, and those that do not change what an agent meets.
-# Monitor is that of Stable-Baselines3.
 _NO_WRAPPERS = (
     *_TIME_LIMITS, "OrderEnforcing", "PassiveEnvChecker", "AutoResetWrapper", "Autoreset",
-    "HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics", "Monitor",
+    "HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics",
 )  # fmt: skip
 # What Python itself and annotations put into the namespace of a class.
 _NO_OVERRIDES = {
