@@ -12,7 +12,12 @@ import pytest
 
 from safeshield import collect
 
-NEEDED = {"two_boats_pettingzoo": "pettingzoo", "torchrl_rollout": "torchrl"}
+NEEDED = {
+    "torchrl_rollout": "torchrl",
+    "track_with_mlflow": "mlflow",
+    "track_with_wandb": "wandb",
+    "two_boats_pettingzoo": "pettingzoo",
+}
 """Packages that an example needs and that not every environment of the tests has."""
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
@@ -38,6 +43,12 @@ def test_example(path: Path, tmp_path: Path) -> None:
         assert "executed bit for bit: True" in done.stdout
         assert " 0 actions replaced" not in done.stdout
         assert "cost of all trips: 0" in done.stdout
+    if path.stem == "track_with_mlflow":
+        assert "400 updates, 8 metrics" in done.stdout
+        assert list(tmp_path.glob("mlartifacts/*/artifacts/shield.safetensors"))
+    if path.stem == "track_with_wandb":
+        assert "400 updates, run" in done.stdout
+        assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     if path.stem == "cliff_walking_maskable_ppo":
         table = dict(line.split()[:2] for line in done.stdout.splitlines() if "shielded" in line)
         assert table["shielded"] == "0"  # falls in the whole of training

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +46,11 @@ class FakeHub:
         )
 
     def _called(self, name: str, **given: Any) -> None:  # noqa: ANN401
+        api = __import__("huggingface_hub")
+        real = (
+            api.hf_hub_download if name == "download" else partial(getattr(api.HfApi, name), None)
+        )
+        inspect.signature(real).bind(**given)  # The real function takes these arguments too.
         self.calls.append((name, given))
         if self.fails is not None:
             raise self.fails
@@ -57,12 +64,18 @@ class FakeHub:
     def upload_folder(
         self, *, repo_id: str, folder_path: str, revision: str | None, commit_message: str
     ) -> Any:  # noqa: ANN401
-        self._called("upload_folder", repo_id=repo_id, commit_message=commit_message)
+        self._called(
+            "upload_folder",
+            repo_id=repo_id,
+            folder_path=folder_path,
+            revision=revision,
+            commit_message=commit_message,
+        )
         shutil.copytree(folder_path, self.folder / repo_id / (revision or "main"))
         return SimpleNamespace(oid=COMMIT)
 
     def download(self, repo_id: str, filename: str, *, revision: str | None, token: object) -> str:
-        self._called("download", repo_id=repo_id, filename=filename, token=token)
+        self._called("download", repo_id=repo_id, filename=filename, revision=revision, token=token)
         path = self.folder / repo_id / (revision or "main") / filename
         if not path.exists():
             from huggingface_hub.errors import EntryNotFoundError
