@@ -164,6 +164,21 @@ def test_an_environment_that_reports_nothing_is_judged_by_the_constraint_of_the_
     assert "random" in run("evaluate", *arguments)
 
 
+def test_a_film_of_an_environment_that_reports_nothing_and_of_one_that_has_no_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = tmp_path / "film.gif"
+    told = run("watch", "builtin:pendulum", "Pendulum-v1", "--steps", 3, "--height", 48, "-o", film)
+    assert "3 steps of Pendulum-v1" in told
+    assert f"{film}: 4 frames" in told
+    (tmp_path / "silent_film.py").write_text(SILENT.replace("Silent-v0", "SilentFilm-v0"))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = run("watch", "builtin:boat", "silent_film:SilentFilm-v0", "-o", film, code=2)
+    assert "SilentFilm-v0 takes no render_mode, so there are no frames" in words
+    words = run("watch", "builtin:boat", "x", "-o", tmp_path / "film.avi", code=2)
+    assert "must end in .mp4 or .gif" in words
+
+
 def test_an_interrupted_training_says_what_was_kept(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

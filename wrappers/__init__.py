@@ -1,8 +1,10 @@
 """Wrappers that put a shield around an environment, report labels, or draw the shield's decisions.
 
-`VecSafetyShield` and `worker_env`, which need Stable-Baselines3, are loaded on first use.
+`VecSafetyShield` and `worker_env`, which need Stable-Baselines3, and `ParallelSafetyShield`, which
+needs PettingZoo, are loaded on first use.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from safeshield.wrappers.certified_starts import CertifiedStarts
@@ -12,6 +14,7 @@ from safeshield.wrappers.safety_shield import SafetyShield
 from safeshield.wrappers.vector import VectorSafetyShield
 
 if TYPE_CHECKING:
+    from safeshield.wrappers.parallel import ParallelSafetyShield
     from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "ConstraintFromFunction",
     "CostFromFunction",
     "CostFromStep",
+    "ParallelSafetyShield",
     "SafetyShield",
     "ShieldOverlay",
     "VecSafetyShield",
@@ -26,10 +30,14 @@ __all__ = [
     "worker_env",
 ]
 
+_LATER = {
+    "ParallelSafetyShield": "parallel",
+    "VecSafetyShield": "sb3",
+    "worker_env": "sb3",
+}
+
 
 def __getattr__(name: str) -> object:
-    if name not in ("VecSafetyShield", "worker_env"):
+    if name not in _LATER:
         raise AttributeError(f"module 'safeshield.wrappers' has no attribute '{name}'")
-    from safeshield.wrappers import sb3
-
-    return getattr(sb3, name)
+    return getattr(import_module(f"safeshield.wrappers.{_LATER[name]}"), name)

@@ -272,6 +272,50 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         return result
 
 
+def make_shielded(
+    env_id: str,
+    shield: str | os.PathLike[str] | Shield | HasShield,
+    *,
+    render_mode: str | None = None,
+    adaptive: AdaptiveThreshold | Mapping[str, Any] | None = None,
+    intervention_penalty: float = 0.0,
+    mode: Mode = "shield",
+    **kwargs: Any,  # noqa: ANN401 - arguments of any environment
+) -> Env:
+    """Return an environment with a shield around it, for programs that take an id and arguments.
+
+    It is the entry point of the ids ``safeshield/Shielded-v0`` and ``Shielded-v0``.
+
+    Args:
+        env_id: Id of the environment, or ``module:id``.
+        shield: See `SafetyShield`, as the following ones.
+        render_mode: See `gymnasium.make`.
+        adaptive: See `SafetyShield`.
+        intervention_penalty: See `SafetyShield`.
+        mode: See `SafetyShield`.
+        kwargs: Further arguments of ``gymnasium.make(env_id)``.
+
+    Raises:
+        ValueError: As `SafetyShield`.
+        gymnasium.error.Error: As `gymnasium.make`.
+
+    >>> import gymnasium
+    >>> env = gymnasium.make(
+    ...     "safeshield:Shielded-v0", env_id="safeshield/Boat-v0", shield="builtin:boat"
+    ... )
+    >>> env.reset(seed=0)[1]["shield/certified"]
+    True
+    """
+    shown = {} if render_mode is None else {"render_mode": render_mode}
+    return SafetyShield(
+        gym.make(env_id, **shown, **kwargs),
+        shield,
+        adaptive,
+        intervention_penalty=intervention_penalty,
+        mode=mode,
+    )
+
+
 def _no_info(where: str, info: object) -> ValueError:
     return ValueError(
         f"the environment's {where} must return its infos as a dict, empty where there are none, "

@@ -19,13 +19,14 @@ from safeshield.cli.settings import command_with
 from safeshield.cli.sign import sign
 from safeshield.cli.split import split
 from safeshield.cli.stress import stress
+from safeshield.cli.watch import watch
 
 app.command()(clear_errors(demo))
 app.command(cls=command_with(collect.learner_settings))(clear_errors(collect.collect))
 app.command(cls=command_with(train.all_settings))(clear_errors(train.train))
 app.command(cls=command_with(sweep.file_entries))(clear_errors(sweep.sweep))
 commands = (
-    split, plan, calibrate, calibrate_from_log, evaluate, diagnose, falsify, stress, report,
+    split, plan, calibrate, calibrate_from_log, evaluate, watch, diagnose, falsify, stress, report,
     export, inspect, sign, doctor,
 )  # fmt: skip
 for function in commands:

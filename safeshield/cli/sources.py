@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from safeshield.spaces.generic import Env
 
 
-def make_env(env_id: str) -> Env:
+def make_env(env_id: str, *, frames: bool = False) -> Env:
     """Return the environment of `env_id`, an id or ``module:id``.
 
     The module of ``module:id`` is imported first. Ids of the supported suites are registered on
-    first use.
+    first use. With `frames` the environment is made with ``render_mode="rgb_array"``.
     """
     import gymnasium as gym
 
@@ -26,22 +26,32 @@ def make_env(env_id: str) -> Env:
     if ":" not in env_id and env_id not in gym.registry:
         import safeshield.suites  # noqa: F401 - registers the suites
 
-    env: Env = gym.make(env_id)
-    return env
+    if not frames:
+        env: Env = gym.make(env_id)
+        return env
+    try:
+        return gym.make(env_id, render_mode="rgb_array")
+    except TypeError as error:
+        if "render_mode" not in str(error):
+            raise
+        raise ValueError(
+            f"{env_id} takes no render_mode, so there are no frames: give its class an argument "
+            'render_mode and a render() that returns pictures for "rgb_array"'
+        ) from error
 
 
-def env_for(env_id: str, shield: Shield) -> Env:
+def env_for(env_id: str, shield: Shield, *, frames: bool = False) -> Env:
     """Return the environment of `env_id`, which reports h by the shield's constraint if by nothing.
 
     An environment that reports neither a constraint nor a cost is wrapped in
     `ConstraintFromFunction` with the constraint that the shield names, if its function is
     registered. The import of the module in ``module:id`` may register it. One step is taken to see
-    what the environment reports.
+    what the environment reports. `frames` is that of `make_env`.
     """
     from safeshield.rollouts.infos import CONSTRAINT, COST
     from safeshield.wrappers import ConstraintFromFunction
 
-    env = make_env(env_id)
+    env = make_env(env_id, frames=frames)
     source = shield.model.constraint
     if source is None or not source.available:
         return env

@@ -270,10 +270,11 @@ def _draw(
     trips: dict[tuple[str, bool], list[Episode]],
 ) -> None:
     from safeshield.demo import pictures
+    from safeshield.reporting.calibration_picture import draw_calibration
 
     pictures.safe_set(folder / "safe-set.png", shield, exact.result())
     pictures.trips(folder / "trips.png", shield, exact.result(), trips)
-    pictures.calibration(folder / "calibration.png", shield, starts)
+    draw_calibration(folder / "calibration.png", shield, starts, unit="m")
 
 
 @one_thread()

@@ -1,4 +1,4 @@
-"""Registration of the ids `safeshield/Boat-v0` and `safeshield/DoubleIntegrator-v0`.
+"""Registration of `safeshield/Boat-v0`, `safeshield/DoubleIntegrator-v0`, `safeshield/Shielded-v0`.
 
 Gymnasium before 1.0 calls `register_envs` at every ``import gymnasium``, through an entry point of
 this package. This module therefore imports nothing and names the environments by strings.
@@ -20,6 +20,10 @@ _ENVIRONMENTS = {
         200,
     ),
 }
+
+
+_SHIELDED = "Shielded-v0"
+_MAKE_SHIELDED = "safeshield.wrappers.safety_shield:make_shielded"
 
 
 def register_envs() -> None:
@@ -44,3 +48,8 @@ def register_envs() -> None:
                     vector_entry_point=f"{module}:{vector}",
                     max_episode_steps=steps,
                 )
+    # The second one is what `gymnasium.make("safeshield:Shielded-v0")` looks for.
+    for name in (f"{NAMESPACE}/{_SHIELDED}", _SHIELDED):
+        if name not in registration.registry:
+            with registration.namespace(None):  # type: ignore[arg-type]
+                registration.register(id=name, entry_point=_MAKE_SHIELDED, order_enforce=False)

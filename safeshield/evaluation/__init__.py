@@ -31,6 +31,7 @@ from safeshield.evaluation.scores import (
 )
 from safeshield.evaluation.tables import describe_score, format_scores, format_table
 from safeshield.evaluation.under_faults import FAULT_KINDS, StressCell, StressTest, stress
+from safeshield.evaluation.watching import WatchedEpisode, watch
 
 __all__ = [
     "COST_LIMIT",
@@ -47,6 +48,7 @@ __all__ = [
     "StressCell",
     "StressTest",
     "UnshieldedAdversary",
+    "WatchedEpisode",
     "aggregate",
     "describe_score",
     "evaluate",
@@ -59,5 +61,6 @@ __all__ = [
     "read_curve",
     "stratified_interval",
     "stress",
+    "watch",
     "write_curve",
 ]

@@ -29,9 +29,11 @@ ACTUATOR_FAULTS = ("DelayedActuator", "LimitedActuator")
 """Wrappers of `faults` that execute another action."""
 # Arguments that do not change the dynamics.
 _NO_DYNAMICS = ("render_mode", "max_episode_steps")
+# RL Zoo puts a class of its own in the place of Gymnasium's.
+_TIME_LIMITS = ("TimeLimit", "PatchedTimeLimit")
 # Wrappers that gymnasium.make adds by itself, and those that do not change what an agent meets.
 _NO_WRAPPERS = (
-    "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "AutoResetWrapper", "Autoreset",
+    *_TIME_LIMITS, "OrderEnforcing", "PassiveEnvChecker", "AutoResetWrapper", "Autoreset",
     "HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics",
 )  # fmt: skip
 # What Python itself and annotations put into the namespace of a class.
@@ -231,7 +233,7 @@ def environment_horizon(env: object) -> int | None:
     layer: Any = env
     while layer is not None:
         fields = vars(layer)
-        if type(layer).__name__ == "TimeLimit":
+        if type(layer).__name__ in _TIME_LIMITS:
             limits.append(fields.get("_max_episode_steps"))
         members = fields.get("envs")
         if members:

@@ -1181,6 +1181,86 @@ class Shield:
             check_records(shield, path)
         return shield
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        verify: PublicKey | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
+        """Return the shield in a repository of the Hugging Face Hub, from the extra `hub`.
+
+        The file is read as `load` reads one, with the same checks. It is downloaded once and kept
+        in the Hub's cache.
+
+        Args:
+            repo_id: Repository, as "user/name". For a file on this machine use `load`.
+            revision: Branch, tag or commit; None for the newest of the main branch. A commit names
+                the file that you have looked at, also after the repository has changed.
+            verify: See `load`.
+            token: The Hub's token; None for the stored one.
+
+        Raises:
+            ImportError: The extra `hub` is not installed, or `verify` is given without the extra
+                `sign`.
+            FileNotFoundError: There is no such repository, revision or file, or no access to it.
+            ConnectionError: The Hub cannot be reached, and the file is not in the cache.
+            ValueError: `repo_id` is not the name of a repository; or as in `load`.
+        """
+        from safeshield.files.hub import downloaded
+
+        return cls.load(downloaded(repo_id, revision, token), verify=verify)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        log: OfflineDataset | str | os.PathLike[str] | None = None,
+        license: str | None = None,
+        sign: PrivateKey | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the shield to the Hugging Face Hub with a card, and return the commit.
+
+        The card says what the record promises, describes the shield and the log, and has the
+        picture of the calibration. `safeshield.reporting.hub_folder` writes the same files to a
+        folder. The repository is made where it does not exist.
+
+        Args:
+            repo_id: Repository, as "user/name".
+            log: The log from which the shield was trained, or its file, for the card; None leaves
+                it out. The log itself is not uploaded.
+            license: Identifier of a licence for the card, such as "mit"; None leaves it out.
+            sign: Private key that signs the file, see `save`.
+            revision: Branch to upload to, which is made where it does not exist; None: main.
+            private: Whether a new repository is private; None for the Hub's own default.
+            token: The Hub's token; None for the stored one.
+
+        Raises:
+            ImportError: The extra `hub` is not installed, or `sign` is given without the extra
+                `sign`.
+            FileNotFoundError: There is no access to the repository.
+            ConnectionError: The Hub cannot be reached, or it refuses the upload.
+            ValueError: `repo_id` is not the name of a repository, `license` is no identifier, or as
+                in `save`.
+        """
+        from safeshield.reporting.hub_card import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            log=log,
+            license=license,
+            sign=sign,
+            revision=revision,
+            private=private,
+            token=token,
+        )
+
 
 def _where_known(known: Flags | bool, values: Scalars) -> Scalars:
     """Return the values, with infinity where they are not known or the networks overflowed."""

@@ -1,0 +1,212 @@
+"""The repository of a shield on the Hugging Face Hub: its file, a card and a picture."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safeshield.data.card import DatasetCard, card_of, file_digest
+from safeshield.data.dataset import OfflineDataset
+from safeshield.files.atomic import written_whole
+from safeshield.files.hub import SHIELD_FILE, explained, hub
+from safeshield.shield.record import MEAN_COST
+from safeshield.shield.replacement import describe
+from safeshield.shield.shield import Shield
+
+if TYPE_CHECKING:
+    from safeshield.files.signing import PrivateKey
+
+CARD, PICTURE = "README.md", "calibration.png"
+Log = OfflineDataset | str | os.PathLike[str]
+
+
+def hub_folder(
+    shield: Shield,
+    folder: str | os.PathLike[str],
+    *,
+    repo_id: str = "user/name",
+    log: Log | None = None,
+    license: str | None = None,
+    sign: PrivateKey | None = None,
+) -> list[Path]:
+    """Write what `Shield.push_to_hub` uploads to a folder: the shield's file, a card, a picture.
+
+    Look at it before you publish it.
+
+    Args:
+        shield: The shield.
+        folder: The folder, which is made where it does not exist.
+        repo_id: Name of the repository, for the example in the card.
+        log: The log from which the shield was trained, or its file, whose card becomes a part of
+            the card; None leaves it out. The log itself is not written.
+        license: Identifier of a licence for the card's header, such as "mit"; None leaves it out.
+        sign: Private key that signs the file, see `Shield.save`.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: A file cannot be written.
+        ValueError: `license` is no identifier; or as `Shield.save` and `card_of`.
+        ImportError: `sign` is given, and the extra `sign` is not installed.
+
+    >>> import tempfile
+    >>> from safeshield import Shield
+    >>> from safeshield.reporting import hub_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files = hub_folder(Shield.builtin("boat"), folder)
+    >>> [file.name for file in files]
+    ['shield.safetensors', 'calibration.png', 'README.md']
+    """
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", license):
+        raise ValueError(
+            f"license must be an identifier such as 'mit' or 'apache-2.0', got {license!r:.80}"
+        )
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    files = [place / SHIELD_FILE]
+    shield.save(files[0], sign=sign)
+    record = shield.record
+    if record is not None and record.kind != MEAN_COST:
+        from safeshield.reporting.calibration_picture import draw_calibration
+
+        files.append(place / PICTURE)
+        draw_calibration(files[-1], shield)
+    data = None if log is None else card_of(log)
+    card = _card(shield, repo_id, data, license, file_digest(files[0]), len(files) > 1)
+    files.append(place / CARD)
+    with written_whole(files[-1]) as part:
+        part.write_text(card, encoding="utf-8")
+    return files
+
+
+def push_to_hub(
+    shield: Shield,
+    repo_id: str,
+    *,
+    log: Log | None = None,
+    license: str | None = None,
+    sign: PrivateKey | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Upload a shield; see `Shield.push_to_hub`."""
+    module = hub()
+    with tempfile.TemporaryDirectory(prefix="safeshield-hub-") as folder:
+        hub_folder(shield, folder, repo_id=repo_id, log=log, license=license, sign=sign)
+        with explained(module, repo_id, revision):
+            api = module.HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=f"Shield {shield.digest}",
+            )
+    return str(done.oid)
+
+
+# -- the card -----------------------------------------------------------------------------------
+
+
+def _card(
+    shield: Shield,
+    repo_id: str,
+    data: DatasetCard | None,
+    license: str | None,
+    sha256: str,
+    picture: bool,
+) -> str:
+    record = shield.record
+    where = None if record is None else record.environment
+    head = ["---", "library_name: safeshield"]
+    if license is not None:
+        head.append(f"license: {license}")
+    head += ["tags:", "- safety-shield", "- safe-reinforcement-learning", "---", ""]
+    lines = [
+        f"# A safety shield{f' for {_code(where)}' if where else ''}",
+        "",
+        "A shield of the Python package safeshield. It stands between an agent and an environment, "
+        "and replaces actions after which, by a safety value that was learned from logged data, a "
+        "violation of the constraint could no longer be avoided.",
+        "",
+        "## What is promised",
+        "",
+    ]
+    if record is None:
+        lines.append("**Nothing: this shield is not calibrated.**")
+    else:
+        lines += [f"> {_plain(record.promise)}", ""]
+        lines += [
+            "| policy | episodes | that count against it | upper bound | actions replaced |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {_code(one.policy)} | {one.episodes} | {one.violations} | {one.bound:.4g} | "
+            f"{one.intervention_rate:.1%} |"
+            for one in record.policies
+        ]
+        lines += ["", f"The calibration was made on {_plain(record.date[:10])}."]
+        if picture:
+            lines += ["", f"![Rates and bounds of the tested thresholds]({PICTURE})"]
+    if shield.log_records:
+        lines += ["", "## What logs show", ""]
+        lines += [f"- {_plain(one.statement)}" for one in shield.log_records]
+    source = "a network estimates it" if shield.constraint is None else _code(shield.constraint)
+    lines += [
+        "",
+        "## The shield",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| trained by | {_plain(shield.trained_by) or 'not known'} |",
+        f"| observations | {_code(str(shield.observation_space))} |",
+        f"| actions | {_code(str(shield.action_space))} |",
+        f"| constraint h | {source} |",
+        f"| threshold | Q_h <= {shield.threshold:.6g}, in units of h |",
+        f"| replacement | {_code(describe(shield.replacement) or 'NearestAcceptable()')} |",
+        f"| digest | {_code(shield.digest)} |",
+        f"| SHA-256 of {_code(SHIELD_FILE)} | {_code(sha256)} |",
+        "",
+        "## The data",
+        "",
+    ]
+    lines += (
+        ["The log from which it was trained is not described here."]
+        if data is None
+        else ["```text", str(data).replace("```", "~~~"), "```"]
+    )
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import gymnasium as gym",
+        "from safeshield import SafetyShield, Shield",
+        "",
+        f'shield = Shield.from_pretrained({repo_id!r})  # pip install "safeshield[hub]"',
+        f"env = SafetyShield(gym.make({where or 'the id of your environment'!r}), shield)",
+        "```",
+        "",
+        "A record says what the author of the file says. `verify=` of `from_pretrained` refuses a "
+        "file that is not signed with the private key of somebody whom you know; `revision=` "
+        "names the commit that you have looked at.",
+        "",
+    ]
+    return "\n".join([*head, *lines])
+
+
+def _plain(text: str) -> str:
+    """Return text from a file as one line of Markdown that holds no markup."""
+    return re.sub(r"([\\`*_<>|\[\]#!])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Return text from a file as code in a line of Markdown, also in a table."""
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
