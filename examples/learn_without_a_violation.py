@@ -3,9 +3,10 @@
     python examples/learn_without_a_violation.py          # under a minute
 
 The task is the pendulum with a speed limit of 6 rad/s. Its shield is one of the ready-made ones; it
-was learned from a log of random torques, as in pendulum_speed_limit.py. The behaviour policy draws uniform torques and executes only those that the shield accepts.
-Safe-Support Q-learning collects its data with this behaviour and learns to swing up inside its
-support. For comparison, SAC learns the same task without a shield.
+was learned from a log of random torques, as in pendulum_speed_limit.py. The behaviour policy draws
+uniform torques and executes only those that the shield accepts. Safe-Support Q-learning collects
+its data with this behaviour and learns to swing up inside its support. For comparison, SAC learns
+the same task without a shield.
 """
 
 from __future__ import annotations
