@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safeshield.cli.sweep_plan import Job, Plan, digest
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import read_whole
 from safeshield.rollouts.ray_workers import Cluster
 
 if TYPE_CHECKING:
@@ -210,12 +211,14 @@ def finished(job: Job, plan: Plan) -> dict[str, float] | None:
     """
     path = job.folder / FIGURES
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(read_whole(path))
         figures: dict[str, float] = stored["figures"]
+        if not all(isinstance(one, int | float) for one in figures.values()):
+            raise TypeError("a figure is no number")
         same = stored["evaluation"] == plan.evaluation
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): remove it and start the sweep "
             "again, which makes it anew from the agent beside it"

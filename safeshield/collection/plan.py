@@ -16,6 +16,7 @@ from safeshield.collection.multiplier import Multiplier
 from safeshield.collection.state import STATE
 from safeshield.files.atomic import written_whole
 from safeshield.files.lock import LOCK
+from safeshield.files.reading import read_whole, strict_json
 from safeshield.files.schema import json_values, versions, whole
 from safeshield.rollouts.copies import environment_name
 from safeshield.spaces.generic import Env
@@ -160,11 +161,13 @@ def learner_folder(folder: Path, number: int) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = strict_json(read_whole(path), "it")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; begin in another folder") from error
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+    if data.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a plan of safeshield; use another folder")
+    if not isinstance(data.get("plan"), dict) or not isinstance(data.get("versions"), list):
+        raise ValueError(f"{path} is damaged: it holds no plan; begin in another folder")
     return data
 
 

@@ -19,6 +19,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import finite_number, whole
 from safeshield.files.tensors import read_tensors, write_tensors
 
 Array = npt.NDArray[Any]
@@ -65,9 +66,17 @@ def read_progress(folder: Path) -> Progress:
         return Progress(0, 0, None, nothing, nothing)
     with _saying_the_way_out(folder):
         header, arrays = _read_state(path)
-    progress = Progress(
-        header["updates"], header["segments"], header["price"], arrays[_RETURNS], arrays[_COSTS]
-    )
+        try:
+            price = header["price"]
+            progress = Progress(
+                whole("updates", header["updates"], least=0),
+                whole("segments", header["segments"], least=0),
+                None if price is None else finite_number(price, "price"),
+                arrays[_RETURNS],
+                arrays[_COSTS],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no progress of a learner: {error!r:.200}") from error
     for segment in range(progress.segments):
         if not segment_file(folder, segment).is_file():
             raise ValueError(

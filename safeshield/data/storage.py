@@ -431,6 +431,11 @@ def _read_npz(path: Path, stream: BinaryIO) -> _Raw:
     _check_directory(path, buffered, size_of(stream))
     with zipfile.ZipFile(buffered) as archive:
         LOG_MEMBERS.check(len(archive.namelist()), str(path))
+        for one in archive.infolist():
+            if one.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                _damaged(
+                    path, f"{one.filename!r:.60} is compressed in a way that NumPy does not use"
+                )
         members = {name.removesuffix(".npy"): name for name in archive.namelist()}
         if len(members) < len(archive.namelist()):
             _damaged(path, "a member occurs twice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from safeshield.evaluation.episodes import evaluate
 from safeshield.evaluation.scores import COST_LIMIT, normalised_cost
 from safeshield.files.atomic import check_writable, written_whole
+from safeshield.files.reading import read_whole
 from safeshield.files.schema import json_values, record_from_json, whole
 from safeshield.files.settings import check
 from safeshield.files.tensors import read_tensors
@@ -274,12 +276,12 @@ def read_curve(path: str | os.PathLike[str]) -> list[CurvePoint]:
     """Return the points in a file that `write_curve` or `Evaluate` wrote.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, or it cannot be read.
         ValueError: The suffix is unknown, or the file is damaged.
     """
     path = _suffixed(Path(path), "path", (".csv", ".jsonl"))
     try:
-        with path.open(newline="") as stream:
+        with io.StringIO(read_whole(path).decode(), newline="") as stream:
             if path.suffix == ".jsonl":
                 rows = [json.loads(line) for line in stream]
             else:
@@ -292,7 +294,7 @@ def read_curve(path: str | os.PathLike[str]) -> list[CurvePoint]:
                     for row in table
                 ]
         return [record_from_json(CurvePoint, row, "point of a training curve") for row in rows]
-    except (TypeError, ValueError, csv.Error) as error:
+    except (RecursionError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(
             f"{path} is not a training curve: {error}; remove the file, or give another path"
         ) from error

@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from safeshield.calibration.proposers import ADVERSARY, RANDOM, Adversary, spread_actions
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import opened, read_exactly
 from safeshield.files.schema import json_values, record_from_json
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.spaces.batches import Batch, batch_length
@@ -103,9 +104,10 @@ class Probe:
 
         Raises:
             ValueError: The file is no such JSON, or a number is missing or out of range.
+            OSError: The file cannot be read, see `files.reading.opened`.
         """
-        with Path(path).open("rb") as stream:
-            raw = stream.read(_LARGEST_FILE + 1)
+        with opened(path) as stream:
+            raw = read_exactly(stream, _LARGEST_FILE + 1)
         if len(raw) > _LARGEST_FILE:
             raise ValueError(f"{path} must have at most {_LARGEST_FILE} bytes to hold a probe")
         try:

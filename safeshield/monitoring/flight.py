@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -19,8 +19,9 @@ import numpy.typing as npt
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.atomic import written_whole
 from safeshield.files.lock import is_locked
+from safeshield.files.schema import finite_number
 from safeshield.monitoring.flight_file import SUFFIX, flight_files, read_files
-from safeshield.monitoring.recorder import END, ROWS, FlightWarning
+from safeshield.monitoring.recorder import END, ROWS, FlightWarning, Kept
 from safeshield.shield.report import ACCEPTED
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.schema import space_from_json
@@ -142,6 +143,7 @@ class FlightLog:
         missing = sorted(_FIELDS - set(header))
         if missing:
             raise ValueError(f"{folder} holds a flight whose header lacks {missing}")
+        _check(header, folder)
         if len(found.rows) and found.rows["verdict"].max() >= len(ROWS):
             raise ValueError(f"{folder} holds rows of a kind that this release does not know")
         return cls(
@@ -337,6 +339,24 @@ class FlightLog:
             "flight": {"lost": self.lost, "removed": self.removed},
         }
         return _labelled(fields, now, after, self.constraint_source, like, provenance)
+
+
+def _check(header: Mapping[str, Any], folder: Path) -> None:
+    """Raise ValueError unless the fields of a header have their types."""
+    shield = header["shield"]
+    told = shield if isinstance(shield, dict) else {}
+    texts = told.get("digest"), told.get("mode"), header["environment"], header.get("agent", "")
+    kwargs, source = header["environment_kwargs"], header["constraint_source"]
+    delta = finite_number(told.get("delta"), f"{folder} holds a flight whose delta")
+    right = (
+        all(isinstance(one, str) for one in texts)
+        and isinstance(kwargs, dict | None)
+        and isinstance(source, str | None)
+        and header["steps"] in get_args(Kept)
+        and type(header["since_episode"]) is int
+    )
+    if not right or delta < 0.0:
+        raise ValueError(f"{folder} holds a flight whose header is damaged: {header!r:.300}")
 
 
 def _columns(rows: Array) -> dict[str, Array]:

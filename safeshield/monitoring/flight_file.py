@@ -70,6 +70,11 @@ def row_dtype(observation: int, action: int, exact: bool) -> np.dtype[Any]:
     return np.dtype([*SCALARS, *wide, ("observation", "<f8" if exact else "<f4", (observation,))])
 
 
+def dtype_to_json(dtype: np.dtype[Any]) -> list[Any]:
+    """Return the dtype of a row as JSON values, for a header."""
+    return [[name, dtype[name].base.str, list(dtype[name].shape)] for name in dtype.names or ()]
+
+
 def _head(rows: int, first: int, payload: bytes | memoryview) -> bytes:
     """Return the head of the frame of a payload."""
     start = _HEAD.pack(_MAGIC, rows, first, len(payload), 0)[:-4]
@@ -275,14 +280,7 @@ def read_files(paths: list[Path]) -> Contents:
         where = ", ".join(str(path) for path in paths) or "the folder"
         raise ValueError(f"{where} holds no flight that can be read: no header is whole")
     header = headers[-1]
-    try:
-        dtype = np.dtype([(name, kind, tuple(shape)) for name, kind, shape in header["dtype"]])
-        if dtype.hasobject or not dtype.itemsize:
-            raise ValueError(f"a row cannot be {dtype!s:.80}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{paths[0].parent} holds a flight whose header has no readable dtype: {error}"
-        ) from error
+    dtype = _dtype_of(header.get("dtype"), paths[0].parent)
     parts: list[Array] = []
     # The first file is there where none was removed; what is missing before it was never written.
     lost, closed, removed = 0, False, 0
@@ -303,6 +301,23 @@ def read_files(paths: list[Path]) -> Contents:
     rows = np.concatenate(parts) if parts else np.empty(0, dtype)
     torn = sum(damaged for _, damaged in read)
     return Contents(header, rows, lost, removed, torn, closed, following)
+
+
+def _dtype_of(told: object, folder: Path) -> np.dtype[Any]:
+    """Return the dtype of the rows, which a header tells as `dtype_to_json` does."""
+    try:
+        rows: Any = told
+        (_, kind, (observation,)), (_, _, (action,)) = rows[-1], rows[-2]
+        dtype = row_dtype(observation, action, kind == "<f8")
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise _no_dtype(told, folder) from error
+    if dtype_to_json(dtype) != told:
+        raise _no_dtype(told, folder)
+    return dtype
+
+
+def _no_dtype(told: object, folder: Path) -> ValueError:
+    return ValueError(f"{folder} holds a flight whose header has no readable dtype: {told!r:.200}")
 
 
 def _is_header(frame: Frame) -> bool:

@@ -50,7 +50,7 @@ def finite(name: str, value: object) -> float:
     """Return `value` as a float, checked to be a finite number; `name` is for the error."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):  # A whole number can be beyond every float.
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r:.60}")

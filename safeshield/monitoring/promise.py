@@ -234,7 +234,7 @@ class PromiseMonitor:
             return
         self._stamp = stamp(self._path)
         data, entries = read_ledger(self._path, _SETTINGS)
-        self._check_settings(self._path, data)
+        self._check_file(self._path, data, entries)
         if self._reference is None:
             self._reference = data["reference"]
         for entry in entries.values():
@@ -410,7 +410,7 @@ class PromiseMonitor:
         )
         found: dict[str, Entry] = {}
         for path, data, entries in files:
-            monitor._check_settings(path, data)
+            monitor._check_file(path, data, entries)
             for name, entry in entries.items():
                 known = found.setdefault(name, entry)
                 if known.status == entry.status == ENDED and known.score != entry.score:
@@ -465,13 +465,17 @@ class PromiseMonitor:
             status: `ledger.ENDED` or `ledger.CUT`.
             covariates: Its covariates. Those that the reference lacks are ignored.
         """
-        entry = self._running.pop(name)
+        entry = self._running.get(name)
+        if entry is None:
+            return  # An interrupt, such as Ctrl-C, has ended an earlier call.
         entry.status = status
         entry.covariates = {
             key: rounded(value) for key, value in covariates.items() if key in self._tests
         }
-        self._settled = self._settled + self._growth([entry])
         self._rows[name] = row_text(name, entry, self._tests)
+        settled = self._settled + self._growth([entry])
+        del self._running[name]
+        self._settled = settled
         while self._queue and self._queue[0][0] not in self._running:
             self._compare(*self._queue.popleft())
         self._changed = self._unsaved = True
@@ -646,7 +650,9 @@ class PromiseMonitor:
             "reference": self._reference,
         }
 
-    def _check_settings(self, path: Path, data: Mapping[str, Any]) -> None:
+    def _check_file(
+        self, path: Path, data: Mapping[str, Any], entries: Mapping[str, Entry]
+    ) -> None:
         """Raise ValueError unless a file is of this shield and has the settings of the monitor."""
         own = self._settings()
         if data["shield"] != self._digest:
@@ -660,6 +666,14 @@ class PromiseMonitor:
                     f"{name} must be {data[name]} as in {path}, got {own[name]}: a setting may not "
                     "be changed after episodes were seen"
                 )
+        if self.promise.bound is None:
+            for name, entry in entries.items():
+                if entry.score not in (None, 0.0, 1.0):
+                    raise ValueError(
+                        f"{path} is damaged: episode {name!r:.60} has the score {entry.score:g}, "
+                        "and where a rate is promised a score is 0 or 1; restore the file, or "
+                        "remove it to begin anew without the episodes that it held"
+                    )
         theirs = data["reference"]
         if None not in (theirs, self._reference) and theirs != self._reference:
             raise ValueError(
@@ -681,7 +695,7 @@ class PromiseMonitor:
             ValueError: It is damaged, of another shield, or was made with other settings.
         """
         data, theirs = read_ledger(path, _SETTINGS)
-        self._check_settings(path, data)
+        self._check_file(path, data, theirs)
         if self._reference is None:
             self._reference = data["reference"]
         found = dict(self._entries)

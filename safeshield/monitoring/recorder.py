@@ -36,6 +36,7 @@ from safeshield.monitoring.flight_file import (
     VERSION,
     Contents,
     FlightFiles,
+    dtype_to_json,
     flight_files,
     read_newest,
     row_dtype,
@@ -274,9 +275,7 @@ class ShieldLog:
             "action_space": space_to_json(shield.action_space),
             "constraint_source": shield.constraint,
             "rows": list(ROWS),
-            "dtype": [
-                [name, dtype[name].base.str, list(dtype[name].shape)] for name in dtype.names or ()
-            ],
+            "dtype": dtype_to_json(dtype),
         }
         found = read_newest(flight_files(self.path))
         if found is not None:
@@ -355,8 +354,13 @@ class ShieldLog:
         self._episode += 1
         return self._episode - 1
 
+    # An interrupt, such as Ctrl-C, can end these methods anywhere. A row counts once it is written,
+    # and a block is let go before it is handed over, so that rows are lost, and none are wrong.
+
     def room(self, count: int, now: float) -> tuple[_Block, int] | None:
         """Return a block and the index of the first of `count` new rows in it; None: none is free.
+
+        Once they are written, `took` counts them.
 
         Args:
             count: The number of rows, at most half a block.
@@ -377,18 +381,20 @@ class ShieldLog:
                 self._first += count
                 self._note("lost", "the disk is too slow")
                 return None
-            block.first, block.since = self._first, now
-        at = block.count
+            block.count, block.first, block.since = 0, self._first, now
+        return block, block.count
+
+    def took(self, block: _Block, count: int) -> None:
+        """Count rows that were written into a block."""
         block.count += count
         self._first += count
-        return block, at
 
     def hand_over(self) -> None:
         """Have the rows so far written, without waiting."""
         with self._guard:
-            if self._block is not None and self._block.count:
-                self._full.put(self._block)
-                self._block = None
+            block, self._block = self._block, None
+            if block is not None:
+                (self._full.put if block.count else self._free.append)(block)
 
     def tell(self) -> None:
         """Issue the warnings that are due."""
@@ -441,7 +447,8 @@ class ShieldLog:
                 )
         self._first = found.following
         past = int(found.rows["episode"].max(initial=-1)) + 1
-        self._episode = self._since = max(past, found.header["next_episode"])
+        told = found.header.get("next_episode")
+        self._episode = self._since = max(past, told if type(told) is int else 0)
 
     # -- for the thread that writes ---------------------------------------------------------------
 
@@ -540,6 +547,7 @@ class FlightTrack:
                         *proposed.ravel().tolist(), *executed.ravel().tolist(),
                     )  # fmt: skip
                     block.put(at, seen)
+                    log.took(block, 1)
                 self._steps[0] += 1
                 if terminated[0] or truncated[0]:
                     limits = [decision.threshold]
@@ -666,6 +674,7 @@ class FlightTrack:
             offset += size
         place = first if count == 1 else slice(first, first + count)
         block.put(place, rows if count == len(self._all) else rows[which])
+        self._log.took(block, count)
 
 
 _RECORDING: weakref.WeakSet[ShieldLog] = weakref.WeakSet()

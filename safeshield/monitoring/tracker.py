@@ -31,9 +31,10 @@ class EpisodeTracker:
 
     def __init__(self, monitor: PromiseMonitor, count: int) -> None:
         self._monitor = monitor
+        # Names of the episodes under way. An interrupt can come anywhere, so this list alone says
+        # which are under way.
         self._names: list[str | None] = [None] * count
         self._waiting = np.zeros(count, np.bool_)
-        self._running = np.zeros(count, np.bool_)
         self._labelled = np.zeros(count, np.bool_)
         self._violated = np.zeros(count, np.bool_)
         self._cost = np.zeros(count)
@@ -79,7 +80,7 @@ class EpisodeTracker:
 
     def step(self, step: WatchedStep, /) -> None:
         """Count one step, as `protocols.EpisodeWatch.step`."""
-        active = step.counted & (self._waiting | self._running)
+        active = step.counted & (self._waiting | self._running())
         if not active.any():
             return
         monitor = self._monitor
@@ -87,7 +88,6 @@ class EpisodeTracker:
         for i in _places(opening):
             self._names[i] = monitor.open()
         self._waiting &= ~opening
-        self._running |= opening
         self._steps += active
         self._replaced += active & step.intervened
         self._unseen += active & ~step.supported
@@ -104,7 +104,6 @@ class EpisodeTracker:
         for i in _places(ending):
             monitor.close(self._name(i), ENDED, self._covariates(i))
             self._names[i] = None
-        self._running &= ~ending
         monitor.judge()
 
     def _read_labels(self, active: Flags, step: WatchedStep) -> Flags:
@@ -142,14 +141,16 @@ class EpisodeTracker:
         return name
 
     def _cut(self, where: Flags) -> None:
-        cut = where & self._running
+        cut = where & self._running()
         if not cut.any():
             return
         for i in _places(cut):
             self._monitor.close(self._name(i), CUT, {})
             self._names[i] = None
-        self._running &= ~cut
         self._monitor.judge()
+
+    def _running(self) -> Flags:
+        return np.array([name is not None for name in self._names])
 
 
 def _places(flags: Flags) -> list[int]:

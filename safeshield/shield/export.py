@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from safeshield.files.atomic import written_whole
+from safeshield.files.reading import opened, read_exactly, size_of, strict_json
 from safeshield.nn.graph import (
     BATCH,
     IR_VERSION,
@@ -81,17 +82,20 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxContents:
 
     Raises:
         ImportError: The extra `onnx` is not installed.
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, or it cannot be read.
         ValueError: The file is no graph of `Shield.export_onnx`, or its digest is not that of its
             contents.
     """
     onnx = required("reading an ONNX graph")
     from google.protobuf.message import DecodeError  # onnx needs protobuf
 
-    content = Path(path).read_bytes()
+    with opened(path) as stream:
+        content = read_exactly(stream, size_of(stream))
     try:
         model = onnx.load_from_string(content)
-        header = json.loads({one.key: one.value for one in model.metadata_props}["safeshield"])
+        text = {one.key: one.value for one in model.metadata_props}["safeshield"]
+        # Text that is not UTF-8 comes as bytes.
+        header = strict_json(text if isinstance(text, bytes) else text.encode(), "its metadata")
     except (DecodeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no ONNX graph of a shield: {error}") from error
     if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -103,6 +107,10 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxContents:
         raise ValueError(
             f"{path} is damaged or was edited: its contents do not have the SHA-256 digest that it "
             "names; export the shield again"
+        )
+    if not isinstance(header.get("promise"), str):
+        raise ValueError(
+            f"{path} is damaged: its metadata have no promise; export the shield again"
         )
     return OnnxContents(header)
 
