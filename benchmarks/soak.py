@@ -207,12 +207,13 @@ def steady(run: Run, monitor: bool) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
     env = run.env(workers=monitor, monitor=monitor)
     told = [time.monotonic()]
+    gc.freeze()  # What was imported is not looked through again and again.
 
     def each(step: int) -> None:
         time.sleep(PAUSE)
         if time.monotonic() - told[0] > 0.5:
-            told[0] = time.monotonic()
             gc.collect()
+            told[0] = time.monotonic()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             count = len(env.runtime._watch._monitor._entries) if monitor else 0
             descriptors = len(os.listdir("/proc/self/fd"))
@@ -267,6 +268,8 @@ def interrupted(run: Run) -> None:
 
 def workers_killed(run: Run) -> None:
     """Fly with plants in processes of their own, one of which is killed again and again."""
+    # The processes that are left complain of their broken pipes.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     until = time.monotonic() + LIFE
     rng = np.random.default_rng(run.number)
     while time.monotonic() < until:
@@ -347,6 +350,7 @@ class Process:
     lines: list[str] = field(default_factory=list)
     rest: bytes = b""
     gone: bool = False
+    status: int = 0
 
     @classmethod
     def of(cls, work: Callable[[Run], None], folder: Path, number: int, kind: str) -> Process:
@@ -370,7 +374,8 @@ class Process:
         if self.gone:
             return False
         # Asked before the pipe is read, so that nothing that was told before the end is missed.
-        self.gone = os.waitpid(self.child, os.WNOHANG)[0] != 0
+        found, self.status = os.waitpid(self.child, os.WNOHANG)
+        self.gone = found != 0
         with contextlib.suppress(BlockingIOError):
             while part := os.read(self.reading, 1 << 16):
                 *lines, self.rest = (self.rest + part).split(b"\n")
@@ -422,7 +427,10 @@ def audited(process: Process, counts: Counter[str]) -> None:
     counts["runs"] += 1
     counts["steps"] += sum(map(len, records))
     counts["unchecked"] += sum(map(unchecked, records)) + len(process.told("unasked"))
-    counts["died"] += len(errors) + (kind != "kill -9" and not closed and not errors)
+    # Without memory, NumPy's BLAS library may end a process by a signal. Then the same holds as of
+    # a process that was killed.
+    ended = kind == "kill -9" or (kind == "little memory" and _crashed(process.status))
+    counts["died"] += len(errors) + (not ended and not closed and not errors)
     try:
         flight = FlightLog.load(run.flight)
         if (run.folder / f"{kind}.json").exists():
@@ -438,7 +446,7 @@ def audited(process: Process, counts: Counter[str]) -> None:
     flown["seen"], flown["action"] = flight.columns["observation"], flight.columns["executed"][:, 0]
     flown["plain"] = True
     counts["wrong rows"] += unchecked(flown[-20_000:])
-    if kind == "kill -9":
+    if ended:
         # What was flushed is there. What the recorder had not written yet may be missing.
         flushed = max(map(int, process.told("flushed")), default=0)
         counts["lost"] += max(0, flushed - len(flight.rows) - flight.removed) + flight.lost
@@ -453,7 +461,11 @@ def audited(process: Process, counts: Counter[str]) -> None:
             whole = len(rows) == len(record) or (flight.removed and 0 < len(rows) < len(record))
             counts["lost"] += not (whole and _equal(rows, record[len(record) - len(rows) :]))
     counts["lost"] += flight.torn + (not flight.closed)
-    counts["left over"] += len(list(run.folder.glob(".*.part")))
+    counts["left over"] += len(list(run.folder.glob(f".{kind}*.part")))
+
+
+def _crashed(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGABRT)
 
 
 EXACT = ("steady", "steady, monitored", "full disk")
