@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-class ParallelSafetyShield(BaseParallelWrapper[Any, Any, Any]):
+class ParallelSafetyShield(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[misc]
     """Put a shield of its own in front of each agent of a parallel PettingZoo environment.
 
     The action of an agent is judged by this agent's shield, from this agent's observation. The

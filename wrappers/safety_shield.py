@@ -305,7 +305,7 @@ def make_shielded(
     >>> env.reset(seed=0)[1]["shield/certified"]
     True
     """
-    shown = {} if render_mode is None else {"render_mode": render_mode}
+    shown: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     return SafetyShield(
         gym.make(env_id, **shown, **kwargs),
         shield,
