@@ -18,6 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from safeshield import SafetyShield, Shield
 from safeshield.shield import NearestAcceptable
+from safeshield.spaces.generic import BEFORE_1_0
 from safeshield.wrappers import CostFromStep
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_boats_pettingzoo.py"
@@ -60,8 +61,9 @@ def test_the_id_passes_arguments_on() -> None:
     assert np.asarray(env.render()).shape == (512, 640, 3)
     shadow = gym.make("safeshield/Shielded-v0", env_id=BOAT, shield="builtin:boat", mode="shadow")
     assert "shield/would_intervene" in shadow.reset(seed=0)[1]
-    envs = gym.make_vec("safeshield/Shielded-v0", 2, "sync", env_id=BOAT, shield="builtin:boat")
-    assert envs.reset(seed=0)[1]["shield/certified"].tolist() == [True, True]
+    if not BEFORE_1_0:  # whose make_vec takes no entry point that returns a wrapper
+        envs = gym.make_vec("safeshield/Shielded-v0", 2, "sync", env_id=BOAT, shield="builtin:boat")
+        assert envs.reset(seed=0)[1]["shield/certified"].tolist() == [True, True]
 
 
 def test_the_pages_own_lines_run(boats: Any, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
