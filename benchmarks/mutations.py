@@ -244,6 +244,9 @@ def mutate_npz(raw: bytes, rng: Rng) -> bytes:
     """Change the arrays, the header or the members of an NPZ log."""
     if rng.random() < 0.3:
         return _mutated_zip(raw, rng)
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        if sum(one.file_size for one in archive.infolist()) > 10**8:
+            raise ValueError("a file from the corpus may claim any size")
     with np.load(io.BytesIO(raw), allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     header = json.loads(arrays.pop(storage.HEADER_KEY).tobytes())
@@ -312,7 +315,10 @@ def mutate_hdf5(raw: bytes, rng: Rng) -> bytes:
     import h5py
 
     with h5py.File(io.BytesIO(raw), "r") as file:
-        arrays = {name: file[name][()] for name in file if isinstance(file[name], h5py.Dataset)}
+        found = {name: file[name] for name in file}
+        # A file may claim any size, also one from the corpus.
+        small = [n for n, x in found.items() if isinstance(x, h5py.Dataset) and x.size < 10**6]
+        arrays = {name: found[name][()] for name in small}
         header = json.loads(file.attrs[storage.HEADER_KEY].tobytes())
     arrays = _mutated_arrays(arrays, rng) if rng.random() < 0.6 else arrays
     text = _sealed(header, arrays, rng)

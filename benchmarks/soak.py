@@ -427,8 +427,8 @@ def audited(process: Process, counts: Counter[str]) -> None:
     counts["runs"] += 1
     counts["steps"] += sum(map(len, records))
     counts["unchecked"] += sum(map(unchecked, records)) + len(process.told("unasked"))
-    # Without memory, NumPy's BLAS library may end a process by a signal. Then the same holds as of
-    # a process that was killed.
+    # Without memory, NumPy's BLAS library may end a process by a signal, which is no other end than
+    # that of a process that was killed.
     ended = kind == "kill -9" or (kind == "little memory" and _crashed(process.status))
     counts["died"] += len(errors) + (not ended and not closed and not errors)
     try:

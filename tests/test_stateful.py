@@ -10,6 +10,7 @@ machines must notice.
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -589,6 +590,68 @@ def play(machine: type[Machine], examples: int, **options: Any) -> None:  # noqa
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda one: one.__name__)
 def test_any_order_of_calls(machine: type[Machine]) -> None:
     play(machine, 15)
+
+
+# -- interrupts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ["", "terminate"])
+def test_an_interrupt_at_any_line_of_a_step(tmp_path: Path, ends: str) -> None:
+    """Ctrl-C in a notebook that goes on: no action runs unjudged, and no row is of no step."""
+    judge, plant = calibrated(), Plant()
+    log = ShieldLog(tmp_path / "flight", block_steps=8)
+    monitor = PromiseMonitor(judge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = SafetyShield(plant, judge, monitor=monitor, log=log)
+
+        def interrupted(line: int) -> bool:
+            """Take a step that is interrupted at a line of the runtime, recorder or monitor."""
+            left = line
+
+            def trace(frame: Any, event: str, _: object) -> Any:  # noqa: ANN401
+                nonlocal left
+                name = frame.f_code.co_filename
+                if not ("monitoring" in name or name.endswith("guard.py")):
+                    return None
+                left -= event == "line"
+                if left < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            sys.settrace(trace)
+            try:
+                env.step(np.full(1, 0.9, np.float32))
+            except KeyboardInterrupt:
+                return True
+            finally:
+                sys.settrace(None)
+            return False
+
+        for line in itertools.count():
+            env.reset()
+            env.step(np.full(1, 0.3, np.float32))
+            plant.next_step = ends
+            if not interrupted(line):
+                break
+            plant.next_step = ""
+            seen = plant.shown.copy()
+            if env.runtime.ready:
+                env.step(np.full(1, 0.9, np.float32))
+                right, _ = judge.filter(seen, np.full(1, 0.9, np.float32))
+                assert np.array_equal(plant.received[-1][1], right)
+        env.reset()
+        env.close()
+    assert line > 100
+    assert monitor.report().episodes > 0.9 * line
+    flight = FlightLog.load(log.path)
+    assert flight.closed
+    assert flight.torn == 0
+    seen = flight.columns["observation"]
+    right, _ = judge.filter(seen, flight.columns["proposed"].astype(np.float32))
+    assert np.array_equal(right, flight.columns["executed"])
+    assert len(flight) > 1.5 * line
 
 
 # -- broken wrappers -------------------------------------------------------------------------------
