@@ -218,6 +218,29 @@ def test_box_fallback_is_safer_than_the_log(boat_log: OfflineDataset) -> None:
     assert "behaviour" in shield.model.networks
 
 
+@pytest.mark.parametrize(("expectile", "certified"), [(None, True), (0.9, False)])
+def test_costs_alone_leave_a_start_safe_where_half_of_the_actions_are(
+    expectile: float | None, certified: bool
+) -> None:
+    """Of one state, the expectile of the labels -1 and 25, each of weight 1/2, is -0.74 for
+    0.99, the default for binary labels, and 1.6 for 0.9."""
+    count = 1000
+    actions = np.linspace(-1.0, 1.0, count, dtype=np.float32)[:, None]
+    log = OfflineDataset.from_arrays(
+        observations=np.full((count, 1), 3.0), actions=actions, next_observations=actions,
+        rewards=np.zeros(count), costs=actions[:, 0] > 0.0,
+        terminated=np.ones(count, bool), truncated=np.zeros(count, bool),
+        observation_space=gym.spaces.Box(-1.0, 4.0, (1,)),
+        action_space=gym.spaces.Box(-1.0, 1.0, (1,)),
+    )  # fmt: skip
+    config = ShieldConfig(
+        critic_hidden=(16,), behaviour_hidden=(8,), fallback_hidden=(8,),
+        learning_rate=1e-2, safety_expectile=expectile,
+    )  # fmt: skip
+    shield = ShieldTrainer(config, device="cpu").fit(log, steps=400).shield()
+    assert (shield.value(np.array([3.0])) <= 0) == certified
+
+
 def test_a_run_in_instalments_ends_with_the_same_weights(
     discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield], tmp_path: Path
 ) -> None:

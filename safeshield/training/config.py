@@ -75,9 +75,12 @@ class SafetyConfig(TrainingConfig):
     """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
     it approaches the value of the luckiest continuation in the log, which a shield cannot repeat.
     None means 0.9, as in the papers, and 0.99 for discrete actions, all of which a shield compares
-    (`benchmarks/values.py`). With a backup controller (`ShieldConfig.backup`) there is no minimum
-    over actions, and None means 0.1, which leans to the higher values where the networks are not
-    exact (`benchmarks/backup.py`)."""
+    (`benchmarks/values.py`), and for binary labels. With the labels -1 and M, V_h is above 0 where
+    the share p of the logged actions that stay safe has p / (1 - p) < M (1 - e) / e at the
+    expectile e: at M = 25 where p < 0.73 for e = 0.9, and where p < 0.20 for e = 0.99. With a
+    backup controller (`ShieldConfig.backup`) there is no minimum over actions, and None means 0.1,
+    which leans to the higher values where the networks are not exact
+    (`benchmarks/backup.py`)."""
     safety_backup_steps: Sizes = (64, 32, 16, 8)
     """Number of steps along the log that a target of V_h covers. Each entry applies to an equal
     part of the critics' phase. More steps smooth V_h less, but they follow the log's actions and
