@@ -371,12 +371,14 @@ class Doubled(torch.nn.Module):
 
 
 def test_a_torch_module_acts_on_a_whole_batch() -> None:
-    policy = as_batch_policy(Doubled(), BOX)
+    with pytest.raises(ValueError, match=r"Doubled is in training mode.*eval\(\)"):
+        as_batch_policy(Doubled(), BOX)
+    policy = as_batch_policy(Doubled().eval(), BOX)
     rows = np.array([[0.25], [-0.5]])
     assert policy(rows, np.random.default_rng(0)).tolist() == [[0.5], [-1.0]]
     parts = {"a": rows, "b": np.array([[0.25], [0.25]], np.float64)}
     assert policy(parts, np.random.default_rng(0)).tolist() == [[1.0], [-0.5]]
-    named = as_batch_policy(torch.nn.LSTM(1, 1), BOX)  # it returns a tensor and a state
+    named = as_batch_policy(torch.nn.LSTM(1, 1).eval(), BOX)  # it returns a tensor and a state
     with pytest.raises(TypeError, match="policy LSTM must return one tensor of actions, got tuple"):
         named(rows, np.random.default_rng(0))
 

@@ -49,7 +49,7 @@ class ParallelSafetyShield(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[
         ValueError: An agent is in none of the two or in both, is not one of the environment's, or
             has other spaces than its shield. (In `step`) an agent that acts has no action, or was
             not observed; (in `reset`) the environment is shielded already.
-        TypeError: A shield is of a wrong type.
+        TypeError: A shield, `shields` or `env` is of a wrong type.
 
     >>> from safeshield.wrappers import ParallelSafetyShield  # doctest: +SKIP
     >>> env = ParallelSafetyShield(env, {"tug": "tug.safetensors"}, unshielded=["ferry"])
@@ -63,6 +63,15 @@ class ParallelSafetyShield(BaseParallelWrapper[Any, Any, Any]):  # type: ignore[
         *,
         unshielded: Collection[Any] = (),
     ) -> None:
+        if not isinstance(shields, Mapping):
+            raise TypeError(
+                "shields must be a mapping from the names of agents to their shields, got "
+                f"{type(shields).__name__}"
+            )
+        if not hasattr(env, "possible_agents"):
+            raise TypeError(
+                f"env must be a parallel environment of PettingZoo, got {type(env).__name__}"
+            )
         super().__init__(env)
         agents = set(env.possible_agents)
         _check_agents(agents, set(shields), set(unshielded))

@@ -163,6 +163,11 @@ def calibrate_from_log(
     typer.echo(f"{out}: delta {found.delta:.6g}, {method} from {record.held_out} episodes")
     typer.echo(record.statement)
     _show_curve(record)
+    if record.threshold is not None and record.curve and record.threshold > -found.delta:
+        typer.echo(
+            f"note: the chosen alarm at {record.threshold:.4g} is above 0, and the shield acts at "
+            f"delta {found.delta:.4g}, which is stricter, because delta is never negative"
+        )
 
 
 def _held_out(path: Path, shield: Shield) -> OfflineDataset:

@@ -72,7 +72,9 @@ class WatchedEpisode:
     seed: int
     """Seed of the start and of the noise."""
     certified: bool
-    """Whether the shield's promise covers the episode: ``info["shield/certified"]`` at its end."""
+    """Whether the episode began certified: ``info["shield/certified"]`` at its start."""
+    promised: tuple[str, ...]
+    """Names of the policies of the shield's record, for which alone its promise holds."""
     violated: bool
     """Whether the environment reported h > 0, or a cost above 0, of any state."""
     fps: float
@@ -99,11 +101,15 @@ class WatchedEpisode:
     def summary(self) -> str:
         """Return in words what is seen in the film."""
         ended = "the environment reported a violation" if self.violated else "no violation reported"
-        start = "covered" if self.certified else "not covered"
+        if not self.promised:
+            promise = "The shield has no record and promises nothing."
+        else:
+            began = "began certified" if self.certified else "did not begin certified"
+            names = ", ".join(f"'{name}'" for name in self.promised)
+            promise = f"The episode {began}; the shield's promise is about {names} alone."
         return (
             f"{len(self)} steps of {self.environment} with the policy '{self.policy}', seed "
-            f"{self.seed}: {int(self.intervened.sum())} actions replaced, {ended}; the episode is "
-            f"{start} by the shield's promise."
+            f"{self.seed}: {int(self.intervened.sum())} actions replaced, {ended}. {promise}"
         )
 
     def pictures(self) -> Iterator[Frame]:
@@ -237,12 +243,14 @@ def watch(
             values.append(shielded.runtime.values)
             frames.append(_frame(env, height))
     taken = infos[1:]
+    record = judge.record
     rate = env.metadata.get("render_fps")
     return WatchedEpisode(
         environment=environment_name(env),
         policy=policy_name or default_name(policy),
         seed=seed,
-        certified=bool(info[CERTIFIED]),
+        certified=bool(infos[0][CERTIFIED]),
+        promised=() if record is None else tuple(one.policy for one in record.policies),
         violated=any(violates(one) for one in infos),
         fps=float(rate) if rate else 30.0,
         frames=tuple(frames),

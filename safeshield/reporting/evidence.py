@@ -35,6 +35,8 @@ from safeshield.reporting.page import (
 )
 from safeshield.shield.log_record import LogAttempt, LogRecord
 from safeshield.shield.record import MEAN_COST, Attempt, CalibrationRecord, PilotPoint, Rung
+from safeshield.shield.shield import Shield
+from safeshield.spaces.schema import check_same_space
 
 _MOST_TEXT = 300
 """Number of characters of an entry of a log's provenance that are shown."""
@@ -51,6 +53,22 @@ def piece(name: str, *content: object) -> Html:
 
 
 # -- E1: logs --------------------------------------------------------------------------------------
+
+
+def check_log(shield: Shield, log: OfflineDataset, name: str) -> None:
+    """Raise unless a log has the spaces of a shield; `name` is its name in the message.
+
+    Raises:
+        ValueError: They differ.
+    """
+    repair = "pass a log of the environment that the shield protects"
+    check_same_space(
+        shield.observation_space, log.observation_space, f"the observation space of {name}",
+        unbounded_matches_any=True, repair=repair,
+    )  # fmt: skip
+    check_same_space(
+        shield.action_space, log.action_space, f"the action space of {name}", repair=repair
+    )
 
 
 def data(

@@ -12,19 +12,21 @@ from safeshield.data.card import DatasetCard, card_of, file_digest
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.atomic import written_whole
 from safeshield.files.hub import SHIELD_FILE, explained, hub
+from safeshield.reporting.evidence import check_log
 from safeshield.shield.record import MEAN_COST
 from safeshield.shield.replacement import describe
-from safeshield.shield.shield import Shield
+from safeshield.shield.shield import HasShield, Shield, as_shield
 
 if TYPE_CHECKING:
     from safeshield.files.signing import PrivateKey
 
 CARD, PICTURE = "README.md", "calibration.png"
 Log = OfflineDataset | str | os.PathLike[str]
+ShieldSource = Shield | HasShield | str | os.PathLike[str]
 
 
 def hub_folder(
-    shield: Shield,
+    shield: ShieldSource,
     folder: str | os.PathLike[str],
     *,
     repo_id: str = "user/name",
@@ -37,7 +39,7 @@ def hub_folder(
     Look at it before you publish it.
 
     Args:
-        shield: The shield.
+        shield: The shield, in any form that `as_shield` takes.
         folder: The folder, which is made where it does not exist.
         repo_id: Name of the repository, for the example in the card.
         log: The log from which the shield was trained, or its file, whose card becomes a part of
@@ -50,7 +52,8 @@ def hub_folder(
 
     Raises:
         OSError: A file cannot be written.
-        ValueError: `license` is no identifier; or as `Shield.save` and `card_of`.
+        ValueError: `license` is no identifier, the log has other spaces than the shield, `folder`
+            is a file; or as `Shield.save` and `card_of`.
         ImportError: `sign` is given, and the extra `sign` is not installed.
 
     >>> import tempfile
@@ -65,7 +68,15 @@ def hub_folder(
         raise ValueError(
             f"license must be an identifier such as 'mit' or 'apache-2.0', got {license!r:.80}"
         )
+    shield = as_shield(shield)
+    data = None
+    if log is not None:
+        read = log if isinstance(log, OfflineDataset) else OfflineDataset.load(log)
+        check_log(shield, read, "log")
+        data = card_of(log)
     place = Path(folder)
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"folder must be a folder or a new one, got the file '{folder}'")
     place.mkdir(parents=True, exist_ok=True)
     files = [place / SHIELD_FILE]
     shield.save(files[0], sign=sign)
@@ -75,7 +86,6 @@ def hub_folder(
 
         files.append(place / PICTURE)
         draw_calibration(files[-1], shield)
-    data = None if log is None else card_of(log)
     card = _card(shield, repo_id, data, license, file_digest(files[0]), len(files) > 1)
     files.append(place / CARD)
     with written_whole(files[-1]) as part:

@@ -141,6 +141,8 @@ def safety_report(
     monitor = _monitor(subject, [Path(one) for one in monitors])
     flown = _flight(subject, flight)
     read = [(Path(one), OfflineDataset.load(one)) for one in logs]
+    for path, log in read:
+        evidence.check_log(subject.shield, log, str(path))
     claim = _watched(subject.claim, subject.record, monitor, flown)
     seen: npt.NDArray[np.uint64] | None = subject.shield.training_episodes
     own = subject.shield if subject.noun == "shield" else None

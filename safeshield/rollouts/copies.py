@@ -353,7 +353,9 @@ def copies(
         if num_envs is not None:
             raise ValueError(f"num_envs must be 1 for {single}, {differs}; got {num_envs}")
         warnings.warn(
-            f"episodes run in {single} itself, one after the other, {differs}",
+            f"episodes run in {single} itself, one after the other, {differs}. The record of a "
+            "calibration names the id, the arguments and the wrappers: make the environment by "
+            "these, not by attributes that are set afterwards",
             UnequalCopiesWarning,
             stacklevel=3,
         )

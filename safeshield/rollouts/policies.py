@@ -81,12 +81,14 @@ def as_batch_policy(
     - a callable with ``batched = True`` (see `batch_policy`), which is used unchanged;
     - an object with Stable-Baselines3's ``predict``, which is called with the whole batch, its
       recurrent state and `deterministic`. Its noise comes from torch's own generator, not `rng`;
-    - a ``torch.nn.Module``, which gets a batch of observations as one float32 tensor, or as a dict
-      of them for a Dict, and returns a tensor of actions, as in `Shield.export_onnx`;
+    - a ``torch.nn.Module`` in evaluation mode (``module.eval()``), which gets a batch of
+      observations as one tensor of its own dtype, or as a dict of them for a Dict, and returns a
+      tensor of actions, as in `Shield.export_onnx`;
     - any other callable ``policy(observation) -> action``, which gets one observation at a time.
 
     Raises:
-        ValueError: The name is unknown, or ``"random"`` is used with an unbounded box.
+        ValueError: The name is unknown, ``"random"`` is used with an unbounded box, or a module is
+            in training mode.
         TypeError: `policy` is none of the above.
 
     >>> box = gym.spaces.Box(-1.0, 1.0, (1,))
@@ -247,12 +249,18 @@ def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
 def _module_policy(module: Any) -> BatchPolicy:  # noqa: ANN401 - torch is not imported here
     import torch
 
+    if module.training:
+        raise ValueError(
+            f"the policy {type(module).__name__} is in training mode, in which dropout and batch "
+            "normalisation change its actions: call eval() on it first"
+        )
+
     @batch_policy
     def act(observations: Batch, rng: np.random.Generator) -> Array:
         like = next(module.parameters(), torch.empty(0))
 
         def tensor(array: Array) -> torch.Tensor:
-            return torch.as_tensor(np.asarray(array, np.float32), device=like.device)
+            return torch.as_tensor(np.asarray(array), device=like.device).to(like.dtype)
 
         given = (
             {name: tensor(entry) for name, entry in observations.items()}
