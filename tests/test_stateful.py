@@ -10,6 +10,7 @@ machines must notice.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import tempfile
 import warnings
@@ -612,7 +613,7 @@ def test_an_interrupt_at_any_line_of_a_step(tmp_path: Path, ends: str) -> None:
             def trace(frame: Any, event: str, _: object) -> Any:  # noqa: ANN401
                 nonlocal left
                 name = frame.f_code.co_filename
-                if not ("monitoring" in name or name.endswith("guard.py")):
+                if not re.search(r"monitoring|shield.(runtime|reported)\.py$", name):
                     return None
                 left -= event == "line"
                 if left < 0:
