@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,16 @@ class Interrupt(TrainingCallback):
         return True
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as in a terminal: a shell starts the programs in its background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_run_that_ctrl_c_ends_resumes_bit_for_bit(boats: Path, tmp_path: Path) -> None:
     log, checkpoint = OfflineDataset.load(boats), tmp_path / "run"
     config = BehaviourCloningConfig(hidden=(8,), seed=0)
