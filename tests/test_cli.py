@@ -169,7 +169,9 @@ def test_a_film_of_an_environment_that_reports_nothing_and_of_one_that_has_no_fr
 ) -> None:
     film = tmp_path / "film.gif"
     watch = ("watch", "builtin:pendulum", "Pendulum-v1", "--steps", 3, "--height", 48, "-o", film)
-    if not gym.__version__.startswith("0."):  # whose pendulum hands pygame sizes that it refuses
+    if not version("gymnasium").startswith(
+        "0."
+    ):  # whose pendulum hands pygame sizes that it refuses
         told = run(*watch)
         assert "3 steps of Pendulum-v1" in told
         assert f"{film}: 4 frames" in told
