@@ -590,7 +590,7 @@ def play(machine: type[Machine], examples: int, **options: Any) -> None:  # noqa
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda one: one.__name__)
 def test_any_order_of_calls(machine: type[Machine]) -> None:
-    play(machine, 15)
+    play(machine, 8)
 
 
 # -- interrupts ------------------------------------------------------------------------------------
