@@ -385,7 +385,7 @@ def _either(
     other: Callable[[bytes, random.Random], bytes],
     first: bytes,
 ) -> Callable[[bytes, random.Random], bytes]:
-    """Return a mutator by the beginning of the file."""
+    """Return a mutator that calls `one` for a file that begins with `first`, else `other`."""
     return lambda raw, rng: (one if raw.startswith(first) else other)(raw, rng)
 
 

@@ -113,7 +113,7 @@ def json_text(value: Value) -> str:
     parts = json.dumps(value).split(f'"{_RAW}')
     text = parts[0]
     for part in parts[1:]:
-        # The text goes to the next quote that no backslash precedes.
+        # The JSON string ends at the next quote that is not escaped by a backslash.
         end = 0
         while part[end] != '"':
             end += 2 if part[end] == "\\" else 1

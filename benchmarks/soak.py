@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 30
     OMP_NUM_THREADS=1 python benchmarks/soak.py --minutes 0.3    # what CI runs
 
-Two steady processes step all the time, with a flight recorder, one of them with a promise monitor
-as well; their memory and their descriptors are measured. Beside them one process after the other is
-treated badly: killed by signal 9, paused, interrupted inside a step, its workers are killed, its
-disk or its memory is full.
+Two steady processes step shielded environments all the time. Both have a flight recorder, and one
+has a promise monitor as well. Their memory and their file descriptors are measured. Beside them,
+one further process after the other is disturbed: it is killed by signal 9, paused, or interrupted
+inside a step, its worker processes are killed, or its disk or its memory is full.
 
 Each plant writes down what it was sent, and what it had shown before, outside of what is tested.
 The agent's action is a function of the observation, so that all the rest follows: the action that
@@ -55,7 +55,7 @@ BLOCK_STEPS = 64
 NAN_RATE, RAISE_RATE = 0.003, 0.001
 EPISODE_STEPS = 100
 LIFE = 4.0
-"""Mean life of a process that is treated badly, seconds."""
+"""Mean life of a process that is disturbed, seconds."""
 BYTES_PER_EPISODE = 1000.0
 """A monitor keeps every episode, for the evidence of a fleet; this is the most it may take."""
 PAUSE = 0.001
@@ -145,7 +145,7 @@ def rows_of(record: Path) -> Array:
 
 @dataclass
 class Run:
-    """Where one process flies, and how."""
+    """Settings of one process: its files, and the environments that it makes."""
 
     folder: Path
     """Folder of its records, its flight and its monitor."""
@@ -276,16 +276,12 @@ def workers_killed(run: Run) -> None:
         env = run.env(workers=True)
         inner = env.env
         at = int(rng.integers(20, 400))
-
-        def each(step: int, inner: Any = inner, at: int = at) -> None:  # noqa: ANN401
-            if step == at:
-                os.kill(inner.processes[int(rng.integers(N))].pid, signal.SIGKILL)
-
         seen = first(env.reset())
         with contextlib.suppress(Exception):
             for step in range(10**9):
                 seen = np.array(env.step(proposal(seen))[0])
-                each(step)
+                if step == at:
+                    os.kill(inner.processes[int(rng.integers(N))].pid, signal.SIGKILL)
         with contextlib.suppress(gym.error.ResetNeeded):
             env.step(np.zeros((N, 1), np.float32))
             run.tell("unasked")

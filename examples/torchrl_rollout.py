@@ -3,9 +3,10 @@
     pip install safeshield torchrl
     python examples/torchrl_rollout.py             # a few seconds
 
-TorchRL's `GymWrapper` takes a shielded Gymnasium environment as it is. A reader of infos adds what
-the shield did to each step. `next/action_executed` is the action that the dynamics saw; the
-`action` of the tensordict is the one that the policy proposed.
+TorchRL's `GymWrapper` takes a shielded Gymnasium environment as it is. An info reader of TorchRL
+copies the shield's entries of `info` into the tensordict of each step. `next/action_executed` is
+the action that the environment executed; the `action` of the tensordict is the one that the policy
+proposed.
 """
 
 from __future__ import annotations

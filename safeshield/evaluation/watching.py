@@ -53,9 +53,9 @@ _MOST_ACTIONS = 3
 _LEAST_DELAY = 20
 """Shortest time in ms that viewers show one frame of a GIF; they slow shorter ones down."""
 _WIDTH, _TOP = 1.3, 360
+"""Width of the curves as a share of the height, and the height for which fonts are chosen."""
 EDGE = (230, 25, 35)
 """Colour of the edge around a frame whose action was replaced."""
-"""Width of the curves as a share of the height, and the height for which fonts are chosen."""
 
 
 @dataclass(frozen=True, eq=False)

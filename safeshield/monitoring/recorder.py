@@ -354,8 +354,9 @@ class ShieldLog:
         self._episode += 1
         return self._episode - 1
 
-    # An interrupt, such as Ctrl-C, can end these methods anywhere. A row counts once it is written,
-    # and a block is let go before it is handed over, so that rows are lost, and none are wrong.
+    # A KeyboardInterrupt can be raised at any line of these methods. A row is counted only after it
+    # has been written, and the recorder drops its reference to a block before it queues the block.
+    # So an interrupt can lose rows, but it cannot record wrong ones.
 
     def room(self, count: int, now: float) -> tuple[_Block, int] | None:
         """Return a block and the index of the first of `count` new rows in it; None: none is free.
