@@ -914,6 +914,24 @@ def test_a_shield_inside_earns_no_promise_for_the_one_outside(shield: Shield) ->
         shield.calibrate(env, epsilon=0.3, confidence=0.8)
 
 
+def test_a_policy_without_a_finite_action_earns_no_promise(shield: Shield) -> None:
+    env = gym.make("safeshield/Boat-v0")
+    for deltas in (None, [0.3]):
+        with pytest.raises(ValueError, match="proposed no finite action in"):
+            shield.calibrate(
+                env, epsilon=0.3, confidence=0.8, policy=lambda _: [np.nan, np.nan], deltas=deltas
+            )
+
+
+def test_too_few_episodes_name_the_confidence_that_was_asked_for(shield: Shield) -> None:
+    env = gym.make("safeshield/Boat-v0")
+    with pytest.raises(ValueError, match=r"Confidence 0.9 needs 0.95 here"):
+        shield.calibrate(env, epsilon=0.3, confidence=0.9, episodes=2)
+    with pytest.raises(ValueError, match=r"confidence 0\.9,") as told:
+        shield.calibrate(env, epsilon=0.3, confidence=0.9, episodes=2, deltas=[0.3])
+    assert "needs 0.95" not in str(told.value)
+
+
 def test_hopeless_thresholds_are_refused_at_once(shield: Shield) -> None:
     with pytest.raises(CalibrationError, match="starts have V_h"):
         shield.calibrate(gym.make("safeshield/Boat-v0"), epsilon=0.3, confidence=0.8, deltas=[50.0])

@@ -214,6 +214,31 @@ def test_sb3_zips_need_trust(files: Path, tmp_path: Path) -> None:
         assert f"{kind.__name__}.zip" in run(*command, "--episodes", 2, "--trust")
 
 
+def test_a_policy_in_python_can_be_named(files: Path, tmp_path: Path) -> None:
+    """A function, an object and a class of a plugin's file act as ``module:name``."""
+    plugin = tmp_path / "own_agents.py"
+    plugin.write_text(
+        "def ahead(observation):\n    return [1.0, 0.0]\n"
+        "class Ahead:\n    def predict(self, observations, **_):\n"
+        "        return [[1.0, 0.0]] * len(observations), None\n"
+        "agent = Ahead()\n"
+    )
+    command = ("evaluate", files / "shield.safetensors", BOAT, "--plugin", plugin, "--json")
+    results = []
+    for name in ("ahead", "agent", "Ahead"):
+        told = json.loads(
+            run(*command, "--episodes", 3, "--policy", f"own_agents:{name}", "--without")
+        )
+        assert {one.pop("policy") for one in told} == {f"own_agents:{name}"}
+        results.append(told)
+    assert results[0] == results[1] == results[2]
+    random = json.loads(run(*command, "--episodes", 3, "--policy", "random", "--without"))
+    assert random[1]["mean_return"] != results[0][1]["mean_return"]
+    missing = run(*command, "--policy", "own_agents:astern", code=2)
+    assert "astern" in missing
+    assert "--plugin FILE" in run(*command, "--policy", "no_such_agents:ahead", code=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -246,7 +246,15 @@ def calibrate(
     level = (1.0 - confidence) * 2.0**-tried
     planned = _WALKS if deltas is None else 1
     tested_confidence = confidence if tried == 0 and planned == 1 else 1.0 - level / planned
-    test = promise.test(tested_confidence, episodes)
+    try:
+        test = promise.test(tested_confidence, episodes)
+    except ValueError as error:
+        if tested_confidence == confidence:
+            raise
+        raise ValueError(
+            f"{error}. Confidence {confidence:g} needs {tested_confidence:g} here, because the "
+            "level is shared with earlier attempts, and with a second walk unless deltas are given"
+        ) from None
     if deltas is not None:
         deltas = [float(delta) for delta in deltas]
         check_deltas(deltas)

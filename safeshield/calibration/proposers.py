@@ -102,8 +102,11 @@ class ShieldedProposals:
     """
 
     batched = True
+    finite: bool
+    """Whether any proposal so far was a finite action."""
 
     def __init__(self, shield: Shield | None, proposals: BatchPolicy) -> None:
+        self.finite = False
         self._shield = shield
         self._proposals = proposals
         self._batches: list[list[Flags]] = []
@@ -129,6 +132,7 @@ class ShieldedProposals:
         """
         # The policy gets a copy, because it may write into the observations that the shield judges.
         proposed = np.asarray(self._proposals(copied(observations), rng))
+        self.finite = self.finite or bool(np.isfinite(proposed).any())
         if self._shield is None:
             self._record(np.zeros(len(proposed), np.bool_))
             return proposed

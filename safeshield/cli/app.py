@@ -96,7 +96,8 @@ Plugins = Annotated[
     list[Path] | None,
     typer.Option(
         "--plugin",
-        help="Python file that registers your own algorithms. The file is run. Repeatable.",
+        help="Python file with your own algorithms, constraints or policies. The file is run. "
+        "Repeatable.",
         is_eager=True,
         callback=load_plugins,
         dir_okay=False,

@@ -52,8 +52,9 @@ def calibrate(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Policy that proposes actions: random, an agent's .safetensors or .zip file, or "
-            "the .json file of falsify. Default: random proposals and an adversary."
+            help="Policy that proposes actions: random, an agent's .safetensors or .zip file, "
+            "module:name (a policy in Python), or the .json file of falsify. Default: random "
+            "proposals and an adversary."
         ),
     ] = None,
     deterministic: Annotated[

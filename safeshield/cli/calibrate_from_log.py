@@ -78,7 +78,8 @@ def calibrate_from_log(
         str | None,
         typer.Option(
             help="The agent that made the log (shadow, spliced, trial): its name, or its "
-            ".safetensors or .zip file, with which its deterministic actions are compared."
+            ".safetensors or .zip file or module:name, with which its deterministic actions are "
+            "compared."
         ),
     ] = None,
     deterministic: Annotated[
@@ -182,7 +183,7 @@ def _held_out(path: Path, shield: Shield) -> OfflineDataset:
 
 def _agent(policy: str | None, env: Env | None, trust: bool) -> tuple[object, str | None]:
     """Return the agent, or its name, and the name of an agent that was loaded."""
-    if policy is None or Path(policy).suffix not in (".safetensors", ".zip"):
+    if policy is None or not (":" in policy or Path(policy).suffix in (".safetensors", ".zip")):
         return policy, None
     loaded = policy_of(policy, env, None, trust)
     return loaded, name_of(policy, loaded)

@@ -41,8 +41,8 @@ def collect(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Policy that acts: random (the default), helmsmen (boat only), or an agent's "
-            ".safetensors or .zip file."
+            help="Policy that acts: random (the default), helmsmen (boat only), an agent's "
+            ".safetensors or .zip file, or module:name (a policy in Python)."
         ),
     ] = None,
     episodes: Annotated[

@@ -30,7 +30,8 @@ def diagnose(
         str,
         typer.Option(
             help="Policy that proposes actions: random, adversary, helmsmen, an agent's "
-            ".safetensors or .zip file, or the .json file of falsify."
+            ".safetensors or .zip file, module:name (a policy in Python), or the .json file of "
+            "falsify."
         ),
     ] = "random",
     episodes: Episodes = 100,

@@ -30,9 +30,9 @@ def evaluate(
         str | None,
         typer.Option(
             help="Policy that proposes actions to SOURCE's shield: random (the default), "
-            "adversary, helmsmen, an agent's .safetensors or .zip file, or the .json file of "
-            "falsify. With --cost-limit and without --policy, an agent given as SOURCE acts "
-            "without a shield."
+            "adversary, helmsmen, an agent's .safetensors or .zip file, module:name (a policy in "
+            "Python), or the .json file of falsify. With --cost-limit and without --policy, an "
+            "agent given as SOURCE acts without a shield."
         ),
     ] = None,
     episodes: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,9 +103,10 @@ def policy_of(
     """Return the policy that a name or a file stands for, in a form that `as_batch_policy` takes.
 
     Args:
-        name: "random", "helmsmen" (boat only), "adversary" (with a shield), or the path of an
+        name: "random", "helmsmen" (boat only), "adversary" (with a shield), the path of an
             agent's .safetensors file, of a Stable-Baselines3 model (.zip), or of what
-            ``safeshield falsify`` found (.json, with a shield).
+            ``safeshield falsify`` found (.json, with a shield), or ``module:name``, the name of a
+            policy in a Python module.
         env: Environment in which the policy will act; None where only agents' files are asked
             for.
         shield: Shield whose critics the adversary uses, and that an agent of ``safeshield falsify``
@@ -143,9 +145,29 @@ def policy_of(
         from safeshield.evaluation.falsification import load_probe
 
         return load_probe(path, shield)
+    if ":" in name:
+        return _imported(name, option)
     known = ["random", "helmsmen", *(["adversary"] if shield is not None else [])]
-    raise ValueError(f"{option} must be one of {known}, or an agent's .safetensors or .zip file, "
-                     f"got '{name}'")  # fmt: skip
+    raise ValueError(f"{option} must be one of {known}, an agent's .safetensors or .zip file, or "
+                     f"module:name, got '{name}'")  # fmt: skip
+
+
+def _imported(name: str, option: str) -> object:
+    """Return the policy that ``module:name`` stands for, or an object of the class it stands for.
+
+    Raises:
+        ValueError: The module cannot be found or does not have the name.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+        found: object = getattr(module, attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"{option} {name}: {error}; write module:name, and give the module's file as --plugin "
+            "FILE if it is not installed"
+        ) from error
+    return found() if isinstance(found, type) else found
 
 
 def name_of(name: str, policy: object) -> str:

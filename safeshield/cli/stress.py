@@ -29,8 +29,8 @@ def stress(
     policy: Annotated[
         str,
         typer.Option(
-            help="Policy that proposes actions: random, adversary, helmsmen, or an agent's "
-            ".safetensors or .zip file."
+            help="Policy that proposes actions: random, adversary, helmsmen, an agent's "
+            ".safetensors or .zip file, or module:name (a policy in Python)."
         ),
     ] = "random",
     fault: Annotated[
