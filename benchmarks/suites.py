@@ -61,6 +61,13 @@ ABLATIONS = {
     "r2pac-plain": "R2PAC, no penalty",
     "r2pac-reward": "R2PAC, no V_c in unsafe states",
     "r2pac-awr": "R2PAC, weighted Gaussian actor",
+    "r2pac-flow": "R2PAC, weighted flow",
+    "r2pac-safety": "R2PAC, region by V_h",
+    **{f"r2pac-alpha{level}": f"R2PAC, alpha {level}%" for level in (30, 50, 70)},
+    **{f"r2pac-chunk{length}": f"R2PAC, chunks of {length}" for length in (1, 3, 7)},
+    "flrp-jacobi": "FLRP, Jacobi",
+    "flrp-interleaved": "FLRP, interleaved",
+    "flrp-rho": "FLRP, rho 1",
 }
 """Methods that run only when they are named, like any other registered algorithm."""
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,6 +77,16 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "r2pac-plain": ("r2pac", {"penalise": False}),
     "r2pac-reward": ("r2pac", {"recover": False}),
     "r2pac-awr": ("r2pac", {"actor": "awr_gaussian"}),
+    "r2pac-flow": ("r2pac", {"actor": "awr_flow"}),
+    "r2pac-safety": ("r2pac", {"region": "safety"}),
+    **{
+        f"r2pac-alpha{level}": ("r2pac", {"quantile": level / 100, "cost_limit": None})
+        for level in (30, 50, 70)
+    },
+    **{f"r2pac-chunk{length}": ("r2pac", {"chunk": length}) for length in (1, 3, 7)},
+    "flrp-jacobi": ("flrp", {"order": "jacobi"}),
+    "flrp-interleaved": ("flrp", {"order": "interleaved"}),
+    "flrp-rho": ("flrp", {"trust_region": 1.0}),
 }
 """Algorithm and changed settings of each method that does not use the defaults."""
 NEEDS = {"ppo-shield": ("ppo", "safefql"), "bc-shield": ("bc", "safefql")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,6 +28,49 @@ def test_the_version_is_the_same_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"] == safeshield.__version__
     assert citation["license"] == PROJECT["license"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_release_sets_every_version_and_takes_back_what_fails(tmp_path: Path) -> None:
+    files = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "safeshield/__init__.py")
+    for name in (*files, ".ci/release"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n- New.\n")
+    # These checks fail, so that nothing is built. They show what they were run on.
+    (tmp_path / ".ci" / "run").write_text("git diff -U0\nexit 1\n")
+
+    def run(*command: str) -> tuple[int, str]:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    def commit() -> None:
+        run("git", "add", "-A")
+        run("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "All")
+
+    run("git", "init", "-q")
+    commit()
+    status, told = run(".ci/release", "7.0.1")
+    assert status == 1
+    for line in ('+version = "7.0.1"', '+__version__ = "7.0.1"', "+version: 7.0.1"):
+        assert line in told.splitlines()
+    assert re.search(r"^\+## 7\.0\.1, \d{4}-\d\d-\d\d$", told, re.MULTILINE)
+    assert run("git", "status", "--porcelain") == (0, "")
+    assert run("git", "tag") == (0, "")
+    for arguments, message in (
+        (["7.1"], "must be MAJOR.MINOR.PATCH, got '7.1'"),
+        (["7.0.1", "--upload"], "the only option is --publish"),
+        (["0.0.1"], f"must not be below {PROJECT['version']}, got 0.0.1"),
+    ):
+        status, told = run(".ci/release", *arguments)
+        assert (status, message in told) == (2, True), told
+    (tmp_path / "new").touch()
+    assert "not committed" in run(".ci/release", "7.0.1")[1]
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 7.0.0\n\n- Old.\n")
+    commit()
+    assert "nothing under 'Unreleased'" in run(".ci/release", "7.0.1")[1]
+    run("git", "tag", "v7.0.1")
+    assert "the tag v7.0.1 exists" in run(".ci/release", "7.0.1")[1]
 
 
 def test_the_citation_has_what_the_format_requires() -> None:
