@@ -84,7 +84,7 @@ def test_a_card_in_memory_names_no_file() -> None:
     card = card_of(log_of([1.0, 2.0], [0, 3]))
     assert (card.file, card.bytes, card.sha256, card.env_id) == (None, None, None, None)
     assert card.constraint_kind == "binary"
-    assert card.constraint_range == (-1.0, 25.0)
+    assert card.constraint_range == (-1.0, 1.0)
     assert [one.limit for one in card.safe] == [0.0, 5.0, 10.0]
     assert "sha256" not in str(card)
 

@@ -580,7 +580,6 @@ def test_another_thinning_learns_nothing(
         {"seed": 4},
         {"limits": (None, 3.0)},
         {"config": dataclasses.replace(SMALL, hidden=(9,))},
-        {"label_magnitude": 2.0},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -103,15 +103,15 @@ def assert_same(one: OfflineDataset, other: OfflineDataset) -> None:
 
 
 def test_cost_labels_the_state_reached() -> None:
-    now, after = binary_labels([0, 1, 1, 0, 0, 2], [0, 3, 4], magnitude=5.0)
-    assert after.tolist() == [-1, 5, 5, -1, -1, 5]
-    assert now.tolist() == [-1, -1, 5, -1, -1, -1]
+    now, after = binary_labels([0, 1, 1, 0, 0, 2], [0, 3, 4])
+    assert after.tolist() == [-1, 1, 1, -1, -1, 1]
+    assert now.tolist() == [-1, -1, 1, -1, -1, -1]
     assert now.dtype == after.dtype == np.float32
 
 
 def test_initial_costs_label_first_states_alone() -> None:
     now, _ = binary_labels([0, 1, 0], [0, 2], initial_costs=[0, 3])
-    assert now.tolist() == [-1, -1, 25]
+    assert now.tolist() == [-1, -1, 1]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,7 @@ def test_initial_costs_label_first_states_alone() -> None:
         (([], [0]), "costs must have shape"),
         (([0.0], [1]), "episode_starts must ascend from 0"),
         (([0.0, 0.0, 0.0], [0, 2, 2]), "episode_starts"),
-        (([0.0], [0], 0.0), "magnitude"),
-        (([0.0], [0], np.nan), "magnitude"),
-        (([0.0], [0], 1.0, [0, 0]), "initial_costs"),
+        (([0.0], [0], [0, 0]), "initial_costs"),
     ],
 )
 def test_bad_label_arguments(arguments: tuple[Any, ...], message: str) -> None:
@@ -373,7 +371,6 @@ def test_concatenation_needs_the_same_task() -> None:
         ([], "at least one"),
         ([log(), wide], r"action_space of datasets\[1\] mismatch.* join logs of one environment"),
         ([log(), binary], "constraint_kind"),
-        ([binary, binary.with_label_magnitude(3.0)], r"label of unsafe states, got \[3.0, 25.0\]"),
         ([log(), dataclasses.replace(log(), constraint_source="x@1")], "constraint_source"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -425,10 +422,19 @@ def test_a_joined_log_tells_how_each_part_was_made() -> None:
     assert card_of(joined).costs.mean == card_of(one).costs.mean
 
 
-def test_label_magnitude_can_be_changed() -> None:
+def test_the_label_of_unsafe_states_can_be_changed() -> None:
+    """The signs stay, and so do the logs that are joined, whatever their labels were."""
     fields = {k: v for k, v in arrays().items() if "constraints" not in k}
-    made = {m: OfflineDataset.from_arrays(**fields, label_magnitude=m) for m in (1.0, 25.0)}
-    assert_same(made[25.0].with_label_magnitude(1.0), made[1.0])
+    data = OfflineDataset.from_arrays(**fields)
+    far = data.with_label_magnitude(25.0)
+    np.testing.assert_array_equal(far.constraints, np.where(data.constraints > 0, 25.0, -1.0))
+    np.testing.assert_array_equal(far.next_constraints > 0, data.costs > 0)
+    assert far.next_constraints.max() == 25.0
+    assert_same(far.with_label_magnitude(1.0), data)
+    assert_same(OfflineDataset.concat([far, data]), OfflineDataset.concat([data, data]))
+    for magnitude in (0.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="magnitude"):
+            data.with_label_magnitude(magnitude)
     with pytest.raises(ValueError, match="continuous"):
         log().with_label_magnitude(1.0)
 
@@ -454,8 +460,9 @@ def test_round_trip_is_exact(tmp_path: Path, suffix: str, kind: str) -> None:
             np.array([-3.1, -np.inf]), np.array([0.1, 7.0]), dtype=np.float64
         ),
         action_space=gym.spaces.Box(-1.5, 1.1, (1,), np.float64),
-        label_magnitude=3.0,
     )
+    if kind == "binary":
+        data = data.with_label_magnitude(3.0)
     path = tmp_path / f"log{suffix}"
     path.write_bytes(b"an older file")
     data.save(path)
@@ -464,10 +471,6 @@ def test_round_trip_is_exact(tmp_path: Path, suffix: str, kind: str) -> None:
     assert read.constraint_kind == kind
     assert_same(read, data)
     assert read.observation_space.dtype == data.observation_space.dtype
-    stronger = OfflineDataset.load(path, label_magnitude=9.0)
-    assert stronger.next_constraints.max() == (
-        9.0 if kind == "binary" else data.next_constraints.max()
-    )
 
 
 @pytest.mark.parametrize("suffix", [".hdf5", ".npz"])
@@ -490,16 +493,16 @@ def test_a_saved_file_is_a_dsrl_file(tmp_path: Path, suffix: str) -> None:
 def test_plain_dsrl_gets_binary_labels(tmp_path: Path, suffix: str) -> None:
     fields = plain(extra=np.zeros(3))
     path = write(tmp_path / f"log{suffix}", fields)
-    data = OfflineDataset.load(path, label_magnitude=4.0)
+    data = OfflineDataset.load(path)
     starts = data.episode_starts
-    now, after = binary_labels(fields["costs"], starts, 4.0)
+    now, after = binary_labels(fields["costs"], starts)
     np.testing.assert_array_equal(data.constraints, now)
     np.testing.assert_array_equal(data.next_constraints, after)
     assert data.constraint_kind == "binary"
     assert data.terminated.dtype == np.bool_
     assert data.action_space == gym.spaces.Box(-1, 1, (1,))
     assert np.isinf(data.observation_space.high).all()
-    assert OfflineDataset.load(path).next_constraints.max() == 25.0
+    assert OfflineDataset.load(path).next_constraints.max() == 1.0
 
 
 def test_wide_actions_ask_for_the_space(tmp_path: Path) -> None:

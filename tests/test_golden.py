@@ -116,6 +116,12 @@ def test_a_run_goes_on_from_a_stored_checkpoint(
     assert make.fingerprint(tmp_path / name) != half
 
 
+def test_agents_of_earlier_releases_keep_the_label_of_their_logs() -> None:
+    for name in ("safefql", "r2pac"):
+        agent = load_agent(make.GOLDEN / f"agent_{name}.safetensors")
+        assert agent.config.label_magnitude == 25.0
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_environments_of_stored_specs_do_as_they_did(
     name: str, monkeypatch: pytest.MonkeyPatch

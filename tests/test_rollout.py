@@ -462,14 +462,14 @@ def test_vector_collection_equals_single_collection() -> None:
 
 @pytest.mark.parametrize("at_reset", [True, False])
 def test_costs_alone_give_binary_labels(at_reset: bool) -> None:
-    log = collect(Walk(("cost",), at_reset), push, 10, seed=0, label_magnitude=7.0)
+    log = collect(Walk(("cost",), at_reset), push, 10, seed=0)
     assert log.constraint_kind == "binary"
-    expected = np.where(log.observations[:, 0] > 0, 7, -1)
+    expected = np.where(log.observations[:, 0] > 0, 1, -1)
     if not at_reset:
         expected[log.episode_starts] = -1
     np.testing.assert_array_equal(log.constraints, expected)
     np.testing.assert_array_equal(
-        log.next_constraints, np.where(log.next_observations[:, 0] > 0, 7, -1)
+        log.next_constraints, np.where(log.next_observations[:, 0] > 0, 1, -1)
     )
 
 

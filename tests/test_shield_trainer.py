@@ -218,12 +218,12 @@ def test_box_fallback_is_safer_than_the_log(boat_log: OfflineDataset) -> None:
     assert "behaviour" in shield.model.networks
 
 
-@pytest.mark.parametrize(("expectile", "certified"), [(None, True), (0.9, False)])
+@pytest.mark.parametrize(("magnitude", "certified"), [(None, True), (25.0, False)])
 def test_costs_alone_leave_a_start_safe_where_half_of_the_actions_are(
-    expectile: float | None, certified: bool
+    magnitude: float | None, certified: bool
 ) -> None:
-    """Of one state, the expectile of the labels -1 and 25, each of weight 1/2, is -0.74 for
-    0.99, the default for binary labels, and 1.6 for 0.9."""
+    """Of one state, the expectile 0.9 of the labels -1 and M, each of weight 1/2, is -0.8 for
+    M = 1, the default, and 1.6 for M = 25."""
     count = 1000
     actions = np.linspace(-1.0, 1.0, count, dtype=np.float32)[:, None]
     log = OfflineDataset.from_arrays(
@@ -235,7 +235,7 @@ def test_costs_alone_leave_a_start_safe_where_half_of_the_actions_are(
     )  # fmt: skip
     config = ShieldConfig(
         critic_hidden=(16,), behaviour_hidden=(8,), fallback_hidden=(8,),
-        learning_rate=1e-2, safety_expectile=expectile,
+        learning_rate=1e-2, **({} if magnitude is None else {"label_magnitude": magnitude}),
     )  # fmt: skip
     shield = ShieldTrainer(config, device="cpu").fit(log, steps=400).shield()
     assert (shield.value(np.array([3.0])) <= 0) == certified

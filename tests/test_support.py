@@ -738,7 +738,6 @@ def lookout(episodes: int, seed: int) -> OfflineDataset:
         costs=falls.astype(float),
         observation_space=gym.spaces.Discrete(4),
         action_space=gym.spaces.Discrete(4),
-        label_magnitude=1.0,
     )
 
 

@@ -79,7 +79,6 @@ def random_walks(episodes: int, longest: int, seed: int = 0) -> OfflineDataset:
         terminated=fell,
         truncated=cut,
         costs=fell.astype(float),
-        label_magnitude=1.0,
     )
 
 
@@ -155,7 +154,6 @@ def test_reward_values_discount_and_end_with_the_episode() -> None:
         terminated=place == RAPIDS,
         truncated=np.zeros(5 * count, bool),
         costs=(place == RAPIDS).astype(float),
-        label_magnitude=1.0,
         action_space=gym.spaces.Box(-1.0, 1.0, (1,)),
     )
     config = dataclasses.replace(CONFIG, reward_backup_steps=(4, 1))

@@ -258,6 +258,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     file_format = "safeshield-safefql"
     run_type = SafeFQLRun
     _before: ClassVar[dict[str, Any]] = {
+        **CriticAgent._before,
         "teacher": "behaviour",
         "candidates": 1,
         "extraction": "student",

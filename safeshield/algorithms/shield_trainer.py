@@ -58,7 +58,7 @@ from safeshield.training.architecture import CRITICS, Architecture, Interface, i
 from safeshield.training.config import SafetyConfig
 from safeshield.training.escape import Escape
 from safeshield.training.imitation import flow_update
-from safeshield.training.log import LogTensors, check_boundary
+from safeshield.training.log import BEFORE_LABEL_MAGNITUDE, LogTensors, labelled
 from safeshield.training.registry import register
 from safeshield.training.run import Run
 from safeshield.training.safety import SafetyLog, restored_safety, safety_header, safety_units
@@ -284,7 +284,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     config_type = ShieldConfig
     file_format = "safeshield-shield-trainer"
     run_type = ShieldRun
-    _before: ClassVar[dict[str, Any]] = {"backup": None}
+    _before: ClassVar[dict[str, Any]] = {"backup": None, **BEFORE_LABEL_MAGNITUDE}
     _fewest_steps = 3
     _shield: Shield | None = None
     """The learned shield, created at first use."""
@@ -341,8 +341,7 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     # -- methods that OfflineAgent requires ---------------------------------------------------
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        check_boundary(dataset)
-        return dataset
+        return labelled(dataset, self.config.label_magnitude)
 
     def _batchable(self) -> bool:
         # With the support in the backups, the held-out episodes, and so the scaling and the labels

@@ -127,8 +127,6 @@ class Learner:
     """Seed of the run, and number of the learner."""
     config: LearnerConfig
     """Settings. They must be the same as when the learner began."""
-    label_magnitude: float
-    """Label of an unsafe state where labels are binary; see `label_reach`."""
     report: Callable[[int, Progress], None]
     """Function that is called after each rollout with its number of steps, and after each segment
     with 0 steps."""
@@ -168,12 +166,7 @@ class Learner:
         model.learn(updates * config.rollout, callback=watch)
         _finish_episodes(model, stack, recorder)
         episodes = [*watch.episodes, *recorder.take()]
-        log = log_of(
-            episodes,
-            observation_codec.space,
-            action_codec.space,
-            label_magnitude=self.label_magnitude,
-        )
+        log = log_of(episodes, observation_codec.space, action_codec.space)
         log.save(segment_file(self.folder, progress.segments))
         after = Progress(
             updates=progress.updates + updates,

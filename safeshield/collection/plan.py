@@ -43,8 +43,6 @@ class Plan:
     """Seed of the run."""
     config: LearnerConfig
     """Settings of the learners."""
-    label_magnitude: float
-    """Label of an unsafe state where labels are binary."""
 
     @classmethod
     def of(
@@ -53,7 +51,6 @@ class Plan:
         limits: Sequence[float | None],
         seed: int,
         config: LearnerConfig,
-        label_magnitude: float,
     ) -> Self:
         """Return the plan of a run, after a check of its arguments.
 
@@ -62,7 +59,6 @@ class Plan:
             limits: Cost limit of each learner; None for no limit.
             seed: Seed of the run.
             config: Settings of the learners.
-            label_magnitude: Label of an unsafe state where labels are binary.
 
         Raises:
             ValueError: There are no limits, a limit or the seed is out of range, or the action
@@ -94,7 +90,6 @@ class Plan:
             limits=checked,
             seed=seed,
             config=config,
-            label_magnitude=float(label_magnitude),
         )
 
     def claim(self, folder: Path) -> None:

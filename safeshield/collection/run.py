@@ -20,7 +20,6 @@ from safeshield.collection.plan import Plan, learner_folder, refuse_foreign, ver
 from safeshield.collection.state import Progress, load_segment, read_progress
 from safeshield.collection.thinning import Indices, Thinning
 from safeshield.data.dataset import OfflineDataset
-from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.files.lock import locked
 from safeshield.files.schema import json_values, whole
 from safeshield.rollouts.copies import (
@@ -46,7 +45,6 @@ def collect_while_learning(
     seed: int = 0,
     thinning: Thinning | None = None,
     config: LearnerConfig | None = None,
-    label_magnitude: float = DEFAULT_MAGNITUDE,
     progress_bar: bool = False,
 ) -> OfflineDataset:
     """Return a log of the episodes that PPO agents run while they learn under several cost limits.
@@ -80,7 +78,6 @@ def collect_while_learning(
         seed: Seed of all random numbers.
         thinning: Selection of the episodes that the log keeps. With None it keeps all.
         config: Settings of the learners; by default `config_for(env)`.
-        label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
         progress_bar: Whether to show a progress bar.
 
     Raises:
@@ -91,7 +88,7 @@ def collect_while_learning(
     """
     _check_env(env)
     config = config or config_for(env)
-    plan = Plan.of(env, limits, seed, config, label_magnitude)
+    plan = Plan.of(env, limits, seed, config)
     updates = config.updates(whole("steps", steps, least=1))
     folder = Path(folder)
     refuse_foreign(folder)
@@ -107,7 +104,6 @@ def collect_while_learning(
                 limit,
                 (seed, number),
                 config,
-                label_magnitude,
                 report=_report_to(bar, limit),
             ).learn(updates)
             for number, limit in enumerate(plan.limits)

@@ -11,7 +11,6 @@ import gymnasium as gym
 import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.data.labels import DEFAULT_MAGNITUDE
 from safeshield.rollouts.copies import behind_shield, check_env, constraint_source, spaces_of
 from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST
@@ -28,7 +27,6 @@ def collect(
     seed: int,
     *,
     num_envs: int | None = None,
-    label_magnitude: float = DEFAULT_MAGNITUDE,
     observation_keys: Sequence[str] | None = None,
     step_limit: int = 100_000,
 ) -> OfflineDataset:
@@ -53,7 +51,6 @@ def collect(
         episodes: Number of episodes, at least 1.
         seed: Seed of starts and noise. The same seed gives the same log.
         num_envs: Number of environments that step together.
-        label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
         observation_keys: Entries of a Dict observation to log; all by default. A shield that is
             trained on the log sees only these entries, whereas the policy sees all of them.
         step_limit: Greatest length of an episode in steps. A longer episode is an error.
@@ -75,7 +72,7 @@ def collect(
         env, policy, episodes, seed, num_envs=num_envs, observation_keys=observation_keys,
         step_limit=step_limit, on_step=_check_reports,
     )  # fmt: skip
-    log = log_of(runs, space, action_space, label_magnitude=label_magnitude)
+    log = log_of(runs, space, action_space)
     source = log.constraint_source
     if source is None and log.constraint_kind != "binary":
         source = constraint_source(env)
@@ -87,11 +84,7 @@ def collect(
 
 
 def log_of(
-    runs: Sequence[Episode],
-    observation_space: gym.Space[Any],
-    action_space: gym.Space[Any],
-    *,
-    label_magnitude: float = DEFAULT_MAGNITUDE,
+    runs: Sequence[Episode], observation_space: gym.Space[Any], action_space: gym.Space[Any]
 ) -> OfflineDataset:
     """Return episodes as a log. See `collect` for their labels.
 
@@ -102,7 +95,6 @@ def log_of(
         runs: Whole episodes, in the order of the log.
         observation_space: Space of one observation.
         action_space: Space of one action.
-        label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
 
     Raises:
         ValueError: There is no episode, they report neither key, only some of them report
@@ -148,7 +140,6 @@ def log_of(
         **arrays,
         observation_space=observation_space,
         action_space=action_space,
-        label_magnitude=label_magnitude,
         constraint_source=source.name if source is not None and source.available else None,
     )
 

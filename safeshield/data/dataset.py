@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.data import minari, storage
-from safeshield.data.labels import DEFAULT_MAGNITUDE, binary_labels
+from safeshield.data.labels import binary_labels, check_magnitude
 from safeshield.data.validation import (
     FLAG_FIELDS,
     SCALAR_FIELDS,
@@ -74,8 +74,9 @@ class OfflineDataset:
         observation_space: Space of one observation: Box, Discrete, MultiDiscrete, MultiBinary, or a
             Dict of the entries that the log holds.
         action_space: Space of one action: Box, Discrete, MultiDiscrete or MultiBinary.
-        constraint_kind: "continuous" (labels in units of the constraint) or "binary" (labels +M
-            and -1).
+        constraint_kind: "continuous" (labels in units of the constraint) or "binary" (labels made
+            from costs, -1 where safe and one value above 0 where not; learners replace that value
+            by their setting `label_magnitude`).
         provenance: How the log was made, as JSON values: environment, seeds, versions. None where
             this is not known. The provenance is saved and loaded, and parts of the log keep it.
             Minari's datasets do not hold it.
@@ -97,7 +98,7 @@ class OfflineDataset:
     >>> data
     OfflineDataset(3 transitions, 2 episodes, obs 1, act 1, binary constraints)
     >>> data.constraints.tolist(), data.next_constraints.tolist()
-    ([-1.0, -1.0, -1.0], [-1.0, 25.0, -1.0])
+    ([-1.0, -1.0, -1.0], [-1.0, 1.0, -1.0])
     >>> data.returns.tolist(), data.violating_episodes.tolist()
     ([2.0, 0.0], [True, False])
     """
@@ -166,7 +167,6 @@ class OfflineDataset:
         observation_space: gym.Space[Any] | None = None,
         action_space: gym.Space[Any] | None = None,
         constraint_kind: ConstraintKind | None = None,
-        label_magnitude: float = DEFAULT_MAGNITUDE,
         initial_costs: npt.ArrayLike | None = None,
         provenance: Mapping[str, Any] | None = None,
         constraint_source: str | None = None,
@@ -178,9 +178,9 @@ class OfflineDataset:
         `provenance` and the others.
 
         Without `constraints` and `next_constraints` the labels are binary and computed from the
-        costs by `binary_labels`, with `label_magnitude` and `initial_costs`. With both arrays the
-        labels are continuous unless `constraint_kind` says otherwise. Without `costs` each step
-        that reaches a violation (`next_constraints` > 0) costs 1 and any other step 0.
+        costs and `initial_costs` by `binary_labels`. With both arrays the labels are continuous
+        unless `constraint_kind` says otherwise. Without `costs` each step that reaches a violation
+        (`next_constraints` > 0) costs 1 and any other step 0.
 
         Observations and actions are batches of points of their spaces: arrays (N, *shape), arrays
         (N,) for a Discrete, dicts of arrays for a Dict. They may also be rows (N, width). The
@@ -244,9 +244,7 @@ class OfflineDataset:
                     f"got {np.shape(costs)} and {flags['terminated'].shape}"
                 )
             kind = "binary"
-            constraints, next_constraints = binary_labels(
-                costs, starts_of(**flags), label_magnitude, initial_costs
-            )
+            constraints, next_constraints = binary_labels(costs, starts_of(**flags), initial_costs)
         log = cls(
             observations=_rows("observations", observations, observation_codec),
             actions=_rows("actions", actions, action_codec),
@@ -275,7 +273,6 @@ class OfflineDataset:
         *,
         observation_space: gym.Space[Any] | None = None,
         action_space: gym.Space[Any] | None = None,
-        label_magnitude: float | None = None,
     ) -> OfflineDataset:
         """Return the log in a .hdf5, .h5 or .npz file: one of DSRL's, or one that `save` wrote.
 
@@ -290,8 +287,6 @@ class OfflineDataset:
             observation_space: Observation space of the environment that was logged.
             action_space: Action space of that environment. It is needed where actions leave
                 [-1, 1].
-            label_magnitude: Label of an unsafe state where labels are binary (25 unless the file
-                stores another). Continuous labels do not change. See `label_reach`.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -328,16 +323,13 @@ class OfflineDataset:
                 observation_space=observation_space,
                 action_space=action_space,
                 constraint_kind=kind,
-                label_magnitude=DEFAULT_MAGNITUDE if label_magnitude is None else label_magnitude,
                 provenance=None if header is None else header.get("provenance"),
                 constraint_source=named((header or {}).get("constraint_source")),
             )
             object.__setattr__(dataset, "verified", stated is not None)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
-        if label_magnitude is None or kind != "binary":
-            return dataset
-        return dataset.with_label_magnitude(label_magnitude)
+        return dataset
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the log to a .hdf5, .h5 or .npz file with DSRL's keys; `load` reads it exactly.
@@ -375,7 +367,6 @@ class OfflineDataset:
         *,
         observation_keys: Sequence[str] | None = None,
         action_space: gym.Space[Any] | None = None,
-        label_magnitude: float = DEFAULT_MAGNITUDE,
     ) -> OfflineDataset:
         """Return a Minari dataset, whose infos hold the cost, the constraint, or both, as a log.
 
@@ -393,7 +384,6 @@ class OfflineDataset:
             observation_keys: Entries of a Dict observation to keep; all by default.
             action_space: Action space to use in place of the dataset's, for logs whose actions lie
                 outside it.
-            label_magnitude: Label of an unsafe state where labels are binary; see `label_reach`.
 
         Raises:
             ImportError: The package minari is not installed.
@@ -403,18 +393,14 @@ class OfflineDataset:
         """
         opened = minari.open_dataset(source)
         with minari.errors_named(opened):
-            return cls.from_arrays(
-                **minari.arrays_of(opened, observation_keys, action_space),
-                label_magnitude=label_magnitude,
-            )
+            return cls.from_arrays(**minari.arrays_of(opened, observation_keys, action_space))
 
     def to_minari(self, dataset_id: str, **metadata: Any) -> Any:  # noqa: ANN401 - optional
         """Write the log into Minari's store and return the `minari.MinariDataset`.
 
         The infos hold the cost and, where labels are continuous, the constraint. `from_minari`
         returns the same transitions and spaces, but neither the provenance nor the name of the
-        source of h, which are not written. Binary labels get the magnitude that `from_minari` is
-        given.
+        source of h, which are not written.
 
         Args:
             dataset_id: Id of the new dataset in the store, such as "boat/random-v0".
@@ -429,7 +415,9 @@ class OfflineDataset:
         return minari.write_dataset(self, dataset_id, **metadata)
 
     def with_label_magnitude(self, magnitude: float) -> OfflineDataset:
-        """Return the same log with binary labels of another magnitude.
+        """Return the same log with this label for unsafe states, where labels are binary.
+
+        Learners do so with their setting `label_magnitude`; see `label_reach` for its effect.
 
         Raises:
             ValueError: The labels are continuous, or the magnitude is not above 0.
@@ -438,10 +426,12 @@ class OfflineDataset:
             raise ValueError(
                 "only binary labels have a magnitude, but the labels of this log are continuous"
             )
-        # binary_labels also checks the magnitude.
-        initial = self.constraints[self.episode_starts] > 0
-        now, after = binary_labels(
-            self.next_constraints > 0, self.episode_starts, magnitude, initial
+        check_magnitude(magnitude)
+        if magnitude == max(self.constraints.max(), self.next_constraints.max()):
+            return self
+        now, after = (
+            np.where(labels > 0, np.float32(magnitude), np.float32(-1.0))
+            for labels in (self.constraints, self.next_constraints)
         )
         return dataclasses.replace(self, constraints=now, next_constraints=after)
 
@@ -652,8 +642,8 @@ class OfflineDataset:
 
         Raises:
             TypeError: One of them is not a log.
-            ValueError: There are no logs; or their spaces, kinds of labels, magnitudes of binary
-                labels or sources of h differ. The message names the first difference.
+            ValueError: There are no logs; or their spaces, kinds of labels or sources of h differ.
+                The message names the first difference.
 
         >>> data = OfflineDataset.from_arrays(
         ...     observations=[[0.0]], actions=[[0.5]], rewards=[1.0], next_observations=[[1.0]],
@@ -692,12 +682,8 @@ class OfflineDataset:
                     "label them alike by with_constraint()"
                 )
         if first.constraint_kind == "binary":
-            labels = {size for part in parts for size in part.unsafe_labels}
-            if len(labels) > 1:
-                raise ValueError(
-                    f"datasets must have the same label of unsafe states, got {sorted(labels)}; "
-                    "label them alike by with_label_magnitude()"
-                )
+            parts = [part.with_label_magnitude(1.0) for part in parts]
+            first = parts[0]
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS
         }
@@ -711,12 +697,6 @@ class OfflineDataset:
 
     concatenate = concat
     """The earlier name of `concat`."""
-
-    @property
-    def unsafe_labels(self) -> list[float]:
-        """The labels above 0 that occur; a log with binary labels has at most one."""
-        present = np.unique(np.append(self.constraints, self.next_constraints))
-        return [float(label) for label in present if label > 0]
 
     def summary(self) -> str:
         """Return a few lines of text: sizes, returns, costs, labels and how episodes end."""

@@ -7,17 +7,13 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-DEFAULT_MAGNITUDE = 25.0
-"""Label of an unsafe state in FISOR and SafeFQL on DSRL's tasks. A safe state has the label -1."""
-
 
 def binary_labels(
     costs: npt.ArrayLike,
     episode_starts: npt.ArrayLike,
-    magnitude: float = DEFAULT_MAGNITUDE,
     initial_costs: npt.ArrayLike | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Label the states of logged steps by their costs: ``+magnitude`` where cost > 0, else -1.
+    """Label the states of logged steps by their costs: +1 where cost > 0, else -1.
 
     A cost is reported after the step, so it labels the state that the step reached::
 
@@ -31,19 +27,18 @@ def binary_labels(
     Args:
         costs: (N,) cost reported after each step.
         episode_starts: (E,) index of the first step of each episode, ascending, beginning with 0.
-        magnitude: Label of an unsafe state, above 0. See `label_reach` for its effect.
         initial_costs: (E,) cost of the first state of each episode.
 
     Returns:
         ``(constraints, next_constraints)``, each (N,) float32.
 
     Raises:
-        ValueError: A shape is wrong, `episode_starts` does not ascend from 0 or exceeds N, a cost
-            is negative, or the magnitude is not above 0.
+        ValueError: A shape is wrong, `episode_starts` does not ascend from 0 or exceeds N, or a
+            cost is negative.
 
     >>> now, after = binary_labels([0, 1, 0], [0, 2])
     >>> now.tolist(), after.tolist()
-    ([-1.0, -1.0, -1.0], [-1.0, 25.0, -1.0])
+    ([-1.0, -1.0, -1.0], [-1.0, 1.0, -1.0])
     """
     cost_array = np.asarray(costs)
     starts = np.asarray(episode_starts, dtype=np.int64)
@@ -59,7 +54,6 @@ def binary_labels(
         raise ValueError(
             f"episode_starts must ascend from 0 and stay below N = {len(cost_array)}, got {starts}"
         )
-    _check_magnitude(magnitude)
     first = np.zeros(len(starts)) if initial_costs is None else np.asarray(initial_costs)
     if first.shape != starts.shape:
         raise ValueError(
@@ -72,9 +66,9 @@ def binary_labels(
             f"costs must be at least 0 (0 is safe), got {cost_array[row]} at index {row}; "
             "check the sign"
         )
-    after = np.where(cost_array > 0, np.float32(magnitude), np.float32(-1.0))
+    after = np.where(cost_array > 0, np.float32(1.0), np.float32(-1.0))
     now = np.roll(after, 1)
-    now[starts] = np.where(first > 0, magnitude, -1.0)
+    now[starts] = np.where(first > 0, 1.0, -1.0)
     return now, after
 
 
@@ -84,8 +78,9 @@ def label_reach(magnitude: float, discount: float) -> float:
     Unsafe states have the label M = `magnitude` and safe states have -1. With the discounted max
     backup of `safeshield.values` and the discount g, the value k steps before an unavoidable
     violation is ``(1 + M) g^k - 1``. It is above 0 for ``k < ln(1 + M) / -ln g``, which is the
-    number returned: 324 steps for M = 25 and g = 0.99 (FISOR and SafeFQL on DSRL), 69 for M = 1.
-    With a larger number V_h recognises danger earlier and more of the state space counts as unsafe.
+    number returned: 69 steps for M = 1 and g = 0.99 (the defaults), 324 for M = 25 (FISOR and
+    SafeFQL on DSRL). With a larger number V_h recognises danger earlier and more of the state space
+    counts as unsafe.
 
     Raises:
         ValueError: `magnitude` is not above 0, or `discount` is not inside (0, 1).
@@ -93,13 +88,14 @@ def label_reach(magnitude: float, discount: float) -> float:
     >>> round(label_reach(25.0, 0.99)), round(label_reach(1.0, 0.99))
     (324, 69)
     """
-    _check_magnitude(magnitude)
+    check_magnitude(magnitude)
     if not 0.0 < discount < 1.0:
         raise ValueError(f"discount must lie inside (0, 1), got {discount}")
     return math.log1p(magnitude) / -math.log(discount)
 
 
-def _check_magnitude(magnitude: float) -> None:
+def check_magnitude(magnitude: float) -> None:
+    """Raise a ValueError if the label of an unsafe state is not above 0, or not finite."""
     if not (math.isfinite(magnitude) and magnitude > 0.0):
         raise ValueError(
             f"magnitude (the label of an unsafe state) must be finite and above 0, got {magnitude}"

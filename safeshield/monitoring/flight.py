@@ -428,10 +428,6 @@ def _labelled(
     source = None if name is None else as_constraint(name)
     if source is not None and like is None and not source.available:
         source = None
-    magnitude: dict[str, float] = {}
-    unsafe = [] if like is None else like.unsafe_labels
-    if unsafe and like is not None and like.constraint_kind == "binary":
-        magnitude = {"label_magnitude": unsafe[0]}
     if not has_costs:
         costs = (reached > 0).astype(np.float32)
     # Binary labels, also as a basis for those that the source of h computes.
@@ -449,6 +445,6 @@ def _labelled(
         first = np.append(True, now["episode"][1:] != now["episode"][:-1])
         start = now[first]
         unsafe_start = (start["cost"] > 0) | (start["h"] > 0)
-        labels = {"initial_costs": unsafe_start.astype(np.float32), **magnitude}
+        labels = {"initial_costs": unsafe_start.astype(np.float32)}
     log = OfflineDataset.from_arrays(**fields, **labels, costs=costs, provenance=provenance)
     return log if source is None else log.with_constraint(source)

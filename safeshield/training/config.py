@@ -37,6 +37,7 @@ PAPER_VALUES: dict[str, Any] = {
     "reward_backup_steps": (1,),
     "near_share": 0.0,
     "margin": 0.0,
+    "label_magnitude": 25.0,
 }
 """Settings of the critics in the papers' official codes, where they differ from the defaults."""
 PAPER_CRITICS: dict[str, Any] = {**PAPER_VALUES, "safe_reward_value": False}
@@ -75,12 +76,15 @@ class SafetyConfig(TrainingConfig):
     """Expectile of V_h over the logged actions, between 0 and 1. At 0.5 V_h is their mean; nearer 1
     it approaches the value of the luckiest continuation in the log, which a shield cannot repeat.
     None means 0.9, as in the papers, and 0.99 for discrete actions, all of which a shield compares
-    (`benchmarks/values.py`), and for binary labels. With the labels -1 and M, V_h is above 0 where
-    the share p of the logged actions that stay safe has p / (1 - p) < M (1 - e) / e at the
-    expectile e: at M = 25 where p < 0.73 for e = 0.9, and where p < 0.20 for e = 0.99. With a
-    backup controller (`ShieldConfig.backup`) there is no minimum over actions, and None means 0.1,
-    which leans to the higher values where the networks are not exact
-    (`benchmarks/backup.py`)."""
+    (`benchmarks/values.py`). With a backup controller (`ShieldConfig.backup`) there is no minimum
+    over actions, and None means 0.1, which leans to the higher values where the networks are not
+    exact (`benchmarks/backup.py`)."""
+    label_magnitude: Positive = 1.0
+    """Label M of unsafe states in a log whose labels are binary (made from costs, -1 where safe);
+    without effect on continuous labels. At the expectile e, V_h is above 0 where the share p of the
+    logged actions that stay safe has p / (1 - p) < M (1 - e) / e: for e = 0.9 where p < 0.10 with
+    M = 1, and where p < 0.73 with M = 25, the value of FISOR and SafeFQL on DSRL. A larger M also
+    sees violations from further away (`data.label_reach`)."""
     safety_backup_steps: Sizes = (64, 32, 16, 8)
     """Number of steps along the log that a target of V_h covers. Each entry applies to an equal
     part of the critics' phase. More steps smooth V_h less, but they follow the log's actions and

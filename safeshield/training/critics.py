@@ -23,9 +23,10 @@ from safeshield.training.checkpoint import flatten
 from safeshield.training.config import CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import (
+    BEFORE_LABEL_MAGNITUDE,
     POOL,
     LogTensors,
-    check_boundary,
+    labelled,
     logged_returns,
     scale_of_returns,
 )
@@ -115,6 +116,7 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
     """
 
     model_type: ClassVar[type[Any]] = CriticArchitecture
+    _before: ClassVar[dict[str, Any]] = BEFORE_LABEL_MAGNITUDE
 
     def _architecture(self, interface: Interface, critics: Critics) -> ModelT:
         """Return the whole architecture with these critics."""
@@ -166,8 +168,7 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         return self._learn(model, log, phases, initial, dataset, chosen, name)
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        check_boundary(dataset)
-        return dataset
+        return labelled(dataset, self.config.label_magnitude)
 
     def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
         scale = scale_of_returns(logged_returns(dataset, self.config.discount))

@@ -204,6 +204,9 @@ def run_identity(
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
     log = f"of {len(dataset)} rows, {digest.hexdigest()[:12]}"
+    if later and "label_magnitude" in later and dataset.constraint_kind != "binary":
+        # The setting has no effect on this log, so that it does not tell runs apart.
+        later = {**later, "label_magnitude": config.label_magnitude}
     return RunIdentity(
         algorithm, json_values(config), log, steps, contents_of(dataset), later or {}
     )
@@ -243,6 +246,22 @@ def check_boundary(dataset: OfflineDataset) -> None:
             "sign of the constraint turned? h <= 0 is safe",
             stacklevel=2,
         )
+
+
+BEFORE_LABEL_MAGNITUDE: dict[str, Any] = {"label_magnitude": 25.0}
+"""The setting `label_magnitude` of agents whose files do not name it; their logs held it."""
+
+
+def labelled(dataset: OfflineDataset, magnitude: float) -> OfflineDataset:
+    """Return a log to learn from: unsafe states have the label `magnitude` where labels are binary.
+
+    Args:
+        dataset: The log, which must pass `check_boundary`.
+        magnitude: The setting `label_magnitude`.
+    """
+    check_boundary(dataset)
+    binary = dataset.constraint_kind == "binary"
+    return dataset.with_label_magnitude(magnitude) if binary else dataset
 
 
 def safety_scale(dataset: OfflineDataset) -> SafetyScale:

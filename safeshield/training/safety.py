@@ -98,7 +98,7 @@ class SafetyLog:
         if expectile is None and self.escape is not None:
             expectile = 0.1
         elif expectile is None:
-            expectile = 0.99 if self.discrete or not self.critics.continuous else 0.9
+            expectile = 0.99 if self.discrete else 0.9
 
         def loss(networks: Networks) -> tuple[Tensor, Metrics, dict[str, Tensor]]:
             value, metrics = self.critics.losses(

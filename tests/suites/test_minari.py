@@ -148,15 +148,15 @@ def test_every_number_belongs_to_the_state_it_was_reported_in() -> None:
 
 
 def test_costs_alone_make_binary_labels_from_the_reset_on() -> None:
-    log = OfflineDataset.from_minari(collected(("cost",)), label_magnitude=4.0)
+    log = OfflineDataset.from_minari(collected(("cost",)))
     assert log.constraint_kind == "binary"
     before, after = at(log, log.observations), at(log, log.next_observations)
-    np.testing.assert_array_equal(log.constraints, np.where(before > LIMIT, 4.0, -1.0))
-    np.testing.assert_array_equal(log.next_constraints, np.where(after > LIMIT, 4.0, -1.0))
+    np.testing.assert_array_equal(log.constraints, np.where(before > LIMIT, 1.0, -1.0))
+    np.testing.assert_array_equal(log.next_constraints, np.where(after > LIMIT, 1.0, -1.0))
     first = before[log.episode_starts] > LIMIT
     assert first.any()
     assert not first.all()
-    expected = binary_labels(log.costs, log.episode_starts, 4.0, first)
+    expected = binary_labels(log.costs, log.episode_starts, first)
     np.testing.assert_array_equal(log.constraints, expected[0])
 
 

@@ -70,6 +70,7 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     run_type = FLRPRun
     _dropped = ("flow_steps",)
     _before: ClassVar[dict[str, Any]] = {
+        **CriticAgent._before,
         "order": "sequential",
         "trust_region": None,
         "phases": "sequential",

@@ -48,7 +48,13 @@ from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.architecture import Interface
 from safeshield.training.critics import CriticAgent, Critics
-from safeshield.training.log import LogTensors, check_boundary, logged_returns, scale_of_returns
+from safeshield.training.log import (
+    LogTensors,
+    check_boundary,
+    labelled,
+    logged_returns,
+    scale_of_returns,
+)
 from safeshield.training.registry import register
 from safeshield.training.safety import restored_safety
 from safeshield.training.state import TrainState
@@ -79,6 +85,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     file_format = "safeshield-r2pac"
     run_type = R2PACRun
     _before: ClassVar[dict[str, Any]] = {
+        **CriticAgent._before,
         "trust_labels": True,
         "ends": "terminals",
         "fit_unsafe": False,
@@ -246,8 +253,7 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
     # -- methods that OfflineAgent requires ---------------------------------------------------
 
     def _check_log(self, dataset: OfflineDataset) -> OfflineDataset:
-        check_boundary(dataset)
-        return with_chunks(dataset, self.config.chunk)
+        return with_chunks(labelled(dataset, self.config.label_magnitude), self.config.chunk)
 
     def _units(self, dataset: OfflineDataset, scaling: Scaling) -> dict[str, Any]:
         config = self.config
