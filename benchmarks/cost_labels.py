@@ -79,8 +79,8 @@ def main() -> None:
         __file__, __doc__, "arms", tuple(ARMS), cell, "labels_{task}_{name}_{seed}", TASKS
     )
     print(machine())
-    print("| task | M | expectile | seed | cloning alone, of 100 | behind the shield | random alone, "
-          "of 100 | behind the shield |")  # fmt: skip
+    print("| task | M | expectile | seed | cloning alone, of 100 | behind the shield | "
+          "random alone, of 100 | behind the shield |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         magnitude, expectile = ARMS[row["arm"]]

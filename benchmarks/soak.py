@@ -33,7 +33,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -245,13 +246,17 @@ def killed(run: Run) -> None:
 
 
 def interrupted(run: Run) -> None:
-    """Fly, and raise KeyboardInterrupt by a timer wherever the program is."""
+    """Fly, and raise KeyboardInterrupt by a timer wherever `fly` is."""
     env = run.env(raises=RAISE_RATE)
     rng = np.random.default_rng(run.number)
 
-    def stop(*_: object) -> NoReturn:
+    def stop(_: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(0.001, 0.02)))
-        raise KeyboardInterrupt
+        # Outside of `fly` nothing catches the interrupt, and the process would end.
+        while frame is not None:
+            if frame.f_code is fly.__code__:
+                raise KeyboardInterrupt
+            frame = frame.f_back
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0.01)

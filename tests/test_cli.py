@@ -242,7 +242,7 @@ def test_a_policy_in_python_can_be_named(files: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("collect", "NoSuch-v7", "{tmp}/a.hdf5"), "NoSuch"),
+        (("collect", "NoSuch-v7", "{tmp}/a.hdf5"), "write module:NoSuch-v7"),
         (("collect", "nosuchmodule:Boat-v0", "{tmp}/a.hdf5"), "nosuchmodule"),
         (("collect", BOAT, "{tmp}/a.csv"), "must end in .hdf5"),
         (("collect", BOAT, "{tmp}/no/a.hdf5"), "make the folder"),
@@ -523,5 +523,5 @@ def test_the_training_log_and_one_file_for_both_parts_are_refused(
     one = tmp_path / "one.hdf5"
     told = run("split", files / "log.hdf5", one, one, code=2)
     assert "must be three files" in told
-    assert "fraction" in run("split", files / "log.hdf5", one, tmp_path / "b.hdf5", "--share", 1.5,
-                             code=2)  # fmt: skip
+    told = run("split", files / "log.hdf5", one, tmp_path / "b.hdf5", "--share", 1.5, code=2)
+    assert "--share must lie between 0 and 1" in told

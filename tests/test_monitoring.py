@@ -348,6 +348,10 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
             PromiseMonitor(watched, reference=reference)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"agent must be one of \[.*\], for which .* got 'x'"):
         PromiseMonitor(watched, agent="x")
+    with pytest.raises(ValueError, match=r"got 'sorted': .* policy_name='sorted'"):
+        PromiseMonitor(watched, agent=sorted)
+    with pytest.raises(TypeError, match="reference must be a list of episodes"):
+        PromiseMonitor(watched, reference=gym.make("safeshield/DoubleIntegrator-v0"))  # type: ignore[arg-type]
     assert watched.record is not None
     monitor = PromiseMonitor(watched, agent=watched.record.policies[0].policy)
     monitor.episode("a", False)

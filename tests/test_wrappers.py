@@ -435,6 +435,8 @@ def test_a_path_a_shield_or_an_agent(
             SafetyShield(boat(), wrong)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
         SafetyShield(boat(), tmp_path / "none")
+    with pytest.raises(ValueError, match=r"got the log 'data\.hdf5': train a shield on it"):
+        SafetyShield(boat(), "data.hdf5")
 
 
 def test_uncalibrated_warns_once_an_env(shield: Shield) -> None:

@@ -103,8 +103,9 @@ def collect(
     command resumes it.
     """
     from safeshield.files.schema import versions
+    from safeshield.files.tensors import LOG_SUFFIXES
 
-    check_output(out, (".hdf5", ".h5", ".npz"))
+    check_output(out, LOG_SUFFIXES)
     given = {"--steps": steps, "--cap": cap, "--bins": bins, "--parts": parts, "--set": settings}
     needless = [name for name, value in given.items() if value is not None]
     if limits is None and needless:

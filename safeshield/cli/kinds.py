@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from safeshield.files.reading import opened, read_exactly
 from safeshield.files.signing import VERIFIED
-from safeshield.files.tensors import AGENT, FORMATS, SHIELD, TensorFile, read_tensors
+from safeshield.files.tensors import (
+    AGENT,
+    FORMATS,
+    LOG_SUFFIXES,
+    SHIELD,
+    TensorFile,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from safeshield.data.card import DatasetCard
@@ -20,7 +27,6 @@ if TYPE_CHECKING:
 
 LOG, FLIGHT = "log", "flight"
 _ESTIMATED = "none: a network estimates h"
-_LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
 # First bytes of other common files, for a clearer error.
 _OTHERS = {
     b"\x89PNG": "a picture (PNG)",
@@ -54,7 +60,7 @@ def file_kind(path: str | os.PathLike[str]) -> str:
         if flight_files(Path(path)):
             return FLIGHT
         raise ValueError(f"{path} is a folder; give a file in it, or the folder of a ShieldLog")
-    if Path(path).suffix.lower() in _LOG_SUFFIXES:
+    if Path(path).suffix.lower() in LOG_SUFFIXES:
         return LOG
     return _open(path)[0]
 
@@ -84,7 +90,7 @@ def describe(path: str | os.PathLike[str], verify: Path | None = None) -> dict[s
         from safeshield.monitoring import FlightLog
 
         return {"kind": FLIGHT, **FlightLog.load(path).card()}
-    if path.suffix.lower() in _LOG_SUFFIXES:
+    if path.suffix.lower() in LOG_SUFFIXES:
         if verify is not None:
             raise ValueError(f"--verify is for files that can be signed, but {path} is a log")
         from safeshield.data.card import card_of

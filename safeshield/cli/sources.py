@@ -27,13 +27,17 @@ def make_env(env_id: str, *, frames: bool = False) -> Env:
     if ":" not in env_id and env_id not in gym.registry:
         import safeshield.suites  # noqa: F401 - registers the suites
 
-    if not frames:
-        env: Env = gym.make(env_id)
-        return env
     try:
-        return gym.make(env_id, render_mode="rgb_array")
+        env: Env = gym.make(env_id, render_mode="rgb_array") if frames else gym.make(env_id)
+        return env
+    except gym.error.NameNotFound as error:
+        if ":" in env_id:
+            raise
+        raise ValueError(
+            f"{error} If it is registered by a module of yours, write module:{env_id}"
+        ) from error
     except TypeError as error:
-        if "render_mode" not in str(error):
+        if not frames or "render_mode" not in str(error):
             raise
         raise ValueError(
             f"{env_id} takes no render_mode, so there are no frames: give its class an argument "

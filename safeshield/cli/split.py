@@ -9,8 +9,6 @@ import typer
 
 from safeshield.cli.app import Debug, Seed, check_output
 
-_SUFFIXES = (".hdf5", ".h5", ".npz")
-
 
 def split(
     log: Annotated[Path, typer.Argument(help="Log file, HDF5 or NPZ.", dir_okay=False)],
@@ -29,8 +27,12 @@ def split(
     if len({path.resolve() for path in (log, train, held_out)}) < 3:
         raise ValueError(f"LOG, TRAIN and HELD_OUT must be three files, got {log}, {train} and "
                          f"{held_out}")  # fmt: skip
-    check_output(train, _SUFFIXES, "TRAIN")
-    check_output(held_out, _SUFFIXES, "HELD_OUT")
+    from safeshield.files.tensors import LOG_SUFFIXES
+
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"--share must lie between 0 and 1, such as 0.8, got {share:g}")
+    check_output(train, LOG_SUFFIXES, "TRAIN")
+    check_output(held_out, LOG_SUFFIXES, "HELD_OUT")
     from safeshield.data.dataset import OfflineDataset
 
     for path, part in zip(

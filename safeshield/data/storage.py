@@ -46,6 +46,7 @@ from safeshield.files.reading import (
     size_of,
     strict_json,
 )
+from safeshield.files.tensors import LOG_SUFFIXES
 
 DSRL_KEYS = (
     "observations",
@@ -64,7 +65,6 @@ DIGEST_KEY = "sha256"
 _MARK = "safeshield-log"
 """Comment of an NPZ archive, and name of an HDF5 attribute: the file has a header with a digest."""
 
-_HDF5_SUFFIXES = (".hdf5", ".h5")
 _NPZ_SUFFIX = ".npz"
 _MOST_NPY_HEADER = 10_000
 """Bytes of the header of an array in NPZ; NumPy has the same limit."""
@@ -195,9 +195,9 @@ def write_log(path: Path, arrays: Mapping[str, Array], header: Header) -> None:
 
 def _is_hdf5(path: Path) -> bool:
     suffix = path.suffix.lower()
-    if suffix not in (*_HDF5_SUFFIXES, _NPZ_SUFFIX):
+    if suffix not in LOG_SUFFIXES:
         raise ValueError(f"path must end in .hdf5, .h5 or .npz, got {str(path)!r}")
-    return suffix in _HDF5_SUFFIXES
+    return suffix != _NPZ_SUFFIX
 
 
 def _write_hdf5(path: Path, arrays: Mapping[str, Array], header: str) -> None:

@@ -46,6 +46,8 @@ TRAINING_HASHES = "episodes/training"
 TRAINING_EPISODES = "training_episodes"
 """Field of the header with the number of these hashes; missing or null where they are not known."""
 AGENT, SHIELD, CHECKPOINT = "agent", "shield", "checkpoint"
+LOG_SUFFIXES = (".hdf5", ".h5", ".npz")
+"""Endings of the files of logs, which are not files of tensors."""
 FORMATS: dict[str, tuple[str, str]] = {}
 """The file formats that this process can read. The key is the format named in the header; the value
 says what such a file holds and which function reads it."""

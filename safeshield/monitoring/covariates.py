@@ -66,6 +66,7 @@ def reference_values(
             that did not start with V_h <= -delta are left out.
 
     Raises:
+        TypeError: `reference` is neither.
         ValueError: There is no value, one is not finite, or an episode does not hold which actions
             the shield replaced.
     """
@@ -73,6 +74,12 @@ def reference_values(
         values = {str(name): [float(one) for one in each] for name, each in reference.items()}
     else:
         values = {}
+        if not (isinstance(reference, Sequence) and all(isinstance(r, Episode) for r in reference)):
+            raise TypeError(
+                "reference must be a list of episodes or a mapping from covariates to values, got "
+                f"{type(reference).__name__}; draw episodes by "
+                "safeshield.evaluation.episodes.draw_episodes"
+            )
         for run in reference:
             if not certified_start(shield, run):
                 continue

@@ -66,6 +66,7 @@ from safeshield.monitoring.ledger import (
     write_ledger,
 )
 from safeshield.monitoring.tracker import EpisodeTracker
+from safeshield.rollouts.policies import default_name
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.shapes import Scalars
@@ -164,7 +165,8 @@ class PromiseMonitor:
             it counts with the score that it had reached.
         on_change: Function of the monitor that is called after each change of the state, for
             example to stop the plant or to switch to a backup. Its errors are not caught.
-        agent: Name of the agent that is deployed, which must be one of the policies of the record.
+        agent: The agent that is deployed, or its name, which must be that of one of the policies of
+            the record (`rollouts.policies.default_name`).
             None: the user sees to it, because a monitor does not see who proposes the actions.
 
     Raises:
@@ -188,7 +190,7 @@ class PromiseMonitor:
         doubt_level: float = 0.01,
         cut_as_violations: bool = False,
         on_change: Callable[[PromiseMonitor], object] | None = None,
-        agent: str | None = None,
+        agent: object = None,
     ) -> None:
         if on_change is not None and not callable(on_change):
             raise TypeError(
@@ -203,10 +205,11 @@ class PromiseMonitor:
                 "shield.calibrate(...) first (with_delta, with_support and others drop the record)"
             )
         named = [one.policy for one in record.policies]
-        if agent is not None and agent not in named:
+        name = None if agent is None else default_name(agent)
+        if name is not None and name not in named:
             raise ValueError(
                 f"agent must be one of {named}, for which the record of the shield was made, got "
-                f"{agent!r:.80}: calibrate the shield with this agent, policy_name={agent!r:.80}"
+                f"{name!r:.80}: calibrate the shield with this agent, policy_name={name!r:.80}"
             )
         self.promise: Promise = promised(record)
         # 1 - 0.9 is 0.1 but for rounding.

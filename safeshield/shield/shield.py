@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.files.signing import UNSIGNED
+from safeshield.files.tensors import LOG_SUFFIXES
 from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.file import digest_of, load_shield, save_shield
@@ -1300,6 +1301,11 @@ def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
     if isinstance(shield, str) and shield.startswith(BUILTIN):
         return Shield.builtin(shield.removeprefix(BUILTIN))
     if isinstance(shield, str | os.PathLike):
+        if Path(shield).suffix.lower() in LOG_SUFFIXES:
+            raise ValueError(
+                f"shield must be a shield's file (.safetensors), got the log '{shield}': train a "
+                "shield on it by ShieldTrainer().fit(OfflineDataset.load(path)).shield()"
+            )
         return Shield.load(shield)
     if isinstance(shield, HasShield):
         return shield.shield()
