@@ -320,11 +320,19 @@ def test_a_log_behind_a_shadow_is_the_plain_log_and_says_so(fresh: Shield) -> No
     shadow = SafetyShield(boat(), fresh, mode="shadow")
     log = collect(shadow, Helmsmen(), episodes=8, seed=4, num_envs=1)
     np.testing.assert_array_equal(log.episode_hashes, plain.episode_hashes)
+    assert plain.provenance is not None
+    assert {k: v for k, v in plain.provenance.items() if k != "versions"} == {
+        "environment": "safeshield/Boat-v0", "seed": 4,
+    }  # fmt: skip
     assert log.provenance == {
-        "behind_shield": {"digest": fresh.digest, "delta": 0.1, "mode": "shadow"}
+        **plain.provenance,
+        "behind_shield": {"digest": fresh.digest, "delta": 0.1, "mode": "shadow"},
     }
     record = last(fresh.calibrate_from_log(log, "shadow", policy="Helmsmen"))
     assert {one.name: one.checked for one in record.assumptions}["proposals logged"]
+    named = collect(shadow, Helmsmen(), episodes=8, seed=4, num_envs=1, policy_name="crew A")
+    with pytest.raises(ValueError, match="got 'crew B', but the log was collected by 'crew A'"):
+        fresh.calibrate_from_log(named, "shadow", policy="crew B")
     with pytest.raises(ValueError, match=r"must be recorded with this shield on at delta 0\.1"):
         fresh.calibrate_from_log(log, "trial")
 

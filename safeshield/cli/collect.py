@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -102,7 +101,6 @@ def collect(
     of cost and return so that rare kinds of episodes are kept. If such a run is stopped, the same
     command resumes it.
     """
-    from safeshield.files.schema import versions
     from safeshield.files.tensors import LOG_SUFFIXES
 
     check_output(out, LOG_SUFFIXES)
@@ -147,17 +145,9 @@ def collect(
 
         name = policy or "random"
         log = collect_log(
-            env, policy_of(name, env, None, trust), episodes, seed, step_limit=step_limit
-        )
-        log = dataclasses.replace(
-            log,
-            provenance={
-                "collected_by": Path(name).name,
-                "environment": env_id,
-                "seed": seed,
-                "versions": [versions()],
-            },
-        )
+            env, policy_of(name, env, None, trust), episodes, seed,
+            policy_name=Path(name).name, step_limit=step_limit,
+        )  # fmt: skip
     log.save(out)
     typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")
 

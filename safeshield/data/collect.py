@@ -11,7 +11,14 @@ import gymnasium as gym
 import numpy as np
 
 from safeshield.data.dataset import OfflineDataset
-from safeshield.rollouts.copies import behind_shield, check_env, constraint_source, spaces_of
+from safeshield.files.schema import versions
+from safeshield.rollouts.copies import (
+    behind_shield,
+    check_env,
+    constraint_source,
+    environment_name,
+    spaces_of,
+)
 from safeshield.rollouts.episodes import VectorStep, run_episodes
 from safeshield.rollouts.infos import CONSTRAINT, COST
 from safeshield.rollouts.recorded import STEP_ARRAYS, Episode
@@ -26,6 +33,7 @@ def collect(
     episodes: int,
     seed: int,
     *,
+    policy_name: str | None = None,
     num_envs: int | None = None,
     observation_keys: Sequence[str] | None = None,
     step_limit: int = 100_000,
@@ -40,8 +48,11 @@ def collect(
     function of the observation that gives its constraint (`values.constraint`), the log stores that
     name. Several constraints that are reported by name become one label, each in units of its own
     steps in this log (`OfflineDataset.with_constraint`). The log stores their names and units where
-    a function is registered for each name. The provenance of a log of a shielded environment names
-    the shield, its delta and its mode, under "behind_shield", and says where its threshold adapts.
+    a function is registered for each name.
+
+    The provenance holds the names of the environment and, where it is given, of the policy, the
+    seed, and the versions of the packages. That of a log of a shielded environment names the
+    shield, its delta and its mode, under "behind_shield", and says where its threshold adapts.
 
     Args:
         env: A Gymnasium environment (see `vectorise` for when copies of it run) or a VectorEnv.
@@ -50,6 +61,8 @@ def collect(
             ``as_batch_policy(model, action_space, deterministic=False)``.
         episodes: Number of episodes, at least 1.
         seed: Seed of starts and noise. The same seed gives the same log.
+        policy_name: Name of the policy, with which `Shield.calibrate_from_log` compares the agent
+            that it is given.
         num_envs: Number of environments that step together.
         observation_keys: Entries of a Dict observation to log; all by default. A shield that is
             trained on the log sees only these entries, whereas the policy sees all of them.
@@ -79,7 +92,14 @@ def collect(
     if observation_keys is not None:
         source = None  # The function takes whole observations.
     behind = behind_shield(env)
-    provenance = None if behind is None else {"behind_shield": behind}
+    name = policy if policy_name is None and isinstance(policy, str) else policy_name
+    provenance = {
+        **({} if name is None else {"collected_by": name}),
+        "environment": environment_name(env),
+        "seed": seed,
+        "versions": [versions()],
+        **({} if behind is None else {"behind_shield": behind}),
+    }
     return dataclasses.replace(log, constraint_source=source, provenance=provenance)
 
 
