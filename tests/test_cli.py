@@ -50,10 +50,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_step_leaves_the_file_that_the_next_one_takes(files: Path) -> None:
     output = run("evaluate", files / "shield.safetensors", BOAT, "--episodes", 6, "--without")
     lines = output.splitlines()
-    assert [line.split()[:3] for line in lines[-2:]] == [
+    assert [line.split()[:3] for line in lines[-3:-1]] == [
         ["random", "no", "6"],
         ["random", "yes", "6"],
     ]
+    assert lines[-1].endswith("of the starts that were drawn are certified")
+
+
+def test_evaluate_tells_whom_the_promise_is_not_about() -> None:
+    other = run("evaluate", "builtin:boat", BOAT, "--episodes", 3, "--policy", "helmsmen")
+    assert "is about random, adversary, not about helmsmen" in other.splitlines()[-1]
+    assert "note" not in run("evaluate", "builtin:boat", BOAT, "--episodes", 3)
 
 
 def test_flrp_from_log_to_shield(files: Path, tmp_path: Path) -> None:
@@ -222,6 +229,7 @@ def test_a_policy_in_python_can_be_named(files: Path, tmp_path: Path) -> None:
         "class Ahead:\n    def predict(self, observations, **_):\n"
         "        return [[1.0, 0.0]] * len(observations), None\n"
         "agent = Ahead()\n"
+        "class NeedsSpeed:\n    def __init__(self, speed):\n        pass\n"
     )
     command = ("evaluate", files / "shield.safetensors", BOAT, "--plugin", plugin, "--json")
     results = []
@@ -234,9 +242,20 @@ def test_a_policy_in_python_can_be_named(files: Path, tmp_path: Path) -> None:
     assert results[0] == results[1] == results[2]
     random = json.loads(run(*command, "--episodes", 3, "--policy", "random", "--without"))
     assert random[1]["mean_return"] != results[0][1]["mean_return"]
-    missing = run(*command, "--policy", "own_agents:astern", code=2)
-    assert "astern" in missing
-    assert "--plugin FILE" in run(*command, "--policy", "no_such_agents:ahead", code=2)
+    table = run(*command[:-1], "--episodes", 3, "--policy", "own_agents:ahead")
+    assert "of the starts that were drawn are certified" in table
+    (tmp_path / "own_errors.py").write_text("raise RuntimeError('no driver')\n")
+    for name, message in (
+        ("own_agents:astern", "has no 'astern'; write module:name"),
+        ("no_such_agents:ahead", "give the module's file as --plugin FILE"),
+        ("./own_agents.py:ahead", "is no module; write module:name"),
+        (":ahead", "'' is no module"),
+        ("own_errors:ahead", "own_errors cannot be imported: RuntimeError: no driver"),
+        ("own_agents:NeedsSpeed", "make the object in the module"),
+    ):
+        assert message in " ".join(run(*command, "--policy", name, code=2).split()), name
+    command = ("evaluate", files / "shield.safetensors", "no_such_plant:Boat-v0")
+    assert "--plugin FILE" in " ".join(run(*command, code=2).split())
 
 
 @pytest.mark.parametrize(

@@ -331,8 +331,11 @@ def test_a_log_behind_a_shadow_is_the_plain_log_and_says_so(fresh: Shield) -> No
     record = last(fresh.calibrate_from_log(log, "shadow", policy="Helmsmen"))
     assert {one.name: one.checked for one in record.assumptions}["proposals logged"]
     named = collect(shadow, Helmsmen(), episodes=8, seed=4, num_envs=1, policy_name="crew A")
-    with pytest.raises(ValueError, match="got 'crew B', but the log was collected by 'crew A'"):
-        fresh.calibrate_from_log(named, "shadow", policy="crew B")
+    for given in ({"policy": "crew B"}, {"policy": Helmsmen(), "policy_name": "crew B"}):
+        with pytest.raises(ValueError, match="got 'crew B', but the log was collected by 'crew A'"):
+            fresh.calibrate_from_log(named, "shadow", **given)
+    with pytest.raises(TypeError, match="policy_name must be a text, got 5"):
+        collect(boat(), Helmsmen(), episodes=1, seed=0, policy_name=5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be recorded with this shield on at delta 0\.1"):
         fresh.calibrate_from_log(log, "trial")
 

@@ -665,7 +665,7 @@ def _agent_name(held_out: OfflineDataset, policy: object, policy_name: str | Non
     file = _FILE.search(name)
     if file is not None:
         others = [one for one in others if one != file[1] and _FILE.search(f"({one})")]
-    if others and (isinstance(policy, str) or file is not None):
+    if others and (isinstance(policy, str) or policy_name is not None):
         raise ValueError(
             f"policy must be the agent that made the log, got {name!r}, but the log was collected "
             f"by {others[0]!r}: pass a log of that agent"

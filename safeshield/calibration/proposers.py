@@ -164,7 +164,15 @@ class ShieldedProposals:
 
         Args:
             runs: The episodes that the latest `run_episodes` returned, in their order.
+
+        Raises:
+            ValueError: No proposal so far was finite.
         """
+        if runs and not self.finite:
+            raise ValueError(
+                f"the policy proposed no finite action in {len(runs)} episodes, so that the shield "
+                "replaced all of them: check what the policy returns"
+            )
         # The last batch may have more environments than episodes that were still needed.
         pairs = zip(runs, self.interventions(), strict=False)
         return [replace(run, info={**run.info, INTERVENED: at[: len(run)]}) for run, at in pairs]

@@ -328,11 +328,6 @@ class Trials:
                 observation_keys=self.shield.observation_keys,
                 seeds=seeds,
             )
-        if not acting.finite:
-            raise ValueError(
-                f"the policy proposed no finite action in {len(runs)} episodes, so that the shield "
-                "replaced all of them: check what the policy returns"
-            )
         return acting.with_interventions(runs)
 
     def _score(self, run: Episode) -> float:

@@ -11,7 +11,7 @@ import typer
 
 from safeshield.cli.app import AsJson, Debug, EnvId, Plugins, Trust
 from safeshield.cli.settings import parse
-from safeshield.cli.sources import env_for, log_of, make_env, policy_of, shield_of
+from safeshield.cli.sources import env_for, log_of, make_env, name_of, policy_of, shield_of
 
 R = TypeVar("R")
 
@@ -105,8 +105,16 @@ def evaluate(
         )
     if as_json:
         typer.echo(json.dumps([result.to_json() for result in results], indent=2))
-    else:
-        typer.echo(format_table(results))
+        return
+    typer.echo(format_table(results))
+    share = results[-1].start_share
+    if share is not None:
+        typer.echo(f"{share:.0%} of the starts that were drawn are certified")
+    name = name_of(policy, acting)
+    record = shield.record
+    named = [] if record is None else [one.policy for one in record.policies]
+    if record is not None and name not in named:
+        typer.echo(f"note: the promise of {source} is about {', '.join(named)}, not about {name}")
 
 
 def _evaluate_by_protocol(

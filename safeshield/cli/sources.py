@@ -30,6 +30,12 @@ def make_env(env_id: str, *, frames: bool = False) -> Env:
     try:
         env: Env = gym.make(env_id, render_mode="rgb_array") if frames else gym.make(env_id)
         return env
+    except ModuleNotFoundError as error:
+        if ":" not in env_id:
+            raise
+        raise ValueError(
+            f"{env_id}: {error}. Give the module's file as --plugin FILE if it is not installed"
+        ) from error
     except gym.error.NameNotFound as error:
         if ":" in env_id:
             raise
@@ -163,15 +169,30 @@ def _imported(name: str, option: str) -> object:
         ValueError: The module cannot be found or does not have the name.
     """
     module_name, _, attribute = name.partition(":")
+    how = "write module:name, and give the module's file as --plugin FILE if it is not installed"
+    if not (attribute and all(part.isidentifier() for part in module_name.split("."))):
+        raise ValueError(f"{option} {name}: '{module_name}' is no module; {how}")
     try:
         module = importlib.import_module(module_name)
-        found: object = getattr(module, attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
+            raise ValueError(f"{option} {name}: {error}; {how}") from error
         raise ValueError(
-            f"{option} {name}: {error}; write module:name, and give the module's file as --plugin "
-            "FILE if it is not installed"
+            f"{option} {name}: the module {module_name} cannot be imported: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    return found() if isinstance(found, type) else found
+    found: object = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(f"{option} {name}: {module.__file__} has no '{attribute}'; {how}")
+    if not isinstance(found, type):
+        return found
+    try:
+        return found()
+    except Exception as error:
+        raise ValueError(
+            f"{option} {name}: {attribute}() fails with {type(error).__name__}: {error}; make the "
+            "object in the module, and name it in place of its class"
+        ) from error
 
 
 def name_of(name: str, policy: object) -> str:

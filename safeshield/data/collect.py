@@ -71,7 +71,7 @@ def collect(
     Raises:
         ValueError: The environment reports neither key, which is found at its first step, or one of
             them at some steps only; or an episode does not end.
-        TypeError: `spaces.rows` does not support a space.
+        TypeError: `spaces.rows` does not support a space, or `policy_name` is not a text.
 
     >>> import gymnasium, safeshield.envs
     >>> log = collect(gymnasium.make("safeshield/Boat-v0"), "random", episodes=3, seed=0)
@@ -79,6 +79,8 @@ def collect(
     OfflineDataset(1200 transitions, 3 episodes, obs 2, act 2, continuous constraints)
     """
     check_env(env)
+    if policy_name is not None and (not isinstance(policy_name, str) or not policy_name):
+        raise TypeError(f"policy_name must be a text, got {policy_name!r:.60}")
     observation_space, action_space = spaces_of(env)
     space = part_of(observation_space, observation_keys)
     runs = run_episodes(

@@ -417,7 +417,8 @@ class OfflineDataset:
     def with_label_magnitude(self, magnitude: float) -> OfflineDataset:
         """Return the same log with this label for unsafe states, where labels are binary.
 
-        Learners do so with their setting `label_magnitude`; see `label_reach` for its effect.
+        It has no effect on a learner, which replaces the label by its own setting
+        `label_magnitude`, and `concat` and `from_arrays` label by 1.
 
         Raises:
             ValueError: The labels are continuous, or the magnitude is not above 0.

@@ -88,8 +88,8 @@ def as_batch_policy(
 
     Raises:
         ValueError: The name is unknown, ``"random"`` is used with an unbounded box, or a module is
-            in training mode.
-        TypeError: `policy` is none of the above.
+            in training mode. Calls of a function raise it where the function returns no action.
+        TypeError: `policy` is none of the above, or a class.
 
     >>> box = gym.spaces.Box(-1.0, 1.0, (1,))
     >>> policy = as_batch_policy(lambda observation: -observation[:1], box)
@@ -103,6 +103,10 @@ def as_batch_policy(
                 "file first (safeshield.load_agent, or load of the Stable-Baselines3 class)"
             )
         return _random_policy(action_space)
+    if isinstance(policy, type):
+        raise TypeError(
+            f"policy must be an object, got the class {policy.__name__}: pass {policy.__name__}()"
+        )
     act_batch = getattr(policy, "act_batch", None)
     if callable(act_batch):
         return batch_policy(lambda observations, rng: act_batch(observations, rng))
@@ -114,14 +118,7 @@ def as_batch_policy(
     if torch is not None and isinstance(policy, torch.nn.Module):
         return _module_policy(policy)
     if callable(policy):
-        return batch_policy(
-            lambda observations, _: np.stack(
-                [
-                    np.asarray(policy(take(observations, i)))
-                    for i in range(batch_length(observations))
-                ]
-            )
-        )
+        return _function_policy(policy, action_space)
     raise TypeError(
         "policy must be 'random', have act_batch or predict, be a torch.nn.Module, or be a "
         f"function of one observation; got {type(policy).__name__}"
@@ -244,6 +241,31 @@ def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
         return flat.unflatten(rng.uniform(low, high, shape))
 
     return uniform
+
+
+def _function_policy(function: Callable[[Any], object], space: gym.Space[Any]) -> BatchPolicy:
+    """Return a batch policy that calls a function for each observation and checks its actions."""
+    shape = tuple(space.shape or ())
+
+    def one(observation: Any) -> Array:  # noqa: ANN401
+        returned = function(observation)
+        try:
+            action = np.asarray(returned)
+        except ValueError:  # sequences of different lengths
+            action = np.array(None)
+        if action.dtype.kind not in "biuf" or action.shape != shape:
+            raise ValueError(
+                f"the policy must return one action of {space} for one observation, an array of "
+                f"shape {shape}; got {returned!r:.60}. A function of several observations and a "
+                "random generator needs safeshield.rollouts.policies.batch_policy"
+            )
+        return action
+
+    @batch_policy
+    def act(observations: Batch, rng: np.random.Generator) -> Array:
+        return np.stack([one(take(observations, i)) for i in range(batch_length(observations))])
+
+    return act
 
 
 def _module_policy(module: Any) -> BatchPolicy:  # noqa: ANN401 - torch is not imported here

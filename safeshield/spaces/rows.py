@@ -321,8 +321,8 @@ def _rows_of(points: Any, space: gym.Space[Any], what: str) -> tuple[Rows, bool]
         (array.shape[1:] != shape or not array.ndim) and not single
     ):
         raise ValueError(
-            f"{what} must be numbers of shape {shape} or {('n', *shape)}, got {array.dtype} "
-            f"{array.shape}; the space is {space}"
+            f"{what} must be numbers of shape {shape}, or (n, ...) for n of them, got "
+            f"{array.dtype} {array.shape}; the space is {space}"
         )
     if array.dtype.kind == "b":
         array = array.astype(np.int8)
