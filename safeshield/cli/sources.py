@@ -34,7 +34,7 @@ def make_env(env_id: str, *, frames: bool = False) -> Env:
         if ":" not in env_id:
             raise
         raise ValueError(
-            f"{env_id}: {error}. Give the module's file as --plugin FILE if it is not installed"
+            f"{error} Give the module's file as --plugin FILE if it is not installed"
         ) from error
     except gym.error.NameNotFound as error:
         if ":" in env_id:
