@@ -252,7 +252,7 @@ def interrupted(run: Run) -> None:
 
     def stop(_: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(0.001, 0.02)))
-        # Outside of `fly` nothing catches the interrupt, and the process would end.
+        # Only `fly` catches KeyboardInterrupt. Raised anywhere else, it would end this process.
         while frame is not None:
             if frame.f_code is fly.__code__:
                 raise KeyboardInterrupt

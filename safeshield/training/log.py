@@ -205,7 +205,8 @@ def run_identity(
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
     log = f"of {len(dataset)} rows, {digest.hexdigest()[:12]}"
     if later and "label_magnitude" in later and dataset.constraint_kind != "binary":
-        # The setting has no effect on this log, so that it does not tell runs apart.
+        # `label_magnitude` has no effect on continuous labels. A checkpoint of an earlier release,
+        # which lacks this setting, therefore belongs to this run whatever its value is.
         later = {**later, "label_magnitude": config.label_magnitude}
     return RunIdentity(
         algorithm, json_values(config), log, steps, contents_of(dataset), later or {}
