@@ -261,7 +261,7 @@ class Work:
         Raises:
             ValueError: Its result is of another number of updates or episodes.
         """
-        from suites import WAYS, updates_of
+        from suites import WAYS, trained_as, updates_of
 
         path = self.folder / f"{cell}.json"
         if not path.exists():
@@ -269,7 +269,7 @@ class Work:
         row = json.loads(path.read_text())
         if not set(WAYS) <= set(row):  # Written before agents played in both ways.
             return False
-        wanted = updates_of(cell.method.removesuffix("-shield"), self.updates), self.episodes
+        wanted = updates_of(trained_as(cell.method), self.updates), self.episodes
         there = row["updates"], len(row["deployed"]["returns"])
         if there != wanted:
             raise ValueError(

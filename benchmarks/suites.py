@@ -68,6 +68,8 @@ ABLATIONS = {
     "flrp-jacobi": "FLRP, Jacobi",
     "flrp-interleaved": "FLRP, interleaved",
     "flrp-rho": "FLRP, rho 1",
+    "safefql-one": "SafeFQL, one draw",
+    "safefql-teacher": "SafeFQL, best draw of the teacher",
 }
 """Methods that run only when they are named, like any other registered algorithm."""
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,7 +91,16 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "flrp-rho": ("flrp", {"trust_region": 1.0}),
 }
 """Algorithm and changed settings of each method that does not use the defaults."""
-NEEDS = {"ppo-shield": ("ppo", "safefql"), "bc-shield": ("bc", "safefql")}
+ACTING: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "safefql-one": ("safefql", lambda agent: agent.acting_by("student", candidates=1)),
+    "safefql-teacher": ("safefql", lambda agent: agent.acting_by("sample")),
+}
+"""Method whose agent is played, and the agent that acts in another way."""
+NEEDS = {
+    "ppo-shield": ("ppo", "safefql"),
+    "bc-shield": ("bc", "safefql"),
+    **{name: (behind,) for name, (behind, _) in ACTING.items()},
+}
 """Methods whose agents a method uses."""
 WAYS = {"deployed": False, "deterministic": True}
 """Ways to act, with the `deterministic` of ``predict``: with the agent's noise, and without it."""
@@ -148,6 +159,11 @@ def learn(
 def path_of(task: str, method: str, seed: int, folder: Path) -> Path:
     """Return the file of a cell's agent."""
     return folder / f"{task}_{method}_{seed}.safetensors"
+
+
+def trained_as(method: str) -> str:
+    """Return the method whose agent `method` plays."""
+    return ACTING[method][0] if method in ACTING else method.removesuffix("-shield")
 
 
 def updates_of(method: str, updates: int | None) -> int:
@@ -230,8 +246,10 @@ def cell(
     """Train, and run episodes from starts that no other seed has, in both ways to act."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    behind = method.removesuffix("-shield")
+    behind = trained_as(method)
     agent = trained(task, behind, seed, data, folder, updates)
+    if method in ACTING:
+        agent = ACTING[method][1](agent)
     seconds = path_of(task, behind, seed, folder).with_suffix(".seconds")
     shield = shield_of(task, seed, data, folder, updates) if method.endswith("-shield") else None
     references = ReferenceReturns.of_log(data / f"{task}.hdf5")

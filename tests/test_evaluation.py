@@ -135,6 +135,34 @@ def test_certified_starts_leave_the_violating_ones_out() -> None:
     assert result.start_share == pytest.approx(0.5, abs=0.15)
 
 
+def test_starts_that_are_not_certified_are_not_played() -> None:
+    steps = []
+
+    class Counted(Walk):
+        def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+            steps.append(self.x)
+            return super().step(action)
+
+    # About 3% of the starts in [-1, 1] are at most -0.95.
+    strict = linear_shield(0.95)
+    result = evaluate(Counted(), down, 20, seed=0, starts="certified", certified_by=strict)
+    assert result.start_share is not None
+    assert result.start_share < 0.1
+    assert len(steps) == 20 * 5
+
+
+def test_an_environment_that_does_not_start_alike_is_judged_by_the_start_played() -> None:
+    class Anywhere(Walk):
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Reset:
+            return super().reset(seed=next(seeds), options=options)
+
+    seeds = iter(range(10_000))
+    result = evaluate(
+        Anywhere(), down, 50, seed=0, starts="certified", certified_by=linear_shield()
+    )
+    assert (result.episodes, result.violating) == (50, 0)
+
+
 def test_the_shield_prevents_what_happens_without_it_from_the_same_starts() -> None:
     shield = linear_shield(0.1)
     common: dict[str, Any] = {
@@ -261,3 +289,16 @@ def test_evaluation_plays_the_policy_with_its_noise_when_asked() -> None:
     assert evaluate(Walk(), Noisy(), 3, 0).mean_return == 5.0
     assert evaluate(Walk(), Noisy(), 3, 0, deterministic=False).mean_return == -5.0
     assert evaluate(Walk(), Noisy(), 3, 0, deterministic=False).policy == "Noisy"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_evaluation_plays_the_policy_that_was_calibrated(deterministic: bool) -> None:
+    shield = linear_shield(0.1).calibrate(
+        Walk(), policy=Noisy(), epsilon=0.5, confidence=0.6, deterministic=deterministic
+    )
+    result = evaluate(Walk(), Noisy(), 3, 0, starts="certified", certified_by=shield)
+    assert result.deterministic == deterministic
+    assert result.mean_return == (5.0 if deterministic else -5.0)
+    behind = evaluate(Walk(), Noisy(), 3, 0, shield=shield, starts="certified")
+    assert behind.deterministic == deterministic
+    assert evaluate(Walk(), Noisy(), 3, 0, shield=shield, deterministic=True).deterministic

@@ -19,6 +19,7 @@ from safeshield.calibration.walk import CalibrationError
 from safeshield.rollouts.copies import (
     copies,
     difference,
+    is_vector_env,
     refuse_vector_env,
     runs_natively,
     sensor_fault,
@@ -64,6 +65,30 @@ def start_rows(
         if envs is not env:
             envs.close()
     return np.concatenate(rows)[:count]
+
+
+class StartValues:
+    """V_h of the starts that the seeds of an environment draw, without playing their episodes.
+
+    V_h is computed once for each seed, for many consecutive seeds at a time.
+
+    Args:
+        shield: Shield whose V_h is computed.
+        env: Environment to reset. Copies of one without a vectorised form are slow to make, so pass
+            a VectorEnv for it.
+    """
+
+    def __init__(self, shield: Shield, env: Env | VectorEnv) -> None:
+        self._shield, self._env = shield, env
+        self._count = max(_LOOK, cast("VectorEnv", env).num_envs if is_vector_env(env) else 0)
+        self._values: dict[int, float] = {}
+
+    def __getitem__(self, seed: int) -> float:
+        """Return V_h of the start that a seed draws."""
+        if seed not in self._values:
+            rows = start_rows(self._shield, self._env, self._count, seed)
+            self._values.update(enumerate(self._shield.row_values(rows).tolist(), start=seed))
+        return self._values[seed]
 
 
 class Outcome(NamedTuple):
@@ -124,7 +149,6 @@ class Trials:
     tests: list[PilotPoint] = field(default_factory=list, init=False)
     """Those of `points` that are tests, in their order."""
 
-    _values: dict[int, float] = field(default_factory=dict, init=False)
     _outcomes: dict[int, Outcome] = field(default_factory=dict, init=False)
     """Seed -> outcome, where the policy acts alone: no threshold then changes an episode."""
     _pooled: dict[tuple[float, str], tuple[int, list[Score]]] = field(
@@ -142,7 +166,8 @@ class Trials:
         )
         # Copies of an environment without a vectorised form are made once: that may be slow.
         self._envs: Env | VectorEnv = self.env if self._native else self._copies()
-        width = self._width(_NATIVE_WIDTH)
+        self._starts = StartValues(self.shield, self._envs)
+        width = _NATIVE_WIDTH if self._native else int(cast("VectorEnv", self._envs).num_envs)
         self._at_once = min(_WAVES * width, _AT_ONCE)
         self._bar: tqdm[None] = tqdm(disable=not self.progress_bar, unit="episode")
 
@@ -161,11 +186,6 @@ class Trials:
             )
         # The number of copies does not depend on the number of processes, so results do not either.
         return WorkerVectorEnv(env, self.num_envs, self.workers, self.ray)
-
-    def _width(self, native: int) -> int:
-        """Return the number of environments that step together; `native` for a vectorised form."""
-        # A wrapper of Gymnasium 0.29 warns when it is asked for an attribute that it lacks.
-        return native if self._native else int(cast("VectorEnv", self._envs).num_envs)
 
     def close(self) -> None:
         """Close the progress bar, and the copies of the environment that were made."""
@@ -263,7 +283,7 @@ class Trials:
             while (wanted := missing(np.array([one.score for one in counted]))) > 0:
                 seeds: list[int] = []
                 while len(seeds) < min(wanted, self._at_once):
-                    if self._value(seed) <= shield.threshold:
+                    if self._starts[seed] <= shield.threshold:
                         seeds.append(seed)
                     seed += 1
                     drawn = seed - first_seed
@@ -296,17 +316,6 @@ class Trials:
             start = self.shield.row_values(run.observations[:1])[0]
             outcomes[seed] = Outcome(start, self._score(run), len(run), replaced)
         return [outcomes[seed] for seed in seeds]
-
-    def _value(self, seed: int) -> float:
-        """Return V_h of the start that a seed draws. It is computed once, for many seeds at a time.
-
-        Starts outside the certified set are so told without playing their episodes.
-        """
-        if seed not in self._values:
-            count = max(_LOOK, self._width(_LOOK))
-            rows = start_rows(self.shield, self._envs, count, seed)
-            self._values.update(enumerate(self.shield.row_values(rows).tolist(), start=seed))
-        return self._values[seed]
 
     def _near(self, threshold: float) -> float:
         """Return a threshold that allows for the rounding of V_h in batches of another size."""

@@ -43,6 +43,14 @@ def evaluate(
     without: Annotated[
         bool, typer.Option("--without", help="Also run without the shield, from the same starts.")
     ] = False,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic/--stochastic",
+            help="Whether the policy acts without its noise. Default: as in the calibration of "
+            "SOURCE; without its noise where SOURCE is not calibrated, and with --cost-limit.",
+        ),
+    ] = None,
     cost_limit: Annotated[
         float | None,
         typer.Option(help="Score by the field's protocol, at this limit (the papers': 10).", min=0),
@@ -72,8 +80,8 @@ def evaluate(
         if seed is not None:
             raise ValueError(f"--seed {seed}: with --cost-limit give the runs' --seeds")
         _evaluate_by_protocol(
-            source, env_id, policy, episodes, without, cost_limit, log, references, seeds, workers,
-            as_json, trust,
+            source, env_id, policy, episodes, without, deterministic is not False, cost_limit, log,
+            references, seeds, workers, as_json, trust,
         )  # fmt: skip
         return
     given = {"--log": log, "--references": references, "--seeds": seeds, "--workers": workers}
@@ -101,6 +109,7 @@ def evaluate(
                 starts="certified",
                 certified_by=shield,
                 name=Path(policy).name,
+                deterministic=deterministic,
             )
         )
     if as_json:
@@ -123,6 +132,7 @@ def _evaluate_by_protocol(
     policy: str | None,
     episodes: int | None,
     without: bool,
+    deterministic: bool,
     cost_limit: float,
     log: Path | None,
     references: str | None,
@@ -143,6 +153,7 @@ def _evaluate_by_protocol(
         format_scores,
     )
     from safeshield.files.tensors import AGENT
+    from safeshield.rollouts.policies import as_batch_policy
 
     if (log is None) == (references is None):
         raise ValueError("--cost-limit needs reference returns: one of --log and --references")
@@ -178,7 +189,12 @@ def _evaluate_by_protocol(
                 else kind(shield)
             )
         else:
-            acting = each(name, lambda name: policy_of(name, env, None, trust))
+            acting = each(
+                name,
+                lambda name: as_batch_policy(
+                    policy_of(name, env, None, trust), env.action_space, deterministic=deterministic
+                ),
+            )
         scores.append(
             field_score(
                 env,

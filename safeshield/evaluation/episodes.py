@@ -17,13 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from safeshield.calibration.proposers import ShieldedProposals, spread_actions
+from safeshield.calibration.trials import StartValues
 from safeshield.evaluation.intervals import Interval, binomial_interval, mean_interval
 from safeshield.files.schema import json_values
-from safeshield.rollouts.accepted import Starts, accepted_episodes
-from safeshield.rollouts.copies import check_env, environment_name, spaces_of
-from safeshield.rollouts.episodes import run_episodes
+from safeshield.rollouts.copies import (
+    check_env,
+    copies,
+    environment_name,
+    is_vector_env,
+    runs_natively,
+    spaces_of,
+)
+from safeshield.rollouts.episodes import SEEDS, run_episodes
 from safeshield.rollouts.infos import INTERVENED
-from safeshield.rollouts.policies import as_batch_policy, default_name
+from safeshield.rollouts.policies import as_batch_policy, default_name, torch_seeded
 from safeshield.rollouts.recorded import Episode, intervention_rate
 from safeshield.shield.nested import refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
@@ -66,6 +73,8 @@ class Evaluation:
     environment reports no cost."""
     intervention_rate: float | None
     """Share of the steps in which the shield replaced the action; None without a shield."""
+    deterministic: bool | None = None
+    """The `deterministic` that a policy's ``predict`` was called with; None where not known."""
 
     @property
     def violation_rate(self) -> float:
@@ -112,7 +121,7 @@ def evaluate(
     certified_by: ShieldLike | None = None,
     num_envs: int | None = None,
     name: str | None = None,
-    deterministic: bool = True,
+    deterministic: bool | None = None,
 ) -> Evaluation:
     """Run whole episodes and return their violation rate, return and cost.
 
@@ -123,14 +132,15 @@ def evaluate(
         episodes: N, the number of episodes that count.
         seed: Seed of starts and noise. The same seed gives the same starts, shielded or not.
         shield: The shield that filters the proposals. With None they are executed unchanged.
-        starts: With "certified" only episodes whose first state has V_h <= -delta count, and
-            episodes are drawn until there are N of them. With None all episodes count.
+        starts: With "certified" only starts with V_h <= -delta are played, and starts are drawn
+            until there are N of them. With None every start is played.
         certified_by: The shield whose V_h and delta certify the starts; by default `shield`.
         num_envs: Number of environments that step together.
         name: Name of the policy in tables.
         deterministic: The `deterministic` with which a policy's ``predict`` is called. Choose what
-            will be deployed. The default is that of the field's protocol, mean actions; that of
-            `Shield.calibrate` is False.
+            will be deployed. With None it is that of the calibration of `certified_by` or `shield`,
+            so that the evaluated policy is the one that the promise is about; and where neither is
+            calibrated True, as in the field's protocol.
 
     Raises:
         ValueError: An argument is out of range, the environment's spaces are not the shield's, or
@@ -145,6 +155,8 @@ def evaluate(
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
     check_env(env)
+    if deterministic is None:
+        deterministic = as_calibrated(judge or shield)
     acting = as_batch_policy(policy, spaces_of(env)[1], deterministic=deterministic)
     runs, share = draw_episodes(env, acting, episodes, seed, shield, judge, num_envs)
     return summarise(
@@ -153,7 +165,14 @@ def evaluate(
         environment=environment_name(env),
         start_share=share,
         seed=seed,
+        deterministic=deterministic,
     )
+
+
+def as_calibrated(shield: Shield | None) -> bool:
+    """Return the `deterministic` of a shield's calibration; True where there is none."""
+    record = None if shield is None else shield.record
+    return record is None or record.deterministic is not False
 
 
 def draw_episodes(
@@ -181,37 +200,64 @@ def draw_episodes(
     for one in (shield, judge):
         if one is not None:
             one.check_fits(*spaces_of(env))
-    draw = functools.partial(
-        filtered_episodes,
-        env,
-        policy,
-        shield=shield,
-        num_envs=num_envs,
-        observation_keys=None if judge is None else judge.observation_keys,
-    )
-    starts_drawn = Starts()
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 2]))
+    with torch_seeded(seed):
+        if judge is not None:
+            first = int(rng.integers(SEEDS))
+            return _certified_episodes(env, policy, episodes, first, shield, judge, num_envs)
+        runs: list[Episode] = []
+        while (missing := episodes - len(runs)) > 0:
+            count, own = min(missing, _MOST_AT_ONCE), int(rng.integers(2**31 - 1))
+            runs += filtered_episodes(env, policy, count, own, shield=shield, num_envs=num_envs)
+        return runs, None
+
+
+def _certified_episodes(
+    env: Env | VectorEnv,
+    policy: object,
+    episodes: int,
+    first_seed: int,
+    shield: Shield | None,
+    judge: Shield,
+    num_envs: int | None,
+) -> tuple[list[Episode], float]:
+    """Return episodes from certified starts, and the share of the drawn starts that are certified.
+
+    The episodes are reset with those seeds from `first_seed` on whose start is certified. V_h of a
+    start is known before its episode is played, so any other start costs a reset and nothing more.
+    """
+    native = not is_vector_env(env) and runs_natively(env)
+    # Copies of an environment without a vectorised form are made once: that may be slow.
+    envs = env if native else copies(env, num_envs, most=_MOST_AT_ONCE, freeze=True)
+    values = StartValues(judge, envs)
+    near = judge.threshold + judge.model.scale.rounding
     counted: list[Episode] = []
-    for batch in accepted_episodes(
-        draw,
-        lambda rows: (
-            np.ones(len(rows), np.bool_)
-            if judge is None
-            else judge.row_values(rows) <= judge.threshold
-        ),
-        episodes,
-        np.random.default_rng(np.random.SeedSequence([seed, 2])),
-        starts_drawn,
-        spare=1.0 if judge is None else 1.1,
-        most=_MOST_AT_ONCE,
-    ):
-        counted += batch
-        if starts_drawn.drawn > _MOST_RESETS_PER_EPISODE * max(starts_drawn.accepted, 20):
-            raise ValueError(
-                f"only {starts_drawn.accepted} of {starts_drawn.drawn} starts have V_h <= -delta: "
-                "the environment starts almost everywhere outside the certified set; evaluate with "
-                "starts=None"
-            )
-    return counted, None if judge is None else starts_drawn.share
+    seed, found = first_seed, 0
+    try:
+        while (missing := episodes - len(counted)) > 0:
+            seeds: list[int] = []
+            while len(seeds) < min(missing, _MOST_AT_ONCE):
+                if values[seed] <= judge.threshold:
+                    seeds.append(seed)
+                seed += 1
+                drawn, kept = seed - first_seed, len(counted) + len(seeds)
+                if drawn > _MOST_RESETS_PER_EPISODE * max(kept, 20):
+                    raise ValueError(
+                        f"only {kept} of {drawn} starts have V_h <= -delta: the environment "
+                        "starts almost everywhere outside the certified set; evaluate with "
+                        "starts=None"
+                    )
+            found += len(seeds)
+            runs = filtered_episodes(
+                envs, policy, len(seeds), seeds[0], shield=shield, seeds=seeds,
+                num_envs=num_envs if native else None, observation_keys=judge.observation_keys,
+            )  # fmt: skip
+            # An environment that does not start alike for the same seed may start outside.
+            counted += [run for run in runs if judge.row_values(run.observations[:1])[0] <= near]
+    finally:
+        if envs is not env:
+            envs.close()
+    return counted, found / (seed - first_seed)
 
 
 def summarise(
@@ -221,6 +267,7 @@ def summarise(
     environment: str,
     start_share: float | None,
     seed: int,
+    deterministic: bool | None = None,
 ) -> Evaluation:
     """Return the evaluation of episodes from `draw_episodes`.
 
@@ -231,6 +278,7 @@ def summarise(
         environment: Id of the environment.
         start_share: Share of the starts that were certified; None where all starts count.
         seed: Seed with which the episodes were drawn.
+        deterministic: The `deterministic` that a policy's ``predict`` was called with, if known.
     """
     violating = sum(run.violated for run in runs)
     returns = [run.total_return for run in runs]
@@ -249,6 +297,7 @@ def summarise(
         return_interval=mean_interval(returns),
         mean_cost=float(np.mean([run.cost_or_violations for run in runs])),
         intervention_rate=replaced,
+        deterministic=deterministic,
     )
 
 
@@ -261,11 +310,12 @@ def filtered_episodes(
     shield: Shield | None = None,
     num_envs: int | None = None,
     observation_keys: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Episode]:
     """Return whole episodes of a policy, run with a shield that filters its actions or without one.
 
     `shield` filters the actions of `policy`; None for no shield. The arguments `env`, `episodes`,
-    `seed`, `num_envs` and `observation_keys` are those of `run_episodes`.
+    `seed`, `num_envs`, `observation_keys` and `seeds` are those of `run_episodes`.
 
     Raises:
         ValueError: As in `run_episodes`, or `env` and `shield` would both shield the actions.
@@ -277,6 +327,7 @@ def filtered_episodes(
         seed=seed,
         num_envs=num_envs,
         observation_keys=observation_keys,
+        seeds=seeds,
     )
     if shield is None:
         # A shield around the environment reports in the infos which actions it replaced.

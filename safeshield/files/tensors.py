@@ -260,7 +260,7 @@ def _checked(
     found = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(found, str) or found != (kind or found):
         wanted = "a safeshield file" if kind is None else f"a '{kind}' file"
-        raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{read_by(found)}")
+        raise ValueError(f"{path} must be {wanted}, got '{str(found)[:60]}'{_read_by(found, kind)}")
     signature = contents.get("signature")
     if not set(contents) <= set(_CONTENTS) or not isinstance(signature, str | None):
         raise ValueError(
@@ -397,6 +397,20 @@ def read_by(kind: object) -> str:
     return (
         "; no imported module reads it: import the module that defines it (those of this package "
         "are in safeshield.algorithms), or pass it as --plugin FILE.py"
+    )
+
+
+def _read_by(found: object, wanted: str | None) -> str:
+    """Return what `read_by` does, and for an agent in place of a shield what makes a shield."""
+    name = str(found)
+    own = name.startswith("safeshield-") and name != "safeshield-checkpoint"
+    agent = FORMATS[name][0] == AGENT if name in FORMATS else own
+    if not agent or FORMATS.get(str(wanted), ("", ""))[0] != SHIELD:
+        return read_by(found)
+    reads = read_by(found) if name in FORMATS else "; safeshield.load_agent reads it"
+    return (
+        f"{reads}. It is the file of an agent: `safeshield calibrate FILE ENVIRONMENT OUT` writes "
+        "the agent's shield, calibrated, to OUT"
     )
 
 
