@@ -45,6 +45,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 Array = npt.NDArray[Any]
 TINY = SafeFQLConfig(
+    margin=0.058,
     critic_hidden=(8,),
     flow_hidden=(8,),
     student_hidden=(8,),

@@ -24,6 +24,7 @@ from safeshield.training.schedule import stages
 from safeshield.training.state import Draw, TrainState
 
 TINY = SafeFQLConfig(
+    margin=0.058,
     critic_hidden=(8,),
     flow_hidden=(8,),
     student_hidden=(8,),

@@ -47,7 +47,7 @@ from safeshield.shield.shield import Shield
 from safeshield.shield.tensors import picked
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import AgentFile, describing
-from safeshield.training.config import PAPER_CRITICS, EulerConfig
+from safeshield.training.config import PAPER_CRITICS, EulerConfig, Margin
 from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
 from safeshield.training.imitation import flow_update
 from safeshield.training.registry import register
@@ -106,6 +106,14 @@ class SafeFQLConfig(EulerConfig):
         "CarRun": {"safety_weight": 100.0},
     }
 
+    margin: Margin = "auto"
+    """Distance from the boundary at which an action already counts as unsafe. "auto" measures it on
+    the episodes of the log between the critics' and the teacher's phase: it is the level that a new
+    episode misses with a probability of at most 10% (`calibration.margin`). A number is in standard
+    deviations of h over the log; 0 means no margin. With continuous labels a margin above 0 is at
+    least the typical change of h in one step (sigma_h), because a thinner margin has no effect on
+    an actor. A measured margin is at least that of the number 0.058, with which the critics are
+    trained. It is that of 0.058, with a warning, where the log has fewer than 9 episodes."""
     student_hidden: Sizes = (128, 128, 128)
     """Widths of the student's hidden layers. Wider layers fit more closely and train more slowly
     (official code: four of 512)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self, TypeVar
@@ -17,10 +18,11 @@ from safeshield.files.tensors import content_digest
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.spaces.scaling import Scaling
 from safeshield.spaces.schema import check_same_space
+from safeshield.support.record import episodes_needed
 from safeshield.training.agent import OfflineAgent, check_continuous
 from safeshield.training.architecture import CRITICS, Architecture, Interface
 from safeshield.training.checkpoint import flatten
-from safeshield.training.config import CriticConfig, ValueConfig
+from safeshield.training.config import LEAST_MARGIN, CriticConfig, ValueConfig
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import (
     BEFORE_LABEL_MAGNITUDE,
@@ -52,6 +54,8 @@ from safeshield.values.units import action_value
 MARGIN = "margin"
 """Name of the measured margin among the statistics of a training state."""
 _VALUES = (*VALUE_NETWORKS, REWARD_VALUE)
+_ALPHA = 0.1
+"""Bound on the probability that a new episode misses the measured margin."""
 ConfigT = TypeVar("ConfigT", bound=ValueConfig)
 ModelT = TypeVar("ModelT", bound="CriticArchitecture")
 
@@ -196,14 +200,21 @@ def measured_margin(safety: SafetyCritics, networks: Networks, log: LogTensors) 
 
     The states of the log have their labels as h.
 
+    It is 0, with a warning, where the log has too few episodes.
+
     Args:
         safety: Description of the safety critics.
         networks: Their weights.
         log: The log.
-
-    Raises:
-        ValueError: The log has too few episodes.
     """
+    last = np.unique(log.episode_last.cpu().numpy())
+    if len(last) < (needed := episodes_needed(_ALPHA)):
+        warnings.warn(
+            f"the margin is not measured but that of {LEAST_MARGIN}: the log has {len(last)} "
+            f"episodes, and a measured margin needs {needed}",
+            stacklevel=2,
+        )
+        return 0.0
     values, after, action_values = [], [], []
     with torch.no_grad():
         for first in range(0, len(log), POOL):
@@ -219,9 +230,8 @@ def measured_margin(safety: SafetyCritics, networks: Networks, log: LogTensors) 
         torch.cat(parts).cpu().numpy().astype(np.float64)
         for parts in (values, after, action_values)
     ]
-    last = np.unique(log.episode_last.cpu().numpy())
     starts = np.append(0, last[:-1] + 1)
-    return conformal_margin(missed_levels(columns[0], columns[1], columns[2], starts))
+    return conformal_margin(missed_levels(columns[0], columns[1], columns[2], starts), _ALPHA)
 
 
 @dataclass(eq=False)

@@ -221,12 +221,12 @@ def settings(hidden: tuple[int, ...], kind: str) -> dict[str, Any]:
     if kind == "ssql":
         more = {"actor_hidden": hidden, "samples": 4, "extraction_steps": 10, "components": 2}
         return {**common, "critic_hidden": hidden, **more}
-    # The figures were frozen when 0.99 was the default.
+    # The figures were frozen when 0.99 and, for SafeFQL, a margin of 0.058 were the defaults.
     common |= {"critic_hidden": hidden, "polyak": 0.05, "safety_expectile": 0.99}
     if kind == "shield":
         return {**common, "behaviour_hidden": hidden, "fallback_hidden": hidden}
     common |= {"flow_hidden": hidden}
-    return {**common, "student_hidden": hidden} if kind == "student" else common
+    return {**common, "student_hidden": hidden, "margin": 0.058} if kind == "student" else common
 
 
 TINY = (16,)
