@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from safeshield.calibration.binomial import check_probability, upper_bound
 from safeshield.calibration.proposers import ADVERSARY, RANDOM, ShieldedProposals
-from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, start_rows
+from safeshield.calibration.trials import MOST_RESETS_PER_EPISODE, StartValues
 from safeshield.evaluation.probes import Probe, ProbingAgent, as_agent, moved, starting_probes
 from safeshield.files.schema import json_values, versions, whole
 from safeshield.rollouts.copies import (
@@ -80,7 +80,6 @@ _BATTERY_SHARE = 0.2
 """Share of the budget after which the battery gets no second pass, where episodes are slow."""
 _PART = 2**22
 """Seeds of a part: the search has the first part after a base, the verification the second."""
-_LOOK = 64
 _SOFT = 4.0
 _SEARCH_SHARE = 0.85
 """Share of the budget after which the choice begins."""
@@ -393,6 +392,7 @@ class _Player:
         self._envs: Any = env if self._native else copies(env, num_envs, most=None, freeze=True)
         base = int(np.random.default_rng(np.random.SeedSequence([seed, 1])).integers(SEEDS))
         self._search, self._verify = self._certified(base), self._certified(base + _PART)
+        self._values = StartValues(shield, self._envs)
         self._drawn = self._kept = 0
         self._rounds = 0
 
@@ -408,18 +408,18 @@ class _Player:
 
     def _certified(self, first: int) -> Iterator[int]:
         """Yield seeds whose start is certified, from `first` on."""
-        for seed in itertools.count(first, _LOOK):
-            if seed - first + _LOOK > _PART:
+        for seed in itertools.count(first):
+            if seed - first >= _PART:
                 raise ValueError(f"a search has at most {_PART} starts; give it a smaller budget")
-            values = self.shield.row_values(start_rows(self.shield, self._envs, _LOOK, seed))
-            good = np.flatnonzero(values <= self.shield.threshold)
-            self._drawn, self._kept = self._drawn + _LOOK, self._kept + len(good)
-            if self._drawn > MOST_RESETS_PER_EPISODE * max(self._kept, 50):
+            self._drawn += 1
+            if self._values[seed] <= self.shield.threshold:
+                self._kept += 1
+                yield seed
+            elif self._drawn > MOST_RESETS_PER_EPISODE * max(self._kept, 50):
                 raise ValueError(
                     f"only {self._kept} of {self._drawn} starts have V_h <= -delta: the "
                     "environment starts almost everywhere outside the certified set"
                 )
-            yield from (seed + good).tolist()
 
     def compare(self, probes: Sequence[Probe], each: int, stop: Callable[[], bool]) -> list[Played]:
         """Return how probes do on the same fresh seeds of the search, `each` episodes each.
