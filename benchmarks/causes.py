@@ -11,7 +11,10 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     student            the student's first draw
     student lowest     the lowest Q_h of 17 draws of the student
     gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
-    default            the same, and the search over the box where none of the 17 passes
+    default            the same, but where none of the 17 passes, the nearest action below the gate
+                       that a search over the box finds, if it finds one
+    search             the same, but the lowest Q_h of the search where it finds none
+    escape teacher     the same, but the lowest Q_h of 16 draws of the teacher where it finds none
     behaviour          the same, with 64 draws of the log's behaviour in place of the search
     teacher, fisor     of 16 draws of that flow the highest A_r where Q_h < -margin, else the lowest
                        Q_h
@@ -19,8 +22,8 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     fisor lowest       the lowest Q_h of 16 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
-    auto student, auto gate, auto default, auto behaviour, auto teacher
-                       the same with margin="auto": teacher and student are trained anew on the same
+    auto student, auto gate, auto default, auto search, auto behaviour, auto escape teacher,
+    auto teacher       the same with margin="auto": teacher and student are trained anew on the same
                        critics (6,000 updates), with the margin that is measured on the log
 
 The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
@@ -212,8 +215,11 @@ class Rules:
         """Return the first draw of the student, or the action that replaces it.
 
         Args:
-            beyond: What is taken where no draw passes the gate: "" for the lowest Q_h, "search" for
-                the search of the default, and "behaviour" for draws of the behaviour.
+            beyond: What is taken where no draw passes the gate: "" for the lowest Q_h of the draws,
+                "search" for what the search of the shield chooses, "behaviour" for draws of the
+                behaviour, "escape" for what the search chooses where that passes the gate and
+                otherwise the lowest Q_h of the draws, "escape teacher" for the same with draws of
+                the teacher.
             states: n states.
         """
         actions, branch = self.first("student", states)
@@ -230,8 +236,16 @@ class Rules:
             at = at[~below]
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
-            if beyond == "search":
-                found = self.agent._beyond_the_student(self.safety, judged, before, self.limit)
+            if beyond != "behaviour":
+                found, reached = self.agent._beyond_the_student(
+                    self.safety, judged, before, self.limit
+                )
+                if beyond != "search":
+                    lost = reached > self.limit
+                    found[lost] = before[lost]
+                    if beyond == "escape teacher" and lost.any():
+                        nothing = states.take(at[lost])
+                        found[lost] = self.lowest("teacher", FLOW_DRAWS, nothing)[0]
             else:
                 more = self.draws("behaviour", judged, BEHAVIOUR_DRAWS)
                 drawn = np.concatenate([before[:, None], more], 1)
@@ -276,13 +290,15 @@ PLAIN: dict[str, Callable[[Rules, StateValue], Choice]] = {
 """Arms without a gate."""
 GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "gate": lambda rules, states: rules.gate("", states),
-    "default": lambda rules, states: rules.gate("search", states),
+    "default": lambda rules, states: rules.gate("escape", states),
+    "search": lambda rules, states: rules.gate("search", states),
     "behaviour": lambda rules, states: rules.gate("behaviour", states),
+    "escape teacher": lambda rules, states: rules.gate("escape teacher", states),
     "teacher": lambda rules, states: rules.best("teacher", states),
     "fisor": lambda rules, states: rules.best("fisor", states),
 }
 """Arms with a gate, which are played at several margins."""
-AUTO = ("student", "gate", "default", "behaviour", "teacher")
+AUTO = ("student", "gate", "default", "search", "behaviour", "escape teacher", "teacher")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),

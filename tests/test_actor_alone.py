@@ -261,7 +261,7 @@ def test_a_second_attempt_is_tested_more_strictly(agent: SafeFQL) -> None:
     with pytest.raises(CalibrationError):
         first.calibrate(boat(), epsilon=0.02, confidence=0.8, deltas=[0.0])
     assert [one.passed for one in first.attempts] == [False]
-    second = first.calibrate(boat(), epsilon=0.5, confidence=0.8, deltas=[0.0])
+    second = first.calibrate(boat(), epsilon=0.8, confidence=0.8, deltas=[0.0])
     assert second.record is not None
     assert second.record.attempts[-1].level == pytest.approx(0.1)
     assert "attempt 2 on this agent with this actor" in second.record.promise

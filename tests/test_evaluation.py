@@ -11,11 +11,13 @@ from scipy import stats
 from safeshield.evaluation.episodes import (
     Evaluation,
     UnshieldedAdversary,
+    as_calibrated,
     evaluate,
     filtered_episodes,
 )
 from safeshield.evaluation.intervals import binomial_interval, mean_interval
 from safeshield.evaluation.tables import format_table
+from safeshield.policies import ShieldedPolicy
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield, UncalibratedShieldWarning
@@ -292,13 +294,47 @@ def test_evaluation_plays_the_policy_with_its_noise_when_asked() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_evaluation_plays_the_policy_that_was_calibrated(deterministic: bool) -> None:
+def test_how_the_policy_acted_is_in_the_record_and_in_the_result(deterministic: bool) -> None:
     shield = linear_shield(0.1).calibrate(
         Walk(), policy=Noisy(), epsilon=0.5, confidence=0.6, deterministic=deterministic
     )
-    result = evaluate(Walk(), Noisy(), 3, 0, starts="certified", certified_by=shield)
+    assert as_calibrated(shield) == deterministic
+    result = evaluate(
+        Walk(), Noisy(), 3, 0, starts="certified", certified_by=shield,
+        deterministic=as_calibrated(shield),
+    )  # fmt: skip
     assert result.deterministic == deterministic
     assert result.mean_return == (5.0 if deterministic else -5.0)
-    behind = evaluate(Walk(), Noisy(), 3, 0, shield=shield, starts="certified")
-    assert behind.deterministic == deterministic
-    assert evaluate(Walk(), Noisy(), 3, 0, shield=shield, deterministic=True).deterministic
+    row = format_table([result]).splitlines()[-1].split()
+    assert row[:4] == ["Noisy", "no", "no" if deterministic else "yes", "certified"]
+    assert as_calibrated(linear_shield())
+
+
+class OwnNoise:
+    """An agent with a generator of its own, as the package's agents have."""
+
+    def __init__(self) -> None:
+        self.noise = np.random.default_rng(0)
+
+    def predict(
+        self, observation: Array, state: None = None, episode_start: None = None,
+        deterministic: bool = False,
+    ) -> tuple[Array, None]:  # fmt: skip
+        return self.noise.uniform(-1.0, 1.0, (len(observation), 1)).astype(np.float32), state
+
+
+def test_the_noise_of_an_agent_follows_from_the_seed() -> None:
+    agent = OwnNoise()
+    own = agent.noise
+    first, again, other = (
+        evaluate(Walk(), agent, 5, seed, deterministic=False).mean_return for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+    assert agent.noise is own
+
+
+def test_a_shielded_policy_counts_as_shielded() -> None:
+    shield = linear_shield(0.1)
+    with pytest.warns(UncalibratedShieldWarning):
+        assert evaluate(Walk(), ShieldedPolicy(up, shield), 3, 0).shielded

@@ -143,6 +143,8 @@ def test_own_formats_are_not_read_where_their_module_is_not_imported(
         "try:\n    Shield.load(sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
         "print('torch' in sys.modules)"
     )
+    with pytest.raises(ValueError, match=r"must be an agent's file.*, but is a log"):
+        load_agent(folder / "log.npz")
     told = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "agent")],
         check=True, capture_output=True, text=True,

@@ -543,3 +543,14 @@ def test_a_function_that_returns_no_action_is_told_what_an_action_is(returned: o
         as_batch_policy(type("Agent", (), {"predict": lambda *_: None}), box)
     whole = as_batch_policy(lambda _: 1, gym.spaces.Discrete(3))
     assert whole(np.zeros((2, 3)), np.random.default_rng(0)).tolist() == [1, 1]
+
+
+def test_nan_of_the_environment_is_not_blamed_on_the_policy() -> None:
+    class Broken(Walk):
+        def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+            observation, *rest = super().step(action)
+            return (observation * np.nan, *rest)
+
+    # Not all episodes of Walk end after one step, so that the policy sees NaN.
+    with pytest.raises(ValueError, match="the environment returned NaN in an observation"):
+        run_episodes(Broken(), lambda seen: seen[:1], 8, 0)

@@ -305,32 +305,30 @@ def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
 
 
 @pytest.mark.filterwarnings("ignore:this shield is not calibrated")
-def test_where_no_draw_passes_it_does_what_its_shield_would(
+def test_where_no_draw_passes_the_search_of_its_shield_decides_if_it_finds_an_action(
     log: OfflineDataset, fitted: SafeFQL
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
     spread = fitted._fitted().critics.safety.scale.spread
-    none = with_candidates(fitted, 9, margin=1e6 / spread)
-    lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
+    # Nothing passes this gate, so that the safest sample is executed.
+    safest = with_candidates(fitted, 9, margin=1e6 / spread).predict(seen, deterministic=True)[0]
+    values = np.asarray(own.value(seen, safest))
+    lowest = np.asarray(own.value(seen, own.with_delta(1e6).filter(seen, safest)[0]))
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
-    values = np.asarray(own.value(seen, first))
-    # A gate that the first draw fails and some action passes, in one state at least.
+    assert (values <= np.asarray(own.value(seen, first)) + 1e-6).all()
+    # A gate that all samples fail and an action of the search passes, in one state at least.
     j = (values - lowest).argmax()
     limit = 0.1 * float(values[j]) + 0.9 * float(lowest[j])
-    gated = with_candidates(fitted, 9, margin=-limit / spread)
-    acted = gated.predict(seen, deterministic=True)[0]
-    after = np.asarray(own.value(seen, acted))
-    reachable = lowest < limit - 1e-5
-    assert 0 < reachable.sum() < len(seen)
-    assert (after[reachable] <= limit + 1e-5).all()
-    np.testing.assert_allclose(after[~reachable], lowest[~reachable], atol=1e-5)
-    draws = with_candidates(fitted, 9, margin=-limit / spread)
-    draws._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
-    alone = draws.predict(seen, deterministic=True)[0]
-    failed = np.asarray(own.value(seen, alone)) > limit + 1e-5
+    acted = with_candidates(fitted, 9, margin=-limit / spread).predict(seen, deterministic=True)[0]
+    failed, reachable = values > limit + 1e-5, lowest < limit - 1e-5
     assert (failed & reachable).any()
-    expected = own.with_delta(-limit).filter(seen[failed], alone[failed])[0]
-    np.testing.assert_allclose(acted[failed], expected, atol=1e-5)
+    expected = own.with_delta(-limit).filter(seen, safest)[0]
+    found = failed & reachable
+    np.testing.assert_allclose(acted[found], expected[found], atol=1e-5)
+    nothing = failed & (lowest > limit + 1e-5)
+    assert nothing.any()
+    np.testing.assert_array_equal(acted[nothing], safest[nothing])
+    assert (np.abs(expected[nothing] - safest[nothing]) > 1e-3).any()  # the search has others
 
 
 def test_the_kind_of_labels_survives_a_file(log: OfflineDataset, tmp_path: Path) -> None:

@@ -465,6 +465,12 @@ def test_ppo_trains_in_a_shielded_env(shield: Shield) -> None:
     assert all(set(KEYS) <= set(info) for info in infos)
 
 
+def test_a_vector_environment_needs_its_own_wrapper(shield: Shield) -> None:
+    vector = gym.vector.SyncVectorEnv([boat, boat])
+    with pytest.raises(TypeError, match=r"got a vector environment: use .*VectorSafetyShield"):
+        SafetyShield(vector, shield)
+
+
 def test_a_record_of_another_environment_is_told(shield: Shield) -> None:
     told = record(shield.delta)
     calibrated = replace(shield, record=replace(told, environment="Other-v0"))

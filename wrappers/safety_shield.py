@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
+from safeshield.rollouts.copies import is_vector_env
 from safeshield.rollouts.infos import PENALTY
 from safeshield.shield.adaptive import AdaptiveThreshold, as_adaptive
 from safeshield.shield.masks import with_own_mask
@@ -153,6 +154,12 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
         if isinstance(shield, os.PathLike):
             # The spec is written as JSON, which can hold a string but no path object.
             shield = os.fspath(shield)
+        if is_vector_env(env):
+            raise TypeError(
+                "env must be a single environment, got a vector environment: use "
+                "safeshield.wrappers.VectorSafetyShield, or VecSafetyShield for one of "
+                "Stable-Baselines3"
+            )
         refuse_shielded(env, _ONE_SHIELD)
         settings = as_adaptive(adaptive)
         RecordConstructorArgs.__init__(

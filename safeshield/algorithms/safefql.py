@@ -131,8 +131,13 @@ class SafeFQLConfig(EulerConfig):
     candidates: PositiveInt = 16
     """Number N of further samples where the first sample is not safe by the margin. The safest of
     all these samples is then executed. If it is not safe by the margin either, the agent executes
-    the nearest acceptable action that the search of a shield finds. A larger N is safer and slower.
-    With 1 the first sample is always executed, as in the paper."""
+    the nearest acceptable action that the search of a shield finds, if it finds one. A larger N is
+    safer and slower. With 1 the first sample is always executed, as in the paper."""
+    last_resort: Literal["sample", "search"] = "sample"
+    """Action where that search finds no acceptable one. "sample" means the safest of the samples.
+    "search" means the searched one of lowest Q_h, as agents of earlier files do: the search covers
+    the whole box of actions, where the lowest Q_h belongs to actions that the log does not show.
+    Not used with ``candidates=1`` and with extraction "sample"."""
     extraction: Literal["student", "sample"] = "student"
     """How the agent acts. "student" means the samples of the one-step student, as under
     `candidates`. "sample" means that the flow of the teacher draws N = `candidates` actions: of
@@ -269,6 +274,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         **CriticAgent._before,
         "teacher": "behaviour",
         "candidates": 1,
+        "last_resort": "search",
         "extraction": "student",
     }
     _fewest_steps = 3
@@ -298,9 +304,24 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         """
         return self.config.margin_of(self._fitted().critics.safety)
 
+    @property
+    def measured_margin(self) -> float | None:
+        """The margin that was measured on the log, in units of h; None with a given `margin`.
+
+        The gate is above it where the fixed margin is (`SafeFQLConfig.margin`).
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+        """
+        return self._fitted().critics.safety.margin
+
     def diagnostics(self) -> dict[str, Any]:
-        """Return the promise of the record; nothing where there is no record."""
-        return {} if self.record is None else {"promise": self.record.promise}
+        """Return the gate, the measured margin, and the promise of the record where there is one.
+
+        Both margins are in units of h.
+        """
+        found = {"gate": self.gate, "measured_margin": self.measured_margin}
+        return found if self.record is None else {**found, "promise": self.record.promise}
 
     def calibrate(
         self,
@@ -646,8 +667,9 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         """Return the action for one sample of z (deterministic: z = 0) where it is safe enough.
 
         Where Q_h of this action is not below -margin, the safest of it and N more samples is taken.
-        If Q_h of that one is not below -margin either, `_beyond_the_student` returns the action
-        that a shield would choose. A deterministic call uses the same N samples in every state.
+        If Q_h of that one is not below -margin either, the nearest acceptable action that the
+        search of a shield finds is taken. Where nothing is acceptable, the setting `last_resort`
+        decides. A deterministic call uses the same N samples in every state.
         """
         if self.config.extraction == "sample":
             return self._best_of_teacher(model, states, deterministic)
@@ -672,8 +694,9 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             lost = values.min(1) >= limit
             at = at[lost]
         if len(at):
-            judged = states.take(at)
-            actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
+            found, value = self._beyond_the_student(safety, states.take(at), actions[at], limit)
+            takes = (value <= limit) | (self.config.last_resort == "search")
+            actions[at] = np.where(takes[:, None], found, actions[at])
         return actions
 
     def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
@@ -705,8 +728,11 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
             values = judge.judged(some, options)
             safest, value = picked(options, values, values.argmin(1))
-            beyond = judge.nearest_features(some, safest, limit)
-            chosen = torch.where((value >= limit)[:, None], beyond, safest)
+            beyond, reached = judge.nearest_features(some, safest, limit)
+            searched = value >= limit
+            if self.config.last_resort == "sample":
+                searched = searched & (reached <= limit)
+            chosen = torch.where(searched[:, None], beyond, safest)
             return [first.with_rows(index, chosen)]
 
         return judge.to_box(rows.recorder.where_any(missing, further, [first])[0])
@@ -739,15 +765,19 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         states: StateValue,
         actions: Float,
         limit: float,
-    ) -> Float:
-        """Return the nearest acceptable action to each, among the candidates of a shield."""
+    ) -> tuple[Float, Float]:
+        """Return the nearest acceptable action to each, among the candidates of a shield, and Q_h.
+
+        Where no candidate is acceptable, it is the one of lowest Q_h.
+        """
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
         values = safety.scaled_values(states, drawn)
         best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
-        return np.asarray(drawn[np.arange(len(actions)), best])
+        count = np.arange(len(actions))
+        return drawn[count, best], values[count, best]
 
     def _student(self, observations: Float, noise: Float) -> Float:
         network = self._fitted().networks[STUDENT]

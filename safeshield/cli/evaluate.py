@@ -88,11 +88,23 @@ def evaluate(
     needless = [name for name, value in given.items() if value]
     if needless:
         raise ValueError(f"{', '.join(needless)} belong to the field's protocol: add --cost-limit")
+    from safeshield.cli.kinds import file_kind
     from safeshield.evaluation import UnshieldedAdversary, format_table
     from safeshield.evaluation import evaluate as evaluate_policy
+    from safeshield.evaluation.episodes import as_calibrated
+    from safeshield.files.tensors import AGENT
 
+    kind = file_kind(source)
+    if policy is None and kind == AGENT:
+        typer.echo(
+            f"note: {source} is an agent, and its shield, which is not calibrated, filters random "
+            "actions here. To evaluate the agent itself, add --cost-limit and --log, or give a "
+            f"shield as SOURCE and --policy {source}",
+            err=True,
+        )
     policy = policy or "random"
     shield = shield_of(source)
+    acts = as_calibrated(shield) if deterministic is None else deterministic
     env = env_for(env_id, shield)
     results = []
     for shielded in (False, True) if without else (True,):
@@ -109,7 +121,7 @@ def evaluate(
                 starts="certified",
                 certified_by=shield,
                 name=Path(policy).name,
-                deterministic=deterministic,
+                deterministic=acts,
             )
         )
     if as_json:
@@ -124,6 +136,11 @@ def evaluate(
     named = [] if record is None else [one.policy for one in record.policies]
     if record is not None and name not in named:
         typer.echo(f"note: the promise of {source} is about {', '.join(named)}, not about {name}")
+    elif record is not None and acts != as_calibrated(shield):
+        typer.echo(
+            f"note: the promise of {source} is about policies with deterministic={not acts}, and "
+            f"{name} was played with deterministic={acts}"
+        )
 
 
 def _evaluate_by_protocol(

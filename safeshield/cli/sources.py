@@ -101,8 +101,9 @@ def shield_of(path: Path) -> Shield:
         if isinstance(agent, HasShield):
             return agent.shield()
         raise ValueError(
-            f"{path} is an agent of {type(agent).__name__}, which learns no "
-            "shield; train with --algorithm shield"
+            f"{path} is an agent of {type(agent).__name__}, which learns no shield; train one with "
+            "--algorithm shield. `safeshield evaluate` takes an agent without a shield with "
+            "--cost-limit and --log, or as --policy of another agent's shield"
         )
     raise ValueError(f"{path} must be an agent or a shield, but is {with_article(kind)}")
 

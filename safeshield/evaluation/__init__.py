@@ -20,7 +20,12 @@ from safeshield.evaluation.across_tasks import (
     stratified_interval,
 )
 from safeshield.evaluation.curves import CurvePoint, Evaluate, read_curve, write_curve
-from safeshield.evaluation.episodes import Evaluation, UnshieldedAdversary, evaluate
+from safeshield.evaluation.episodes import (
+    Evaluation,
+    UnshieldedAdversary,
+    as_calibrated,
+    evaluate,
+)
 from safeshield.evaluation.field import EPISODES, SEEDS, field_score, play
 from safeshield.evaluation.scores import (
     COST_LIMIT,
@@ -50,6 +55,7 @@ __all__ = [
     "UnshieldedAdversary",
     "WatchedEpisode",
     "aggregate",
+    "as_calibrated",
     "describe_score",
     "evaluate",
     "field_score",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -32,7 +32,7 @@ from safeshield.rollouts.episodes import SEEDS, run_episodes
 from safeshield.rollouts.infos import INTERVENED
 from safeshield.rollouts.policies import as_batch_policy, default_name, torch_seeded
 from safeshield.rollouts.recorded import Episode, intervention_rate
-from safeshield.shield.nested import refuse_shielded, shielding_layer
+from safeshield.shield.nested import is_shielded_policy, refuse_shielded, shielding_layer
 from safeshield.shield.shield import HasShield, Shield, as_shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.generic import Env, VectorEnv
@@ -121,7 +121,7 @@ def evaluate(
     certified_by: ShieldLike | None = None,
     num_envs: int | None = None,
     name: str | None = None,
-    deterministic: bool | None = None,
+    deterministic: bool = True,
 ) -> Evaluation:
     """Run whole episodes and return their violation rate, return and cost.
 
@@ -130,17 +130,20 @@ def evaluate(
             VectorEnv. It must report ``info["constraint"]`` or ``info["cost"]``.
         policy: The policy that proposes actions, in any form that `as_batch_policy` takes.
         episodes: N, the number of episodes that count.
-        seed: Seed of starts and noise. The same seed gives the same starts, shielded or not.
+        seed: Seed of starts and noise. The same seed gives the same starts, shielded or not, and
+            the same result where it is repeated.
         shield: The shield that filters the proposals. With None they are executed unchanged.
         starts: With "certified" only starts with V_h <= -delta are played, and starts are drawn
             until there are N of them. With None every start is played.
-        certified_by: The shield whose V_h and delta certify the starts; by default `shield`.
-        num_envs: Number of environments that step together.
+        certified_by: The shield whose V_h and delta certify the starts, by default `shield`; or an
+            agent whose actor is calibrated (`SafeFQL.calibrate`), with the delta of its record.
+        num_envs: Number of environments that step together. A function that remembers earlier
+            steps needs 1, or a method `start_wave` (`rollouts.policies.BatchPolicy`).
         name: Name of the policy in tables.
         deterministic: The `deterministic` with which a policy's ``predict`` is called. Choose what
-            will be deployed. With None it is that of the calibration of `certified_by` or `shield`,
-            so that the evaluated policy is the one that the promise is about; and where neither is
-            calibrated True, as in the field's protocol.
+            will be deployed: the promise of a shield is about one of the two (`as_calibrated`). The
+            default is that of the field's protocol, mean actions; that of `Shield.calibrate` is
+            False.
 
     Raises:
         ValueError: An argument is out of range, the environment's spaces are not the shield's, or
@@ -155,11 +158,9 @@ def evaluate(
     shield = None if shield is None else as_shield(shield)
     judge = _judge(starts, shield, certified_by)
     check_env(env)
-    if deterministic is None:
-        deterministic = as_calibrated(judge or shield)
     acting = as_batch_policy(policy, spaces_of(env)[1], deterministic=deterministic)
     runs, share = draw_episodes(env, acting, episodes, seed, shield, judge, num_envs)
-    return summarise(
+    result = summarise(
         runs,
         policy=name or default_name(policy),
         environment=environment_name(env),
@@ -167,10 +168,12 @@ def evaluate(
         seed=seed,
         deterministic=deterministic,
     )
+    # The actions of such a policy have been filtered before they are seen here.
+    return replace(result, shielded=True) if is_shielded_policy(policy) else result
 
 
 def as_calibrated(shield: Shield | None) -> bool:
-    """Return the `deterministic` of a shield's calibration; True where there is none."""
+    """Return the `deterministic` of a shield's calibration, for `evaluate`; True without one."""
     record = None if shield is None else shield.record
     return record is None or record.deterministic is not False
 
@@ -347,6 +350,10 @@ def _judge(
             raise ValueError("certified_by is used with starts='certified' only; pass both")
         return None
     judge = shield if certified_by is None else as_shield(certified_by)
+    # An agent whose actor is calibrated certifies starts at the delta of its own record.
+    actor = None if isinstance(certified_by, Shield) else getattr(certified_by, "record", None)
+    if judge is not None and actor is not None:
+        judge = judge.with_delta(actor.delta)
     if judge is None:
         raise ValueError(
             "starts='certified' needs a shield that certifies the starts: pass shield, or pass "

@@ -29,7 +29,7 @@ def format_table(evaluations: Sequence[Evaluation]) -> str:
     if not evaluations:
         raise ValueError("evaluations must hold at least one Evaluation, got none")
     header = (
-        "agent", "shield", "episodes", "violating", "rate in %, 95% interval",
+        "agent", "shield", "noise", "starts", "episodes", "violating", "rate in %, 95% interval",
         "return, 95% interval", "cost", "replaced",
     )  # fmt: skip
     return aligned([header, *map(_cells, evaluations)], 2)
@@ -40,6 +40,8 @@ def _cells(one: Evaluation) -> tuple[str, ...]:
     return (
         one.policy,
         "yes" if one.shielded else "no",
+        "-" if one.deterministic is None else "no" if one.deterministic else "yes",
+        one.starts,
         str(one.episodes),
         str(one.violating),
         f"{100 * one.violation_rate:.2f} [{100 * low:.2f}, {100 * high:.2f}]",

@@ -409,8 +409,8 @@ def _read_by(found: object, wanted: str | None) -> str:
         return read_by(found)
     reads = read_by(found) if name in FORMATS else "; safeshield.load_agent reads it"
     return (
-        f"{reads}. It is the file of an agent: `safeshield calibrate FILE ENVIRONMENT OUT` writes "
-        "the agent's shield, calibrated, to OUT"
+        f"{reads}. It is the file of an agent: where the agent has a shield, `safeshield calibrate "
+        "FILE ENVIRONMENT OUT` writes this shield, calibrated, to OUT"
     )
 
 

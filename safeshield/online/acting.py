@@ -93,7 +93,7 @@ class SoftAgent(OnlineLearner):
             RuntimeError: Nothing has been learned; or the induced policy is needed and the agent
                 has no behaviour; or the parametric policy is needed and has not been trained.
         """
-        rng = np.random.default_rng(self.config.seed) if deterministic else self._noise
+        rng = np.random.default_rng(self.config.seed) if deterministic else self.noise
         if self._warming():
             return cast(Collector, self._collector).propose(observation, rng), state
         model = self._fitted()

@@ -193,7 +193,7 @@ class SafeSupportQLearning(SoftAgent):
                 SafeBehaviour(behaviour, self.safe_set, codec),
                 self._replay,
                 self.config.samples,
-                self._noise,
+                self.noise,
             )
             # Seeded only once, so that a second call continues with new episodes.
             venv.seed(self.config.seed)
@@ -304,7 +304,7 @@ class SafeSupportQLearning(SoftAgent):
             given = model.policy(clone)
         self._behaviour = as_behaviour(given, dataset.action_space)
         mu = self._safe_behaviour(model)
-        replay = replay_of_log(dataset, mu, self.config.samples, self._noise)
+        replay = replay_of_log(dataset, mu, self.config.samples, self.noise)
         updates = SSQLUpdates(model, replay, self.config)
         critics = updates.critics(options.steps)
 

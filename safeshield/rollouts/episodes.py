@@ -211,7 +211,11 @@ class _Runner:
             # The policy and the environments get copies, because they may write into their arrays
             # and the log must hold the original values.
             proposed = self.policy(copied(observations), self.rng)
-            actions = executable_actions(proposed, self.action_codec.space, count)
+            try:
+                actions = executable_actions(proposed, self.action_codec.space, count)
+            except ValueError as error:
+                self._check_observations(observations, own, error)
+                raise
             result = envs.step(self._in_dtype(np.array(actions)))
             check_step(result)
             returned, rewards, terminated, truncated, infos = result
@@ -234,6 +238,16 @@ class _Runner:
                 observations, _ = envs.reset(options={**(options or {}), "reset_mask": ended})
         self.batches += 1
         return [record.episode(i) for i in range(wanted)]
+
+    def _check_observations(self, observations: Batch, seeds: list[int], error: Exception) -> None:
+        """Raise ValueError where a policy failed because the environment returned NaN."""
+        rows = self.observation_codec.flatten(observations)[0]
+        bad = np.flatnonzero(np.isnan(rows).any(axis=1))
+        if len(bad):
+            raise ValueError(
+                "the environment returned NaN in an observation of the episode that was reset "
+                f"with seed {seeds[bad[0]]}: {rows[bad[0]]}"
+            ) from error
 
     def _in_dtype(self, actions: Array) -> Array:
         space = self.action_codec.space

@@ -80,7 +80,8 @@ def as_batch_policy(
     - an object with ``act_batch(observations, rng) -> actions``;
     - a callable with ``batched = True`` (see `batch_policy`), which is used unchanged;
     - an object with Stable-Baselines3's ``predict``, which is called with the whole batch, its
-      recurrent state and `deterministic`. Its noise comes from torch's own generator, not `rng`;
+      recurrent state and `deterministic`. Agents of this package draw their noise from `rng`,
+      models of Stable-Baselines3 from torch's own generator;
     - a ``torch.nn.Module`` in evaluation mode (``module.eval()``), which gets a batch of
       observations as one tensor of its own dtype, or as a dict of them for a Dict, and returns a
       tensor of actions, as in `Shield.export_onnx`;
@@ -301,6 +302,20 @@ def _module_policy(module: Any) -> BatchPolicy:  # noqa: ANN401 - torch is not i
     return act
 
 
+@contextlib.contextmanager
+def _noise_from(rng: np.random.Generator, model: Any) -> Iterator[None]:  # noqa: ANN401
+    """Let an agent draw its noise from `rng` in a block, so that a run's seed determines it."""
+    own = getattr(model, "noise", None)
+    if not isinstance(own, np.random.Generator):
+        yield
+        return
+    model.noise = rng
+    try:
+        yield
+    finally:
+        model.noise = own
+
+
 class PredictPolicy:
     """A batch policy made of a model with Stable-Baselines3's ``predict``.
 
@@ -324,13 +339,18 @@ class PredictPolicy:
         self._starts = np.ones(num_envs, dtype=np.bool_)
 
     def __call__(self, observations: Batch, rng: np.random.Generator, /) -> Array:
-        """Return the model's actions. Its noise comes from its own generator, not from `rng`."""
+        """Return the model's actions.
+
+        An agent of this package draws its noise from `rng`, a model of Stable-Baselines3 from
+        torch's own generator.
+        """
         count = batch_length(observations)
         if len(self._starts) != count:
             self.start_wave(count)
-        actions, self._state = self.predict(
-            observations, self._state, self._starts, deterministic=self._deterministic
-        )
+        with _noise_from(rng, self._model):
+            actions, self._state = self.predict(
+                observations, self._state, self._starts, deterministic=self._deterministic
+            )
         self._starts = np.zeros(count, dtype=np.bool_)
         return actions
 

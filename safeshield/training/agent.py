@@ -166,7 +166,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         self._model: ModelT | None = None
         self._networks: Networks = {}
         self._arrays: dict[str, Deployed] = {}
-        self._noise = np.random.default_rng(self.config.seed)
+        self.noise = np.random.default_rng(self.config.seed)
+        """Generator of the noise of `predict`. Episodes of `run_episodes` use their own instead."""
         self._episodes: npt.NDArray[np.uint64] | None = None
 
     # -- methods that an algorithm implements -------------------------------------------------
@@ -224,7 +225,7 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         """Return an agent with the same weights, other settings, and its noise from the start."""
         other = copy.copy(self)
         other.config = dataclasses.replace(self.config, **changes)
-        other._noise = np.random.default_rng(other.config.seed)
+        other.noise = np.random.default_rng(other.config.seed)
         return other
 
     # -- learned weights ----------------------------------------------------------------------
@@ -636,7 +637,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
     def _one_noise(self, rows: int, width: int, deterministic: bool) -> Float:
         """Return standard normal noise (rows, width); 0 in a deterministic call."""
         shape = (rows, width)
-        noise = np.zeros(shape) if deterministic else self._noise.standard_normal(shape)
+        noise = np.zeros(shape) if deterministic else self.noise.standard_normal(shape)
         return noise.astype(np.float32)
 
     def _candidate_noise(self, rows: int, each: int, width: int, deterministic: bool) -> Float:
@@ -647,4 +648,4 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         if deterministic:
             drawn = np.random.default_rng(self.config.seed).standard_normal((each, width))
             return np.tile(drawn, (rows, 1)).astype(np.float32)
-        return self._noise.standard_normal((rows * each, width)).astype(np.float32)
+        return self.noise.standard_normal((rows * each, width)).astype(np.float32)

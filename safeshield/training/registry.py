@@ -10,9 +10,16 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from safeshield.files.tensors import AGENT, read_by, read_tensors, register_format
+from safeshield.files.tensors import (
+    AGENT,
+    LOG_SUFFIXES,
+    read_by,
+    read_tensors,
+    register_format,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +133,11 @@ def load_agent(
             its signature is missing or not valid.
         ImportError: `verify` is given, and the extra `sign` is not installed.
     """
+    if Path(path).suffix.lower() in LOG_SUFFIXES:
+        raise ValueError(
+            f"{path} must be an agent's file (.safetensors), but is a log: read it by "
+            "OfflineDataset.load(path)"
+        )
     form = read_tensors(path).header["format"]
     known = {one.kind.file_format: one.kind for one in ALGORITHMS.values()}
     if form not in known:
