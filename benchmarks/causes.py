@@ -12,17 +12,19 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     student lowest     the lowest Q_h of 17 draws of the student
     gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
     default            the same, but where none of the 17 passes, the nearest action below the gate
-                       that a search over the box finds, if it finds one
+                       that a search over the box finds; where it finds none, the lowest Q_h of 16
+                       draws of the teacher
     search             the same, but the lowest Q_h of the search where it finds none
-    escape teacher     the same, but the lowest Q_h of 16 draws of the teacher where it finds none
+    student resort     the same, but the lowest Q_h of the 17 draws where it finds none
     behaviour          the same, with 64 draws of the log's behaviour in place of the search
     teacher, fisor     of 16 draws of that flow the highest A_r where Q_h < -margin, else the lowest
                        Q_h
     teacher lowest,
     fisor lowest       the lowest Q_h of 16 draws
+    flrp gate          FLRP's first draw where Q_h < -margin, else the lowest Q_h of 17 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
-    auto student, auto gate, auto default, auto search, auto behaviour, auto escape teacher,
+    auto student, auto gate, auto default, auto search, auto student resort, auto behaviour,
     auto teacher       the same with margin="auto": teacher and student are trained anew on the same
                        critics (6,000 updates), with the margin that is measured on the log
 
@@ -257,6 +259,19 @@ class Rules:
             branch[at] = np.where(reached <= self.limit, SEARCH, LOWEST)
         return actions, branch
 
+    def safest(self, name: str, each: int, states: StateValue) -> Choice:
+        """Return the first draw where it passes the gate, else the lowest Q_h of `each` draws."""
+        actions, branch = self.first(name, states)
+        passes = self.safety.scaled_values(states, actions[:, None])[:, 0] < self.limit
+        at = np.flatnonzero(~passes)
+        if len(at):
+            judged = states.take(at)
+            drawn = np.concatenate([self.draws(name, judged, each - 1), actions[at, None]], 1)
+            values = self.safety.scaled_values(judged, drawn)
+            actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
+            branch[at] = np.where(values.min(1) < self.limit, CANDIDATES, LOWEST)
+        return actions, branch
+
     def best(self, name: str, states: StateValue) -> Choice:
         """Return the draw of the highest A_r below the gate; where there is none, of lowest Q_h."""
         drawn = self.draws(name, states, FLOW_DRAWS)
@@ -290,15 +305,16 @@ PLAIN: dict[str, Callable[[Rules, StateValue], Choice]] = {
 """Arms without a gate."""
 GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "gate": lambda rules, states: rules.gate("", states),
-    "default": lambda rules, states: rules.gate("escape", states),
+    "default": lambda rules, states: rules.gate("escape teacher", states),
     "search": lambda rules, states: rules.gate("search", states),
     "behaviour": lambda rules, states: rules.gate("behaviour", states),
-    "escape teacher": lambda rules, states: rules.gate("escape teacher", states),
+    "student resort": lambda rules, states: rules.gate("escape", states),
     "teacher": lambda rules, states: rules.best("teacher", states),
     "fisor": lambda rules, states: rules.best("fisor", states),
+    "flrp gate": lambda rules, states: rules.safest("flrp", STUDENT_DRAWS + 1, states),
 }
 """Arms with a gate, which are played at several margins."""
-AUTO = ("student", "gate", "default", "search", "behaviour", "escape teacher", "teacher")
+AUTO = ("student", "gate", "default", "search", "student resort", "behaviour", "teacher")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),

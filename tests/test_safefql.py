@@ -310,8 +310,12 @@ def test_where_no_draw_passes_the_search_of_its_shield_decides_if_it_finds_an_ac
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
     spread = fitted._fitted().critics.safety.scale.spread
-    # Nothing passes this gate, so that the safest sample is executed.
-    safest = with_candidates(fitted, 9, margin=1e6 / spread).predict(seen, deterministic=True)[0]
+    # Nothing passes this gate, so that without the search the safest sample is executed.
+    alone = with_candidates(fitted, 9, margin=1e6 / spread)
+    alone._beyond_the_student = lambda safety, states, actions, limit: (  # type: ignore
+        actions, np.full(len(actions), -np.inf, np.float32)
+    )  # fmt: skip
+    safest = alone.predict(seen, deterministic=True)[0]
     values = np.asarray(own.value(seen, safest))
     lowest = np.asarray(own.value(seen, own.with_delta(1e6).filter(seen, safest)[0]))
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
@@ -319,7 +323,8 @@ def test_where_no_draw_passes_the_search_of_its_shield_decides_if_it_finds_an_ac
     # A gate that all samples fail and an action of the search passes, in one state at least.
     j = (values - lowest).argmax()
     limit = 0.1 * float(values[j]) + 0.9 * float(lowest[j])
-    acted = with_candidates(fitted, 9, margin=-limit / spread).predict(seen, deterministic=True)[0]
+    gated = with_candidates(fitted, 9, margin=-limit / spread)
+    acted = gated.predict(seen, deterministic=True)[0]
     failed, reachable = values > limit + 1e-5, lowest < limit - 1e-5
     assert (failed & reachable).any()
     expected = own.with_delta(-limit).filter(seen, safest)[0]
@@ -327,8 +332,17 @@ def test_where_no_draw_passes_the_search_of_its_shield_decides_if_it_finds_an_ac
     np.testing.assert_allclose(acted[found], expected[found], atol=1e-5)
     nothing = failed & (lowest > limit + 1e-5)
     assert nothing.any()
-    np.testing.assert_array_equal(acted[nothing], safest[nothing])
-    assert (np.abs(expected[nothing] - safest[nothing]) > 1e-3).any()  # the search has others
+    # Elsewhere it is the safest of as many samples of the teacher.
+    model = gated._fitted()
+    states = gated._safety(model).states(seen[nothing].astype(np.float32))
+    noise = gated._candidate_noise(int(nothing.sum()), 9, 2, True).reshape(-1, 9, 2)
+    drawn, asked = gated._teacher_draws(model, states, noise)
+    lowest_drawn = model.scaling.to_box(drawn[np.arange(len(drawn)), asked.argmin(1)])
+    np.testing.assert_allclose(acted[nothing], lowest_drawn, atol=1e-6)
+    former = with_candidates(fitted, 9, margin=-limit / spread, last_resort="search")
+    searched = former.predict(seen, deterministic=True)[0]
+    np.testing.assert_allclose(searched[failed], expected[failed], atol=1e-5)
+    assert (np.abs(searched[nothing] - acted[nothing]) > 1e-3).any()
 
 
 def test_the_kind_of_labels_survives_a_file(log: OfflineDataset, tmp_path: Path) -> None:

@@ -133,11 +133,12 @@ class SafeFQLConfig(EulerConfig):
     all these samples is then executed. If it is not safe by the margin either, the agent executes
     the nearest acceptable action that the search of a shield finds, if it finds one. A larger N is
     safer and slower. With 1 the first sample is always executed, as in the paper."""
-    last_resort: Literal["sample", "search"] = "sample"
-    """Action where that search finds no acceptable one. "sample" means the safest of the samples.
-    "search" means the searched one of lowest Q_h, as agents of earlier files do: the search covers
-    the whole box of actions, where the lowest Q_h belongs to actions that the log does not show.
-    Not used with ``candidates=1`` and with extraction "sample"."""
+    last_resort: Literal["teacher", "search"] = "teacher"
+    """Action where that search finds no acceptable one. "teacher" means the safest of N samples of
+    the teacher, which resemble the log. "search" means the searched one of lowest Q_h, as agents of
+    earlier files do: the search covers the whole box of actions, where the lowest Q_h belongs to
+    actions that the log does not show. Not used with ``candidates=1`` and with extraction
+    "sample"."""
     extraction: Literal["student", "sample"] = "student"
     """How the agent acts. "student" means the samples of the one-step student, as under
     `candidates`. "sample" means that the flow of the teacher draws N = `candidates` actions: of
@@ -683,20 +684,23 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         limit = -self.gate
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)
+        if len(at) == 0:
+            return actions
+        noise = self._candidate_noise(len(at), each, width, deterministic)
+        drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
+        drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
+        values = safety.scaled_values(states.take(at), drawn)
+        actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
+        lost = values.min(1) >= limit
+        at, noise = at[lost], noise.reshape(len(at), each, width)[lost]
         if len(at):
-            noise = self._candidate_noise(len(at), each, width, deterministic)
-            drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
-            drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
             judged = states.take(at)
-            values = safety.scaled_values(judged, drawn)
-            safest = values.argmin(1)
-            actions[at] = drawn[np.arange(len(at)), safest]
-            lost = values.min(1) >= limit
-            at = at[lost]
+            actions[at], reached = self._beyond_the_student(safety, judged, actions[at], limit)
+            lost = (reached > limit) & (self.config.last_resort == "teacher")
+            at, noise = at[lost], noise[lost]
         if len(at):
-            found, value = self._beyond_the_student(safety, states.take(at), actions[at], limit)
-            takes = (value <= limit) | (self.config.last_resort == "search")
-            actions[at] = np.where(takes[:, None], found, actions[at])
+            drawn, values = self._teacher_draws(model, states.take(at), noise)
+            actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
         return actions
 
     def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
@@ -718,24 +722,44 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if each == 1:
             return judge.to_box(first)
         table = noise.several(states.inputs, each, width, self.config.seed)
-        missing = ~(judge.judged(states, first[:, None])[:, 0] < limit)
+        value = judge.judged(states, first[:, None])[:, 0]
+        missing = ~(value < limit)
+
+        def each_of(index: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401 - values of the graph
+            """Return some states, and the inputs and the noise of their samples."""
+            some = states.take(index)
+            seen = some.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
+            return some, seen, table[index].flatten(0, 1)
 
         def further() -> list[Any]:
             index = missing.rows_where()
-            some, own = states.take(index), first[index]
-            seen = some.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
-            more = of_noise(network, params, seen, table[index].flatten(0, 1)).clip(-1.0, 1.0)
+            own = first[index]
+            some, seen, drawn = each_of(index)
+            more = of_noise(network, params, seen, drawn).clip(-1.0, 1.0)
             options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
             values = judge.judged(some, options)
-            safest, value = picked(options, values, values.argmin(1))
+            safest, least = picked(options, values, values.argmin(1))
             beyond, reached = judge.nearest_features(some, safest, limit)
-            searched = value >= limit
-            if self.config.last_resort == "sample":
-                searched = searched & (reached <= limit)
-            chosen = torch.where(searched[:, None], beyond, safest)
-            return [first.with_rows(index, chosen)]
+            fails = least >= limit
+            chosen = torch.where(fails[:, None], beyond, safest)
+            found = torch.where(fails, reached, least)
+            return [first.with_rows(index, chosen), value.with_rows(index, found)]
 
-        return judge.to_box(rows.recorder.where_any(missing, further, [first])[0])
+        actions, found = rows.recorder.where_any(missing, further, [first, value])
+        if self.config.last_resort == "search":
+            return judge.to_box(actions)
+        lost = found > limit
+
+        def escape() -> list[Any]:
+            index = lost.rows_where()
+            some, seen, drawn = each_of(index)
+            flow, weights = model.networks[TEACHER], self._networks[TEACHER]
+            ends: Any = euler_sample(flow, weights, seen, drawn, self.config.flow_steps)
+            options = ends.reshape(-1, each, width)
+            values = judge.judged(some, options)
+            return [actions.with_rows(index, picked(options, values, values.argmin(1))[0])]
+
+        return judge.to_box(rows.recorder.where_any(lost, escape, [actions])[0])
 
     def _best_of_teacher(
         self, model: CriticArchitecture, states: StateValue, deterministic: bool
@@ -745,19 +769,26 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         Where there is none, return the one of lowest Q_h. A deterministic call uses the same noise
         in every state.
         """
-        config, safety = self.config, self._safety(model)
-        count, each, width = len(states.inputs), config.candidates, model.scaling.action_features
+        count, each = len(states.inputs), self.config.candidates
+        width = model.scaling.action_features
         noise = self._candidate_noise(count, each, width, deterministic)
-        seen = np.repeat(states.inputs, each, axis=0)
-        teacher = model.networks[TEACHER], self._arrays[TEACHER]
-        actions = euler_sample(*teacher, seen, noise, config.flow_steps)
+        drawn, values = self._teacher_draws(model, states, noise.reshape(count, each, width))
+        seen, actions = np.repeat(states.inputs, each, axis=0), drawn.reshape(-1, width)
         gain = model.critics.reward.advantages(self._arrays, seen, actions).min(0)
-        drawn = actions.reshape(count, each, width)
-        values = safety.scaled_values(states, drawn)
         below = values < -self.gate
         best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
         chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]
         return chosen
+
+    def _teacher_draws(
+        self, model: CriticArchitecture, states: StateValue, noise: Float
+    ) -> tuple[Float, Float]:
+        """Return the actions to which the teacher carries noise (n, N, act), and Q_h of each."""
+        seen = np.repeat(states.inputs, noise.shape[1], axis=0)
+        rows = noise.reshape(len(seen), -1)
+        teacher = model.networks[TEACHER], self._arrays[TEACHER]
+        drawn = euler_sample(*teacher, seen, rows, self.config.flow_steps).reshape(noise.shape)
+        return drawn, self._safety(model).scaled_values(states, drawn)
 
     def _beyond_the_student(
         self,
