@@ -12,10 +12,9 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     student lowest     the lowest Q_h of 17 draws of the student
     gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
     default            the same, but where none of the 17 passes, the nearest action below the gate
-                       that a search over the box finds; where it finds none, the lowest Q_h of 16
-                       draws of the teacher
-    search             the same, but the lowest Q_h of the search where it finds none
-    student resort     the same, but the lowest Q_h of the 17 draws where it finds none
+                       that a search over the box finds; where it finds none, its lowest Q_h
+    student resort     the same, but the lowest Q_h of the 17 draws where the search finds none
+    teacher resort     the same, but the lowest Q_h of 16 draws of the teacher in their place
     behaviour          the same, with 64 draws of the log's behaviour in place of the search
     teacher, fisor     of 16 draws of that flow the highest A_r where Q_h < -margin, else the lowest
                        Q_h
@@ -24,8 +23,9 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     flrp gate          FLRP's first draw where Q_h < -margin, else the lowest Q_h of 17 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
-    auto student, auto gate, auto default, auto search, auto student resort, auto behaviour,
-    auto teacher       the same with margin="auto": teacher and student are trained anew on the same
+    auto student, auto gate, auto default, auto student resort, auto teacher resort,
+    auto behaviour, auto teacher
+                       the same with margin="auto": teacher and student are trained anew on the same
                        critics (6,000 updates), with the margin that is measured on the log
 
 The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
@@ -239,11 +239,9 @@ class Rules:
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
             if beyond != "behaviour":
-                found, reached = self.agent._beyond_the_student(
-                    self.safety, judged, before, self.limit
-                )
+                found = self.agent._beyond_the_student(self.safety, judged, before, self.limit)
                 if beyond != "search":
-                    lost = reached > self.limit
+                    lost = self.safety.scaled_values(judged, found[:, None])[:, 0] > self.limit
                     found[lost] = before[lost]
                     if beyond == "escape teacher" and lost.any():
                         nothing = states.take(at[lost])
@@ -305,16 +303,16 @@ PLAIN: dict[str, Callable[[Rules, StateValue], Choice]] = {
 """Arms without a gate."""
 GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "gate": lambda rules, states: rules.gate("", states),
-    "default": lambda rules, states: rules.gate("escape teacher", states),
-    "search": lambda rules, states: rules.gate("search", states),
+    "default": lambda rules, states: rules.gate("search", states),
     "behaviour": lambda rules, states: rules.gate("behaviour", states),
     "student resort": lambda rules, states: rules.gate("escape", states),
+    "teacher resort": lambda rules, states: rules.gate("escape teacher", states),
     "teacher": lambda rules, states: rules.best("teacher", states),
     "fisor": lambda rules, states: rules.best("fisor", states),
     "flrp gate": lambda rules, states: rules.safest("flrp", STUDENT_DRAWS + 1, states),
 }
 """Arms with a gate, which are played at several margins."""
-AUTO = ("student", "gate", "default", "search", "student resort", "behaviour", "teacher")
+AUTO = ("student", "gate", "default", "student resort", "teacher resort", "behaviour", "teacher")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),

@@ -79,7 +79,6 @@ SAFEFQL_NUMBERS: list[tuple[str, object, str]] = [
     ("flow_steps", 10, CODE),
     ("teacher", "behaviour", f"{CODE}: unweighted behaviour cloning"),
     ("candidates", 1, "paper: N = 1"),
-    ("last_resort", "teacher", "without effect with N = 1"),
     ("extraction", "student", "paper: N = 1, one draw of the one-step actor"),
     ("phases", "joint", f"{CODE}: all at once, every step"),
 ]

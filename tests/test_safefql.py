@@ -305,44 +305,32 @@ def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
 
 
 @pytest.mark.filterwarnings("ignore:this shield is not calibrated")
-def test_where_no_draw_passes_the_search_of_its_shield_decides_if_it_finds_an_action(
+def test_where_no_draw_passes_it_does_what_its_shield_would(
     log: OfflineDataset, fitted: SafeFQL
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
     spread = fitted._fitted().critics.safety.scale.spread
-    # Nothing passes this gate, so that without the search the safest sample is executed.
-    alone = with_candidates(fitted, 9, margin=1e6 / spread)
-    alone._beyond_the_student = lambda safety, states, actions, limit: (  # type: ignore
-        actions, np.full(len(actions), -np.inf, np.float32)
-    )  # fmt: skip
-    safest = alone.predict(seen, deterministic=True)[0]
-    values = np.asarray(own.value(seen, safest))
-    lowest = np.asarray(own.value(seen, own.with_delta(1e6).filter(seen, safest)[0]))
+    none = with_candidates(fitted, 9, margin=1e6 / spread)
+    lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
-    assert (values <= np.asarray(own.value(seen, first)) + 1e-6).all()
-    # A gate that all samples fail and an action of the search passes, in one state at least.
+    values = np.asarray(own.value(seen, first))
+    # A gate that the first draw fails and some action passes, in one state at least.
     j = (values - lowest).argmax()
     limit = 0.1 * float(values[j]) + 0.9 * float(lowest[j])
     gated = with_candidates(fitted, 9, margin=-limit / spread)
     acted = gated.predict(seen, deterministic=True)[0]
-    failed, reachable = values > limit + 1e-5, lowest < limit - 1e-5
+    after = np.asarray(own.value(seen, acted))
+    reachable = lowest < limit - 1e-5
+    assert 0 < reachable.sum() < len(seen)
+    assert (after[reachable] <= limit + 1e-5).all()
+    np.testing.assert_allclose(after[~reachable], lowest[~reachable], atol=1e-5)
+    draws = with_candidates(fitted, 9, margin=-limit / spread)
+    draws._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
+    alone = draws.predict(seen, deterministic=True)[0]
+    failed = np.asarray(own.value(seen, alone)) > limit + 1e-5
     assert (failed & reachable).any()
-    expected = own.with_delta(-limit).filter(seen, safest)[0]
-    found = failed & reachable
-    np.testing.assert_allclose(acted[found], expected[found], atol=1e-5)
-    nothing = failed & (lowest > limit + 1e-5)
-    assert nothing.any()
-    # Elsewhere it is the safest of as many samples of the teacher.
-    model = gated._fitted()
-    states = gated._safety(model).states(seen[nothing].astype(np.float32))
-    noise = gated._candidate_noise(int(nothing.sum()), 9, 2, True).reshape(-1, 9, 2)
-    drawn, asked = gated._teacher_draws(model, states, noise)
-    lowest_drawn = model.scaling.to_box(drawn[np.arange(len(drawn)), asked.argmin(1)])
-    np.testing.assert_allclose(acted[nothing], lowest_drawn, atol=1e-6)
-    former = with_candidates(fitted, 9, margin=-limit / spread, last_resort="search")
-    searched = former.predict(seen, deterministic=True)[0]
-    np.testing.assert_allclose(searched[failed], expected[failed], atol=1e-5)
-    assert (np.abs(searched[nothing] - acted[nothing]) > 1e-3).any()
+    expected = own.with_delta(-limit).filter(seen[failed], alone[failed])[0]
+    np.testing.assert_allclose(acted[failed], expected, atol=1e-5)
 
 
 def test_the_kind_of_labels_survives_a_file(log: OfflineDataset, tmp_path: Path) -> None:

@@ -131,14 +131,8 @@ class SafeFQLConfig(EulerConfig):
     candidates: PositiveInt = 16
     """Number N of further samples where the first sample is not safe by the margin. The safest of
     all these samples is then executed. If it is not safe by the margin either, the agent executes
-    the nearest acceptable action that the search of a shield finds, if it finds one. A larger N is
-    safer and slower. With 1 the first sample is always executed, as in the paper."""
-    last_resort: Literal["teacher", "search"] = "teacher"
-    """Action where that search finds no acceptable one. "teacher" means the safest of N samples of
-    the teacher, which resemble the log. "search" means the searched one of lowest Q_h, as agents of
-    earlier files do: the search covers the whole box of actions, where the lowest Q_h belongs to
-    actions that the log does not show. Not used with ``candidates=1`` and with extraction
-    "sample"."""
+    the nearest acceptable action that the search of a shield finds. A larger N is safer and slower.
+    With 1 the first sample is always executed, as in the paper."""
     extraction: Literal["student", "sample"] = "student"
     """How the agent acts. "student" means the samples of the one-step student, as under
     `candidates`. "sample" means that the flow of the teacher draws N = `candidates` actions: of
@@ -275,7 +269,6 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         **CriticAgent._before,
         "teacher": "behaviour",
         "candidates": 1,
-        "last_resort": "search",
         "extraction": "student",
     }
     _fewest_steps = 3
@@ -668,9 +661,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         """Return the action for one sample of z (deterministic: z = 0) where it is safe enough.
 
         Where Q_h of this action is not below -margin, the safest of it and N more samples is taken.
-        If Q_h of that one is not below -margin either, the nearest acceptable action that the
-        search of a shield finds is taken. Where nothing is acceptable, the setting `last_resort`
-        decides. A deterministic call uses the same N samples in every state.
+        If Q_h of that one is not below -margin either, `_beyond_the_student` returns the action
+        that a shield would choose. A deterministic call uses the same N samples in every state.
         """
         if self.config.extraction == "sample":
             return self._best_of_teacher(model, states, deterministic)
@@ -684,23 +676,19 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         limit = -self.gate
         passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
         at = np.flatnonzero(~passes)
-        if len(at) == 0:
-            return actions
-        noise = self._candidate_noise(len(at), each, width, deterministic)
-        drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
-        drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
-        values = safety.scaled_values(states.take(at), drawn)
-        actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
-        lost = values.min(1) >= limit
-        at, noise = at[lost], noise.reshape(len(at), each, width)[lost]
+        if len(at):
+            noise = self._candidate_noise(len(at), each, width, deterministic)
+            drawn = self._student(np.repeat(observations[at], each, axis=0), noise)
+            drawn = np.concatenate([drawn.reshape(len(at), each, width), actions[at, None]], 1)
+            judged = states.take(at)
+            values = safety.scaled_values(judged, drawn)
+            safest = values.argmin(1)
+            actions[at] = drawn[np.arange(len(at)), safest]
+            lost = values.min(1) >= limit
+            at = at[lost]
         if len(at):
             judged = states.take(at)
-            actions[at], reached = self._beyond_the_student(safety, judged, actions[at], limit)
-            lost = (reached > limit) & (self.config.last_resort == "teacher")
-            at, noise = at[lost], noise[lost]
-        if len(at):
-            drawn, values = self._teacher_draws(model, states.take(at), noise)
-            actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
+            actions[at] = self._beyond_the_student(safety, judged, actions[at], limit)
         return actions
 
     def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401
@@ -722,44 +710,21 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if each == 1:
             return judge.to_box(first)
         table = noise.several(states.inputs, each, width, self.config.seed)
-        value = judge.judged(states, first[:, None])[:, 0]
-        missing = ~(value < limit)
-
-        def each_of(index: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401 - values of the graph
-            """Return some states, and the inputs and the noise of their samples."""
-            some = states.take(index)
-            seen = some.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
-            return some, seen, table[index].flatten(0, 1)
+        missing = ~(judge.judged(states, first[:, None])[:, 0] < limit)
 
         def further() -> list[Any]:
             index = missing.rows_where()
-            own = first[index]
-            some, seen, drawn = each_of(index)
-            more = of_noise(network, params, seen, drawn).clip(-1.0, 1.0)
+            some, own = states.take(index), first[index]
+            seen = some.inputs[:, None].expand(-1, each, -1).flatten(0, 1)
+            more = of_noise(network, params, seen, table[index].flatten(0, 1)).clip(-1.0, 1.0)
             options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
             values = judge.judged(some, options)
-            safest, least = picked(options, values, values.argmin(1))
-            beyond, reached = judge.nearest_features(some, safest, limit)
-            fails = least >= limit
-            chosen = torch.where(fails[:, None], beyond, safest)
-            found = torch.where(fails, reached, least)
-            return [first.with_rows(index, chosen), value.with_rows(index, found)]
+            safest, value = picked(options, values, values.argmin(1))
+            beyond = judge.nearest_features(some, safest, limit)
+            chosen = torch.where((value >= limit)[:, None], beyond, safest)
+            return [first.with_rows(index, chosen)]
 
-        actions, found = rows.recorder.where_any(missing, further, [first, value])
-        if self.config.last_resort == "search":
-            return judge.to_box(actions)
-        lost = found > limit
-
-        def escape() -> list[Any]:
-            index = lost.rows_where()
-            some, seen, drawn = each_of(index)
-            flow, weights = model.networks[TEACHER], self._networks[TEACHER]
-            ends: Any = euler_sample(flow, weights, seen, drawn, self.config.flow_steps)
-            options = ends.reshape(-1, each, width)
-            values = judge.judged(some, options)
-            return [actions.with_rows(index, picked(options, values, values.argmin(1))[0])]
-
-        return judge.to_box(rows.recorder.where_any(lost, escape, [actions])[0])
+        return judge.to_box(rows.recorder.where_any(missing, further, [first])[0])
 
     def _best_of_teacher(
         self, model: CriticArchitecture, states: StateValue, deterministic: bool
@@ -769,26 +734,19 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         Where there is none, return the one of lowest Q_h. A deterministic call uses the same noise
         in every state.
         """
-        count, each = len(states.inputs), self.config.candidates
-        width = model.scaling.action_features
+        config, safety = self.config, self._safety(model)
+        count, each, width = len(states.inputs), config.candidates, model.scaling.action_features
         noise = self._candidate_noise(count, each, width, deterministic)
-        drawn, values = self._teacher_draws(model, states, noise.reshape(count, each, width))
-        seen, actions = np.repeat(states.inputs, each, axis=0), drawn.reshape(-1, width)
+        seen = np.repeat(states.inputs, each, axis=0)
+        teacher = model.networks[TEACHER], self._arrays[TEACHER]
+        actions = euler_sample(*teacher, seen, noise, config.flow_steps)
         gain = model.critics.reward.advantages(self._arrays, seen, actions).min(0)
+        drawn = actions.reshape(count, each, width)
+        values = safety.scaled_values(states, drawn)
         below = values < -self.gate
         best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
         chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]
         return chosen
-
-    def _teacher_draws(
-        self, model: CriticArchitecture, states: StateValue, noise: Float
-    ) -> tuple[Float, Float]:
-        """Return the actions to which the teacher carries noise (n, N, act), and Q_h of each."""
-        seen = np.repeat(states.inputs, noise.shape[1], axis=0)
-        rows = noise.reshape(len(seen), -1)
-        teacher = model.networks[TEACHER], self._arrays[TEACHER]
-        drawn = euler_sample(*teacher, seen, rows, self.config.flow_steps).reshape(noise.shape)
-        return drawn, self._safety(model).scaled_values(states, drawn)
 
     def _beyond_the_student(
         self,
@@ -796,19 +754,15 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         states: StateValue,
         actions: Float,
         limit: float,
-    ) -> tuple[Float, Float]:
-        """Return the nearest acceptable action to each, among the candidates of a shield, and Q_h.
-
-        Where no candidate is acceptable, it is the one of lowest Q_h.
-        """
+    ) -> Float:
+        """Return the nearest acceptable action to each, among the candidates of a shield."""
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
         values = safety.scaled_values(states, drawn)
         best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
-        count = np.arange(len(actions))
-        return drawn[count, best], values[count, best]
+        return np.asarray(drawn[np.arange(len(actions)), best])
 
     def _student(self, observations: Float, noise: Float) -> Float:
         network = self._fitted().networks[STUDENT]

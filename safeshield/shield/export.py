@@ -473,17 +473,14 @@ class GraphShield(TorchShield):
         """Return actions in [-1, 1] in the units of the box."""
         return self._units.to_box(scaled)
 
-    def nearest_features(self, states: _States, features: Any, limit: float) -> tuple[Any, Any]:  # noqa: ANN401
-        """Return the candidate nearest to each of actions (n, features) with Q_h <= limit, and Q_h.
-
-        Where there is none, it is the candidate of lowest Q_h.
-        """
+    def nearest_features(self, states: _States, features: Any, limit: float) -> Any:  # noqa: ANN401
+        """Return the candidate nearest to each of actions (n, features) with Q_h <= limit."""
         found = self._units.action_features(self._candidates(states, self.to_box(features)))
         options: Any = torch.cat([features[:, None], found], 1)
         values = self._judged(states, options)
         distance = (options - options[:, :1]).square().sum(-1)
         best = nearest_of(values <= limit, distance, values, values.argmin(1))
-        return picked(options, values, best)
+        return picked(options, values, best)[0]
 
     # -- the support test ------------------------------------------------------------------------
 

@@ -221,8 +221,7 @@ def settings(hidden: tuple[int, ...], kind: str) -> dict[str, Any]:
     if kind == "ssql":
         more = {"actor_hidden": hidden, "samples": 4, "extraction_steps": 10, "components": 2}
         return {**common, "critic_hidden": hidden, **more}
-    # The figures were frozen when 0.99, a margin of 0.058 and the last resort "search" were the
-    # defaults.
+    # The figures were frozen when 0.99 and, for SafeFQL, a margin of 0.058 were the defaults.
     common |= {"critic_hidden": hidden, "polyak": 0.05, "safety_expectile": 0.99}
     if kind == "shield":
         return {**common, "behaviour_hidden": hidden, "fallback_hidden": hidden}
@@ -237,7 +236,7 @@ def offline(hidden: tuple[int, ...] = TINY) -> dict[str, Callable[[], Any]]:
     """Return learners from the log of the boat: those of `fit(log, steps=..., checkpoint=...)`."""
     student, nets = settings(hidden, "student"), settings(hidden, "flow")
     return {
-        "safefql": lambda: SafeFQL(SafeFQLConfig(**student, last_resort="search"), device="cpu"),
+        "safefql": lambda: SafeFQL(SafeFQLConfig(**student), device="cpu"),
         "safefql_joint": lambda: SafeFQL(
             SafeFQLConfig(**student, phases="joint", teacher="behaviour", candidates=1),
             device="cpu",
