@@ -93,9 +93,10 @@ def evaluate(
     from safeshield.evaluation import evaluate as evaluate_policy
     from safeshield.evaluation.episodes import as_calibrated
     from safeshield.files.tensors import AGENT
+    from safeshield.shield.shield import BUILTIN
 
-    kind = file_kind(source)
-    if policy is None and kind == AGENT:
+    builtin = str(source).startswith(BUILTIN)
+    if policy is None and not builtin and file_kind(source) == AGENT:
         typer.echo(
             f"note: {source} is an agent, and its shield, which is not calibrated, filters random "
             "actions here. To evaluate the agent itself, add --cost-limit and --log, or give a "
