@@ -50,9 +50,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_step_leaves_the_file_that_the_next_one_takes(files: Path) -> None:
     output = run("evaluate", files / "shield.safetensors", BOAT, "--episodes", 6, "--without")
     lines = output.splitlines()
-    assert [line.split()[:3] for line in lines[-3:-1]] == [
-        ["random", "no", "6"],
-        ["random", "yes", "6"],
+    assert [line.split()[:5] for line in lines[-3:-1]] == [
+        ["random", "no", "yes", "certified", "6"],  # with noise, as it was calibrated
+        ["random", "yes", "yes", "certified", "6"],
     ]
     assert lines[-1].endswith("of the starts that were drawn are certified")
 
