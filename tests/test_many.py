@@ -43,7 +43,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "r2pac": ("r2pac", STUDENT),
     "r2pac, safety": ("r2pac", {**STUDENT, "region": "safety", "actor": "awr_gaussian"}),
     "safefql": ("safefql", STUDENT),
-    "safefql, joint": ("safefql", {**STUDENT, "phases": "joint", "teacher": "behaviour"}),
+    "safefql, joint": (
+        "safefql",
+        {**STUDENT, "phases": "joint", "teacher": "behaviour", "margin": 0.058},
+    ),
     "safefql, one step": ("safefql", {**STUDENT, "safety_backup_steps": (2, 1), "polyak": 1.0}),
     "shield": ("shield", SHIELD),
     "shield, backup": ("shield", {**SHIELD, "backup": "test-many@1"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
         for output in cell.get("outputs", ())
         if output.get("name") == "stdout"
     )
-    tables = [line.split() for line in told.splitlines() if " yes  " in line]
-    assert tables
-    for row in tables:  # Behind a shield, hardly any episode violates.
-        at = row.index("yes")
-        assert int(row[at + 2]) <= 5 < int(row[at + 1])
+    # After the name: shield, noise, starts, episodes, violating.
+    found = re.finditer(r" (yes|no) +(?:yes|no|-) +(?:all|certified) +(\d+) +(\d+) ", told)
+    shielded = [(int(row[2]), int(row[3])) for row in found if row[1] == "yes"]
+    assert shielded
+    for episodes, violating in shielded:  # Behind a shield, hardly any episode violates.
+        assert violating <= 5 < episodes
