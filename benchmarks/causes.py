@@ -224,23 +224,14 @@ class Rules:
                 the teacher.
             states: n states.
         """
-        actions, branch = self.first("student", states)
-        passes = self.safety.scaled_values(states, actions[:, None])[:, 0] < self.limit
-        at = np.flatnonzero(~passes)
-        if len(at):
-            judged = states.take(at)
-            drawn = self.draws("student", judged, STUDENT_DRAWS)
-            drawn = np.concatenate([drawn, actions[at, None]], 1)
-            values = self.safety.scaled_values(judged, drawn)
-            actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
-            below = values.min(1) < self.limit
-            branch[at] = np.where(below, CANDIDATES, LOWEST)
-            at = at[~below]
+        actions, branch = self.safest("student", STUDENT_DRAWS + 1, states)
+        at = np.flatnonzero(branch == LOWEST)
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
             if beyond != "behaviour":
                 found = self.agent._beyond_the_student(self.safety, judged, before, self.limit)
                 if beyond != "search":
+                    # The search found no acceptable action in these states.
                     lost = self.safety.scaled_values(judged, found[:, None])[:, 0] > self.limit
                     found[lost] = before[lost]
                     if beyond == "escape teacher" and lost.any():

@@ -168,7 +168,7 @@ def evaluate(
         seed=seed,
         deterministic=deterministic,
     )
-    # The actions of such a policy have been filtered before they are seen here.
+    # A ShieldedPolicy filters its own actions, so that the episodes report no replaced action.
     return replace(result, shielded=True) if is_shielded_policy(policy) else result
 
 

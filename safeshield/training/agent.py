@@ -167,7 +167,8 @@ class Learner(ABC, Generic[ConfigT, ModelT]):
         self._networks: Networks = {}
         self._arrays: dict[str, Deployed] = {}
         self.noise = np.random.default_rng(self.config.seed)
-        """Generator of the noise of `predict`. Episodes of `run_episodes` use their own instead."""
+        """Generator from which `predict` draws its noise. While `run_episodes` plays episodes, it
+        puts the generator of its own seed in this place."""
         self._episodes: npt.NDArray[np.uint64] | None = None
 
     # -- methods that an algorithm implements -------------------------------------------------

@@ -210,8 +210,8 @@ def measured_margin(safety: SafetyCritics, networks: Networks, log: LogTensors) 
     last = np.unique(log.episode_last.cpu().numpy())
     if len(last) < (needed := episodes_needed(_ALPHA)):
         warnings.warn(
-            f"the margin is not measured but that of {LEAST_MARGIN}: the log has {len(last)} "
-            f"episodes, and a measured margin needs {needed}",
+            f"margin={LEAST_MARGIN} is used in place of 'auto': the log has {len(last)} episodes, "
+            f"and a measured margin needs {needed}",
             stacklevel=2,
         )
         return 0.0
