@@ -17,6 +17,7 @@ from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig, SafeFQLRun
 from safeshield.data import OfflineDataset, collect
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.flow import flow_matching_loss
+from safeshield.shield.critics import SafetyModel
 from safeshield.training.checkpoint import flatten, from_tree, to_tree, unflatten
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary
@@ -306,12 +307,18 @@ def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
 
 @pytest.mark.filterwarnings("ignore:this shield is not calibrated")
 def test_where_no_draw_passes_it_does_what_its_shield_would(
-    log: OfflineDataset, fitted: SafeFQL
+    log: OfflineDataset, fitted: SafeFQL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
     spread = fitted._fitted().critics.safety.scale.spread
     none = with_candidates(fitted, 9, margin=1e6 / spread)
-    lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
+    violating = own.model.violating(own.states(seen))
+    assert 0 < violating.sum() < len(seen)
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr(
+            SafetyModel, "violating", lambda model, states: np.zeros(len(states[0]), bool)
+        )
+        lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
     values = np.asarray(own.value(seen, first))
     # A gate that the first draw fails and some action passes, in one state at least.
@@ -323,11 +330,16 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
     reachable = lowest < limit - 1e-5
     assert 0 < reachable.sum() < len(seen)
     assert (after[reachable] <= limit + 1e-5).all()
-    np.testing.assert_allclose(after[~reachable], lowest[~reachable], atol=1e-5)
+    lost = ~reachable & ~violating
+    np.testing.assert_allclose(after[lost], lowest[lost], atol=1e-5)
     draws = with_candidates(fitted, 9, margin=-limit / spread)
     draws._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
     alone = draws.predict(seen, deterministic=True)[0]
-    failed = np.asarray(own.value(seen, alone)) > limit + 1e-5
+    # In a violating state without an acceptable action, the safest draw is the way back.
+    outside = ~reachable & violating
+    assert (lowest[outside] < np.asarray(own.value(seen, alone))[outside] - 1e-5).any()
+    np.testing.assert_array_equal(acted[outside], alone[outside])
+    failed = (np.asarray(own.value(seen, alone)) > limit + 1e-5) & ~outside
     assert (failed & reachable).any()
     expected = own.with_delta(-limit).filter(seen[failed], alone[failed])[0]
     np.testing.assert_allclose(acted[failed], expected, atol=1e-5)

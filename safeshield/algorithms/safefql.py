@@ -661,8 +661,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         """Return the action for one sample of z (deterministic: z = 0) where it is safe enough.
 
         Where Q_h of this action is not below -margin, the safest of it and N more samples is taken.
-        If Q_h of that one is not below -margin either, `_beyond_the_student` returns the action
-        that a shield would choose. A deterministic call uses the same N samples in every state.
+        If Q_h of that one is not below -margin either, `_beyond_the_student` replaces it. A
+        deterministic call uses the same N samples in every state.
         """
         if self.config.extraction == "sample":
             return self._best_of_teacher(model, states, deterministic)
@@ -720,8 +720,10 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
             values = judge.judged(some, options)
             safest, value = picked(options, values, values.argmin(1))
-            beyond = judge.nearest_features(some, safest, limit)
-            chosen = torch.where((value >= limit)[:, None], beyond, safest)
+            beyond, reached = judge.nearest_features(some, safest, limit)
+            # In a violating state without an acceptable action, the safest sample is the way back.
+            search = (value >= limit) & ~((reached > limit) & judge.violating(some))
+            chosen = torch.where(search[:, None], beyond, safest)
             return [first.with_rows(index, chosen)]
 
         return judge.to_box(rows.recorder.where_any(missing, further, [first])[0])
@@ -755,13 +757,20 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         actions: Float,
         limit: float,
     ) -> Float:
-        """Return the nearest acceptable action to each, among the candidates of a shield."""
+        """Return the nearest acceptable action to each, among the candidates of a shield.
+
+        Where there is none, the action of lowest Q_h among the candidates is returned, or, in a
+        state that violates already, the given action.
+        """
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
         values = safety.scaled_values(states, drawn)
         best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
+        lost = np.flatnonzero(values.min(1) > limit)
+        if len(lost):
+            best[lost[safety.violating(states.take(lost))]] = 0
         return np.asarray(drawn[np.arange(len(actions)), best])
 
     def _student(self, observations: Float, noise: Float) -> Float:
