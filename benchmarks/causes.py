@@ -12,8 +12,10 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     student lowest     the lowest Q_h of 17 draws of the student
     gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
     default            the same, but where none of the 17 passes, the nearest action below the gate
-                       that a search over the box finds; where it finds none, its lowest Q_h
-    student resort     the same, but the lowest Q_h of the 17 draws where the search finds none
+                       that a search over the box finds; where it finds none, its lowest Q_h, or in
+                       a state that violates already the lowest Q_h of the 17 draws
+    search resort      the same, but the lowest Q_h of the search wherever it finds none
+    student resort     the same, but the lowest Q_h of the 17 draws wherever it finds none
     teacher resort     the same, but the lowest Q_h of 16 draws of the teacher in their place
     behaviour          the same, with 64 draws of the log's behaviour in place of the search
     teacher, fisor     of 16 draws of that flow the highest A_r where Q_h < -margin, else the lowest
@@ -23,8 +25,8 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     flrp gate          FLRP's first draw where Q_h < -margin, else the lowest Q_h of 17 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
-    auto student, auto gate, auto default, auto student resort, auto teacher resort,
-    auto behaviour, auto teacher
+    auto student, auto gate, auto default, auto search resort, auto student resort,
+    auto teacher resort, auto behaviour, auto teacher
                        the same with margin="auto": teacher and student are trained anew on the same
                        critics (6,000 updates), with the margin that is measured on the log
 
@@ -178,6 +180,7 @@ class Rules:
         self.agent, self.trained, self.limit = agent, trained, limit
         self.model = agent._fitted()
         self.safety = agent._safety(self.model)
+        self._anywhere = agent._changed(last_resort="search")
         self.rng = np.random.default_rng(seed)
 
     def draws(self, name: str, states: StateValue, each: int) -> Float:
@@ -218,10 +221,10 @@ class Rules:
 
         Args:
             beyond: What is taken where no draw passes the gate: "" for the lowest Q_h of the draws,
-                "search" for what the search of the shield chooses, "behaviour" for draws of the
-                behaviour, "escape" for what the search chooses where that passes the gate and
-                otherwise the lowest Q_h of the draws, "escape teacher" for the same with draws of
-                the teacher.
+                "behaviour" for draws of the behaviour. All others search over the box, and differ
+                where that finds nothing acceptable: "search" does what the agent does, "box" takes
+                the lowest Q_h of the search, "student" that of the draws, and "teacher" that of
+                draws of the teacher.
             states: n states.
         """
         actions, branch = self.safest("student", STUDENT_DRAWS + 1, states)
@@ -229,14 +232,14 @@ class Rules:
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
             if beyond != "behaviour":
-                found = self.agent._beyond_the_student(self.safety, judged, before, self.limit)
-                if beyond != "search":
+                searching = self.agent if beyond == "search" else self._anywhere
+                found = searching._beyond_the_student(self.safety, judged, before, self.limit)
+                if beyond in ("student", "teacher"):
                     # The search found no acceptable action in these states.
                     lost = self.safety.scaled_values(judged, found[:, None])[:, 0] > self.limit
                     found[lost] = before[lost]
-                    if beyond == "escape teacher" and lost.any():
-                        nothing = states.take(at[lost])
-                        found[lost] = self.lowest("teacher", FLOW_DRAWS, nothing)[0]
+                    if beyond == "teacher" and lost.any():
+                        found[lost] = self.lowest("teacher", FLOW_DRAWS, judged.take(lost))[0]
             else:
                 more = self.draws("behaviour", judged, BEHAVIOUR_DRAWS)
                 drawn = np.concatenate([before[:, None], more], 1)
@@ -296,14 +299,16 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "gate": lambda rules, states: rules.gate("", states),
     "default": lambda rules, states: rules.gate("search", states),
     "behaviour": lambda rules, states: rules.gate("behaviour", states),
-    "student resort": lambda rules, states: rules.gate("escape", states),
-    "teacher resort": lambda rules, states: rules.gate("escape teacher", states),
+    "search resort": lambda rules, states: rules.gate("box", states),
+    "student resort": lambda rules, states: rules.gate("student", states),
+    "teacher resort": lambda rules, states: rules.gate("teacher", states),
     "teacher": lambda rules, states: rules.best("teacher", states),
     "fisor": lambda rules, states: rules.best("fisor", states),
     "flrp gate": lambda rules, states: rules.safest("flrp", STUDENT_DRAWS + 1, states),
 }
 """Arms with a gate, which are played at several margins."""
-AUTO = ("student", "gate", "default", "student resort", "teacher resort", "behaviour", "teacher")
+RESORTS = ("search resort", "student resort", "teacher resort")
+AUTO = ("student", "gate", "default", *RESORTS, "behaviour", "teacher")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),

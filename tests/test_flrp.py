@@ -295,7 +295,7 @@ def test_the_reward_expert_pulls_towards_good_actions(agent: FLRP, log: OfflineD
 
     def distance(state: Any) -> float:  # noqa: ANN401
         _, metrics = refiner_loss(
-            model.policy, config, run._feasibility, run._margin,
+            model.policy, config, run._feasibility, run._margin(state),
             state.networks, state, seen, goal, draw.noise, torch.ones(64),
         )  # fmt: skip
         return float(metrics["refiner/distance_to_good_actions"])

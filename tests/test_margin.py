@@ -13,8 +13,9 @@ import pytest
 from test_safefql import STEPS, TINY, assert_same, tiny
 
 from safeshield import SafeFQL, fit_many
-from safeshield.algorithms.fisor import FISOR, FISORConfig
-from safeshield.algorithms.flrp import FLRPConfig
+from safeshield.algorithms.fisor import FISOR
+from safeshield.algorithms.flrp import FLRP, FLRPConfig
+from safeshield.algorithms.r2pac.config import R2PACConfig
 from safeshield.algorithms.safefql import SafeFQLRun
 from safeshield.calibration.margin import conformal_margin, missed_levels
 from safeshield.data import OfflineDataset, collect
@@ -124,7 +125,7 @@ def test_an_agent_measures_its_margin_once_its_critics_are_trained(
     tensors = LogTensors.of(log, model.scaling, agent.device)
     measured = measured_margin(model.critics.safety, agent._networks, tensors)
     least = dataclasses.replace(TINY, margin=LEAST_MARGIN).margin_of(model.critics.safety)
-    assert agent.gate == measured > least
+    assert agent.gate == np.float32(measured) > least
     # The losses of teacher and student have it, those of the critics the default margin.
     seen: dict[str, set[float]] = {}
     real = SafeFQLRun._student
@@ -186,25 +187,37 @@ def test_the_margin_is_in_the_file(agent: SafeFQL, tmp_path: Path) -> None:
     assert back.gate == agent.gate
 
 
-def test_fisor_imitates_by_the_measured_margin(log: OfflineDataset) -> None:
-    settings: dict[str, Any] = {"critic_hidden": (8,), "flow_hidden": (8,), "batch_size": 16}
+@pytest.mark.parametrize(("kind", "more", "network"), [
+    (FISOR, {}, "actor"), (FLRP, {"transforms": 2}, "safety_expert"),
+])  # fmt: skip
+def test_other_actors_learn_with_the_measured_margin(
+    log: OfflineDataset, kind: type[Any], more: dict[str, Any], network: str
+) -> None:
+    settings = {"critic_hidden": (8,), "flow_hidden": (8,), "batch_size": 16, **more}
     auto, plain = (
-        FISOR(FISORConfig(**settings, margin=margin), device="cpu").fit(log, steps=STEPS)
+        kind(kind.config_type(**settings, margin=margin), device="cpu").fit(log, steps=STEPS)
         for margin in ("auto", LEAST_MARGIN)
     )
     margins = [one.config.margin_of(one._fitted().critics.safety) for one in (auto, plain)]
-    assert margins[0] > margins[1]
+    assert margins[0] == auto.measured_margin > margins[1]
+    assert plain.measured_margin is None
+    for name in plain._fitted().slow():
+        for key, array in plain._arrays[name].items():
+            np.testing.assert_array_equal(array, auto._arrays[name][key])
     assert any(
-        not np.array_equal(array, plain._arrays["actor"][key])
-        for key, array in auto._arrays["actor"].items()
+        not np.array_equal(array, plain._arrays[network][key])
+        for key, array in auto._arrays[network].items()
     )
 
 
 def test_where_a_margin_cannot_be_measured_is_named(log: OfflineDataset) -> None:
-    with pytest.raises(ValueError, match="phases='joint' does not have: use phases='sequential'"):
+    with pytest.raises(ValueError, match="phases='joint' trains them up to the end"):
         dataclasses.replace(TINY, margin="auto", phases="joint")
+    with pytest.raises(ValueError, match="phases='joint' trains them up to the end"):
+        FLRPConfig(margin="auto", phases="joint")
+    FLRPConfig(margin="auto", phases="joint", feasibility="cost")  # it has no margin
     with pytest.raises(ValueError, match="margin must be a finite number, got 'auto'"):
-        FLRPConfig(margin="auto")  # type: ignore[arg-type]
+        R2PACConfig(margin="auto")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="margin must be at least 0, or 'auto', got -1"):
         dataclasses.replace(TINY, margin=-1.0)
     with pytest.raises(ValueError, match="margin must be at least 0, or 'auto', got 'measured'"):

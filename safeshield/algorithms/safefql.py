@@ -47,7 +47,7 @@ from safeshield.shield.shield import Shield
 from safeshield.shield.tensors import picked
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.agent import AgentFile, describing
-from safeshield.training.config import PAPER_CRITICS, EulerConfig, Margin
+from safeshield.training.config import PAPER_CRITICS, EulerConfig, Margin, check_measurable
 from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
 from safeshield.training.imitation import flow_update
 from safeshield.training.registry import register
@@ -139,6 +139,11 @@ class SafeFQLConfig(EulerConfig):
     those with Q_h < -margin the one of highest A_r is executed, and where there is none, the one of
     lowest Q_h. This is SafeIFQL of the official code. The student is trained either way, because
     the agent's shield uses it; `SafeFQL.acting_by` changes the setting after training."""
+    last_resort: Literal["student", "search"] = "student"
+    """Action in a state that violates the constraint already, where neither a sample nor the search
+    is acceptable. "student" means the safest of the student's samples, which resemble the log and
+    therefore the ways back that it shows. "search" means the action of lowest Q_h that the search
+    finds. In states that do not violate yet, that one is always executed."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Order of training. "sequential" trains the critics, then the teacher, then the student;
     "joint" trains all three in every update, as the official code does."""
@@ -148,11 +153,7 @@ class SafeFQLConfig(EulerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.margin == "auto" and self.phases == "joint":
-            raise ValueError(
-                "margin='auto' is measured between the critics' and the teacher's phase, which "
-                "phases='joint' does not have: use phases='sequential', or give a number"
-            )
+        check_measurable(self.margin, self.phases)
 
 
 TEACHER, STUDENT = "teacher", "student"
@@ -270,6 +271,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         "teacher": "behaviour",
         "candidates": 1,
         "extraction": "student",
+        "last_resort": "search",
     }
     _fewest_steps = 3
     _safety_model: SafetyModel | None = None
@@ -297,17 +299,6 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             RuntimeError: The agent has not been trained.
         """
         return self.config.margin_of(self._fitted().critics.safety)
-
-    @property
-    def measured_margin(self) -> float | None:
-        """The margin that was measured on the log, in units of h; None with a given `margin`.
-
-        The gate is above it where the fixed margin is (`SafeFQLConfig.margin`).
-
-        Raises:
-            RuntimeError: The agent has not been trained.
-        """
-        return self._fitted().critics.safety.margin
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the gate, the measured margin, and the promise of the record where there is one.
@@ -721,8 +712,9 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             values = judge.judged(some, options)
             safest, value = picked(options, values, values.argmin(1))
             beyond, reached = judge.nearest_features(some, safest, limit)
-            # In a violating state without an acceptable action, the safest sample is the way back.
-            search = (value >= limit) & ~((reached > limit) & judge.violating(some))
+            search = value >= limit
+            if self.config.last_resort == "student":
+                search = search & ~((reached > limit) & judge.violating(some))
             chosen = torch.where(search[:, None], beyond, safest)
             return [first.with_rows(index, chosen)]
 
@@ -760,7 +752,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         """Return the nearest acceptable action to each, among the candidates of a shield.
 
         Where there is none, the action of lowest Q_h among the candidates is returned, or, in a
-        state that violates already, the given action.
+        state that violates already, the given action (see `SafeFQLConfig.last_resort`).
         """
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
@@ -769,7 +761,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         values = safety.scaled_values(states, drawn)
         best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
         lost = np.flatnonzero(values.min(1) > limit)
-        if len(lost):
+        if len(lost) and self.config.last_resort == "student":
             best[lost[safety.violating(states.take(lost))]] = 0
         return np.asarray(drawn[np.arange(len(actions)), best])
 

@@ -397,7 +397,9 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
         record = None if support is None else SupportRecord.from_json(support)
         return replace(model, support=record)
 
-    def _settle(self, model: ShieldArchitecture, log: LogTensors) -> ShieldArchitecture:
+    def _settle(
+        self, model: ShieldArchitecture, log: LogTensors, state: TrainState
+    ) -> ShieldArchitecture:
         model = replace(model, escape=None)
         if model.term is None:
             return model

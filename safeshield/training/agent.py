@@ -482,8 +482,11 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         """Return the width of the noise that an update draws for each transition."""
         return model.scaling.action_features
 
-    def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
-        """Return the architecture with measurements of the trained networks, which are in use."""
+    def _settle(self, model: ModelT, log: LogTensors, state: TrainState) -> ModelT:
+        """Return the architecture with measurements of the trained networks, which are in use.
+
+        `log` is the log, and `state` that of the training.
+        """
         return model
 
     def _batchable(self) -> bool:
@@ -591,7 +594,7 @@ class OfflineAgent(Learner[ConfigT, ModelT]):
         # The agent uses the slow copies of the critics, because the advantages were fitted to them.
         self._episodes = log.episodes
         self._adopt(model, {**state.networks, **state.targets})
-        self._model = self._settle(model, log)
+        self._model = self._settle(model, log, state)
 
     # -- choosing actions ---------------------------------------------------------------------
 

@@ -170,6 +170,15 @@ class ValueConfig(SafetyConfig):
         return max(least, safety.margin or 0.0) if isinstance(self.margin, str) else least
 
 
+def check_measurable(margin: float | str, phases: str) -> None:
+    """Raise a ValueError where a `margin` of "auto" cannot be measured with this order `phases`."""
+    if margin == "auto" and phases == "joint":
+        raise ValueError(
+            "margin='auto' is measured when the critics are trained, and phases='joint' trains "
+            "them up to the end: use phases='sequential', or give a number"
+        )
+
+
 @dataclass(frozen=True)
 class CriticConfig(ValueConfig):
     """Settings of algorithms that train safety critics and one-step reward critics together."""

@@ -122,6 +122,17 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
     model_type: ClassVar[type[Any]] = CriticArchitecture
     _before: ClassVar[dict[str, Any]] = BEFORE_LABEL_MAGNITUDE
 
+    @property
+    def measured_margin(self) -> float | None:
+        """The margin that was measured on the log, in units of h; None with a given `margin`.
+
+        The margin in use is never below that of the default number (`ValueConfig.margin`).
+
+        Raises:
+            RuntimeError: The agent has not been trained.
+        """
+        return self._fitted().critics.safety.margin
+
     def _architecture(self, interface: Interface, critics: Critics) -> ModelT:
         """Return the whole architecture with these critics."""
         model: ModelT = self.model_type(*interface, self._parts(interface.scaling), critics)
@@ -182,17 +193,23 @@ class CriticAgent(OfflineAgent[ConfigT, ModelT]):
         check_continuous(interface.action_space, type(self).__name__)
         return self._architecture(interface, Critics.restore(units, interface.scaling, self.config))
 
-    def _settle(self, model: ModelT, log: LogTensors) -> ModelT:
-        if self.config.margin != "auto":
+    def _settle(self, model: ModelT, log: LogTensors, state: TrainState) -> ModelT:
+        if MARGIN not in state.scales:
             return model
-        critics, safety = model.critics, model.critics.safety
-        safety = replace(safety, margin=measured_margin(safety, self._networks, log))
+        critics = model.critics
+        safety = replace(critics.safety, margin=float(state.scales[MARGIN]))
         return replace(model, critics=replace(critics, safety=safety))
 
     def _restore(self, interface: Interface, header: dict[str, Any]) -> ModelT:
         for number in header["reward_scale"]:
             finite_number(number, "reward_scale")
         return super()._restore(interface, header)
+
+
+def _with_margin(state: TrainState, margin: float) -> TrainState:
+    """Return a training state with this measured margin."""
+    number = torch.tensor(margin, device=state.boundary_rows.device)
+    return state._replace(scales={**state.scales, MARGIN: number})
 
 
 def measured_margin(safety: SafetyCritics, networks: Networks, log: LogTensors) -> float:
@@ -385,15 +402,19 @@ class CriticsRun:
         return self.config.margin_of(self.critics.safety)
 
     def gate(self, state: TrainState) -> float | Tensor:
-        """Return the margin of the actor's losses, in units of h: the measured one of `state`."""
-        return state.scales.get(MARGIN, self.margin)
+        """Return the margin of the actor's losses, in units of h.
+
+        Where the margin is measured, this is the larger of `margin` and the measured one of
+        `state`.
+        """
+        measured = state.scales.get(MARGIN)
+        return self.margin if measured is None else measured.clamp(min=self.margin)
 
     def prepared(self, state: TrainState) -> TrainState:
-        """Return the initial `state` of a run, with a place for the margin if it is measured."""
+        """Return the initial `state` of a run, with a margin of 0 where it will be measured."""
         if self.config.margin != "auto":
             return state
-        margin = torch.tensor(self.margin, device=state.boundary_rows.device)
-        return state._replace(scales={**state.scales, MARGIN: margin})
+        return _with_margin(state, 0.0)
 
     @property
     def measure(self) -> Callable[[TrainState, torch.Generator], TrainState] | None:
@@ -405,8 +426,7 @@ class CriticsRun:
 
     def _measured(self, state: TrainState, generator: torch.Generator) -> TrainState:
         measured = measured_margin(self.critics.safety, state.targets, self.log)
-        margin = torch.full_like(state.scales[MARGIN], max(self.margin, measured))
-        return state._replace(scales={**state.scales, MARGIN: margin})
+        return _with_margin(state, measured)
 
     def imitation(
         self, *, reward_temperature: float, safety_temperature: float

@@ -236,9 +236,11 @@ def offline(hidden: tuple[int, ...] = TINY) -> dict[str, Callable[[], Any]]:
     """Return learners from the log of the boat: those of `fit(log, steps=..., checkpoint=...)`."""
     student, nets = settings(hidden, "student"), settings(hidden, "flow")
     return {
-        "safefql": lambda: SafeFQL(SafeFQLConfig(**student), device="cpu"),
+        "safefql": lambda: SafeFQL(SafeFQLConfig(**student, last_resort="search"), device="cpu"),
         "safefql_joint": lambda: SafeFQL(
-            SafeFQLConfig(**student, phases="joint", teacher="behaviour", candidates=1),
+            SafeFQLConfig(
+                **student, phases="joint", teacher="behaviour", candidates=1, last_resort="search"
+            ),
             device="cpu",
         ),
         "flrp": lambda: FLRP(FLRPConfig(**nets, transforms=2), device="cpu"),

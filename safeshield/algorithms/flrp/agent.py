@@ -37,6 +37,7 @@ from safeshield.training.architecture import Interface
 from safeshield.training.critics import CriticAgent, Critics
 from safeshield.training.log import LogTensors
 from safeshield.training.registry import register
+from safeshield.training.state import TrainState
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.units import SAFETY_NETWORKS
 
@@ -158,16 +159,21 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         return self._fitted().shift
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return how far refinement moves the policy in states of the log, in numbers and words."""
+        """Return the measured margin, and how far refinement moves the policy over the log.
+
+        The margin is in units of h. The change is given in numbers and in words.
+        """
         shift, trained = self.shift_summary, self._fitted().trained_steps
+        margin = {"measured_margin": self.measured_margin}
         if shift is None:
             known = "another T" if trained is None else f"T = {trained}"
             return {
+                **margin,
                 "refinement": f"refines {self.config.refine_steps} times, but how far that moves "
                 f"the policy over the log was measured for {known} only: base_shift(observations) "
-                "estimates it in states of your choice"
+                "estimates it in states of your choice",
             }
-        return {"base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
+        return {**margin, "base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
 
     # -- methods that OfflineAgent requires ---------------------------------------------------
 
@@ -224,7 +230,10 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     def _noise_features(self, model: LatentArchitecture) -> int:
         return model.policy.spec.latent
 
-    def _settle(self, model: LatentArchitecture, log: LogTensors) -> LatentArchitecture:
+    def _settle(
+        self, model: LatentArchitecture, log: LogTensors, state: TrainState
+    ) -> LatentArchitecture:
+        model = super()._settle(model, log, state)
         rows = torch.linspace(0, len(log) - 1, min(_SHIFT_STATES, len(log))).long()
         shift = self._shift(model, log.observations[rows.to(self.device)], _SHIFT_DRAWS)
         summary = ShiftSummary.of(shift, _SHIFT_DRAWS)

@@ -15,7 +15,7 @@ from safeshield.files.settings import (
     ThreePhases,
 )
 from safeshield.nn.latent_actor import Order
-from safeshield.training.config import LEAST_MARGIN, PAPER_CRITICS, CriticConfig
+from safeshield.training.config import PAPER_CRITICS, CriticConfig, check_measurable
 
 Latent = Annotated[
     int,
@@ -68,9 +68,6 @@ class FLRPConfig(CriticConfig):
         **{task: {"shape_weight": 8.0} for task in ("AntVelocity", "AntRun", "AntCircle")},
     }
 
-    margin: NonNegative = LEAST_MARGIN
-    """Distance from the boundary at which an action already counts as unsafe, in standard
-    deviations of h over the log, as in SafeFQL. It is not measured by this algorithm."""
     flow_hidden: Sizes = (128, 128)
     """Widths of the hidden layers of the flows' coupling networks, the decoder and the experts.
     Wider layers fit the log more closely and train more slowly."""
@@ -85,8 +82,8 @@ class FLRPConfig(CriticConfig):
     feasibility: Literal["safety", "cost"] = "safety"
     """Test that separates feasible from infeasible states and actions. "safety" uses the
     Hamilton-Jacobi values. "cost", the paper's ablation, uses cost values, which must not exceed
-    their 75th percentile over the logged transitions without a violation. The shield always uses
-    the safety values."""
+    their 75th percentile over the logged transitions without a violation; the policy's losses then
+    have no `margin`. The shield always uses the safety values."""
     decoder_spread: Positive = 0.1
     """Standard deviation of the decoder's Gaussian, in half widths of the action box. A smaller
     value makes the model reproduce the logged actions more exactly."""
@@ -148,3 +145,8 @@ class FLRPConfig(CriticConfig):
     phase_shares: ThreePhases = (0.5, 0.3, 0.2)
     """Shares of the updates for critics, generative model and experts, which sum to 1. A phase with
     a larger share trains for longer. Not used when `phases` is "joint"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feasibility == "safety":
+            check_measurable(self.margin, self.phases)

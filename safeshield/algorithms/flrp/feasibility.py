@@ -71,7 +71,7 @@ class Feasibility(ABC):
         """
 
     def excess(
-        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float
+        self, state: TrainState, observations: Tensor, actions: Tensor, margin: float | Tensor
     ) -> Tensor:
         """Return Q - max(V, -margin) of the actions, (batch,), in units of one step's advantage.
 

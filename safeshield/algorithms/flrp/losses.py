@@ -169,7 +169,7 @@ def refiner_loss(
     policy: LatentPolicy,
     config: FLRPConfig,
     feasibility: Feasibility,
-    margin: float,
+    margin: float | Tensor,
     networks: Networks,
     state: TrainState,
     observations: Tensor,
@@ -243,9 +243,17 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             critic_config = replace(config, safe_reward_value=False)
             self._feasibility = FromCost(model.costs)
         self._critics = CriticsRun(model.critics, self.log, critic_config, critics)
-        margin = self._critics.margin / model.critics.safety.scale.spread
-        # The percentiles of the costs are used without a margin.
-        self._margin = margin if model.costs is None else 0.0
+
+    def initial(self, generator: torch.Generator) -> TrainState:
+        """Return the state before the first update."""
+        state = super().initial(generator)
+        return state if self.model.costs is not None else self._critics.prepared(state)
+
+    def _margin(self, state: TrainState) -> float | Tensor:
+        """Return the margin of the policy's losses, in standard deviations of h."""
+        if self.model.costs is not None:
+            return 0.0  # The percentiles of the costs are used without a margin.
+        return self._critics.gate(state) / self.model.critics.safety.scale.spread
 
     def phases(self) -> list[Phase]:
         """Return the phases of training in order: critics, generative model, experts."""
@@ -266,6 +274,9 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
             # The critics do not change from here on, so the percentiles are computed only once.
             level = partial(judge.level, self.log)
             generative = replace(generative, refresh=level, refresh_every=flow_steps)
+        else:
+            measure = self._critics.measure
+            generative = replace(generative, refresh=measure, refresh_every=flow_steps)
         return [*self._critics.phases(beside=costs), generative, *refiners]
 
     def _joint(self, costs: Callable[[int], Update] | None, others: list[Phase]) -> list[Phase]:
@@ -290,7 +301,7 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
         """Return the weights w_s (batch,) of actions whose Q_h is q (batch,)."""
         gain = self.model.critics.reward.advantages(state.targets, observations, actions).amin(0)
         raised = (self.config.reward_temperature * gain).exp().clamp(max=REWARD_LIMIT)
-        return _of_mean_one(raised * (q <= -self._margin))
+        return _of_mean_one(raised * (q <= -self._margin(state)))
 
     def _generative(self, state: TrainState, draw: Draw) -> Loss:
         config, policy = self.config, self.model.policy
@@ -305,7 +316,7 @@ class FLRPRun(Run[LatentArchitecture, FLRPConfig]):
         )
 
     def _refine(self, state: TrainState, draw: Draw) -> Loss:
-        policy, judge, margin = self.model.policy, self._feasibility, self._margin
+        policy, judge, margin = self.model.policy, self._feasibility, self._margin(state)
         observations, actions = self.log.observations[draw.rows], self.log.actions[draw.rows]
         with torch.no_grad():
             _, q = judge.judge(state, observations, actions)

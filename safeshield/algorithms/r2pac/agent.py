@@ -339,15 +339,17 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         # One further feature decides which labels are left out.
         return model.actor.width + 1
 
-    def _settle(self, model: ChunkArchitecture, log: LogTensors) -> ChunkArchitecture:
+    def _settle(
+        self, model: ChunkArchitecture, log: LogTensors, state: TrainState
+    ) -> ChunkArchitecture:
         region, device = region_of(model, self.config), self.device
         level = region.most if isinstance(region, CostRegion) else None
         scales = {} if level is None else {LEVEL: torch.tensor(level, device=device)}
-        state = TrainState({}, self._networks, {}, scales, torch.zeros(0, device=device))
+        plain = TrainState({}, self._networks, {}, scales, torch.zeros(0, device=device))
         generator = torch.Generator(device).manual_seed(self.config.seed)
-        state = region.read_level(state, log, generator)
+        measured = region.read_level(plain, log, generator)
         margin = self.config.margin_of(model.critics.safety)
-        report = report_region(region, state, log, margin)
+        report = report_region(region, measured, log, margin)
         penalty = model.penalty
         if self.config.penalty == "prop1" and report.level > 0:
             low, high = float(log.rewards.min()), float(log.rewards.max())
