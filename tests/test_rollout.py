@@ -425,9 +425,13 @@ def test_an_episode_without_an_end_is_explained() -> None:
 
 
 def test_bad_arguments() -> None:
-    for episodes, seed in ((0, 0), (1, -1)):
-        with pytest.raises(ValueError, match="episodes must be at least 1"):
-            run_episodes(Walk(), push, episodes, seed)
+    for episodes, seed, words in (
+        (0, 0, "episodes must be at least 1, got 0"),
+        (1, -1, "seed must be at least 0, got -1"),
+        (1, None, "seed must be a whole number, got None"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_episodes(Walk(), push, episodes, seed)  # type: ignore[arg-type]
     env = gym.make("CartPole-v1")
     with pytest.raises(ValueError, match=r"one action of Discrete\(2\) .* shape \(\); got"):
         run_episodes(env, push, 1, 0)

@@ -558,7 +558,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         if margins is None:
             own = self.gate / self._fitted().critics.safety.scale.spread
             margins = [own * times for times in (1, 2, 4, 8)] if own > 0 else []
-        if not len(margins):
+        if not isinstance(margins, Sequence | np.ndarray) or not len(margins):
             raise ValueError(
                 f"margins must hold at least one number, got {margins} (the agent's own margin is "
                 f"{self.config.margin}): pass numbers in standard deviations of h, as [0.05, 0.1]"

@@ -239,7 +239,7 @@ def calibrate(
     if alone and policy is None:
         raise ValueError("alone=True tests a policy, but policy is None: pass policy as well")
     check_probability("confidence", confidence)
-    workers = whole("workers", workers, least=0)
+    workers, seed = whole("workers", workers, least=0), whole("seed", seed, least=0)
     name, names = environment_name(env), tuple(policy_names(policy, policy_name))
     earlier = _known_attempts(shield)
     tried = sum(one.counts_for(name, names) for one in earlier)

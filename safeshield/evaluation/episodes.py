@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safeshield.calibration.proposers import ShieldedProposals, spread_actions
 from safeshield.calibration.trials import StartValues
 from safeshield.evaluation.intervals import Interval, binomial_interval, mean_interval
-from safeshield.files.schema import json_values
+from safeshield.files.schema import json_values, whole
 from safeshield.rollouts.copies import (
     check_env,
     copies,
@@ -196,8 +196,7 @@ def draw_episodes(
     Raises:
         ValueError: As in `evaluate`.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    episodes, seed = whole("episodes", episodes, least=1), whole("seed", seed, least=0)
     check_env(env)
     shield = None if shield is None else as_shield(shield)
     for one in (shield, judge):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from safeshield.evaluation.episodes import ShieldLike
 from safeshield.files.atomic import written_whole
+from safeshield.files.schema import whole
 from safeshield.rollouts.copies import check_env, check_step, environment_name, is_vector_env
 from safeshield.rollouts.infos import (
     CERTIFIED,
@@ -212,8 +213,8 @@ def watch(
     (5, 6, (120, 150, 3))
     >>> film.save("boat.gif")  # doctest: +SKIP
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = None if steps is None else whole("steps", steps, least=1)
+    seed = whole("seed", seed, least=0)
     if height < 32:
         raise ValueError(f"height must be at least 32 pixels, got {height}")
     check_env(env)

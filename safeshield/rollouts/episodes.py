@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from safeshield.files.schema import whole
 from safeshield.rollouts.copies import (
     autoreset_mode,
     check_reward,
@@ -120,10 +121,7 @@ def run_episodes(
             policy returns NaN or a wrong shape.
         TypeError: `spaces.rows` does not support a space.
     """
-    if episodes < 1 or seed < 0:
-        raise ValueError(
-            f"episodes must be at least 1 and seed at least 0, got {episodes} and {seed}"
-        )
+    episodes, seed = whole("episodes", episodes, least=1), whole("seed", seed, least=0)
     envs = copies(env, num_envs, most=episodes, freeze=True)
     try:
         observation_codec = flat_observations(
