@@ -4,18 +4,19 @@
     python benchmarks/causes.py --data FOLDER --tasks DroneCircle PointGoal1 --seeds 10
     python benchmarks/causes.py --data FOLDER --table
 
-For each task, seed and safety expectile, SafeFQL is trained on the log (12,000 updates). A flow as
-in FISOR and an FLRP agent are then trained on the same critics (6,000 updates each), where an arm
-needs them. All arms play the same 20 starts with the noise of a deployed agent:
+For each task, seed and safety expectile, SafeFQL is trained on the log (12,000 updates, with the
+fixed margin of 0.058). A flow as in FISOR and an FLRP agent are then trained on the same critics
+(6,000 updates each), where an arm needs them. All arms play the same 20 starts with the noise of a
+deployed agent:
 
     student            the student's first draw
     student lowest     the lowest Q_h of 17 draws of the student
     gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
     default            the same, but where none of the 17 passes, the nearest action below the gate
-                       that a search over the box finds; where it finds none, its lowest Q_h, or in
-                       a state that violates already the lowest Q_h of the 17 draws
-    search resort      the same, but the lowest Q_h of the search wherever it finds none
-    student resort     the same, but the lowest Q_h of the 17 draws wherever it finds none
+                       that a search over the box finds; where it finds none, the nearest of those
+                       whose Q_h is about the lowest (`SafeFQLConfig.tie_tolerance`)
+    search resort      the same, but the lowest Q_h of the search where it finds none
+    student resort     the same, but the lowest Q_h of the 17 draws where it finds none
     teacher resort     the same, but the lowest Q_h of 16 draws of the teacher in their place
     behaviour          the same, with 64 draws of the log's behaviour in place of the search
     teacher, fisor     of 16 draws of that flow the highest A_r where Q_h < -margin, else the lowest
@@ -26,9 +27,9 @@ needs them. All arms play the same 20 starts with the noise of a deployed agent:
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
     auto student, auto gate, auto default, auto search resort, auto student resort,
-    auto teacher resort, auto behaviour, auto teacher
-                       the same with margin="auto": teacher and student are trained anew on the same
-                       critics (6,000 updates), with the margin that is measured on the log
+    auto teacher resort, auto behaviour, auto teacher, auto flrp
+                       the same with margin="auto": teacher and student, or FLRP, are trained anew
+                       on the same critics (6,000 updates), with the margin measured on the log
 
 The other arms with a gate are played at 1, 2, 4 and 8 times the margin. A result has the normalised
 return and cost, the share of the steps in which each branch acted, the mean support score
@@ -73,6 +74,7 @@ from safeshield.shield.replacement import nearest_acceptable
 from safeshield.spaces.batches import Batch
 from safeshield.suites.tasks import COST_LIMIT
 from safeshield.support.scores import SCORES
+from safeshield.training.config import LEAST_MARGIN
 from safeshield.training.critics import measured_margin
 from safeshield.training.log import LogTensors
 
@@ -103,10 +105,11 @@ class Trained:
 
     @cached_property
     def safefql(self) -> SafeFQL:
-        """SafeFQL with its default settings."""
+        """SafeFQL with the fixed margin."""
+        config = SafeFQLConfig(**self._common, margin=LEAST_MARGIN)
         return self._kept(
             SafeFQL,
-            lambda options: SafeFQL(SafeFQLConfig(**self._common), device="cpu").fit(
+            lambda options: SafeFQL(config, device="cpu").fit(
                 self._log, steps=self.updates, **options
             ),
         )
@@ -125,6 +128,11 @@ class Trained:
     def flrp(self) -> FLRP:
         """FLRP."""
         return self._after(FLRP, FLRPConfig(**self._common))
+
+    @cached_property
+    def flrp_auto(self) -> FLRP:
+        """FLRP with margin="auto"."""
+        return self._after(FLRP, FLRPConfig(**self._common, margin="auto"), "-auto")
 
     def margins(self) -> dict[str, Any]:
         """Return the default margin and the one that is measured on the log, in units of h."""
@@ -180,8 +188,14 @@ class Rules:
         self.agent, self.trained, self.limit = agent, trained, limit
         self.model = agent._fitted()
         self.safety = agent._safety(self.model)
-        self._anywhere = agent._changed(last_resort="search")
+        self._lowest = agent._changed(tie_tolerance=0.0)
         self.rng = np.random.default_rng(seed)
+
+    @property
+    def flrp(self) -> FLRP:
+        """The agent of FLRP whose margin is set in the same way as that of `agent`."""
+        trained = self.trained
+        return trained.flrp_auto if self.agent is trained.auto else trained.flrp
 
     def draws(self, name: str, states: StateValue, each: int) -> Float:
         """Return draws (n, each, act) of a network in n states."""
@@ -189,7 +203,7 @@ class Rules:
         agents, agent = self.trained, self.agent
         width = self.model.scaling.action_features
         if name == "flrp":
-            width = agents.flrp._fitted().policy.spec.latent
+            width = self.flrp._fitted().policy.spec.latent
         noise = self.rng.standard_normal((len(inputs), width)).astype(np.float32)
         if name == "student":
             rows = agent._student(inputs, noise)
@@ -197,7 +211,7 @@ class Rules:
             actor: Any = self.safety.behaviour_actor
             rows = actor.act(self.safety.networks, inputs, noise)
         elif name == "flrp":
-            rows = agents.flrp._fitted().policy.act(agents.flrp._arrays, inputs, noise)
+            rows = self.flrp._fitted().policy.act(self.flrp._arrays, inputs, noise)
         else:
             one: Any = agents.fisor if name == "fisor" else agent
             network = ACTOR if name == "fisor" else TEACHER
@@ -222,9 +236,9 @@ class Rules:
         Args:
             beyond: What is taken where no draw passes the gate: "" for the lowest Q_h of the draws,
                 "behaviour" for draws of the behaviour. All others search over the box, and differ
-                where that finds nothing acceptable: "search" does what the agent does, "box" takes
-                the lowest Q_h of the search, "student" that of the draws, and "teacher" that of
-                draws of the teacher.
+                where that finds nothing acceptable: "search" does what the agent does, "lowest"
+                takes the lowest Q_h of the search, "student" that of the draws, and "teacher" that
+                of draws of the teacher.
             states: n states.
         """
         actions, branch = self.safest("student", STUDENT_DRAWS + 1, states)
@@ -232,7 +246,7 @@ class Rules:
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
             if beyond != "behaviour":
-                searching = self.agent if beyond == "search" else self._anywhere
+                searching = self.agent if beyond == "search" else self._lowest
                 found = searching._beyond_the_student(self.safety, judged, before, self.limit)
                 if beyond in ("student", "teacher"):
                     # The search found no acceptable action in these states.
@@ -279,9 +293,9 @@ class Rules:
 
     def centre(self, states: StateValue) -> Choice:
         """Return FLRP's action for u = 0."""
-        policy = self.trained.flrp._fitted().policy
+        policy = self.flrp._fitted().policy
         noise = np.zeros((len(states.inputs), policy.spec.latent), np.float32)
-        actions = policy.act(self.trained.flrp._arrays, states.inputs, noise)
+        actions = policy.act(self.flrp._arrays, states.inputs, noise)
         return actions, np.full(len(noise), FIRST)
 
 
@@ -299,7 +313,7 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "gate": lambda rules, states: rules.gate("", states),
     "default": lambda rules, states: rules.gate("search", states),
     "behaviour": lambda rules, states: rules.gate("behaviour", states),
-    "search resort": lambda rules, states: rules.gate("box", states),
+    "search resort": lambda rules, states: rules.gate("lowest", states),
     "student resort": lambda rules, states: rules.gate("student", states),
     "teacher resort": lambda rules, states: rules.gate("teacher", states),
     "teacher": lambda rules, states: rules.best("teacher", states),
@@ -308,7 +322,7 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
 }
 """Arms with a gate, which are played at several margins."""
 RESORTS = ("search resort", "student resort", "teacher resort")
-AUTO = ("student", "gate", "default", *RESORTS, "behaviour", "teacher")
+AUTO = ("student", "gate", "default", *RESORTS, "behaviour", "teacher", "flrp")
 ARMS = [
     *((name, 1) for name in PLAIN),
     *itertools.product(GATED, MARGINS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,6 @@ from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig, SafeFQLRun
 from safeshield.data import OfflineDataset, collect
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.flow import flow_matching_loss
-from safeshield.shield.critics import SafetyModel
 from safeshield.training.checkpoint import flatten, from_tree, to_tree, unflatten
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary
@@ -307,42 +307,55 @@ def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
 
 @pytest.mark.filterwarnings("ignore:this shield is not calibrated")
 def test_where_no_draw_passes_it_does_what_its_shield_would(
-    log: OfflineDataset, fitted: SafeFQL, monkeypatch: pytest.MonkeyPatch
+    log: OfflineDataset, fitted: SafeFQL
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
-    spread = fitted._fitted().critics.safety.scale.spread
-    none = with_candidates(fitted, 9, margin=1e6 / spread)
-    violating = own.model.violating(own.states(seen))
-    assert 0 < violating.sum() < len(seen)
-    with monkeypatch.context() as nowhere:
-        nowhere.setattr(
-            SafetyModel, "violating", lambda model, states: np.zeros(len(states[0]), bool)
-        )
-        lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
+    scale = fitted._fitted().critics.safety.scale
+    none = with_candidates(fitted, 9, margin=1e6 / scale.spread, tie_tolerance=0.0)
+    lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
     values = np.asarray(own.value(seen, first))
     # A gate that the first draw fails and some action passes, in one state at least.
     j = (values - lowest).argmax()
     limit = 0.1 * float(values[j]) + 0.9 * float(lowest[j])
-    gated = with_candidates(fitted, 9, margin=-limit / spread)
+    gated = with_candidates(fitted, 9, margin=-limit / scale.spread)
     acted = gated.predict(seen, deterministic=True)[0]
     after = np.asarray(own.value(seen, acted))
     reachable = lowest < limit - 1e-5
     assert 0 < reachable.sum() < len(seen)
     assert (after[reachable] <= limit + 1e-5).all()
-    lost = ~reachable & ~violating
-    np.testing.assert_allclose(after[lost], lowest[lost], atol=1e-5)
-    draws = with_candidates(fitted, 9, margin=-limit / spread)
+    strict = with_candidates(fitted, 9, margin=-limit / scale.spread, tie_tolerance=0.0)
+    exact = np.asarray(own.value(seen, strict.predict(seen, deterministic=True)[0]))
+    np.testing.assert_allclose(exact[~reachable], lowest[~reachable], atol=1e-5)
+    draws = with_candidates(fitted, 9, margin=-limit / scale.spread)
     draws._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
     alone = draws.predict(seen, deterministic=True)[0]
-    # In a violating state without an acceptable action, the safest draw is the way back.
-    outside = ~reachable & violating
-    assert (lowest[outside] < np.asarray(own.value(seen, alone))[outside] - 1e-5).any()
-    np.testing.assert_array_equal(acted[outside], alone[outside])
-    failed = (np.asarray(own.value(seen, alone)) > limit + 1e-5) & ~outside
+    failed = np.asarray(own.value(seen, alone)) > limit + 1e-5
     assert (failed & reachable).any()
-    expected = own.with_delta(-limit).filter(seen[failed], alone[failed])[0]
-    np.testing.assert_allclose(acted[failed], expected, atol=1e-5)
+    at = failed & reachable
+    expected = own.with_delta(-limit).filter(seen[at], alone[at])[0]
+    np.testing.assert_allclose(acted[at], expected, atol=1e-5)
+
+
+def test_where_nothing_is_acceptable_the_nearest_of_equally_safe_actions_is_executed(
+    log: OfflineDataset, fitted: SafeFQL
+) -> None:
+    seen, own = log.observations[::7], fitted.shield()
+    scale = fitted._fitted().critics.safety.scale
+    sample = with_candidates(fitted, 9, margin=1e6 / scale.spread)
+    sample._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
+    alone = sample.predict(seen, deterministic=True)[0]
+    excess, ways = [], []
+    for tolerance in (0.0, 0.1, 1.0, 1e6):
+        agent = with_candidates(fitted, 9, margin=1e6 / scale.spread, tie_tolerance=tolerance)
+        acted = agent.predict(seen, deterministic=True)[0]
+        ways.append(np.linalg.norm(acted - alone, axis=1))
+        excess.append(np.asarray(own.value(seen, acted)) / scale.step_rms)
+        assert (excess[-1] - excess[0] <= tolerance + 1e-3).all()
+    # A larger tolerance keeps the action nearer to the sample; without a limit it is the sample.
+    assert all((a >= b - 1e-6).all() for a, b in pairwise(ways))
+    assert ways[0].max() > 0.1
+    np.testing.assert_array_equal(acted, alone)
 
 
 def test_the_kind_of_labels_survives_a_file(log: OfflineDataset, tmp_path: Path) -> None:

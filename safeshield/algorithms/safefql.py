@@ -139,11 +139,12 @@ class SafeFQLConfig(EulerConfig):
     those with Q_h < -margin the one of highest A_r is executed, and where there is none, the one of
     lowest Q_h. This is SafeIFQL of the official code. The student is trained either way, because
     the agent's shield uses it; `SafeFQL.acting_by` changes the setting after training."""
-    last_resort: Literal["student", "search"] = "student"
-    """Action in a state that violates the constraint already, where neither a sample nor the search
-    is acceptable. "student" means the safest of the student's samples, which resemble the log and
-    therefore the ways back that it shows. "search" means the action of lowest Q_h that the search
-    finds. In states that do not violate yet, that one is always executed."""
+    tie_tolerance: NonNegative = 1.0
+    """Difference of Q_h, in units of one step's change of h (sigma_h), up to which two actions
+    count as equally safe where the search finds no acceptable one. Of the actions whose Q_h is that
+    near to the lowest, the one nearest to the safest sample is then executed, because it resembles
+    the log. With 0 it is the one of lowest Q_h. Where Q_h hardly depends on the action, that one is
+    chosen by the error of the critics, changes from step to step, and leads nowhere."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Order of training. "sequential" trains the critics, then the teacher, then the student;
     "joint" trains all three in every update, as the official code does."""
@@ -271,7 +272,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         "teacher": "behaviour",
         "candidates": 1,
         "extraction": "student",
-        "last_resort": "search",
+        "tie_tolerance": 0.0,
     }
     _fewest_steps = 3
     _safety_model: SafetyModel | None = None
@@ -299,6 +300,11 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             RuntimeError: The agent has not been trained.
         """
         return self.config.margin_of(self._fitted().critics.safety)
+
+    @property
+    def _tie(self) -> float:
+        """The setting `tie_tolerance` in units of h."""
+        return self.config.tie_tolerance * self._fitted().critics.safety.scale.step_rms
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the gate, the measured margin, and the promise of the record where there is one.
@@ -711,11 +717,8 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
             values = judge.judged(some, options)
             safest, value = picked(options, values, values.argmin(1))
-            beyond, reached = judge.nearest_features(some, safest, limit)
-            search = value >= limit
-            if self.config.last_resort == "student":
-                search = search & ~((reached > limit) & judge.violating(some))
-            chosen = torch.where(search[:, None], beyond, safest)
+            beyond = judge.nearest_features(some, safest, limit, self._tie)
+            chosen = torch.where((value >= limit)[:, None], beyond, safest)
             return [first.with_rows(index, chosen)]
 
         return judge.to_box(rows.recorder.where_any(missing, further, [first])[0])
@@ -751,18 +754,17 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     ) -> Float:
         """Return the nearest acceptable action to each, among the candidates of a shield.
 
-        Where there is none, the action of lowest Q_h among the candidates is returned, or, in a
-        state that violates already, the given action (see `SafeFQLConfig.last_resort`).
+        Where there is none, the nearest of those whose Q_h is about the lowest is returned (see
+        `SafeFQLConfig.tie_tolerance`).
         """
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
         values = safety.scaled_values(states, drawn)
-        best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
-        lost = np.flatnonzero(values.min(1) > limit)
-        if len(lost) and self.config.last_resort == "student":
-            best[lost[safety.violating(states.take(lost))]] = 0
+        lowest = values.min(1)
+        limits = np.where(lowest > limit, lowest + np.float32(self._tie), limit)
+        best = nearest_acceptable(drawn, values, limits)
         return np.asarray(drawn[np.arange(len(actions)), best])
 
     def _student(self, observations: Float, noise: Float) -> Float:
