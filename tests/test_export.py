@@ -291,17 +291,17 @@ def test_agents_of_the_package(name: str, tmp_path: Path) -> None:
 
 
 def test_an_agent_that_finds_nothing_acceptable(tmp_path: Path) -> None:
-    """SafeFQL then executes one of the actions whose Q_h is about the lowest."""
+    """SafeFQL then acts by `last_resort`."""
     agent = load_agent(GOLDEN / "agent_safefql_joint.safetensors").acting_by(
         "student", candidates=4
     )
-    agent = agent.with_margin(1e3)._changed(tie_tolerance=0.5)
+    agent = agent.with_margin(1e3)._changed(last_resort="nearest")
     shield = benchmark.random_shield(agent.observation_space, agent.action_space, **TINY)
     states, actions = proposed(shield, agent, tmp_path)
     told, _ = agent.predict(states, deterministic=True)
     apart = np.abs(actions - told).max(axis=1) > 1e-5
     assert apart.sum() <= 2
-    lowest, _ = agent._changed(tie_tolerance=0.0).predict(states, deterministic=True)
+    lowest, _ = agent._changed(last_resort="lowest").predict(states, deterministic=True)
     assert (np.abs(lowest - told).max(axis=1) > 0.1).any()
 
 

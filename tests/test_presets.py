@@ -80,7 +80,7 @@ SAFEFQL_NUMBERS: list[tuple[str, object, str]] = [
     ("teacher", "behaviour", f"{CODE}: unweighted behaviour cloning"),
     ("candidates", 1, "paper: N = 1"),
     ("extraction", "student", "paper: N = 1, one draw of the one-step actor"),
-    ("tie_tolerance", 1.0, "no effect with N = 1, where one draw acts"),
+    ("last_resort", "nearest", "no effect with N = 1, where one draw acts"),
     ("phases", "joint", f"{CODE}: all at once, every step"),
 ]
 SAFEFQL_OTHER = ("seed", "distillation", "safety_weight", "phase_shares")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -311,7 +310,7 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
     scale = fitted._fitted().critics.safety.scale
-    none = with_candidates(fitted, 9, margin=1e6 / scale.spread, tie_tolerance=0.0)
+    none = with_candidates(fitted, 9, margin=1e6 / scale.spread, last_resort="lowest")
     lowest = np.asarray(own.value(seen, none.predict(seen, deterministic=True)[0]))
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
     values = np.asarray(own.value(seen, first))
@@ -324,7 +323,7 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
     reachable = lowest < limit - 1e-5
     assert 0 < reachable.sum() < len(seen)
     assert (after[reachable] <= limit + 1e-5).all()
-    strict = with_candidates(fitted, 9, margin=-limit / scale.spread, tie_tolerance=0.0)
+    strict = with_candidates(fitted, 9, margin=-limit / scale.spread, last_resort="lowest")
     exact = np.asarray(own.value(seen, strict.predict(seen, deterministic=True)[0]))
     np.testing.assert_allclose(exact[~reachable], lowest[~reachable], atol=1e-5)
     draws = with_candidates(fitted, 9, margin=-limit / scale.spread)
@@ -337,25 +336,33 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
     np.testing.assert_allclose(acted[at], expected, atol=1e-5)
 
 
-def test_where_nothing_is_acceptable_the_nearest_of_equally_safe_actions_is_executed(
+def test_the_last_resort_is_near_the_sample_and_no_worse_than_the_state(
     log: OfflineDataset, fitted: SafeFQL
 ) -> None:
     seen, own = log.observations[::7], fitted.shield()
-    scale = fitted._fitted().critics.safety.scale
-    sample = with_candidates(fitted, 9, margin=1e6 / scale.spread)
-    sample._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
-    alone = sample.predict(seen, deterministic=True)[0]
-    excess, ways = [], []
-    for tolerance in (0.0, 0.1, 1.0, 1e6):
-        agent = with_candidates(fitted, 9, margin=1e6 / scale.spread, tie_tolerance=tolerance)
-        acted = agent.predict(seen, deterministic=True)[0]
-        ways.append(np.linalg.norm(acted - alone, axis=1))
-        excess.append(np.asarray(own.value(seen, acted)) / scale.step_rms)
-        assert (excess[-1] - excess[0] <= tolerance + 1e-3).all()
-    # A larger tolerance keeps the action nearer to the sample; without a limit it is the sample.
-    assert all((a >= b - 1e-6).all() for a, b in pairwise(ways))
-    assert ways[0].max() > 0.1
-    np.testing.assert_array_equal(acted, alone)
+    model, states = own.model, own.states(seen)
+    violating = model.violating(states)
+    np.testing.assert_array_equal(violating, log.constraints[::7] > 0)
+    assert 0 < violating.sum() < len(seen)
+    # Samples that no student draws, so that few of them are as safe as the log's actions.
+    samples = np.random.default_rng(0).uniform(-1, 1, (len(seen), 2)).astype(np.float32)
+
+    def acted(last_resort: Literal["nearest", "lowest"]) -> tuple[np.ndarray, np.ndarray]:
+        agent = fitted._changed(last_resort=last_resort)
+        chosen = agent._beyond_the_student(model, states, samples.copy(), -1e6)
+        return chosen, model.scaled_values(states, chosen[:, None])[:, 0]
+
+    (lowest, least), (nearest, values) = acted("lowest"), acted("nearest")
+    np.testing.assert_array_equal(nearest[violating], samples[violating])
+    level = np.maximum(least, states.value)
+    assert (values <= level + 1e-6)[~violating].all()
+    way, far = (np.linalg.norm(one - samples, axis=1) for one in (nearest, lowest))
+    assert (way <= far + 1e-6).all()
+    safe = model.scaled_values(states, samples[:, None])[:, 0] <= states.value
+    np.testing.assert_array_equal(nearest[safe], samples[safe])
+    searched = ~violating & ~safe
+    assert searched.any()
+    assert (way[searched] < far[searched] - 0.01).any()
 
 
 def test_the_kind_of_labels_survives_a_file(log: OfflineDataset, tmp_path: Path) -> None:

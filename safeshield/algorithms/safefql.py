@@ -139,12 +139,13 @@ class SafeFQLConfig(EulerConfig):
     those with Q_h < -margin the one of highest A_r is executed, and where there is none, the one of
     lowest Q_h. This is SafeIFQL of the official code. The student is trained either way, because
     the agent's shield uses it; `SafeFQL.acting_by` changes the setting after training."""
-    tie_tolerance: NonNegative = 1.0
-    """Difference of Q_h, in units of one step's change of h (sigma_h), up to which two actions
-    count as equally safe where the search finds no acceptable one. Of the actions whose Q_h is that
-    near to the lowest, the one nearest to the safest sample is then executed, because it resembles
-    the log. With 0 it is the one of lowest Q_h. Where Q_h hardly depends on the action, that one is
-    chosen by the error of the critics, changes from step to step, and leads nowhere."""
+    last_resort: Literal["nearest", "lowest"] = "nearest"
+    """Action where the search finds no acceptable one. "lowest" means the action of lowest Q_h that
+    it finds. "nearest" means the one nearest to the safest sample with Q_h <= V_h, which is as safe
+    as the safer actions of the log in this state, and in a state that violates already the safest
+    sample itself. Where Q_h hardly depends on the action, the lowest is chosen by the error of the
+    critics, changes from step to step, and leads nowhere; what resembles the log leads back as the
+    log does."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Order of training. "sequential" trains the critics, then the teacher, then the student;
     "joint" trains all three in every update, as the official code does."""
@@ -272,7 +273,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         "teacher": "behaviour",
         "candidates": 1,
         "extraction": "student",
-        "tie_tolerance": 0.0,
+        "last_resort": "lowest",
     }
     _fewest_steps = 3
     _safety_model: SafetyModel | None = None
@@ -300,11 +301,6 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             RuntimeError: The agent has not been trained.
         """
         return self.config.margin_of(self._fitted().critics.safety)
-
-    @property
-    def _tie(self) -> float:
-        """The setting `tie_tolerance` in units of h."""
-        return self.config.tie_tolerance * self._fitted().critics.safety.scale.step_rms
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the gate, the measured margin, and the promise of the record where there is one.
@@ -717,7 +713,7 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
             options = torch.cat([more.reshape(-1, each, width), own[:, None]], 1)
             values = judge.judged(some, options)
             safest, value = picked(options, values, values.argmin(1))
-            beyond = judge.nearest_features(some, safest, limit, self._tie)
+            beyond = judge.nearest_features(some, safest, limit, self.config.last_resort)
             chosen = torch.where((value >= limit)[:, None], beyond, safest)
             return [first.with_rows(index, chosen)]
 
@@ -754,17 +750,22 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
     ) -> Float:
         """Return the nearest acceptable action to each, among the candidates of a shield.
 
-        Where there is none, the nearest of those whose Q_h is about the lowest is returned (see
-        `SafeFQLConfig.tie_tolerance`).
+        Where there is none, `SafeFQLConfig.last_resort` decides.
         """
         scaling = safety.scaling
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
         values = safety.scaled_values(states, drawn)
-        lowest = values.min(1)
-        limits = np.where(lowest > limit, lowest + np.float32(self._tie), limit)
-        best = nearest_acceptable(drawn, values, limits)
+        if self.config.last_resort == "lowest":
+            best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
+        else:
+            lowest = values.min(1)
+            lost = np.flatnonzero(lowest > limit)
+            limits = np.where(lowest > limit, np.maximum(lowest, states.value), limit)
+            best = nearest_acceptable(drawn, values, limits)
+            if len(lost):
+                best[lost[safety.violating(states.take(lost))]] = 0
         return np.asarray(drawn[np.arange(len(actions)), best])
 
     def _student(self, observations: Float, noise: Float) -> Float:

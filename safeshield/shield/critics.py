@@ -28,6 +28,7 @@ from safeshield.values.units import (
     FALLBACK,
     SafetyScale,
     action_value,
+    constraint_of,
     known_value,
     state_value,
 )
@@ -262,6 +263,15 @@ class SafetyModel:
         else:
             value = known_value(scale, float(h[0]), excess)
         return StateValue(inputs, np.array((value,), np.float32), h, each, hidden)
+
+    def violating(self, states: StateValue) -> Flags:
+        """Return whether n states violate the constraint themselves, h(s) > 0, as (n,).
+
+        Where the source does not determine h, the network's estimate decides. `states` is the
+        result for n observations.
+        """
+        excess = run(self._excess_layers, states.inputs)[0, :, 0]
+        return np.asarray(constraint_of(self.scale, states.value, excess) > 0)
 
     def action_values(self, states: StateValue, actions: Actions) -> Scalars:
         """Return Q_h (n,) of one action in each of n states.

@@ -54,6 +54,7 @@ from safeshield.shield.tensors import (
 from safeshield.support.decide import _noise as behaviour_noise
 from safeshield.support.scores import EnsembleSpread, LogProbability, NoiseDistance
 from safeshield.values.constraint import SeveralConstraints
+from safeshield.values.units import constraint_of
 
 if TYPE_CHECKING:
     from safeshield.shield.record import CalibrationRecord
@@ -473,19 +474,31 @@ class GraphShield(TorchShield):
         """Return actions in [-1, 1] in the units of the box."""
         return self._units.to_box(scaled)
 
-    def nearest_features(self, states: _States, features: Any, limit: float, tie: float) -> Any:  # noqa: ANN401
+    def nearest_features(
+        self,
+        states: _States,
+        features: Any,  # noqa: ANN401
+        limit: float,
+        last_resort: str,
+    ) -> Any:  # noqa: ANN401
         """Return the candidate nearest to each of actions (n, features) with Q_h <= limit.
 
-        Where there is none, it is the nearest of those whose Q_h is at most the lowest plus `tie`.
+        Where there is none, `last_resort` decides as in `SafeFQLConfig`.
         """
         found = self._units.action_features(self._candidates(states, self.to_box(features)))
         options: Any = torch.cat([features[:, None], found], 1)
         values = self._judged(states, options)
         distance = (options - options[:, :1]).square().sum(-1)
+        if last_resort == "lowest":
+            best = nearest_of(values <= limit, distance, values, values.argmin(1))
+            return picked(options, values, best)[0]
+        value: Any = states.value
         lowest = values.amin(1)
-        limits = torch.where(lowest > limit, lowest + tie, limit)
+        lost = lowest > limit
+        limits = torch.where(lost, lowest.maximum(value), limit)
         best = nearest_of(values <= limits[:, None], distance, values, values.argmin(1))
-        return picked(options, values, best)[0]
+        violating = constraint_of(self._scale, value, states.excess) > 0
+        return torch.where((lost & violating)[:, None], features, picked(options, values, best)[0])
 
     # -- the support test ------------------------------------------------------------------------
 

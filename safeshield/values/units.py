@@ -107,6 +107,15 @@ def known_value(scale: SafetyScale, h: C, excess: C) -> C:
     return h + relu(scale.excess * excess)
 
 
+def constraint_of(scale: SafetyScale, value: C, excess: C) -> C:
+    """Return h(s) = V_h(s) - max(e(s), 0), in units of h: the inverse of `known_value`.
+
+    `value` is V_h in units of h, `excess` is the output of the network of e, and `scale` converts
+    it to units of h. Where a network estimates h, this is the estimate.
+    """
+    return value - relu(scale.excess * excess)
+
+
 def action_value(scale: SafetyScale, value: C, advantage: C) -> C:
     """Return Q_h(s, a) = V_h(s) + sigma A(s, a), in units of h, where A is max_i A_i.
 

@@ -236,10 +236,10 @@ def offline(hidden: tuple[int, ...] = TINY) -> dict[str, Callable[[], Any]]:
     """Return learners from the log of the boat: those of `fit(log, steps=..., checkpoint=...)`."""
     student, nets = settings(hidden, "student"), settings(hidden, "flow")
     return {
-        "safefql": lambda: SafeFQL(SafeFQLConfig(**student, tie_tolerance=0.0), device="cpu"),
+        "safefql": lambda: SafeFQL(SafeFQLConfig(**student, last_resort="lowest"), device="cpu"),
         "safefql_joint": lambda: SafeFQL(
             SafeFQLConfig(
-                **student, phases="joint", teacher="behaviour", candidates=1, tie_tolerance=0.0
+                **student, phases="joint", teacher="behaviour", candidates=1, last_resort="lowest"
             ),
             device="cpu",
         ),
