@@ -13,10 +13,9 @@ deployed agent:
     student lowest     the lowest Q_h of 17 draws of the student
     gate               the first draw where Q_h < -margin, else the lowest Q_h of 17
     default            the same, but where none of the 17 passes, the nearest action below the gate
-                       that a search over the box finds; where it finds none, the nearest of those
-                       whose Q_h is about the lowest (`SafeFQLConfig.tie_tolerance`)
-    tie 0, tie 0.25,
-    tie 0.5, tie 2     the same with this tolerance; 0 means the lowest Q_h
+                       that a search over the box finds; where it finds none, the last resort
+                       of the agent (`SafeFQLConfig.last_resort`)
+    lowest resort      the same, but the lowest Q_h of the search where it finds none
     student resort     the same, but the lowest Q_h of the 17 draws where it finds none
     teacher resort     the same, but the lowest Q_h of 16 draws of the teacher in their place
     behaviour          the same, with 64 draws of the log's behaviour in place of the search
@@ -27,7 +26,7 @@ deployed agent:
     flrp gate          FLRP's first draw where Q_h < -margin, else the lowest Q_h of 17 draws
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
-    auto student, auto gate, auto default, auto tie 0 (to 2), auto student resort,
+    auto student, auto gate, auto default, auto lowest resort, auto student resort,
     auto teacher resort, auto behaviour, auto teacher, auto flrp
                        the same with margin="auto": teacher and student, or FLRP, are trained anew
                        on the same critics (6,000 updates), with the margin measured on the log
@@ -83,7 +82,6 @@ UPDATES = 12_000
 EXPECTILES = (".99", ".9")
 MARGINS = (1, 2, 4, 8)
 STUDENT_DRAWS, FLOW_DRAWS, BEHAVIOUR_DRAWS = 16, 16, 64
-TIES = ("0", "0.25", "0.5", "2")
 BRANCHES = ("first", "candidates", "search", "best", "lowest")
 """Parts of the rules that choose an action: the first draw, the lowest Q_h of further draws below
 the gate, the search (or the draws of the behaviour), the highest A_r below the gate, and the lowest
@@ -190,6 +188,8 @@ class Rules:
         self.agent, self.trained, self.limit = agent, trained, limit
         self.model = agent._fitted()
         self.safety = agent._safety(self.model)
+        self._nearest = agent._changed(last_resort="nearest")
+        self._lowest = agent._changed(last_resort="lowest")
         self.rng = np.random.default_rng(seed)
 
     @property
@@ -237,9 +237,9 @@ class Rules:
         Args:
             beyond: What is taken where no draw passes the gate: "" for the lowest Q_h of the draws,
                 "behaviour" for draws of the behaviour. All others search over the box, and differ
-                where that finds nothing acceptable: "search" does what the agent does, a number
-                does it with this `tie_tolerance`, "student" takes the lowest Q_h of the draws,
-                and "teacher" that of draws of the teacher.
+                where that finds nothing acceptable: "search" does what the agent does, "lowest"
+                takes the lowest Q_h of the search, "student" that of the draws, and "teacher" that
+                of draws of the teacher.
             states: n states.
         """
         actions, branch = self.safest("student", STUDENT_DRAWS + 1, states)
@@ -247,9 +247,8 @@ class Rules:
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
             if beyond != "behaviour":
-                ties = {"search": self.agent.config.tie_tolerance, "student": 0.0, "teacher": 0.0}
-                tie = ties[beyond] if beyond in ties else float(beyond)
-                searching = self.agent._changed(tie_tolerance=tie)
+                # An agent of an earlier file has the last resort "lowest".
+                searching = self._nearest if beyond == "search" else self._lowest
                 found = searching._beyond_the_student(self.safety, judged, before, self.limit)
                 if beyond in ("student", "teacher"):
                     # The search found no acceptable action in these states.
@@ -316,10 +315,7 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "gate": lambda rules, states: rules.gate("", states),
     "default": lambda rules, states: rules.gate("search", states),
     "behaviour": lambda rules, states: rules.gate("behaviour", states),
-    **{
-        f"tie {tie}": lambda rules, states, tie=tie: rules.gate(tie, states)  # type: ignore[misc]
-        for tie in TIES
-    },
+    "lowest resort": lambda rules, states: rules.gate("lowest", states),
     "student resort": lambda rules, states: rules.gate("student", states),
     "teacher resort": lambda rules, states: rules.gate("teacher", states),
     "teacher": lambda rules, states: rules.best("teacher", states),
@@ -327,7 +323,7 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "flrp gate": lambda rules, states: rules.safest("flrp", STUDENT_DRAWS + 1, states),
 }
 """Arms with a gate, which are played at several margins."""
-RESORTS = (*(f"tie {tie}" for tie in TIES), "student resort", "teacher resort")
+RESORTS = ("lowest resort", "student resort", "teacher resort")
 AUTO = ("student", "gate", "default", *RESORTS, "behaviour", "teacher", "flrp")
 ARMS = [
     *((name, 1) for name in PLAIN),
