@@ -140,12 +140,13 @@ class SafeFQLConfig(EulerConfig):
     lowest Q_h. This is SafeIFQL of the official code. The student is trained either way, because
     the agent's shield uses it; `SafeFQL.acting_by` changes the setting after training."""
     last_resort: Literal["nearest", "lowest"] = "nearest"
-    """Action where the search finds no acceptable one. "lowest" means the action of lowest Q_h that
-    it finds. "nearest" means the one nearest to the safest sample with Q_h <= V_h, which is as safe
-    as the safer actions of the log in this state, and in a state that violates already the safest
-    sample itself. Where Q_h hardly depends on the action, the lowest is chosen by the error of the
-    critics, changes from step to step, and leads nowhere; what resembles the log leads back as the
-    log does."""
+    """Action where neither a sample nor the search is acceptable. "lowest" means the action of
+    lowest Q_h that the search finds. "nearest" means the action with Q_h <= V_h that is nearest to
+    the safest sample, and the lowest where no action has such a Q_h; in a state that violates
+    already it means the safest sample itself. Where Q_h hardly depends on the action, the lowest is
+    chosen by the error of the critics and changes from step to step, so that the agent stays where
+    it is; a sample resembles the log, and leads back as the log does. Not used with one candidate
+    or with ``extraction="sample"``."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Order of training. "sequential" trains the critics, then the teacher, then the student;
     "joint" trains all three in every update, as the official code does."""
