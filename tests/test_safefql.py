@@ -324,16 +324,17 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
     assert 0 < reachable.sum() < len(seen)
     assert (after[reachable] <= limit + 1e-5).all()
     strict = with_candidates(fitted, 9, margin=-limit / scale.spread, last_resort="lowest")
-    exact = np.asarray(own.value(seen, strict.predict(seen, deterministic=True)[0]))
+    searched = strict.predict(seen, deterministic=True)[0]
+    exact = np.asarray(own.value(seen, searched))
     np.testing.assert_allclose(exact[~reachable], lowest[~reachable], atol=1e-5)
     draws = with_candidates(fitted, 9, margin=-limit / scale.spread)
     draws._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
     alone = draws.predict(seen, deterministic=True)[0]
     failed = np.asarray(own.value(seen, alone)) > limit + 1e-5
     assert (failed & reachable).any()
-    at = failed & reachable
-    expected = own.with_delta(-limit).filter(seen[at], alone[at])[0]
-    np.testing.assert_allclose(acted[at], expected, atol=1e-5)
+    expected = own.with_delta(-limit).filter(seen[failed], alone[failed])[0]
+    np.testing.assert_allclose(searched[failed], expected, atol=1e-5)
+    np.testing.assert_allclose(acted[failed & reachable], expected[reachable[failed]], atol=1e-5)
 
 
 def test_the_last_resort_is_near_the_sample_and_no_worse_than_the_state(

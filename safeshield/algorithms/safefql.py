@@ -143,10 +143,10 @@ class SafeFQLConfig(EulerConfig):
     """Action where neither a sample nor the search is acceptable. "lowest" means the action of
     lowest Q_h that the search finds. "nearest" means the action with Q_h <= V_h that is nearest to
     the safest sample, and the lowest where no action has such a Q_h; in a state that violates
-    already it means the safest sample itself. Where Q_h hardly depends on the action, the lowest is
-    chosen by the error of the critics and changes from step to step, so that the agent stays where
-    it is; a sample resembles the log, and leads back as the log does. Not used with one candidate
-    or with ``extraction="sample"``."""
+    already it means the safest sample itself. Where Q_h hardly depends on the action, the errors of
+    the critics determine which action has the lowest Q_h. That action then changes from step to
+    step, and the agent does not move away. A sample resembles the log's actions, which return to
+    safe states. Not used with one candidate or with ``extraction="sample"``."""
     phases: Literal["sequential", "joint"] = "sequential"
     """Order of training. "sequential" trains the critics, then the teacher, then the student;
     "joint" trains all three in every update, as the official code does."""
@@ -758,15 +758,11 @@ class SafeFQL(CriticAgent[SafeFQLConfig, CriticArchitecture]):
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
         values = safety.scaled_values(states, drawn)
-        if self.config.last_resort == "lowest":
-            best = nearest_acceptable(drawn, values, np.full(len(actions), limit))
-        else:
-            lowest = values.min(1)
-            lost = np.flatnonzero(lowest > limit)
-            limits = np.where(lowest > limit, np.maximum(lowest, states.value), limit)
-            best = nearest_acceptable(drawn, values, limits)
-            if len(lost):
-                best[lost[safety.violating(states.take(lost))]] = 0
+        lost = (values.min(1) > limit) & (self.config.last_resort == "nearest")
+        # Where no candidate has Q_h <= V_h, `nearest_acceptable` returns that of the lowest Q_h.
+        best = nearest_acceptable(drawn, values, np.where(lost, states.value, limit))
+        if lost.any():
+            best[lost] = np.where(safety.violating(states.take(lost)), 0, best[lost])
         return np.asarray(drawn[np.arange(len(actions)), best])
 
     def _student(self, observations: Float, noise: Float) -> Float:

@@ -403,7 +403,7 @@ def read_by(kind: object) -> str:
 def _read_by(found: object, wanted: str | None) -> str:
     """Return what `read_by` does, and for an agent in place of a shield what makes a shield."""
     name = str(found)
-    # Where the module of a format of this package is not imported, the format is not in FORMATS.
+    # FORMATS contains a format of this package only after its module has been imported.
     own = name.startswith("safeshield-") and name != "safeshield-checkpoint"
     agent = FORMATS[name][0] == AGENT if name in FORMATS else own
     if not agent or FORMATS.get(str(wanted), ("", ""))[0] != SHIELD:

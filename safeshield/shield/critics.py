@@ -267,8 +267,8 @@ class SafetyModel:
     def violating(self, states: StateValue) -> Flags:
         """Return whether n states violate the constraint themselves, h(s) > 0, as (n,).
 
-        Where the source does not determine h, the network's estimate decides. `states` is the
-        result for n observations.
+        Where the observation does not determine h, the network's estimate of h is used. `states` is
+        the result of the method `states` for n observations.
         """
         excess = run(self._excess_layers, states.inputs)[0, :, 0]
         return np.asarray(constraint_of(self.scale, states.value, excess) > 0)

@@ -489,16 +489,16 @@ class GraphShield(TorchShield):
         options: Any = torch.cat([features[:, None], found], 1)
         values = self._judged(states, options)
         distance = (options - options[:, :1]).square().sum(-1)
+        good, value = values <= limit, states.value
+        lost = values.amin(1) > limit
+        if last_resort == "nearest":
+            good = values <= torch.where(lost, value, limit)[:, None]
+        best = nearest_of(good, distance, values, values.argmin(1))
+        found = picked(options, values, best)[0]
         if last_resort == "lowest":
-            best = nearest_of(values <= limit, distance, values, values.argmin(1))
-            return picked(options, values, best)[0]
-        value: Any = states.value
-        lowest = values.amin(1)
-        lost = lowest > limit
-        limits = torch.where(lost, lowest.maximum(value), limit)
-        best = nearest_of(values <= limits[:, None], distance, values, values.argmin(1))
+            return found
         violating = constraint_of(self._scale, value, states.excess) > 0
-        return torch.where((lost & violating)[:, None], features, picked(options, values, best)[0])
+        return torch.where((lost & violating)[:, None], features, found)
 
     # -- the support test ------------------------------------------------------------------------
 

@@ -111,7 +111,8 @@ def constraint_of(scale: SafetyScale, value: C, excess: C) -> C:
     """Return h(s) = V_h(s) - max(e(s), 0), in units of h: the inverse of `known_value`.
 
     `value` is V_h in units of h, `excess` is the output of the network of e, and `scale` converts
-    it to units of h. Where a network estimates h, this is the estimate.
+    it to units of h. Where V_h was computed from a network's estimate of h, the result is that
+    estimate.
     """
     return value - relu(scale.excess * excess)
 

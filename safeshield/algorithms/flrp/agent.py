@@ -159,9 +159,10 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         return self._fitted().shift
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return the measured margin, and how far refinement moves the policy over the log.
+        """Return the measured margin, and how much refinement changes the policy.
 
-        The margin is in units of h. The change is given in numbers and in words.
+        The margin is in units of h. The change is that in states of the log, as numbers and as a
+        sentence.
         """
         shift, trained = self.shift_summary, self._fitted().trained_steps
         margin = {"measured_margin": self.measured_margin}
