@@ -24,6 +24,9 @@ deployed agent:
     teacher lowest,
     fisor lowest       the lowest Q_h of 16 draws
     flrp gate          FLRP's first draw where Q_h < -margin, else the lowest Q_h of 17 draws
+    flrp default       FLRP's first draw where Q_h < -margin, else the lowest Q_h of 16 draws
+                       without refinement; where none of them passes, as in "default"
+    flrp refined       the same, but the further draws are refined: the 17 of "flrp gate"
     flrp u = 0, flrp,
     flrp lowest        FLRP's action for u = 0, for one draw, and the lowest Q_h of 16 draws
     auto student, auto gate, auto default, auto lowest resort, auto student resort,
@@ -203,16 +206,17 @@ class Rules:
         inputs = np.repeat(states.inputs, each, axis=0)
         agents, agent = self.trained, self.agent
         width = self.model.scaling.action_features
-        if name == "flrp":
-            width = self.flrp._fitted().policy.spec.latent
+        if name in ("flrp", "unrefined"):
+            policy = self.flrp._fitted().policy
+            policy, width = policy if name == "flrp" else policy.unrefined, policy.spec.latent
         noise = self.rng.standard_normal((len(inputs), width)).astype(np.float32)
         if name == "student":
-            rows = agent._student(inputs, noise)
+            rows = agent._draw(self.model, agent._arrays, inputs, noise)
         elif name == "behaviour":
             actor: Any = self.safety.behaviour_actor
             rows = actor.act(self.safety.networks, inputs, noise)
-        elif name == "flrp":
-            rows = self.flrp._fitted().policy.act(self.flrp._arrays, inputs, noise)
+        elif name in ("flrp", "unrefined"):
+            rows = policy.act(self.flrp._arrays, inputs, noise)
         else:
             one: Any = agents.fisor if name == "fisor" else agent
             network = ACTOR if name == "fisor" else TEACHER
@@ -249,7 +253,7 @@ class Rules:
             if beyond != "behaviour":
                 # An agent of an earlier file has the last resort "lowest".
                 searching = self._nearest if beyond == "search" else self._lowest
-                found = searching._beyond_the_student(self.safety, judged, before, self.limit)
+                found = searching._beyond_the_draws(self.safety, judged, before, self.limit)
                 if beyond in ("student", "teacher"):
                     # The search found no acceptable action in these states.
                     lost = self.safety.scaled_values(judged, found[:, None])[:, 0] > self.limit
@@ -278,6 +282,33 @@ class Rules:
             values = self.safety.scaled_values(judged, drawn)
             actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
             branch[at] = np.where(values.min(1) < self.limit, CANDIDATES, LOWEST)
+        return actions, branch
+
+    def refined(self, further: str, states: StateValue) -> Choice:
+        """Return FLRP's first draw, or the action that replaces it.
+
+        Args:
+            further: Where the further draws come from: "unrefined", as the agent's own, or "flrp".
+            states: n states.
+        """
+        if further == "flrp":
+            actions, branch = self.safest("flrp", STUDENT_DRAWS + 1, states)
+        else:
+            actions, branch = self.first("flrp", states)
+            passes = self.safety.scaled_values(states, actions[:, None])[:, 0] < self.limit
+            at = np.flatnonzero(~passes)
+            if len(at):
+                judged = states.take(at)
+                actions[at] = self.lowest("unrefined", FLOW_DRAWS, judged)[0]
+                reached = self.safety.scaled_values(judged, actions[at, None])[:, 0]
+                branch[at] = np.where(reached < self.limit, CANDIDATES, LOWEST)
+        at = np.flatnonzero(branch == LOWEST)
+        if len(at):
+            judged = states.take(at)
+            search = self._nearest._beyond_the_draws
+            actions[at] = search(self.safety, judged, actions[at], self.limit)
+            reached = self.safety.scaled_values(judged, actions[at, None])[:, 0]
+            branch[at] = np.where(reached <= self.limit, SEARCH, LOWEST)
         return actions, branch
 
     def best(self, name: str, states: StateValue) -> Choice:
@@ -321,6 +352,8 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "teacher": lambda rules, states: rules.best("teacher", states),
     "fisor": lambda rules, states: rules.best("fisor", states),
     "flrp gate": lambda rules, states: rules.safest("flrp", STUDENT_DRAWS + 1, states),
+    "flrp default": lambda rules, states: rules.refined("unrefined", states),
+    "flrp refined": lambda rules, states: rules.refined("flrp", states),
 }
 """Arms with a gate, which are played at several margins."""
 RESORTS = ("lowest resort", "student resort", "teacher resort")

@@ -101,7 +101,7 @@ def kept(name: str, train: Any) -> FLRP:  # noqa: ANN401 - a function that retur
 def boat_agent(seed: int) -> FLRP:
     """Train an agent on 600 trips."""
     log = safeshield.collect(gym.make(BOAT), Helmsmen(), episodes=600, seed=1000 + seed)
-    config = FLRPConfig(seed=seed, discount=0.997)
+    config = FLRPConfig(seed=seed, discount=0.997, candidates=1)
     return FLRP(config, device="cpu").fit(log, steps=STEPS)
 
 
@@ -251,7 +251,8 @@ def refine(task: str, seed: int, data: Path) -> dict[str, Any]:
     from safeshield.suites.tasks import COST_LIMIT, find_task
 
     torch.set_num_threads(1)
-    trained_agent = FLRP.load(FOLDER / f"{task}_flrp_{seed}.safetensors", device="cpu")
+    path = FOLDER / f"{task}_flrp_{seed}.safetensors"
+    trained_agent = FLRP.load(path, device="cpu").with_candidates(1)
     env = gym.make(find_task(task).env_id)
     references = ReferenceReturns.of_log(data / f"{task}.hdf5")
     cloned = BehaviourCloning.load(FOLDER / f"{task}_bc_{seed}.safetensors", device="cpu")
@@ -409,8 +410,8 @@ def boat_case(seed: int) -> tuple[FLRP, OfflineDataset]:
 
     def fit() -> FLRP:
         critics, *_ = with_critics(seed, 6000, RESULTS)
-        untrained = FLRP(FLRPConfig(seed=seed, discount=0.997), device="cpu")
-        return untrained._fit_actor(log, 3000, critics, 0.5)
+        config = FLRPConfig(seed=seed, discount=0.997, candidates=1)
+        return FLRP(config, device="cpu")._fit_actor(log, 3000, critics, 0.5)
 
     return kept(f"boat_case_{seed}", fit), log
 
@@ -423,7 +424,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
     def named(task: str, file: str) -> tuple[FLRP, OfflineDataset]:
         log = OfflineDataset.load(arguments.data / f"{task}.hdf5")
-        return FLRP.load(file, device="cpu"), log
+        return FLRP.load(file, device="cpu").with_candidates(1), log
 
     given = [one.partition("=") for one in arguments.agents]
     return [(task, partial(named, task, file)) for task, _, file in given]

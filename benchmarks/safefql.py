@@ -57,9 +57,9 @@ class Counting(SafeFQL):
         self.slow += count
         return super()._candidate_noise(count, *others)
 
-    def _beyond_the_student(self, safety: Any, states: Any, *others: Any) -> Any:  # noqa: ANN401
+    def _beyond_the_draws(self, safety: Any, states: Any, *others: Any) -> Any:  # noqa: ANN401
         self.searched += len(states.inputs)
-        return super()._beyond_the_student(safety, states, *others)
+        return super()._beyond_the_draws(safety, states, *others)
 
 
 def trained(seed: int, steps: int, folder: Path) -> tuple[SafeFQL, FISOR, dict[str, float]]:

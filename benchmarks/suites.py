@@ -69,13 +69,15 @@ ABLATIONS = {
     "flrp-interleaved": "FLRP, interleaved",
     "flrp-rho": "FLRP, rho 1",
     "safefql-one": "SafeFQL, one draw",
+    "flrp-one": "FLRP, one draw",
     "safefql-teacher": "SafeFQL, best draw of the teacher",
 }
 """Methods that run only when they are named, like any other registered algorithm."""
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "bc-safe": ("bc", {"episodes": "safe", "cost_limit": COST_LIMIT}),
     "flrp-gaussian": ("flrp", {"prior": "gaussian"}),
-    "flrp-cost": ("flrp", {"feasibility": "cost"}),
+    # The gate compares with the safety values, which this ablation does without.
+    "flrp-cost": ("flrp", {"feasibility": "cost", "candidates": 1}),
     "r2pac-plain": ("r2pac", {"penalise": False}),
     "r2pac-reward": ("r2pac", {"recover": False}),
     "r2pac-awr": ("r2pac", {"actor": "awr_gaussian"}),
@@ -92,7 +94,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Algorithm and changed settings of each method that does not use the defaults."""
 ACTING: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "safefql-one": ("safefql", lambda agent: agent.acting_by("student", candidates=1)),
+    "safefql-one": ("safefql", lambda agent: agent.with_candidates(1)),
+    "flrp-one": ("flrp", lambda agent: agent.with_candidates(1)),
     "safefql-teacher": ("safefql", lambda agent: agent.acting_by("sample")),
 }
 """Method whose agent is played, and the agent that acts in another way."""

@@ -235,7 +235,12 @@ def test_the_gate_of_an_agent_uses_the_same_h(log: OfflineDataset) -> None:
     seen = log.observations[:200]
     model = agent._fitted()
     first = model.scaling.to_box(
-        agent._student(model.scaling.observations(seen), np.zeros((200, 2), np.float32))
+        agent._draw(
+            model,
+            agent._arrays,
+            model.scaling.observations(seen),
+            np.zeros((200, 2), np.float32),
+        )
     )
 
     def chosen(level: float) -> np.ndarray:

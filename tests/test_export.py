@@ -290,11 +290,10 @@ def test_agents_of_the_package(name: str, tmp_path: Path) -> None:
     assert np.ptp(actions) > 0.01
 
 
-def test_an_agent_that_finds_nothing_acceptable(tmp_path: Path) -> None:
-    """SafeFQL then acts by `last_resort`."""
-    agent = load_agent(GOLDEN / "agent_safefql_joint.safetensors").acting_by(
-        "student", candidates=4
-    )
+@pytest.mark.parametrize("name", ["safefql_joint", "flrp"])
+def test_an_agent_that_finds_nothing_acceptable(name: str, tmp_path: Path) -> None:
+    """It then acts by `last_resort`."""
+    agent: Any = load_agent(GOLDEN / f"agent_{name}.safetensors").with_candidates(4)
     agent = agent.with_margin(1e3)._changed(last_resort="nearest")
     shield = benchmark.random_shield(agent.observation_space, agent.action_space, **TINY)
     states, actions = proposed(shield, agent, tmp_path)

@@ -645,6 +645,55 @@ def test_noise_and_its_absence(agent: FLRP, log: OfflineDataset) -> None:
     assert agent.action_space.contains(drawn[0])
 
 
+def test_where_its_gate_rejects_a_draw_it_acts_as_safefql_does(
+    agent: FLRP, log: OfflineDataset
+) -> None:
+    """But its further draws have no refinement."""
+    seen = log.observations[::7]
+    model, own, width = agent._fitted(), agent.shield(), 2
+    one = agent.with_candidates(1).predict(seen, deterministic=True)[0]
+    values = np.asarray(own.value(seen, one))
+    limit = float(np.median(values))
+    gated = agent.with_margin(-limit / model.critics.safety.scale.spread)
+    assert gated.gate == pytest.approx(-limit)
+    acted = gated.predict(seen, deterministic=True)[0]
+    np.testing.assert_array_equal(acted[values < limit], one[values < limit])
+    never = agent.with_margin(1e6)
+    rows = model.scaling.observations(seen)
+    noise = np.random.default_rng(agent.config.seed).standard_normal((16, width))
+    drawn = agent._further(
+        model,
+        agent._arrays,
+        np.repeat(rows, 16, axis=0),
+        np.tile(noise, (len(rows), 1)).astype(np.float32),
+    ).reshape(len(rows), 16, -1)
+    states = own.states(seen)
+    safest = drawn[np.arange(len(rows)), own.model.scaled_values(states, drawn).argmin(1)]
+    outside = own.model.violating(states)
+    assert 0 < outside.sum() < len(seen)
+    far = np.abs(never.predict(seen, deterministic=True)[0] - model.scaling.to_box(safest))
+    assert far[outside].max() < 1e-5
+    after = np.asarray(own.value(seen, never.predict(seen, deterministic=True)[0]))
+    lowest = never._changed(last_resort="lowest").predict(seen, deterministic=True)[0]
+    least = np.maximum(np.asarray(own.value(seen, lowest)), states.value)
+    assert (after <= least + 1e-5)[~outside].all()
+
+
+def test_the_calibration_of_flrp_alone(agent: FLRP, tmp_path: Path) -> None:
+    env = gym.make("safeshield/Boat-v0", dt=0.02, max_episode_steps=60)
+    certified = agent.calibrate(env, epsilon=0.9, confidence=0.8, deltas=[0.0])
+    assert certified.record is not None
+    assert certified.record.policies[0].policy == "FLRP"
+    certified.save(tmp_path / "agent.safetensors")
+    back = load_agent(tmp_path / "agent.safetensors")
+    assert isinstance(back, FLRP)
+    assert back.record == certified.record
+    assert back.with_refine_steps(1).record is None
+    assert back.with_candidates(1).record is None
+    with pytest.raises(ValueError, match="has no effect with candidates=1"):
+        back.with_candidates(1).with_margin(0.2)
+
+
 # -- the shield ---------------------------------------------------------------------------------
 
 
@@ -656,7 +705,7 @@ def test_the_shield_falls_back_on_the_policy_and_asks_its_density(
     assert shield.support.record.score == "density"
     states = shield.model.states(log.observations[:7])
     zero = np.zeros((1, 2), np.float32)
-    own = agent.predict(log.observations[:7], deterministic=True)[0]
+    own = agent.with_candidates(1).predict(log.observations[:7], deterministic=True)[0]
     np.testing.assert_allclose(shield.model.fallback(states, zero)[:, 0], own, atol=1e-6)
     shield.save(tmp_path / "shield.safetensors")
     back = Shield.load(tmp_path / "shield.safetensors")

@@ -116,6 +116,8 @@ FLRP_NUMBERS: list[tuple[str, object, str]] = [
         "section 3.3: sequential updates, section 5: safety first, shared last",
     ),
     ("phases", "sequential", "section 3.4; algorithm 1 is phases='joint'"),
+    ("candidates", 1, "section 3.3: the refined u_T is decoded, without a choice among draws"),
+    ("last_resort", "nearest", "no effect with one draw"),
 ]
 FLRP_OTHER = (
     "seed", "latent", "transforms", "decoder_spread", "action_temperature", "state_temperature",

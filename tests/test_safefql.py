@@ -280,7 +280,8 @@ def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
     log: OfflineDataset, fitted: SafeFQL
 ) -> None:
     seen = log.observations[::7]
-    safety, own = fitted._fitted().critics.safety, fitted.shield()
+    model, own = fitted._fitted(), fitted.shield()
+    safety = model.critics.safety
     first = with_candidates(fitted, 1).predict(seen, deterministic=True)[0]
     values = np.asarray(own.value(seen, first))
     # A gate that rejects half of the first draws.
@@ -295,8 +296,8 @@ def test_where_the_gate_rejects_it_acts_by_the_safest_of_its_draws(
     assert (after[~kept] < values[~kept] - 1e-6).any()
     noise = np.random.default_rng(fitted.config.seed).standard_normal((9, 2))
     for i in np.flatnonzero(~kept)[:20]:
-        rows = np.repeat(fitted._fitted().scaling.observations(seen[i : i + 1]), 9, axis=0)
-        drawn = fitted._fitted().scaling.to_box(fitted._student(rows, noise))
+        rows = np.repeat(model.scaling.observations(seen[i : i + 1]), 9, axis=0)
+        drawn = model.scaling.to_box(fitted._draw(model, fitted._arrays, rows, noise))
         drawn = np.concatenate([drawn, plain[i : i + 1]])
         asked = np.asarray(own.value(np.repeat(seen[i : i + 1], 10, axis=0), drawn))
         if asked.min() < np.median(values):
@@ -328,7 +329,7 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
     exact = np.asarray(own.value(seen, searched))
     np.testing.assert_allclose(exact[~reachable], lowest[~reachable], atol=1e-5)
     draws = with_candidates(fitted, 9, margin=-limit / scale.spread)
-    draws._beyond_the_student = lambda safety, states, actions, limit: actions  # type: ignore
+    draws._beyond_the_draws = lambda safety, states, actions, limit: actions  # type: ignore
     alone = draws.predict(seen, deterministic=True)[0]
     failed = np.asarray(own.value(seen, alone)) > limit + 1e-5
     assert (failed & reachable).any()
@@ -355,7 +356,7 @@ def test_the_last_resort_is_near_the_sample_and_no_worse_than_the_state(
 
     def acted(last_resort: Literal["nearest", "lowest"]) -> tuple[np.ndarray, np.ndarray]:
         agent = fitted._changed(last_resort=last_resort)
-        chosen = agent._beyond_the_student(model, states, samples.copy(), -1e6)
+        chosen = agent._beyond_the_draws(model, states, samples.copy(), -1e6)
         return chosen, model.scaled_values(states, chosen[:, None])[:, 0]
 
     (lowest, least), (nearest, values) = acted("lowest"), acted("nearest")

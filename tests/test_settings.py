@@ -191,7 +191,20 @@ def test_a_run_is_the_same_in_whatever_order_its_settings_are_declared(
         assert mine.difference({**theirs, name: "x"}) is not None
     for name, value in theirs["config"].items():
         changed = {**theirs["config"], name: f"not {value}"}
-        assert mine.difference({**theirs, "config": changed}), name
+        different = mine.difference({**theirs, "config": changed})
+        # With continuous labels this setting has no effect.
+        assert (different is None) == (name == "label_magnitude"), name
+
+
+def test_settings_that_only_choose_how_an_agent_acts_do_not_tell_runs_apart(
+    log: OfflineDataset,
+) -> None:
+    mine = run_identity("SafeFQL", SafeFQLConfig(), log, 9)
+    other = SafeFQLConfig(candidates=1, last_resort="lowest", extraction="sample")
+    assert mine.difference(run_identity("SafeFQL", other, log, 9).to_json()) is None
+    for changed in ({"margin": 0.1}, {"seed": 1}):
+        theirs = run_identity("SafeFQL", SafeFQLConfig(**changed), log, 9).to_json()
+        assert mine.difference(theirs) is not None
 
 
 def test_checkpoints_are_written_at_phases_ends_and_by_time(

@@ -48,6 +48,8 @@ PAPER_CRITICS: dict[str, Any] = {**PAPER_VALUES, "safe_reward_value": False}
 class TrainingConfig(Settings):
     """Settings that all learners have in common."""
 
+    only_acting: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change how an agent acts, and not its training."""
     seed: Seed = 0
     """Seed of the initial weights, the batches and the noise."""
     batch_size: PositiveInt = 256

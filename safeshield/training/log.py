@@ -149,11 +149,13 @@ class RunIdentity:
     not tell runs apart."""
     later: Mapping[str, Any] = field(default_factory=dict)
     """Settings that older checkpoints lack, with the values with which those runs were made."""
+    without_effect: frozenset[str] = frozenset()
+    """Settings that do not change this run, and are therefore not compared."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON values, for a checkpoint."""
         values = json_values(self)
-        del values["later"]
+        del values["later"], values["without_effect"]
         return values
 
     def difference(self, data: object) -> str | None:
@@ -173,7 +175,7 @@ class RunIdentity:
         if not isinstance(theirs, dict):
             return ""
         pairs = {name: (data[name], mine[name]) for name in ("algorithm", "log", "steps")}
-        for name in sorted({*theirs, *self.config}):
+        for name in sorted({*theirs, *self.config} - self.without_effect):
             pairs[name] = (
                 theirs.get(name, self.later.get(name, "no such setting")),
                 mine["config"].get(name, "no such setting"),
@@ -195,7 +197,7 @@ def run_identity(
 
     Args:
         algorithm: Name of the algorithm.
-        config: Settings, a dataclass.
+        config: Settings, a dataclass. Its `TrainingConfig.only_acting` are not compared.
         dataset: Log that is learned from.
         steps: Total number of updates.
         later: Settings that older checkpoints lack; see `RunIdentity`.
@@ -204,12 +206,17 @@ def run_identity(
     for name in _LEARNED_FROM:
         digest.update(np.ascontiguousarray(getattr(dataset, name)).data)
     log = f"of {len(dataset)} rows, {digest.hexdigest()[:12]}"
-    if later and "label_magnitude" in later and dataset.constraint_kind != "binary":
-        # `label_magnitude` has no effect on continuous labels. A checkpoint of an earlier release,
-        # which lacks this setting, therefore belongs to this run whatever its value is.
-        later = {**later, "label_magnitude": config.label_magnitude}
+    without_effect: frozenset[str] = getattr(config, "only_acting", frozenset())
+    if dataset.constraint_kind != "binary":
+        without_effect |= {"label_magnitude"}
     return RunIdentity(
-        algorithm, json_values(config), log, steps, contents_of(dataset), later or {}
+        algorithm,
+        json_values(config),
+        log,
+        steps,
+        contents_of(dataset),
+        later or {},
+        without_effect,
     )
 
 

@@ -17,7 +17,7 @@ mean of the decoder. The module docstring of `algorithms.flrp.losses` has the lo
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -25,30 +25,27 @@ from safeshield.algorithms.flrp.config import FLRPConfig
 from safeshield.algorithms.flrp.feasibility import cost_units
 from safeshield.algorithms.flrp.losses import FLRPRun, LatentArchitecture
 from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
+from safeshield.algorithms.gate import GatedAgent
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.schema import finite_number, whole
-from safeshield.nn.arrays import Float
 from safeshield.nn.latent_actor import LatentPolicy, LatentSpec, expert_order
 from safeshield.shield.critics import SafetyModel
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.architecture import Interface
-from safeshield.training.critics import CriticAgent, Critics
+from safeshield.training.critics import Critics
 from safeshield.training.log import LogTensors
 from safeshield.training.registry import register
 from safeshield.training.state import TrainState
 from safeshield.values.reward import COST_NETWORKS, RewardCritics
 from safeshield.values.units import SAFETY_NETWORKS
 
-if TYPE_CHECKING:
-    from safeshield.shield.export_policy import GraphNoise
-
 _SHIFT_STATES, _SHIFT_DRAWS = 512, 64
 
 
 @register("flrp")
-class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
+class FLRP(GatedAgent[FLRPConfig, LatentArchitecture]):
     """Learn a generative model of the log's actions and refine its noise for safety and reward.
 
     Args:
@@ -71,12 +68,15 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
     run_type = FLRPRun
     _dropped = ("flow_steps",)
     _before: ClassVar[dict[str, Any]] = {
-        **CriticAgent._before,
+        **GatedAgent._before,
+        "candidates": 1,
+        "last_resort": "lowest",
         "order": "sequential",
         "trust_region": None,
         "phases": "sequential",
     }
     _fewest_steps = 3
+    _same_actor = False
 
     def with_refine_steps(self, refine_steps: int) -> Self:
         """Return an agent with the same weights that makes `refine_steps` refinement steps (T).
@@ -112,16 +112,8 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
 
         Its support test can use the density of that policy: `with_support(log, score="density")`.
         """
-        model = self._fitted()
-        names = (*SAFETY_NETWORKS, *model.policy.parts())
         return Shield(
-            SafetyModel(
-                *model.interface,
-                model.critics.safety.scale,
-                {name: self._arrays[name] for name in names},
-                fallback_actor=model.policy,
-                behaviour_actor=model.policy.unrefined,
-            ),
+            self._safety(self._fitted()),
             trained_by=f"FLRP, seed {self.config.seed}",
             training_episodes=self._episodes,
         )
@@ -159,22 +151,21 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         return self._fitted().shift
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return the measured margin, and how much refinement changes the policy.
+        """Return what `GatedAgent.diagnostics` returns, and how much refinement changes the policy.
 
-        The margin is in units of h. The change is that in states of the log, as numbers and as a
-        sentence.
+        The change is that in states of the log, as numbers and as a sentence.
         """
         shift, trained = self.shift_summary, self._fitted().trained_steps
-        margin = {"measured_margin": self.measured_margin}
+        gate = super().diagnostics()
         if shift is None:
             known = "another T" if trained is None else f"T = {trained}"
             return {
-                **margin,
+                **gate,
                 "refinement": f"refines {self.config.refine_steps} times, but how far that moves "
                 f"the policy over the log was measured for {known} only: base_shift(observations) "
                 "estimates it in states of your choice",
             }
-        return {**margin, "base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
+        return {**gate, "base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
 
     # -- methods that OfflineAgent requires ---------------------------------------------------
 
@@ -240,11 +231,32 @@ class FLRP(CriticAgent[FLRPConfig, LatentArchitecture]):
         summary = ShiftSummary.of(shift, _SHIFT_DRAWS)
         return dataclasses.replace(model, shift=summary, trained_steps=self.config.refine_steps)
 
-    def _act(self, model: LatentArchitecture, observations: Float, deterministic: bool) -> Float:
-        """Return the actions for one sample of u (deterministic: u = 0), after refinement."""
-        noise = self._one_noise(len(observations), model.policy.spec.latent, deterministic)
-        return model.policy.act(self._arrays, observations, noise)
+    def _judge(self, model: LatentArchitecture) -> SafetyModel:
+        names = (*SAFETY_NETWORKS, *model.policy.parts())
+        return SafetyModel(
+            *model.interface,
+            model.critics.safety.scale,
+            {name: self._arrays[name] for name in names},
+            fallback_actor=model.policy,
+            behaviour_actor=model.policy.unrefined,
+        )
 
-    def _act_on_graph(self, model: LatentArchitecture, observations: Any, noise: GraphNoise) -> Any:  # noqa: ANN401
-        drawn = noise.one(observations, model.policy.spec.latent)
-        return model.policy.act(self._networks, observations, drawn)
+    def _draw(
+        self,
+        model: LatentArchitecture,
+        networks: Any,  # noqa: ANN401 - arrays or tensors
+        observations: Any,  # noqa: ANN401
+        noise: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Return the actions for given u_0, after refinement."""
+        return model.policy.act(networks, observations, noise)
+
+    def _further(
+        self,
+        model: LatentArchitecture,
+        networks: Any,  # noqa: ANN401 - arrays or tensors
+        observations: Any,  # noqa: ANN401
+        noise: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Return the actions for given u_0 without refinement."""
+        return model.policy.unrefined.act(networks, observations, noise)

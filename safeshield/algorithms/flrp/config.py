@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
+from safeshield.algorithms.gate import GateConfig
 from safeshield.files.settings import (
     NonNegative,
     NonNegativeInt,
@@ -15,7 +16,7 @@ from safeshield.files.settings import (
     ThreePhases,
 )
 from safeshield.nn.latent_actor import Order
-from safeshield.training.config import PAPER_CRITICS, CriticConfig, check_measurable
+from safeshield.training.config import PAPER_CRITICS, check_measurable
 
 Latent = Annotated[
     int,
@@ -27,7 +28,7 @@ Latent = Annotated[
 
 
 @dataclass(frozen=True)
-class FLRPConfig(CriticConfig):
+class FLRPConfig(GateConfig):
     """Settings of FLRP. The defaults, which are the preset "small", are the same for all tasks.
 
     With the defaults training takes minutes on two cores. The preset "paper" has the settings of
@@ -47,6 +48,7 @@ class FLRPConfig(CriticConfig):
             "safety_discount": 0.99,
             "shape_weight": 1.0,
             "safety_weight": 1.0,
+            "candidates": 1,
             **PAPER_CRITICS,
         },
     }
