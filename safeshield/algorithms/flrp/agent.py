@@ -11,7 +11,8 @@ lists the differences from the paper and their reasons.
    other networks are frozen (eq. 14 to 17).
 
 The agent samples u ~ N(0, I), refines it T times, maps it through the prior flow and takes the mean
-of the decoder. It executes this action where it passes the gate of `algorithms.gate`. The module docstring of `algorithms.flrp.losses` has the losses.
+of the decoder. It executes this action where it passes the gate of `algorithms.gate`. The module
+docstring of `algorithms.flrp.losses` has the losses.
 """
 
 from __future__ import annotations
