@@ -688,7 +688,9 @@ def test_the_calibration_of_flrp_alone(agent: FLRP, tmp_path: Path) -> None:
     back = load_agent(tmp_path / "agent.safetensors")
     assert isinstance(back, FLRP)
     assert back.record == certified.record
-    assert back.with_refine_steps(1).record is None
+    fewer = back.with_refine_steps(1)
+    assert fewer.record is None
+    assert fewer.attempts == back.attempts != ()
     assert back.with_candidates(1).record is None
     with pytest.raises(ValueError, match="has no effect with candidates=1"):
         back.with_candidates(1).with_margin(0.2)

@@ -17,6 +17,7 @@ from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig, SafeFQLRun
 from safeshield.data import OfflineDataset, collect
 from safeshield.files.tensors import read_tensors, write_tensors
 from safeshield.nn.flow import flow_matching_loss
+from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.training.checkpoint import flatten, from_tree, to_tree, unflatten
 from safeshield.training.imitation import imitation_weights
 from safeshield.training.log import LogTensors, check_boundary
@@ -336,6 +337,27 @@ def test_where_no_draw_passes_it_does_what_its_shield_would(
     expected = own.with_delta(-limit).filter(seen[failed], alone[failed])[0]
     np.testing.assert_allclose(searched[failed], expected, atol=1e-5)
     np.testing.assert_allclose(acted[failed & reachable], expected[reachable[failed]], atol=1e-5)
+
+
+@pytest.mark.parametrize("last_resort", ["nearest", "lowest"])
+def test_an_action_whose_value_is_not_a_number_passes_no_gate(
+    log: OfflineDataset,
+    fitted: SafeFQL,
+    last_resort: Literal["nearest", "lowest"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor is it the safest draw or the nearest candidate."""
+    seen = log.observations[::7]
+    agent = with_candidates(fitted, 9, margin=0.0, last_resort=last_resort)
+    known = SafetyModel.scaled_values
+
+    def half_known(model: SafetyModel, states: StateValue, actions: np.ndarray) -> np.ndarray:
+        return np.where(actions[..., 0] > 0.2, np.nan, known(model, states, actions))
+
+    plain = agent.predict(seen, deterministic=True)[0]
+    assert (plain[:, 0] > 0.2).any()
+    monkeypatch.setattr(SafetyModel, "scaled_values", half_known)
+    assert (agent.predict(seen, deterministic=True)[0][:, 0] <= 0.2 + 1e-6).all()
 
 
 def test_the_last_resort_is_near_the_sample_and_no_worse_than_the_state(

@@ -4,11 +4,13 @@ Such an agent executes a draw of its actor only where Q_h says that it is safe b
 
 1. the first draw where Q_h(s, a) < -m;
 2. otherwise the safest, that of lowest Q_h, of further draws, where its Q_h is below -m;
-3. otherwise the nearest action with Q_h <= -m that the search of a shield finds over the box;
+3. otherwise, of the candidates of a shield, the action with Q_h <= -m that is nearest to the safest
+   draw (`shield.candidates.CandidateSet`: points of the box and actions of the fallback);
 4. otherwise the last resort (`GateConfig.last_resort`).
 
-The draws of step 2 are N further ones of the same actor and the first one. An actor that leaves the
-log's actions has N draws of another one instead, which stays near them (FLRP: without refinement).
+The draws of step 2 are, for SafeFQL, the first one and N further ones of the same actor; for FLRP,
+whose refinement can leave the log's actions, N draws without refinement. A Q_h that is NaN passes
+no step.
 With N = 1 the first draw is always executed, as in the papers.
 """
 
@@ -32,7 +34,7 @@ from safeshield.nn.mlp import Networks
 from safeshield.shield.candidates import CandidateSet
 from safeshield.shield.critics import SafetyModel, StateValue
 from safeshield.shield.record import ActorRecord, Attempt
-from safeshield.shield.replacement import nearest_acceptable
+from safeshield.shield.replacement import nan_rejected, nearest_acceptable
 from safeshield.shield.shield import Shield
 from safeshield.shield.tensors import picked
 from safeshield.training.agent import AgentFile, describing
@@ -52,8 +54,8 @@ class GateConfig(CriticConfig):
     only_acting: ClassVar[frozenset[str]] = frozenset({"candidates", "last_resort"})
     candidates: PositiveInt = 16
     """Number N of further draws where the first draw is not safe by the margin. The safest of
-    these draws is then executed. If it is not safe by the margin either, the agent executes
-    the nearest acceptable action that the search of a shield finds. A larger N is safer and slower.
+    these draws is executed if it is safe by the margin. Otherwise the agent executes the nearest
+    acceptable action that the search of a shield finds. A larger N is safer and slower.
     With 1 the first draw is always executed, as in the papers. SafeFQL's further draws are those of
     its student, FLRP's have no refinement."""
     last_resort: Literal["nearest", "lowest"] = "nearest"
@@ -189,7 +191,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
             deterministic: The `deterministic` of `predict` in the tests. Choose what is deployed.
             deltas: Strictly decreasing thresholds to test, without a pilot.
             episodes: A fixed number of episodes for each test.
-            seed: Seed of all draws. The actor's own noise starts from the seed of its settings.
+            seed: Seed of all draws, also of the actor's noise.
             num_envs: Number of environments that run side by side.
             workers: Number of processes that step the environments.
             ray: Address of a Ray cluster that steps them.
@@ -268,7 +270,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         return self._changed(margin=margin)
 
     def with_candidates(self, candidates: int) -> Self:
-        """Return an agent with the same weights that considers another number N of draws.
+        """Return an agent with the same weights and another number N of further draws.
 
         The new agent has no record. With 1 it executes its first draw, as in the papers.
 
@@ -418,7 +420,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         observations, each = states.inputs, self.config.candidates
         actions = self._first(model, observations, deterministic)
         safety, limit = self._safety(model), -self.gate
-        passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit
+        passes = nan_rejected(safety.scaled_values(states, actions[:, None]))[:, 0] < limit
         at = np.flatnonzero(~passes)
         if not len(at):
             return actions
@@ -428,7 +430,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         if self._same_actor:
             drawn = np.concatenate([drawn, actions[at, None]], 1)
         judged = states.take(at)
-        values = safety.scaled_values(judged, drawn)
+        values = nan_rejected(safety.scaled_values(judged, drawn))
         actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
         lost = values.min(1) >= limit
         if lost.any():
@@ -447,12 +449,13 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         found = CandidateSet().actions(safety, states, scaling.to_box(actions))
         rows = scaling.actions(found.reshape(-1, found.shape[-1])).reshape(*found.shape[:2], -1)
         drawn = np.concatenate([actions[:, None], rows], 1)
-        values = safety.scaled_values(states, drawn)
+        values = nan_rejected(safety.scaled_values(states, drawn))
         lost = (values.min(1) > limit) & (self.config.last_resort == "nearest")
         # Where no candidate has Q_h <= V_h, `nearest_acceptable` returns that of the lowest Q_h.
         best = nearest_acceptable(drawn, values, np.where(lost, states.value, limit))
         if lost.any():
-            best[lost] = np.where(safety.violating(states.take(lost)), 0, best[lost])
+            own = safety.violating(states.take(lost)) & np.isfinite(values[lost, 0])
+            best[lost] = np.where(own, 0, best[lost])
         return np.asarray(drawn[np.arange(len(actions)), best])
 
     def graph_actions(self, rows: Any, h: GraphConstraint | None, noise: GraphNoise) -> Any:  # noqa: ANN401

@@ -36,6 +36,7 @@ from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.graph import CannotExportError
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.critics import SafetyModel, StateValue
+from safeshield.shield.replacement import nan_rejected
 from safeshield.shield.shield import Shield
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import PAPER_CRITICS, EulerConfig, Margin, check_measurable
@@ -382,7 +383,7 @@ class SafeFQL(GatedAgent[SafeFQLConfig, CriticArchitecture]):
         actions = euler_sample(*teacher, seen, noise, config.flow_steps)
         gain = model.critics.reward.advantages(self._arrays, seen, actions).min(0)
         drawn = actions.reshape(count, each, width)
-        values = safety.scaled_values(states, drawn)
+        values = nan_rejected(safety.scaled_values(states, drawn))
         below = values < -self.gate
         best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
         chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]

@@ -48,6 +48,7 @@ from safeshield.shield.tensors import (
     TorchShield,
     _Proposals,
     _States,
+    nan_rejected,
     nearest_of,
     picked,
 )
@@ -467,8 +468,11 @@ class GraphShield(TorchShield):
         return self._estimated(states)
 
     def judged(self, states: _States, features: Any) -> Any:  # noqa: ANN401
-        """Return Q_h (n, c) of actions (n, c, features) that are inputs of the networks."""
-        return self._judged(states, features)
+        """Return Q_h (n, c) of actions (n, c, features) that are inputs of the networks.
+
+        It is infinite where it would be NaN.
+        """
+        return nan_rejected(self._judged(states, features))
 
     def to_box(self, scaled: Any) -> Any:  # noqa: ANN401
         """Return actions in [-1, 1] in the units of the box."""
@@ -487,7 +491,7 @@ class GraphShield(TorchShield):
         """
         found = self._units.action_features(self._candidates(states, self.to_box(features)))
         options: Any = torch.cat([features[:, None], found], 1)
-        values = self._judged(states, options)
+        values = self.judged(states, options)
         distance = (options - options[:, :1]).square().sum(-1)
         good, value = values <= limit, states.value
         lost = values.amin(1) > limit
@@ -498,7 +502,8 @@ class GraphShield(TorchShield):
         if last_resort == "lowest":
             return found
         violating = constraint_of(self._scale, value, states.excess) > 0
-        return torch.where((lost & violating)[:, None], features, found)
+        own = lost & violating & (values[:, 0] < torch.inf)
+        return torch.where(own[:, None], features, found)
 
     # -- the support test ------------------------------------------------------------------------
 

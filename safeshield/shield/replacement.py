@@ -108,7 +108,7 @@ class Rejected:
 
     def values(self, candidates: Candidates) -> Judged:
         """Return Q_h (n, c) of candidates (n, c, act); infinity where the networks overflow."""
-        return _number(self.model.candidate_values(self.states, candidates))
+        return nan_rejected(self.model.candidate_values(self.states, candidates))
 
     def inside(self, candidates: Candidates) -> tuple[Candidates, Flags]:
         """Return candidates (n, c, act) as executable actions, and whether each was usable (n, c).
@@ -615,14 +615,14 @@ def _values_until_acceptable(rejected: Rejected, scaled: Candidates) -> Judged:
     model, limit = rejected.model, rejected.limit
     count, total, _ = scaled.shape
     if count * total <= _AT_ONCE:
-        return _number(model.scaled_values(rejected.states, scaled))
+        return nan_rejected(model.scaled_values(rejected.states, scaled))
     several = model.members > 1
     first, others = (slice(0, 1), slice(1, None)) if several else (slice(None), slice(None))
 
     def judged(at: npt.NDArray[np.intp], which: npt.NDArray[np.intp], members: slice) -> Judged:
         """Return the members' values (k, b) of candidates `which` (k, b) in states `at` (k,)."""
         part = rejected.states.take(at)
-        return _number(model.scaled_values(part, scaled[at[:, None], which], members))
+        return nan_rejected(model.scaled_values(part, scaled[at[:, None], which], members))
 
     def raised(at: npt.NDArray[np.intp], which: npt.NDArray[np.intp], low: Scalars) -> Scalars:
         """Return Q_h (k,) of candidates `which` (k,) in states `at` (k,), from a lower bound."""
@@ -665,7 +665,8 @@ def _values_until_acceptable(rejected: Rejected, scaled: Candidates) -> Judged:
     return values
 
 
-def _number(values: Scalars) -> Scalars:
+def nan_rejected(values: Scalars) -> Scalars:
+    """Return Q_h with infinity in place of NaN, so that no comparison accepts it."""
     return np.where(np.isnan(values), np.float32(np.inf), values)
 
 
@@ -673,7 +674,7 @@ def _slopes(
     model: SafetyModel, states: StateValue, actions: Actions
 ) -> tuple[Scalars, npt.NDArray[np.float32]]:
     values, slopes = model.action_gradients(states, actions)
-    return _number(values), slopes
+    return nan_rejected(values), slopes
 
 
 def _pick(

@@ -396,13 +396,13 @@ class TorchShield:
         """
         if self._discrete:
             every = in_each(states.inputs, self._choices)
-            choice_values = _number(self._values(states, every))
+            choice_values = nan_rejected(self._values(states, every))
             lowest = choice_values.argmin(1)
             own = self._choices.index_select(0, lowest)
             values = choice_values.gather(1, lowest[:, None])[:, 0]
         else:
             own = self._acted(states, self._zero_noise)[:, 0].clip(self._low, self._high)
-            values = _number(self._values(states, own))
+            values = nan_rejected(self._values(states, own))
         actions = torch.where(of.usable[:, None], of.actions, own.to(of.actions.dtype))
         wanted = torch.where(of.usable, of.values, values)
         return of._replace(actions=actions, values=wanted), own, values
@@ -447,7 +447,7 @@ class TorchShield:
         found = found.clip(self._low, self._high)
         features = self._units.action_features(found)
         distance = (features - features[:, :1]).square().sum(-1)
-        return found, _number(self._values(states, found)), distance
+        return found, nan_rejected(self._values(states, found)), distance
 
     def _candidates(self, states: _States, wanted: Tensor) -> Tensor:
         """Return the candidates (k, c, act) that `CandidateSet.actions` returns for arrays."""
@@ -504,7 +504,7 @@ class TorchShield:
             worst, slope = largest_and_gradient(layers(self._networks[ADVANTAGE]), inputs)
             slope = slope[:, states.inputs.shape[1] :]
         values = action_value(self._scale, states.value, worst)
-        return _number(values), slope * self._scale.step_rms
+        return nan_rejected(values), slope * self._scale.step_rms
 
     def _acted(self, states: _States, noise: Tensor) -> Tensor:
         """Return the fallback actor's actions (n, c, act) for noise (c, z)."""
@@ -714,7 +714,8 @@ def picked(found: Tensor, values: Tensor, best: Tensor) -> tuple[Tensor, Tensor]
     return picked[:, 0], values.gather(1, at)[:, 0]
 
 
-def _number(values: Tensor) -> Tensor:
+def nan_rejected(values: Tensor) -> Tensor:
+    """Return Q_h with infinity in place of NaN, so that no comparison accepts it."""
     return values.masked_fill(values.isnan(), torch.inf)
 
 
