@@ -24,7 +24,8 @@ from safeshield.files.settings import NonNegative, PositiveInt, TwoPhases
 from safeshield.nn.arrays import Float
 from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP
-from safeshield.shield.tensors import picked
+from safeshield.shield import tensors
+from safeshield.shield.replacement import nan_rejected
 from safeshield.spaces.scaling import Scaling
 from safeshield.training.config import EulerConfig, Margin
 from safeshield.training.critics import CriticAgent, CriticArchitecture, CriticsRun
@@ -124,7 +125,7 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
         )
         # Q_h = V_h(s) + sigma max_i A_i, so A_i alone decides the order of actions in a state.
         worst = model.critics.safety.advantages(self._arrays, seen, actions).max(0)
-        lowest = worst.reshape(count, each).argmin(1)
+        lowest = nan_rejected(worst).reshape(count, each).argmin(1)
         chosen: Float = actions.reshape(count, each, width)[np.arange(count), lowest]
         return chosen
 
@@ -137,4 +138,5 @@ class FISOR(CriticAgent[FISORConfig, CriticArchitecture]):
         actions = euler_sample(field, params, seen, drawn, config.flow_steps)
         worst = model.critics.safety.advantages(self._networks, seen, actions).amax(0)
         options = actions.reshape(-1, each, width)
-        return picked(options, worst.reshape(-1, each), worst.reshape(-1, each).argmin(1))[0]
+        values = tensors.nan_rejected(worst.reshape(-1, each))
+        return tensors.picked(options, values, values.argmin(1))[0]

@@ -385,7 +385,7 @@ class SafeFQL(GatedAgent[SafeFQLConfig, CriticArchitecture]):
         drawn = actions.reshape(count, each, width)
         values = nan_rejected(safety.scaled_values(states, drawn))
         below = values < -self.gate
-        best = np.where(below, gain.reshape(count, each), -np.inf).argmax(1)
+        best = np.where(below, nan_rejected(-gain).reshape(count, each), np.inf).argmin(1)
         chosen: Float = drawn[np.arange(count), np.where(below.any(1), best, values.argmin(1))]
         return chosen
 

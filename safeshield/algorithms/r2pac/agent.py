@@ -42,6 +42,7 @@ from safeshield.nn.flow import velocity_network
 from safeshield.nn.mlp import EnsembleMLP
 from safeshield.nn.plan_actor import PLAN, BestPlan, PlanActor
 from safeshield.shield.critics import SafetyModel
+from safeshield.shield.replacement import nan_rejected
 from safeshield.shield.shield import Shield
 from safeshield.spaces.batches import Batch
 from safeshield.spaces.rows import flat_actions
@@ -377,11 +378,11 @@ class R2PAC(CriticAgent[R2PACConfig, ChunkArchitecture]):
         # Q = V(s) + sigma A, so A alone decides the order of the plans in a state.
         region = region_of(model, self.config)
         worse = region.worse(self._arrays, seen, drawn).reshape(count, each)
-        chosen = worse.argmin(1)
+        chosen = nan_rejected(worse).argmin(1)
         if self.config.choose == "region":
             gain = model.critics.reward.advantages(self._arrays, seen, drawn).min(0)
             safe = ~self._unsafe(model, observations)
-            chosen = np.where(safe, gain.reshape(count, each).argmax(1), chosen)
+            chosen = np.where(safe, nan_rejected(-gain).reshape(count, each).argmin(1), chosen)
         return np.asarray(drawn.reshape(count, each, width)[np.arange(count), chosen])
 
     def _unsafe(self, model: ChunkArchitecture, observations: Float) -> npt.NDArray[np.bool_]:
