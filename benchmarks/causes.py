@@ -235,8 +235,10 @@ class Rules:
         count = np.arange(len(drawn))
         return drawn[count, lowest], np.full(len(drawn), LOWEST)
 
-    def gate(self, beyond: str, states: StateValue) -> Choice:
-        """Return the first draw of the student, or the action that replaces it.
+    def gate(
+        self, beyond: str, states: StateValue, actor: str = "student", further: str | None = None
+    ) -> Choice:
+        """Return the first draw of an actor, or the action that replaces it.
 
         Args:
             beyond: What is taken where no draw passes the gate: "" for the lowest Q_h of the draws,
@@ -245,8 +247,10 @@ class Rules:
                 takes the lowest Q_h of the search, "student" that of the draws, and "teacher" that
                 of draws of the teacher.
             states: n states.
+            actor: The network of the first draw; see `draws`.
+            further: The network of the other draws; see `safest`.
         """
-        actions, branch = self.safest("student", STUDENT_DRAWS + 1, states)
+        actions, branch = self.safest(actor, STUDENT_DRAWS + 1, states, further)
         at = np.flatnonzero(branch == LOWEST)
         if len(at) and beyond:
             judged, before = states.take(at), actions[at]
@@ -271,44 +275,25 @@ class Rules:
             branch[at] = np.where(reached <= self.limit, SEARCH, LOWEST)
         return actions, branch
 
-    def safest(self, name: str, each: int, states: StateValue) -> Choice:
-        """Return the first draw where it passes the gate, else the lowest Q_h of `each` draws."""
+    def safest(
+        self, name: str, each: int, states: StateValue, further: str | None = None
+    ) -> Choice:
+        """Return the first draw where it passes the gate, else the lowest Q_h of `each` draws.
+
+        These are the first draw and `each` - 1 more. If `further` names another network, they are
+        `each` - 1 draws of that network alone.
+        """
         actions, branch = self.first(name, states)
         passes = self.safety.scaled_values(states, actions[:, None])[:, 0] < self.limit
         at = np.flatnonzero(~passes)
         if len(at):
             judged = states.take(at)
-            drawn = np.concatenate([self.draws(name, judged, each - 1), actions[at, None]], 1)
+            drawn = self.draws(further or name, judged, each - 1)
+            if further is None:
+                drawn = np.concatenate([drawn, actions[at, None]], 1)
             values = self.safety.scaled_values(judged, drawn)
             actions[at] = drawn[np.arange(len(at)), values.argmin(1)]
             branch[at] = np.where(values.min(1) < self.limit, CANDIDATES, LOWEST)
-        return actions, branch
-
-    def refined(self, further: str, states: StateValue) -> Choice:
-        """Return FLRP's first draw, or the action that replaces it.
-
-        Args:
-            further: Where the further draws come from: "unrefined", as the agent's own, or "flrp".
-            states: n states.
-        """
-        if further == "flrp":
-            actions, branch = self.safest("flrp", STUDENT_DRAWS + 1, states)
-        else:
-            actions, branch = self.first("flrp", states)
-            passes = self.safety.scaled_values(states, actions[:, None])[:, 0] < self.limit
-            at = np.flatnonzero(~passes)
-            if len(at):
-                judged = states.take(at)
-                actions[at] = self.lowest("unrefined", FLOW_DRAWS, judged)[0]
-                reached = self.safety.scaled_values(judged, actions[at, None])[:, 0]
-                branch[at] = np.where(reached < self.limit, CANDIDATES, LOWEST)
-        at = np.flatnonzero(branch == LOWEST)
-        if len(at):
-            judged = states.take(at)
-            search = self._nearest._beyond_the_draws
-            actions[at] = search(self.safety, judged, actions[at], self.limit)
-            reached = self.safety.scaled_values(judged, actions[at, None])[:, 0]
-            branch[at] = np.where(reached <= self.limit, SEARCH, LOWEST)
         return actions, branch
 
     def best(self, name: str, states: StateValue) -> Choice:
@@ -352,8 +337,8 @@ GATED: dict[str, Callable[[Rules, StateValue], Choice]] = {
     "teacher": lambda rules, states: rules.best("teacher", states),
     "fisor": lambda rules, states: rules.best("fisor", states),
     "flrp gate": lambda rules, states: rules.safest("flrp", STUDENT_DRAWS + 1, states),
-    "flrp default": lambda rules, states: rules.refined("unrefined", states),
-    "flrp refined": lambda rules, states: rules.refined("flrp", states),
+    "flrp default": lambda rules, states: rules.gate("search", states, "flrp", "unrefined"),
+    "flrp refined": lambda rules, states: rules.gate("search", states, "flrp"),
 }
 """Arms with a gate, which are played at several margins."""
 RESORTS = ("lowest resort", "student resort", "teacher resort")

@@ -76,7 +76,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
     """Base class of agents that act behind a gate on Q_h.
 
     An algorithm implements `_draw`, the actor, and `_judge`, the critics as a shield uses them. It
-    overrides `_further` where the further draws come from another actor.
+    overrides `_further` if the further draws come from another actor than the first one.
     """
 
     _safety_model: SafetyModel | None = None
@@ -100,7 +100,10 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         """
 
     def _further(self, model: ModelT, networks: Any, observations: Any, noise: Any) -> Any:  # noqa: ANN401
-        """Return further draws where the first one fails; the arguments are those of `_draw`."""
+        """Return the actions (n, act) of further draws, for states whose first draw is rejected.
+
+        The arguments are those of `_draw`.
+        """
         return self._draw(model, networks, observations, noise)
 
     _same_actor: ClassVar[bool] = True
@@ -420,7 +423,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         observations, each = states.inputs, self.config.candidates
         actions = self._first(model, observations, deterministic)
         safety, limit = self._safety(model), -self.gate
-        passes = nan_rejected(safety.scaled_values(states, actions[:, None]))[:, 0] < limit
+        passes = safety.scaled_values(states, actions[:, None])[:, 0] < limit  # NaN does not
         at = np.flatnonzero(~passes)
         if not len(at):
             return actions
