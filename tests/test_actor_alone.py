@@ -190,7 +190,7 @@ def test_the_words_are_the_actors_own(exact: Shield) -> None:
 def fresh(agent: SafeFQL) -> SafeFQL:
     """Return a copy that remembers no calibration."""
     copy = agent._changed()
-    copy.attempts = ()
+    copy._memory = []
     return copy
 
 
@@ -265,6 +265,19 @@ def test_a_second_attempt_is_tested_more_strictly(agent: SafeFQL) -> None:
     assert second.record is not None
     assert second.record.attempts[-1].level == pytest.approx(0.1)
     assert "attempt 2 on this agent with this actor" in second.record.promise
+
+
+def test_agents_with_the_same_weights_share_their_attempts(agent: SafeFQL) -> None:
+    first = fresh(agent)
+    with pytest.raises(CalibrationError):
+        first.with_margin(0.1).calibrate(boat(), epsilon=0.02, confidence=0.8, deltas=[0.0])
+    for again in (first.with_margin(0.1), first.with_candidates(4), first):
+        assert [one.passed for one in again.attempts] == [False]
+    second = first.with_margin(0.1).calibrate(boat(), epsilon=0.8, confidence=0.8, deltas=[0.0])
+    assert second.record is not None
+    assert second.record.attempts[-1].level == pytest.approx(0.1)
+    assert first.attempts == second.record.attempts
+    assert agent.attempts != first.attempts
 
 
 # -- +CP -----------------------------------------------------------------------------------------

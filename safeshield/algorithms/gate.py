@@ -83,8 +83,8 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
     """The critics as a shield's safety model on NumPy arrays, created at first use."""
     _certified: tuple[GateConfig, ActorRecord] | None = None
     """The record of the latest calibration, with the settings for which it holds."""
-    attempts: tuple[Attempt, ...] = ()
-    """Calibrations of these weights, also those that failed."""
+    _memory: list[Attempt] | None = None
+    """The attempts. Agents with the same weights share the list."""
 
     # -- methods that an algorithm implements -------------------------------------------------
 
@@ -123,6 +123,20 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
         return self.config.candidates > 1
 
     # -- the record and the margin ------------------------------------------------------------
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Calibrations of these weights, also those that failed.
+
+        Agents made by `with_margin`, `with_candidates` and the like share them with this agent.
+        """
+        return tuple(self._memory or ())
+
+    @attempts.setter
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        if self._memory is None:
+            self._memory = []
+        self._memory[:] = attempts
 
     @property
     def record(self) -> ActorRecord | None:
@@ -182,8 +196,8 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
 
         The procedure is that of a shield (`calibration.calibrate.calibrate`), which describes the
         arguments: `promise` in place of `epsilon`, the `deltas` and `episodes` of the tests,
-        `num_envs`, `workers`, `ray` and `progress_bar`. Both this agent and the copy remember the
-        attempt, in `attempts`.
+        `num_envs`, `workers`, `ray` and `progress_bar`. All agents with these weights in this
+        process remember the attempt, in `attempts`.
 
         Args:
             env: The environment of the deployment. It must report ``info["constraint"]`` or
@@ -365,7 +379,7 @@ class GatedAgent(CriticAgent[ConfigT, ModelT]):
     def _adopt(self, model: ModelT, networks: Networks) -> None:
         super()._adopt(model, networks)
         self._safety_model = None
-        self._certified, self.attempts = None, ()
+        self._certified, self._memory = None, []
 
     def _changed(self, **changes: Any) -> Self:  # noqa: ANN401 - settings of any type
         other = super()._changed(**changes)

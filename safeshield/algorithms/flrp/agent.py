@@ -106,7 +106,7 @@ class FLRP(GatedAgent[FLRPConfig, LatentArchitecture]):
                 other._model, policy=dataclasses.replace(policy, spec=spec), shift=None
             )
             other._adopt(model, other._networks)
-            other.attempts = self.attempts
+            other._memory = self._memory
         return other
 
     def shield(self) -> Shield:
