@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -446,19 +447,102 @@ def test_the_program_for_onnx_runtime(small: Shield, tmp_path: Path) -> None:
     assert "promise: none" in done.stdout
 
 
-def test_the_node_for_ros_2_is_a_program_of_python() -> None:
-    """It is parsed only: ROS is not on PyPI."""
-    tree = ast.parse((ROOT / "examples/deploy/ros2_node.py").read_text())
-    names = {one.name for one in tree.body if isinstance(one, ast.ClassDef | ast.FunctionDef)}
-    assert {"ShieldNode", "main"} <= names
+def told(shield: Shield) -> Shield:
+    """Return the shield that takes h from its caller."""
+    return shield.with_constraint(ConstraintSource("test-caller@1"))
+
+
+def ros(monkeypatch: pytest.MonkeyPatch, graph: Path) -> SimpleNamespace:
+    """Import the node for ROS 2 with stand-ins for its modules; ROS is not on PyPI."""
+    world = SimpleNamespace(sent={}, heard={}, now=0.0, errors=[])
+    parameters = {"graph": str(graph)}
+
+    class Node:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def declare_parameter(self, name: str, value: object) -> None:
+            parameters.setdefault(name, value)
+
+        def get_parameter(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(value=parameters[name])
+
+        def get_logger(self) -> SimpleNamespace:
+            quiet = {"info": len, "warning": len, "error": world.errors.append}
+            return SimpleNamespace(**quiet)
+
+        def get_clock(self) -> SimpleNamespace:
+            time = SimpleNamespace(nanoseconds=int(world.now * 1e9))
+            return SimpleNamespace(now=lambda: time)
+
+        def create_publisher(self, kind: type, topic: str, depth: int) -> SimpleNamespace:
+            return SimpleNamespace(publish=lambda message: world.sent.update({topic: message.data}))
+
+        def create_subscription(
+            self, kind: type, topic: str, heard: Callable[[SimpleNamespace], None], depth: int
+        ) -> None:
+            world.heard[topic] = lambda data: heard(SimpleNamespace(data=data))
+
+    message = {"Bool": SimpleNamespace, "Float32MultiArray": SimpleNamespace, "Float64": float}
+    for name, members in {
+        "rclpy": {}, "rclpy.node": {"Node": Node}, "std_msgs": {}, "std_msgs.msg": message,
+    }.items():  # fmt: skip
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    spec = importlib.util.spec_from_file_location("node", ROOT / "examples/deploy/ros2_node.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    world.node = module.ShieldNode()
+    return world
+
+
+@pytest.mark.parametrize("kind", ["estimates h", "is told h"])
+def test_the_node_for_ros_2_decides_as_python(
+    kind: str, small: Shield, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shield = small if kind == "estimates h" else told(small)
+    shield.export_onnx(tmp_path / "shield.onnx")
+    world = ros(monkeypatch, tmp_path / "shield.onnx")
+    assert ("constraint" in world.heard) == (kind == "is told h")
+    seen = shield.observation_space.sample()
+    proposed = shield.action_space.sample()
+
+    def decide(h: float | None) -> None:
+        world.heard["command_proposed"](proposed.tolist())
+        executed, report = shield.filter(seen, proposed, constraint=h)
+        np.testing.assert_allclose(world.sent["command"], executed, atol=1e-5)
+        assert world.sent["shield/accepted"] == (not report.intervened)
+
+    def unknown() -> None:
+        world.heard["command_proposed"](proposed.tolist())
+        assert not world.sent["shield/accepted"]
+
+    unknown()
+    assert not world.sent["shield/valid"]
+    world.heard["observation"](seen.tolist())
+    if kind == "is told h":
+        unknown()
+        world.heard["constraint"](-0.7)
+        decide(-0.7)
+    else:
+        decide(None)
+    assert world.sent["shield/valid"]
+    world.now = 0.2  # The observation is too old now.
+    unknown()
+    assert not world.sent["shield/valid"]
+    world.heard["observation"](seen.tolist()[:1])
+    assert len(world.errors) == 1
+    unknown()
 
 
 @pytest.mark.skipif(
     "ONNXRUNTIME_HOME" not in os.environ or shutil.which("g++") is None,
     reason="needs g++ and a release of ONNX Runtime for C++ in ONNXRUNTIME_HOME",
 )
-def test_the_program_in_cpp_runs(small: Shield, tmp_path: Path) -> None:
-    small.export_onnx(tmp_path / "shield.onnx")
+def test_the_program_in_cpp_decides_as_python(small: Shield, tmp_path: Path) -> None:
     home = Path(os.environ["ONNXRUNTIME_HOME"])
     program, lib = ROOT / "examples/deploy/shield.cpp", home / "lib"
     subprocess.run(
@@ -466,10 +550,30 @@ def test_the_program_in_cpp_runs(small: Shield, tmp_path: Path) -> None:
          "-lonnxruntime", f"-Wl,-rpath,{lib}", "-o", "shield"],
         cwd=tmp_path, check=True,
     )  # fmt: skip
+    for number, shield in enumerate([small, told(small)]):
+        shield.export_onnx(tmp_path / f"{number}.onnx")
+        done = subprocess.run(
+            ["./shield", f"{number}.onnx", "50"],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "50 decisions" in done.stdout
+        rows = {
+            name: np.array([float(entry) for entry in entries])
+            for name, *entries in map(str.split, done.stdout.splitlines())
+            if name in {"observation", "proposed", "executed", "constraint"}
+        }
+        assert ("constraint" in rows) == (number == 1)
+        h = rows["constraint"][0] if "constraint" in rows else None
+        seen, proposed = (rows[name].astype(np.float32) for name in ("observation", "proposed"))
+        executed, report = shield.filter(seen, proposed, constraint=h)
+        np.testing.assert_allclose(rows["executed"], executed, atol=1e-5)
+        assert f"accepted {int(not report.intervened)}," in done.stdout
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
     done = subprocess.run(
-        ["./shield", "shield.onnx", "50"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["./shield", "broken.onnx"], cwd=tmp_path, capture_output=True, check=False
     )
-    assert "50 decisions" in done.stdout
+    assert done.returncode == 1
+    assert b"broken.onnx" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -481,6 +585,7 @@ def test_the_program_in_cpp_is_well_formed(tmp_path: Path) -> None:
         #include <cstdint>
         #include <memory>
         #include <vector>
+        using StringPtr = std::unique_ptr<char[]>;
         enum OrtLoggingLevel { ORT_LOGGING_LEVEL_ERROR };
         enum OrtAllocatorType { OrtArenaAllocator };
         enum OrtMemType { OrtMemTypeDefault };
@@ -489,8 +594,7 @@ def test_the_program_in_cpp_is_well_formed(tmp_path: Path) -> None:
         struct SessionOptions { void SetIntraOpNumThreads(int); void SetInterOpNumThreads(int); };
         struct AllocatorWithDefaultOptions {};
         struct ModelMetadata {
-          std::unique_ptr<char[]> LookupCustomMetadataMapAllocated(
-              const char*, AllocatorWithDefaultOptions&);
+          StringPtr LookupCustomMetadataMapAllocated(const char*, AllocatorWithDefaultOptions&);
         };
         struct MemoryInfo { static MemoryInfo CreateCpu(OrtAllocatorType, OrtMemType); };
         struct Value {
@@ -504,6 +608,8 @@ def test_the_program_in_cpp_is_well_formed(tmp_path: Path) -> None:
         struct Session {
           Session(std::nullptr_t); Session(Env&, const char*, const SessionOptions&);
           ModelMetadata GetModelMetadata(); TypeInfo GetInputTypeInfo(std::size_t);
+          std::size_t GetInputCount();
+          StringPtr GetInputNameAllocated(std::size_t, AllocatorWithDefaultOptions&);
           std::vector<Value> Run(const RunOptions&, const char* const*, const Value*, std::size_t,
                                  const char* const*, std::size_t);
         };

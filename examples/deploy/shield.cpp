@@ -4,8 +4,10 @@
 //   ./shield shield.onnx 1000
 //
 // ORT is the folder of a release of ONNX Runtime for C++ (onnxruntime-linux-x64-*.tgz). Its Python
-// package has the library, but no headers. The program takes a shield of a Box of observations and
-// a Box of actions of float32 ("observation" and "action" are its only inputs without a default).
+// package has the library, but no headers; Debian 13 has both in libonnxruntime-dev. The program
+// takes a shield of a Box of observations and a Box of actions of float32, with or without an input
+// "constraint", which is h of the present state. It draws its inputs at random, and prints the first
+// decision and the times of all.
 
 #include <onnxruntime_cxx_api.h>
 
@@ -15,7 +17,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -41,19 +45,37 @@ class Shield {
     auto metadata = session_.GetModelMetadata();
     auto text = metadata.LookupCustomMetadataMapAllocated("safeshield", allocator);
     contents = text ? text.get() : "{}";
-    observation_width = width(0);
-    action_width = width(1);
+    for (std::size_t input = 0; input < session_.GetInputCount(); ++input) {
+      const std::string name = session_.GetInputNameAllocated(input, allocator).get();
+      const auto shape = session_.GetInputTypeInfo(input).GetTensorTypeAndShapeInfo().GetShape();
+      if (name == "observation" && shape.size() == 2) {
+        observation_width = shape[1];
+      } else if (name == "action" && shape.size() == 2) {
+        action_width = shape[1];
+      } else if (name == "constraint") {
+        needs_constraint = true;
+      } else {
+        throw std::invalid_argument("this program cannot give the input \"" + name +
+                                    "\": it is written for rows of observations and of actions");
+      }
+    }
   }
 
-  Decision filter(std::vector<float>& observation, std::vector<float>& action) {
+  // `constraint` is h of this state (h <= 0 is safe). It is not read where the shield estimates h.
+  Decision filter(std::vector<float>& observation, std::vector<float>& action, double constraint) {
     const std::array<std::int64_t, 2> seen{1, observation_width}, proposed{1, action_width};
+    const std::array<std::int64_t, 1> one{1};
     auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    std::array<Ort::Value, 2> inputs{
-        Ort::Value::CreateTensor<float>(memory, observation.data(), observation.size(),
-                                        seen.data(), seen.size()),
-        Ort::Value::CreateTensor<float>(memory, action.data(), action.size(), proposed.data(),
-                                        proposed.size())};
-    static const std::array<const char*, 2> names{"observation", "action"};
+    std::vector<Ort::Value> inputs;
+    inputs.push_back(Ort::Value::CreateTensor<float>(memory, observation.data(),
+                                                     observation.size(), seen.data(), seen.size()));
+    inputs.push_back(Ort::Value::CreateTensor<float>(memory, action.data(), action.size(),
+                                                     proposed.data(), proposed.size()));
+    if (needs_constraint) {
+      inputs.push_back(
+          Ort::Value::CreateTensor<double>(memory, &constraint, 1, one.data(), one.size()));
+    }
+    static const std::array<const char*, 3> names{"observation", "action", "constraint"};
     static const std::array<const char*, 5> outputs{"action_executed", "value", "accepted",
                                                     "certified", "valid"};
     auto told = session_.Run(Ort::RunOptions{nullptr}, names.data(), inputs.data(), inputs.size(),
@@ -66,24 +88,27 @@ class Shield {
 
   std::string contents;  // JSON: the promise, the record, the digests
   std::int64_t observation_width = 0, action_width = 0;
+  bool needs_constraint = false;  // whether h of the state must be given
 
  private:
-  std::int64_t width(std::size_t input) {
-    return session_.GetInputTypeInfo(input).GetTensorTypeAndShapeInfo().GetShape().back();
-  }
-
   Ort::Env env_;
   Ort::Session session_{nullptr};
 };
 
+void print(const char* name, const std::vector<float>& row) {
+  std::printf("%s", name);
+  for (float entry : row) std::printf(" %.9g", entry);
+  std::printf("\n");
+}
+
 }  // namespace
 
-int main(int count, char** arguments) {
+int main(int count, char** arguments) try {
   if (count < 2) {
     std::fprintf(stderr, "usage: %s shield.onnx [decisions]\n", arguments[0]);
     return 2;
   }
-  const int decisions = count > 2 ? std::atoi(arguments[2]) : 1000;
+  const int decisions = count > 2 ? std::max(1, std::atoi(arguments[2])) : 1000;
   Shield shield(arguments[1]);
   std::printf("%s\n", shield.contents.c_str());
   std::mt19937 generator(0);
@@ -94,16 +119,27 @@ int main(int count, char** arguments) {
   for (int step = 0; step < decisions; ++step) {
     for (float& entry : observation) entry = uniform(generator);
     for (float& entry : action) entry = uniform(generator);
+    const double constraint = uniform(generator);
     const auto before = std::chrono::steady_clock::now();
-    const Decision decision = shield.filter(observation, action);
+    const Decision decision = shield.filter(observation, action, constraint);
     micros.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() -
                                                                before)
                          .count());
     replaced += !decision.accepted;
+    if (step > 0) continue;
+    print("observation", observation);
+    print("proposed", action);
+    if (shield.needs_constraint) std::printf("constraint %.17g\n", constraint);
+    print("executed", decision.action);
+    std::printf("value %.9g, accepted %d, certified %d, valid %d\n", decision.value,
+                decision.accepted, decision.certified, decision.valid);
   }
   std::sort(micros.begin(), micros.end());
   std::printf("%d decisions, %d replaced; median %.1f us, 99%% %.1f us, longest %.1f us\n",
               decisions, replaced, micros[micros.size() / 2], micros[micros.size() * 99 / 100],
               micros.back());
   return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
 }
