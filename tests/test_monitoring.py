@@ -185,11 +185,11 @@ def test_covariates_wait_for_episodes_that_began_earlier(watched: Shield) -> Non
     tracker = monitor.attach(watched, 2)
     both, none = np.array([True, True]), np.array([False, False])
     step = WatchedStep(both, none, np.full(2, -1.0), np.full(2, np.nan), none, both, np.zeros(2))
-    tracker.begin(both, both, np.array([-1.5, -1.2]))
+    tracker.begin(both, both, np.array([-1.5, -1.2]), np.full(2, np.nan))
     before = monitor.report().covariates
     for _ in range(3):
         tracker.step(step._replace(ended=np.array([False, True])))
-        tracker.begin(np.array([False, True]), both, np.array([np.nan, -1.2]))
+        tracker.begin(np.array([False, True]), both, np.array([np.nan, -1.2]), np.full(2, np.nan))
         assert monitor.report().covariates == before
     tracker.step(step._replace(ended=np.array([True, False])))
     assert monitor.report().covariates != before
@@ -489,7 +489,7 @@ def test_a_file_that_is_only_read_is_not_written(watched: Shield, tmp_path: Path
     tracker = live.attach(watched, 1)
     yes, no = np.array([True]), np.array([False])
     step = WatchedStep(yes, no, np.full(1, -1.0), np.full(1, np.nan), no, yes, np.zeros(1))
-    tracker.begin(yes, yes, np.full(1, -1.0))
+    tracker.begin(yes, yes, np.full(1, -1.0), np.full(1, np.nan))
     tracker.step(step)
     before = path.read_bytes()
     report = PromiseMonitor(watched, path).report()
@@ -507,7 +507,7 @@ def test_two_processes_with_one_file_lose_no_episode_and_no_revocation(
     tracker = live.attach(watched, 1)
     yes, no = np.array([True]), np.array([False])
     step = WatchedStep(yes, no, np.full(1, -1.0), np.full(1, np.nan), no, yes, np.zeros(1))
-    tracker.begin(yes, yes, np.full(1, -1.0))
+    tracker.begin(yes, yes, np.full(1, -1.0), np.full(1, np.nan))
     tracker.step(step)
     other = PromiseMonitor(watched, path)
     feed(other, [False] * 3, "other")
@@ -853,7 +853,7 @@ def test_episodes_count_in_the_order_of_their_starts(watched: Shield) -> None:
         monitor = PromiseMonitor(watched)
         tracker = monitor.attach(watched, n)
         violates = rng.random(n) < eps
-        tracker.begin(always, always, np.full(n, -1.0))
+        tracker.begin(always, always, np.full(n, -1.0), np.full(n, np.nan))
         ends: list[float] = []
         for t in range(3):
             running = ~violates if t else always

@@ -123,11 +123,12 @@ class Remembers(Protocol):
 def remembering(owner: Remembers) -> Iterator[None]:
     """Add the attempt of a calibration that fails in this context to the attempts of `owner`.
 
-    A calibration that is interrupted counts too. One that ended before its tests does not.
+    A calibration that is interrupted, or ended by any other error, counts too. One that ended
+    before its tests does not.
     """
     try:
         yield
-    except (ValueError, KeyboardInterrupt) as error:
+    except BaseException as error:
         attempt = getattr(error, "attempt", None)
         if attempt is not None:
             owner.attempts = (*owner.attempts, attempt)
@@ -283,9 +284,10 @@ def calibrate(
                 walks,
                 names,
             )
-        except (CalibrationError, KeyboardInterrupt) as error:
-            # The user may have seen results before an interruption, for example on the bar.
-            error.attempt = attempt  # type: ignore[union-attr]
+        except BaseException as error:
+            # The user may have seen results before an interruption, for example on the bar. An
+            # environment may raise because of what the policy did, for example in a collision.
+            error.attempt = attempt  # type: ignore[attr-defined]
             raise
     finally:
         trials.close()

@@ -44,7 +44,7 @@ from safeshield.shield.log_record import (
 from safeshield.shield.record import RESERVED_SEEDS, ActorRecord
 
 if TYPE_CHECKING:
-    from safeshield.shield.log_record import Hashes, Ledger, LogAttempt, LogRecord
+    from safeshield.shield.log_record import Hashes, LogAttempt, LogRecord
     from safeshield.shield.record import Attempt, CalibrationRecord, Rung
     from safeshield.shield.shield import Shield
 
@@ -446,7 +446,7 @@ def _check_log_record(record: LogRecord, shield: Shield) -> None:
     _check_date(record.date)
     _check_log_counts(name, record)
     _check_statement(name, record, shield)
-    _check_tries(name, record, shield.ledger)
+    _check_tries(name, record, shield)
     told = {one.name: one.checked for one in record.assumptions}
     _require(
         told.get("independent episodes") is False and "held out" in told,
@@ -465,13 +465,16 @@ def _check_log_counts(name: str, record: LogRecord) -> None:
         what: getattr(record, what)
         for what in (
             "held_out", "episodes", "events", "violating", "cut", "repeats", "failed", "continued",
+            "stepless",
         )
     }  # fmt: skip
-    most, counted, events = record.held_out, record.episodes, record.events
+    counted, events = record.episodes, record.events
+    most = record.held_out + record.stepless
     held = (
         min(every.values()) >= 0
         and 1 <= counted <= most <= _MOST_EPISODES
-        and max(record.violating, record.cut) <= most
+        and record.violating <= record.held_out
+        and record.stepless <= min(record.cut, events)
         and max(events, record.cut, record.continued) <= counted
         and (record.method == SPLICED or record.continued == 0)
     )
@@ -479,13 +482,14 @@ def _check_log_counts(name: str, record: LogRecord) -> None:
     _require(record.horizon >= 1, f"{name}: horizon must be at least 1, got {record.horizon}")
     if record.method == DETECTION:
         _require(
-            counted <= record.violating,
-            f"{name}: {counted} episodes cannot be among {record.violating} violating ones",
+            counted <= record.violating + record.stepless,
+            f"{name}: {counted} episodes cannot be among {record.violating} violating ones and "
+            f"{record.stepless} without a step",
         )
     elif record.method == RESIDUALS:
         _require(
             counted == most,
-            f"{name}: all {most} episodes of the log count, not {counted}",
+            f"{name}: all {most} episodes count, not {counted}",
         )
     if record.method != DETECTION:
         _require(
@@ -560,12 +564,12 @@ def _check_statement(name: str, record: LogRecord, shield: Shield) -> None:
     )
 
 
-def _check_tries(name: str, record: LogRecord, ledger: Ledger) -> None:
+def _check_tries(name: str, record: LogRecord, shield: Shield) -> None:
     """Check the number of statements, and their levels, against the ledger.
 
     The ledger is in the order in which the statements were made, and it may have grown since.
     """
-    level = 1.0 - record.confidence
+    level, ledger = 1.0 - record.confidence, shield.ledger
     ranked = record.alpha is not None
 
     def same(one: LogAttempt) -> bool:
@@ -574,7 +578,8 @@ def _check_tries(name: str, record: LogRecord, ledger: Ledger) -> None:
             one.delta is None if ranked else (one.delta, one.agent) == (record.delta, record.agent)
         )
         return bool(
-            what
+            (ranked or one.shield in ("", shield.digest))
+            and what
             == (
                 record.method,
                 record.alpha,

@@ -58,6 +58,7 @@ from safeshield.shield.log_record import (
     RESIDUALS,
     SHADOW,
     SPLICED,
+    STEPLESS,
     TRIAL,
     VALUES_ALONE,
     Assumption,
@@ -217,7 +218,8 @@ def calibrate_from_log(
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r:.60}")
     chosen: Method = method
-    if method in (SHADOW, TRIAL) and shield.sensors is not None and any(shield.sensors.falls_back):
+    remembers = shield.sensors is not None and any(shield.sensors.falls_back)
+    if method not in VALUES_ALONE and remembers:
         raise ValueError(
             f"method={method!r} judges each step of a log by itself, but this shield also falls "
             "back on what it remembers of earlier observations: leave the checks out by "
@@ -268,8 +270,9 @@ def calibrate_from_log(
         _refuse_own_choice(earlier, shield.delta)
     by = "" if ranked else agent
     asked = LogAttempt(
-        chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by, simulator=name, seed=seed
-    )
+        chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by,
+        simulator=name, seed=seed, shield=shield.digest,
+    )  # fmt: skip
     # A shield that is tried until it passes was tried each time, whatever the episodes.
     known = [*earlier, *(one for one in shield.ledger.attempts if asked.repeats(one))]
     others = [one for one in dict.fromkeys(known) if not asked.same_question(one)]
@@ -317,6 +320,7 @@ def calibrate_from_log(
         failed=sum(not one.passed for one in repeats),
         simulator=name,
         seed=seed,
+        stepless=_stepless(held_out),
     )
     try:
         if chosen == DETECTION:
@@ -364,7 +368,7 @@ class _Judge:
         """Return the record of detection."""
         alpha, lead = record.alpha or 0.0, record.lead or 1
         counts = self.violating & ~self.unsafe_start
-        total = int(counts.sum())
+        total = int(counts.sum()) + record.stepless
         if total < episodes_needed(alpha, record.confidence):
             raise ValueError(
                 f"held_out has {total} violating episodes with a safe start, among "
@@ -375,9 +379,10 @@ class _Judge:
         values = self._action_values()
         in_time = self._steps <= np.repeat(self.entry, self.log.episode_lengths) - lead
         scores = self._highest(np.where(in_time, values, -np.inf))
-        threshold, rank = lowest_allowed(scores[counts], alpha, record.confidence)
+        missed = np.append(scores[counts], np.full(record.stepless, -np.inf))
+        threshold, rank = lowest_allowed(missed, alpha, record.confidence)
         if not np.isfinite(threshold):
-            early = int(np.isneginf(scores[counts]).sum())
+            early = int(np.isneginf(missed).sum())
             raise CalibrationError(
                 f"{early} of {total} violating episodes enter the violation less than {lead} "
                 f"steps after their start, or have no readable state before; at most {rank - 1} "
@@ -391,11 +396,11 @@ class _Judge:
             record,
             delta=delta,
             episodes=total,
-            events=int((scores[counts] < threshold).sum()),
-            cut=int((self.cut & counts).sum()),
+            events=int((missed < threshold).sum()),
+            cut=int((self.cut & counts).sum()) + record.stepless,
             bound=alpha,
             threshold=threshold,
-            curve=_curve(scores[counts], quiet, threshold),
+            curve=_curve(missed, quiet, threshold),
         )
 
     def residuals(self, record: LogRecord) -> LogRecord:
@@ -408,6 +413,7 @@ class _Judge:
         # Infinity minus infinity is no number: nothing is known of such a step.
         scores = self._highest(np.where(np.isnan(rises), np.inf, np.maximum(rises, 0.0)))
         scores[self.cut] = np.inf
+        scores = np.append(scores, np.full(record.stepless, np.inf))
         ranked = lowest_allowed(-scores, alpha, record.confidence)
         if not np.isfinite(ranked.threshold):
             raise CalibrationError(
@@ -419,6 +425,7 @@ class _Judge:
             record,
             episodes=len(scores),
             events=int((scores > -ranked.threshold).sum()),
+            cut=int(self.cut.sum()) + record.stepless,
             bound=alpha,
             threshold=0.0 - ranked.threshold,
         )
@@ -428,14 +435,14 @@ class _Judge:
         starts = self.log.episode_starts
         kept = self._state_values(self.log.observations, self.log.constraints, starts)
         kept_starts: Flags = kept <= self.shield.threshold
-        total = int(kept_starts.sum())
+        total = int(kept_starts.sum()) + record.stepless
         needed = 1 if record.epsilon is None else episodes_needed(record.epsilon, record.confidence)
         if total < needed:
             goal = "show a rate"
             if record.epsilon is not None:
                 goal += f" of at most {record.epsilon:g} with confidence {record.confidence:g}"
             raise ValueError(
-                f"{total} of {len(starts)} held-out episodes start with V_h <= "
+                f"{total} of {len(starts) + record.stepless} held-out episodes start with V_h <= "
                 f"{self.shield.threshold:.4g}, which cannot {goal}: at least {needed} are needed, "
                 "without one that counts against it"
             )
@@ -447,13 +454,13 @@ class _Judge:
             violating, cut, continued = self._spliced(splicer, kept_starts, record.horizon)
         else:
             self._refuse_unshielded()
-        count = int((violating | cut)[kept_starts].sum())
+        count = int((violating | cut)[kept_starts].sum()) + record.stepless
         return replace(
             record,
             episodes=total,
             events=count,
             bound=upper_bound(total, count, record.confidence),
-            cut=int((cut & kept_starts).sum()),
+            cut=int((cut & kept_starts).sum()) + record.stepless,
             continued=continued,
         )
 
@@ -685,6 +692,13 @@ def _sources(held_out: OfflineDataset) -> list[dict[str, Any]]:
         return [one for part in found for one in part] or [shared]
 
     return inside(dict(held_out.provenance or {}))
+
+
+def _stepless(held_out: OfflineDataset) -> int:
+    """Return how many recorded episodes are not in the log because their first step has no end."""
+    flights = [one.get("flight") for one in _sources(held_out)]
+    counts = [one.get(STEPLESS, 0) for one in flights if isinstance(one, dict)]
+    return sum(whole(f"flight: {STEPLESS}", count, least=0) for count in counts)
 
 
 def _about_agent(

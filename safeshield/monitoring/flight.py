@@ -22,6 +22,7 @@ from safeshield.files.lock import is_locked
 from safeshield.files.schema import finite_number
 from safeshield.monitoring.flight_file import SUFFIX, flight_files, read_files
 from safeshield.monitoring.recorder import END, ROWS, FlightWarning, Kept
+from safeshield.shield.log_record import STEPLESS
 from safeshield.shield.report import ACCEPTED
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.schema import space_from_json
@@ -269,10 +270,11 @@ class FlightLog:
         """Return the recorded episodes as a log for training, marked as recorded behind the shield.
 
         An episode of which only the beginning is there is cut off as truncated; one whose beginning
-        is missing is left out, and so is one that is still being recorded. The same holds behind a
-        state that the shield could not read, or that is not finite. A warning says how many steps
-        this concerns. Executed actions outside the action space, which a shadowed agent may send,
-        are clipped to it.
+        is missing is left out. So is one that is still being recorded, with all that began after
+        it, because short episodes end first. Behind a state that is not finite an episode is cut
+        off as well; the provenance says how many episodes have no step before it. A warning says
+        how many steps this concerns. Executed actions outside the action space, which a shadowed
+        agent may send, are clipped to it.
 
         What is trained on the log refuses these episodes in `calibrate_from_log`, and has no record
         until it is calibrated anew.
@@ -302,7 +304,7 @@ class FlightLog:
                         f"the log to join {other!s:.120}: they are not of the same plant"
                     )
         rows = np.sort(self.rows, order=["episode", "step"])
-        kept = _usable(rows, self.growing)
+        kept, stepless = _usable(rows, self.growing)
         count = len(self)
         if not len(kept):
             raise ValueError(
@@ -312,8 +314,14 @@ class FlightLog:
         if len(kept) < count:
             warnings.warn(
                 f"{count - len(kept)} of {count} recorded steps are not in the log: their episode "
-                "is still being recorded, its beginning is missing, or they follow a gap or a "
-                "state that is not finite",
+                "is still being recorded or began after such a one, its beginning is missing, or "
+                "they follow a gap or lead to a state that is not finite"
+                + (
+                    f"; {stepless} episodes have no other steps, and calibrate_from_log counts "
+                    "them against its statements"
+                    if stepless
+                    else ""
+                ),
                 FlightWarning,
                 stacklevel=2,
             )
@@ -336,7 +344,12 @@ class FlightLog:
             **({"collected_by": self.agent} if self.agent else {}),
             **({"environment": self.environment} if self.environment else {}),
             "behind_shield": dict(self.shield),
-            "flight": {"lost": self.lost, "removed": self.removed},
+            "flight": {
+                "lost": self.lost,
+                "removed": self.removed,
+                "since": float(rows["time"].min()),
+                STEPLESS: stepless,
+            },
         }
         return _labelled(fields, now, after, self.constraint_source, like, provenance)
 
@@ -374,22 +387,26 @@ def _json_list(column: Array) -> list[Any]:
     return listed
 
 
-def _usable(rows: Array, growing: int | None) -> npt.NDArray[np.int64]:
-    """Return the indices of the steps that a log may hold.
+def _usable(rows: Array, growing: int | None) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the indices of the steps that a log may hold, and how many episodes have none.
+
+    These episodes began in a state that can be read, and their first action was sent, but the state
+    behind it is missing or not finite.
 
     Args:
         rows: Rows in the order of their episodes and steps.
         growing: Number of the first episode that may still become longer; None: none.
     """
     if not len(rows):
-        return np.empty(0, np.int64)
+        return np.empty(0, np.int64), 0
     episode = rows["episode"]
     follows = np.zeros(len(rows), np.bool_)
     follows[:-1] = (episode[1:] == episode[:-1]) & (rows["step"][1:] == rows["step"][:-1] + 1)
     with np.errstate(over="ignore"):
         finite = np.asarray(np.isfinite(rows["observation"].astype(np.float32)).all(axis=1))
         told = np.isfinite(rows["reward"].astype(np.float32))
-    good = (rows["verdict"] < END) & follows & finite & np.append(finite[1:], False) & told
+    acts = rows["verdict"] < END
+    good = acts & follows & finite & np.append(finite[1:], False) & told
     good &= np.isfinite(rows["executed"]).all(axis=1)
     starts = np.flatnonzero(np.append(True, episode[1:] != episode[:-1]))
     lengths = np.diff(starts, append=len(rows))
@@ -398,9 +415,13 @@ def _usable(rows: Array, growing: int | None) -> npt.NDArray[np.int64]:
     good &= broken == before
     whole = rows["step"][starts] == 0
     if growing is not None:
+        # Short episodes end first. So episodes count in the order of their beginnings, up to the
+        # first one that has not ended.
         over = rows["verdict"][starts + lengths - 1] >= END
-        whole &= over | (episode[starts] < growing)
-    return np.flatnonzero(good & np.repeat(whole, lengths))
+        running = episode[starts][~over & (episode[starts] >= growing)]
+        whole &= episode[starts] < running.min(initial=np.iinfo(np.int64).max)
+    stepless = whole & ~good[starts] & acts[starts] & finite[starts]
+    return np.flatnonzero(good & np.repeat(whole, lengths)), int(stepless.sum())
 
 
 def _labelled(

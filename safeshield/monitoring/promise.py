@@ -179,6 +179,10 @@ class PromiseMonitor:
 
     _highest: float
     _settled: Scalars
+    _entries: dict[str, Entry]
+    _rows: dict[str, str]
+    _running: dict[str, Entry]
+    _queue: deque[tuple[str, Entry]]
 
     def __init__(
         self,
@@ -223,8 +227,7 @@ class PromiseMonitor:
         self._reference = None if reference is None else reference_values(self.shield, reference)
         self._state: str = NOT_CONTRADICTED
         self._reason = ""
-        self._run = uuid.uuid4().hex[:12]
-        self._counter = itertools.count()
+        self._name_anew()
         self._path = None if path is None else Path(path)
         self._stamp: tuple[int, int] | None = None
         self._told_unsaved = False
@@ -275,7 +278,7 @@ class PromiseMonitor:
         """Return what the monitor has seen."""
         entries = self._entries.values()
         scores = self._scores(entries)
-        labelled = [one for one in entries if one.score is not None]
+        counting = [one for one in entries if self._score(one) is not None]
         return PromiseReport(
             state=self._state,
             reason=self._reason,
@@ -283,9 +286,9 @@ class PromiseMonitor:
             limit=1.0 / self.level,
             episodes=len(scores),
             score=math.fsum(scores),
-            running=sum(one.status == RUNNING for one in labelled),
-            cut=sum(one.status == CUT for one in labelled),
-            unlabelled=sum(one.score is None and one.status != RUNNING for one in entries),
+            running=sum(one.status == RUNNING for one in counting),
+            cut=sum(one.status == CUT for one in counting),
+            unlabelled=sum(self._score(one) is None and one.status != RUNNING for one in entries),
             covariates={name: _exp(test.log_wealth) for name, test in self._tests.items()},
         )
 
@@ -294,7 +297,7 @@ class PromiseMonitor:
 
         Times are in seconds since 1970. A score is in [0, 1].
         """
-        entries = [one for one in self._entries.values() if one.score is not None]
+        entries = [one for one in self._entries.values() if self._score(one) is not None]
         times = [one.started for one in entries]
         return list(zip(times, self._scores(entries), strict=True))
 
@@ -439,6 +442,8 @@ class PromiseMonitor:
             name: Its name; None for a new one.
             started: See `episode`.
         """
+        if self._process != os.getpid():
+            self._disown()  # A fork has copied the monitor.
         name = f"{self._run}-{next(self._counter):07d}" if name is None else name
         entry = Entry(time.time() if started is None else started)
         self._entries[name] = self._running[name] = entry
@@ -454,8 +459,11 @@ class PromiseMonitor:
             name: Its name.
             score: Its score by the promise so far, which never decreases. It may be infinite.
         """
+        entry = self._running.get(name)
+        if entry is None:
+            return  # The episode belongs to the process from which this one was forked.
         score = min(score, _UNBOUNDED)
-        self._running[name].score = score
+        entry.score = score
         self._highest = max(self._highest, score)
         self._changed = True
         self._unsaved |= score >= 1.0
@@ -508,6 +516,25 @@ class PromiseMonitor:
 
     # -- parts ------------------------------------------------------------------------------------
 
+    def _name_anew(self) -> None:
+        """Begin names of episodes that no other monitor, and no copy of this one, gives."""
+        self._process = os.getpid()
+        self._run = uuid.uuid4().hex[:12]
+        self._counter = itertools.count()
+
+    def _disown(self) -> None:
+        """Forget the episodes under way, which belong to the monitor from which this is a copy."""
+        under_way = self._running
+        self._entries = {key: one for key, one in self._entries.items() if key not in under_way}
+        self._rows = {key: row for key, row in self._rows.items() if key not in under_way}
+        self._queue = deque(one for one in self._queue if one[0] not in under_way)
+        self._running = {}
+        self._name_anew()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._disown()
+
     def _score_of(self, outcome: _Outcome) -> float | None:
         """Return the score of an outcome as `episode` takes it, None without a label."""
         if outcome is None:
@@ -534,12 +561,13 @@ class PromiseMonitor:
 
     def _scores(self, entries: Iterable[Entry]) -> list[float]:
         """Return the scores of the episodes that count."""
-        as_one = self.cut_as_violations
-        return [
-            1.0 if as_one and one.status == CUT else min(one.score, 1.0)
-            for one in entries
-            if one.score is not None
-        ]
+        return [score for one in entries if (score := self._score(one)) is not None]
+
+    def _score(self, entry: Entry) -> float | None:
+        """Return the score with which an episode counts, None where it does not count."""
+        if self.cut_as_violations and entry.status == CUT:
+            return 1.0
+        return None if entry.score is None else min(entry.score, 1.0)
 
     def _growth(self, entries: Iterable[Entry]) -> Scalars:
         """Return what episodes add to the logs of wealth (J,) of the e-process."""
@@ -596,10 +624,8 @@ class PromiseMonitor:
             running: Names of those that are under way in this process.
         """
         self._entries = dict(sorted(entries.items(), key=lambda one: (one[1].started, one[0])))
-        self._running: dict[str, Entry] = {
-            name: entry for name, entry in self._entries.items() if name in running
-        }
-        self._queue: deque[tuple[str, Entry]] = deque()
+        self._running = {name: entry for name, entry in self._entries.items() if name in running}
+        self._queue = deque()
         reference = self._reference or {}
         self._tests = {name: ExchangeabilityTest(each) for name, each in reference.items()}
         self._rows = {
@@ -623,7 +649,7 @@ class PromiseMonitor:
         path = evidence_path(self.promise.share, self._scores(everything))
         over = path >= -math.log(self.level)
         if over.any():
-            counted = [one for one in everything if one.score is not None]
+            counted = [one for one in everything if self._score(one) is not None]
             self._state = REVOKED
             self._reason = self._contradiction(counted[: int(over.argmax()) + 1])
 

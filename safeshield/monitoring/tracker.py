@@ -61,7 +61,9 @@ class EpisodeTracker:
         """Whether it is revoked."""
         return self._monitor.revoked
 
-    def begin(self, starts: Flags, certified: Flags, values: Scalars, /) -> None:
+    def begin(
+        self, starts: Flags, certified: Flags, values: Scalars, constraint: Scalars, /
+    ) -> None:
         """Begin new episodes, as `protocols.EpisodeWatch.begin`."""
         self._cut(starts)
         self._waiting = np.where(starts, certified, self._waiting)
@@ -71,7 +73,17 @@ class EpisodeTracker:
             self._known,
         ):  # fmt: skip
             sums[starts] = 0.0
-        self._labelled[starts] = self._violated[starts] = False
+        self._labelled[starts] = False
+        # As in `Episode.violated`: a start in the violation is one. Where a sensor is faulty, such
+        # a start can be certified.
+        self._violated = np.where(starts, constraint > 0.0, self._violated)
+
+    def fail(self) -> None:
+        """Count a step whose result is not known, as `protocols.EpisodeWatch.fail`."""
+        for i in _places(self._waiting):
+            self._waiting[i] = False
+            self._names[i] = self._monitor.open()
+            self._reach(i)
 
     def cut(self) -> None:
         """Take all episodes under way as cut."""
@@ -98,8 +110,7 @@ class EpisodeTracker:
         self._known += known
         fresh = self._read_labels(active, step)
         for i in _places(fresh):
-            score = monitor.promise.score_of(bool(self._violated[i]), float(self._cost[i]))
-            monitor.reach(self._name(i), score)
+            self._reach(i)
         ending = active & step.ended
         for i in _places(ending):
             monitor.close(self._name(i), ENDED, self._covariates(i))
@@ -114,7 +125,7 @@ class EpisodeTracker:
         with np.errstate(over="ignore"):
             self._cost += np.where(told, cost, 0.0)
         if isinstance(self._monitor.promise, Violation):
-            told = active & ~(no_h & no_cost)
+            told = active & (~(no_h & no_cost) | self._violated)
             # As in `Episode.violated`: the cost counts where no constraint is reported.
             bad = active & np.where(no_h, cost > 0.0, step.constraint > 0.0)
             self._violated |= bad
@@ -123,6 +134,10 @@ class EpisodeTracker:
         fresh = told & (bad | ~self._labelled)
         self._labelled |= told
         return np.asarray(fresh)
+
+    def _reach(self, i: int) -> None:
+        score = self._monitor.promise.score_of(bool(self._violated[i]), float(self._cost[i]))
+        self._monitor.reach(self._name(i), score)
 
     def _covariates(self, i: int) -> dict[str, float]:
         found = {

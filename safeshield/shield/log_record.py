@@ -28,6 +28,9 @@ METHODS: tuple[Method, ...] = (DETECTION, SHADOW, SPLICED, TRIAL, RESIDUALS)
 """The methods of `Shield.calibrate_from_log`."""
 VALUES_ALONE = (DETECTION, RESIDUALS)
 """Methods whose statements are about Q_h, and not about how actions are replaced."""
+STEPLESS: Final = "stepless"
+"""Key under "flight" of a log's provenance: number of the flight's episodes without a step that the
+log can hold, because the state after the first action is missing or not finite."""
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -82,7 +85,7 @@ class LogRecord:
     """Upper confidence bound on the probability of such an event in a new episode. For detection
     and residuals it is `alpha`."""
     held_out: int
-    """Number of all episodes of the log."""
+    """Number of all episodes of the log, without the `stepless`."""
     violating: int
     """Number of the log's episodes with a violation."""
     cut: int
@@ -128,6 +131,9 @@ class LogRecord:
     """Spliced: id of the simulator, or the name of its class where it has no id."""
     seed: int | None = None
     """Spliced: seed of the continuations."""
+    stepless: int = 0
+    """Number of the n episodes that a flight recorder saw begin, and whose first step led to no
+    state that can be read. They are not in the log, count as cut, and always count as events."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -147,6 +153,7 @@ class LogRecord:
     def _claim(self) -> str:
         given = f"With confidence {self.confidence:g} over the held-out episodes, "
         if self.method == DETECTION:
+            unsafe = self.violating + self.stepless - self.episodes
             return (
                 f"{given}of violating episodes that start in a safe state, drawn like this log's "
                 f"(its policies, starts, horizon), at least {1.0 - (self.alpha or 0.0):g} raise "
@@ -154,8 +161,8 @@ class LogRecord:
                 "time to be saved, and how other agents fail, is not covered. The alarm is raised "
                 f"where Q_h is at least {self.threshold:.4g}; {self.episodes - self.events} of "
                 f"{self.episodes} such episodes raised it in time. "
-                f"{self.violating - self.episodes} violating episodes of the log started in the "
-                "violation (h > 0), and are not counted."
+                f"{unsafe} violating episodes of the log started in the violation (h > 0), and are "
+                "not counted."
             )
         if self.method == RESIDUALS:
             return (
@@ -180,7 +187,8 @@ class LogRecord:
     def _limits(self) -> list[str]:
         if self.method in VALUES_ALONE:
             return []
-        kept = f"Of the log's starts, {self.episodes / self.held_out:.0%} had V_h <= -delta."
+        share = self.episodes / (self.held_out + self.stepless)
+        kept = f"Of the log's starts, {share:.0%} had V_h <= -delta."
         if self.method == SHADOW:
             return [
                 kept,
@@ -203,6 +211,11 @@ class LogRecord:
         ]
 
     def _about_cut(self) -> list[str]:
+        if self.stepless and self.method == DETECTION:
+            return [
+                f"{self.stepless} of the {self.episodes} episodes led to no readable state in "
+                "their first step, and count as violations without an alarm."
+            ]
         if not self.cut or self.method == DETECTION:
             return []
         counted = "an infinite rise" if self.method == RESIDUALS else "a violation"
@@ -275,6 +288,9 @@ class LogAttempt:
     """Spliced: name of the simulator."""
     seed: int | None = None
     """Spliced: seed of the continuations. Another seed asks anew, and costs its level."""
+    shield: str = ""
+    """Digest of the shield that was asked; "" in files of earlier releases. Another replacement,
+    support test or source of h asks anew, and costs its level."""
 
     def repeats(self, other: LogAttempt) -> bool:
         """Whether both are about the rate of one agent at one delta, on any episodes."""

@@ -55,9 +55,10 @@ class WatchedStep(NamedTuple):
     ended: Flags
     """Whether the step ended the episode, terminated or truncated."""
     constraint: Scalars
-    """h that the environment reports of the state reached, NaN where it reports none."""
+    """h that the environment reports of the state reached, NaN where it reports none, and infinity
+    where the report is no number."""
     cost: Scalars
-    """Cost of the state reached, NaN where none is reported."""
+    """Cost of the state reached, as `constraint`."""
     intervened: Flags
     """Whether the shield replaced the action."""
     supported: Flags
@@ -84,18 +85,26 @@ class EpisodeWatch(Protocol):
         """Whether no further episode may be certified."""
         ...
 
-    def begin(self, starts: Flags, certified: Flags, values: Scalars, /) -> None:
+    def begin(
+        self, starts: Flags, certified: Flags, values: Scalars, constraint: Scalars, /
+    ) -> None:
         """Begin new episodes; an episode that was under way there has been cut.
 
         Args:
             starts: (n,) whether an episode begins.
             certified: (n,) whether it begins certified.
             values: (n,) V_h of the states.
+            constraint: (n,) h that the environment reports of the states, NaN where it reports
+                none, and infinity where the report is no number.
         """
         ...
 
     def step(self, step: WatchedStep, /) -> None:
         """Count one step, and judge the promise."""
+        ...
+
+    def fail(self) -> None:
+        """Count a step that was executed and whose result is not known, before `cut`."""
         ...
 
     def cut(self) -> None:

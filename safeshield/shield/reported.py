@@ -91,19 +91,29 @@ def listed(h: float, each: Scalars, names: Sequence[str]) -> str:
     return f"{h:.4g} ({parts})" if parts else f"{h:.4g}"
 
 
-def watched_costs(infos: InfoDicts | Infos, costs: PerEnv) -> PerEnv:
-    """Return costs with infinity where NaN or no number was reported; NaN means no report."""
-    missing = np.isnan(costs)
+def watched_labels(infos: InfoDicts | Infos, reports: Reports) -> tuple[PerEnv, PerEnv]:
+    """Return constraint and cost of `reports`, which were read from `infos`, for a monitor.
+
+    NaN means that nothing is reported. Where NaN or no number is reported, the result is infinite.
+    """
+    return (
+        _infinite_where_broken(infos, CONSTRAINT, reports.constraint),
+        _infinite_where_broken(infos, COST, reports.cost),
+    )
+
+
+def _infinite_where_broken(infos: InfoDicts | Infos, key: str, values: PerEnv) -> PerEnv:
+    missing = np.isnan(values)
     if not missing.any():
-        return costs
-    n = np.size(costs)
+        return values
+    n = np.size(values)
     each = (
-        column_of(infos, COST, n)
+        column_of(infos, key, n)
         if isinstance(infos, Mapping)
-        else [info.get(COST) for info in infos]
+        else [info.get(key) for info in infos]
     )
     told = np.array([value is not None for value in each])
-    return np.where(np.ravel(missing) & told, np.inf, np.ravel(costs))
+    return np.where(np.ravel(missing) & told, np.inf, np.ravel(values))
 
 
 _NUMBERS = (float, int, np.number, np.bool_)

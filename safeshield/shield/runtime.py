@@ -59,7 +59,7 @@ from safeshield.shield.reported import (
     as_number,
     listed,
     under_names,
-    watched_costs,
+    watched_labels,
 )
 from safeshield.shield.sensors import SensorState
 from safeshield.shield.shield import (
@@ -216,7 +216,7 @@ class ShieldRuntime:
             None if log is None else log.attach(shield, self._count, self.identity, environment)
         )
         self._reports: Reports | None = None
-        self._costs: PerEnv = np.nan
+        self._labels: tuple[PerEnv, PerEnv] = np.nan, np.nan
         source = shield.model.constraint
         self._reported = source is not None and not source.available
         self._own = () if source is None else source.names
@@ -418,7 +418,7 @@ class ShieldRuntime:
             if self._vouched:
                 self._compare(states, self._reports)
             if self._watch is not None:
-                self._costs = watched_costs(given, self._reports.cost)
+                self._labels = watched_labels(given, self._reports)
         return self.values
 
     def _checked(
@@ -578,9 +578,9 @@ class ShieldRuntime:
         if self._watch is None:
             return
         ended = np.full(self._count, np.logical_or(terminated, truncated))
-        h, cost = self._each(self._reports.constraint), self._each(self._costs)
+        h, cost = map(self._each, self._labels)
         if told is not None:
-            h[ended], cost[ended] = told.constraint, watched_costs(last_infos, told.cost)
+            h[ended], cost[ended] = watched_labels(last_infos, told)
         supported = True if self._report is None else self._report.supported
         with np.errstate(invalid="ignore"):
             residual = self._each(reached) - self._each(decision.value)
@@ -734,7 +734,8 @@ class ShieldRuntime:
         safe = self._vouched & ~self._contradicted & self.in_safe_set(self._each(self.values))
         self._covered = np.where(begins, safe, self._covered)
         if self._watch is not None:
-            self._watch.begin(begins, self._covered, self._each(self.values))
+            told = self._each(self._labels[0])
+            self._watch.begin(begins, self._covered, self._each(self.values), told)
         if self._recorder is not None:
             drawn: Sequence[int | None] = [None] * self._count
             if isinstance(seeds, int | np.integer):
@@ -964,8 +965,11 @@ class ShieldRuntime:
         self._covered[:] = False
         if self._memory is not None:
             self._memory.reset(np.ones(self._count, np.bool_))
-        if self._pending is not None and self._recorder is not None:
-            self._recorder.fail(self._pending, self._verdicts())
+        if self._pending is not None:
+            if self._recorder is not None:
+                self._recorder.fail(self._pending, self._verdicts())
+            if self._watch is not None:
+                self._watch.fail()
         self._pending = None
         self.cut()
 
