@@ -1121,6 +1121,29 @@ def test_a_failed_attempt_is_remembered(shield: Shield) -> None:
     assert "Pass larger deltas" in str(error)
 
 
+class Crashes(gym.Wrapper[Any, Any, Any, Any]):
+    """Raises an error after some episodes, as a driver might in a collision."""
+
+    def __init__(self, env: gym.Env[Any, Any], after: int) -> None:
+        super().__init__(env)
+        self.left = after
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        found = self.env.step(action)
+        self.left -= bool(found[2] or found[3])
+        if self.left < 0:
+            raise ConnectionError("the plant does not answer")
+        return found
+
+
+def test_a_calibration_that_an_error_of_the_environment_ends_is_an_attempt(shield: Shield) -> None:
+    own = replace(shield.with_delta(0.0), attempts=())
+    settings: dict[str, Any] = {**LOOSE, "policy": "random", "deltas": [0.3], "num_envs": 1}
+    with pytest.raises(ConnectionError):
+        own.calibrate(Crashes(boat(), 3), **settings)
+    assert [one.passed for one in own.attempts] == [False]
+
+
 def test_the_advice_is_true_where_all_values_are_alike(shield: Shield) -> None:
     scale = replace(shield.model.scale, offset=-1.0, spread=1e-12, step_rms=1e-12)
     blind = replace(shield, model=replace(shield.model, scale=scale))

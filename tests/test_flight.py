@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -236,6 +237,88 @@ def test_unreadable_states_and_no_acceptable_action(shield: Shield, tmp_path: Pa
         log_made = flight.to_dataset()
     assert len(log_made) == 4
     assert log_made.truncated[-1]
+
+
+class FirstStep(gym.Wrapper[Any, Any, Any, Any]):
+    """Its first step raises an error or leads to NaN in every third episode."""
+
+    def __init__(self, env: gym.Env[Any, Any], raises: bool) -> None:
+        super().__init__(env)
+        self.raises, self.episodes, self.first = raises, 0, False
+
+    def reset(self, **options: Any) -> Any:  # noqa: ANN401
+        self.episodes, self.first = self.episodes + 1, True
+        return self.env.reset(**options)
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        state, *rest = self.env.step(action)
+        bad, self.first = self.first and self.episodes % 3 == 0, False
+        if bad and self.raises:
+            raise ConnectionError("the plant does not answer")
+        return state * (np.nan if bad else 1), *rest
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_episodes_without_a_usable_step_are_counted(
+    shield: Shield, tmp_path: Path, raises: bool
+) -> None:
+    env = FirstStep(boat(), raises)
+    with ShieldLog(tmp_path / "flight", agent="act") as log:
+        wrapped = SafetyShield(env, shield, log=log)
+        for _ in range(9):
+            with contextlib.suppress(ConnectionError):
+                fly(wrapped, 1)
+    with pytest.warns(FlightWarning, match="3 episodes have no other steps, and calib"):
+        made = FlightLog.load(tmp_path / "flight").to_dataset()
+    assert made.num_episodes == 6
+    assert made.provenance is not None
+    assert (made.provenance["flight"]["stepless"], made.provenance["flight"]["aborted"]) == (3, 0)
+
+
+def test_a_flight_that_is_recorded_is_read_up_to_the_first_episode_that_runs(
+    shield: Shield, tmp_path: Path
+) -> None:
+    class Short(gym.Wrapper[Any, Any, Any, Any]):
+        """Ends after a number of steps."""
+
+        def __init__(self, env: gym.Env[Any, Any], steps: int) -> None:
+            super().__init__(env)
+            self.limit = steps
+
+        def reset(self, **options: Any) -> Any:  # noqa: ANN401
+            self.left = self.limit
+            return self.env.reset(**options)
+
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            state, reward, terminated, truncated, info = self.env.step(action)
+            self.left -= 1
+            return state, reward, terminated or self.left == 0, truncated, info
+
+    # The second environment's episodes are short, so that many of them end while the first runs.
+    makers = [lambda: Short(boat(), 25), lambda: Short(boat(), 3)]
+    log = ShieldLog(tmp_path / "flight", agent="act")
+    env = VectorSafetyShield(gym.vector.SyncVectorEnv(makers), shield, log=log)
+    states, _ = env.reset(seed=0)
+    for _ in range(20):
+        states, *_ = env.step(act(states))
+    log.flush()
+    with pytest.raises(ValueError, match="which is no longer being recorded"):
+        FlightLog.load(tmp_path / "flight").to_dataset()
+    for _ in range(10):
+        states, *_ = env.step(act(states))
+    log.flush()
+    with pytest.warns(FlightWarning, match="or began after such a one"):
+        made = FlightLog.load(tmp_path / "flight").to_dataset()
+    lengths = made.episode_lengths.tolist()
+    assert lengths.count(25) == 1
+    assert set(lengths) == {3, 25}
+    # All short episodes that began before the second long one, as many as in 25 steps.
+    assert 6 <= lengths.count(3) <= 9
+    env.close()
+    closed = FlightLog.load(tmp_path / "flight").to_dataset()
+    assert closed.num_episodes > made.num_episodes
+    assert closed.provenance is not None
+    assert closed.provenance["flight"]["aborted"] > 0
 
 
 def test_interventions_alone(strict: Shield, tmp_path: Path) -> None:

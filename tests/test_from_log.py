@@ -435,10 +435,10 @@ def test_the_words_are_those_of_the_method(fresh: Shield, pool: OfflineDataset) 
     assert found.record is None
     told = last(found).statement
     assert told.startswith(
-        "With confidence 0.95 over the held-out episodes, of violating episodes that start in a "
-        "safe state, drawn like this log's (its policies, starts, horizon), at least 0.9 raise the "
-        "alarm 2 or more steps before entry. Whether the alarm comes in time to be saved, and how "
-        "other agents fail, is not covered."
+        "With confidence 0.95 over the held-out episodes, of violating episodes of "
+        "safeshield/Boat-v0 that start in a safe state, drawn like this log's (its policies, "
+        "starts, horizon), at least 0.9 raise the alarm 2 or more steps before entry. Whether the "
+        "alarm comes in time to be saved, and how other agents fail, is not covered."
     )
     unsafe = int((log.constraints[log.episode_starts] > 0).sum())
     assert unsafe > 0
@@ -446,7 +446,7 @@ def test_the_words_are_those_of_the_method(fresh: Shield, pool: OfflineDataset) 
     shadow = last(fresh.calibrate_from_log(pool.select(np.arange(400, 700)), "shadow"))
     assert (
         "This bound cannot be below the agent's own rate without the shield: it shows that agent "
-        "and shield together are safe, not that the shield made it so."
+        "and shield together violate no more often, not that the shield made it so."
     ) in shadow.statement
     assert f"with probability at most {shadow.bound:.4g}" in shadow.statement
     residuals = last(found.calibrate_from_log(log, "residuals"))
@@ -582,6 +582,84 @@ def test_a_trial_that_is_repeated_until_it_passes_says_so(
 
 
 # -- what is refused -------------------------------------------------------------------------------
+
+
+def test_other_outcomes_of_the_same_episodes_are_another_question(
+    fresh: Shield, pool: OfflineDataset
+) -> None:
+    log = pool.select(np.arange(60))
+    with pytest.raises(CalibrationError):
+        fresh.calibrate_from_log(log, "shadow", policy="a", epsilon=0.1)
+    # All episodes count as cut at a longer horizon; at the usual one they do not.
+    again = last(fresh.calibrate_from_log(log, "shadow", policy="a", horizon=101))
+    assert (again.repeats, again.failed, again.tries) == (1, 1, 2)
+    assert "of which 1 did not pass" in again.statement
+    ended = replace(log, terminated=log.terminated | log.truncated, truncated=log.truncated & False)
+    third = last(fresh.calibrate_from_log(ended, "shadow", policy="a"))
+    assert (third.repeats, third.failed, third.tries) == (2, 1, 3)
+
+
+def test_another_replacement_or_support_test_is_another_question(
+    fresh: Shield, pool: OfflineDataset
+) -> None:
+    log = pool.select(np.arange(60))
+    first = fresh.calibrate_from_log(log, "shadow", policy="a")
+    assert last(first).tries == 1
+    assert last(first.calibrate_from_log(log, "shadow", policy="a")).tries == 1
+    other = first.with_replacement(CommittedFallback()).calibrate_from_log(
+        log, "shadow", policy="a"
+    )
+    assert (last(other).tries, last(other).spent) == (2, pytest.approx(0.1))
+
+
+def test_labels_that_contradict_the_shields_own_constraint_are_refused(
+    fresh: Shield, pool: OfflineDataset
+) -> None:
+    log = pool.select(np.arange(60))
+    told = {
+        one.name: one.checked for one in last(fresh.calibrate_from_log(log, "shadow")).assumptions
+    }
+    source = fresh.model.constraint
+    known = source is not None and source.available
+    assert told["labels"] == known
+    named = fresh if known else fresh.with_constraint("Boat@1")
+    blind = replace(
+        log, costs=log.costs * 0, constraints=-np.abs(log.constraints),
+        next_constraints=-np.abs(log.next_constraints),
+    )  # fmt: skip
+    for wrong in (blind, replace(log, costs=log.costs * 0 + 1)):
+        with pytest.raises(ValueError, match=r"contradict the shield's constraint 'Boat@1' in \d+"):
+            named.calibrate_from_log(wrong, "shadow")
+    right = last(named.calibrate_from_log(log, "shadow"))
+    assert {one.name: one.checked for one in right.assumptions}["labels"]
+
+
+def test_what_a_flight_lost_counts_against_every_statement(
+    fresh: Shield, pool: OfflineDataset
+) -> None:
+    log = pool.select(np.arange(400))
+    for method in ("shadow", "residuals", "detection"):
+        without, lost = (
+            last(replace(fresh, ledger=Ledger()).calibrate_from_log(
+                replace(log, provenance={**(log.provenance or {}), "flight": told}),
+                method, alpha=None if method == "shadow" else 0.3,
+            ))
+            for told in ({}, {"stepless": 7})
+        )  # fmt: skip
+        assert (lost.stepless, lost.episodes, lost.held_out) == (7, without.episodes + 7, 400)
+        assert lost.cut == without.cut + 7
+        if method == "shadow":
+            assert lost.events == without.events + 7
+            assert lost.bound == upper_bound(lost.episodes, lost.events, 0.95)
+        elif method == "residuals":
+            assert lost.threshold >= without.threshold
+        else:
+            assert lost.threshold <= without.threshold
+            assert "led to no readable state" in lost.statement
+    aborted = replace(log, provenance={**(log.provenance or {}), "flight": {"aborted": 2}})
+    with pytest.raises(ValueError, match="horizon must be given, because 2 recorded episodes"):
+        fresh.calibrate_from_log(aborted, "shadow")
+    assert last(fresh.calibrate_from_log(aborted, "shadow", horizon=100)).horizon == 100
 
 
 def test_an_episode_of_the_training_log_is_refused_with_count_and_index(

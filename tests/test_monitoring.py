@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -38,7 +40,9 @@ from safeshield.rollouts.policies import as_batch_policy
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield import Shield
 from safeshield.shield.protocols import WatchedStep
+from safeshield.shield.record import EnvironmentWrapper
 from safeshield.wrappers import SafetyShield, VectorSafetyShield
+from safeshield.wrappers.faults import NoisySensor
 from safeshield.wrappers.sb3 import VecSafetyShield
 
 pytestmark = [
@@ -624,6 +628,76 @@ class Scripted(gym.Env[Any, Any]):
         self.t += 1
         ended = self.t >= length
         return SAFE.copy(), 0.0, ended, False, self._info(violates and ended)
+
+
+class Told(Scripted):
+    """Reports `told(step)` as h, the state after the reset being step 0; raises at `fails`."""
+
+    def __init__(self, told: Callable[[int], float], fails: int = 0) -> None:
+        super().__init__()
+        self.told, self.fails = told, fails
+
+    def _info(self, violates: bool) -> dict[str, Any]:
+        return {"constraint": self.told(self.t)}
+
+    def step(self, action: object) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        if self.t + 1 == self.fails:
+            raise ConnectionError("the plant does not answer")
+        return super().step(action)
+
+
+def play(env: gym.Env[Any, Any], steps: int = 3) -> None:
+    env.reset()
+    with contextlib.suppress(ConnectionError):
+        for _ in range(steps):
+            env.step(STILL)
+
+
+def test_a_constraint_that_is_no_number_is_a_violation(watched: Shield) -> None:
+    for broken in (math.nan, math.inf):
+        monitor = PromiseMonitor(watched)
+        env = SafetyShield(
+            Told(lambda t, bad=broken: bad if t == 3 else -1.0), watched, monitor=monitor
+        )
+        play(env)
+        assert (monitor.report().episodes, monitor.report().score) == (1, 1.0)
+
+
+def test_a_start_in_the_violation_counts_under_a_fault_of_a_sensor(watched: Shield) -> None:
+    faulty = told(watched, wrappers=(EnvironmentWrapper("NoisySensor", None),))
+    assert faulty.record is not None
+    assert not faulty.record.sees_the_state
+    monitor = PromiseMonitor(faulty)
+    plant = NoisySensor(Told(lambda t: 0.2 if t == 0 else -1.0), std=0.001)
+    play(SafetyShield(plant, faulty, monitor=monitor))
+    assert (monitor.report().episodes, monitor.report().score) == (1, 1.0)
+
+
+@pytest.mark.parametrize("as_violations", [False, True])
+@pytest.mark.parametrize("fails", [1, 2])
+def test_an_episode_whose_step_fails_counts_as_cut(
+    watched: Shield, fails: int, as_violations: bool
+) -> None:
+    monitor = PromiseMonitor(watched, cut_as_violations=as_violations)
+    env = SafetyShield(Told(lambda t: -1.0, fails), watched, monitor=monitor)
+    play(env)
+    report = monitor.report()
+    assert (report.episodes, report.cut, report.score) == (1, 1, float(as_violations))
+
+
+def test_copies_of_a_monitor_name_their_episodes_apart(watched: Shield, tmp_path: Path) -> None:
+    """Four copies as `AsyncVectorEnv` makes them, with one file."""
+    path = tmp_path / "promise.json"
+    first = PromiseMonitor(watched, path)
+    under_way = first.open()
+    copies = [pickle.loads(pickle.dumps(first)) for _ in range(3)]
+    first.close(under_way, "ended", {})
+    for one in (first, *copies):
+        env = SafetyShield(Scripted(), watched, monitor=one)
+        for _ in range(5):
+            play(env)
+    assert all(one.report().running == 0 for one in copies)
+    assert PromiseMonitor(watched, path).report().episodes == 20
 
 
 def test_without_a_monitor_there_are_no_keys(watched: Shield) -> None:

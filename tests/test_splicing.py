@@ -246,6 +246,7 @@ def test_the_words_name_the_simulator_and_what_was_not_seen(
     assert told == {
         "held out": True, "independent episodes": False, "proposals logged": False,
         "fixed before": False, "same agent": False, "simulator": False, "no memory": False,
+        "labels": False,
     }  # fmt: skip
     found.save(tmp_path / "s.safetensors")
     for twin in (Shield.load(tmp_path / "s.safetensors"), pickle.loads(pickle.dumps(found))):

@@ -53,6 +53,7 @@ from safeshield.files.schema import whole
 from safeshield.rollouts.policies import PredictPolicy, as_batch_policy, default_name
 from safeshield.shield.backup import BackupController
 from safeshield.shield.log_record import (
+    ABORTED,
     DETECTION,
     METHODS,
     RESIDUALS,
@@ -247,6 +248,13 @@ def calibrate_from_log(
     for name, share in (("alpha", alpha), ("epsilon", epsilon)):
         if share is not None:
             check_probability(name, share)
+    aborted = _from_flights(held_out, ABORTED)
+    if aborted and horizon is None and chosen != DETECTION:
+        raise ValueError(
+            f"horizon must be given, because {aborted} recorded episodes were cut before their "
+            "end, so that their lengths do not show it: pass the number of steps of a whole "
+            "episode that does not terminate"
+        )
     longest = int(held_out.episode_lengths.max())
     horizon = longest if horizon is None else whole("horizon", horizon, least=longest)
     hashes = held_out.episode_hashes
@@ -271,7 +279,7 @@ def calibrate_from_log(
     by = "" if ranked else agent
     asked = LogAttempt(
         chosen, fixed, alpha, lead, 1.0 - confidence, None, digest, by,
-        simulator=name, seed=seed, shield=shield.digest,
+        simulator=name, seed=seed, shield=shield.digest, outcomes=_outcomes(held_out, horizon),
     )  # fmt: skip
     # A shield that is tried until it passes was tried each time, whatever the episodes.
     known = [*earlier, *(one for one in shield.ledger.attempts if asked.repeats(one))]
@@ -290,6 +298,7 @@ def calibrate_from_log(
             )
         )
     judge = _Judge(shield, held_out, horizon)
+    assumptions.append(_about_labels(judge))
     record = LogRecord(
         method=chosen,
         delta=fixed,
@@ -320,7 +329,8 @@ def calibrate_from_log(
         failed=sum(not one.passed for one in repeats),
         simulator=name,
         seed=seed,
-        stepless=_stepless(held_out),
+        environment=_environment(held_out),
+        stepless=_from_flights(held_out, STEPLESS),
     )
     try:
         if chosen == DETECTION:
@@ -492,7 +502,7 @@ class _Judge:
         given = source is not None and not source.available and len(source.names) == 1
         return self.shield.states(rows, labels if given else None)
 
-    def _blocks(self, count: int) -> list[slice]:
+    def blocks(self, count: int) -> list[slice]:
         return [slice(first, first + _BLOCK) for first in range(0, count, _BLOCK)]
 
     def _state_values(
@@ -505,14 +515,14 @@ class _Judge:
             rows, labels = rows[index], labels[index]
         found = [
             self.shield.state_values(self._states(rows[part], labels[part]), rows[part])
-            for part in self._blocks(len(rows))
+            for part in self.blocks(len(rows))
         ]
         return np.concatenate(found).astype(np.float64)
 
     def _judged(self) -> tuple[Flags, Scores]:
         """Return whether the shield accepts the logged action of each step, and its Q_h: (N,)."""
         log, accepted, values = self.log, [], []
-        for part in self._blocks(len(log)):
+        for part in self.blocks(len(log)):
             rows = log.observations[part]
             states = self._states(rows, log.constraints[part])
             good, q = self.shield.acceptable(states, rows, log.actions[part][:, None])
@@ -543,7 +553,7 @@ class _Judge:
         near = self.shield.with_delta(max(self.shield.delta - slack, 0.0))
         rejected = np.flatnonzero(~_Judge(near, log, int(log.episode_lengths.max()))._judged()[0])
         other = 0
-        for part in self._blocks(len(rejected)):
+        for part in self.blocks(len(rejected)):
             at = rejected[part]
             states = self._states(log.observations[at], log.constraints[at])
             with warnings.catch_warnings():
@@ -694,11 +704,71 @@ def _sources(held_out: OfflineDataset) -> list[dict[str, Any]]:
     return inside(dict(held_out.provenance or {}))
 
 
-def _stepless(held_out: OfflineDataset) -> int:
-    """Return how many recorded episodes are not in the log because their first step has no end."""
+def _from_flights(held_out: OfflineDataset, name: str) -> int:
+    """Return a number of episodes, `STEPLESS` or `ABORTED`, over all flights of the log."""
     flights = [one.get("flight") for one in _sources(held_out)]
-    counts = [one.get(STEPLESS, 0) for one in flights if isinstance(one, dict)]
-    return sum(whole(f"flight: {STEPLESS}", count, least=0) for count in counts)
+    counts = [one.get(name, 0) for one in flights if isinstance(one, dict)]
+    return sum(whole(f"flight: {name}", count, least=0) for count in counts)
+
+
+def _environment(held_out: OfflineDataset) -> str:
+    """Return the name of the environment that the log tells, "" where it tells none.
+
+    Raises:
+        ValueError: The log was joined from logs of several environments.
+    """
+    told = sorted({str(one["environment"]) for one in _sources(held_out) if one.get("environment")})
+    if len(told) > 1:
+        raise ValueError(
+            f"held_out must be of one environment, but it was joined from logs of {told}: pass the "
+            "log of one of them"
+        )
+    return told[0] if told else ""
+
+
+def _outcomes(held_out: OfflineDataset, horizon: int) -> str:
+    """Return a digest of what decides how the episodes count, besides the shield."""
+    found = hashlib.sha256(str(horizon).encode())
+    for array in (
+        held_out.costs, held_out.constraints, held_out.next_constraints, held_out.terminated,
+        held_out.truncated,
+    ):  # fmt: skip
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
+def _about_labels(judge: _Judge) -> Assumption:
+    """Return the assumption about the labels, after a comparison with the shield's function of h.
+
+    Raises:
+        ValueError: The labels of some steps contradict the function.
+    """
+    shield, log = judge.shield, judge.log
+    source = shield.model.constraint
+    known = source is not None and source.available
+    if source is None or not known or not (shield.record is None or shield.record.sees_the_state):
+        return Assumption("labels", "The labels of the log say which states violate.", False)
+    near, violates = shield.model.scale.agreement, (log.next_constraints > 0) | (log.costs > 0)
+    parts = [
+        shield.states(log.next_observations[part], None).constraint
+        for part in judge.blocks(len(log))
+    ]
+    h = np.concatenate([part for part in parts if part is not None])
+    wrong = np.where(violates, h < -near, h > near)
+    if wrong.any():
+        at = int(wrong.argmax())
+        says = "violates" if violates[at] else "is safe"
+        raise ValueError(
+            f"held_out has labels that contradict the shield's constraint '{source.name}' in "
+            f"{int(wrong.sum())} of {len(log)} steps: the state that row {at} reaches {says} by "
+            f"the log, and h is {h[at]:.4g} there; label the log by "
+            f"log.with_constraint('{source.name}') if the function is right"
+        )
+    return Assumption(
+        "labels",
+        f"The labels of the log say which states violate. The constraint '{source.name}' agrees.",
+        True,
+    )
 
 
 def _about_agent(

@@ -22,7 +22,7 @@ from safeshield.files.lock import is_locked
 from safeshield.files.schema import finite_number
 from safeshield.monitoring.flight_file import SUFFIX, flight_files, read_files
 from safeshield.monitoring.recorder import END, ROWS, FlightWarning, Kept
-from safeshield.shield.log_record import STEPLESS
+from safeshield.shield.log_record import ABORTED, STEPLESS
 from safeshield.shield.report import ACCEPTED
 from safeshield.spaces.rows import flat_actions
 from safeshield.spaces.schema import space_from_json
@@ -349,6 +349,7 @@ class FlightLog:
                 "removed": self.removed,
                 "since": float(rows["time"].min()),
                 STEPLESS: stepless,
+                ABORTED: int((~_ended(rows, kept, last)).sum()),
             },
         }
         return _labelled(fields, now, after, self.constraint_source, like, provenance)
@@ -422,6 +423,14 @@ def _usable(rows: Array, growing: int | None) -> tuple[npt.NDArray[np.int64], in
         whole &= episode[starts] < running.min(initial=np.iinfo(np.int64).max)
     stepless = whole & ~good[starts] & acts[starts] & finite[starts]
     return np.flatnonzero(good & np.repeat(whole, lengths)), int(stepless.sum())
+
+
+def _ended(
+    rows: Array, kept: npt.NDArray[np.int64], last: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Return whether the environment ended each of the episodes whose steps are `kept`."""
+    final = kept[last]
+    return np.asarray(rows["terminated"][final] | rows["truncated"][final])
 
 
 def _labelled(

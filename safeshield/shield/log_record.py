@@ -31,6 +31,9 @@ VALUES_ALONE = (DETECTION, RESIDUALS)
 STEPLESS: Final = "stepless"
 """Key under "flight" of a log's provenance: number of the flight's episodes without a step that the
 log can hold, because the state after the first action is missing or not finite."""
+ABORTED: Final = "aborted"
+"""The same for the number of episodes in the log that were cut by a reset, by `close` or by a
+failure, and neither terminated nor truncated by the environment."""
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -131,6 +134,8 @@ class LogRecord:
     """Spliced: id of the simulator, or the name of its class where it has no id."""
     seed: int | None = None
     """Spliced: seed of the continuations."""
+    environment: str = ""
+    """Id of the environment, or name of the plant, that the log names; "" where it names none."""
     stepless: int = 0
     """Number of the n episodes that a flight recorder saw begin, and whose first step led to no
     state that can be read. They are not in the log, count as cut, and always count as events."""
@@ -152,22 +157,23 @@ class LogRecord:
 
     def _claim(self) -> str:
         given = f"With confidence {self.confidence:g} over the held-out episodes, "
+        plant = f" of {self.environment}" if self.environment else ""
         if self.method == DETECTION:
             unsafe = self.violating + self.stepless - self.episodes
             return (
-                f"{given}of violating episodes that start in a safe state, drawn like this log's "
-                f"(its policies, starts, horizon), at least {1.0 - (self.alpha or 0.0):g} raise "
-                f"the alarm {self.lead} or more steps before entry. Whether the alarm comes in "
-                "time to be saved, and how other agents fail, is not covered. The alarm is raised "
-                f"where Q_h is at least {self.threshold:.4g}; {self.episodes - self.events} of "
-                f"{self.episodes} such episodes raised it in time. "
-                f"{unsafe} violating episodes of the log started in the violation (h > 0), and are "
-                "not counted."
+                f"{given}of violating episodes{plant} that start in a safe state, drawn like this "
+                f"log's (its policies, starts, horizon), at least {1.0 - (self.alpha or 0.0):g} "
+                f"raise the alarm {self.lead} or more steps before entry. Whether the alarm comes "
+                "in time to be saved, and how other agents fail, is not covered. The alarm is "
+                f"raised where Q_h is at least {self.threshold:.4g}; "
+                f"{self.episodes - self.events} of {self.episodes} such episodes raised it in "
+                f"time. {unsafe} violating episodes of the log started in the violation (h > 0), "
+                "and are not counted."
             )
         if self.method == RESIDUALS:
             return (
-                f"{given}in at least {1.0 - (self.alpha or 0.0):g} of episodes drawn like this "
-                "log's, for the logging policy's actions, no step's value rises by more than "
+                f"{given}in at least {1.0 - (self.alpha or 0.0):g} of episodes{plant} drawn like "
+                "this log's, for the logging policy's actions, no step's value rises by more than "
                 f"{self.threshold:.4g} beyond Q_h. That an acceptable action exists does not "
                 f"follow. {self.events} of {self.episodes} episodes had a larger rise."
             )
@@ -178,10 +184,10 @@ class LogRecord:
             given = f"{given.removesuffix(', ')} and their continuations, "
             where = f", if the simulator {self.simulator} behaves as the plant does"
         return (
-            f"{given}an episode of at most {self.horizon} steps that starts like this log's, kept "
-            f"where V_h <= -delta, in which {self.agent}{acting} proposes the actions and this "
-            f"shield at delta {self.delta:.4g}{how} executes them, violates the constraint with "
-            f"probability at most {self.bound:.4g}{where}."
+            f"{given}an episode{plant} of at most {self.horizon} steps that starts like this "
+            f"log's, kept where V_h <= -delta, in which {self.agent}{acting} proposes the actions "
+            f"and this shield at delta {self.delta:.4g}{how} executes them, violates the "
+            f"constraint with probability at most {self.bound:.4g}{where}."
         )
 
     def _limits(self) -> list[str]:
@@ -194,8 +200,8 @@ class LogRecord:
                 kept,
                 f"In {self.events} of {self.episodes} episodes without the shield, the agent "
                 "violated or the shield would have stepped in. This bound cannot be below the "
-                "agent's own rate without the shield: it shows that agent and shield together are "
-                "safe, not that the shield made it so.",
+                "agent's own rate without the shield: it shows that agent and shield together "
+                "violate no more often, not that the shield made it so.",
             ]
         if self.method == SPLICED:
             return [
@@ -291,6 +297,9 @@ class LogAttempt:
     shield: str = ""
     """Digest of the shield that was asked; "" in files of earlier releases. Another replacement,
     support test or source of h asks anew, and costs its level."""
+    outcomes: str = ""
+    """SHA-256 digest of the labels, the ends of the episodes and the horizon; "" in files of
+    earlier releases. Other labels, ends or horizons ask anew."""
 
     def repeats(self, other: LogAttempt) -> bool:
         """Whether both are about the rate of one agent at one delta, on any episodes."""
