@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from zuko.flows import RealNVP
 from safeshield import OfflineDataset, Shield, collect
 from safeshield.algorithms.flrp.agent import FLRP, FLRPConfig
 from safeshield.algorithms.flrp.losses import FLRPRun, generative_loss, refiner_loss
-from safeshield.algorithms.flrp.shift import BaseShift, base_shift
+from safeshield.algorithms.flrp.shift import BaseShift, ShiftSummary, base_shift
 from safeshield.algorithms.registry import load_agent
 from safeshield.cli.kinds import describe
 from safeshield.nn.actor import Widths, from_header, to_header
@@ -36,6 +37,7 @@ from safeshield.nn.latent_actor import (
 )
 from safeshield.nn.mlp import like, tensors
 from safeshield.nn.optim import adam, adam_init
+from safeshield.training.callbacks import TrainingCallback, TrainingStep
 from safeshield.training.log import LogTensors
 from safeshield.training.schedule import learning_rate
 from safeshield.training.state import Draw
@@ -495,6 +497,43 @@ def test_the_divergence_of_an_affine_map_is_the_gaussians() -> None:
         torch.tensor([1.0, 0.0])
     )
     assert base_shift(policy, networks, torch.randn(3, 1), noise).folds.all()
+    # A map onto one dimension has an infinite divergence, which ends no training and no file.
+    expert["1.bias"], expert["1.weight"] = torch.zeros(1, 1, 2), torch.cat([-eye, eye])[None]
+    collapsed = base_shift(policy, networks, torch.randn(3, 1), noise)
+    assert np.isinf(collapsed.divergence).all()
+    assert np.isinf(collapsed.standard_error).all()
+    np.testing.assert_allclose(collapsed.total_variation, 1.0)
+    some = collapsed._replace(divergence=np.array([0.1, 0.2, np.inf]))
+    summary = ShiftSummary.of(some, 4000)
+    assert (summary.median, summary.upper_decile) == (0.2, math.inf)
+    assert ShiftSummary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+    assert "at most inf" in summary.bound
+
+
+def test_an_infinite_report_ends_no_training(
+    log: OfflineDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapsed(policy: object, networks: object, seen: torch.Tensor, noise: object) -> BaseShift:
+        n = len(seen)
+        return BaseShift(np.full(n, np.inf), np.ones(n), np.full(n, np.inf))
+
+    monkeypatch.setattr("safeshield.algorithms.flrp.losses.base_shift", collapsed)
+    monkeypatch.setattr("safeshield.algorithms.flrp.agent.base_shift", collapsed)
+    told: list[float] = []
+
+    class Reads(TrainingCallback):
+        every = 1
+
+        def on_step(self, step: TrainingStep) -> None:
+            told.append(step.metrics.get("refiner/base_divergence", 0.0))
+
+    agent = FLRP(TINY, device="cpu").fit(log, steps=20, callbacks=[Reads()])
+    assert math.inf in told
+    agent.save(tmp_path / "agent.safetensors")
+    read = FLRP.load(tmp_path / "agent.safetensors", device="cpu")
+    assert read.shift_summary == agent.shift_summary
+    assert read.shift_summary is not None
+    assert read.shift_summary.median == math.inf
 
 
 def test_other_numbers_of_steps_share_the_weights(agent: FLRP, log: OfflineDataset) -> None:

@@ -254,8 +254,11 @@ class _Progress:
         """
 
         def measure() -> Mapping[str, float]:
+            own = {key: float(value) for key, value in metrics.items()}
+            _check_finite(own, phase.name, done)
+            # What is only reported may be infinite, such as a divergence.
             further = phase.report(state, draw) if phase.report is not None and draw else {}
-            return {key: float(value) for key, value in {**metrics, **further}.items()}
+            return own | {key: float(value) for key, value in further.items()}
 
         return TrainingStep(
             phase.name, done, self._steps, measure, lambda: agent(state, done), self._write
@@ -266,7 +269,6 @@ class _Progress:
         seconds = time.perf_counter() - self._started
         rate = (step.step - self._first) / seconds
         values = {**step.metrics, "time/steps_per_second": rate}
-        _check_finite(values, step.phase, step.step)
         self._bar.set_description(step.phase, refresh=False)
         self._bar.update(step.step - self._bar.n)
         self._write(values, step.step)

@@ -167,7 +167,7 @@ class FLRP(GatedAgent[FLRPConfig, LatentArchitecture]):
                 f"the policy over the log was measured for {known} only: base_shift(observations) "
                 "estimates it in states of your choice",
             }
-        return {**gate, "base_shift": dataclasses.asdict(shift), "refinement": shift.bound}
+        return {**gate, "base_shift": shift.to_json(), "refinement": shift.bound}
 
     # -- methods that OfflineAgent requires ---------------------------------------------------
 
@@ -202,7 +202,7 @@ class FLRP(GatedAgent[FLRPConfig, LatentArchitecture]):
             trained = whole("trained_refine_steps", trained, least=0)
         return dataclasses.replace(
             model,
-            shift=None if shift is None else ShiftSummary(**shift),
+            shift=None if shift is None else ShiftSummary.from_json(shift),
             trained_steps=trained,
         )
 

@@ -27,7 +27,6 @@ that the reward expert decides among the others.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,7 +118,7 @@ class LatentArchitecture(CriticArchitecture):
         return {
             **super().header(),
             "cost_scale": None if costs is None else [costs.offset, costs.spread],
-            "shift": None if shift is None else dataclasses.asdict(shift),
+            "shift": None if shift is None else shift.to_json(),
             "trained_refine_steps": self.trained_steps,
         }
 

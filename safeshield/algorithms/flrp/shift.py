@@ -19,9 +19,11 @@ the same for all states, and is reported with its standard error.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +43,15 @@ class BaseShift(NamedTuple):
     """Change of the policy in each of n states, estimated from several samples of u_0."""
 
     divergence: _Floats
-    """(n,) estimate of D in nats: the mean over the samples, or 0 where that is negative."""
+    """(n,) estimate of D in nats: the mean over the samples, or 0 where that is negative. It is
+    infinite where the determinant is 0 at a sample, because refinement then puts the base
+    distribution onto fewer dimensions."""
     folds: _Floats
     """(n,) share of the samples at which the map from u_0 to u_T folds, so that the formula is too
     low. 0 means that none of these samples showed a fold, not that the map is one to one."""
     standard_error: _Floats
-    """(n,) standard error of the mean over the samples, in nats. All states share the samples, so
-    the errors do not cancel in a mean over states."""
+    """(n,) standard error of the mean over the samples, in nats, infinite where D is. All states
+    share the samples, so the errors do not cancel in a mean over states."""
 
     @property
     def total_variation(self) -> _Floats:
@@ -81,9 +85,13 @@ class ShiftSummary:
 
         `draws` is the number of samples in each state from which it was estimated.
         """
-        levels = np.quantile(shift.divergence, [0.5, 0.9])
-        nearest = [int(np.abs(shift.divergence - level).argmin()) for level in levels]
-        errors = shift.standard_error[nearest]
+        found = shift.divergence
+        # Between two values there is no number if one of them is infinite.
+        finite = bool(np.isfinite(found).all())
+        levels = np.quantile(found, [0.5, 0.9], method="linear" if finite else "higher")
+        with np.errstate(invalid="ignore"):
+            away = [np.where(found == level, 0.0, np.abs(found - level)) for level in levels]
+        errors = shift.standard_error[[int(one.argmin()) for one in away]]
         return cls(
             states=len(shift.divergence),
             median=float(levels[0]),
@@ -93,6 +101,17 @@ class ShiftSummary:
             median_error=float(errors[0]),
             upper_decile_error=float(errors[1]),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, with "inf" for an infinite number, which JSON lacks."""
+        fields = dataclasses.asdict(self)
+        return {name: "inf" if value == math.inf else value for name, value in fields.items()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ShiftSummary:
+        """Return the summary that `to_json` wrote."""
+        read: dict[str, Any] = {n: math.inf if one == "inf" else one for n, one in fields.items()}
+        return cls(**read)
 
     @property
     def bound(self) -> str:
@@ -151,8 +170,9 @@ def base_shift(
         sign, volume = torch.linalg.slogdet(slope)
         each = 0.5 * (end.square() - start.square()).sum(-1) - volume
         each = each.reshape(count, draws).double()
+        error = each.std(1, correction=min(1, draws - 1)) / math.sqrt(draws)
     return BaseShift(
         each.mean(1).clamp(min=0.0).cpu().numpy(),
         (sign <= 0).reshape(count, draws).double().mean(1).cpu().numpy(),
-        (each.std(1, correction=min(1, draws - 1)) / math.sqrt(draws)).cpu().numpy(),
+        error.nan_to_num(nan=math.inf, posinf=math.inf).cpu().numpy(),
     )
