@@ -327,6 +327,229 @@ def test_modules_and_files_of_onnx(small: Shield, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again, actions)
 
 
+class Made(torch.nn.Module):
+    """A policy that is a function of tensors, in the dtype `dtype`."""
+
+    def __init__(self, function: Callable[..., Any], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.function, self.layer = function, torch.nn.Linear(2, 2).to(dtype)
+
+    def forward(self, seen: Any) -> Any:  # noqa: ANN401
+        return self.function(self.layer, seen)
+
+
+def graph_of(path: Path, body: str, inputs: str = "float[N,2] x", outputs: str = "y") -> Path:
+    """Write a policy in ONNX's own text, and return its path."""
+    outputs = f"float[N,2] {outputs}" if outputs == "y" else outputs
+    text = f'<ir_version: 8, opset_import: ["": 18]> policy ({inputs}) => ({outputs}) {{ {body} }}'
+    onnx.save(onnx.parser.parse_model(text), str(path))
+    return path
+
+
+INTEGERS = gym.spaces.Discrete(3), gym.spaces.MultiDiscrete([3, 4]), gym.spaces.MultiBinary(2)
+
+
+@pytest.mark.parametrize("space", [*INTEGERS, gym.spaces.Box(0, 5, (2,), np.int64)], ids=str)
+def test_numbers_that_are_no_integers_are_refused_for_integers(
+    space: gym.Space[Any], tmp_path: Path
+) -> None:
+    """1.7 was executed as 1, and NaN as some integer."""
+    shield = benchmark.random_shield(benchmark.SPACES[0], space, **TINY)
+    single = isinstance(space, gym.spaces.Discrete)
+    module = Made(lambda layer, seen: layer(seen)[:, 0] if single else layer(seen))
+    body = "zero = Constant <value: tensor = int64 {0}> () y = Gather <axis = 1> (x, zero)"
+    body, out = (body, "float[N] y") if single else ("y = Identity(x)", "float[N,2] y")
+    for policy in (module, graph_of(tmp_path / "policy.onnx", body, outputs=out)):
+        with pytest.raises(ValueError, match=r"must return integers for .*, got torch\.float32"):
+            shield.export_onnx(tmp_path / "shield.onnx", policy)
+    assert not (tmp_path / "shield.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "space", [*INTEGERS[1:], gym.spaces.Box(-128, 127, (2,), np.int8)], ids=str
+)
+def test_integers_of_a_policy_are_judged_before_they_are_narrowed(
+    space: gym.Space[Any], tmp_path: Path
+) -> None:
+    """257 is 1 as an int8."""
+    shield = benchmark.random_shield(benchmark.SPACES[0], space, **TINY, accept=0.9)
+    policy = Made(lambda layer, seen: torch.where(seen > 0, 257, 1))
+    exported = benchmark.Exported(shield, tmp_path / "shield.onnx", policy=policy)
+    states = benchmark.points(shield.observation_space, 200, np.random.default_rng(0))
+    found = exported(benchmark.Cases(states, None, None))
+    wanted, report = shield.filter(states, np.where(states > 0, 257, 1))
+    np.testing.assert_array_equal(found["accepted"], ~report.intervened)
+    np.testing.assert_array_equal(found["valid"], report.valid)
+    np.testing.assert_array_equal(found["action_executed"], wanted)
+    assert not found["accepted"][(states > 0).any(1)].any()
+    assert found["accepted"].any()
+
+
+def test_actions_of_float64_that_exceed_float32(small: Shield, tmp_path: Path) -> None:
+    """A finite number is not infinite for the shield, and NaN is not valid."""
+    body = (
+        "wide = Cast <to = 11> (x) most = Constant <value: tensor = double {1e300}> () "
+        "log = Log(wide) y = Mul(log, most)"
+    )
+    policy = graph_of(tmp_path / "policy.onnx", body, outputs="double[N,2] y")
+    exported = benchmark.Exported(small, tmp_path / "shield.onnx", policy=policy)
+    states = np.array([[1.5, 1.5], [0.5, 2.0], [-1.0, 1.5], [0.0, 0.5]], np.float32)
+    found = exported(benchmark.Cases(states, None, None))
+    with np.errstate(all="ignore"):
+        _, report = small.filter(states, np.log(states.astype(np.float64)) * 1e300)
+    np.testing.assert_array_equal(found["valid"], report.valid)
+    assert found["valid"].tolist() == [True, True, False, False]
+
+
+def test_modules_that_pytorch_writes(small: Shield, tmp_path: Path) -> None:
+    """Operations that the package cannot write, and weights of float64."""
+    functions = [
+        lambda layer, seen: layer(seen) * seen.gt(0.0),
+        lambda layer, seen: layer(seen).double(),
+        lambda layer, seen: layer(seen.unsqueeze(0)).squeeze(0),
+        lambda layer, seen: layer(seen) - seen.new_ones(3, 4).mean(),
+        lambda layer, seen: torch.full((seen.shape[0], 2), 0.5),
+        lambda layer, seen: layer(seen) * seen.shape[0] / 100,
+        lambda layer, seen: torch.cumsum(layer(seen).view(seen.shape[0], -1), -1),
+    ]
+    modules = [Made(one) for one in functions]
+    modules.append(Made(lambda layer, seen: layer(seen), torch.float64))
+    for module in modules:
+        states, actions = proposed(small, module, tmp_path)
+        like = module.layer.weight.dtype
+        with torch.no_grad():
+            wanted = module(torch.tensor(states).to(like)).numpy()
+        np.testing.assert_allclose(actions, wanted, atol=1e-5)
+    single = benchmark.random_shield(benchmark.SPACES[0], INTEGERS[0], **TINY)
+    _, actions = proposed(single, Made(lambda layer, seen: (seen[:, 0] > 0).long()), tmp_path)
+    assert set(actions) == {0, 1}
+    _, actions = proposed(single, Made(lambda _, seen: torch.full((seen.shape[0],), 2)), tmp_path)
+    assert set(actions) == {2}
+
+
+def test_modules_of_dict_observations_that_pytorch_writes(tmp_path: Path) -> None:
+    space = gym.spaces.Dict({"b": benchmark.Box(-3, 3, (2,)), "a": gym.spaces.Discrete(3)})
+    shield = benchmark.random_shield(space, benchmark.SPACES[1], **TINY)
+    policy = Made(lambda layer, seen: layer(seen["b"]) * seen["a"].gt(1.0)[:, None])
+    exported = benchmark.Exported(shield, tmp_path / "shield.onnx", policy=policy)
+    states = {
+        "a": np.array([0, 2, 1, 2]), "b": np.random.default_rng(0).random((4, 2), np.float32)
+    }  # fmt: skip
+    found = exported(benchmark.Cases(states, None, None))["action_proposed"]
+    with torch.no_grad():
+        wanted = policy({name: torch.tensor(one).float() for name, one in states.items()})
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+
+
+def test_modules_that_no_exporter_writes(small: Shield, tmp_path: Path) -> None:
+    path = tmp_path / "shield.onnx"
+    listed = Made(lambda layer, seen: layer(seen) + torch.tensor(seen.tolist()))
+    solved = Made(lambda layer, seen: layer(seen) + torch.linalg.eigvals(seen.mT @ seen).real)
+    drawn = Made(lambda layer, seen: layer(seen) + torch.randn_like(seen))
+    for module, words in (
+        (
+            listed,
+            "Made cannot be written to an ONNX graph: the operation Tensor.tolist has no node",
+        ),
+        (
+            solved,
+            r"torch\.linalg_eigvals cannot be written as ONNX here.*PyTorch.*aten\.linalg_eig",
+        ),
+        (
+            drawn,
+            "must not draw random numbers, because a graph acts by one rule, got the operation",
+        ),
+        (
+            torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2)),
+            r"training mode.*eval\(\)",
+        ),
+    ):
+        with pytest.raises(CannotExportError, match=words):
+            small.export_onnx(path, module)
+    with pytest.raises(ValueError, match=r"must return numbers of .*, got torch\.float16"):
+        small.export_onnx(path, torch.nn.Linear(2, 2).half())
+    with pytest.raises(ValueError, match=r"must take n observations as a tensor of shape.*raises"):
+        small.export_onnx(path, torch.nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("body", "inputs", "outputs", "words"),
+    [
+        ("y = Identity(x)", "float[N,5] x", "float[N,5] y", "must take observations of shape"),
+        ("y = Identity(x)", "string[N,2] x", "string[N,2] y", "input 'x' is STRING"),
+        ("y = Cast <to = 8> (x)", "float[N,2] x", "string[N,2] y", "must return numbers .* STRING"),
+        ("y = Concat <axis = 1> (x, x)", "float[N,2] x", "float[N,4] y", "must return actions of"),
+        ("y = ReduceSum <keepdims = 0> (x)", "float[N,2] x", "float y", "must return actions of"),
+        ("y = Identity(x)", "float[N,2] x, float[N,2] z", "float[N,2] y",
+         r"must have one input, the observation, got the inputs \['x', 'z'\]"),
+        ("s = Constant <value: tensor = int64[2] {1, 2}> () y = Reshape(x, s)", "float[1,2] x",
+         "float[1,2] y", "must run in ONNX Runtime for any number of observations"),
+        ("y = RandomNormalLike(x)", "float[N,2] x", "float[N,2] y", "operation RandomNormalLike"),
+        ("y = Bernoulli(x)", "float[N,2] x", "float[N,2] y", "the operation Bernoulli"),
+        ("r = Constant <value: tensor = float {0.5}> () "
+         "t = Constant <value: tensor = bool {1}> () y = Dropout(x, r, t)",
+         "float[N,2] x", "float[N,2] y", "Dropout in training mode"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_policies(
+    body: str, inputs: str, outputs: str, words: str, small: Shield, tmp_path: Path
+) -> None:
+    policy = graph_of(tmp_path / "policy.onnx", body, inputs, outputs)
+    with pytest.raises((ValueError, CannotExportError), match=words) as error:
+        small.export_onnx(tmp_path / "shield.onnx", policy)
+    assert "policy.onnx" in str(error.value)
+    assert not (tmp_path / "shield.onnx").exists()
+
+
+def test_files_for_one_row_and_without_onnx_runtime(
+    small: Shield, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = graph_of(
+        tmp_path / "policy.onnx", "y = Tanh(x)", "float[1,2] x", "float[1,2] y"
+    )  # fmt: skip
+    states, actions = proposed(small, policy, tmp_path)
+    np.testing.assert_allclose(actions, np.tanh(states), atol=1e-6)
+    body = "y = Concat <axis = 1> (x, x)"
+    wide = graph_of(tmp_path / "wide.onnx", body, outputs="float[N,4] y")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    small.export_onnx(tmp_path / "shield.onnx", policy)
+    with pytest.raises(ValueError, match=r"wide\.onnx must return actions of shape"):
+        small.export_onnx(tmp_path / "shield.onnx", wide)
+
+
+def test_files_that_are_damaged(small: Shield, tmp_path: Path) -> None:
+    policy, out = graph_of(tmp_path / "policy.onnx", "y = Identity(x)"), tmp_path / "shield.onnx"
+    whole = policy.read_bytes()
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        small.export_onnx(out, tmp_path / "none.onnx")
+    outside = onnx.load_from_string(whole)
+    table = onnx.helper.make_tensor("w", 1, [2], [0.0, 0.0])
+    table.ClearField("float_data")
+    table.data_location = onnx.TensorProto.EXTERNAL
+    table.external_data.add(key="location", value="weights.bin")
+    outside.graph.initializer.append(table)
+    for content in (b"not a graph", whole[:-9], outside.SerializeToString(), b""):
+        policy.write_bytes(content)
+        with pytest.raises(ValueError, match=r"policy\.onnx must be an ONNX file that is whole"):
+            small.export_onnx(out, policy)
+
+
+def test_a_session_that_fails_writes_no_file(
+    small: Shield, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refused)
+    with pytest.raises(CannotExportError, match=r"does not run in ONNX Runtime: no such node"):
+        small.export_onnx(tmp_path / "shield.onnx")
+    assert not (tmp_path / "shield.onnx").exists()
+    with pytest.raises(ValueError, match=r"path must end in \.onnx, got 'shield\.txt'"):
+        small.export_onnx("shield.txt")
+
+
 def test_what_cannot_be_exported_is_named(small: Shield, tmp_path: Path) -> None:
     path = tmp_path / "shield.onnx"
     nearest = benchmark.random_shield(*benchmark.SPACES, **TINY)

@@ -35,7 +35,14 @@ from safeshield.nn.graph import (
 )
 from safeshield.nn.plan_actor import BestPlan
 from safeshield.rollouts.policies import default_name
-from safeshield.shield.export_policy import GraphConstraint, GraphNoise, graph_policy
+from safeshield.shield.export_policy import (
+    COUNTS,
+    GraphConstraint,
+    GraphNoise,
+    graph_policy,
+    run,
+    samples,
+)
 from safeshield.shield.replacement import (
     BUILT_IN,
     NearestSupported,
@@ -138,6 +145,8 @@ def export_onnx(
 ) -> OnnxContents:
     """Write a shield as an ONNX graph; `Shield.export_onnx` describes arguments and errors."""
     onnx = required("export_onnx")
+    if Path(path).suffix.lower() != ".onnx":
+        raise ValueError(f"path must end in .onnx, got '{path}'")
     recorder = Recorder()
     graph_shield = GraphShield(shield, recorder)
     name = None
@@ -167,6 +176,7 @@ def export_onnx(
     )
     text = json.dumps({**header, "sha256": _digest(graph, header)}, allow_nan=False, sort_keys=True)
     onnx.helper.set_model_props(model, {"safeshield": text})
+    _check_runs(model, shield, name)
     with written_whole(Path(path)) as part:
         part.write_bytes(model.SerializeToString())
     return OnnxContents(header)
@@ -188,6 +198,25 @@ def _header(shield: Shield, graph: GraphShield) -> dict[str, Any]:
         "support": None if shield.support is None else shield.support.record.to_json(),
         "candidates": graph.tables,
     }
+
+
+def _check_runs(model: Any, shield: Shield, name: str | None) -> None:  # noqa: ANN401 - a ModelProto
+    """Run the finished graph once, where ONNX Runtime is installed."""
+    given = {"observation": shield.observation_space}
+    if name is None:
+        given["action"] = shield.action_space
+    feeds = [
+        {key: one for what, space in given.items() for key, one in samples(space, what, n).items()}
+        for n in COUNTS
+    ]
+    try:
+        run(model, feeds)
+    except Exception as error:  # of many kinds, which ONNX Runtime does not list
+        inside = "" if name is None else f" with the policy '{name}'"
+        raise CannotExportError(
+            f"the graph{inside} does not run in ONNX Runtime: {' '.join(str(error).split()):.300}; "
+            "install the newest onnxruntime, or report this as an error of safeshield"
+        ) from error
 
 
 def _name_of(policy: object) -> str:
@@ -307,8 +336,13 @@ class GraphShield(TorchShield):
         states = self._states(rows, h)
         executed, report = self._filter_rows(states, proposed, -delta)
         shape = (BATCH, *(self._shield.action_space.shape or ()))
+        dtype = _dtype(self._shield.action_space.dtype, "action")
+        if action.dtype != dtype:
+            # Integers of a policy, which were judged before a smaller dtype could change them.
+            ends = torch.iinfo(dtype)
+            action = action.clip(ends.min, ends.max).to(dtype)
         out = torch.where(
-            report.intervened[:, None], executed.to(action.dtype), action.reshape(*proposed.shape)
+            report.intervened[:, None], executed.to(dtype), action.reshape(*proposed.shape)
         )
         if policy is not None:
             self._recorder.output("action_proposed", action)
@@ -364,8 +398,16 @@ class GraphShield(TorchShield):
         noise = GraphNoise(self._recorder, deterministic)
         source = self._model.constraint
         known = None if source is None else GraphConstraint(source.name, h)
-        made = graph_policy(policy, inputs, seen, known, spaces, noise)  # type: ignore[arg-type]
-        return made.to(dtype)
+        made: Any = graph_policy(policy, inputs, seen, known, spaces, noise)  # type: ignore[arg-type]
+        if not dtype.is_floating_point:
+            # An agent's own numbers are whole. Those of others are judged before they are narrowed.
+            dtype = torch.int64
+        if made.dtype == torch.float64 and dtype == torch.float32:
+            # As `spaces.rows.fitted`: a finite number remains finite.
+            most = torch.finfo(dtype).max
+            made = torch.where(torch.isfinite(made), made.clip(-most, most), made)
+        out: Traced = made.to(dtype)
+        return out
 
     def _read_constraint(self) -> Any:  # noqa: ANN401
         source = self._model.constraint

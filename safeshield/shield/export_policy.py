@@ -6,23 +6,44 @@ the policy's ``predict`` does: it converts observations, runs the networks, and 
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from safeshield.nn.graph import BATCH, OPSET, CannotExportError, Recorder, Traced
+from safeshield.files.reading import opened
+from safeshield.nn.graph import (
+    _ONNX_TYPES,
+    BATCH,
+    IR_VERSION,
+    OPSET,
+    CannotExportError,
+    Recorder,
+    Traced,
+)
+from safeshield.shield.tensor_rows import tensor_leaves
 from safeshield.spaces.schema import check_same_space
 
+Array = npt.NDArray[Any]
 _REPAIR = (
     "pass a torch.nn.Module from observations to actions, or export it yourself, "
     "torch.onnx.export(module, ...), and pass the .onnx file"
 )
+_DTYPES = {number: dtype for dtype, number in _ONNX_TYPES.items()}
+COUNTS = 1, 3
+"""Numbers of observations with which a graph is run before it is written."""
+_RANDOM = {
+    "RandomUniform", "RandomUniformLike", "RandomNormal", "RandomNormalLike", "Multinomial",
+    "Bernoulli",
+}  # fmt: skip
 
 
 class GraphNoise:
@@ -105,7 +126,8 @@ def graph_policy(
     shape = (BATCH, *(space.shape or ()))
     made: Traced
     if isinstance(policy, str | os.PathLike):
-        made = _from_file(Path(policy), rows.recorder, observations)
+        model, what = _read(Path(policy)), f"the policy {policy}"
+        made = _included(model, what, rows.recorder, observations, spaces)
     elif isinstance(policy, OnGraph):
         _check_spaces(policy, spaces)
         made = policy.graph_actions(rows.to(torch.float32), h, noise)
@@ -113,31 +135,14 @@ def graph_policy(
         _check_spaces(policy, spaces)
         made = _sb3(policy.policy, observations, rows, spaces, noise)  # type: ignore[attr-defined]
     elif isinstance(policy, torch.nn.Module):
-        given: Any = {k.partition("/")[2]: v.float() for k, v in observations.items()}
-        try:
-            made = policy(given if len(given) > 1 or "" not in given else given[""])
-        except CannotExportError as error:
-            if list(given) != [""]:
-                raise
-            made = _by_torch(policy, observations, rows.recorder, error)
-        if not isinstance(made, Traced):
-            raise CannotExportError(
-                f"policy {type(policy).__name__} must return one tensor of actions, got "
-                f"{type(made).__name__}; {_REPAIR}"
-            )
+        made = _from_module(policy, rows.recorder, observations, spaces)
     else:
         raise CannotExportError(
             "policy must be an agent of this package, a model of Stable-Baselines3 with MlpPolicy, "
             f"a torch.nn.Module or an .onnx file, got {type(policy).__name__}: a function of "
             f"Python has no graph; {_REPAIR}"
         )
-    if len(made.shape) != len(shape):
-        made = made.reshape(*shape)
-    if made.shape != shape:
-        raise ValueError(
-            f"policy must return actions of shape {('n', *shape[1:])}, got {('n', *made.shape[1:])}"
-        )
-    return made
+    return made if made.shape == shape else made.reshape(*shape)
 
 
 def _check_spaces(policy: Any, spaces: Sequence[gym.Space[Any]]) -> None:  # noqa: ANN401
@@ -149,41 +154,185 @@ def _check_spaces(policy: Any, spaces: Sequence[gym.Space[Any]]) -> None:  # noq
             )
 
 
-def _by_torch(
-    module: torch.nn.Module,
-    observations: Mapping[str, Traced],
-    recorder: Recorder,
-    error: CannotExportError,
-) -> Traced:
-    """Return the actions of a module of one observation that PyTorch's own exporter writes.
+# -- running a graph -------------------------------------------------------------------------------
 
-    `error` says which operation this package cannot write, and is raised where PyTorch cannot
-    either, or the package onnxscript is not installed.
+
+def samples(space: gym.Space[Any], name: str, count: int) -> dict[str, Array]:
+    """Return n points of a space, as inputs of a graph under the names that begin with `name`."""
+    rng = np.random.default_rng(count)
+    out = {}
+    for path, leaf in tensor_leaves(space):
+        if isinstance(leaf, gym.spaces.Box):
+            drawn = rng.standard_normal((count, *leaf.shape))
+            points = np.clip(drawn, leaf.low, leaf.high).astype(leaf.dtype)
+        else:
+            own = copy.deepcopy(leaf)
+            own.seed(count)
+            points = np.array([own.sample() for _ in range(count)], dtype=leaf.dtype)
+        out["/".join((name, *path))] = points
+    return out
+
+
+def run(model: Any, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]] | None:  # noqa: ANN401
+    """Return the outputs of an ONNX model by name for each feed; None without ONNX Runtime.
+
+    Inputs that have no default and are not in a feed are 0, of as many rows as the first that is.
+
+    Raises:
+        Exception: ONNX Runtime cannot run the model. It does not list the kinds of its errors.
     """
-    (seen,) = observations.values()
-    sample = torch.zeros(3, *seen.shape[1:])
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [one.name for one in session.get_outputs()]
+    zeros = {one.name: one for one in model.graph.input}
+    for stored in model.graph.initializer:
+        zeros.pop(stored.name, None)
+    told = []
+    for feed in feeds:
+        count = len(next(iter(feed.values())))
+        missing = {
+            name: np.zeros(
+                [one.dim_value or count for one in kind.type.tensor_type.shape.dim],
+                _numpy_dtype(_DTYPES[kind.type.tensor_type.elem_type]),
+            )
+            for name, kind in zeros.items()
+            if name not in feed
+        }
+        told.append(dict(zip(names, session.run(names, {**missing, **feed}), strict=True)))
+    return told
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+# -- modules and files -----------------------------------------------------------------------------
+
+
+def _from_module(
+    module: torch.nn.Module,
+    recorder: Recorder,
+    observations: Mapping[str, Traced],
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+) -> Traced:
+    """Return the actions of a module, whose graph this package writes, or else PyTorch."""
+    what = f"the policy {type(module).__name__}"
+    for part in module.modules():
+        changing = torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._NormBase
+        if part.training and isinstance(part, changing):
+            raise CannotExportError(
+                f"{what} is in training mode, in which its {type(part).__name__} changes its "
+                "actions: call eval() on it first"
+            )
+    like = next(module.parameters(), torch.empty(0))
+    given = [
+        {
+            name.partition("/")[2]: torch.as_tensor(points, device=like.device).to(like.dtype)
+            for name, points in samples(spaces[0], "observation", count).items()
+        }
+        for count in COUNTS
+    ]
+    wanted = []
+    for one in given:
+        try:
+            with torch.no_grad():
+                made = module(_argument(one))
+        except Exception as error:
+            raise ValueError(
+                f"{what} must take n observations {_shapes(one)}, but it raises "
+                f"{type(error).__name__}: {_short(error)}"
+            ) from error
+        if not isinstance(made, torch.Tensor):
+            raise CannotExportError(
+                f"{what} must return one tensor of actions, got {type(made).__name__}; {_REPAIR}"
+            )
+        _check_actions(what, made.dtype, tuple(made.shape), len(next(iter(one.values()))), spaces)
+        wanted.append(made.cpu().numpy())
+    reasons = []
+    for write in (_traced, _by_torch):
+        try:
+            model = write(module, given[-1])
+            return _included(model, what, recorder, observations, spaces, wanted)
+        except Exception as error:  # of many kinds, which the exporters do not list
+            reasons.append(_short(_first(error)))
+    raise CannotExportError(
+        f"{what} cannot be written to an ONNX graph: {reasons[0]}; nor by PyTorch's exporter: "
+        f"{reasons[1]}; write this with other operations of PyTorch, or pass an .onnx file"
+    )
+
+
+def _argument(given: Mapping[str, Any]) -> Any:  # noqa: ANN401 - tensors or values of a graph
+    """Return the observations as a module takes them: one, or a dict for a Dict space."""
+    return given[""] if list(given) == [""] else dict(given)
+
+
+def _shapes(given: Mapping[str, torch.Tensor]) -> str:
+    told = {name: ("n", *one.shape[1:]) for name, one in given.items()}
+    return f"as a tensor of shape {told['']}" if "" in told else f"as a dict of tensors {told}"
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the error from which an error comes: PyTorch wraps the one that says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _short(error: BaseException) -> str:
+    """Return what an error says on one line."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, Traced):
+        return f"the operation Tensor.{error.name} has no node here"
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+
+
+def _traced(module: torch.nn.Module, given: Mapping[str, torch.Tensor]) -> Any:  # noqa: ANN401
+    """Return the ONNX model of a module, written by this package."""
+    from onnx import helper
+
+    recorder = Recorder()
+    inputs = {
+        name: recorder.input(name or "observation", one.dtype, (BATCH, *one.shape[1:]))
+        for name, one in given.items()
+    }
+    recorder.output("actions", module(_argument(inputs)))
+    return helper.make_model(
+        recorder.graph("policy"),
+        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+    )
+
+
+def _by_torch(module: torch.nn.Module, given: Mapping[str, torch.Tensor]) -> Any:  # noqa: ANN401
+    """Return the ONNX model of a module, written by PyTorch's own exporter."""
+    # PyTorch may flatten a dict in the order of its keys.
+    ordered = dict(sorted(given.items()))
+    free = {name: {0: torch.export.Dim("batch")} for name in ordered}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "policy.onnx"
-        try:
-            torch.onnx.export(
-                module,
-                (sample,),
-                str(path),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                external_data=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-            )
-        except Exception as reason:  # of many kinds, which the exporter does not list
-            raise CannotExportError(
-                f"{error} ({type(reason).__name__}: {reason!s:.200})"
-            ) from reason
-        return _from_file(path, recorder, observations)
+        torch.onnx.export(
+            module,
+            (_argument(ordered), {}),  # A dict at the end would be keyword arguments.
+            str(path),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            external_data=False,
+            input_names=[name or "observation" for name in ordered],
+            dynamic_shapes=(_argument(free),),
+        )
+        return _read(path)
 
 
-def _from_file(path: Path, recorder: Recorder, observations: Mapping[str, Traced]) -> Traced:
-    """Return the first output of an ONNX file, whose inputs are the observation's."""
+def _read(path: Path) -> Any:  # noqa: ANN401 - a ModelProto
+    """Return the model in an .onnx file, with the operators of this package's version."""
     import onnx
 
     if path.suffix != ".onnx":
@@ -191,38 +340,171 @@ def _from_file(path: Path, recorder: Recorder, observations: Mapping[str, Traced
             f"policy must be an .onnx file where it is a path, got '{path}'; load the agent first "
             "(safeshield.load_agent, or load of the Stable-Baselines3 class)"
         )
-    model = onnx.version_converter.convert_version(onnx.load(str(path)), OPSET)
+    opened(path).close()
+    try:
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+        return onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:  # of many kinds, those of protobuf and of C++ among them
+        raise ValueError(
+            f"the policy {path} must be an ONNX file that is whole, with all files of its weights, "
+            f"and that can be converted to opset {OPSET}, got an error of the package onnx, "
+            f"{type(error).__name__}: {_short(error)}; export it again with opset_version={OPSET}"
+        ) from error
+
+
+def _included(
+    model: Any,  # noqa: ANN401 - a ModelProto
+    what: str,
+    recorder: Recorder,
+    observations: Mapping[str, Traced],
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+    wanted: Sequence[Array] = (),
+) -> Traced:
+    """Add a model of a policy to a graph, after a run of it alone, and return its first output.
+
+    Args:
+        model: The model, whose inputs are the observation's.
+        what: Name of the policy in error messages.
+        recorder: The graph.
+        observations: The graph's inputs of the observation, by name.
+        spaces: Spaces of an observation and of an action.
+        wanted: The actions for the samples of `COUNTS` that the model must return.
+    """
+    from onnx import TensorProto
+
     domains = {one.domain for one in model.opset_import} - {"", "ai.onnx"}
     if domains or model.functions:
         raise CannotExportError(
-            f"the policy {path} must consist of the standard operators of ONNX alone, got those of "
+            f"{what} must consist of the standard operators of ONNX alone, got those of "
             f"{sorted(domains) or 'functions of its own'}; export it without them"
         )
-    stored = {one.name for one in model.graph.initializer}
-    asked = [one for one in model.graph.input if one.name not in stored]
-    if len(asked) == 1 == len(observations):
-        given = {asked[0].name: next(iter(observations.values()))}
-    else:
-        given = {name.partition("/")[2]: value for name, value in observations.items()}
-    if set(given) != {one.name for one in asked}:
-        raise ValueError(
-            f"the policy {path} must have the inputs {sorted(given)}, got "
-            f"{sorted(one.name for one in asked)}"
+    for drawn in _random_nodes(model.graph):
+        raise CannotExportError(
+            f"{what} must not draw random numbers, because a graph acts by one rule, got the "
+            f"operation {drawn}; export its deterministic action, in evaluation mode"
         )
-    kinds = {1: torch.float32, 11: torch.float64, 7: torch.int64, 6: torch.int32}
-    for one in asked:
-        wanted = kinds.get(one.type.tensor_type.elem_type)
-        if wanted is None:
-            raise CannotExportError(f"the input '{one.name}' of {path} has a dtype that is unknown")
-        given[one.name] = given[one.name].to(wanted)
-    names = recorder.include(model.graph, "policy/", given)
+    stored = {one.name for one in model.graph.initializer}
+    asked = {one.name: one.type.tensor_type for one in model.graph.input if one.name not in stored}
+    if len(asked) == 1 == len(observations):
+        sources = dict(zip(asked, observations, strict=True))
+    else:
+        sources = {name.partition("/")[2]: name for name in observations}
+    if set(sources) != set(asked):
+        needs = sorted(sources) if len(sources) > 1 else "one input, the observation"
+        raise ValueError(
+            f"{what} must have {'the inputs ' if len(sources) > 1 else ''}{needs}, got the inputs "
+            f"{sorted(asked)}"
+        )
+    for name, kind in asked.items():
+        seen, sizes = observations[sources[name]], [one.dim_value for one in kind.shape.dim]
+        if kind.elem_type not in _DTYPES:
+            raise ValueError(
+                f"{what} must take numbers of {_numbers()}, but its input '{name}' is "
+                f"{TensorProto.DataType.Name(kind.elem_type)}; export it with an input of float32"
+            )
+        if kind.HasField("shape") and (
+            len(sizes) != len(seen.shape)
+            or any(n not in (0, own) for n, own in zip(sizes[1:], seen.shape[1:], strict=True))
+        ):
+            raise ValueError(
+                f"{what} must take observations of shape {('n', *seen.shape[1:])}, but its input "
+                f"'{name}' has {tuple(n or '?' for n in sizes)}; export one for this shield"
+            )
+        if sizes:
+            # A file that was exported for one number of rows may run for any.
+            kind.shape.dim[0].dim_param = "batch"
+    if not model.graph.output:
+        raise ValueError(f"{what} must have an output, the actions, got none; export it with one")
+    dtypes = {name: _DTYPES[kind.elem_type] for name, kind in asked.items()}
     out = model.graph.output[0]
-    sizes = tuple(
-        one.dim_value if i and one.HasField("dim_value") else BATCH
-        for i, one in enumerate(out.type.tensor_type.shape.dim)
-    )
-    dtype = kinds.get(out.type.tensor_type.elem_type, torch.float32)
-    return Traced(recorder, names[out.name], dtype, sizes)
+    kind = out.type.tensor_type
+    dtype = _DTYPES.get(kind.elem_type)
+    if dtype is None:
+        raise ValueError(
+            f"{what} must return numbers of {_numbers()}, got "
+            f"{TensorProto.DataType.Name(kind.elem_type)}; export it with actions of such a dtype"
+        )
+    shape = tuple(one.dim_value or BATCH for one in kind.shape.dim)[1:]
+    kind.ClearField("shape")
+    del model.graph.value_info[:]
+    feeds = [
+        {name: points[sources[name]].astype(_numpy_dtype(dtypes[name])) for name in sources}
+        for points in (samples(spaces[0], "observation", count) for count in COUNTS)
+    ]
+    try:
+        told = run(model, feeds)
+    except Exception as error:  # of many kinds, which ONNX Runtime does not list
+        raise ValueError(
+            f"{what} must run in ONNX Runtime for any number of observations, got "
+            f"{type(error).__name__}: {_short(error)}; export it again, with its first axis of any "
+            "size"
+        ) from error
+    for count, outputs in zip(COUNTS, told or (), strict=bool(told)):
+        _check_actions(what, dtype, outputs[out.name].shape, count, spaces)
+        shape = outputs[out.name].shape[1:]
+    for outputs, actions in zip(told or (), wanted, strict=False):
+        made = outputs[out.name].reshape(actions.shape)
+        if not np.allclose(made, actions, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise CannotExportError(
+                f"{what} acts otherwise as a graph, {made.tolist()!s:.60}, than in PyTorch, "
+                f"{actions.tolist()!s:.60}"
+            )
+    if not told and BATCH not in shape:
+        _check_actions(what, dtype, (1, *shape), 1, spaces)
+    given = {name: observations[sources[name]].to(dtype) for name, dtype in dtypes.items()}
+    names = recorder.include(model.graph, "policy/", given)
+    return Traced(recorder, names[out.name], dtype, (BATCH, *shape))
+
+
+def _numbers() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in _ONNX_TYPES)
+
+
+def _check_actions(
+    what: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    count: int,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+) -> None:
+    """Raise ValueError where a policy's output for `count` observations is not `count` actions."""
+    space = spaces[1]
+    needed = space.shape or ()
+    flat = len(shape) in (1, 2) and math.prod(shape) == count * math.prod(needed)
+    if shape[:1] != (count,) or (shape[1:] != needed and not flat):
+        raise ValueError(
+            f"{what} must return actions of shape {('n', *needed)}, got {shape} for n = {count}: "
+            f"return one action of {space} for each observation"
+        )
+    if dtype not in _ONNX_TYPES:
+        raise ValueError(
+            f"{what} must return numbers of {_numbers()}, got {dtype}: call float() on it first"
+        )
+    if dtype.is_floating_point and not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(
+            f"{what} must return integers for {space}, got {dtype}: let it end with argmax(-1), or "
+            "with .round().to(torch.int64)"
+        )
+
+
+def _random_nodes(graph: Any) -> Iterator[str]:  # noqa: ANN401 - a GraphProto
+    """Yield the operations of a graph, and of the branches in it, that draw random numbers."""
+    from onnx import numpy_helper
+
+    flags = {one.name: one for one in graph.initializer}
+    for node in graph.node:
+        told = {one.name: one for one in node.attribute}
+        if node.op_type == "Constant" and "value" in told:
+            flags[node.output[0]] = told["value"].t
+        training = node.input[2] if node.op_type == "Dropout" and len(node.input) > 2 else ""
+        if node.op_type in _RANDOM:
+            yield node.op_type
+        elif training and (training not in flags or numpy_helper.to_array(flags[training]).any()):
+            yield "Dropout in training mode"
+        for one in node.attribute:
+            for part in (one.g, *one.graphs):
+                yield from _random_nodes(part)
 
 
 # -- Stable-Baselines3 -----------------------------------------------------------------------------

@@ -888,8 +888,8 @@ class Shield:
             path: File to write, .onnx.
             policy: The policy that proposes actions: an agent of this package, a model of
                 Stable-Baselines3 with MlpPolicy (PPO, A2C, SAC, TD3, DQN), a `torch.nn.Module` from
-                n observations to n actions, or the path of an .onnx file. None makes the proposed
-                action an input of the graph.
+                n observations to n actions, or the path of an .onnx file. docs/export.md has their
+                shapes and dtypes. None makes the proposed action an input of the graph.
             deterministic: Whether the policy acts in its deterministic mode. Otherwise the
                 graph has a further input, the noise that the policy samples with.
             policy_name: Name of the policy in the record; by default as in `calibrate`.
@@ -900,9 +900,11 @@ class Shield:
 
         Raises:
             ImportError: The extra `onnx` is not installed.
-            NotImplementedError: No graph can be written for this shield or policy; the message
-                says for which part, and what to do.
-            ValueError: The policy is of other spaces.
+            NotImplementedError: No graph can be written for this shield or policy, or ONNX Runtime,
+                where it is installed, does not run it; the message says for which part, and what to
+                do.
+            ValueError: The name does not end in .onnx, or the policy is of other spaces, fails, or
+                is a damaged file.
             OSError: The file cannot be written.
         """
         from safeshield.shield.export import export_onnx
