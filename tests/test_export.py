@@ -234,6 +234,16 @@ def test_a_file_that_was_edited_is_refused(small: Shield, tmp_path: Path) -> Non
     onnx.save(model, str(path))
     with pytest.raises(ValueError, match="damaged or was edited"):
         read_onnx(path)
+    for change in ("operators", "functions"):
+        small.export_onnx(path)
+        model = onnx.load(str(path))
+        if change == "operators":
+            model.opset_import[0].version = 17
+        else:
+            model.functions.add(name="Relu", domain="")
+        onnx.save(model, str(path))
+        with pytest.raises(ValueError, match="damaged or was edited"):
+            read_onnx(path)
 
 
 # -- policies --------------------------------------------------------------------------------------
