@@ -666,6 +666,28 @@ def test_the_command_line(small: Shield, tmp_path: Path) -> None:
     assert run(app, ["export", source, "-o", "shield.pt"]).exit_code == 2
     assert run(app, ["export", source, "-o", out, "--stochastic"]).exit_code == 2
     assert run(app, ["export", source, "-o", out, "--policy", "agent.pt"]).exit_code == 2
+    described = run(app, ["inspect", out])
+    assert described.exit_code == 0, described.output
+    for words in (
+        "graph",
+        "none: the shield is not calibrated",
+        small.digest,
+        "observation, action",
+    ):
+        assert words in described.output
+    assert "inputs" in json.loads(run(app, ["inspect", out, "--json"]).output)
+    policy = str(graph_of(tmp_path / "policy.onnx", "y = Bernoulli(x)"))
+    for command, words in (
+        (["export", source, "-o", out, "--policy", policy], "policy.onnx must not draw random"),
+        (["inspect", policy], "policy.onnx is no ONNX graph of a shield: it has no metadata"),
+        (["export", out, "-o", out], "must be an agent or a shield, but is a graph"),
+        (["sign", out, "--key", policy], "must be an agent, a shield or a checkpoint, got a graph"),
+        (["inspect", out, "--verify", policy], "--verify is for files that can be signed"),
+    ):
+        failed = run(app, command)
+        assert failed.exit_code == 2, failed.output
+        assert words in " ".join(failed.output.split())
+        assert isinstance(failed.exception, SystemExit)
 
 
 def test_the_program_for_onnx_runtime(small: Shield, tmp_path: Path) -> None:

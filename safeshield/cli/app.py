@@ -185,7 +185,10 @@ def _is_users(error: Exception) -> bool:
     import gymnasium as gym
 
     kinds = (ValueError, TypeError, OSError, ImportError, FloatingPointError, gym.error.Error)
-    return isinstance(error, kinds)
+    graph = sys.modules.get("safeshield.nn.graph")  # It imports PyTorch.
+    return isinstance(error, kinds) or (
+        graph is not None and isinstance(error, graph.CannotExportError)
+    )
 
 
 def check_output(

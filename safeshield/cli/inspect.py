@@ -16,7 +16,8 @@ def inspect(
     file: Annotated[
         Path,
         typer.Argument(
-            help="File of an agent, shield, checkpoint or log, or folder of a ShieldLog."
+            help="File of an agent, shield, checkpoint, log or graph (.onnx), or folder of a "
+            "ShieldLog."
         ),
     ],
     as_json: AsJson = False,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
     from safeshield.shield.sensors import SensorCheck
 
-LOG, FLIGHT = "log", "flight"
+LOG, FLIGHT, GRAPH = "log", "flight", "graph"
 _ESTIMATED = "none: a network estimates h"
 # First bytes of other common files, for a clearer error.
 _OTHERS = {
@@ -48,7 +48,7 @@ _SB3_MARKS = {
 
 
 def file_kind(path: str | os.PathLike[str]) -> str:
-    """Return "agent", "shield", "checkpoint", "log" or "flight".
+    """Return "agent", "shield", "checkpoint", "log", "flight" or "graph".
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -62,6 +62,8 @@ def file_kind(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"{path} is a folder; give a file in it, or the folder of a ShieldLog")
     if Path(path).suffix.lower() in LOG_SUFFIXES:
         return LOG
+    if Path(path).suffix.lower() == ".onnx":
+        return GRAPH
     return _open(path)[0]
 
 
@@ -80,8 +82,9 @@ def describe(path: str | os.PathLike[str], verify: Path | None = None) -> dict[s
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or neither an agent, shield, checkpoint, log nor flight; or
-            its signature is missing or not valid.
+        ImportError: The file is a graph, and the extra `onnx` is not installed.
+        ValueError: The file is damaged, or neither an agent, shield, checkpoint, log, flight nor
+            the ONNX graph of a shield; or its signature is missing or not valid.
     """
     path = Path(path)
     if path.is_dir() and file_kind(path) == FLIGHT:
@@ -98,6 +101,14 @@ def describe(path: str | os.PathLike[str], verify: Path | None = None) -> dict[s
 
         log = OfflineDataset.load(path)
         return describe_log(log, card_of(log, file=path))
+    if path.suffix.lower() == ".onnx":
+        if verify is not None:
+            raise ValueError(f"--verify is for files that can be signed, but {path} is a graph")
+        from safeshield.shield.export import read_onnx
+
+        told = dict(read_onnx(path).header)
+        told.pop("candidates", None)  # Long tables of numbers.
+        return {"kind": GRAPH, "promise": told.pop("promise"), **told}
     kind, file = _open(path)
     if verify is not None:
         file.verify(verify)

@@ -26,12 +26,12 @@ def sign(
     debug: Debug = False,
 ) -> None:
     """Sign a file, after a check that its records follow from their counts."""
-    from safeshield.cli.kinds import LOG, describe, file_kind, with_article
+    from safeshield.cli.kinds import GRAPH, LOG, describe, file_kind, with_article
     from safeshield.files.tensors import read_tensors, sign_file
 
     kind = file_kind(file)
-    if kind == LOG:
-        raise ValueError(f"FILE must be an agent, a shield or a checkpoint, got a log: {file}")
+    if kind in (LOG, GRAPH):
+        raise ValueError(f"FILE must be an agent, a shield or a checkpoint, got a {kind}: {file}")
     target = file if out is None else out
     check_output(target, None, "--out")
     promise = describe(file).get("promise")
