@@ -604,7 +604,11 @@ def forged(files: dict[str, Genuine]) -> Iterator[tuple[str, str, Genuine]]:
         weights = {**file.arrays}
         which = next(one for one in sorted(weights) if one.endswith("weight"))
         weights[which] = weights[which] * np.float32(0.5)
-        yield "other weights under the same record", name, file._replace(arrays=weights)
+        header = copy.deepcopy(file.header)
+        for attempt in header.get("log_attempts", ()):
+            attempt["shield"] = ""  # as in files of earlier releases
+        forgery = file._replace(arrays=weights, header=header)
+        yield "other weights under the same record", name, forgery
 
 
 # -- the table ------------------------------------------------------------------------------------
