@@ -125,10 +125,11 @@ class EpisodeTracker:
         with np.errstate(over="ignore"):
             self._cost += np.where(told, cost, 0.0)
         if isinstance(self._monitor.promise, Violation):
-            told = active & (~(no_h & no_cost) | self._violated)
+            told = active & ~(no_h & no_cost)
             # As in `Episode.violated`: the cost counts where no constraint is reported.
-            bad = active & np.where(no_h, cost > 0.0, step.constraint > 0.0)
+            bad = told & np.where(no_h, cost > 0.0, step.constraint > 0.0)
             self._violated |= bad
+            told |= active & self._violated  # A start can be in the violation.
         else:
             bad = told & (cost > 0.0)
         fresh = told & (bad | ~self._labelled)
