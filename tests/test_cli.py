@@ -466,6 +466,8 @@ def test_a_held_out_log_gives_statements_a_table_and_a_picture(halves: Path) -> 
     assert "was chosen by some of these episodes" in again
     told = stated(halves, out, "--method", "shadow", "--policy", "helmsmen", "--stochastic")
     assert "in which helmsmen (deterministic=False) proposes the actions" in told
+    shown = run("inspect", out).splitlines()
+    assert sum(one.startswith("from logs  ") for one in shown) == 1
     assert "residuals from 28 episodes" in stated(
         halves, out, "--method", "residuals", "--alpha", 0.4, "--confidence", 0.6
     )

@@ -208,6 +208,9 @@ def test_shadow_mode_and_a_monitor(shield: Shield, strict: Shield, tmp_path: Pat
     np.testing.assert_array_equal(flight.columns["verdict"] == "shadow", would)
     np.testing.assert_array_equal(flight.columns["executed"], flight.columns["proposed"])
     assert flight.shield["mode"] == "shadow"
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "shadow")]).output
+    assert f"would have been replaced             {would.sum()}\n" in told
+    assert "\nreplaced" not in told
     watched = replace(shield.with_delta(0.6), record=record(0.6))
     monitor = PromiseMonitor(watched)
     with ShieldLog(tmp_path / "watched") as log:
@@ -388,6 +391,7 @@ def test_damage_is_skipped_and_counted(strict: Shield, tmp_path: Path) -> None:
         whole_frames = int((places <= cut).sum())
         assert len(flight.rows) == sum(one.rows for one in frames[:whole_frames])
         assert flight.torn == (cut not in places)
+        assert "an unknown number of rows at the end" in flight.missing
         assert flight.rows.tobytes() == whole.rows[: len(flight.rows)].tobytes()
     # One changed bit costs one block, which is counted.
     for at in rng.integers(places[0], places[-2], 20):
@@ -397,6 +401,12 @@ def test_damage_is_skipped_and_counted(strict: Shield, tmp_path: Path) -> None:
         flight = FlightLog.load(path)
         lost = frames[int(np.searchsorted(places, at, side="right"))].rows
         assert (flight.torn, flight.lost, len(flight.rows)) == (1, lost, len(whole.rows) - lost)
+        assert flight.missing.startswith(f"rows are missing ({lost} rows; an unknown number")
+    assert whole.missing == ""
+    file.write_bytes(raw[: int(places[1]) + 5])
+    shown = CliRunner().invoke(app, ["inspect", str(path)]).output
+    assert len([one for one in shown.splitlines() if one.startswith("warning: ")]) == 1
+    assert "all numbers are those of what is left" in shown
     assert size * 5 == len(frames[1].payload)  # a quarter of block_steps
     # A recorder that was killed may leave a file without a header.
     file.write_bytes(raw)

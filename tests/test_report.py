@@ -414,6 +414,15 @@ def test_a_flight_of_discrete_actions_without_h(steps: str, bare: Shield) -> Non
     empty = dataclasses.replace(flight, rows=flight.rows[:0])
     told = Page("<div>" + replaced(empty, bare) + worst(empty) + "</div>").text
     assert "Interventions0 (0%" in told
+    shadow = replace(flight, shield={**flight.shield, "mode": "shadow"}, torn=1, closed=False)
+    told = Page("<div>" + replaced(shadow, bare) + worst(shadow) + "</div>").text
+    assert "Would have been replaced7 (" in told
+    assert "shadow: nothing was replaced" in told
+    assert "Interventions" not in told
+    assert "Most frequent replacements" not in told
+    if steps == "all":
+        assert "Share of steps that would have been replaced, where the agent was" in told
+    assert "an unknown number of rows in 1 damaged place" in told
 
 
 def test_a_revoked_promise_and_doubts_are_said_first(bare: Shield, tmp_path: Path) -> None:

@@ -11,6 +11,12 @@ import typer
 
 from safeshield.cli.app import AsJson, Debug, Plugins, Verify, check_output
 
+_IN_SHADOW = {
+    "replaced": "would_have_been_replaced",
+    "replaced_share": "share_that_would_have_been_replaced",
+}
+"""Names of the entries of a flight in shadow mode, in which nothing was replaced."""
+
 
 def inspect(
     file: Annotated[
@@ -37,7 +43,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Describe a file and its contents. No code in the file is run."""
-    from safeshield.cli.kinds import LOG, describe, file_kind, with_article
+    from safeshield.cli.kinds import FLIGHT, LOG, describe, file_kind, with_article
 
     kind = file_kind(file)
     if kind == LOG and verify is None:
@@ -48,15 +54,21 @@ def inspect(
             f"--cost-limit and --picture are for logs, but {file} is {with_article(kind)}"
         )
     description = describe(file, verify)
+    if kind == FLIGHT and description["missing"]:
+        typer.echo(f"warning: {file}: {description['missing']}", err=True)
     if as_json:
         typer.echo(json.dumps(description, indent=2))
         return
     # The promise and the statements say in words what the records hold.
-    for stated in ("record", "log_records"):
+    for stated in ("record", "log_records", "missing"):
         description.pop(stated, None)
+    if kind == FLIGHT and description["mode"] == "shadow":
+        description = {_IN_SHADOW.get(name, name): value for name, value in description.items()}
     width = max(map(len, description))
     for name, value in description.items():
-        typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(value)}")
+        # Statements from logs are long, and each has a line of its own.
+        for one in value if name == "from_logs" and isinstance(value, list) else [value]:
+            typer.echo(f"{name.replace('_', ' '):<{width}}  {_plain(one)}")
 
 
 def _inspect_log(file: Path, as_json: bool, cost_limit: float | None, picture: Path | None) -> None:

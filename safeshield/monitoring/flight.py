@@ -190,6 +190,20 @@ class FlightLog:
         return _columns(self.rows[self.rows["verdict"] >= END])
 
     @property
+    def missing(self) -> str:
+        """Which rows are missing by damage or loss, in words; "" where none is known to be."""
+        parts = [f"{self.lost} rows"] if self.lost else []
+        if self.torn:
+            places = f"{self.torn} damaged place{'s' * (self.torn > 1)}"
+            parts.append(f"an unknown number of rows in {places}")
+        if not self.closed and self.growing is None:
+            parts.append("an unknown number of rows at the end, because the log was not closed")
+        if not parts:
+            return ""
+        sure = "are" if self.lost or self.torn else "may be"
+        return f"rows {sure} missing ({'; '.join(parts)}): all numbers are those of what is left"
+
+    @property
     def num_episodes(self) -> int:
         """Number of episodes of which a row is there."""
         return len(np.unique(self.rows["episode"]))
@@ -199,7 +213,8 @@ class FlightLog:
 
         "replaced" counts the steps in which the shield intervened, or in shadow mode would have,
         and "replaced_share" is their share of the steps. "violating" counts the episodes in which a
-        state has h > 0 or a cost above 0, and "certified" those that began certified.
+        state has h > 0 or a cost above 0, and "certified" those that began certified. "missing" is
+        the sentence of `missing`.
         """
         rows = self.rows
         numbers, at = np.unique(rows["episode"], return_inverse=True)
@@ -246,6 +261,7 @@ class FlightLog:
             "removed": self.removed,
             "torn": self.torn,
             "closed": self.closed,
+            "missing": self.missing,
             "files": self.files,
             "bytes": self.bytes,
         }

@@ -41,6 +41,11 @@ def check_flight(flight: FlightLog, shield: Shield) -> None:
         )
 
 
+def _done(flight: FlightLog) -> str:
+    """Return what happened to rejected actions: in shadow mode nothing was replaced."""
+    return "would have been replaced" if flight.shield["mode"] == "shadow" else "replaced"
+
+
 @dataclass(frozen=True)
 class _Episodes:
     """Numbers of the episodes of a flight, the worst first, each an array (E,)."""
@@ -129,7 +134,7 @@ def worst(flight: FlightLog | None) -> Html:
     ]  # fmt: skip
     head = (
         "episode", "seed", "steps", "violated", "began certified", "largest h", "cost",
-        "largest Q_h", "replaced", "ending",
+        "largest Q_h", _done(flight), "ending",
     )  # fmt: skip
     note = "Costs that were not reported count as 0. "
     if flight.steps != "all":
@@ -187,7 +192,7 @@ def _drawn(flight: FlightLog, episode: int) -> Html:
             (swatch(0, line=True), "h, reported"),
             (swatch(2, line=True), "Q_h of the executed action"),
             (swatch(3, line=True), "threshold"),
-            (swatch(1, line=True), "replaced (marks at the bottom)"),
+            (swatch(1, line=True), f"{_done(flight)} (marks at the bottom)"),
         ],
     )
 
@@ -212,22 +217,26 @@ def replaced(flight: FlightLog | None, shield: Shield | None) -> Html:
     """
     if flight is None or shield is None:
         return piece(REPLACED, not_given(_NONE))
-    card = flight.card()
+    card, shadow = flight.card(), flight.shield["mode"] == "shadow"
     pairs: list[tuple[str, object]] = [
-        ("Mode", flight.shield["mode"]),
+        ("Mode", "shadow: nothing was replaced" if shadow else flight.shield["mode"]),
         ("Agent", flight.agent or "not told to the recorder"),
         ("Recorded", f"{'all steps' if flight.steps == 'all' else 'interventions only'}, "
          + " to ".join(card["times"])),
         ("Steps", f"{card['steps']} in {card['episodes']} episodes"),
-        ("Interventions", f"{card['replaced']} ({percent(card['replaced_share'])} of the steps)"),
+        ("Would have been replaced" if shadow else "Interventions",
+         f"{card['replaced']} ({percent(card['replaced_share'])} of the steps)"),
         *((f"... {_VERDICTS[name]}", count) for name, count in card["verdicts"].items() if count),
         ("Not in the record", f"{card['lost']} rows lost, {card['removed']} removed with old "
          f"files, {card['torn']} damaged stretches skipped"),
+        *([("Warning", card["missing"])] if card["missing"] else []),
     ]  # fmt: skip
     hits = flight.columns["verdict"] != "accepted"
     parts = [facts(pairs)]
     if hits.any():
-        parts += [_actions(flight, hits), figures(_map(flight, hits, shield))]
+        # In shadow mode the executed actions are the proposed ones.
+        parts += [] if shadow else [_actions(flight, hits)]
+        parts.append(figures(_map(flight, hits, shield)))
     return piece(REPLACED, *parts)
 
 
@@ -286,7 +295,9 @@ def _map(flight: FlightLog, hits: npt.NDArray[np.bool_], shield: Shield) -> list
     some, _ = np.histogramdd(inside[hits], edges)
     whole = flight.steps == "all"
     shares = some / np.maximum(total, 1.0) if whole else some / max(some.max(), 1.0)
-    kind = "Share of replaced steps" if whole else "Number of replaced steps"
+    shadow = flight.shield["mode"] == "shadow"
+    steps = f"steps that {_done(flight)}" if shadow else "replaced steps"
+    kind = f"{'Share' if whole else 'Number'} of {steps}"
     axes = [
         Axis(f"entry {i} of the observation", float(one[0]), float(one[-1]))
         for i, one in zip(entries, edges, strict=True)
@@ -309,7 +320,7 @@ def _map(flight: FlightLog, hits: npt.NDArray[np.bool_], shield: Shield) -> list
         figure(
             chart.drawing(),
             f"{kind}, where the agent was: the darker, the more, up to {most} in a cell. The "
-            "entries are those in which replaced steps differ most from "
+            f"entries are those in which {steps} differ most from "
             f"{'the other steps' if whole else 'the log'}. States beyond the edge count at it.",
         )
     ]
