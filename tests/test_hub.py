@@ -20,6 +20,7 @@ import pytest
 from safeshield import OfflineDataset, Shield, collect
 from safeshield.files import hub as files_hub
 from safeshield.reporting import hub_folder
+from safeshield.values.constraint import ConstraintSource
 
 BOAT = "safeshield/Boat-v0"
 COMMIT = "0123456789abcdef"
@@ -206,6 +207,41 @@ def test_the_card_says_what_the_record_and_the_log_say(tmp_path: Path, log: Offl
     names: dict[str, Any] = {}
     exec(compile(block, "card", "exec"), names)
     assert names["env"].reset(seed=0)[1]["shield/certified"]
+
+
+def test_the_example_names_what_must_be_registered(tmp_path: Path, log: OfflineDataset) -> None:
+    shield = Shield.builtin("boat")
+    assert shield.record is not None
+
+    def block(changed: Shield) -> str:
+        text = hub_folder(changed, tmp_path)[-1].read_text(encoding="utf-8")
+        (found,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        return str(found)
+
+    assert "Here import" not in block(shield)
+    assert "suites" not in block(shield)
+    foreign = block(replace(shield, record=replace(shield.record, environment="Mine-v0")))
+    assert "# Here import the module that registers the environment 'Mine-v0'." in foreign
+    suite = replace(shield.record, environment="SafetyCarGoal1Gymnasium-v0")
+    assert "\nimport safeshield.suites\n" in block(replace(shield, record=suite))
+    own = shield.with_constraint(ConstraintSource("mine@1", lambda states: states[:, 0]))
+    assert "# Here import the module that registers the constraint 'mine@1'." in block(own)
+
+
+def test_a_folder_with_another_readme_is_refused_and_an_old_picture_removed(tmp_path: Path) -> None:
+    shield = Shield.builtin("boat")
+    hub_folder(shield, tmp_path)
+    hub_folder(shield.with_delta(0.1), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md", "shield.safetensors"}
+    (tmp_path / "calibration.png").write_bytes(b"of somebody else")
+    hub_folder(shield.with_delta(0.1), tmp_path)
+    assert (tmp_path / "calibration.png").exists()
+    for text in ("# Mine\n", "---\ntags: []\n---\nlibrary_name: safeshield\n"):
+        (tmp_path / "README.md").write_text(text)
+        with pytest.raises(ValueError, match="has no line 'library_name: safeshield' in its head"):
+            hub_folder(shield, tmp_path)
+        assert (tmp_path / "README.md").read_text() == text
 
 
 def test_the_card_of_a_shield_without_a_record_promises_nothing(tmp_path: Path) -> None:

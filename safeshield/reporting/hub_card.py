@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gymnasium as gym
+
 from safeshield.data.card import DatasetCard, card_of, file_digest
 from safeshield.data.dataset import OfflineDataset
 from safeshield.files.atomic import written_whole
@@ -16,11 +18,15 @@ from safeshield.reporting.evidence import check_log
 from safeshield.shield.record import MEAN_COST
 from safeshield.shield.replacement import describe
 from safeshield.shield.shield import HasShield, Shield, as_shield
+from safeshield.values.constraint import ConstraintSource
 
 if TYPE_CHECKING:
     from safeshield.files.signing import PrivateKey
 
 CARD, PICTURE = "README.md", "calibration.png"
+_MARK = "library_name: safeshield"
+"""Line of the header of a card by which it is recognised as one of this package."""
+_PICTURED = f"![Rates and bounds of the tested thresholds]({PICTURE})"
 Log = OfflineDataset | str | os.PathLike[str]
 ShieldSource = Shield | HasShield | str | os.PathLike[str]
 
@@ -36,7 +42,8 @@ def hub_folder(
 ) -> list[Path]:
     """Write what `Shield.push_to_hub` uploads to a folder: the shield's file, a card, a picture.
 
-    Look at it before you publish it.
+    Look at it before you publish it. The files of an earlier shield in the folder are replaced, and
+    its picture is removed where the new card has none. Other files are left as they are.
 
     Args:
         shield: The shield, in any form that `as_shield` takes.
@@ -53,7 +60,8 @@ def hub_folder(
     Raises:
         OSError: A file cannot be written.
         ValueError: `license` is no identifier, the log has other spaces than the shield, `folder`
-            is a file; or as `Shield.save` and `card_of`.
+            is a file or holds a README.md whose header has no line "library_name: safeshield"; or
+            as `Shield.save` and `card_of`.
         ImportError: `sign` is given, and the extra `sign` is not installed.
 
     >>> import tempfile
@@ -77,6 +85,7 @@ def hub_folder(
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise ValueError(f"folder must be a folder or a new one, got the file '{folder}'")
+    pictured = _PICTURED in _earlier_card(place)
     place.mkdir(parents=True, exist_ok=True)
     files = [place / SHIELD_FILE]
     shield.save(files[0], sign=sign)
@@ -86,6 +95,8 @@ def hub_folder(
 
         files.append(place / PICTURE)
         draw_calibration(files[-1], shield)
+    elif pictured:
+        (place / PICTURE).unlink(missing_ok=True)
     card = _card(shield, repo_id, data, license, file_digest(files[0]), len(files) > 1)
     files.append(place / CARD)
     with written_whole(files[-1]) as part:
@@ -125,6 +136,25 @@ def push_to_hub(
 # -- the card -----------------------------------------------------------------------------------
 
 
+def _earlier_card(folder: Path) -> str:
+    """Return the card that a folder holds, "" where it holds none.
+
+    Raises:
+        ValueError: The folder holds a README.md that is no card of this package.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    header = text.partition("---\n")[2].partition("\n---")[0] if text.startswith("---\n") else ""
+    if _MARK not in header.splitlines():
+        raise ValueError(
+            f"folder must not hold a {CARD} that is no card of safeshield, but {path} has no line "
+            f"'{_MARK}' in its header: name another folder, or move that file away"
+        )
+    return text
+
+
 def _card(
     shield: Shield,
     repo_id: str,
@@ -135,7 +165,7 @@ def _card(
 ) -> str:
     record = shield.record
     where = None if record is None else record.environment
-    head = ["---", "library_name: safeshield"]
+    head = ["---", _MARK]
     if license is not None:
         head.append(f"license: {license}")
     head += ["tags:", "- safety-shield", "- safe-reinforcement-learning", "---", ""]
@@ -164,7 +194,7 @@ def _card(
         ]
         lines += ["", f"The calibration was made on {_plain(record.date[:10])}."]
         if picture:
-            lines += ["", f"![Rates and bounds of the tested thresholds]({PICTURE})"]
+            lines += ["", _PICTURED]
     if shield.log_records:
         lines += ["", "## What logs show", ""]
         lines += [f"- {_plain(one.statement)}" for one in shield.log_records]
@@ -199,6 +229,7 @@ def _card(
         "```python",
         "import gymnasium as gym",
         "from safeshield import SafetyShield, Shield",
+        *_to_register(shield, where),
         "",
         f'shield = Shield.from_pretrained({repo_id!r})  # pip install "safeshield[hub]"',
         f"env = SafetyShield(gym.make({where or 'the id of your environment'!r}), shield)",
@@ -210,6 +241,34 @@ def _card(
         "",
     ]
     return "\n".join([*head, *lines])
+
+
+def _to_register(shield: Shield, where: str | None) -> list[str]:
+    """Return lines of the example that import, or name, what is not registered by itself."""
+    import safeshield.suites  # noqa: F401 - registers the suites
+
+    spec = None if where is None else gym.registry.get(where)
+    maker = None if spec is None else spec.entry_point
+    source = shield.model.constraint
+    modules = {f"the constraint {one.name!r}": _module(one.found) for one in _parts(source)}
+    if where is not None:
+        module = maker.partition(":")[0] if isinstance(maker, str) else _module(maker)
+        modules[f"the environment {where!r}"] = module
+    lines = [
+        f"# Here import the module that registers {what}."
+        for what, module in modules.items()
+        if not f"{module}.".startswith(("safeshield.", "gymnasium."))
+    ]
+    suites = any(f"{module}.".startswith("safeshield.suites.") for module in modules.values())
+    return [*(["import safeshield.suites"] if suites else []), *lines]
+
+
+def _parts(source: ConstraintSource | None) -> tuple[ConstraintSource, ...]:
+    return () if source is None else source.parts
+
+
+def _module(found: object) -> str:
+    return str(getattr(found, "__module__", ""))
 
 
 def _plain(text: str) -> str:
