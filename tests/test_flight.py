@@ -600,6 +600,8 @@ def test_bad_arguments(strict: Shield, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder, got the file"):
         ShieldLog(tmp_path / "file")
+    with pytest.raises(OSError, match=r"cannot make the folder .*; choose another name, or a fold"):
+        ShieldLog(tmp_path / "file" / "flight")
     with (
         ShieldLog(tmp_path / "flight", max_bytes=5000) as log,
         pytest.raises(ValueError, match=r"max_bytes must be at least .* for two steps of 99"),
@@ -988,6 +990,8 @@ def test_a_flight_that_is_told_its_agent_names_it(strict: Shield, tmp_path: Path
         fly(env, 3)
     flight = FlightLog.load(path)
     assert flight.agent == flight.card()["agent"] == "a.zip"
+    with pytest.raises(ValueError, match=r"is a.zip, and this one is none: .* or pass the agent="):
+        SafetyShield(boat(), strict, log=ShieldLog(path))
     log = flight.to_dataset()
     assert (log.provenance or {})["collected_by"] == "a.zip"
     record = strict.calibrate_from_log(log, "trial", confidence=0.1).log_records[-1]

@@ -391,6 +391,8 @@ def test_bad_arguments(watched: Shield, tmp_path: Path) -> None:
             PromiseMonitor(watched, path)
     with pytest.raises(FileNotFoundError, match="make the folder"):
         PromiseMonitor(watched, tmp_path / "none" / "promise.json")
+    with pytest.raises(TypeError, match=r"paths must be a list of files, got 'promise.json'"):
+        PromiseMonitor.merged(watched, "promise.json")
 
 
 # -- the file -----------------------------------------------------------------------------------

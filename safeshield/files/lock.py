@@ -42,8 +42,15 @@ def locked(folder: Path, why: str = _RUN, *, timeout: float = 0.0) -> Iterator[N
 
     Raises:
         ValueError: Another run has locked the folder.
+        OSError: The folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(
+            f"cannot make the folder {folder}: {error.strerror}; choose another name, or a folder "
+            "in which you may write"
+        ) from error
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(folder / LOCK, timeout=timeout, thread_local=False))

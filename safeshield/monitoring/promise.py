@@ -399,9 +399,12 @@ class PromiseMonitor:
             on_change: See the class. It is not called for what the files show already.
 
         Raises:
+            TypeError: `paths` is a single path.
             ValueError: There is no file, a file is damaged, of another shield or made with other
                 settings, or two files tell different ends of an episode.
         """
+        if isinstance(paths, str | os.PathLike):
+            raise TypeError(f"paths must be a list of files, got {paths!r:.80}: write [path]")
         files = [(Path(one), *read_ledger(Path(one), _SETTINGS)) for one in paths]
         if not files:
             raise ValueError("paths must name one file or more, got none")

@@ -441,10 +441,13 @@ class ShieldLog:
             # Files of earlier releases name no agent.
             there = found.header.get(name, "")
             if there != self._header[name]:
+                told, own = (
+                    "none" if one == "" else f"{one!s:.120}" for one in (there, self._header[name])
+                )
                 raise ValueError(
-                    f"{self.path} holds a flight whose {name.replace('_', ' ')} is "
-                    f"{there!s:.120}, and this one is {self._header[name]!s:.120}: "
-                    "record to another folder"
+                    f"{self.path} holds a flight whose {name.replace('_', ' ')} is {told}, and "
+                    f"this one is {own}: record to another folder"
+                    + (", or pass the agent= of that flight" if name == "agent" else "")
                 )
         self._first = found.following
         past = int(found.rows["episode"].max(initial=-1)) + 1
