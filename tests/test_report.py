@@ -417,6 +417,7 @@ def test_a_flight_of_discrete_actions_without_h(steps: str, bare: Shield) -> Non
     shadow = replace(flight, shield={**flight.shield, "mode": "shadow"}, torn=1, closed=False)
     told = Page("<div>" + replaced(shadow, bare) + worst(shadow) + "</div>").text
     assert "Would have been replaced7 (" in told
+    assert "Environmentnot known to the recorder" in told
     assert "shadow: nothing was replaced" in told
     assert "Interventions" not in told
     assert "Most frequent replacements" not in told
@@ -444,6 +445,31 @@ def test_a_revoked_promise_and_doubts_are_said_first(bare: Shield, tmp_path: Pat
     assert "A monitor doubts it: the start value" in text
 
 
+def test_the_page_says_what_the_files_of_monitors_are_worth(bare: Shield, tmp_path: Path) -> None:
+    shield = replace(bare, record=record(0.05))
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    for file in files:
+        PromiseMonitor(shield, file, cut_as_violations=True).episode(file.name, False, cut=True)
+    text = Page(safety_report(shield, monitors=files)).text
+    assert "revoked with probability at most 4 b (b for the episodes of all 3 files" in text
+    assert "Cut3; they count as violations of the promise" in text
+    assert "no digest and no signature" in text
+    text = Page(safety_report(shield, monitors=files[:1])).text
+    assert "revoked with probability at most b, however long" in text
+    PromiseMonitor(shield, tmp_path / "d.json").episode("d", False, cut=True)
+    text = Page(safety_report(shield, monitors=[tmp_path / "d.json"])).text
+    assert "Cut1; they count with the score that they had reached" in text
+
+
+def test_statements_about_the_same_episodes_share_their_confidence(bare: Shield) -> None:
+    first = replace(statement(0.05), spent=0.1, tries=1, alpha=0.3)
+    text = Page(safety_report(replace(bare, log_records=(first,)))).text
+    assert "at confidence 90%." in text
+    text = Page(safety_report(replace(bare, log_records=(first, statement(0.05))))).text
+    summary = text[text.index("What is promised?") : text.index("For whom?")]
+    assert summary.count("at confidence 80% together with the other statements") == 2
+
+
 def test_evidence_of_another_shield_is_refused(
     bare: Shield, pages: dict[str, str], folder: Path, tmp_path: Path
 ) -> None:
@@ -453,6 +479,9 @@ def test_evidence_of_another_shield_is_refused(
         safety_report(replace(bare, record=record(0.05)), monitors=[folder / "promise.json"])
     with pytest.raises(ValueError, match="no record"):
         safety_report(bare, monitors=[folder / "promise.json"])
+    for one in ("logs", "monitors"):
+        with pytest.raises(TypeError, match=f"{one} must be a list of files, got 'a.json'"):
+            safety_report(bare, **{one: "a.json"})  # type: ignore[arg-type]
     agent = SafeFQL.load(folder / "actor.safetensors", device="cpu")
     for wrong in ({"monitors": ["a.json"]}, {"flight": "a"}):
         with pytest.raises(ValueError, match="must be left out for an agent"):

@@ -424,7 +424,7 @@ def claim_of_logs(records: Sequence[LogRecord], attempts: Sequence[Attempt]) -> 
     agents = sorted({one.agent for one in records if one.method not in (DETECTION, RESIDUALS)})
     whom = [f"For {_whose(one)}." for one in records]
     return Claim(
-        promised=" ".join(_stated(one) for one in records),
+        promised=" ".join(_stated(one, _together(one, records)) for one in records),
         whom=" ".join(dict.fromkeys(whom)),
         basis=" ".join(
             f"{_METHODS[one.method]}: {one.episodes} episodes, {one.events} of which count "
@@ -438,7 +438,7 @@ def claim_of_logs(records: Sequence[LogRecord], attempts: Sequence[Attempt]) -> 
         scope=tuple(
             (f"{_METHODS[one.method]}, {one.date[:10]}", f"{_whose(one)}; episodes of at most "
              f"{one.horizon} steps, drawn like those of the log; delta "
-             f"{number(one.delta, 'of any size')}; confidence {percent(one.confidence)}")
+             f"{number(one.delta, 'of any size')}; {_together(one, records)}")
             for one in records
         ),
         limits=(
@@ -489,8 +489,21 @@ def _whose(record: LogRecord) -> str:
     return f"the agent {record.agent}{called(record.deterministic)}"
 
 
-def _stated(record: LogRecord) -> str:
-    at = f"at confidence {percent(record.confidence)}"
+def _together(record: LogRecord, records: Sequence[LogRecord]) -> str:
+    """Return the confidence of a statement, and of all that share its episodes or its question."""
+    # A record does not know of the statements that were made about its log after it.
+    same = [one for one in records if one.digest == record.digest]
+    joint = min(one.joint_confidence for one in same)
+    if joint >= record.confidence:
+        return f"confidence {percent(record.confidence)}"
+    return (
+        f"confidence {percent(joint)} together with the other statements that share its allowed "
+        f"error ({percent(record.confidence)} alone)"
+    )
+
+
+def _stated(record: LogRecord, confidence: str) -> str:
+    at = f"at {confidence}"
     if record.method == DETECTION:
         return (
             f"Of violating episodes that start in a safe state, at least "

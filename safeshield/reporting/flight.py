@@ -220,6 +220,8 @@ def replaced(flight: FlightLog | None, shield: Shield | None) -> Html:
     card, shadow = flight.card(), flight.shield["mode"] == "shadow"
     pairs: list[tuple[str, object]] = [
         ("Mode", "shadow: nothing was replaced" if shadow else flight.shield["mode"]),
+        ("Environment", flight.environment or "not known to the recorder, so it was not compared "
+         "with that of a record"),
         ("Agent", flight.agent or "not told to the recorder"),
         ("Recorded", f"{'all steps' if flight.steps == 'all' else 'interventions only'}, "
          + " to ".join(card["times"])),

@@ -27,15 +27,17 @@ _MOST_POINTS = 600
 _MOST_STEPS = 100_000
 """Number of transitions of a log that are scored by a support test, in whole episodes."""
 _BINS = 40
+_REACHED = "with the score that they had reached"
 
 # -- E6: the watched promise -----------------------------------------------------------------------
 
 
-def since(monitor: PromiseMonitor | None, watchable: bool) -> Html:
+def since(monitor: PromiseMonitor | None, files: int, watchable: bool) -> Html:
     """Return what a monitor has seen since the deployment.
 
     Args:
         monitor: The monitor; None where no file of one was given.
+        files: Number of files from which it was merged.
         watchable: Whether there is a promise of a shield that a monitor can watch.
     """
     if not watchable:
@@ -70,8 +72,9 @@ def since(monitor: PromiseMonitor | None, watchable: bool) -> Html:
                      f"{percent(broken / len(counted))} [95% interval {percent(low)} to "
                      f"{percent(high)}]; promised is at most {percent(share)}"))  # fmt: skip
     rows += [
-        ("Cut or under way", f"{seen.cut} cut, {seen.running} under way; they count with what they "
-         "had reached"),
+        ("Cut", f"{seen.cut}; they count "
+         f"{'as violations of the promise' if monitor.cut_as_violations else _REACHED}"),
+        ("Under way", f"{seen.running}; they count {_REACHED}"),
         ("Certified, without any label", f"{seen.unlabelled}; they do not count"),
     ]  # fmt: skip
     if counted:
@@ -90,11 +93,23 @@ def since(monitor: PromiseMonitor | None, watchable: bool) -> Html:
     return piece(SINCE, facts(rows), figures(drawn) if drawn else None,
         paragraph(
             "Not contradicted means no more than that: a monitor cannot show that a promise holds. "
-            "A promise that holds is revoked with probability at most b, however long it is "
-            "watched. The interval assumes independent episodes; E_t does not. Episodes that "
-            "began uncertified are not counted at all.", kind="note",
+            f"A promise that holds is revoked with probability at most {_wrongly(files)}, however "
+            "long it is watched. The interval assumes independent episodes; E_t does not. Episodes "
+            "that began uncertified are not counted at all. The file of a monitor has no digest "
+            "and no signature: whoever can write it can change what it says, so this is as "
+            "reliable as those who have kept the file.", kind="note",
         ),
     )  # fmt: skip
+
+
+def _wrongly(files: int) -> str:
+    """Return the bound on the probability that a promise that holds is revoked."""
+    if files == 1:
+        return "b"
+    return (
+        f"{files + 1} b (b for the episodes of all {files} files together, and b more for each "
+        "file, because a state in a file is never taken back)"
+    )
 
 
 def _piece(scores: Sequence[float], share: float, limit: float) -> Html:

@@ -131,11 +131,14 @@ def safety_report(
             key. None: the page says whether the file is signed.
 
     Raises:
-        TypeError: `source` is none of these.
+        TypeError: `source` is none of these, or `logs` or `monitors` is a single path.
         ValueError: A file is damaged or of another shield, or `monitors` or a `flight` are given
             although there is no promise of a shield to watch, or no shield.
         OSError: A file cannot be read.
     """
+    for name, given in (("logs", logs), ("monitors", monitors)):
+        if isinstance(given, str | os.PathLike):
+            raise TypeError(f"{name} must be a list of files, got {given!r:.80}: write [path]")
     subject = _subject(source, file)
     signed = signature_state(subject.file, verify)
     monitor = _monitor(subject, [Path(one) for one in monitors])
@@ -153,7 +156,7 @@ def safety_report(
         evidence.tests(subject.record),
         evidence.attempts(subject.attempts, subject.ledger, subject.record),
         evidence.statements(subject.log_records),
-        operation.since(monitor, own is not None and own.record is not None),
+        operation.since(monitor, len(monitors), own is not None and own.record is not None),
         worst(flown),
         replaced(flown, own),
         operation.coverage(own, read),
