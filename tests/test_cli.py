@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 from typer.testing import CliRunner
 
-from safeshield import SafeFQL, Shield
+from safeshield import OfflineDataset, SafeFQL, Shield, collect
 from safeshield.cli import app
 
 BOAT = "safeshield/Boat-v0"
@@ -237,7 +238,8 @@ def test_a_policy_in_python_can_be_named(files: Path, tmp_path: Path) -> None:
         told = json.loads(
             run(*command, "--episodes", 3, "--policy", f"own_agents:{name}", "--without")
         )
-        assert {one.pop("policy") for one in told} == {f"own_agents:{name}"}
+        # The name that Python gives to it, so that attempts are recognised as repeated.
+        assert {one.pop("policy") for one in told} == {"Ahead" if name == "agent" else name}
         results.append(told)
     assert results[0] == results[1] == results[2]
     random = json.loads(run(*command, "--episodes", 3, "--policy", "random", "--without"))
@@ -464,12 +466,24 @@ def test_a_held_out_log_gives_statements_a_table_and_a_picture(halves: Path) -> 
         "calibrate-from-log", out, halves / "held_out.npz", out, "--method", "shadow", code=2
     )
     assert "was chosen by some of these episodes" in again
-    told = stated(halves, out, "--method", "shadow", "--policy", "helmsmen", "--stochastic")
+    arguments = ("--method", "shadow", "--policy", "helmsmen", "--stochastic")
+    told = stated(halves, out, *arguments, code=2)
+    assert "has 2 attempts and statements that" in told
+    assert Shield.load(out).log_records == shield.log_records
+    out = halves / "other.safetensors"
+    told = stated(halves, out, *arguments)
     assert "in which helmsmen (deterministic=False) proposes the actions" in told
     shown = run("inspect", out).splitlines()
     assert sum(one.startswith("from logs  ") for one in shown) == 1
     assert "residuals from 28 episodes" in stated(
-        halves, out, "--method", "residuals", "--alpha", 0.4, "--confidence", 0.6
+        halves,
+        halves / "residuals.safetensors",
+        "--method",
+        "residuals",
+        "--alpha",
+        0.4,
+        "--confidence",
+        0.6,
     )
 
 
@@ -499,6 +513,28 @@ def test_spliced_episodes_go_on_in_an_environment(halves: Path) -> None:
     )  # fmt: skip
     assert "if the simulator safeshield/Boat-v0 behaves as the plant does" in told
     assert "BehaviourCloning, seed 0 (bc.safetensors)" in told
+
+
+def test_the_agent_has_the_name_that_python_gives_or_policy_name(
+    halves: Path, tmp_path: Path
+) -> None:
+    plugin = tmp_path / "own_heaters.py"
+    plugin.write_text("def hot(observation):\n    return [0.2, 0.1]\n")
+    policy = ("--policy", "own_heaters:hot", "--plugin", plugin)
+    log = tmp_path / "log.hdf5"
+    run("collect", BOAT, log, *policy, "--episodes", 12, "--seed", 5)
+    assert (OfflineDataset.load(log).provenance or {})["collected_by"] == "hot"
+    command = ("calibrate-from-log", halves / "shield.safetensors", log, tmp_path / "o.safetensors",
+               "--method", "shadow", "--confidence", 0.6, *policy)  # fmt: skip
+    assert "in which hot proposes the actions" in run(*command)
+    (tmp_path / "o.safetensors").unlink()
+    told = " ".join(run(*command, "--policy-name", "warm", code=2).split())
+    assert "got 'warm', but the log was collected by 'hot'" in told
+    env = gym.make(BOAT)
+    collect(env, lambda _: [0.2, 0.1], 12, seed=5, policy_name="warm").save(log)
+    told = " ".join(run(*command, code=2).split())
+    assert "give the name that the log has as --policy-name" in told
+    assert "in which warm proposes the actions" in run(*command, "--policy-name", "warm")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ def calibrate_from_log(
             "compared."
         ),
     ] = None,
+    policy_name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the agent in the statement, where --policy names a file or module:name. "
+            "It must be the one in the log. Default: as in calibrate."
+        ),
+    ] = None,
     deterministic: Annotated[
         bool | None,
         typer.Option(
@@ -116,7 +123,8 @@ def calibrate_from_log(
 ) -> None:
     """Say what held-out episodes of a log show of a shield, without a simulator.
 
-    The shield is written to OUT with the statement, and with the memory of all attempts. Where the
+    The shield is written to OUT with the statement, and with the memory of all attempts. An OUT
+    that remembers more than SOURCE is refused, because its memory would be lost. Where the
     log does not show what was asked for, OUT is written with the attempt alone, and the exit status
     is 1. `safeshield plan` says how many episodes each method needs.
     """
@@ -134,6 +142,7 @@ def calibrate_from_log(
     from safeshield.calibration.walk import CalibrationError
 
     shield = shield_of(source)
+    _check_memory(out, shield, source)
     held_out = _held_out(log, shield)
     env = None if simulator is None else env_for(simulator, shield)
     agent, name = _agent(policy, env, trust)
@@ -142,7 +151,7 @@ def calibrate_from_log(
         "lead": None if lead is None else steps_of(lead, step_seconds),
         "epsilon": epsilon,
         "policy": agent,
-        "policy_name": name,
+        "policy_name": policy_name or name,
         "deterministic": deterministic,
         "horizon": horizon,
         "simulator": env,
@@ -157,6 +166,12 @@ def calibrate_from_log(
         typer.echo(f"not shown: {error}", err=True)
         typer.echo(f"{out}: the shield, unchanged, with the memory of this attempt", err=True)
         raise typer.Exit(1) from None
+    except ValueError as error:
+        if policy_name is None and name is not None and "log was collected by" in str(error):
+            raise ValueError(
+                f"{error}, or give the name that the log has as --policy-name"
+            ) from error
+        raise
     record = found.log_records[-1]
     if picture is not None:
         record.picture(str(picture))
@@ -168,6 +183,24 @@ def calibrate_from_log(
         typer.echo(
             f"note: the chosen alarm at {record.threshold:.4g} is above 0, and the shield acts at "
             f"delta {found.delta:.4g}, which is stricter, because delta is never negative"
+        )
+
+
+def _check_memory(out: Path, shield: Shield, source: Path) -> None:
+    """Raise ValueError where a file remembers attempts or statements that a shield lacks."""
+    from safeshield.cli.kinds import file_kind
+    from safeshield.files.tensors import SHIELD
+
+    if not out.is_file() or file_kind(out) != SHIELD:
+        return
+    there = shield_of(out)
+    kept = [*there.attempts, *there.ledger.attempts, *there.log_records]
+    own = [*shield.attempts, *shield.ledger.attempts, *shield.log_records]
+    lacking = sum(kept.count(one) > own.count(one) for one in kept)
+    if lacking:
+        raise ValueError(
+            f"OUT must hold nothing that would be forgotten, but {out} has {lacking} attempts and "
+            f"statements that {source} lacks: give {out} as SOURCE, or another OUT"
         )
 
 

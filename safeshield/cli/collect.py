@@ -20,7 +20,7 @@ from safeshield.cli.app import (
     this_command,
 )
 from safeshield.cli.settings import fields_help, parse, settings_of
-from safeshield.cli.sources import make_env, policy_of
+from safeshield.cli.sources import make_env, policy_of, short_name_of
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
@@ -144,9 +144,10 @@ def collect(
         from safeshield.data.collect import collect as collect_log
 
         name = policy or "random"
+        acting = policy_of(name, env, None, trust)
         log = collect_log(
-            env, policy_of(name, env, None, trust), episodes, seed,
-            policy_name=Path(name).name, step_limit=step_limit,
+            env, acting, episodes, seed,
+            policy_name=short_name_of(name, acting), step_limit=step_limit,
         )  # fmt: skip
     log.save(out)
     typer.echo(f"{out}: {log}, {int(log.violating_episodes.sum())} episodes violate")

@@ -20,7 +20,7 @@ from safeshield.cli.app import (
     Trust,
     check_output,
 )
-from safeshield.cli.sources import env_for, log_of, policy_of, shield_of
+from safeshield.cli.sources import env_for, log_of, policy_of, shield_of, short_name_of
 
 
 def diagnose(
@@ -61,13 +61,14 @@ def diagnose(
         check_output(picture, (".png", ".svg", ".pdf"), "--picture")
     shield = shield_of(source)
     env = env_for(env_id, shield)
+    acting = policy_of(policy, env, shield, trust)
     found = shield.diagnose(
         env,
-        policy_of(policy, env, shield, trust),
+        acting,
         episodes=episodes,
         seed=seed,
         deterministic=deterministic,
-        policy_name=Path(policy).name,
+        policy_name=short_name_of(policy, acting),
         log=None if log is None else log_of(str(log), env),
     )
     if picture is not None:

@@ -11,7 +11,15 @@ import typer
 
 from safeshield.cli.app import AsJson, Debug, EnvId, Plugins, Trust
 from safeshield.cli.settings import parse
-from safeshield.cli.sources import env_for, log_of, make_env, name_of, policy_of, shield_of
+from safeshield.cli.sources import (
+    env_for,
+    log_of,
+    make_env,
+    name_of,
+    policy_of,
+    shield_of,
+    short_name_of,
+)
 
 R = TypeVar("R")
 
@@ -121,7 +129,7 @@ def evaluate(
                 shield=shield if shielded else None,
                 starts="certified",
                 certified_by=shield,
-                name=Path(policy).name,
+                name=short_name_of(policy, acting),
                 deterministic=acts,
             )
         )

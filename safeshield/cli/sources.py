@@ -202,13 +202,28 @@ def name_of(name: str, policy: object) -> str:
     Args:
         name: Name or path that the user gave.
         policy: The policy that `policy_of` returned for it. Algorithm and seed are added only for
-            an `OfflineAgent`.
+            the file of an `OfflineAgent`.
     """
     from safeshield.training.agent import OfflineAgent
 
-    if isinstance(policy, OfflineAgent):
+    if isinstance(policy, OfflineAgent) and not _is_in_module(name):
         return f"{type(policy).__name__}, seed {policy.config.seed} ({Path(name).name})"
-    return Path(name).name
+    return short_name_of(name, policy)
+
+
+def short_name_of(name: str, policy: object) -> str:
+    """Return the name of a policy's file, or the one that Python gives to a policy of a module.
+
+    So the same policy has one name, whether Python or the command line calibrates with it. The
+    arguments are those of `name_of`.
+    """
+    from safeshield.rollouts.policies import default_name
+
+    return default_name(policy) if _is_in_module(name) else Path(name).name
+
+
+def _is_in_module(name: str) -> bool:
+    return ":" in name and Path(name).suffix not in (".safetensors", ".zip", ".json", ".onnx")
 
 
 def log_of(

@@ -20,7 +20,7 @@ from safeshield.cli.app import (
     Trust,
     check_output,
 )
-from safeshield.cli.sources import env_for, policy_of, shield_of
+from safeshield.cli.sources import env_for, policy_of, shield_of, short_name_of
 
 
 def stress(
@@ -60,16 +60,17 @@ def stress(
 
     shield = shield_of(source)
     env = env_for(env_id, shield)
+    acting = policy_of(policy, env, shield, trust)
     found = play(
         shield,
         env,
-        policy_of(policy, env, shield, trust),
+        acting,
         alone=UnshieldedAdversary(shield) if policy == "adversary" else None,
         kinds=fault,
         episodes=episodes,
         seed=seed,
         deterministic=deterministic,
-        policy_name=Path(policy).name,
+        policy_name=short_name_of(policy, acting),
         progress_bar=not as_json,
     )
     if picture is not None:

@@ -17,7 +17,7 @@ from safeshield.cli.app import (
     Trust,
     check_output,
 )
-from safeshield.cli.sources import env_for, policy_of, shield_of
+from safeshield.cli.sources import env_for, policy_of, shield_of, short_name_of
 
 
 def watch(
@@ -60,15 +60,16 @@ def watch(
     check_format(out)
     shield = shield_of(source)
     env = env_for(env_id, shield, frames=True)
+    acting = policy_of(policy, env, shield, trust)
     film = play(
         shield,
         env,
-        policy_of(policy, env, shield, trust),
+        acting,
         steps=steps,
         seed=seed,
         deterministic=deterministic,
         height=height,
-        policy_name=Path(policy).name,
+        policy_name=short_name_of(policy, acting),
     )
     film.save(out, fps=fps)
     typer.echo(film.summary())
