@@ -487,6 +487,13 @@ def test_a_held_out_log_gives_statements_a_table_and_a_picture(halves: Path) -> 
     )
 
 
+def test_the_plan_rounds_no_chance_to_1_and_names_both_levels() -> None:
+    assert "more than 0.99 where it is 0.001" in run("plan")
+    told = run("plan", "--cost-limit", 10, "--cost-bound", 100, "--confidence", 0.95)
+    assert "mean cost: at least 29 episodes" in told
+    assert "at half of the level, which takes at least 36 episodes" in told
+
+
 def test_an_attempt_that_did_not_pass_is_remembered_and_exits_with_1(halves: Path) -> None:
     out = halves / "failed.safetensors"
     told = stated(halves, out, "--method", "shadow", "--epsilon", 0.25, code=1)

@@ -78,7 +78,8 @@ def episodes_plan(
         for share in (alpha, epsilon)
     )
     plan = sequential_plan(epsilon, confidence)
-    shared = sequential_plan(epsilon, 1.0 - (1.0 - confidence) / 2.0)
+    half = 1.0 - (1.0 - confidence) / 2.0
+    shared = sequential_plan(epsilon, half)
     needs = [
         Need(
             "detection",
@@ -114,21 +115,30 @@ def episodes_plan(
             "episodes in a simulator or a testbed, for each threshold and policy that is tested",
             "a violation",
             plan.looks,
-            f"Passes with probability {plan.power(epsilon / 5):.2g} where the true rate is "
-            f"{epsilon / 5:g}, and {plan.power(epsilon / 10):.2g} where it is {epsilon / 10:g}. "
+            f"Passes with probability {_chance(plan.power(epsilon / 5))} where the true rate is "
+            f"{epsilon / 5:g}, and {_chance(plan.power(epsilon / 10))} where it is "
+            f"{epsilon / 10:g}. "
             f"A threshold that the pilot proposes is tested at half of the level, which takes "
             f"{shared.looks[0][0]} to {shared.most} episodes; the pilot plays others.",
         ),
     ]
     if limit is not None and bound is not None:
-        least = betting_test(MeanCost(limit, bound).share, confidence).least
+        share = MeanCost(limit, bound).share
+        least, halved = (betting_test(share, level).least for level in (confidence, half))
         needs.append(
             Need(
                 "mean cost",
                 "episodes in a simulator or a testbed, for each threshold and policy",
                 "any cost",
                 ((least, 0),),
-                "Costs above 0 take more episodes; the test looks after each one.",
+                "Costs above 0 take more episodes; the test looks after each one. A threshold that "
+                f"the pilot proposes is tested at half of the level, which takes at least {halved} "
+                "episodes; the pilot plays others.",
             )
         )
     return tuple(needs)
+
+
+def _chance(probability: float) -> str:
+    """Return a probability in words that does not round it up to 1."""
+    return "more than 0.99" if probability > 0.99 else f"{probability:.2g}"
