@@ -697,6 +697,24 @@ def test_costs_alone_give_the_labels_of_the_log_to_join(strict: Shield, tmp_path
         flight.to_dataset(like=unnamed)
 
 
+def test_labels_at_some_steps_are_told_from_none(strict: Shield, tmp_path: Path) -> None:
+    class Sometimes(gym.Wrapper[Any, Any, Any, Any]):
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            *rest, _ = self.env.step(action)
+            self.steps = getattr(self, "steps", 0) + 1
+            return *rest, {"cost": 0.0} if self.steps % 10 else {}
+
+    with ShieldLog(tmp_path / "flight") as log:
+        env = SafetyShield(Sometimes(boat()), strict, log=log)
+        for _ in range(2):
+            state, _ = env.reset(seed=0)
+            for _ in range(STEPS):
+                state, *_ = env.step(act(state))
+    count = 2 * STEPS // 10
+    with pytest.raises(ValueError, match=f"every step: {count} of {2 * STEPS} steps .* step 9 of"):
+        FlightLog.load(tmp_path / "flight").to_dataset()
+
+
 def test_training_on_a_flight_refuses_it_as_held_out(
     strict: Shield, boat_log: OfflineDataset, tmp_path: Path
 ) -> None:

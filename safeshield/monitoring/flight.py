@@ -462,12 +462,20 @@ def _labelled(
     See `FlightLog.to_dataset`.
     """
     h, reached, costs = now["h"], after["h"], after["cost"]
-    has_h = bool(np.isfinite(h).all() and np.isfinite(reached).all())
-    has_costs = bool((np.isfinite(costs) & (costs >= 0)).all())
+    told_h, told_costs = np.isfinite(h) & np.isfinite(reached), np.isfinite(costs) & (costs >= 0)
+    has_h, has_costs = bool(told_h.all()), bool(told_costs.all())
     if not (has_h or has_costs):
+        lacking = ~(told_h if told_h.sum() > told_costs.sum() else told_costs)
+        told = "neither"
+        if not lacking.all():
+            first = now[int(lacking.argmax())]
+            told = (
+                f"neither at every step: {lacking.sum()} of {len(now)} steps have no such label, "
+                f"the first of them step {first['step']} of episode {first['episode']}"
+            )
         raise ValueError(
             "the environment must report info['constraint'] at reset and at every step, or "
-            "info['cost'] at every step, but the flight holds neither: wrap it in "
+            f"info['cost'] at every step, but the flight holds {told}: wrap it in "
             "ConstraintFromFunction or CostFromFunction"
         )
     name = own if like is None else like.constraint_source
