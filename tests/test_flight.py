@@ -1010,6 +1010,8 @@ def test_a_flight_that_is_told_its_agent_names_it(strict: Shield, tmp_path: Path
     assert flight.agent == flight.card()["agent"] == "a.zip"
     with pytest.raises(ValueError, match=r"is a.zip, and this one is none: .* or pass the agent="):
         SafetyShield(boat(), strict, log=ShieldLog(path))
+    with pytest.raises(TypeError, match=r"got a FlightLog: pass held_out.to_dataset\(\)"):
+        strict.calibrate_from_log(flight, "trial")  # type: ignore[arg-type]
     log = flight.to_dataset()
     assert (log.provenance or {})["collected_by"] == "a.zip"
     record = strict.calibrate_from_log(log, "trial", confidence=0.1).log_records[-1]

@@ -1060,6 +1060,11 @@ class Shield:
         """
         from safeshield.calibration.from_log import calibrate_from_log
 
+        if hasattr(held_out, "to_dataset"):  # Flights are of a package above this one.
+            raise TypeError(
+                "held_out must be an OfflineDataset of whole episodes, got a "
+                f"{type(held_out).__name__}: pass held_out.to_dataset()"
+            )
         found = calibrate_from_log(
             self,
             held_out,
