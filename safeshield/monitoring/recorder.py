@@ -441,11 +441,11 @@ class ShieldLog:
             # Files of earlier releases name no agent.
             there = found.header.get(name, "")
             if there != self._header[name]:
-                told, own = (
+                theirs, own = (
                     "none" if one == "" else f"{one!s:.120}" for one in (there, self._header[name])
                 )
                 raise ValueError(
-                    f"{self.path} holds a flight whose {name.replace('_', ' ')} is {told}, and "
+                    f"{self.path} holds a flight whose {name.replace('_', ' ')} is {theirs}, and "
                     f"this one is {own}: record to another folder"
                     + (", or pass the agent= of that flight" if name == "agent" else "")
                 )
