@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -266,8 +267,18 @@ def labelled(dataset: OfflineDataset, magnitude: float) -> OfflineDataset:
     Args:
         dataset: The log, which must pass `check_boundary`.
         magnitude: The setting `label_magnitude`.
+
+    Warns:
+        UserWarning: The actions are a Box of integers.
     """
     check_boundary(dataset)
+    if isinstance(dataset.action_space, gym.spaces.Box) and dataset.action_space.dtype.kind in "iu":
+        warnings.warn(
+            f"the actions are a Box of {dataset.action_space.dtype}: a shield judges numbers "
+            "between the integers, and executes them without their fraction, so that it may "
+            "execute an action that it has not judged; make the actions MultiDiscrete",
+            stacklevel=2,
+        )
     binary = dataset.constraint_kind == "binary"
     return dataset.with_label_magnitude(magnitude) if binary else dataset
 
