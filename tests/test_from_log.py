@@ -446,7 +446,7 @@ def test_the_words_are_those_of_the_method(fresh: Shield, pool: OfflineDataset) 
     shadow = last(fresh.calibrate_from_log(pool.select(np.arange(400, 700)), "shadow"))
     assert (
         "This bound cannot be below the agent's own rate without the shield: it shows that agent "
-        "and shield together violate no more often, not that the shield made it so."
+        "and shield together violate at most at this rate, not that the shield is the reason."
     ) in shadow.statement
     assert f"with probability at most {shadow.bound:.4g}" in shadow.statement
     residuals = last(found.calibrate_from_log(log, "residuals"))

@@ -201,7 +201,7 @@ class LogRecord:
                 f"In {self.events} of {self.episodes} episodes without the shield, the agent "
                 "violated or the shield would have stepped in. This bound cannot be below the "
                 "agent's own rate without the shield: it shows that agent and shield together "
-                "violate no more often, not that the shield made it so.",
+                "violate at most at this rate, not that the shield is the reason.",
             ]
         if self.method == SPLICED:
             return [
