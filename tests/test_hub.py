@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shutil
@@ -222,6 +223,7 @@ def test_the_example_names_what_must_be_registered(tmp_path: Path, log: OfflineD
     assert "suites" not in block(shield)
     foreign = block(replace(shield, record=replace(shield.record, environment="Mine-v0")))
     assert "# Here import the module that registers the environment 'Mine-v0'." in foreign
+    importlib.import_module("safeshield.suites")  # It registers the benchmarks' environments.
     suite = replace(shield.record, environment="SafetyCarGoal1Gymnasium-v0")
     assert "\nimport safeshield.suites\n" in block(replace(shield, record=suite))
     own = shield.with_constraint(ConstraintSource("mine@1", lambda states: states[:, 0]))

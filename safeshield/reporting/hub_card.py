@@ -245,8 +245,6 @@ def _card(
 
 def _to_register(shield: Shield, where: str | None) -> list[str]:
     """Return lines of the example that import, or name, what is not registered by itself."""
-    import safeshield.suites  # noqa: F401 - registers the suites
-
     spec = None if where is None else gym.registry.get(where)
     maker = None if spec is None else spec.entry_point
     source = shield.model.constraint
