@@ -298,10 +298,11 @@ def compare(shield: Shield, told: dict[str, Array], given: Cases) -> dict[str, i
     proposed, _ = shield.action_rows(given.actions)
     judged = shield.states(rows, shield._given(given.h, len(rows)))
     spread = shield.model.scale.spread
-    # Where an observation is a million standard deviations away, so are the values, and rounding.
+    # Where an observation is a million standard deviations away, so are the values, and rounding:
+    # 3e-6 of a value is some 25 units of its last float32 digit.
     corner = np.broadcast_to(shield.model.action_codec.low.astype(np.float32), proposed.shape)
     size = np.maximum(np.abs(judged.value), np.abs(shield.model.action_values(judged, corner)))
-    near = 1e-5 * np.maximum(spread, 0.1 * size.astype(np.float64))
+    near = 1e-5 * np.maximum(spread, 0.3 * size.astype(np.float64))
     answers = [
         one.filter_rows(judged, rows, proposed, shield.threshold + shift * near)
         for one in shifted(shield)
