@@ -145,6 +145,19 @@ def ray() -> Iterator[Any]:
     assert not ray.is_initialized()
 
 
+@pytest.fixture
+def integer_box_log() -> OfflineDataset:
+    """A log whose actions are a Box of integers."""
+    count = 40
+    return OfflineDataset.from_arrays(
+        observations=np.zeros((count, 2)), actions=np.ones((count, 1), np.int64),
+        rewards=np.zeros(count), next_observations=np.zeros((count, 2)),
+        terminated=np.zeros(count, bool), truncated=np.arange(count) % 10 == 9,
+        costs=(np.arange(count) % 4 == 0).astype(float),
+        action_space=gym.spaces.Box(-3, 3, (1,), np.int64),
+    )  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _forgetful(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the shared shield forget the calibrations of a test, which change those of the next."""

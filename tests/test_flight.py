@@ -315,7 +315,7 @@ def test_a_flight_that_is_recorded_is_read_up_to_the_first_episode_that_runs(
     lengths = made.episode_lengths.tolist()
     assert lengths.count(25) == 1
     assert set(lengths) == {3, 25}
-    # All short episodes that began before the second long one, as many as in 25 steps.
+    # The log has the episodes of 3 steps that began before the second episode of 25 steps.
     assert 6 <= lengths.count(3) <= 9
     env.close()
     closed = FlightLog.load(tmp_path / "flight").to_dataset()

@@ -685,17 +685,9 @@ def test_discrete_actions_are_refused() -> None:
         R2PAC(TINY, device="cpu").fit(log, steps=12)
 
 
-def test_whole_numbered_boxes_are_refused() -> None:
-    count = 40
-    log = OfflineDataset.from_arrays(
-        observations=np.zeros((count, 2)), actions=np.ones((count, 1), np.int64),
-        rewards=np.zeros(count), next_observations=np.zeros((count, 2)),
-        terminated=np.zeros(count, bool), truncated=np.arange(count) % 10 == 9,
-        costs=(np.arange(count) % 4 == 0).astype(float),
-        action_space=gym.spaces.Box(-3, 3, (1,), np.int64),
-    )  # fmt: skip
+def test_whole_numbered_boxes_are_refused(integer_box_log: OfflineDataset) -> None:
     with pytest.raises(TypeError, match="a Box of floating-point actions"):
-        R2PAC(TINY, device="cpu").fit(log, steps=12)
+        R2PAC(TINY, device="cpu").fit(integer_box_log, steps=12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

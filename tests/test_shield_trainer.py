@@ -330,17 +330,9 @@ def test_a_run_is_stopped_and_gone_on_with(boat_log: OfflineDataset, tmp_path: P
     )
 
 
-def test_actions_of_an_integer_box_are_warned_of() -> None:
-    count = 40
-    log = OfflineDataset.from_arrays(
-        observations=np.zeros((count, 2)), actions=np.ones((count, 1), np.int64),
-        rewards=np.zeros(count), next_observations=np.zeros((count, 2)),
-        terminated=np.zeros(count, bool), truncated=np.arange(count) % 10 == 9,
-        costs=(np.arange(count) % 4 == 0).astype(float),
-        action_space=gym.spaces.Box(-3, 3, (1,), np.int64),
-    )  # fmt: skip
+def test_actions_of_an_integer_box_are_warned_of(integer_box_log: OfflineDataset) -> None:
     with pytest.warns(UserWarning, match="make the actions MultiDiscrete"):
-        ShieldTrainer(SMALL, device="cpu").fit(log, steps=12)
+        ShieldTrainer(SMALL, device="cpu").fit(integer_box_log, steps=12)
 
 
 def test_bad_input(discrete: tuple[gym.Env[Any, Any], OfflineDataset, Shield]) -> None:

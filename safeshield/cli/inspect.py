@@ -15,7 +15,8 @@ _IN_SHADOW = {
     "replaced": "would_have_been_replaced",
     "replaced_share": "share_that_would_have_been_replaced",
 }
-"""Names of the entries of a flight in shadow mode, in which nothing was replaced."""
+"""Names under which these entries are printed for a flight in shadow mode, in which the shield
+replaces no action."""
 
 
 def inspect(

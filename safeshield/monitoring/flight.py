@@ -365,7 +365,7 @@ class FlightLog:
                 "removed": self.removed,
                 "since": float(rows["time"].min()),
                 STEPLESS: stepless,
-                ABORTED: int((~_ended(rows, kept, last)).sum()),
+                ABORTED: int((~(now["terminated"] | now["truncated"])[last]).sum()),
             },
         }
         return _labelled(fields, now, after, self.constraint_source, like, provenance)
@@ -439,14 +439,6 @@ def _usable(rows: Array, growing: int | None) -> tuple[npt.NDArray[np.int64], in
         whole &= episode[starts] < running.min(initial=np.iinfo(np.int64).max)
     stepless = whole & ~good[starts] & acts[starts] & finite[starts]
     return np.flatnonzero(good & np.repeat(whole, lengths)), int(stepless.sum())
-
-
-def _ended(
-    rows: Array, kept: npt.NDArray[np.int64], last: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
-    """Return whether the environment ended each of the episodes whose steps are `kept`."""
-    final = kept[last]
-    return np.asarray(rows["terminated"][final] | rows["truncated"][final])
 
 
 def _labelled(

@@ -567,7 +567,7 @@ class PromiseMonitor:
         return [score for one in entries if (score := self._score(one)) is not None]
 
     def _score(self, entry: Entry) -> float | None:
-        """Return the score with which an episode counts, None where it does not count."""
+        """Return the score of an episode, or None if it is not part of the evidence."""
         if self.cut_as_violations and entry.status == CUT:
             return 1.0
         return None if entry.score is None else min(entry.score, 1.0)

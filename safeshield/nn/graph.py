@@ -35,7 +35,7 @@ BATCH = -1
 """Size, in the shape of a `Traced`, of the axis whose size is known only when the graph runs."""
 OPSET, IR_VERSION = 18, 10
 """Versions of the operators and of the file format: ONNX Runtime reads them from 1.18 on."""
-_ONNX_TYPES = {
+ONNX_TYPES = {
     torch.float32: 1,
     torch.uint8: 2,
     torch.int8: 3,
@@ -286,7 +286,7 @@ class Traced:
         """Return the value in a dtype; a device is ignored."""
         if not isinstance(dtype, torch.dtype) or dtype == self.dtype:
             return self
-        return self._node("Cast", [], dtype, to=_ONNX_TYPES[dtype])
+        return self._node("Cast", [], dtype, to=ONNX_TYPES[dtype])
 
     def float(self) -> Traced:
         """Return the value as float32."""
@@ -806,7 +806,7 @@ def _described(name: str, dtype: torch.dtype, shape: tuple[int, ...], batch: str
     from onnx import helper
 
     sizes = [batch if size == BATCH else size for size in shape]
-    return helper.make_tensor_value_info(name, _ONNX_TYPES[dtype], sizes)
+    return helper.make_tensor_value_info(name, ONNX_TYPES[dtype], sizes)
 
 
 def _stored(name: str, table: Tensor) -> Any:  # noqa: ANN401 - a TensorProto

@@ -40,6 +40,7 @@ from safeshield.shield.export_policy import (
     GraphConstraint,
     GraphNoise,
     graph_policy,
+    one_line,
     run,
     samples,
 )
@@ -219,7 +220,7 @@ def _check_runs(model: Any, shield: Shield, name: str | None) -> None:  # noqa: 
     except Exception as error:  # of many kinds, which ONNX Runtime does not list
         inside = "" if name is None else f" with the policy '{name}'"
         raise CannotExportError(
-            f"the graph{inside} does not run in ONNX Runtime: {' '.join(str(error).split()):.300}; "
+            f"the graph{inside} does not run in ONNX Runtime: {one_line(error)}; "
             "install the newest onnxruntime, or report this as an error of safeshield"
         ) from error
 

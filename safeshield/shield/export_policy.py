@@ -21,9 +21,9 @@ import torch
 
 from safeshield.files.reading import opened
 from safeshield.nn.graph import (
-    _ONNX_TYPES,
     BATCH,
     IR_VERSION,
+    ONNX_TYPES,
     OPSET,
     CannotExportError,
     Recorder,
@@ -37,7 +37,7 @@ _REPAIR = (
     "pass a torch.nn.Module from observations to actions, or export it yourself, "
     "torch.onnx.export(module, ...), and pass the .onnx file"
 )
-_DTYPES = {number: dtype for dtype, number in _ONNX_TYPES.items()}
+_DTYPES = {number: dtype for dtype, number in ONNX_TYPES.items()}
 COUNTS = 1, 3
 """Numbers of observations with which a graph is run before it is written."""
 _RANDOM = {
@@ -248,7 +248,7 @@ def _from_module(
         except Exception as error:
             raise ValueError(
                 f"{what} must take n observations {_shapes(one)}, but it raises "
-                f"{type(error).__name__}: {_short(error)}"
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
         if not isinstance(made, torch.Tensor):
             raise CannotExportError(
@@ -262,7 +262,7 @@ def _from_module(
             model = write(module, given[-1])
             return _included(model, what, recorder, observations, spaces, wanted)
         except Exception as error:  # of many kinds, which the exporters do not list
-            reasons.append(_short(_first(error)))
+            reasons.append(one_line(_first(error)))
     raise CannotExportError(
         f"{what} cannot be written to an ONNX graph: {reasons[0]}; nor by PyTorch's exporter: "
         f"{reasons[1]}; write this with other operations of PyTorch, or pass an .onnx file"
@@ -286,7 +286,7 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-def _short(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return what an error says on one line."""
     if isinstance(error, AttributeError) and isinstance(error.obj, Traced):
         return f"the operation Tensor.{error.name} has no node here"
@@ -349,7 +349,7 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - a ModelProto
         raise ValueError(
             f"the policy {path} must be an ONNX file that is whole, with all files of its weights, "
             f"and that can be converted to opset {OPSET}, got an error of the package onnx, "
-            f"{type(error).__name__}: {_short(error)}; export it again with opset_version={OPSET}"
+            f"{type(error).__name__}: {one_line(error)}; export it again with opset_version={OPSET}"
         ) from error
 
 
@@ -423,7 +423,8 @@ def _included(
     if dtype is None:
         raise ValueError(
             f"{what} must return numbers of {_numbers()}, got "
-            f"{TensorProto.DataType.Name(kind.elem_type)}; export it with actions of such a dtype"
+            f"{TensorProto.DataType.Name(kind.elem_type)}; export it with actions of one of these "
+            "dtypes"
         )
     shape = tuple(one.dim_value or BATCH for one in kind.shape.dim)[1:]
     kind.ClearField("shape")
@@ -437,8 +438,8 @@ def _included(
     except Exception as error:  # of many kinds, which ONNX Runtime does not list
         raise ValueError(
             f"{what} must run in ONNX Runtime for any number of observations, got "
-            f"{type(error).__name__}: {_short(error)}; export it again, with its first axis of any "
-            "size"
+            f"{type(error).__name__}: {one_line(error)}; export it again, with its first axis of "
+            "any size"
         ) from error
     for count, outputs in zip(COUNTS, told or (), strict=bool(told)):
         _check_actions(what, dtype, outputs[out.name].shape, count, spaces)
@@ -447,7 +448,7 @@ def _included(
         made = outputs[out.name].reshape(actions.shape)
         if not np.allclose(made, actions, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise CannotExportError(
-                f"{what} acts otherwise as a graph, {made.tolist()!s:.60}, than in PyTorch, "
+                f"{what} returns other actions as a graph, {made.tolist()!s:.60}, than in PyTorch, "
                 f"{actions.tolist()!s:.60}"
             )
     if not told and BATCH not in shape:
@@ -458,7 +459,7 @@ def _included(
 
 
 def _numbers() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in _ONNX_TYPES)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in ONNX_TYPES)
 
 
 def _check_actions(
@@ -477,7 +478,7 @@ def _check_actions(
             f"{what} must return actions of shape {('n', *needed)}, got {shape} for n = {count}: "
             f"return one action of {space} for each observation"
         )
-    if dtype not in _ONNX_TYPES:
+    if dtype not in ONNX_TYPES:
         raise ValueError(
             f"{what} must return numbers of {_numbers()}, got {dtype}: call float() on it first"
         )

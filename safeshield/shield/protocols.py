@@ -55,10 +55,11 @@ class WatchedStep(NamedTuple):
     ended: Flags
     """Whether the step ended the episode, terminated or truncated."""
     constraint: Scalars
-    """h that the environment reports of the state reached, NaN where it reports none, and infinity
-    where the report is no number."""
+    """Constraint h of the next state as the environment reports it: NaN if it reports nothing, and
+    infinity if the reported value is not a number."""
     cost: Scalars
-    """Cost of the state reached, as `constraint`."""
+    """Cost of the next state as the environment reports it; NaN and infinity as in
+    `constraint`."""
     intervened: Flags
     """Whether the shield replaced the action."""
     supported: Flags
@@ -94,8 +95,8 @@ class EpisodeWatch(Protocol):
             starts: (n,) whether an episode begins.
             certified: (n,) whether it begins certified.
             values: (n,) V_h of the states.
-            constraint: (n,) h that the environment reports of the states, NaN where it reports
-                none, and infinity where the report is no number.
+            constraint: (n,) constraint h of the states as the environment reports it: NaN if it
+                reports nothing, and infinity if the reported value is not a number.
         """
         ...
 

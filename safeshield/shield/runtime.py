@@ -216,6 +216,7 @@ class ShieldRuntime:
             None if log is None else log.attach(shield, self._count, self.identity, environment)
         )
         self._reports: Reports | None = None
+        # Constraint and cost that were reported of the present states, as `watched_labels`.
         self._labels: tuple[PerEnv, PerEnv] = np.nan, np.nan
         source = shield.model.constraint
         self._reported = source is not None and not source.available

@@ -256,7 +256,8 @@ class _Progress:
         def measure() -> Mapping[str, float]:
             own = {key: float(value) for key, value in metrics.items()}
             _check_finite(own, phase.name, done)
-            # What is only reported may be infinite, such as a divergence.
+            # Metrics of `phase.report` are not part of the loss. They may be infinite, such as a
+            # divergence of two distributions.
             further = phase.report(state, draw) if phase.report is not None and draw else {}
             return own | {key: float(value) for key, value in further.items()}
 
