@@ -1,18 +1,22 @@
-"""Play faults of sensors and actuators behind shields of the boat and the pendulum.
+"""Play faults of sensors and actuators behind shields of the boat, the pendulum and field tasks.
 
     python benchmarks/faults.py --train         # the logs and the shields; minutes
     python benchmarks/faults.py                 # the rest; resumes; prints tables
     python benchmarks/faults.py --picture .     # draws them to stress-boat.png, stress-pendulum.png
+    python benchmarks/faults.py --data FOLDER --tasks BallRun HopperVelocity    # the field's tasks
 
 Each of 3 seeds has a log and a small shield of its own (critics of 2 x 48; 3,000 updates), which is
 calibrated without faults for a reckless agent at epsilon 0.05 and confidence 0.95. On the boat the
 agent steers straight for the goal, on the pendulum it pushes in the direction of the motion, where
-h = |speed| - 7 rad/s. Then:
+h = |speed| - 7 rad/s. A task of the field has the log FOLDER/TASK.hdf5, a shield of
+`ShieldTrainer` with its defaults (20,000 updates), and as its agent behaviour cloning of the whole
+log with its noise. Then:
 
 - `stress` plays its matrix with this agent, with and without the shield;
 - the shield is calibrated again under each of some faults, and plays fresh episodes under it;
 - false alarms of the checks for frozen observations and jumps, whose limits come from the log, are
-  counted in fresh episodes of the log's policy, and of the agent behind the shield.
+  counted in fresh episodes of the log's policy, and of the agent behind the shield. On a task of
+  the field, 60% of the log's episodes set the limits, and the others are the fresh ones.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +41,7 @@ from safeshield.demo.helmsmen import Helmsmen
 from safeshield.envs.boat import GOAL
 from safeshield.evaluation import FAULT_KINDS, StressCell, StressTest, evaluate, stress
 from safeshield.evaluation.episodes import Evaluation
-from safeshield.rollouts.policies import BatchPolicy, batch_policy
+from safeshield.rollouts.policies import BatchPolicy, as_batch_policy, batch_policy
 from safeshield.shield.sensors import SensorCheck, SensorState
 from safeshield.values.constraint import register_constraint
 from safeshield.wrappers import ConstraintFromFunction
@@ -51,7 +56,7 @@ from safeshield.wrappers.faults import (
 
 FOLDER = RESULTS / "faults"
 SEEDS = (0, 1, 2)
-TASKS = ("boat", "pendulum")
+OWN = ("boat", "pendulum")
 SMALL: dict[str, Any] = {"critic_hidden": (48, 48), "behaviour_hidden": (48, 48)}
 PROMISE: dict[str, Any] = {"epsilon": 0.05, "confidence": 0.95}
 LEVEL = 0.05
@@ -63,11 +68,85 @@ def speed(observations: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(observations[:, 2]) - 7.0)
 
 
-def environment(task: str) -> gym.Env[Any, Any]:
-    """Return the environment of a task."""
-    if task == "boat":
-        return gym.make("safeshield/Boat-v0")
-    return ConstraintFromFunction(gym.make("Pendulum-v1"), "pendulum speed@1")
+@dataclass(frozen=True)
+class Plant:
+    """A task with one seed, and the folder of the logs of the field's tasks."""
+
+    task: str
+    seed: int
+    data: Path | None = None
+
+    def path(self, what: str) -> Path:
+        """Return the path of a file of this plant, where `what` is the end of its name."""
+        return FOLDER / f"{self.task}-{self.seed}{what}"
+
+    @property
+    def wide(self) -> dict[str, Any]:
+        """Return how many environments step together."""
+        return {} if self.task == "boat" else {"num_envs": 50 if self.task in OWN else 20}
+
+    def environment(self) -> gym.Env[Any, Any]:
+        """Return the environment without faults."""
+        if self.task == "boat":
+            return gym.make("safeshield/Boat-v0")
+        if self.task == "pendulum":
+            return ConstraintFromFunction(gym.make("Pendulum-v1"), "pendulum speed@1")
+        from field import make
+
+        return make(self.task)
+
+    def log(self) -> OfflineDataset:
+        """Return the log, collected now where a task of this package has none."""
+        if self.task not in OWN:
+            from suites import read_log
+
+            assert self.data is not None
+            return read_log(self.data, self.task)
+        if not self.path(".hdf5").exists():
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            count = {"boat": 420, "pendulum": 200}[self.task]
+            policy = logging(self.task)
+            log = collect(self.environment(), policy, episodes=count, seed=self.seed, **self.wide)
+            log.save(self.path(".hdf5"))
+        return OfflineDataset.load(self.path(".hdf5"))
+
+    def shield(self) -> Shield:
+        """Return the shield without a calibration, trained now where there is none."""
+        if self.task not in OWN:
+            from field import shield_of
+
+            assert self.data is not None
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            return shield_of(self.task, self.seed, self.data, FOLDER)
+        if not self.path(".safetensors").exists():
+            config = ShieldConfig(seed=self.seed, **SMALL)
+            trained = ShieldTrainer(config).fit(self.log(), steps=3000)
+            trained.shield().save(self.path(".safetensors"))
+        return Shield.load(self.path(".safetensors"))
+
+    def agent(self) -> object:
+        """Return the agent that the shield is to keep safe."""
+        if self.task in OWN:
+            return reckless(self.task)
+        from suites import trained
+
+        assert self.data is not None
+        return trained(self.task, "bc", self.seed, self.data, FOLDER)
+
+    def calibrated(self) -> Shield:
+        """Return the shield after its calibration without faults, which is stored."""
+        path = self.path("-calibrated.safetensors")
+        if not path.exists():
+            self.shield().calibrate(
+                self.environment(), policy=self.agent(), policy_name="reckless", seed=self.seed,
+                **self.wide, **PROMISE,
+            ).save(path)  # fmt: skip
+        return Shield.load(path)
+
+    def together(self, episodes: int) -> int:
+        """Return how many environments play so many episodes, in one wave where that is cheap."""
+        wave = math.ceil(1.1 * episodes)
+        return wave if self.task in OWN else min(wave, 20)
 
 
 class Held:
@@ -115,21 +194,7 @@ def reckless(task: str) -> BatchPolicy:
     return push
 
 
-def train(task: str, seed: int) -> None:
-    """Make a log and a shield, where there are none."""
-    path = FOLDER / f"{task}-{seed}.safetensors"
-    if path.exists():
-        return
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    count = {"boat": 420, "pendulum": 200}[task]
-    many = {} if task == "boat" else {"num_envs": 50}
-    log = collect(environment(task), logging(task), episodes=count, seed=seed, **many)
-    log.save(FOLDER / f"{task}-{seed}.hdf5")
-    config = ShieldConfig(seed=seed, **SMALL)
-    ShieldTrainer(config).fit(log, steps=3000).shield().save(path)
-
-
-def faults(task: str, shield: Shield) -> dict[str, Any]:
+def faults(shield: Shield) -> dict[str, Any]:
     """Return the faults under which the shield is calibrated, as functions of an environment."""
     spread = shield.model.scaling.observation_spread.astype(np.float64)
     noise = (0.1 * spread).tolist()
@@ -143,67 +208,51 @@ def faults(task: str, shield: Shield) -> dict[str, Any]:
     }
 
 
-def calibrated(task: str, seed: int) -> Shield:
-    """Return the shield after its calibration without faults, which is stored."""
-    path = FOLDER / f"{task}-{seed}-calibrated.safetensors"
-    if not path.exists():
-        raw = Shield.load(FOLDER / f"{task}-{seed}.safetensors")
-        raw.calibrate(environment(task), policy=reckless(task), policy_name="reckless", seed=seed,
-                      **_wide(task), **PROMISE).save(path)  # fmt: skip
-    return Shield.load(path)
-
-
-def _together(episodes: int) -> int:
-    """Return how many environments play so many episodes in one wave, with those left out."""
-    return math.ceil(1.1 * episodes)
-
-
-def _wide(task: str) -> dict[str, Any]:
-    return {} if task == "boat" else {"num_envs": 50}
-
-
-def matrix(task: str, seed: int, kind: str, episodes: int) -> dict[str, Any]:
+def matrix(plant: Plant, kind: str, episodes: int) -> dict[str, Any]:
     """Play one kind of fault of `stress`."""
     found = stress(
-        calibrated(task, seed), environment(task), reckless(task), kinds=[kind], episodes=episodes,
-        seed=seed, num_envs=_together(episodes), policy_name="reckless",
+        plant.calibrated(), plant.environment(), plant.agent(), kinds=[kind], episodes=episodes,
+        seed=plant.seed, num_envs=plant.together(episodes), policy_name="reckless",
     )  # fmt: skip
     return found.to_json()
 
 
-def promised(task: str, seed: int, name: str, episodes: int) -> dict[str, Any]:
+def promised(plant: Plant, name: str, episodes: int) -> dict[str, Any]:
     """Calibrate under one fault, and play fresh episodes under it."""
-    raw = Shield.load(FOLDER / f"{task}-{seed}.safetensors")
-    env, agent = faults(task, raw)[name](environment(task)), reckless(task)
-    before = evaluate(
-        env, agent, episodes, seed + 100, shield=calibrated(task, seed), starts="certified",
-        num_envs=_together(episodes), name="reckless",
+    raw, agent = plant.shield(), plant.agent()
+    env = faults(raw)[name](plant.environment())
+    fresh = partial(
+        evaluate, env, agent, episodes, plant.seed + 100, starts="certified",
+        num_envs=plant.together(episodes), name="reckless",
     )  # fmt: skip
-    result: dict[str, Any] = {"before": before.to_json()}
+    result: dict[str, Any] = {"before": fresh(shield=plant.calibrated()).to_json()}
     try:
         under = raw.calibrate(
-            env, policy=agent, policy_name="reckless", seed=seed, num_envs=50, **PROMISE
-        )
+            env, policy=agent, policy_name="reckless", seed=plant.seed,
+            **{"num_envs": 50, **plant.wide}, **PROMISE,
+        )  # fmt: skip
     except CalibrationError as error:
         return {**result, "refused": str(error)}
     assert under.record is not None
-    fresh = evaluate(
-        env, agent, episodes, seed + 100, shield=under, starts="certified",
-        num_envs=_together(episodes), name="reckless",
-    )  # fmt: skip
-    return {**result, "delta": under.delta, "fresh": fresh.to_json()}
+    return {**result, "delta": under.delta, "fresh": fresh(shield=under).to_json()}
 
 
-def alarms(task: str, seed: int, episodes: int) -> dict[str, Any]:
+def alarms(plant: Plant, episodes: int) -> dict[str, Any]:
     """Count healthy episodes with an alarm, of the log's policy and of the shielded agent."""
-    log = OfflineDataset.load(FOLDER / f"{task}-{seed}.hdf5")
-    check = SensorCheck.from_log(log, LEVEL)
-    told: dict[str, Any] = {"level": LEVEL, "episodes": episodes, "measured": check.episodes}
-    env = environment(task)
-    shielded = _Shielded(calibrated(task, seed), reckless(task))
-    for name, policy in (("log's policy", logging(task)), ("shielded agent", shielded)):
-        fresh = collect(env, policy, episodes=episodes, seed=seed + 500, **_wide(task))
-        told[name] = int(_alarms(check, fresh).sum())
+    log, env = plant.log(), plant.environment()
+    own = plant.task in OWN
+    first, rest = (log, None) if own else log.split(0.6, plant.seed)
+    check = SensorCheck.from_log(first, LEVEL)
+    told: dict[str, Any] = {"level": LEVEL, "measured": check.episodes}
+    draw = partial(collect, env, episodes=episodes, seed=plant.seed + 500, **plant.wide)
+    acting = as_batch_policy(plant.agent(), env.action_space)
+    healthy = {
+        "log's policy": draw(logging(plant.task)) if rest is None else rest,
+        "shielded agent": draw(_Shielded(plant.calibrated(), acting)),
+    }
+    for name, fresh in healthy.items():
+        found = _alarms(check, fresh)
+        told[name] = f"{int(found.sum())} of {len(found)}"
     return told
 
 
@@ -278,7 +327,8 @@ def main() -> None:
     """Run what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", action="store_true", help="make logs and shields; then stop")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=list(OWN), help="with --data also DSRL's")
+    parser.add_argument("--data", type=Path, help="folder of TASK.hdf5")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     names = [one.name for one in FAULT_KINDS]
     parser.add_argument("--kinds", nargs="+", default=names, choices=names, help="of the matrix")
@@ -287,30 +337,34 @@ def main() -> None:
     parser.add_argument("--only", choices=("matrix", "promise", "alarms"), help="one part alone")
     parser.add_argument("--picture", type=Path, help="folder for the pictures of the matrices")
     given = parser.parse_args()
+    if given.data is None and not set(given.tasks) <= set(OWN):
+        parser.error(f"{' '.join(given.tasks)}: tasks other than {' and '.join(OWN)} need --data")
     warnings.simplefilter("ignore")
-    for task in given.tasks:
-        for seed in given.seeds:
-            train(task, seed)
+    plants = {task: [Plant(task, seed, given.data) for seed in given.seeds] for task in given.tasks}
+    for seeds in plants.values():
+        for plant in seeds:
+            plant.shield()
     if given.train:
         return
-    for task in given.tasks:
+    for seeds in plants.values():
         parts = {"matrix": _matrix, "promise": _promise, "alarms": _false_alarms}
         for name, tell in parts.items():
             if given.only in (None, name):
-                tell(task, given)
+                tell(seeds, given)
 
 
-def _matrix(task: str, given: argparse.Namespace) -> None:
+def _matrix(plants: list[Plant], given: argparse.Namespace) -> None:
+    task = plants[0].task
     results = [
         [
             once(
-                f"{task}-{seed}-{kind.replace(' ', '-')}",
-                partial(matrix, task, seed, kind, given.episodes),
+                f"{task}-{plant.seed}-{kind.replace(' ', '-')}",
+                partial(matrix, plant, kind, given.episodes),
                 folder=FOLDER,
             )
             for kind in given.kinds
         ]
-        for seed in given.seeds
+        for plant in plants
     ]
     found = pooled(results)
     print(f"\n{task}\n\n{found.table('markdown')}", flush=True)
@@ -318,19 +372,22 @@ def _matrix(task: str, given: argparse.Namespace) -> None:
         found.picture(given.picture / f"stress-{task}.png")
 
 
-def _promise(task: str, given: argparse.Namespace) -> None:
-    print("\n| fault | before | delta | after | upper limits | replaced |\n" + 6 * "|---" + "|")
-    for at, name in enumerate(faults(task, Shield.load(FOLDER / f"{task}-0.safetensors"))):
+def _promise(plants: list[Plant], given: argparse.Namespace) -> None:
+    print("\n| task | fault | before | delta | after | upper limits | replaced |")
+    print(7 * "|---" + "|")
+    task = plants[0].task
+    for at, name in enumerate(faults(plants[0].shield())):
         rows = [
             once(
-                f"{task}-{seed}-promise-{at}",
-                partial(promised, task, seed, name, given.fresh),
+                f"{task}-{plant.seed}-promise-{at}",
+                partial(promised, plant, name, given.fresh),
                 folder=FOLDER,
             )
-            for seed in given.seeds
+            for plant in plants
         ]
         fresh = [one.get("fresh") for one in rows]
         cells = (
+            task,
             name,
             ", ".join(_rate(one["before"]) for one in rows),
             ", ".join(f"{one['delta']:.3g}" if "delta" in one else "refused" for one in rows),
@@ -341,13 +398,12 @@ def _promise(task: str, given: argparse.Namespace) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _false_alarms(task: str, given: argparse.Namespace) -> None:
-    for seed in given.seeds:
-        told = once(
-            f"{task}-{seed}-alarms", partial(alarms, task, seed, given.fresh), folder=FOLDER
-        )
-        counts = {name: told[name] for name in ("log's policy", "shielded agent")}
-        print(f"{task} {seed}: alarms at level {LEVEL} in {told['episodes']} episodes: {counts}")
+def _false_alarms(plants: list[Plant], given: argparse.Namespace) -> None:
+    for plant in plants:
+        name = f"{plant.task}-{plant.seed}"
+        told = once(f"{name}-alarms", partial(alarms, plant, given.fresh), folder=FOLDER)
+        counts = {key: told[key] for key in ("log's policy", "shielded agent")}
+        print(f"{name}: episodes with an alarm at level {LEVEL}: {counts}")
 
 
 if __name__ == "__main__":

@@ -686,7 +686,7 @@ def test_discrete_actions_are_refused() -> None:
 
 
 def test_whole_numbered_boxes_are_refused(integer_box_log: OfflineDataset) -> None:
-    with pytest.raises(TypeError, match="a Box of floating-point actions"):
+    with pytest.raises(TypeError, match="a Box of floating-point numbers"):
         R2PAC(TINY, device="cpu").fit(integer_box_log, steps=12)
 
 

@@ -330,8 +330,8 @@ def test_a_run_is_stopped_and_gone_on_with(boat_log: OfflineDataset, tmp_path: P
     )
 
 
-def test_actions_of_an_integer_box_are_warned_of(integer_box_log: OfflineDataset) -> None:
-    with pytest.warns(UserWarning, match="make the actions MultiDiscrete"):
+def test_actions_of_an_integer_box_are_refused(integer_box_log: OfflineDataset) -> None:
+    with pytest.raises(TypeError, match="make them MultiDiscrete"):
         ShieldTrainer(SMALL, device="cpu").fit(integer_box_log, steps=12)
 
 

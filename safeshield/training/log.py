@@ -268,16 +268,15 @@ def labelled(dataset: OfflineDataset, magnitude: float) -> OfflineDataset:
         dataset: The log, which must pass `check_boundary`.
         magnitude: The setting `label_magnitude`.
 
-    Warns:
-        UserWarning: The actions are a Box of integers.
+    Raises:
+        TypeError: The actions are a Box of integers.
     """
     check_boundary(dataset)
     if isinstance(dataset.action_space, gym.spaces.Box) and dataset.action_space.dtype.kind in "iu":
-        warnings.warn(
-            f"the actions are a Box of {dataset.action_space.dtype}: a shield judges numbers "
-            "between the integers, and executes them without their fraction, so that it may "
-            "execute an action that it has not judged; make the actions MultiDiscrete",
-            stacklevel=2,
+        raise TypeError(
+            f"actions must be a Box of floating-point numbers or discrete, got a Box of "
+            f"{dataset.action_space.dtype}: a shield would judge numbers between the integers, and "
+            "the environment would execute them without their fraction; make them MultiDiscrete"
         )
     binary = dataset.constraint_kind == "binary"
     return dataset.with_label_magnitude(magnitude) if binary else dataset
