@@ -88,10 +88,30 @@ def test_a_promise_names_the_file_that_proposed(files: Path, tmp_path: Path) -> 
     agent = files / "agent.safetensors"
     for policy, name in ((agent, "SafeFQL, seed 3 (agent.safetensors)"), ("random", "random")):
         output = run(
-            "calibrate", agent, BOAT, tmp_path / "shield.safetensors", "--epsilon", 0.95,
+            "calibrate", agent, BOAT, tmp_path / f"{name}.safetensors", "--epsilon", 0.95,
             "--confidence", 0.6, "--episodes", 8, "--deltas", "0.3", "--policy", policy,
         )  # fmt: skip
         assert f"proposed by one of '{name}'" in output
+
+
+def test_a_failed_calibration_leaves_its_memory(files: Path, tmp_path: Path) -> None:
+    agent, out = files / "agent.safetensors", tmp_path / "shield.safetensors"
+    asked = ("--confidence", 0.6, "--episodes", 40, "--deltas", "0", "--policy", "random")
+    output = run("calibrate", agent, BOAT, out, "--epsilon", 0.03, *asked, code=2)
+    assert "the shield, unchanged, with the memory of this attempt" in output
+    remembered = Shield.load(out)
+    assert remembered.record is None
+    assert [one.passed for one in remembered.attempts] == [False]
+    # Asked again, with a larger epsilon, the first attempt is neither lost nor free.
+    again = ("--epsilon", 0.9, *asked)
+    assert "has 1 attempts and statements that" in run(
+        "calibrate", agent, BOAT, out, *again, code=2
+    )
+    run("calibrate", out, BOAT, out, *again)
+    record = Shield.load(out).record
+    assert record is not None
+    assert [one.passed for one in record.attempts] == [False, True]
+    assert record.attempts[1].level == pytest.approx(record.attempts[0].level / 2)
 
 
 def test_an_environment_of_other_spaces_is_refused_as_the_wrapper_does(files: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from safeshield.cli.app import Debug, EnvId, Out, Plugins, Seed, Trust, check_output
 from safeshield.cli.settings import parse
-from safeshield.cli.sources import env_for, name_of, policy_of, shield_of
+from safeshield.cli.sources import check_memory, env_for, name_of, policy_of, shield_of
 
 if TYPE_CHECKING:
     from safeshield.calibration.promises import Promise
@@ -84,28 +84,43 @@ def calibrate(
     plugins: Plugins = None,
     debug: Debug = False,
 ) -> None:
-    """Choose the threshold of a shield by testing it in episodes with the shield switched on."""
+    """Choose the threshold of a shield by testing it in episodes with the shield switched on.
+
+    The shield is written to OUT with its promise, and with the memory of all attempts. An OUT that
+    remembers more than SOURCE is refused, because its memory would be lost. Where no threshold
+    passes, or the tests are interrupted, OUT is written with the memory of the attempt alone, and
+    the exit status is not 0.
+    """
     check_output(out, (".safetensors",))
     if policy == "adversary":
         raise ValueError("--policy adversary: leave out --policy; the adversary is then included")
     promise = _promise(epsilon, cost_limit, cost_bound)
     shield = shield_of(source)
+    check_memory(out, shield, source)
     env = env_for(env_id, shield)
     proposing = None if policy is None else policy_of(policy, env, shield, trust)
-    shield = shield.calibrate(
-        env,
-        promise=promise,
-        confidence=confidence,
-        policy=proposing,
-        policy_name=None if policy is None else name_of(policy, proposing),
-        deltas=None if deltas is None else parse("--deltas", deltas, tuple[float, ...]),
-        episodes=episodes,
-        deterministic=deterministic,
-        seed=seed,
-        workers=workers,
-        ray=ray,
-        progress_bar=True,
-    )
+    earlier = shield.attempts
+    try:
+        found = shield.calibrate(
+            env,
+            promise=promise,
+            confidence=confidence,
+            policy=proposing,
+            policy_name=None if policy is None else name_of(policy, proposing),
+            deltas=None if deltas is None else parse("--deltas", deltas, tuple[float, ...]),
+            episodes=episodes,
+            deterministic=deterministic,
+            seed=seed,
+            workers=workers,
+            ray=ray,
+            progress_bar=True,
+        )
+    except BaseException:
+        if shield.attempts != earlier:
+            shield.save(out)
+            typer.echo(f"{out}: the shield, unchanged, with the memory of this attempt", err=True)
+        raise
+    shield = found
     shield.save(out)
     typer.echo(f"{out}: delta {shield.delta:.6g}")
     if shield.record is not None:

@@ -10,7 +10,7 @@ import typer
 
 from safeshield.cli.app import Debug, Out, Plugins, Source, Trust, check_output
 from safeshield.cli.plan import StepSeconds, steps_of
-from safeshield.cli.sources import env_for, name_of, policy_of, shield_of
+from safeshield.cli.sources import check_memory, env_for, name_of, policy_of, shield_of
 
 if TYPE_CHECKING:
     from safeshield.data.dataset import OfflineDataset
@@ -142,7 +142,7 @@ def calibrate_from_log(
     from safeshield.calibration.walk import CalibrationError
 
     shield = shield_of(source)
-    _check_memory(out, shield, source)
+    check_memory(out, shield, source)
     held_out = _held_out(log, shield)
     env = None if simulator is None else env_for(simulator, shield)
     agent, name = _agent(policy, env, trust)
@@ -183,24 +183,6 @@ def calibrate_from_log(
         typer.echo(
             f"note: the chosen alarm at {record.threshold:.4g} is above 0, and the shield acts at "
             f"delta {found.delta:.4g}, which is stricter, because delta is never negative"
-        )
-
-
-def _check_memory(out: Path, shield: Shield, source: Path) -> None:
-    """Raise ValueError where a file remembers attempts or statements that a shield lacks."""
-    from safeshield.cli.kinds import file_kind
-    from safeshield.files.tensors import SHIELD
-
-    if not out.is_file() or file_kind(out) != SHIELD:
-        return
-    there = shield_of(out)
-    kept = [*there.attempts, *there.ledger.attempts, *there.log_records]
-    own = [*shield.attempts, *shield.ledger.attempts, *shield.log_records]
-    lacking = sum(kept.count(one) > own.count(one) for one in kept)
-    if lacking:
-        raise ValueError(
-            f"OUT must hold nothing that would be forgotten, but {out} has {lacking} attempts and "
-            f"statements that {source} lacks: give {out} as SOURCE, or another OUT"
         )
 
 

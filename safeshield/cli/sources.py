@@ -108,6 +108,33 @@ def shield_of(path: Path) -> Shield:
     raise ValueError(f"{path} must be an agent or a shield, but is {with_article(kind)}")
 
 
+def check_memory(out: Path, shield: Shield, source: Path) -> None:
+    """Check that no attempt and no statement is forgotten where a shield is written to `out`.
+
+    Args:
+        out: Path of the file to be written.
+        shield: The shield that is read from `source`.
+        source: Path of its file, for the message.
+
+    Raises:
+        ValueError: A shield in `out` remembers more than `shield`.
+    """
+    from safeshield.cli.kinds import file_kind
+    from safeshield.files.tensors import SHIELD
+
+    if not out.is_file() or file_kind(out) != SHIELD:
+        return
+    there = shield_of(out)
+    kept = [*there.attempts, *there.ledger.attempts, *there.log_records]
+    own = [*shield.attempts, *shield.ledger.attempts, *shield.log_records]
+    lacking = sum(kept.count(one) > own.count(one) for one in kept)
+    if lacking:
+        raise ValueError(
+            f"OUT must hold nothing that would be forgotten, but {out} has {lacking} attempts and "
+            f"statements that {source} lacks: give {out} as SOURCE, or another OUT"
+        )
+
+
 def policy_of(
     name: str, env: Env | None, shield: Shield | None, trust: bool, *, option: str = "--policy"
 ) -> object:
