@@ -22,10 +22,16 @@ import torch
 
 from safeshield import Shield, load_agent
 from safeshield.nn.graph import BATCH, CannotExportError, Recorder, Traced
-from safeshield.shield import CandidateSet, CommittedFallback, OwnSamples, ProjectedGradient
+from safeshield.shield import (
+    CandidateSet,
+    CommittedFallback,
+    FallbackPolicy,
+    OwnSamples,
+    ProjectedGradient,
+)
 from safeshield.shield.backup import BackupController
 from safeshield.shield.sensors import SensorCheck
-from safeshield.values.constraint import ConstraintSource
+from safeshield.values.constraint import ConstraintSource, register_constraint
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -158,6 +164,41 @@ def test_broken_numbers_are_never_accepted(small: Shield, tmp_path: Path) -> Non
         assert small.action_space.contains(told["action_executed"][0])
 
 
+@register_constraint("export ring@1")
+def ring(states: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.norm(states, axis=-1) - 1.0)
+
+
+@pytest.mark.parametrize("replacement", [None, ProjectedGradient(), FallbackPolicy()])
+@pytest.mark.parametrize("actions", [benchmark.SPACES[1], gym.spaces.Discrete(4)])
+def test_h_is_not_known_where_the_observation_is_not_readable(
+    replacement: object, actions: gym.Space[Any], tmp_path: Path
+) -> None:
+    # The function computes h of what it is given; a caller and a graph pass what it returned.
+    if isinstance(actions, gym.spaces.Discrete) and isinstance(replacement, ProjectedGradient):
+        pytest.skip("this strategy needs a Box")
+    given = {} if replacement is None else {"replacement": replacement}
+    source = ConstraintSource("test-caller@1")
+    caller = benchmark.random_shield(benchmark.SPACES[0], actions, **TINY, source=source, **given)
+    shield = caller.with_constraint(ConstraintSource("export ring@1"))
+    rng = np.random.default_rng(3)
+    states = rng.uniform(-2.0, 2.0, (300, 2)).astype(np.float32)
+    states[np.arange(300), rng.integers(2, size=300)] = rng.choice(
+        [np.nan, np.inf, -1e8, 1e30, 3e38], 300
+    )
+    proposed = benchmark.points(actions, 300, rng, 1.0)
+    h = ring(states.astype(np.float64))
+    executed, report = shield.filter(states, proposed)
+    assert not report.valid.any()
+    by_caller, _ = caller.filter(states, proposed, constraint=h)
+    exported = benchmark.Exported(shield, tmp_path / "shield.onnx")
+    by_graph = exported(benchmark.Cases(states, proposed, h))["action_executed"]
+    np.testing.assert_array_equal(by_caller, executed)
+    np.testing.assert_allclose(by_graph, executed, atol=1e-5)
+    each = [shield.filter(state, action)[0] for state, action in zip(states, proposed, strict=True)]
+    np.testing.assert_allclose(each, executed, atol=1e-5)
+
+
 # -- metadata --------------------------------------------------------------------------------------
 
 
@@ -206,11 +247,14 @@ def test_a_policy_that_was_not_calibrated_has_no_promise(
     assert calibrated.export_onnx(
         path, module, policy_name=name, deterministic=mode
     ).promise == record.promise  # fmt: skip
-    tested = replace(record, deterministic=True)
-    sampled = replace(calibrated, record=tested).export_onnx(
-        path, module, policy_name=name, deterministic=False
-    )
+    # A module acts alike in both modes; what has a `predict` may have noise.
+    module.predict = None  # type: ignore[assignment]
+    tested = replace(calibrated, record=replace(record, deterministic=True))
+    sampled = tested.export_onnx(path, module, policy_name=name, deterministic=False)
     assert "deterministic=False" in sampled.promise
+    del module.predict
+    alike = tested.export_onnx(path, module, policy_name=name, deterministic=False)
+    assert alike.header["record"] is not None
 
 
 def test_a_file_that_was_edited_is_refused(small: Shield, tmp_path: Path) -> None:
@@ -456,7 +500,9 @@ def test_modules_that_no_exporter_writes(small: Shield, tmp_path: Path) -> None:
     listed = Made(lambda layer, seen: layer(seen) + torch.tensor(seen.tolist()))
     solved = Made(lambda layer, seen: layer(seen) + torch.linalg.eigvals(seen.mT @ seen).real)
     drawn = Made(lambda layer, seen: layer(seen) + torch.randn_like(seen))
+    rows = Made(lambda layer, seen: torch.stack([layer(one) for one in seen]))
     for module, words in (
+        (rows, "the number of rows is known only when the graph runs"),
         (
             listed,
             "Made cannot be written to an ONNX graph: the operation Tensor.tolist has no node",

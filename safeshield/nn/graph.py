@@ -224,6 +224,9 @@ class Traced:
             )
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[Traced]:
+        return iter([self[at] for at in range(len(self))])
+
     def __bool__(self) -> bool:
         raise CannotExportError(
             "a value of the graph is known only when the graph runs, and `if` needs it now: write "

@@ -203,13 +203,20 @@ class SafetyModel:
             OneRow(np.concatenate(list(weight[:, width:]), axis=1), advantage[1:]),
         )
 
-    def states(self, observations: Observations, constraint: Scalars | None = None) -> StateValue:
+    def states(
+        self,
+        observations: Observations,
+        constraint: Scalars | None = None,
+        readable: Flags | None = None,
+    ) -> StateValue:
         """Return V_h of finite observations (n, obs), with the features that actions need.
 
         Args:
             observations: (n, obs) finite observations, as rows of `spaces.rows`.
             constraint: (n,) h of the states, or (n, k) where h is the largest of k constraints, for
                 a source that is not registered in this process; None where the source computes it.
+            readable: (n,) whether an observation was readable; None where all were. No source
+                determines h of another one.
 
         Raises:
             LookupError: The source is not registered in this process, and `constraint` is None.
@@ -225,6 +232,8 @@ class SafetyModel:
         elif h is None:
             h = source(self.observation_codec.batch(observations))
         small = h.astype(np.float32)
+        if readable is not None:
+            small = np.where(readable, small, np.float32(np.nan))
         if alone and math.isfinite(small[0]):
             return self._evaluate_one(inputs, small, each)
         raw = run(self._excess_layers, inputs)[0, :, 0]

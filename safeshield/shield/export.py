@@ -40,6 +40,7 @@ from safeshield.shield.export_policy import (
     GraphConstraint,
     GraphNoise,
     graph_policy,
+    has_noise,
     one_line,
     run,
     samples,
@@ -163,7 +164,7 @@ def export_onnx(
             f"policy_name must be left out without a policy, got {policy_name!r}: the graph then "
             "has the input `action`"
         )
-    why_not = _not_promised(shield.record, name, deterministic)
+    why_not = _not_promised(shield.record, name, deterministic if has_noise(policy) else None)
     graph_shield.write(policy, deterministic, promised=not why_not)
     graph = recorder.graph("shield")
     header = {
@@ -229,8 +230,13 @@ def _name_of(policy: object) -> str:
     return Path(policy).name if isinstance(policy, str | os.PathLike) else default_name(policy)
 
 
-def _not_promised(record: CalibrationRecord | None, name: str | None, deterministic: bool) -> str:
-    """Return why the graph has no promise, "" where the record holds for it."""
+def _not_promised(
+    record: CalibrationRecord | None, name: str | None, deterministic: bool | None
+) -> str:
+    """Return why the graph has no promise, "" where the record holds for it.
+
+    `deterministic` is None for a policy that acts alike in both modes.
+    """
     if record is None:
         return "none: the shield is not calibrated"
     if name is None:
@@ -238,7 +244,7 @@ def _not_promised(record: CalibrationRecord | None, name: str | None, determinis
     tested = [one.policy for one in record.policies]
     if name not in tested:
         return f"none: the shield was calibrated with {tested}, and the graph acts by '{name}'"
-    if record.deterministic not in (None, deterministic):
+    if None not in (deterministic, record.deterministic) and deterministic != record.deterministic:
         how = "deterministic=True" if record.deterministic else "deterministic=False (--stochastic)"
         return (
             f"none: the shield was calibrated with deterministic={record.deterministic}, and the "

@@ -100,6 +100,15 @@ class OnGraph(Protocol):
         ...
 
 
+def has_noise(policy: object) -> bool:
+    """Return whether a policy may act differently in its two modes.
+
+    A module of PyTorch and a file have one mode. A module with a `predict` may be one of
+    Stable-Baselines3.
+    """
+    return isinstance(policy, OnGraph) or hasattr(policy, "predict")
+
+
 def graph_policy(
     policy: object,
     observations: Mapping[str, Traced],

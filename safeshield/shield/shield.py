@@ -477,7 +477,8 @@ class Shield:
     def states(self, rows: Observations, constraint: Scalars | None = None) -> StateValue:
         """Return V_h and the network inputs of n observations, which `filter_rows` takes.
 
-        The log's mean takes the place of entries that are not readable.
+        The log's mean takes the place of entries that are not readable, and the network's estimate
+        that of h.
 
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
@@ -485,10 +486,12 @@ class Shield:
                 source computes it.
         """
         self._require_backup()
-        if not self._readable.rows(rows).all():
-            near = self._readable.entries(rows)
-            rows = np.where(near, rows, self.model.scaling.observation_mean)
-        return self.model.states(rows, constraint)
+        readable = self._readable.rows(rows)
+        if readable.all():
+            return self.model.states(rows, constraint)
+        near = self._readable.entries(rows)
+        rows = np.where(near, rows, self.model.scaling.observation_mean)
+        return self.model.states(rows, constraint, readable)
 
     def certified(self, observation: Batch) -> Flags | np.bool_:
         """Return whether states are certified: V_h(s) <= -delta and the shield is calibrated.

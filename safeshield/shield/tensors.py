@@ -522,7 +522,7 @@ class TorchShield:
     def _states(self, rows: Tensor, constraint: Tensor | None) -> _States:
         """Return V_h of observations, rows (n, obs), as `Shield.states` does.
 
-        The log's mean takes the place of entries that are not readable.
+        The log's mean takes the place of entries that are not readable, and h is not known there.
         """
         near = self._readable.entries(rows)
         rows = torch.where(near, rows, self._units.mean)
@@ -533,9 +533,9 @@ class TorchShield:
         if h is None:
             estimate = self._worst(self._estimate, inputs)
             return _States(inputs, state_value(self._scale, estimate, excess), readable, excess)
-        known = torch.isfinite(h)
+        known = torch.isfinite(h) & readable
         value = known_value(self._scale, h, excess).masked_fill(~known, torch.nan)
-        return _States(inputs, value, readable & known, excess)
+        return _States(inputs, value, known, excess)
 
     def _estimated(self, states: _States) -> _States:
         """Return states with the network's estimate of V_h where the source does not tell h."""
