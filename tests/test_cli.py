@@ -98,7 +98,7 @@ def test_a_failed_calibration_leaves_its_memory(files: Path, tmp_path: Path) -> 
     agent, out = files / "agent.safetensors", tmp_path / "shield.safetensors"
     asked = ("--confidence", 0.6, "--episodes", 40, "--deltas", "0", "--policy", "random")
     output = run("calibrate", agent, BOAT, out, "--epsilon", 0.03, *asked, code=2)
-    assert "the shield, unchanged, with the memory of this attempt" in output
+    assert "the shield without a promise, and the memory of this attempt" in output
     remembered = Shield.load(out)
     assert remembered.record is None
     assert [one.passed for one in remembered.attempts] == [False]
@@ -112,6 +112,15 @@ def test_a_failed_calibration_leaves_its_memory(files: Path, tmp_path: Path) -> 
     assert record is not None
     assert [one.passed for one in record.attempts] == [False, True]
     assert record.attempts[1].level == pytest.approx(record.attempts[0].level / 2)
+    # A promise that a shield had is not that of a later attempt, which failed.
+    other = tmp_path / "other.safetensors"
+    output = run("calibrate", out, BOAT, other, "--epsilon", 0.06, *asked, code=2)
+    assert Shield.load(other).record is None
+    assert [one.passed for one in Shield.load(other).attempts] == [False, True, False]
+    output = run("calibrate", out, BOAT, out, "--epsilon", 0.06, *asked, code=2)
+    assert "the shield with the promise that it had, and the memory of this attempt" in output
+    assert Shield.load(out).record == record
+    assert len(Shield.load(out).attempts) == 3
 
 
 def test_an_environment_of_other_spaces_is_refused_as_the_wrapper_does(files: Path) -> None:

@@ -79,6 +79,16 @@ def test_a_planted_flaw_is_found_and_a_sound_shield_is_not_accused(
     assert all(one.violating == 0 for one in quiet.families)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_worst_agent_is_chosen_where_the_budget_ends_early(thin: Shield, seed: int) -> None:
+    # A cart has two directions to hold, so that a battery draws the same agent several times.
+    search = falsify(thin, cart(), minutes=None, rollouts=100, episodes=8, cma=False, seed=seed)
+    first, *others = search.families
+    assert search.probe.family == first.family
+    assert first.violating == first.episodes
+    assert all(one.episodes <= 2 * first.episodes for one in others)
+
+
 def test_a_search_in_episodes_depends_on_its_seed_alone(thin: Shield, found: Falsification) -> None:
     again = falsify(thin, cart(), minutes=None, rollouts=200, episodes=100, seed=3)
     assert replace(again, minutes=0, cpu_minutes=0) == replace(found, minutes=0, cpu_minutes=0)

@@ -137,7 +137,7 @@ def clear_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt as error:
             stop(
                 error,
-                "what was not finished is not written; files that were there before are unchanged",
+                "what was not finished is not written",
             )
         except ModuleNotFoundError as error:
             if kwargs.get("debug"):

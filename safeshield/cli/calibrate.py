@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,8 +89,8 @@ def calibrate(
 
     The shield is written to OUT with its promise, and with the memory of all attempts. An OUT that
     remembers more than SOURCE is refused, because its memory would be lost. Where no threshold
-    passes, or the tests are interrupted, OUT is written with the memory of the attempt alone, and
-    the exit status is not 0.
+    passes, or the tests are interrupted, OUT is written with the memory of the attempt and without a
+    promise (where OUT is SOURCE, with the promise that it had), and the exit status is not 0.
     """
     check_output(out, (".safetensors",))
     if policy == "adversary":
@@ -117,8 +118,11 @@ def calibrate(
         )
     except BaseException:
         if shield.attempts != earlier:
-            shield.save(out)
-            typer.echo(f"{out}: the shield, unchanged, with the memory of this attempt", err=True)
+            same = out.resolve() == source.resolve()
+            left = shield if same else replace(shield, record=None)
+            left.save(out)
+            promise = "with the promise that it had" if left.record else "without a promise"
+            typer.echo(f"{out}: the shield {promise}, and the memory of this attempt", err=True)
         raise
     shield = found
     shield.save(out)

@@ -81,6 +81,8 @@ _BATTERY_SHARE = 0.2
 _PART = 2**22
 """Seeds of a part: the search has the first part after a base, the verification the second."""
 _SOFT = 4.0
+_STANDING = 0.75
+"""Confidence of the lower bound of the rate by which the worst agent is chosen."""
 _SEARCH_SHARE = 0.85
 """Share of the budget after which the choice begins."""
 
@@ -97,6 +99,14 @@ class Played(NamedTuple):
     def rate(self) -> float:
         """Share of the episodes that violate."""
         return self.violating / max(self.episodes, 1)
+
+    @property
+    def standing(self) -> tuple[float, float]:
+        """By what agents with unequal numbers of episodes are compared, the worst the greatest.
+
+        It is the lower bound of the rate, and for equal bounds the score.
+        """
+        return rate_bounds(self.violating, self.episodes, _STANDING)[0], self.score
 
 
 @dataclass(frozen=True)
@@ -534,7 +544,8 @@ class _Search:
         rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
         fixed = [Probe(name, shield.delta) for name in (RANDOM, ADVERSARY)]
         try:
-            battery = [*fixed, *starting_probes(shield, rng, _BATTERY)]
+            # With few actions, a battery draws some agents several times.
+            battery = [*dict.fromkeys([*fixed, *starting_probes(shield, rng, _BATTERY)])]
             self._compare(battery, _FIRST)
             cost = self.budget.spent / (_FIRST * len(battery))
             most = _GENERATION_SHARE / (_POPULATION * cost)
@@ -544,7 +555,8 @@ class _Search:
             islands = self._islands(seed) if self.cma else []
             while self.budget.spent < _SEARCH_SHARE:
                 if not self.cma:
-                    self._compare(starting_probes(shield, rng, _BATTERY), self.each)
+                    drawn = dict.fromkeys(starting_probes(shield, rng, _BATTERY))
+                    self._compare([*drawn], self.each)
                     continue
                 if self.budget.spent > 0.5 * _SEARCH_SHARE and len(islands) > 1:
                     islands = [max(islands, key=lambda one: one.score or 0.0)]
@@ -559,17 +571,15 @@ class _Search:
         if not self.seen:
             # A budget that ends before the battery has played leaves the calibration's adversary.
             return fixed[1]
-        most = max(played.episodes for played in self.seen.values())
-        chosen = {one: played for one, played in self.seen.items() if 2 * played.episodes > most}
-        return max(chosen, key=lambda one: (chosen[one].rate, chosen[one].score))
+        return max(self.seen, key=lambda one: self.seen[one].standing)
 
     def families(self) -> tuple[Family, ...]:
         """Return the best agent of each family, the worst for the shield first."""
         groups: dict[str, list[Played]] = {}
         for probe, played in self.seen.items():
             groups.setdefault(probe.family, []).append(played)
-        best = {name: max(some, key=lambda one: one.score) for name, some in groups.items()}
-        order = sorted(best, key=lambda name: -best[name].score)
+        best = {name: max(some, key=lambda one: one.standing) for name, some in groups.items()}
+        order = sorted(best, key=lambda name: best[name].standing, reverse=True)
         return tuple(
             Family(name, len(groups[name]), best[name].episodes, best[name].violating)
             for name in order
