@@ -89,8 +89,8 @@ def calibrate(
 
     The shield is written to OUT with its promise, and with the memory of all attempts. An OUT that
     remembers more than SOURCE is refused, because its memory would be lost. Where no threshold
-    passes, or the tests are interrupted, OUT is written with the memory of the attempt and without a
-    promise (where OUT is SOURCE, with the promise that it had), and the exit status is not 0.
+    passes, or the tests are interrupted, OUT is written with the memory of the attempt and without
+    a promise (where OUT is SOURCE, with the promise that it had), and the exit status is not 0.
     """
     check_output(out, (".safetensors",))
     if policy == "adversary":
