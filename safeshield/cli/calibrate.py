@@ -121,8 +121,8 @@ def calibrate(
             same = out.resolve() == source.resolve()
             left = shield if same else replace(shield, record=None)
             left.save(out)
-            promise = "with the promise that it had" if left.record else "without a promise"
-            typer.echo(f"{out}: the shield {promise}, and the memory of this attempt", err=True)
+            kept = "with the promise that it had" if left.record else "without a promise"
+            typer.echo(f"{out}: the shield {kept}, and the memory of this attempt", err=True)
         raise
     shield = found
     shield.save(out)
