@@ -69,5 +69,7 @@ def test_every_other_text_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="boat"):
         SafetyShield(gym.make("safeshield/Boat-v0"), "boat")
+    with pytest.raises(FileNotFoundError, match=r"use Shield\.builtin\('boat'\)"):
+        Shield.load("builtin:boat")
     Shield.builtin("boat").save("boat.safetensors")
     assert SafetyShield(gym.make("safeshield/Boat-v0"), "boat.safetensors").reset(seed=0)

@@ -603,6 +603,8 @@ def test_a_ready_made_shield_has_a_name() -> None:
     told = run("evaluate", "builtin:boat", "safeshield/Boat-v0", "--episodes", 2)
     assert "yes" in told or "shield" in told
     assert "must be one of" in run("evaluate", "builtin:ship", "safeshield/Boat-v0", code=2)
+    assert "starts as its own reset does" in run("inspect", "builtin:boat")
+    assert "must be one of" in run("inspect", "builtin:ship", code=2)
 
 
 def test_the_training_log_and_one_file_for_both_parts_are_refused(

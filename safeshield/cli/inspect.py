@@ -23,8 +23,8 @@ def inspect(
     file: Annotated[
         Path,
         typer.Argument(
-            help="File of an agent, shield, checkpoint, log or graph (.onnx), or folder of a "
-            "ShieldLog."
+            help="File of an agent, shield, checkpoint, log or graph (.onnx), folder of a "
+            "ShieldLog, or builtin:NAME for a ready-made shield."
         ),
     ],
     as_json: AsJson = False,
@@ -45,7 +45,10 @@ def inspect(
 ) -> None:
     """Describe a file and its contents. No code in the file is run."""
     from safeshield.cli.kinds import FLIGHT, LOG, describe, file_kind, with_article
+    from safeshield.shield.shield import BUILTIN, builtin_file
 
+    if str(file).startswith(BUILTIN):
+        file = builtin_file(str(file).removeprefix(BUILTIN))
     kind = file_kind(file)
     if kind == LOG and verify is None:
         _inspect_log(file, as_json, cost_limit, picture)

@@ -1156,13 +1156,7 @@ class Shield:
         'safeshield/Boat-v0'
         >>> env = SafetyShield(gymnasium.make("safeshield/Boat-v0"), "builtin:boat")
         """
-        files = {path.stem: path for path in Path(__file__).with_name("builtin").iterdir()}
-        if name not in files:
-            raise ValueError(
-                f"name must be one of {sorted(files)}, the ready-made shields of the package, got "
-                f"{name!r:.80}; for a shield's own file pass its path"
-            )
-        return cls.load(files[name])
+        return cls.load(builtin_file(name))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: PublicKey | None = None) -> Self:
@@ -1184,7 +1178,15 @@ class Shield:
                 record does not follow from its counts; or the signature is missing or not valid.
             ImportError: `verify` is given, and the extra `sign` is not installed.
         """
-        shield = load_shield(cls, path, verify)
+        try:
+            shield = load_shield(cls, path, verify)
+        except FileNotFoundError as error:
+            if not str(path).startswith(BUILTIN):
+                raise
+            name = str(path).removeprefix(BUILTIN)
+            raise FileNotFoundError(
+                f"{error}. For the ready-made shield use Shield.builtin({name!r:.80})"
+            ) from error
         # Files without records, attempts and statements have nothing to check.
         if shield.record or shield.attempts or shield.log_records or shield.ledger.attempts:
             from safeshield.calibration.consistency import check_records
@@ -1295,6 +1297,17 @@ class HasShield(Protocol):
     def shield(self) -> Shield:
         """Return the agent's shield."""
         ...
+
+
+def builtin_file(name: str) -> Path:
+    """Return the path of the ready-made shield `name`; see `Shield.builtin`."""
+    files = {path.stem: path for path in Path(__file__).with_name("builtin").iterdir()}
+    if name not in files:
+        raise ValueError(
+            f"name must be one of {sorted(files)}, the ready-made shields of the package, got "
+            f"{name!r:.80}; for a shield's own file pass its path"
+        )
+    return files[name]
 
 
 def as_shield(shield: Shield | HasShield | str | os.PathLike[str]) -> Shield:
