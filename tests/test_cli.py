@@ -335,7 +335,7 @@ def test_a_policy_in_python_can_be_named(files: Path, tmp_path: Path) -> None:
         ),
         (("evaluate", "{tmp}/none.safetensors", BOAT), "no such file"),
         (("inspect", "{tmp}/none.safetensors"), "no such file"),
-        (("inspect", "{text}"), "is not a safeshield file"),
+        (("inspect", "{text}"), "it does not begin with the length of a header"),
         (("inspect", "{png}"), "is not a safeshield file but a picture (PNG)"),
         (("inspect", "{zip}"), "but a zip file: a model of Stable-Baselines3 goes to"),
         (("inspect", "{tmp}"), "is a folder; give a file in it"),

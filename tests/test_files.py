@@ -544,12 +544,20 @@ def test_the_tensor_table_is_strict_json(raw: bytes, path: Path) -> None:
     refused(path)
 
 
-@pytest.mark.parametrize("length", [0, 1, 2**31, 2**62, 2**64 - 1])
-def test_a_false_header_length_is_refused_unread(length: int, path: Path) -> None:
+@pytest.mark.parametrize(
+    ("length", "told"),
+    [
+        (0, "not a safeshield file, or is truncated"),
+        (1, "not a safeshield file, or is truncated"),
+        (10**6, "its header has 1000000 bytes, and the file"),
+        *((n, "does not begin with the length of a header") for n in (2**31, 2**62, 2**64 - 1)),
+    ],
+)
+def test_a_false_header_length_is_refused_unread(length: int, told: str, path: Path) -> None:
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
     tracemalloc.start()
     try:
-        refused(path, "not a safeshield file, or is truncated")
+        refused(path, told)
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()

@@ -295,6 +295,8 @@ def _table(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, _Ent
     try:
         length = int.from_bytes(read_exactly(stream, 8), "little")
         size = size_of(stream)
+        if 8 + length > size and length > MODEL_HEADER.value:
+            raise ValueError("it does not begin with the length of a header, as .safetensors do")
         if 8 + length > size:
             raise ValueError(f"its header has {length} bytes, and the file {size}")
         MODEL_HEADER.check(length, "it")
