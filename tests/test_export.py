@@ -711,7 +711,6 @@ def test_the_command_line(small: Shield, tmp_path: Path) -> None:
     assert "promise: none: the shield is not calibrated" in done.output
     assert run(app, ["export", source, "-o", "shield.pt"]).exit_code == 2
     assert run(app, ["export", source, "-o", out, "--stochastic"]).exit_code == 2
-    assert run(app, ["export", source, "-o", out, "--policy", "agent.pt"]).exit_code == 2
     described = run(app, ["inspect", out])
     assert described.exit_code == 0, described.output
     for words in (
@@ -725,6 +724,8 @@ def test_the_command_line(small: Shield, tmp_path: Path) -> None:
     policy = str(graph_of(tmp_path / "policy.onnx", "y = Bernoulli(x)"))
     for command, words in (
         (["export", source, "-o", out, "--policy", policy], "policy.onnx must not draw random"),
+        (["export", source, "-o", out, "--policy", "agent.pt"], "a torch.nn.Module is exported in"),
+        (["export", source, "-o", out, "--policy", "own:act"], "of Python has no graph"),
         (["inspect", policy], "policy.onnx is no ONNX graph of a shield: it has no metadata"),
         (["export", out, "-o", out], "must be an agent or a shield, but is a graph"),
         (["sign", out, "--key", policy], "must be an agent, a shield or a checkpoint, got a graph"),

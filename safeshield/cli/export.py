@@ -60,4 +60,8 @@ def _policy(path: Path, trust: bool) -> object:
         from safeshield.cli.kinds import load_sb3
 
         return load_sb3(path, trust=trust)
-    raise ValueError(f"--policy must be a .safetensors, .zip or .onnx file, got '{path}'")
+    raise ValueError(
+        f"--policy must be a .safetensors, .zip or .onnx file, got '{path}': a function of Python "
+        "has no graph, and a torch.nn.Module is exported in Python, by "
+        "shield.export_onnx(path, module)"
+    )
