@@ -136,6 +136,7 @@ def test_changed_dynamics_and_an_optimistic_value_are_told_apart_by_the_log() ->
     with_log = diagnosed(replace(optimistic, log=logged(CART)), CART)
     assert with_log.cause == LATE
     assert "pass the training log" not in with_log.summary()
+    assert "with discrete actions 0.99" in " ".join(with_log.summary().split())
     assert diagnosed(changed, CART).cause == CHANGED
     alone = diagnosed(replace(changed, log=None), CART)
     assert alone.cause == LATE
