@@ -635,7 +635,7 @@ def test_logs_without_a_boundary_are_refused(log: OfflineDataset) -> None:
     lost = dataclasses.replace(log, constraints=zero + 1, next_constraints=zero + 1, costs=zero + 1)
     with pytest.raises(ValueError, match="nothing but violations"):
         tiny().fit(lost, steps=STEPS)
-    with pytest.warns(UserWarning, match="sign of the constraint turned"):
+    with pytest.warns(UserWarning, match="constraint turned.*log more careful episodes"):
         check_boundary(
             dataclasses.replace(
                 log, constraints=-log.constraints, next_constraints=-log.next_constraints

@@ -252,7 +252,8 @@ def check_boundary(dataset: OfflineDataset) -> None:
     if unsafe.mean() > 0.5:
         warnings.warn(
             f"h > 0, a violation, in {unsafe.mean():.0%} of the {len(dataset)} transitions: is the "
-            "sign of the constraint turned? h <= 0 is safe",
+            "sign of the constraint turned? h <= 0 is safe. If it is right, log more careful "
+            "episodes as well",
             stacklevel=2,
         )
 
