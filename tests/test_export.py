@@ -319,6 +319,30 @@ def test_policies_of_sb3(name: str, tmp_path: Path) -> None:
     assert len(np.unique(actions_of_graph.round(3))) > 1
 
 
+class Normalised(torch.nn.Module):
+    """A policy of Stable-Baselines3 behind a normalisation, as `docs/export.md` advises."""
+
+    def __init__(self, policy: Any) -> None:  # noqa: ANN401
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, seen: Any) -> Any:  # noqa: ANN401
+        hidden = self.policy.mlp_extractor.forward_actor((seen - 0.5) / 0.1)
+        return self.policy.action_net(hidden).clip(-1.0, 1.0)
+
+
+def test_a_module_that_holds_a_policy_of_sb3_is_exported_whole(
+    small: Shield, tmp_path: Path
+) -> None:
+    from stable_baselines3 import PPO
+
+    model = PPO("MlpPolicy", Still(*benchmark.SPACES), device="cpu", n_steps=8)
+    module = Normalised(model.policy).eval()
+    states, actions = proposed(small, module, tmp_path)
+    with torch.no_grad():
+        np.testing.assert_allclose(actions, module(torch.as_tensor(states)), atol=1e-5)
+
+
 def test_the_noise_of_a_gaussian_policy_is_an_input(small: Shield, tmp_path: Path) -> None:
     from stable_baselines3 import PPO
 

@@ -523,7 +523,9 @@ def _random_nodes(graph: Any) -> Iterator[str]:  # noqa: ANN401 - a GraphProto
 def _of_sb3(policy: object) -> bool:
     from stable_baselines3.common.policies import BasePolicy
 
-    return isinstance(getattr(policy, "policy", None), BasePolicy)
+    # A module may hold a policy of Stable-Baselines3 and change what goes in or comes out.
+    own = isinstance(policy, torch.nn.Module)
+    return not own and isinstance(getattr(policy, "policy", None), BasePolicy)
 
 
 def _sb3(
