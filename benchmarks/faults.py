@@ -288,13 +288,19 @@ def pooled(results: list[list[dict[str, Any]]]) -> StressTest:
     The episodes of all seeds are put together.
     """
     cells = []
+    left_out = {
+        name: why for kind in results for one in kind for name, why in one["left_out"].items()
+    }
     for kind in zip(*results, strict=True):
         for same in zip(*(one["cells"] for one in kind), strict=True):
             if same[0]["fault"] == "none" and cells:
                 continue
-            runs = [_joined([one[key] for one in same]) for key in ("shielded", "alone")]
-            cells.append(StressCell(same[0]["fault"], same[0]["strength"], same[0]["unit"], *runs))
-    return StressTest(tuple(cells), ())
+            shielded = _joined([one["shielded"] for one in same])
+            bare = [one["alone"] for one in same]
+            alone = None if None in bare else _joined(bare)
+            named = same[0]["fault"], same[0]["strength"], same[0]["unit"]
+            cells.append(StressCell(*named, shielded, alone))
+    return StressTest(tuple(cells), left_out)
 
 
 def _joined(parts: list[dict[str, Any]]) -> Evaluation:

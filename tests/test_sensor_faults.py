@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gymnasium.utils.env_checker import check_env
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_shield import record
 from typer.testing import CliRunner
@@ -23,7 +25,7 @@ from safeshield.algorithms.safefql import SafeFQL
 from safeshield.calibration.proposers import ShieldedProposals
 from safeshield.cli import app
 from safeshield.data import OfflineDataset, collect
-from safeshield.evaluation import stress
+from safeshield.evaluation import FAULT_KINDS, StressTest, stress
 from safeshield.policies import ShieldedPolicy
 from safeshield.rollouts.copies import ACTUATOR_FAULTS, SENSOR_FAULTS
 from safeshield.rollouts.policies import batch_policy
@@ -688,6 +690,53 @@ def test_a_fault_that_the_agent_refuses_is_left_out_with_its_message(
     assert [cell.fault for cell in found.cells] == ["none", *["late action"] * 3]
     assert len(found.left_out) == 3
     assert found.left_out["lost, NaN 0.6"] == "this agent reads no NaN"
+
+
+def test_an_agent_that_answers_nan_with_nan_keeps_its_column_behind_the_shield(
+    stored_agent: SafeFQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shield = stored_agent.shield().with_delta(0.05)
+    texts: list[str] = []
+    kept = Figure.savefig
+
+    def drawn(figure: Figure, *to: Any, **how: Any) -> None:  # noqa: ANN401
+        kept(figure, *to, **how)
+        texts.extend(one.get_text() for one in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", drawn)
+    found = stress(
+        shield, boat(12), lambda seen: seen[:2] - seen[1:3], kinds=["lost, NaN"], episodes=3,
+        num_envs=3,
+    )  # fmt: skip
+    assert [(one.strength, one.alone is None) for one in found.cells] == [
+        (0.0, False), (0.1, True), (0.3, True), (0.6, True),
+    ]  # fmt: skip
+    why = found.left_out["lost, NaN 0.6 without the shield"]
+    assert "given this, the policy returned NaN for environment" in why
+    *_, last = found.table("markdown").splitlines()
+    cells = last.split(" | ")
+    assert (cells[3], cells[6]) == ("-", "- |")
+    assert "-" not in (cells[2], cells[4], cells[5])
+    assert found.to_json()["cells"][-1]["alone"] is None
+    found.picture(tmp_path / "stress.png")
+    # The first tick is the environment without the fault, whatever the unit of the strengths.
+    assert {"none", "0.1", "0.3", "0.6"} <= set(texts)
+    assert any(
+        one.startswith("left out: lost, NaN 0.1 without the shield; lost, NaN 0.3") for one in texts
+    )
+    # Nothing but the environment without a fault could be played.
+    StressTest(found.cells[:1], {"noise": "no Box"}).picture(tmp_path / "none.png")
+
+
+def test_a_bias_is_played_in_both_directions() -> None:
+    shown = {}
+    for kind in FAULT_KINDS:
+        if kind.name.startswith("bias"):
+            env = kind.put(Counter(), kind.strengths[-1], [1.0, 2.0])
+            shown[kind.name] = played(env, [0.0])[0]
+    up, down = [np.add(PLAIN[0], (0.3, 0.6)), np.subtract(PLAIN[0], (0.3, 0.6))]
+    np.testing.assert_allclose(shown["bias up"][0], up, rtol=1e-6)
+    np.testing.assert_allclose(shown["bias down"][0], down, rtol=1e-6)
 
 
 def test_the_command_stresses_a_shield(stored_agent: SafeFQL, tmp_path: Path) -> None:

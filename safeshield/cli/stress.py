@@ -30,7 +30,8 @@ def stress(
         str,
         typer.Option(
             help="Policy that proposes actions: random, adversary, helmsmen, an agent's "
-            ".safetensors or .zip file, or module:name (a policy in Python)."
+            ".safetensors or .zip file, module:name (a policy in Python), or the .json file of "
+            "falsify."
         ),
     ] = "random",
     fault: Annotated[

@@ -10,6 +10,7 @@ environment with the fault.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,12 @@ FAULT_KINDS = (
         lambda env, x, spread: NoisySensor(env, std=_times(x, spread)), "observations",
     ),
     FaultKind(
-        "bias", "sd of the log", (0.03, 0.1, 0.3),
+        "bias up", "sd of the log", (0.03, 0.1, 0.3),
         lambda env, x, spread: NoisySensor(env, bias=_times(x, spread)), "observations",
+    ),
+    FaultKind(
+        "bias down", "sd of the log", (0.03, 0.1, 0.3),
+        lambda env, x, spread: NoisySensor(env, bias=_times(-x, spread)), "observations",
     ),
     FaultKind(
         "quantised", "sd of the log", (0.1, 0.3, 1.0),
@@ -117,8 +122,9 @@ class StressCell:
     """Unit of the strength."""
     shielded: Evaluation
     """With the shield."""
-    alone: Evaluation
-    """Without it, from the same starts."""
+    alone: Evaluation | None
+    """Without it, from the same starts; None where the agent cannot be played without the shield,
+    as one that answers NaN with NaN. `StressTest.left_out` has the reason."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +134,15 @@ class StressTest:
     cells: tuple[StressCell, ...]
     """The first cell is that without a fault."""
     left_out: dict[str, str]
-    """Faults without a cell, and why: kinds that do not fit the environment's spaces, and "kind
-    strength" where the policy raised a ValueError, as an agent may that refuses NaN."""
+    """What was not played, and why: kinds that do not fit the environment's spaces; "kind strength"
+    where the policy raised a ValueError, as an agent may that refuses NaN; and "kind strength
+    without the shield" where only the episodes without it raised one."""
 
     def table(self, markup: Markup = "text") -> str:
-        """Return a row for each cell; brackets are 95% intervals, in percent."""
+        """Return a row for each cell; brackets are 95% intervals, in percent.
+
+        A "-" stands for episodes that could not be played, see `left_out`.
+        """
         header = (
             "fault", "strength", "violating with", "without", "replaced", "return with", "without",
         )  # fmt: skip
@@ -150,7 +160,7 @@ class StressTest:
                 "strength": one.strength,
                 "unit": one.unit,
                 "shielded": one.shielded.to_json(),
-                "alone": one.alone.to_json(),
+                "alone": None if one.alone is None else one.alone.to_json(),
             }
             for one in self.cells
         ]
@@ -159,12 +169,16 @@ class StressTest:
     def picture(self, path: str | os.PathLike[str]) -> None:
         """Draw violations, replaced steps and return against the strength of each fault.
 
+        What could not be played is listed below.
+
         Args:
             path: File to write: .png, .svg or .pdf.
         """
         healthy, *others = self.cells
-        names = list(dict.fromkeys(one.fault for one in others))
-        with saved_figure(path, 9.0, 1.05 * len(names) + 0.9) as figure:
+        names = list(dict.fromkeys(one.fault for one in others)) or [healthy.fault]
+        lacking = textwrap.fill(f"left out: {'; '.join(self.left_out)}", 140)
+        height = 1.05 * len(names) + 0.9 + 0.15 * (lacking.count("\n") + 1)
+        with saved_figure(path, 9.0, height) as figure:
             grid = figure.subplots(len(names), 3, squeeze=False)
             for name, panels in zip(names, grid, strict=True):
                 _draw(name, [healthy, *(one for one in others if one.fault == name)], panels)
@@ -174,6 +188,8 @@ class StressTest:
                 strict=True,
             ):
                 axes.set_title(title, fontsize=9)
+            if self.left_out:
+                figure.supxlabel(lacking, fontsize=7)
             marks, labels = grid[0][0].get_legend_handles_labels()
             figure.legend(
                 marks, labels, fontsize=8, frameon=False, ncols=2, loc="outside upper right"
@@ -241,17 +257,22 @@ def stress(
             deterministic=deterministic,
         )
 
+    def attempt(name: str, where: Env, behind: Shield | None) -> Evaluation | None:
+        try:
+            return play(where, behind)
+        except ValueError as error:
+            left_out[name] = str(error)
+            return None
+
     with tqdm(total=1 + len(plays), disable=not progress_bar, unit="fault") as bar:
         cells = [StressCell("none", 0.0, "", play(env, shield), play(env, None))]
         bar.update()
         for kind, x in plays:
-            faulty = kind.put(env, x, spread)
-            try:
-                pair = play(faulty, shield), play(faulty, None)
-            except ValueError as error:
-                left_out[f"{kind.name} {x:g}"] = str(error)
-            else:
-                cells.append(StressCell(kind.name, float(x), kind.unit, *pair))
+            faulty, name = kind.put(env, x, spread), f"{kind.name} {x:g}"
+            shielded = attempt(name, faulty, shield)
+            if shielded is not None:
+                bare = attempt(f"{name} without the shield", faulty, None)
+                cells.append(StressCell(kind.name, float(x), kind.unit, shielded, bare))
             bar.update()
     return StressTest(tuple(cells), left_out)
 
@@ -287,7 +308,9 @@ def _floats(space: gym.Space[Any]) -> bool:
 
 
 def _row(cell: StressCell) -> tuple[str, ...]:
-    def rate(one: Evaluation) -> str:
+    def rate(one: Evaluation | None) -> str:
+        if one is None:
+            return "-"
         low, high = one.violation_interval
         return f"{100 * one.violation_rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
@@ -298,17 +321,21 @@ def _row(cell: StressCell) -> tuple[str, ...]:
         rate(cell.alone),
         f"{100 * (cell.shielded.intervention_rate or 0.0):.1f}%",
         f"{cell.shielded.mean_return:.1f}",
-        f"{cell.alone.mean_return:.1f}",
+        "-" if cell.alone is None else f"{cell.alone.mean_return:.1f}",
     )
 
 
 def _draw(name: str, cells: Sequence[StressCell], panels: Sequence[Any]) -> None:
     """Draw the three panels of one fault; the first cell is that without it."""
     at = range(len(cells))
-    ticks = ["0", *(f"{one.strength:g}" for one in cells[1:])]
-    pairs = [("shield", BLUE, [one.shielded for one in cells])]
-    pairs.append(("no shield", VERMILION, [one.alone for one in cells]))
-    for label, colour, runs in pairs:
+    ticks = ["none", *(f"{one.strength:g}" for one in cells[1:])]
+    pairs: list[tuple[str, str, list[Evaluation | None]]] = [
+        ("shield", BLUE, [one.shielded for one in cells]),
+        ("no shield", VERMILION, [one.alone for one in cells]),
+    ]
+    for label, colour, played in pairs:
+        places = [i for i, one in enumerate(played) if one is not None]
+        runs = [one for one in played if one is not None]
         rates = [100 * one.violation_rate for one in runs]
         low, high = (
             [
@@ -319,11 +346,11 @@ def _draw(name: str, cells: Sequence[StressCell], panels: Sequence[Any]) -> None
         )
         beside = -0.04 if label == "shield" else 0.04
         panels[0].errorbar(
-            [one + beside for one in at], rates, yerr=(low, high), color=colour, marker="o",
+            [one + beside for one in places], rates, yerr=(low, high), color=colour, marker="o",
             markersize=3, linewidth=1.2, elinewidth=0.8, label=label,
         )  # fmt: skip
         panels[2].plot(
-            at, [one.mean_return for one in runs], color=colour, marker="o", markersize=3,
+            places, [one.mean_return for one in runs], color=colour, marker="o", markersize=3,
             linewidth=1.2,
         )  # fmt: skip
     replaced = [100 * (one.shielded.intervention_rate or 0.0) for one in cells]
@@ -334,4 +361,5 @@ def _draw(name: str, cells: Sequence[StressCell], panels: Sequence[Any]) -> None
         axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.5)
     panels[0].set_ylim(bottom=-2)
     panels[1].set_ylim(0.0, 1.15 * max(*replaced, 1.0))
-    panels[0].set_ylabel(f"{name}\n({cells[-1].unit})", fontsize=7)
+    unit = f"\n({cells[-1].unit})" if cells[-1].unit else ""
+    panels[0].set_ylabel(f"{name}{unit}", fontsize=7)

@@ -244,7 +244,7 @@ class _Runner:
         if len(bad):
             raise ValueError(
                 "the environment returned NaN in an observation of the episode that was reset "
-                f"with seed {seeds[bad[0]]}: {rows[bad[0]]}"
+                f"with seed {seeds[bad[0]]}: {rows[bad[0]]}; given this, {error}"
             ) from error
 
     def _in_dtype(self, actions: Array) -> Array:
