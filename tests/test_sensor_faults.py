@@ -227,6 +227,57 @@ def test_a_setting_that_makes_no_fault_is_refused(make: Callable[[], Env], match
         make()
 
 
+class Odd(Counter):
+    """Its steps return a wrong observation or wrong infos."""
+
+    def __init__(self, shown: Any = None, info: Any = None) -> None:  # noqa: ANN401
+        super().__init__()
+        self._shown, self._info = shown, info
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        observation, *rest, _ = super().step(action)
+        return observation if self._shown is None else self._shown, *rest, self._info
+
+
+@pytest.mark.parametrize("name", [one for one in SENSOR_FAULTS if one != "ControlPeriod"])
+def test_an_observation_of_a_wrong_shape_is_told_by_the_fault_that_reads_it(name: str) -> None:
+    env = EVERY[name](Odd(np.zeros(3), {}))
+    env.reset(seed=0)
+    match = rf"{name} needs observations of the shape \(2,\) .* returned one of \(3,\)"
+    with pytest.raises(ValueError, match=match):
+        env.step(STILL[:1])
+
+
+@pytest.mark.parametrize(
+    ("info", "match"),
+    [
+        (None, "inside ControlPeriod must return its infos as a dict, .* got NoneType"),
+        ({"constraint": "bad"}, r"info\['constraint'\] must be one number, got 'bad'"),
+        ({"constraint": {"speed": []}}, r"info\['constraint'\]\['speed'\] must be one number"),
+        ({"cost": "bad"}, r"info\['cost'\] must be one number, got 'bad'"),
+    ],
+)
+def test_a_period_tells_what_it_cannot_sum(info: object, match: str) -> None:
+    env = ControlPeriod(Odd(info=info), 2)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=match):
+        env.step(STILL[:1])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_fault_around_a_shield_warns_that_the_shield_does_not_have_it(
+    known: Shield, name: str
+) -> None:
+    env = EVERY[name](SafetyShield(boat(), known))
+    with pytest.warns(UserWarning, match=rf"around: SafetyShield\({name}\(env, ...\), shield\)"):
+        env.reset(seed=0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        env.reset(seed=1)
+        SafetyShield(EVERY[name](boat()), known).reset(seed=0)
+    assert not [one for one in told if "stands around a shield" in str(one.message)]
+
+
 # -- labels of the plant --------------------------------------------------------------------------
 
 

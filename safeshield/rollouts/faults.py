@@ -7,6 +7,9 @@ its record lists them. ``safeshield stress`` plays a matrix of them.
 violation of the plant, whatever the sensor shows. `ConstraintFromFunction` and `CostFromFunction`
 therefore belong inside a fault of a sensor, and refuse to stand around one.
 
+A shield belongs around the faults. A fault around a shield changes what the agent sees and sends,
+but not what the shield sees and executes, and its resets warn of that.
+
 Each wrapper draws from a generator of its own, which ``reset(seed=)`` seeds. The random numbers of
 the environment inside are not touched, so the same seed gives the same start with and without the
 fault. Observations keep the dtype and the bounds of their space. The arguments are recorded, so
@@ -20,6 +23,7 @@ until then.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, SupportsFloat
@@ -30,7 +34,7 @@ import numpy.typing as npt
 from gymnasium.utils import RecordConstructorArgs
 
 from safeshield.files.settings import Count, NonNegativeInt, Positive, Rate, Share, check
-from safeshield.rollouts.infos import CONSTRAINT, COST
+from safeshield.rollouts.infos import CONSTRAINT, COST, INTERVENED, LABELS, violates
 from safeshield.spaces.generic import Env, Wrapper
 
 Info = dict[str, Any]
@@ -46,6 +50,7 @@ class _Fault(Wrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, **arguments)
         gym.Wrapper.__init__(self, env)
         self._rng = np.random.default_rng()
+        self._warned = False
         # Two faults around each other must not draw the same numbers.
         self._depth, layer = 0, env
         while isinstance(layer, gym.Wrapper):
@@ -57,6 +62,15 @@ class _Fault(Wrapper, RecordConstructorArgs):
     ) -> tuple[Any, Info]:
         """Reset the environment and the fault. `seed` seeds both, `options` are passed on."""
         observation, info = self.env.reset(seed=seed, options=options)
+        if not self._warned and INTERVENED in info:
+            self._warned = True
+            name = type(self).__name__
+            warnings.warn(
+                f"{name} stands around a shield, which therefore works without this fault: only "
+                f"the agent has it. To test the shield put it around: SafetyShield({name}(env, "
+                "...), shield)",
+                stacklevel=2,
+            )
         if seed is not None:
             self._rng = np.random.default_rng(np.random.SeedSequence([seed, self._depth]))
         return self._begin(observation), info
@@ -78,10 +92,19 @@ class _SensorFault(_Fault):
         Only the observation differs.
         """
         observation, *rest = self.env.step(action)
-        return (self._shown(self._sense(_numbers(observation))), *rest)  # type: ignore[return-value]
+        return (self._shown(self._sense(self._read(observation))), *rest)  # type: ignore[return-value]
 
     def _begin(self, observation: Any) -> Any:  # noqa: ANN401
-        return self._shown(self._sense_first(_numbers(observation)))
+        return self._shown(self._sense_first(self._read(observation)))
+
+    def _read(self, observation: Any) -> Array:  # noqa: ANN401
+        reading = np.array(observation, np.float64)
+        if reading.shape != self._box.shape:
+            raise ValueError(
+                f"{type(self).__name__} needs observations of the shape {self._box.shape} of the "
+                f"observation_space, but the environment inside returned one of {reading.shape}"
+            )
+        return reading
 
     def _sense_first(self, observation: Array) -> Array:
         return self._sense(observation)
@@ -340,6 +363,12 @@ class ControlPeriod(_Fault):
             observation, reward, terminated, truncated, info = self.env.step(
                 action.copy() if isinstance(action, np.ndarray) else action
             )
+            if not isinstance(info, Mapping):
+                raise ValueError(
+                    "the step of the environment inside ControlPeriod must return its infos as a "
+                    f"dict, empty where there are none, got {type(info).__name__}"
+                )
+            violates({key: info[key] for key in LABELS if info.get(key) is not None})  # Checks.
             total += float(reward)
             worst = _larger(worst, info.get(CONSTRAINT))
             costs += [float(info[COST])] if COST in info else []
@@ -371,10 +400,6 @@ def _box(space: gym.Space[Any], what: str, fault: Wrapper) -> gym.spaces.Box:
 
 def _rest(box: gym.spaces.Box) -> Array:
     return np.clip(np.zeros(box.shape), box.low, box.high).astype(box.dtype)
-
-
-def _numbers(observation: Any) -> Array:  # noqa: ANN401
-    return np.array(observation, np.float64)
 
 
 def _listed(value: Any) -> Any:  # noqa: ANN401
