@@ -169,6 +169,16 @@ print(len(files) > 10)
     assert run(code, tmp_path) == "True"
 
 
+def test_all_wrappers_are_imported_without_the_packages_that_some_of_them_need(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import sys; sys.modules.update(pettingzoo=None, stable_baselines3=None);"
+        "from safeshield.wrappers import *; print(SafetyShield.__name__)"
+    )
+    assert run(code, tmp_path) == "SafetyShield"
+
+
 def test_nothing_is_called_wrappers_or_policies_at_the_top_level(tmp_path: Path) -> None:
     code = (
         "from importlib.util import find_spec as f;"

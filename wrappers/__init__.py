@@ -14,20 +14,19 @@ from safeshield.wrappers.safety_shield import SafetyShield
 from safeshield.wrappers.vector import VectorSafetyShield
 
 if TYPE_CHECKING:
-    from safeshield.wrappers.parallel import ParallelSafetyShield
-    from safeshield.wrappers.sb3 import VecSafetyShield, worker_env
+    from safeshield.wrappers.parallel import ParallelSafetyShield as ParallelSafetyShield
+    from safeshield.wrappers.sb3 import VecSafetyShield as VecSafetyShield
+    from safeshield.wrappers.sb3 import worker_env as worker_env
 
+# Without the names of `_LATER`: ``import *`` would load them, and fail without their packages.
 __all__ = [
     "CertifiedStarts",
     "ConstraintFromFunction",
     "CostFromFunction",
     "CostFromStep",
-    "ParallelSafetyShield",
     "SafetyShield",
     "ShieldOverlay",
-    "VecSafetyShield",
     "VectorSafetyShield",
-    "worker_env",
 ]
 
 _LATER = {
