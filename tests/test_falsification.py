@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from safeshield.calibration.binomial import upper_bound
-from safeshield.calibration.proposers import Adversary
+from safeshield.calibration.proposers import Adversary, policy_names
 from safeshield.cli import app
+from safeshield.cli.sources import name_of, short_name_of
 from safeshield.evaluation import evaluate
 from safeshield.evaluation.falsification import (
     NO_PROOF,
@@ -129,6 +131,25 @@ def test_an_environment_without_labels_or_with_few_certified_starts_is_refused(
     strict = thin.with_delta(50.0)
     with pytest.raises(ValueError, match="starts almost everywhere outside the certified set"):
         falsify(strict, cart(), minutes=None, rollouts=10, episodes=5, cma=False)
+
+
+@pytest.mark.parametrize("family", ["random", "adversary", "greedy"])
+def test_a_record_names_a_saved_agent_by_its_file_and_its_numbers(
+    thin: Shield, family: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "worst.json"
+    first = Probe(family, 0.0, (0.0,) * weight_count(thin) if family == "greedy" else ())
+    names = []
+    for one in (first, replace(first, delta=0.1), first):
+        one.save(path, {"versions": len(names)})
+        agent = load_probe(path, thin)
+        played = evaluate(cart(), agent, 2, seed=0, shield=thin)
+        assert policy_names(agent) == [played.policy]
+        assert {name_of(str(path), agent), short_name_of(str(path), agent)} == {played.policy}
+        assert re.fullmatch(r"worst\.json \([0-9a-f]{8}\)", played.policy)
+        names.append(played.policy)
+    # The next search may write another agent to the same file.
+    assert (names[0] == names[1], names[0] == names[2]) == (False, True)
 
 
 @pytest.mark.parametrize(

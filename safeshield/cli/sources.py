@@ -239,14 +239,16 @@ def name_of(name: str, policy: object) -> str:
 
 
 def short_name_of(name: str, policy: object) -> str:
-    """Return the name of a policy's file, or the one that Python gives to a policy of a module.
+    """Return the name of a policy's file, or the one that Python gives to a policy.
 
-    So the same policy has one name, whether Python or the command line calibrates with it. The
+    Python gives it to a policy of a module, and to an agent that ``safeshield falsify`` found. So
+    the same policy has one name, whether Python or the command line calibrates with it. The
     arguments are those of `name_of`.
     """
     from safeshield.rollouts.policies import default_name
 
-    return default_name(policy) if _is_in_module(name) else Path(name).name
+    named = _is_in_module(name) or Path(name).suffix == ".json"
+    return default_name(policy) if named else Path(name).name
 
 
 def _is_in_module(name: str) -> bool:

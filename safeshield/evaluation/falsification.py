@@ -30,7 +30,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -230,13 +231,17 @@ def load_probe(path: str | os.PathLike[str], shield: Shield) -> BatchPolicy:
     """Return the agent in a file that `falsify` wrote, as a batch policy that asks `shield`.
 
     Nothing in a file can run. The agent takes the threshold of the file for that of the shield, so
-    that it is the same policy at every delta.
+    that it is the same policy at every delta. Its name in records and tables is that of the file
+    with the digest of its numbers, such as "worst.json (3f2a91c0)", because the next search may
+    write another agent to the same file.
 
     Raises:
         ValueError: The file holds no such agent, or one for other spaces.
     """
-    agent: BatchPolicy = as_agent(shield, Probe.load(path))
-    return agent
+    probe = Probe.load(path)
+    agent = as_agent(shield, probe)
+    agent.__qualname__ = f"{Path(path).name} ({probe.digest})"  # `default_name` reads it.
+    return cast("BatchPolicy", agent)
 
 
 def falsify(

@@ -23,6 +23,7 @@ nothing of the dynamics: it observes, and asks the shield.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -85,6 +86,12 @@ class Probe:
                 f"a probe must have delta of at least 0 and hold from 1 to {_MOST_HOLD}, got "
                 f"{self.delta} and {self.hold}"
             )
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that name the probe: a hash of its numbers and its family."""
+        text = json.dumps(json_values(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def save(self, path: str | os.PathLike[str], about: dict[str, Any] | None = None) -> None:
         """Write the probe as JSON.
