@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from fitted import DT
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from hostile import hostile
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecMonitor
 from test_shield import record
 
 from safeshield.algorithms.safefql import SafeFQL, SafeFQLConfig
@@ -23,7 +25,10 @@ from safeshield.envs.boat import CURRENT
 from safeshield.evaluation.episodes import evaluate
 from safeshield.rollouts.copies import environment_kwargs
 from safeshield.shield import OtherEnvironmentWarning, Shield, UncalibratedShieldWarning
+from safeshield.shield.record import EnvironmentWrapper
+from safeshield.spaces.generic import BEFORE_1_0
 from safeshield.wrappers import SafetyShield, VecSafetyShield, VectorSafetyShield
+from safeshield.wrappers.faults import DelayedActuator
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::safeshield.shield.shield.UncalibratedShieldWarning", "ignore::UserWarning"
@@ -601,6 +606,138 @@ def test_a_wrapper_that_overrides_nothing_is_no_difference(shield: Shield) -> No
     for other in (Doubles, Prepares, with_own_step):
         with pytest.warns(OtherEnvironmentWarning, match=r"its wrappers are \[\('"):
             SafetyShield(other(boat()), known)
+
+
+def without_a_spec() -> Env:
+    env = boat().unwrapped
+    env.spec = None
+    return env
+
+
+def late(make: Callable[[], Env] = boat, steps: int = 2) -> Env:
+    return DelayedActuator(make(), steps)
+
+
+LATE = (EnvironmentWrapper("DelayedActuator", {"steps": 2, "first": None}),)
+
+
+def test_what_an_environment_without_a_spec_shows_is_compared(shield: Shield) -> None:
+    told = replace(record(shield.delta), environment_kwargs={"dt": DT}, wrappers=(), horizon=120)
+    plain = replace(shield, record=told)
+    faulty = replace(shield, record=replace(told, wrappers=LATE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherEnvironmentWarning)
+        for env, known in (
+            (without_a_spec(), plain),
+            (gym.wrappers.TimeLimit(without_a_spec(), 120), plain),
+            (late(without_a_spec), faulty),
+        ):
+            assert SafetyShield(env, known).reset(options=AT_EASE)[1]["shield/certified"]
+    for env, known, match in (
+        (late(without_a_spec), plain, "DelayedActuator"),
+        (Doubles(without_a_spec()), plain, "Doubles"),
+        (without_a_spec(), faulty, r"its wrappers are \[\], not"),
+        (late(without_a_spec, 5), faulty, "'steps': 5"),
+        (gym.wrappers.TimeLimit(without_a_spec(), 5000), plain, "up to 5000 steps, not 120"),
+    ):
+        with pytest.warns(OtherEnvironmentWarning, match=match):
+            shielded = SafetyShield(env, known)
+        assert not shielded.reset(options=AT_EASE)[1]["shield/certified"]
+
+
+def certified_by_vector(vector: Any, shield: Shield) -> bool:  # noqa: ANN401
+    """Whether the first state of two boats is certified, in a vector environment of any kind."""
+    if isinstance(vector, gym.vector.VectorEnv):
+        envs = VectorSafetyShield(vector, shield)
+        told = envs.reset(options=AT_EASE)[1]["shield/certified"].tolist()
+        envs.close()
+    else:
+        venv = VecSafetyShield(vector, shield)
+        venv.set_options(AT_EASE)
+        venv.reset()
+        told = [info["shield/certified"] for info in venv.reset_infos]
+        venv.close()
+    assert told[0] == told[1]
+    return bool(told[0])
+
+
+def in_processes(makers: list[Callable[[], Env]]) -> list[Any]:
+    return [
+        *([] if BEFORE_1_0 else [gym.vector.AsyncVectorEnv(makers)]),
+        VecMonitor(SubprocVecEnv(makers, start_method="fork")),
+    ]
+
+
+def test_wrappers_of_environments_in_worker_processes_are_compared(shield: Shield) -> None:
+    told = replace(record(shield.delta), wrappers=(), horizon=100)
+    plain = replace(shield, record=told)
+    faulty = replace(shield, record=replace(told, wrappers=LATE))
+    known = replace(shield, record=replace(told, environment_kwargs={"dt": DT}))
+    other = replace(shield, record=replace(told, environment="Other-v0"))
+    short = replace(shield, record=replace(told, horizon=10))
+    for vector in in_processes([boat, boat]):
+        with pytest.warns(OtherEnvironmentWarning, match="its arguments cannot be compared"):
+            assert certified_by_vector(vector, known)
+    for makers, one, match in (
+        ([late] * 2, plain, r"its wrappers are \[\('DelayedActuator', None\)\], not \[\]"),
+        ([boat, late], plain, "none.*DelayedActuator"),
+        ([boat] * 2, faulty, r"its wrappers are \[\], not"),
+        ([late] * 2, faulty, r"None\)\], not .*its arguments are not known"),
+        ([lambda: Doubles(boat())] * 2, plain, "Doubles"),
+        ([boat] * 2, other, "its id is safeshield/Boat-v0"),
+        ([boat] * 2, short, "steps, not 10"),
+    ):
+        for vector in in_processes(makers):
+            with pytest.warns(OtherEnvironmentWarning, match=match):
+                assert not certified_by_vector(vector, one)
+
+
+@pytest.mark.skipif(BEFORE_1_0, reason="make_vec is experimental in Gymnasium 0.29")
+def test_wrappers_that_make_vec_was_asked_for_are_compared_with_their_arguments(
+    shield: Shield,
+) -> None:
+    told = replace(record(shield.delta), environment_kwargs={"dt": DT})
+    plain = replace(shield, record=replace(told, wrappers=()))
+    faulty = replace(shield, record=replace(told, wrappers=LATE))
+
+    def made(kind: str, *wrappers: Any) -> Any:  # noqa: ANN401
+        return gym.make_vec(BOAT, 2, vectorization_mode=kind, wrappers=list(wrappers), dt=DT)
+
+    for kind in ("sync", "async"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", OtherEnvironmentWarning)
+            assert certified_by_vector(made(kind), plain)
+            assert certified_by_vector(made(kind, partial(DelayedActuator, steps=2)), faulty)
+        for one, steps in ((plain, 2), (faulty, 5)):
+            vector = made(kind, partial(DelayedActuator, steps=steps))
+            with pytest.warns(OtherEnvironmentWarning, match=f"'steps': {steps}"):
+                assert not certified_by_vector(vector, one)
+
+
+def test_members_that_do_not_answer_are_told(shield: Shield) -> None:
+    class Silent(gym.Wrapper):  # type: ignore[type-arg]
+        def __str__(self) -> str:
+            return "a boat"
+
+    told = replace(record(shield.delta), wrappers=())
+    for vector in in_processes([lambda: Silent(boat())] * 2):
+        with pytest.warns(OtherEnvironmentWarning, match="wrappers cannot be compared"):
+            assert certified_by_vector(vector, replace(shield, record=told))
+    faulty = replace(shield, record=replace(told, wrappers=LATE))
+    for vector in in_processes([lambda: Silent(boat())] * 2):
+        with pytest.warns(OtherEnvironmentWarning, match="its wrappers are not known"):
+            assert not certified_by_vector(vector, faulty)
+
+
+def test_wrappers_of_one_member_are_not_those_of_all(shield: Shield) -> None:
+    faulty = replace(shield, record=replace(record(shield.delta), wrappers=LATE))
+    for vector in (
+        gym.vector.SyncVectorEnv([boat, late]),
+        DummyVecEnv([boat, late]),
+        VecMonitor(DummyVecEnv([boat, late])),
+    ):
+        with pytest.warns(OtherEnvironmentWarning, match="'none', None"):
+            assert not certified_by_vector(vector, faulty)
 
 
 def test_members_that_differ_are_not_taken_for_the_first(shield: Shield) -> None:

@@ -87,11 +87,11 @@ class SafetyShield(Wrapper, RecordConstructorArgs):
 
     An episode is certified only in the environment of the record. Where the environment has another
     id, other keyword arguments, other wrappers inside this one, or longer episodes, an
-    `OtherEnvironmentWarning` is issued and ``shield/certified`` is False in all steps. An
-    environment without a spec is not compared, nor are the argument ``render_mode`` and wrappers
-    that only report or render. Where the shield has a source of h
-    (`Shield.constraint`) and the environment reports another h, or a cost although h is negative,
-    the warning is issued once with both values, and no later state is certified. Several
+    `OtherEnvironmentWarning` is issued and ``shield/certified`` is False in all steps. Of an
+    environment without a spec only its wrappers and its time limit are compared. The argument
+    ``render_mode`` and wrappers that only report or render are not compared. Where the shield has a
+    source of h (`Shield.constraint`) and the environment reports another h, or a cost although h is
+    negative, the warning is issued once with both values, and no later state is certified. Several
     constraints are compared one by one, each in units of its own steps, where the environment
     reports them by name. A plain number, whose units are not known, contradicts them only where
     its sign does. Where a network

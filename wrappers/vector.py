@@ -81,8 +81,9 @@ class VectorSafetyShield(VectorWrapper):
     - DISABLED: ``reset(options={"reset_mask": mask})`` restarts the environments in the mask. Only
       these have infos. For the others, the values and infos observed last still apply.
 
-    Environments in other processes have no spec that could be compared, unless
-    ``gymnasium.make_vec`` made them.
+    Environments in other processes tell their id, their wrappers and their time limit, and no
+    arguments, unless ``gymnasium.make_vec`` made them. A warning then says that these cannot be
+    compared with those of the record, and a fault (`wrappers.faults`) is not certified.
 
     Args:
         env: A vector environment whose single spaces are those the shield was trained on.

@@ -336,7 +336,9 @@ def calibrate(
         cost_bound=promise.bound,
         deterministic=deterministic,
         horizon=tested.horizon,
-        wrappers=tuple(EnvironmentWrapper(*one) for one in tested.wrappers),
+        wrappers=None
+        if tested.wrappers is None
+        else tuple(EnvironmentWrapper(*one) for one in tested.wrappers),
         pilot=trials.piloted,
         walks_planned=planned,
         attempts=(*earlier, replace(attempt, passed=True)),

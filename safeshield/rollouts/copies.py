@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, cast
@@ -19,6 +21,9 @@ _MAX_NATIVE_ENVS = 256
 _MAX_COPIED_ENVS = 8
 # A wrapper of these kinds that is rebuilt from its arguments has lost its statistics.
 _STATEFUL_WRAPPERS = ("NormalizeObservation", "NormalizeReward")
+Wrappers = list[tuple[str, dict[str, Any] | None]]
+"""Wrappers, the innermost first: the name of each one's class, and its arguments as JSON values,
+None where they are not known."""
 SENSOR_FAULTS = (
     "NoisySensor", "QuantisedSensor", "DroppingSensor", "StuckSensor", "DelayedSensor",
     "ControlPeriod",
@@ -35,7 +40,10 @@ _TIME_LIMITS = ("TimeLimit", "PatchedTimeLimit")
 _NO_WRAPPERS = (
     *_TIME_LIMITS, "OrderEnforcing", "PassiveEnvChecker", "AutoResetWrapper", "Autoreset",
     "HumanRendering", "RenderCollection", "RecordVideo", "RecordEpisodeStatistics",
+    "VecMonitor", "VecCheckNan", "VecVideoRecorder",
 )  # fmt: skip
+# An environment as text, "<Wrapper<Env<id>>>" or "<Wrapper<Env instance>>".
+_AS_TEXT = re.compile(r"((?:<\w+)+)(?:<([^<>]+)>| instance)(>+)")
 # What Python itself and annotations put into the namespace of a class.
 _NO_OVERRIDES = {
     "__annotate__", "__annotate_func__", "__annotations__", "__annotations_cache__", "__dict__",
@@ -79,7 +87,8 @@ def spaces_of(env: Env | VectorEnv) -> tuple[gym.Space[Any], gym.Space[Any]]:
 def environment_id(env: object) -> str:
     """Return the id with which the environment `env` was made, or "" where there is none.
 
-    For a vector environment of Gymnasium or Stable-Baselines3 it is the id of its members.
+    For a vector environment of Gymnasium or Stable-Baselines3 it is the id of its members, also
+    where these are in other processes.
     """
     # The spec of the innermost environment is read. Wrappers deep-copy the spec with their own
     # arguments, and some arguments cannot be copied.
@@ -88,7 +97,10 @@ def environment_id(env: object) -> str:
     if spec is not None:
         return str(spec.id)
     members = getattr(inner, "envs", None)
-    return environment_id(members[0]) if members else ""
+    if members:
+        return environment_id(members[0])
+    ids = {one.name for one in _told_by_workers(inner) or ()}
+    return ids.pop() if len(ids) == 1 else ", ".join(sorted(ids))
 
 
 def constraint_source(env: object) -> str | None:
@@ -174,19 +186,22 @@ def _default_arguments(env: object) -> dict[str, Any]:
     )
 
 
-def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]:
+def environment_wrappers(env: object) -> Wrappers | None:
     """Return the wrappers of an environment, the innermost first: (name of the class, arguments).
 
     The arguments are JSON values, and None where a wrapper does not record them. Left out are the
     wrappers that `gymnasium.make` adds, those that only render, and those whose class overrides
-    nothing. The wrappers of the members of
-    a vector environment come before its own, each different one once.
+    nothing. The wrappers of the members of a vector environment come before its own. Where the
+    members differ, they are listed one after the other, and a member without wrappers as "none".
+
+    Members in other processes tell only the names of their wrappers. The arguments are read from
+    the spec of `gymnasium.make_vec`. The result is None where the processes do not answer.
     """
-    found: list[tuple[str, dict[str, Any] | None]] = []
+    found: Wrappers = []
     layer: Any = env
     while layer is not None:
         fields = vars(layer)
-        inner = fields.get("env")
+        inner = fields.get("env", fields.get("venv"))
         name = type(layer).__name__
         if inner is not None and name not in _NO_WRAPPERS and not _passes_through(layer):
             # Gymnasium's RecordConstructorArgs keeps the arguments under this name.
@@ -194,10 +209,25 @@ def environment_wrappers(env: object) -> list[tuple[str, dict[str, Any] | None]]
             found.append((name, None if saved is None else json_arguments(saved)))
         members = fields.get("envs")
         if members:
-            inside = _distinct(one for member in members for one in environment_wrappers(member))
-            return [*inside, *reversed(found)]
+            return _joined(map(environment_wrappers, members), found)
+        if _in_workers(layer):
+            told = _told_by_workers(layer)
+            return None if told is None else _joined((one.wrappers for one in told), found)
         layer = inner
     return found[::-1]
+
+
+def _joined(members: Iterable[Wrappers | None], own: Wrappers) -> Wrappers | None:
+    """Return the wrappers of members, and after them those around all, given the outermost first.
+
+    The result is None where those of a member are not known.
+    """
+    each = _distinct(members)
+    if None in each:
+        return None
+    if len(each) > 1:
+        each = [one or [("none", None)] for one in each]
+    return [*(one for wrappers in each for one in wrappers), *reversed(own)]
 
 
 def sensor_fault(env: object) -> Any:  # noqa: ANN401
@@ -241,8 +271,89 @@ def environment_horizon(env: object) -> int | None:
             limits.append(None if None in inside else max(one for one in inside if one))
         elif is_vector_env(layer) and "env" not in fields:
             limits.append(getattr(fields.get("spec"), "max_episode_steps", None))
-        layer = fields.get("env")
+        if _in_workers(layer):
+            told = [one.horizon for one in _told_by_workers(layer) or ()]
+            limits.append(None if None in told else max((one for one in told if one), default=None))
+        layer = fields.get("env", fields.get("venv"))
     return min((int(one) for one in limits if one is not None and one > 0), default=None)
+
+
+class _Told(NamedTuple):
+    """What a worker process tells of its environment."""
+
+    name: str
+    """Id; "" where it has none."""
+    wrappers: Wrappers
+    """As `environment_wrappers` returns them."""
+    horizon: int | None
+    """Its time limit; None where it has none."""
+
+
+def _in_workers(layer: object) -> bool:
+    """Return whether this vector environment has its members in other processes.
+
+    It is an `AsyncVectorEnv`, or a vector environment of Stable-Baselines3 that has no members.
+    """
+    if isinstance(layer, gym.vector.AsyncVectorEnv):
+        return True
+    return hasattr(type(layer), "env_method") and not {"envs", "venv", "env"} & set(vars(layer))
+
+
+def _told_by_workers(layer: object) -> list[_Told] | None:
+    """Return what the worker processes of a vector environment tell of their environments.
+
+    The result is None where they do not answer, or not as Gymnasium does, and where there are none.
+    """
+    if not _in_workers(layer) or vars(layer).get("worker") is not None:
+        return None
+    # A question that fails, or an answer that cannot be pickled, would end a worker, so that they
+    # are asked only for what every environment can tell: its text and its time limit.
+    ask: Any = getattr(layer, "call", None) or getattr(layer, "env_method", None)
+    try:
+        read = [_AS_TEXT.fullmatch(text) for text in ask("__str__")]
+        told = [one for one in read if one is not None and one[1].count("<") == len(one[3])]
+        if len(told) < len(read):
+            return None
+        chains = [one[1].split("<")[1:-1] for one in told]
+        limits = [None] * len(chains)
+        if all(set(chain) & set(_TIME_LIMITS) for chain in chains):
+            limits = ask("get_wrapper_attr", "_max_episode_steps")
+    except Exception:
+        return None  # A step is under way, or the environments are closed.
+    known = _wrappers_in_spec(layer)
+    return [
+        _Told(
+            one[2] or "",
+            [(name, known.get(name)) for name in reversed(chain) if name not in _NO_WRAPPERS],
+            limit,
+        )
+        for one, chain, limit in zip(told, chains, limits, strict=True)
+    ]
+
+
+def _wrappers_in_spec(env: object) -> dict[str, dict[str, Any]]:
+    """Return the arguments of the wrappers that `gymnasium.make_vec` was asked for, by name.
+
+    Left out are functions, and names that occur more than once.
+    """
+    spec = getattr(env, "spec", None)
+    if spec is None:
+        return {}
+    found = [(one.name, one.kwargs) for one in spec.additional_wrappers]
+    for given in spec.kwargs.get("wrappers", ()):
+        made = given if isinstance(given, functools.partial) else functools.partial(given)
+        if not (isinstance(made.func, type) and issubclass(made.func, gym.Wrapper)):
+            continue
+        bound = inspect.signature(made.func).bind(None, *made.args, **made.keywords)
+        bound.apply_defaults()
+        _, *rest = bound.arguments
+        found.append((made.func.__name__, {name: bound.arguments[name] for name in rest}))
+    names = [name for name, _ in found]
+    return {
+        name: json_arguments(kwargs)
+        for name, kwargs in found
+        if kwargs is not None and names.count(name) == 1
+    }
 
 
 class Identity(NamedTuple):
@@ -252,18 +363,27 @@ class Identity(NamedTuple):
     """Id; "" where it is not known."""
     kwargs: dict[str, Any] | None
     """Keyword arguments with which it was made, as JSON values; None where they are not known."""
-    wrappers: list[tuple[str, dict[str, Any] | None]]
+    wrappers: Wrappers | None
     """Result of `environment_wrappers`."""
     horizon: int | None
     """Greatest number of steps of an episode; None where there is no limit or it is not known."""
     defaults: dict[str, Any]
     """Values, as JSON values, that the environment's class gives to arguments that are left out."""
+    in_workers: bool = False
+    """Whether other processes step it, which do not tell everything."""
+
+    @property
+    def untold(self) -> list[str]:
+        """What the processes that step it do not tell, in words."""
+        pairs = ("arguments", self.kwargs), ("wrappers", self.wrappers)
+        return [what for what, told in pairs if self.in_workers and told is None]
 
     @classmethod
     def of(cls, env: object) -> Self:
         """Return what is known of an environment or a vector environment."""
         told = environment_id(env), environment_kwargs(env), environment_wrappers(env)
-        return cls(*told, environment_horizon(env), _default_arguments(env))
+        apart = _in_workers(getattr(env, "unwrapped", env))
+        return cls(*told, environment_horizon(env), _default_arguments(env), apart)
 
     def made_with(self, kwargs: Mapping[str, Any]) -> bool:
         """Return whether the environment was made with the arguments `kwargs`, JSON values.

@@ -20,6 +20,7 @@ _LABELS_ONLY = (
     "_FiveValues", "Monitor",
 )  # fmt: skip
 """Wrappers that report labels or statistics and change nothing else."""
+_FAULTS = (*SENSOR_FAULTS, *ACTUATOR_FAULTS)
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,7 @@ class CalibrationRecord:
     @property
     def faults(self) -> tuple[EnvironmentWrapper, ...]:
         """The wrappers that are faults of sensors and actuators (`rollouts.faults`)."""
-        known = (*SENSOR_FAULTS, *ACTUATOR_FAULTS)
-        return tuple(one for one in self.wrappers or () if one.name in known)
+        return tuple(one for one in self.wrappers or () if one.name in _FAULTS)
 
     @property
     def sees_the_state(self) -> bool:
@@ -248,23 +248,30 @@ class CalibrationRecord:
     def differences(self, env: Identity) -> list[str]:
         """Return in words how an environment differs from the one that was tested.
 
-        An environment without an id is not compared, nor is what the record or the environment
-        does not say. A shorter horizon is no difference, nor is an argument that is given its
+        What the record or the environment does not say is not compared, except that faults of
+        sensors and actuators must be known to be the same. An environment without an id need not
+        have a time limit. A shorter horizon is no difference, nor is an argument that is given its
         default value.
         """
-        if not env.name:
-            return []
         told = []
-        if env.name != self.environment:
+        if env.name and env.name != self.environment:
             told.append(f"its id is {env.name}, not {self.environment}")
         kwargs = self.environment_kwargs
-        if kwargs is not None and not env.made_with(kwargs):
+        if env.name and kwargs is not None and not env.made_with(kwargs):
             told.append(f"its arguments are {env.kwargs}, not {kwargs}")
         if self.wrappers is not None:
             tested = [(one.name, one.arguments) for one in self.wrappers]
-            if not _same_wrappers(env.wrappers, tested):
-                told.append(f"its wrappers are {env.wrappers}, not {tested}")
-        if self.horizon is not None and not (env.horizon and env.horizon <= self.horizon):
+            if env.wrappers is None:
+                if self.faults:
+                    told.append(f"its wrappers are not known, and those of the record are {tested}")
+            elif not _same_wrappers(env.wrappers, tested):
+                hidden = any(x[0] in _FAULTS and x[1] is None for x in (*env.wrappers, *tested))
+                told.append(
+                    f"its wrappers are {env.wrappers}, not {tested}"
+                    + (" (None: its arguments are not known)" if hidden else "")
+                )
+        longer = bool(env.name) if env.horizon is None else env.horizon > (self.horizon or 0)
+        if self.horizon is not None and longer:
             told.append(
                 f"its episodes last up to {env.horizon or 'any number of'} steps, not "
                 f"{self.horizon}"
@@ -302,9 +309,12 @@ class ActorRecord(CalibrationRecord):
 
 
 def _same_wrappers(one: Wrappers, other: Wrappers) -> bool:
-    """Return whether wrappers agree; arguments that are not known are not compared."""
+    """Return whether wrappers agree.
+
+    Arguments that are not known are not compared, except those of faults.
+    """
     one, other = ([x for x in each if x[0] not in _LABELS_ONLY] for each in (one, other))
     return len(one) == len(other) and all(
-        name == same and (None in (a, b) or a == b)
+        name == same and (a == b if None not in (a, b) else name not in _FAULTS)
         for (name, a), (same, b) in zip(one, other, strict=True)
     )

@@ -92,7 +92,7 @@ class UncalibratedShieldWarning(UserWarning):
 
 
 class OtherEnvironmentWarning(UserWarning):
-    """A shield is used in another environment than the one that its record names."""
+    """The environment is not that of the shield's record, or it cannot be compared with it."""
 
 
 class NoReportWarning(UserWarning):
@@ -924,7 +924,8 @@ class Shield:
     ) -> bool:
         """Raise unless an environment's spaces are the shield's.
 
-        A warning is issued where the shield was calibrated in another environment.
+        A warning is issued where the shield was calibrated in another environment, and where the
+        environment is in other processes that do not tell everything of it.
 
         Args:
             observation_space: Observation space of one environment.
@@ -949,6 +950,15 @@ class Shield:
         check_same_space(self.action_space, action_space, "action_space")
         differs = [] if self.record is None or env is None else self.record.differences(env)
         if not differs:
+            if self.record is not None and env is not None and env.untold:
+                warnings.warn(
+                    f"other processes step this environment, and its {' and '.join(env.untold)} "
+                    "cannot be compared with those of the shield's calibration: "
+                    "'shield/certified' trusts you that they are the same. Make the environments "
+                    "by gymnasium.make_vec, which tells the arguments, or in this process",
+                    OtherEnvironmentWarning,
+                    stacklevel=4,
+                )
             return True
         warnings.warn(
             f"this shield was not calibrated in this environment: {'; '.join(differs)}. Here its "
