@@ -520,8 +520,14 @@ def test_a_jump_is_treated_as_an_observation_that_is_not_readable(known: Shield)
 
 def test_checks_that_do_not_run_are_told(known: Shield) -> None:
     state = known.sensor_state()
-    with pytest.warns(SensorWarning, match="do not run: pass stamp=, or sensors=state"):
+    with pytest.warns(SensorWarning, match="do not run: frozen, jump; pass sensors=state"):
         known.filter(np.array(CLEAR["state"], np.float32), np.zeros(2, np.float32))
+    check = replace(known.sensors, age=5.0)
+    aged = replace(known, record=None).with_sensors(check)
+    with pytest.warns(SensorWarning, match="do not run: frozen, jump; pass sensors=state"):
+        aged.filter(np.array(CLEAR["state"], np.float32), STILL, stamp=time.monotonic())
+    with pytest.warns(SensorWarning, match="frozen, jump, age; .* step, and stamp="):
+        aged.filter(np.array(CLEAR["state"], np.float32), STILL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", SensorWarning)
         known.filter(np.array(CLEAR["state"], np.float32), np.zeros(2, np.float32), sensors=state)
@@ -631,6 +637,65 @@ def test_an_old_observation_is_not_readable(known: Shield) -> None:
         assert bool(shield.filter(state, action)[1].valid)
     with pytest.raises(ValueError, match="stamp needs a limit of the age"):
         known.filter(state, action, stamp=0.0)
+
+
+def test_what_is_no_state_of_these_checks_is_refused(known: Shield) -> None:
+    rows, actions = np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32)
+    with pytest.raises(TypeError, match=r"shield.sensor_state\(1\) returned, .* got int"):
+        known.filter(rows[0], actions[0], sensors=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="remembers 1 environments, got 2 observations"):
+        known.filter(rows, actions, sensors=known.sensor_state())
+    aged = known.with_sensors(SensorCheck(age=5.0))
+    now = time.monotonic()
+    for state in (None, aged.sensor_state()):
+        with pytest.raises(ValueError, match=r"each of 1 observations, got shape \(2,\)"):
+            aged.filter(rows[0], actions[0], stamp=[now, now], sensors=state)
+    with pytest.raises(ValueError, match="that of a shield with other checks"):
+        aged.filter(rows[0], actions[0], sensors=known.sensor_state())
+    with pytest.raises(ValueError, match="this shield has none"):
+        known.with_sensors(None).filter(rows[0], actions[0], sensors=known.sensor_state())
+
+
+def test_a_stamp_that_stops_coming_is_stale(known: Shield) -> None:
+    aged = known.with_sensors(SensorCheck(age=30.0))
+    observation = np.array(CLEAR["state"], np.float32)
+    state = aged.sensor_state()
+    assert state is not None
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for stamp in (None, time.monotonic(), None, None, time.monotonic()):
+            _, report = aged.filter(observation, STILL, stamp=stamp, sensors=state)
+            found.append((state.first, bool(report.valid)))
+        state.begin()
+        _, report = aged.filter(observation, STILL, sensors=state)
+    assert found == [("", True), ("", True), ("stale", False), ("stale", False), ("", True)]
+    assert not report.valid
+
+    class Dying(gym.Wrapper[Any, Any, Any, Any]):
+        steps = 0
+
+        def step(self, action: Any) -> Any:  # noqa: ANN401
+            *rest, info = self.env.step(action)
+            self.steps += 1
+            return *rest, {**info, **({"stamp": time.monotonic()} if self.steps < 3 else {})}
+
+    for make in (
+        lambda: SafetyShield(Dying(boat()), replace(aged, record=record(0.05))),
+        lambda: VectorSafetyShield(
+            gym.vector.SyncVectorEnv([lambda: Dying(boat())]), replace(aged, record=record(0.05))
+        ),
+    ):
+        env: Any = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            env.reset(seed=0, options=CLEAR)
+            actions = np.resize(STILL, env.action_space.shape)
+            infos = [env.step(actions)[-1] for _ in range(5)]
+        told = [str(np.ravel(info["shield/sensor"])[0]) for info in infos]
+        assert told == ["", "", "stale", "stale", "stale"]
+        assert not np.any(infos[-1]["shield/certified"])
+        assert np.all(infos[-1]["shield/intervened"])
 
 
 def test_an_environment_may_report_when_it_measured(known: Shield) -> None:

@@ -79,7 +79,8 @@ class SensorCheck(Settings):
     on_jump: Reaction = WARN
     """Reaction to a jump. It may be a false alarm, so the default is to warn."""
     on_age: Reaction = FALL_BACK
-    """Reaction to an observation that is too old, or whose stamp lies in the future or is NaN."""
+    """Reaction to an observation that is too old, or whose stamp is missing although an earlier one
+    had one, lies in the future, or is NaN."""
     level: Inside | None = None
     """Largest share of healthy episodes of the log's policy with an alarm of `frozen` or `jump`;
     None where the limits do not come from a log."""
@@ -208,6 +209,7 @@ class SensorState:
     """What a `SensorCheck` remembers of n environments from one observation to the next.
 
     The order of calls in a step is `read`, and `acted` with the actions that are executed then.
+    Once stamps have come with observations, those without are stale, also in later episodes.
 
     Args:
         sensors: The check.
@@ -226,7 +228,9 @@ class SensorState:
     def __init__(
         self, sensors: SensorCheck, count: int, width: int, *, quiet: bool = False
     ) -> None:
+        self.sensors = sensors
         self._quiet = quiet
+        self._stamped = False
         self._frozen, self._jump = _as_array(sensors.frozen), _as_array(sensors.jump)
         self._age = sensors.age
         moves = sensors.frozen is not None or sensors.jump is not None
@@ -263,11 +267,22 @@ class SensorState:
 
         Args:
             rows: (n, obs) observations, as rows of `spaces.rows`.
-            stamps: () or (n,) `time.monotonic()` at which they were measured, in seconds. Without
-                it no age is checked.
+            stamps: () or (n,) `time.monotonic()` at which they were measured, in seconds. None:
+                the observations are stale where earlier ones had stamps, and else no age is
+                checked.
             still: (n,) which environments have not moved since the last call; None for none. What
                 was found of their observations stays.
+
+        Raises:
+            ValueError: The number of observations is not n, or that of the stamps is neither 1
+                nor n.
         """
+        count = len(self._codes)
+        if len(rows) != count:
+            raise ValueError(
+                f"sensors remembers {count} environments, got {len(rows)} observations: keep "
+                f"sensors=shield.sensor_state({len(rows)})"
+            )
         codes = self._nothing.copy()
         motion = self._motion
         if motion is not None:
@@ -282,11 +297,14 @@ class SensorState:
         if still is not None:
             codes = np.where(still, self._codes, codes)
         if self._age is not None:
-            if stamps is None:
-                self._warn("age", "no stamp came with an observation, so its age is not checked")
+            if stamps is not None:
+                self._stamped = True
+                ages = time.monotonic() - _each_stamp(stamps, count)
+                codes[~((ages >= 0) & (ages <= self._age))] = 3
+            elif self._stamped:
+                codes[:] = 3
             else:
-                ages = time.monotonic() - np.asarray(stamps, np.float64)
-                codes[~((ages >= 0) & (ages <= self._age)) & np.ones(len(rows), np.bool_)] = 3
+                self._warn("age", "no stamp came with an observation, so its age is not checked")
         self._codes, self.fallen = codes, self._trusted
         if np.count_nonzero(codes):
             self.fallen = self._back[codes]
@@ -310,6 +328,17 @@ class SensorState:
         if not self._quiet and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(words, SensorWarning, stacklevel=5)
+
+
+def _each_stamp(stamps: npt.ArrayLike, count: int) -> npt.NDArray[np.float64]:
+    """Return the stamps of `count` observations, or raise ValueError where there are others."""
+    given = np.asarray(stamps, np.float64)
+    if given.shape not in ((), (count,)):
+        raise ValueError(
+            f"stamp must be one number or one for each of {count} observations, got shape "
+            f"{given.shape}"
+        )
+    return np.broadcast_to(given, (count,))
 
 
 def _as_array(limits: Limits | None) -> npt.NDArray[np.float64] | None:

@@ -381,7 +381,8 @@ class Shield:
     def sensor_state(self, count: int = 1, *, quiet: bool = False) -> SensorState | None:
         """Return what the checks of `sensors` remember of `count` environments; None without any.
 
-        Pass it to each call of `filter` for these environments, and call its ``begin`` where an
+        Pass it to each call of `filter` with a batch of `count` observations (by default a single
+        observation) of these environments, and call its ``begin`` where an
         episode begins. With `quiet` it does not warn.
         """
         if self.sensors is None or not self.sensors.active:
@@ -528,17 +529,20 @@ class Shield:
             action: One action, or a batch.
             constraint: h of the states, see `value`.
             stamp: () or (n,) `time.monotonic()` at which the observations were measured, for a
-                shield whose `sensors` limit the age. An older observation is not readable.
-            sensors: What `sensor_state` returned, for the checks that compare an observation with
-                earlier ones. Without it only the age is checked.
+                shield whose `sensors` limit the age. An older observation is not readable, nor is
+                one without a stamp where an earlier one with the same `sensors` had one.
+            sensors: What ``sensor_state(n)`` returned, for the checks that compare an observation
+                with earlier ones. Without it only the age is checked.
 
         Returns:
             The action to execute in the form of `action`, and the report: for a batch of n actions,
             arrays (n,) of verdicts.
 
         Raises:
-            ValueError: An argument has a wrong shape, or `stamp` is given to a shield that does not
-                limit the age.
+            TypeError: `sensors` is not what `sensor_state` returns.
+            ValueError: An argument has a wrong shape, `stamp` is given to a shield that does not
+                limit the age, or `sensors` is of a shield with other checks or of another number of
+                environments.
         """
         proposed = fitted(plain(action), np.dtype(self.action_space.dtype))
         actions, single = self.action_rows(proposed)
@@ -547,13 +551,8 @@ class Shield:
             raise ValueError(f"got {len(rows)} observations and {len(actions)} actions")
         if stamp is not None or sensors is not None:
             rows = self._checked(rows, stamp, sensors)
-        elif self.sensors is not None and self.sensors.active:
-            warnings.warn(
-                "the shield's checks of sensors do not run: pass stamp=, or sensors=state where "
-                "state = shield.sensor_state() is kept from step to step",
-                SensorWarning,
-                stacklevel=2,
-            )
+        if sensors is None and self.sensors is not None:
+            self._warn_of_checks(self.sensors, stamp is not None)
         states = self.states(rows, self._given(constraint, len(rows)))
         executed, report = self.filter_rows(states, rows, actions)
         if sensors is not None:
@@ -575,9 +574,45 @@ class Shield:
                 f"stamp needs a limit of the age, got stamp={stamp} for a shield without one: "
                 "with_sensors(SensorCheck(age=seconds)) sets it"
             )
+        if not isinstance(sensors, SensorState | None):
+            raise TypeError(
+                f"sensors must be what shield.sensor_state({len(rows)}) returned, kept from step "
+                f"to step, got {type(sensors).__name__}"
+            )
+        if sensors is not None and sensors.sensors != self.sensors:
+            raise ValueError(
+                "sensors must be the state of this shield's checks, got that of a shield with "
+                f"other checks: keep shield.sensor_state({len(rows)}) of this shield"
+                if self.sensors is not None
+                else "sensors is the state of a shield with checks, and this shield has none: "
+                "leave it out, or add the checks by with_sensors()"
+            )
         if sensors is None:
             sensors = SensorState(SensorCheck(age=limit), len(rows), rows.shape[1])
         return sensors.read(rows, stamp)
+
+    @staticmethod
+    def _warn_of_checks(check: SensorCheck, stamped: bool) -> None:
+        """Warn of the checks that do not run in a call of `filter` without `sensors`.
+
+        `stamped` is whether a stamp was passed.
+        """
+        limits = {"frozen": check.frozen, "jump": check.jump, "age": check.age}
+        idle = [name for name, limit in limits.items() if limit is not None]
+        if stamped:
+            idle.remove("age")
+        if not idle:
+            return
+        kept = "sensors=state, where state = shield.sensor_state(n) is kept from step to step"
+        stamp = "stamp=time.monotonic() of the measurement"
+        needs = [] if idle == ["age"] else [kept]
+        needs += [stamp] if "age" in idle else []
+        warnings.warn(
+            f"these checks of the shield's sensors do not run: {', '.join(idle)}; pass "
+            f"{', and '.join(needs)}",
+            SensorWarning,
+            stacklevel=3,
+        )
 
     def accepts(
         self, states: StateValue, action: Actions, threshold: float | None = None
