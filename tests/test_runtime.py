@@ -337,6 +337,39 @@ def test_a_report_that_contradicts_h_withdraws_the_promise_for_good(
     assert plant.runtime._covered.all() == holds
 
 
+@pytest.mark.parametrize("key", ["constraint", "cost"])
+@pytest.mark.parametrize("value", ["bad", "5", [1.0, 2.0], 5 + 0j, np.array([5 + 0j])])
+@pytest.mark.parametrize("kind", ["single", "sb3", *autoreset_modes()])
+def test_a_report_that_is_no_number_is_named_and_ends_the_certificate(
+    shield: Shield, kind: str, value: object, key: str
+) -> None:
+    plant = Plant(kind, vouched(shield), certifies=True)
+    for river in plant.rivers:
+        river.__class__, river.at, river.labels = (
+            Other, np.array([1.0, 0.0], np.float32), {"constraint": None},
+        )  # fmt: skip
+        river.steps = 100
+    last = plant.rivers[-1]
+    plant.reset()
+    assert plant.runtime._covered.all()
+    last.labels = {key: value}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plant.step(np.zeros(2, np.float32))
+        plant.step(np.zeros(2, np.float32))
+    messages = [str(w.message) for w in caught if "must be one number" in str(w.message)]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"info['{key}'] must be one number, got ")
+    assert ("bad" if value == "bad" else "1." if isinstance(value, list) else "5") in messages[0]
+    others = len(plant.rivers) - 1
+    assert plant.runtime._covered.tolist() == [True] * others + [False]
+    plant.reset()  # which reports it as well
+    assert plant.runtime._covered.tolist() == [True] * others + [False]
+    last.labels = {}
+    plant.reset()
+    assert plant.runtime._covered.all()
+
+
 class ReportsSteps(Other):
     """A river that reports nothing at reset, as most environments with a cost."""
 

@@ -116,7 +116,39 @@ def _infinite_where_broken(infos: InfoDicts | Infos, key: str, values: PerEnv) -
     return np.where(np.ravel(missing) & told, np.inf, np.ravel(values))
 
 
-_NUMBERS = (float, int, np.number, np.bool_)
+_NUMBERS = (float, int, np.integer, np.floating, np.bool_)
+
+
+def broken_reports(infos: InfoDicts | Infos, reports: Reports) -> list[tuple[int, str, object]]:
+    """Return the reports that are no numbers: (environment, key, report) of each.
+
+    None and NaN are not among them; they stand for what is not reported. `reports` were read from
+    `infos`.
+    """
+    found: list[tuple[int, str, object]] = []
+    for key, values in ((CONSTRAINT, reports.constraint), (COST, reports.cost)):
+        if not np.isnan(values).any():
+            continue
+        if isinstance(infos, Mapping):
+            if key not in infos:
+                continue
+            given: Sequence[Any] | Array = column_of(infos, key, np.size(values))
+        else:
+            given = [info.get(key) for info in infos]
+        found += [(at, key, value) for at, value in enumerate(given) if _is_broken(value)]
+    return found
+
+
+def _is_broken(report: object) -> bool:
+    if isinstance(report, Mapping):
+        return any(map(_is_broken, report.values()))
+    if report is None or isinstance(report, _NUMBERS):
+        return False
+    return not (isinstance(report, np.ndarray) and report.size == 1 and _numeric(report))
+
+
+def _numeric(array: Array) -> bool:
+    return array.dtype.kind in "fiub"
 
 
 def as_number(value: object) -> float:
@@ -127,11 +159,13 @@ def as_number(value: object) -> float:
         return float(value)
     if isinstance(value, Mapping) and value:
         return float(np.max([as_number(one) for one in value.values()]))
-    return float(value.item()) if isinstance(value, np.ndarray) and value.size == 1 else np.nan
+    if isinstance(value, np.ndarray) and value.size == 1 and _numeric(value):
+        return float(value.item())
+    return np.nan
 
 
 def _numbers(column: Sequence[Any] | Array, count: int) -> Scalars:
     if isinstance(column, np.ndarray):
-        numbers = column.shape == (count,) and column.dtype.kind in "fiub"
+        numbers = column.shape == (count,) and _numeric(column)
         return column.astype(np.float64) if numbers else np.full(count, np.nan)
     return np.array([as_number(value) for value in column])

@@ -57,6 +57,7 @@ from safeshield.shield.reported import (
     InfoDicts,
     Reports,
     as_number,
+    broken_reports,
     listed,
     under_names,
     watched_labels,
@@ -204,6 +205,9 @@ class ShieldRuntime:
         self._covered = np.zeros(self._count, np.bool_)
         self._contradicted = np.zeros(self._count, np.bool_)
         self._withdrawn = np.zeros(self._count, np.bool_)
+        # Whether something that is no number was reported of the present states.
+        self._broken = np.zeros(self._count, np.bool_)
+        self._told_broken = False
         # Whether one of the two arrays above has a True.
         self._doubted = False
         self._warned = False
@@ -417,7 +421,7 @@ class ShieldRuntime:
             given = infos if reports is None else reports
             self._reports = Reports.of(given, self.num_envs, self._own)
             if self._vouched:
-                self._compare(states, self._reports)
+                self._compare(states, self._reports, given)
             if self._watch is not None:
                 self._labels = watched_labels(given, self._reports)
         return self.values
@@ -732,7 +736,8 @@ class ShieldRuntime:
         nothing, self._pending = self._nothing, None
         begins = np.full(self._count, starts)
         self._withdraw_revoked()
-        safe = self._vouched & ~self._contradicted & self.in_safe_set(self._each(self.values))
+        certain = ~self._contradicted & ~self._broken
+        safe = self._vouched & certain & self.in_safe_set(self._each(self.values))
         self._covered = np.where(begins, safe, self._covered)
         if self._watch is not None:
             told = self._each(self._labels[0])
@@ -865,16 +870,23 @@ class ShieldRuntime:
         assert states.each is not None
         return np.asarray(self._names[np.where(readable, source.binding(states.each), -1)])
 
-    def _compare(self, states: StateValue, reports: Reports) -> None:
+    def _compare(self, states: StateValue, reports: Reports, infos: InfoDicts | Infos) -> None:
         """Withdraw the promise after a violation, and where reports contradict the shield's h.
 
         A source of h that the report or the cost contradicts shows that the environment is
         not the one of the record. The promise is then withdrawn for good. A state that violates
         although V_h <= -delta by the network's estimate of h withdraws it for the episode, and so
         does an observation that is not readable. Where the record was made under faults of sensors,
-        these count for nothing, and only a violation withdraws the promise.
+        these count for nothing, and only a violation withdraws the promise. A report that is no
+        number may hide a violation, and withdraws the promise for the episode. `infos` are those
+        from which `reports` were read.
         """
-        if not self._told_silent:
+        broken = broken_reports(infos, reports)
+        self._broken[:] = False
+        for at, key, value in broken:
+            self._broken[at] = True
+            self._warn_if_broken(key, value)
+        if not (self._told_silent or broken):
             told, cost = reports.constraint, reports.cost
             self._silent = (told != told) & (cost != cost)  # Only NaN differs from itself.
         source = self.shield.model.constraint
@@ -893,6 +905,8 @@ class ShieldRuntime:
             bad = source.contradicts(each, reports.named, reports.constraint, self._near)
             bad = bad | ((reports.cost > 0) & (h <= -self._near))
         doubted = bad | violated
+        if broken:
+            doubted = doubted | (self._broken if self.num_envs is not None else True)
         unknown = self._sees and self.values == np.inf
         if unknown is not False:
             # What stands in for an unreadable observation cannot be compared.
@@ -936,6 +950,18 @@ class ShieldRuntime:
             OtherEnvironmentWarning,
             stacklevel=4,
         )
+
+    def _warn_if_broken(self, key: str, value: object) -> None:
+        """Warn once of a report that is no number."""
+        if not self._told_broken:
+            self._told_broken = True
+            warnings.warn(
+                f"info[{key!r}] must be one number, got {value!r:.60}, which may hide a violation: "
+                "the episode is not certified any more; report float(h), or None where it is not "
+                "known",
+                NoReportWarning,
+                stacklevel=5,
+            )
 
     def _warn_if_silent(self, counted: Flags | bool, starts: Flags | bool) -> None:
         """Warn once where an environment reports nothing of a state that an action has reached.
