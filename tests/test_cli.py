@@ -102,15 +102,19 @@ def test_a_failed_calibration_leaves_its_memory(files: Path, tmp_path: Path) -> 
     remembered = Shield.load(out)
     assert remembered.record is None
     assert [one.passed for one in remembered.attempts] == [False]
+    assert re.search(r"^attempts +failed 1, passed 0$", run("inspect", out), re.MULTILINE)
+    told = json.loads(run("inspect", out, "--json"))
+    assert told["attempts"] == {"failed": 1, "passed": 0}
     # Asked again, with a larger epsilon, the first attempt is neither lost nor free.
     again = ("--epsilon", 0.9, *asked)
-    assert "has 1 attempts and statements that" in run(
+    assert "remembers 1 attempt or statement that" in run(
         "calibrate", agent, BOAT, out, *again, code=2
     )
     run("calibrate", out, BOAT, out, *again)
     record = Shield.load(out).record
     assert record is not None
     assert [one.passed for one in record.attempts] == [False, True]
+    assert re.search(r"^attempts +failed 1, passed 1$", run("inspect", out), re.MULTILINE)
     assert record.attempts[1].level == pytest.approx(record.attempts[0].level / 2)
     # A promise that a shield had is not that of a later attempt, which failed.
     other = tmp_path / "other.safetensors"
@@ -497,7 +501,7 @@ def test_a_held_out_log_gives_statements_a_table_and_a_picture(halves: Path) -> 
     assert "was chosen by some of these episodes" in again
     arguments = ("--method", "shadow", "--policy", "helmsmen", "--stochastic")
     told = stated(halves, out, *arguments, code=2)
-    assert "has 2 attempts and statements that" in told
+    assert "remembers 2 attempts and statements that" in told
     assert Shield.load(out).log_records == shield.log_records
     out = halves / "other.safetensors"
     told = stated(halves, out, *arguments)

@@ -12,6 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from safeshield import (
+    CalibrationError,
     SafetyShield,
     Shield,
     ShieldConfig,
@@ -379,3 +380,27 @@ def test_wrong_kinds_of_arguments_are_named(
             config(batch_size=1.5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="critic_hidden must be a tuple"):
             config(critic_hidden=64)  # type: ignore[arg-type]
+
+
+def test_a_trainers_file_remembers_failed_calibrations_of_its_shield(tmp_path: Path) -> None:
+    log = collect(Slope(), "random", episodes=30, seed=0)
+    trainer = ShieldTrainer(replace(SMALL, critic_hidden=(8,))).fit(log, steps=6)
+    path = tmp_path / "trainer"
+    trainer.save(path)
+    before = path.read_bytes()
+    trainer.shield()
+    trainer.save(path)
+    assert path.read_bytes() == before
+    with pytest.raises(CalibrationError):
+        trainer.calibrate(Slope(), epsilon=0.01, confidence=0.6, deltas=[0.0], policy="random")
+    kept = trainer.attempts
+    assert [one.passed for one in kept] == [False]
+    trainer.save(path)
+    again = ShieldTrainer.load(path)
+    assert again.attempts == again.shield().attempts == kept
+    again.save(path)
+    assert ShieldTrainer.load(path).attempts == kept
+    from safeshield.cli.kinds import describe
+
+    assert describe(path)["attempts"] == {"failed": 1, "passed": 0}
+    assert not again.fit(log, steps=6).attempts  # other weights

@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safeshield.calibration.consistency import check_calibrations
 from safeshield.data.dataset import OfflineDataset
+from safeshield.files.schema import json_values, record_from_json
 from safeshield.files.settings import (
     Below1,
     Inside,
@@ -46,6 +48,7 @@ from safeshield.nn.flow import euler_sample, velocity_network
 from safeshield.nn.mlp import EnsembleMLP, Networks
 from safeshield.shield.backup import BackupController
 from safeshield.shield.critics import SafetyModel
+from safeshield.shield.record import Attempt
 from safeshield.shield.replacement import CommittedFallback, NearestAcceptable, Replacement
 from safeshield.shield.shield import Shield
 from safeshield.spaces.rows import flat_actions
@@ -53,7 +56,7 @@ from safeshield.spaces.scaling import Scaling
 from safeshield.support.decide import SupportTest
 from safeshield.support.record import SupportRecord
 from safeshield.support.scores import support_score
-from safeshield.training.agent import OfflineAgent
+from safeshield.training.agent import AgentFile, OfflineAgent, describing
 from safeshield.training.architecture import CRITICS, Architecture, Interface, interface_of
 from safeshield.training.config import SafetyConfig
 from safeshield.training.escape import Escape
@@ -288,6 +291,8 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
     _fewest_steps = 3
     _shield: Shield | None = None
     """The learned shield, created at first use."""
+    _attempts: tuple[Attempt, ...] = ()
+    """Attempts of the shield that the agent's file remembers."""
 
     def fit(self, dataset: OfflineDataset, steps: int = 20_000, **options: Any) -> Self:  # noqa: ANN401
         """Train on the log `dataset` for `steps` updates and return self.
@@ -327,14 +332,21 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
                 trained_by=f"ShieldTrainer, seed {self.config.seed}",
                 replacement=replacement,
                 support=test,
+                attempts=self._attempts,
                 training_episodes=self._episodes,
             )
         return self._shield
 
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Calibrations of the learned shield, also those that failed."""
+        return self._attempts if self._shield is None else self._shield.attempts
+
     def calibrate(self, env: Env | VectorEnv, **arguments: Any) -> Shield:  # noqa: ANN401
         """Return the learned shield after calibration in `env`.
 
-        `arguments` are the other arguments of `Shield.calibrate`.
+        `arguments` are the other arguments of `Shield.calibrate`. The trainer's file remembers the
+        attempt, also where it failed.
         """
         return self.shield().calibrate(env, **arguments)
 
@@ -408,7 +420,21 @@ class ShieldTrainer(OfflineAgent[ShieldConfig, ShieldArchitecture]):
 
     def _adopt(self, model: ShieldArchitecture, networks: Networks) -> None:
         super()._adopt(model, networks)
-        self._shield = None
+        self._shield, self._attempts = None, ()
+
+    def _header(self, model: ShieldArchitecture) -> dict[str, Any]:
+        told = {"attempts": [json_values(one) for one in self.attempts]} if self.attempts else {}
+        return {**super()._header(model), **told}
+
+    def _take(self, read: AgentFile) -> None:
+        super()._take(read)
+        with describing(read.path):
+            # Files of earlier releases remember no attempts.
+            self._attempts = tuple(
+                record_from_json(Attempt, one, "attempts")
+                for one in read.header.get("attempts", ())
+            )
+            check_calibrations(None, self._attempts)
 
     def _action_rows(self, model: ShieldArchitecture, rows: Float, deterministic: bool) -> Float:
         """Return the fallback's actions, or for discrete actions the choice of lowest Q_h."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from safeshield.files.tensors import (
 if TYPE_CHECKING:
     from safeshield.data.card import DatasetCard
     from safeshield.data.dataset import OfflineDataset
+    from safeshield.shield.record import Attempt
     from safeshield.shield.sensors import SensorCheck
 
 LOG, FLIGHT, GRAPH = "log", "flight", "graph"
@@ -212,6 +214,7 @@ def _describe_shield(path: Path) -> dict[str, Any]:
         "sensors": _checks(shield.sensors),
         "calibrated": record is not None,
         "promise": "none: not calibrated" if record is None else record.promise,
+        **_attempts(shield.attempts),
         "record": None if record is None else record.to_json(),
         "from_logs": [one.statement for one in shield.log_records] or "none",
         "log_records": [one.to_json() for one in shield.log_records],
@@ -247,8 +250,16 @@ def _describe_agent(path: Path) -> dict[str, Any]:
         **({} if agent.chosen is None else {"chosen": agent.chosen}),
         **({} if agent.added is None else {"added_to_the_log": agent.added}),
         "config": dataclasses.asdict(agent.config),
+        **_attempts(getattr(agent, "attempts", ())),
         **agent.diagnostics(),
     }
+
+
+def _attempts(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Return the numbers of calibrations that a file remembers, where there are any."""
+    passed = sum(one.passed for one in attempts)
+    told = {"failed": len(attempts) - passed, "passed": passed}
+    return {"attempts": told} if attempts else {}
 
 
 def _size(file: TensorFile) -> dict[str, Any]:

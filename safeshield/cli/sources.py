@@ -130,8 +130,9 @@ def check_memory(out: Path, shield: Shield, source: Path) -> None:
     lacking = sum(kept.count(one) > own.count(one) for one in kept)
     if lacking:
         raise ValueError(
-            f"OUT must hold nothing that would be forgotten, but {out} has {lacking} attempts and "
-            f"statements that {source} lacks: give {out} as SOURCE, or another OUT"
+            f"OUT must hold nothing that would be forgotten, but {out} remembers {lacking} "
+            f"{'attempt or statement' if lacking == 1 else 'attempts and statements'} that "
+            f"{source} lacks: give {out} as SOURCE, or another OUT"
         )
 
 
