@@ -558,3 +558,27 @@ def test_nan_of_the_environment_is_not_blamed_on_the_policy() -> None:
     # Not all episodes of Walk end after one step, so that the policy sees NaN.
     with pytest.raises(ValueError, match="the environment returned NaN in an observation"):
         run_episodes(Broken(), lambda seen: seen[:1], 8, 0)
+
+
+class WholeSteps(gym.Wrapper):  # type: ignore[type-arg]
+    """Actions are whole numbers, to which the environment cuts fractions off."""
+
+    def __init__(self) -> None:
+        super().__init__(Walk())
+        self.action_space = gym.spaces.Box(-2, 2, (2,), np.int64)
+        self.ran: list[Array] = []
+
+    def step(self, action: Any) -> Any:  # noqa: ANN401
+        self.ran.append(np.array(action, np.int64))
+        return self.env.step(np.float32(self.ran[-1][:1] / 2))
+
+
+@pytest.mark.parametrize(
+    "policy", ["random", lambda observation: np.array([0.709, -1.9 + observation[0] % 1])]
+)
+def test_the_whole_numbers_that_ran_are_logged(policy: object) -> None:
+    env = WholeSteps()
+    log = collect(env, policy, 200, seed=0, num_envs=1)
+    np.testing.assert_array_equal(log.actions, env.ran)
+    if policy == "random":
+        assert np.unique(log.actions).tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0]

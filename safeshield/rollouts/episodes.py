@@ -214,7 +214,9 @@ class _Runner:
             except ValueError as error:
                 self._check_observations(observations, own, error)
                 raise
-            result = envs.step(self._in_dtype(np.array(actions)))
+            # What is logged is what is executed, whole numbers where these are the actions.
+            actions = self._in_dtype(actions)
+            result = envs.step(np.array(actions))
             check_step(result)
             returned, rewards, terminated, truncated, infos = result
             for i in np.flatnonzero(active & ~np.isfinite(np.asarray(rewards, np.float64))):

@@ -229,13 +229,14 @@ def checked_log_prob(told: npt.ArrayLike, shape: tuple[int, ...], whose: str) ->
 def _random_policy(space: gym.Space[Any]) -> BatchPolicy:
     flat = flat_actions(space)
     low, high = flat.low, flat.high
+    whole = flat.discrete or np.issubdtype(space.dtype, np.integer)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ValueError(f"the policy 'random' needs a bounded action space, got {space}")
 
     @batch_policy
     def uniform(observations: Batch, rng: np.random.Generator) -> Array:
         shape = (batch_length(observations), flat.width)
-        if flat.discrete:
+        if whole:
             return flat.unflatten(
                 rng.integers(low.astype(np.int64), high.astype(np.int64) + 1, shape)
             )
