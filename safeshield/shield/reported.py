@@ -127,7 +127,8 @@ def broken_reports(infos: InfoDicts | Infos, reports: Reports) -> list[tuple[int
     """
     found: list[tuple[int, str, object]] = []
     for key, values in ((CONSTRAINT, reports.constraint), (COST, reports.cost)):
-        if not np.isnan(values).any():
+        missing = values != values  # Only NaN differs from itself.
+        if not (missing if isinstance(values, float) else np.count_nonzero(missing)):
             continue
         if isinstance(infos, Mapping):
             if key not in infos:
@@ -140,10 +141,10 @@ def broken_reports(infos: InfoDicts | Infos, reports: Reports) -> list[tuple[int
 
 
 def _is_broken(report: object) -> bool:
-    if isinstance(report, Mapping):
-        return any(map(_is_broken, report.values()))
     if report is None or isinstance(report, _NUMBERS):
         return False
+    if isinstance(report, Mapping):
+        return any(map(_is_broken, report.values()))
     return not (isinstance(report, np.ndarray) and report.size == 1 and _numeric(report))
 
 

@@ -206,7 +206,8 @@ class ShieldRuntime:
         self._contradicted = np.zeros(self._count, np.bool_)
         self._withdrawn = np.zeros(self._count, np.bool_)
         # Whether something that is no number was reported of the present states.
-        self._broken = np.zeros(self._count, np.bool_)
+        self._sound = np.zeros(self._count, np.bool_)
+        self._broken = self._sound
         self._told_broken = False
         # Whether one of the two arrays above has a True.
         self._doubted = False
@@ -882,7 +883,7 @@ class ShieldRuntime:
         from which `reports` were read.
         """
         broken = broken_reports(infos, reports)
-        self._broken[:] = False
+        self._broken = np.zeros(self._count, np.bool_) if broken else self._sound
         for at, key, value in broken:
             self._broken[at] = True
             self._warn_if_broken(key, value)
