@@ -36,6 +36,7 @@ from safeshield.monitoring import (
     PromiseWarning,
     covariates_of,
 )
+from safeshield.rollouts.copies import environment_wrappers
 from safeshield.rollouts.policies import as_batch_policy
 from safeshield.rollouts.recorded import Episode
 from safeshield.shield import Shield
@@ -666,11 +667,13 @@ def test_a_constraint_that_is_no_number_is_a_violation(watched: Shield) -> None:
 
 
 def test_a_start_in_the_violation_counts_under_a_fault_of_a_sensor(watched: Shield) -> None:
-    faulty = told(watched, wrappers=(EnvironmentWrapper("NoisySensor", None),))
+    plant = NoisySensor(Told(lambda t: 0.2 if t == 0 else -1.0), std=0.001)
+    wrappers = environment_wrappers(plant)
+    assert wrappers is not None
+    faulty = told(watched, wrappers=tuple(EnvironmentWrapper(*one) for one in wrappers))
     assert faulty.record is not None
     assert not faulty.record.sees_the_state
     monitor = PromiseMonitor(faulty)
-    plant = NoisySensor(Told(lambda t: 0.2 if t == 0 else -1.0), std=0.001)
     play(SafetyShield(plant, faulty, monitor=monitor))
     assert (monitor.report().episodes, monitor.report().score) == (1, 1.0)
 
