@@ -7,7 +7,8 @@ Each cell is `falsify` with a budget of episodes, and 2,000 fresh episodes for t
 shield that was trained and calibrated by the code of an earlier checkout is read by today's code,
 which executes the same actions. To show that, BEFORE names a folder with the installed package of
 that checkout; 20,000 decisions are then made by it as well, in a process of its own, and compared.
-The shield of the demonstration as it was at da1f7f7 is made by that checkout's `safeshield demo`.
+To make the demonstration's shield of an earlier commit, such as da1f7f7, install that commit and
+run its command `safeshield demo`.
 
 The table has processor time, because the time by the clock depends on what else runs. Cells are
 stored and not run again.

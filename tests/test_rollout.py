@@ -561,7 +561,7 @@ def test_nan_of_the_environment_is_not_blamed_on_the_policy() -> None:
 
 
 class WholeSteps(gym.Wrapper):  # type: ignore[type-arg]
-    """Actions are whole numbers, to which the environment cuts fractions off."""
+    """An environment whose actions are a Box of integers, and which truncates fractions."""
 
     def __init__(self) -> None:
         super().__init__(Walk())

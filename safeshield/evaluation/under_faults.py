@@ -121,10 +121,11 @@ class StressCell:
     unit: str
     """Unit of the strength."""
     shielded: Evaluation
-    """With the shield."""
+    """Episodes of the agent with the shield."""
     alone: Evaluation | None
-    """Without it, from the same starts; None where the agent cannot be played without the shield,
-    as one that answers NaN with NaN. `StressTest.left_out` has the reason."""
+    """Episodes of the agent without the shield, from the same starts. It is None where they cannot
+    be played, for example because the agent returns NaN for an observation with NaN;
+    `StressTest.left_out` has the reason."""
 
 
 @dataclass(frozen=True)

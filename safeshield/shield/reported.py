@@ -106,14 +106,16 @@ def _infinite_where_broken(infos: InfoDicts | Infos, key: str, values: PerEnv) -
     missing = np.isnan(values)
     if not missing.any():
         return values
-    n = np.size(values)
-    each = (
-        column_of(infos, key, n)
-        if isinstance(infos, Mapping)
-        else [info.get(key) for info in infos]
-    )
+    each = _reported(infos, key, np.size(values))
     told = np.array([value is not None for value in each])
     return np.where(np.ravel(missing) & told, np.inf, np.ravel(values))
+
+
+def _reported(infos: InfoDicts | Infos, key: str, count: int) -> Sequence[Any] | Array:
+    """Return what each of `count` environments reports under a key, None where it does not."""
+    if isinstance(infos, Mapping):
+        return column_of(infos, key, count)
+    return [info.get(key) for info in infos]
 
 
 _NUMBERS = (float, int, np.integer, np.floating, np.bool_)
@@ -130,12 +132,9 @@ def broken_reports(infos: InfoDicts | Infos, reports: Reports) -> list[tuple[int
         missing = values != values  # Only NaN differs from itself.
         if not (missing if isinstance(values, float) else np.count_nonzero(missing)):
             continue
-        if isinstance(infos, Mapping):
-            if key not in infos:
-                continue
-            given: Sequence[Any] | Array = column_of(infos, key, np.size(values))
-        else:
-            given = [info.get(key) for info in infos]
+        if isinstance(infos, Mapping) and key not in infos:
+            continue
+        given = _reported(infos, key, np.size(values))
         found += [(at, key, value) for at, value in enumerate(given) if _is_broken(value)]
     return found
 
