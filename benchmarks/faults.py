@@ -10,7 +10,7 @@ calibrated without faults for a reckless agent at epsilon 0.05 and confidence 0.
 agent steers straight for the goal, on the pendulum it pushes in the direction of the motion, where
 h = |speed| - 7 rad/s. A task of the field has the log FOLDER/TASK.hdf5, a shield of
 `ShieldTrainer` with its defaults (20,000 updates), and as its agent behaviour cloning of the whole
-log with its noise. Then:
+log with its noise. The agents read NaN as 0. Then:
 
 - `stress` plays its matrix with this agent, with and without the shield;
 - the shield is calibrated again under each of some faults, and plays fresh episodes under it;
@@ -131,7 +131,14 @@ class Plant:
         from suites import trained
 
         assert self.data is not None
-        return trained(self.task, "bc", self.seed, self.data, FOLDER)
+        cloned = trained(self.task, "bc", self.seed, self.data, FOLDER)
+        noisy = as_batch_policy(cloned, self.environment().action_space, deterministic=False)
+
+        @batch_policy
+        def acts(seen: Any, rng: np.random.Generator) -> np.ndarray:  # noqa: ANN401
+            return noisy(np.nan_to_num(np.asarray(seen)), rng)
+
+        return acts
 
     def calibrated(self) -> Shield:
         """Return the shield after its calibration without faults, which is stored."""
@@ -373,7 +380,10 @@ def _matrix(plants: list[Plant], given: argparse.Namespace) -> None:
         for plant in plants
     ]
     found = pooled(results)
-    print(f"\n{task}\n\n{found.table('markdown')}", flush=True)
+    print(f"\n{task}\n\n{found.table('markdown')}")
+    for fault, why in found.left_out.items():
+        print(f"left out: {fault}: {why}")
+    print(flush=True)
     if given.picture is not None:
         found.picture(given.picture / f"stress-{task}.png")
 

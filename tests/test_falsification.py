@@ -116,6 +116,26 @@ def test_search_and_verification_share_no_seed_and_start_certified(thin: Shield)
     assert 0 < player.start_share < 1
 
 
+def test_the_objective_tells_apart_agents_whose_h_is_the_same(thin: Shield) -> None:
+    player = _Player(thin, cart(), 5, None)
+    seeds = list(itertools.islice(player._search, 1))
+    run = player._play(as_agent(thin, Probe("random", 0.0)), seeds, None)[0]
+    assert run.constraints is not None
+    assert run.next_constraints is not None
+    assert not run.violated
+    unit = max(4.0 * thin.model.scale.step_rms, thin.delta / 4.0)
+    h = max(run.constraints[0], run.next_constraints.max())
+    seen = observations()
+    value = thin.row_values(seen)
+    scores = []
+    for at in (value.argmin(), value.argmax()):
+        led = replace(run, next_observations=np.repeat(seen[[at]], len(run.actions), axis=0))
+        scores.append(player._summary([led]).score)
+        s = 1.0 / (1.0 + np.exp(-np.clip(np.array([h, value[at]]) / unit, -700, 700)))
+        assert scores[-1] == pytest.approx(s.mean(), rel=1e-6)
+    assert scores[1] > scores[0] + 0.1
+
+
 def _short(shield: Shield, seeds: list[int]) -> list:  # type: ignore[type-arg]
     return run_episodes(cart(), "random", len(seeds), 0, seeds=seeds)
 

@@ -14,11 +14,15 @@ fact, tested on fresh seeds. It has four stages.
 
 The search maximises the mean over episodes of
 
-    1[violated] + 1 / (1 + exp(-H / (4 sigma))),
+    1[violated] + (s(H) + s(V)) / 2,
 
-where H is the highest h of an episode, or the highest V_h where the environment reports costs only,
-and sigma is the typical change of h in one step. The second term tells agents apart none of which
-violates. Every episode starts where V_h <= -delta, and is executed through the shield as deployed.
+    s(x) = 1 / (1 + exp(-x / u)),    u = max(4 sigma, delta / 4),
+
+where H is the highest h and V the highest V_h of an episode, and sigma is the typical change of h
+in one step. Where the environment reports costs only, s(V) takes the place of s(H). The graded part
+tells agents apart none of which violates. V is a part of it because h shows late how far an agent
+has come: an agent that is led past the threshold -delta is still as far from a violation as others
+are. Every episode starts where V_h <= -delta, and is executed through the shield as deployed.
 """
 
 from __future__ import annotations
@@ -81,7 +85,8 @@ _BATTERY_SHARE = 0.2
 """Share of the budget after which the battery gets no second pass, where episodes are slow."""
 _PART = 2**22
 """Seeds of a part: the search has the first part after a base, the verification the second."""
-_SOFT = 4.0
+_SOFT, _SOFT_DELTA = 4.0, 0.25
+"""Unit u of the graded part of the objective, in typical changes of h and in delta."""
 _STANDING = 0.75
 """Confidence of the lower bound of the rate by which the worst agent is chosen."""
 _SEARCH_SHARE = 0.85
@@ -502,15 +507,18 @@ class _Player:
                 "environment does not start alike for the same seed; repair its reset(seed=)"
             )
         violated = np.array([run.violated for run in counted])
-        unit = _SOFT * shield.model.scale.step_rms
+        unit = max(_SOFT * shield.model.scale.step_rms, _SOFT_DELTA * shield.delta)
         highest = np.array([self._highest(run) for run in counted])
         soft = 0.5 * (1.0 + np.tanh(0.5 * np.clip(highest / unit, -1e3, 1e3)))
-        return Played(len(counted), int(violated.sum()), float((violated + soft).mean()))
+        graded = soft.mean(axis=1)
+        return Played(len(counted), int(violated.sum()), float((violated + graded).mean()))
 
-    def _highest(self, run: Episode) -> float:
-        if run.constraints is not None and run.next_constraints is not None:
-            return float(max(run.constraints[0], run.next_constraints.max()))
-        return float(np.nanmax(self.shield.row_values(run.next_observations)))
+    def _highest(self, run: Episode) -> tuple[float, float]:
+        """Return the highest h, or V_h in its place, and the highest V_h of an episode."""
+        value = float(np.nanmax(self.shield.row_values(run.next_observations)))
+        if run.constraints is None or run.next_constraints is None:
+            return value, value
+        return float(max(run.constraints[0], run.next_constraints.max())), value
 
 
 def together(one: Played, other: Played) -> Played:
