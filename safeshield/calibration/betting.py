@@ -100,9 +100,11 @@ class BettingTest:
         """
         goal = -math.log1p(-self.confidence)
         means = self.mean ** np.linspace(3.0, 0.0, _MEANS + 1)[:-1]
-        standing = [m for m in means if wealth(scores, float(m))[-1] < goal]
-        higher = means[means > max(standing, default=0.0)]
-        found = float(higher[0]) if len(higher) else 1.0
+        found = 1.0
+        for m in means[::-1]:
+            if wealth(scores, float(m))[-1] < goal:
+                break
+            found = float(m)
         refuted = wealth(scores, self.mean)[-1] >= goal
         return min(found, self.mean) if refuted else found
 
