@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 Array = npt.NDArray[Any]
 ROAD, EDGE, FALLEN = range(3)
 BACK, FORWARD, WAIT = range(3)
-STEPS, REPEATS, CONFIDENCE, COUNT = 6, 300, 0.9, 60
+STEPS, REPEATS, CONFIDENCE, COUNT = 6, 120, 0.9, 60
 MOST = int(binom.ppf(0.999, REPEATS, 1.0 - CONFIDENCE))
 CHOSEN = np.array([0.1, 0.4, 0.5])
 """How often the agent goes back, goes forward and waits."""
@@ -96,7 +96,7 @@ def _each_episode_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> OfflineDataset:
-    """300 logs of 60 episodes of the careless agent, drawn at once."""
+    """120 logs of 60 episodes of the careless agent, drawn at once."""
     rng, count, p = np.random.default_rng(0), REPEATS * COUNT, moves()
     at, states, actions = np.zeros(count, int), [], []
     for _ in range(STEPS):
