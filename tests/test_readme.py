@@ -16,19 +16,27 @@ from safeshield.demo.helmsmen import Helmsmen
 from safeshield.wrappers import ConstraintFromFunction
 
 README = Path(__file__).parents[1] / "README.md"
+SMALL = {
+    "critic_hidden": (64, 64), "behaviour_hidden": (64, 64), "fallback_hidden": (64, 64),
+    "learning_rate": 2e-3, "phase_shares": (0.6, 0.1, 0.3),
+}  # fmt: skip
+"""Settings of small networks that learn fast, which the examples use as well."""
 
 
 def test_ten_lines(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
-    assert "ShieldConfig(seed=0)" in code
-    # A quarter of the updates and a weaker promise; the lines as they stand take four minutes.
+    # Small networks, few updates, four times the boat's time step and a weaker promise; the lines
+    # as they stand take minutes.
+    coarse = {"dt": 0.02, "max_episode_steps": 100}
     for full, small in (
-        ("steps=20_000", "steps=5_000"),
+        ("ShieldConfig(seed=0)", f"ShieldConfig(seed=0, **{SMALL})"),
+        ("steps=20_000", "steps=2_000"),
+        ('"safeshield/Boat-v0"', f'"safeshield/Boat-v0", **{coarse}'),
         ("epsilon=0.01, confidence=0.99", "epsilon=0.05, confidence=0.95"),
     ):
         assert full in code
         code = code.replace(full, small)
-    log = collect(gym.make("safeshield/Boat-v0"), Helmsmen(), episodes=600, seed=0)
+    log = collect(gym.make("safeshield/Boat-v0", **coarse), Helmsmen(), episodes=600, seed=0)
     log.save(tmp_path / "boat.hdf5")
     # In a process of its own: without the shape checks that the tests switch on.
     checks = "assert {'shield/value', 'shield/certified', 'action_executed'} <= set(info)\n"
