@@ -690,6 +690,8 @@ def _float_labels(info: Mapping[str, Any]) -> dict[str, Any]:
 def _as_float(label: Any) -> Any:  # noqa: ANN401
     if isinstance(label, Mapping):
         return {name: _as_float(part) for name, part in label.items()}
+    if type(label) is float:  # The usual case, which is met at every step.
+        return label
     return float(np.reshape(label, ())) if np.size(label) == 1 else label
 
 
