@@ -34,6 +34,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from fitted import DT, fitted_shield
 from gymnasium.utils import seeding
 from hypothesis import HealthCheck, settings
@@ -90,8 +91,12 @@ def boat_log() -> OfflineDataset:
 
 
 @pytest.fixture(scope="session")
-def agent(boat_log: OfflineDataset) -> SafeFQL:
+def agent(boat_log: OfflineDataset, tmp_path_factory: pytest.TempPathFactory) -> SafeFQL:
     """A small agent whose safety values of states are roughly right."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # One worker trains the agent for all.
+    path = folder / "agent.safetensors"
     config = SafeFQLConfig(
         critic_hidden=(48, 48),
         flow_hidden=(16, 16),
@@ -99,7 +104,10 @@ def agent(boat_log: OfflineDataset) -> SafeFQL:
         batch_size=128,
         phase_shares=(0.8, 0.05, 0.15),
     )
-    return SafeFQL(config, device="cpu").fit(boat_log, steps=2000)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            SafeFQL(config, device="cpu").fit(boat_log, steps=2000).save(path)
+    return SafeFQL.load(path, device="cpu")
 
 
 @pytest.fixture(scope="session")
