@@ -226,7 +226,7 @@ def random_walk(rows: int) -> tuple[LogTensors, int]:
 
 
 def in_sample_values(
-    log: LogTensors, chunks: Chunks, discount: float, tau: float, start: float
+    log: LogTensors, chunks: Chunks, discount: float, tau: float, start: float, updates: int
 ) -> np.ndarray:
     """Learn V over chunks by the library's losses (eq. 15, 16 without a region): (states,)."""
     states = log.observations.shape[1]
@@ -240,14 +240,14 @@ def in_sample_values(
     batch = RewardBatch(
         chunk.observations, chunk.actions, after, sums, chunk.terminated, unused, after
     )
-    for step in range(2000):
+    for step in range(updates):
         leaves = like(networks, [t.detach().requires_grad_() for t in tensors(networks)])
         loss, _, _ = critics.losses(
             leaves, targets, batch, torch.tensor(1.0), discount=discount**chunks.length,
             expectile=tau, one_step=True,
         )  # fmt: skip
         gradients = list(torch.autograd.grad(loss, tensors(leaves)))
-        rate = torch.tensor(3e-3 * max(0.02, min(1.0, 2 - step / 1000)))
+        rate = torch.tensor(3e-3 * max(0.02, min(1.0, 2 - 2 * step / updates)))
         networks, moments = adam(networks, gradients, moments, [rate] * len(gradients))
         targets = polyak(targets, networks, 0.05)
     return critics.value(networks, torch.eye(states)).detach().numpy()
@@ -260,11 +260,12 @@ def test_proposition_2_chunks_learn_the_induced_mdp(length: int) -> None:
     chunks = Chunks(log, length)
     exact = induced_values(log, chunks, states, 0.8)
     assert np.ptp(exact) > 1.0
-    learned = in_sample_values(log, chunks, 0.8, 0.999, float(exact.mean()))
+    start, updates = float(exact.mean()), 1000 * length  # There are many more pairs of actions.
+    learned = in_sample_values(log, chunks, 0.8, 0.999, start, updates)
     np.testing.assert_allclose(learned, exact, atol=0.06)
     if length == 1:
         # Far from 1 it values something in between: the mean action and the best.
-        between = in_sample_values(log, chunks, 0.8, 0.7, float(exact.mean()))
+        between = in_sample_values(log, chunks, 0.8, 0.7, start, updates)
         assert (between < exact - 0.3).all()
 
 
