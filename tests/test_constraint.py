@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -34,6 +36,24 @@ SMALL = {"critic_hidden": (16, 16), "behaviour_hidden": (16,), "fallback_hidden"
 @register_constraint("test-speed@1")
 def too_fast(observations: np.ndarray) -> np.ndarray:
     return np.abs(observations[:, 2]) - 6.0
+
+
+def test_importing_what_the_error_names_registers_the_constraint() -> None:
+    code = """
+import numpy as np
+from safeshield.values.constraint import ConstraintSource, UnknownConstraintError
+ball = ConstraintSource("BallRun@1")
+try:
+    ball(np.zeros((1, 7)))
+except UnknownConstraintError as error:
+    assert "safeshield.suites" in str(error)
+    import safeshield.suites
+    assert ball.find(ball.name).found is not None
+else:
+    raise AssertionError("it was registered before")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

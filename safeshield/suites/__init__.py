@@ -1,8 +1,9 @@
 """Benchmark tasks of Safety-Gymnasium, Bullet-Safety-Gym, DSRL and MetaDrive under their own ids.
 
-Importing this package registers the tasks with Gymnasium and loads no simulator. Tasks of packages
-that are not installed are registered too. Making such a task raises an error that names the missing
-packages and the commands that install them.
+Importing this package registers the tasks with Gymnasium, and the functions of the observation that
+compute their constraints, and loads no simulator. Tasks of packages that are not installed are
+registered too. Making such a task raises an error that names the missing packages and the commands
+that install them.
 
 ``gymnasium.make("safeshield.suites:SafetyPointGoal1Gymnasium-v0")`` works everywhere, also in
 worker processes that receive nothing but an id. After ``import safeshield.suites`` plain ids work
@@ -13,6 +14,7 @@ itself must import this package after them, because the last registration of an 
 
 from __future__ import annotations
 
+import safeshield.suites.logged  # noqa: F401 - registers the constraints
 from safeshield.suites import bullet, dsrl, metadrive, safety_gymnasium
 from safeshield.suites.packages import Suite
 from safeshield.suites.tasks import TASKS, Family, Task, find_task
