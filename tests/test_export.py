@@ -487,7 +487,7 @@ def test_modules_that_pytorch_writes(small: Shield, tmp_path: Path) -> None:
         lambda layer, seen: layer(seen.unsqueeze(0)).squeeze(0),
         lambda layer, seen: layer(seen) - seen.new_ones(3, 4).mean(),
         lambda layer, seen: torch.full((seen.shape[0], 2), 0.5),
-        lambda layer, seen: layer(seen) * seen.shape[0] / 100,
+        lambda layer, seen: layer(seen) * seen.shape[0] / seen.shape[0],
         lambda layer, seen: torch.cumsum(layer(seen).view(seen.shape[0], -1), -1),
     ]
     modules = [Made(one) for one in functions]
@@ -522,10 +522,18 @@ def test_modules_of_dict_observations_that_pytorch_writes(tmp_path: Path) -> Non
 def test_modules_that_no_exporter_writes(small: Shield, tmp_path: Path) -> None:
     path = tmp_path / "shield.onnx"
     listed = Made(lambda layer, seen: layer(seen) + torch.tensor(seen.tolist()))
-    solved = Made(lambda layer, seen: layer(seen) + torch.linalg.eigvals(seen.mT @ seen).real)
+    solved = Made(
+        lambda layer, seen: (
+            layer(seen) + torch.linalg.eigvals(seen[:, :, None] * seen[:, None]).real
+        )
+    )
     drawn = Made(lambda layer, seen: layer(seen) + torch.randn_like(seen))
     rows = Made(lambda layer, seen: torch.stack([layer(one) for one in seen]))
+    centred = Made(lambda layer, seen: layer(seen - seen.mean(0)))
+    branching = Made(lambda layer, seen: layer(seen) * (1.0 if float(seen[0, 0]) > 99.0 else 0.5))
     for module, words in (
+        (centred, "must choose each action by its own observation, got .* in one batch"),
+        (branching, r"float\(\) or int\(\) need it now: .* write torch.where in place of `if`"),
         (rows, "the number of rows is known only when the graph runs"),
         (
             listed,
@@ -546,6 +554,9 @@ def test_modules_that_no_exporter_writes(small: Shield, tmp_path: Path) -> None:
     ):
         with pytest.raises(CannotExportError, match=words):
             small.export_onnx(path, module)
+    assert not path.exists()
+    with pytest.warns(UserWarning, match="not finite for some observations in the observation"):
+        small.export_onnx(path, Made(lambda layer, seen: layer(seen).sqrt()))
     with pytest.raises(ValueError, match=r"must return numbers of .*, got torch\.float16"):
         small.export_onnx(path, torch.nn.Linear(2, 2).half())
     with pytest.raises(ValueError, match=r"must take n observations as a tensor of shape.*raises"):

@@ -233,6 +233,15 @@ class Traced:
             "torch.where in its place"
         )
 
+    def __float__(self) -> float:
+        raise CannotExportError(
+            "a value of the graph is known only when the graph runs, and float() or int() need it "
+            "now: compute with tensors, and write torch.where in place of `if`"
+        )
+
+    def __int__(self) -> int:
+        return int(float(self))
+
     @classmethod
     def __torch_function__(
         cls,

@@ -6,10 +6,14 @@ the policy's ``predict`` does: it converts observations, runs the networks, and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -148,8 +152,8 @@ def graph_policy(
     else:
         raise CannotExportError(
             "policy must be an agent of this package, a model of Stable-Baselines3 with MlpPolicy, "
-            f"a torch.nn.Module or an .onnx file, got {type(policy).__name__}: a function of "
-            f"Python has no graph; {_REPAIR}"
+            f"a torch.nn.Module or an .onnx file, got {policy!r:.60}: a class must be made an "
+            f"object, and a function of Python has no graph; {_REPAIR}"
         )
     return made if made.shape == shape else made.reshape(*shape)
 
@@ -265,6 +269,12 @@ def _from_module(
             )
         _check_actions(what, made.dtype, tuple(made.shape), len(next(iter(one.values()))), spaces)
         wanted.append(made.cpu().numpy())
+    with torch.no_grad():
+        again = module(_argument(given[-1])).cpu().numpy()
+        rows = [{name: one[[k]] for name, one in given[-1].items()} for k in range(COUNTS[-1])]
+        alone = [module(_argument(one)).cpu().numpy() for one in rows]
+    if np.array_equal(again, wanted[-1], equal_nan=True):  # Else it draws random numbers.
+        _check_rows(what, again, alone)
     reasons = []
     for write in (_traced, _by_torch):
         try:
@@ -324,7 +334,7 @@ def _by_torch(module: torch.nn.Module, given: Mapping[str, torch.Tensor]) -> Any
     # PyTorch may flatten a dict in the order of its keys.
     ordered = dict(sorted(given.items()))
     free = {name: {0: torch.export.Dim("batch")} for name in ordered}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "policy.onnx"
         torch.onnx.export(
             module,
@@ -338,6 +348,23 @@ def _by_torch(module: torch.nn.Module, given: Mapping[str, torch.Tensor]) -> Any
             dynamic_shapes=(_argument(free),),
         )
         return _read(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what PyTorch's exporter prints and logs, which an error says again, from the user."""
+    before, dump = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(dump),
+            contextlib.redirect_stderr(dump),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - a ModelProto
@@ -442,17 +469,28 @@ def _included(
         {name: points[sources[name]].astype(_numpy_dtype(dtypes[name])) for name in sources}
         for points in (samples(spaces[0], "observation", count) for count in COUNTS)
     ]
+    several = feeds[-1]
+    apart = [{name: one[[k]] for name, one in several.items()} for k in range(COUNTS[-1])]
     try:
-        told = run(model, feeds)
+        told = run(model, [*feeds, *apart])
     except Exception as error:  # of many kinds, which ONNX Runtime does not list
         raise ValueError(
             f"{what} must run in ONNX Runtime for any number of observations, got "
             f"{type(error).__name__}: {one_line(error)}; export it again, with its first axis of "
             "any size"
         ) from error
-    for count, outputs in zip(COUNTS, told or (), strict=bool(told)):
+    for count, outputs in zip(COUNTS, told or (), strict=False):
         _check_actions(what, dtype, outputs[out.name].shape, count, spaces)
         shape = outputs[out.name].shape[1:]
+    if told:
+        made = told[len(COUNTS) - 1][out.name]
+        _check_rows(what, made, [one[out.name] for one in told[len(COUNTS) :]])
+        if not np.isfinite(made).all():
+            warnings.warn(
+                f"{what} returns numbers that are not finite for some observations in the "
+                "observation space; the graph executes the fallback there",
+                stacklevel=2,
+            )
     for outputs, actions in zip(told or (), wanted, strict=False):
         made = outputs[out.name].reshape(actions.shape)
         if not np.allclose(made, actions, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -495,6 +533,23 @@ def _check_actions(
         raise ValueError(
             f"{what} must return integers for {space}, got {dtype}: let it end with argmax(-1), or "
             "with .round().to(torch.int64)"
+        )
+
+
+def _check_rows(what: str, together: Array, alone: Sequence[Array]) -> None:
+    """Raise where a policy's action depends on the other observations of a batch.
+
+    Args:
+        what: Name of the policy in error messages.
+        together: (n, *shape) the actions for n observations in one batch.
+        alone: The actions (1, *shape) for each of them in a batch of its own.
+    """
+    apart = np.concatenate(alone).reshape(together.shape)
+    if not np.allclose(together, apart, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise CannotExportError(
+            f"{what} must choose each action by its own observation, got {apart.tolist()!s:.60} "
+            f"for {len(apart)} observations one at a time and {together.tolist()!s:.60} for the "
+            "same in one batch: use no mean, sum or order over the first axis"
         )
 
 
