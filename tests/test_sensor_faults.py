@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
@@ -191,6 +192,31 @@ def test_nan_is_shown_where_it_is_asked_for_and_never_at_a_start() -> None:
     seen, _ = played(DroppingSensor(Counter(), 1.0, "nan"), ACTIONS)
     assert np.isfinite(seen[0]).all()
     assert np.isnan(seen[1:]).all()
+
+
+@pytest.mark.parametrize("back", list(itertools.product((False, True), repeat=3)))
+def test_a_check_that_warns_hides_none_that_falls_back(back: tuple[bool, ...]) -> None:
+    acts = ["fall back" if one else "warn" for one in back]
+    check = SensorCheck(
+        frozen=(2.0, None), jump=(None, 1.0), age=5.0,
+        on_frozen=acts[0], on_jump=acts[1], on_age=acts[2],
+    )  # fmt: skip
+    for present in itertools.product((False, True), repeat=3):
+        frozen, jump, stale = present
+        state = SensorState(check, 1, 2, quiet=True)
+        for step in range(6):
+            last = step == 5
+            seen = [0.0 if frozen else 0.1 * step, 9.0 if jump and last else 0.0]
+            stamp = time.monotonic() - (60.0 if stale and last else 0.0)
+            read = state.read(np.array([seen], np.float32), stamp)
+            state.acted(np.array([[0.1 * step]]))
+        falls = [on for on, there in zip(back, present, strict=True) if there]
+        assert state.fallen.tolist() == [any(falls)]
+        assert np.isnan(read).all() == any(falls)
+        names = ("frozen", "jump", "stale")
+        shown = [n for n, there in zip(names, present, strict=True) if there]
+        worst = [n for n, on, there in zip(names, back, present, strict=True) if there and on]
+        assert state.first in (worst or shown or [""])
 
 
 def test_noise_has_its_standard_deviation_and_two_faults_draw_apart() -> None:

@@ -291,18 +291,18 @@ class SensorState:
             if still is not None:
                 motion.runs = np.where(still[:, None], runs, motion.runs)
             if self._jump is not None and np.count_nonzero(far := moved > self._jump):
-                codes[far.any(axis=1)] = 2
+                self._note(codes, far.any(axis=1), 2)
             if self._frozen is not None and np.count_nonzero(held := motion.runs > self._frozen):
-                codes[held.any(axis=1)] = 1
+                self._note(codes, held.any(axis=1), 1)
         if still is not None:
             codes = np.where(still, self._codes, codes)
         if self._age is not None:
             if stamps is not None:
                 self._stamped = True
                 ages = time.monotonic() - _each_stamp(stamps, count)
-                codes[~((ages >= 0) & (ages <= self._age))] = 3
+                self._note(codes, ~((ages >= 0) & (ages <= self._age)), 3)
             elif self._stamped:
-                codes[:] = 3
+                self._note(codes, np.ones(count, np.bool_), 3)
             else:
                 self._warn("age", "no stamp came with an observation, so its age is not checked")
         self._codes, self.fallen = codes, self._trusted
@@ -323,6 +323,10 @@ class SensorState:
         """Note the actions (n, act) that are executed on the observations read last."""
         if self._motion is not None:
             self._motion.acted(actions)
+
+    def _note(self, codes: npt.NDArray[np.int64], where: Flags | np.bool_, code: int) -> None:
+        """Set the codes in `where`, but none that falls back to one that only warns."""
+        codes[where & ~(self._back[codes] & ~self._back[code])] = code
 
     def _warn(self, kind: str, words: str) -> None:
         if not self._quiet and kind not in self._warned:
