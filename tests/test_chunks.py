@@ -260,7 +260,7 @@ def test_proposition_2_chunks_learn_the_induced_mdp(length: int) -> None:
     chunks = Chunks(log, length)
     exact = induced_values(log, chunks, states, 0.8)
     assert np.ptp(exact) > 1.0
-    start, updates = float(exact.mean()), 1000 * length  # There are many more pairs of actions.
+    start, updates = float(exact.mean()), 1000 * length  # Longer chunks need more.
     learned = in_sample_values(log, chunks, 0.8, 0.999, start, updates)
     np.testing.assert_allclose(learned, exact, atol=0.06)
     if length == 1:

@@ -25,8 +25,8 @@ SMALL = {
 
 def test_ten_lines(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
-    # Small networks, few updates, four times the boat's time step and a weaker promise; the lines
-    # as they stand take minutes.
+    # As they stand, the lines take minutes. The test makes the networks small, trains them for
+    # fewer updates, makes a step of the boat four times as long, and asks for a weaker promise.
     coarse = {"dt": 0.02, "max_episode_steps": 100}
     for full, small in (
         ("ShieldConfig(seed=0)", f"ShieldConfig(seed=0, **{SMALL})"),

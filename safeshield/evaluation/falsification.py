@@ -18,11 +18,12 @@ The search maximises the mean over episodes of
 
     s(x) = 1 / (1 + exp(-x / u)),    u = max(4 sigma, delta / 4),
 
-where H is the highest h and V the highest V_h of an episode, and sigma is the typical change of h
-in one step. Where the environment reports costs only, s(V) takes the place of s(H). The graded part
-tells agents apart none of which violates. V is a part of it because h shows late how far an agent
-has come: an agent that is led past the threshold -delta is still as far from a violation as others
-are. Every episode starts where V_h <= -delta, and is executed through the shield as deployed.
+where H is the highest constraint h and V the highest safety value V_h in an episode, and sigma is
+the typical change of h in one step. Where the environment reports costs only, s(V) takes the place
+of s(H). The graded part tells agents apart none of which violates. V is a part of it because h
+shows late how far an agent has come: an agent that is led past the threshold -delta may have the
+same h as others. Every episode starts where V_h <= -delta, and is executed through the shield as
+deployed.
 """
 
 from __future__ import annotations

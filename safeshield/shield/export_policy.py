@@ -152,8 +152,8 @@ def graph_policy(
     else:
         raise CannotExportError(
             "policy must be an agent of this package, a model of Stable-Baselines3 with MlpPolicy, "
-            f"a torch.nn.Module or an .onnx file, got {policy!r:.60}: a class must be made an "
-            f"object, and a function of Python has no graph; {_REPAIR}"
+            f"a torch.nn.Module or an .onnx file, got {policy!r:.60}: pass an object in place "
+            f"of its class; a function of Python has no graph; {_REPAIR}"
         )
     return made if made.shape == shape else made.reshape(*shape)
 
