@@ -312,7 +312,8 @@ def test_policies_of_sb3(name: str, tmp_path: Path) -> None:
     shield = benchmark.random_shield(benchmark.SPACES[0], actions, **TINY)
     options = {"n_steps": 8} if name in ("PPO", "A2C") else {"buffer_size": 10}
     env = Still(benchmark.SPACES[0], actions)
-    model = getattr(stable_baselines3, name)("MlpPolicy", env, device="cpu", **options)
+    made = getattr(stable_baselines3, name)
+    model = made("MlpPolicy", env, device="cpu", seed=0, **options)
     states, actions_of_graph = proposed(shield, model, tmp_path)
     told, _ = model.predict(states, deterministic=True)
     np.testing.assert_allclose(actions_of_graph, told, atol=1e-5)
